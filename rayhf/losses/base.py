@@ -1,0 +1,75 @@
+"""What a loss sees and what it returns.
+
+Shapes, everywhere in rayhf/losses: T response tokens of a micro-batch laid end to end (no padding), R rows (responses),
+E examples, P pairs. A tensor's name ends in its shape. Rows of one example are neighbours; a pair is (chosen, rejected).
+
+A micro-batch is a part of an optimiser step, so a loss never averages over what it happens to see: it sums and divides by
+`Totals`, the counts of the *whole* step over all micro-batches and ranks. The result then does not depend on sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Counts over the whole optimiser step: every rank, every micro-batch."""
+
+    tokens: float
+    """Response tokens."""
+    rows: float
+    examples: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """The part of a batch that goes through the model at once."""
+
+    tokens: Mapping[str, Tensor]
+    """Named values of shape (T,)."""
+    rows: Mapping[str, Tensor]
+    """Named values of shape (R,)."""
+    examples: Mapping[str, Tensor]
+    """Named values of shape (E,)."""
+    row_T: Tensor
+    """Which row a token belongs to: int64 of shape (T,)."""
+    length_R: Tensor
+    """Response tokens of each row: float32 of shape (R,)."""
+    example_R: Tensor
+    """Which example a row belongs to: int64 of shape (R,)."""
+    totals: Totals
+    entropy_T: Tensor | None = None
+    """Entropy of the policy's next-token distribution in nats, where the loss asked for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOutput:
+    """`loss` is this micro-batch's share of the step's loss; shares add up."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+    """Detached scalars that add up over micro-batches and ranks (divide by Totals); names ending in `_max` take the maximum."""
+
+
+class Loss(Protocol):
+    """What a learner is given: picklable, and called once per micro-batch."""
+
+    @property
+    def entropy(self) -> Literal["off", "metric", "loss"]:
+        """Whether entropy_T is computed, and whether it carries gradient."""
+        ...
+
+    def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
+        """`output_T`: log-probs of the response tokens (policy) or values before each token (critic), with gradient."""
+        ...
+
+
+def sum_rows(values_T: Tensor, micro: MicroBatch) -> Tensor:
+    """Sum token values into their rows: (T,) -> (R,)."""
+    return torch.zeros_like(micro.length_R, dtype=values_T.dtype).index_add(0, micro.row_T, values_T)
