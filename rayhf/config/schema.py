@@ -1,0 +1,210 @@
+"""The campaign config, section by section. One batch unit: prompts. Imports no torch; a docstring under a field is its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from rayhf.config.algorithms import AlgorithmConfig
+from rayhf.config.base import Section
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class RunConfig(Section):
+    """Where the campaign lives and how long it goes on."""
+
+    dir: Path
+    iterations: PositiveInt
+    """Rounds: explore, learn, sync."""
+    eval_every: NonNegativeInt = 10
+    """Rounds between evaluations on held-out prompts; 0 evaluates only before the first and after the last round."""
+    eval_prompts: PositiveInt | None = None
+    """Held-out prompts per evaluation; all by default."""
+    checkpoint_every: NonNegativeInt = 20
+    """Rounds between checkpoints; 0 writes only the last one."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    max_staleness: NonNegativeInt = 0
+    """Rounds that generation may run ahead of learning: 0 is strictly on-policy, 1 overlaps the two."""
+    deterministic: bool | None = None
+    """Requests enter the engines in waves, so that equal seeds give equal numbers. Default: when max_staleness is 0."""
+    timeout_s: PositiveFloat = 600
+    """Limit on any single wait between roles, in seconds."""
+    start_timeout_s: PositiveFloat = 300
+    """Limit on placing and starting all actors, in seconds."""
+
+
+class LoraConfig(Section):
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32
+    dropout: Fraction = 0.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class PolicyConfig(Section):
+    model: Path
+    """Hugging Face model directory with a tokenizer that has a chat template."""
+    dtype: Dtype = "bfloat16"
+    """Of the rollout engines and the reference; the learner's own precision is learner.dtype."""
+    lora: LoraConfig | None = None
+    max_length: PositiveInt | None = None
+    """Prompt plus response, in tokens. Default: the model's own limit."""
+
+
+class PromptsConfig(Section):
+    train: Path
+    """JSONL or Parquet with `prompt` (string) or `messages` (list of role/content), optional `answer`."""
+    heldout: Path | None = None
+    task: str = "heldout"
+    """Name of the held-out task in metrics: eval/<task>/..."""
+    batch: PositiveInt = 64
+    """Prompts per round: the one batch unit."""
+
+
+class TinyConfig(Section):
+    """The tiny world that this config's paths point into; built when missing."""
+
+    dir: Path
+    tasks: tuple[Literal["arithmetic", "words"], ...]
+    seed: int = 0
+
+
+class RolloutConfig(Section):
+    max_tokens: PositiveInt = 1024
+    """Per response."""
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
+    """0 is off."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response."""
+    engines: PositiveInt = 1
+    """vLLM engines (data parallel)."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs per engine."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences in one engine's batch."""
+    kv_cache_gib: PositiveFloat | None = None
+    """KV cache per engine in GiB. Default: 0.25 on CPU; on GPU what memory_fraction leaves."""
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Of each GPU, for weights and KV cache."""
+    enforce_eager: bool | None = None
+    """No CUDA graphs. Default: true on CPU, false on GPU."""
+    mismatch_limit: PositiveFloat = 1.0
+    """Stop when the mean absolute gap between rollout and learner log-probs of a sync's probe passes this, in nats."""
+    threads: PositiveInt | None = None
+    """CPU threads per engine. Default: derived from the machine."""
+
+
+class RuleScorer(Section):
+    """A function of yours: `module:function(completion, *, prompt, answer, finish_reason) -> float`."""
+
+    type: Literal["rule"] = "rule"
+    function: str
+    name: str | None = None
+    """In metrics and samples; default: the function's name."""
+    weight: float = 1.0
+    timeout_s: PositiveFloat = 10.0
+    """Per completion, in seconds."""
+
+
+class RewardModelScorer(Section):
+    """A sequence classifier with one output, with its own tokenizer and chat template."""
+
+    type: Literal["reward_model"] = "reward_model"
+    model: Path
+    name: str | None = None
+    weight: float = 1.0
+    dtype: Dtype = "float32"
+    token_budget: PositiveInt = 16384
+    """Padded tokens per forward pass."""
+    max_length: PositiveInt | None = None
+
+
+ScorerEntry = Annotated[RuleScorer | RewardModelScorer, Field(discriminator="type")]
+
+
+class ScorerConfig(Section):
+    train: tuple[ScorerEntry, ...] = Field(min_length=1)
+    """Their weighted sum is the score."""
+    evaluate: tuple[ScorerEntry, ...] | None = None
+    """For held-out evaluation only. Default: the training scorers."""
+    max_failed: Fraction = 0.1
+    """Share of a round's completions that may be Failed or Invalid before the run stops."""
+    threads: PositiveInt | None = None
+
+
+class ReferenceConfig(Section):
+    token_budget: PositiveInt = 16384
+    """Padded tokens per forward pass."""
+    threads: PositiveInt | None = None
+
+
+class LearnerConfig(Section):
+    lr: PositiveFloat = 1e-6
+    critic_lr: PositiveFloat = 9e-6
+    """Default from OpenRLHF's PPO."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Fraction = 0.0
+    """Share of all optimiser steps."""
+    min_lr: Fraction = 0.1
+    """The schedule's end, as a share of lr."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.0
+    grad_clip: NonNegativeFloat = 1.0
+    """Global gradient norm; 0 is off."""
+    epochs: PositiveInt = 1
+    """Passes over a round's examples."""
+    prompts_per_step: PositiveInt | None = None
+    """Prompts per optimiser step; must divide prompts.batch. Default: the whole round."""
+    ranks: PositiveInt = 1
+    """Data-parallel learner processes."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload: bool = False
+    """Optimiser states in host memory (ZeRO-Offload)."""
+    dtype: Dtype = "bfloat16"
+    """bfloat16 keeps float32 master weights."""
+    token_budget: PositiveInt = 16384
+    """Padded tokens per micro-batch and rank."""
+    activation_checkpointing: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    bucket_mib: PositiveInt = 256
+    """Size of the buckets in which weights travel, in MiB."""
+    collective_timeout_s: PositiveFloat = 600
+    threads: PositiveInt | None = None
+
+
+class ClusterConfig(Section):
+    """Who lives where. The campaign is the same on a laptop and on a cluster; only this section differs."""
+
+    address: str = "local"
+    """"local" starts Ray on this machine; "auto" joins the running cluster."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    placement: Literal["separate", "colocate"] = "separate"
+    """separate: each role has its own GPUs; colocate: rollout and learner share them."""
+    rollout_cpus: PositiveFloat = 1.0
+    """Ray CPU bookkeeping per actor."""
+
+
+class TrackingConfig(Section):
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "rayhf"
+    name: str | None = None
+
+
+class CampaignConfig(Section):
+    seed: NonNegativeInt = 0
+    run: RunConfig
+    policy: PolicyConfig
+    prompts: PromptsConfig
+    tiny: TinyConfig | None = None
+    algorithm: AlgorithmConfig
+    rollout: RolloutConfig = RolloutConfig()
+    scorer: ScorerConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    learner: LearnerConfig = LearnerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
