@@ -1,0 +1,144 @@
+"""User files in, `Prompt`s out: reads JSONL or Parquet, renders the policy's chat template, and deals prompts to rounds.
+
+A row has `prompt` (string) or `messages` (list of {"role", "content"}), and optionally `answer`. Every refused row is named by
+file and row. The loader is a pure function of (seed, iteration), so its cursor needs no state beyond the iteration number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayhf.errors import ConfigError
+from rayhf.experience import Message, Prompt, derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_rows(path: Path, *, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, row) for each record; `key` is the config key that named the file."""
+    if not path.is_file():
+        raise ConfigError(f"{key}: no such file {path}; expected a .jsonl or .parquet file")
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, key=key)
+        return
+    if path.suffix not in (".jsonl", ".json"):
+        raise ConfigError(f"{key}: {path} has ending {path.suffix!r}; expected .jsonl or .parquet")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path} row {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError:
+                raise ConfigError(f"{key}: {where}: not valid UTF-8") from None
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{key}: {where}: not valid JSON ({error.msg} at column {error.colno})") from None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{key}: {where}: expected an object, got {type(row).__name__}")
+            yield where, row
+
+
+def _read_parquet(path: Path, *, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ConfigError(f"{key}: {path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield f"{path} row {number}", row
+
+
+def _messages(row: dict[str, Any], where: str, key: str) -> tuple[Message, ...]:
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if (prompt is None) == (messages is None):
+        got = ", ".join(sorted(row)) or "nothing"
+        raise ConfigError(f"{key}: {where}: expected either `prompt` (string) or `messages` (list), got keys {got}")
+    if prompt is not None:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ConfigError(f"{key}: {where}: `prompt` must be a non-empty string, got {prompt!r:.60}")
+        return ({"role": "user", "content": prompt},)
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(f"{key}: {where}: `messages` must be a non-empty list, got {messages!r:.60}")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ConfigError(f"{key}: {where}: a message must have string `role` and `content`, got {message!r:.60}")
+    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
+
+
+def prompt_id(messages: Sequence[Message], answer: str | None) -> str:
+    """16 hex digits that depend only on the content."""
+    text = json.dumps([list(map(dict, messages)), answer], ensure_ascii=False, sort_keys=True)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """The prompts of one file, in file order, without exact repetitions."""
+
+    prompts: tuple[Prompt, ...]
+    duplicates: int
+    """Rows left out because an equal one came before."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any prompt, its answer, or the order changes."""
+        return hashlib.blake2b("".join(p.prompt_id for p in self.prompts).encode(), digest_size=16).hexdigest()
+
+
+def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, *, key: str, max_prompt_tokens: int) -> PromptSet:
+    """Read, render and check every prompt. Raises ConfigError for a bad row or a prompt of more than `max_prompt_tokens` tokens."""
+    prompts: dict[str, Prompt] = {}
+    duplicates = 0
+    for where, row in read_rows(path, key=key):
+        messages = _messages(row, where, key)
+        answer = row.get("answer")
+        if answer is not None and not isinstance(answer, str):
+            if isinstance(answer, bool) or not isinstance(answer, int | float):
+                raise ConfigError(f"{key}: {where}: `answer` must be a string or a number, got {answer!r:.60}")
+            answer = str(answer)
+        identity = prompt_id(messages, answer)
+        if identity in prompts:
+            duplicates += 1
+            continue
+        token_ids = render(tokenizer, messages, where=f"{key}: {where}")
+        if len(token_ids) > max_prompt_tokens:
+            raise ConfigError(
+                f"{key}: {where}: the prompt has {len(token_ids)} tokens, but the model's length minus rollout.max_tokens leaves "
+                f"{max_prompt_tokens}; shorten it, or lower rollout.max_tokens"
+            )
+        prompts[identity] = Prompt(prompt_id=identity, messages=messages, token_ids=token_ids, answer=answer)
+    if not prompts:
+        raise ConfigError(f"{key}: {path} is empty; expected at least one row with `prompt` or `messages`")
+    return PromptSet(prompts=tuple(prompts.values()), duplicates=duplicates)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, where: str) -> tuple[int, ...]:
+    """Token ids of the chat template with the generation prompt; the template's own special tokens, none added twice."""
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ConfigError(f"{where}: the chat template refuses the messages ({error})") from None
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def deal(prompts: Sequence[Prompt], *, batch: int, iteration: int, seed: int) -> list[Prompt]:
+    """The prompts of round `iteration` (from 1): consecutive slices of a seeded permutation, one permutation per epoch.
+
+    An epoch has len(prompts) // batch rounds; the remainder sits out, a different one each epoch.
+    """
+    epoch, turn = divmod(iteration - 1, len(prompts) // batch)
+    order = list(range(len(prompts)))
+    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+    return [prompts[index] for index in order[turn * batch : (turn + 1) * batch]]
