@@ -1,0 +1,160 @@
+"""The process in which a user's rule function runs, started by rule.py as a script. Standard library only.
+
+In: JSON lines on the request pipe, first {"path", "module", "function", "memory_bytes"}, then one [number, completion,
+prompt, answer, finish_reason, messages] per completion. Out, on the reply pipe: one line that says ready or refused,
+then one [number, kind, value] per completion, in order, written as soon as it is known: the parent times each
+completion by the answers. The life pipe carries nothing; the kernel kills this process group when the parent's end
+closes. The rule's own stdout goes to stderr and its stdin is empty, so nothing that it prints reaches the protocol.
+"""
+
+import fcntl
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import numbers
+import os
+import resource
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+REASON_CHARS = 400
+
+
+def main() -> None:
+    request_fd, reply_fd, life_fd = (int(argument) for argument in sys.argv[1:4])
+    for fd in (request_fd, reply_fd, life_fd):
+        os.set_inheritable(fd, False)
+    _die_with_parent(life_fd)
+    requests = open(request_fd, "rb", buffering=1 << 16)  # noqa: SIM115 - lives as long as the process
+    hello = _decode(requests.readline())
+    _limit(hello["memory_bytes"])
+    sys.path[:] = hello["path"]
+    loaded, answer = _load(hello["module"], hello["function"])
+    _send(reply_fd, answer)
+    if loaded is None:
+        return
+    function, wants_messages = loaded
+    for line in requests:
+        number, completion, prompt, reference, finish_reason, messages = _decode(line)
+        extra = {"messages": messages} if wants_messages else {}
+        context = {"prompt": prompt, "answer": reference, "finish_reason": finish_reason, **extra}
+        kind, value = _judge(function, completion, context)
+        _send(reply_fd, [number, kind, value])
+
+
+def _judge(function: Callable[..., Any], completion: str, context: dict[str, Any]) -> tuple[str, float | str]:
+    """Kinds: scored, invalid, failed, and broken: failed in a way that calls for a fresh process."""
+    try:
+        value = function(completion, **context)
+        # numpy scalars are Real too; bool is an int, but a rule that returns one has most likely forgotten something
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return "invalid", f"the rule returned {_describe_value(value)}, not a number"
+        score = float(value)
+    except MemoryError as error:
+        return "broken", describe(error)
+    except BaseException as error:  # foreign code: whatever it raises, SystemExit included, is an answer, not our end
+        return "failed", describe(error)
+    if not math.isfinite(score):
+        return "invalid", f"the rule returned {score}"
+    return "scored", score
+
+
+def _load(module_name: str, function_name: str) -> tuple[tuple[Callable[..., Any], bool] | None, dict[str, Any]]:
+    """The function and whether it takes `messages`, and the first answer to the parent."""
+    try:
+        module = importlib.import_module(module_name)
+    except BaseException as error:  # foreign code runs at import
+        # a module that is absent, not one that it imports in turn
+        absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        return None, {"refused": "no module" if absent else "import", "reason": describe(error)}
+    function = getattr(module, function_name, None)
+    if function is None:
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        return None, {"refused": "no function", "names": names}
+    if not callable(function):
+        return None, {"refused": "signature", "reason": f"it is a {type(function).__name__}, not a function"}
+    if inspect.iscoroutinefunction(function):
+        return None, {"refused": "signature", "reason": "it is a coroutine function; a plain one is needed"}
+    context: dict[str, Any] = {"prompt": "", "answer": None, "finish_reason": "stop"}
+    wants_messages = False
+    try:
+        signature = inspect.signature(function)
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+        wants_messages = "messages" in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
+        signature.bind("", **context, **({"messages": []} if wants_messages else {}))
+    except TypeError as error:
+        return None, {"refused": "signature", "reason": str(error)}
+    except ValueError:
+        pass  # builtins without a signature: the first call will tell
+    return (function, wants_messages), {"ready": True, "fingerprint": _fingerprint(module)}
+
+
+def _fingerprint(module: Any) -> str:
+    """Of the module's source file, so that a process started later can be seen to run another rule."""
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return ""
+    with open(file, "rb") as source:
+        return hashlib.sha256(source.read()).hexdigest()
+
+
+def describe(error: BaseException) -> str:
+    """One line: type, message and the place that raised it. Never raises, whatever the error's own __str__ does."""
+    text = " ".join("".join(traceback.format_exception_only(error)).split())
+    place, last = "", error.__traceback__
+    while last is not None:
+        code = last.tb_frame.f_code
+        if code.co_filename != __file__ and not code.co_filename.startswith("<"):
+            place = f" ({os.path.basename(code.co_filename)}:{last.tb_lineno})"
+        last = last.tb_next
+    return text[:REASON_CHARS] + place
+
+
+def _describe_value(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _limit(memory_bytes: int) -> None:
+    """Address space, and no core files.
+
+    The time limit is the parent's: a CPU limit would end a process that lives for days, and a process limit counts
+    everything that the user runs on the machine.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _die_with_parent(life_fd: int) -> None:
+    """SIGKILL to this process group when the parent's end of the life pipe closes.
+
+    The kernel sends it, so that a C call which holds the GIL (a regular expression) ends too. PR_SET_PDEATHSIG would
+    follow the parent's *thread*, and an actor may start us from a pool thread.
+    """
+    fcntl.fcntl(life_fd, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(life_fd, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(life_fd, fcntl.F_SETFL, fcntl.fcntl(life_fd, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([life_fd], [], [], 0)[0]:  # it closed before we asked to be told
+        os._exit(1)
+
+
+def _decode(line: bytes) -> Any:
+    # surrogatepass: lone surrogates in a completion arrive as they were sent
+    return json.loads(line.decode("utf-8", "surrogatepass"))
+
+
+def _send(fd: int, answer: Any) -> None:
+    data = memoryview(json.dumps(answer).encode() + b"\n")
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+if __name__ == "__main__":
+    main()
