@@ -1,10 +1,10 @@
 """What deserves credit: from scores, log-probs and values to advantages, and from scores to preference pairs.
 
-In: finite numbers of one row, one group or one round. Out: float64 arrays (cast to float32 where they enter a Row) or pairs
-of indices. Pure functions on numpy, no model; randomness only where a generator is passed in.
+In: finite numbers of one row, one group or one round. Out: float64 arrays (cast to float32 where they enter a Row)
+or pairs of indices. Pure functions on numpy, no model; randomness only where a generator is passed in.
 
-Only finite input: a sample whose outcome is Invalid or Failed has no score and is left out by the caller, before its group
-comes here. A NaN or infinity that arrives all the same is a bug upstream: ValueError.
+Only finite input: a sample whose outcome is Invalid or Failed has no score and is left out by the caller, before its
+group comes here. A NaN or infinity that arrives all the same is a bug upstream: ValueError.
 
 A row is one response: arrays of shape (T,) over its tokens, in nats where they are log-probs. A response may be empty.
 """
@@ -36,20 +36,18 @@ def finite(values: npt.ArrayLike, name: str) -> Array:
         raise ValueError(f"{name} has shape {array.shape}, one dimension was expected")
     bad = np.flatnonzero(~np.isfinite(array))
     if bad.size:
-        raise ValueError(
-            f"{name}[{bad[0]}] is {array[bad[0]]}; leave out samples without a finite value ({bad.size} of {array.size})"
-        )
+        raise ValueError(f"{name}[{bad[0]}] is {array[bad[0]]}; leave out such samples ({bad.size} of {array.size})")
     return array
 
 
-# --- rewards of one row -------------------------------------------------------------------------------------------------
+# --- rewards of one row ----------------------------------------------------------------------------------------------
 
 
 def kl_penalty(logp: npt.ArrayLike, ref_logp: npt.ArrayLike, estimator: KLEstimator) -> Array:
     """Per-token KL(policy || reference) in nats, to be put on the reward: (T,). Schulman 2020; g = logp - ref_logp.
 
-    k1 = g is right here: as a reward its policy gradient is exactly that of the KL. k2 = g^2/2 and k3 = exp(-g) - 1 + g are
-    not negative and less noisy, but as rewards their policy gradient is biased.
+    k1 = g is right here: as a reward its policy gradient is exactly that of the KL. k2 = g^2/2 and k3 = exp(-g) - 1
+    + g are not negative and less noisy, but as rewards their policy gradient is biased.
     """
     gap = finite(logp, "logp") - finite(ref_logp, "ref_logp")
     if estimator == "k1":
@@ -77,7 +75,8 @@ def token_rewards(kl: npt.ArrayLike, coef: float, score: float) -> Array:
 def missing_eos_penalty(*, truncated: bool, penalty: float) -> float:
     """What to subtract from the score of a response that was cut off (finish_reason "length"); 0.0 otherwise.
 
-    The finish reason decides, not a search for the end token: where padding and end token coincide a search always finds one.
+    The finish reason decides, not a search for the end token: where padding and end token coincide a search always
+    finds one.
     """
     return penalty if truncated else 0.0
 
@@ -93,7 +92,7 @@ def overlong_penalty(length: int, *, max_tokens: int, buffer: int, penalty: floa
     return penalty * min(max(length - (max_tokens - buffer), 0), buffer) / buffer
 
 
-# --- advantages ---------------------------------------------------------------------------------------------------------
+# --- advantages ------------------------------------------------------------------------------------------------------
 
 
 def gae(rewards: npt.ArrayLike, values: npt.ArrayLike, gamma: float, lam: float) -> tuple[Array, Array]:
@@ -125,8 +124,8 @@ def discounted_sums(values: npt.ArrayLike, discount: float) -> Array:
 def grpo(scores: npt.ArrayLike, eps: float = 1e-6) -> Array:
     """(R - mean) / (std + eps) within one prompt's group: (K,). Shao et al. 2024 (DeepSeekMath), section 4.1.2.
 
-    std is the sample one (divides by K - 1), as in the released implementations (TRL, verl, OpenRLHF); the paper leaves it
-    open. Equal scores, and a lone sample, carry no signal: 0.
+    std is the sample one (divides by K - 1), as in the released implementations (TRL, verl, OpenRLHF); the paper
+    leaves it open. Equal scores, and a lone sample, carry no signal: 0.
     """
     score = finite(scores, "scores")
     if score.size < 2 or np.ptp(score) == 0.0:
@@ -138,8 +137,8 @@ def grpo(scores: npt.ArrayLike, eps: float = 1e-6) -> Array:
 def rloo(scores: npt.ArrayLike) -> Array:
     """R_i - mean of the others' R within one prompt's group: (K,). Ahmadian et al. 2024 (REINFORCE leave-one-out).
 
-    A lone sample has no baseline: its advantage is 0, so that it does not train (unlike R itself, which would be a signal
-    of another size than its neighbours').
+    A lone sample has no baseline: its advantage is 0, so that it does not train (unlike R itself, which would be a
+    signal of another size than its neighbours').
     """
     score = finite(scores, "scores")
     if score.size < 2:
@@ -151,8 +150,8 @@ def rloo(scores: npt.ArrayLike) -> Array:
 def reinforce_plus_plus(rewards: Sequence[npt.ArrayLike], gamma: float = 1.0) -> list[Array]:
     """Whitened reward-to-go of every token of the round, row by row. Hu et al. 2025 (REINFORCE++, no baseline variant).
 
-    `rewards` are token_rewards with the k1 penalty, so the reward-to-go is score - coef * (KL still to come); it is then
-    normalised over all tokens of the round together, not per prompt.
+    `rewards` are token_rewards with the k1 penalty, so the reward-to-go is score - coef * (KL still to come); it is
+    then normalised over all tokens of the round together, not per prompt.
     """
     return whiten([discounted_sums(row, gamma) for row in rewards])
 
@@ -173,14 +172,14 @@ def whiten(rows: Sequence[npt.ArrayLike], *, keep_mean: bool = False) -> list[Ar
     return [(array - mean) / scale + (mean if keep_mean else 0.0) for array in arrays]
 
 
-# --- the KL coefficient --------------------------------------------------------------------------------------------------
+# --- the KL coefficient ----------------------------------------------------------------------------------------------
 
 
 class AdaptiveKL:
     """Proportional controller of the KL coefficient. Ziegler et al. 2019.
 
-    `target` and what `update` observes are the same statistic: nats per RESPONSE (the sum over its tokens, averaged over
-    responses), never per token.
+    `target` and what `update` observes are the same statistic: nats per RESPONSE (the sum over its tokens, averaged
+    over responses), never per token.
     """
 
     def __init__(self, coef: float, target: float, horizon: float) -> None:
@@ -196,7 +195,8 @@ class AdaptiveKL:
     def update(self, kl_per_response: float, responses: int) -> float:
         """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * responses / horizon; returns the new coef.
 
-        A round larger than the horizon counts as one horizon, or a single step could take the coefficient to 0 and below.
+        A round larger than the horizon counts as one horizon, or a single step could take the coefficient to 0 and
+        below.
         """
         observed = finite([kl_per_response], "kl_per_response")[0]
         error = min(max(observed / self.target - 1.0, -0.2), 0.2)
@@ -211,7 +211,7 @@ class AdaptiveKL:
         self.coef = float(finite([state["coef"]], "coef")[0])
 
 
-# --- preference pairs of one group ---------------------------------------------------------------------------------------
+# --- preference pairs of one group -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +271,9 @@ def best_worst(
 def all_pairs(
     scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None
 ) -> PairSelection:
-    """Every better against every worse score: at most K * (K - 1) / 2 pairs, best chosen first, then lowest rejected last."""
+    """Every better against every worse score: at most K * (K - 1) / 2 pairs, best chosen first, then lowest rejected
+    last.
+    """
     group = _Group(scores, min_margin, answers)
     ranking = group.ranking()
     candidates = [group.pair(better, worse) for i, better in enumerate(ranking) for worse in ranking[i + 1 :]]
@@ -285,7 +287,8 @@ def best_random(
     min_margin: float = 0.0,
     answers: Sequence[Hashable] | None = None,
 ) -> PairSelection:
-    """The highest score against a uniformly drawn other one of those it beats: one pair, or one tie where it beats none.
+    """The highest score against a uniformly drawn other one of those it beats: one pair, or one tie where it beats
+    none.
 
     `rng` comes from a derived seed (campaign seed, iteration, prompt id), so that arrival order cannot matter.
     """

@@ -34,7 +34,8 @@ MAX_EXPONENT = 20.0
 
 
 def safe_exp(x: Tensor) -> Tensor:
-    """exp(x) up to MAX_EXPONENT and its tangent line beyond: finite in float32, and value and gradient keep their signs.
+    """exp(x) up to MAX_EXPONENT and its tangent line beyond: finite in float32, and value and gradient keep their
+    signs.
 
     A plain clamp would drop the gradient of exp and, in k3, leave one of the wrong sign.
     """
@@ -66,7 +67,8 @@ def aggregate(values_T: Tensor, micro: MicroBatch, how: Aggregate) -> Tensor:
 
 
 def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tensor:
-    """Per-token estimate of KL(policy || reference) in nats, as a value: (T,). Schulman 2020, "Approximating KL divergence".
+    """Per-token estimate of KL(policy || reference) in nats, as a value: (T,). Schulman 2020, "Approximating KL
+    divergence".
 
     With g = logp - ref_logp on tokens of the policy: k1 = g (unbiased, any sign), k2 = g^2/2 (biased, not negative),
     k3 = exp(-g) - 1 + g (unbiased, not negative; exp continues as its tangent beyond MAX_EXPONENT).
@@ -85,8 +87,8 @@ def kl_loss(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tenso
     """Per-token KL term to be minimised, on tokens of the policy: (T,).
 
     k2's gradient is g * grad(logp), the unbiased gradient of the reverse KL(policy || reference): use this one.
-    k3's gradient is (1 - exp(-g)) * grad(logp), in expectation the gradient of the forward KL(reference || policy): close
-    to k2's near the reference, much stronger where the policy has dropped what the reference does.
+    k3's gradient is (1 - exp(-g)) * grad(logp), in expectation the gradient of the forward KL(reference || policy):
+    close to k2's near the reference, much stronger where the policy has dropped what the reference does.
     k1's gradient is grad(logp), zero in expectation, so it is refused: ConfigError.
     """
     if estimator == "k1":
@@ -143,7 +145,8 @@ def ppo_clip_loss(
     clip_high: float,
     dual_clip: float | None,
 ) -> ClippedSurrogate:
-    """-w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A), rho = exp(logp - old_logp). Schulman et al. 2017, eq. 7.
+    """-w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A), rho = exp(logp - old_logp). Schulman et al.
+    2017, eq. 7.
 
     `dual_clip` c > 1 bounds what a token with A < 0 may cost: the surrogate is at least c * A (Ye et al. 2020).
     Without it the loss is unbounded for A < 0 and rho -> infinity; rho grows linearly beyond exp(MAX_EXPONENT), so that
@@ -169,11 +172,12 @@ def ppo_clip_loss(
 
 
 def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
-    """What every loss on a policy reports, as shares of the step: mismatch with the rollout, KL to the reference, entropy.
+    """What every loss on a policy reports, as shares of the step: mismatch with the rollout, KL to the reference,
+    entropy.
 
-    rollout/mismatch_kl: mean over tokens of behaviour_logp - logp, the k1 estimate of KL(rollout || learner), nats per token.
-    rollout/mismatch_abs_max: the largest absolute gap of a token. reference/kl: mean per response of the summed
-    logp - ref_logp, nats per response. policy/entropy: mean over tokens, nats.
+    rollout/mismatch_kl: mean over tokens of behaviour_logp - logp, the k1 estimate of KL(rollout || learner), nats
+    per token. rollout/mismatch_abs_max: the largest absolute gap of a token. reference/kl: mean per response of the
+    summed logp - ref_logp, nats per response. policy/entropy: mean over tokens, nats.
     """
     logp_T = logp_T.detach()
     gap_T = need(micro, "behaviour_logp") - logp_T
@@ -189,7 +193,9 @@ def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
 
 
 def entropy_bonus(micro: MicroBatch, coef: float, how: Aggregate) -> Tensor:
-    """-coef * aggregated entropy, this micro-batch's share; ValueError where the learner did not compute the entropy."""
+    """-coef * aggregated entropy, this micro-batch's share; ValueError where the learner did not compute the
+    entropy.
+    """
     if micro.entropy_T is None:
         raise ValueError('entropy_coef is set, but the batch has no entropy_T: honour Loss.entropy == "loss"')
     return -coef * aggregate(micro.entropy_T, micro, how)

@@ -1,8 +1,9 @@
 """The preference family: one loss per pair (chosen, rejected), from sequence log-probs of policy and reference.
 
 In: log-probs of the response tokens with gradient, and a MicroBatch of pairs (rows 2p and 2p + 1 are the chosen and the
-rejected answer of pair p) whose tokens carry behaviour_logp (always), ref_logp (unless the loss is in REFERENCE_FREE) and
-old_logp (optional, as in policy.py). Out: LossOutput, this micro-batch's share of the mean over the step's pairs.
+rejected answer of pair p) whose tokens carry behaviour_logp (always), ref_logp (unless the loss is in
+REFERENCE_FREE) and old_logp (optional, as in policy.py). Out: LossOutput, this micro-batch's share of the mean over
+the step's pairs.
 
 Notation: lp = sum of log-probs over a response, d = lp - lp of the reference, u = beta * (d_chosen - d_rejected),
 S = sigmoid. Everything is on sequence SUMS; only simpo, orpo and the NLL term divide by the response's length.
@@ -91,7 +92,8 @@ def sigmoid(pairs: PairLogps, knobs: Knobs) -> Tensor:
 
 
 def robust(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """(-(1 - e) log S(u) + e log S(-u)) / (1 - 2e), e < 0.5 the rate of flipped labels: rDPO (Chowdhury et al. 2024, section 3.1).
+    """(-(1 - e) log S(u) + e log S(-u)) / (1 - 2e), e < 0.5 the rate of flipped labels: rDPO (Chowdhury et al. 2024,
+    section 3.1).
 
     Unbiased under random flips. Unbounded below for e > 0 (slope -e * beta / (1 - 2e)).
     """
@@ -101,21 +103,26 @@ def robust(pairs: PairLogps, knobs: Knobs) -> Tensor:
 
 
 def hinge(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """max(0, 1 - u): SLiC (Zhao et al. 2023, section 2) on log-ratios, as in RSO (Liu et al. 2023; beta is their gamma)."""
+    """max(0, 1 - u): SLiC (Zhao et al. 2023, section 2) on log-ratios, as in RSO (Liu et al. 2023; beta is their
+    gamma).
+    """
     return (1.0 - knobs.beta * pairs.gap_P).clamp(min=0.0)
 
 
 def ipo(pairs: PairLogps, knobs: Knobs) -> Tensor:
     """(D - 1 / (2 beta))^2 on sequence sums (Azar et al. 2023, eq. 17, beta as tau).
 
-    One convention: D is the paper's, not divided by lengths. A beta tuned for a length-normalised IPO does not carry over.
+    One convention: D is the paper's, not divided by lengths. A beta tuned for a length-normalised IPO does not carry
+    over.
     """
     target = 1.0 / (2.0 * knobs.beta)
     return (pairs.gap_P - target).square()
 
 
 def exo(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """KL(q || p), q = (S(u), S(-u)), p = (1 - e, e): EXO for pairs (Ji et al. 2024, section 3.2). e > 0, or it is infinite."""
+    """KL(q || p), q = (S(u), S(-u)), p = (1 - e, e): EXO for pairs (Ji et al. 2024, section 3.2). e > 0, or it is
+    infinite.
+    """
     logits_P = knobs.beta * pairs.gap_P
     log_right, log_wrong = math.log1p(-knobs.label_smoothing), math.log(knobs.label_smoothing)
     wins_P = logits_P.sigmoid() * (logsigmoid(logits_P) - log_right)
@@ -144,7 +151,8 @@ def apo_down(pairs: PairLogps, knobs: Knobs) -> Tensor:
 
 
 def sppo_hard(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """(beta * d_chosen - 1/2)^2 + (beta * d_rejected + 1/2)^2: SPPO with win probabilities 1 and 0 (Wu et al. 2024, section 3).
+    """(beta * d_chosen - 1/2)^2 + (beta * d_rejected + 1/2)^2: SPPO with win probabilities 1 and 0 (Wu et al. 2024,
+    section 3).
 
     The paper's (d - eta * (P - 1/2))^2 is eta^2 times this with eta = 1 / beta: same minimiser, gradient of order beta
     instead of eta, so that it neither needs nor depends on gradient clipping. (The paper's eta is 1000: beta 0.001.)
@@ -177,7 +185,9 @@ def cpo(pairs: PairLogps, knobs: Knobs) -> Tensor:
 
 
 def log_odds(mean_logp_P: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean_logp): (P,). Near p = 1 the true slope 1 / (1 - p) is unbounded; see LOG_ODDS_MARGIN."""
+    """log(p / (1 - p)) of p = exp(mean_logp): (P,). Near p = 1 the true slope 1 / (1 - p) is unbounded; see
+    LOG_ODDS_MARGIN.
+    """
     safe_P = mean_logp_P.clamp(max=-LOG_ODDS_MARGIN)
     # log(1 - e^x): log(-expm1(x)) keeps digits near 0, log1p(-e^x) far from it; each branch is finite on all of safe_P.
     near_zero_P = (-torch.expm1(safe_P)).log()
@@ -186,7 +196,9 @@ def log_odds(mean_logp_P: Tensor) -> Tensor:
 
 
 def orpo(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """NLL(chosen) - beta * log S(log-odds chosen - log-odds rejected), no reference (Hong et al. 2024, beta as their lambda)."""
+    """NLL(chosen) - beta * log S(log-odds chosen - log-odds rejected), no reference (Hong et al. 2024, beta as their
+    lambda).
+    """
     return nll(pairs) - knobs.beta * logsigmoid(log_odds(pairs.chosen_mean_P) - log_odds(pairs.rejected_mean_P))
 
 
@@ -249,9 +261,10 @@ def pair_importance_weight(
     """min(cap, exp(mean over the pair's tokens of logp - behaviour_logp)): (P,), exactly 1 on-policy.
 
     A pair was written with probability mu(chosen) * mu(rejected), so its exact weight is the exponential of the SUMMED
-    log-ratio of both rows, whose variance grows exponentially with length: after truncation it is the cap or nothing. The
-    mean per token (the geometric mean ratio, as in GSPO, Zheng et al. 2025) is monotone in the exact weight, keeps
-    its on-policy value, and has a scale that does not depend on length. Biased, low variance; `cap` None is off.
+    log-ratio of both rows, whose variance grows exponentially with length: after truncation it is the cap or
+    nothing. The mean per token (the geometric mean ratio, as in GSPO, Zheng et al. 2025) is monotone in the exact
+    weight, keeps its on-policy value, and has a scale that does not depend on length. Biased, low variance; `cap`
+    None is off.
     """
     check_cap(cap)
     check_pairs(micro)
@@ -324,7 +337,9 @@ class PreferenceLoss:
         return LossOutput(loss=loss, metrics=metrics)
 
     def _rewards(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """Implicit rewards beta * d (reference-free: beta * lp; simpo and orpo: beta * mean lp), their margin and its sign."""
+        """Implicit rewards beta * d (reference-free: beta * lp; simpo and orpo: beta * mean lp), their margin and
+        its sign.
+        """
         if self.loss in ("simpo", "orpo"):
             chosen_P, rejected_P = self.beta * pairs.chosen_mean_P, self.beta * pairs.rejected_mean_P
         else:

@@ -1,8 +1,9 @@
 """The critic's loss: squared error to the returns, kept near the values that the advantages were computed with.
 
-In: values before each response token with gradient, and a MicroBatch whose tokens carry `return` (what credit.gae made) and
-`value` (the critic's own output at the start of the round; needed for clipping). Out: LossOutput, this micro-batch's share,
-a mean over the step's tokens. T response tokens.
+In: values before each response token with gradient, and a MicroBatch whose tokens carry `return` (what credit.gae
+made) and
+`value` (the critic's own output at the start of the round; needed for clipping). Out: LossOutput, this micro-batch's
+share, a mean over the step's tokens. T response tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from rayhf.losses.policy import aggregate, need
 
 
 def value_loss(value_T: Tensor, old_value_T: Tensor, return_T: Tensor, clip: float) -> Tensor:
-    """0.5 * max((v - ret)^2, (clip(v, old - clip, old + clip) - ret)^2) per token: (T,). Schulman et al. 2017 (code)."""
+    """0.5 * max((v - ret)^2, (clip(v, old - clip, old + clip) - ret)^2) per token: (T,). Schulman et al. 2017
+    (code).
+    """
     near_T = old_value_T + (value_T - old_value_T).clamp(-clip, clip)
     return 0.5 * torch.maximum((value_T - return_T).square(), (near_T - return_T).square())
 
