@@ -87,6 +87,8 @@ class PPOConfig(Section):
     """Tokens before the limit over which the length penalty grows (DAPO); 0 is off."""
     overlong_penalty: NonNegativeFloat = 1.0
     """The penalty at the limit."""
+    drop_uniform_groups: bool = False
+    """Leave out prompts whose responses all have one score: they carry no advantage (DAPO's dynamic sampling)."""
     critic_warmup: NonNegativeInt = 0
     """Rounds in which only the critic learns."""
     importance: ImportanceConfig = ImportanceConfig()
