@@ -157,7 +157,9 @@ class RewardModel:
         ids = sorted(set(self._tokenizer.get_vocab().values()) - set(self._tokenizer.all_special_ids))
         short, long = ids[:3], (ids * 16)[: min(16, self._max_length)]
         alone, padded = self._forward([short])[0], self._forward([long, short])[1]
-        if not abs(alone - padded) <= tolerance * max(1.0, abs(alone)):
+        if not (math.isfinite(alone) and math.isfinite(padded)):
+            raise ConfigError(f"reward model {directory}: a score is not finite ({alone:g} alone, {padded:g} padded)")
+        if abs(alone - padded) > tolerance * max(1.0, abs(alone)):
             raise ConfigError(
                 f"reward model {directory}: a score changes with padding ({alone:g} alone, {padded:g} padded); "
                 f"pad_token_id in config.json is {self._own_pad_id}"

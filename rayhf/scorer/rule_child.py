@@ -55,7 +55,10 @@ def _judge(function: Callable[..., Any], completion: str, context: dict[str, Any
         # numpy scalars are Real too; bool is an int, but a rule that returns one has most likely forgotten something
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return "invalid", f"the rule returned {_describe_value(value)}, not a number"
-        score = float(value)
+        try:
+            score = float(value)
+        except OverflowError:
+            return "invalid", "the rule returned a number beyond the range of a float"
     except MemoryError as error:
         return "broken", describe(error)
     except BaseException as error:  # foreign code: whatever it raises, SystemExit included, is an answer, not our end

@@ -1,0 +1,261 @@
+"""Reward models: real tiny classifiers with random weights, and a tokenizer that no policy shares."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
+
+from rayhf.config.schema import RewardModelScorer, RuleScorer
+from rayhf.errors import ConfigError
+from rayhf.experience import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.scorer.build import build_scorer
+from rayhf.scorer.reward_model import RewardModel
+
+PAD, END, UNKNOWN = 256, 257, 258
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ m.role + ': ' + m.content }}<end>{% endfor %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte: ids 0-255, then <pad>, <end>, <unk>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)} | {
+        "<pad>": PAD,
+        "<end>": END,
+        "<unk>": UNKNOWN,
+    }
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+
+
+def make_model(directory: Path, *, family: str = "llama", pad_token_id: int | None = PAD, labels: int = 1) -> Path:
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "num_labels": labels, "pad_token_id": pad_token_id,
+        "bos_token_id": None, "eos_token_id": END, "initializer_range": 0.3,
+    }  # fmt: skip
+    if family == "llama":
+        LlamaForSequenceClassification(LlamaConfig(**common)).save_pretrained(directory)
+    else:
+        Qwen2ForSequenceClassification(Qwen2Config(**common)).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def changed(directory: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the model directory with other values in its config.json."""
+
+    def change(**values: object) -> Path:
+        copy = tmp_path / "copy"
+        shutil.copytree(directory, copy)
+        config = json.loads((copy / "config.json").read_text()) | values
+        (copy / "config.json").write_text(json.dumps(config))
+        return copy
+
+    return change
+
+
+def request(*texts: str, question: str = "Why?", role: str = "user") -> ScoreRequest:
+    # token ids of another vocabulary: a reward model that used them would fail or score nonsense
+    prompt = Prompt(prompt_id=question, messages=({"role": role, "content": question},), token_ids=(99_999,))
+    return ScoreRequest(
+        prompt=prompt,
+        completions=tuple(
+            Completion(
+                prompt_id=question, index=index, seed=index, text=text, token_ids=(88_888,), logprobs=(0.0,),
+                finish_reason="stop", policy_version=0,
+            )
+            for index, text in enumerate(texts)
+        ),
+    )  # fmt: skip
+
+
+REQUESTS = [
+    request("yes", "no, because the sky is blue today", "a", ""),
+    request("x" * 100, "y" * 3, question="Explain at length, please."),
+    request("<end>", "<pad>", "ends in <pad><pad>", "é漢😀\n\x00"),
+]
+
+
+def values(outcomes: list[tuple[Outcome, ...]]) -> list[float]:
+    scored = [outcome for row in outcomes for outcome in row if isinstance(outcome, Scored)]
+    assert len(scored) == sum(map(len, outcomes))
+    return [outcome.value for outcome in scored]
+
+
+def by_hand(directory: Path, requests: list[ScoreRequest]) -> list[float]:
+    """One unpadded row at a time, straight through transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+    scores = []
+    for each in requests:
+        for completion in each.completions:
+            messages = [*map(dict, each.prompt.messages), {"role": "assistant", "content": completion.text}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                scores.append(float(model(input_ids=ids).logits[0, 0]))
+    return scores
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("pad_token_id", [PAD, None, END])
+def test_padding_and_budget_do_not_change_a_score(tmp_path: Path, family: str, pad_token_id: int | None) -> None:
+    """Also for a model without a pad id, and one whose pad id is its end of turn."""
+    directory = make_model(tmp_path / "model", family=family, pad_token_id=pad_token_id)
+    wanted = by_hand(directory, REQUESTS)
+    assert max(wanted) - min(wanted) > 0.1
+    for token_budget in (1, 150, 400, 100_000):
+        engine = RewardModel(directory, token_budget=token_budget)
+        assert values(engine.score(REQUESTS)) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_same_requests_same_bits(directory: Path) -> None:
+    engine = RewardModel(directory, token_budget=400)
+    assert engine.score(REQUESTS) == engine.score(REQUESTS)
+    assert engine.score([]) == []
+
+
+def test_order_of_requests_does_not_matter(directory: Path) -> None:
+    engine = RewardModel(directory, token_budget=400)
+    forwards, backwards = engine.score(REQUESTS), engine.score(REQUESTS[::-1])
+    assert values(forwards) == pytest.approx(values(backwards[::-1]), abs=1e-5)
+
+
+def test_bfloat16_is_close(directory: Path) -> None:
+    wanted = by_hand(directory, REQUESTS)
+    assert values(RewardModel(directory, dtype="bfloat16").score(REQUESTS)) == pytest.approx(wanted, abs=0.5)
+
+
+def test_too_long_is_invalid_never_truncated(directory: Path) -> None:
+    [(long, short)] = RewardModel(directory, max_length=64).score([request("x" * 60, "x")])
+    # "user: Why?" + <end> + "assistant: " + 60 + <end>
+    assert long == Invalid(reason="too long: 83 tokens, the reward model reads 64")
+    assert isinstance(short, Scored)
+    [(over,)] = RewardModel(directory).score([request("x" * 1000)])
+    assert over == Invalid(reason="too long: 1023 tokens, the reward model reads 256")
+
+
+def test_what_cannot_be_encoded_costs_itself_only(directory: Path) -> None:
+    [(lone, good), (tool,)] = RewardModel(directory).score([request("\ud800", "fine"), request("x", role="tool")])
+    assert lone == Invalid(reason="the text cannot be encoded as UTF-8: surrogates not allowed")
+    assert isinstance(good, Scored)
+    assert isinstance(tool, Failed)
+    assert "the chat template refused the messages" in tool.reason
+    assert "no tools" in tool.reason
+
+
+def test_non_finite_logit_is_invalid(directory: Path) -> None:
+    engine = RewardModel(directory)
+    with torch.no_grad():
+        engine._model.score.weight.fill_(float("nan"))
+    [outcomes] = engine.score([request("a", "b")])
+    assert outcomes == (Invalid(reason="the reward model's logit is nan"),) * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"id2label": {"0": "a", "1": "b"}}, "it has 2 outputs"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures is LlamaForCausalLM"),
+        ({"model_type": "no-such-model"}, "no-such-model"),
+    ],
+)
+def test_wrong_config_is_refused(changed: Callable[..., Path], values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        RewardModel(changed(**values))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_head_without_weights_is_refused(directory: Path, tmp_path: Path) -> None:
+    """A language model under a classifier's name would score with a random head."""
+    config = LlamaConfig.from_pretrained(directory)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["LlamaForSequenceClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match=r"no weights for score\.weight"):
+        RewardModel(tmp_path)
+
+
+def test_a_tokenizer_beyond_the_embeddings_is_refused(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "copy")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path / "copy")
+    with pytest.raises(ConfigError, match="ids up to 259, the model embeds 259"):
+        RewardModel(tmp_path / "copy")
+
+
+def test_max_length_beyond_the_model_is_refused(directory: Path) -> None:
+    with pytest.raises(ConfigError, match="max_length is 512, the model reads at most 256"):
+        RewardModel(directory, max_length=512)
+
+
+def test_a_model_that_reads_padding_is_refused(tmp_path: Path) -> None:
+    """XLNet reads the last column, whatever stands there."""
+    torch.manual_seed(0)
+    config = XLNetConfig(vocab_size=259, d_model=32, n_layer=2, n_head=4, d_inner=64, num_labels=1, pad_token_id=PAD)
+    XLNetForSequenceClassification(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="a score changes with padding"):
+        RewardModel(tmp_path)
+
+
+def test_a_model_of_nans_is_refused(directory: Path, tmp_path: Path) -> None:
+    model = LlamaForSequenceClassification.from_pretrained(directory)
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="a score is not finite"):
+        RewardModel(tmp_path)
+
+
+def test_model_and_rule_together(directory: Path) -> None:
+    entries: list[RuleScorer | RewardModelScorer] = [
+        RewardModelScorer(model=Path(directory.name), name="preference", weight=2.0),
+        RuleScorer(function="rayhf.scorer.rules:final_number", weight=-1.0),
+    ]
+    engine = build_scorer(entries, device="cpu", threads=1, base=directory.parent)
+    prompt = Prompt(prompt_id="p", messages=({"role": "user", "content": "2+2?"},), token_ids=(1,), answer="4")
+    judged = ScoreRequest(prompt=prompt, completions=request("it is 4", "x" * 1000).completions)
+    [(right, long)] = engine.score([judged])
+    engine.close()
+    assert isinstance(right, Scored)
+    assert right.parts["final_number"] == 1.0
+    assert right.value == pytest.approx(2.0 * right.parts["preference"] - 1.0)
+    assert isinstance(long, Invalid)
+    assert long.reason.startswith("preference: too long")

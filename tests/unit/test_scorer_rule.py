@@ -1,0 +1,291 @@
+"""Rule functions in a real child process: whatever one completion does to it, the others are scored."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rayhf.errors import ConfigError
+from rayhf.experience import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.scorer.rule import Rule, check_function
+
+RULES = """
+import os, re, signal, sys, time
+
+def misbehave(completion, *, prompt, answer, finish_reason):
+    if completion == "raise": raise ValueError("not\\nthis")
+    if completion == "sleep": time.sleep(60)
+    if completion == "regex": re.match(r"(a+)+$", "a" * 60 + "b")
+    if completion == "nan": return float("nan")
+    if completion == "infinity": return -float("inf")
+    if completion == "overflow": return 10 ** 400
+    if completion == "none": return None
+    if completion == "text": return "1.0"
+    if completion == "bool": return True
+    if completion == "list": return [1.0]
+    if completion == "exit": os._exit(3)
+    if completion == "sys.exit": sys.exit(2)
+    if completion == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
+    if completion == "memory": return len(bytearray(8 << 30))
+    if completion == "recursion": return misbehave(completion, prompt="", answer="", finish_reason="")
+    if completion == "print": print('\\n[0, "scored", 9.0]\\n\\ud800', flush=True); os.write(1, b'[1, "scored", 9]\\n')
+    if completion == "stdin": return len(sys.stdin.read())
+    if completion == "close": os.closerange(3, 64)
+    if completion == "worse": raise Unprintable()
+    return 0.5
+
+class Unprintable(Exception):
+    def __str__(self): raise RuntimeError("no")
+
+def context(completion, *, prompt, answer, finish_reason, messages):
+    assert (prompt, answer, finish_reason) == ("second", "4", "length"), (prompt, answer, finish_reason)
+    return len(messages)
+
+def everything(completion, **context):
+    return len(context)
+
+def digest(completion, *, prompt, answer, finish_reason):
+    import zlib
+    return zlib.crc32(completion.encode("utf-8", "surrogatepass"))
+
+def old_style(completion, gold): return 1.0
+
+async def later(completion, *, prompt, answer, finish_reason): return 1.0
+
+constant = 3
+"""
+
+
+def request(*texts: str, messages: tuple[dict[str, str], ...] = ({"role": "user", "content": "2+2?"},)) -> ScoreRequest:
+    prompt = Prompt(prompt_id="p", messages=messages, token_ids=(1,), answer="4")
+    return ScoreRequest(
+        prompt=prompt,
+        completions=tuple(
+            Completion(
+                prompt_id="p", index=index, seed=index, text=text, token_ids=(1,), logprobs=(0.0,),
+                finish_reason="length", policy_version=0,
+            )
+            for index, text in enumerate(texts)
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("campaign")
+    (directory / "my_rules.py").write_text(RULES)
+    (directory / "broken.py").write_text("import not_installed_anywhere\n")
+    (directory / "syntax.py").write_text("def f(:\n")
+    (directory / "leaves.py").write_text("raise SystemExit(0)\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def misbehave(base: Path) -> Iterator[Rule]:
+    rule = Rule("my_rules:misbehave", base=base, timeout_s=0.4)
+    yield rule
+    rule.close()
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind", "reason"),
+    [
+        ("raise", Failed, "ValueError: not this (my_rules.py:5)"),
+        ("sleep", Failed, "no answer within 0.4 s"),
+        ("regex", Failed, "no answer within 0.4 s"),
+        ("nan", Invalid, "the rule returned nan"),
+        ("infinity", Invalid, "the rule returned -inf"),
+        ("overflow", Invalid, "the rule returned a number beyond the range of a float"),
+        ("none", Invalid, "the rule returned None, not a number"),
+        ("text", Invalid, "the rule returned a str, not a number"),
+        ("bool", Invalid, "the rule returned a bool, not a number"),
+        ("list", Invalid, "the rule returned a list, not a number"),
+        ("exit", Failed, "the rule's process died: exit code 3"),
+        ("sys.exit", Failed, "SystemExit: 2"),
+        ("segfault", Failed, "the rule's process died: signal SIGSEGV"),
+        ("memory", Failed, "MemoryError"),
+        ("recursion", Failed, "RecursionError"),
+        ("close", Failed, "the rule's process died"),
+        ("worse", Failed, "my_rules.Unprintable: <exception str() failed>"),
+    ],
+)
+def test_one_bad_completion_costs_itself_only(misbehave: Rule, bad: str, kind: type[Outcome], reason: str) -> None:
+    good = Scored(value=0.5)
+    (before, outcome, after), (last,) = misbehave.score([request("a", bad, "b"), request("c")])
+    assert (before, after, last) == (good, good, good)
+    assert isinstance(outcome, kind)
+    assert not isinstance(outcome, Scored)
+    assert outcome.reason.startswith(reason)
+
+
+def test_bad_ones_in_a_row_and_at_the_end(misbehave: Rule) -> None:
+    [outcomes] = misbehave.score([request("exit", "exit", "a", "segfault", "raise", "exit")])
+    assert [type(outcome) for outcome in outcomes] == [Failed, Failed, Scored, Failed, Failed, Failed]
+    assert misbehave.score([request("a")]) == [(Scored(value=0.5),)]
+
+
+def test_prints_do_not_reach_the_protocol(misbehave: Rule) -> None:
+    assert misbehave.score([request(*["print"] * 200)]) == [(Scored(value=0.5),) * 200]
+
+
+def test_stdin_is_empty(misbehave: Rule) -> None:
+    assert misbehave.score([request("stdin")]) == [(Scored(value=0.0),)]
+
+
+def test_nothing_to_score(misbehave: Rule) -> None:
+    assert misbehave.score([]) == []
+    assert misbehave.score([request(), request("a")]) == [(), (Scored(value=0.5),)]
+
+
+def test_context_of_the_completion(base: Path) -> None:
+    turns = ("user", "first"), ("assistant", "x"), ("user", "second"), ("assistant", "y")
+    messages = tuple({"role": role, "content": content} for role, content in turns)
+    for function, value in (("context", 4.0), ("everything", 4.0)):
+        rule = Rule(f"my_rules:{function}", base=base)
+        assert rule.score([request("text", messages=messages)]) == [(Scored(value=value),)]
+        rule.close()
+
+
+def test_hostile_text_arrives_unharmed(base: Path) -> None:
+    import zlib
+
+    texts = [
+        "", "\n", "line\r\nline\n\n", "\x00", "\x1b[2J\x1b]0;title\x07", "\ud800", "\ud83d\ude00 as two halves",
+        "\u2028\x85",        '"]}\n[0, "scored", 1]', "😀é漢", "x" * 3_000_000, "\\u0000", "\udcff" * 1000,
+    ]  # fmt: skip
+    rule = Rule("my_rules:digest", base=base)
+    [outcomes] = rule.score([request(*texts)])
+    rule.close()
+    wanted = [float(zlib.crc32(text.encode("utf-8", "surrogatepass"))) for text in texts]
+    assert [outcome.value for outcome in outcomes if isinstance(outcome, Scored)] == wanted
+
+
+def test_thousands_of_scores_per_second(base: Path) -> None:
+    rule = Rule("my_rules:digest", base=base)
+    requests = [request(*["some words of an answer"] * 4) for _ in range(1250)]
+    start = time.monotonic()
+    rule.score(requests)
+    elapsed_s = time.monotonic() - start
+    rule.close()
+    assert 5000 / elapsed_s > 5000
+
+
+def test_a_child_that_died_between_two_batches_costs_nothing(base: Path) -> None:
+    rule = Rule("my_rules:everything", base=base)
+    assert rule._child is not None
+    os.kill(rule._child._process.pid, signal.SIGKILL)
+    rule._child._process.wait()
+    assert rule.score([request("a")]) == [(Scored(value=4.0),)]
+    rule.close()
+
+
+def test_a_fresh_child_never_runs_an_edited_rule(tmp_path: Path) -> None:
+    file = tmp_path / "edited.py"
+    file.write_text("def score(completion, **context): return 1 if completion != 'x' else __import__('os')._exit(1)\n")
+    rule = Rule("edited:score", base=tmp_path)
+    file.write_text("def score(completion, **context): return 2\n")
+    [(first, _, third)] = rule.score([request("a", "x", "b")])
+    rule.close()
+    assert first == Scored(value=1.0)
+    assert isinstance(third, Failed)
+    assert "edited:score changed since the scorer started" in third.reason
+
+
+def test_the_child_dies_with_its_parent(base: Path) -> None:
+    """Even when the parent is killed while a regular expression holds the child's GIL."""
+    script = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from rayhf.scorer.rule import Rule
+        from test_scorer_rule import request
+        rule = Rule("my_rules:misbehave", base=Path(sys.argv[1]), timeout_s=60)
+        print(rule._child._process.pid, flush=True)
+        rule.score([request("regex")])
+    """)
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(base)], cwd=root, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": f"{root}:{Path(__file__).parent}"},
+    )  # fmt: skip
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    time.sleep(0.3)
+    assert _running(child)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 5
+    while _running(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _running(child)
+
+
+def test_close_ends_what_the_rule_started(tmp_path: Path) -> None:
+    (tmp_path / "starts.py").write_text(
+        "import subprocess\ndef score(completion, **context): return subprocess.Popen(['sleep', '60']).pid\n"
+    )
+    rule = Rule("starts:score", base=tmp_path)
+    [(outcome,)] = rule.score([request("a")])
+    assert isinstance(outcome, Scored)
+    assert _running(int(outcome.value))
+    rule.close()
+    time.sleep(0.1)
+    assert not _running(int(outcome.value))
+
+
+def _running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("my_rules:misbehav", "module my_rules has no function misbehav; did you mean misbehave?"),
+        ("my_rule:misbehave", "did you mean my_rules?"),
+        ("my_rules.misbehave", "is not of the form module:function; did you mean my_rules:misbehave?"),
+        ("my_rules:", "is not of the form module:function"),
+        ("my_rules:old_style", "missing a required argument: 'gold'|too many|unexpected keyword"),
+        ("my_rules:later", "coroutine"),
+        ("my_rules:constant", "it is a int, not a function"),
+        ("broken:f", "importing broken failed: ModuleNotFoundError: No module named 'not_installed_anywhere'"),
+        ("syntax:f", "importing syntax failed: .*SyntaxError"),
+        ("leaves:f", "importing leaves failed: SystemExit"),
+    ],
+)
+def test_a_wrong_function_is_refused_at_the_start(base: Path, function: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        check_function(function, base=base)
+    assert function in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_good_function_passes_the_check(base: Path) -> None:
+    check_function("my_rules:context", base=base)
+    check_function("rayhf.scorer.rules:final_number", base=base)
+
+
+def test_base_must_be_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a directory"):
+        check_function("my_rules:misbehave", base=tmp_path / "absent")
+
+
+def test_no_descriptor_is_left_behind(base: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for function in ("my_rules:context", "my_rules:absent"):
+        for _ in range(3):
+            try:
+                check_function(function, base=base)
+            except ConfigError:
+                continue
+    assert len(os.listdir("/proc/self/fd")) == before
