@@ -1,0 +1,65 @@
+"""The recipe of the arithmetic task: prompts, a policy that learned the steps and then learned to slip, its accuracy.
+
+In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and what was measured.
+Two phases of supervised training: clean demonstrations first, because noise makes the facts slow to learn, and then
+demonstrations with slips, which set how often the policy errs when sampled. Greedy decoding stays far better than sampling.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+from rayhf.tiny import arithmetic
+from rayhf.tiny.language_model import MAX_LENGTH, ModelSize, Phase, new_model, sample, train
+from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
+
+HELDOUT, TRAIN, DEMONSTRATED = 500, 4000, 8000
+"""Questions. Demonstrations cover the training prompts and as many again, never a held-out one."""
+SIZE = ModelSize(hidden=96, layers=3, intermediate=256)
+CLEAN = Phase(steps=900, batch=32, lr=2.5e-3, lr_end=8e-4)
+SLIPPING = Phase(steps=150, batch=32, lr=1e-3, lr_end=1e-4)
+MAX_TOKENS = 48
+
+
+def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> tuple[dict[str, int], dict[str, float]]:
+    """Returns (sizes, measured)."""
+    progress("prompts", 0.0)
+    stream = arithmetic.chains(seed)
+    heldout = list(islice(stream, HELDOUT))
+    shown = list(islice(stream, DEMONSTRATED))
+    write_rows(directory / "heldout.jsonl", [{"prompt": chain.prompt, "answer": chain.answer} for chain in heldout])
+    write_rows(directory / "train.jsonl", [{"prompt": chain.prompt, "answer": chain.answer} for chain in shown[:TRAIN]])
+    clean = arithmetic.demonstrations(shown, seed, count=len(shown), rate=0.0)
+    slipping = arithmetic.demonstrations(shown, seed, count=2 * len(shown))
+    texts = [f"{prompt}\n{response}" for prompt, response in slipping[:4000]]
+    tokenizer = train_tokenizer(texts, POLICY_FORMAT, max_vocab=400, max_length=MAX_LENGTH)
+    progress("prompts", 1.0)
+
+    model = new_model(SIZE, tokenizer, seed)
+    train(model, tokenizer, clean, CLEAN, seed=seed, progress=lambda done: progress("learn the steps", done))
+    loss = train(model, tokenizer, slipping, SLIPPING, seed=seed + 1, progress=lambda done: progress("learn to slip", done))
+    model.save_pretrained(directory / "policy")
+    tokenizer.save_pretrained(directory / "policy")
+
+    measured = {"sft_loss": loss}
+    for share, (name, temperature) in enumerate({"sampled": 1.0, "greedy": 0.0}.items()):
+        progress("measure", share / 2)
+        texts_and_reasons = sample(
+            model, tokenizer, [chain.prompt for chain in heldout], max_tokens=MAX_TOKENS, temperature=temperature, seed=seed
+        )
+        scores = [
+            arithmetic.correct(text, prompt=chain.prompt, answer=chain.answer, finish_reason=reason)
+            for chain, (text, reason) in zip(heldout, texts_and_reasons, strict=True)
+        ]
+        measured[f"accuracy_{name}"] = sum(scores) / len(scores)
+    progress("measure", 1.0)
+    sizes = {"policy_parameters": model.num_parameters(), "vocabulary": len(tokenizer), "train": TRAIN, "heldout": HELDOUT}
+    return sizes, measured
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """JSON Lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
