@@ -11,7 +11,8 @@ RayhfError                      1   anything below, for `except` at the command 
 ├── StorageError                8   the run directory cannot be written
 ├── ScorerError                 9   too many completions could not be scored
 ├── ActorLostError             10   an actor's process died
-└── DeadlineError              11   a wait passed its limit; says which phase waited for whom and how long
+├── DeadlineError              11   a wait passed its limit; says which phase waited for whom and how long
+└── InterruptedRunError        75   told to stop (SIGTERM, Ctrl-C); the same command continues
 """
 
 from __future__ import annotations
@@ -69,3 +70,7 @@ class ActorLostError(RayhfError):
 
 class DeadlineError(RayhfError):
     exit_code = 11
+
+
+class InterruptedRunError(RayhfError):
+    exit_code = 75

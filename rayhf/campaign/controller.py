@@ -160,16 +160,16 @@ class Controller:
         if not examples:
             metrics["learner/steps"] = 0
             return False
-        examples, credit_metrics = self.algorithm.credit(await self._annotate(iteration, examples))
+        credited, credit_metrics = self.algorithm.credit(await self._annotate(iteration, examples))
         metrics |= credit_metrics
         trains_policy = self.algorithm.trains_policy(iteration)
-        batches = list(self._batches(iteration, groups, examples))
+        batches = list(self._batches(iteration, groups, credited))
         steps: list[dict[str, float]] = []
         async with self._timed("learner"):
             for number, batch in enumerate(batches):
                 self.observer.phase(iteration, "learn", number, len(batches))
                 steps.append(await self._step(batch, trains_policy))
-        metrics |= {name: float(np.mean([s[name] for s in steps if name in s])) for name in {k for s in steps for k in s}}
+        metrics |= _over_steps(steps)
         metrics["learner/steps"] = len(steps)
         return trains_policy
 
@@ -383,6 +383,13 @@ def _exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, flo
     if len(parts) > 1:
         metrics |= {f"scorer/{name}/reward_mean": float(np.mean(values)) for name, values in parts.items()}
     return metrics
+
+
+def _over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over a round's optimiser steps; maxima of names that end in _max."""
+    names = sorted({name for step in steps for name in step})
+    values = {name: [step[name] for step in steps if name in step] for name in names}
+    return {name: float(max(v) if name.endswith("_max") else np.mean(v)) for name, v in values.items()}
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

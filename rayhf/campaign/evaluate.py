@@ -1,4 +1,4 @@
-"""Held-out evaluation: every prompt answered once at temperature 1 and once greedily, judged, and measured against the reference."""
+"""Held-out evaluation: every prompt answered once at temperature 1 and once greedily, judged, with its KL to the reference."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ async def _answer(pending: list[Pending], ask: Callable[[list[Any]], Awaitable[l
     """Ask once for all, and give each asker its answer, or all of them the error."""
     try:
         answers = await ask([request for request, _ in pending])
-    except Exception as error:  # passed on to whoever waits, not swallowed
+    except Exception as error:  # noqa: BLE001  passed on to whoever waits, not swallowed
         for _, future in pending:
             if not future.done():
                 future.set_exception(error)

@@ -138,6 +138,8 @@ class ScorerConfig(Section):
 
 
 class ReferenceConfig(Section):
+    model: Path | None = None
+    """Where the initial reference is not the policy's own model. Same tokenizer."""
     token_budget: PositiveInt = 16384
     """Padded tokens per forward pass."""
     threads: PositiveInt | None = None
@@ -147,6 +149,8 @@ class LearnerConfig(Section):
     lr: PositiveFloat = 1e-6
     critic_lr: PositiveFloat = 9e-6
     """Default from OpenRLHF's PPO."""
+    critic_model: Path | None = None
+    """What the critic starts from, with a fresh value head. Default: the policy. Same tokenizer."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Fraction = 0.0
     """Share of all optimiser steps."""

@@ -1,0 +1,121 @@
+"""The learner role: one DeepSpeed engine per rank in actors, and the group that deals out a batch.
+
+The group plans every rank's micro-batches in one place, so that all ranks take the same number of steps through the model
+(their collectives meet in each), and all ranks are called together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from rayhf.rollout.weights import snapshot_checksum
+
+from actors.remote import wait, wait_all
+from rayhf.config.schema import LearnerConfig
+from rayhf.experience import Batch, Example, FloatArray, Row, WeightBucket, WeightSnapshot
+from rayhf.learner.packing import plan
+from rayhf.losses.base import Loss, Totals
+
+
+class LearnerActor:
+    """A shell around one rank's LearnerEngine."""
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 can be met: its node's address and a free port."""
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def build(self, model: Path, config: LearnerConfig, **settings: Any) -> None:
+        from rayhf.learner.engine import LearnerEngine
+
+        self.engine = LearnerEngine(model, config, **settings)
+
+    def step(self, micros: list[list[Example]], totals: Totals, loss: Loss, temperature: float) -> dict[str, float]:
+        return self.engine.step(micros, totals, loss, temperature)
+
+    def outputs(self, rows: list[Row], temperature: float) -> list[FloatArray]:
+        return self.engine.outputs(rows, temperature)
+
+    def publish(self, version: int, dtype: str, bucket_bytes: int) -> tuple[list[WeightBucket], Any]:
+        buckets, probe = self.engine.publish(version, dtype, bucket_bytes)
+        return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in buckets], probe
+
+    def save(self, directory: Path) -> None:
+        self.engine.save(directory)
+
+    def load(self, directory: Path) -> None:
+        self.engine.load(directory)
+
+    def export(self, directory: Path) -> None:
+        self.engine.export(directory)
+
+
+class LearnerGroup:
+    """Learner over one or more data-parallel ranks."""
+
+    def __init__(self, actors: Sequence[Any], config: LearnerConfig, *, name: str, sync_dtype: str, timeout_s: float) -> None:
+        """`sync_dtype`: the engines' dtype, in which weights travel."""
+        self._actors, self._config, self._timeout_s, self._sync_dtype = actors, config, timeout_s, sync_dtype
+        self._names = [f"{name} rank {i}" for i in range(len(actors))]
+
+    async def build(self, model: Path, **settings: Any) -> None:
+        """Start every rank's engine; they meet at rank 0."""
+        master = await wait(self._actors[0].address.remote(), who=self._names[0], phase="start", timeout_s=self._timeout_s)
+        world = len(self._actors)
+        calls = [
+            actor.build.remote(model, self._config, rank=rank, world=world, master=master, **settings)
+            for rank, actor in enumerate(self._actors)
+        ]
+        await self._all("start", calls)
+
+    async def _all(self, phase: str, calls: list[ray.ObjectRef]) -> list[Any]:
+        return await wait_all(calls, who=self._names, phase=phase, timeout_s=self._timeout_s)
+
+    async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:
+        lengths = [[len(row) for row in example.rows] for example in batch.examples]
+        hands = plan(lengths, ranks=len(self._actors), budget=self._config.token_budget)
+        rows = [row for example in batch.examples for row in example.rows]
+        totals = Totals(
+            tokens=float(sum(len(row.response_ids) for row in rows)), rows=float(len(rows)), examples=float(len(batch.examples))
+        )
+        calls = [
+            actor.step.remote([[batch.examples[i] for i in micro] for micro in micros], totals, loss, batch.temperature)
+            for actor, micros in zip(self._actors, hands, strict=True)
+        ]
+        metrics: dict[str, float] = (await self._all("learn", calls))[0]
+        return metrics
+
+    async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+        world = len(self._actors)
+        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+        hands = [order[rank::world] for rank in range(world)]  # like lengths on every rank
+        calls = [a.outputs.remote([rows[i] for i in h], temperature) for a, h in zip(self._actors, hands, strict=True)]
+        results: dict[int, FloatArray] = {}
+        for hand, answer in zip(hands, await self._all("log-probs", calls), strict=True):
+            results |= dict(zip(hand, answer, strict=True))
+        return [results[i] for i in range(len(rows))]
+
+    async def publish(self, version: int) -> WeightSnapshot:
+        bytes_ = self._config.bucket_mib << 20
+        calls = [actor.publish.remote(version, self._sync_dtype, bytes_) for actor in self._actors]
+        buckets, probe = (await self._all("sync", calls))[0]
+        return WeightSnapshot(version=version, buckets=tuple(buckets), checksum=snapshot_checksum(buckets), probe=probe)
+
+    async def save(self, directory: Path) -> None:
+        await self._all("checkpoint", [actor.save.remote(directory) for actor in self._actors])
+
+    async def load(self, directory: Path) -> None:
+        await self._all("restore", [actor.load.remote(directory) for actor in self._actors])
+
+    async def export(self, directory: Path) -> None:
+        await self._all("export", [actor.export.remote(directory) for actor in self._actors])
+
+
+RemoteLearner = ray.remote(LearnerActor)

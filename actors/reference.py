@@ -1,0 +1,64 @@
+"""The reference role: frozen log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.remote import wait
+from rayhf.config.schema import ReferenceConfig
+from rayhf.experience import FloatArray, Row, WeightSnapshot
+
+
+class ReferenceActor:
+    """A shell around one ReferenceEngine."""
+
+    def build(self, model: Path, config: ReferenceConfig, *, dtype: str, device: str) -> None:
+        from rayhf.reference.engine import ReferenceEngine
+
+        self.engine = ReferenceEngine(model, config, dtype=dtype, device=device)
+
+    def logprobs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
+        return self.engine.logprobs(rows, temperature=temperature)
+
+    def update(self, snapshot: WeightSnapshot, mix: float, *payloads: np.ndarray) -> None:
+        self.engine.update(snapshot, list(payloads), mix=mix)
+
+    def save(self, directory: Path) -> None:
+        self.engine.save(directory)
+
+    def load(self, directory: Path) -> None:
+        self.engine.load(directory)
+
+
+class RemoteReference:
+    """Reference over one actor."""
+
+    def __init__(self, actor: Any, *, timeout_s: float) -> None:
+        self._actor, self._timeout_s = actor, timeout_s
+
+    async def _call(self, phase: str, call: ray.ObjectRef) -> Any:
+        return await wait(call, who="reference", phase=phase, timeout_s=self._timeout_s)
+
+    async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+        answer: list[FloatArray] = await self._call("reference", self._actor.logprobs.remote(list(rows), temperature))
+        return answer
+
+    async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:
+        payloads = [bucket.payload for bucket in snapshot.buckets]
+        light = replace(snapshot, buckets=tuple(replace(bucket, payload=None) for bucket in snapshot.buckets))
+        await self._call("reference update", self._actor.update.remote(light, mix, *payloads))
+
+    async def save(self, directory: Path) -> None:
+        await self._call("checkpoint", self._actor.save.remote(directory))
+
+    async def load(self, directory: Path) -> None:
+        await self._call("restore", self._actor.load.remote(directory))
+
+
+RemoteReferenceActor = ray.remote(ReferenceActor)

@@ -1,0 +1,61 @@
+"""The one seam between Ray's world and ours: calls with a deadline, and Ray's errors translated to ours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from rayhf.errors import ActorLostError, DeadlineError, RayhfError
+
+
+async def wait(reference: ray.ObjectRef, *, who: str, phase: str, timeout_s: float) -> Any:
+    """The result of a remote call.
+
+    Raises DeadlineError after `timeout_s` seconds, ActorLostError where the actor's process died, and whatever rayhf error
+    the actor raised. Any other exception of an actor is a bug and comes through as it is.
+    """
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
+    except TimeoutError:
+        raise DeadlineError(f"{phase}: no answer from {who} within {timeout_s:g} s") from None
+    except RayActorError as error:
+        raise ActorLostError(f"{phase}: {who} died ({_first_line(error)})") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, RayhfError):
+            raise error.cause from None
+        raise
+
+
+async def wait_all(references: Sequence[ray.ObjectRef], *, who: Sequence[str], phase: str, timeout_s: float) -> list[Any]:
+    """Results of calls that belong together (the ranks of a group).
+
+    When one fails, the others usually fail in its wake: the error raised is a lost actor or one of our own types rather than a
+    broken connection, whichever rank it came from.
+    """
+    results = await asyncio.gather(
+        *(wait(r, who=w, phase=phase, timeout_s=timeout_s) for r, w in zip(references, who, strict=True)),
+        return_exceptions=True,
+    )
+    errors = [r for r in results if isinstance(r, BaseException)]
+    if errors:
+        raise min(errors, key=_how_telling)
+    return list(results)
+
+
+def _how_telling(error: BaseException) -> int:
+    if isinstance(error, ActorLostError):
+        return 0
+    if isinstance(error, RayhfError) and not isinstance(error, DeadlineError):
+        return 1
+    return 2
+
+
+def _first_line(error: BaseException) -> str:
+    """What Ray says of a death, in one line: the cause is in the last lines, not in the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if any(word in line for word in ("exit", "killed", "died", "Error", "unavailable"))]
+    return (telling or lines or [type(error).__name__])[0][:300]

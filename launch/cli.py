@@ -1,0 +1,115 @@
+"""The command line. Exit 0 only when the work was done; 2 for refused input, with one line; other codes in rayhf.errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rayhf import __version__
+from rayhf.errors import ConfigError, RayhfError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+console = Console()
+
+Config = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example learner.lr=1e-6")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"rayhf {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if debug:
+        os.environ["RAYHF_DEBUG"] = "1"
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None) -> None:
+    """Start a campaign, or continue the one in its run directory."""
+    from launch.campaign import run_campaign
+    from rayhf.config.load import load_config
+
+    run_campaign(load_config(config, overrides or ()), console)
+
+
+@app.command()
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    hardware: Annotated[
+        bool, typer.Option(help="Also check what only the machine itself has: models, prompts, scorers, GPUs.")
+    ] = True,
+) -> None:
+    """Refuse a bad run before anything starts, and print the plan."""
+    from launch.check import check_config
+    from rayhf.config.load import load_config
+
+    check_config(load_config(config, overrides or ()), console, hardware=hardware)
+
+
+@app.command()
+def tiny(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to build; kept and reused.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Build the tiny world: a tokenizer, small policies and two tasks, in minutes on two cores."""
+    from launch.tiny import build_with_progress, tiny_table
+
+    built = build_with_progress(directory, tasks=("arithmetic", "words"), seed=seed, console=console)
+    console.print(tiny_table(built))
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put the Hugging Face model; must not exist.")],
+) -> None:
+    """Copy a campaign's latest policy: a Hugging Face model directory (safetensors, tokenizer)."""
+    policy = run_dir / "policy"
+    if not (policy / "config.json").is_file():
+        raise ConfigError(f"{run_dir} has no exported policy yet; expected {policy} (written with every checkpoint)")
+    if directory.exists():
+        raise ConfigError(f"{directory} exists; expected a new directory")
+    try:
+        shutil.copytree(policy, directory)
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be written ({error.strerror or error})") from None
+    table = Table("file", "bytes")
+    for file in sorted(directory.iterdir()):
+        table.add_row(file.name, f"{file.stat().st_size:,}")
+    console.print(table)
+
+
+def main() -> None:
+    """Run a command; turn errors into one line and an exit code."""
+    try:
+        app()
+    except RayhfError as error:
+        if os.environ.get("RAYHF_DEBUG"):
+            raise
+        print(f"rayhf: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get("RAYHF_DEBUG"):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0][:500]
+        print(f"rayhf: unexpected {type(error).__name__}: {first} (rayhf --debug ... shows the traceback)", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Ray, started here or joined."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rayhf.errors import PlacementError
+
+
+@contextmanager
+def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
+    """A Ray connection for the time of the block.
+
+    "local" starts a cluster of its own, with a fresh token that lives in this process's environment only (Ray would write one
+    to the home directory, readable by all). Anything else joins a running cluster. Raises PlacementError where there is none.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address == "local":
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    try:
+        if address == "local":
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise PlacementError(f"cluster.address {address}: no Ray cluster answers there ({error})") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,45 @@
+"""`rayhf tiny`: builds the tiny world with a progress bar, and shows what was built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rayhf.tiny import TaskInfo
+
+
+def build_with_progress(directory: Path, *, tasks: Sequence[str], seed: int, console: Console) -> dict[str, TaskInfo]:
+    """Build what is missing; quick when nothing is."""
+    from rayhf.tiny import build
+
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        line = progress.add_task("tiny world", total=1.0)
+        seen: set[str] = set()
+
+        def show(stage: str, fraction: float) -> None:
+            progress.update(line, description=f"tiny world: {stage}", completed=fraction)
+            if stage not in seen and not console.is_terminal:
+                console.print(f"tiny world: {stage}", markup=False)
+            seen.add(stage)
+
+        return build(directory, tasks=tasks, seed=seed, progress=show)
+
+
+def tiny_table(built: dict[str, TaskInfo]) -> Table:
+    """Sizes and measured figures of what is there."""
+    table = Table("task", "what", "value", title="tiny world")
+    for task, info in built.items():
+        rows = [(name, f"{size:,}") for name, size in info.sizes.items()]
+        rows += [(name, f"{value:.3f}") for name, value in info.measured.items()]
+        rows.append(("build", "cached" if info.cached else f"{info.seconds:.0f} s"))
+        for what, value in rows:
+            table.add_row(task, what.replace("_", " "), value)
+        table.add_section()
+    return table

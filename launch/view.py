@@ -1,0 +1,107 @@
+"""What a person sees of a campaign: a live line in a terminal, plain lines elsewhere, a before/after table at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+PHASES = ("rollout", "scorer", "reference", "learner", "sync", "evaluate")
+
+
+class LiveView:
+    """An Observer on a rich console."""
+
+    def __init__(self, console: Console, *, iterations: int, task: str) -> None:
+        self._console, self._iterations, self._task = console, iterations, task
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("round {task.fields[round]}/{task.fields[rounds]}"),
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._line: TaskID | None = None
+
+    def __enter__(self) -> LiveView:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
+        fields = {"round": iteration, "rounds": self._iterations}
+        if self._line is None:
+            self._line = self._progress.add_task(name, total=total or None, **fields)
+        self._progress.update(self._line, description=name, completed=done, total=total or None, **fields)
+
+    def metrics(self, metrics: Mapping[str, float]) -> None:
+        self._console.print(round_line(metrics, self._iterations, self._task), markup=False, highlight=False, soft_wrap=True)
+
+
+def round_line(metrics: Mapping[str, float], iterations: int, task: str) -> str:
+    """One round in one line."""
+    parts = [f"round {int(metrics['iteration']):>{len(str(iterations))}}/{iterations}"]
+    for label, name, form in (
+        ("reward", "scorer/reward_mean", ".3f"),
+        ("length", "rollout/length_mean", ".1f"),
+        ("loss", "learner/loss", ".4f"),
+        ("kl", "reference/kl", ".3f"),
+        ("s", "time/iteration_s", ".1f"),
+    ):
+        if name in metrics:
+            parts.append(f"{label} {metrics[name]:{form}}")
+    evaluated = {name: metrics[f"eval/{task}/{name}"] for name in ("sampled", "greedy") if f"eval/{task}/{name}" in metrics}
+    if evaluated:
+        parts.append("| held-out " + " ".join(f"{name} {value:.3f}" for name, value in evaluated.items()))
+    return "  ".join(parts)
+
+
+def summary(run: Path, task: str) -> Table:
+    """Before and after, and where the time went, from metrics.jsonl alone."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
+    rounds = [line for line in lines if line["iteration"] > 0]
+    table = Table(title=f"{run.name}: before and after {len(rounds)} rounds")
+    for column, justify in (("", "left"), ("before", "right"), ("after", "right")):
+        table.add_column(column, justify="left" if justify == "left" else "right")
+    for label, name in (
+        ("held-out, temperature 1", "sampled"),
+        ("held-out, greedy", "greedy"),
+        ("held-out, training reward", "reward"),
+        ("KL to the reference, nats per response", "reference_kl"),
+        ("length, tokens", "length"),
+        ("truncated", "truncated"),
+    ):
+        if evaluated:
+            _row(table, label, *(line.get(f"eval/{task}/{name}") for line in (evaluated[0], evaluated[-1])))
+    if rounds:
+        _row(table, "training reward per round", rounds[0].get("scorer/reward_mean"), _mean(rounds[-5:], "scorer/reward_mean"))
+        table.add_section()
+        for phase in PHASES:
+            total = sum(line.get(f"time/{phase}_s", 0.0) for line in rounds)
+            if total:
+                table.add_row(f"{phase}, seconds in all", "", f"{total:.1f}")
+        table.add_row("rounds, seconds in all", "", f"{sum(line['time/iteration_s'] for line in rounds):.1f}")
+    return table
+
+
+def _row(table: Table, label: str, *values: float | None) -> None:
+    if any(value is not None for value in values):
+        table.add_row(label, *("" if value is None else f"{value:.3f}" for value in values))
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [float(line[name]) for line in lines if name in line]
+    return sum(values) / len(values) if values else None

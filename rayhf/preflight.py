@@ -1,0 +1,158 @@
+"""Refuse a bad run before anything starts, and derive everything the config leaves open.
+
+In: a valid config. Out: `Prepared`, what the composition root needs. Reads files, starts no engine and no cluster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayhf.algorithms import build_algorithm
+from rayhf.algorithms.base import Algorithm
+from rayhf.config.algorithms import PPOConfig
+from rayhf.config.schema import CampaignConfig
+from rayhf.errors import ConfigError
+from rayhf.modeldir import load_tokenizer, model_length, read_model_config, tokenizer_fingerprint
+from rayhf.prompts import PromptSet, load_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derived:
+    """What follows from the config alone; the plan that `rayhf check` prints."""
+
+    samples_per_round: int
+    steps_per_round: int
+    total_steps: int
+    """Optimiser steps of the whole campaign: the length of the learning-rate schedule."""
+
+    def table(self, config: CampaignConfig) -> list[tuple[str, str]]:
+        return [
+            ("prompts per round", f"{config.prompts.batch}"),
+            ("responses per round", f"{self.samples_per_round}"),
+            ("tokens per round", f"at most {self.samples_per_round * config.rollout.max_tokens:,}"),
+            ("optimiser steps per round", f"{self.steps_per_round}"),
+            ("rounds", f"{config.run.iterations}"),
+            ("optimiser steps", f"{self.total_steps}"),
+            ("staleness", f"{config.run.max_staleness} round(s)" + (" (on-policy)" if config.run.max_staleness == 0 else "")),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run that may start."""
+
+    config: CampaignConfig
+    algorithm: Algorithm
+    derived: Derived
+    prompts: PromptSet
+    heldout: PromptSet | None
+    max_length: int
+    """Prompt plus response, in tokens."""
+
+
+def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
+    """Batch arithmetic. Raises ConfigError for what does not divide, naming the values that would."""
+    batch, per_step = config.prompts.batch, config.learner.prompts_per_step or config.prompts.batch
+    if batch % per_step:
+        divisors = [d for d in range(1, batch + 1) if batch % d == 0]
+        near = sorted(sorted(divisors, key=lambda d: abs(d - per_step))[:3])
+        raise ConfigError(
+            f"learner.prompts_per_step is {per_step}, which does not divide prompts.batch {batch}; "
+            f"nearest valid values: {', '.join(map(str, near))}"
+        )
+    steps = config.learner.epochs * (batch // per_step)
+    return Derived(samples_per_round=batch * algorithm.samples, steps_per_round=steps, total_steps=steps * config.run.iterations)
+
+
+def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
+    """Everything that can be judged without files or hardware."""
+    algorithm = build_algorithm(config.algorithm, max_tokens=config.rollout.max_tokens)
+    _check_algorithm(config)
+    return algorithm, derive(config, algorithm)
+
+
+def _check_algorithm(config: CampaignConfig) -> None:
+    algorithm = config.algorithm
+    if not isinstance(algorithm, PPOConfig):
+        return
+    if algorithm.advantage in ("grpo", "rloo") and algorithm.samples < 2:
+        raise ConfigError(
+            f"algorithm.samples is {algorithm.samples}; {algorithm.advantage} compares responses to one prompt, "
+            "expected at least 2"
+        )
+    if algorithm.kl.where == "loss" and algorithm.kl.estimator == "k1":
+        raise ConfigError("algorithm.kl.estimator k1 has no useful gradient as a loss; expected k2 or k3, or kl.where reward")
+    if algorithm.kl.target is not None and algorithm.kl.coef == 0:
+        raise ConfigError("algorithm.kl.target needs a starting coefficient: algorithm.kl.coef is 0, expected more than 0")
+    if algorithm.overlong_buffer > config.rollout.max_tokens:
+        raise ConfigError(
+            f"algorithm.overlong_buffer is {algorithm.overlong_buffer}; expected at most rollout.max_tokens "
+            f"{config.rollout.max_tokens}"
+        )
+
+
+def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
+    """Check models, tokenizers, prompts and scorers. Relative paths start at `base`. Raises ConfigError."""
+    from rayhf.scorer.build import check_entries
+
+    algorithm, derived = check_settings(config)
+    max_length = _check_models(config, base)
+    tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
+    prompts = _load(config, base / config.prompts.train, tokenizer, "prompts.train", max_length)
+    if len(prompts.prompts) < config.prompts.batch:
+        raise ConfigError(
+            f"prompts.batch is {config.prompts.batch}, but {config.prompts.train} has only {len(prompts.prompts)} different "
+            f"prompts; expected at most {len(prompts.prompts)}"
+        )
+    heldout = None
+    if config.prompts.heldout is not None:
+        heldout = _load(config, base / config.prompts.heldout, tokenizer, "prompts.heldout", max_length)
+    check_entries(config.scorer.train, base)
+    if config.scorer.evaluate is not None:
+        check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
+    return Prepared(config=config, algorithm=algorithm, derived=derived, prompts=prompts, heldout=heldout, max_length=max_length)
+
+
+def _check_models(config: CampaignConfig, base: Path) -> int:
+    """Every model directory; returns the longest sequence they all take."""
+    policy = base / config.policy.model
+    settings = read_model_config(policy, key="policy.model")
+    limit = model_length(settings)
+    length = config.policy.max_length or limit
+    if length is None:
+        raise ConfigError(f"policy.max_length: {policy} does not say how long its sequences may be; set it")
+    if limit is not None and length > limit:
+        raise ConfigError(f"policy.max_length is {length}, but the model was made for at most {limit} tokens")
+    if config.rollout.max_tokens >= length:
+        raise ConfigError(
+            f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together may have {length} tokens; "
+            f"expected less than {length}"
+        )
+    for key, other in (("reference.model", config.reference.model), ("learner.critic_model", config.learner.critic_model)):
+        if other is None:
+            continue
+        read_model_config(base / other, key=key)
+        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(base / other)
+        if mine != theirs:
+            raise ConfigError(
+                f"{key}: the tokenizer of {other} ({theirs}) differs from the one of policy.model "
+                f"{config.policy.model} ({mine}); "
+                "both score the same token ids, so they must be equal"
+            )
+    return length
+
+
+def _load(config: CampaignConfig, path: Path, tokenizer: PreTrainedTokenizerBase, key: str, max_length: int) -> PromptSet:
+    return load_prompts(path, tokenizer, key=key, max_prompt_tokens=max_length - config.rollout.max_tokens)
+
+
+def overlap(prepared: Prepared) -> int:
+    """How many held-out prompts are also trained on."""
+    if prepared.heldout is None:
+        return 0
+    return len({p.prompt_id for p in prepared.prompts.prompts} & {p.prompt_id for p in prepared.heldout.prompts})

@@ -1,0 +1,165 @@
+"""The loop with fake roles: schedules, staleness, failures, resume."""
+
+import asyncio
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from fakes import FakeLearner, FakeReference, FakeRollout, FakeScorer, make_prompts
+
+from rayhf.algorithms import build_algorithm
+from rayhf.campaign.controller import Controller, Roles
+from rayhf.campaign.observer import Quiet
+from rayhf.campaign.store import RunDir
+from rayhf.config.load import validate
+from rayhf.errors import CheckpointError, ConfigError, LockedError, ScorerError
+from rayhf.experience import Failed, Invalid
+from rayhf.prompts import PromptSet
+
+
+def make_config(tmp_path, *, algorithm=None, run=None, learner=None, **more):
+    return validate(
+        {
+            "seed": 7,
+            "run": {"dir": str(tmp_path / "run"), "iterations": 4, "eval_every": 2, "checkpoint_every": 2, **(run or {})},
+            "policy": {"model": "m"},
+            "prompts": {"train": "t", "batch": 4, "task": "toy"},
+            "algorithm": algorithm or {"type": "online_dpo", "samples": 4},
+            "scorer": {"train": [{"type": "rule", "function": "a:b"}]},
+            "learner": learner or {},
+            **more,
+        },
+        source="test",
+    )
+
+
+def play(config, *, rollout=None, scorer=None, learner=None, critic=None, reference=None):
+    roles = Roles(
+        rollout=rollout or FakeRollout(),
+        scorer=scorer or FakeScorer(),
+        evaluator=None,
+        learner=learner or FakeLearner(),
+        critic=critic,
+        reference=reference or FakeReference(),
+    )
+    store = RunDir(config)
+    try:
+        controller = Controller(
+            config,
+            algorithm=build_algorithm(config.algorithm, max_tokens=8),
+            roles=roles,
+            prompts=PromptSet(prompts=tuple(make_prompts(12)), duplicates=0),
+            heldout=PromptSet(prompts=tuple(make_prompts(3)), duplicates=0),
+            store=store,
+            observer=Quiet(),
+        )
+        asyncio.run(controller.run())
+    finally:
+        store.close()
+    return roles
+
+
+def metrics_of(config):
+    lines = [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def test_a_campaign_leaves_the_documented_run_directory(tmp_path):
+    config = make_config(tmp_path)
+    play(config)
+    run = config.run.dir
+    assert [m["iteration"] for m in metrics_of(config)] == [0, 1, 2, 3, 4]
+    assert [("eval/toy/sampled" in m) for m in metrics_of(config)] == [True, False, True, False, True]
+    samples = pq.read_table(run / "samples/iteration-000003.parquet").to_pylist()
+    assert len({(s["prompt_id"], s["sample"]) for s in samples}) == len(samples) == 16
+    assert samples[0]["policy_version"] == 2 and samples[0]["outcome"] == "Scored"
+    pairs = pq.read_table(run / "pairs/iteration-000003.parquet").to_pylist()
+    assert pairs and all(p["scores"][0] > p["scores"][1] and p["margin"] > 0 for p in pairs)
+    assert json.loads((run / "campaign.json").read_text())["state"] == "done"
+    assert (run / "policy/config.json").exists() and (run / "checkpoints/iteration-000004/MANIFEST.json").exists()
+
+
+def test_resume_after_a_crash_equals_the_uninterrupted_run(tmp_path):
+    whole, broken = make_config(tmp_path / "whole"), make_config(tmp_path / "broken")
+    play(whole)
+    with pytest.raises(RuntimeError, match="killed"):
+        play(broken, learner=FakeLearner(fail_at=3))
+    play(broken)
+    assert metrics_of(broken) == metrics_of(whole)
+    for i in range(1, 5):
+        name = f"samples/iteration-{i:06d}.parquet"
+        assert pq.read_table(whole.run.dir / name).equals(pq.read_table(broken.run.dir / name))
+
+
+def test_waves_are_ordered_and_do_not_depend_on_arrival(tmp_path):
+    rollout = FakeRollout(delay=0.01)
+    play(make_config(tmp_path), rollout=rollout)
+    rounds = [call for call in rollout.calls if len(call) == 4]
+    assert len(rounds) == 4 and all(call == sorted(call) for call in rounds)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_staleness_is_bounded_and_weights_change_only_between_explorations(tmp_path, staleness):
+    config = make_config(tmp_path, run={"iterations": 8, "max_staleness": staleness})
+    rollout = FakeRollout(delay=0.005)
+    play(config, rollout=rollout)
+    seen = [m["staleness/max"] for m in metrics_of(config)[1:]]
+    assert max(seen) == staleness and rollout.busy_at_update == 0
+    assert metrics_of(config)[-1]["policy/version"] == 8
+
+
+def test_ppo_takes_several_steps_and_trains_the_critic(tmp_path):
+    config = make_config(
+        tmp_path, algorithm={"type": "ppo", "samples": 2, "critic_warmup": 1}, learner={"epochs": 2, "prompts_per_step": 2}
+    )
+    roles = play(config, critic=FakeLearner())
+    assert roles.critic.steps == 4 * 4 and roles.learner.steps == 3 * 4  # one round only warms the critic up
+    row = roles.learner.batches[0].examples[0].rows[0]
+    assert set(row.tokens) == {"behaviour_logp", "ref_logp", "value", "old_logp", "advantage", "return"}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"type": "initial"}, []),
+        ({"type": "previous", "every": 2}, [(2, 1.0), (4, 1.0)]),
+        ({"type": "ema", "alpha": 0.5, "every": 3}, [(3, 0.5)]),
+    ],
+)
+def test_the_reference_follows_its_schedule(tmp_path, schedule, expected):
+    config = make_config(tmp_path, algorithm={"type": "online_dpo", "samples": 4, "reference": schedule})
+    assert play(config).reference.updates == expected
+
+
+@pytest.mark.parametrize("outcome", [Failed(reason="ValueError: no"), Invalid(reason="NaN")])
+def test_scores_that_are_missing_stop_the_run_and_never_train(tmp_path, outcome):
+    config, learner = make_config(tmp_path, prompts={"train": "t", "batch": 4}), FakeLearner()
+    with pytest.raises(ScorerError, match=outcome.reason):
+        play(config, scorer=FakeScorer(outcome), learner=learner)
+    assert learner.steps == 0
+
+
+def test_another_campaign_is_refused_and_a_locked_one_too(tmp_path):
+    config = make_config(tmp_path)
+    play(config)
+    with pytest.raises(ConfigError, match=r"holds another campaign: algorithm\.beta was 0\.1, now 0\.2"):
+        RunDir(make_config(tmp_path, algorithm={"type": "online_dpo", "samples": 4, "beta": 0.2}))
+    store = RunDir(config)
+    with pytest.raises(LockedError, match="in use by host"):
+        RunDir(config)
+    store.close()
+    RunDir(make_config(tmp_path, run={"iterations": 9})).close()  # going on longer is the same campaign
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_used(tmp_path):
+    config = make_config(tmp_path)
+    play(config)
+    checkpoints = config.run.dir / "checkpoints"
+    (checkpoints / "iteration-000004/learner/steps").write_text("9")
+    store = RunDir(config)
+    assert store.latest().iteration == 2
+    (checkpoints / "iteration-000002/state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no valid checkpoint.*state\.json is missing"):
+        store.latest()
+    store.close()
+    assert len(list(checkpoints.glob(".corrupt-*"))) == 2
