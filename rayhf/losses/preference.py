@@ -191,7 +191,7 @@ def log_odds(mean_logp_P: Tensor) -> Tensor:
     safe_P = mean_logp_P.clamp(max=-LOG_ODDS_MARGIN)
     # log(1 - e^x): log(-expm1(x)) keeps digits near 0, log1p(-e^x) far from it; each branch is finite on all of safe_P.
     near_zero_P = (-torch.expm1(safe_P)).log()
-    far_P = torch.log1p(-safe_P.clamp(max=-0.5).exp())
+    far_P = torch.log1p(-safe_P.exp())
     return mean_logp_P - torch.where(safe_P > -math.log(2.0), near_zero_P, far_P)
 
 
