@@ -1,9 +1,8 @@
 """The critic's loss: squared error to the returns, kept near the values that the advantages were computed with.
 
 In: values before each response token with gradient, and a MicroBatch whose tokens carry `return` (what credit.gae
-made) and
-`value` (the critic's own output at the start of the round; needed for clipping). Out: LossOutput, this micro-batch's
-share, a mean over the step's tokens. T response tokens.
+made) and `value` (the critic's own output at the start of the round; needed for clipping). Out: LossOutput, this
+micro-batch's share of the mean over the step's tokens. T response tokens.
 """
 
 from __future__ import annotations
