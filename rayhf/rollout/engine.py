@@ -1,0 +1,220 @@
+"""RolloutEngine: one vLLM engine that writes with a known version of the policy's weights. An actor wraps it.
+
+In: GenerateRequests with the version they want, and WeightSnapshots. Out: Completions. Any thread may call; one thread
+owns vLLM (loop.py). `update` waits until running waves are done, and what is submitted after it waits for it, so a
+completion never mixes two versions. New weights count only when they were shown to be the learner's: bucket checksums,
+parameter names and shapes are checked before the engine is touched, the probe's log-probs after. If an update fails in between,
+the engine's weights are undefined and it refuses to write: build a new one.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayhf.config.schema import Dtype, RolloutConfig
+from rayhf.errors import ConfigError, WeightSyncError
+from rayhf.experience import Completion, GenerateRequest, Probe, WeightSnapshot
+from rayhf.rollout.env import Device, check_env
+from rayhf.rollout.loop import EngineLoop, Wave
+from rayhf.rollout.weights import Payload, check_complete, snapshot_checksum, verify_bucket
+
+if TYPE_CHECKING:
+    from rayhf.rollout.driver import VllmDriver
+
+FLOAT32_GAP = 1e-3
+"""Limit on a probe's mean gap for float32 engines, in nats: 30 times what two correct implementations differ by."""
+MIN_TEMPERATURE = 0.01
+"""vLLM silently samples at this temperature when asked for a lower one that is not 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeGap:
+    """|log-prob here - log-prob at the learner| over a probe's tokens, in nats."""
+
+    mean: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """What an engine confirms after it took new weights."""
+
+    version: int
+    checksum: str
+    gap: ProbeGap
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Since the engine started."""
+
+    version: int
+    """The last one that was whole."""
+    tokens: int
+    """Generated, of finished waves."""
+    steps: int
+    busy_s: float
+    """Inside engine steps."""
+    progress: int
+    """Grows while the engine lives; a watchdog looks at it."""
+    in_flight: int
+    """Waves that run or wait."""
+    peak_rss_bytes: int
+    """Of this process."""
+
+
+class RolloutEngine:
+    """See the module's docstring. Raises ConfigError where vLLM refuses the model or the settings."""
+
+    def __init__(
+        self, model: Path, config: RolloutConfig, *, dtype: Dtype, max_length: int, seed: int, device: Device
+    ) -> None:
+        """`max_length`: prompt plus response, in tokens. The checkpoint's weights are version 0."""
+        check_env(device)
+        from rayhf.rollout.driver import VllmDriver
+
+        self._max_length = max_length
+        self._limit = FLOAT32_GAP if dtype == "float32" else config.mismatch_limit
+        self._checksum = "checkpoint"
+
+        def build() -> VllmDriver:
+            self._driver = VllmDriver(model, config, dtype=dtype, max_length=max_length, seed=seed, device=device)
+            return self._driver
+
+        self._loop: EngineLoop[VllmDriver] = EngineLoop(build)
+
+    @property
+    def weight_version(self) -> int:
+        """0 until the first update. Raises WeightSyncError after a failed one."""
+        return self._driver.held_version()
+
+    def generate(self, requests: Sequence[GenerateRequest], *, version: int) -> list[tuple[Completion, ...]]:
+        """`submit`, and wait for it."""
+        return self.submit(requests, version=version).result()
+
+    def submit(self, requests: Sequence[GenerateRequest], *, version: int) -> Future[list[tuple[Completion, ...]]]:
+        """Complete every request, in order, one completion per seed. All enter the engine before its next step.
+
+        Raises ConfigError here for a request that cannot fit. The future raises StaleWeightsError where the engine does
+        not hold `version` when the requests' turn comes, WeightSyncError after a failed update, RayhfError when the
+        engine broke, was closed or aborted, NumericalError for a non-finite log-prob.
+        """
+        for request in requests:
+            self._check(request)
+        return self._loop.submit(Wave(requests, version))
+
+    def update(self, snapshot: WeightSnapshot, payloads: Sequence[Payload]) -> UpdateReport:
+        """Take new weights; `payloads` are the buckets' bytes, in order. Waits for running waves.
+
+        Raises WeightSyncError; the message says whether the old weights are still in place.
+        """
+        report: UpdateReport = self._loop.call(lambda driver: self._update(driver, snapshot, list(payloads))).result()
+        return report
+
+    def check(self, probe: Probe) -> ProbeGap:
+        """Compare this engine's log-probs with the learner's. Waits for running waves."""
+        gap: ProbeGap = self._loop.call(lambda driver: _gap(driver, probe)).result()
+        return gap
+
+    def fingerprint(self) -> tuple[int, str]:
+        """Version and checksum of the snapshot in use ("checkpoint" for the directory's own weights)."""
+        return self.weight_version, self._checksum
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes, so that what follows does not depend on what was generated before. Waits for running
+        waves."""
+        self._loop.call(lambda driver: driver.reset_prefix_cache()).result()
+
+    def abort(self, reason: str) -> int:
+        """Fail all waves that run or wait; returns how many."""
+        return self._loop.abort(reason)
+
+    def close(self) -> None:
+        """Fail all waves and stop. Safe to call twice."""
+        self._loop.close()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            version=self._driver.version,
+            tokens=self._driver.tokens,
+            steps=self._loop.steps,
+            busy_s=self._loop.busy_s,
+            progress=self._loop.progress,
+            in_flight=self._loop.in_flight,
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+
+    def _update(self, driver: VllmDriver, snapshot: WeightSnapshot, payloads: list[Payload]) -> UpdateReport:
+        started = time.perf_counter()
+        held = driver.held_version()
+        try:
+            self._verify(driver, snapshot, payloads)
+        except WeightSyncError as error:
+            raise WeightSyncError(
+                f"weights {snapshot.version} refused, weights {held} stay in place: {error}"
+            ) from error
+        driver.damage = f"the update from weights {held} to {snapshot.version} did not finish"
+        try:
+            driver.load(snapshot.buckets, payloads)
+            gap = _gap(driver, snapshot.probe)
+        except Exception as error:  # whatever vLLM raises here leaves layers half loaded
+            driver.damage = f"the update to weights {snapshot.version} failed: {type(error).__name__}: {error}"
+            raise WeightSyncError(driver.damage) from error
+        if not gap.mean <= self._limit:  # NaN fails, too
+            driver.damage = (
+                f"weights {snapshot.version} do not compute what the learner computes: the probe's log-probs differ by "
+                f"{gap.mean:.3g} nats on average (limit {self._limit:g}), {gap.max:.3g} at most"
+            )
+            raise WeightSyncError(driver.damage)
+        driver.version, driver.damage, self._checksum = snapshot.version, None, snapshot.checksum
+        seconds = time.perf_counter() - started
+        return UpdateReport(version=snapshot.version, checksum=snapshot.checksum, gap=gap, seconds=seconds)
+
+    def _verify(self, driver: VllmDriver, snapshot: WeightSnapshot, payloads: list[Payload]) -> None:
+        """Everything that can be known before the engine is touched."""
+        if len(payloads) != len(snapshot.buckets):
+            raise WeightSyncError(f"{len(payloads)} payloads arrived, the snapshot has {len(snapshot.buckets)} buckets")
+        found = snapshot_checksum(snapshot.buckets)
+        if found != snapshot.checksum:
+            raise WeightSyncError(f"the buckets have checksum {found}, the snapshot says {snapshot.checksum}")
+        check_complete(driver.shapes, snapshot.buckets)
+        length = len(snapshot.probe.token_ids)
+        if not 2 <= length < self._max_length or len(snapshot.probe.logprobs) != length - 1:
+            raise WeightSyncError(
+                f"the probe has {length} tokens and {len(snapshot.probe.logprobs)} log-probs, expected 2 to "
+                f"{self._max_length - 1} tokens and one log-prob fewer"
+            )
+        for bucket, payload in zip(snapshot.buckets, payloads, strict=True):
+            verify_bucket(bucket, payload)
+
+    def _check(self, request: GenerateRequest) -> None:
+        length, sampling = len(request.token_ids), request.sampling
+        where = f"prompt {request.prompt_id}, request {request.number}"
+        if not length or not request.seeds:
+            raise ConfigError(f"{where}: {length} tokens and {len(request.seeds)} seeds, expected at least one of each")
+        if sampling.max_tokens < 1 or length + sampling.max_tokens > self._max_length:
+            raise ConfigError(
+                f"{where}: {length} tokens and max_tokens {sampling.max_tokens} do not fit policy.max_length "
+                f"{self._max_length}; at most {self._max_length - sampling.max_tokens} prompt tokens fit"
+            )
+        low, high = min(request.token_ids), max(request.token_ids)
+        if low < 0 or high >= self._driver.vocab_size:
+            raise ConfigError(f"{where}: token {low if low < 0 else high} is not in 0..{self._driver.vocab_size - 1}")
+        if 0 < sampling.temperature < MIN_TEMPERATURE:
+            raise ConfigError(
+                f"{where}: temperature {sampling.temperature:g} is less than vLLM can; use {MIN_TEMPERATURE} or 0"
+            )
+
+
+def _gap(driver: VllmDriver, probe: Probe) -> ProbeGap:
+    distance = np.abs(driver.probe_logprobs(probe) - np.asarray(probe.logprobs, dtype=np.float64))
+    return ProbeGap(mean=float(distance.mean()), max=float(distance.max()))

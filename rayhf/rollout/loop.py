@@ -1,0 +1,217 @@
+"""The one thread that owns an engine.
+
+In: waves (requests that enter together) and exclusive calls, from any thread. Out: a future for each.
+They are taken in the order they came. A wave enters between two engine steps, whole, and runs beside the waves that are
+already running (continuous batching). An exclusive call (new weights, a probe) waits until nothing runs, and whatever
+came after it waits for it. When a step raises, every future gets the error and the loop is broken for good.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from rayhf.errors import DeadlineError, RayhfError
+from rayhf.experience import Completion, GenerateRequest
+
+Result = list[tuple[Completion, ...]]
+
+
+@dataclass(eq=False)
+class Wave:
+    """Requests that enter the engine together."""
+
+    requests: Sequence[GenerateRequest]
+    version: int
+    future: Future[Result] = field(default_factory=Future)
+
+
+class Driver(Protocol):
+    """An engine as the loop sees it. Called from the loop's thread only."""
+
+    def admit(self, wave: Wave) -> None:
+        """Take a wave in whole, or raise and take nothing."""
+        ...
+
+    def step(self) -> list[tuple[Wave, Result | RayhfError]]:
+        """One engine step; the waves it finished. Raising breaks the loop."""
+        ...
+
+    def cancel(self) -> None:
+        """Forget every running wave."""
+        ...
+
+    def close(self) -> None: ...
+
+
+D = TypeVar("D", bound=Driver)
+
+
+@dataclass
+class _Call(Generic[D]):
+    function: Callable[[D], Any]
+    future: Future[Any]
+
+
+class EngineLoop(Generic[D]):
+    """Runs a driver on a thread of its own. `build` is called on that thread; its error is raised here."""
+
+    def __init__(self, build: Callable[[], D]) -> None:
+        self.steps = 0
+        self.busy_s = 0.0
+        self.progress = 0
+        """Grows whenever the engine did anything: a watchdog's heartbeat."""
+        self._queue: deque[Wave | _Call[D]] = deque()
+        self._running: set[Wave] = set()
+        self._condition = threading.Condition()
+        self._closing = False
+        self._abort: tuple[str, Future[int]] | None = None
+        self._broken: RayhfError | None = None
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(build, ready), name="rollout-engine", daemon=True)
+        self._thread.start()
+        ready.result()
+
+    @property
+    def in_flight(self) -> int:
+        """Waves that run or wait."""
+        with self._condition:
+            return len(self._running) + sum(isinstance(item, Wave) for item in self._queue)
+
+    def submit(self, wave: Wave) -> Future[Result]:
+        self._put(wave)
+        return wave.future
+
+    def call(self, function: Callable[[D], Any]) -> Future[Any]:
+        """Run `function(driver)` when nothing else runs; its error is the future's."""
+        future: Future[Any] = Future()
+        self._put(_Call(function, future))
+        return future
+
+    def abort(self, reason: str) -> int:
+        """Fail every wave that runs or waits with RayhfError; the engine stays usable. Returns how many there were."""
+        done: Future[int] = Future()
+        with self._condition:
+            self._check_open()
+            self._abort = (reason, done)
+            self._condition.notify()
+        return done.result()
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Fail whatever runs or waits, stop the thread and close the driver. Raises DeadlineError if a step hangs."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise DeadlineError(f"closing a rollout engine: its thread is still in a step after {timeout_s:g} s")
+
+    def _put(self, item: Wave | _Call[D]) -> None:
+        with self._condition:
+            self._check_open()
+            self._queue.append(item)
+            self._condition.notify()
+
+    def _check_open(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+        if self._closing:
+            raise RayhfError("the rollout engine is closed")
+
+    def _run(self, build: Callable[[], D], ready: Future[None]) -> None:
+        try:
+            driver = build()
+        except Exception as error:  # noqa: BLE001 - relayed to the constructor
+            self._broken = RayhfError(f"the rollout engine did not start: {error}")
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
+        try:
+            while self._turn(driver):
+                pass
+            self._fail_all(RayhfError("the rollout engine was closed"))
+        except Exception as error:  # noqa: BLE001 - a foreign engine may raise anything; every caller is told
+            failure = RayhfError(f"the rollout engine failed in a step: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            with self._condition:
+                self._broken = failure
+            self._fail_all(failure)
+        finally:
+            driver.close()
+
+    def _turn(self, driver: D) -> bool:
+        """Wait for work, take in what may enter, step once. False when the loop shall end."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._queue or self._running or self._abort or self._closing)
+            if self._closing:
+                return False
+        if self._abort is not None:
+            self._abort_waves(driver)
+        self._take_in(driver)
+        if self._running:
+            started = time.perf_counter()
+            finished = driver.step()
+            self.busy_s += time.perf_counter() - started
+            self.steps += 1
+            self.progress += 1
+            for wave, result in finished:
+                self._running.remove(wave)
+                _settle(wave.future, result)
+        return True
+
+    def _take_in(self, driver: D) -> None:
+        while True:
+            with self._condition:
+                if not self._queue or (isinstance(self._queue[0], _Call) and self._running):
+                    return
+                item = self._queue.popleft()
+            if not item.future.set_running_or_notify_cancel():
+                continue
+            self.progress += 1
+            try:
+                if isinstance(item, Wave):
+                    driver.admit(item)
+                    self._running.add(item)
+                else:
+                    item.future.set_result(item.function(driver))
+            except Exception as error:  # noqa: BLE001 - relayed to whoever asked
+                item.future.set_exception(error)
+
+    def _abort_waves(self, driver: D) -> None:
+        with self._condition:
+            assert self._abort is not None
+            (reason, done), self._abort = self._abort, None
+            waiting = [item for item in self._queue if isinstance(item, Wave)]
+            self._queue = deque(item for item in self._queue if not isinstance(item, Wave))
+        aborted = [*self._running, *(wave for wave in waiting if wave.future.set_running_or_notify_cancel())]
+        self._running.clear()
+        driver.cancel()
+        for wave in aborted:
+            wave.future.set_exception(RayhfError(f"generation was aborted: {reason}"))
+        done.set_result(len(aborted))
+
+    def _fail_all(self, error: RayhfError) -> None:
+        with self._condition:
+            waiting = [item.future for item in self._queue]
+            self._queue.clear()
+            abort, self._abort = self._abort, None
+        for wave in self._running:
+            wave.future.set_exception(error)
+        self._running.clear()
+        for future in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        if abort is not None:
+            abort[1].set_exception(error)
+
+
+def _settle(future: Future[Result], result: Result | RayhfError) -> None:
+    if isinstance(result, RayhfError):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

@@ -1,0 +1,141 @@
+"""Parameters in flat, checksummed uint8 buckets: packed by the learner, checked and unpacked by every rollout engine.
+
+In: (name, tensor) pairs. Out: a WeightBucket whose payload any transport can carry, and views into a received payload.
+Every tensor starts at a multiple of 16 bytes, so a view in its own dtype needs no copy.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from rayhf.errors import ConfigError, WeightSyncError
+from rayhf.experience import TensorSpec, WeightBucket
+
+ALIGNMENT = 16
+Payload = npt.NDArray[np.uint8]
+
+
+def pack_bucket(named_tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> WeightBucket:
+    """Copy tensors (on any device, of any dtype) into one buffer as `dtype`. Padding is zero, so equal weights give
+    equal checksums."""
+    tensors = list(named_tensors)
+    specs: list[TensorSpec] = []
+    end = 0
+    for name, tensor in tensors:
+        specs.append(
+            TensorSpec(name=name, dtype=str(dtype).removeprefix("torch."), shape=tuple(tensor.shape), offset=end)
+        )
+        end += -(-_nbytes(specs[-1]) // ALIGNMENT) * ALIGNMENT
+    payload = np.zeros(end, dtype=np.uint8)
+    flat = torch.from_numpy(payload)
+    for spec, (_, tensor) in zip(specs, tensors, strict=True):
+        _view(flat, spec).copy_(tensor.detach())
+    return WeightBucket(tensors=tuple(specs), payload=payload, checksum=checksum(payload))
+
+
+def checksum(payload: Payload) -> str:
+    """XXH3 (128 bit) of the bytes: it guards against damage and mix-ups, not against an attacker."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(payload).data)
+
+
+def snapshot_checksum(buckets: Sequence[WeightBucket]) -> str:
+    """Over the bucket checksums, in order."""
+    return xxhash.xxh3_128_hexdigest("\n".join(bucket.checksum for bucket in buckets).encode())
+
+
+def verify_bucket(bucket: WeightBucket, payload: Payload) -> None:
+    """Raise WeightSyncError unless `payload` is the bucket's bytes, whole and undamaged."""
+    if payload.dtype != np.uint8 or payload.ndim != 1:
+        raise WeightSyncError(f"{_label(bucket)}: payload is {payload.dtype} {payload.shape}, expected flat uint8")
+    end = max((spec.offset + _nbytes(spec) for spec in bucket.tensors), default=0)
+    if payload.size < end:
+        raise WeightSyncError(f"{_label(bucket)}: payload has {payload.size} bytes, its tensors need {end}")
+    found = checksum(payload)
+    if found != bucket.checksum:
+        raise WeightSyncError(f"{_label(bucket)}: received checksum {found}, the learner sent {bucket.checksum}")
+
+
+def unpack_bucket(bucket: WeightBucket, payload: Payload) -> Iterator[tuple[str, torch.Tensor]]:
+    """Views into `payload`, in the order they were packed. Read only: the bytes may be shared with other processes."""
+    with warnings.catch_warnings():
+        # A transport's array is not writable and torch warns about it; nobody writes to these views.
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        flat = torch.from_numpy(payload)
+    for spec in bucket.tensors:
+        yield spec.name, _view(flat, spec)
+
+
+def check_complete(expected: Mapping[str, tuple[int, ...]], buckets: Iterable[WeightBucket]) -> None:
+    """Raise WeightSyncError unless the buckets hold exactly the expected parameters, once each and in shape."""
+    received: dict[str, tuple[int, ...]] = {}
+    for bucket in buckets:
+        for spec in bucket.tensors:
+            if spec.name in received:
+                raise WeightSyncError(f"parameter {spec.name} was sent twice")
+            received[spec.name] = spec.shape
+    missing, unexpected = sorted(expected.keys() - received.keys()), sorted(received.keys() - expected.keys())
+    if missing or unexpected:
+        raise WeightSyncError(
+            f"the weights do not match the model: missing {_some(missing)}; unexpected {_some(unexpected)}"
+        )
+    for name, shape in received.items():
+        if shape != expected[name]:
+            raise WeightSyncError(f"parameter {name} was sent with shape {shape}, the model has {expected[name]}")
+
+
+def checkpoint_shapes(model: Path, *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of a Hugging Face directory (safetensors).
+
+    `tied`: the output head is the embedding; some checkpoints store it again, a learner never sends it.
+    """
+    from safetensors import safe_open
+
+    files = sorted(model.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"policy.model: no *.safetensors in {model}; save the model with save_pretrained()")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="numpy") as handle:
+            names = handle.keys()  # the handle itself is not iterable
+            for name in names:
+                # Old checkpoints store this buffer of the rotary embedding; it is no parameter.
+                if not name.endswith("rotary_emb.inv_freq"):
+                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+    if tied:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * _dtype(spec).itemsize
+
+
+def _dtype(spec: TensorSpec) -> torch.dtype:
+    dtype = getattr(torch, spec.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise WeightSyncError(
+            f"parameter {spec.name} has dtype {spec.dtype!r}, expected a torch dtype such as 'float32'"
+        )
+    return dtype
+
+
+def _view(flat: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    return flat[spec.offset : spec.offset + _nbytes(spec)].view(_dtype(spec)).view(spec.shape)
+
+
+def _label(bucket: WeightBucket) -> str:
+    names = [spec.name for spec in bucket.tensors]
+    return f"weight bucket {names[0]} .. {names[-1]} ({len(names)} tensors)" if names else "empty weight bucket"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "none"
