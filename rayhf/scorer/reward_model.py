@@ -147,7 +147,7 @@ class RewardModel:
 
     def _length_limit(self, directory: Path, wanted: int | None) -> int:
         limits = [getattr(self._text_config, "max_position_embeddings", None), self._tokenizer.model_max_length]
-        own = min([int(limit) for limit in limits if limit] + [_UNBOUNDED])
+        own = min([int(limit) for limit in limits if limit and limit > 0] + [_UNBOUNDED])  # XLNet says -1
         if wanted is not None and wanted > own:
             raise ConfigError(f"reward model {directory}: max_length is {wanted}, the model reads at most {own} tokens")
         return wanted or own

@@ -13,9 +13,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForSequenceClassification,
@@ -34,6 +38,13 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     "{{ m.role + ': ' + m.content }}<end>{% endfor %}"
 )
+
+
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "llama": (LlamaConfig, LlamaForSequenceClassification),
+    "qwen2": (Qwen2Config, Qwen2ForSequenceClassification),
+    "bert": (BertConfig, BertForSequenceClassification),  # reads its first token and sees padding unless masked
+}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -59,10 +70,8 @@ def make_model(directory: Path, *, family: str = "llama", pad_token_id: int | No
         "num_key_value_heads": 2, "max_position_embeddings": 256, "num_labels": labels, "pad_token_id": pad_token_id,
         "bos_token_id": None, "eos_token_id": END, "initializer_range": 0.3,
     }  # fmt: skip
-    if family == "llama":
-        LlamaForSequenceClassification(LlamaConfig(**common)).save_pretrained(directory)
-    else:
-        Qwen2ForSequenceClassification(Qwen2Config(**common)).save_pretrained(directory)
+    config_class, model_class = FAMILIES[family]
+    model_class(config_class(**common)).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
 
@@ -130,8 +139,10 @@ def by_hand(directory: Path, requests: list[ScoreRequest]) -> list[float]:
     return scores
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("pad_token_id", [PAD, None, END])
+@pytest.mark.parametrize(
+    ("family", "pad_token_id"),
+    [("llama", PAD), ("llama", None), ("llama", END), ("qwen2", PAD), ("qwen2", None), ("bert", PAD)],
+)
 def test_padding_and_budget_do_not_change_a_score(tmp_path: Path, family: str, pad_token_id: int | None) -> None:
     """Also for a model without a pad id, and one whose pad id is its end of turn."""
     directory = make_model(tmp_path / "model", family=family, pad_token_id=pad_token_id)
