@@ -23,6 +23,7 @@ import os, re, signal, sys, time
 def misbehave(completion, *, prompt, answer, finish_reason):
     if completion == "raise": raise ValueError("not\\nthis")
     if completion == "sleep": time.sleep(60)
+    if completion == "slow": time.sleep(0.1)
     if completion == "regex": re.match(r"(a+)+$", "a" * 60 + "b")
     if completion == "nan": return float("nan")
     if completion == "infinity": return -float("inf")
@@ -130,6 +131,10 @@ def test_bad_ones_in_a_row_and_at_the_end(misbehave: Rule) -> None:
     [outcomes] = misbehave.score([request("exit", "exit", "a", "segfault", "raise", "exit")])
     assert [type(outcome) for outcome in outcomes] == [Failed, Failed, Scored, Failed, Failed, Failed]
     assert misbehave.score([request("a")]) == [(Scored(value=0.5),)]
+
+
+def test_the_limit_is_per_completion(misbehave: Rule) -> None:
+    assert misbehave.score([request(*["slow"] * 8)]) == [(Scored(value=0.5),) * 8]
 
 
 def test_prints_do_not_reach_the_protocol(misbehave: Rule) -> None:
