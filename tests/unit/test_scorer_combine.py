@@ -131,14 +131,14 @@ def test_wrong_reward_model_is_refused(tmp_path: Path, changes: dict[str, object
 
 
 def test_missing_reward_model_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no config.json"):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
         check_entries([RewardModelScorer(model=Path("absent"))], tmp_path)
     model = model_directory(tmp_path / "model")
     (model / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no chat template"):
         check_entries([RewardModelScorer(model=model)], tmp_path)
     (model / "tokenizer_config.json").unlink()
-    with pytest.raises(ConfigError, match="no tokenizer_config.json"):
+    with pytest.raises(ConfigError, match=r"no tokenizer_config\.json"):
         check_entries([RewardModelScorer(model=model)], tmp_path)
 
 

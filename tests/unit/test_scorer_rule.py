@@ -91,7 +91,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def misbehave(base: Path) -> Iterator[Rule]:
-    rule = Rule("my_rules:misbehave", base=base, timeout_s=0.4)
+    rule = Rule("my_rules:misbehave", base=base, timeout_s=0.8)
     yield rule
     rule.close()
 
@@ -100,8 +100,8 @@ def misbehave(base: Path) -> Iterator[Rule]:
     ("bad", "kind", "reason"),
     [
         ("raise", Failed, "ValueError: not this (my_rules.py:5)"),
-        ("sleep", Failed, "no answer within 0.4 s"),
-        ("regex", Failed, "no answer within 0.4 s"),
+        ("sleep", Failed, "no answer within 0.8 s"),
+        ("regex", Failed, "no answer within 0.8 s"),
         ("nan", Invalid, "the rule returned nan"),
         ("infinity", Invalid, "the rule returned -inf"),
         ("overflow", Invalid, "the rule returned a number beyond the range of a float"),
@@ -134,7 +134,7 @@ def test_bad_ones_in_a_row_and_at_the_end(misbehave: Rule) -> None:
 
 
 def test_the_limit_is_per_completion(misbehave: Rule) -> None:
-    assert misbehave.score([request(*["slow"] * 8)]) == [(Scored(value=0.5),) * 8]
+    assert misbehave.score([request(*["slow"] * 12)]) == [(Scored(value=0.5),) * 12]
 
 
 def test_prints_do_not_reach_the_protocol(misbehave: Rule) -> None:
