@@ -1,0 +1,1 @@
+"""The learner role: pack examples into micro-batches, run the model, step with DeepSpeed, publish the weights."""

@@ -1,0 +1,174 @@
+"""From a model directory and LearnerConfig to a DeepSpeed engine on this rank. Imported only where a learner runs.
+
+join the process group (waits for all ranks, at most collective_timeout_s) -> load the model (ZeRO-3: already sharded)
+-> LoRA, dropout off -> AdamW, schedule -> deepspeed.initialize.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from rayhf.config.schema import LearnerConfig, LoraConfig
+from rayhf.errors import ConfigError
+from rayhf.learner.forward import PolicyHead, ValueHead, base_model, prepare_config
+from rayhf.learner.schedule import lr_factor
+
+Head = Literal["policy", "value"]
+
+
+def join(*, rank: int, world: int, master: tuple[str, int], device: torch.device, timeout_s: float) -> None:
+    """Join the group of learner ranks; every later collective fails after `timeout_s` seconds. Once per process."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    local_rank = device.index or 0
+    host, port = master
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    import deepspeed
+    import torch.distributed.distributed_c10d as c10d
+    import transformers
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if torch.distributed.is_initialized():
+        return
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build of half a minute
+    else:
+        torch.cuda.set_device(device)
+    # DeepSpeed hands its own timeout only to the world group; sub-groups take torch's default.
+    timeout = timedelta(seconds=timeout_s)
+    c10d.default_pg_timeout = timeout  # type: ignore[attr-defined]
+    c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def effective_stage(config: LearnerConfig) -> int:
+    """DeepSpeed's stage 0 sums bfloat16 gradients in bfloat16; stage 1 is the least that sums them in float32."""
+    return max(1, config.zero_stage) if config.dtype == "bfloat16" else config.zero_stage
+
+
+def deepspeed_config(config: LearnerConfig, *, device: torch.device) -> dict[str, Any]:
+    """The engine's settings. Micro-batches vary in number, so accumulation boundaries are set by hand and this says 1."""
+    stage = effective_stage(config)
+    if config.offload and (device.type == "cpu" or stage == 0):
+        raise ConfigError(
+            f"learner.offload moves optimiser states from the GPU and needs ZeRO: got device {device.type}, zero_stage "
+            f"{stage}; set learner.offload=false, or cluster.device=gpu and learner.zero_stage=2"
+        )
+    gpu = device.type == "cuda"
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": gpu, "contiguous_gradients": gpu}
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # Without ZeRO the engine clips by itself: DeepSpeed neither reports nor checks the norm there.
+        "gradient_clipping": config.grad_clip if stage else 0.0,
+        "steps_per_print": 1 << 62,
+    }
+    if config.dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def load_model(
+    path: Path, config: LearnerConfig, *, head: Head, lora: LoraConfig | None, zero: Mapping[str, Any]
+) -> PolicyHead | ValueHead:
+    """The trainable model. A value head starts at zero, so that the first values are 0 for every token."""
+    import deepspeed
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # Alive while loading: from_pretrained then shards each parameter as it comes (ZeRO-3).
+    sharding = HfDeepSpeedConfig(dict(zero)) if zero["zero_optimization"]["stage"] == 3 else None
+    model_config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    prepare_config(model_config, attention=config.attention)
+    kwargs: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype),
+        "local_files_only": True,
+        "attn_implementation": config.attention,
+    }
+    if head == "value":
+        model_config.num_labels, model_config.classifier_dropout = 1, 0.0
+        model = AutoModelForTokenClassification.from_pretrained(str(path), config=model_config, **kwargs)
+        with deepspeed.zero.GatheredParameters(list(model.score.parameters()), modifier_rank=0, enabled=sharding is not None):
+            for parameter in model.score.parameters():
+                nn.init.zeros_(parameter)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(str(path), config=model_config, **kwargs)
+    if sharding is not None:
+        _rebuild_rotary(model)
+    del sharding
+    if lora is not None:
+        model = _with_lora(model, lora)
+    if config.activation_checkpointing:
+        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return ValueHead(model) if head == "value" else PolicyHead(model)
+
+
+def _rebuild_rotary(model: nn.Module) -> None:
+    """Sharded loading makes every float tensor in the training dtype; rotary frequencies must be float32 to be right."""
+    for module in model.modules():
+        if "inv_freq" in module._buffers:
+            fresh: nn.Module = type(module)(config=module.config)
+            module._buffers.update(fresh._buffers)
+
+
+def _with_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
+    import peft
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, exclude_modules=["score"]
+    )
+    # Adapters in the model's own dtype: ZeRO-3 shards one dtype only, and DeepSpeed keeps float32 masters anyway.
+    wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    score = getattr(model, "score", None)
+    if score is not None:
+        score.requires_grad_(True)  # the value head has nothing to adapt: it is trained as it is
+    return wrapped
+
+
+def start_engine(
+    model: PolicyHead | ValueHead, config: LearnerConfig, *, settings: Mapping[str, Any], lr: float, total_steps: int
+) -> Any:
+    """Optimiser, schedule and DeepSpeed engine around the model."""
+    import deepspeed
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}] if config.weight_decay else trainable
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    factor = partial(
+        lr_factor, total_steps=total_steps, warmup=config.warmup, kind=config.schedule, min_lr=config.min_lr
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    numel = sum(getattr(p, "ds_numel", p.numel()) for p in trainable)
+    settings = dict(settings)
+    settings["zero_optimization"] = {**settings["zero_optimization"], "reduce_bucket_size": min(numel, 500_000_000)}
+    # bfloat16 mode casts every buffer too, and rotary frequencies in bfloat16 are wrong positions.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
+    )
+    for name, buffer in buffers.items():
+        owner, _, last = name.rpartition(".")
+        engine.module.get_submodule(owner)._buffers[last] = buffer.to(engine.device)
+    return engine

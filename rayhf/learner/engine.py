@@ -1,0 +1,277 @@
+"""One rank of the learner: a DeepSpeed engine that knows no algorithm and no Ray.
+
+In: micro-batches of Examples that `packing.plan` gave this rank, the counts of the whole step, a loss. Out: metrics of the
+whole step. All ranks call every method together; within `step` they meet in each micro-batch's backward (ZeRO), in the
+gradient norm, and once more to add up metrics. A wait in any of them ends after learner.collective_timeout_s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayhf.config.schema import LearnerConfig, LoraConfig
+from rayhf.errors import CheckpointError, ConfigError, NumericalError
+from rayhf.experience import Example, FloatArray, Probe, Row, WeightBucket, derive_seed
+from rayhf.learner.build import Head, deepspeed_config, effective_stage, join, load_model, start_engine
+from rayhf.learner.forward import Inputs, base_model, build_inputs, build_micro, token_batches
+from rayhf.learner.weights import buckets_of, export_model, gathered, weights_of
+from rayhf.losses.base import Loss, Totals
+
+TAG = "state"
+PROBE_TOKENS = 64
+
+
+class LearnerEngine:
+    """A policy or a critic on one rank of `world`.
+
+    `lr` is the schedule's peak and `total_steps` its length in optimiser steps. `device` is "cpu" or "cuda[:index]".
+    Raises ConfigError for a model or a setting that cannot be trained.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        config: LearnerConfig,
+        *,
+        head: Head = "policy",
+        lr: float,
+        total_steps: int,
+        lora: LoraConfig | None = None,
+        rank: int = 0,
+        world: int = 1,
+        master: tuple[str, int],
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.source, self.config, self.head, self.rank, self.world = model, config, head, rank, world
+        self.device = torch.device(device)
+        self.stage = effective_stage(config)
+        self.lora = lora is not None
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        join(rank=rank, world=world, master=master, device=self.device, timeout_s=config.collective_timeout_s)
+        settings = deepspeed_config(config, device=self.device)
+        torch.manual_seed(derive_seed(seed, "learner", head))
+        loaded = load_model(model, config, head=head, lora=lora, zero=settings)
+        self.engine = start_engine(loaded, config, settings=settings, lr=lr, total_steps=total_steps)
+        self.model = loaded.model
+        self.steps = 0
+        torch.manual_seed(derive_seed(seed, "learner", head, rank))
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def step(
+        self, micros: Sequence[Sequence[Example]], totals: Totals, loss: Loss, temperature: float
+    ) -> dict[str, float]:
+        """One optimiser step over all micro-batches of all ranks; every rank brings the same number of them.
+
+        Returns the loss's metrics over the whole step, and learner/loss, learner/grad_norm (before clipping), learner/lr.
+        Raises NumericalError on every rank where a loss or the gradient is not finite; the weights are then unchanged.
+        """
+        if not micros:
+            raise ConfigError("a learner step without micro-batches; expected at least one example")
+        self.engine.train()
+        lr = self.engine.get_lr()[0]
+        parts: list[dict[str, Tensor]] = []
+        for number, examples in enumerate(micros, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(micros))
+            value, metrics = self._forward(examples, totals, loss, temperature)
+            # DeepSpeed averages over ranks; losses are shares of a sum. A loss that is not finite poisons its gradient,
+            # and so the reduced norm of every rank: all of them see it, without one more collective.
+            poison = torch.where(value.detach().isfinite(), 1.0, torch.nan)
+            self.engine.backward(value * (poison * self.world))
+            parts.append({**metrics, "learner/loss": value.detach()})
+        norm = self._update()
+        result = self._reduce(parts)
+        if not (math.isfinite(norm) and math.isfinite(result["learner/loss"])):
+            raise NumericalError(
+                f"{self.head}: learner/loss is {result['learner/loss']}, the gradient norm is {norm} at optimiser step "
+                f"{self.steps}; expected finite values, the weights were not changed"
+            )
+        self.steps += 1
+        return {**result, "learner/grad_norm": norm, "learner/lr": lr}
+
+    def _forward(
+        self, examples: Sequence[Example], totals: Totals, loss: Loss, temperature: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the loss, and its metrics. An empty one runs the model for the collectives' sake."""
+        if not examples:
+            output_T, _ = self.engine(build_inputs([], self.device), temperature)
+            return output_T.sum() * 0.0, {}
+        inputs, micro = build_micro(examples, totals, self.device)
+        output_T, entropy_T = self.engine(inputs, temperature, loss.entropy)
+        if entropy_T is not None:
+            micro = replace(micro, entropy_T=entropy_T)
+        result = loss(output_T, micro)
+        return result.loss, dict(result.metrics)
+
+    def _update(self) -> float:
+        """Clip and step unless the gradient norm is not finite; the norm before clipping, the same on every rank."""
+        if self.stage == 0:
+            trainable = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
+            limit = self.config.grad_clip or math.inf
+            norm = float(torch.nn.utils.clip_grad_norm_(trainable, limit, foreach=True))
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return norm
+            self.engine.step()
+            return norm
+        self.engine.step()  # DeepSpeed drops the step where the norm is not finite
+        return math.nan if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
+
+    def _reduce(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        """Add metrics up over micro-batches and ranks; `_max` takes the maximum. Ranks may lack what others have."""
+        names = [(name, value.detach().float()) for part in parts for name, value in part.items()]
+        values = torch.stack([value for _, value in names]).tolist()  # one transfer from the device
+        entries = [(name, value) for (name, _), value in zip(names, values, strict=True)]
+        everyone: list[list[tuple[str, float]]] = [entries]
+        if self.world > 1:
+            everyone = [[] for _ in range(self.world)]
+            torch.distributed.all_gather_object(everyone, entries)
+        total: dict[str, float] = {}
+        for name, value in (entry for rank in everyone for entry in rank):
+            if name.endswith("_max"):
+                total[name] = max(total.get(name, -math.inf), value)
+            else:
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    # --------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def outputs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
+        """For each of this rank's rows a float32 array (len(response_ids),): log-probs in nats, or values for a critic.
+
+        Under ZeRO-3 all ranks must call it together; their numbers of rows may differ (also 0).
+        """
+        batches = token_batches([len(row) for row in rows], self.config.token_budget)
+        results: list[FloatArray | None] = [None] * len(rows)
+        for batch in batches:
+            output_T = self._evaluate(build_inputs([rows[i] for i in batch], self.device), temperature)
+            parts = output_T.cpu().split([len(rows[i].response_ids) for i in batch])
+            for i, part in zip(batch, parts, strict=True):
+                results[i] = part.numpy().copy()
+        for _ in range(self._most_batches(len(batches)) - len(batches)):
+            self._evaluate(build_inputs([], self.device), temperature)
+        return [result for result in results if result is not None]
+
+    def _most_batches(self, mine: int) -> int:
+        """The largest number of batches of any rank: under ZeRO-3 every forward pass is a collective."""
+        if self.stage < 3 or self.world == 1:
+            return mine
+        count = torch.tensor(mine, device=self.device)
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+        return int(count)
+
+    def _evaluate(self, inputs: Inputs, temperature: float) -> Tensor:
+        self.engine.eval()
+        output_T: Tensor = self.engine(inputs, temperature)[0]
+        return output_T
+
+    @torch.no_grad()
+    def probe(self) -> Probe:
+        """Log-probs of a fixed token sequence at temperature 1. All ranks take part.
+
+        Computed by the training model itself (LoRA unmerged), independently of how weights are packed and sent, so that an
+        engine that agrees has received the policy that is being trained.
+        """
+        vocabulary = base_model(self.model).config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
+        ids = tuple((7919 * i + 104729) % vocabulary for i in range(PROBE_TOKENS))
+        row = Row(prompt_id="probe", sample=0, prompt_ids=ids[:1], response_ids=ids[1:])
+        logprobs = tuple(self._evaluate(build_inputs([row], self.device), 1.0).tolist())
+        if not all(map(math.isfinite, logprobs)):
+            raise NumericalError(f"the policy's weights after optimiser step {self.steps} give log-probs that are not finite")
+        return Probe(token_ids=ids, logprobs=logprobs)
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    def buckets(self, dtype: str, bucket_bytes: int) -> Iterator[WeightBucket]:
+        """The weights in `dtype`, packed, one bucket after the other (rank 0; other ranks take part and yield nothing)."""
+        from rayhf.rollout.weights import pack_bucket
+
+        target: torch.dtype = getattr(torch, dtype)
+        plan = buckets_of(weights_of(self.model), limit_bytes=bucket_bytes, itemsize=target.itemsize)
+        for tensors in gathered(plan, sharded=self.stage == 3, rank=self.rank):
+            if tensors:
+                yield pack_bucket(tensors, target)
+
+    def publish(self, version: int, dtype: str, bucket_bytes: int) -> tuple[list[WeightBucket], Probe]:
+        """The weights as version `version` of the policy: buckets (empty but on rank 0) and a probe to check them by.
+
+        Raises NumericalError where the policy does not give finite log-probs.
+        """
+        probe = self.probe()
+        return list(self.buckets(dtype, bucket_bytes)), probe
+
+    def export(self, directory: Path) -> None:
+        """A Hugging Face model directory in the learner's dtype, LoRA merged. All ranks take part; rank 0 writes."""
+        export_model(self.model, directory, source=self.source, sharded=self.stage == 3, rank=self.rank)
+        self._barrier()
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, directory: Path) -> None:
+        """Parameters, optimiser, schedule and random state, so that training continues bit by bit. All ranks write."""
+        directory.mkdir(parents=True, exist_ok=True)
+        torch.save(self._random_state(), directory / f"random-{self.rank}.pt")
+        if self.rank == 0:
+            content = {**self._shape(), "steps": self.steps}
+            (directory / "learner.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        self.engine.save_checkpoint(str(directory), tag=TAG, exclude_frozen_parameters=self.lora)
+        self._barrier()
+
+    def load(self, directory: Path) -> None:
+        """Continue from `save`. Raises CheckpointError where there is none, or another kind of learner wrote it."""
+        try:
+            content = json.loads((directory / "learner.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"no learner checkpoint in {directory}: {error}") from None
+        for key, value in self._shape().items():
+            if content.get(key) != value:
+                raise CheckpointError(
+                    f"{directory} was written with {key}={content.get(key)}, this learner has {key}={value}; "
+                    f"continue with {content.get(key)}, or start from an exported model"
+                )
+        path, _ = self.engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not self.lora)
+        if path is None:
+            raise CheckpointError(f"{directory} has no DeepSpeed state {TAG!r}")
+        self.steps = int(content["steps"])
+        state = torch.load(directory / f"random-{self.rank}.pt", weights_only=True)
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def _shape(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to fit."""
+        return {
+            "learner.ranks": self.world,
+            "learner.zero_stage": self.stage,
+            "learner.dtype": self.config.dtype,
+            "lora": self.lora,
+            "head": self.head,
+        }
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _barrier(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.engine.destroy()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+

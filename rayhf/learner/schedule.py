@@ -1,0 +1,25 @@
+"""The learning rate over a campaign's optimiser steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+
+def lr_factor(
+    step: int, *, total_steps: int, warmup: float, kind: Literal["constant", "linear", "cosine"], min_lr: float
+) -> float:
+    """The share of the peak learning rate that optimiser step `step` (from 0) uses.
+
+    Rises linearly over the first `warmup` share of `total_steps`, without a step at zero; then stays, or falls to `min_lr`
+    (a share of the peak) at the last step; beyond `total_steps` it stays where it is.
+    """
+    warmup_steps = round(warmup * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
+    if kind == "constant":
+        return 1.0
+    if kind == "linear":
+        return 1.0 - (1.0 - min_lr) * progress
+    return min_lr + (1.0 - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,1 @@
+"""The reference role: frozen log-probs, refreshed from weight snapshots where the algorithm asks for it."""
