@@ -82,6 +82,4 @@ def check_names(names: Sequence[str], *, where: str = "scorer") -> None:
     for index, name in enumerate(names):
         first = names.index(name)
         if first != index:
-            raise ConfigError(
-                f"{where}: entries {first} and {index} are both named {name!r}; set `name` on one of them"
-            )
+            raise ConfigError(f"{where}: entries {first} and {index} are both named {name!r}; set `name` on one of them")

@@ -75,9 +75,7 @@ class RewardModel:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         """One outcome per completion of each request, in order."""
-        encoded = [
-            self._encode(request.prompt, completion) for request in requests for completion in request.completions
-        ]
+        encoded = [self._encode(request.prompt, completion) for request in requests for completion in request.completions]
         rows = [row for row in encoded if isinstance(row, list)]
         values = iter(self._score_rows(rows))
         outcomes = iter([_outcome(next(values)) if isinstance(row, list) else row for row in encoded])
@@ -141,9 +139,7 @@ class RewardModel:
         largest = max(self._tokenizer.get_vocab().values())
         embedded = self._model.get_input_embeddings().num_embeddings
         if largest >= embedded:
-            raise ConfigError(
-                f"reward model {directory}: its tokenizer has ids up to {largest}, the model embeds {embedded}"
-            )
+            raise ConfigError(f"reward model {directory}: its tokenizer has ids up to {largest}, the model embeds {embedded}")
 
     def _length_limit(self, directory: Path, wanted: int | None) -> int:
         limits = [getattr(self._text_config, "max_position_embeddings", None), self._tokenizer.model_max_length]
@@ -182,16 +178,12 @@ def check_directory(directory: Path) -> None:
     """What the small files can tell. Raises ConfigError unless it is a one-output classifier with a template."""
     config_file = directory / "config.json"
     if not config_file.is_file():
-        raise ConfigError(
-            f"reward model {directory}: there is no config.json; a Hugging Face model directory is needed"
-        )
+        raise ConfigError(f"reward model {directory}: there is no config.json; a Hugging Face model directory is needed")
     config = _read_json(config_file)
     names = config.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         found = ", ".join(names) or "none"
-        raise ConfigError(
-            f"reward model {directory}: architectures is {found}; a ...ForSequenceClassification is needed"
-        )
+        raise ConfigError(f"reward model {directory}: architectures is {found}; a ...ForSequenceClassification is needed")
     # transformers leaves id2label out for its default of two labels
     outputs = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
     if outputs != 1:
@@ -205,9 +197,7 @@ def check_directory(directory: Path) -> None:
 
 
 def _no_template(directory: Path) -> str:
-    return (
-        f"reward model {directory}: its tokenizer has no chat template (chat_template.jinja or tokenizer_config.json)"
-    )
+    return f"reward model {directory}: its tokenizer has no chat template (chat_template.jinja or tokenizer_config.json)"
 
 
 def _read_json(file: Path) -> dict[str, Any]:

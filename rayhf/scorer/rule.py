@@ -256,9 +256,7 @@ def _refusal(function: str, base: Path, answer: dict[str, Any]) -> str:
         return f"rule {function}: module {module} has no function {name}{_nearest(name, answer['names'])}"
     if answer["refused"] == "import":
         return f"rule {function}: importing {module} failed: {answer['reason']}"
-    return (
-        f"rule {function} cannot be called as {name}(completion, *, prompt, answer, finish_reason): {answer['reason']}"
-    )
+    return f"rule {function} cannot be called as {name}(completion, *, prompt, answer, finish_reason): {answer['reason']}"
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

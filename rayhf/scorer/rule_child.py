@@ -61,7 +61,7 @@ def _judge(function: Callable[..., Any], completion: str, context: dict[str, Any
             return "invalid", "the rule returned a number beyond the range of a float"
     except MemoryError as error:
         return "broken", describe(error)
-    except BaseException as error:  # foreign code: whatever it raises, SystemExit included, is an answer, not our end
+    except BaseException as error:  # noqa: BLE001 - foreign code: whatever it raises, SystemExit included, is an answer, not our end
         return "failed", describe(error)
     if not math.isfinite(score):
         return "invalid", f"the rule returned {score}"
@@ -72,7 +72,7 @@ def _load(module_name: str, function_name: str) -> tuple[tuple[Callable[..., Any
     """The function and whether it takes `messages`, and the first answer to the parent."""
     try:
         module = importlib.import_module(module_name)
-    except BaseException as error:  # foreign code runs at import
+    except BaseException as error:  # noqa: BLE001 - foreign code runs at import
         # a module that is absent, not one that it imports in turn
         absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         return None, {"refused": "no module" if absent else "import", "reason": describe(error)}
