@@ -32,6 +32,8 @@ _CHILD = Path(__file__).with_name("rule_child.py")
 _SPEC = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")
 START_TIMEOUT_S = 60.0
 """For importing the user's module, in seconds."""
+MAX_LOST = 3
+"""Completions in a row that may hang or kill the child before the rest of the call is given up."""
 
 
 class Rule:
@@ -61,12 +63,20 @@ class Rule:
             for number, (request, completion) in enumerate((r, c) for r in requests for c in r.completions)
         ]
         outcomes: list[Outcome] = []
+        lost = 0
         try:
-            while len(outcomes) < len(lines):
-                self._judge(lines, outcomes)
+            while len(outcomes) < len(lines) and lost < MAX_LOST:
+                before = len(outcomes)
+                alive = self._judge(lines, outcomes)
+                lost = 0 if alive else 1 if len(outcomes) > before + 1 else lost + 1
         except BaseException:
             self.close()  # answers may still be under way; the next call starts with a clean pipe
             raise
+        if missing := len(lines) - len(outcomes):
+            # A rule that hangs on everything would take timeout_s for each completion of the round.
+            last = outcomes[-1]
+            reason = last.reason if isinstance(last, Failed) else ""
+            outcomes.extend([Failed(reason=f"not judged, {lost} in a row were lost: {reason}")] * missing)
         queue = iter(outcomes)
         return [tuple(next(queue) for _ in request.completions) for request in requests]
 
@@ -76,14 +86,14 @@ class Rule:
             self._child.kill()
             self._child = None
 
-    def _judge(self, lines: list[bytes], outcomes: list[Outcome]) -> None:
-        """Append outcomes until all are there or the child is lost, which costs the completion it was at."""
+    def _judge(self, lines: list[bytes], outcomes: list[Outcome]) -> bool:
+        """Append outcomes until all are there (True), or the child is lost, which costs the completion it was at (False)."""
         try:
             child = self._live_child()
         except (ConfigError, OSError) as error:
             reason = f"the rule's process could not be started again: {error}"
             outcomes.extend([Failed(reason=reason)] * (len(lines) - len(outcomes)))
-            return
+            return True
         try:
             for kind, value in child.answers(lines, first=len(outcomes), timeout_s=self._timeout_s):
                 if kind == "scored":
@@ -98,6 +108,8 @@ class Rule:
             logger.warning("rule %s: %s; starting a fresh process", self._function, lost)
             outcomes.append(Failed(reason=str(lost)))
             self.close()
+            return False
+        return True
 
     def _live_child(self) -> _Child:
         if self._child is not None and not self._child.alive():

@@ -294,3 +294,17 @@ def test_no_descriptor_is_left_behind(base: Path) -> None:
             except ConfigError:
                 continue
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_rule_that_always_hangs_does_not_take_its_limit_for_every_completion(base: Path) -> None:
+    rule = Rule("my_rules:misbehave", base=base, timeout_s=0.3)
+    try:
+        started = time.monotonic()
+        (outcomes,) = rule.score([request(*["sleep"] * 50)])
+        assert time.monotonic() - started < 10
+        assert len(outcomes) == 50 and all(isinstance(o, Failed) for o in outcomes)
+        assert "3 in a row were lost: no answer within 0.3 s" in outcomes[-1].reason
+        (again,) = rule.score([request("fine")])
+        assert isinstance(again[0], Scored)
+    finally:
+        rule.close()
