@@ -42,9 +42,7 @@ class _Running:
 class VllmDriver:
     """One in-process vLLM engine."""
 
-    def __init__(
-        self, model: Path, config: RolloutConfig, *, dtype: str, max_length: int, seed: int, device: Device
-    ) -> None:
+    def __init__(self, model: Path, config: RolloutConfig, *, dtype: str, max_length: int, seed: int, device: Device) -> None:
         self.llm = _build(model, config, dtype=dtype, max_length=max_length, seed=seed, device=device)
         self._engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer()
@@ -69,9 +67,7 @@ class VllmDriver:
     def admit(self, wave: Wave) -> None:
         """Add every request of the wave, in order; lengths and token ids were checked before it was queued."""
         if wave.version != self.held_version():
-            raise StaleWeightsError(
-                f"asked to write with weights {wave.version}, this engine holds weights {self.version}"
-            )
+            raise StaleWeightsError(f"asked to write with weights {wave.version}, this engine holds weights {self.version}")
         running = _Running(wave, [[None] * len(request.seeds) for request in wave.requests], 0)
         for row, request in enumerate(wave.requests):
             for index, seed in enumerate(request.seeds):
@@ -197,9 +193,7 @@ def stop_token_ids(model: Path, eos_token_id: int | None) -> list[int]:
         listed = json.loads(file.read_text()).get("eos_token_id")
         ids.update([listed] if isinstance(listed, int) else listed or [])
     if not ids:
-        raise ConfigError(
-            f"policy.model: neither the tokenizer nor generation_config.json of {model} names an EOS token"
-        )
+        raise ConfigError(f"policy.model: neither the tokenizer nor generation_config.json of {model} names an EOS token")
     return sorted(ids)
 
 

@@ -75,9 +75,7 @@ class EngineStats:
 class RolloutEngine:
     """See the module's docstring. Raises ConfigError where vLLM refuses the model or the settings."""
 
-    def __init__(
-        self, model: Path, config: RolloutConfig, *, dtype: Dtype, max_length: int, seed: int, device: Device
-    ) -> None:
+    def __init__(self, model: Path, config: RolloutConfig, *, dtype: Dtype, max_length: int, seed: int, device: Device) -> None:
         """`max_length`: prompt plus response, in tokens. The checkpoint's weights are version 0."""
         check_env(device)
         from rayhf.rollout.driver import VllmDriver
@@ -159,9 +157,7 @@ class RolloutEngine:
         try:
             self._verify(driver, snapshot, payloads)
         except WeightSyncError as error:
-            raise WeightSyncError(
-                f"weights {snapshot.version} refused, weights {held} stay in place: {error}"
-            ) from error
+            raise WeightSyncError(f"weights {snapshot.version} refused, weights {held} stay in place: {error}") from error
         driver.damage = f"the update from weights {held} to {snapshot.version} did not finish"
         try:
             driver.load(snapshot.buckets, payloads)
@@ -210,9 +206,7 @@ class RolloutEngine:
         if low < 0 or high >= self._driver.vocab_size:
             raise ConfigError(f"{where}: token {low if low < 0 else high} is not in 0..{self._driver.vocab_size - 1}")
         if 0 < sampling.temperature < MIN_TEMPERATURE:
-            raise ConfigError(
-                f"{where}: temperature {sampling.temperature:g} is less than vLLM can; use {MIN_TEMPERATURE} or 0"
-            )
+            raise ConfigError(f"{where}: temperature {sampling.temperature:g} is less than vLLM can; use {MIN_TEMPERATURE} or 0")
 
 
 def _gap(driver: VllmDriver, probe: Probe) -> ProbeGap:

@@ -30,9 +30,7 @@ def pack_bucket(named_tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.
     specs: list[TensorSpec] = []
     end = 0
     for name, tensor in tensors:
-        specs.append(
-            TensorSpec(name=name, dtype=str(dtype).removeprefix("torch."), shape=tuple(tensor.shape), offset=end)
-        )
+        specs.append(TensorSpec(name=name, dtype=str(dtype).removeprefix("torch."), shape=tuple(tensor.shape), offset=end))
         end += -(-_nbytes(specs[-1]) // ALIGNMENT) * ALIGNMENT
     payload = np.zeros(end, dtype=np.uint8)
     flat = torch.from_numpy(payload)
@@ -83,9 +81,7 @@ def check_complete(expected: Mapping[str, tuple[int, ...]], buckets: Iterable[We
             received[spec.name] = spec.shape
     missing, unexpected = sorted(expected.keys() - received.keys()), sorted(received.keys() - expected.keys())
     if missing or unexpected:
-        raise WeightSyncError(
-            f"the weights do not match the model: missing {_some(missing)}; unexpected {_some(unexpected)}"
-        )
+        raise WeightSyncError(f"the weights do not match the model: missing {_some(missing)}; unexpected {_some(unexpected)}")
     for name, shape in received.items():
         if shape != expected[name]:
             raise WeightSyncError(f"parameter {name} was sent with shape {shape}, the model has {expected[name]}")
@@ -121,9 +117,7 @@ def _nbytes(spec: TensorSpec) -> int:
 def _dtype(spec: TensorSpec) -> torch.dtype:
     dtype = getattr(torch, spec.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise WeightSyncError(
-            f"parameter {spec.name} has dtype {spec.dtype!r}, expected a torch dtype such as 'float32'"
-        )
+        raise WeightSyncError(f"parameter {spec.name} has dtype {spec.dtype!r}, expected a torch dtype such as 'float32'")
     return dtype
 
 
