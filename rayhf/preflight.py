@@ -87,8 +87,6 @@ def _check_algorithm(config: CampaignConfig) -> None:
         )
     if algorithm.kl.where == "loss" and algorithm.kl.estimator == "k1":
         raise ConfigError("algorithm.kl.estimator k1 has no useful gradient as a loss; expected k2 or k3, or kl.where reward")
-    if algorithm.kl.target is not None and algorithm.kl.coef == 0:
-        raise ConfigError("algorithm.kl.target needs a starting coefficient: algorithm.kl.coef is 0, expected more than 0")
     if algorithm.overlong_buffer > config.rollout.max_tokens:
         raise ConfigError(
             f"algorithm.overlong_buffer is {algorithm.overlong_buffer}; expected at most rollout.max_tokens "

@@ -1,0 +1,61 @@
+"""Rules of the house: who may import whom, what importing costs, and that every shipped config parses."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rayhf.config.load import load_config
+from rayhf.preflight import check_settings
+
+ROOT = Path(__file__).parents[2]
+ALLOWED = {"rayhf": {"rayhf"}, "actors": {"rayhf", "actors"}, "launch": {"rayhf", "actors", "launch"}}
+HEAVY = {"vllm": {"rayhf/rollout"}, "deepspeed": {"rayhf/learner"}, "wandb": {"launch/tracking.py"}, "grpc": set()}
+CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+
+
+def imports(file: Path):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_rooms_import_one_way(room):
+    for file in (ROOT / room).rglob("*.py"):
+        for name in imports(file):
+            place = str(file.relative_to(ROOT))
+            assert name not in ALLOWED or name in ALLOWED[room], f"{place} imports {name}"
+            assert room != "rayhf" or name != "ray", f"{place} imports ray"
+            if name in HEAVY:
+                assert any(place.startswith(home) for home in HEAVY[name]), f"{place} imports {name}"
+
+
+def test_importing_rayhf_needs_no_engine():
+    code = (
+        "import sys, rayhf, rayhf.config.load, rayhf.campaign.controller, rayhf.preflight\n"
+        "print(sorted({'ray', 'vllm', 'deepspeed', 'wandb', 'grpc'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_config_imports_no_torch():
+    code = "import sys, rayhf.config.load; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_is_valid(path):
+    check_settings(load_config(path))
+
+
+def test_no_code_is_loaded_from_models_and_nothing_is_unpickled():
+    for room in ALLOWED:
+        for file in (ROOT / room).rglob("*.py"):
+            text = file.read_text()
+            assert "weights_only=False" not in text and "trust_remote_code=True" not in text, file
+            assert not {"pickle", "cloudpickle", "dill", "joblib"} & set(imports(file)), file
