@@ -29,19 +29,19 @@ BACKEND = "rayhf"
 
 
 @dataclass
-class BucketInit(WeightTransferInitInfo):
+class BucketInit(WeightTransferInitInfo):  # type: ignore[misc]
     names: frozenset[str]
     """Parameters that every update must bring."""
 
 
 @dataclass
-class BucketUpdate(WeightTransferUpdateInfo):
+class BucketUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
     bucket: WeightBucket
     payload: Any
     """numpy uint8 array, verified by the engine."""
 
 
-class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
+class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):  # type: ignore[misc]
     """Loads checksummed buckets with the model's own checkpoint loader."""
 
     init_info_cls = BucketInit

@@ -95,7 +95,7 @@ def test_a_parameter_may_come_only_once() -> None:
 
 
 def test_checkpoint_shapes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no \\*.safetensors"):
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
         checkpoint_shapes(tmp_path, tied=False)
     save_file({"a": torch.zeros(3), "lm_head.weight": torch.zeros(4, 3)}, tmp_path / "1.safetensors")
     save_file({"b": torch.zeros(2, 2), "layer.rotary_emb.inv_freq": torch.zeros(2)}, tmp_path / "2.safetensors")
