@@ -6,8 +6,11 @@ join the process group (waits for all ranks, at most collective_timeout_s) -> lo
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
@@ -40,6 +43,8 @@ def join(*, rank: int, world: int, master: tuple[str, int], device: torch.device
     deepspeed.utils.logger.setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # DeepSpeed still calls names that torch is about to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if torch.distributed.is_initialized():
         return
     if device.type == "cpu":
@@ -156,18 +161,17 @@ def start_engine(
     vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}] if config.weight_decay else trainable
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
-    factor = partial(
-        lr_factor, total_steps=total_steps, warmup=config.warmup, kind=config.schedule, min_lr=config.min_lr
-    )
+    factor = partial(lr_factor, total_steps=total_steps, warmup=config.warmup, kind=config.schedule, min_lr=config.min_lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     numel = sum(getattr(p, "ds_numel", p.numel()) for p in trainable)
     settings = dict(settings)
     settings["zero_optimization"] = {**settings["zero_optimization"], "reduce_bucket_size": min(numel, 500_000_000)}
     # bfloat16 mode casts every buffer too, and rotary frequencies in bfloat16 are wrong positions.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's bfloat16 optimiser prints its memory
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
+        )
     for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")
         engine.module.get_submodule(owner)._buffers[last] = buffer.to(engine.device)

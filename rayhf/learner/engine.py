@@ -68,9 +68,7 @@ class LearnerEngine:
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def step(
-        self, micros: Sequence[Sequence[Example]], totals: Totals, loss: Loss, temperature: float
-    ) -> dict[str, float]:
+    def step(self, micros: Sequence[Sequence[Example]], totals: Totals, loss: Loss, temperature: float) -> dict[str, float]:
         """One optimiser step over all micro-batches of all ranks; every rank brings the same number of them.
 
         Returns the loss's metrics over the whole step, and learner/loss, learner/grad_norm (before clipping), learner/lr.
@@ -274,4 +272,3 @@ class LearnerEngine:
         self.engine.destroy()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-

@@ -14,9 +14,7 @@ from rayhf.learner.packing import padded_tokens, plan
 Lengths = list[list[int]]
 
 
-@given(
-    st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=3), max_size=40), st.integers(1, 5), st.integers(150, 400)
-)
+@given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=3), max_size=40), st.integers(1, 5), st.integers(150, 400))
 def test_every_example_once_within_budget_and_equal_counts(lengths: Lengths, ranks: int, budget: int) -> None:
     plans = plan(lengths, ranks=ranks, budget=budget)
     assert len(plans) == ranks

@@ -1,0 +1,189 @@
+"""The forward pass against the plain formula: full logits, log_softmax, gather; and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rayhf.learner.forward as forward
+from rayhf.errors import ConfigError
+from rayhf.experience import Example, Row
+from rayhf.learner.forward import (
+    PolicyHead,
+    SelectLogSoftmax,
+    ValueHead,
+    build_inputs,
+    build_micro,
+    prepare_config,
+    token_batches,
+)
+from rayhf.learner.schedule import lr_factor
+from rayhf.losses.base import Totals
+
+V = 61
+
+
+def make_policy(*, tied: bool = False, kind: str = "Qwen2") -> nn.Module:
+    import transformers
+
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        attention_dropout=0.1,
+    )
+    prepare_config(config, attention="sdpa")
+    model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
+    return model.train()
+
+
+def make_rows(lengths: list[tuple[int, int]]) -> list[Row]:
+    rng = np.random.default_rng(0)
+    return [
+        Row(
+            prompt_id=f"p{i}",
+            sample=i,
+            prompt_ids=tuple(rng.integers(0, V, p).tolist()),
+            response_ids=tuple(rng.integers(0, V, r).tolist()),
+            tokens={"advantage": rng.normal(size=r).astype(np.float32)},
+            scalars={"score": float(i)} if i % 2 else {},
+        )
+        for i, (p, r) in enumerate(lengths)
+    ]
+
+
+def plain_logprobs(model: nn.Module, row: Row, temperature: float) -> Tensor:
+    """One row at a time, no padding, all logits."""
+    ids = torch.tensor([row.prompt_ids + row.response_ids])
+    logp = torch.log_softmax(model(input_ids=ids).logits[0].float() / temperature, dim=-1)
+    start = len(row.prompt_ids) - 1
+    return logp[start:-1].gather(1, ids[0, start + 1 :, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama", "Qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("pieces", [False, True])
+def test_logprobs_and_gradients_match_the_plain_formula(
+    kind: str, tied: bool, pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if pieces:
+        monkeypatch.setattr(forward, "LOGITS_LIMIT", 5 * V)
+    model = make_policy(tied=tied, kind=kind)
+    rows = make_rows([(3, 7), (1, 1), (9, 4), (2, 12)])
+    weight = torch.linspace(-1, 1, sum(len(r.response_ids) for r in rows))
+    expected = torch.cat([plain_logprobs(model, row, 0.7) for row in rows])
+    expected_gradient = torch.autograd.grad((expected * weight).sum(), list(model.parameters()))
+    result, entropy = PolicyHead(model)(build_inputs(rows, "cpu"), 0.7)
+    gradient = torch.autograd.grad((result * weight).sum(), list(model.parameters()))
+    assert entropy is None
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(gradient, expected_gradient, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_logprobs_are_bitwise_equal_with_and_without_gradient_in_train_and_eval_mode() -> None:
+    policy = PolicyHead(make_policy())
+    inputs = build_inputs(make_rows([(3, 7), (1, 1), (9, 4)]), "cpu")
+    with_gradient = policy.train()(inputs, 0.9)[0]
+    with torch.no_grad():
+        without = policy.eval()(inputs, 0.9)[0]
+    assert with_gradient.requires_grad
+    assert torch.equal(with_gradient.detach(), without)
+
+
+@pytest.mark.parametrize("entropy", ["off", "metric", "loss"])
+def test_select_log_softmax_gradients(entropy: forward.Entropy) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, V, dtype=torch.float32, requires_grad=True)
+    target = torch.randint(V, (6,))
+    a, b = torch.randn(6), torch.randn(6)
+
+    def total(logp: Tensor, h: Tensor | None) -> Tensor:
+        return (logp * a).sum() + ((h * b).sum() if h is not None and h.requires_grad else 0.0)
+
+    logp, h = SelectLogSoftmax.apply(logits, target, entropy)
+    mine = torch.autograd.grad(total(logp, h), logits)[0]
+    full = torch.log_softmax(logits, -1)
+    plain_h = -(full.exp() * full).sum(-1)
+    plain = torch.autograd.grad(total(full.gather(1, target[:, None])[:, 0], plain_h if entropy == "loss" else None), logits)[0]
+    torch.testing.assert_close(mine, plain)
+    if entropy == "off":
+        assert h is None
+    else:
+        torch.testing.assert_close(h, plain_h)
+        assert h.requires_grad == (entropy == "loss")
+
+
+def test_value_is_read_before_each_response_token() -> None:
+    """A value may depend on nothing that comes at or after its token: changing token t moves only later values."""
+    import transformers
+
+    config = make_policy().config
+    config.num_labels = 1  # type: ignore[union-attr]
+    value = ValueHead(transformers.Qwen2ForTokenClassification(config)).eval()
+    row = make_rows([(4, 6)])[0]
+    changed = Row(
+        prompt_id="c", sample=0, prompt_ids=row.prompt_ids, response_ids=(*row.response_ids[:2], 5, *row.response_ids[3:])
+    )
+    a, b = (value(build_inputs([r], "cpu"), 1.0)[0] for r in (row, changed))
+    assert torch.equal(a[:3], b[:3])
+    assert not torch.isclose(a[3:], b[3:]).any()
+
+
+def test_micro_batch_lays_rows_end_to_end() -> None:
+    rows = make_rows([(3, 2), (1, 4), (2, 1)])
+    examples = [Example(rows=(rows[0], rows[1]), scalars={"margin": 0.5}), Example(rows=(rows[2],))]
+    _, micro = build_micro(examples, Totals(tokens=7, rows=3, examples=2), "cpu")
+    assert micro.row_T.tolist() == [0, 0, 1, 1, 1, 1, 2]
+    assert micro.length_R.tolist() == [2, 4, 1]
+    assert micro.example_R.tolist() == [0, 0, 1]
+    assert micro.tokens["advantage"].tolist() == [float(x) for row in rows for x in row.tokens["advantage"]]
+    assert torch.equal(micro.rows["score"].isnan(), torch.tensor([True, False, True]))
+    assert micro.rows["score"][1] == 1.0
+    assert micro.examples["margin"][0] == 0.5 and micro.examples["margin"][1].isnan()
+
+
+def test_row_without_prompt_or_response_is_refused() -> None:
+    row = Row(prompt_id="q", sample=2, prompt_ids=(), response_ids=(1,))
+    with pytest.raises(ConfigError, match="row of prompt 'q', sample 2: 0 prompt and 1 response tokens"):
+        build_inputs([row], "cpu")
+
+
+def test_model_that_rescales_its_logits_is_refused() -> None:
+    import transformers
+
+    with pytest.raises(ConfigError, match="final_logit_softcapping=30"):
+        prepare_config(transformers.Gemma2Config(), attention="sdpa")
+
+
+def test_token_batches_keep_to_the_budget() -> None:
+    lengths = [5, 50, 7, 7, 120, 6]
+    batches = token_batches(lengths, 60)
+    assert sorted(i for batch in batches for i in batch) == list(range(6))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 60 for batch in batches if len(batch) > 1)
+    assert [4] in batches, "a row over the budget goes alone: without gradient it still fits"
+
+
+def test_schedule() -> None:
+    def factors(kind: str, warmup: float) -> list[float]:
+        return [lr_factor(s, total_steps=10, warmup=warmup, kind=kind, min_lr=0.1) for s in range(12)]  # type: ignore[arg-type]
+
+    assert factors("constant", 0.0) == [1.0] * 12
+    assert factors("constant", 0.2)[:3] == [0.5, 1.0, 1.0]
+    for kind in ("linear", "cosine"):
+        values = factors(kind, 0.2)
+        assert values[1:3] == [1.0, 1.0]
+        assert values[9:] == pytest.approx([0.1] * 3)
+        assert all(a >= b for a, b in pairwise(values[1:]))
+    assert factors("linear", 0.0)[3] == pytest.approx(1 - 0.9 * 3 / 9)
