@@ -1,14 +1,14 @@
 """The verifiable task: chains of additions and subtractions, answered one step per line.
 
-In: a seed. Out: prompts with their answers, demonstrations with slips, and `correct`, the rule that scores a completion.
+In: a seed. Out: prompts with answers, demonstrations with slips, and `correct`, the rule that scores a completion.
 A question `What is 3+8-5?` is answered by
 
     3+8=11
     11-5=6
     Answer: 6
 
-A policy trained on demonstrations that slip now and then (a step off by one or two, carried on) knows right from wrong but
-is mediocre when sampled, so there is something to learn at once. Nothing here imports torch.
+A policy trained on demonstrations that slip now and then (a step off by one or two, carried on) knows right from wrong
+but is mediocre when sampled, so there is something to learn at once. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def correct(completion: str, *, prompt: str, answer: str | None, finish_reason: 
     """1.0 when the completion is well formed and its final number equals the answer, else 0.0.
 
     Well formed: it was not cut off, every line but the last is a step `a+b=c` or `a-b=c`, and the last line is exactly
-    `Answer: N`, with N in plain digits. Whether the steps are right is not checked. Raises ConfigError without an answer.
+    `Answer: N`, with N in plain digits. Whether the steps are right is not checked. Raises ConfigError with no answer.
     """
     if answer is None:
         raise ConfigError(f"prompts: arithmetic needs an answer with every prompt, and {prompt!r} has none")

@@ -2,19 +2,19 @@
 
 In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and what was measured.
 Two phases of supervised training: clean demonstrations first, because noise makes the facts slow to learn, and then
-demonstrations with slips, which set how often the policy errs when sampled. Greedy decoding stays far better than sampling.
+demonstrations with slips, which set how often the policy errs when sampled. Greedy decoding stays far better.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 from rayhf.tiny import arithmetic
 from rayhf.tiny.language_model import MAX_LENGTH, ModelSize, Phase, new_model, sample, train
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
+from rayhf.tiny.world import write_rows
 
 HELDOUT, TRAIN, DEMONSTRATED = 500, 4000, 8000
 """Questions. Demonstrations cover the training prompts and as many again, never a held-out one."""
@@ -48,7 +48,12 @@ def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> 
     for share, (name, temperature) in enumerate({"sampled": 1.0, "greedy": 0.0}.items()):
         progress("measure", share / 2)
         texts_and_reasons = sample(
-            model, tokenizer, [chain.prompt for chain in heldout], max_tokens=MAX_TOKENS, temperature=temperature, seed=seed
+            model,
+            tokenizer,
+            [chain.prompt for chain in heldout],
+            max_tokens=MAX_TOKENS,
+            temperature=temperature,
+            seed=seed,
         )
         scores = [
             arithmetic.correct(text, prompt=chain.prompt, answer=chain.answer, finish_reason=reason)
@@ -56,10 +61,10 @@ def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> 
         ]
         measured[f"accuracy_{name}"] = sum(scores) / len(scores)
     progress("measure", 1.0)
-    sizes = {"policy_parameters": model.num_parameters(), "vocabulary": len(tokenizer), "train": TRAIN, "heldout": HELDOUT}
+    sizes = {
+        "policy_parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        "train": TRAIN,
+        "heldout": HELDOUT,
+    }
     return sizes, measured
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """JSON Lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""A small Qwen2 policy: made from a seed, trained on demonstrations, sampled in batches with a KV cache.
+"""A small Llama policy: made from a seed, trained on demonstrations, sampled in batches with a KV cache.
 
 In: (prompt, response) texts and a tokenizer. Out: a model that writes such responses. Building the tiny world needs no
 serving engine: `sample` is plain torch and transformers.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 MAX_LENGTH = 512
 """max_position_embeddings of every model here, in tokens."""
@@ -20,15 +20,17 @@ MAX_LENGTH = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """Head size stays at 32, the smallest that vLLM's CPU attention serves."""
+    """Llama, whose tokenizer transformers reads as it was saved: for Qwen2 it puts a class of its own in its place, with
+    one token more than the model has. Head size stays at 32, the smallest that vLLM's CPU attention serves.
+    """
 
     hidden: int = 128
     layers: int = 4
     intermediate: int = 384
 
-    def config(self, tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+    def config(self, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         heads = self.hidden // 32
-        return Qwen2Config(
+        return LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -46,7 +48,7 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A part of supervised training: `steps` batches of `batch` demonstrations, learning rate from `lr` down to `lr_end`."""
+    """A part of supervised training: `steps` batches of `batch` demonstrations, learning rate from `lr` to `lr_end`."""
 
     steps: int
     batch: int
@@ -54,11 +56,11 @@ class Phase:
     lr_end: float
 
 
-def new_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+def new_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """Random weights that depend on the seed alone; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(size.config(tokenizer)).float()
+        return LlamaForCausalLM(size.config(tokenizer)).float()
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
@@ -71,7 +73,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -
 
 
 def train(
-    model: Qwen2ForCausalLM,
+    model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     demonstrations: Sequence[tuple[str, str]],
     phase: Phase,
@@ -98,7 +100,7 @@ def train(
         logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         losses.append(loss.item())
@@ -122,7 +124,7 @@ def _pad_right(rows: Sequence[tuple[list[int], list[int]]], *, pad: int) -> tupl
 
 @torch.inference_mode()
 def sample(
-    model: Qwen2ForCausalLM,
+    model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     *,
@@ -145,7 +147,7 @@ def sample(
 
 
 def _sample_batch(
-    model: Qwen2ForCausalLM,
+    model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
@@ -161,7 +163,12 @@ def _sample_batch(
     for _ in range(max_tokens):
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -inputs.shape[1] :]
         result = model(
-            input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         cache, logits = result.past_key_values, result.logits[:, -1].float()
         if temperature == 0:

@@ -1,0 +1,104 @@
+"""The open-ended task: a few words about three topics, and a hidden preference that only pairs reveal.
+
+In: a seed. Out: prompts, demonstrations, noisy labels, and `true_preference`, which evaluation alone may call.
+A prompt `Words about sea, night and garden.` is answered by a line such as `cold wave bright star wild rose`.
+
+The hidden preference likes nouns of the topics asked for (each further one counts less), all three topics touched, and
+adjectives and nouns taking turns; it dislikes repetition, words it does not know, and more than nine words. Ordinary
+answers are short, so a reward model hardly sees what happens beyond nine words: it can be over-optimised.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+
+from rayhf.errors import ConfigError
+
+TOPICS: dict[str, tuple[str, ...]] = {
+    "sea": ("wave", "tide", "sail", "gull", "reef", "shore"),
+    "night": ("star", "moon", "owl", "dream", "lamp", "shadow"),
+    "garden": ("rose", "bee", "hedge", "seed", "spade", "vine"),
+    "kitchen": ("bread", "kettle", "spoon", "soup", "oven", "salt"),
+    "city": ("street", "tram", "tower", "crowd", "bridge", "market"),
+    "winter": ("snow", "frost", "sled", "coat", "ice", "storm"),
+    "music": ("drum", "song", "flute", "choir", "string", "chord"),
+    "forest": ("oak", "fox", "moss", "fern", "trail", "pine"),
+    "school": ("book", "chalk", "desk", "pencil", "lesson", "bell"),
+    "farm": ("barn", "goat", "wheat", "plough", "hen", "hay"),
+    "river": ("boat", "trout", "mill", "ford", "reed", "stone"),
+    "space": ("comet", "rocket", "orbit", "planet", "probe", "crater"),
+}
+"""Each topic and its nouns; no noun has two topics."""
+
+# fmt: off
+ADJECTIVES = (
+    "cold", "warm", "bright", "dark", "quiet", "loud", "soft", "hard", "old", "new", "wild", "calm",
+    "deep", "tall", "small", "sweet", "bitter", "slow", "quick", "golden", "silver", "green", "red", "blue",
+)
+# fmt: on
+
+_TEMPLATES = ("Words about {}, {} and {}.", "Some words for {}, {} and {}.", "Name things of {}, {} and {}.")
+_TOPIC_OF = {noun: topic for topic, nouns in TOPICS.items() for noun in nouns}
+_ADJECTIVE_SET = frozenset(ADJECTIVES)
+_NOUNS = tuple(_TOPIC_OF)
+LABEL_SHARPNESS = 1.5
+"""The labeller prefers a over b with probability sigmoid(LABEL_SHARPNESS * (true(a) - true(b)))."""
+
+
+def prompts(seed: int) -> Iterator[str]:
+    """Every prompt once, in an order that depends on the seed (3,960 of them)."""
+    names = list(TOPICS)
+    everything = [
+        template.format(a, b, c) for template in _TEMPLATES for a in names for b in names for c in names if len({a, b, c}) == 3
+    ]
+    random.Random(f"words prompts {seed}").shuffle(everything)
+    return iter(everything)
+
+
+def topics_of(prompt: str) -> list[str]:
+    """The topics that a prompt names, in order. Raises ConfigError where it names none."""
+    found = [word for word in re.findall("[a-z]+", prompt) if word in TOPICS]
+    if not found:
+        raise ConfigError(f"prompts: {prompt!r} names none of the topics {', '.join(TOPICS)}")
+    return found
+
+
+def demonstration(prompt: str, rng: random.Random, *, off_topic: float = 0.35, repeats: float = 0.12) -> str:
+    """Three to eleven words. By default mediocre: a third of the nouns comes from any topic, some words come again."""
+    own = [noun for topic in topics_of(prompt) for noun in TOPICS[topic]]
+    words: list[str] = []
+    for _ in range(min(rng.randint(3, 9), rng.randint(3, 12)) + rng.randint(0, 2)):
+        if words and rng.random() < repeats:
+            words.append(rng.choice(words))
+        elif rng.random() < 0.37:
+            words.append(rng.choice(ADJECTIVES))
+        else:
+            words.append(rng.choice(_NOUNS if rng.random() < off_topic else own))
+    return " ".join(words)
+
+
+def true_preference(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+    """The hidden preference, for evaluation only. Ordinary samples lie around 2; about 5.2 is the best there is."""
+    del answer
+    asked = set(topics_of(prompt))
+    words = completion.split()
+    kinds = ["adjective" if word in _ADJECTIVE_SET else "noun" if word in _TOPIC_OF else "unknown" for word in words]
+    own = {word for word in words if _TOPIC_OF.get(word) in asked}
+    turns = [{first, second} == {"adjective", "noun"} for first, second in pairwise(kinds)]
+    score = 3.0 * (1.0 - math.exp(-len(own) / 3.0))
+    score += 1.0 * len({_TOPIC_OF[word] for word in own}) / len(asked)
+    score += 1.5 * sum(turns) / max(3, len(turns))
+    score -= 0.4 * (len(words) - len(set(words)))
+    score -= 0.5 * kinds.count("unknown")
+    score -= 0.3 * max(0, len(words) - 9)
+    return score - (1.0 if finish_reason == "length" else 0.0)
+
+
+def prefers_first(first: float, second: float, rng: random.Random) -> bool:
+    """A labeller's answer: a Bradley-Terry draw on two true preferences."""
+    return rng.random() < 1.0 / (1.0 + math.exp(-LABEL_SHARPNESS * (first - second)))

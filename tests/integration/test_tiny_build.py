@@ -1,0 +1,97 @@
+"""The tiny world, really built: in $RAYHF_TINY_DIR, or in .tiny at the repository's top, where the next run finds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rayhf.tiny import TaskInfo, build, words
+from rayhf.tiny.reward_model import score
+
+pytestmark = pytest.mark.timeout(600)
+
+DIRECTORY = Path(os.environ.get("RAYHF_TINY_DIR") or Path(__file__).parents[2] / ".tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, TaskInfo]:
+    return build(DIRECTORY)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_second_build_finds_everything(tiny: dict[str, TaskInfo]) -> None:
+    start = time.perf_counter()
+    again = build(DIRECTORY)
+    assert time.perf_counter() - start < 1.0
+    assert all(info.cached for info in again.values())
+    assert {task: info.measured for task, info in again.items()} == {task: info.measured for task, info in tiny.items()}
+
+
+def test_the_policies_are_mediocre_and_know_better(tiny: dict[str, TaskInfo]) -> None:
+    measured = tiny["arithmetic"].measured
+    assert 0.30 <= measured["accuracy_sampled"] <= 0.60
+    assert measured["accuracy_greedy"] >= measured["accuracy_sampled"] + 0.25
+    assert 1.0 < tiny["words"].measured["true_preference_sampled"] < 3.5
+
+
+def test_the_reward_model_has_learned_the_preference(tiny: dict[str, TaskInfo]) -> None:
+    measured = tiny["words"].measured
+    assert measured["reward_accuracy_true"] > 0.7
+    assert measured["reward_accuracy_labels"] > 0.62
+    assert 0.7 < measured["labels_agree_with_true_preference"] < 0.9
+
+
+def test_train_and_heldout_prompts_do_not_overlap(tiny: dict[str, TaskInfo]) -> None:
+    for info in tiny.values():
+        train, heldout = rows(info.train), rows(info.heldout)
+        prompts = [row["prompt"] for row in train + heldout]
+        assert len(train) >= 2000
+        assert len(heldout) >= 500
+        assert len(set(prompts)) == len(prompts)
+        assert all(("answer" in row) == (info.task == "arithmetic") for row in train + heldout)
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "words"])
+def test_the_policy_loads_as_transformers_and_vllm_want_it(tiny: dict[str, TaskInfo], task: str) -> None:
+    info = tiny[task]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(info.policy), AutoTokenizer.from_pretrained(info.policy)
+    assert 0.2e6 < model.num_parameters() == info.sizes["policy_parameters"] < 2e6
+    assert str(model.dtype) == "torch.float32"
+    assert model.config.max_position_embeddings == 512
+    assert model.config.hidden_size // model.config.num_attention_heads == 32
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert model.config.vocab_size == len(tokenizer)
+    chat = [{"role": "user", "content": rows(info.train)[0]["prompt"]}]
+    assert len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) < 32
+
+
+def test_the_reward_model_judges_with_its_own_tokenizer(tiny: dict[str, TaskInfo]) -> None:
+    info = tiny["words"]
+    assert info.reward_model is not None
+    model = AutoModelForSequenceClassification.from_pretrained(info.reward_model)
+    tokenizer = AutoTokenizer.from_pretrained(info.reward_model)
+    assert model.config.num_labels == 1
+    assert tokenizer.get_vocab() != AutoTokenizer.from_pretrained(info.policy).get_vocab()
+    assert len(rows(info.directory / "pairs_train.jsonl")) == 5000
+    pairs = rows(info.directory / "pairs_test.jsonl")
+    assert len(pairs) == 500
+    prompts = [pair["prompt"] for pair in pairs]
+    chosen = score(model, tokenizer, prompts, [pair["chosen"] for pair in pairs])
+    rejected = score(model, tokenizer, prompts, [pair["rejected"] for pair in pairs])
+    right = sum(good > bad for good, bad in zip(chosen, rejected, strict=True)) / len(pairs)
+    assert right == pytest.approx(info.measured["reward_accuracy_labels"], abs=0.01)
+    prompt = "Words about sea, night and garden."
+    good, bad = "cold wave bright star wild rose", "barn barn barn goat goat goat"
+    assert words.true_preference(good, prompt=prompt, answer=None, finish_reason="stop") > 3
+    better, worse = score(model, tokenizer, [prompt, prompt], [good, bad])
+    assert better > worse
