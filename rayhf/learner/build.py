@@ -53,7 +53,7 @@ def join(*, rank: int, world: int, master: tuple[str, int], device: torch.device
         torch.cuda.set_device(device)
     # DeepSpeed hands its own timeout only to the world group; sub-groups take torch's default.
     timeout = timedelta(seconds=timeout_s)
-    c10d.default_pg_timeout = timeout  # type: ignore[attr-defined]
+    c10d.default_pg_timeout = timeout
     c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     backend = "gloo" if device.type == "cpu" else "nccl"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
@@ -123,7 +123,7 @@ def load_model(
     if lora is not None:
         model = _with_lora(model, lora)
     if config.activation_checkpointing:
-        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     return ValueHead(model) if head == "value" else PolicyHead(model)
 
 
@@ -131,7 +131,7 @@ def _rebuild_rotary(model: nn.Module) -> None:
     """Sharded loading makes every float tensor in the training dtype; rotary frequencies must be float32 to be right."""
     for module in model.modules():
         if "inv_freq" in module._buffers:
-            fresh: nn.Module = type(module)(config=module.config)
+            fresh = type(module)(config=module.config)
             module._buffers.update(fresh._buffers)
 
 
@@ -143,7 +143,7 @@ def _with_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, exclude_modules=["score"]
     )
     # Adapters in the model's own dtype: ZeRO-3 shards one dtype only, and DeepSpeed keeps float32 masters anyway.
-    wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    wrapped: nn.Module = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     score = getattr(model, "score", None)
     if score is not None:
         score.requires_grad_(True)  # the value head has nothing to adapt: it is trained as it is
@@ -159,7 +159,7 @@ def start_engine(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}] if config.weight_decay else trainable
+    groups: Any = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}] if config.weight_decay else trainable
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     factor = partial(lr_factor, total_steps=total_steps, warmup=config.warmup, kind=config.schedule, min_lr=config.min_lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

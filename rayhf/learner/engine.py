@@ -154,7 +154,7 @@ class LearnerEngine:
         results: list[FloatArray | None] = [None] * len(rows)
         for batch in batches:
             output_T = self._evaluate(build_inputs([rows[i] for i in batch], self.device), temperature)
-            parts = output_T.cpu().split([len(rows[i].response_ids) for i in batch])
+            parts = torch.split(output_T.cpu(), [len(rows[i].response_ids) for i in batch])
             for i, part in zip(batch, parts, strict=True):
                 results[i] = part.numpy().copy()
         for _ in range(self._most_batches(len(batches)) - len(batches)):
@@ -181,7 +181,7 @@ class LearnerEngine:
         Computed by the training model itself (LoRA unmerged), independently of how weights are packed and sent, so that an
         engine that agrees has received the policy that is being trained.
         """
-        vocabulary = base_model(self.model).config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
+        vocabulary = base_model(self.model).config.get_text_config().vocab_size
         ids = tuple((7919 * i + 104729) % vocabulary for i in range(PROBE_TOKENS))
         row = Row(prompt_id="probe", sample=0, prompt_ids=ids[:1], response_ids=ids[1:])
         logprobs = tuple(self._evaluate(build_inputs([row], self.device), 1.0).tolist())

@@ -62,8 +62,8 @@ def build_inputs(rows: Sequence[Row], device: torch.device | str) -> Inputs:
         first = b * length + len(row.prompt_ids) - 1
         predict.append(np.arange(first, first + len(row.response_ids)))
     target_T = np.concatenate([np.asarray(row.response_ids, dtype=np.int64) for row in rows])
-    put = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-    return Inputs(put(ids_BS), put(np.concatenate(predict)), put(target_T))
+    tensors = [torch.from_numpy(array).to(device) for array in (ids_BS, np.concatenate(predict), target_T)]
+    return Inputs(*tensors)
 
 
 def build_micro(examples: Sequence[Example], totals: Totals, device: torch.device | str) -> tuple[Inputs, MicroBatch]:
@@ -116,7 +116,7 @@ class SelectLogSoftmax(torch.autograd.Function):
         return logp_T, entropy_T
 
     @staticmethod
-    def backward(ctx: Any, grad_logp_T: Tensor, grad_entropy_T: Tensor | None) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logp_T: Tensor, grad_entropy_T: Tensor | None) -> tuple[Tensor, None, None]:
         logits_TV, target_T, lse_T, entropy_T = ctx.saved_tensors
         grad_TV = logits_TV.float() - lse_T[:, None]
         if entropy_T is None:
@@ -140,21 +140,21 @@ class PolicyHead(nn.Module):
         """(log p(target)_T, entropy_T) at this temperature, float32, in nats."""
         causal = base_model(self.model)
         hidden_TH = _hidden(causal, inputs)
-        head = causal.get_output_embeddings()  # type: ignore[operator]
+        head = causal.get_output_embeddings()
 
         def score(hidden_TH: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor | None]:
             logits_TV = head(hidden_TH)
             if temperature != 1:
                 logits_TV = logits_TV.float() / temperature
-            result: tuple[Tensor, Tensor | None] = SelectLogSoftmax.apply(logits_TV, target_T, entropy)
+            result: tuple[Tensor, Tensor | None] = SelectLogSoftmax.apply(logits_TV, target_T, entropy)  # type: ignore[no-untyped-call]
             return result
 
-        piece = max(1, LOGITS_LIMIT // causal.config.vocab_size)  # type: ignore[union-attr,operator]
+        piece: int = max(1, LOGITS_LIMIT // int(causal.config.vocab_size))
         if len(hidden_TH) <= piece:
             return score(hidden_TH, inputs.target_T)
         # Each piece's logits are computed again in backward, so that only one piece is alive at a time.
         run = (lambda h, t: checkpoint(score, h, t, use_reentrant=False)) if torch.is_grad_enabled() else score
-        parts = [run(h, t) for h, t in zip(hidden_TH.split(piece), inputs.target_T.split(piece), strict=True)]
+        parts = [run(h, t) for h, t in zip(torch.split(hidden_TH, piece), torch.split(inputs.target_T, piece), strict=True)]
         logp_T = torch.cat([logp for logp, _ in parts])
         return logp_T, None if entropy == "off" else torch.cat([e for _, e in parts if e is not None])
 
@@ -169,20 +169,19 @@ class ValueHead(nn.Module):
     def forward(self, inputs: Inputs, temperature: float, entropy: Entropy = "off") -> tuple[Tensor, Tensor | None]:
         """(value_T, None); value[t] is read at position prompt_len - 1 + t, before response token t is known."""
         classifier = base_model(self.model)
-        value_T: Tensor = classifier.score(_hidden(classifier, inputs)).float().squeeze(-1)  # type: ignore[operator]
+        value_T: Tensor = classifier.score(_hidden(classifier, inputs)).float().squeeze(-1)
         return value_T, None
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> Any:
     """The Hugging Face model inside PEFT, whose layers carry the adapters in place; or the model itself."""
     inner = getattr(model, "get_base_model", None)
-    base: nn.Module = inner() if inner is not None else model
-    return base
+    return inner() if inner is not None else model
 
 
-def _hidden(model: nn.Module, inputs: Inputs) -> Tensor:
+def _hidden(model: Any, inputs: Inputs) -> Tensor:
     """Last hidden states at the predicting positions: (T, H)."""
-    body = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+    body = getattr(model, model.base_model_prefix)
     hidden_BSH: Tensor = body(input_ids=inputs.ids_BS, use_cache=False).last_hidden_state
     return hidden_BSH.flatten(0, 1).index_select(0, inputs.predict_T)
 

@@ -52,11 +52,12 @@ class Weight:
 
     def merged(self) -> Tensor:
         """The parameter, plus its adapter's low-rank product (summed in float32)."""
-        weight = self.parameter.detach()
+        weight: Tensor = self.parameter.detach()
         if self.adapted is None:
             return weight
         delta = sum(self.adapted.get_delta_weight(name).detach().float() for name in self.adapted.active_adapters)
-        return (weight.float() + delta).to(weight.dtype)
+        merged: Tensor = (weight.float() + delta).to(weight.dtype)
+        return merged
 
 
 def weights_of(model: nn.Module) -> list[Weight]:

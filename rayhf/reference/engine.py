@@ -49,7 +49,7 @@ class ReferenceEngine:
         results: dict[int, FloatArray] = {}
         for batch in token_batches([len(row) for row in rows], self.config.token_budget):
             logp_T, _ = self.policy(build_inputs([rows[i] for i in batch], self.device), temperature)
-            parts = logp_T.cpu().split([len(rows[i].response_ids) for i in batch])
+            parts = torch.split(logp_T.cpu(), [len(rows[i].response_ids) for i in batch])
             results.update((i, part.numpy().copy()) for i, part in zip(batch, parts, strict=True))
         return [results[i] for i in range(len(rows))]
 
