@@ -67,6 +67,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value
+    else:
+        raise ConfigError(f"override {'.'.join(parents)}: {node!r} is a value, not a section")
 
 
 def _child(node: Any, part: str, where: str, *, create: bool) -> Any:

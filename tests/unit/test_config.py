@@ -74,7 +74,7 @@ def test_settings_that_contradict_each_other(section, expected):
     [
         (["learner.lr"], "expected key=value"),
         (["scorer.train.4.weight=2"], "expected an index from 0 to 0"),
-        (["learner.lr=1", "learner.lr.x=1"], "learner.lr: 1 is a value, not a section"),
+        (["learner.lr=1", "learner.lr.x=1"], "learner.lr: 1 is a value"),
         (["prompts=: :"], "not valid YAML"),
     ],
 )
