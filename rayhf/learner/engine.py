@@ -151,13 +151,14 @@ class LearnerEngine:
         Under ZeRO-3 all ranks must call it together; their numbers of rows may differ (also 0).
         """
         batches = token_batches([len(row) for row in rows], self.config.token_budget)
+        most = self._most_batches(len(batches))  # before the first forward pass, so that collectives meet in order
         results: list[FloatArray | None] = [None] * len(rows)
         for batch in batches:
             output_T = self._evaluate(build_inputs([rows[i] for i in batch], self.device), temperature)
             parts = torch.split(output_T.cpu(), [len(rows[i].response_ids) for i in batch])
             for i, part in zip(batch, parts, strict=True):
                 results[i] = part.numpy().copy()
-        for _ in range(self._most_batches(len(batches)) - len(batches)):
+        for _ in range(most - len(batches)):
             self._evaluate(build_inputs([], self.device), temperature)
         return [result for result in results if result is not None]
 
