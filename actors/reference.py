@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 
 from actors.remote import wait
@@ -26,8 +27,8 @@ class ReferenceActor:
     def logprobs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
         return self.engine.logprobs(rows, temperature=temperature)
 
-    def update(self, snapshot: WeightSnapshot, mix: float, *payloads: np.ndarray) -> None:
-        self.engine.update(snapshot, list(payloads), mix=mix)
+    def update(self, snapshot: WeightSnapshot, mix: float, *payloads: npt.NDArray[np.uint8]) -> None:
+        self.engine.update(list(zip(snapshot.buckets, payloads, strict=True)), mix=mix)
 
     def save(self, directory: Path) -> None:
         self.engine.save(directory)

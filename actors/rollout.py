@@ -6,20 +6,33 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import ray
 
 from actors.remote import wait, wait_all
-from rayhf.config.schema import RolloutConfig
+from rayhf.config.schema import Dtype, RolloutConfig
 from rayhf.experience import Completion, GenerateRequest, WeightSnapshot
+
+if TYPE_CHECKING:
+    from rayhf.rollout.engine import EngineStats, UpdateReport
 
 
 class RolloutActor:
     """A shell around one RolloutEngine; its environment variables are set before this process starts."""
 
-    def build(self, model: Path, config: RolloutConfig, *, dtype: str, max_length: int, seed: int, device: str) -> None:
+    def build(
+        self,
+        model: Path,
+        config: RolloutConfig,
+        *,
+        dtype: Dtype,
+        max_length: int,
+        seed: int,
+        device: Literal["cpu", "gpu"],
+    ) -> None:
         from rayhf.rollout.engine import RolloutEngine
 
         self.engine = RolloutEngine(model, config, dtype=dtype, max_length=max_length, seed=seed, device=device)
@@ -27,10 +40,10 @@ class RolloutActor:
     async def generate(self, requests: Sequence[GenerateRequest], version: int) -> list[tuple[Completion, ...]]:
         return await asyncio.wrap_future(self.engine.submit(requests, version=version))
 
-    async def update(self, snapshot: WeightSnapshot, *payloads: np.ndarray) -> dict[str, Any]:
+    async def update(self, snapshot: WeightSnapshot, *payloads: npt.NDArray[np.uint8]) -> UpdateReport:
         return await asyncio.to_thread(self.engine.update, snapshot, list(payloads))
 
-    async def stats(self) -> dict[str, Any]:
+    async def stats(self) -> EngineStats:
         return self.engine.stats()
 
 

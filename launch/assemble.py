@@ -129,7 +129,7 @@ class Cast:
         await wait(actor.build.remote(*arguments, **settings), who=who, phase="start", timeout_s=self.config.run.start_timeout_s)
 
     def _rollout_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        settings = {"dtype": self.config.policy.dtype, "max_length": self.prepared.max_length}
+        settings: dict[str, Any] = {"dtype": self.config.policy.dtype, "max_length": self.prepared.max_length}
         settings |= {"seed": self.config.seed % 2**31, "device": self.config.cluster.device}
         return (self.base / self.config.policy.model, self.config.rollout), settings
 

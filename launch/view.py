@@ -41,7 +41,7 @@ class LiveView:
         self._progress.stop()
 
     def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
-        fields = {"round": iteration, "rounds": self._iterations}
+        fields: dict[str, Any] = {"round": iteration, "rounds": self._iterations}
         if self._line is None:
             self._line = self._progress.add_task(name, total=total or None, **fields)
         self._progress.update(self._line, description=name, completed=done, total=total or None, **fields)

@@ -185,9 +185,7 @@ class AdaptiveKL:
     def __init__(self, coef: float, target: float, horizon: float) -> None:
         for name, value in (("coef", coef), ("target", target), ("horizon", horizon)):
             if not (np.isfinite(value) and value > 0):
-                raise ConfigError(
-                    f"algorithm.kl.{name}: {value} must be finite and above 0 for the adaptive controller"
-                )
+                raise ConfigError(f"algorithm.kl.{name}: {value} must be finite and above 0 for the adaptive controller")
         self.coef = float(coef)
         self.target = float(target)
         self.horizon = float(horizon)
@@ -253,9 +251,7 @@ class _Group:
         return [int(index) for index in np.argsort(-self.scores, kind="stable")]
 
 
-def best_worst(
-    scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None
-) -> PairSelection:
+def best_worst(scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None) -> PairSelection:
     """The highest against the lowest score: one pair, or one tie. Fewer than two samples give neither.
 
     `answers` (for example the token ids) makes a pair of identical answers a tie, whatever a noisy scorer said of them.
@@ -268,9 +264,7 @@ def best_worst(
     return PairSelection(pairs=(), ties=1) if pair is None else PairSelection(pairs=(pair,), ties=0)
 
 
-def all_pairs(
-    scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None
-) -> PairSelection:
+def all_pairs(scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None) -> PairSelection:
     """Every better against every worse score: at most K * (K - 1) / 2 pairs, best chosen first, then lowest rejected
     last.
     """

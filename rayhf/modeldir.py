@@ -37,7 +37,9 @@ def load_tokenizer(path: Path, *, key: str) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{key}: {path} has no tokenizer (tokenizer.json)")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     if not tokenizer.chat_template:
-        raise ConfigError(f"{key}: the tokenizer of {path} has no chat template; add chat_template.jinja or a chat_template entry")
+        raise ConfigError(
+            f"{key}: the tokenizer of {path} has no chat template; add chat_template.jinja or a chat_template entry"
+        )
     return tokenizer
 
 

@@ -96,7 +96,7 @@ class PromptSet:
 
 
 def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, *, key: str, max_prompt_tokens: int) -> PromptSet:
-    """Read, render and check every prompt. Raises ConfigError for a bad row or a prompt of more than `max_prompt_tokens` tokens."""
+    """Read, render and check every prompt. Raises ConfigError for a bad row or too long a prompt."""
     prompts: dict[str, Prompt] = {}
     duplicates = 0
     for where, row in read_rows(path, key=key):

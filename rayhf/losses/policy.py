@@ -106,9 +106,7 @@ class Importance(NamedTuple):
 def check_cap(cap: float | None) -> None:
     """ConfigError unless on-policy weights of exactly 1 pass untouched."""
     if cap is not None and not cap >= 1.0:
-        raise ConfigError(
-            f"importance.cap: {cap} would shrink on-policy weights; it must be at least 1.0, or null for off"
-        )
+        raise ConfigError(f"importance.cap: {cap} would shrink on-policy weights; it must be at least 1.0, or null for off")
 
 
 def importance_weight(logp_T: Tensor, behaviour_logp_T: Tensor, cap: float | None) -> Importance:
@@ -218,9 +216,9 @@ class PolicyLoss:
 
     def __post_init__(self) -> None:
         check_cap(self.importance_cap)
-        if not 0.0 < self.clip_low:
+        if not self.clip_low > 0.0:
             raise ConfigError(f"clip_low: {self.clip_low} must be above 0; try 0.2")
-        if not 0.0 < self.clip_high:
+        if not self.clip_high > 0.0:
             raise ConfigError(f"clip_high: {self.clip_high} must be above 0; try 0.2")
         if self.dual_clip is not None and not self.dual_clip > 1.0:
             raise ConfigError(f"dual_clip: {self.dual_clip} must be above 1; try 3.0, or null for off")

@@ -255,9 +255,7 @@ class PairImportance(NamedTuple):
     capped_P: Tensor
 
 
-def pair_importance_weight(
-    logp_T: Tensor, behaviour_logp_T: Tensor, micro: MicroBatch, cap: float | None
-) -> PairImportance:
+def pair_importance_weight(logp_T: Tensor, behaviour_logp_T: Tensor, micro: MicroBatch, cap: float | None) -> PairImportance:
     """min(cap, exp(mean over the pair's tokens of logp - behaviour_logp)): (P,), exactly 1 on-policy.
 
     A pair was written with probability mu(chosen) * mu(rejected), so its exact weight is the exponential of the SUMMED
@@ -301,9 +299,7 @@ class PreferenceLoss:
         if not 0.0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"label_smoothing: {self.label_smoothing} must be at least 0 and below 0.5; try 0.1")
         if self.label_smoothing and self.loss not in SMOOTHED:
-            raise ConfigError(
-                f"label_smoothing: {self.loss} does not use it; set 0, or use {', '.join(sorted(SMOOTHED))}"
-            )
+            raise ConfigError(f"label_smoothing: {self.loss} does not use it; set 0, or use {', '.join(sorted(SMOOTHED))}")
         if self.loss == "exo" and not self.label_smoothing:
             raise ConfigError("label_smoothing: exo is infinite at 0; try 0.001")
 

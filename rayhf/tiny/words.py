@@ -3,8 +3,8 @@
 In: a seed. Out: prompts, demonstrations, noisy labels, and `true_preference`, which evaluation alone may call.
 A prompt `Words about sea, night and garden.` is answered by a line such as `cold wave bright star wild rose`.
 
-The hidden preference likes nouns of the topics asked for (each further one counts less), all three topics touched, and
-adjectives and nouns taking turns; it dislikes repetition, words it does not know, and more than nine words. Ordinary
+The hidden preference likes nouns of the topics asked for and vivid adjectives (each further one counts less), and nouns
+and adjectives taking turns; it dislikes plain adjectives, repetition, unknown words, and more than nine words. Ordinary
 answers are short, so a reward model hardly sees what happens beyond nine words: it can be over-optimised.
 Nothing here imports torch.
 """
@@ -36,17 +36,16 @@ TOPICS: dict[str, tuple[str, ...]] = {
 """Each topic and its nouns; no noun has two topics."""
 
 # fmt: off
-ADJECTIVES = (
-    "cold", "warm", "bright", "dark", "quiet", "loud", "soft", "hard", "old", "new", "wild", "calm",
-    "deep", "tall", "small", "sweet", "bitter", "slow", "quick", "golden", "silver", "green", "red", "blue",
-)
+VIVID = ("cold", "warm", "bright", "dark", "wild", "deep", "bitter", "golden", "silver", "green", "red", "blue")
+PLAIN = ("quiet", "loud", "soft", "hard", "old", "new", "calm", "tall", "small", "sweet", "slow", "quick")
 # fmt: on
+ADJECTIVES = VIVID + PLAIN
 
 _TEMPLATES = ("Words about {}, {} and {}.", "Some words for {}, {} and {}.", "Name things of {}, {} and {}.")
 _TOPIC_OF = {noun: topic for topic, nouns in TOPICS.items() for noun in nouns}
 _ADJECTIVE_SET = frozenset(ADJECTIVES)
 _NOUNS = tuple(_TOPIC_OF)
-LABEL_SHARPNESS = 1.5
+LABEL_SHARPNESS = 2.0
 """The labeller prefers a over b with probability sigmoid(LABEL_SHARPNESS * (true(a) - true(b)))."""
 
 
@@ -83,17 +82,18 @@ def demonstration(prompt: str, rng: random.Random, *, off_topic: float = 0.35, r
 
 
 def true_preference(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
-    """The hidden preference, for evaluation only. Ordinary samples lie around 2; about 5.2 is the best there is."""
+    """The hidden preference, for evaluation only. Ordinary samples lie around 1.5; about 5 is the best there is."""
     del answer
     asked = set(topics_of(prompt))
     words = completion.split()
     kinds = ["adjective" if word in _ADJECTIVE_SET else "noun" if word in _TOPIC_OF else "unknown" for word in words]
     own = {word for word in words if _TOPIC_OF.get(word) in asked}
     turns = [{first, second} == {"adjective", "noun"} for first, second in pairwise(kinds)]
-    score = 3.0 * (1.0 - math.exp(-len(own) / 3.0))
-    score += 1.0 * len({_TOPIC_OF[word] for word in own}) / len(asked)
-    score += 1.5 * sum(turns) / max(3, len(turns))
-    score -= 0.4 * (len(words) - len(set(words)))
+    vivid = {word for word in words if word in VIVID}
+    score = 2.0 * (1.0 - math.exp(-len(own) / 2.0)) + 2.5 * (1.0 - math.exp(-len(vivid) / 2.0))
+    score += 1.0 * sum(turns) / max(3, len(turns))
+    score -= 0.4 * sum(word in PLAIN for word in words)
+    score -= 0.5 * (len(words) - len(set(words)))
     score -= 0.5 * kinds.count("unknown")
     score -= 0.3 * max(0, len(words) - 9)
     return score - (1.0 if finish_reason == "length" else 0.0)

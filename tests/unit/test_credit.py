@@ -172,9 +172,7 @@ def test_best_random_reaches_every_beaten_one_and_only_those() -> None:
 
 @given(scores=SCORES, margin=st.floats(0, 10), seed=st.integers(0, 10))
 @settings(max_examples=80, deadline=None)
-def test_every_pair_is_above_the_margin_and_every_drop_is_counted(
-    scores: list[float], margin: float, seed: int
-) -> None:
+def test_every_pair_is_above_the_margin_and_every_drop_is_counted(scores: list[float], margin: float, seed: int) -> None:
     count = len(scores)
     everything = credit.all_pairs(scores, margin)
     assert len(everything.pairs) + everything.ties == count * (count - 1) // 2

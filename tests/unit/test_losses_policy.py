@@ -4,6 +4,7 @@ invariances.
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import random
@@ -193,7 +194,7 @@ def test_shares_add_up_whatever_the_sharding(loss: Loss, skip: tuple[str, ...], 
     whole = loss(out, micro)
     whole.loss.backward()
     edges = [0, *sorted(cuts), len(rows)]
-    parts = [micro_of(rows[a:b], totals, skip=skip) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [micro_of(rows[a:b], totals, skip=skip) for a, b in itertools.pairwise(edges)]
     results = [loss(part_out, part) for part_out, part in parts]
     for result in results:
         result.loss.backward()

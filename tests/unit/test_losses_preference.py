@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import random
@@ -89,9 +90,7 @@ def sppo_expected(p: P) -> float:
 
 EXPECTED: dict[str, Callable[[P], float]] = {
     "sigmoid": lambda p: -(1 - p.eps) * math.log(prob(p.u)) - p.eps * math.log(1 - prob(p.u)),
-    "robust": lambda p: (
-        ((1 - p.eps) * math.log(1 + math.exp(-p.u)) - p.eps * math.log(1 + math.exp(p.u))) / (1 - 2 * p.eps)
-    ),
+    "robust": lambda p: ((1 - p.eps) * math.log(1 + math.exp(-p.u)) - p.eps * math.log(1 + math.exp(p.u))) / (1 - 2 * p.eps),
     "hinge": lambda p: 0.0 if p.u > 1 else 1 - p.u,
     "ipo": lambda p: (p.u / p.beta - 0.5 / p.beta) ** 2,
     "exo": exo_expected,
@@ -332,7 +331,7 @@ def test_sharding_and_order_do_not_matter(name: str, skip: tuple[str, ...], cuts
     whole = loss(*micro_of(pairs, 4.0, skip=skip))
     shuffled = [pairs[i] for i in order]
     edges = [0, *sorted(cuts), 4]
-    parts = [loss(*micro_of(shuffled[a:b], 4.0, skip=skip)) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [loss(*micro_of(shuffled[a:b], 4.0, skip=skip)) for a, b in itertools.pairwise(edges)]
     assert sum(part.loss.item() for part in parts) == pytest.approx(whole.loss.item(), rel=1e-6)
     for key, value in whole.metrics.items():
         shares = [part.metrics[key].item() for part in parts]
@@ -404,9 +403,7 @@ def test_refusals() -> None:
         with pytest.raises(ConfigError):
             PreferenceLoss(**wrong)  # type: ignore[arg-type]
     out, micro = micro_of(token_pairs(12, [(1, 1), (1, 1)]), 2.0)
-    shifted = {name: getattr(micro, name) for name in micro.__dataclass_fields__} | {
-        "example_R": torch.tensor([0, 1, 1, 2])
-    }
+    shifted = {name: getattr(micro, name) for name in micro.__dataclass_fields__} | {"example_R": torch.tensor([0, 1, 1, 2])}
     with pytest.raises(ValueError, match="two by two"):
         PreferenceLoss()(out, MicroBatch(**shifted))
 

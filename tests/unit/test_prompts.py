@@ -33,7 +33,7 @@ def test_prompt_id_depends_on_content():
     ("content", "expected"),
     [
         (b'{"prompt": "a"}\n{"prompt": \n', "row 2: not valid JSON"),
-        (b'[1]\n', "row 1: expected an object, got list"),
+        (b"[1]\n", "row 1: expected an object, got list"),
         (b'{"prompt": "\xff"}\n', "row 1: not valid UTF-8"),
     ],
 )
