@@ -1,0 +1,333 @@
+"""The systems that are timed, each in a process of its own: `python -m tests.bench.peers KIND`, the Spec comes on stdin.
+
+Turn by turn: a peer does one training step, writes one JSON line about it, and waits for "go" before the next; an empty line or
+the end of stdin ends it. speed.py takes the time between "go" and the line, so every peer's whole step is timed alike and nothing
+else runs meanwhile. Every peer stops between steps with nothing in flight (rayhf with max_staleness 1 included: it
+syncs weights at a round's end, and for that the next round's answers must have been written).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.bench.workload import Spec, reward
+
+LR = 1e-6  # so small that the lengths stay what the model was built for
+KL = 0.01
+
+
+class DoneError(Exception):
+    """speed.py wants no more steps."""
+
+
+class Turns:
+    """The line to speed.py. Whatever else prints to stdout goes to stderr."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        self.spec = Spec.load(sys.stdin.readline())
+
+    def done(self, **report: Any) -> None:
+        """Report a step and wait for the next turn. Raises DoneError when there is none."""
+        self.say(**report)
+        if sys.stdin.readline().strip() != "go":
+            raise DoneError
+
+    def say(self, **report: Any) -> None:
+        self._out.write(json.dumps(report) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- rayhf
+
+
+def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
+    """The config of a rayhf campaign that does a case's work."""
+    algorithm: dict[str, Any] = {"type": "online_dpo", "samples": spec.samples, "beta": 0.1}
+    if spec.algorithm == "grpo":
+        kl = {"coef": KL, "estimator": "k3", "where": "loss"}
+        algorithm = {"type": "ppo", "advantage": "grpo", "samples": spec.samples, "kl": kl}
+    run = {"dir": str(directory), "iterations": 10_000, "eval_every": 0, "checkpoint_every": 0}
+    budget = spec.micro * (16 + spec.max_tokens)
+    return {
+        "run": {**run, "max_staleness": spec.max_staleness},
+        "policy": {"model": spec.model, "dtype": spec.dtype, "max_length": 512},
+        "prompts": {"train": spec.train, "batch": spec.prompts},
+        "algorithm": algorithm,
+        "rollout": {"max_tokens": spec.max_tokens, "max_num_seqs": spec.completions},
+        "reference": {"token_budget": budget},
+        "scorer": {"train": [{"type": "rule", "function": "tests.bench.workload:reward"}]},
+        "learner": {"lr": LR, "dtype": spec.dtype, "zero_stage": 0, "token_budget": budget},
+    }
+
+
+async def _assembled(config: Any, prepared: Any) -> Any:
+    from launch.assemble import Cast
+
+    return await Cast(prepared, base=Path.cwd()).assemble()
+
+
+def rayhf(turns: Turns) -> None:
+    """The real controller and actors."""
+    from launch.local import ray_cluster
+    from rayhf.campaign.controller import Controller
+    from rayhf.campaign.store import RunDir
+    from rayhf.config.load import validate
+    from rayhf.preflight import prepare
+
+    class Stepper:
+        """The controller's observer: a round's metrics end a turn."""
+
+        def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
+            return None
+
+        def metrics(self, metrics: Mapping[str, float]) -> None:
+            if metrics["iteration"] > 0:
+                turns.done(length=metrics["rollout/length_mean"], phases=_phases(metrics), metrics=dict(metrics))
+
+    config = validate(campaign(turns.spec, Path(f"run-{os.getpid()}")), source="tests.bench.peers")
+    prepared = prepare(config, base=Path.cwd())
+    store = RunDir(config)
+
+    async def play() -> None:
+        roles = await _assembled(config, prepared)
+        everything = {"algorithm": prepared.algorithm, "prompts": prepared.prompts, "heldout": None}
+        await Controller(config, roles=roles, store=store, observer=Stepper(), **everything).run()
+
+    with ray_cluster("local", cpus=4):
+        asyncio.run(play())
+
+
+def _phases(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {k.removeprefix("time/").removesuffix("_s"): v for k, v in metrics.items() if k.startswith("time/")}
+
+
+def agreement(turns: Turns) -> None:
+    """After three optimiser steps and syncs: |log-prob of the engine's own samples - the learner's|, in nats."""
+    import numpy as np
+
+    from launch.local import ray_cluster
+    from rayhf.algorithms.base import make_row
+    from rayhf.config.load import validate
+    from rayhf.experience import Batch, Example, GenerateRequest, Group, Sample, Sampling, Scored
+    from rayhf.preflight import prepare
+
+    spec = turns.spec
+    data = campaign(spec, Path(f"run-{os.getpid()}"))
+    data["learner"] |= {"lr": 1e-3, "dtype": "float32"}  # steps that move the weights visibly
+    config = validate(data, source="tests.bench.peers")
+    prepared = prepare(config, base=Path.cwd())
+
+    async def answers(roles: Any, version: int) -> list[Any]:
+        sampling = Sampling(max_tokens=spec.max_tokens)
+        prompts = prepared.prompts.prompts[: spec.completions]
+        requests = [
+            GenerateRequest(prompt_id=p.prompt_id, number=0, token_ids=p.token_ids, sampling=sampling, seeds=(version,))
+            for p in prompts
+        ]
+        groups = [
+            Group(prompt=p, samples=tuple(Sample(completion=c, outcome=Scored(value=0.0)) for c in found))
+            for p, found in zip(prompts, await roles.rollout.generate(requests, version=version), strict=True)
+        ]
+        return [make_row(group, 0, score=0.0) for group in groups]
+
+    async def play() -> None:
+        roles = await _assembled(config, prepared)
+        loss = prepared.algorithm.loss()
+        for version in range(3):
+            rows = await answers(roles, version)
+            references = await roles.reference.logprobs(rows, temperature=1.0)
+            advantages = [np.full(len(r.response_ids), 1.0 if i % 2 else -1.0, np.float32) for i, r in enumerate(rows)]
+            rows = [r.with_tokens(advantage=a, ref_logp=f) for r, a, f in zip(rows, advantages, references, strict=True)]
+            await roles.learner.step(Batch(examples=tuple(Example(rows=(row,)) for row in rows)), loss)
+            await roles.rollout.update(await roles.learner.publish(version + 1))
+        rows = await answers(roles, 3)
+        mine = await roles.learner.outputs(rows, temperature=1.0)
+        gaps = np.concatenate([np.abs(r.tokens["behaviour_logp"] - m) for r, m in zip(rows, mine, strict=True)])
+        moved = np.concatenate(await roles.reference.logprobs(rows, temperature=1.0)) - np.concatenate(mine)
+        turns.done(mean=float(gaps.mean()), max=float(gaps.max()), tokens=len(gaps), moved=float(np.abs(moved).mean()))
+
+    with ray_cluster("local", cpus=4):
+        asyncio.run(play())
+
+
+# --------------------------------------------------------------------------------------------------------------- TRL
+
+
+def trl(turns: Turns) -> None:
+    """TRL's synchronous trainers with transformers' generate (its vLLM modes do not run on CPU)."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    spec = turns.spec
+    torch.set_num_threads(spec.threads)
+    lengths: list[int] = []
+
+    class Stepper(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turns.done(length=sum(lengths[-spec.completions :]) / spec.completions)
+
+    def score(prompts: Any, completions: Any, completion_ids: Any = None, **_: Any) -> list[float]:
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        lengths.extend(len(ids) for ids in completion_ids)
+        return [reward(text, prompt="", answer=None, finish_reason="stop") for text in texts]
+
+    prompts = [json.loads(line)["prompt"] for line in Path(spec.train).read_text(encoding="utf-8").splitlines()]
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts])
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32)
+    common: dict[str, Any] = {
+        "output_dir": "trl",
+        "max_steps": 10_000,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "temperature": 1.0,
+        "disable_dropout": True,
+    }
+    rest: dict[str, Any] = {"processing_class": tokenizer, "train_dataset": data, "callbacks": [Stepper()]}
+    trainer: Any
+    if spec.algorithm == "grpo":
+        grpo = GRPOConfig(
+            per_device_train_batch_size=spec.micro,
+            gradient_accumulation_steps=spec.completions // spec.micro,
+            num_generations=spec.samples,
+            max_completion_length=spec.max_tokens,
+            beta=KL,
+            **common,
+        )
+        trainer = GRPOTrainer(model=model, reward_funcs=score, args=grpo, **rest)
+    else:
+        # Its batch is counted in prompts, two answers each; it writes answers per micro-batch, so one is best.
+        dpo = OnlineDPOConfig(
+            per_device_train_batch_size=spec.prompts, max_new_tokens=spec.max_tokens, max_length=512, beta=0.1, **common
+        )
+        trainer = OnlineDPOTrainer(model=model, reward_funcs=score, args=dpo, **rest)
+    trainer.train()
+
+
+# ------------------------------------------------------------------------------------------------------ bare engines
+
+
+def vllm(turns: Turns) -> None:
+    """vLLM alone, with the settings of rayhf's rollout."""
+    from rayhf.rollout.env import engine_env
+
+    os.environ.update(engine_env("cpu", turns.spec.threads))
+    from transformers import AutoTokenizer
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from rayhf.prompts import deal, load_prompts
+
+    spec = turns.spec
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    prompts = load_prompts(Path(spec.train), tokenizer, key="prompts.train", max_prompt_tokens=256).prompts
+    llm = LLM(
+        spec.model,
+        dtype=spec.dtype,
+        max_model_len=512,
+        max_num_seqs=spec.completions,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 28,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=16384,
+        disable_log_stats=True,
+    )
+    number = 0
+    while True:
+        number += 1
+        dealt = deal(prompts, batch=spec.prompts, iteration=number, seed=0)
+        inputs = [{"prompt_token_ids": list(p.token_ids)} for p in dealt for _ in range(spec.samples)]
+        params = [
+            SamplingParams(
+                max_tokens=spec.max_tokens,
+                seed=number * spec.completions + i,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for i in range(spec.completions)
+        ]
+        started = time.perf_counter()
+        outputs = llm.generate(inputs, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        mean = sum(len(o.outputs[0].token_ids) for o in outputs) / spec.completions
+        turns.done(length=mean, phases={"rollout": seconds})
+
+
+def deepspeed(turns: Turns) -> None:
+    """DeepSpeed and a transformers model alone: reference pass, forward, backward, step over the same number of tokens."""
+    os.environ.update(DS_ACCELERATOR="cpu", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    import deepspeed as ds
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    spec = turns.spec
+    torch.set_num_threads(spec.threads)
+    ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build of half a minute
+    ds.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    model, reference = (AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32) for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    pieces = spec.completions // spec.micro
+    settings = {
+        "train_micro_batch_size_per_gpu": spec.micro,
+        "gradient_accumulation_steps": pieces,
+        "zero_optimization": {"stage": 0},
+        "gradient_clipping": 1.0,
+        "steps_per_print": 1 << 62,
+    }
+    engine, *_ = ds.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+
+    def logprobs(module: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Of the tokens after the 16th, shape (rows, max_tokens)."""
+        logits = module(input_ids=ids, use_cache=False, logits_to_keep=spec.max_tokens + 1).logits[:, :-1].float()
+        return torch.log_softmax(logits, -1).gather(-1, ids[:, 16:, None]).squeeze(-1)
+
+    while True:
+        ids = torch.randint(4, model.config.vocab_size, (spec.completions, 16 + spec.max_tokens))
+        started = time.perf_counter()
+        with torch.no_grad():
+            before = [logprobs(reference, part) for part in ids.split(spec.micro)]
+        middle = time.perf_counter()
+        for part, old in zip(ids.split(spec.micro), before, strict=True):
+            new = logprobs(engine, part)
+            ratio = torch.exp(new - new.detach())
+            engine.backward((-ratio + KL * (torch.exp(old - new) - 1 + new - old)).mean())
+            engine.step()
+        phases = {"reference": middle - started, "learner": time.perf_counter() - middle}
+        turns.done(length=spec.max_tokens, phases=phases)
+
+
+PEERS = {"rayhf": rayhf, "agreement": agreement, "trl": trl, "vllm": vllm, "deepspeed": deepspeed}
+
+
+def main() -> None:
+    turns = Turns()
+    try:
+        PEERS[sys.argv[1]](turns)
+    except DoneError:
+        return
+
+
+if __name__ == "__main__":
+    main()
