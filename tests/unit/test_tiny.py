@@ -136,10 +136,7 @@ def test_no_word_has_two_meanings() -> None:
         ("wave star rose", "wave star star"),
         ("wave star", "wave star xyzzy"),
         ("wave", ""),
-        (
-            "cold wave dark star old rose new tide soft",
-            "cold wave dark star old rose new tide soft bright old hard moon",
-        ),
+        ("cold wave dark star wild rose deep tide red", "cold wave dark star wild rose deep tide red moon blue bee green"),
     ],
 )
 def test_the_true_preference_likes_what_it_says(better: str, worse: str) -> None:
