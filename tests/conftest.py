@@ -1,4 +1,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "unit"))
+for folder in ("unit", "e2e"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))

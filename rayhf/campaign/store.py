@@ -58,13 +58,16 @@ class RunDir:
     """Owns the run directory of one campaign; holds its lock until `close`."""
 
     def __init__(self, config: CampaignConfig) -> None:
-        """Open or create. Raises ConfigError for another campaign's directory, StorageError, LockedError."""
+        """Open or create. Raises ConfigError for a directory that cannot be written or is another campaign's, LockedError."""
         self.path = config.run.dir
         self._keep = config.run.keep_checkpoints
-        with storage_errors("write to run directory", self.path):
+        try:
             for name in ("samples", "pairs", "checkpoints"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-        self._lock = self._acquire()
+            file = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"run.dir {self.path} cannot be written: {error.strerror or error}") from None
+        self._lock = self._acquire(file)
         try:
             self._check_identity(config)
             self.state: dict[str, Any] = self._read_state()
@@ -73,9 +76,7 @@ class RunDir:
             self.close()
             raise
 
-    def _acquire(self) -> IO[str]:
-        with storage_errors("write to run directory", self.path):
-            file = (self.path / ".lock").open("a+", encoding="utf-8")
+    def _acquire(self, file: IO[str]) -> IO[str]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

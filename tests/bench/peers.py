@@ -179,12 +179,13 @@ def trl(turns: Turns) -> None:
 
     def score(prompts: Any, completions: Any, completion_ids: Any = None, **_: Any) -> list[float]:
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        lengths.extend(len(ids) for ids in completion_ids)
+        lengths.extend(sum(i != pad for i in ids) for ids in completion_ids)  # online DPO passes the padding, too
         return [reward(text, prompt="", answer=None, finish_reason="stop") for text in texts]
 
     prompts = [json.loads(line)["prompt"] for line in Path(spec.train).read_text(encoding="utf-8").splitlines()]
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts])
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    pad = tokenizer.pad_token_id
     model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32)
     common: dict[str, Any] = {
         "output_dir": "trl",

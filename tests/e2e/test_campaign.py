@@ -1,0 +1,149 @@
+"""Whole campaigns with the real engines, as a user starts them: vLLM, DeepSpeed and Ray, on a policy of a few thousand parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from world import make_world, write_config
+
+RAYHF = Path(sys.executable).with_name("rayhf")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def start(world: Path, config: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [RAYHF, "run", config, *overrides], cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(world: Path, config: Path, *overrides: str, code: int = 0) -> tuple[str, str]:
+    process = start(world, config, *overrides)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, f"{out}\n{err}"
+    return out, err
+
+
+def metrics(world: Path, name: str) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (world / name / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def samples(world: Path, name: str, iteration: int) -> list[dict[str, object]]:
+    return pq.read_table(world / name / f"samples/iteration-{iteration:06d}.parquet").to_pylist()
+
+
+def wait_for(condition, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_equal_seeds_give_equal_runs_and_a_killed_run_continues_to_the_same_end(world: Path) -> None:
+    run(world, write_config(world, "first"), "run.iterations=3")
+    config = write_config(world, "second")
+    killed = start(world, config, "run.iterations=3")
+    wait_for(lambda: (world / "second/checkpoints/iteration-000001/MANIFEST.json").exists() or killed.poll() is not None)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    out, _ = run(world, config, "run.iterations=3")
+    assert "continuing second after round" in out
+    assert metrics(world, "first") == metrics(world, "second")
+    for iteration in (1, 2, 3):
+        assert samples(world, "first", iteration) == samples(world, "second", iteration)
+    weights = [(world / name / "policy/model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1] != (world / "policy/model.safetensors").read_bytes()
+    out, _ = run(world, config, "run.iterations=3")
+    assert "nothing to do" in out
+
+
+def test_the_run_directory_and_its_metrics(world: Path) -> None:
+    if not (world / "first").exists():
+        run(world, write_config(world, "first"), "run.iterations=3")
+    last = metrics(world, "first")[-1]
+    expected = {
+        "iteration", "policy/version", "rollout/tokens", "rollout/length_mean", "rollout/truncated", "rollout/mismatch_kl",
+        "scorer/reward_mean", "scorer/invalid", "reference/kl", "learner/loss", "learner/grad_norm", "pairs/kept", "pairs/ties",
+        "eval/toy/sampled", "eval/toy/greedy", "staleness/max",
+    }  # fmt: skip
+    assert expected <= last.keys()
+    assert last["staleness/max"] == 0 and abs(last["rollout/mismatch_kl"]) < 1e-4 and last["rollout/mismatch_abs_max"] < 1e-3
+    rows = samples(world, "first", 2)
+    assert len({(r["prompt_id"], r["sample"]) for r in rows}) == len(rows) == 16
+    assert all(len(r["token_ids"]) == len(r["logprobs"]) for r in rows) and {r["policy_version"] for r in rows} == {1}
+    exported = subprocess.run([RAYHF, "export", "first", "exported"], cwd=world, capture_output=True, text=True, timeout=60)
+    assert exported.returncode == 0 and (world / "exported/tokenizer.json").exists(), exported.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm", "more"),
+    [
+        ("ppo", {"type": "ppo", "samples": 2, "advantage": "gae"}, {"learner": {"epochs": 2, "ranks": 2, "zero_stage": 2}}),
+        (
+            "grpo",
+            {"type": "ppo", "samples": 4, "advantage": "grpo", "kl": {"where": "loss", "estimator": "k3"}},
+            {"run": {"max_staleness": 1}, "policy": {"lora": {"rank": 4}, "dtype": "bfloat16"}, "rollout": {"engines": 2}},
+        ),
+        (
+            "moving",
+            {"type": "online_dpo", "samples": 3, "pairs": "all_pairs", "reference": {"type": "ema", "alpha": 0.5, "every": 1}},
+            {"tracking": {"wandb": "offline"}},
+        ),
+    ],
+)
+def test_every_kind_of_loop_runs(world: Path, name: str, algorithm: dict[str, object], more: dict[str, object]) -> None:
+    run(world, write_config(world, name, algorithm=algorithm, **more))
+    found = metrics(world, name)
+    assert [m["iteration"] for m in found] == [0, 1, 2] and found[-1]["policy/version"] == 2
+    assert (world / name / "policy/config.json").exists()
+    if name == "ppo":
+        assert "critic/loss" in found[-1] or "value/loss" in found[-1]
+    if name == "moving":
+        assert list((world / name / "wandb").glob("offline-run-*"))
+        assert (world / name / "checkpoints/iteration-000002/reference").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [("raises", "ValueError: no such answer"), ("hangs", "no answer within 1 s"), ("nan", "the rule returned nan")],
+)
+def test_a_rule_that_fails_stops_the_run_with_its_reason(world: Path, rule: str, reason: str) -> None:
+    scorer = {"train": [{"type": "rule", "function": f"my_rules:{rule}", "timeout_s": 1}]}
+    config = write_config(world, rule, scorer=scorer, prompts={"heldout": None})
+    _, err = run(world, config, code=9)
+    assert err.startswith("rayhf: ") and err.count("\n") == 1 and reason in err
+    assert metrics(world, rule) == [{"iteration": 0, "policy/version": 0}]
+
+
+def test_a_killed_rollout_actor_is_named_and_leaves_nothing_behind(world: Path) -> None:
+    scorer = {"train": [{"type": "rule", "function": "my_rules:slow"}]}
+    process = start(world, write_config(world, "killed", scorer=scorer), "run.iterations=50")
+    wait_for(lambda: (world / "killed/metrics.jsonl").exists() or process.poll() is not None)
+    children = psutil.Process(process.pid).children(recursive=True)
+    victims = [c for c in children if "RolloutActor" in " ".join(c.cmdline())]
+    assert len(victims) == 1, [c.cmdline() for c in children]
+    os.kill(victims[0].pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 10 and "rollout engine 0 died" in err and err.count("\n") == 1, err
+    wait_for(lambda: not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE], 30)
+
+
+def test_ctrl_c_exits_resumable(world: Path) -> None:
+    process = start(world, write_config(world, "stopped"), "run.iterations=500")
+    wait_for(lambda: (world / "stopped/metrics.jsonl").exists() or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command continues" in err
