@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from rayhf.rollout.weights import snapshot_checksum
 
 from actors.remote import wait, wait_all
 from rayhf.config.schema import LearnerConfig
 from rayhf.experience import Batch, Example, FloatArray, Row, WeightBucket, WeightSnapshot
 from rayhf.learner.packing import plan
 from rayhf.losses.base import Loss, Totals
+from rayhf.rollout.weights import snapshot_checksum
 
 
 class LearnerActor:

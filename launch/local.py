@@ -22,6 +22,9 @@ def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address == "local":
+        # Every actor has an environment of its own, so the workers Ray starts ahead would only take time from them.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # ray.init then switches token authentication on
     import ray
 

@@ -18,8 +18,8 @@ from rayhf.tiny.world import write_rows
 
 HELDOUT, TRAIN, DEMONSTRATED = 500, 4000, 8000
 """Questions. Demonstrations cover the training prompts and as many again, never a held-out one."""
-SIZE = ModelSize(hidden=96, layers=3, intermediate=256)
-CLEAN = Phase(steps=900, batch=32, lr=2.5e-3, lr_end=8e-4)
+SIZE = ModelSize(hidden=160, layers=3, intermediate=448)
+CLEAN = Phase(steps=800, batch=32, lr=2.5e-3, lr_end=8e-4)
 SLIPPING = Phase(steps=150, batch=32, lr=1e-3, lr_end=1e-4)
 MAX_TOKENS = 48
 

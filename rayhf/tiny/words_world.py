@@ -21,8 +21,8 @@ from rayhf.tiny.world import write_rows
 HELDOUT, TRAIN = 500, 2500
 PAIRS_TRAIN, PAIRS_TEST = 5000, 500
 DEMONSTRATIONS = 12000
-SIZE = ModelSize(hidden=96, layers=2, intermediate=256)
-CLEAN = Phase(steps=450, batch=32, lr=2.5e-3, lr_end=8e-4)
+SIZE = ModelSize(hidden=160, layers=3, intermediate=448)
+CLEAN = Phase(steps=400, batch=32, lr=2.5e-3, lr_end=8e-4)
 MEDIOCRE = Phase(steps=200, batch=32, lr=1e-3, lr_end=1e-4)
 REWARD = Phase(steps=470, batch=32, lr=2e-3, lr_end=2e-4)
 MAX_TOKENS = 32

@@ -18,6 +18,7 @@ import ast
 import fcntl
 import hashlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from rayhf.errors import ConfigError
+
+THREADS = min(2, os.cpu_count() or 1)
 
 Progress = Callable[[str, float], None]
 """Called with a stage's name and the share of that stage that is done, 0 to 1."""
@@ -65,7 +68,7 @@ def build(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, TaskInfo]:
-    """Make what is missing and return what is there, by task. Uses one thread: two are slower where cores are shared.
+    """Make what is missing and return what is there, by task. Uses up to two threads.
 
     Raises ConfigError for an unknown task, a negative seed or a directory that cannot be written.
     """
@@ -111,7 +114,7 @@ def _make(task: str, directory: Path, seed: int, progress: Progress) -> dict[str
     else:
         from rayhf.tiny.words_world import make
     wall, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     try:
         sizes, measured = make(directory, seed, lambda stage, fraction: progress(f"{task}: {stage}", fraction))
     finally:
