@@ -167,6 +167,7 @@ class LearnerConfig(Section):
     ranks: PositiveInt = 1
     """Data-parallel learner processes."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """bfloat16 with 0 runs as 1: DeepSpeed's stage 0 would add gradients up in bfloat16."""
     offload: bool = False
     """Optimiser states in host memory (ZeRO-Offload)."""
     dtype: Dtype = "bfloat16"

@@ -1,4 +1,4 @@
-"""Does each tiny preset learn? `python -m tests.bench.learning [PRESET ...] [--seeds 0,1,2]` runs them in turn and prints a table.
+"""Does each tiny preset learn? `python -m tests.bench.learning [PRESET ...] [--seeds 0,1,2]` runs them and prints a table.
 
 Each run is a process of its own, as a user starts it. The figures kept in RESULTS.md come from here.
 """

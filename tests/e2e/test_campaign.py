@@ -1,4 +1,4 @@
-"""Whole campaigns with the real engines, as a user starts them: vLLM, DeepSpeed and Ray, on a policy of a few thousand parameters."""
+"""Whole campaigns with the real engines, as a user starts them: vLLM, DeepSpeed and Ray, on a policy of toy size."""
 
 from __future__ import annotations
 
