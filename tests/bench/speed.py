@@ -34,6 +34,9 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 PAUSE_S = 0.2
 """Between turns, so that one peer's spinning worker threads are asleep when the next one starts."""
 
+TURNS_S = 120.0
+"""For the turns of one case."""
+
 
 @dataclass
 class Peer:
@@ -48,6 +51,8 @@ class Peer:
     reports: list[dict[str, Any]] = field(default_factory=list)
     rss_gib: float = 0.0
     pss_gib: float = 0.0
+    cpu_s: float = 0.0
+    """CPU seconds of the process tree."""
 
     @staticmethod
     def start(label: str, kind: str, spec: Spec, scratch: Path) -> Peer:
@@ -89,7 +94,7 @@ class Peer:
     def stop(self) -> None:
         """Note the memory, then end the process tree."""
         if self.process.poll() is None:
-            self.rss_gib, self.pss_gib = memory(self.process.pid)
+            self.rss_gib, self.pss_gib, self.cpu_s = usage(self.process.pid)
             assert self.process.stdin is not None
             self.process.stdin.close()
             try:
@@ -115,29 +120,53 @@ class Peer:
         return statistics.fmean(report["length"] for report in self.reports)
 
 
-def memory(pid: int) -> tuple[float, float]:
-    """Of a process tree, in GiB: the sum of every process's own peak RSS (pages that processes share count for each of them),
-    and the sum of what they hold now with shared pages divided among them (PSS)."""
+def usage(pid: int) -> tuple[float, float, float]:
+    """Of a process tree: the sum of every process's own peak RSS in GiB (pages that processes share count for each of them), the
+    sum of what they hold now with shared pages divided among them (PSS) in GiB, and CPU seconds."""
     peak = proportional = 0
+    cpu = 0.0
     for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
             rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-        except OSError:  # it ended meanwhile
+            cpu += sum(process.cpu_times()[:4])
+        except (OSError, psutil.NoSuchProcess):  # it ended meanwhile
             continue
         peak += sum(int(kib) for kib in re.findall(r"^VmHWM:\s+(\d+) kB", status, re.M))
         proportional += sum(int(kib) for kib in re.findall(r"^Pss:\s+(\d+) kB", rollup, re.M))
-    return peak / 2**20, proportional / 2**20
+    return peak / 2**20, proportional / 2**20, cpu
+
+
+class Neighbours:
+    """How much of the machine's CPU time went to processes that are not ours: a table from a busy machine means little."""
+
+    def __init__(self) -> None:
+        self._started, self._busy, self._self = time.monotonic(), self._total(), sum(psutil.Process().cpu_times()[:2])
+        self.ours = 0.0
+
+    @staticmethod
+    def _total() -> float:
+        times = psutil.cpu_times()
+        return float(times.user + times.system + times.nice)
+
+    def share(self) -> float:
+        """From 0 to 1."""
+        busy = self._total() - self._busy - self.ours - (sum(psutil.Process().cpu_times()[:2]) - self._self)
+        return max(0.0, busy) / ((time.monotonic() - self._started) * (os.cpu_count() or 1))
 
 
 def play(title: str, cast: dict[str, tuple[str, Spec]], scratch: Path, *, warmup: int, turns: int) -> dict[str, Peer]:
-    """Start every peer, warm up, take turns, stop. The first report of a peer ends its first step."""
+    """Start every peer, warm up, take turns, stop. The first report of a peer ends its first step. A slow or busy machine gets
+    fewer turns, but at least 3, once TURNS_S have passed."""
     say(f"{title}: starting {', '.join(cast)}")
     peers = {label: Peer.start(label, kind, spec, scratch) for label, (kind, spec) in cast.items()}
     try:
         for peer in peers.values():
             peer.answer()
+        deadline = time.monotonic() + TURNS_S
         for number in range(warmup - 1 + turns):
+            if number >= warmup + 2 and time.monotonic() > deadline:
+                break
             for peer in peers.values():
                 peer.turn(keep=number >= warmup - 1)
     finally:
@@ -163,6 +192,7 @@ class Bench:
         self.threads = len(os.sched_getaffinity(0))
         self.lines: list[str] = []
         self.verdicts: list[str] = []
+        self.neighbours = Neighbours()
         write_prompts(scratch / "prompts.jsonl")
 
     def spec(self, size: Size, algorithm: Any, *, varying: bool, dtype: str = "float32") -> Spec:
@@ -192,6 +222,8 @@ class Bench:
         name = {"grpo": "GRPO", "online_dpo": "online DPO"}[algorithm]
         title = f"{size}, {name}, {'varying' if varying else 'fixed'} length"
         peers = play(title, cast, self.scratch, warmup=2, turns=turns)
+        self.neighbours.ours += sum(peer.cpu_s for peer in peers.values())
+        say(f"  other processes' share of the machine so far: {self.neighbours.share():.0%}")
         for peer in peers.values():
             self._row(title, peer, peers["TRL"])
         target = 2.0 if varying else 1.0
@@ -228,6 +260,7 @@ class Bench:
             found = peer.answer()
         finally:
             peer.stop()
+        self.neighbours.ours += peer.cpu_s
         self.verdicts.append(
             f"| weight sync, engine in {dtype}, learner in float32: mean (max) gap of the log-probs of {found['tokens']} "
             f"sampled tokens, in nats; the policy had moved by {found['moved']:.2f} on average "
@@ -251,7 +284,8 @@ class Bench:
         return "\n".join(
             [
                 f"Measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC in {seconds / 60:.0f} minutes, {'quick run, ' * self.quick}on "
-                f"{self.threads} threads of {_cpu()}; {packages}.",
+                f"{self.threads} threads of {_cpu()}; other processes had {self.neighbours.share():.0%} of the machine; "
+                f"{packages}.",
                 "",
                 "64 completions per optimiser step, prompts of 16 tokens, float32, reference model included, everything "
                 "interleaved step by step; medians (and range). Fixed: every answer has 64 tokens. Varying: answers end by "
