@@ -159,10 +159,11 @@ def play(title: str, cast: dict[str, tuple[str, Spec]], scratch: Path, *, warmup
     """Start every peer, warm up, take turns, stop. The first report of a peer ends its first step. A slow or busy machine gets
     fewer turns, but at least 3, once TURNS_S have passed."""
     say(f"{title}: starting {', '.join(cast)}")
-    peers = {label: Peer.start(label, kind, spec, scratch) for label, (kind, spec) in cast.items()}
+    peers: dict[str, Peer] = {}
     try:
-        for peer in peers.values():
-            peer.answer()
+        for label, (kind, spec) in cast.items():  # one after the other: several Ray clusters starting at once run into its limits
+            peers[label] = Peer.start(label, kind, spec, scratch)
+            peers[label].answer()
         deadline = time.monotonic() + TURNS_S
         for number in range(warmup - 1 + turns):
             if number >= warmup + 2 and time.monotonic() > deadline:
