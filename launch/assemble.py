@@ -20,6 +20,7 @@ from actors.remote import wait
 from actors.rollout import RemoteRollout, RolloutPool
 from actors.scorer import RemoteScorer, RemoteScorerActor
 from rayhf.campaign.controller import Roles
+from rayhf.config.algorithms import PPOConfig
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
 from rayhf.preflight import Prepared
@@ -27,14 +28,19 @@ from rayhf.rollout.env import engine_env
 
 
 def threads_of(config: CampaignConfig, role: str) -> int | None:
-    """CPU threads of an actor: what the config says; else, on CPU, all cores when roles take turns and a fair share when
-    generation overlaps learning. None leaves it to the libraries (GPU)."""
+    """CPU threads of an actor: what the config says; None leaves it to the libraries (GPU).
+
+    Otherwise all cores for a role that works alone, and half of them for one that works beside another: where generation overlaps
+    learning, where a critic learns beside the policy, and for an engine in any case, whose steps are many and small.
+    """
     section = {"rollout": config.rollout, "reference": config.reference, "scorer": config.scorer, "evaluator": config.scorer}
     wanted = getattr(section.get(role, config.learner), "threads", None)
     if wanted is not None or config.cluster.device == "gpu":
         return wanted
     cores = os.cpu_count() or 1
-    return cores if config.run.max_staleness == 0 else max(1, cores // 2)
+    critic = isinstance(config.algorithm, PPOConfig) and config.algorithm.advantage == "gae"
+    alone = config.run.max_staleness == 0 and not critic and role != "rollout"
+    return cores if alone else max(1, cores // 2)
 
 
 def environment(config: CampaignConfig, role: str) -> dict[str, str]:
