@@ -17,7 +17,7 @@ from rayhf.config.schema import Dtype, RolloutConfig
 from rayhf.experience import Completion, GenerateRequest, WeightSnapshot
 
 if TYPE_CHECKING:
-    from rayhf.rollout.engine import EngineStats, UpdateReport
+    from rayhf.rollout.engine import UpdateReport
 
 
 class RolloutActor:
@@ -42,9 +42,6 @@ class RolloutActor:
 
     async def update(self, snapshot: WeightSnapshot, *payloads: npt.NDArray[np.uint8]) -> UpdateReport:
         return await asyncio.to_thread(self.engine.update, snapshot, list(payloads))
-
-    async def stats(self) -> EngineStats:
-        return self.engine.stats()
 
 
 class RolloutPool:

@@ -68,7 +68,7 @@ class Cast:
         """Place and start everyone. Raises PlacementError, DeadlineError naming who did not start, or an engine's own error."""
         check_available(self.seats, ray.nodes())
         await self._reserve()
-        config, limit = self.config, self.config.run.start_timeout_s
+        config = self.config
         algorithm = self.prepared.algorithm
         rollout = self._create("rollout", RemoteRollout, max_concurrency=100_000)
         scorer = self._create("scorer", RemoteScorerActor)[0]
@@ -88,7 +88,7 @@ class Cast:
         return Roles(
             rollout=RolloutPool(rollout, timeout_s=config.run.timeout_s),
             scorer=RemoteScorer(scorer, name="scorer", timeout_s=config.run.timeout_s),
-            evaluator=RemoteScorer(evaluators[0], name="evaluator", timeout_s=limit) if evaluators else None,
+            evaluator=RemoteScorer(evaluators[0], name="evaluator", timeout_s=config.run.timeout_s) if evaluators else None,
             learner=learner,
             critic=critic,
             reference=RemoteReference(references[0], timeout_s=config.run.timeout_s) if references else None,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rayhf.campaign.observer import Observer
 from rayhf.config.schema import CampaignConfig
-
-log = logging.getLogger("rayhf.tracking")
 
 
 class Tracked:

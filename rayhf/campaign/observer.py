@@ -14,11 +14,3 @@ class Observer(Protocol):
     def metrics(self, metrics: Mapping[str, float]) -> None:
         """A finished round's line, as in metrics.jsonl."""
         ...
-
-
-class Quiet:
-    def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
-        return None
-
-    def metrics(self, metrics: Mapping[str, float]) -> None:
-        return None

@@ -94,7 +94,8 @@ class RolloutConfig(Section):
     enforce_eager: bool | None = None
     """No CUDA graphs. Default: true on CPU, false on GPU."""
     mismatch_limit: PositiveFloat = 1.0
-    """Stop when the mean absolute gap between rollout and learner log-probs of a sync's probe passes this, in nats."""
+    """Stop when the mean absolute gap between a bfloat16 engine's and the learner's log-probs of a sync's probe passes this, in
+    nats. A float32 engine must agree to 1e-3."""
     threads: PositiveInt | None = None
     """CPU threads per engine. Default: derived from the machine."""
 
@@ -190,8 +191,6 @@ class ClusterConfig(Section):
     device: Literal["cpu", "gpu"] = "cpu"
     placement: Literal["separate", "colocate"] = "separate"
     """separate: each role has its own GPUs; colocate: rollout and learner share them."""
-    rollout_cpus: PositiveFloat = 1.0
-    """Ray CPU bookkeeping per actor."""
 
 
 class TrackingConfig(Section):

@@ -119,3 +119,13 @@ class FakeLearner:
 
     async def export(self, directory):
         (directory / "config.json").write_text("{}")
+
+
+class Quiet:
+    """An observer that looks away."""
+
+    def phase(self, iteration, name, done=0, total=0):
+        return None
+
+    def metrics(self, metrics):
+        return None

@@ -5,11 +5,10 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-from fakes import FakeLearner, FakeReference, FakeRollout, FakeScorer, make_prompts
+from fakes import FakeLearner, FakeReference, FakeRollout, FakeScorer, Quiet, make_prompts
 
 from rayhf.algorithms import build_algorithm
 from rayhf.campaign.controller import Controller, Roles
-from rayhf.campaign.observer import Quiet
 from rayhf.campaign.store import RunDir
 from rayhf.config.load import validate
 from rayhf.errors import CheckpointError, ConfigError, LockedError, ScorerError

@@ -1,12 +1,15 @@
 """Rules of the house: who may import whom, what importing costs, and that every shipped config parses."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from rayhf.config import algorithms, schema
+from rayhf.config.base import Section
 from rayhf.config.load import load_config
 from rayhf.preflight import check_settings
 
@@ -59,3 +62,12 @@ def test_no_code_is_loaded_from_models_and_nothing_is_unpickled():
             text = file.read_text()
             assert "weights_only=False" not in text and "trust_remote_code=True" not in text, file
             assert not {"pickle", "cloudpickle", "dill", "joblib"} & set(imports(file)), file
+
+
+def test_every_config_key_is_read_somewhere():
+    """A key that does nothing is a promise that is not kept."""
+    files = [f for room in ALLOWED for f in (ROOT / room).rglob("*.py") if ROOT / "rayhf/config" not in f.parents]
+    code = "\n".join(f.read_text() for f in files)
+    sections = [c for m in (schema, algorithms) for c in vars(m).values() if isinstance(c, type) and issubclass(c, Section)]
+    unread = {f"{c.__name__}.{name}" for c in sections for name in c.model_fields if not re.search(rf'[."]{name}\b', code)}
+    assert unread == set()
