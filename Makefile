@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 TINY ?= .tiny
 export RAYHF_TINY_DIR := $(abspath $(TINY))
 
-.PHONY: setup demo test lint bench learn lock clean
+.PHONY: setup demo test lint bench learn claims lock clean
 
 setup: $(READY)
 
@@ -33,6 +33,10 @@ bench: $(READY)
 # Three seeds of every tiny preset; about an hour on two cores.
 learn: $(READY)
 	$(BIN)/python -m tests.bench.learning
+
+# Each paper's claim in miniature, three seeds; hours on two cores.
+claims: $(READY)
+	$(BIN)/python -m tests.bench.claims
 
 # Resolve again. The lock is for CPU machines only; GPU users install the [gpu] extra with plain pip.
 lock: $(READY)

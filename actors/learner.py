@@ -83,7 +83,10 @@ class LearnerGroup:
         hands = plan(lengths, ranks=len(self._actors), budget=self._config.token_budget)
         rows = [row for example in batch.examples for row in example.rows]
         totals = Totals(
-            tokens=float(sum(len(row.response_ids) for row in rows)), rows=float(len(rows)), examples=float(len(batch.examples))
+            tokens=float(sum(len(row.response_ids) for row in rows)),
+            rows=float(len(rows)),
+            examples=float(len(batch.examples)),
+            scalars=_sums(batch.examples),
         )
         calls = [
             actor.step.remote([[batch.examples[i] for i in micro] for micro in micros], totals, loss, batch.temperature)
@@ -116,6 +119,14 @@ class LearnerGroup:
 
     async def export(self, directory: Path) -> None:
         await self._all("export", [actor.export.remote(directory) for actor in self._actors])
+
+
+def _sums(examples: Sequence[Example]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for example in examples:
+        for name, value in example.scalars.items():
+            sums[name] = sums.get(name, 0.0) + (value if value == value else 0.0)
+    return sums
 
 
 RemoteLearner = ray.remote(LearnerActor)

@@ -6,10 +6,12 @@ the small roles squeeze in. On CPU the numbers are only Ray's bookkeeping.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayhf.config.schema import CampaignConfig, RewardModelScorer
+from rayhf.config.schema import CampaignConfig
+from rayhf.config.scorers import ScorerEntry, has_model
 from rayhf.errors import ConfigError, PlacementError
 
 COLOCATED = {"rollout": 0.4, "learner": 0.4, "reference": 0.1, "critic": 0.1, "scorer": 0.1, "evaluator": 0.1}
@@ -32,7 +34,7 @@ class Seat:
         return f"{self.role} {self.index}"
 
 
-def seats(config: CampaignConfig, *, critic: bool, reference: bool) -> list[Seat]:
+def seats(config: CampaignConfig, *, critic: bool, reference: bool, policies: Sequence[str] = ("policy",)) -> list[Seat]:
     """Every actor of a campaign. Raises ConfigError for placements that cannot work."""
     gpu = config.cluster.device == "gpu"
     colocate = gpu and config.cluster.placement == "colocate"
@@ -44,24 +46,41 @@ def seats(config: CampaignConfig, *, critic: bool, reference: bool) -> list[Seat
             f"{config.rollout.tensor_parallel}, expected 1 (or placement separate)"
         )
     counts = {"rollout": config.rollout.engines, "learner": config.learner.ranks, "critic": config.learner.ranks * critic}
-    counts |= {"reference": int(reference), "scorer": 1, "evaluator": int(config.scorer.evaluate is not None)}
+    for other in policies[1:]:  # each further policy has engines and a learner of its own
+        counts |= {f"rollout {other}": config.rollout.engines, f"learner {other}": config.learner.ranks}
+    evaluators = int(config.scorer.evaluate is not None) + len(config.evaluations)
+    counts |= {"reference": int(reference), "scorer": 1, "evaluator": evaluators}
     found: list[Seat] = []
     for role, count in counts.items():
         for index in range(count):
             whole = _gpus(config, role) if gpu else 0.0
-            share = min(whole, COLOCATED[role]) if colocate else whole
+            share = min(whole, COLOCATED[kind_of(role)] / max(1, len(policies))) if colocate else whole
             bundle = index if colocate else len(found)
             found.append(Seat(role=role, index=index, cpus=1.0 if gpu else 0.25, gpus=share, bundle=bundle))
     return found
 
 
+def kind_of(role: str) -> str:
+    """rollout, learner, critic, ...: the first word; a further policy's name may follow."""
+    return role.split()[0]
+
+
+def entries_of(config: CampaignConfig, role: str) -> tuple[ScorerEntry, ...]:
+    """The scorers that a role's actors hold; none for other roles."""
+    if role == "scorer":
+        return config.scorer.train
+    if role != "evaluator":
+        return ()
+    further = (entry for examination in config.evaluations.values() for entry in examination.scorer)
+    return (*(config.scorer.evaluate or ()), *further)
+
+
 def _gpus(config: CampaignConfig, role: str) -> float:
     """GPUs of one actor of a role when it has them for itself."""
-    if role == "rollout":
+    if kind_of(role) == "rollout":
         return float(config.rollout.tensor_parallel)
     if role in ("scorer", "evaluator"):
-        entries = config.scorer.train if role == "scorer" else config.scorer.evaluate or ()
-        return float(any(isinstance(entry, RewardModelScorer) for entry in entries))
+        return float(any(map(has_model, entries_of(config, role))))
     return 1.0
 
 

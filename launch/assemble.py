@@ -14,16 +14,18 @@ from typing import Any
 import ray
 
 from actors.learner import LearnerGroup, RemoteLearner
-from actors.placement import Seat, bundles, check_available, seats
+from actors.placement import Seat, bundles, check_available, entries_of, kind_of, seats
 from actors.reference import RemoteReference, RemoteReferenceActor
 from actors.remote import wait
 from actors.rollout import RemoteRollout, RolloutPool
 from actors.scorer import RemoteScorer, RemoteScorerActor
-from rayhf.campaign.controller import Roles
+from rayhf.algorithms.base import needs_frozen_reference
 from rayhf.config.algorithms import PPOConfig
 from rayhf.config.schema import CampaignConfig
+from rayhf.config.scorers import JudgeScorer
 from rayhf.errors import PlacementError
 from rayhf.preflight import Prepared
+from rayhf.roles import Roles
 from rayhf.rollout.env import engine_env
 
 
@@ -34,21 +36,23 @@ def threads_of(config: CampaignConfig, role: str) -> int | None:
     learning, where a critic learns beside the policy, and for an engine in any case, whose steps are many and small.
     """
     section = {"rollout": config.rollout, "reference": config.reference, "scorer": config.scorer, "evaluator": config.scorer}
-    wanted = getattr(section.get(role, config.learner), "threads", None)
+    wanted = getattr(section.get(kind_of(role), config.learner), "threads", None)
     if wanted is not None or config.cluster.device == "gpu":
         return wanted
     cores = os.cpu_count() or 1
     critic = isinstance(config.algorithm, PPOConfig) and config.algorithm.advantage == "gae"
-    alone = config.run.max_staleness == 0 and not critic and role != "rollout"
+    alone = config.run.max_staleness == 0 and not critic and kind_of(role) != "rollout"
     return cores if alone else max(1, cores // 2)
 
 
 def environment(config: CampaignConfig, role: str) -> dict[str, str]:
     """Environment variables of an actor's process, set before it imports anything."""
     threads = threads_of(config, role)
-    if role == "rollout":
+    if kind_of(role) == "rollout":
         return engine_env(config.cluster.device, threads)
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    if any(isinstance(entry, JudgeScorer) for entry in entries_of(config, role)):
+        env |= engine_env(config.cluster.device, threads)
     if config.cluster.device == "cpu":
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     return env
@@ -60,7 +64,12 @@ class Cast:
     def __init__(self, prepared: Prepared, *, base: Path) -> None:
         self.prepared, self.config, self.base = prepared, prepared.config, base
         algorithm = prepared.algorithm
-        self.seats = seats(self.config, critic=algorithm.critic, reference=algorithm.reference is not None)
+        self.seats = seats(
+            self.config,
+            critic=algorithm.critic,
+            reference=needs_frozen_reference(algorithm),
+            policies=algorithm.policies,
+        )
         self.device = "cuda" if self.config.cluster.device == "gpu" else "cpu"
         self._group: Any = None
 
@@ -70,29 +79,52 @@ class Cast:
         await self._reserve()
         config = self.config
         algorithm = self.prepared.algorithm
-        rollout = self._create("rollout", RemoteRollout, max_concurrency=100_000)
+        rollouts = {
+            policy: self._create(_role("rollout", policy), RemoteRollout, max_concurrency=100_000)
+            for policy in algorithm.policies
+        }
         scorer = self._create("scorer", RemoteScorerActor)[0]
         evaluators = self._create("evaluator", RemoteScorerActor)
         references = self._create("reference", RemoteReferenceActor)
-        learner = self._learner("learner")
+        learners = {policy: self._learner(_role("learner", policy)) for policy in algorithm.policies}
         critic = self._learner("critic") if algorithm.critic else None
-        starts = [self._built(f"rollout engine {i}", actor, *self._rollout_arguments()) for i, actor in enumerate(rollout)]
-        starts += [self._built("scorer", scorer, (config.scorer.train,), self._scorer_settings("scorer"))]
-        if evaluators and config.scorer.evaluate is not None:
-            starts += [self._built("evaluator", evaluators[0], (config.scorer.evaluate,), self._scorer_settings("evaluator"))]
+        starts = [
+            self._built(f"{_role('rollout', policy)} engine {i}", actor, *self._rollout_arguments(policy))
+            for policy, actors in rollouts.items()
+            for i, actor in enumerate(actors)
+        ]
+        combine = {"combine": config.scorer.combine}
+        starts += [self._built("scorer", scorer, (config.scorer.train,), self._scorer_settings("scorer") | combine)]
+        lists = [config.scorer.evaluate] if config.scorer.evaluate is not None else []
+        lists += [examination.scorer for examination in config.evaluations.values()]
+        for actor, entries in zip(evaluators, lists, strict=True):
+            starts += [self._built("evaluator", actor, (entries,), self._scorer_settings("evaluator"))]
         for actor in references:
             starts += [self._built("reference", actor, *self._reference_arguments())]
-        starts += [self._build_learner(learner, critic=False)]
-        starts += [self._build_learner(critic, critic=True)] if critic else []
+        starts += [self._build_learner(group, self._start_of(policy)) for policy, group in learners.items()]
+        if critic:
+            start = config.learner.critic_model or config.policy.model
+            starts += [self._build_learner(critic, (start, config.learner.critic_lr), critic=True)]
         await _together(starts)
+        timeout_s = config.run.timeout_s
+        judges = [RemoteScorer(actor, name="evaluator", timeout_s=timeout_s) for actor in evaluators]
+        own = judges.pop(0) if config.scorer.evaluate is not None else None
         return Roles(
-            rollout=RolloutPool(rollout, timeout_s=config.run.timeout_s),
-            scorer=RemoteScorer(scorer, name="scorer", timeout_s=config.run.timeout_s),
-            evaluator=RemoteScorer(evaluators[0], name="evaluator", timeout_s=config.run.timeout_s) if evaluators else None,
-            learner=learner,
+            rollouts={policy: RolloutPool(actors, timeout_s=timeout_s) for policy, actors in rollouts.items()},
+            learners=learners,
+            scorer=RemoteScorer(scorer, name="scorer", timeout_s=timeout_s),
+            evaluator=own,
+            examiners=dict(zip(config.evaluations, judges, strict=True)),
             critic=critic,
-            reference=RemoteReference(references[0], timeout_s=config.run.timeout_s) if references else None,
+            reference=RemoteReference(references[0], timeout_s=timeout_s) if references else None,
         )
+
+    def _start_of(self, policy: str) -> tuple[Path, float]:
+        """The model that a policy starts from, and its learning rate."""
+        if policy == "policy":
+            return self.config.policy.model, self.config.learner.lr
+        other = self.prepared.algorithm.other_policy(policy)
+        return other.model or self.config.policy.model, other.lr
 
     async def _reserve(self) -> None:
         """On GPUs, hold every bundle before any model loads."""
@@ -134,10 +166,10 @@ class Cast:
     async def _built(self, who: str, actor: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
         await wait(actor.build.remote(*arguments, **settings), who=who, phase="start", timeout_s=self.config.run.start_timeout_s)
 
-    def _rollout_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _rollout_arguments(self, policy: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         settings: dict[str, Any] = {"dtype": self.config.policy.dtype, "max_length": self.prepared.max_length}
         settings |= {"seed": self.config.seed % 2**31, "device": self.config.cluster.device}
-        return (self.base / self.config.policy.model, self.config.rollout), settings
+        return (self.base / self._start_of(policy)[0], self.config.rollout), settings
 
     def _scorer_settings(self, role: str) -> dict[str, Any]:
         device = self.device if any(s.gpus for s in self.seats if s.role == role) else "cpu"
@@ -156,18 +188,23 @@ class Cast:
             timeout_s=max(self.config.run.timeout_s, self.config.run.start_timeout_s),
         )
 
-    async def _build_learner(self, group: LearnerGroup, *, critic: bool) -> None:
+    async def _build_learner(self, group: LearnerGroup, start: tuple[Path, float], *, critic: bool = False) -> None:
         config = self.config
-        model = (config.learner.critic_model if critic else None) or config.policy.model
+        model, lr = start
         await group.build(
             self.base / model,
             head="value" if critic else "policy",
-            lr=config.learner.critic_lr if critic else config.learner.lr,
+            lr=lr,
             total_steps=self.prepared.derived.total_steps,
             lora=None if critic else config.policy.lora,
             device=self.device,
             seed=config.seed,
         )
+
+
+def _role(kind: str, policy: str) -> str:
+    """The name of a policy's seats: `rollout`, or `rollout refiner`."""
+    return kind if policy == "policy" else f"{kind} {policy}"
 
 
 async def _together(starts: list[Coroutine[Any, Any, None]]) -> None:

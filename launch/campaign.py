@@ -71,8 +71,7 @@ async def _play(cast: Cast, prepared: Prepared, store: RunDir, observer: Observe
             prepared.config,
             algorithm=prepared.algorithm,
             roles=roles,
-            prompts=prepared.prompts,
-            heldout=prepared.heldout,
+            material=prepared.material,
             store=store,
             observer=observer,
         )

@@ -10,6 +10,7 @@ from rich.table import Table
 from actors.placement import Seat, check_available, seats
 from launch.campaign import build_tiny
 from launch.local import ray_cluster
+from rayhf.algorithms.base import needs_frozen_reference
 from rayhf.config.schema import CampaignConfig
 from rayhf.preflight import Derived, check_settings, overlap, prepare
 
@@ -17,7 +18,7 @@ from rayhf.preflight import Derived, check_settings, overlap, prepare
 def check_config(config: CampaignConfig, console: Console, *, hardware: bool) -> None:
     """Raises ConfigError or PlacementError for a run that cannot work."""
     algorithm, derived = check_settings(config)
-    found = seats(config, critic=algorithm.critic, reference=algorithm.reference is not None)
+    found = seats(config, critic=algorithm.critic, reference=needs_frozen_reference(algorithm), policies=algorithm.policies)
     if hardware:
         build_tiny(config, console)
         prepared = prepare(config, base=Path.cwd())

@@ -61,6 +61,16 @@ def check(
     check_config(load_config(config, overrides or ()), console, hardware=hardware)
 
 
+@app.command("fit-scorer")
+def fit_scorer(config: Config, overrides: Overrides = None) -> None:
+    """Train a scorer on preference pairs and write a directory that serves as one."""
+    from launch import fit
+    from rayhf.config.fit import FitConfig
+    from rayhf.config.load import load_section
+
+    fit.fit_scorer(load_section(config, overrides or (), FitConfig), console)
+
+
 @app.command()
 def tiny(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to build; kept and reused.")],
@@ -68,8 +78,9 @@ def tiny(
 ) -> None:
     """Build the tiny world: a tokenizer, small policies and two tasks, in minutes on two cores."""
     from launch.tiny import build_with_progress, tiny_table
+    from rayhf.tiny import TASKS
 
-    built = build_with_progress(directory, tasks=("arithmetic", "words"), seed=seed, console=console)
+    built = build_with_progress(directory, tasks=TASKS, seed=seed, console=console)
     console.print(tiny_table(built))
 
 

@@ -11,8 +11,7 @@ A row is one response: arrays of shape (T,) over its tokens, in nats where they 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -207,90 +206,3 @@ class AdaptiveKL:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self.coef = float(finite([state["coef"]], "coef")[0])
-
-
-# --- preference pairs of one group -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredPair:
-    """Indices into the scores, and how much better the chosen one is (above min_margin)."""
-
-    chosen: int
-    rejected: int
-    margin: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairSelection:
-    pairs: tuple[ScoredPair, ...]
-    ties: int
-    """Pairs that were considered and dropped: margin at most min_margin, or the same answer twice."""
-
-
-class _Group:
-    """One prompt's scores and answers, and the one rule for what is a pair."""
-
-    def __init__(self, scores: npt.ArrayLike, min_margin: float, answers: Sequence[Hashable] | None) -> None:
-        self.scores = finite(scores, "scores")
-        if not (np.isfinite(min_margin) and min_margin >= 0.0):
-            raise ConfigError(f"algorithm.min_margin: {min_margin} must be finite and at least 0; try 0.0")
-        if answers is not None and len(answers) != self.scores.size:
-            raise ValueError(f"{len(answers)} answers for {self.scores.size} scores")
-        self.min_margin = min_margin
-        self.answers = answers
-
-    def pair(self, better: int, worse: int) -> ScoredPair | None:
-        """None for a tie."""
-        margin = float(self.scores[better] - self.scores[worse])
-        same = self.answers is not None and self.answers[better] == self.answers[worse]
-        return None if same or margin <= self.min_margin else ScoredPair(chosen=better, rejected=worse, margin=margin)
-
-    def ranking(self) -> list[int]:
-        """Best first; equal scores in the order they came, so that the result is reproducible."""
-        return [int(index) for index in np.argsort(-self.scores, kind="stable")]
-
-
-def best_worst(scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None) -> PairSelection:
-    """The highest against the lowest score: one pair, or one tie. Fewer than two samples give neither.
-
-    `answers` (for example the token ids) makes a pair of identical answers a tie, whatever a noisy scorer said of them.
-    """
-    group = _Group(scores, min_margin, answers)
-    if group.scores.size < 2:
-        return PairSelection(pairs=(), ties=0)
-    ranking = group.ranking()
-    pair = group.pair(ranking[0], ranking[-1])
-    return PairSelection(pairs=(), ties=1) if pair is None else PairSelection(pairs=(pair,), ties=0)
-
-
-def all_pairs(scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None) -> PairSelection:
-    """Every better against every worse score: at most K * (K - 1) / 2 pairs, best chosen first, then lowest rejected
-    last.
-    """
-    group = _Group(scores, min_margin, answers)
-    ranking = group.ranking()
-    candidates = [group.pair(better, worse) for i, better in enumerate(ranking) for worse in ranking[i + 1 :]]
-    pairs = tuple(pair for pair in candidates if pair is not None)
-    return PairSelection(pairs=pairs, ties=len(candidates) - len(pairs))
-
-
-def best_random(
-    scores: npt.ArrayLike,
-    rng: np.random.Generator,
-    min_margin: float = 0.0,
-    answers: Sequence[Hashable] | None = None,
-) -> PairSelection:
-    """The highest score against a uniformly drawn other one of those it beats: one pair, or one tie where it beats
-    none.
-
-    `rng` comes from a derived seed (campaign seed, iteration, prompt id), so that arrival order cannot matter.
-    """
-    group = _Group(scores, min_margin, answers)
-    if group.scores.size < 2:
-        return PairSelection(pairs=(), ties=0)
-    best, *others = group.ranking()
-    beaten = [pair for pair in (group.pair(best, other) for other in others) if pair is not None]
-    if not beaten:
-        return PairSelection(pairs=(), ties=1)
-    return PairSelection(pairs=(beaten[int(rng.integers(len(beaten)))],), ties=0)

@@ -64,6 +64,8 @@ class GenerateRequest:
     """Counts the requests of one prompt's exploration: (prompt_id, number) orders requests, never arrival."""
     token_ids: tuple[int, ...]
     """Prompt plus any prefix already written."""
+    policy: str = "policy"
+    """Which of the campaign's policies writes."""
     sampling: Sampling
     seeds: tuple[int, ...]
     """One completion per seed."""
@@ -115,6 +117,20 @@ Outcome = Scored | Invalid | Failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What a scorer said of every pair among one prompt's K answers."""
+
+    win: npt.NDArray[np.float64]
+    """(K, K): win[i, j] is the probability that answer i beats answer j, as it was given: cycles are kept, nothing is rebuilt
+    from scalars. The diagonal is 1/2 and win[i, j] + win[j, i] = 1. NaN where the scorer had no verdict on a pair."""
+    source: Literal["pairwise", "pointwise"]
+    """pointwise: sigmoids of score differences, transitive by construction."""
+
+
+Comparison = Compared | Invalid | Failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
     """Completions of one prompt, to be judged as text: a scorer has its own tokenizer and chat template."""
 
@@ -124,10 +140,19 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A completion and what its scorer said."""
+    """A completion and what its scorer said. A search's samples point to their parents: they are its tree."""
 
     completion: Completion
-    outcome: Outcome
+    outcome: Outcome | None
+    """None: no scorer was asked (a step inside a tree, a judgement)."""
+    kind: str = "answer"
+    """answer, or what the algorithm calls it: step, judgement, refinement ..."""
+    context_ids: tuple[int, ...] | None = None
+    """The tokens it continues, where that is not the prompt alone."""
+    parent: int | None = None
+    """Index in its group of the sample it grew from."""
+    stats: Mapping[str, float] = field(default_factory=dict)
+    """What the search learned of it: visits, q, depth, votes ..."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +161,10 @@ class Group:
 
     prompt: Prompt
     samples: tuple[Sample, ...]
+    compared: Compared | None = None
+    """Over the samples, where a pairwise scorer was asked and answered."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of this exploration, under the algorithm's name; the round reports means over prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +198,9 @@ class Example:
 
     rows: tuple[Row, ...]
     scalars: Mapping[str, float] = field(default_factory=dict)
-    """Named values per example: margin ..."""
+    """Named values per example: margin ... Every example of a batch has the same names."""
+    objective: str = "policy"
+    """Which of the algorithm's objectives it serves: examples of one objective share a loss, a learner and batches."""
 
     def __len__(self) -> int:
         """Tokens to compute."""

@@ -11,14 +11,22 @@ from typing import TYPE_CHECKING
 
 from rayhf.algorithms import build_algorithm
 from rayhf.algorithms.base import Algorithm
-from rayhf.config.algorithms import PPOConfig
+from rayhf.campaign.controller import Material
+from rayhf.campaign.game import Game
+from rayhf.config.algorithms import IterativeDPOConfig, PPOConfig
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
+from rayhf.experience import Prompt
 from rayhf.modeldir import load_tokenizer, model_length, read_model_config, tokenizer_fingerprint
-from rayhf.prompts import PromptSet, load_prompts
+from rayhf.pairs import encode_pairs, load_pairs
+from rayhf.prompts import Chat, PromptSet, load_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+GAME_PROMPTS = 16
+"""Held-out prompts on which a game's exploitability is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +57,7 @@ class Prepared:
     config: CampaignConfig
     algorithm: Algorithm
     derived: Derived
-    prompts: PromptSet
-    heldout: PromptSet | None
+    material: Material
     max_length: int
     """Prompt plus response, in tokens."""
 
@@ -96,10 +103,10 @@ def _check_algorithm(config: CampaignConfig) -> None:
 
 def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     """Check models, tokenizers, prompts and scorers. Relative paths start at `base`. Raises ConfigError."""
-    from rayhf.scorer.build import check_entries
+    from rayhf.scorer.build import check_entries, check_heldout
 
     algorithm, derived = check_settings(config)
-    max_length = _check_models(config, base)
+    max_length = _check_models(config, algorithm, base)
     tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
     prompts = _load(config, base / config.prompts.train, tokenizer, "prompts.train", max_length)
     if len(prompts.prompts) < config.prompts.batch:
@@ -107,16 +114,48 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
             f"prompts.batch is {config.prompts.batch}, but {config.prompts.train} has only {len(prompts.prompts)} different "
             f"prompts; expected at most {len(prompts.prompts)}"
         )
-    heldout = None
+    _check_shards(config, len(prompts.prompts))
+    chat = Chat(tokenizer, max_length=max_length)
+    heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
-        heldout = _load(config, base / config.prompts.heldout, tokenizer, "prompts.heldout", max_length)
-    check_entries(config.scorer.train, base)
+        loaded = _load(config, base / config.prompts.heldout, tokenizer, "prompts.heldout", max_length)
+        heldout = loaded.prompts[: config.run.eval_prompts]
+    check_entries(config.scorer.train, base, combine=config.scorer.combine)
+    if heldout:
+        judged = config.scorer.evaluate or config.scorer.train
+        check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
     if config.scorer.evaluate is not None:
         check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
-    return Prepared(config=config, algorithm=algorithm, derived=derived, prompts=prompts, heldout=heldout, max_length=max_length)
+    examinations = {}
+    for task, examination in config.evaluations.items():
+        where = f"evaluations.{task}"
+        check_entries(examination.scorer, base, where=f"{where}.scorer")
+        check_heldout(examination.scorer, where=f"{where}.scorer")
+        loaded = _load(config, base / examination.prompts, tokenizer, f"{where}.prompts", max_length)
+        examinations[task] = loaded.prompts[: config.run.eval_prompts]
+    if algorithm.pair_file is not None:
+        found = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
+        algorithm.give(encode_pairs(found.pairs, chat, key="algorithm.offline.path"))
+    game = None
+    if config.prompts.game is not None:
+        players = heldout[:GAME_PROMPTS] or prompts.prompts[:GAME_PROMPTS]
+        game = Game(base / config.prompts.game, players, chat, key="prompts.game")
+    material = Material(chat=chat, prompts=prompts, heldout=heldout, examinations=examinations, game=game)
+    return Prepared(config=config, algorithm=algorithm, derived=derived, material=material, max_length=max_length)
 
 
-def _check_models(config: CampaignConfig, base: Path) -> int:
+def _check_shards(config: CampaignConfig, prompts: int) -> None:
+    """Refuse a campaign whose rounds would share prompts where the algorithm promises that they do not."""
+    needed = config.run.iterations * config.prompts.batch
+    if isinstance(config.algorithm, IterativeDPOConfig) and config.algorithm.disjoint_rounds and needed > prompts:
+        raise ConfigError(
+            f"algorithm.disjoint_rounds: {config.run.iterations} rounds of {config.prompts.batch} prompts need {needed}, but "
+            f"{config.prompts.train} has {prompts}; expected prompts.batch of at most {prompts // config.run.iterations}, or "
+            "disjoint_rounds: false"
+        )
+
+
+def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> int:
     """Every model directory; returns the longest sequence they all take."""
     policy = base / config.policy.model
     settings = read_model_config(policy, key="policy.model")
@@ -131,7 +170,9 @@ def _check_models(config: CampaignConfig, base: Path) -> int:
             f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together may have {length} tokens; "
             f"expected less than {length}"
         )
-    for key, other in (("reference.model", config.reference.model), ("learner.critic_model", config.learner.critic_model)):
+    others = [("reference.model", config.reference.model), ("learner.critic_model", config.learner.critic_model)]
+    others += [(f"algorithm.{name}.model", algorithm.other_policy(name).model) for name in algorithm.policies[1:]]
+    for key, other in others:
         if other is None:
             continue
         read_model_config(base / other, key=key)
@@ -151,6 +192,5 @@ def _load(config: CampaignConfig, path: Path, tokenizer: PreTrainedTokenizerBase
 
 def overlap(prepared: Prepared) -> int:
     """How many held-out prompts are also trained on."""
-    if prepared.heldout is None:
-        return 0
-    return len({p.prompt_id for p in prepared.prompts.prompts} & {p.prompt_id for p in prepared.heldout.prompts})
+    material = prepared.material
+    return len({p.prompt_id for p in material.prompts.prompts} & {p.prompt_id for p in material.heldout})

@@ -12,13 +12,16 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rayhf.errors import ConfigError
 from rayhf.experience import Message, Prompt, derive_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Item = TypeVar("Item")
 
 
 def read_rows(path: Path, *, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -58,7 +61,8 @@ def _read_parquet(path: Path, *, key: str) -> Iterator[tuple[str, dict[str, Any]
         yield f"{path} row {number}", row
 
 
-def _messages(row: dict[str, Any], where: str, key: str) -> tuple[Message, ...]:
+def parse_messages(row: dict[str, Any], where: str, key: str) -> tuple[Message, ...]:
+    """The conversation of a row: `prompt` as one user message, or `messages`. Raises ConfigError naming the row."""
     prompt, messages = row.get("prompt"), row.get("messages")
     if (prompt is None) == (messages is None):
         got = ", ".join(sorted(row)) or "nothing"
@@ -100,7 +104,7 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, *, key: str, ma
     prompts: dict[str, Prompt] = {}
     duplicates = 0
     for where, row in read_rows(path, key=key):
-        messages = _messages(row, where, key)
+        messages = parse_messages(row, where, key)
         answer = row.get("answer")
         if answer is not None and not isinstance(answer, str):
             if isinstance(answer, bool) or not isinstance(answer, int | float):
@@ -133,7 +137,49 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, w
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def deal(prompts: Sequence[Prompt], *, batch: int, iteration: int, seed: int) -> list[Prompt]:
+class Chat:
+    """The policy's chat template, for what a campaign renders on the way: other conversations than the prompts, given answers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._special = sorted((t for t in tokenizer.all_special_tokens if len(t) > 1), key=len, reverse=True)
+        self.max_length = max_length
+        """Tokens of prompt and response together."""
+
+    def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """With the generation prompt. Text that spells a special token is taken apart first: what a model wrote cannot end a
+        turn in another model's prompt. Raises ConfigError where the template refuses the messages.
+        """
+        tame = [{"role": m["role"], "content": self._disarm(m["content"])} for m in messages]
+        return render(self._tokenizer, tame, where="chat template")
+
+    def _disarm(self, text: str) -> str:
+        for token in self._special:
+            text = text.replace(token, f"{token[:1]} {token[1:]}")
+        return text
+
+    def answer(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
+        """Token ids of `text` as the answer to `messages`, with everything the template puts at the end of a turn.
+
+        Raises ConfigError where the template does not begin the conversation with answer by the one without.
+        """
+        asked = str(self._tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, tokenize=False))
+        whole = [*map(dict, messages), {"role": "assistant", "content": text}]
+        told = str(self._tokenizer.apply_chat_template(whole, add_generation_prompt=False, tokenize=False))
+        if not told.startswith(asked):
+            raise ConfigError(
+                "policy.model: the chat template renders an answered conversation differently from its prompt "
+                f"({asked[-40:]!r} is not how {told[: len(asked)][-40:]!r} ends); given answers cannot be trained on with it"
+            )
+        # Templates may end a turn with white space after the end-of-turn token, which the model never writes itself.
+        ending = self._tokenizer.eos_token
+        rest = told[len(asked) :]
+        if ending and (end := rest.rfind(ending)) >= 0 and not rest[end + len(ending) :].strip():
+            rest = rest[: end + len(ending)]
+        return tuple(self._tokenizer(rest, add_special_tokens=False)["input_ids"])
+
+
+def deal(prompts: Sequence[Item], *, batch: int, iteration: int, seed: int) -> list[Item]:
     """The prompts of round `iteration` (from 1): consecutive slices of a seeded permutation, one permutation per epoch.
 
     An epoch has len(prompts) // batch rounds; the remainder sits out, a different one each epoch.

@@ -6,12 +6,14 @@ implements the role, and name the phase and the actor when they pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rayhf.experience import (
     Batch,
+    Comparison,
     Completion,
     FloatArray,
     GenerateRequest,
@@ -41,6 +43,16 @@ class Scorer(Protocol):
     async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         """One outcome per completion of each request, in order. Never raises for a completion it cannot judge."""
         ...
+
+    async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
+        """For each request, the win probabilities among its completions. Never raises for completions it cannot judge."""
+        ...
+
+    async def state_dict(self) -> dict[str, Any]:
+        """What the scorer learned on the way (running normalisers), as plain JSON values; part of every checkpoint."""
+        ...
+
+    async def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Reference(Protocol):
@@ -81,3 +93,20 @@ class Learner(Protocol):
     async def export(self, directory: Path) -> None:
         """A Hugging Face model directory (safetensors, LoRA merged)."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """Everyone the controller talks to."""
+
+    rollouts: Mapping[str, Rollout]
+    """By policy; "policy" is the campaign's result."""
+    learners: Mapping[str, Learner]
+    """By policy."""
+    scorer: Scorer
+    evaluator: Scorer | None
+    """Scores held-out completions; None means the training scorer does."""
+    examiners: Mapping[str, Scorer] = field(default_factory=dict)
+    """By task: the scorers of further evaluations."""
+    critic: Learner | None
+    reference: Reference | None

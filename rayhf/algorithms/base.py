@@ -8,16 +8,22 @@ loss       what the learner minimises
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from rayhf.campaign.exchange import Explorer
-from rayhf.config.algorithms import ReferenceSchedule
-from rayhf.experience import Example, Group, Prompt, Row, Sample, Scored
+from rayhf.config.algorithms import PreviousReference, ReferenceSchedule
+from rayhf.experience import Compared, Completion, Example, Group, Invalid, Outcome, Prompt, Row, Sample, Scored
 from rayhf.losses.base import Loss
+from rayhf.pairing import win_rates
+
+GIVEN = -1
+"""Row.sample of an answer that is not one of its round's samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +35,44 @@ class Selection:
     """What was kept and dropped, counted."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """Which round is being selected for."""
+
+    iteration: int
+    """From 1."""
+    seed: int
+    """For whatever a selection draws."""
+    earlier: Callable[[int], Sequence[Example]] = lambda iteration: ()
+    """The policy's examples of an earlier round, as they were selected then; none for a round before the first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """How an objective other than "policy" goes over its examples each round; its logits are at temperature 1."""
+
+    epochs: int
+    examples_per_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherPolicy:
+    """A policy besides the campaign's own."""
+
+    model: Path | None
+    """None: it starts from policy.model."""
+    lr: float
+
+
 class Algorithm(Protocol):
     @property
     def samples(self) -> int:
         """Responses per prompt, for the plan."""
+        ...
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of the policies that write and learn; the first is "policy", the campaign's result."""
         ...
 
     @property
@@ -41,23 +81,54 @@ class Algorithm(Protocol):
         ...
 
     @property
+    def needs_old_logp(self) -> bool:
+        """Whether the loss reads the policy as it was at the round's start even where the round has one optimiser step."""
+        ...
+
+    @property
     def critic(self) -> bool: ...
 
     async def explore(self, prompt: Prompt, explorer: Explorer) -> Group: ...
 
-    def select(self, groups: Sequence[Group], *, seed: int) -> Selection: ...
+    def select(self, groups: Sequence[Group], turn: Turn) -> Selection: ...
 
     def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
         """Rows carry ref_logp where there is a reference, value where there is a critic, and old_logp where the round
         takes more than one optimiser step."""
         ...
 
-    def loss(self) -> Loss: ...
+    def loss(self, objective: str = "policy") -> Loss: ...
+
+    def trainee(self, objective: str) -> str:
+        """The policy that an objective's examples train."""
+        ...
+
+    def passes(self, objective: str) -> Passes:
+        """For every objective but "policy", which goes by the config's learner section."""
+        ...
+
+    def other_policy(self, name: str) -> OtherPolicy:
+        """For every name in `policies` but "policy"."""
+        ...
 
     def critic_loss(self) -> Loss | None: ...
 
     def trains_policy(self, iteration: int) -> bool:
         """False while only the critic warms up."""
+        ...
+
+    @property
+    def pair_file(self) -> Path | None:
+        """A file of preference pairs that the algorithm trains on as given."""
+        ...
+
+    def give(self, pairs: Sequence[Example]) -> None:
+        """Receive the pairs of `pair_file`, encoded."""
+        ...
+
+    @property
+    def at_test_time(self) -> Callable[[Prompt, Completion, Explorer], Awaitable[Completion]] | None:
+        """What is done to a held-out answer before it counts as eval/<task>/refined; None: there is no such figure."""
         ...
 
     def observe(self, metrics: Mapping[str, float]) -> None:
@@ -73,6 +144,22 @@ class Stateless:
     """The answers of an algorithm without critic and memory."""
 
     critic = False
+    needs_old_logp = False
+    policies: tuple[str, ...] = ("policy",)
+    pair_file: Path | None = None
+    at_test_time: Callable[[Prompt, Completion, Explorer], Awaitable[Completion]] | None = None
+
+    def give(self, pairs: Sequence[Example]) -> None:
+        raise ValueError(f"{type(self).__name__} takes no given pairs")
+
+    def trainee(self, objective: str) -> str:
+        return "policy"
+
+    def passes(self, objective: str) -> Passes:
+        raise KeyError(f"{type(self).__name__} has no objective {objective!r}")
+
+    def other_policy(self, name: str) -> OtherPolicy:
+        raise KeyError(f"{type(self).__name__} has no policy {name!r}")
 
     def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
         return list(examples), {}
@@ -102,19 +189,64 @@ async def sample_and_score(prompt: Prompt, explorer: Explorer, n: int) -> Group:
     return Group(prompt=prompt, samples=samples)
 
 
+async def sample_and_compare(prompt: Prompt, explorer: Explorer, n: int) -> Group:
+    """n completions, every one compared with every other; an answer's score is its win rate against all of them.
+
+    Where the scorer could not compare, every sample carries its reason.
+    """
+    completions = await explorer.sample(n)
+    comparison = await explorer.compare(completions)
+    outcomes: list[Outcome]
+    if isinstance(comparison, Compared):
+        rates = win_rates(comparison.win)
+        missing = Invalid(reason="the scorer had no verdict on it")
+        outcomes = [Scored(value=float(rate)) if np.isfinite(rate) else missing for rate in rates]
+    else:
+        outcomes = [comparison for _ in completions]
+    return Group(
+        prompt=prompt,
+        samples=tuple(Sample(completion=c, outcome=o) for c, o in zip(completions, outcomes, strict=True)),
+        compared=comparison if isinstance(comparison, Compared) else None,
+        metrics={"scorer/pointwise": float(isinstance(comparison, Compared) and comparison.source == "pointwise")},
+    )
+
+
 def scored(group: Group) -> list[tuple[int, Sample, float]]:
     """(index, sample, score) of the samples that have a score; the others never reach the learner."""
     return [(i, s, s.outcome.value) for i, s in enumerate(group.samples) if isinstance(s.outcome, Scored)]
 
 
+def learner_is_reference(schedule: ReferenceSchedule | None) -> bool:
+    """A reference that is refreshed every round is the learner itself before its first step: no frozen copy is needed."""
+    return isinstance(schedule, PreviousReference) and schedule.every == 1
+
+
+def needs_frozen_reference(algorithm: Algorithm) -> bool:
+    """Whether the campaign has a reference role."""
+    return algorithm.reference is not None and not learner_is_reference(algorithm.reference)
+
+
 def make_row(group: Group, index: int, *, score: float) -> Row:
     """The training row of one sample, with its behaviour log-probs."""
-    completion = group.samples[index].completion
+    sample = group.samples[index]
+    completion = sample.completion
     return Row(
         prompt_id=group.prompt.prompt_id,
         sample=index,
-        prompt_ids=group.prompt.token_ids,
+        prompt_ids=group.prompt.token_ids if sample.context_ids is None else sample.context_ids,
         response_ids=completion.token_ids,
         tokens={"behaviour_logp": np.asarray(completion.logprobs, dtype=np.float32)},
         scalars={"score": score, "truncated": float(completion.finish_reason == "length")},
+    )
+
+
+def given_row(prompt_id: str, prompt_ids: Sequence[int], response_ids: Sequence[int], *, score: float = math.nan) -> Row:
+    """A row that no sampling policy of this campaign wrote as it stands: its behaviour log-probs are unknown (NaN)."""
+    return Row(
+        prompt_id=prompt_id,
+        sample=GIVEN,
+        prompt_ids=tuple(prompt_ids),
+        response_ids=tuple(response_ids),
+        tokens={"behaviour_logp": np.full(len(response_ids), np.nan, dtype=np.float32)},
+        scalars={"score": score, "truncated": 0.0},
     )

@@ -10,17 +10,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayhf.algorithms.base import Selection, Stateless, make_row, sample_and_score, scored
+from rayhf.algorithms.base import Selection, Stateless, Turn, make_row, sample_and_score, scored
 from rayhf.campaign.exchange import Explorer
-from rayhf.config.algorithms import OnlineDPOConfig, ReferenceSchedule
-from rayhf.credit import PairSelection, all_pairs, best_random, best_worst, missing_eos_penalty
+from rayhf.config.algorithms import IterativeDPOConfig, OnlineDPOConfig, ReferenceSchedule
+from rayhf.credit import missing_eos_penalty
 from rayhf.experience import Example, Group, Prompt, derive_seed
 from rayhf.losses.base import Loss
 from rayhf.losses.preference import PreferenceLoss
+from rayhf.pairing import PairSelection, all_pairs, best_random, best_worst
 
 
 class OnlineDPO(Stateless):
-    def __init__(self, config: OnlineDPOConfig, *, max_tokens: int) -> None:
+    def __init__(self, config: OnlineDPOConfig | IterativeDPOConfig) -> None:
         self.config = config
         self.samples = config.samples
         self._loss = PreferenceLoss(
@@ -37,10 +38,9 @@ class OnlineDPO(Stateless):
     async def explore(self, prompt: Prompt, explorer: Explorer) -> Group:
         return await sample_and_score(prompt, explorer, self.config.samples)
 
-    def select(self, groups: Sequence[Group], *, seed: int) -> Selection:
+    def select(self, groups: Sequence[Group], turn: Turn) -> Selection:
         examples: list[Example] = []
         ties = 0
-        margins: list[float] = []
         for group in groups:
             usable = scored(group)
             penalty = self.config.missing_eos_penalty
@@ -48,25 +48,27 @@ class OnlineDPO(Stateless):
                 score - missing_eos_penalty(truncated=s.completion.finish_reason == "length", penalty=penalty)
                 for _, s, score in usable
             ]
-            found = self._pairs(scores, [s.completion.token_ids for _, s, _ in usable], seed, group.prompt.prompt_id)
+            rng = np.random.default_rng(derive_seed(turn.seed, group.prompt.prompt_id, self.config.pairs))
+            found = self.pairs(scores, [s.completion.token_ids for _, s, _ in usable], rng)
             ties += found.ties
             for pair in found.pairs:
                 rows = tuple(make_row(group, usable[i][0], score=scores[i]) for i in (pair.chosen, pair.rejected))
                 examples.append(Example(rows=rows, scalars={"margin": pair.margin}))
-                margins.append(pair.margin)
         metrics = {"pairs/kept": float(len(examples)), "pairs/ties": float(ties)}
-        if margins:
-            metrics["pairs/margin_mean"] = float(np.mean(margins))
+        if examples:
+            metrics["pairs/margin_mean"] = float(np.mean([example.scalars["margin"] for example in examples]))
+            lengths = [[len(row.response_ids) for row in example.rows] for example in examples]
+            metrics["pairs/length_gap"] = float(np.mean([chosen - rejected for chosen, rejected in lengths]))
         return Selection(examples=tuple(examples), metrics=metrics)
 
-    def _pairs(self, scores: list[float], answers: Sequence[tuple[int, ...]], seed: int, prompt_id: str) -> PairSelection:
+    def pairs(self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: np.random.Generator) -> PairSelection:
+        """By the configured rule; `answers` are token ids, `rng` this prompt's own."""
         margin = self.config.min_margin
-        if self.config.pairs == "best_worst":
-            return best_worst(scores, margin, answers)
         if self.config.pairs == "all_pairs":
             return all_pairs(scores, margin, answers)
-        rng = np.random.default_rng(derive_seed(seed, prompt_id, "best_random"))
-        return best_random(scores, rng, margin, answers)
+        if self.config.pairs == "best_random":
+            return best_random(scores, rng, margin, answers)
+        return best_worst(scores, margin, answers)
 
-    def loss(self) -> Loss:
+    def loss(self, objective: str = "policy") -> Loss:
         return self._loss

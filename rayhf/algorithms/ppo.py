@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rayhf.algorithms.base import Selection, make_row, sample_and_score, scored
+from rayhf.algorithms.base import Selection, Stateless, Turn, make_row, sample_and_score, scored
 from rayhf.campaign.exchange import Explorer
 from rayhf.config.algorithms import InitialReference, PPOConfig, ReferenceSchedule
 from rayhf.credit import (
@@ -35,7 +35,7 @@ from rayhf.losses.policy import PolicyLoss
 from rayhf.losses.value import ValueLoss
 
 
-class PPO:
+class PPO(Stateless):
     def __init__(self, config: PPOConfig, *, max_tokens: int) -> None:
         self.config = config
         self.samples = config.samples
@@ -53,7 +53,7 @@ class PPO:
     async def explore(self, prompt: Prompt, explorer: Explorer) -> Group:
         return await sample_and_score(prompt, explorer, self.config.samples)
 
-    def select(self, groups: Sequence[Group], *, seed: int) -> Selection:
+    def select(self, groups: Sequence[Group], turn: Turn) -> Selection:
         """One example per scored response; groups too small for their estimator are dropped and counted."""
         needed = 2 if self.config.advantage in ("grpo", "rloo") else 1
         examples: list[Example] = []
@@ -127,7 +127,7 @@ class PPO:
         advantages = reinforce_plus_plus(rewards, self.config.gamma)
         return [row.with_tokens(advantage=a.astype(np.float32)) for row, a in zip(rows, advantages, strict=True)]
 
-    def loss(self) -> Loss:
+    def loss(self, objective: str = "policy") -> Loss:
         config = self.config
         in_loss = self.reference is not None and config.kl.where == "loss"
         return PolicyLoss(

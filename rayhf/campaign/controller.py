@@ -8,40 +8,39 @@ turns and the run is strictly on-policy; with 1, generation overlaps learning, a
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from rayhf.algorithms.base import Algorithm
 from rayhf.campaign.evaluate import evaluate
-from rayhf.campaign.exchange import Exchange
+from rayhf.campaign.exchange import Exchange, Explorer
+from rayhf.campaign.game import Game
+from rayhf.campaign.learning import Learning
 from rayhf.campaign.observer import Observer
 from rayhf.campaign.store import RunDir
+from rayhf.campaign.tally import FailureBudget, exploration_metrics
 from rayhf.config.algorithms import EmaReference, InitialReference, PreviousReference
 from rayhf.config.schema import CampaignConfig
-from rayhf.errors import CheckpointError, ScorerError
-from rayhf.experience import Batch, Example, Failed, Group, Invalid, Sampling, Scored, WeightSnapshot, derive_seed
-from rayhf.losses.value import explained_variance
-from rayhf.prompts import PromptSet, deal
-from rayhf.roles import Learner, Reference, Rollout, Scorer
+from rayhf.config.scorers import is_pairwise
+from rayhf.errors import CheckpointError
+from rayhf.experience import Completion, Group, Prompt, Sample, Sampling, WeightSnapshot, derive_seed
+from rayhf.prompts import Chat, PromptSet, deal
+from rayhf.roles import Roles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Roles:
-    """Everyone the controller talks to."""
+class Material:
+    """What a campaign reads: prompts, rendered, and what it is examined on."""
 
-    rollout: Rollout
-    scorer: Scorer
-    evaluator: Scorer | None
-    """Scores held-out completions; None means the training scorer does."""
-    learner: Learner
-    critic: Learner | None
-    reference: Reference | None
+    chat: Chat
+    prompts: PromptSet
+    heldout: tuple[Prompt, ...] = ()
+    examinations: Mapping[str, tuple[Prompt, ...]] = field(default_factory=dict)
+    """By task: the prompts of the config's further evaluations."""
+    game: Game | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,16 +60,14 @@ class Controller:
         *,
         algorithm: Algorithm,
         roles: Roles,
-        prompts: PromptSet,
-        heldout: PromptSet | None,
+        material: Material,
         store: RunDir,
         observer: Observer,
     ) -> None:
         self.config, self.algorithm, self.roles, self.store, self.observer = config, algorithm, roles, store, observer
-        self.prompts = prompts
-        self.heldout = heldout.prompts[: config.run.eval_prompts] if heldout else ()
+        self.material = material
         self.iteration = 0
-        self.version = 0
+        self.versions = dict.fromkeys(algorithm.policies, 0)
         self.sampling = Sampling(
             max_tokens=config.rollout.max_tokens,
             temperature=config.rollout.temperature,
@@ -82,6 +79,7 @@ class Controller:
         self.deterministic = run.max_staleness == 0 if run.deterministic is None else run.deterministic
         self._rounds: dict[int, asyncio.Task[Round]] = {}
         self._seconds: dict[str, float] = {}
+        self._learning = Learning(config, algorithm=algorithm, roles=roles, store=store, observer=observer, timed=self._timed)
 
     async def run(self) -> None:
         """Raises the first error of any role; what was committed stays, and the same call continues."""
@@ -89,7 +87,7 @@ class Controller:
         if self.iteration >= self.config.run.iterations:
             return
         if self.iteration == 0:
-            self._report({"iteration": 0, "policy/version": self.version, **await self._evaluate(0)})
+            self._report({"iteration": 0, **self._version_metrics(), **await self._measure_game(), **await self._evaluate(0)})
         try:
             for iteration in range(self.iteration + 1, self.config.run.iterations + 1):
                 await self._one_round(iteration)
@@ -106,14 +104,15 @@ class Controller:
             if ahead not in self._rounds:
                 self._rounds[ahead] = asyncio.create_task(self._explore(ahead), name=f"round {ahead}")
         explored = await self._rounds.pop(iteration)
-        metrics: dict[str, float] = {"iteration": iteration, **_exploration_metrics(explored.groups, self.version)}
+        metrics: dict[str, float] = {"iteration": iteration, **exploration_metrics(explored.groups, self.versions["policy"])}
         self.store.write_samples(iteration, explored.groups)
-        learned = await self._learn(iteration, explored.groups, metrics)
-        if learned:
-            self.version += 1
-            await self._sync(iteration)
+        changed = await self._learning.learn(iteration, explored.groups, metrics)
+        for policy in changed:
+            self.versions[policy] += 1
+        if changed:
+            await self._sync(iteration, changed)
         self.iteration = iteration
-        metrics["policy/version"] = self.version
+        metrics |= self._version_metrics() | await self._measure_game()
         self.algorithm.observe(metrics)
         every = self.config.run.eval_every
         if iteration == last or (every and iteration % every == 0):
@@ -126,10 +125,19 @@ class Controller:
         if due:
             await self._checkpoint(iteration)
 
+    def _exchange(self) -> Exchange:
+        return Exchange(
+            self.roles.rollouts,
+            self.roles.scorer,
+            chat=self.material.chat,
+            versions=self.versions,
+            deterministic=self.deterministic,
+        )
+
     async def _explore(self, iteration: int) -> Round:
-        prompts = deal(self.prompts.prompts, batch=self.config.prompts.batch, iteration=iteration, seed=self.config.seed)
-        exchange = Exchange(self.roles.rollout, self.roles.scorer, version=self.version, deterministic=self.deterministic)
-        budget = _FailureBudget(limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples)
+        prompts = deal(self.material.prompts.prompts, batch=self.config.prompts.batch, iteration=iteration, seed=self.config.seed)
+        exchange = self._exchange()
+        budget = FailureBudget(limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples)
         finished = 0
 
         def done(group: Group) -> None:
@@ -148,99 +156,23 @@ class Controller:
         )
         return Round(groups=groups, seconds=exchange.stopwatch.seconds)
 
-    # ------------------------------------------------------------------ learning
-
-    async def _learn(self, iteration: int, groups: Sequence[Group], metrics: dict[str, float]) -> bool:
-        """Select, annotate, credit and step; fills `metrics`. False when the policy did not change."""
-        seed = derive_seed(self.config.seed, "select", iteration)
-        selection = self.algorithm.select(groups, seed=seed)
-        metrics |= selection.metrics
-        examples = selection.examples
-        self.store.write_examples(iteration, examples)
-        if not examples:
-            metrics["learner/steps"] = 0
-            return False
-        credited, credit_metrics = self.algorithm.credit(await self._annotate(iteration, examples))
-        metrics |= credit_metrics
-        trains_policy = self.algorithm.trains_policy(iteration)
-        batches = list(self._batches(iteration, groups, credited))
-        steps: list[dict[str, float]] = []
-        async with self._timed("learner"):
-            for number, batch in enumerate(batches):
-                self.observer.phase(iteration, "learn", number, len(batches))
-                steps.append(await self._step(batch, trains_policy))
-        metrics |= _over_steps(steps)
-        metrics["learner/steps"] = len(steps)
-        return trains_policy
-
-    async def _step(self, batch: Batch, trains_policy: bool) -> dict[str, float]:
-        critic, critic_loss = self.roles.critic, self.algorithm.critic_loss()
-        work = [self.roles.learner.step(batch, self.algorithm.loss())] if trains_policy else []
-        if critic is not None and critic_loss is not None:
-            work.append(critic.step(batch, critic_loss))
-        policy, *value = await asyncio.gather(*work) if trains_policy else ({}, *await asyncio.gather(*work))
-        metrics = dict(policy)
-        for step in value:  # the critic is a learner too: its loss, norm and rate go under its own name
-            metrics |= {k.replace("learner/", "critic/"): v for k, v in step.items()}
-            metrics["critic/explained_variance"] = explained_variance(step)
-        return metrics
-
-    async def _annotate(self, iteration: int, examples: Sequence[Example]) -> list[Example]:
-        """Add what the loss and the credit need to know of each token: reference, value, and the policy before its first step."""
-        rows = [row for example in examples for row in example.rows]
-        temperature = self.config.rollout.temperature
-        names, work = [], []
-        if self.roles.reference is not None:
-            names.append("ref_logp")
-            work.append(self.roles.reference.logprobs(rows, temperature=temperature))
-        if self.roles.critic is not None:
-            names.append("value")
-            work.append(self.roles.critic.outputs(rows, temperature=1.0))
-        if self._steps_per_round > 1:
-            names.append("old_logp")
-            work.append(self.roles.learner.outputs(rows, temperature=temperature))
-        if not work:
-            return list(examples)
-        self.observer.phase(iteration, "reference")
-        async with self._timed("reference"):
-            columns = await asyncio.gather(*work)
-        annotated = iter(
-            row.with_tokens(**dict(zip(names, values, strict=True))) for row, *values in zip(rows, *columns, strict=True)
-        )
-        return [Example(rows=tuple(next(annotated) for _ in e.rows), scalars=e.scalars) for e in examples]
-
-    @property
-    def _steps_per_round(self) -> int:
-        learner = self.config.learner
-        return learner.epochs * (self.config.prompts.batch // (learner.prompts_per_step or self.config.prompts.batch))
-
-    def _batches(self, iteration: int, groups: Sequence[Group], examples: Sequence[Example]) -> list[Batch]:
-        """One batch per optimiser step: prompts in a seeded order, all examples of a prompt together."""
-        size = self.config.learner.prompts_per_step or self.config.prompts.batch
-        order = [group.prompt.prompt_id for group in groups]
-        batches = []
-        for epoch in range(self.config.learner.epochs):
-            shuffled = list(order)
-            if len(shuffled) > size:
-                random.Random(derive_seed(self.config.seed, "minibatch", iteration, epoch)).shuffle(shuffled)
-            for start in range(0, len(shuffled), size):
-                chosen = set(shuffled[start : start + size])
-                part = tuple(e for e in examples if e.rows[0].prompt_id in chosen)
-                if part:
-                    batches.append(Batch(examples=part, temperature=self.config.rollout.temperature))
-        return batches
-
     # ---------------------------------------------------------------------- sync
 
-    async def _sync(self, iteration: int) -> None:
+    async def _sync(self, iteration: int, changed: set[str]) -> None:
         """The new weights to every engine, once no exploration is in flight, and to the reference when its schedule says so."""
         self.observer.phase(iteration, "sync")
         if self._rounds:
             await asyncio.wait(self._rounds.values())
         async with self._timed("sync"):
-            snapshot = await self.roles.learner.publish(self.version)
-            await self.roles.rollout.update(snapshot)
-            await self._refresh_reference(iteration, snapshot)
+            for policy in sorted(changed):
+                snapshot = await self._push(policy)
+                if policy == "policy":
+                    await self._refresh_reference(iteration, snapshot)
+
+    async def _push(self, policy: str) -> WeightSnapshot:
+        snapshot = await self.roles.learners[policy].publish(self.versions[policy])
+        await self.roles.rollouts[policy].update(snapshot)
+        return snapshot
 
     async def _refresh_reference(self, iteration: int, snapshot: WeightSnapshot) -> None:
         schedule = self.algorithm.reference
@@ -253,46 +185,100 @@ class Controller:
     # ---------------------------------------------------------------- evaluation
 
     async def _evaluate(self, iteration: int) -> dict[str, float]:
-        if not self.heldout:
-            return {}
+        """The held-out prompts by the policy, and every further evaluation by its own policy and scorer."""
         self.observer.phase(iteration, "evaluate")
+        metrics: dict[str, float] = {}
+        # What is only looked at must not move a running normaliser: the next round scores as if nobody had looked.
+        before = await self.roles.scorer.state_dict()
         async with self._timed("evaluate"):
-            return await evaluate(
-                self.heldout,
-                rollout=self.roles.rollout,
-                scorer=self.roles.evaluator or self.roles.scorer,
-                reward=self.roles.scorer if self.roles.evaluator else None,
-                reference=self.roles.reference,
-                version=self.version,
-                sampling=self.sampling,
-                seed=self.config.seed,
-                task=self.config.prompts.task,
-            )
+            if self.material.heldout:
+                metrics = await evaluate(
+                    self.material.heldout,
+                    rollout=self.roles.rollouts["policy"],
+                    scorer=self.roles.evaluator or self.roles.scorer,
+                    reward=self.roles.scorer if self.roles.evaluator and self._scores_alone else None,
+                    reference=self.roles.reference,
+                    version=self.versions["policy"],
+                    sampling=self.sampling,
+                    seed=self.config.seed,
+                    task=self.config.prompts.task,
+                    improve=self._improve if self.algorithm.at_test_time else None,
+                )
+            for task, examination in self.config.evaluations.items():
+                policy = examination.policy if examination.policy in self.versions else "policy"  # where one model is both
+                metrics |= await evaluate(
+                    self.material.examinations[task],
+                    rollout=self.roles.rollouts[policy],
+                    scorer=self.roles.examiners[task],
+                    reward=None,
+                    reference=None,
+                    version=self.versions[policy],
+                    sampling=self.sampling,
+                    seed=self.config.seed,
+                    task=task,
+                )
+        await self.roles.scorer.load_state_dict(before)
+        return metrics
+
+    async def _improve(self, completions: Sequence[Completion]) -> list[Completion]:
+        """Held-out answers after the algorithm's test-time work on them."""
+        improve = self.algorithm.at_test_time
+        assert improve is not None
+        answers = dict(zip((p.prompt_id for p in self.material.heldout), completions, strict=True))
+
+        async def explore(prompt: Prompt, explorer: Explorer) -> Group:
+            better = await improve(prompt, answers[prompt.prompt_id], explorer)
+            return Group(prompt=prompt, samples=(Sample(completion=better, outcome=None),))
+
+        seed = derive_seed(self.config.seed, "test time")
+        groups = await self._exchange().run(
+            self.material.heldout, explore, sampling=self.sampling, seed=seed, done=lambda group: None
+        )
+        return [group.samples[0].completion for group in groups]
+
+    @property
+    def _scores_alone(self) -> bool:
+        """A pairwise scorer compares answers to one prompt; a held-out answer stands alone."""
+        return not any(is_pairwise(entry) for entry in self.config.scorer.train)
+
+    async def _measure_game(self) -> dict[str, float]:
+        """The policy's exact distribution over the game's answers, from the learner's log-probs."""
+        game = self.material.game
+        if game is None:
+            return {}
+        async with self._timed("game"):
+            return game.measure(await self.roles.learners["policy"].outputs(game.rows, temperature=1.0))
+
+    def _version_metrics(self) -> dict[str, float]:
+        return {f"{policy}/version": float(version) for policy, version in self.versions.items()}
 
     # --------------------------------------------------------------- checkpoints
 
-    def _state(self) -> dict[str, Any]:
+    async def _state(self) -> dict[str, Any]:
         return {
             "iteration": self.iteration,
-            "version": self.version,
+            "versions": self.versions,
             "algorithm": self.algorithm.state_dict(),
-            "prompts": self.prompts.fingerprint,
+            "scorer": await self.roles.scorer.state_dict(),
+            "game": self.material.game.state_dict() if self.material.game else {},
+            "prompts": self.material.prompts.fingerprint,
         }
 
     async def _checkpoint(self, iteration: int) -> None:
         self.observer.phase(iteration, "checkpoint")
         directory = self.store.checkpoint_directory()
-        saves = [self.roles.learner.save(directory / "learner")]
+        saves = [learner.save(directory / _learner_folder(policy)) for policy, learner in self.roles.learners.items()]
         if self.roles.critic is not None:
             saves.append(self.roles.critic.save(directory / "critic"))
         if self._reference_moves and self.roles.reference is not None:
             saves.append(self.roles.reference.save(directory / "reference"))
         await asyncio.gather(*saves)
         finished = iteration >= self.config.run.iterations
-        self.store.commit(directory, iteration, self._state(), campaign_state="done" if finished else "running")
-        exported = self.store.policy_directory()
-        await self.roles.learner.export(exported)
-        self.store.publish_policy(exported)
+        self.store.commit(directory, iteration, await self._state(), campaign_state="done" if finished else "running")
+        for policy, learner in self.roles.learners.items():
+            exported = self.store.policy_directory(policy)
+            await learner.export(exported)
+            self.store.publish_policy(exported, policy)
 
     @property
     def _reference_moves(self) -> bool:
@@ -305,25 +291,31 @@ class Controller:
             self.store.rewind(-1)
             return
         state = checkpoint.state
-        if state["prompts"] != self.prompts.fingerprint:
+        if state["prompts"] != self.material.prompts.fingerprint:
             raise CheckpointError(
                 f"{self.config.prompts.train} is not the file this campaign was started with (its prompts changed); "
                 "restore it, or choose another run.dir"
             )
         self.store.rewind(checkpoint.iteration)
-        self.iteration, self.version = int(state["iteration"]), int(state["version"])
+        self.iteration = int(state["iteration"])
+        self.versions = {policy: int(version) for policy, version in state["versions"].items()}
         if self.iteration >= self.config.run.iterations:
             return
         self.observer.phase(self.iteration, "restore")
         self.algorithm.load_state_dict(state["algorithm"])
-        loads = [self.roles.learner.load(checkpoint.directory / "learner")]
+        await self.roles.scorer.load_state_dict(state["scorer"])
+        if self.material.game is not None:
+            self.material.game.load_state_dict(state["game"])
+        directory = checkpoint.directory
+        loads = [learner.load(directory / _learner_folder(policy)) for policy, learner in self.roles.learners.items()]
         if self.roles.critic is not None:
-            loads.append(self.roles.critic.load(checkpoint.directory / "critic"))
+            loads.append(self.roles.critic.load(directory / "critic"))
         if self._reference_moves and self.roles.reference is not None:
-            loads.append(self.roles.reference.load(checkpoint.directory / "reference"))
+            loads.append(self.roles.reference.load(directory / "reference"))
         await asyncio.gather(*loads)
-        if self.version:
-            await self.roles.rollout.update(await self.roles.learner.publish(self.version))
+        for policy, version in self.versions.items():
+            if version:
+                await self._push(policy)
 
     # ------------------------------------------------------------------- helpers
 
@@ -340,56 +332,8 @@ class Controller:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
 
 
-class _FailureBudget:
-    """Stops a round as soon as more completions than allowed could not be scored."""
-
-    def __init__(self, *, limit: float, expected: int) -> None:
-        self.limit, self.allowed = limit, limit * expected
-        self.bad, self.heard, self.expected = 0, 0, expected
-
-    def hear(self, group: Group) -> None:
-        bad = [s.outcome for s in group.samples if not isinstance(s.outcome, Scored)]
-        self.bad += len(bad)
-        self.heard += len(group.samples)
-        if bad and self.bad > self.allowed:
-            first = bad[0]
-            assert isinstance(first, Invalid | Failed)
-            raise ScorerError(
-                f"{self.bad} of {self.heard} completions could not be scored (scorer.max_failed allows {self.limit:.0%} of "
-                f"{self.expected} in a round); the last: {type(first).__name__}: {first.reason}"
-            )
-
-
-def _exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
-    samples = [s for g in groups for s in g.samples]
-    completions = [s.completion for s in samples]
-    lengths = [len(c.token_ids) for c in completions]
-    values = [s.outcome.value for s in samples if isinstance(s.outcome, Scored)]
-    metrics = {
-        "rollout/tokens": float(sum(lengths)),
-        "rollout/length_mean": float(np.mean(lengths)),
-        "rollout/truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
-        "scorer/invalid": float(sum(isinstance(s.outcome, Invalid) for s in samples)),
-        "scorer/failed": float(sum(isinstance(s.outcome, Failed) for s in samples)),
-        "staleness/max": float(version - min(c.policy_version for c in completions)),
-    }
-    if values:
-        metrics |= {"scorer/reward_mean": float(np.mean(values)), "scorer/reward_std": float(np.std(values))}
-    parts: dict[str, list[float]] = {}
-    for sample in samples:
-        if isinstance(sample.outcome, Scored):
-            for name, value in sample.outcome.parts.items():
-                parts.setdefault(name, []).append(value)
-    if len(parts) > 1:
-        metrics |= {f"scorer/{name}/reward_mean": float(np.mean(values)) for name, values in parts.items()}
-    return metrics
-
-
-def _over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over a round's optimiser steps; maxima of names that end in _max."""
-    names = sorted({name for step in steps for name in step})
-    values = {name: [step[name] for step in steps if name in step] for name in names}
-    return {name: float(max(v) if name.endswith("_max") else np.mean(v)) for name, v in values.items()}
+def _learner_folder(policy: str) -> str:
+    return "learner" if policy == "policy" else f"learner-{policy}"
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

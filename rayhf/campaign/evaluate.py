@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,9 +35,11 @@ async def evaluate(
     sampling: Sampling,
     seed: int,
     task: str,
+    improve: Callable[[Sequence[Completion]], Awaitable[list[Completion]]] | None = None,
 ) -> dict[str, float]:
     """eval/<task>/{sampled,greedy} from `scorer`; eval/<task>/reward from the training scorer where it is another one;
-    eval/<task>/{length,truncated} in tokens and as a share, and eval/<task>/reference_kl in nats per response, of the samples.
+    eval/<task>/{length,truncated} in tokens and as a share, and eval/<task>/reference_kl in nats per response, of the samples;
+    eval/<task>/refined is the score of the samples after `improve`.
 
     The same prompts and seeds every time, so that evaluations differ by the policy only. Raises ScorerError when no held-out
     completion could be scored.
@@ -51,6 +53,8 @@ async def evaluate(
         "length": float(np.mean([len(c.token_ids) for c in sampled])),
         "truncated": float(np.mean([c.finish_reason == "length" for c in sampled])),
     }
+    if improve is not None:
+        metrics["refined"] = await _mean(prompts, await improve(sampled), scorer)
     if reward is not None:
         metrics["reward"] = await _mean(prompts, sampled, reward)
     if reference is not None:

@@ -15,11 +15,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from rayhf.experience import Completion, GenerateRequest, Group, Outcome, Prompt, Sampling, ScoreRequest, derive_seed
+from rayhf.experience import (
+    Comparison,
+    Completion,
+    GenerateRequest,
+    Group,
+    Message,
+    Outcome,
+    Prompt,
+    Sampling,
+    ScoreRequest,
+    derive_seed,
+)
+from rayhf.prompts import Chat
 from rayhf.roles import Rollout, Scorer
 
 _IDLE_TICKS = 12
@@ -60,17 +73,45 @@ class Explorer:
         """Randomness of this prompt in this round, by name."""
         return derive_seed(self._seed, self._prompt.prompt_id, *parts)
 
-    async def sample(self, n: int, *, prefix: Sequence[int] = (), sampling: Sampling | None = None) -> tuple[Completion, ...]:
-        """n continuations of the prompt, or of the prompt followed by `prefix` tokens."""
+    def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of another conversation than the prompt's, generation prompt included."""
+        return self._exchange.chat.render(messages)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of `text` as an answer, end-of-turn token included."""
+        return self._exchange.chat.answer(self._prompt.messages, text)
+
+    def room(self, context: Sequence[int]) -> int:
+        """Tokens that the model can still take after `context`; 0 or less: it is too long."""
+        return self._exchange.chat.max_length - len(context)
+
+    async def sample(
+        self,
+        n: int,
+        *,
+        context: Sequence[int] | None = None,
+        prefix: Sequence[int] = (),
+        sampling: Sampling | None = None,
+        policy: str = "policy",
+    ) -> tuple[Completion, ...]:
+        """n continuations by `policy` of the prompt (or of `context`, as `render` gives it) followed by `prefix` tokens.
+
+        The limit on tokens is cut to the room that the model has left. ValueError where it has none.
+        """
+        token_ids = (*(self._prompt.token_ids if context is None else context), *prefix)
+        drawn, room = sampling or self.sampling, self.room(token_ids)
+        if room < 1:
+            raise ValueError(f"prompt {self._prompt.prompt_id}: {len(token_ids)} tokens leave no room to continue")
         number = self._requests
         self._requests += 1
         return await self._exchange.generate(
             GenerateRequest(
                 prompt_id=self._prompt.prompt_id,
                 number=number,
-                token_ids=(*self._prompt.token_ids, *prefix),
-                sampling=sampling or self.sampling,
+                token_ids=token_ids,
+                sampling=replace(drawn, max_tokens=min(drawn.max_tokens, room)),
                 seeds=tuple(self.derive_seed("sample", number, index) for index in range(n)),
+                policy=policy,
             )
         )
 
@@ -78,20 +119,32 @@ class Explorer:
         """One outcome per completion."""
         return await self._exchange.score(ScoreRequest(prompt=self._prompt, completions=tuple(completions)))
 
+    async def compare(self, completions: Sequence[Completion]) -> Comparison:
+        """The win probabilities among the completions."""
+        return await self._exchange.compare(ScoreRequest(prompt=self._prompt, completions=tuple(completions)))
+
 
 Explore = Callable[[Prompt, Explorer], Awaitable[Group]]
 
 
 class Exchange:
-    """One round's meeting place. `version` is the policy version that must answer."""
+    """One round's meeting place. `versions` names, for each policy, the weights that must answer."""
 
-    def __init__(self, rollout: Rollout, scorer: Scorer, *, version: int, deterministic: bool) -> None:
-        self._rollout, self._scorer, self._version, self._deterministic = rollout, scorer, version, deterministic
+    def __init__(
+        self,
+        rollouts: Mapping[str, Rollout],
+        scorer: Scorer,
+        *,
+        chat: Chat,
+        versions: Mapping[str, int],
+        deterministic: bool,
+    ) -> None:
+        self._rollouts, self._scorer, self.chat = rollouts, scorer, chat
+        self._versions, self._deterministic = dict(versions), deterministic
         self.stopwatch = Stopwatch()
-        self._generate: list[Pending] = []
-        self._score: list[Pending] = []
+        self._waiting: dict[str, list[Pending]] = {"generate": [], "score": [], "compare": []}
         self._calls: set[asyncio.Task[None]] = set()
-        self._scoring = False
+        self._judging: set[str] = set()
         self._activity = 0
 
     async def run(
@@ -124,18 +177,26 @@ class Exchange:
         future: asyncio.Future[tuple[Completion, ...]] = asyncio.get_running_loop().create_future()
         self._activity += 1
         if self._deterministic:
-            self._generate.append((request, future))
+            self._waiting["generate"].append((request, future))
         else:
-            self._call(self._generate_all([(request, future)]))
+            self._call(self._answer("generate", [(request, future)]))
         return await future
 
     async def score(self, request: ScoreRequest) -> tuple[Outcome, ...]:
-        future: asyncio.Future[tuple[Outcome, ...]] = asyncio.get_running_loop().create_future()
+        answer: tuple[Outcome, ...] = await self._judge("score", request)
+        return answer
+
+    async def compare(self, request: ScoreRequest) -> Comparison:
+        answer: Comparison = await self._judge("compare", request)
+        return answer
+
+    async def _judge(self, kind: str, request: ScoreRequest) -> Any:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._activity += 1
-        self._score.append((request, future))
-        if not self._deterministic and not self._scoring:
-            self._scoring = True
-            self._call(self._score_on())
+        self._waiting[kind].append((request, future))
+        if not self._deterministic and kind not in self._judging:
+            self._judging.add(kind)
+            self._call(self._judge_on(kind))
         return await future
 
     def _call(self, work: Any) -> None:
@@ -143,39 +204,50 @@ class Exchange:
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
 
-    async def _score_on(self) -> None:
+    def _take(self, kind: str) -> list[Pending]:
+        pending, self._waiting[kind] = self._waiting[kind], []
+        return pending
+
+    async def _judge_on(self, kind: str) -> None:
         await asyncio.sleep(0)  # let the coroutines woken together ask together
-        while self._score:
-            pending, self._score = self._score, []
-            await self._score_all(pending)
-        self._scoring = False
+        while pending := self._take(kind):
+            await self._answer(kind, pending)
+        self._judging.discard(kind)
 
     async def _waves(self) -> None:
         while True:
             await self._settle()
-            generate, self._generate = sorted(self._generate, key=lambda p: (p[0].prompt_id, p[0].number)), []
-            score, self._score = sorted(self._score, key=lambda p: p[0].prompt.prompt_id), []
-            await asyncio.gather(
-                *([self._generate_all(generate)] if generate else []), *([self._score_all(score)] if score else [])
-            )
+            kinds = {kind: self._take(kind) for kind in self._waiting}
+            kinds["generate"].sort(key=lambda p: (p[0].prompt_id, p[0].number))
+            for kind in ("score", "compare"):
+                kinds[kind].sort(key=lambda p: p[0].prompt.prompt_id)
+            await asyncio.gather(*(self._answer(kind, pending) for kind, pending in kinds.items() if pending))
 
     async def _settle(self) -> None:
         """Return when something is pending and no coroutine is still running."""
         idle, seen = 0, self._activity
-        while idle < _IDLE_TICKS or not (self._generate or self._score):
+        while idle < _IDLE_TICKS or not any(self._waiting.values()):
             await asyncio.sleep(0)
             idle, seen = (idle + 1, seen) if self._activity == seen else (0, self._activity)
 
-    async def _generate_all(self, pending: list[Pending]) -> None:
-        with self.stopwatch("rollout"):
-            await _answer(pending, lambda requests: self._rollout.generate(requests, version=self._version))
-
-    async def _score_all(self, pending: list[Pending]) -> None:
+    async def _answer(self, kind: str, pending: list[Pending]) -> None:
+        """Ask the role once for all of them; each policy's generations go to its own engines."""
+        if kind == "generate":
+            with self.stopwatch("rollout"):
+                by_policy: dict[str, list[Pending]] = {}
+                for request, future in pending:
+                    by_policy.setdefault(request.policy, []).append((request, future))
+                await asyncio.gather(*(_settle_all(part, self._writer(policy)) for policy, part in by_policy.items()))
+            return
         with self.stopwatch("scorer"):
-            await _answer(pending, self._scorer.score)
+            await _settle_all(pending, self._scorer.score if kind == "score" else self._scorer.compare)
+
+    def _writer(self, policy: str) -> Callable[[list[GenerateRequest]], Awaitable[list[Any]]]:
+        rollout, version = self._rollouts[policy], self._versions[policy]
+        return lambda requests: rollout.generate(requests, version=version)
 
 
-async def _answer(pending: list[Pending], ask: Callable[[list[Any]], Awaitable[list[Any]]]) -> None:
+async def _settle_all(pending: list[Pending], ask: Callable[[list[Any]], Awaitable[list[Any]]]) -> None:
     """Ask once for all, and give each asker its answer, or all of them the error."""
     try:
         answers = await ask([request for request, _ in pending])

@@ -19,13 +19,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayhf.campaign import records
 from rayhf.campaign.files import seal, storage_errors, verify, write_atomic, write_json
 from rayhf.config.load import dump_config
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import CheckpointError, ConfigError, LockedError
-from rayhf.experience import Example, Group, Scored
+from rayhf.experience import Example, Group
 
-IDENTITY = ("seed", "policy", "prompts", "algorithm", "scorer.train", "rollout.temperature")
+IDENTITY = ("seed", "policy", "prompts", "algorithm", "scorer.train", "scorer.combine", "rollout.temperature")
 """What makes a campaign this campaign: a run directory refuses a config that differs here."""
 
 
@@ -129,47 +133,21 @@ class RunDir:
 
     def write_samples(self, iteration: int, groups: Sequence[Group]) -> None:
         """Every completion of a round, one row each."""
-        rows = [
-            {
-                "iteration": iteration,
-                "prompt_id": group.prompt.prompt_id,
-                "sample": index,
-                "text": sample.completion.text,
-                "token_ids": list(sample.completion.token_ids),
-                "logprobs": list(sample.completion.logprobs),
-                "score": sample.outcome.value if isinstance(sample.outcome, Scored) else None,
-                "scores": list(sample.outcome.parts.items()) if isinstance(sample.outcome, Scored) else [],
-                "outcome": type(sample.outcome).__name__,
-                "reason": None if isinstance(sample.outcome, Scored) else sample.outcome.reason,
-                "policy_version": sample.completion.policy_version,
-                "finish_reason": sample.completion.finish_reason,
-                "seed": sample.completion.seed,
-            }
-            for group in groups
-            for index, sample in enumerate(group.samples)
-        ]
-        self._write_parquet(f"samples/iteration-{iteration:06d}.parquet", rows, _samples_schema())
+        self._write_parquet(f"samples/iteration-{iteration:06d}.parquet", records.sample_table(iteration, groups))
 
     def write_examples(self, iteration: int, examples: Sequence[Example]) -> None:
         """Every training pair or example with its lineage: indices into the round's samples of its prompt."""
-        rows = [
-            {
-                "iteration": iteration,
-                "prompt_id": example.rows[0].prompt_id,
-                "samples": [row.sample for row in example.rows],
-                "scores": [row.scalars.get("score") for row in example.rows],
-                "margin": example.scalars.get("margin"),
-            }
-            for example in examples
-        ]
-        self._write_parquet(f"pairs/iteration-{iteration:06d}.parquet", rows, _pairs_schema())
+        self._write_parquet(f"pairs/iteration-{iteration:06d}.parquet", records.example_table(iteration, examples))
 
-    def _write_parquet(self, name: str, rows: list[dict[str, Any]], schema: Any) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    def read_examples(self, iteration: int) -> list[Example]:
+        """The policy's examples of an earlier round, as they were selected; none for a round that never was."""
+        file = self.path / "pairs" / f"iteration-{iteration:06d}.parquet"
+        with storage_errors("read", file):
+            return records.read_examples(file) if file.exists() else []
 
+    def _write_parquet(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd")
         write_atomic(self.path / name, sink.getvalue().to_pybytes())
 
     # -------------------------------------------------------------- checkpoints
@@ -235,16 +213,16 @@ class RunDir:
                 if int(file.stem.removeprefix("iteration-")) > iteration:
                     file.unlink()
 
-    def policy_directory(self) -> Path:
+    def policy_directory(self, policy: str = "policy") -> Path:
         """An empty directory for an exported model; `publish_policy` puts it in place."""
-        temporary = self.path / ".policy"
+        temporary = self.path / f".{policy}"
         with storage_errors("write", temporary):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         return temporary
 
-    def publish_policy(self, temporary: Path) -> None:
-        final = self.path / "policy"
+    def publish_policy(self, temporary: Path, policy: str = "policy") -> None:
+        final = self.path / policy
         with storage_errors("replace", final):
             if final.exists():
                 shutil.rmtree(final)
@@ -256,39 +234,3 @@ def _iteration_of(line: bytes) -> float:
         return float(json.loads(line)["iteration"])
     except (ValueError, KeyError):
         return float("inf")  # a torn last line
-
-
-def _samples_schema() -> Any:
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("iteration", pa.int32()),
-            ("prompt_id", pa.string()),
-            ("sample", pa.int32()),
-            ("text", pa.string()),
-            ("token_ids", pa.list_(pa.int32())),
-            ("logprobs", pa.list_(pa.float32())),
-            ("score", pa.float64()),
-            ("scores", pa.map_(pa.string(), pa.float64())),
-            ("outcome", pa.string()),
-            ("reason", pa.string()),
-            ("policy_version", pa.int32()),
-            ("finish_reason", pa.string()),
-            ("seed", pa.int64()),
-        ]
-    )
-
-
-def _pairs_schema() -> Any:
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("iteration", pa.int32()),
-            ("prompt_id", pa.string()),
-            ("samples", pa.list_(pa.int32())),
-            ("scores", pa.list_(pa.float64())),
-            ("margin", pa.float64()),
-        ]
-    )

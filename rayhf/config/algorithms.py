@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -94,13 +95,11 @@ class PPOConfig(Section):
     importance: ImportanceConfig = ImportanceConfig()
 
 
-class OnlineDPOConfig(Section):
-    """Online DPO (Guo et al. 2024, OAIF) with k samples per prompt and the offline losses of the DPO family."""
+class PairedConfig(Section):
+    """What online and iterative DPO share: k samples per prompt, pairs of them, and a loss of the DPO family."""
 
-    type: Literal["online_dpo"] = "online_dpo"
     samples: Annotated[int, Field(ge=2)] = 8
     """Responses per prompt (RLHFlow uses 8)."""
-    pairs: Literal["best_worst", "all_pairs", "best_random"] = "best_worst"
     min_margin: NonNegativeFloat = 0.0
     """Pairs whose scores differ by this or less are ties: dropped and counted."""
     loss: Literal[
@@ -116,8 +115,91 @@ class OnlineDPOConfig(Section):
     """Weight of the chosen answer's negative log-likelihood (cpo and orpo always have theirs)."""
     discopop_tau: PositiveFloat = 0.05
     missing_eos_penalty: NonNegativeFloat = 0.0
-    reference: ReferenceSchedule = InitialReference()
     importance: ImportanceConfig = ImportanceConfig()
 
 
-AlgorithmConfig = Annotated[PPOConfig | OnlineDPOConfig, Field(discriminator="type")]
+class OnlineDPOConfig(PairedConfig):
+    """Online DPO (Guo et al. 2024, OAIF) with k samples per prompt and the offline losses of the DPO family."""
+
+    type: Literal["online_dpo"] = "online_dpo"
+    pairs: Literal["best_worst", "all_pairs", "best_random"] = "best_worst"
+    reference: ReferenceSchedule = InitialReference()
+
+
+class OfflineConfig(Section):
+    """Preference pairs from a file."""
+
+    path: Path
+    """JSONL or Parquet with `prompt` or `messages`, `chosen`, `rejected`."""
+    share: PositiveFloat = 1.0
+    """Given pairs per round, as a share of prompts.batch."""
+
+
+class IterativeDPOConfig(PairedConfig):
+    """Iterative DPO (Dong et al. 2024, RLHFlow): few, large rounds; the policy of one is the reference of the next.
+
+    Rounds are `run.iterations` (3 there), prompts per round `prompts.batch` (20,000), passes `learner.epochs` (2).
+    """
+
+    type: Literal["iterative_dpo"] = "iterative_dpo"
+    pairs: Literal["best_worst", "best_random", "best_second", "all_pairs", "length_penalised", "rso"] = "best_worst"
+    """length_penalised: best against worst of score - length_penalty * tokens. rso: rejection sampling (Liu et al. 2023), then
+    pairs of the accepted."""
+    length_penalty: NonNegativeFloat = 0.001
+    """Score per token, for length_penalised. RLHFlow's is per character."""
+    rso_temperature: PositiveFloat = 0.5
+    """Of the acceptance exp((score - best) / temperature) (Liu et al. 2023), in units of the score. Our default."""
+    rso_keep: Annotated[int, Field(ge=2)] = 4
+    """Answers accepted per prompt."""
+    reference: ReferenceSchedule = PreviousReference()
+    disjoint_rounds: bool = True
+    """Refuse a campaign with more prompts in its rounds than the file has."""
+    earlier: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    """Pairs of rounds t-1, t-2, ... mixed in, as shares of this round's pairs (DNO, Rosset et al. 2024: at most 0.3, 0.15)."""
+    offline: OfflineConfig | None = None
+
+
+class SPPOConfig(Section):
+    """Self-play preference optimisation (Wu et al. 2024): regress every answer's log-ratio onto eta * (P(win) - 1/2)."""
+
+    type: Literal["sppo"] = "sppo"
+    samples: Annotated[int, Field(ge=2)] = 5
+    """Answers per prompt, which stand for the current policy as the opponent."""
+    eta: PositiveFloat = 1000.0
+    """Step of the multiplicative-weights update; the authors' beta is 1 / eta."""
+    target: Literal["soft", "single", "hard"] = "soft"
+    """soft: P(win) against the current policy. single: P(best beats worst). hard: 1 and 0. These two need train_on best_worst."""
+    train_on: Literal["best_worst", "all"] = "best_worst"
+    """The authors' code trains on two answers of the K; all of them use what was compared anyway."""
+    min_margin: NonNegativeFloat = 0.0
+    """A prompt whose best and worst win probabilities differ by this or less is dropped and counted as a tie."""
+    reference: ReferenceSchedule = PreviousReference()
+
+
+class INPOConfig(Section):
+    """Iterative Nash policy optimisation (Zhang et al. 2024): two references, a fixed one and the policy at the round's start."""
+
+    type: Literal["inpo"] = "inpo"
+    samples: Annotated[int, Field(ge=2)] = 8
+    eta: PositiveFloat = 0.0075
+    tau: NonNegativeFloat = 0.0025
+    """Pull towards the fixed reference; eta / 3 in the source."""
+    min_margin: NonNegativeFloat = 0.0
+    """Between the win probabilities of best and worst."""
+    reference: ReferenceSchedule = InitialReference()
+
+
+class HyPOConfig(Section):
+    """Hybrid preference optimisation (Song et al. 2024): DPO on given pairs, KL on fresh samples. The numbers are ours where
+    ALGORITHMS A6 calls the paper's unverified."""
+
+    type: Literal["hypo"] = "hypo"
+    offline: OfflineConfig
+    samples: Annotated[int, Field(ge=2)] = 2
+    """Fresh answers per prompt for the KL term (k of the leave-one-out baseline)."""
+    beta: PositiveFloat = 0.1
+    kl_coef: NonNegativeFloat = 0.1
+    """Weight of the online KL; 0 is offline DPO."""
+    clip: PositiveFloat = 100.0
+    """Bound on an answer's log-ratio as its cost, in nats."""
+    importance: ImportanceConfig = ImportanceConfig()

@@ -1,4 +1,4 @@
-"""YAML file + dotted overrides -> CampaignConfig, or a ConfigError of one line that names the key and the nearest valid one."""
+"""YAML file + dotted overrides -> a config, or a ConfigError of one line that names the key and the nearest valid one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,8 +16,16 @@ from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
 
 
+S = TypeVar("S", bound=BaseModel)
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> CampaignConfig:
-    """Read `path`, apply `key=value` overrides (values are YAML), and validate."""
+    """A campaign's config."""
+    return load_section(path, overrides, CampaignConfig)
+
+
+def load_section(path: Path, overrides: Sequence[str], root: type[S]) -> S:
+    """Read `path`, apply `key=value` overrides (values are YAML), and validate as `root`."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -35,14 +43,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> CampaignConfig:
         raise ConfigError(f"config {path}: expected a mapping of sections, got {type(data).__name__}")
     for override in overrides:
         _apply(data, override)
-    return validate(data, source=str(path))
+    return _validate(data, str(path), root)
 
 
 def validate(data: dict[str, Any], *, source: str) -> CampaignConfig:
+    return _validate(data, source, CampaignConfig)
+
+
+def _validate(data: dict[str, Any], source: str, root: type[S]) -> S:
     try:
-        return CampaignConfig.model_validate(data)
+        return root.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"config {source}: {_describe(error)}") from None
+        raise ConfigError(f"config {source}: {_describe(error, root)}") from None
 
 
 def dump_config(config: CampaignConfig) -> str:
@@ -83,16 +95,16 @@ def _child(node: Any, part: str, where: str, *, create: bool) -> Any:
     return node[part]
 
 
-def _describe(error: ValidationError) -> str:
+def _describe(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem in full, and how many more there are."""
     problems = error.errors(include_url=False)
     # A misspelt key usually also leaves a required one missing: the misspelling is the cause, so it is shown first.
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
-    location = [part for part in first["loc"] if not _is_tag(part, first["loc"])]
+    location = [part for part in first["loc"] if not _is_tag(part, first["loc"], root)]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
-        valid = _valid_keys(first["loc"][:-1])
+        valid = _valid_keys(first["loc"][:-1], root)
         text = f"unknown key {key}{_nearest(str(first['loc'][-1]), valid)}"
     elif first["type"] == "missing":
         text = f"{key} is missing"
@@ -127,9 +139,9 @@ def _models(annotation: Any) -> dict[str | None, type[BaseModel]]:
     return found
 
 
-def _walk(loc: Sequence[str | int]) -> dict[str | None, type[BaseModel]]:
+def _walk(loc: Sequence[str | int], root: type[BaseModel]) -> dict[str | None, type[BaseModel]]:
     """The sections a location of an error leads to."""
-    models: dict[str | None, type[BaseModel]] = {None: CampaignConfig}
+    models: dict[str | None, type[BaseModel]] = {None: root}
     for part in loc:
         if isinstance(part, int):
             continue
@@ -144,11 +156,12 @@ def _walk(loc: Sequence[str | int]) -> dict[str | None, type[BaseModel]]:
     return models
 
 
-def _valid_keys(loc: Sequence[str | int]) -> list[str]:
-    return sorted({name for model in _walk(loc).values() for name in model.model_fields})
+def _valid_keys(loc: Sequence[str | int], root: type[BaseModel]) -> list[str]:
+    return sorted({name for model in _walk(loc, root).values() for name in model.model_fields})
 
 
-def _is_tag(part: str | int, loc: Sequence[str | int]) -> bool:
+def _is_tag(part: str | int, loc: Sequence[str | int], root: type[BaseModel]) -> bool:
     """pydantic puts a union's tag into the location; users wrote no such key."""
     position = list(loc).index(part)
-    return isinstance(part, str) and position > 0 and part in _walk(loc[:position]) and part not in _valid_keys(loc[:position])
+    before = loc[:position]
+    return isinstance(part, str) and position > 0 and part in _walk(before, root) and part not in _valid_keys(before, root)

@@ -7,8 +7,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rayhf.config.algorithms import AlgorithmConfig
+from rayhf.config.algorithms import (
+    HyPOConfig,
+    INPOConfig,
+    IterativeDPOConfig,
+    OnlineDPOConfig,
+    PPOConfig,
+    SPPOConfig,
+)
 from rayhf.config.base import Section
+from rayhf.config.mcts_dpo import MCTSDPOConfig
+from rayhf.config.scorers import ScorerConfig, ScorerEntry
+from rayhf.config.spar import SPaRConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
@@ -62,13 +72,16 @@ class PromptsConfig(Section):
     """Name of the held-out task in metrics: eval/<task>/..."""
     batch: PositiveInt = 64
     """Prompts per round: the one batch unit."""
+    game: Path | None = None
+    """A game file: {"answers": [...], "preference": [[P(i beats j)]]}. The policy's exact exploitability on held-out prompts is
+    then measured after every round."""
 
 
 class TinyConfig(Section):
     """The tiny world that this config's paths point into; built when missing."""
 
     dir: Path
-    tasks: tuple[Literal["arithmetic", "words"], ...]
+    tasks: tuple[Literal["arithmetic", "words", "instructions", "game"], ...]
     seed: int = 0
 
 
@@ -98,44 +111,6 @@ class RolloutConfig(Section):
     nats. A float32 engine must agree to 1e-3."""
     threads: PositiveInt | None = None
     """CPU threads per engine. Default: derived from the machine."""
-
-
-class RuleScorer(Section):
-    """A function of yours: `module:function(completion, *, prompt, answer, finish_reason) -> float`."""
-
-    type: Literal["rule"] = "rule"
-    function: str
-    name: str | None = None
-    """In metrics and samples; default: the function's name."""
-    weight: float = 1.0
-    timeout_s: PositiveFloat = 10.0
-    """Per completion, in seconds."""
-
-
-class RewardModelScorer(Section):
-    """A sequence classifier with one output, with its own tokenizer and chat template."""
-
-    type: Literal["reward_model"] = "reward_model"
-    model: Path
-    name: str | None = None
-    weight: float = 1.0
-    dtype: Dtype = "float32"
-    token_budget: PositiveInt = 16384
-    """Padded tokens per forward pass."""
-    max_length: PositiveInt | None = None
-
-
-ScorerEntry = Annotated[RuleScorer | RewardModelScorer, Field(discriminator="type")]
-
-
-class ScorerConfig(Section):
-    train: tuple[ScorerEntry, ...] = Field(min_length=1)
-    """Their weighted sum is the score."""
-    evaluate: tuple[ScorerEntry, ...] | None = None
-    """For held-out evaluation only. Default: the training scorers."""
-    max_failed: Fraction = 0.1
-    """Share of a round's completions that may be Failed or Invalid before the run stops."""
-    threads: PositiveInt | None = None
 
 
 class ReferenceConfig(Section):
@@ -193,10 +168,33 @@ class ClusterConfig(Section):
     """separate: each role has its own GPUs; colocate: rollout and learner share them."""
 
 
+class EvaluationConfig(Section):
+    """A further held-out evaluation, under its own task name."""
+
+    prompts: Path
+    """Like prompts.heldout."""
+    scorer: tuple[ScorerEntry, ...] = Field(min_length=1)
+    policy: str = "policy"
+    """Which of the campaign's policies answers, for algorithms that train several; the only one where there is one."""
+
+
 class TrackingConfig(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "rayhf"
     name: str | None = None
+
+
+AlgorithmConfig = Annotated[
+    PPOConfig
+    | OnlineDPOConfig
+    | IterativeDPOConfig
+    | SPPOConfig
+    | INPOConfig
+    | HyPOConfig
+    | MCTSDPOConfig
+    | SPaRConfig,
+    Field(discriminator="type"),
+]
 
 
 class CampaignConfig(Section):
@@ -205,6 +203,8 @@ class CampaignConfig(Section):
     policy: PolicyConfig
     prompts: PromptsConfig
     tiny: TinyConfig | None = None
+    evaluations: dict[str, EvaluationConfig] = Field(default_factory=dict)
+    """By task name; eval/<task>/... with `run.eval_every`."""
     algorithm: AlgorithmConfig
     rollout: RolloutConfig = RolloutConfig()
     scorer: ScorerConfig

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -22,10 +23,11 @@ from torch import nn
 
 from rayhf.config.schema import LearnerConfig, LoraConfig
 from rayhf.errors import ConfigError
-from rayhf.learner.forward import PolicyHead, ValueHead, base_model, prepare_config
+from rayhf.learner.forward import PolicyHead, ScoreHead, ValueHead, base_model, prepare_config
 from rayhf.learner.schedule import lr_factor
 
-Head = Literal["policy", "value"]
+Head = Literal["policy", "value", "score"]
+AnyHead = PolicyHead | ValueHead | ScoreHead
 
 
 def join(*, rank: int, world: int, master: tuple[str, int], device: torch.device, timeout_s: float) -> None:
@@ -93,9 +95,13 @@ def deepspeed_config(config: LearnerConfig, *, device: torch.device) -> dict[str
 
 
 def load_model(
-    path: Path, config: LearnerConfig, *, head: Head, lora: LoraConfig | None, zero: Mapping[str, Any]
-) -> PolicyHead | ValueHead:
-    """The trainable model. A value head starts at zero, so that the first values are 0 for every token."""
+    path: Path, config: LearnerConfig, *, head: Head, head_size: int = 1, lora: LoraConfig | None, zero: Mapping[str, Any]
+) -> AnyHead:
+    """The trainable model; `head_size` is a score head's number of outputs.
+
+    A value head starts at zero, so that the first values are 0 for every token. A score head is kept where `path` is a
+    scorer already, and random otherwise: at zero, a product of two embeddings would have no gradient.
+    """
     import deepspeed
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
     from transformers.integrations import HfDeepSpeedConfig
@@ -115,6 +121,8 @@ def load_model(
         with deepspeed.zero.GatheredParameters(list(model.score.parameters()), modifier_rank=0, enabled=sharding is not None):
             for parameter in model.score.parameters():
                 nn.init.zeros_(parameter)
+    elif head == "score":
+        model = _load_scorer(path, model_config, head_size=head_size, sharded=sharding is not None, **kwargs)
     else:
         model = AutoModelForCausalLM.from_pretrained(str(path), config=model_config, **kwargs)
     if sharding is not None:
@@ -124,7 +132,34 @@ def load_model(
         model = _with_lora(model, lora)
     if config.activation_checkpointing:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-    return ValueHead(model) if head == "value" else PolicyHead(model)
+    heads: dict[Head, type[AnyHead]] = {"policy": PolicyHead, "value": ValueHead, "score": ScoreHead}
+    return heads[head](model)
+
+
+def _load_scorer(path: Path, model_config: Any, *, head_size: int, sharded: bool, **kwargs: Any) -> Any:
+    """A sequence classifier of `head_size` outputs. Raises ConfigError where the model has another head than that."""
+    import deepspeed
+    from transformers import AutoModelForSequenceClassification
+
+    fresh = not any(name.endswith("ForSequenceClassification") for name in model_config.architectures or ())
+    if not fresh and model_config.num_labels != head_size:
+        raise ConfigError(
+            f"model: {path} is a scorer with {model_config.num_labels} outputs, the objective needs {head_size}; "
+            "start from a language model"
+        )
+    model_config.num_labels = head_size
+    model: Any = AutoModelForSequenceClassification.from_pretrained(str(path), config=model_config, **kwargs)
+    if not hasattr(model, "score"):
+        raise ConfigError(
+            f"model: {type(model).__name__} does not read a linear `score` at the last token; expected a decoder such as "
+            "qwen2, qwen3, llama or mistral"
+        )
+    if fresh:
+        with deepspeed.zero.GatheredParameters([model.score.weight], modifier_rank=0, enabled=sharded):
+            # Ours: outputs around 0.1 for hidden states as a final norm leaves them. Far from 0, a product of embeddings starts
+            # out confidently wrong, and the quickest way out is to make all embeddings equal.
+            nn.init.normal_(model.score.weight, std=0.1 / math.sqrt(model.score.weight.shape[-1]))
+    return model
 
 
 def _rebuild_rotary(model: nn.Module) -> None:
@@ -146,13 +181,11 @@ def _with_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
     wrapped: nn.Module = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     score = getattr(model, "score", None)
     if score is not None:
-        score.requires_grad_(True)  # the value head has nothing to adapt: it is trained as it is
+        score.requires_grad_(True)  # a value or score head has nothing to adapt: it is trained as it is
     return wrapped
 
 
-def start_engine(
-    model: PolicyHead | ValueHead, config: LearnerConfig, *, settings: Mapping[str, Any], lr: float, total_steps: int
-) -> Any:
+def start_engine(model: AnyHead, config: LearnerConfig, *, settings: Mapping[str, Any], lr: float, total_steps: int) -> Any:
     """Optimiser, schedule and DeepSpeed engine around the model."""
     import deepspeed
 

@@ -30,8 +30,9 @@ PROBE_TOKENS = 64
 
 
 class LearnerEngine:
-    """A policy or a critic on one rank of `world`.
+    """A policy, a critic or a scorer on one rank of `world`.
 
+    `head_size` is the number of outputs of a "score" head, whose rows are made by forward.scored_row.
     `lr` is the schedule's peak and `total_steps` its length in optimiser steps. `device` is "cpu" or "cuda[:index]".
     Raises ConfigError for a model or a setting that cannot be trained.
     """
@@ -42,6 +43,7 @@ class LearnerEngine:
         config: LearnerConfig,
         *,
         head: Head = "policy",
+        head_size: int = 1,
         lr: float,
         total_steps: int,
         lora: LoraConfig | None = None,
@@ -60,7 +62,7 @@ class LearnerEngine:
         join(rank=rank, world=world, master=master, device=self.device, timeout_s=config.collective_timeout_s)
         settings = deepspeed_config(config, device=self.device)
         torch.manual_seed(derive_seed(seed, "learner", head))
-        loaded = load_model(model, config, head=head, lora=lora, zero=settings)
+        loaded = load_model(model, config, head=head, head_size=head_size, lora=lora, zero=settings)
         self.engine = start_engine(loaded, config, settings=settings, lr=lr, total_steps=total_steps)
         self.model = loaded.model
         self.steps = 0
@@ -146,7 +148,8 @@ class LearnerEngine:
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
-        """For each of this rank's rows a float32 array (len(response_ids),): log-probs in nats, or values for a critic.
+        """For each of this rank's rows a float32 array (len(response_ids),): log-probs in nats, or values for a critic;
+        (1, d) for a scorer.
 
         Under ZeRO-3 all ranks must call it together; their numbers of rows may differ (also 0).
         """

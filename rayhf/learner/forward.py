@@ -1,18 +1,19 @@
 """Rows in, one number per response token out: the forward pass that learner and reference share.
 
 rows -> Inputs (padded token ids, the positions that predict response tokens, the tokens to predict)
-     -> PolicyHead (log-probs, entropy) or ValueHead (values), laid end to end without padding: shape (T,).
+     -> PolicyHead (log-probs, entropy) or ValueHead (values), laid end to end without padding: shape (T,);
+     -> ScoreHead (d outputs for a whole text): shape (T, d), where every row has one response token, see scored_row.
 
 Rows are padded on the right and attention is causal, so no real token ever sees padding: no attention mask is needed, and
 position ids are the plain 0, 1, 2 ... The last token of a row predicts nothing that is trained on, so it is not fed.
 The language-model head runs only at the positions that predict response tokens.
 
-Shapes: B rows of a micro-batch, S padded length, T response tokens, H hidden size, V vocabulary.
+Shapes: B rows of a micro-batch, S padded length, T response tokens, H hidden size, V vocabulary, d outputs of a score head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -171,6 +172,28 @@ class ValueHead(nn.Module):
         classifier = base_model(self.model)
         value_T: Tensor = classifier.score(_hidden(classifier, inputs)).float().squeeze(-1)
         return value_T, None
+
+
+class ScoreHead(nn.Module):
+    """A Hugging Face sequence classifier with d labels that answers with what it says of each text, at its last token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs, temperature: float, entropy: Entropy = "off") -> tuple[Tensor, Tensor | None]:
+        """(output_Td, None), float32; for rows of `scored_row` T is the number of rows."""
+        classifier = base_model(self.model)
+        output_Td: Tensor = classifier.score(_hidden(classifier, inputs)).float()
+        return output_Td, None
+
+
+def scored_row(token_ids: Sequence[int], *, prompt_id: str, sample: int, scalars: Mapping[str, float] | None = None) -> Row:
+    """A whole text as a Row for a score head, which reads at the position that predicts a response token.
+
+    All of the text is prompt; the one response token only marks the place behind its last token, and is never fed.
+    """
+    return Row(prompt_id=prompt_id, sample=sample, prompt_ids=tuple(token_ids), response_ids=(0,), scalars=scalars or {})
 
 
 def base_model(model: nn.Module) -> Any:

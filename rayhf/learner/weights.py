@@ -131,7 +131,11 @@ def _write_config(base: Any, directory: Path, source: Path) -> None:
     config["architectures"] = [type(base).__name__]
     config.pop("torch_dtype", None)
     config["dtype"] = str(base.dtype).removeprefix("torch.")
-    if hasattr(base, "score"):
+    if type(base).__name__.endswith("ForSequenceClassification"):
+        labels = ["SCORE"] if base.num_labels == 1 else [f"SCORE_{i}" for i in range(base.num_labels)]
+        config.pop("num_labels", None)
+        config["id2label"], config["label2id"] = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    elif hasattr(base, "score"):
         config["id2label"], config["label2id"] = {"0": "VALUE"}, {"VALUE": 0}
         config["classifier_dropout"] = 0.0
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

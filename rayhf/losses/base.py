@@ -10,7 +10,7 @@ A micro-batch is a part of an optimiser step, so a loss never averages over what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -25,6 +25,8 @@ class Totals:
     """Response tokens."""
     rows: float
     examples: float
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """Sums of the examples' named scalars (NaN counts as 0): the counts of parts, for losses that mix kinds of example."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,6 +50,11 @@ def need(micro: MicroBatch, name: str) -> Tensor:
     return micro.tokens[name]
 
 
+def known(behaviour_logp_T: Tensor, logp_T: Tensor) -> Tensor:
+    """Behaviour log-probs, with the learner's own where they are unknown (NaN: answers that were given, not sampled)."""
+    return torch.where(behaviour_logp_T.isnan(), logp_T.detach(), behaviour_logp_T)
+
+
 def aggregate(values_T: Tensor, micro: MicroBatch, how: Aggregate) -> Tensor:
     """This micro-batch's share of the step's scalar; shares add up to the whole-step value, whatever the sharding.
 
@@ -119,7 +124,7 @@ def importance_weight(logp_T: Tensor, behaviour_logp_T: Tensor, cap: float | Non
     check_cap(cap)
     if cap is None:
         return Importance(torch.ones_like(logp_T).detach(), torch.zeros_like(logp_T).detach())
-    ratio_T = safe_exp((logp_T - behaviour_logp_T).detach())
+    ratio_T = safe_exp((logp_T - known(behaviour_logp_T, logp_T)).detach())
     return Importance(ratio_T.clamp(max=cap), (ratio_T > cap).to(ratio_T.dtype))
 
 
@@ -178,7 +183,7 @@ def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
     summed logp - ref_logp, nats per response. policy/entropy: mean over tokens, nats.
     """
     logp_T = logp_T.detach()
-    gap_T = need(micro, "behaviour_logp") - logp_T
+    gap_T = known(need(micro, "behaviour_logp"), logp_T) - logp_T
     metrics = {
         "rollout/mismatch_kl": aggregate(gap_T, micro, "token_mean"),
         "rollout/mismatch_abs_max": gap_T.abs().max() if gap_T.numel() else gap_T.sum(),

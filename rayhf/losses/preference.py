@@ -2,8 +2,8 @@
 
 In: log-probs of the response tokens with gradient, and a MicroBatch of pairs (rows 2p and 2p + 1 are the chosen and the
 rejected answer of pair p) whose tokens carry behaviour_logp (always), ref_logp (unless the loss is in
-REFERENCE_FREE) and old_logp (optional, as in policy.py). Out: LossOutput, this micro-batch's share of the mean over
-the step's pairs.
+REFERENCE_FREE) and old_logp (optional, as in policy.py); whose examples may carry label_smoothing (soft labels, sigmoid
+only). Out: LossOutput, this micro-batch's share of the mean over the step's pairs.
 
 Notation: lp = sum of log-probs over a response, d = lp - lp of the reference, u = beta * (d_chosen - d_rejected),
 S = sigmoid. Everything is on sequence SUMS; only simpo, orpo and the NLL term divide by the response's length.
@@ -26,7 +26,7 @@ from torch.nn.functional import logsigmoid
 
 from rayhf.errors import ConfigError
 from rayhf.losses.base import LossOutput, MicroBatch, sum_rows
-from rayhf.losses.policy import MAX_EXPONENT, check_cap, need, policy_metrics, safe_exp
+from rayhf.losses.policy import MAX_EXPONENT, check_cap, known, need, policy_metrics, safe_exp
 
 LOG_ODDS_MARGIN = 1e-6
 """orpo: a mean token log-prob nearer to 0 than this (probability 1) counts as this far away in log(1 - p)."""
@@ -74,6 +74,8 @@ class Knobs:
     label_smoothing: float = 0.0
     simpo_gamma: float = 1.0
     discopop_tau: float = 0.05
+    label_smoothing_P: Tensor | None = None
+    """One smoothing per pair instead of `label_smoothing`, 0 to 1/2: (P,). Only sigmoid reads it."""
 
 
 PairLoss = Callable[[PairLogps, Knobs], Tensor]
@@ -85,9 +87,12 @@ def nll(pairs: PairLogps) -> Tensor:
 
 
 def sigmoid(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """-(1 - e) log S(u) - e log S(-u): DPO (Rafailov et al. 2023, eq. 7) and, with e > 0, cDPO (Mitchell 2023)."""
+    """-(1 - e) log S(u) - e log S(-u): DPO (Rafailov et al. 2023, eq. 7) and, with e > 0, cDPO (Mitchell 2023).
+
+    e may differ between pairs (soft labels, Xie et al. 2024); at e = 1/2 the loss only pulls u to 0.
+    """
     logits_P = knobs.beta * pairs.gap_P
-    smoothing = knobs.label_smoothing
+    smoothing = knobs.label_smoothing if knobs.label_smoothing_P is None else knobs.label_smoothing_P
     return -(1.0 - smoothing) * logsigmoid(logits_P) - smoothing * logsigmoid(-logits_P)
 
 
@@ -222,6 +227,8 @@ PREFERENCE_LOSSES: Mapping[str, PairLoss] = MappingProxyType(
 REFERENCE_FREE: frozenset[str] = frozenset({"simpo", "cpo", "orpo"})
 SMOOTHED: frozenset[str] = frozenset({"sigmoid", "robust", "exo"})
 """The losses that read label_smoothing; elsewhere a value above 0 is refused, never ignored."""
+PER_PAIR_SMOOTHED: frozenset[str] = frozenset({"sigmoid"})
+"""The losses that take a label_smoothing per example; 1/2 is infinite in robust, 0 in exo."""
 
 
 def check_pairs(micro: MicroBatch) -> None:
@@ -262,11 +269,11 @@ def pair_importance_weight(logp_T: Tensor, behaviour_logp_T: Tensor, micro: Micr
     log-ratio of both rows, whose variance grows exponentially with length: after truncation it is the cap or
     nothing. The mean per token (the geometric mean ratio, as in GSPO, Zheng et al. 2025) is monotone in the exact
     weight, keeps its on-policy value, and has a scale that does not depend on length. Biased, low variance; `cap`
-    None is off.
+    None is off. Tokens of unknown behaviour (NaN: given answers) count as on-policy.
     """
     check_cap(cap)
     check_pairs(micro)
-    gap_R = sum_rows((logp_T - behaviour_logp_T).detach(), micro)
+    gap_R = sum_rows((logp_T - known(behaviour_logp_T, logp_T)).detach(), micro)
     if cap is None:
         return PairImportance(torch.ones_like(gap_R[0::2]), torch.zeros_like(gap_R[0::2]))
     length_P = (micro.length_R[0::2] + micro.length_R[1::2]).clamp(min=1.0)
@@ -321,6 +328,7 @@ class PreferenceLoss:
             label_smoothing=self.label_smoothing,
             simpo_gamma=self.simpo_gamma,
             discopop_tau=self.discopop_tau,
+            label_smoothing_P=self._smoothing(micro),
         )
         loss_P = PREFERENCE_LOSSES[self.loss](pairs, knobs)
         if self.nll_coef:
@@ -331,6 +339,20 @@ class PreferenceLoss:
         metrics = policy_metrics(output_T, micro) | {name: x_P.detach().sum() / count for name, x_P in means_P.items()}
         metrics["learner/loss"] = loss.detach()
         return LossOutput(loss=loss, metrics=metrics)
+
+    def _smoothing(self, micro: MicroBatch) -> Tensor | None:
+        """The examples' own label_smoothing, (E,) = (P,), where they have one. ValueError where this loss cannot use it."""
+        smoothing_P = micro.examples.get("label_smoothing")
+        if smoothing_P is None:
+            return None
+        if self.loss not in PER_PAIR_SMOOTHED or self.label_smoothing:
+            raise ValueError(
+                f"the examples carry a label_smoothing each, but the loss is {self.loss} with label_smoothing "
+                f"{self.label_smoothing:g}; expected {', '.join(sorted(PER_PAIR_SMOOTHED))} with 0"
+            )
+        if not bool(((smoothing_P >= 0.0) & (smoothing_P <= 0.5)).all()):  # NaN (an example without one) fails, too
+            raise ValueError(f"label_smoothing per example must be from 0 to 0.5, got {smoothing_P.tolist()}")
+        return smoothing_P
 
     def _rewards(self, pairs: PairLogps) -> dict[str, Tensor]:
         """Implicit rewards beta * d (reference-free: beta * lp; simpo and orpo: beta * mean lp), their margin and

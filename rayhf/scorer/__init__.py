@@ -1,4 +1,5 @@
-"""The scorer role's engines: rule functions, reward models, and their weighted sum. Plain and synchronous.
+"""The scorer role's engines: rules in child processes, reward and preference models, judges, and their combination. Plain and
+synchronous; each can score answers and compare them.
 
 build.py makes one engine out of the config's entries; an actor shell holds it. Importing this package imports no torch:
 a rule's child process passes through here when it uses `rayhf.scorer.rules`.

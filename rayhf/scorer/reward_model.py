@@ -18,7 +18,8 @@ from typing import Any
 import jinja2
 
 from rayhf.errors import ConfigError
-from rayhf.experience import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.experience import Comparison, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.scorer.pairs import compare_scores
 
 _UNBOUNDED = 10**9
 """Tokenizers without a limit say 10**30."""
@@ -80,6 +81,10 @@ class RewardModel:
         values = iter(self._score_rows(rows))
         outcomes = iter([_outcome(next(values)) if isinstance(row, list) else row for row in encoded])
         return [tuple(next(outcomes) for _ in request.completions) for request in requests]
+
+    def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
+        """Sigmoids of score differences: what a Bradley-Terry model means by them."""
+        return [compare_scores(outcomes) for outcomes in self.score(requests)]
 
     def close(self) -> None:
         """Give the weights' memory back."""

@@ -1,9 +1,9 @@
 """Rule functions of the user, run in a child process that may hang, crash or grow without harm to the campaign.
 
-In: ScoreRequests. Out: one Outcome per completion. Completions are pipelined to the child (rule_child.py) over a pipe
-and answered in order. Whoever is first in the queue is the one being judged: it alone is Failed when no answer comes
-within the time limit or the child dies; a fresh child goes on behind it. The parent waits for the child, never longer
-than the limit per completion; the child waits for lines, and dies with the parent.
+In: ScoreRequests. Out: one Outcome per completion (Rule), or one verdict per pair of completions (PairwiseRule). Calls are
+pipelined to the child (rule_child.py) over a pipe and answered in order. Whoever is first in the queue is the one being
+judged: it alone is Failed when no answer comes within the time limit or the child dies; a fresh child goes on behind it.
+The parent waits for the child, never longer than the limit per call; the child waits for lines, and dies with the parent.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rayhf.errors import ConfigError
-from rayhf.experience import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.experience import Comparison, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.scorer.pairs import Pair, compare_pairs, compare_scores, mean_wins
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +36,37 @@ _SPEC = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<function>[^\W\d
 START_TIMEOUT_S = 60.0
 """For importing the user's module, in seconds."""
 MAX_LOST = 3
-"""Completions in a row that may hang or kill the child before the rest of the call is given up."""
+"""Calls in a row that may hang or kill the child before the rest is given up."""
 
 
-class Rule:
-    """One rule function in its own process. One caller at a time.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """How a function of the user is called; with `messages`, too, where it accepts that."""
+
+    positional: tuple[str, ...]
+    keywords: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.positional)}, *, {', '.join(self.keywords)}"
+
+
+ONE = Signature(positional=("completion",), keywords=("prompt", "answer", "finish_reason"))
+TWO = Signature(positional=("first", "second"), keywords=("prompt", "answer"))
+
+
+class _RuleProcess:
+    """One function of the user in its own process. One caller at a time.
 
     Args:
-        function: `module:function`, called as `function(completion, *, prompt, answer, finish_reason)`, and with
-            `messages` where it accepts that. `prompt` is the content of the last user message.
+        function: `module:function`, called with `signature`. `prompt` is the content of the last user message.
         base: first on the child's sys.path, and its working directory.
-        timeout_s: limit per completion, in seconds.
+        timeout_s: limit per call, in seconds.
         memory_bytes: limit on the child's address space.
 
     Raises ConfigError where the function cannot be imported or called.
     """
+
+    signature = ONE
 
     def __init__(self, function: str, *, base: Path, timeout_s: float = 10.0, memory_bytes: int = 4 << 30) -> None:
         self._function, self._base = function, base
@@ -56,12 +75,9 @@ class Rule:
         self.fingerprint = self._child.fingerprint
         """SHA-256 of the module's source file, as first loaded."""
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        """One outcome per completion, in order. Never raises for a completion that the rule cannot judge."""
-        lines = [
-            _encode(number, request.prompt, completion)
-            for number, (request, completion) in enumerate((r, c) for r in requests for c in r.completions)
-        ]
+    def _call(self, calls: Sequence[tuple[Prompt, tuple[Completion, ...]]]) -> list[Outcome]:
+        """What the function says of each, in order. Never raises for one that the function cannot judge."""
+        lines = [_encode(number, prompt, shown, self.signature) for number, (prompt, shown) in enumerate(calls)]
         outcomes: list[Outcome] = []
         lost = 0
         try:
@@ -73,21 +89,20 @@ class Rule:
             self.close()  # answers may still be under way; the next call starts with a clean pipe
             raise
         if missing := len(lines) - len(outcomes):
-            # A rule that hangs on everything would take timeout_s for each completion of the round.
+            # A rule that hangs on everything would take timeout_s for each call of the round.
             last = outcomes[-1]
             reason = last.reason if isinstance(last, Failed) else ""
             outcomes.extend([Failed(reason=f"not judged, {lost} in a row were lost: {reason}")] * missing)
-        queue = iter(outcomes)
-        return [tuple(next(queue) for _ in request.completions) for request in requests]
+        return outcomes
 
     def close(self) -> None:
-        """Kill the child. A later score() starts another."""
+        """Kill the child. A later call starts another."""
         if self._child is not None:
             self._child.kill()
             self._child = None
 
     def _judge(self, lines: list[bytes], outcomes: list[Outcome]) -> bool:
-        """Append outcomes until all are there (True), or the child is lost, which costs the completion it was at (False)."""
+        """Append outcomes until all are there (True), or the child is lost, which costs the call it was at (False)."""
         try:
             child = self._live_child()
         except (ConfigError, OSError) as error:
@@ -123,22 +138,74 @@ class Rule:
         return self._child
 
     def _start(self) -> _Child:
-        return _Child(self._function, base=self._base, memory_bytes=self._memory_bytes)
+        return _Child(self._function, self.signature, base=self._base, memory_bytes=self._memory_bytes)
 
 
-def check_function(function: str, *, base: Path) -> None:
+class Rule(_RuleProcess):
+    """`function(completion, *, prompt, answer, finish_reason) -> float`: a score for each completion."""
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
+        """One outcome per completion, in order. Never raises for a completion that the rule cannot judge."""
+        outcomes = iter(
+            self._call([(request.prompt, (completion,)) for request in requests for completion in request.completions])
+        )
+        return [tuple(next(outcomes) for _ in request.completions) for request in requests]
+
+    def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
+        """Sigmoids of score differences."""
+        return [compare_scores(outcomes) for outcomes in self.score(requests)]
+
+
+class PairwiseRule(_RuleProcess):
+    """`function(first, second, *, prompt, answer) -> float`: the probability that the first text is better than the second.
+
+    Asked once for each i < j and mirrored; equal texts are 1/2 and nobody is asked. A number outside [0, 1] is Invalid.
+    """
+
+    signature = TWO
+
+    def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
+        """One matrix per request, NaN for a pair that the rule cannot judge."""
+        pairs = [list(combinations(range(len(request.completions)), 2)) for request in requests]
+        verdicts: list[dict[Pair, float | Invalid | Failed]] = [dict.fromkeys(of_request, 0.5) for of_request in pairs]
+        asked: list[tuple[int, Pair]] = []
+        calls: list[tuple[Prompt, tuple[Completion, ...]]] = []
+        for index, (request, of_request) in enumerate(zip(requests, pairs, strict=True)):
+            for i, j in of_request:
+                if request.completions[i].text != request.completions[j].text:
+                    asked.append((index, (i, j)))
+                    calls.append((request.prompt, (request.completions[i], request.completions[j])))
+        for (index, pair), outcome in zip(asked, self._call(calls), strict=True):
+            verdicts[index][pair] = _probability(outcome)
+        return [compare_pairs(len(request.completions), known) for request, known in zip(requests, verdicts, strict=True)]
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
+        """Mean win probability against the request's other completions."""
+        compared = zip(requests, self.compare(requests), strict=True)
+        return [mean_wins(comparison, len(request.completions)) for request, comparison in compared]
+
+
+def _probability(outcome: Outcome) -> float | Invalid | Failed:
+    if not isinstance(outcome, Scored):
+        return outcome
+    if not 0.0 <= outcome.value <= 1.0:
+        return Invalid(reason=f"the rule returned {outcome.value:g}, not a probability")
+    return outcome.value
+
+
+def check_function(function: str, *, base: Path, signature: Signature = ONE) -> None:
     """Import the function in a child, as Rule will. Raises ConfigError with one line that names module and function."""
-    _Child(function, base=base, memory_bytes=4 << 30).kill()
+    _Child(function, signature, base=base, memory_bytes=4 << 30).kill()
 
 
 class _LostError(Exception):
-    """The child did not answer the completion it was at: too slow, dead, or broken. The message is the reason."""
+    """The child did not answer the call it was at: too slow, dead, or broken. The message is the reason."""
 
 
 class _Child:
     """The parent's end of one rule_child.py process. Raises ConfigError unless the rule is ready to be called."""
 
-    def __init__(self, function: str, *, base: Path, memory_bytes: int) -> None:
+    def __init__(self, function: str, signature: Signature, *, base: Path, memory_bytes: int) -> None:
         module, name = parse_function(function)
         base = base.resolve()
         if not base.is_dir():
@@ -146,7 +213,10 @@ class _Child:
         self._spawn(base)
         self._buffer = b""
         path = [str(base), *(entry for entry in sys.path if entry not in ("", str(base)))]
-        hello = {"path": path, "module": module, "function": name, "memory_bytes": memory_bytes}
+        hello = {
+            "path": path, "module": module, "function": name, "memory_bytes": memory_bytes,
+            "positional": signature.positional, "keywords": signature.keywords,
+        }  # fmt: skip
         try:
             ready = next(self._exchange([json.dumps(hello).encode() + b"\n"], START_TIMEOUT_S))
         except _LostError as lost:
@@ -154,7 +224,7 @@ class _Child:
             raise ConfigError(f"rule {function}: {module} could not be imported from {base}: {lost}") from None
         if not ready.get("ready"):
             self.kill()
-            raise ConfigError(_refusal(function, base, ready))
+            raise ConfigError(_refusal(function, signature, base, ready))
         self.fingerprint: str = ready["fingerprint"]
 
     def _spawn(self, base: Path) -> None:
@@ -259,7 +329,7 @@ def parse_function(function: str) -> tuple[str, str]:
     return match["module"], match["function"]
 
 
-def _refusal(function: str, base: Path, answer: dict[str, Any]) -> str:
+def _refusal(function: str, signature: Signature, base: Path, answer: dict[str, Any]) -> str:
     module, name = parse_function(function)
     if answer["refused"] == "no module":
         modules = [file.stem for file in base.glob("*.py")]
@@ -268,7 +338,7 @@ def _refusal(function: str, base: Path, answer: dict[str, Any]) -> str:
         return f"rule {function}: module {module} has no function {name}{_nearest(name, answer['names'])}"
     if answer["refused"] == "import":
         return f"rule {function}: importing {module} failed: {answer['reason']}"
-    return f"rule {function} cannot be called as {name}(completion, *, prompt, answer, finish_reason): {answer['reason']}"
+    return f"rule {function} cannot be called as {name}({signature}): {answer['reason']}"
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
@@ -283,10 +353,15 @@ def _parse(line: bytes) -> Any:
         raise _LostError("the rule's process sent something other than an answer") from None
 
 
-def _encode(number: int, prompt: Prompt, completion: Completion) -> bytes:
+def _encode(number: int, prompt: Prompt, shown: Sequence[Completion], signature: Signature) -> bytes:
     messages = [dict(message) for message in prompt.messages]
     contents = [message["content"] for message in messages if message["role"] == "user"]
-    question = contents[-1] if contents else messages[-1]["content"]
-    request = [number, completion.text, question, prompt.answer, completion.finish_reason, messages]
+    known = {
+        "prompt": contents[-1] if contents else messages[-1]["content"],
+        "answer": prompt.answer,
+        "finish_reason": shown[0].finish_reason,
+    }
+    context = {keyword: known[keyword] for keyword in signature.keywords}
+    request = [number, [completion.text for completion in shown], context, messages]
     # Not ascii: escapes would join a lone pair of surrogates into one character on the other side.
     return json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"

@@ -1,10 +1,10 @@
 """The process in which a user's rule function runs, started by rule.py as a script. Standard library only.
 
-In: JSON lines on the request pipe, first {"path", "module", "function", "memory_bytes"}, then one [number, completion,
-prompt, answer, finish_reason, messages] per completion. Out, on the reply pipe: one line that says ready or refused,
-then one [number, kind, value] per completion, in order, written as soon as it is known: the parent times each
-completion by the answers. The life pipe carries nothing; the kernel kills this process group when the parent's end
-closes. The rule's own stdout goes to stderr and its stdin is empty, so nothing that it prints reaches the protocol.
+In: JSON lines on the request pipe, first {"path", "module", "function", "positional", "keywords", "memory_bytes"}, then one
+[number, texts, context, messages] per call: the positional and the keyword arguments. Out, on the reply pipe: one line that
+says ready or refused, then one [number, kind, value] per call, in order, written as soon as it is known: the parent times
+each call by the answers. The life pipe carries nothing; the kernel kills this process group when the parent's end closes. The
+rule's own stdout goes to stderr and its stdin is empty, so nothing that it prints reaches the protocol.
 """
 
 import fcntl
@@ -35,23 +35,21 @@ def main() -> None:
     hello = _decode(requests.readline())
     _limit(hello["memory_bytes"])
     sys.path[:] = hello["path"]
-    loaded, answer = _load(hello["module"], hello["function"])
+    loaded, answer = _load(hello["module"], hello["function"], hello["positional"], hello["keywords"])
     _send(reply_fd, answer)
     if loaded is None:
         return
     function, wants_messages = loaded
     for line in requests:
-        number, completion, prompt, reference, finish_reason, messages = _decode(line)
-        extra = {"messages": messages} if wants_messages else {}
-        context = {"prompt": prompt, "answer": reference, "finish_reason": finish_reason, **extra}
-        kind, value = _judge(function, completion, context)
+        number, texts, context, messages = _decode(line)
+        kind, value = _judge(function, texts, context | ({"messages": messages} if wants_messages else {}))
         _send(reply_fd, [number, kind, value])
 
 
-def _judge(function: Callable[..., Any], completion: str, context: dict[str, Any]) -> tuple[str, float | str]:
+def _judge(function: Callable[..., Any], texts: list[str], context: dict[str, Any]) -> tuple[str, float | str]:
     """Kinds: scored, invalid, failed, and broken: failed in a way that calls for a fresh process."""
     try:
-        value = function(completion, **context)
+        value = function(*texts, **context)
         # numpy scalars are Real too; bool is an int, but a rule that returns one has most likely forgotten something
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return "invalid", f"the rule returned {_describe_value(value)}, not a number"
@@ -68,7 +66,9 @@ def _judge(function: Callable[..., Any], completion: str, context: dict[str, Any
     return "scored", score
 
 
-def _load(module_name: str, function_name: str) -> tuple[tuple[Callable[..., Any], bool] | None, dict[str, Any]]:
+def _load(
+    module_name: str, function_name: str, positional: list[str], keywords: list[str]
+) -> tuple[tuple[Callable[..., Any], bool] | None, dict[str, Any]]:
     """The function and whether it takes `messages`, and the first answer to the parent."""
     try:
         module = importlib.import_module(module_name)
@@ -84,13 +84,12 @@ def _load(module_name: str, function_name: str) -> tuple[tuple[Callable[..., Any
         return None, {"refused": "signature", "reason": f"it is a {type(function).__name__}, not a function"}
     if inspect.iscoroutinefunction(function):
         return None, {"refused": "signature", "reason": "it is a coroutine function; a plain one is needed"}
-    context: dict[str, Any] = {"prompt": "", "answer": None, "finish_reason": "stop"}
     wants_messages = False
     try:
         signature = inspect.signature(function)
         kinds = {parameter.kind for parameter in signature.parameters.values()}
         wants_messages = "messages" in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
-        signature.bind("", **context, **({"messages": []} if wants_messages else {}))
+        signature.bind(*positional, **dict.fromkeys(keywords), **({"messages": None} if wants_messages else {}))
     except TypeError as error:
         return None, {"refused": "signature", "reason": str(error)}
     except ValueError:

@@ -2,7 +2,9 @@
 
 In: a completion's text and the prompt's reference answer. Out: 1.0 or 0.0. A prompt without a usable answer raises, so
 that the completion counts as Failed and never as wrong. Text is compared, never evaluated; time is linear in its
-length.
+length, but for the regular expressions, which are yours: the rule's time limit ends one that runs away.
+
+Others: rayhf.scorer.math_rules:math_equal, rayhf.scorer.constraints:{all_constraints, share_of_constraints}.
 """
 
 from __future__ import annotations
@@ -39,6 +41,29 @@ def final_number(completion: str, *, prompt: str, answer: str | None, finish_rea
     for found in _NUMBER.finditer(completion):
         last = found.group()
     return float(bool(last) and _value(last) == _value(text))
+
+
+def regex_search(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+    """1.0 where the answer, a Python regular expression, matches somewhere in the completion.
+
+    Raises ValueError for a prompt whose answer is missing or is no regular expression.
+    """
+    return float(_pattern(answer).search(completion) is not None)
+
+
+def regex_match(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+    """1.0 where the answer, a Python regular expression, matches the whole completion, surrounding white space aside.
+
+    Raises ValueError for a prompt whose answer is missing or is no regular expression.
+    """
+    return float(_pattern(answer).fullmatch(completion.strip()) is not None)
+
+
+def _pattern(answer: str | None) -> re.Pattern[str]:
+    try:
+        return re.compile(_required(answer))
+    except re.error as error:
+        raise ValueError(f"the answer is no regular expression ({error}): {answer!r:.60}") from None
 
 
 def _required(answer: str | None) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import fcntl
 import hashlib
+import importlib
 import json
 import os
 import tempfile
@@ -37,7 +38,12 @@ Progress = Callable[[str, float], None]
 _SOURCES = {
     "arithmetic": ("arithmetic.py", "arithmetic_world.py", "tokenizer.py", "language_model.py"),
     "words": ("words.py", "words_world.py", "tokenizer.py", "language_model.py", "reward_model.py"),
+    "game": ("game.py", "game_world.py", "tokenizer.py", "language_model.py"),
+    "instructions": ("instructions.py", "instructions_world.py", "tokenizer.py", "language_model.py"),
 }
+
+
+TASKS = tuple(_SOURCES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +70,7 @@ class TaskInfo:
 def build(
     directory: Path,
     *,
-    tasks: Sequence[str] = ("arithmetic", "words"),
+    tasks: Sequence[str] = TASKS,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, TaskInfo]:
@@ -109,10 +115,7 @@ def _make(task: str, directory: Path, seed: int, progress: Progress) -> dict[str
     """Run the task's recipe. The imports are here because rule scorers import this package and need no torch."""
     import torch
 
-    if task == "arithmetic":
-        from rayhf.tiny.arithmetic_world import make
-    else:
-        from rayhf.tiny.words_world import make
+    make = importlib.import_module(f"rayhf.tiny.{task}_world").make
     wall, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:

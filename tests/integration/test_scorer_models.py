@@ -27,7 +27,7 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
-from rayhf.config.schema import RewardModelScorer, RuleScorer
+from rayhf.config.scorers import RewardModelScorer, RuleScorer
 from rayhf.errors import ConfigError
 from rayhf.experience import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 from rayhf.scorer.build import build_scorer

@@ -9,7 +9,7 @@ import random
 import numpy as np
 
 from rayhf.errors import StaleWeightsError
-from rayhf.experience import Completion, Probe, Prompt, Scored, WeightSnapshot
+from rayhf.experience import Compared, Completion, Probe, Prompt, Scored, WeightSnapshot
 
 
 def make_prompts(n: int) -> list[Prompt]:
@@ -63,6 +63,36 @@ class FakeScorer:
         return [
             tuple(self.outcome or Scored(value=sum(t % 2 == 0 for t in c.token_ids) / 3) for c in r.completions) for r in requests
         ]
+
+    async def compare(self, requests):
+        """First tokens modulo 3 play rock, paper, scissors."""
+        await asyncio.sleep(0)
+        if self.outcome is not None:
+            return [self.outcome for _ in requests]
+        return [Compared(win=self._play([c.token_ids[0] % 3 for c in r.completions]), source="pairwise") for r in requests]
+
+    @staticmethod
+    def _play(kinds):
+        table = {0: 0.5, 1: 0.9, 2: 0.1}
+        return np.array([[table[(a - b) % 3] for b in kinds] for a in kinds])
+
+    async def state_dict(self):
+        return {"calls": 1}
+
+    async def load_state_dict(self, state):
+        assert state == {"calls": 1}
+
+
+class FakeChat:
+    """A conversation is its text's characters; an answer ends with token 1."""
+
+    max_length = 64
+
+    def render(self, messages):
+        return tuple(2 + ord(c) % 40 for m in messages for c in m["content"])
+
+    def answer(self, messages, text):
+        return (*(2 + ord(c) % 40 for c in text), 1)
 
 
 class FakeReference:

@@ -5,15 +5,18 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-from fakes import FakeLearner, FakeReference, FakeRollout, FakeScorer, Quiet, make_prompts
+from fakes import FakeChat, FakeLearner, FakeReference, FakeRollout, FakeScorer, Quiet, make_prompts
 
 from rayhf.algorithms import build_algorithm
-from rayhf.campaign.controller import Controller, Roles
+from rayhf.algorithms.base import needs_frozen_reference
+from rayhf.campaign.controller import Controller, Material
 from rayhf.campaign.store import RunDir
 from rayhf.config.load import validate
 from rayhf.errors import CheckpointError, ConfigError, LockedError, ScorerError
 from rayhf.experience import Failed, Invalid
+from rayhf.pairs import encode_pairs, load_pairs
 from rayhf.prompts import PromptSet
+from rayhf.roles import Roles
 
 
 def make_config(tmp_path, *, algorithm=None, run=None, learner=None, **more):
@@ -32,23 +35,29 @@ def make_config(tmp_path, *, algorithm=None, run=None, learner=None, **more):
     )
 
 
-def play(config, *, rollout=None, scorer=None, learner=None, critic=None, reference=None):
+def play(config, *, rollout=None, scorer=None, learner=None, critic=None, reference=None, pairs=None):
+    algorithm = build_algorithm(config.algorithm, max_tokens=8)
+    if pairs is not None:
+        algorithm.give(encode_pairs(load_pairs(pairs, key="pairs").pairs, FakeChat(), key="pairs"))
     roles = Roles(
-        rollout=rollout or FakeRollout(),
+        rollouts={"policy": rollout or FakeRollout()},
         scorer=scorer or FakeScorer(),
         evaluator=None,
-        learner=learner or FakeLearner(),
+        learners={"policy": learner or FakeLearner()},
         critic=critic,
-        reference=reference or FakeReference(),
+        reference=reference or (FakeReference() if needs_frozen_reference(algorithm) else None),
     )
     store = RunDir(config)
     try:
         controller = Controller(
             config,
-            algorithm=build_algorithm(config.algorithm, max_tokens=8),
+            algorithm=algorithm,
             roles=roles,
-            prompts=PromptSet(prompts=tuple(make_prompts(12)), duplicates=0),
-            heldout=PromptSet(prompts=tuple(make_prompts(3)), duplicates=0),
+            material=Material(
+                chat=FakeChat(),
+                prompts=PromptSet(prompts=tuple(make_prompts(12)), duplicates=0),
+                heldout=tuple(make_prompts(3)),
+            ),
             store=store,
             observer=Quiet(),
         )
@@ -112,8 +121,8 @@ def test_ppo_takes_several_steps_and_trains_the_critic(tmp_path):
         tmp_path, algorithm={"type": "ppo", "samples": 2, "critic_warmup": 1}, learner={"epochs": 2, "prompts_per_step": 2}
     )
     roles = play(config, critic=FakeLearner())
-    assert roles.critic.steps == 4 * 4 and roles.learner.steps == 3 * 4  # one round only warms the critic up
-    row = roles.learner.batches[0].examples[0].rows[0]
+    assert roles.critic.steps == 4 * 4 and roles.learners["policy"].steps == 3 * 4  # one round only warms the critic up
+    row = roles.learners["policy"].batches[0].examples[0].rows[0]
     assert set(row.tokens) == {"behaviour_logp", "ref_logp", "value", "old_logp", "advantage", "return"}
 
 

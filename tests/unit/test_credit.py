@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayhf import credit
+from rayhf import credit, pairing
 from rayhf.errors import ConfigError
 
 SCORE = st.floats(-100, 100, allow_nan=False)
@@ -149,34 +149,34 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def test_best_worst() -> None:
-    chosen = credit.best_worst([0.1, 0.9, 0.4, 0.0])
-    assert chosen.pairs == (credit.ScoredPair(chosen=1, rejected=3, margin=0.9),) and chosen.ties == 0
-    assert credit.best_worst([0.1, 0.9], min_margin=0.8) == credit.PairSelection(pairs=(), ties=1)
-    assert credit.best_worst([1.0, 1.0, 0.0, 0.0]).pairs[0] == credit.ScoredPair(chosen=0, rejected=3, margin=1.0)
+    chosen = pairing.best_worst([0.1, 0.9, 0.4, 0.0])
+    assert chosen.pairs == (pairing.ScoredPair(chosen=1, rejected=3, margin=0.9),) and chosen.ties == 0
+    assert pairing.best_worst([0.1, 0.9], min_margin=0.8) == pairing.PairSelection(pairs=(), ties=1)
+    assert pairing.best_worst([1.0, 1.0, 0.0, 0.0]).pairs[0] == pairing.ScoredPair(chosen=0, rejected=3, margin=1.0)
 
 
 def test_all_pairs() -> None:
-    selected = credit.all_pairs([2.0, 0.0, 2.0, 1.0])
+    selected = pairing.all_pairs([2.0, 0.0, 2.0, 1.0])
     got = [(pair.chosen, pair.rejected, pair.margin) for pair in selected.pairs]
     assert got == [(0, 3, 1.0), (0, 1, 2.0), (2, 3, 1.0), (2, 1, 2.0), (3, 1, 1.0)]
     assert selected.ties == 1
-    assert credit.all_pairs([2.0, 0.0, 2.0, 1.0], min_margin=1.0).ties == 4
+    assert pairing.all_pairs([2.0, 0.0, 2.0, 1.0], min_margin=1.0).ties == 4
 
 
 def test_best_random_reaches_every_beaten_one_and_only_those() -> None:
     scores = [0.0, 5.0, 4.9, 1.0, 5.0]
-    draws = [credit.best_random(scores, rng(seed), min_margin=0.5) for seed in range(60)]
+    draws = [pairing.best_random(scores, rng(seed), min_margin=0.5) for seed in range(60)]
     assert {(d.pairs[0].chosen, d.pairs[0].rejected) for d in draws} == {(1, 0), (1, 3)}
-    assert draws[0] == credit.best_random(scores, rng(0), min_margin=0.5)
+    assert draws[0] == pairing.best_random(scores, rng(0), min_margin=0.5)
 
 
 @given(scores=SCORES, margin=st.floats(0, 10), seed=st.integers(0, 10))
 @settings(max_examples=80, deadline=None)
 def test_every_pair_is_above_the_margin_and_every_drop_is_counted(scores: list[float], margin: float, seed: int) -> None:
     count = len(scores)
-    everything = credit.all_pairs(scores, margin)
+    everything = pairing.all_pairs(scores, margin)
     assert len(everything.pairs) + everything.ties == count * (count - 1) // 2
-    for one in (credit.best_worst(scores, margin), credit.best_random(scores, rng(seed), margin)):
+    for one in (pairing.best_worst(scores, margin), pairing.best_random(scores, rng(seed), margin)):
         assert len(one.pairs) + one.ties == (1 if count >= 2 else 0)
         assert set(one.pairs) <= set(everything.pairs)
         assert bool(one.pairs) == (count >= 2 and max(scores) - min(scores) > margin)
@@ -188,18 +188,18 @@ def test_every_pair_is_above_the_margin_and_every_drop_is_counted(scores: list[f
 @settings(max_examples=40, deadline=None)
 def test_pair_margins_ignore_order(scores: list[float], data: st.DataObject) -> None:
     shuffled = [scores[i] for i in data.draw(st.permutations(range(len(scores))))]
-    for select in (credit.best_worst, credit.all_pairs):
+    for select in (pairing.best_worst, pairing.all_pairs):
         assert sorted(p.margin for p in select(scores).pairs) == sorted(p.margin for p in select(shuffled).pairs)
 
 
 def test_identical_answers_are_ties_whatever_their_scores() -> None:
     scores, answers = [1.0, 0.0, 0.5], [(1, 2), (1, 2), (3,)]
-    assert credit.best_worst(scores, answers=answers) == credit.PairSelection(pairs=(), ties=1)
-    got = [(pair.chosen, pair.rejected) for pair in credit.all_pairs(scores, answers=answers).pairs]
-    assert got == [(0, 2), (2, 1)] and credit.all_pairs(scores, answers=answers).ties == 1
-    assert {credit.best_random(scores, rng(s), answers=answers).pairs[0].rejected for s in range(20)} == {2}
+    assert pairing.best_worst(scores, answers=answers) == pairing.PairSelection(pairs=(), ties=1)
+    got = [(pair.chosen, pair.rejected) for pair in pairing.all_pairs(scores, answers=answers).pairs]
+    assert got == [(0, 2), (2, 1)] and pairing.all_pairs(scores, answers=answers).ties == 1
+    assert {pairing.best_random(scores, rng(s), answers=answers).pairs[0].rejected for s in range(20)} == {2}
     with pytest.raises(ValueError, match="2 answers for 3 scores"):
-        credit.best_worst(scores, answers=[1, 2])
+        pairing.best_worst(scores, answers=[1, 2])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -208,9 +208,9 @@ def test_non_finite_input_is_refused_everywhere(bad: float) -> None:
     calls = (
         lambda: credit.grpo(scores),
         lambda: credit.rloo(scores),
-        lambda: credit.best_worst(scores),
-        lambda: credit.all_pairs(scores),
-        lambda: credit.best_random(scores, rng()),
+        lambda: pairing.best_worst(scores),
+        lambda: pairing.all_pairs(scores),
+        lambda: pairing.best_random(scores, rng()),
         lambda: credit.gae(scores, [0.0] * 3, 1.0, 1.0),
         lambda: credit.gae([0.0] * 3, scores, 1.0, 1.0),
         lambda: credit.whiten([[1.0], scores]),
@@ -223,4 +223,4 @@ def test_non_finite_input_is_refused_everywhere(bad: float) -> None:
         with pytest.raises(ValueError):
             call()
     with pytest.raises(ConfigError):
-        credit.best_worst([0.0, 1.0], min_margin=bad)
+        pairing.best_worst([0.0, 1.0], min_margin=bad)

@@ -408,6 +408,66 @@ def test_refusals() -> None:
         PreferenceLoss()(out, MicroBatch(**shifted))
 
 
+def with_examples(micro: MicroBatch, smoothing: Sequence[float]) -> MicroBatch:
+    values = {name: getattr(micro, name) for name in micro.__dataclass_fields__}
+    return MicroBatch(**values | {"examples": {"label_smoothing": torch.tensor(smoothing, dtype=torch.float32)}})
+
+
+def test_soft_labels_are_one_smoothing_per_pair() -> None:
+    pairs, alphas = token_pairs(13, LENGTHS), [0.0, 0.25, 0.5, 0.125]
+    expected = 0.0
+    slopes = []
+    for pair, alpha in zip(pairs, alphas, strict=True):
+        p = P(**{**plain_pair(pair).__dict__, "eps": alpha})
+        expected += EXPECTED["sigmoid"](p) / 4
+        slopes.append(0.3 * (prob(p.u) - (1 - alpha)) / 4)  # d loss / d (sum of the chosen's log-probs)
+    out, micro = micro_of(pairs, 4.0)
+    result = PreferenceLoss(beta=0.3, importance_cap=None)(out, with_examples(micro, alphas))
+    assert result.loss.item() == pytest.approx(expected, rel=1e-6)
+    result.loss.backward()
+    assert out.grad is not None
+    for row, (slope, length) in enumerate(zip(twice(slopes), [n for pair in LENGTHS for n in pair], strict=True)):
+        got = out.grad[micro.row_T == row]
+        assert got.tolist() == pytest.approx([slope if row % 2 == 0 else -slope] * length, rel=1e-6)
+
+
+def twice(values: Sequence[float]) -> list[float]:
+    """Each value for the two rows of its pair."""
+    return [value for value in values for _ in range(2)]
+
+
+def test_equal_soft_labels_are_label_smoothing() -> None:
+    out, micro = micro_of(token_pairs(14, LENGTHS), 4.0)
+    same = PreferenceLoss(label_smoothing=0.25)(out, micro).loss
+    assert PreferenceLoss()(out, with_examples(micro, [0.25] * 4)).loss.item() == pytest.approx(same.item(), rel=1e-6)
+
+
+def test_no_confidence_only_pulls_the_gap_to_zero() -> None:
+    """alpha = 1/2: chosen and rejected may change places."""
+    chosen, rejected = token_pairs(15, [(3, 2)])[0]
+    losses = []
+    for pair in ((chosen, rejected), (rejected, chosen)):
+        out, micro = micro_of([pair], 1.0)
+        losses.append(PreferenceLoss(importance_cap=None)(out, with_examples(micro, [0.5])).loss.item())
+    assert losses[0] == pytest.approx(losses[1])
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"sigmoid"}))
+def test_other_losses_refuse_soft_labels(name: str) -> None:
+    out, micro = micro_of(token_pairs(16, [(1, 1), (1, 1)]), 2.0)
+    with pytest.raises(ValueError, match=f"the loss is {name}"):
+        loss_of(name)(out, with_examples(micro, [0.1, 0.2]))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -0.1, 0.6])
+def test_soft_labels_out_of_range_are_refused(wrong: float) -> None:
+    out, micro = micro_of(token_pairs(17, [(1, 1), (1, 1)]), 2.0)
+    with pytest.raises(ValueError, match=r"from 0 to 0\.5"):
+        PreferenceLoss()(out, with_examples(micro, [0.1, wrong]))
+    with pytest.raises(ValueError, match=r"label_smoothing 0\.1"):
+        PreferenceLoss(label_smoothing=0.1)(out, with_examples(micro, [0.1, 0.2]))
+
+
 def test_picklable() -> None:
     assert pickle.loads(pickle.dumps(loss_of("simpo"))) == loss_of("simpo")
     assert loss_of("simpo").entropy == "metric"

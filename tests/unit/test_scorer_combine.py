@@ -1,17 +1,30 @@
-"""The weighted sum, and what is refused before anything starts."""
+"""Several scorers as one, against numbers written out by hand, and what is refused before anything starts."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rayhf.config.schema import RewardModelScorer, RuleScorer
-from rayhf.errors import ConfigError
-from rayhf.experience import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
-from rayhf.scorer.build import build_scorer, check_entries
+from rayhf.config.scorers import (
+    CombineConfig,
+    JudgeScorer,
+    LogSigmoid,
+    PairwiseRuleScorer,
+    RewardModelScorer,
+    RuleScorer,
+    ScorerEntry,
+)
+from rayhf.errors import CheckpointError, ConfigError
+from rayhf.experience import Compared, Comparison, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.scorer.build import build_scorer, check_entries, check_heldout
 from rayhf.scorer.combine import Combined, Part
 from rayhf.scorer.reward_model import pack
 
@@ -40,8 +53,41 @@ class Fixed:
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         return [(self.outcome,) * len(request.completions) for request in requests]
 
+    def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
+        raise AssertionError("a pointwise part is compared by its scores")
+
     def close(self) -> None:
         self.closed = True
+
+
+class Listed:
+    """An engine with a list of scores, one per completion, over all requests."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = list(scores)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
+        return [tuple(Scored(value=self.scores.pop(0)) for _ in request.completions) for request in requests]
+
+    def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
+        raise AssertionError("a pointwise part is compared by its scores")
+
+    def close(self) -> None: ...
+
+
+class Pairwise:
+    """An engine with one answer to every comparison."""
+
+    def __init__(self, answer: Comparison | list[list[float]]) -> None:
+        self.answer = answer if not isinstance(answer, list) else Compared(win=np.array(answer), source="pairwise")
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
+        return [(Scored(value=0.25), Scored(value=0.75)) for _ in requests]
+
+    def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
+        return [self.answer] * len(requests)
+
+    def close(self) -> None: ...
 
 
 def combined(first: Outcome, second: Outcome) -> Outcome:
@@ -71,6 +117,196 @@ def test_weighted_sum_with_its_parts() -> None:
 )
 def test_a_missing_part_is_never_zero(first: Outcome, second: Outcome, wanted: Outcome) -> None:
     assert combined(first, second) == wanted
+
+
+def values_of(rows: list[tuple[Outcome, ...]]) -> list[float]:
+    assert all(isinstance(outcome, Scored) for row in rows for outcome in row), rows
+    return [outcome.value for row in rows for outcome in row if isinstance(outcome, Scored)]
+
+
+def ensemble(combine: dict[str, Any], *weights: float) -> list[float]:
+    """Three scorers that say 1, 2, 6 of the first answer and 3, 3, 3 of the second."""
+    columns = ((1.0, 3.0), (2.0, 3.0), (6.0, 3.0))
+    parts = [
+        Part(name=f"m{i}", weight=weight, engine=Listed(*column))
+        for i, (weight, column) in enumerate(zip(weights, columns, strict=True))
+    ]
+    return values_of(Combined(parts, CombineConfig(**combine)).score([request("text", "4")]))
+
+
+@pytest.mark.parametrize(
+    ("combine", "weights", "wanted"),
+    [
+        ({}, (1, 1, 1), [9.0, 9.0]),
+        ({"type": "weighted_sum"}, (1, -1, 0.5), [2.0, 1.5]),
+        ({"type": "mean"}, (1, 1, 1), [3.0, 3.0]),
+        ({"type": "mean"}, (2, 1, 1), [2.5, 3.0]),
+        ({"type": "worst"}, (1, 1, 1), [1.0, 3.0]),
+        # variance (4 + 1 + 9) / 3 around the mean 3
+        ({"type": "uncertainty"}, (1, 1, 1), [3 - 0.1 * 14 / 3, 3.0]),
+        ({"type": "uncertainty", "coef": 0.5}, (1, 1, 1), [3 - 0.5 * 14 / 3, 3.0]),
+        ({"type": "uncertainty", "coef": 0.0}, (1, 1, 1), [3.0, 3.0]),
+        # (2 * 1.5**2 + 0.5**2 + 3.5**2) / 4 around 2.5
+        ({"type": "uncertainty", "coef": 1.0}, (2, 1, 1), [2.5 - 4.25, 3.0]),
+    ],
+)
+def test_ensembles_by_hand(combine: dict[str, Any], weights: tuple[float, ...], wanted: list[float]) -> None:
+    assert ensemble(combine, *weights) == pytest.approx(wanted)
+
+
+@given(
+    st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=5),
+    st.sampled_from(["weighted_sum", "mean", "worst", "uncertainty"]),
+    st.randoms(),
+)
+def test_the_order_of_an_ensemble_means_nothing(scores: list[float], kind: Any, random: Any) -> None:
+    def total(listed: list[tuple[int, float]]) -> float:
+        parts = [Part(name=f"m{i}", weight=1.0, engine=Listed(score, score)) for i, score in listed]
+        return values_of(Combined(parts, CombineConfig(type=kind)).score([request("text", "4")]))[0]
+
+    shuffled = list(enumerate(scores))
+    random.shuffle(shuffled)
+    assert total(shuffled) == pytest.approx(total(list(enumerate(scores))), abs=1e-6)
+
+
+@pytest.mark.parametrize("score", [-800.0, -3.0, 0.0, 1.5, 4.0, 800.0])
+def test_log_sigmoid_transform(score: float) -> None:
+    part = Part(name="m", weight=2.0, engine=Listed(score, 1.5), reference=1.5)
+    [first, at_reference] = values_of(Combined([part]).score([request("text", "4")]))
+    margin = score - 1.5
+    wanted = -math.log(1 + math.exp(-margin)) if abs(margin) < 30 else min(margin, 0.0)
+    assert first == pytest.approx(2 * wanted, abs=1e-12)
+    assert at_reference == pytest.approx(2 * math.log(0.5))
+
+
+def test_parts_are_raw_and_nested_ones_keep_their_scorers_name() -> None:
+    fixed = Fixed(Scored(value=2.0, parts={"votes": 5.0}))
+    [(outcome, _)] = Combined([Part(name="judge", weight=1.0, engine=fixed, reference=2.0)]).score([request("text", "4")])
+    assert outcome == Scored(value=pytest.approx(math.log(0.5)), parts={"judge": 2.0, "judge/votes": 5.0})
+
+
+def test_a_call_counts_before_it_is_normalised_and_the_state_resumes_exactly() -> None:
+    def engine(*scores: float) -> Combined:
+        return Combined([Part(name="m", weight=3.0, engine=Listed(*scores), normalise=True)])
+
+    whole = engine(1.0, 3.0, 2.0, 6.0)
+    requests = [request("text", "4")]
+    first, second = values_of(whole.score(requests)), values_of(whole.score(requests))
+    assert first == pytest.approx([-3.0, 3.0])  # mean 2, std 1
+    seen = [1.0, 3.0, 2.0, 6.0]
+    assert second == pytest.approx([3 * (score - np.mean(seen)) / np.std(seen) for score in (2.0, 6.0)])
+    before, after = engine(1.0, 3.0), engine(2.0, 6.0)
+    before.score(requests)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert values_of(after.score(requests)) == second
+    assert after.state_dict() == whole.state_dict()
+
+
+def test_one_request_of_many_is_normalised_as_if_they_came_together() -> None:
+    """All answers of a call are on one scale."""
+    together = Combined([Part(name="m", weight=1.0, engine=Listed(1.0, 3.0, 2.0, 6.0), normalise=True)])
+    rows = together.score([request("text", "4"), request("text", "4")])
+    assert values_of(rows) == pytest.approx([(score - 3) / math.sqrt(3.5) for score in (1.0, 3.0, 2.0, 6.0)])
+
+
+def test_the_transform_comes_before_the_normaliser_and_missing_scores_do_not_count() -> None:
+    class Half(Listed):
+        def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
+            return [(Scored(value=1.0), Invalid(reason="?"))]
+
+    engine = Combined([Part(name="m", weight=1.0, engine=Half(), reference=1.0, normalise=True)])
+    [(good, bad)] = engine.score([request("text", "4")])
+    assert (good, bad) == (Scored(value=0.0, parts={"m": 1.0}), Invalid(reason="m: ?"))
+    assert engine.state_dict() == {"normalisers": {"m": {"count": 1, "mean": math.log(0.5), "squares": 0.0}}}
+
+
+def test_a_state_of_other_scorers_is_refused() -> None:
+    engine = Combined([Part(name="m", weight=1.0, engine=Listed(), normalise=True)])
+    with pytest.raises(CheckpointError, match=r"statistics of the scorers \['n'\], the config normalises \['m'\]"):
+        engine.load_state_dict({"normalisers": {"n": {"count": 0, "mean": 0.0, "squares": 0.0}}})
+    with pytest.raises(CheckpointError, match="statistics of the scorers none"):
+        engine.load_state_dict({})
+    Combined([Part(name="m", weight=1.0, engine=Listed())]).load_state_dict({})
+
+
+def test_scores_are_compared_by_the_sigmoid_of_their_combined_differences() -> None:
+    engine = Combined([Part(name="a", weight=2.0, engine=Listed(1.0, 0.0)), Part(name="b", weight=-1.0, engine=Listed(0.5, 0.0))])
+    [compared] = engine.compare([request("text", "4")])
+    assert isinstance(compared, Compared) and compared.source == "pointwise"
+    assert compared.win[0, 1] == pytest.approx(1 / (1 + math.exp(-1.5)))
+
+
+def test_matrices_are_averaged_by_weight() -> None:
+    parts = [
+        Part(name="game", weight=3.0, engine=Pairwise([[0.5, 0.9], [0.1, 0.5]]), pairwise=True),
+        Part(name="model", weight=1.0, engine=Listed(0.0, 2.0), reference=1.0),
+    ]
+    [compared] = Combined(parts).compare([request("text", "4")])
+    assert isinstance(compared, Compared) and compared.source == "pairwise"
+    gap = math.log(1 / (1 + math.e)) - math.log(1 / (1 + math.exp(-1)))  # of log sigmoid(-1) and log sigmoid(1)
+    assert compared.win[0, 1] == pytest.approx((3 * 0.9 + 1 / (1 + math.exp(-gap))) / 4)
+    assert (compared.win + compared.win.T == 1.0).all()
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        (Invalid(reason="no verdict"), Invalid(reason="game: no verdict")),
+        (Failed(reason="died"), Failed(reason="game: died")),
+        ([[0.5, 0.9]], Failed(reason="game: the scorer's matrix has shape (1, 2), expected (2, 2)")),
+        ([[0.5, math.nan], [math.nan, 0.5]], Invalid(reason="game: the scorer compared no two answers")),
+    ],
+)
+def test_a_part_without_a_matrix_is_never_a_half(answer: Any, wanted: Comparison) -> None:
+    parts = [
+        Part(name="game", weight=1.0, engine=Pairwise(answer), pairwise=True),
+        Part(name="model", weight=1.0, engine=Listed(0.0, 2.0)),
+    ]
+    assert Combined(parts).compare([request("text", "4")]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([(Scored(value=math.nan),) * 2], Invalid(reason="m: the score is nan")),
+        ([(Scored(value=1.0),)], Failed(reason="m: the scorer gave 1 scores for 2 answers")),
+        ([], Failed(reason="m: the scorer answered 0 of 1 requests")),
+    ],
+)
+def test_an_engine_that_answers_wrongly(rows: list[tuple[Outcome, ...]], wanted: Outcome) -> None:
+    class Wrong(Listed):
+        def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
+            return rows
+
+    engine = Combined([Part(name="m", weight=1.0, engine=Wrong(), normalise=True)])
+    assert engine.score([request("text", "4")]) == [(wanted, wanted)]
+    assert engine.compare([request("text", "4")]) == [wanted]
+    assert engine.state_dict()["normalisers"]["m"]["count"] == 0
+
+
+@pytest.mark.parametrize(
+    ("entries", "combine", "message"),
+    [
+        ([PairwiseRuleScorer(function="m:f")], {"type": "worst"}, "combine.type worst is for scores"),
+        ([PairwiseRuleScorer(function="m:f", weight=-1.0)], {}, "weights are -1; with a pairwise scorer they are shares"),
+        ([RuleScorer(function="m:f", weight=2.0)], {"type": "worst"}, "expected no weights, got 2"),
+        ([RuleScorer(function="m:f", weight=0.0)], {"type": "mean"}, "weights are 0; with combine.type mean they are shares"),
+    ],
+)
+def test_weights_that_mean_nothing_are_refused(
+    tmp_path: Path, entries: list[ScorerEntry], combine: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^scorer.train: .*{message}"):
+        check_entries(entries, tmp_path, combine=CombineConfig(**combine))
+
+
+def test_what_cannot_judge_held_out_answers_is_refused() -> None:
+    fine = RuleScorer(function="m:f", transform=LogSigmoid(reference=0.5))
+    check_heldout([fine, JudgeScorer(model=Path("j"))], where="scorer.evaluate")
+    with pytest.raises(ConfigError, match=r"^scorer\.train\[1\]: judge compares answers, and a held-out answer stands alone"):
+        check_heldout([fine, JudgeScorer(model=Path("j"), mode="pairwise")], where="scorer.train")
+    with pytest.raises(ConfigError, match=r"^scorer\.train\[0\]: f is normalised by what was scored before"):
+        check_heldout([RuleScorer(function="m:f", normalise=True)], where="scorer.train")
 
 
 def test_names_are_unique_and_everything_is_closed() -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
+from test_scorer_pairs import request
 
-from rayhf.scorer.rules import exact_match, final_number
+from rayhf.experience import Failed, Scored
+from rayhf.scorer.math_rules import math_equal
+from rayhf.scorer.rule import Rule
+from rayhf.scorer.rules import exact_match, final_number, regex_match, regex_search
 
 
 def judge(completion: str, answer: str | None) -> float:
@@ -59,3 +64,55 @@ def test_exact_match() -> None:
     assert exact_match("Yes", prompt="", answer="yes", finish_reason="stop") == 0.0
     with pytest.raises(ValueError, match="no answer"):
         exact_match("yes", prompt="", answer=None, finish_reason="stop")
+
+
+def test_regular_expressions() -> None:
+    for completion, answer, found, whole in (
+        ("it is red", r"r.d\b", 1.0, 0.0),
+        (" red\n", r"r.d", 1.0, 1.0),
+        ("blue", r"r.d", 0.0, 0.0),
+        ("", r".*", 1.0, 1.0),
+    ):
+        assert regex_search(completion, prompt="", answer=answer, finish_reason="stop") == found
+        assert regex_match(completion, prompt="", answer=answer, finish_reason="stop") == whole
+    for rule in (regex_search, regex_match):
+        with pytest.raises(ValueError, match=r"no regular expression \(missing \), unterminated"):
+            rule("x", prompt="", answer="(", finish_reason="stop")
+        with pytest.raises(ValueError, match="no answer"):
+            rule("x", prompt="", answer=None, finish_reason="stop")
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "score"),
+    [
+        ("The answer is 1/2", "0.5", 1.0),
+        (r"So $\frac{2}{4}$ it is", "1/2", 1.0),
+        (r"\boxed{50\%}", "1/2", 1.0),
+        (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", 1.0),
+        ("$x^2+2x+1$", "(x+1)^2", 1.0),
+        (r"$\{1,2\}$", r"\{2,1\}", 1.0),
+        ("it is 3 or 4", "4", 1.0),
+        ("it is 4 or 3", "4", 0.0),
+        ("the answer is 0.333", "1/3", 0.0),
+        ("no idea", "1/2", 0.0),
+        ("", "4", 0.0),
+        ('__import__("os").getpid()', "5", 0.0),
+    ],
+)
+def test_math_equal(completion: str, answer: str, score: float) -> None:
+    assert math_equal(completion, prompt="", answer=answer, finish_reason="stop") == score
+
+
+def test_math_equal_needs_an_answer() -> None:
+    with pytest.raises(ValueError, match="no answer"):
+        math_equal("4", prompt="", answer=None, finish_reason="stop")
+    with pytest.raises(ValueError, match="no mathematics"):
+        math_equal("4", prompt="", answer=" ", finish_reason="stop")
+
+
+def test_math_that_never_ends_is_failed_and_not_wrong(tmp_path: Path) -> None:
+    rule = Rule("rayhf.scorer.math_rules:math_equal", base=tmp_path, timeout_s=2.0)
+    [(slow, right)] = rule.score([request("$9^{9^{9^{9}}}$", "4")])
+    rule.close()
+    assert isinstance(slow, Failed)
+    assert right == Scored(value=1.0)

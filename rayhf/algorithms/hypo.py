@@ -1,0 +1,53 @@
+"""HyPO: DPO on given pairs and a KL penalty on fresh samples, together in every optimiser step. Song et al. 2024 (2406.01462).
+
+Fresh samples are scored only to be looked at (scorer/reward_mean): no score trains anything. Look at hypo/online_kl against
+hypo/dpo_accuracy; kl_coef 0 is offline DPO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rayhf.algorithms.base import Selection, Stateless, Turn, make_row, sample_and_score
+from rayhf.algorithms.iterative_dpo import deal_given
+from rayhf.campaign.exchange import Explorer
+from rayhf.config.algorithms import HyPOConfig, InitialReference, ReferenceSchedule
+from rayhf.experience import Example, Group, Prompt, Scored
+from rayhf.losses.base import Loss
+from rayhf.losses.hypo import HyPOLoss
+
+
+class HyPO(Stateless):
+    def __init__(self, config: HyPOConfig) -> None:
+        self.config = config
+        self.samples = config.samples
+        self.reference: ReferenceSchedule | None = InitialReference()
+        self.pair_file = config.offline.path
+        self._given: tuple[Example, ...] = ()
+        self._loss = HyPOLoss(beta=config.beta, kl_coef=config.kl_coef, clip=config.clip, importance_cap=config.importance.cap)
+
+    def give(self, pairs: Sequence[Example]) -> None:
+        self._given = tuple(replace(pair, scalars={"pair": 1.0, "online": 0.0}) for pair in pairs)
+
+    async def explore(self, prompt: Prompt, explorer: Explorer) -> Group:
+        return await sample_and_score(prompt, explorer, self.config.samples)
+
+    def select(self, groups: Sequence[Group], turn: Turn) -> Selection:
+        given = deal_given(self._given, self.config.offline.share, len(groups), turn)
+        fresh = [
+            Example(
+                rows=tuple(make_row(group, i, score=_score(group, i)) for i in range(len(group.samples))),
+                scalars={"pair": 0.0, "online": float(len(group.samples))},
+            )
+            for group in groups
+        ]
+        return Selection(examples=(*given, *fresh), metrics={"pairs/given": float(len(given))})
+
+    def loss(self, objective: str = "policy") -> Loss:
+        return self._loss
+
+
+def _score(group: Group, index: int) -> float:
+    outcome = group.samples[index].outcome
+    return outcome.value if isinstance(outcome, Scored) else float("nan")

@@ -1,0 +1,76 @@
+"""Iterative DPO: online DPO in few, large rounds, with more ways to pair, earlier rounds' pairs and given pairs mixed in.
+
+Dong et al. 2024 (RLHFlow). What to look at: pairs/length_gap (best-of-n pairs drift towards length), pairs/earlier, pairs/given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rayhf.algorithms.base import GIVEN, Selection, Turn
+from rayhf.algorithms.online_dpo import OnlineDPO
+from rayhf.config.algorithms import IterativeDPOConfig
+from rayhf.experience import Example, Group, derive_seed
+from rayhf.pairing import PairSelection, adjacent_pairs, best_second, best_worst, length_penalised, rso_accept
+from rayhf.prompts import deal
+
+
+class IterativeDPO(OnlineDPO):
+    def __init__(self, config: IterativeDPOConfig) -> None:
+        super().__init__(config)
+        self.iterative = config
+        self.pair_file = config.offline.path if config.offline else None
+        self._given: tuple[Example, ...] = ()
+
+    def give(self, pairs: Sequence[Example]) -> None:
+        self._given = tuple(replace(pair, scalars={"margin": pair.scalars.get("margin", np.nan)}) for pair in pairs)
+
+    def pairs(self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: np.random.Generator) -> PairSelection:
+        config, margin = self.iterative, self.iterative.min_margin
+        if config.pairs == "best_second":
+            return best_second(scores, margin, answers)
+        if config.pairs == "length_penalised":
+            return best_worst(length_penalised(scores, [len(a) for a in answers], config.length_penalty), margin, answers)
+        if config.pairs == "rso":
+            accepted = rso_accept(scores, config.rso_temperature, config.rso_keep, rng)
+            return adjacent_pairs(accepted, scores, margin, answers)
+        return super().pairs(scores, answers, rng)
+
+    def select(self, groups: Sequence[Group], turn: Turn) -> Selection:
+        fresh = super().select(groups, turn)
+        examples, metrics = list(fresh.examples), dict(fresh.metrics)
+        earlier: list[Example] = []
+        for back, share in enumerate(self.iterative.earlier, start=1):
+            # Pairs that were themselves mixed in do not come a second time: they belong to a round before that one.
+            own = [e for e in turn.earlier(turn.iteration - back) if not e.scalars.get("mixed")]
+            earlier += _draw(own, round(share * len(fresh.examples)), derive_seed(turn.seed, "earlier", back))
+        given = deal_given(self._given, self.iterative.offline.share if self.iterative.offline else 0.0, len(groups), turn)
+        metrics |= {"pairs/earlier": float(len(earlier)), "pairs/given": float(len(given))}
+        examples = [_mark(e, mixed=0.0) for e in examples] + [_mark(e, mixed=1.0) for e in (*earlier, *given)]
+        return Selection(examples=tuple(examples), metrics=metrics)
+
+
+def deal_given(pairs: Sequence[Example], share: float, prompts: int, turn: Turn) -> list[Example]:
+    """This round's part of the given pairs: consecutive slices of a permutation, one permutation per pass over the file.
+
+    Seeded by the file's order alone, not by the round: nothing repeats before everything was seen.
+    """
+    count = min(round(share * prompts), len(pairs))
+    return deal(pairs, batch=count, iteration=turn.iteration, seed=GIVEN_SEED) if count else []
+
+
+GIVEN_SEED = 20240503
+"""Any number: it fixes the order in which given pairs are dealt."""
+
+
+def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    chosen = np.random.default_rng(seed).permutation(len(examples))[:count]
+    return [examples[i] for i in sorted(chosen)]
+
+
+def _mark(example: Example, *, mixed: float) -> Example:
+    given = float(example.rows[0].sample == GIVEN)
+    return replace(example, scalars={"margin": example.scalars["margin"], "mixed": mixed, "given": given})

@@ -1,0 +1,190 @@
+"""SPaR's settings (Cheng et al. 2024, arXiv 2412.11605). Defaults are the released code's (ALGORITHMS.md A4) unless a line
+says ours.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jinja2
+import jinja2.meta
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from rayhf.config.algorithms import PreviousReference, ReferenceSchedule
+from rayhf.config.base import Section
+
+JUDGE_REQUEST = """\
+You check whether an answer does what its instruction asks. Take the requirements of the instruction one by one and say of each \
+whether the answer meets it. An answer that misses a single one has failed.
+
+Instruction:
+{{ instruction }}
+
+Answer:
+{{ response }}
+
+Use this form:
+Step-by-step verification: (each requirement, and whether it is met)
+Final Judgement (are all requirements met?): (Yes or No)"""
+REFINE_REQUEST = """\
+Going by your judgement, improve the answer until it meets every requirement of the instruction. Say first what has to change, \
+then give the whole improved answer between [[start]] and [[end]]:
+Reflection: (what has to change)
+[[start]](the improved answer)[[end]]"""
+
+
+class TurnTemplate(Section):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    """Jinja2."""
+
+
+def _one_turn(value: object) -> object:
+    return ({"role": "user", "content": value},) if isinstance(value, str) else value
+
+
+Conversation = Annotated[tuple[TurnTemplate, ...], BeforeValidator(_one_turn)]
+"""A string is one user turn."""
+
+JUDGE_TEMPLATE = (TurnTemplate(role="user", content=JUDGE_REQUEST),)
+REFINE_TEMPLATE = (
+    TurnTemplate(role="user", content="{{ judge_prompt }}"),
+    TurnTemplate(role="assistant", content="{{ judgement }}"),
+    TurnTemplate(role="user", content=REFINE_REQUEST),
+)
+
+
+class RefinerConfig(Section):
+    """The second policy: it judges and refines, and learns by rejection sampling (fine-tuning on its own accepted texts)."""
+
+    shared: bool = False
+    """One model acts and refines: the refiner's examples then train the policy, with the learner's rate."""
+    model: Path | None = None
+    """What the refiner starts from. Default: the policy's own model. Same tokenizer."""
+    lr: PositiveFloat = 2e-6
+    epochs: PositiveInt = 5
+    """Passes over a round's refiner examples."""
+    examples_per_step: PositiveInt = 64
+    """2 per device, 4 accumulated, on 8 devices; the number of devices is ours."""
+    max_tokens: PositiveInt | None = None
+    """Per judgement or refinement. Default: rollout.max_tokens."""
+
+    @model_validator(mode="after")
+    def _one_model(self) -> RefinerConfig:
+        if self.shared and self.model is not None:
+            raise ValueError("shared is true, so model must be null: the policy is the refiner")
+        return self
+
+
+class RefinerDataConfig(Section):
+    """At most so many examples of a kind in one round; 0 leaves the kind out."""
+
+    refinements: NonNegativeInt = 4000
+    """Refinements that ended a search well, after their parent's judgement."""
+    tree_yes: NonNegativeInt = 1500
+    """Judgements in a tree, majority yes but not all; one per tree."""
+    tree_no: NonNegativeInt = 1000
+    """Judgements in a tree, majority no but not all; one per tree."""
+    answers_yes: NonNegativeInt = 2500
+    """Judgements of the actor's answers, majority yes but not all."""
+    answers_no: NonNegativeInt = 500
+    """Judgements of the actor's answers, majority no but not all."""
+
+
+class SPaRConfig(Section):
+    """Self-play with tree-search refinement: an actor answers, a refiner judges and rewrites, both learn."""
+
+    type: Literal["spar"] = "spar"
+    samples: PositiveInt = 5
+    """Answers per prompt. (The source samples them with temperature 0.9 and top_p 0.9: rollout.*.)"""
+    judge_votes: PositiveInt = 5
+    """Judgements per text; the majority decides."""
+    judge_temperature: PositiveFloat = 0.7
+    judge_retries: NonNegativeInt = 3
+    """Further rounds of votes on a refinement whose votes are even; then it is dropped. An answer's even votes are final."""
+    refine_temperature: PositiveFloat = 0.7
+    refine_retries: NonNegativeInt = 3
+    """Further requests for refinements that do not have the form of refined_pattern. (The source asks up to 3 x 3 times.)"""
+    search: Literal["bfs", "dfs", "none"] = "bfs"
+    """none is the ablation: one refinement of the failing answer, judged once, without retries; branch, beam, depth, max_nodes,
+    judge_retries and refine_retries are not used."""
+    branch: PositiveInt = 3
+    """Refinements of one text."""
+    beam: PositiveInt = 2
+    """The best refinements that are refined further: of a level (bfs), of their parent (dfs)."""
+    depth: PositiveInt = 3
+    """Refinements in a row."""
+    gate: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """A refinement is accepted where its share of yes among the parsable votes is above this."""
+    max_nodes: PositiveInt = 15
+    """Refinements per search. Ours: what bfs needs with branch 3, beam 2, depth 3 (the source's 1000 never binds)."""
+    beta: PositiveFloat = 0.1
+    nll_coef: NonNegativeFloat = 0.1
+    """Weight of the chosen answer's negative log-likelihood, a mean per token."""
+    reference: ReferenceSchedule = PreviousReference()
+    refiner: RefinerConfig = RefinerConfig()
+    refiner_data: RefinerDataConfig = RefinerDataConfig()
+    judge_template: Conversation = JUDGE_TEMPLATE
+    """Turns of Jinja2; a string is one user turn. Variables: instruction, response."""
+    refine_template: Conversation = REFINE_TEMPLATE
+    """The same. Variables: instruction, response, judgement, and judge_prompt (the judge template's last turn, rendered)."""
+    verdict_pattern: str = r"(?i)final judgement[^\n]*:\W*(yes|no)\b"
+    """Regular expression over a judgement. Its last match counts, and there its group 1."""
+    verdict_yes: str = "yes"
+    """What group 1 says of an answer that meets its instruction; case does not matter."""
+    verdict_no: str = "no"
+    refined_pattern: str | None = r"(?s)\[\[start\]\](.*?)\[\[end\]\]"
+    """Regular expression over a refinement. Group 1 of its last match is the refined answer; null: all of it is."""
+    test_time_refine: bool = False
+    """Held-out answers are also judged, and refined where they fail, before they are scored (the source's test-time search)."""
+
+    @field_validator("judge_template", "refine_template")
+    @classmethod
+    def _known_variables(cls, value: Conversation, info: ValidationInfo) -> Conversation:
+        known = {"instruction", "response"}
+        if info.field_name == "refine_template":
+            known |= {"judgement", "judge_prompt"}
+        if not value or value[-1].role != "user":
+            raise ValueError("the last turn must be the user's")
+        names: set[str] = set()
+        for turn in value:
+            try:
+                names |= jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(turn.content))
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(f"not a Jinja2 template (line {error.lineno}: {error.message})") from None
+        if unknown := sorted(names - known):
+            raise ValueError(f"unknown variable {unknown[0]}; valid: {', '.join(sorted(known))}")
+        return value
+
+    @field_validator("verdict_pattern", "refined_pattern")
+    @classmethod
+    def _one_group(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from None
+        if groups < 1:
+            raise ValueError("expected a group ( ) around what is read")
+        return value
+
+    @model_validator(mode="after")
+    def _two_verdicts(self) -> SPaRConfig:
+        if self.verdict_yes.casefold() == self.verdict_no.casefold():
+            raise ValueError(f"verdict_yes and verdict_no are both {self.verdict_yes!r}")
+        return self

@@ -1,0 +1,288 @@
+"""The task for acting, judging and refining: a line of animals under two to four constraints, each checked by a rule.
+
+In: a seed. Out: instructions, demonstrations of the three skills with slips, and `satisfied` and `verdict_correct`, the
+rules that score an answer and a judgement. `Write 3 animals, owl first, cat nowhere, ! ends` is answered by
+`owl fox dog !`. A judge repeats the response with what was asked of its words, says of each constraint whether it holds,
+and ends with a verdict. Of `owl cat dog`:
+
+    > owl first cat nowhere dog
+    3 animals ok
+    first ok
+    nowhere no
+    ends no
+    Verdict: no
+
+The first line makes the rest easy: each note is found beside its word in the instruction. A refiner is shown the
+instruction, the response and the judgement, and writes a better response. A policy trained on demonstrations that slip
+knows better than it samples, in all three skills. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import jinja2
+
+from rayhf.errors import ConfigError
+
+# fmt: off
+ANIMALS = (
+    "ant", "ape", "bat", "bee", "cat", "cow", "dog", "elk", "fox", "gnu", "hen", "jay", "owl", "pig", "ram", "yak",
+)
+# fmt: on
+COUNTS = (3, 4, 5)
+MARKS = ("!", "?", ";")
+
+JUDGE_TEMPLATE = "Judge: {{ instruction }}\n> {{ response }}"
+"""Jinja2, the content of one user message."""
+REFINE_TEMPLATE = "Refine: {{ instruction }}\n> {{ response }}\n{{ judgement }}"
+"""Jinja2, the content of one user message."""
+VERDICT = r"Verdict: (yes|no)$"
+"""Searched in a judgement; group 1 is "yes" where all constraints are said to hold."""
+
+ACT_SLIP = 0.24
+"""Probability that a demonstrated response breaks a constraint, each on its own."""
+REFINE_SLIP = 0.14
+"""The same for a demonstrated refinement."""
+JUDGE_SLIP = 0.15
+"""Probability that a demonstrated judgement says ok for no or no for ok, for each constraint; the verdict follows."""
+
+_PHRASES = {
+    "count": "{} animals",
+    "first": "{} first",
+    "last": "{} last",
+    "with": "{} somewhere",
+    "without": "{} nowhere",
+    "mark": "{} ends",
+}
+"""Each kind of constraint, in the order in which instructions and judgements name them."""
+_ASKABLE = {
+    "count": tuple(map(str, COUNTS)),
+    "first": ANIMALS,
+    "last": ANIMALS,
+    "with": ANIMALS,
+    "without": ANIMALS,
+    "mark": MARKS,
+}
+_NAMES = ("first", "last", "with", "without")
+_KNOWN = frozenset(ANIMALS)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """What is asked for."""
+
+    asked: tuple[tuple[str, str], ...]
+    """(kind, value) of each constraint, at most one of a kind, the count first; no animal is named twice."""
+
+    @property
+    def prompt(self) -> str:
+        return "Write " + ", ".join(_PHRASES[kind].format(value) for kind, value in self.asked)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(kind for kind, _ in self.asked)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One constraint, looked up in a response."""
+
+    kind: str
+    name: str
+    """What a judge calls it: `first` or `ends` as the instruction does, and `2 animals` where there are two."""
+    holds: bool
+
+
+def parse(prompt: str) -> Instruction:
+    """The instruction that a prompt spells out. Raises ConfigError where it is none."""
+    head, *parts = prompt.removeprefix("Write ").split(", ")
+    asked: list[tuple[str, str]] = []
+    kinds = iter(_PHRASES)
+    for part in (head, *parts):
+        # One pass over the kinds: what is out of order or asked twice is no instruction.
+        found = next(((kind, value) for kind in kinds for value in _ASKABLE[kind] if _PHRASES[kind].format(value) == part), None)
+        if found is None:
+            break
+        asked.append(found)
+    instruction = Instruction(tuple(asked))
+    if not asked or asked[0][0] != "count" or instruction.prompt != prompt:
+        raise ConfigError(f"prompts: {prompt!r} is no instruction, expected one like 'Write 3 animals, owl first, ! ends'")
+    return instruction
+
+
+def instructions(seed: int) -> Iterator[Instruction]:
+    """An endless stream of different instructions with two to four constraints, the same for the same seed."""
+    rng = random.Random(f"instructions {seed}")
+    seen: set[Instruction] = set()
+    while True:
+        chosen = {"count", *rng.sample(list(_PHRASES)[1:], rng.choice((1, 2, 2, 3, 3)))}
+        names = iter(rng.sample(ANIMALS, len(_NAMES)))
+        asked = [(kind, next(names) if kind in _NAMES else rng.choice(_ASKABLE[kind])) for kind in _PHRASES if kind in chosen]
+        instruction = Instruction(tuple(asked))
+        if instruction not in seen:
+            seen.add(instruction)
+            yield instruction
+
+
+def check(instruction: Instruction, response: str) -> tuple[Check, ...]:
+    """One Check per constraint, in order. A response that is not known animals and a mark has not the count asked for."""
+    *words, end = response.split(" ")
+    if end not in MARKS:
+        words.append(end)
+    animals = [word for word in words if word in _KNOWN]
+    checks = []
+    for kind, value in instruction.asked:
+        name = _PHRASES[kind].format("").strip()
+        if kind == "count":
+            name, holds = f"{len(animals)} animals", len(animals) == len(words) == int(value)
+        elif kind == "first":
+            holds = animals[:1] == [value]
+        elif kind == "last":
+            holds = animals[-1:] == [value]
+        elif kind == "mark":
+            holds = end == value
+        else:
+            holds = (value in animals) == (kind == "with")
+        checks.append(Check(kind=kind, name=name, holds=holds))
+    return tuple(checks)
+
+
+def judge_truth(instruction: Instruction, response: str) -> str:
+    """The verdict a perfect judge gives: "yes" where every constraint holds, else "no"."""
+    return "yes" if all(one.holds for one in check(instruction, response)) else "no"
+
+
+def judgement(instruction: Instruction, response: str, slips: AbstractSet[str] = frozenset()) -> str:
+    """The response with what was asked of each of its words, a line per constraint, a verdict that follows from these.
+
+    The lines of the constraints whose kinds are in `slips` say the contrary of what is true.
+    """
+    notes = {value: _PHRASES[kind].format(value) for kind, value in instruction.asked if kind != "count"}
+    said = [(one.name, one.holds != (one.kind in slips)) for one in check(instruction, response)]
+    return "\n".join(
+        [
+            "> " + " ".join(notes.get(word, word) for word in response.split(" ")),
+            *(f"{name} {'ok' if holds else 'no'}" for name, holds in said),
+            f"Verdict: {'yes' if all(holds for _, holds in said) else 'no'}",
+        ]
+    )
+
+
+def compose(instruction: Instruction, slips: AbstractSet[str], rng: random.Random, *, draft: str = "") -> str:
+    """A response that breaks exactly the constraints whose kinds are in `slips`, with the draft's other animals if it can."""
+    asked = dict(instruction.asked)
+    named = {asked[kind] for kind in _NAMES if kind in asked}
+    slots = [kind for kind in _NAMES if kind in asked and (kind != "with" or kind not in slips)]
+    if "without" in asked and "without" not in slips:
+        slots.remove("without")
+    count = int(asked["count"])
+    if "count" in slips:
+        count += rng.choice((-1, 1)) if count > len(slots) else 1
+
+    before = [word for word in draft.split(" ") if word in _KNOWN]
+    kept = [word for word in dict.fromkeys(before) if word not in named]
+    new = [word for word in rng.sample(ANIMALS, len(ANIMALS)) if word not in named and word not in kept]
+    others = kept[:count] + new
+    inner = list(range(int("first" in asked), count - int("last" in asked)))
+    words = [""] * count
+    for kind, place in (("first", 0), ("last", count - 1)):
+        if kind in asked and kind not in slips:
+            words[place] = asked[kind]
+    for kind in ("with", "without"):
+        if kind in slots:
+            was = before.index(asked[kind]) if asked[kind] in before else -1
+            place = was if was in inner else rng.choice(inner)
+            inner.remove(place)
+            words[place] = asked[kind]
+    fill = iter(others)
+    line = [word or next(fill) for word in words]
+    if "mark" in asked:
+        wrong = [[mark] if mark else [] for mark in (*MARKS, "") if mark != asked["mark"]]
+        line += rng.choice(wrong) if "mark" in slips else [asked["mark"]]
+    return " ".join(line)
+
+
+def draw_slips(instruction: Instruction, rng: random.Random, *, rate: float) -> frozenset[str]:
+    """Each of the instruction's kinds with probability `rate`."""
+    return frozenset(kind for kind in instruction.kinds if rng.random() < rate)
+
+
+def judge_prompt(instruction: Instruction, response: str) -> str:
+    return _JUDGE.render(instruction=instruction.prompt, response=response)
+
+
+def refine_prompt(instruction: Instruction, response: str, judged: str) -> str:
+    return _REFINE.render(instruction=instruction.prompt, response=response, judgement=judged)
+
+
+def demonstrations(asked: Sequence[Instruction], seed: int, *, slipping: bool) -> dict[str, list[tuple[str, str]]]:
+    """(prompt, response) pairs by skill ("act", "judge", "refine"), one of each for each instruction.
+
+    Without `slipping` everything demonstrated is right, and what is judged fails more often than a policy's samples
+    do, so that each constraint is often seen to hold and often not.
+    """
+    rng = random.Random(f"instructions demonstrations {seed} {slipping}")
+    act, judge, refine, seen = (ACT_SLIP, JUDGE_SLIP, REFINE_SLIP, ACT_SLIP) if slipping else (0.0, 0.0, 0.0, 0.4)
+    rows: dict[str, list[tuple[str, str]]] = {"act": [], "judge": [], "refine": []}
+    for instruction in asked:
+        rows["act"].append((instruction.prompt, compose(instruction, draw_slips(instruction, rng, rate=act), rng)))
+        shown = compose(instruction, draw_slips(instruction, rng, rate=seen), rng)
+        said = judgement(instruction, shown, draw_slips(instruction, rng, rate=judge))
+        rows["judge"].append((judge_prompt(instruction, shown), said))
+        failed = failing_response(instruction, rng)
+        said = judgement(instruction, failed, draw_slips(instruction, rng, rate=judge))
+        if said.endswith("yes"):  # a response is refined only after a judgement against it
+            said = judgement(instruction, failed)
+        better = compose(instruction, draw_slips(instruction, rng, rate=refine), rng, draft=failed)
+        rows["refine"].append((refine_prompt(instruction, failed, said), better))
+    return rows
+
+
+def failing_response(instruction: Instruction, rng: random.Random) -> str:
+    """A response with at least one slip, in the proportions in which demonstrations fail."""
+    while not (slips := draw_slips(instruction, rng, rate=ACT_SLIP)):
+        pass
+    return compose(instruction, slips, rng)
+
+
+def judgement_rows(asked: Sequence[Instruction], seed: int) -> list[dict[str, str]]:
+    """{"prompt", "answer"}: judge prompts in turn of a right and of a failing response, and the true verdict."""
+    rng = random.Random(f"instructions judgements {seed}")
+    rows = []
+    for index, instruction in enumerate(asked):
+        response = failing_response(instruction, rng) if index % 2 else compose(instruction, frozenset(), rng)
+        rows.append({"prompt": judge_prompt(instruction, response), "answer": judge_truth(instruction, response)})
+    return rows
+
+
+def satisfied(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+    """1.0 where the completion was not cut off and every constraint of the prompt holds, else 0.0.
+
+    Raises ConfigError for a prompt that is no instruction.
+    """
+    del answer
+    return float(judge_truth(parse(prompt), completion) == "yes" and finish_reason != "length")
+
+
+def verdict_of(completion: str, finish_reason: str) -> str | None:
+    """The verdict a judgement ends with, None where it was cut off or ends with none."""
+    match = re.search(VERDICT, completion)
+    return None if match is None or finish_reason == "length" else match[1]
+
+
+def verdict_correct(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+    """1.0 where the judgement's verdict is the answer ("yes" or "no"), else 0.0, also where it gives none.
+
+    Raises ConfigError for a row without such an answer.
+    """
+    if answer not in ("yes", "no"):
+        raise ConfigError(f"prompts: a judgement's answer is yes or no, and {prompt!r} has {answer!r}")
+    return float(verdict_of(completion, finish_reason) == answer)
+
+
+_JUDGE, _REFINE = (jinja2.Template(source, undefined=jinja2.StrictUndefined) for source in (JUDGE_TEMPLATE, REFINE_TEMPLATE))

@@ -1,0 +1,269 @@
+"""`make claims`: each paper's claim in miniature, on this machine, with the real engines.
+
+    python -m tests.bench.claims [CLAIM ...] [--seeds 3] [--record] [--runs DIR]
+
+Every run is `rayhf run` on a tiny preset with overrides, as a user would type it; the figures are read from its metrics.jsonl.
+`--record` writes the tables into RESULTS.md. A run that is finished in the runs directory is read, not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_name("RESULTS.md")
+LIMIT_S = 900
+"""Of one run; the bar is 600 on a quiet machine."""
+
+Lines = list[dict[str, Any]]
+Figure = Callable[[Lines], float]
+
+
+def last(name: str) -> Figure:
+    """The last value of a metric."""
+    return lambda lines: float(next(line[name] for line in reversed(lines) if name in line))
+
+
+def first(name: str) -> Figure:
+    return lambda lines: float(next(line[name] for line in lines if name in line))
+
+
+def change(name: str) -> Figure:
+    return lambda lines: last(name)(lines) - first(name)(lines)
+
+
+def at(name: str, nth: int) -> Figure:
+    """The nth value of a metric that is not in every line."""
+    return lambda lines: float([line[name] for line in lines if name in line][nth])
+
+
+def total(name: str) -> Figure:
+    return lambda lines: float(sum(line.get(name, 0.0) for line in lines))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of a claim's table: a preset, what is changed in it, and what is read from its runs."""
+
+    label: str
+    preset: str
+    overrides: tuple[str, ...] = ()
+    figures: dict[str, Figure]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    title: str
+    bar: str
+    cases: tuple[Case, ...]
+    before: tuple[tuple[str, ...], ...] = field(default=())
+    """Commands that must have run once: scorers to be fitted."""
+
+
+GAME = {
+    "exploitability at start": first("game/exploitability"),
+    "of the average": last("game/exploitability_average"),
+    "of the last": last("game/exploitability"),
+    "probability on moves": last("game/mass"),
+}
+ARITHMETIC = {
+    "sampled before": first("eval/arithmetic/sampled"),
+    "sampled after": last("eval/arithmetic/sampled"),
+    "greedy before": first("eval/arithmetic/greedy"),
+    "greedy after": last("eval/arithmetic/greedy"),
+    "tokens generated": total("rollout/tokens"),
+}
+WORDS = {f"true preference, round {i}": at("eval/words/sampled", i) for i in range(4)} | {
+    "greedy before": first("eval/words/greedy"),
+    "greedy after": last("eval/words/greedy"),
+}
+HYBRID = {
+    "true preference before": first("eval/words/sampled"),
+    "after": last("eval/words/sampled"),
+    "reward": last("eval/words/reward"),
+    "reverse KL, nats per answer": last("eval/words/reference_kl"),
+}
+INSTRUCTIONS = {f"satisfied, round {i}": at("eval/instructions/sampled", i) for i in range(4)} | {
+    "judging before": first("eval/judging/sampled"),
+    "judging after": last("eval/judging/sampled"),
+}
+
+FITTED = "runs/scorers"
+CLAIMS = {
+    "sppo": Claim(
+        title="SPPO finds the equilibrium of the cyclic game on average; a Bradley-Terry reward cannot",
+        bar="exploitability of the average from >= 0.2 to <= 0.05 in 100 rounds; online DPO with Bradley-Terry stays above 0.15",
+        before=(("fit-scorer", "configs/tiny/fit_bradley_terry_game.yaml"),),
+        cases=(
+            Case(label="SPPO", preset="sppo_game", figures=GAME),
+            Case(label="INPO", preset="inpo_game", figures=GAME),
+            Case(
+                label="online DPO, fitted Bradley-Terry",
+                preset="sppo_game",
+                overrides=(
+                    "algorithm={type: online_dpo, samples: 8, beta: 0.1}",
+                    f"scorer.train=[{{type: reward_model, model: {FITTED}/bradley_terry_game}}]",
+                ),
+                figures=GAME,
+            ),
+        ),
+    ),
+    "mcts": Claim(
+        title="MCTS-DPO improves arithmetic; against online DPO at equal generated tokens",
+        bar="at least +15 points",
+        cases=(
+            Case(
+                label="MCTS-DPO",
+                preset="mcts_dpo_arithmetic",
+                figures=ARITHMETIC | {"tokens generated": total("mcts/tokens_total")},
+            ),
+            Case(label="online DPO", preset="online_dpo_arithmetic", figures=ARITHMETIC),
+        ),
+    ),
+    "spar": Claim(
+        title="SPaR: the actor's held-out constraint satisfaction rises each iteration, and so does the refiner's judging",
+        bar="at least +15 points in 3 iterations, rising each; judging accuracy up; ablation without tree search reported",
+        cases=(
+            Case(label="SPaR", preset="spar_instructions", figures=INSTRUCTIONS),
+            Case(
+                label="without tree search",
+                preset="spar_instructions",
+                overrides=("algorithm.search=none",),
+                figures=INSTRUCTIONS,
+            ),
+        ),
+    ),
+    "hypo": Claim(
+        title="HyPO keeps closer to the reference than offline DPO at the same quality",
+        bar="at equal true preference at least 20 % lower reverse KL",
+        cases=(
+            Case(label="HyPO", preset="hypo_words", figures=HYBRID),
+            Case(label="offline DPO", preset="hypo_words", overrides=("algorithm.kl_coef=0",), figures=HYBRID),
+        ),
+    ),
+    "iterative": Claim(
+        title="iterative DPO: the true preference rises in each of three rounds",
+        bar="rises in each round with at least one reference choice",
+        cases=tuple(
+            Case(
+                label=f"reference {name}",
+                preset="iterative_dpo_words",
+                overrides=(f"algorithm.reference={{type: {name}{extra}}}",),
+                figures=WORDS,
+            )
+            for name, extra in (("initial", ""), ("previous", ""), ("ema", ", alpha: 0.5, every: 1"))
+        ),
+    ),
+}
+
+
+def run(case: Case, seed: int, runs: Path) -> tuple[Lines, float]:
+    """The metrics of the finished run and its seconds."""
+    name = re.sub(r"[^a-z0-9]+", "-", f"{case.preset} {case.label}".lower()).strip("-")
+    directory = runs / f"{name}-seed{seed}"
+    clock = directory.with_suffix(".seconds")
+    if not clock.exists():
+        started = time.monotonic()
+        command = ["run", f"configs/tiny/{case.preset}.yaml", f"run.dir={directory}", f"seed={seed}", *case.overrides]
+        rayhf(command, log=directory.with_suffix(".log"))
+        clock.write_text(f"{time.monotonic() - started:.1f}")
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return lines, float(clock.read_text())
+
+
+def rayhf(arguments: Sequence[str], *, log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("rayhf")), *arguments],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=LIMIT_S,
+        )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}; see {log}")
+
+
+def table_of(claim: Claim, seeds: Sequence[int], runs: Path, console: Console) -> list[list[str]]:
+    """Header and rows: mean and standard deviation over the seeds."""
+    names = list(dict.fromkeys(name for case in claim.cases for name in case.figures))
+    rows = [["", *names, "s"]]
+    for case in claim.cases:
+        results = []
+        for seed in seeds:
+            console.print(f"{case.label}, seed {seed}", markup=False)
+            results.append(run(case, seed, runs))
+        cells = []
+        for name in names:
+            values = [case.figures[name](lines) for lines, _ in results]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            mean = statistics.mean(values)
+            cells.append(f"{mean:,.0f}" if abs(mean) > 1000 else f"{mean:.3f}{spread}")
+        rows.append([case.label, *cells, f"{statistics.mean(s for _, s in results):.0f}"])
+    return rows
+
+
+def show(claim: Claim, rows: list[list[str]], console: Console) -> None:
+    table = Table(*rows[0], title=claim.title, caption=f"bar: {claim.bar}")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def record(key: str, claim: Claim, rows: list[list[str]], seeds: Sequence[int]) -> None:
+    """Replace the claim's section in RESULTS.md; what is said below its table (after a blank line and `>`) is kept."""
+    text = RESULTS.read_text()
+    head = f"### {claim.title}\n"
+    body = [f"Bar: {claim.bar}. `python -m tests.bench.claims {key} --seeds {len(seeds)}`; mean ± standard deviation.\n"]
+    body += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    body += ["| " + " | ".join(row) + " |" for row in rows[1:]]
+    section = head + "\n" + "\n".join(body) + "\n"
+    if "## Claims" not in text:
+        text = text.rstrip() + "\n\n## Claims\n"
+    found = re.search(rf"{re.escape(head)}.*?(?=\n### |\n## |\Z)", text, flags=re.DOTALL)
+    if found:
+        said = re.search(r"\n(>.*)\Z", found.group(), flags=re.DOTALL)
+        section += f"\n{said.group(1).rstrip()}\n" if said else ""
+        text = text[: found.start()] + section.rstrip() + "\n" + text[found.end() :]
+    else:
+        text = text.rstrip() + "\n\n" + section
+    RESULTS.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("claims", nargs="*", choices=[*CLAIMS, []], help="default: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/claims")
+    options = parser.parse_args()
+    console, seeds = Console(), list(range(options.seeds))
+    for key in options.claims or CLAIMS:
+        claim = CLAIMS[key]
+        for command in claim.before:
+            done = options.runs / ("-".join(Path(part).stem for part in command) + ".done")
+            if not done.exists():
+                rayhf(command, log=done.with_suffix(".log"))
+                done.touch()
+        rows = table_of(claim, seeds, options.runs, console)
+        show(claim, rows, console)
+        if options.record:
+            record(key, claim, rows, seeds)
+
+
+if __name__ == "__main__":
+    main()

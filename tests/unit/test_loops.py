@@ -1,0 +1,214 @@
+"""Every further loop through the real controller with fake roles: what is trained on, mixed in, dropped, resumed."""
+
+import json
+import math
+
+import pyarrow.parquet as pq
+import pytest
+from fakes import FakeChat, FakeLearner, FakeScorer
+from test_controller import make_config, metrics_of, play
+
+from rayhf.algorithms import build_algorithm
+from rayhf.algorithms.base import Turn, learner_is_reference, needs_frozen_reference
+from rayhf.config.load import validate
+from rayhf.errors import ConfigError
+from rayhf.experience import Compared, Failed, Invalid
+from rayhf.pairs import encode_pairs, load_pairs
+
+
+def write_pairs(tmp_path, rows=None):
+    path = tmp_path / "pairs.jsonl"
+    rows = rows or [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def give(algorithm, path):
+    algorithm.give(encode_pairs(load_pairs(path, key="k").pairs, FakeChat(), key="k"))
+    return algorithm
+
+
+LOOPS = {
+    "iterative_dpo": {"samples": 4, "earlier": [0.5], "disjoint_rounds": False},
+    "sppo": {"samples": 4, "eta": 2.0},
+    "inpo": {"samples": 4},
+    "hypo": {"samples": 3},
+}
+
+
+def config_of(name, tmp_path, **more):
+    algorithm = {"type": name, **LOOPS[name]}
+    if name == "hypo":
+        algorithm["offline"] = {"path": str(write_pairs(tmp_path))}
+    return make_config(tmp_path, algorithm=algorithm, **more)
+
+
+def played(config, **roles):
+    return play(config, pairs=config.algorithm.offline.path if config.algorithm.type == "hypo" else None, **roles)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_crash_and_a_resume_leave_what_an_uninterrupted_run_leaves(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole, broken = config_of(name, tmp_path / "a"), config_of(name, tmp_path / "b")
+    first = played(whole)
+    with pytest.raises(RuntimeError, match="killed"):
+        played(broken, learner=FakeLearner(fail_at=3))
+    second = played(broken)
+    assert metrics_of(whole) == metrics_of(broken)
+    assert second.learners["policy"].steps == first.learners["policy"].steps == 4
+    for folder in ("samples", "pairs"):
+        for file in sorted((whole.run.dir / folder).glob("*.parquet")):
+            assert file.read_bytes() == (broken.run.dir / folder / file.name).read_bytes(), file.name
+
+
+def test_iterative_dpo_mixes_in_earlier_pairs_once_and_given_pairs_in_turn(tmp_path):
+    algorithm = {"type": "iterative_dpo", "samples": 4, "earlier": [1.0, 0.5], "disjoint_rounds": False}
+    algorithm["offline"] = {"path": str(write_pairs(tmp_path)), "share": 0.5}
+    config = make_config(tmp_path, algorithm=algorithm)
+    roles = play(config, pairs=tmp_path / "pairs.jsonl")
+    lines = metrics_of(config)[1:]
+    kept = [int(m["pairs/kept"]) for m in lines]
+    assert lines[0]["pairs/earlier"] == 0 and lines[1]["pairs/earlier"] == min(kept[0], kept[1])
+    assert [m["pairs/given"] for m in lines] == [2, 2, 2, 2]
+    batches = roles.learners["policy"].batches
+    given = [e.rows[0].response_ids for b in batches for e in b.examples if e.scalars["given"]]
+    assert len(given) == 8 and len(set(given[:6])) == 6  # nothing twice before everything was seen
+    assert all(math.isnan(e.rows[0].tokens["behaviour_logp"][0]) for b in batches for e in b.examples if e.scalars["given"])
+    fresh = [e for e in batches[1].examples if not e.scalars["mixed"]]
+    earlier = [e for e in batches[1].examples if e.scalars["mixed"] and not e.scalars["given"]]
+    assert len(fresh) == kept[1] and {e.rows[0].response_ids for e in earlier} <= {
+        e.rows[0].response_ids for e in batches[0].examples
+    }
+
+
+def test_the_learner_is_its_own_previous_reference(tmp_path):
+    config = make_config(tmp_path, algorithm={"type": "sppo", "samples": 4, "eta": 2.0, "train_on": "all"})
+    assert not needs_frozen_reference(build_algorithm(config.algorithm, max_tokens=8))
+    roles = play(config, reference=None)
+    rows = [row for batch in roles.learners["policy"].batches for e in batch.examples for row in e.rows]
+    assert all((row.tokens["ref_logp"] == row.tokens["old_logp"]).all() for row in rows)
+    assert {round(row.scalars["target"], 6) for row in rows} != {0.0}
+    assert not learner_is_reference(config.algorithm.reference.model_copy(update={"every": 2}))
+
+
+@pytest.mark.parametrize("target", ["soft", "single", "hard"])
+def test_sppo_targets(tmp_path, target):
+    config = make_config(tmp_path, algorithm={"type": "sppo", "samples": 4, "eta": 2.0, "target": target})
+    rows = [e.rows for b in play(config).learners["policy"].batches for e in b.examples]
+    for best, worst in rows:
+        if target == "single":  # in a cycle the best on the whole may lose to the worst
+            assert best.scalars["target"] == -worst.scalars["target"] and abs(best.scalars["target"]) in (0.0, 0.4)
+            continue
+        expected = {"soft": best.scalars["score"] - 0.5, "hard": 0.5}[target]
+        assert best.scalars["target"] == pytest.approx(expected) and worst.scalars["target"] < 0
+    samples = pq.read_table(config.run.dir / "samples/iteration-000001.parquet").to_pylist()
+    assert all(len(s["wins"]) == 4 and s["score"] == pytest.approx(sum(s["wins"]) / 4) for s in samples)
+
+
+def test_sppo_refuses_targets_that_all_answers_have_not(tmp_path):
+    config = make_config(tmp_path, algorithm={"type": "sppo", "target": "hard", "train_on": "all"})
+    with pytest.raises(ConfigError, match="target hard"):
+        build_algorithm(config.algorithm, max_tokens=8)
+
+
+@pytest.mark.parametrize("outcome", [Invalid(reason="no verdict"), Failed(reason="too late")])
+@pytest.mark.parametrize("name", ["sppo", "inpo"])
+def test_an_answer_that_was_not_compared_never_trains(tmp_path, name, outcome):
+    config = config_of(
+        name, tmp_path, scorer={"train": [{"type": "rule", "function": "a:b"}], "max_failed": 1.0, "evaluate": None}
+    )
+    learner = FakeLearner()
+
+    class Mute(FakeScorer):
+        async def compare(self, requests):
+            return [outcome for _ in requests]
+
+    played(config, scorer=Mute(), learner=learner)
+    counted = "scorer/invalid" if isinstance(outcome, Invalid) else "scorer/failed"
+    assert learner.steps == 0 and metrics_of(config)[1][counted] == 16 and metrics_of(config)[1]["learner/steps"] == 0
+
+
+def test_ties_are_dropped_and_counted(tmp_path):
+    config = config_of("sppo", tmp_path)
+
+    class Even(FakeScorer):
+        async def compare(self, requests):
+            import numpy as np
+
+            return [Compared(win=np.full((len(r.completions),) * 2, 0.5), source="pairwise") for r in requests]
+
+    learner = FakeLearner()
+    played(config, scorer=Even(), learner=learner)
+    assert learner.steps == 0 and metrics_of(config)[1]["sppo/ties"] == 4
+
+
+def test_hypo_takes_pairs_and_samples_in_every_step(tmp_path):
+    config = config_of("hypo", tmp_path, learner={"prompts_per_step": 2})
+    batches = played(config).learners["policy"].batches
+    assert len(batches) == 8
+    for batch in batches:
+        assert {e.scalars["pair"] for e in batch.examples} == {0.0, 1.0}
+        assert all(len(e.rows) == (2 if e.scalars["pair"] else 3) for e in batch.examples)
+
+
+def test_disjoint_rounds_are_promised_or_refused(tmp_path):
+    from rayhf.preflight import _check_shards
+
+    config = make_config(tmp_path, algorithm={"type": "iterative_dpo"})
+    with pytest.raises(ConfigError, match=r"16, but t has 12; expected prompts.batch of at most 3"):
+        _check_shards(config, 12)
+    _check_shards(config, 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([{"prompt": "a", "chosen": "b"}], "row 1: expected `rejected`"),
+        ([{"chosen": "b", "rejected": "c"}], "expected either `prompt`"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1}], "margin"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "x"}], "finite number"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "equal answers"),
+    ],
+)
+def test_a_bad_pairs_file_is_refused_by_row(tmp_path, rows, problem):
+    with pytest.raises(ConfigError, match=problem):
+        load_pairs(write_pairs(tmp_path, rows), key="algorithm.offline.path")
+
+
+def test_equal_answers_are_left_out_and_counted(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    found = load_pairs(write_pairs(tmp_path, rows), key="k")
+    assert len(found.pairs) == 1 and found.identical == 1
+    with pytest.raises(ConfigError, match="pair 1 has"):
+        encode_pairs(
+            [found.pairs[0].__class__(messages=found.pairs[0].messages, chosen="x" * 99, rejected="c")], FakeChat(), key="k"
+        )
+
+
+def test_type_alone_gives_the_papers_setting():
+    def defaults(name, **more):
+        return validate(
+            {
+                "run": {"dir": "r", "iterations": 1},
+                "policy": {"model": "m"},
+                "prompts": {"train": "t"},
+                "algorithm": {"type": name, **more},
+                "scorer": {"train": [{"type": "rule", "function": "a:b"}]},
+            },
+            source="test",
+        ).algorithm
+
+    sppo = defaults("sppo")  # Wu et al. 2024: K = 5, eta = 1e3, the previous policy as reference
+    assert (sppo.samples, sppo.eta, sppo.target, sppo.reference.type) == (5, 1000.0, "soft", "previous")
+    iterative = defaults("iterative_dpo")  # RLHFlow: 8 samples, best against worst, moving reference
+    assert (iterative.samples, iterative.pairs, iterative.beta, iterative.reference.type) == (8, "best_worst", 0.1, "previous")
+    inpo = defaults("inpo")  # Zhang et al. 2024
+    assert (inpo.samples, inpo.eta) == (8, 0.0075) and inpo.tau == pytest.approx(inpo.eta / 3)
+    hypo = defaults("hypo", offline={"path": "p"})
+    assert (hypo.samples, hypo.beta) == (2, 0.1)
+
+
+def test_an_algorithm_without_earlier_rounds_gets_none():
+    assert list(Turn(iteration=1, seed=0).earlier(0)) == []

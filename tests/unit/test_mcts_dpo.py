@@ -1,0 +1,500 @@
+"""MCTS-DPO over a toy language, through the real exchange: answers are three digits, one a line, and 1, 2, 3 is right.
+
+Two lines end in a line end, the third in the end of the turn.
+"""
+
+import asyncio
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayhf.algorithms.base import Turn
+from rayhf.algorithms.mcts_dpo import MCTSDPO, tree_from_group, verdict, worth
+from rayhf.campaign.exchange import Exchange
+from rayhf.campaign.records import sample_table
+from rayhf.config.mcts_dpo import MCTSDPOConfig, OutcomeConfig
+from rayhf.errors import ConfigError
+from rayhf.experience import Completion, Failed, Group, Invalid, Prompt, Sample, Sampling, Scored
+from rayhf.search.mcts import Node, Step, Tree
+from rayhf.search.siblings import StepPair, pair_rows, soft_label, step_pairs
+
+NEWLINE, END = 5, 6
+PLAIN = Sampling(max_tokens=20)
+TURN = Turn(iteration=1, seed=3)
+
+
+def text_of(tokens):
+    return "".join("\n" if t == NEWLINE else str(t - 10) if t >= 10 else "" for t in tokens)
+
+
+class ToyRollout:
+    """Writes a digit, a line end, ..., and its end of turn after `length` digits. What starts with 900 asks the critic."""
+
+    def __init__(self, digits=(1, 2, 3), length=3, late=False, says="Yes."):
+        self.digits, self.length, self.late, self.says, self.requests = digits, length, late, says, []
+
+    async def generate(self, requests, *, version):
+        self.requests += requests
+        if self.late:
+            await asyncio.sleep(random.random() / 300)
+        return [tuple(self._write(r, i, seed) for i, seed in enumerate(r.seeds)) for r in requests]
+
+    def _write(self, request, index, seed):
+        rng, context, tokens, reason = random.Random(seed), list(request.token_ids), [], None
+        while reason is None:
+            tokens.append(self._next(context + tokens, rng))
+            if tokens[-1] == END or any(stop in text_of(tokens) for stop in request.sampling.stop):
+                reason = "stop"
+            elif len(tokens) == request.sampling.max_tokens:
+                reason = "length"
+        critic = context[0] == 900
+        return Completion(
+            prompt_id=request.prompt_id,
+            index=index,
+            seed=seed,
+            text=self.says if critic else text_of(tokens),
+            token_ids=tuple(tokens),
+            logprobs=tuple(-0.1 * (1 + t % 7) for t in tokens),
+            finish_reason=reason,
+            policy_version=0,
+        )
+
+    def _next(self, written, rng):
+        if sum(t >= 10 for t in written if t < 900) == self.length:
+            return END
+        return NEWLINE if 10 <= written[-1] < 900 else 10 + rng.choice(self.digits)
+
+
+class ToyScorer:
+    def __init__(self, judge=lambda c: Scored(value=float(c.text.split("\n") == ["1", "2", "3"]))):
+        self.judge, self.seen = judge, []
+
+    async def score(self, requests):
+        self.seen += [c for r in requests for c in r.completions]
+        return [tuple(self.judge(c) for c in r.completions) for r in requests]
+
+
+class ToyChat:
+    max_length = 100
+
+    def __init__(self):
+        self.rendered = []
+
+    def render(self, messages):
+        self.rendered.append(messages[0]["content"])
+        return (900, 1)
+
+    def answer(self, messages, text):
+        return (*(NEWLINE if c == "\n" else 10 + int(c) for c in text), END)
+
+
+def prompts(n=1, answer="123"):
+    return [
+        Prompt(prompt_id=f"p{i}", messages=({"role": "user", "content": f"q{i}"},), token_ids=(1, 2 + i % 2), answer=answer)
+        for i in range(n)
+    ]
+
+
+def config_of(**more):
+    base = {"iterations": 12, "depth": 3, "width": (6, 5), "step_tokens": 8}
+    return MCTSDPOConfig(**{**base, **more})
+
+
+def explore(config, *, rollout=None, scorer=None, chat=None, n=1, sampling=PLAIN, deterministic=True, answer="123"):
+    """The groups of n prompts."""
+    algorithm = MCTSDPO(config, max_tokens=sampling.max_tokens)
+
+    async def go():
+        exchange = Exchange(
+            {"policy": rollout or ToyRollout()},
+            scorer or ToyScorer(),
+            chat=chat or ToyChat(),
+            versions={"policy": 0},
+            deterministic=deterministic,
+        )
+        return await exchange.run(prompts(n, answer), algorithm.explore, sampling=sampling, seed=5, done=lambda group: None)
+
+    return asyncio.run(go())
+
+
+def test_the_search_finds_the_right_answer():
+    groups = explore(config_of(iterations=30, width=(12,)), n=8)
+    assert {g.metrics["mcts/solved"] for g in groups} == {1.0}
+    assert np.mean([g.metrics["mcts/path_correct"] for g in groups]) > 0.8  # a plain answer is right one time in 27
+    path = [s for s in groups[0].samples if s.stats.get("chosen")]
+    assert [s.completion.text for s in path] == ["1\n", "2\n", "3"]
+
+
+def test_the_tree_is_in_the_samples():
+    rollout, scorer = ToyRollout(), ToyScorer()
+    (group,) = explore(config_of(), rollout=rollout, scorer=scorer, sampling=Sampling(max_tokens=9))
+    steps = [s for s in group.samples if s.kind == "step"]
+    ends = [s for s in group.samples if s.kind == "rollout"]
+    assert group.samples == (*steps, *ends) and len(steps) == group.metrics["mcts/nodes"]
+    for sample in group.samples:
+        above = () if sample.parent is None else group.samples[sample.parent]
+        expected = (1, 2) if above == () else above.context_ids + above.completion.token_ids
+        assert sample.context_ids == expected
+    for sample in steps:
+        assert (sample.outcome is not None) == bool(sample.stats["terminal"]) == (END in sample.completion.token_ids)
+        assert sample.stats["answered"] == sample.stats["terminal"]
+    assert all(isinstance(s.outcome, Scored) for s in ends) and len(ends) == group.metrics["mcts/rollouts"]
+    # The scorer saw whole answers only, and each exactly once.
+    assert len(scorer.seen) == len(ends) + sum(s.outcome is not None for s in steps)
+    assert all(c.text.count("\n") == 2 and len(c.token_ids) == len(c.logprobs) == 6 for c in scorer.seen)
+    # Steps stop at the line's end and stay within what is left of the whole answer.
+    for request in rollout.requests:
+        left = 9 - (len(request.token_ids) - 2)
+        stepping = bool(request.sampling.stop)
+        assert request.sampling.max_tokens == (min(8, left) if stepping else left)
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_equal_seeds_give_equal_trees_whatever_arrives_first(parallel):
+    config = config_of(parallel=parallel, rollouts=2, self_evaluation={"votes": 2})
+    waves = explore(config, n=3)
+    for _ in range(2):
+        assert explore(config, n=3, rollout=ToyRollout(late=True), deterministic=False) == waves
+
+
+def stored(group):
+    """The group as it comes back from the samples' Parquet table."""
+    table = pa.Table.from_batches(sample_table(1, [group]).to_batches())
+    kinds = {"Scored": lambda r: Scored(value=r["score"]), "Invalid": lambda r: Invalid(reason=r["reason"])}
+    samples = [
+        Sample(
+            completion=Completion(
+                prompt_id=row["prompt_id"],
+                index=0,
+                seed=row["seed"],
+                text=row["text"],
+                token_ids=tuple(row["token_ids"]),
+                logprobs=tuple(row["logprobs"]),
+                finish_reason=row["finish_reason"],
+                policy_version=row["policy_version"],
+            ),
+            outcome=None if row["outcome"] is None else kinds[row["outcome"]](row),
+            kind=row["kind"],
+            context_ids=tuple(row["context_ids"]),
+            parent=row["parent"],
+            stats=dict(row["stats"]),
+        )
+        for row in table.to_pylist()
+    ]
+    return Group(prompt=group.prompt, samples=tuple(samples))
+
+
+@pytest.mark.parametrize("pairs", ["worst", "random", "all"])
+@pytest.mark.parametrize("levels", ["path", "all"])
+def test_a_stored_tree_gives_the_same_pairs(pairs, levels):
+    def unclear(completion):
+        right = completion.text.split("\n")[:2] == ["1", "2"]
+        return Invalid(reason="?") if completion.text[0] == "4" else Scored(value=float(right))
+
+    config = config_of(pairs=pairs, levels=levels)
+    groups = explore(config, n=4, scorer=ToyScorer(unclear))
+    algorithm = MCTSDPO(config, max_tokens=20)
+    first, again = (algorithm.select(gs, TURN) for gs in (groups, [stored(g) for g in groups]))
+    assert first.metrics == again.metrics and first.metrics["pairs/kept"] > 3
+    for a, b in zip(first.examples, again.examples, strict=True):
+        assert a.scalars == b.scalars
+        for x, y in zip(a.rows, b.rows, strict=True):
+            assert (x.prompt_ids, x.response_ids, x.sample) == (y.prompt_ids, y.response_ids, y.sample)
+            assert x.tokens["behaviour_logp"].tolist() == y.tokens["behaviour_logp"].tolist()
+    trees = [(tree_from_group(g), tree_from_group(stored(g))) for g in groups]
+    for a, b in trees:
+        assert [(n.id, n.parent, n.visits, n.q, n.value, n.children) for n in a.nodes] == [
+            (n.id, n.parent, n.visits, n.q, n.value, n.children) for n in b.nodes
+        ]
+
+
+def test_pairs_are_siblings_and_the_loss_is_over_what_differs():
+    config = config_of(iterations=30, pairs="all", max_pairs=50)
+    (group,) = explore(config)
+    selection = MCTSDPO(config, max_tokens=20).select([group], TURN)
+    assert selection.examples and selection.metrics["mcts/label_smoothing"] > 0
+    for example in selection.examples:
+        better, worse = (group.samples[row.sample] for row in example.rows)
+        assert better.parent == worse.parent and better.stats["q"] - worse.stats["q"] == example.scalars["margin"] > 0
+        assert min(better.stats["visits"], worse.stats["visits"]) >= 1
+        ratio = better.stats["visits"] / worse.stats["visits"]
+        assert example.scalars["label_smoothing"] == pytest.approx(min(0.5, 1 / (ratio + 1)))
+        for row, sample in zip(example.rows, (better, worse), strict=True):
+            assert row.prompt_ids + row.response_ids == sample.context_ids + sample.completion.token_ids
+            assert len(row.tokens["behaviour_logp"]) == len(row.response_ids)
+        assert example.rows[0].response_ids[0] != example.rows[1].response_ids[0]
+
+
+def test_a_tree_that_never_answers_is_counted_and_trained_on_nothing():
+    rollout = ToyRollout(length=99)
+    scorer = ToyScorer(lambda c: Scored(value=float(c.finish_reason == "stop")))
+    groups = explore(config_of(max_steps=16, reroot="step"), rollout=rollout, scorer=scorer, sampling=Sampling(max_tokens=8))
+    metrics = groups[0].metrics
+    assert metrics["mcts/no_answer"] == 1.0 and metrics["mcts/solved"] == 0.0 and metrics["mcts/path_correct"] == 0.0
+    last = [s for s in groups[0].samples if s.stats.get("chosen")][-1]
+    assert last.stats["terminal"] == 1.0 and last.stats["answered"] == 0.0 and isinstance(last.outcome, Scored)
+    assert max(len(c.token_ids) for c in scorer.seen) == 8 and {c.finish_reason for c in scorer.seen} == {"length"}
+    selection = MCTSDPO(config_of(), max_tokens=8).select(groups, TURN)
+    assert selection.examples == () and selection.metrics["pairs/ties"] > 0 and "pairs/margin_mean" not in selection.metrics
+
+
+def test_the_models_own_length_ends_an_answer_too():
+    chat = ToyChat()
+    chat.max_length = 6
+    (group,) = explore(config_of(step_tokens=3), chat=chat, rollout=ToyRollout(length=99))
+    assert max(len(s.context_ids) + len(s.completion.token_ids) for s in group.samples) == 6
+    assert group.metrics["mcts/no_answer"] == 1.0
+
+
+def test_long_steps_are_cut_and_go_on():
+    (group,) = explore(config_of(step_tokens=1, depth=6, iterations=20))
+    assert group.metrics["mcts/cut_steps"] > 0 and {len(s.completion.token_ids) for s in group.samples if s.kind == "step"} == {1}
+    path = [s.completion.text for s in group.samples if s.stats.get("chosen")]
+    assert len(path) == 6 and path[1] == path[3] == "\n" and path[5] == ""
+
+
+@pytest.mark.parametrize("outcome", [Invalid(reason="nan"), Failed(reason="late")])
+def test_unscored_answers_are_no_wrong_answers(outcome):
+    def half(completion):
+        return outcome if completion.text.startswith("2") else Scored(value=float(completion.text[0] == "1"))
+
+    (group,) = explore(config_of(reroot="never"), scorer=ToyScorer(half))
+    first = {s.completion.text: s for s in group.samples if s.kind == "step" and s.parent is None}
+    assert "estimate" not in first["2\n"].stats and first["2\n"].stats["visits"] == 0 and first["1\n"].stats["q"] == 1.0
+    assert group.metrics["mcts/unscored"] > 0
+    (group,) = explore(config_of(), scorer=ToyScorer(lambda c: outcome))
+    assert group.metrics["mcts/nodes"] == len([s for s in group.samples if s.kind == "step"]) <= 3
+    assert MCTSDPO(config_of(), max_tokens=20).select([group], TURN).examples == ()
+
+
+def test_all_ties_train_nothing():
+    groups = explore(config_of(), n=2, scorer=ToyScorer(lambda c: Scored(value=1.0)))
+    for rule in ("worst", "random", "all"):
+        selection = MCTSDPO(config_of(pairs=rule), max_tokens=20).select(groups, TURN)
+        assert selection.examples == () and selection.metrics["pairs/ties"] > 0
+
+
+def test_duplicates_are_counted():
+    (group,) = explore(config_of(iterations=1, width=(30,), reroot="never"))
+    assert group.metrics["mcts/duplicates"] == 27 and group.metrics["mcts/nodes"] == 3
+    assert group.metrics["mcts/tokens"] == 30 * 2 + sum(len(s.completion.token_ids) for s in group.samples if s.kind == "rollout")
+
+
+def test_self_evaluation_adds_the_share_of_yes():
+    def nodes(says, **more):
+        chat = ToyChat()
+        config = config_of(iterations=1, rollouts=0, reroot="never", self_evaluation={"votes": 3, "weight": 0.5, **more})
+        (group,) = explore(config, chat=chat, rollout=ToyRollout(says=says))
+        return group, chat.rendered
+
+    group, asked = nodes("Yes, it is")
+    assert {s.stats["estimate"] for s in group.samples} == {0.5} and group.metrics["mcts/rollouts"] == 0
+    assert all("Question: q0" in text and "123" not in text for text in asked) and len(asked) == group.metrics["mcts/nodes"]
+    assert {s.stats["estimate"] for s in nodes(" no")[0].samples} == {0.0}
+    group, _ = nodes("42")
+    assert all("estimate" not in s.stats for s in group.samples)
+    assert group.metrics["mcts/mute_votes"] == 3 * group.metrics["mcts/nodes"] and group.metrics["mcts/unscored"] > 0
+    template = "{{ question }} {{ work }} {{ answer }}"
+    _, asked = nodes("yes", template=template, gold_conditioned_critic=True)
+    assert all(text.endswith(" 123") for text in asked)
+    with pytest.raises(ConfigError, match="leak"):
+        nodes("yes", template=template)
+    with pytest.raises(ConfigError, match="line 1"):
+        nodes("yes", template="{{ work")
+    with pytest.raises(ConfigError, match="p0 has no answer"):
+        explore(config_of(self_evaluation={"template": template, "gold_conditioned_critic": True}), answer=None)
+
+
+def test_verdicts():
+    assert verdict("Yes") is True and verdict(' "no"') is False
+    assert [verdict(text) for text in ("yesterday", "", "maybe yes", "1")] == [None] * 4
+
+
+def test_gold_steps_enter_only_where_asked_for():
+    config = config_of(iterations=20, width=(4,), inject_gold=True)
+    (group,) = explore(config, rollout=ToyRollout(digits=(7, 8)), answer="1\n2\n3")
+    gold = [s for s in group.samples if s.stats.get("gold")]
+    assert [s.completion.text for s in gold] == ["1\n", "2\n", "3"] and group.metrics["mcts/gold_steps"] == 3
+    assert gold[-1].completion.token_ids == (13, END) and gold[-1].stats["answered"] and gold[0].stats["prior"] == 1.0
+    assert gold[1].context_ids == (1, 2, 11, NEWLINE)
+    examples = MCTSDPO(config, max_tokens=20).select([group], TURN).examples
+    rows = [row for e in examples for row in e.rows if group.samples[row.sample].stats["gold"]]
+    assert rows and all(np.isnan(row.tokens["behaviour_logp"]).all() for row in rows)
+    for answer, inject in (("123", True), (None, True), ("1\n2\n3", False)):
+        (group,) = explore(config_of(inject_gold=inject), answer=answer)
+        assert group.metrics["mcts/gold_steps"] == 0
+
+
+def test_outcomes():
+    plain, graded = OutcomeConfig(), OutcomeConfig(threshold=None)
+    assert [worth(Scored(value=v), plain) for v in (1.0, 0.5, 0.49, -3.0)] == [1.0, 1.0, -1.0, -1.0]
+    assert worth(Scored(value=0.3), graded) == 0.3
+    assert worth(Invalid(reason=""), plain) is None and worth(Failed(reason=""), graded) is None and worth(None, plain) is None
+
+
+# --- pairs from trees made by hand -----------------------------------------------------------------------------------
+
+
+def hand_tree(rows):
+    """rows: (parent, tokens, Q, N, chosen)."""
+    tree = Tree()
+    for number, (parent, tokens, q, visits, chosen) in enumerate(rows, start=1):
+        completion = Completion(
+            prompt_id="p",
+            index=0,
+            seed=0,
+            text=str(tokens),
+            token_ids=tokens,
+            logprobs=tuple(-float(t) for t in tokens),
+            finish_reason="stop",
+            policy_version=0,
+        )
+        above = tree.nodes[parent]
+        tree.nodes.append(
+            Node(
+                id=number,
+                parent=parent,
+                step=Step(completion=completion, end=None),
+                depth=above.depth + 1,
+                estimate=0.0,
+                q=q,
+                visits=visits,
+                chosen=chosen,
+                prior=0.5,
+            )
+        )
+        above.children.append(number)
+    return tree
+
+
+def names(found):
+    return [(p.better.id, p.worse.id) for p in found.pairs]
+
+
+RNG = np.random.default_rng(0)
+FAMILY = [(0, (3, 4), 0.1, 1, False), (0, (3, 5), 0.7, 6, True), (0, (6,), -0.4, 2, False), (0, (7,), 0.7, 3, False)]
+
+
+def test_pair_rules():
+    tree = hand_tree(FAMILY)
+    assert names(step_pairs(tree, RNG)) == [(2, 3)]
+    every = step_pairs(tree, RNG, rule="all")
+    assert names(every) == [(2, 1), (2, 3)] and every.ties == 1
+    assert [p.label_smoothing for p in every.pairs] == pytest.approx([1 / 7, 2 / 8])
+    assert [p.margin for p in every.pairs] == pytest.approx([0.6, 1.1])
+    assert names(step_pairs(tree, RNG, rule="all", max_pairs=1)) == [(2, 1)]
+    assert names(step_pairs(tree, RNG, min_margin=1.2)) == [] and step_pairs(tree, RNG, min_margin=1.2).ties == 1
+    assert names(step_pairs(tree, RNG, min_visits=3)) == [] and step_pairs(tree, RNG, min_visits=3).ties == 1
+    drawn = Counter(names(step_pairs(tree, RNG, rule="random"))[0] for _ in range(400))
+    assert set(drawn) == {(2, 1), (2, 3)} and min(drawn.values()) > 140
+
+
+def test_levels():
+    below = [(2, (8,), 0.3, 1, True), (2, (9,), 0.2, 1, False), (1, (8,), 0.3, 1, False), (1, (9,), 0.5, 1, False)]
+    tree = hand_tree([*FAMILY, *below])
+    assert names(step_pairs(tree, RNG)) == [(2, 3), (5, 6)]
+    assert names(step_pairs(tree, RNG, levels="all")) == [(2, 3), (8, 7), (5, 6)]
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_order_of_siblings_makes_no_other_pairs(seed):
+    rng = random.Random(seed)
+    rows = [(0, (i,), rng.choice([-1.0, 0.0, rng.random()]), rng.randint(0, 3) * 10 + i, False) for i in range(6)]
+    shuffled = rng.sample(rows, len(rows))
+
+    def by_tokens(tree, rule):
+        found = step_pairs(tree, RNG, rule=rule)
+        pairs = {(p.better.token_ids, p.worse.token_ids, p.margin, p.label_smoothing) for p in found.pairs}
+        return pairs, found.ties, found.unvisited
+
+    for rule in ("worst", "all"):
+        assert by_tokens(hand_tree(rows), rule) == by_tokens(hand_tree(shuffled), rule)
+
+
+def test_visits_never_seen_give_no_confidence():
+    assert soft_label(0, 0) is None
+    assert soft_label(3, 0) == 0.0 and soft_label(0, 3) == 0.5 and soft_label(2, 5) == 0.5
+    assert soft_label(6, 2) == pytest.approx(1 / (6 / 2 + 1)) and soft_label(4, 4) == 0.5
+    tree = hand_tree([(0, (1,), 0.5, 0, False), (0, (2,), -0.5, 0, False)])
+    found = step_pairs(tree, RNG, min_visits=0)
+    assert found.pairs == () and found.unvisited == 1
+    assert names(step_pairs(tree, RNG, min_visits=0, labels="hard")) == [(1, 2)]
+    assert step_pairs(tree, RNG).pairs == () and step_pairs(tree, RNG).ties == 0
+
+
+def test_rounding_is_no_preference():
+    third = (0.1 + 0.2) - 0.3
+    assert third != 0.0
+    tree = hand_tree([(0, (1,), third, 2, False), (0, (2,), 0.0, 2, False)])
+    assert step_pairs(tree, RNG).ties == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [((3, 4), (3, 5), 1), ((4,), (5,), 0), ((3, 4, 5), (3, 4), 1), ((3, 4), (3, 4, 5), 1), ((3,), (3, 4), 0)],
+)
+def test_rows_begin_where_the_steps_differ(first, second, shared):
+    tree = hand_tree([(0, (8, 9), 0.0, 1, True), (1, first, 1.0, 2, True), (1, second, 0.0, 1, False)])
+    prompt = prompts()[0]
+    pair = StepPair(better=tree.nodes[2], worse=tree.nodes[3], margin=1.0, label_smoothing=0.0)
+    better, worse = pair_rows(prompt, tree, pair, merge_chains=False)
+    assert better.prompt_ids == worse.prompt_ids == (1, 2, 8, 9, *first[:shared])
+    assert (better.response_ids, worse.response_ids) == (first[shared:], second[shared:])
+    assert better.tokens["behaviour_logp"].tolist() == [-float(t) for t in first[shared:]]
+    assert (better.sample, worse.sample) == (1, 2) and better.scalars["score"] == 1.0
+
+
+def test_chains_may_be_merged():
+    tree = hand_tree([(0, (3,), 1.0, 3, True), (0, (4,), 0.0, 1, False), (1, (5,), 1.0, 2, True), (3, (6,), 1.0, 1, True)])
+    tree.nodes[2].children = []
+    pair = step_pairs(tree, RNG).pairs[0]
+    rows = [pair_rows(prompts()[0], tree, pair, merge_chains=merge)[0].response_ids for merge in (False, True)]
+    assert rows == [(3,), (3, 5, 6)]
+
+
+# --- the algorithm ---------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_papers():
+    """ALGORITHMS.md A5: K 5, depth 4, breadth 4 then 2, c 1, gamma 1, prior exponent 1.25, outcome +-1, beta 0.1, 8 pairs."""
+    config = MCTSDPOConfig()
+    assert (config.iterations, config.depth, config.width, config.exploration, config.gamma) == (5, 4, (4, 2), 1.0, 1.0)
+    assert (config.length_exponent, config.beta, config.max_pairs, config.step_tokens, config.step_stop) == (
+        1.25,
+        0.1,
+        8,
+        128,
+        ("\n",),
+    )
+    assert (config.outcome.correct, config.outcome.wrong, config.reroot, config.pairs) == (1.0, -1.0, "step", "worst")
+    assert (config.labels, config.loss, config.reference.type) == ("soft", "sigmoid", "initial")
+    assert not config.inject_gold and config.self_evaluation is None
+
+
+def test_hard_labels_and_other_losses():
+    config = config_of(labels="hard", loss="ipo")
+    selection = MCTSDPO(config, max_tokens=20).select(explore(config), TURN)
+    assert selection.examples and all(set(e.scalars) == {"margin"} for e in selection.examples)
+    with pytest.raises(ConfigError, match="labels: soft needs loss sigmoid, got ipo"):
+        MCTSDPO(config_of(loss="ipo"), max_tokens=20)
+    with pytest.raises(ConfigError, match=r"outcome\.wrong"):
+        MCTSDPO(config_of(outcome={"correct": 0.0, "wrong": 0.0}), max_tokens=20)
+
+
+def test_samples_out_of_order_are_refused():
+    (group,) = explore(config_of())
+    with pytest.raises(ValueError, match="out of order"):
+        tree_from_group(replace(group, samples=group.samples[::-1]))
+
+
+def test_no_groups():
+    selection = MCTSDPO(config_of(), max_tokens=20).select([], TURN)
+    assert selection.examples == () and all(math.isfinite(v) for v in selection.metrics.values())

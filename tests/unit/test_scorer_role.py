@@ -1,0 +1,144 @@
+"""The scorer's actor and its remote end, without Ray: what is asked, how long one waits, and what an entry's files must be."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from test_scorer_pairs import request
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from actors.scorer import RemoteScorer, ScorerActor
+from rayhf.config.scorers import CombineConfig, JudgeScorer, PreferenceModelScorer, RuleScorer, has_model, is_pairwise
+from rayhf.errors import ConfigError, DeadlineError
+from rayhf.experience import Compared, Scored
+from rayhf.scorer.build import check_entries
+from rayhf.scorer.judge_model import check_judge_directory, control_tokens
+
+RULES = "def length(completion, **context): return len(completion)\ndef one(completion, **context): return 1.0\n"
+
+
+class Reference:
+    """An ObjectRef: a result that is there, or never comes."""
+
+    def __init__(self, *result: Any) -> None:
+        self._future: Future[Any] = Future()
+        if result:
+            self._future.set_result(result[0])
+
+    def future(self) -> Future[Any]:
+        return self._future
+
+
+def handle(actor: object) -> Any:
+    """An actor handle whose methods run at once."""
+
+    def method(name: str) -> Any:
+        function: Callable[..., Any] = getattr(actor, name)
+        return SimpleNamespace(remote=lambda *arguments: Reference(function(*arguments)))
+
+    return SimpleNamespace(**{name: method(name) for name in ("score", "compare", "state_dict", "load_state_dict")})
+
+
+def test_the_role_answers_every_question(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(RULES)
+    entries = [RuleScorer(function="mine:length", normalise=True), RuleScorer(function="mine:one")]
+    actors = []
+    for _ in range(2):
+        actors.append(ScorerActor())
+        actors[-1].build(entries, combine=CombineConfig(type="worst"), device="cpu", threads=None, base=tmp_path)
+    scorer, resumed = (RemoteScorer(handle(actor), name="scorer", timeout_s=5) for actor in actors)
+
+    async def journey() -> None:
+        [outcomes] = await scorer.score([request("a", "aaa")])
+        assert outcomes == (
+            Scored(value=-1.0, parts={"length": 1.0, "one": 1.0}),
+            Scored(value=1.0, parts={"length": 3.0, "one": 1.0}),
+        )
+        await resumed.load_state_dict(json.loads(json.dumps(await scorer.state_dict())))
+        [first], [second] = await scorer.compare([request("a", "aa")]), await resumed.compare([request("a", "aa")])
+        assert isinstance(first, Compared) and isinstance(second, Compared) and first.source == "pointwise"
+        np.testing.assert_array_equal(first.win, second.win)
+        assert await scorer.state_dict() == await resumed.state_dict()
+
+    asyncio.run(journey())
+    for actor in actors:
+        actor.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("ask", "phase"),
+    [
+        (lambda scorer: scorer.score([request("a")]), "score"),
+        (lambda scorer: scorer.compare([request("a")]), "compare"),
+        (lambda scorer: scorer.state_dict(), "state"),
+        (lambda scorer: scorer.load_state_dict({}), "state"),
+    ],
+)
+def test_too_late_names_the_phase(ask: Any, phase: str) -> None:
+    never = SimpleNamespace(remote=lambda *arguments: Reference())
+    actor = SimpleNamespace(score=never, compare=never, state_dict=never, load_state_dict=never)
+    with pytest.raises(DeadlineError, match=f"^{phase}: no answer from scorer within 0.01 s"):
+        asyncio.run(ask(RemoteScorer(actor, name="scorer", timeout_s=0.01)))
+
+
+def judge_directory(directory: Path, *, template: str | None = "{{ messages[0].content }}", length: int | None = 64) -> Path:
+    directory.mkdir()
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "<turn>": 2, "yes": 3}, unk_token="<unk>"))
+    special = {"unk_token": "<unk>", "eos_token": "<end>", "additional_special_tokens": ["<turn>"]}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special).save_pretrained(directory)
+    (directory / "config.json").write_text(
+        json.dumps({"model_type": "qwen2"} | ({"max_position_embeddings": length} if length else {}))
+    )
+    (directory / "model.safetensors").write_bytes(b"")
+    return directory
+
+
+def test_judge_files_and_texts_are_checked_early(tmp_path: Path) -> None:
+    judge_directory(tmp_path / "judge")
+    good = JudgeScorer(model=Path("judge"), max_tokens=16)
+    check_entries([good], tmp_path)
+    for changes, message in (
+        ({"template": "{{ answr }}"}, "template: there is no 'answr'"),
+        ({"verdict": "yes"}, "verdict: 'yes' has 0 groups"),
+        ({"model": Path("absent")}, "no such model directory"),
+        ({"max_length": 128}, "max_length is 128, but .* was made for at most 64 tokens"),
+        ({"max_length": 16}, "max_tokens is 16, but question and vote together may have 16"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^scorer\.train\[0\]: .*{message}"):
+            check_entries([good.model_copy(update=changes)], tmp_path)
+
+
+def test_a_judge_needs_a_template_and_a_length(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no chat template"):
+        check_judge_directory(judge_directory(tmp_path / "plain", template=None), max_length=None, max_tokens=8)
+    silent = judge_directory(tmp_path / "silent", length=None)
+    with pytest.raises(ConfigError, match="does not say how long its sequences may be; set it"):
+        check_judge_directory(silent, max_length=None, max_tokens=8)
+    assert check_judge_directory(silent, max_length=32, max_tokens=8) == 32
+
+
+def test_control_tokens_are_the_tokenizers_special_ones(tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(judge_directory(tmp_path / "judge"))
+    assert set(control_tokens(tokenizer)) == {"<unk>", "<end>", "<turn>"}
+
+
+def test_a_preference_model_is_checked_early(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^scorer\.train\[0\]: .*absent"):
+        check_entries([PreferenceModelScorer(model=Path("absent"))], tmp_path)
+
+
+def test_kinds_of_entries() -> None:
+    judge = JudgeScorer(model=Path("j"))
+    pairwise = JudgeScorer(model=Path("j"), mode="pairwise")
+    preference, rule = PreferenceModelScorer(model=Path("p")), RuleScorer(function="a:b")
+    assert [is_pairwise(entry) for entry in (judge, pairwise, preference, rule)] == [False, True, True, False]
+    assert [has_model(entry) for entry in (judge, pairwise, preference, rule)] == [True, True, True, False]

@@ -1,0 +1,207 @@
+"""The refinement search on toy trees: a text is its path from the root, "r" -> "r0", "r1", "r2" -> "r00" ..."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayhf.search.refine import Draft, RefineLimits, Verdict, refine_search, root_node
+
+LIMITS = RefineLimits(branch=3, beam=2, depth=3, gate=0.5, max_nodes=1000, refine_retries=2, judge_retries=2)
+
+
+def votes(yes, total=5):
+    return Verdict(yes=yes, no=total - yes, critique=f"{yes} of {total}")
+
+
+class Toy:
+    """Refiner and judge. `yes` maps texts to votes of five (default 1) or to a list of verdicts, one per round of votes; `says`
+    maps a parent to what its refiner writes, request by request, instead of its children in turn."""
+
+    def __init__(self, yes=None, says=None):
+        self.yes, self.says = yes or {}, {k: [list(r) for r in v] for k, v in (says or {}).items()}
+        self.refined, self.judged, self.made = [], [], {}
+
+    async def refine(self, wanted):
+        self.refined.append([(node.text, n) for node, n in wanted])
+        return [self._drafts(node, n) for node, n in wanted]
+
+    def _drafts(self, node, n):
+        if node.text in self.says:
+            texts = self.says[node.text].pop(0) if self.says[node.text] else [None] * n
+            return [Draft(text=text, source=0) for text in texts]
+        first = self.made.get(node.text, 0)
+        self.made[node.text] = first + n
+        return [Draft(text=f"{node.text}{i}", source=i) for i in range(first, first + n)]
+
+    async def judge(self, drafts):
+        self.judged.append([draft.text for draft in drafts])
+        return [self._verdict(draft.text) for draft in drafts]
+
+    def _verdict(self, text):
+        said = self.yes.get(text, 1)
+        return said.pop(0) if isinstance(said, list) else votes(said)
+
+
+def search(toy, *, order="bfs", root=1, limits=LIMITS, known=None, **changes):
+    start = root_node("r", votes(root), source=7)
+    limits = replace(limits, **changes)
+    return asyncio.run(refine_search(start, refine=toy.refine, judge=toy.judge, limits=limits, order=order, known=known))
+
+
+def texts(tree):
+    return [node.text for node in tree.nodes]
+
+
+def test_breadth_first_by_hand():
+    toy = Toy({"r1": 2, "r2": 2, "r10": 0, "r22": 2})
+    tree = search(toy)
+    assert toy.refined == [[("r", 3)], [("r1", 3), ("r2", 3)], [("r22", 3), ("r11", 3)]]
+    assert toy.judged[1] == ["r10", "r11", "r12", "r20", "r21", "r22"]
+    assert (len(tree.nodes), tree.tried, tree.malformed, tree.dropped, tree.passed) == (16, 15, 0, 0, False)
+    assert tree.nodes[tree.final].text == "r1"  # 0.4 like r2 and r22, and made first
+    by_text = {node.text: node for node in tree.nodes}
+    assert by_text["r22"].parent == by_text["r2"].id and by_text["r22"].depth == 2 and by_text["r22"].value == pytest.approx(0.4)
+    assert [node.id for node in tree.nodes] == list(range(16)) and by_text["r"].source == 7
+
+
+def test_a_level_is_judged_whole_and_its_best_passes():
+    toy = Toy({"r00": 3, "r11": 5, "r12": 5})
+    tree = search(toy)
+    assert tree.passed and tree.nodes[tree.final].text == "r11" and tree.tried == 9
+    assert len(toy.refined) == 2
+
+
+def test_depth_first_follows_the_best_and_comes_back():
+    toy = Toy({"r2": 2, "r21": 2, "r120": 4})
+    tree = search(toy, order="dfs")
+    expanded = [batch[0][0] for batch in toy.refined]
+    assert expanded == ["r", "r2", "r21", "r20", "r0", "r00", "r01"]
+    assert not tree.passed and tree.nodes[tree.final].text == "r2"
+    toy = Toy({"r2": 2, "r0": 2, "r012": 3})
+    tree = search(toy, order="dfs")
+    assert [batch[0][0] for batch in toy.refined] == ["r", "r0", "r00", "r01"]
+    assert tree.passed and tree.nodes[tree.final].text == "r012" and tree.tried == 12
+
+
+@pytest.mark.parametrize(
+    ("order", "budget", "asked"),
+    [
+        ("bfs", 4, [[("r", 3)], [("r0", 1)]]),
+        ("bfs", 7, [[("r", 3)], [("r0", 3), ("r1", 1)]]),
+        ("bfs", 2, [[("r", 2)]]),
+        ("dfs", 7, [[("r", 3)], [("r0", 3)], [("r00", 1)]]),
+        ("dfs", 6, [[("r", 3)], [("r0", 3)]]),
+    ],
+)
+def test_the_budget_counts_refinements_and_favours_the_better_parent(order, budget, asked):
+    toy = Toy()
+    tree = search(toy, order=order, max_nodes=budget)
+    assert toy.refined == asked
+    assert tree.tried == budget and len(tree.nodes) == budget + 1
+
+
+def test_a_budget_of_the_default_tree_never_binds():
+    assert texts(search(Toy())) == texts(search(Toy(), max_nodes=RefineLimits().max_nodes))
+
+
+def test_the_gate_must_be_passed_not_met():
+    toy = Toy({"r0": [Verdict(yes=2, no=1)], "r00": [Verdict(yes=3, no=1)]})
+    tree = search(toy, gate=2 / 3)
+    assert tree.nodes[tree.final].text == "r00" and tree.passed
+
+
+@pytest.mark.parametrize("order", ["bfs", "dfs"])
+def test_a_root_that_passes_is_its_own_answer(order):
+    toy = Toy()
+    tree = search(toy, order=order, root=2, gate=0.3)
+    assert (tree.passed, tree.final, tree.tried, toy.refined, toy.judged) == (True, 0, 0, [], [])
+
+
+def test_the_fallback_may_be_the_root():
+    toy = Toy({f"r{path}": 0 for path in ["0", "1", "2"]} | {"r00": 0})
+    tree = search(toy, root=2, depth=1)
+    assert (tree.passed, tree.final) == (False, 0)
+
+
+def test_a_text_is_judged_once_and_stands_in_the_beam_once():
+    toy = Toy(says={"r": [["a", "a", "r"], ["b", "c", "c"]], "a": [["b", "a", "r"]]})
+    tree = search(toy, depth=2, known={"b": votes(2)})
+    assert toy.refined == [[("r", 3)], [("a", 3), ("r", 3)]]
+    assert toy.judged == [["a"], ["c"]]
+    assert texts(tree) == ["r", "a", "a", "r", "b", "a", "r", "b", "c", "c"]
+    assert tree.final == 4 and tree.nodes[4].verdict == votes(2)
+
+
+def test_even_votes_are_asked_for_again_and_then_dropped():
+    even, none = Verdict(yes=2, no=2, unparsable=1), Verdict(yes=0, no=0, unparsable=5)
+    toy = Toy({"r0": [even, none, even], "r1": [even, votes(4)], "r2": [votes(0)]})
+    tree = search(toy)
+    assert toy.judged == [["r0", "r1", "r2"], ["r0", "r1"], ["r0"]]
+    assert tree.passed and tree.nodes[tree.final].text == "r1"
+    assert texts(tree) == ["r", "r1", "r2"] and (tree.tried, tree.dropped) == (3, 1)
+
+
+@pytest.mark.parametrize("order", ["bfs", "dfs"])
+def test_a_judge_that_never_answers_ends_the_search(order):
+    toy = Toy(dict.fromkeys(["r0", "r1", "r2"], Verdict(yes=0, no=0, unparsable=5)))
+    toy._verdict = toy.yes.get
+    tree = search(toy, order=order)
+    assert (texts(tree), tree.passed, tree.final, tree.dropped) == (["r"], False, 0, 3)
+    assert len(toy.judged) == 1 + LIMITS.judge_retries and len(toy.refined) == 1
+
+
+def test_refinements_without_the_form_are_asked_for_again():
+    toy = Toy({"a": 1, "b": 4}, says={"r": [[None, "a", None], [None, "b"]]})
+    tree = search(toy)
+    assert toy.refined == [[("r", 3)], [("r", 2)], [("r", 1)]]
+    assert tree.nodes[tree.final].text == "b" and (tree.tried, tree.malformed) == (2, 4)
+    never = search(Toy(says={"r": []}))
+    assert (texts(never), never.passed, never.malformed, never.tried) == (["r"], False, 9, 0)
+
+
+def test_a_search_needs_a_critique_to_start_from():
+    with pytest.raises(ValueError, match="2 yes and 2 no"):
+        root_node("r", Verdict(yes=2, no=2), source=0)
+
+
+def test_what_votes_say():
+    assert (Verdict(yes=3, no=1, unparsable=1).value, Verdict(yes=0, no=0, unparsable=5).value) == (0.75, None)
+    assert [Verdict(yes=y, no=n).settled for y, n in ((0, 0), (2, 2), (3, 2))] == [False, False, True]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    data=st.data(),
+    order=st.sampled_from(["bfs", "dfs"]),
+    branch=st.integers(1, 3),
+    beam=st.integers(1, 3),
+    depth=st.integers(1, 3),
+    budget=st.integers(1, 20),
+    gate=st.sampled_from([0.0, 0.5, 0.8]),
+)
+def test_whatever_the_votes_the_tree_keeps_its_promises(data, order, branch, beam, depth, budget, gate):
+    table = data.draw(st.lists(st.integers(0, 5), min_size=7, max_size=7))
+
+    def toy():
+        made = Toy()
+        made._verdict = lambda text: Verdict(yes=table[sum(map(ord, text)) % 7], no=5 - table[sum(map(ord, text)) % 7])
+        return made
+
+    limits = RefineLimits(branch=branch, beam=beam, depth=depth, gate=gate, max_nodes=budget)
+    tree, again = search(toy(), order=order, root=0, limits=limits), search(toy(), order=order, root=0, limits=limits)
+    assert tree == again
+    assert tree.tried <= budget and tree.tried == len(tree.nodes) - 1
+    for node in tree.nodes[1:]:
+        parent = tree.nodes[node.parent]
+        assert parent.id < node.id and node.depth == parent.depth + 1 <= depth and node.text.startswith(parent.text)
+    assert tree.passed == any(node.value > gate for node in tree.nodes)
+    assert tree.nodes[tree.final].value == max(node.value for node in tree.nodes)
+    if order == "bfs":
+        for level in range(1, depth + 1):
+            parents = {node.parent for node in tree.nodes if node.depth == level}
+            assert len(parents) <= (1 if level == 1 else beam)
