@@ -71,6 +71,8 @@ class GeneralPreferenceObjective(Section):
     """tau: P(i beats j) = sigmoid(s_ij / tau)."""
     blocks: PositiveInt = 3
     """2x2 blocks of the product: the head has twice as many outputs. The authors use 4 to 6 outputs."""
+    centring: NonNegativeFloat = 0.1
+    """Weight of |v_chosen + v_rejected|^2, which takes away what all embeddings have in common. Ours; the authors have 0."""
 
 
 Objective = Annotated[

@@ -156,9 +156,8 @@ def _load_scorer(path: Path, model_config: Any, *, head_size: int, sharded: bool
         )
     if fresh:
         with deepspeed.zero.GatheredParameters([model.score.weight], modifier_rank=0, enabled=sharded):
-            # Ours: outputs around 0.1 for hidden states as a final norm leaves them. Far from 0, a product of embeddings starts
-            # out confidently wrong, and the quickest way out is to make all embeddings equal.
-            nn.init.normal_(model.score.weight, std=0.1 / math.sqrt(model.score.weight.shape[-1]))
+            # Ours: outputs of unit variance for hidden states as a final norm leaves them.
+            nn.init.normal_(model.score.weight, std=1.0 / math.sqrt(model.score.weight.shape[-1]))
     return model
 
 

@@ -45,7 +45,7 @@ def bradley_terry_scaled(chosen_P: Tensor, rejected_P: Tensor, strength_P: Tenso
 
 
 def centring(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """(r_w + r_l)^2: (P,). Pairs say nothing about the level of rewards; this keeps it at 0 (Eisenstein et al. 2023)."""
+    """(r_w + r_l)^2, elementwise. Pairs say nothing about the level of rewards; this keeps it at 0 (Eisenstein et al. 2023)."""
     return (chosen_P + rejected_P).square()
 
 
@@ -169,11 +169,20 @@ class PairwiseLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneralPreferenceLoss:
-    """Mean over pairs of -log S(s_wl / temperature). Zhang et al. 2024; embeddings as they come, as in the authors' code."""
+    """Mean over pairs of -log S(s_wl / temperature) + centring * |v_w + v_l|^2. Picklable.
+
+    The first term is Zhang et al. 2024, embeddings as they come, as in the authors' code. The second is ours: models begin with
+    nearly the same embedding for every answer, v_i = v + e_i, and then s_ij is about v^T R (e_j - e_i), one score per answer. On a
+    cycle that is only noise, and the way out of it is to make all answers equal, where no gradient is left. Centring takes v
+    away instead. Without it a fit may stay at accuracy 1/2.
+    """
 
     temperature: float = 0.1
+    centring: float = 0.1
 
     def __post_init__(self) -> None:
+        if not self.centring >= 0.0:
+            raise ConfigError(f"centring: {self.centring} must be at least 0; try 0.1")
         if not self.temperature > 0.0:
             raise ConfigError(f"temperature: {self.temperature} must be above 0; try 0.1")
 
@@ -185,5 +194,9 @@ class GeneralPreferenceLoss:
         rows_Rd = _rows(output_T, micro)
         if rows_Rd.shape[1] % 2:
             raise ValueError(f"a general preference model has an even number of outputs, the score head has {rows_Rd.shape[1]}")
-        logit_P = general_preference_score(rows_Rd[0::2], rows_Rd[1::2]) / self.temperature
-        return _output(-logsigmoid(logit_P).sum() / max(micro.totals.examples, 1.0), logit_P, micro)
+        chosen_Pd, rejected_Pd = rows_Rd[0::2], rows_Rd[1::2]
+        logit_P = general_preference_score(chosen_Pd, rejected_Pd) / self.temperature
+        loss_P = -logsigmoid(logit_P)
+        if self.centring:
+            loss_P = loss_P + self.centring * centring(chosen_Pd, rejected_Pd).sum(-1)
+        return _output(loss_P.sum() / max(micro.totals.examples, 1.0), logit_P, micro)

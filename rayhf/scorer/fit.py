@@ -103,7 +103,7 @@ def loss_of(objective: Objective) -> Loss:
         case PairwiseObjective():
             return PairwiseLoss()
         case GeneralPreferenceObjective():
-            return GeneralPreferenceLoss(temperature=objective.temperature)
+            return GeneralPreferenceLoss(temperature=objective.temperature, centring=objective.centring)
 
 
 def kind_of(objective: Objective) -> Kind:

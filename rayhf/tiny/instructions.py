@@ -41,13 +41,17 @@ JUDGE_TEMPLATE = "Judge: {{ instruction }}\n> {{ response }}"
 """Jinja2, the content of one user message."""
 REFINE_TEMPLATE = "Refine: {{ instruction }}\n> {{ response }}\n{{ judgement }}"
 """Jinja2, the content of one user message."""
+_JUDGE = jinja2.Template(JUDGE_TEMPLATE, undefined=jinja2.StrictUndefined)
+_REFINE = jinja2.Template(REFINE_TEMPLATE, undefined=jinja2.StrictUndefined)
 VERDICT = r"Verdict: (yes|no)$"
 """Searched in a judgement; group 1 is "yes" where all constraints are said to hold."""
 
-ACT_SLIP = 0.24
+ACT_SLIP = 0.19
 """Probability that a demonstrated response breaks a constraint, each on its own."""
-REFINE_SLIP = 0.14
+REFINE_SLIP = 0.08
 """The same for a demonstrated refinement."""
+SHOWN_SLIP = 0.25
+"""The same for the responses that demonstrations judge and refine: a policy errs on top of what it learned to slip."""
 JUDGE_SLIP = 0.15
 """Probability that a demonstrated judgement says ok for no or no for ok, for each constraint; the verdict follows."""
 
@@ -213,11 +217,13 @@ def draw_slips(instruction: Instruction, rng: random.Random, *, rate: float) -> 
 
 
 def judge_prompt(instruction: Instruction, response: str) -> str:
-    return _JUDGE.render(instruction=instruction.prompt, response=response)
+    """JUDGE_TEMPLATE, rendered."""
+    return str(_JUDGE.render(instruction=instruction.prompt, response=response))
 
 
 def refine_prompt(instruction: Instruction, response: str, judged: str) -> str:
-    return _REFINE.render(instruction=instruction.prompt, response=response, judgement=judged)
+    """REFINE_TEMPLATE, rendered."""
+    return str(_REFINE.render(instruction=instruction.prompt, response=response, judgement=judged))
 
 
 def demonstrations(asked: Sequence[Instruction], seed: int, *, slipping: bool) -> dict[str, list[tuple[str, str]]]:
@@ -227,7 +233,7 @@ def demonstrations(asked: Sequence[Instruction], seed: int, *, slipping: bool) -
     do, so that each constraint is often seen to hold and often not.
     """
     rng = random.Random(f"instructions demonstrations {seed} {slipping}")
-    act, judge, refine, seen = (ACT_SLIP, JUDGE_SLIP, REFINE_SLIP, ACT_SLIP) if slipping else (0.0, 0.0, 0.0, 0.4)
+    act, judge, refine, seen = (ACT_SLIP, JUDGE_SLIP, REFINE_SLIP, SHOWN_SLIP) if slipping else (0.0, 0.0, 0.0, 0.4)
     rows: dict[str, list[tuple[str, str]]] = {"act": [], "judge": [], "refine": []}
     for instruction in asked:
         rows["act"].append((instruction.prompt, compose(instruction, draw_slips(instruction, rng, rate=act), rng)))
@@ -244,8 +250,8 @@ def demonstrations(asked: Sequence[Instruction], seed: int, *, slipping: bool) -
 
 
 def failing_response(instruction: Instruction, rng: random.Random) -> str:
-    """A response with at least one slip, in the proportions in which demonstrations fail."""
-    while not (slips := draw_slips(instruction, rng, rate=ACT_SLIP)):
+    """A response with at least one slip, each constraint broken at SHOWN_SLIP."""
+    while not (slips := draw_slips(instruction, rng, rate=SHOWN_SLIP)):
         pass
     return compose(instruction, slips, rng)
 
@@ -283,6 +289,3 @@ def verdict_correct(completion: str, *, prompt: str, answer: str | None, finish_
     if answer not in ("yes", "no"):
         raise ConfigError(f"prompts: a judgement's answer is yes or no, and {prompt!r} has {answer!r}")
     return float(verdict_of(completion, finish_reason) == answer)
-
-
-_JUDGE, _REFINE = (jinja2.Template(source, undefined=jinja2.StrictUndefined) for source in (JUDGE_TEMPLATE, REFINE_TEMPLATE))

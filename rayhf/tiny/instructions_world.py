@@ -28,9 +28,9 @@ from rayhf.tiny.world import write_rows
 HELDOUT, TRAIN, DEMONSTRATED = 500, 4000, 6000
 """Instructions. Demonstrations cover the training prompts and some more, never a held-out one."""
 SIZE = ModelSize(hidden=128, layers=3, intermediate=352)
-JUDGING = Phase(steps=500, batch=32, lr=1.5e-3, lr_end=1e-3)
-CLEAN = Phase(steps=400, batch=32, lr=1.5e-3, lr_end=8e-4)
-SLIPPING = Phase(steps=150, batch=32, lr=1e-3, lr_end=1e-4)
+JUDGING = Phase(steps=350, batch=32, lr=1.5e-3, lr_end=1.2e-3)
+CLEAN = Phase(steps=950, batch=24, lr=1.6e-3, lr_end=6e-4)
+SLIPPING = Phase(steps=120, batch=32, lr=7e-4, lr_end=1e-4)
 MAX_TOKENS = 48
 """Of a judgement with four checks, about 25."""
 VOTES, VOTE_TEMPERATURE = 5, 0.7
@@ -79,14 +79,17 @@ def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> 
 
 
 def mixed(rows: Mapping[str, Sequence[tuple[str, str]]]) -> list[tuple[str, str]]:
-    return [row for skill in rows.values() for row in skill]
+    """All three skills. Half of the judgements will do: they are the easiest skill and were learned first."""
+    return [*rows["act"], *rows["judge"][::2], *rows["refine"]]
 
 
 @torch.no_grad()
 def spread(model: LlamaForCausalLM) -> None:
     """Start with larger weights (standard deviation 0.06 instead of 0.02) and with output embeddings equal to the input's.
 
-    Measured: at 0.02 and this learning rate the policy has not begun to copy after 250 steps; at 0.06 it has after 100.
+    Measured on texts that say their prompt again, at a learning rate of 2.5e-3: from 0.02 the policy copies nothing after
+    250 steps (1.6 nats per token), from 0.06 it does after 150 (0.4). With equal embeddings, from 0.02, half of the names
+    are copied right after 400 steps, without them a sixth.
     """
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -122,6 +125,7 @@ def measure(
         [instructions.verdict_of(*one) for one in write(questions, temperature, turn)]
         for turn, temperature in enumerate((1.0, *[VOTE_TEMPERATURE] * VOTES), 1)
     ]
+    # A tie, which takes a vote without a verdict, counts as no.
     voted = ["yes" if votes.count("yes") > votes.count("no") else "no" for votes in zip(*verdicts[1:], strict=True)]
     for name, given in (("sampled", verdicts[0]), ("voted", voted)):
         measured[f"judge_accuracy_{name}"] = _mean(

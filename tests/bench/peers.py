@@ -98,8 +98,8 @@ def rayhf(turns: Turns) -> None:
 
     async def play() -> None:
         roles = await _assembled(config, prepared)
-        everything = {"algorithm": prepared.algorithm, "prompts": prepared.prompts, "heldout": None}
-        await Controller(config, roles=roles, store=store, observer=Stepper(), **everything).run()
+        what = {"algorithm": prepared.algorithm, "material": prepared.material}
+        await Controller(config, roles=roles, store=store, observer=Stepper(), **what).run()
 
     with ray_cluster("local", cpus=4):
         asyncio.run(play())
@@ -127,14 +127,14 @@ def agreement(turns: Turns) -> None:
 
     async def answers(roles: Any, version: int) -> list[Any]:
         sampling = Sampling(max_tokens=spec.max_tokens)
-        prompts = prepared.prompts.prompts[: spec.completions]
+        prompts = prepared.material.prompts.prompts[: spec.completions]
         requests = [
             GenerateRequest(prompt_id=p.prompt_id, number=0, token_ids=p.token_ids, sampling=sampling, seeds=(version,))
             for p in prompts
         ]
         groups = [
             Group(prompt=p, samples=tuple(Sample(completion=c, outcome=Scored(value=0.0)) for c in found))
-            for p, found in zip(prompts, await roles.rollout.generate(requests, version=version), strict=True)
+            for p, found in zip(prompts, await roles.rollouts["policy"].generate(requests, version=version), strict=True)
         ]
         return [make_row(group, 0, score=0.0) for group in groups]
 
@@ -146,10 +146,10 @@ def agreement(turns: Turns) -> None:
             references = await roles.reference.logprobs(rows, temperature=1.0)
             advantages = [np.full(len(r.response_ids), 1.0 if i % 2 else -1.0, np.float32) for i, r in enumerate(rows)]
             rows = [r.with_tokens(advantage=a, ref_logp=f) for r, a, f in zip(rows, advantages, references, strict=True)]
-            await roles.learner.step(Batch(examples=tuple(Example(rows=(row,)) for row in rows)), loss)
-            await roles.rollout.update(await roles.learner.publish(version + 1))
+            await roles.learners["policy"].step(Batch(examples=tuple(Example(rows=(row,)) for row in rows)), loss)
+            await roles.rollouts["policy"].update(await roles.learners["policy"].publish(version + 1))
         rows = await answers(roles, 3)
-        mine = await roles.learner.outputs(rows, temperature=1.0)
+        mine = await roles.learners["policy"].outputs(rows, temperature=1.0)
         gaps = np.concatenate([np.abs(r.tokens["behaviour_logp"] - m) for r, m in zip(rows, mine, strict=True)])
         moved = np.concatenate(await roles.reference.logprobs(rows, temperature=1.0)) - np.concatenate(mine)
         turns.done(mean=float(gaps.mean()), max=float(gaps.max()), tokens=len(gaps), moved=float(np.abs(moved).mean()))

@@ -49,7 +49,7 @@ def make_world(directory: Path) -> Path:
 
 
 def config(directory: str, /, **sections: Any) -> dict[str, Any]:
-    """A complete config with relative paths; `sections` are merged in."""
+    """A complete config with relative paths; `sections` are merged in, those with a type replaced."""
     data: dict[str, Any] = {
         "seed": 5,
         "run": {"dir": directory, "iterations": 2, "eval_every": 2, "checkpoint_every": 1},
@@ -62,7 +62,8 @@ def config(directory: str, /, **sections: Any) -> dict[str, Any]:
         "reference": {"threads": 1},
     }
     for name, value in sections.items():
-        data[name] = {**data[name], **value} if isinstance(value, dict) and name in data else value
+        whole = name not in data or not isinstance(value, dict) or "type" in value
+        data[name] = value if whole else {**data[name], **value}
     return data
 
 

@@ -50,6 +50,17 @@ def test_the_reward_model_has_learned_the_preference(tiny: dict[str, TaskInfo]) 
     assert 0.7 < measured["labels_agree_with_true_preference"] < 0.9
 
 
+def test_the_policy_of_instructions_acts_judges_and_refines_with_mediocre_accuracy(tiny: dict[str, TaskInfo]) -> None:
+    info = tiny["instructions"]
+    measured = info.measured
+    assert 0.25 <= measured["satisfied_sampled"] <= 0.60
+    assert 0.60 <= measured["judge_accuracy_sampled"] <= 0.90
+    assert measured["judge_accuracy_voted"] >= measured["judge_accuracy_sampled"] + 0.05
+    assert measured["refine_success"] >= measured["satisfied_sampled"] + 0.05
+    judgements = rows(info.directory / "heldout_judgements.jsonl")
+    assert sum(row["answer"] == "yes" for row in judgements) == len(judgements) // 2 == 250
+
+
 def test_train_and_heldout_prompts_do_not_overlap(tiny: dict[str, TaskInfo]) -> None:
     for info in tiny.values():
         train, heldout = rows(info.train), rows(info.heldout)
@@ -60,7 +71,7 @@ def test_train_and_heldout_prompts_do_not_overlap(tiny: dict[str, TaskInfo]) -> 
         assert all(("answer" in row) == (info.task == "arithmetic") for row in train + heldout)
 
 
-@pytest.mark.parametrize("task", ["arithmetic", "words"])
+@pytest.mark.parametrize("task", ["arithmetic", "words", "instructions"])
 def test_the_policy_loads_as_transformers_and_vllm_want_it(tiny: dict[str, TaskInfo], task: str) -> None:
     info = tiny[task]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(info.policy), AutoTokenizer.from_pretrained(info.policy)

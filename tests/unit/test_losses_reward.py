@@ -32,7 +32,8 @@ LOSSES: dict[str, Loss] = {
     "regression": RegressionLoss(),
     "regression, mixed": RegressionLoss(mix=0.25),
     "pairwise": PairwiseLoss(),
-    "general preference": GeneralPreferenceLoss(temperature=0.7),
+    "general preference": GeneralPreferenceLoss(temperature=0.7, centring=0.0),
+    "general preference, centred": GeneralPreferenceLoss(temperature=0.7, centring=0.2),
 }
 NAMES = sorted(LOSSES)
 
@@ -66,14 +67,15 @@ def pair_terms(name: str, w: Sequence[float], l: Sequence[float], m: float, a: f
         return 0.25 * ((w[0] - a) ** 2 + (l[0] - b) ** 2) / 2 - 0.75 * math.log(win(w[0] - l[0]))
     if name == "pairwise":  # w: log-odds with the chosen first, l: with the rejected first
         return -(math.log(win(w[0])) + math.log(1 - win(l[0]))) / 2
-    return -math.log(win(skew(w, l) / 0.7))
+    centre = 0.2 * sum((a + b) ** 2 for a, b in zip(w, l, strict=True)) if "centred" in name else 0.0
+    return centre - math.log(win(skew(w, l) / 0.7))
 
 
 class Data:
     def __init__(self, pairs: int, name: str, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.name, self.pairs = name, pairs
-        self.output = rng.normal(size=(2 * pairs, 4 if name == "general preference" else 1))
+        self.output = rng.normal(size=(2 * pairs, 4 if name.startswith("general") else 1))
         self.margin, self.rating = rng.uniform(0.2, 3, pairs), rng.normal(size=2 * pairs)
 
     def micro(self, picked: Sequence[int], totals: Totals) -> tuple[Tensor, MicroBatch]:
@@ -218,6 +220,7 @@ def test_one_block_holds_a_cycle() -> None:
     [
         (lambda: BradleyTerryLoss(centring=-1.0), "centring: -1.0 must be at least 0"),
         (lambda: RegressionLoss(mix=1.5), "mix: 1.5 must be from 0 to 1"),
+        (lambda: GeneralPreferenceLoss(centring=-0.1), "centring: -0.1 must be at least 0"),
         (lambda: GeneralPreferenceLoss(temperature=0.0), "temperature: 0.0 must be above 0"),
     ],
 )

@@ -249,7 +249,7 @@ def test_build_makes_only_what_is_missing(tmp_path: Path, made: list[tuple[str, 
     first = world.build(tmp_path, tasks=["words"], progress=lambda stage, done: stages.append((stage, done)))
     assert stages == [("words: prompts", 1.0)]
     assert not first["words"].cached
-    both = world.build(tmp_path)
+    both = world.build(tmp_path, tasks=["words", "arithmetic"])
     assert (both["words"].cached, both["arithmetic"].cached) == (True, False)
     assert made == [("words", 0), ("arithmetic", 0)]
     assert both["words"].measured == {"accuracy": 0.5}

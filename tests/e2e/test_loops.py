@@ -1,0 +1,113 @@
+"""The further loops with the real engines, on a policy of toy size that ends its short answers: what trains, and exact resume."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from test_campaign import metrics, run, samples, start, wait_for
+from world import make_world, write_config
+
+from rayhf.tiny.language_model import Phase, new_model, train
+from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
+
+RULES = """
+
+def cycle(first, second, *, prompt, answer):
+    kinds = [len(text) % 3 for text in (first, second)]
+    return {0: 0.5, 1: 0.9, 2: 0.1}[(kinds[0] - kinds[1]) % 3]
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its policy answers everything with a few lines of a and b, and then stops."""
+    from world import SIZE
+
+    directory = make_world(tmp_path_factory.mktemp("loops"))
+    rng = random.Random(0)
+    answers = ["\n".join(rng.choice("ab") * rng.randint(1, 2) for _ in range(rng.randint(1, 2))) for _ in range(300)]
+    asked = [f"Say something about {rng.randint(0, 200)}" for _ in answers]
+    tokenizer = train_tokenizer([*asked, *answers], POLICY_FORMAT, max_vocab=300, max_length=128)
+    policy = new_model(SIZE, tokenizer, seed=0)
+    shown = list(zip(asked, answers, strict=True))
+    train(policy, tokenizer, shown, Phase(steps=80, batch=16, lr=5e-3, lr_end=1e-3), seed=0, progress=lambda done: None)
+    policy.save_pretrained(directory / "policy")
+    tokenizer.save_pretrained(directory / "policy")
+    (directory / "my_rules.py").write_text((directory / "my_rules.py").read_text() + RULES)
+    pairs = [{"prompt": f"Say something about {i}", "chosen": "a\na", "rejected": "bb"} for i in range(8)]
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return directory
+
+
+SPAR = {
+    "type": "spar",
+    "samples": 3,
+    "judge_votes": 3,
+    "judge_temperature": 1.0,
+    "refine_temperature": 1.0,
+    "judge_template": "{{ instruction }} {{ response }}",
+    "refine_template": "{{ instruction }} {{ response }} {{ judgement }}",
+    "verdict_pattern": "([ab])",
+    "verdict_yes": "a",
+    "verdict_no": "b",
+    "refined_pattern": None,
+    "test_time_refine": True,
+    "refiner": {"lr": 1e-3, "epochs": 1, "examples_per_step": 8},
+}
+MORE = {"prompts": {"batch": 8}, "learner": {"prompts_per_step": 8}}
+
+
+def test_two_policies_are_trained_and_a_killed_run_ends_with_the_same_bits(world: Path) -> None:
+    run(world, write_config(world, "first", algorithm=SPAR, **MORE), "run.iterations=3")
+    config = write_config(world, "second", algorithm=SPAR, **MORE)
+    killed = start(world, config, "run.iterations=3")
+    wait_for(lambda: (world / "second/checkpoints/iteration-000001/MANIFEST.json").exists() or killed.poll() is not None)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    out, _ = run(world, config, "run.iterations=3")
+    assert "continuing second after round" in out
+    assert metrics(world, "first") == metrics(world, "second")
+    for iteration in (1, 2, 3):
+        assert samples(world, "first", iteration) == samples(world, "second", iteration)
+    for policy in ("policy", "refiner"):
+        weights = [(world / name / policy / "model.safetensors").read_bytes() for name in ("first", "second")]
+        assert weights[0] == weights[1] != (world / "policy/model.safetensors").read_bytes()
+    last = metrics(world, "first")[-1]
+    assert last["policy/version"] >= 1 and last["refiner/version"] >= 1 and "refiner/loss" in last
+    assert "eval/toy/refined" in last and last["pairs/kept"] >= 0
+    kinds = {row["kind"] for row in samples(world, "first", 1)}
+    assert {"answer", "judgement", "refinement"} <= kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm", "scorer"),
+    [
+        ("mcts", {"type": "mcts_dpo", "width": [3, 2], "iterations": 4, "parallel": 2}, None),
+        (
+            "sppo",
+            {"type": "sppo", "samples": 4, "eta": 2.0},
+            {"train": [{"type": "pairwise_rule", "function": "my_rules:cycle"}]},
+        ),
+        ("hypo", {"type": "hypo", "offline": {"path": "pairs.jsonl"}}, None),
+    ],
+)
+def test_every_further_loop_trains(
+    world: Path, name: str, algorithm: dict[str, object], scorer: dict[str, object] | None
+) -> None:
+    more: dict[str, object] = {"prompts": {"batch": 8}, "run": {"max_staleness": 1 if name == "mcts" else 0}}
+    if scorer:
+        more["scorer"] = {**scorer, "evaluate": [{"type": "rule", "function": "my_rules:even"}]}
+    run(world, write_config(world, name, algorithm=algorithm, **more))
+    last = metrics(world, name)[-1]
+    assert last["iteration"] == 2 and last["policy/version"] >= 1 and abs(last["rollout/mismatch_kl"]) < 1e-2
+    rows = samples(world, name, 1)
+    if name == "mcts":
+        assert {row["kind"] for row in rows} >= {"step"} and any(row["parent"] is not None for row in rows)
+    if name == "sppo":
+        assert all(len(row["wins"]) == 4 for row in rows) and "reference/kl" in last
+    if name == "hypo":
+        assert last["pairs/given"] == 8 and last["hypo/dpo_accuracy"] >= 0.0
