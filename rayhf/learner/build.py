@@ -100,7 +100,7 @@ def load_model(
     """The trainable model; `head_size` is a score head's number of outputs.
 
     A value head starts at zero, so that the first values are 0 for every token. A score head is kept where `path` is a
-    scorer already, and random otherwise: at zero, a product of two embeddings would have no gradient.
+    scorer already, and random otherwise.
     """
     import deepspeed
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
@@ -156,8 +156,10 @@ def _load_scorer(path: Path, model_config: Any, *, head_size: int, sharded: bool
         )
     if fresh:
         with deepspeed.zero.GatheredParameters([model.score.weight], modifier_rank=0, enabled=sharded):
-            # Ours: outputs of unit variance for hidden states as a final norm leaves them.
-            nn.init.normal_(model.score.weight, std=1.0 / math.sqrt(model.score.weight.shape[-1]))
+            # Ours. A single output starts near 0, where no answer and no place is preferred. A product of embeddings would have
+            # no gradient there: several outputs start with unit variance (for hidden states as a final norm leaves them).
+            scale = 0.1 if head_size == 1 else 1.0
+            nn.init.normal_(model.score.weight, std=scale / math.sqrt(model.score.weight.shape[-1]))
     return model
 
 

@@ -172,9 +172,9 @@ class GeneralPreferenceLoss:
     """Mean over pairs of -log S(s_wl / temperature) + centring * |v_w + v_l|^2. Picklable.
 
     The first term is Zhang et al. 2024, embeddings as they come, as in the authors' code. The second is ours: models begin with
-    nearly the same embedding for every answer, v_i = v + e_i, and then s_ij is about v^T R (e_j - e_i), one score per answer. On a
-    cycle that is only noise, and the way out of it is to make all answers equal, where no gradient is left. Centring takes v
-    away instead. Without it a fit may stay at accuracy 1/2.
+    nearly the same embedding for every answer, v_i = v + e_i, and then s_ij is about v^T R (e_j - e_i), one score per answer.
+    On a cycle that is only noise, and the way out of it is to make all answers equal, where no gradient is left. Centring
+    takes v away instead; without it a fit may stay at accuracy 1/2.
     """
 
     temperature: float = 0.1

@@ -103,7 +103,8 @@ def test_every_further_loop_trains(
         more["scorer"] = {**scorer, "evaluate": [{"type": "rule", "function": "my_rules:even"}]}
     run(world, write_config(world, name, algorithm=algorithm, **more))
     last = metrics(world, name)[-1]
-    assert last["iteration"] == 2 and last["policy/version"] >= 1 and abs(last["rollout/mismatch_kl"]) < 1e-2
+    assert last["iteration"] == 2 and last["policy/version"] >= 1
+    assert last["staleness/max"] > 0 or abs(last["rollout/mismatch_kl"]) < 1e-4
     rows = samples(world, name, 1)
     if name == "mcts":
         assert {row["kind"] for row in rows} >= {"step"} and any(row["parent"] is not None for row in rows)
