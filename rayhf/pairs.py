@@ -1,7 +1,7 @@
 """Preference pairs from a file: read, checked, and encoded as training examples.
 
 A row has `prompt` (string) or `messages` (list), `chosen` and `rejected` (different texts), and optionally `margin` (how much
-better, above 0), `score_chosen` and `score_rejected` (ratings). Every refused row is named by file and row.
+better, 0 or more), `score_chosen` and `score_rejected` (ratings). Every refused row is named by file and row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TextPair:
     chosen: str
     rejected: str
     margin: float | None = None
-    """How much better, above 0."""
+    """How much better, 0 or more."""
     score_chosen: float | None = None
     score_rejected: float | None = None
 
@@ -58,8 +58,8 @@ def load_pairs(path: Path, *, key: str) -> PairSet:
             if not isinstance(row.get(field), str):
                 raise ConfigError(f"{key}: {where}: expected `{field}` (string), got keys {', '.join(sorted(row))}")
         numbers = {field: _number(row.get(field), field, f"{key}: {where}") for field in _OPTIONAL}
-        if numbers["margin"] is not None and numbers["margin"] <= 0:
-            raise ConfigError(f"{key}: {where}: `margin` is {numbers['margin']:g}; the chosen answer is better, expected above 0")
+        if numbers["margin"] is not None and numbers["margin"] < 0:
+            raise ConfigError(f"{key}: {where}: `margin` is {numbers['margin']:g}; expected 0 or more")
         if row["chosen"] == row["rejected"]:
             identical += 1
             continue

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
 
-
 S = TypeVar("S", bound=BaseModel)
 
 

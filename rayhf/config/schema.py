@@ -185,14 +185,7 @@ class TrackingConfig(Section):
 
 
 AlgorithmConfig = Annotated[
-    PPOConfig
-    | OnlineDPOConfig
-    | IterativeDPOConfig
-    | SPPOConfig
-    | INPOConfig
-    | HyPOConfig
-    | MCTSDPOConfig
-    | SPaRConfig,
+    PPOConfig | OnlineDPOConfig | IterativeDPOConfig | SPPOConfig | INPOConfig | HyPOConfig | MCTSDPOConfig | SPaRConfig,
     Field(discriminator="type"),
 ]
 

@@ -184,6 +184,9 @@ def check_directory(directory: Path) -> None:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ConfigError(f"reward model {directory}: there is no config.json; a Hugging Face model directory is needed")
+    facts = directory / "rayhf_scorer.json"  # a pairwise model has one output too, but it reads two answers
+    if facts.is_file() and (kind := _read_json(facts).get("kind")) != "pointwise":
+        raise ConfigError(f"reward model {directory}: it is a {kind} model; use type: preference_model for it")
     config = _read_json(config_file)
     names = config.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):

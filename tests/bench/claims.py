@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ def at(name: str, nth: int) -> Figure:
     return lambda lines: float([line[name] for line in lines if name in line][nth])
 
 
-def total(name: str) -> Figure:
-    return lambda lines: float(sum(line.get(name, 0.0) for line in lines))
+def total(name: str, times: float = 1.0) -> Figure:
+    return lambda lines: times * sum(line.get(name, 0.0) for line in lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,8 @@ class Case:
     preset: str
     overrides: tuple[str, ...] = ()
     figures: dict[str, Figure]
+    twice: bool = False
+    """Run it twice; the figures are then read from the comparison of the two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,8 @@ class Claim:
     title: str
     bar: str
     cases: tuple[Case, ...]
-    before: tuple[tuple[str, ...], ...] = field(default=())
-    """Commands that must have run once: scorers to be fitted."""
+    fits: tuple[str, ...] = ()
+    """Scorers that the cases need, fitted once per seed: the word SCORERS in an override is their directory."""
 
 
 GAME = {
@@ -101,12 +103,16 @@ INSTRUCTIONS = {f"satisfied, round {i}": at("eval/instructions/sampled", i) for 
     "judging after": last("eval/judging/sampled"),
 }
 
-FITTED = "runs/scorers"
+SAME = {"figures compared": last("compared"), "different": last("different")}
+SCORER = {
+    "held-out accuracy": last("accuracy"),
+    "calibration error": last("calibration_error"),
+}
 CLAIMS = {
     "sppo": Claim(
         title="SPPO finds the equilibrium of the cyclic game on average; a Bradley-Terry reward cannot",
+        fits=("bradley_terry_game",),
         bar="exploitability of the average from >= 0.2 to <= 0.05 in 100 rounds; online DPO with Bradley-Terry stays above 0.15",
-        before=(("fit-scorer", "configs/tiny/fit_bradley_terry_game.yaml"),),
         cases=(
             Case(label="SPPO", preset="sppo_game", figures=GAME),
             Case(label="INPO", preset="inpo_game", figures=GAME),
@@ -115,10 +121,36 @@ CLAIMS = {
                 preset="sppo_game",
                 overrides=(
                     "algorithm={type: online_dpo, samples: 8, beta: 0.1}",
-                    f"scorer.train=[{{type: reward_model, model: {FITTED}/bradley_terry_game}}]",
+                    "scorer.train=[{type: reward_model, model: SCORERS/bradley_terry_game}]",
                 ),
                 figures=GAME,
             ),
+        ),
+    ),
+    "same": Claim(
+        title="Two runs with the same seed agree in every bit (float32, staleness 0)",
+        bar="no figure differs, for every loop",
+        cases=tuple(
+            Case(label=name, preset=name, overrides=("run.iterations=2", "run.eval_prompts=64"), figures=SAME, twice=True)
+            for name in (
+                "online_dpo_arithmetic",
+                "ppo_arithmetic",
+                "grpo_arithmetic",
+                "iterative_dpo_words",
+                "sppo_game",
+                "inpo_game",
+                "spar_instructions",
+                "mcts_dpo_arithmetic",
+                "hypo_words",
+            )
+        ),
+    ),
+    "scorers": Claim(
+        title="Pairwise and general preference models hold the game's cycle; Bradley-Terry cannot",
+        bar="pairwise and general preference >= 90 % on held-out pairs, Bradley-Terry <= 65 %",
+        cases=tuple(
+            Case(label=name.replace("_", " "), preset=f"fit_{name}_game", figures=SCORER)
+            for name in ("bradley_terry", "pairwise", "general_preference")
         ),
     ),
     "mcts": Claim(
@@ -128,7 +160,7 @@ CLAIMS = {
             Case(
                 label="MCTS-DPO",
                 preset="mcts_dpo_arithmetic",
-                figures=ARITHMETIC | {"tokens generated": total("mcts/tokens_total")},
+                figures=ARITHMETIC | {"tokens generated": total("mcts/tokens", 64)},
             ),
             Case(label="online DPO", preset="online_dpo_arithmetic", figures=ARITHMETIC),
         ),
@@ -170,18 +202,52 @@ CLAIMS = {
 }
 
 
-def run(case: Case, seed: int, runs: Path) -> tuple[Lines, float]:
+def run(claim: Claim, case: Case, seed: int, runs: Path) -> tuple[Lines, float]:
     """The metrics of the finished run and its seconds."""
+    fitted = runs / f"scorers-seed{seed}"
+    for name in claim.fits:
+        fit(name, seed, fitted)
+    if case.preset.startswith("fit_"):
+        return fit(case.preset.removeprefix("fit_"), seed, fitted)
     name = re.sub(r"[^a-z0-9]+", "-", f"{case.preset} {case.label}".lower()).strip("-")
     directory = runs / f"{name}-seed{seed}"
+    overrides = [override.replace("SCORERS", str(fitted)) for override in case.overrides]
+    command = ["run", f"configs/tiny/{case.preset}.yaml", f"seed={seed}", *overrides]
+    seconds = timed([*command, f"run.dir={directory}"], directory)
+    if not case.twice:
+        return read(directory), seconds
+    again = directory.with_name(f"{directory.name}-again")
+    seconds += timed([*command, f"run.dir={again}"], again)
+    return [compare(read(directory), read(again))], seconds
+
+
+def read(directory: Path) -> Lines:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def compare(one: Lines, other: Lines) -> dict[str, float]:
+    """How many figures (seconds aside) two runs have, and in how many they differ in any bit."""
+    pairs = [
+        (a.get(name), b.get(name)) for a, b in zip(one, other, strict=True) for name in a.keys() | b.keys() if "time/" not in name
+    ]
+    return {"compared": float(len(pairs)), "different": float(sum(a != b for a, b in pairs))}
+
+
+def fit(name: str, seed: int, fitted: Path) -> tuple[Lines, float]:
+    """The same for a scorer."""
+    directory = fitted / name
+    seconds = timed(["fit-scorer", f"configs/tiny/fit_{name}.yaml", f"output={directory}", f"seed={seed}"], directory)
+    return [json.loads((directory / "metrics.json").read_text())], seconds
+
+
+def timed(arguments: Sequence[str], directory: Path) -> float:
+    """Seconds of the command that fills `directory`; a command that was timed is done."""
     clock = directory.with_suffix(".seconds")
     if not clock.exists():
         started = time.monotonic()
-        command = ["run", f"configs/tiny/{case.preset}.yaml", f"run.dir={directory}", f"seed={seed}", *case.overrides]
-        rayhf(command, log=directory.with_suffix(".log"))
+        rayhf(arguments, log=directory.with_suffix(".log"))
         clock.write_text(f"{time.monotonic() - started:.1f}")
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return lines, float(clock.read_text())
+    return float(clock.read_text())
 
 
 def rayhf(arguments: Sequence[str], *, log: Path) -> None:
@@ -206,7 +272,7 @@ def table_of(claim: Claim, seeds: Sequence[int], runs: Path, console: Console) -
         results = []
         for seed in seeds:
             console.print(f"{case.label}, seed {seed}", markup=False)
-            results.append(run(case, seed, runs))
+            results.append(run(claim, case, seed, runs))
         cells = []
         for name in names:
             values = [case.figures[name](lines) for lines, _ in results]
@@ -254,11 +320,6 @@ def main() -> None:
     console, seeds = Console(), list(range(options.seeds))
     for key in options.claims or CLAIMS:
         claim = CLAIMS[key]
-        for command in claim.before:
-            done = options.runs / ("-".join(Path(part).stem for part in command) + ".done")
-            if not done.exists():
-                rayhf(command, log=done.with_suffix(".log"))
-                done.touch()
         rows = table_of(claim, seeds, options.runs, console)
         show(claim, rows, console)
         if options.record:

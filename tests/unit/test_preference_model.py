@@ -354,3 +354,12 @@ def test_a_pointwise_fit_is_a_reward_model(tmp_path: Path, tokenizer: PreTrained
     assert all(isinstance(outcome, Scored) for outcome in RewardModel(directory).score([ask("a", "b")])[0])
     with pytest.raises(ConfigError, match="use type: reward_model"):
         PreferenceModel(directory)
+
+
+def test_a_model_of_pairs_is_no_reward_model(tmp_path: Path) -> None:
+    from rayhf.scorer.reward_model import check_directory as check_reward_model
+
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}')
+    (tmp_path / "rayhf_scorer.json").write_text('{"kind": "pairwise"}')
+    with pytest.raises(ConfigError, match="it is a pairwise model; use type: preference_model"):
+        check_reward_model(tmp_path)
