@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from world import make_world, write_config
 
+pytestmark = pytest.mark.timeout(1200)  # generous: on a shared machine a start takes minutes
 RAYHF = Path(sys.executable).with_name("rayhf")
 
 
@@ -31,7 +32,7 @@ def start(world: Path, config: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def run(world: Path, config: Path, *overrides: str, code: int = 0) -> tuple[str, str]:
     process = start(world, config, *overrides)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == code, f"{out}\n{err}"
     return out, err
 
@@ -145,5 +146,5 @@ def test_ctrl_c_exits_resumable(world: Path) -> None:
     process = start(world, write_config(world, "stopped"), "run.iterations=500")
     wait_for(lambda: (world / "stopped/metrics.jsonl").exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 75 and "the same command continues" in err

@@ -14,6 +14,7 @@ from world import make_world, write_config
 from rayhf.tiny.language_model import Phase, new_model, train
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 
+pytestmark = pytest.mark.timeout(1200)
 RULES = """
 
 def cycle(first, second, *, prompt, answer):

@@ -28,6 +28,8 @@ from rayhf.scorer.reward_model import RewardModel
 from rayhf.tiny.language_model import ModelSize, new_model
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 
+pytestmark = pytest.mark.timeout(500)
+
 KINDS = ("rock", "paper", "scissors")
 """Each beats the one before it; the first beats the last."""
 FORMS = ("i play {}", "{} now", "my choice is {}", "{}", "take {} please", "it is {} again", "{} it is", "surely {}")
@@ -84,7 +86,7 @@ def run(settings: FitConfig) -> tuple[dict[str, Any], str]:
     file = settings.output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     command = [sys.executable, "-m", "launch.cli", "fit-scorer", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads((settings.output / "metrics.json").read_text()), done.stdout
 
