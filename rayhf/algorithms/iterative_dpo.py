@@ -41,15 +41,16 @@ class IterativeDPO(OnlineDPO):
 
     def select(self, groups: Sequence[Group], turn: Turn) -> Selection:
         fresh = super().select(groups, turn)
-        examples, metrics = list(fresh.examples), dict(fresh.metrics)
+        metrics = dict(fresh.metrics)
         earlier: list[Example] = []
         for back, share in enumerate(self.iterative.earlier, start=1):
             # Pairs that were themselves mixed in do not come a second time: they belong to a round before that one.
-            own = [e for e in turn.earlier(turn.iteration - back) if not e.scalars.get("mixed")]
-            earlier += _draw(own, round(share * len(fresh.examples)), derive_seed(turn.seed, "earlier", back))
+            own = [e for e in turn.earlier(turn.iteration - back) if not e.scalars.get("rounds_back")]
+            drawn = _draw(own, round(share * len(fresh.examples)), derive_seed(turn.seed, "earlier", back))
+            earlier += [_mark(e, rounds_back=back) for e in drawn]
         given = deal_given(self._given, self.iterative.offline.share if self.iterative.offline else 0.0, len(groups), turn)
         metrics |= {"pairs/earlier": float(len(earlier)), "pairs/given": float(len(given))}
-        examples = [_mark(e, mixed=0.0) for e in examples] + [_mark(e, mixed=1.0) for e in (*earlier, *given)]
+        examples = [_mark(e) for e in fresh.examples] + earlier + [_mark(e) for e in given]
         return Selection(examples=tuple(examples), metrics=metrics)
 
 
@@ -71,6 +72,8 @@ def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     return [examples[i] for i in sorted(chosen)]
 
 
-def _mark(example: Example, *, mixed: float) -> Example:
+def _mark(example: Example, *, rounds_back: int = 0) -> Example:
+    """With its origin, so that its sample indices can be followed: into which round's samples, or into a pairs file."""
     given = float(example.rows[0].sample == GIVEN)
-    return replace(example, scalars={"margin": example.scalars["margin"], "mixed": mixed, "given": given})
+    scalars = {"margin": example.scalars["margin"], "rounds_back": float(rounds_back), "given": given}
+    return replace(example, scalars=scalars)

@@ -188,8 +188,9 @@ class Controller:
         """The held-out prompts by the policy, and every further evaluation by its own policy and scorer."""
         self.observer.phase(iteration, "evaluate")
         metrics: dict[str, float] = {}
-        # What is only looked at must not move a running normaliser: the next round scores as if nobody had looked.
-        before = await self.roles.scorer.state_dict()
+        # What is only looked at must not move a running normaliser: the next round scores as if nobody had looked. Where that
+        # round is being scored already (staleness), putting the old state back would lose what it has added.
+        before = None if self._rounds else await self.roles.scorer.state_dict()
         async with self._timed("evaluate"):
             if self.material.heldout:
                 metrics = await evaluate(
@@ -217,7 +218,8 @@ class Controller:
                     seed=self.config.seed,
                     task=task,
                 )
-        await self.roles.scorer.load_state_dict(before)
+        if before is not None:
+            await self.roles.scorer.load_state_dict(before)
         return metrics
 
     async def _improve(self, completions: Sequence[Completion]) -> list[Completion]:

@@ -1,5 +1,6 @@
 """Every further loop through the real controller with fake roles: what is trained on, mixed in, dropped, resumed."""
 
+import itertools
 import json
 import math
 
@@ -76,8 +77,12 @@ def test_iterative_dpo_mixes_in_earlier_pairs_once_and_given_pairs_in_turn(tmp_p
     given = [e.rows[0].response_ids for b in batches for e in b.examples if e.scalars["given"]]
     assert len(given) == 8 and len(set(given[:6])) == 6  # nothing twice before everything was seen
     assert all(math.isnan(e.rows[0].tokens["behaviour_logp"][0]) for b in batches for e in b.examples if e.scalars["given"])
-    fresh = [e for e in batches[1].examples if not e.scalars["mixed"]]
-    earlier = [e for e in batches[1].examples if e.scalars["mixed"] and not e.scalars["given"]]
+    fresh = [e for e in batches[1].examples if not e.scalars["rounds_back"] and not e.scalars["given"]]
+    earlier = [e for e in batches[1].examples if e.scalars["rounds_back"]]
+    for before, now in itertools.pairwise(batches):  # what was mixed into a round does not come again as its own
+        own = {e.rows[0].response_ids for e in before.examples if not e.scalars["rounds_back"] and not e.scalars["given"]}
+        assert {e.rows[0].response_ids for e in now.examples if e.scalars["rounds_back"] == 1} <= own
+    assert {e.scalars["rounds_back"] for b in batches[2:] for e in b.examples} == {0.0, 1.0, 2.0}
     assert len(fresh) == kept[1] and {e.rows[0].response_ids for e in earlier} <= {
         e.rows[0].response_ids for e in batches[0].examples
     }
