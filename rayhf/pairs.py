@@ -16,8 +16,10 @@ from typing import Any
 from rayhf.algorithms.base import given_row
 from rayhf.errors import ConfigError
 from rayhf.experience import Example, Message
-from rayhf.prompts import Chat, parse_messages, prompt_id, read_rows
+from rayhf.prompts import Chat, deal, parse_messages, prompt_id, read_rows
 
+_DEALING_SEED = 20240503
+"""Any number: it fixes the order in which given pairs are dealt."""
 _OPTIONAL = ("margin", "score_chosen", "score_rejected")
 
 
@@ -90,3 +92,12 @@ def encode_pairs(pairs: Sequence[TextPair], chat: Chat, *, key: str) -> tuple[Ex
             raise ConfigError(f"{key}: pair {number} has {longest} tokens, the model takes {chat.max_length}; leave it out")
         examples.append(Example(rows=rows, scalars={} if pair.margin is None else {"margin": pair.margin}))
     return tuple(examples)
+
+
+def deal_pairs(pairs: Sequence[Example], *, share: float, prompts: int, iteration: int) -> list[Example]:
+    """A round's part of the given pairs, `share` per prompt: consecutive slices of a permutation, one permutation per pass.
+
+    Seeded by nothing but the file's order: no pair comes again before all came once.
+    """
+    count = min(round(share * prompts), len(pairs))
+    return deal(pairs, batch=count, iteration=iteration, seed=_DEALING_SEED) if count else []

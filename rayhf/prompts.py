@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -137,26 +138,36 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, w
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Every special token that a text could spell, longer ones first."""
+    found = {*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)}
+    return sorted((token for token in found if len(token) > 1), key=lambda token: (-len(token), token))
+
+
+def disarming(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """A function that takes every special token in a text apart: what a model wrote cannot end a turn in another's prompt."""
+    special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or r"(?!)")
+
+    def disarm(text: str) -> str:
+        while special.search(text):  # again: tokens may overlap
+            text = special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+        return text
+
+    return disarm
+
+
 class Chat:
     """The policy's chat template, for what a campaign renders on the way: other conversations than the prompts, given answers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
-        self._tokenizer = tokenizer
-        self._special = sorted((t for t in tokenizer.all_special_tokens if len(t) > 1), key=len, reverse=True)
+        self._tokenizer, self._disarm = tokenizer, disarming(tokenizer)
         self.max_length = max_length
         """Tokens of prompt and response together."""
 
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """With the generation prompt. Text that spells a special token is taken apart first: what a model wrote cannot end a
-        turn in another model's prompt. Raises ConfigError where the template refuses the messages.
-        """
+        """With the generation prompt, contents disarmed. Raises ConfigError where the template refuses the messages."""
         tame = [{"role": m["role"], "content": self._disarm(m["content"])} for m in messages]
         return render(self._tokenizer, tame, where="chat template")
-
-    def _disarm(self, text: str) -> str:
-        for token in self._special:
-            text = text.replace(token, f"{token[:1]} {token[1:]}")
-        return text
 
     def answer(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
         """Token ids of `text` as the answer to `messages`, with everything the template puts at the end of a turn.

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rayhf.algorithms.base import Selection, Stateless, Turn, make_row, sample_and_score
-from rayhf.algorithms.iterative_dpo import deal_given
 from rayhf.campaign.exchange import Explorer
 from rayhf.config.algorithms import HyPOConfig, InitialReference, ReferenceSchedule
 from rayhf.experience import Example, Group, Prompt, Scored
 from rayhf.losses.base import Loss
 from rayhf.losses.hypo import HyPOLoss
+from rayhf.pairs import deal_pairs
 
 
 class HyPO(Stateless):
@@ -34,7 +34,7 @@ class HyPO(Stateless):
         return await sample_and_score(prompt, explorer, self.config.samples)
 
     def select(self, groups: Sequence[Group], turn: Turn) -> Selection:
-        given = deal_given(self._given, self.config.offline.share, len(groups), turn)
+        given = deal_pairs(self._given, share=self.config.offline.share, prompts=len(groups), iteration=turn.iteration)
         fresh = [
             Example(
                 rows=tuple(make_row(group, i, score=_score(group, i)) for i in range(len(group.samples))),

@@ -15,7 +15,7 @@ from rayhf.algorithms.online_dpo import OnlineDPO
 from rayhf.config.algorithms import IterativeDPOConfig
 from rayhf.experience import Example, Group, derive_seed
 from rayhf.pairing import PairSelection, adjacent_pairs, best_second, best_worst, length_penalised, rso_accept
-from rayhf.prompts import deal
+from rayhf.pairs import deal_pairs
 
 
 class IterativeDPO(OnlineDPO):
@@ -48,23 +48,11 @@ class IterativeDPO(OnlineDPO):
             own = [e for e in turn.earlier(turn.iteration - back) if not e.scalars.get("rounds_back")]
             drawn = _draw(own, round(share * len(fresh.examples)), derive_seed(turn.seed, "earlier", back))
             earlier += [_mark(e, rounds_back=back) for e in drawn]
-        given = deal_given(self._given, self.iterative.offline.share if self.iterative.offline else 0.0, len(groups), turn)
+        offline = self.iterative.offline
+        given = deal_pairs(self._given, share=offline.share if offline else 0.0, prompts=len(groups), iteration=turn.iteration)
         metrics |= {"pairs/earlier": float(len(earlier)), "pairs/given": float(len(given))}
         examples = [_mark(e) for e in fresh.examples] + earlier + [_mark(e) for e in given]
         return Selection(examples=tuple(examples), metrics=metrics)
-
-
-def deal_given(pairs: Sequence[Example], share: float, prompts: int, turn: Turn) -> list[Example]:
-    """This round's part of the given pairs: consecutive slices of a permutation, one permutation per pass over the file.
-
-    Seeded by the file's order alone, not by the round: nothing repeats before everything was seen.
-    """
-    count = min(round(share * prompts), len(pairs))
-    return deal(pairs, batch=count, iteration=turn.iteration, seed=GIVEN_SEED) if count else []
-
-
-GIVEN_SEED = 20240503
-"""Any number: it fixes the order in which given pairs are dealt."""
 
 
 def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:

@@ -13,7 +13,7 @@ from rayhf.config.scorers import Dtype
 from rayhf.errors import ConfigError
 from rayhf.experience import Completion, GenerateRequest, Message
 from rayhf.modeldir import load_tokenizer, model_length, read_model_config
-from rayhf.prompts import render
+from rayhf.prompts import disarming, render
 
 
 class JudgeModel:
@@ -34,7 +34,7 @@ class JudgeModel:
         from rayhf.rollout.engine import RolloutEngine
 
         self._tokenizer = load_tokenizer(directory, key="judge")
-        self._control = control_tokens(self._tokenizer)
+        self._disarm = disarming(self._tokenizer)
         self._engine = RolloutEngine(
             directory,
             RolloutConfig(max_tokens=max_tokens, kv_cache_gib=kv_cache_gib),
@@ -45,8 +45,9 @@ class JudgeModel:
         )
 
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The chat template around the messages, in whose contents no control token speaks: see break_up."""
-        safe = [{**message, "content": break_up(message["content"], self._control)} for message in messages]
+        """The chat template around the messages. Their contents spell no special token: an answer that writes
+        "<|end|><|assistant|>" would otherwise end the judge's question and go on in the judge's name."""
+        safe = [{**message, "content": self._disarm(message["content"])} for message in messages]
         return render(self._tokenizer, safe, where="judge")
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[tuple[Completion, ...]]:
@@ -54,22 +55,6 @@ class JudgeModel:
 
     def close(self) -> None:
         self._engine.close()
-
-
-def control_tokens(tokenizer: object) -> tuple[str, ...]:
-    """The texts that the tokenizer turns into control tokens wherever they stand, longest first."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    texts = {token.content for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", ()))
-    return tuple(sorted((text for text in texts if len(text) > 1), key=lambda text: (-len(text), text)))
-
-
-def break_up(text: str, control: Sequence[str]) -> str:
-    """The text with a space inside every control token: an answer that writes "<|end|><|assistant|>" would otherwise end the
-    judge's question and go on in the judge's name."""
-    while found := [token for token in control if token in text]:
-        for token in found:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
 
 
 def check_judge_directory(directory: Path, *, max_length: int | None, max_tokens: int) -> int:

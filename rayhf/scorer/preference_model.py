@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from rayhf.errors import ConfigError
 from rayhf.experience import Compared, Comparison, Failed, Invalid, Message, Outcome, Scored, ScoreRequest
+from rayhf.prompts import disarming, special_tokens
 from rayhf.scorer.reward_model import _one_line, _read_json, pack
 
 SCORER_FILE = "rayhf_scorer.json"
@@ -97,14 +98,12 @@ class Reader:
     """Conversations as token ids, the same way in training and in serving."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        special = {*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)}
-        ordered = sorted((re.escape(token) for token in special if token), key=lambda text: (-len(text), text))
-        self._forbidden = re.compile("|".join([*ordered, "<(?=<<)"]))
+        self._tokenizer, self._disarm = tokenizer, disarming(tokenizer)
+        self._forbidden = re.compile("|".join([*map(re.escape, special_tokens(tokenizer)), "<(?=<<)"]))
 
     def conversation(self, messages: Sequence[Message], answer: str) -> Row | Problem:
-        """The messages and one assistant turn, as a reward model reads them."""
-        turns = [*map(dict, messages), {"role": "assistant", "content": answer}]
+        """The messages and one assistant turn, as a reward model reads them; special tokens in the answer are taken apart."""
+        turns = [*map(dict, messages), {"role": "assistant", "content": self._disarm(answer)}]
         try:
             text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
             text.encode()

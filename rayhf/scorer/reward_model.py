@@ -19,6 +19,7 @@ import jinja2
 
 from rayhf.errors import ConfigError
 from rayhf.experience import Comparison, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.prompts import disarming
 from rayhf.scorer.pairs import compare_scores
 
 _UNBOUNDED = 10**9
@@ -61,6 +62,7 @@ class RewardModel:
         self._torch, self._device, self._token_budget = torch, torch.device(device), token_budget
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            self._disarm = disarming(self._tokenizer)
             self._model, loading = AutoModelForSequenceClassification.from_pretrained(
                 directory, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
             )
@@ -93,7 +95,7 @@ class RewardModel:
             self._torch.cuda.empty_cache()
 
     def _encode(self, prompt: Prompt, completion: Completion) -> list[int] | Invalid | Failed:
-        messages = [*map(dict, prompt.messages), {"role": "assistant", "content": completion.text}]
+        messages = [*map(dict, prompt.messages), {"role": "assistant", "content": self._disarm(completion.text)}]
         try:
             text = str(self._tokenizer.apply_chat_template(messages, tokenize=False))
             text.encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -125,13 +126,14 @@ def values(outcomes: list[tuple[Outcome, ...]]) -> list[float]:
 
 
 def by_hand(directory: Path, requests: list[ScoreRequest]) -> list[float]:
-    """One unpadded row at a time, straight through transformers."""
+    """One unpadded row at a time, straight through transformers; special tokens in answers spelled apart."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
     scores = []
     for each in requests:
         for completion in each.completions:
-            messages = [*map(dict, each.prompt.messages), {"role": "assistant", "content": completion.text}]
+            answer = re.sub(r"<(pad|end|unk)>", r"< \1>", completion.text)
+            messages = [*map(dict, each.prompt.messages), {"role": "assistant", "content": answer}]
             text = tokenizer.apply_chat_template(messages, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
             with torch.no_grad():
