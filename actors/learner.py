@@ -6,7 +6,9 @@ The group plans every rank's micro-batches in one place, so that all ranks take 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,26 @@ from typing import Any
 import ray
 
 from actors.remote import wait, wait_all
+from actors.supervise import Supervised, Whereabouts, whereabouts
+from rayhf.campaign.fence import Fence
 from rayhf.config.schema import LearnerConfig
+from rayhf.errors import ActorLostError
 from rayhf.experience import Batch, Example, FloatArray, Row, WeightBucket, WeightSnapshot
 from rayhf.learner.packing import plan
 from rayhf.losses.base import Loss, Totals
 from rayhf.rollout.weights import snapshot_checksum
+
+
+@contextmanager
+def _collectives() -> Iterator[None]:
+    """A collective that breaks or times out means that another rank is gone: nothing is wrong with this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error) or type(error).__name__
+        if type(error).__name__.startswith("Dist") or any(mark in text for mark in ("gloo", "NCCL", "Connection closed by peer")):
+            raise ActorLostError(f"the learner's ranks lost each other ({text.splitlines()[0][:200]})") from error
+        raise
 
 
 class LearnerActor:
@@ -32,43 +49,60 @@ class LearnerActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
-    def build(self, model: Path, config: LearnerConfig, **settings: Any) -> None:
+    def whereabouts(self) -> Whereabouts:
+        return whereabouts()
+
+    def build(self, model: Path, config: LearnerConfig, *, fence: Fence, **settings: Any) -> None:
         from rayhf.learner.engine import LearnerEngine
 
+        self.fence = fence
         self.engine = LearnerEngine(model, config, **settings)
 
     def step(self, micros: list[list[Example]], totals: Totals, loss: Loss, temperature: float) -> dict[str, float]:
-        return self.engine.step(micros, totals, loss, temperature)
+        with _collectives():
+            return self.engine.step(micros, totals, loss, temperature)
 
     def outputs(self, rows: list[Row], temperature: float) -> list[FloatArray]:
-        return self.engine.outputs(rows, temperature)
+        with _collectives():
+            return self.engine.outputs(rows, temperature)
 
     def publish(self, version: int, dtype: str, bucket_bytes: int) -> tuple[list[WeightBucket], Any]:
-        buckets, probe = self.engine.publish(version, dtype, bucket_bytes)
+        with _collectives():
+            buckets, probe = self.engine.publish(version, dtype, bucket_bytes)
         return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in buckets], probe
 
     def save(self, directory: Path) -> None:
-        self.engine.save(directory)
+        self.fence.check()
+        with _collectives():
+            self.engine.save(directory)
 
     def load(self, directory: Path) -> None:
-        self.engine.load(directory)
+        with _collectives():
+            self.engine.load(directory)
 
     def export(self, directory: Path) -> None:
-        self.engine.export(directory)
+        self.fence.check()
+        with _collectives():
+            self.engine.export(directory)
 
 
 class LearnerGroup:
     """Learner over one or more data-parallel ranks."""
 
-    def __init__(self, actors: Sequence[Any], config: LearnerConfig, *, name: str, sync_dtype: str, timeout_s: float) -> None:
+    def __init__(self, ranks: Sequence[Supervised], config: LearnerConfig, *, sync_dtype: str, timeout_s: float) -> None:
         """`sync_dtype`: the engines' dtype, in which weights travel."""
-        self._actors, self._config, self._timeout_s, self._sync_dtype = actors, config, timeout_s, sync_dtype
-        self._names = [f"{name} rank {i}" for i in range(len(actors))]
+        self._ranks, self._config, self._timeout_s, self._sync_dtype = ranks, config, timeout_s, sync_dtype
+        self._names = [rank.name for rank in ranks]
 
-    async def build(self, model: Path, **settings: Any) -> None:
+    @property
+    def _actors(self) -> list[Any]:
+        return [rank.actor for rank in self._ranks]
+
+    async def start(self, model: Path, **settings: Any) -> None:
         """Start every rank's engine; they meet at rank 0."""
+        await asyncio.gather(*(rank.start() for rank in self._ranks))
         master = await wait(self._actors[0].address.remote(), who=self._names[0], phase="start", timeout_s=self._timeout_s)
-        world = len(self._actors)
+        world = len(self._ranks)
         calls = [
             actor.build.remote(model, self._config, rank=rank, world=world, master=master, **settings)
             for rank, actor in enumerate(self._actors)

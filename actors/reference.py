@@ -12,6 +12,8 @@ import numpy.typing as npt
 import ray
 
 from actors.remote import wait
+from actors.supervise import Supervised, Whereabouts, whereabouts
+from rayhf.campaign.fence import Fence
 from rayhf.config.schema import ReferenceConfig
 from rayhf.experience import FloatArray, Row, WeightSnapshot
 
@@ -19,9 +21,13 @@ from rayhf.experience import FloatArray, Row, WeightSnapshot
 class ReferenceActor:
     """A shell around one ReferenceEngine."""
 
-    def build(self, model: Path, config: ReferenceConfig, *, dtype: str, device: str) -> None:
+    def whereabouts(self) -> Whereabouts:
+        return whereabouts()
+
+    def build(self, model: Path, config: ReferenceConfig, *, dtype: str, device: str, fence: Fence) -> None:
         from rayhf.reference.engine import ReferenceEngine
 
+        self.fence = fence
         self.engine = ReferenceEngine(model, config, dtype=dtype, device=device)
 
     def logprobs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
@@ -31,6 +37,7 @@ class ReferenceActor:
         self.engine.update(list(zip(snapshot.buckets, payloads, strict=True)), mix=mix)
 
     def save(self, directory: Path) -> None:
+        self.fence.check()
         self.engine.save(directory)
 
     def load(self, directory: Path) -> None:
@@ -40,11 +47,11 @@ class ReferenceActor:
 class RemoteReference:
     """Reference over one actor."""
 
-    def __init__(self, actor: Any, *, timeout_s: float) -> None:
-        self._actor, self._timeout_s = actor, timeout_s
+    def __init__(self, member: Supervised, *, timeout_s: float) -> None:
+        self._actor, self._name, self._timeout_s = member.actor, member.name, timeout_s
 
     async def _call(self, phase: str, call: ray.ObjectRef) -> Any:
-        return await wait(call, who="reference", phase=phase, timeout_s=self._timeout_s)
+        return await wait(call, who=self._name, phase=phase, timeout_s=self._timeout_s)
 
     async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
         answer: list[FloatArray] = await self._call("reference", self._actor.logprobs.remote(list(rows), temperature))

@@ -11,6 +11,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from rayhf.errors import ActorLostError, DeadlineError, RayhfError
 
+_GRACE_S = 10.0
+
 
 async def wait(reference: ray.ObjectRef, *, who: str, phase: str, timeout_s: float) -> Any:
     """The result of a remote call.
@@ -33,13 +35,20 @@ async def wait(reference: ray.ObjectRef, *, who: str, phase: str, timeout_s: flo
 async def wait_all(references: Sequence[ray.ObjectRef], *, who: Sequence[str], phase: str, timeout_s: float) -> list[Any]:
     """Results of calls that belong together (the ranks of a group).
 
-    When one fails, the others usually fail in its wake: the error raised is a lost actor or one of our own types rather than a
-    broken connection, whichever rank it came from.
+    When one fails, the others usually fail in its wake, or never answer: after `_GRACE_S` more seconds nobody waits for them. The
+    error raised is a lost actor or one of our own types rather than a broken connection, whichever rank it came from.
     """
-    results = await asyncio.gather(
-        *(wait(r, who=w, phase=phase, timeout_s=timeout_s) for r, w in zip(references, who, strict=True)),
-        return_exceptions=True,
-    )
+    tasks = [
+        asyncio.ensure_future(wait(r, who=w, phase=phase, timeout_s=timeout_s)) for r, w in zip(references, who, strict=True)
+    ]
+    try:
+        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            await asyncio.wait(pending, timeout=_GRACE_S)
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
     errors = [r for r in results if isinstance(r, BaseException)]
     if errors:
         raise min(errors, key=_how_telling)
@@ -51,7 +60,7 @@ def _how_telling(error: BaseException) -> int:
         return 0
     if isinstance(error, RayhfError) and not isinstance(error, DeadlineError):
         return 1
-    return 2
+    return 3 if isinstance(error, asyncio.CancelledError) else 2
 
 
 def _first_line(error: BaseException) -> str:

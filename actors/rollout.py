@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from actors.remote import wait, wait_all
+from actors.remote import wait
+from actors.supervise import Supervised, Whereabouts, whereabouts
 from rayhf.config.schema import Dtype, RolloutConfig
+from rayhf.errors import ActorLostError, DeadlineError
 from rayhf.experience import Completion, GenerateRequest, WeightSnapshot
 
 if TYPE_CHECKING:
@@ -40,48 +42,76 @@ class RolloutActor:
     async def generate(self, requests: Sequence[GenerateRequest], version: int) -> list[tuple[Completion, ...]]:
         return await asyncio.wrap_future(self.engine.submit(requests, version=version))
 
+    async def progress(self) -> int:
+        """Grows with everything the engine does."""
+        return self.engine.stats().progress
+
+    def whereabouts(self) -> Whereabouts:
+        return whereabouts()
+
     async def update(self, snapshot: WeightSnapshot, *payloads: npt.NDArray[np.uint8]) -> UpdateReport:
         return await asyncio.to_thread(self.engine.update, snapshot, list(payloads))
 
 
 class RolloutPool:
-    """Rollout over one or more engines."""
+    """Rollout over one or more engines; an engine that is lost is replaced, and what it was asked is asked again as a whole."""
 
-    def __init__(self, actors: Sequence[Any], *, timeout_s: float) -> None:
-        self._actors, self._timeout_s = actors, timeout_s
-        self._names = [f"rollout engine {i}" for i in range(len(actors))]
-        self._load = [0] * len(actors)
+    def __init__(self, engines: Sequence[Supervised], *, timeout_s: float) -> None:
+        self._engines, self._timeout_s = engines, timeout_s
+        self._load = [0] * len(engines)
+        self._weights: tuple[WeightSnapshot, list[Any]] | None = None
+        """What every engine must hold; None: what it was started with."""
 
     async def generate(self, requests: Sequence[GenerateRequest], *, version: int) -> list[tuple[Completion, ...]]:
         """One request goes to the least busy engine; several are dealt out in turn, so that equal calls are dealt equally."""
         if len(requests) == 1:
-            engine = min(range(len(self._actors)), key=lambda i: self._load[i])
+            engine = min(range(len(self._engines)), key=lambda i: self._load[i])
             return await self._ask(engine, requests, version)
-        hands = [requests[i :: len(self._actors)] for i in range(len(self._actors))]
+        hands = [requests[i :: len(self._engines)] for i in range(len(self._engines))]
         answers = await asyncio.gather(*(self._ask(i, hand, version) for i, hand in enumerate(hands) if hand))
         results: list[tuple[Completion, ...]] = [()] * len(requests)
         for i, answer in enumerate(answers):
-            results[i :: len(self._actors)] = answer
+            results[i :: len(self._engines)] = answer
         return results
 
-    async def _ask(self, engine: int, requests: Sequence[GenerateRequest], version: int) -> list[tuple[Completion, ...]]:
-        work = sum(len(r.seeds) for r in requests)
-        self._load[engine] += work
+    async def _ask(self, number: int, requests: Sequence[GenerateRequest], version: int) -> list[tuple[Completion, ...]]:
+        """A hand is repeated whole: its requests shared the engine's batches, and with them their last bits."""
+        engine, work = self._engines[number], sum(len(r.seeds) for r in requests)
+        self._load[number] += work
         try:
-            call = self._actors[engine].generate.remote(list(requests), version)
-            answer: list[tuple[Completion, ...]] = await wait(
-                call, who=self._names[engine], phase="generate", timeout_s=self._timeout_s
-            )
-            return answer
+            while True:
+                life = engine.life
+                try:
+                    answer: list[tuple[Completion, ...]] = await engine.ask(
+                        lambda actor: actor.generate.remote(list(requests), version), phase="generate", timeout_s=self._timeout_s
+                    )
+                    return answer
+                except (ActorLostError, DeadlineError) as lost:
+                    await engine.replace(life, lost, self._equip)
         finally:
-            self._load[engine] -= work
+            self._load[number] -= work
 
     async def update(self, snapshot: WeightSnapshot) -> None:
         """Every engine fetches the same buckets from the object store and confirms version, checksum and probe, or raises."""
         payloads = [bucket.payload for bucket in snapshot.buckets]
         light = replace(snapshot, buckets=tuple(replace(bucket, payload=None) for bucket in snapshot.buckets))
-        calls = [actor.update.remote(light, *payloads) for actor in self._actors]
-        await wait_all(calls, who=self._names, phase="sync", timeout_s=self._timeout_s)
+        self._weights = (light, payloads)
+        await asyncio.gather(*(self._update(engine) for engine in self._engines))
+
+    async def _update(self, engine: Supervised) -> None:
+        assert self._weights is not None
+        life, (light, payloads) = engine.life, self._weights
+        try:
+            await engine.ask(lambda actor: actor.update.remote(light, *payloads), phase="sync", timeout_s=self._timeout_s)
+        except (ActorLostError, DeadlineError) as lost:
+            await engine.replace(life, lost, self._equip)
+
+    async def _equip(self, actor: Any) -> None:
+        """Bring a new engine to the weights of the last update."""
+        if self._weights is not None:
+            light, payloads = self._weights
+            call = actor.update.remote(light, *payloads)
+            await wait(call, who="a new rollout engine", phase="sync", timeout_s=self._timeout_s)
 
 
 RemoteRollout = ray.remote(RolloutActor)

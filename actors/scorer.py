@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.remote import wait
+from actors.supervise import Supervised, Whereabouts, whereabouts
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntry
+from rayhf.errors import ActorLostError, DeadlineError
 from rayhf.experience import Comparison, Outcome, ScoreRequest
 
 
@@ -29,6 +32,14 @@ class ScorerActor:
 
         self.engine = build_scorer(entries, combine=combine, device=device, threads=threads, base=base)
 
+    @ray.method(concurrency_group="watch")
+    def progress(self) -> float:
+        """Grows as long as the process runs; how long a call may take is its deadline's business."""
+        return time.monotonic()
+
+    def whereabouts(self) -> Whereabouts:
+        return whereabouts()
+
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         return self.engine.score(requests)
 
@@ -43,28 +54,43 @@ class ScorerActor:
 
 
 class RemoteScorer:
-    """Scorer over one actor."""
+    """Scorer over one actor, which is replaced when it is lost: its last state is put back, and the call is repeated."""
 
-    def __init__(self, actor: Any, *, name: str, timeout_s: float) -> None:
-        self._actor, self._name, self._timeout_s = actor, name, timeout_s
+    def __init__(self, engine: Supervised, *, timeout_s: float) -> None:
+        self._engine, self._timeout_s = engine, timeout_s
+        self._state: dict[str, Any] = {}
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        answer: list[tuple[Outcome, ...]] = await self._answer(self._actor.score.remote(list(requests)), phase="score")
+        answer: list[tuple[Outcome, ...]] = await self._ask(lambda actor: actor.score.remote(list(requests)), "score")
         return answer
 
     async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        answer: list[Comparison] = await self._answer(self._actor.compare.remote(list(requests)), phase="compare")
+        answer: list[Comparison] = await self._ask(lambda actor: actor.compare.remote(list(requests)), "compare")
         return answer
 
     async def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = await self._answer(self._actor.state_dict.remote(), phase="state")
+        state: dict[str, Any] = await self._ask(lambda actor: actor.state_dict.remote(), "state")
+        self._state = state
         return state
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        await self._answer(self._actor.load_state_dict.remote(dict(state)), phase="state")
+        self._state = dict(state)
+        await self._ask(lambda actor: actor.load_state_dict.remote(self._state), "state")
 
-    async def _answer(self, call: Any, *, phase: str) -> Any:
-        return await wait(call, who=self._name, phase=phase, timeout_s=self._timeout_s)
+    async def _ask(self, call: Callable[[Any], Any], phase: str) -> Any:
+        while True:
+            life = self._engine.life
+            try:
+                return await self._engine.ask(call, phase=phase, timeout_s=self._timeout_s)
+            except (ActorLostError, DeadlineError) as lost:
+                await self._engine.replace(life, lost, self._equip)
+
+    async def _equip(self, actor: Any) -> None:
+        """Bring a new actor to the last state that was heard of."""
+        if self._state:
+            call = actor.load_state_dict.remote(self._state)
+            await wait(call, who="a new scorer", phase="state", timeout_s=self._timeout_s)
 
 
-RemoteScorerActor = ray.remote(ScorerActor)
+# The watch must be answered while a long call is under way; everything else takes turns.
+RemoteScorerActor = ray.remote(concurrency_groups={"watch": 1})(ScorerActor)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,22 @@ from actors.reference import RemoteReference, RemoteReferenceActor
 from actors.remote import wait
 from actors.rollout import RemoteRollout, RolloutPool
 from actors.scorer import RemoteScorer, RemoteScorerActor
+from actors.supervise import Limits, Supervised
 from rayhf.algorithms.base import needs_frozen_reference
+from rayhf.campaign.fence import Fence
+from rayhf.campaign.observer import Observer
+from rayhf.campaign.store import RunDir
 from rayhf.config.algorithms import PPOConfig
 from rayhf.config.schema import CampaignConfig
-from rayhf.config.scorers import JudgeScorer
+from rayhf.config.scorers import JudgeScorer, ScorerEntry
 from rayhf.errors import PlacementError
 from rayhf.preflight import Prepared
-from rayhf.roles import Roles
+from rayhf.roles import Roles, Scorer
 from rayhf.rollout.env import engine_env
+from rayhf.scorer.patience import PatientScorer
+
+Build = Callable[[Any, int], Awaitable[None]]
+"""(actor, number): builds the engine of a role's so-manieth actor."""
 
 
 def threads_of(config: CampaignConfig, role: str) -> int | None:
@@ -58,18 +66,26 @@ def environment(config: CampaignConfig, role: str) -> dict[str, str]:
     return env
 
 
-class Cast:
-    """The actors of one campaign."""
+def seats_of(prepared: Prepared) -> list[Seat]:
+    """Everyone that the campaign needs."""
+    algorithm = prepared.algorithm
+    return seats(
+        prepared.config,
+        critic=algorithm.critic,
+        reference=needs_frozen_reference(algorithm),
+        policies=algorithm.policies,
+    )
 
-    def __init__(self, prepared: Prepared, *, base: Path) -> None:
-        self.prepared, self.config, self.base = prepared, prepared.config, base
-        algorithm = prepared.algorithm
-        self.seats = seats(
-            self.config,
-            critic=algorithm.critic,
-            reference=needs_frozen_reference(algorithm),
-            policies=algorithm.policies,
-        )
+
+class Cast:
+    """The actors of one campaign, for one life of its learners."""
+
+    def __init__(self, prepared: Prepared, store: RunDir, observer: Observer, *, base: Path) -> None:
+        self.prepared, self.config, self.observer, self.base = prepared, prepared.config, observer, base
+        self.fence, self.diagnosis = Fence(store.path, store.epoch), store.attempt / "stacks"
+        self.seats = seats_of(prepared)
+        self.crew: list[Supervised] = []
+        """Everyone who was hired."""
         self.device = "cuda" if self.config.cluster.device == "gpu" else "cpu"
         self._group: Any = None
 
@@ -77,47 +93,37 @@ class Cast:
         """Place and start everyone. Raises PlacementError, DeadlineError naming who did not start, or an engine's own error."""
         check_available(self.seats, ray.nodes())
         await self._reserve()
-        config = self.config
-        algorithm = self.prepared.algorithm
-        rollouts = {
-            policy: self._create(_role("rollout", policy), RemoteRollout, max_concurrency=100_000)
-            for policy in algorithm.policies
-        }
-        scorer = self._create("scorer", RemoteScorerActor)[0]
-        evaluators = self._create("evaluator", RemoteScorerActor)
-        references = self._create("reference", RemoteReferenceActor)
-        learners = {policy: self._learner(_role("learner", policy)) for policy in algorithm.policies}
-        critic = self._learner("critic") if algorithm.critic else None
-        starts = [
-            self._built(f"{_role('rollout', policy)} engine {i}", actor, *self._rollout_arguments(policy))
-            for policy, actors in rollouts.items()
-            for i, actor in enumerate(actors)
-        ]
-        combine = {"combine": config.scorer.combine}
-        starts += [self._built("scorer", scorer, (config.scorer.train,), self._scorer_settings("scorer") | combine)]
-        lists = [config.scorer.evaluate] if config.scorer.evaluate is not None else []
-        lists += [examination.scorer for examination in config.evaluations.values()]
-        for actor, entries in zip(evaluators, lists, strict=True):
-            starts += [self._built("evaluator", actor, (entries,), self._scorer_settings("evaluator"))]
-        for actor in references:
-            starts += [self._built("reference", actor, *self._reference_arguments())]
-        starts += [self._build_learner(group, self._start_of(policy)) for policy, group in learners.items()]
-        if critic:
-            start = config.learner.critic_model or config.policy.model
-            starts += [self._build_learner(critic, (start, config.learner.critic_lr), critic=True)]
-        await _together(starts)
+        config, algorithm = self.config, self.prepared.algorithm
         timeout_s = config.run.timeout_s
-        judges = [RemoteScorer(actor, name="evaluator", timeout_s=timeout_s) for actor in evaluators]
-        own = judges.pop(0) if config.scorer.evaluate is not None else None
+        rollouts = {policy: self._rollouts(policy) for policy in algorithm.policies}
+        (scorer,) = self._scorers("scorer", [config.scorer.train], {"combine": config.scorer.combine})
+        own = [config.scorer.evaluate] if config.scorer.evaluate is not None else []
+        evaluators = self._scorers("evaluator", [*own, *(each.scorer for each in config.evaluations.values())], {})
+        references = self._references()
+        starts = [one.start() for one in self.crew]
+        learners = {policy: self._learner(_role("learner", policy)) for policy in algorithm.policies}
+        starts += [self._start_learner(group, self._start_of(policy)) for policy, group in learners.items()]
+        critic = self._learner("critic") if algorithm.critic else None
+        if critic:
+            start = config.learner.critic_model or config.policy.model, config.learner.critic_lr
+            starts += [self._start_learner(critic, start, critic=True)]
+        await _together(starts)
+        judges = [self._patient(actor) for actor in evaluators]
         return Roles(
-            rollouts={policy: RolloutPool(actors, timeout_s=timeout_s) for policy, actors in rollouts.items()},
+            rollouts={policy: RolloutPool(engines, timeout_s=timeout_s) for policy, engines in rollouts.items()},
             learners=learners,
-            scorer=RemoteScorer(scorer, name="scorer", timeout_s=timeout_s),
-            evaluator=own,
+            scorer=self._patient(scorer),
+            evaluator=judges.pop(0) if own else None,
             examiners=dict(zip(config.evaluations, judges, strict=True)),
             critic=critic,
             reference=RemoteReference(references[0], timeout_s=timeout_s) if references else None,
         )
+
+    async def dismiss(self, *, stacks: bool) -> None:
+        """End everyone's process, also of who is stopped or hangs; their stacks are saved first where somebody wants to know."""
+        await asyncio.gather(*(one.kill(stacks=stacks) for one in self.crew))
+        if self._group is not None:
+            ray.util.remove_placement_group(self._group)
 
     def _start_of(self, policy: str) -> tuple[Path, float]:
         """The model that a policy starts from, and its learning rate."""
@@ -139,20 +145,42 @@ class Cast:
                 f"requested {wanted}, free now {ray.available_resources()}"
             )
 
-    def _create(self, role: str, remote: Any, **options: Any) -> list[Any]:
-        return [
-            remote.options(
-                num_cpus=seat.cpus,
-                num_gpus=seat.gpus,
-                runtime_env={"env_vars": environment(self.config, role)},
-                max_restarts=0,
-                max_task_retries=0,
-                **self._strategy(seat),
-                **options,
-            ).remote()
-            for seat in self.seats
-            if seat.role == role
+    def _hire(
+        self, role: str, remote: Any, build: Callable[[Any, int], Awaitable[None]] | None, **options: Any
+    ) -> list[Supervised]:
+        """One member of the crew for every seat of a role; `build` gets the new actor and the seat's number."""
+        places = [seat for seat in self.seats if seat.role == role]
+
+        def starter(number: int, seat: Seat) -> Callable[[], Awaitable[Any]]:
+            async def start() -> Any:
+                actor = remote.options(
+                    num_cpus=seat.cpus,
+                    num_gpus=seat.gpus,
+                    runtime_env={"env_vars": environment(self.config, role)},
+                    max_restarts=0,
+                    max_task_retries=0,
+                    **self._strategy(seat),
+                    **options,
+                ).remote()
+                if build is not None:
+                    await build(actor, number)
+                return actor
+
+            return start
+
+        run = self.config.run
+        hired = [
+            Supervised(
+                _member(role, number, len(places)),
+                starter(number, seat),
+                limits=Limits(stall_s=run.stall_s, restarts=run.restarts),
+                report=self.observer.event,
+                diagnosis=self.diagnosis,
+            )
+            for number, seat in enumerate(places)
         ]
+        self.crew += hired
+        return hired
 
     def _strategy(self, seat: Seat) -> dict[str, Any]:
         if self._group is None:
@@ -163,36 +191,69 @@ class Cast:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=numbers.index(seat.bundle))
         return {"scheduling_strategy": strategy}
 
-    async def _built(self, who: str, actor: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
-        await wait(actor.build.remote(*arguments, **settings), who=who, phase="start", timeout_s=self.config.run.start_timeout_s)
+    async def _built(self, who: str, call: Any) -> None:
+        await wait(call, who=who, phase="start", timeout_s=self.config.run.start_timeout_s)
 
-    def _rollout_arguments(self, policy: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        settings: dict[str, Any] = {"dtype": self.config.policy.dtype, "max_length": self.prepared.max_length}
-        settings |= {"seed": self.config.seed % 2**31, "device": self.config.cluster.device}
-        return (self.base / self._start_of(policy)[0], self.config.rollout), settings
+    def _rollouts(self, policy: str) -> list[Supervised]:
+        config, role = self.config, _role("rollout", policy)
+        run = config.run
+        deterministic = run.max_staleness == 0 if run.deterministic is None else run.deterministic
+        caching = config.rollout.prefix_caching
+        if caching is None:
+            caching = not (deterministic and config.cluster.device == "cpu")
+        rollout = config.rollout.model_copy(update={"prefix_caching": caching})
+        model = self.base / self._start_of(policy)[0]
 
-    def _scorer_settings(self, role: str) -> dict[str, Any]:
+        async def build(actor: Any, number: int) -> None:
+            call = actor.build.remote(
+                model,
+                rollout,
+                dtype=config.policy.dtype,
+                max_length=self.prepared.max_length,
+                seed=config.seed % 2**31,
+                device=config.cluster.device,
+            )
+            await self._built(f"{role} engine {number}", call)
+
+        return self._hire(role, RemoteRollout, build, max_concurrency=100_000)
+
+    def _scorers(self, role: str, lists: Sequence[Sequence[ScorerEntry]], settings: Mapping[str, Any]) -> list[Supervised]:
         device = self.device if any(s.gpus for s in self.seats if s.role == role) else "cpu"
-        return {"device": device, "threads": threads_of(self.config, role), "base": self.base}
 
-    def _reference_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        model = self.config.reference.model or self.config.policy.model
-        return (self.base / model, self.config.reference), {"dtype": self.config.policy.dtype, "device": self.device}
+        async def build(actor: Any, number: int) -> None:
+            threads = threads_of(self.config, role)
+            call = actor.build.remote(lists[number], device=device, threads=threads, base=self.base, **settings)
+            await self._built(role, call)
+
+        return self._hire(role, RemoteScorerActor, build)
+
+    def _patient(self, actor: Supervised) -> Scorer:
+        scorer = RemoteScorer(actor, timeout_s=self.config.run.timeout_s)
+        return PatientScorer(scorer, attempts=self.config.scorer.attempts, report=self.observer.event)
+
+    def _references(self) -> list[Supervised]:
+        config = self.config
+
+        async def build(actor: Any, number: int) -> None:
+            model = self.base / (config.reference.model or config.policy.model)
+            call = actor.build.remote(model, config.reference, dtype=config.policy.dtype, device=self.device, fence=self.fence)
+            await self._built("reference", call)
+
+        return self._hire("reference", RemoteReferenceActor, build)
 
     def _learner(self, role: str) -> LearnerGroup:
+        run = self.config.run
+        ranks = self._hire(role, RemoteLearner, None)
         return LearnerGroup(
-            self._create(role, RemoteLearner),
-            self.config.learner,
-            name=role,
-            sync_dtype=self.config.policy.dtype,
-            timeout_s=max(self.config.run.timeout_s, self.config.run.start_timeout_s),
+            ranks, self.config.learner, sync_dtype=self.config.policy.dtype, timeout_s=max(run.timeout_s, run.start_timeout_s)
         )
 
-    async def _build_learner(self, group: LearnerGroup, start: tuple[Path, float], *, critic: bool = False) -> None:
+    async def _start_learner(self, group: LearnerGroup, start: tuple[Path, float], *, critic: bool = False) -> None:
         config = self.config
         model, lr = start
-        await group.build(
+        await group.start(
             self.base / model,
+            fence=self.fence,
             head="value" if critic else "policy",
             lr=lr,
             total_steps=self.prepared.derived.total_steps,
@@ -205,6 +266,14 @@ class Cast:
 def _role(kind: str, policy: str) -> str:
     """The name of a policy's seats: `rollout`, or `rollout refiner`."""
     return kind if policy == "policy" else f"{kind} {policy}"
+
+
+def _member(role: str, number: int, of: int) -> str:
+    """rollout engine 0, learner rank 1, scorer."""
+    unit = {"rollout": "engine", "learner": "rank", "critic": "rank"}.get(kind_of(role))
+    if unit is None:
+        return role if of == 1 else f"{role} {number}"
+    return f"{role} {unit} {number}"
 
 
 async def _together(starts: list[Coroutine[Any, Any, None]]) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from copy import deepcopy
 from pathlib import Path
 
 from rich.console import Console
 
-from launch.assemble import Cast
+from launch.assemble import Cast, seats_of
 from launch.local import ray_cluster
 from launch.tracking import tracked
 from launch.view import LiveView, summary
+from rayhf.campaign.control import write_control
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.observer import Observer
+from rayhf.campaign.recorder import Recorder
 from rayhf.campaign.store import RunDir
 from rayhf.config.schema import CampaignConfig
-from rayhf.errors import InterruptedRunError
+from rayhf.errors import ActorLostError, DeadlineError, InterruptedRunError
 from rayhf.preflight import Prepared, overlap, prepare
 
 
@@ -34,17 +37,23 @@ def run_campaign(config: CampaignConfig, console: Console) -> None:
                 f"{config.run.dir} already has {store.state['iteration']} of {config.run.iterations} rounds: nothing to do"
             )
             return
+        store.check_paused()
         if store.state["checkpoint"]:
             console.print(f"continuing {config.run.dir} after round {store.state['iteration']}")
-        cast = Cast(prepared, base=base)
+        write_control(store.path, "run")
         with (
-            ray_cluster(config.cluster.address, cpus=sum(seat.cpus for seat in cast.seats)),
+            ray_cluster(config.cluster.address, cpus=sum(seat.cpus for seat in seats_of(prepared))),
             LiveView(console, iterations=config.run.iterations, task=config.prompts.task) as view,
-            tracked(view, config) as observer,
+            tracked(view, config) as mirrored,
         ):
-            asyncio.run(_play(cast, prepared, store, observer))
+            asyncio.run(_play(prepared, store, Recorder(store, mirrored), base=base))
         console.print(summary(config.run.dir, config.prompts.task))
         console.print(f"policy: {config.run.dir / 'policy'}", markup=False)
+    except BaseException as error:
+        store.event("end", f"{type(error).__name__}: {error}", code=getattr(error, "exit_code", 1))
+        raise
+    else:
+        store.event("end", "done", code=0)
     finally:
         store.close()
 
@@ -58,15 +67,48 @@ def build_tiny(config: CampaignConfig, console: Console) -> None:
     build_with_progress(config.tiny.dir, tasks=config.tiny.tasks, seed=config.tiny.seed, console=console)
 
 
-async def _play(cast: Cast, prepared: Prepared, store: RunDir, observer: Observer) -> None:
-    """Assemble and run, until done or told to stop."""
+async def _play(prepared: Prepared, store: RunDir, observer: Observer, *, base: Path) -> None:
+    """Assemble and run, until done or told to stop.
+
+    A lost engine or scorer is replaced beneath the controller. When a learner is lost, or a wait passes its limit, everybody is
+    dismissed and the campaign starts again from its last commit, with what the journal knows: at most run.restarts times
+    without a new commit in between.
+    """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, task.cancel)
+    pristine = prepared.algorithm.state_dict(), prepared.material.game.state_dict() if prepared.material.game else {}
+    restarts, committed = 0, store.state["iteration"]
     try:
-        observer.phase(store.state["iteration"], "start actors")
+        while True:
+            try:
+                await _one_life(prepared, store, observer, base=base)
+                return
+            except (ActorLostError, DeadlineError) as error:
+                if store.state["iteration"] > committed:
+                    restarts, committed = 0, store.state["iteration"]
+                restarts += 1
+                if restarts > prepared.config.run.restarts or store.state["state"] == "new":
+                    raise
+                observer.event("fault", f"everybody starts again from round {committed}: {error}")
+                prepared.algorithm.load_state_dict(deepcopy(pristine[0]))
+                if prepared.material.game is not None:
+                    prepared.material.game.load_state_dict(deepcopy(pristine[1]))
+    except asyncio.CancelledError:
+        raise InterruptedRunError(
+            f"interrupted; {store.path} is committed up to round {store.state['iteration']}, the same command continues"
+        ) from None
+
+
+async def _one_life(prepared: Prepared, store: RunDir, observer: Observer, *, base: Path) -> None:
+    """From hiring everybody to dismissing them."""
+    observer.phase(store.state["iteration"], "start actors")
+    cast = Cast(prepared, store, observer, base=base)
+    lost = False
+    try:
         roles = await cast.assemble()
+        store.set_state("running")
         controller = Controller(
             prepared.config,
             algorithm=prepared.algorithm,
@@ -76,7 +118,8 @@ async def _play(cast: Cast, prepared: Prepared, store: RunDir, observer: Observe
             observer=observer,
         )
         await controller.run()
-    except asyncio.CancelledError:
-        raise InterruptedRunError(
-            f"interrupted; {store.path} is committed up to round {store.state['iteration']}, the same command continues"
-        ) from None
+    except (ActorLostError, DeadlineError):
+        lost = True
+        raise
+    finally:
+        await cast.dismiss(stacks=lost)

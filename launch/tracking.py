@@ -1,7 +1,16 @@
-"""wandb, when configured: a mirror of metrics.jsonl, which stays the record."""
+"""wandb, when configured: a mirror of metrics.jsonl, which stays the record. It can neither stall nor fail a run.
+
+wandb lives in a process of its own (`python -m launch.tracking`), which reads one JSON object per line. A thread feeds it from a
+bounded queue; what does not fit is left out and counted. At the end it has `FINISH_S` seconds, then it is killed.
+"""
 
 from __future__ import annotations
 
+import json
+import queue
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,19 +18,61 @@ from typing import Any
 from rayhf.campaign.observer import Observer
 from rayhf.config.schema import CampaignConfig
 
+FINISH_S = 30.0
+_LINES = 1000
+
 
 class Tracked:
-    """Passes everything on to another observer, and metrics to wandb too."""
+    """Passes everything on to another observer, and metrics to the mirror too."""
 
-    def __init__(self, inner: Observer, run: Any) -> None:
-        self._inner, self._run = inner, run
+    def __init__(self, inner: Observer, settings: Mapping[str, Any]) -> None:
+        self._inner = inner
+        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=_LINES)
+        self.left_out = 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "launch.tracking"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self._lines.put(dict(settings))
+        self._feeder = threading.Thread(target=self._feed, name="wandb mirror", daemon=True)
+        self._feeder.start()
 
     def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
         self._inner.phase(iteration, name, done, total)
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
         self._inner.metrics(metrics)
-        self._run.log(dict(metrics), step=int(metrics["iteration"]))
+        try:
+            self._lines.put_nowait(dict(metrics))
+        except queue.Full:
+            self.left_out += 1
+
+    def event(self, kind: str, message: str) -> None:
+        self._inner.event(kind, message)
+
+    def close(self) -> None:
+        """Give the mirror its time to finish; say what it has not got."""
+        try:
+            self._lines.put(None, timeout=1.0)
+            self._feeder.join(FINISH_S)
+            code: int | None = self._process.wait(FINISH_S)
+        except (queue.Full, subprocess.TimeoutExpired):
+            code = None
+            self._process.kill()
+            self._process.wait()
+        if code != 0 or self.left_out:
+            why = "it did not finish in time" if code is None else f"it ended with {code}"
+            self._inner.event("warn", f"wandb has not got everything ({why}, {self.left_out} rounds left out); metrics.jsonl has")
+
+    def _feed(self) -> None:
+        pipe = self._process.stdin
+        assert pipe is not None
+        try:
+            while (line := self._lines.get()) is not None:
+                pipe.write(json.dumps(line).encode() + b"\n")
+                pipe.flush()
+            pipe.close()
+        except OSError:  # the mirror is gone: `close` says so
+            return
 
 
 @contextmanager
@@ -31,17 +82,34 @@ def tracked(observer: Observer, config: CampaignConfig) -> Iterator[Observer]:
     if tracking.wandb == "off":
         yield observer
         return
+    settings = {
+        "project": tracking.project,
+        "name": tracking.name or config.run.dir.name,
+        "mode": tracking.wandb,
+        "dir": str(config.run.dir),
+        "config": config.model_dump(mode="json"),
+    }
+    mirror = Tracked(observer, settings)
+    try:
+        yield mirror
+    finally:
+        mirror.close()
+
+
+def _mirror() -> None:
+    """The mirror's process: settings first, then a line per round, until the pipe is closed."""
+    import signal
+
     import wandb
 
-    run = wandb.init(
-        project=tracking.project,
-        name=tracking.name or config.run.dir.name,
-        mode=tracking.wandb,
-        dir=str(config.run.dir),
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(console="off", disable_code=True, disable_git=True, init_timeout=60),
-    )
-    try:
-        yield Tracked(observer, run)
-    finally:
-        run.finish()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the campaign, which closes the pipe
+    options = wandb.Settings(console="off", disable_code=True, disable_git=True, init_timeout=60)
+    run = wandb.init(**json.loads(sys.stdin.readline()), settings=options)
+    for line in sys.stdin:
+        metrics = json.loads(line)
+        run.log(metrics, step=int(metrics["iteration"]))
+    run.finish()
+
+
+if __name__ == "__main__":
+    _mirror()

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+_SILENT = ("commit",)
+_STYLES = {"fault": "red", "pause": "yellow", "warn": "yellow"}
 PHASES = ("rollout", "scorer", "reference", "learner", "sync", "evaluate")
 
 
@@ -48,6 +50,10 @@ class LiveView:
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
         self._console.print(round_line(metrics, self._iterations, self._task), markup=False, highlight=False, soft_wrap=True)
+
+    def event(self, kind: str, message: str) -> None:
+        if kind not in _SILENT:
+            self._console.print(f"{kind}: {message}", style=_STYLES.get(kind), markup=False, highlight=False, soft_wrap=True)
 
 
 def round_line(metrics: Mapping[str, float], iterations: int, task: str) -> str:

@@ -4,6 +4,7 @@ RayhfError                      1   anything below, for `except` at the command 
 ├── ConfigError                 2   a key, a file or a row of the user's input is refused before anything starts
 ├── PlacementError              2   the cluster does not have what the config asks for
 ├── LockedError                 4   another launcher is writing this run directory
+│   └── FencedError             4   a later attempt owns the run directory: this one may not write any more
 ├── CheckpointError             5   no valid checkpoint, or one that does not match
 ├── NumericalError              7   a non-finite loss, gradient or weight
 ├── WeightSyncError             7   an engine does not hold the learner's weights
@@ -12,6 +13,7 @@ RayhfError                      1   anything below, for `except` at the command 
 ├── ScorerError                 9   too many completions could not be scored
 ├── ActorLostError             10   an actor's process died
 ├── DeadlineError              11   a wait passed its limit; says which phase waited for whom and how long
+├── PausedError                12   a guard, or a person, paused the campaign; `rayhf unpause` lets it go on
 └── InterruptedRunError        75   told to stop (SIGTERM, Ctrl-C); the same command continues
 """
 
@@ -38,6 +40,10 @@ class PlacementError(RayhfError):
 
 class LockedError(RayhfError):
     exit_code = 4
+
+
+class FencedError(LockedError):
+    pass
 
 
 class CheckpointError(RayhfError):
@@ -70,6 +76,10 @@ class ActorLostError(RayhfError):
 
 class DeadlineError(RayhfError):
     exit_code = 11
+
+
+class PausedError(RayhfError):
+    exit_code = 12
 
 
 class InterruptedRunError(RayhfError):

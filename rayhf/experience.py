@@ -111,6 +111,8 @@ class Failed:
     """The scorer did not answer (it raised, it timed out, it died)."""
 
     reason: str
+    transient: bool = False
+    """It may answer when it is asked again: it, or a service behind it, could not be reached."""
 
 
 Outcome = Scored | Invalid | Failed
@@ -136,6 +138,8 @@ class ScoreRequest:
 
     prompt: Prompt
     completions: tuple[Completion, ...]
+    number: int = 0
+    """Counts the judgements of one prompt's exploration, as GenerateRequest.number counts its generations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,8 @@ from rayhf.algorithms.base import Algorithm
 from rayhf.campaign.evaluate import evaluate
 from rayhf.campaign.exchange import Exchange, Explorer
 from rayhf.campaign.game import Game
+from rayhf.campaign.guards import judge
+from rayhf.campaign.journal import Journal
 from rayhf.campaign.learning import Learning
 from rayhf.campaign.observer import Observer
 from rayhf.campaign.store import RunDir
@@ -25,10 +27,12 @@ from rayhf.campaign.tally import FailureBudget, exploration_metrics
 from rayhf.config.algorithms import EmaReference, InitialReference, PreviousReference
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import is_pairwise
-from rayhf.errors import CheckpointError
+from rayhf.errors import CheckpointError, InterruptedRunError, PausedError
 from rayhf.experience import Completion, Group, Prompt, Sample, Sampling, WeightSnapshot, derive_seed
 from rayhf.prompts import Chat, PromptSet, deal
 from rayhf.roles import Roles
+
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +83,7 @@ class Controller:
         self.deterministic = run.max_staleness == 0 if run.deterministic is None else run.deterministic
         self._rounds: dict[int, asyncio.Task[Round]] = {}
         self._seconds: dict[str, float] = {}
+        self._alarmed: set[tuple[str, str]] = set()
         self._learning = Learning(config, algorithm=algorithm, roles=roles, store=store, observer=observer, timed=self._timed)
 
     async def run(self) -> None:
@@ -122,21 +127,56 @@ class Controller:
         metrics |= {f"time/{name}_s": s for name, s in {**explored.seconds, **self._seconds}.items()}
         metrics["time/iteration_s"] = time.monotonic() - started
         self._report(metrics)
-        if due:
-            await self._checkpoint(iteration)
+        self._heed_guards()
+        wanted = self.store.wanted()
+        if due or wanted != "run":
+            await self._checkpoint(iteration, metrics)
+        if wanted != "run" and iteration < last:
+            await self._obey()
 
-    def _exchange(self) -> Exchange:
+    def _heed_guards(self) -> None:
+        """Say what looks unhealthy. Raises PausedError where a guard says that it must not go on like this: the round is then
+        not committed, so that the last healthy commit stays the newest."""
+        accepted = self.store.state["accepted"]
+        alarms = judge(self.store.history, self.config.guards)
+        for alarm in alarms:
+            if (alarm.guard, alarm.level) not in self._alarmed:
+                self.observer.event(alarm.level, alarm.message)
+        self._alarmed = {(alarm.guard, alarm.level) for alarm in alarms}
+        stop = [alarm for alarm in alarms if alarm.level == "pause" and alarm.guard not in accepted]
+        if stop:
+            self.store.set_state("paused", reason=stop[0].message, guards=[alarm.guard for alarm in stop])
+            raise PausedError(f"paused by guard {stop[0].guard}: {stop[0].message}")
+
+    async def _obey(self) -> None:
+        """Between two rounds, everything committed: stay paused as long as the operator wants, or stop."""
+        if self.store.wanted() == "pause":
+            self.store.set_state("paused", reason="asked for by `rayhf pause`")
+            self.observer.event("pause", f"paused after round {self.iteration}; `rayhf unpause {self.store.path}` goes on")
+            while self.store.wanted() == "pause":
+                self.observer.phase(self.iteration, "paused")
+                await asyncio.sleep(_POLL_S)
+        if self.store.wanted() == "stop":
+            raise InterruptedRunError(f"stopped after round {self.iteration} by `rayhf stop`; the same command continues")
+        self.store.set_state("running")
+        self.observer.event("unpause", f"goes on with round {self.iteration + 1}")
+
+    def _exchange(self, journal: Journal | None = None) -> Exchange:
         return Exchange(
             self.roles.rollouts,
             self.roles.scorer,
             chat=self.material.chat,
             versions=self.versions,
             deterministic=self.deterministic,
+            journal=journal,
         )
 
     async def _explore(self, iteration: int) -> Round:
         prompts = deal(self.material.prompts.prompts, batch=self.config.prompts.batch, iteration=iteration, seed=self.config.seed)
-        exchange = self._exchange()
+        journal = self.store.journal(iteration)
+        if journal.scorer_state is not None:
+            await self.roles.scorer.load_state_dict(journal.scorer_state)
+        exchange = self._exchange(journal)
         budget = FailureBudget(limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples)
         finished = 0
 
@@ -147,13 +187,16 @@ class Controller:
             self.observer.phase(iteration, "explore", finished, len(prompts))
 
         self.observer.phase(iteration, "explore", 0, len(prompts))
-        groups = await exchange.run(
-            prompts,
-            self.algorithm.explore,
-            sampling=self.sampling,
-            seed=derive_seed(self.config.seed, "round", iteration),
-            done=done,
-        )
+        try:
+            groups = await exchange.run(
+                prompts,
+                self.algorithm.explore,
+                sampling=self.sampling,
+                seed=derive_seed(self.config.seed, "round", iteration),
+                done=done,
+            )
+        finally:
+            journal.close()
         return Round(groups=groups, seconds=exchange.stopwatch.seconds)
 
     # ---------------------------------------------------------------------- sync
@@ -266,9 +309,9 @@ class Controller:
             "prompts": self.material.prompts.fingerprint,
         }
 
-    async def _checkpoint(self, iteration: int) -> None:
+    async def _checkpoint(self, iteration: int, metrics: Mapping[str, float]) -> None:
         self.observer.phase(iteration, "checkpoint")
-        directory = self.store.checkpoint_directory()
+        directory = self.store.checkpoints.begin()
         saves = [learner.save(directory / _learner_folder(policy)) for policy, learner in self.roles.learners.items()]
         if self.roles.critic is not None:
             saves.append(self.roles.critic.save(directory / "critic"))
@@ -276,7 +319,10 @@ class Controller:
             saves.append(self.roles.reference.save(directory / "reference"))
         await asyncio.gather(*saves)
         finished = iteration >= self.config.run.iterations
-        self.store.commit(directory, iteration, await self._state(), campaign_state="done" if finished else "running")
+        score = metrics.get(f"eval/{self.config.prompts.task}/sampled")
+        state = "done" if finished else "running"
+        self.store.commit(directory, iteration, await self._state(), campaign_state=state, score=score)
+        self.observer.event("commit", f"round {iteration} is committed")
         for policy, learner in self.roles.learners.items():
             exported = self.store.policy_directory(policy)
             await learner.export(exported)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from rayhf.campaign.journal import Journal
 from rayhf.experience import (
     Comparison,
     Completion,
@@ -67,7 +68,7 @@ class Explorer:
 
     def __init__(self, exchange: Exchange, prompt: Prompt, *, sampling: Sampling, seed: int) -> None:
         self._exchange, self._prompt, self.sampling, self._seed = exchange, prompt, sampling, seed
-        self._requests = 0
+        self._requests = self._judgements = 0
 
     def derive_seed(self, *parts: int | str) -> int:
         """Randomness of this prompt in this round, by name."""
@@ -117,18 +118,23 @@ class Explorer:
 
     async def score(self, completions: Sequence[Completion]) -> tuple[Outcome, ...]:
         """One outcome per completion."""
-        return await self._exchange.score(ScoreRequest(prompt=self._prompt, completions=tuple(completions)))
+        return await self._exchange.score(self._judgement(completions))
 
     async def compare(self, completions: Sequence[Completion]) -> Comparison:
         """The win probabilities among the completions."""
-        return await self._exchange.compare(ScoreRequest(prompt=self._prompt, completions=tuple(completions)))
+        return await self._exchange.compare(self._judgement(completions))
+
+    def _judgement(self, completions: Sequence[Completion]) -> ScoreRequest:
+        self._judgements += 1
+        return ScoreRequest(prompt=self._prompt, completions=tuple(completions), number=self._judgements - 1)
 
 
 Explore = Callable[[Prompt, Explorer], Awaitable[Group]]
 
 
 class Exchange:
-    """One round's meeting place. `versions` names, for each policy, the weights that must answer."""
+    """One round's meeting place. `versions` names, for each policy, the weights that must answer; what a `journal` already knows
+    nobody is asked again."""
 
     def __init__(
         self,
@@ -138,8 +144,9 @@ class Exchange:
         chat: Chat,
         versions: Mapping[str, int],
         deterministic: bool,
+        journal: Journal | None = None,
     ) -> None:
-        self._rollouts, self._scorer, self.chat = rollouts, scorer, chat
+        self._rollouts, self._scorer, self.chat, self._journal = rollouts, scorer, chat, journal
         self._versions, self._deterministic = dict(versions), deterministic
         self.stopwatch = Stopwatch()
         self._waiting: dict[str, list[Pending]] = {"generate": [], "score": [], "compare": []}
@@ -220,7 +227,7 @@ class Exchange:
             kinds = {kind: self._take(kind) for kind in self._waiting}
             kinds["generate"].sort(key=lambda p: (p[0].prompt_id, p[0].number))
             for kind in ("score", "compare"):
-                kinds[kind].sort(key=lambda p: p[0].prompt.prompt_id)
+                kinds[kind].sort(key=lambda p: (p[0].prompt.prompt_id, p[0].number))
             await asyncio.gather(*(self._answer(kind, pending) for kind, pending in kinds.items() if pending))
 
     async def _settle(self) -> None:
@@ -231,31 +238,45 @@ class Exchange:
             idle, seen = (idle + 1, seen) if self._activity == seen else (0, self._activity)
 
     async def _answer(self, kind: str, pending: list[Pending]) -> None:
-        """Ask the role once for all of them; each policy's generations go to its own engines."""
+        """From the journal what it knows; the rest is asked for at once, each policy's generations of its own engines."""
+        asked = [entry for entry in pending if not self._recalled(kind, entry)]
+        if not asked:
+            return
         if kind == "generate":
             with self.stopwatch("rollout"):
                 by_policy: dict[str, list[Pending]] = {}
-                for request, future in pending:
+                for request, future in asked:
                     by_policy.setdefault(request.policy, []).append((request, future))
-                await asyncio.gather(*(_settle_all(part, self._writer(policy)) for policy, part in by_policy.items()))
+                await asyncio.gather(*(self._ask(kind, part, self._writer(policy)) for policy, part in by_policy.items()))
             return
         with self.stopwatch("scorer"):
-            await _settle_all(pending, self._scorer.score if kind == "score" else self._scorer.compare)
+            await self._ask(kind, asked, self._scorer.score if kind == "score" else self._scorer.compare)
+
+    def _recalled(self, kind: str, entry: Pending) -> bool:
+        request, future = entry
+        answer = None if self._journal is None else self._journal.recall(kind, request)
+        if answer is not None and not future.done():
+            future.set_result(answer)
+        return answer is not None
 
     def _writer(self, policy: str) -> Callable[[list[GenerateRequest]], Awaitable[list[Any]]]:
         rollout, version = self._rollouts[policy], self._versions[policy]
         return lambda requests: rollout.generate(requests, version=version)
 
-
-async def _settle_all(pending: list[Pending], ask: Callable[[list[Any]], Awaitable[list[Any]]]) -> None:
-    """Ask once for all, and give each asker its answer, or all of them the error."""
-    try:
-        answers = await ask([request for request, _ in pending])
-    except Exception as error:  # noqa: BLE001  passed on to whoever waits, not swallowed
-        for _, future in pending:
+    async def _ask(self, kind: str, pending: list[Pending], ask: Callable[[list[Any]], Awaitable[list[Any]]]) -> None:
+        """Ask once for all, write the answers down, and give each asker his own, or all of them the error."""
+        requests = [request for request, _ in pending]
+        try:
+            answers = await ask(requests)
+            settled = list(zip(pending, answers, strict=True))
+            if self._journal is not None:
+                learned = None if kind == "generate" else await self._scorer.state_dict()
+                self._journal.record(kind, requests, answers, learned)
+        except Exception as error:  # noqa: BLE001  passed on to whoever waits, not swallowed
+            for _, future in pending:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), answer in settled:
             if not future.done():
-                future.set_exception(error)
-        return
-    for (_, future), answer in zip(pending, answers, strict=True):
-        if not future.done():
-            future.set_result(answer)
+                future.set_result(answer)

@@ -14,3 +14,7 @@ class Observer(Protocol):
     def metrics(self, metrics: Mapping[str, float]) -> None:
         """A finished round's line, as in metrics.jsonl."""
         ...
+
+    def event(self, kind: str, message: str) -> None:
+        """Something worth a line: a fault, a recovery, a warning, a pause, a commit."""
+        ...

@@ -3,18 +3,23 @@
 config.yaml      the config as resolved              campaign.json   committed state, replaced atomically, last
 metrics.jsonl    one object per iteration            samples/, pairs/   Parquet per iteration
 checkpoints/iteration-000012/   learner, critic, reference, state.json; MANIFEST.json last
+journal/         what unfinished rounds were told    logs/attempt-0003/events.jsonl   what happened, one attempt each
 policy/          the latest exported Hugging Face model
+
+Whoever opens it is the next *epoch*. The lock keeps a second launcher out; the epoch keeps out an actor that outlived its
+launcher (a node that was cut off and came back): whatever it still wants to write, a Fence refuses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -23,24 +28,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayhf.campaign import records
-from rayhf.campaign.files import seal, storage_errors, verify, write_atomic, write_json
+from rayhf.campaign.checkpoints import Checkpoint, Checkpoints, Retention
+from rayhf.campaign.control import Wanted, read_control
+from rayhf.campaign.files import storage_errors, write_atomic, write_json
+from rayhf.campaign.journal import Journal
 from rayhf.config.load import dump_config
 from rayhf.config.schema import CampaignConfig
-from rayhf.errors import CheckpointError, ConfigError, LockedError
+from rayhf.errors import CheckpointError, ConfigError, LockedError, PausedError
 from rayhf.experience import Example, Group
 
 IDENTITY = ("seed", "policy", "prompts", "algorithm", "scorer.train", "scorer.combine", "rollout.temperature")
 """What makes a campaign this campaign: a run directory refuses a config that differs here."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """A verified checkpoint."""
-
-    iteration: int
-    directory: Path
-    state: Mapping[str, Any]
-    """The controller's state at the end of `iteration`."""
+_NEW: dict[str, Any] = {
+    "epoch": 0, "iteration": 0, "checkpoint": None, "manifest": None, "best": None, "state": "new",
+    "reason": None, "guards": [], "accepted": [],
+}  # fmt: skip
 
 
 def _pick(config: Mapping[str, Any], dotted: str) -> Any:
@@ -64,9 +67,8 @@ class RunDir:
     def __init__(self, config: CampaignConfig) -> None:
         """Open or create. Raises ConfigError for a directory that cannot be written or is another campaign's, LockedError."""
         self.path = config.run.dir
-        self._keep = config.run.keep_checkpoints
         try:
-            for name in ("samples", "pairs", "checkpoints"):
+            for name in ("samples", "pairs", "checkpoints", "journal"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
@@ -75,10 +77,20 @@ class RunDir:
         try:
             self._check_identity(config)
             self.state: dict[str, Any] = self._read_state()
+            self.epoch = int(self.state["epoch"]) + 1
+            self._write_state(epoch=self.epoch)
             write_atomic(self.path / "config.yaml", dump_config(config).encode())
+            self.attempt = self.path / "logs" / f"attempt-{self.epoch:04d}"
+            self.attempt.mkdir(parents=True)
+            self._events = (self.attempt / "events.jsonl").open("a", encoding="utf-8")
         except BaseException:
-            self.close()
+            self._lock.close()
             raise
+        run = config.run
+        self.history: list[dict[str, float]] = []
+        """The lines of metrics.jsonl, once `rewind` has settled which of them count."""
+        retention = Retention(last=run.keep_checkpoints, every=run.keep_every, best=run.keep_best)
+        self.checkpoints = Checkpoints(self.path / "checkpoints", epoch=self.epoch, retention=retention)
 
     def _acquire(self, file: IO[str]) -> IO[str]:
         try:
@@ -111,7 +123,15 @@ class RunDir:
     def _read_state(self) -> dict[str, Any]:
         file = self.path / "campaign.json"
         if not file.exists():
-            return {"iteration": 0, "checkpoint": None, "metrics_bytes": 0, "state": "new"}
+            return {
+                "epoch": 0,
+                "iteration": 0,
+                "checkpoint": None,
+                "manifest": None,
+                "best": None,
+                "state": "new",
+                "reason": None,
+            }
         try:
             state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return state
@@ -119,12 +139,41 @@ class RunDir:
             raise CheckpointError(f"{file}: not valid JSON ({error})") from None
 
     def close(self) -> None:
+        self._events.close()
         self._lock.close()
+
+    def event(self, kind: str, message: str = "", **facts: Any) -> None:
+        """A line in this attempt's event log."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {"time": now, "epoch": self.epoch, "kind": kind, "message": message, **facts}
+        with storage_errors("write", self.attempt):
+            self._events.write(json.dumps(line) + "\n")
+            self._events.flush()
+
+    def check_paused(self) -> None:
+        """Raises PausedError where a guard paused the campaign and nobody has accepted that."""
+        if self.state["state"] == "paused" and self.state["guards"]:
+            raise PausedError(
+                f"{self.path} is paused: {self.state['reason']}. It goes on from round {self.state['iteration']} after "
+                f"`rayhf unpause {self.path}`, with what you change in the config"
+            )
+
+    def write_progress(self, progress: Mapping[str, Any]) -> None:
+        """Where the campaign is now. Whole, but not forced to the disk: it is worth a second."""
+        temporary = self.path / ".progress.json.tmp"
+        with storage_errors("write", temporary):
+            temporary.write_text(json.dumps({**progress, "epoch": self.epoch, "time": time.time()}), encoding="utf-8")
+            temporary.replace(self.path / "progress.json")
+
+    def wanted(self) -> Wanted:
+        """What `rayhf pause | unpause | stop` asked for last."""
+        return read_control(self.path)
 
     # ------------------------------------------------------------------ records
 
     def append_metrics(self, metrics: Mapping[str, float]) -> None:
         """One line per iteration; refuses NaN."""
+        self.history.append(dict(metrics))
         line = json.dumps(dict(metrics), allow_nan=False) + "\n"
         with storage_errors("write", self.path / "metrics.jsonl"), (self.path / "metrics.jsonl").open("ab") as file:
             file.write(line.encode())
@@ -150,67 +199,70 @@ class RunDir:
         pq.write_table(table, sink, compression="zstd")
         write_atomic(self.path / name, sink.getvalue().to_pybytes())
 
+    def journal(self, iteration: int) -> Journal:
+        """What this round's exploration was told so far; kept until a later checkpoint makes it superfluous."""
+        return Journal(self.path / "journal" / f"iteration-{iteration:06d}.journal")
+
     # -------------------------------------------------------------- checkpoints
 
-    def checkpoint_directory(self) -> Path:
-        """An empty directory to save into; nothing counts until `commit`."""
-        temporary = self.path / "checkpoints" / ".saving"
-        with storage_errors("write", temporary):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        return temporary
+    def commit(
+        self, temporary: Path, iteration: int, state: Mapping[str, Any], *, campaign_state: str, score: float | None
+    ) -> None:
+        """Seal what was saved, then point campaign.json at it (the commit itself), then free what nobody needs any more.
 
-    def commit(self, temporary: Path, iteration: int, state: Mapping[str, Any], *, campaign_state: str) -> None:
-        """Seal what was saved, then point campaign.json at it, then remove what retention no longer keeps."""
-        write_json(temporary / "state.json", dict(state))
-        final = self.path / "checkpoints" / f"iteration-{iteration:06d}"
-        if final.exists():  # the same iteration saved again after a resume: its content is equal or newer
-            with storage_errors("replace", final):
-                shutil.rmtree(final)
-        seal(temporary, final, {"iteration": iteration})
+        `score` is what this checkpoint is worth, higher is better; None where it was not evaluated.
+        """
         metrics = self.path / "metrics.jsonl"
-        self.state = {
-            "iteration": iteration,
-            "checkpoint": final.name,
-            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
-            "state": campaign_state,
-        }
+        size = metrics.stat().st_size if metrics.exists() else 0
+        final, manifest = self.checkpoints.commit(temporary, iteration, state, {"metrics_bytes": size})
+        best = self.state.get("best")
+        if score is not None and (best is None or score > best["score"]):
+            best = {"iteration": iteration, "score": score}
+        self._write_state(
+            iteration=iteration, checkpoint=final.name, manifest=manifest, state=campaign_state, reason=None, best=best
+        )
+        for old in (self.path / "journal").iterdir():
+            if _number_of(old) <= iteration:
+                with contextlib.suppress(OSError):  # failing to free space must not stop training
+                    old.unlink()
+        self.checkpoints.thin_out(best["iteration"] if best else None)
+
+    def set_state(self, state: str, *, reason: str | None = None, guards: Sequence[str] = ()) -> None:
+        """new, running, paused or done, why, and which guards want a person's consent."""
+        self._write_state(state=state, reason=reason, guards=list(guards))
+
+    def _write_state(self, **changes: Any) -> None:
+        self.state = {**self.state, **changes}
         write_json(self.path / "campaign.json", self.state)
-        kept = sorted(p for p in (self.path / "checkpoints").glob("iteration-*") if p.is_dir())
-        for old in kept[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)  # failing to free space must not stop training
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; None only for a campaign that never committed one.
 
-        A checkpoint that does not verify is moved aside (`.corrupt-...`). Raises CheckpointError when none is left.
+        A checkpoint that does not verify is set aside. One that was sealed but not yet acknowledged is as good as any. Raises
+        CheckpointError where a committed campaign has none left: it never starts from scratch by itself.
         """
-        if self.state["checkpoint"] is None:
-            return None
-        problems = []
-        for directory in sorted((self.path / "checkpoints").glob("iteration-*"), reverse=True):
-            try:
-                iteration = int(verify(directory)["iteration"])
-                state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-                return Checkpoint(iteration=iteration, directory=directory, state=state)
-            except CheckpointError as error:
-                problems.append(str(error))
-                directory.rename(directory.with_name(f".corrupt-{directory.name}"))
-        raise CheckpointError(f"no valid checkpoint in {self.path}: {'; '.join(problems) or 'the directory is empty'}")
+        checkpoint, problems = self.checkpoints.newest()
+        if checkpoint is None and self.state["checkpoint"] is not None:
+            raise CheckpointError(f"no valid checkpoint in {self.path}: {'; '.join(problems) or 'the directory is empty'}")
+        for problem in problems:
+            self.event("fault", f"checkpoint set aside: {problem}")
+        return checkpoint
 
     def rewind(self, iteration: int) -> None:
         """Forget records after `iteration`: they will be made again. The old metrics lines are kept beside the file."""
         metrics = self.path / "metrics.jsonl"
+        self.history = []
         if metrics.exists():
             lines = metrics.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if _iteration_of(line) <= iteration]
+            self.history = [json.loads(line) for line in kept]
             if len(kept) != len(lines):
                 with (self.path / "metrics.rewound.jsonl").open("ab") as rewound:
                     rewound.writelines(lines[len(kept) :])
                 write_atomic(metrics, b"".join(kept))
         for folder in ("samples", "pairs"):
             for file in (self.path / folder).glob("iteration-*.parquet"):
-                if int(file.stem.removeprefix("iteration-")) > iteration:
+                if _number_of(file) > iteration:
                     file.unlink()
 
     def policy_directory(self, policy: str = "policy") -> Path:
@@ -227,6 +279,10 @@ class RunDir:
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
+
+
+def _number_of(file: Path) -> int:
+    return int(file.stem.removeprefix("iteration-"))
 
 
 def _iteration_of(line: bytes) -> float:

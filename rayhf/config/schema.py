@@ -37,12 +37,21 @@ class RunConfig(Section):
     checkpoint_every: NonNegativeInt = 20
     """Rounds between checkpoints; 0 writes only the last one."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """The newest ones that stay."""
+    keep_every: NonNegativeInt = 0
+    """Rounds whose checkpoint stays for good: every keep_every-th; 0 is off."""
+    keep_best: bool = True
+    """The checkpoint with the best held-out evaluation (eval/<task>/sampled) stays too."""
     max_staleness: NonNegativeInt = 0
     """Rounds that generation may run ahead of learning: 0 is strictly on-policy, 1 overlaps the two."""
     deterministic: bool | None = None
     """Requests enter the engines in waves, so that equal seeds give equal numbers. Default: when max_staleness is 0."""
     timeout_s: PositiveFloat = 600
     """Limit on any single wait between roles, in seconds."""
+    stall_s: PositiveFloat = 300
+    """An engine that has work and makes no progress for so long is replaced, in seconds."""
+    restarts: NonNegativeInt = 5
+    """Of any one actor within an hour, and of the learners without a commit in between, before the run stops."""
     start_timeout_s: PositiveFloat = 300
     """Limit on placing and starting all actors, in seconds."""
 
@@ -104,6 +113,9 @@ class RolloutConfig(Section):
     """KV cache per engine in GiB. Default: 0.25 on CPU; on GPU what memory_fraction leaves."""
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Of each GPU, for weights and KV cache."""
+    prefix_caching: bool | None = None
+    """Keep keys and values of prompts and steps for later requests. Default: not on CPU in a deterministic run, where bits could
+    depend on what a replaced engine has not seen."""
     enforce_eager: bool | None = None
     """No CUDA graphs. Default: true on CPU, false on GPU."""
     mismatch_limit: PositiveFloat = 1.0

@@ -157,6 +157,9 @@ class ScorerConfig(Section):
     """For held-out evaluation only. Default: the training scorers."""
     max_failed: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of a round's completions that may be Failed or Invalid before the run stops."""
+    attempts: PositiveInt = 4
+    """Calls at most for a completion whose scorer could not be reached. A scorer that answers nothing at all pauses the campaign
+    until it is back."""
     threads: PositiveInt | None = None
 
 

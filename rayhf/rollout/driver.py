@@ -215,7 +215,7 @@ def _build(model: Path, config: RolloutConfig, *, dtype: str, max_length: int, s
         "logprobs_mode": "processed_logprobs",
         # Sampling comes from the request alone, not from defaults that ship with a checkpoint.
         "generation_config": "vllm",
-        "enable_prefix_caching": True,
+        "enable_prefix_caching": config.prefix_caching is not False,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }

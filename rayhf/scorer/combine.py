@@ -172,12 +172,15 @@ def _transform(part: Part, score: float) -> float:
 
 
 def _missing(parts: Sequence[Part], answers: Sequence[Outcome | Comparison]) -> Invalid | Failed | None:
-    """Failed where any part failed, Invalid where any is invalid, with every such part's name and reason."""
+    """Failed where any part failed (for good, where one did for good), Invalid where any is invalid; with names and reasons."""
     lacking = [(part.name, a) for part, a in zip(parts, answers, strict=True) if isinstance(a, Invalid | Failed)]
     if not lacking:
         return None
     reason = "; ".join(f"{name}: {answer.reason}" for name, answer in lacking)
-    return Failed(reason=reason) if any(isinstance(answer, Failed) for _, answer in lacking) else Invalid(reason=reason)
+    failed = [answer for _, answer in lacking if isinstance(answer, Failed)]
+    if not failed:
+        return Invalid(reason=reason)
+    return Failed(reason=reason, transient=all(answer.transient for answer in failed))
 
 
 def check_weights(weights: Sequence[float], combine: CombineConfig, *, pairwise: bool, where: str = "scorer") -> None:

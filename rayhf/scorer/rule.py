@@ -115,8 +115,8 @@ class _RuleProcess:
                     outcomes.append(Scored(value=value))
                 elif kind == "invalid":
                     outcomes.append(Invalid(reason=value))
-                elif kind == "failed":
-                    outcomes.append(Failed(reason=value))
+                elif kind in ("failed", "unreachable"):
+                    outcomes.append(Failed(reason=value, transient=kind == "unreachable"))
                 else:
                     raise _LostError(value)
         except _LostError as lost:

@@ -47,7 +47,8 @@ def main() -> None:
 
 
 def _judge(function: Callable[..., Any], texts: list[str], context: dict[str, Any]) -> tuple[str, float | str]:
-    """Kinds: scored, invalid, failed, and broken: failed in a way that calls for a fresh process."""
+    """Kinds: scored, invalid, failed, unreachable (failed, but worth asking again), and broken (failed, and a fresh process is
+    called for)."""
     try:
         value = function(*texts, **context)
         # numpy scalars are Real too; bool is an int, but a rule that returns one has most likely forgotten something
@@ -60,7 +61,8 @@ def _judge(function: Callable[..., Any], texts: list[str], context: dict[str, An
     except MemoryError as error:
         return "broken", describe(error)
     except BaseException as error:  # noqa: BLE001 - foreign code: whatever it raises, SystemExit included, is an answer, not our end
-        return "failed", describe(error)
+        # What a rule raises when a service it asks cannot be reached: a matter of time, not of the answer.
+        return "unreachable" if isinstance(error, ConnectionError | TimeoutError) else "failed", describe(error)
     if not math.isfinite(score):
         return "invalid", f"the rule returned {score}"
     return "scored", score

@@ -68,10 +68,23 @@ def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
     }
 
 
-async def _assembled(config: Any, prepared: Any) -> Any:
+class Silent:
+    """An observer that looks away."""
+
+    def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
+        return None
+
+    def metrics(self, metrics: Mapping[str, float]) -> None:
+        return None
+
+    def event(self, kind: str, message: str) -> None:
+        return None
+
+
+async def _assembled(prepared: Any, store: Any) -> Any:
     from launch.assemble import Cast
 
-    return await Cast(prepared, base=Path.cwd()).assemble()
+    return await Cast(prepared, store, Silent(), base=Path.cwd()).assemble()
 
 
 def rayhf(turns: Turns) -> None:
@@ -82,11 +95,8 @@ def rayhf(turns: Turns) -> None:
     from rayhf.config.load import validate
     from rayhf.preflight import prepare
 
-    class Stepper:
+    class Stepper(Silent):
         """The controller's observer: a round's metrics end a turn."""
-
-        def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
-            return None
 
         def metrics(self, metrics: Mapping[str, float]) -> None:
             if metrics["iteration"] > 0:
@@ -97,7 +107,7 @@ def rayhf(turns: Turns) -> None:
     store = RunDir(config)
 
     async def play() -> None:
-        roles = await _assembled(config, prepared)
+        roles = await _assembled(prepared, store)
         what = {"algorithm": prepared.algorithm, "material": prepared.material}
         await Controller(config, roles=roles, store=store, observer=Stepper(), **what).run()
 
@@ -115,6 +125,7 @@ def agreement(turns: Turns) -> None:
 
     from launch.local import ray_cluster
     from rayhf.algorithms.base import make_row
+    from rayhf.campaign.store import RunDir
     from rayhf.config.load import validate
     from rayhf.experience import Batch, Example, GenerateRequest, Group, Sample, Sampling, Scored
     from rayhf.preflight import prepare
@@ -123,7 +134,7 @@ def agreement(turns: Turns) -> None:
     data = campaign(spec, Path(f"run-{os.getpid()}"))
     data["learner"] |= {"lr": 1e-3, "dtype": "float32"}  # steps that move the weights visibly
     config = validate(data, source="tests.bench.peers")
-    prepared = prepare(config, base=Path.cwd())
+    prepared, store = prepare(config, base=Path.cwd()), RunDir(config)
 
     async def answers(roles: Any, version: int) -> list[Any]:
         sampling = Sampling(max_tokens=spec.max_tokens)
@@ -139,7 +150,7 @@ def agreement(turns: Turns) -> None:
         return [make_row(group, 0, score=0.0) for group in groups]
 
     async def play() -> None:
-        roles = await _assembled(config, prepared)
+        roles = await _assembled(prepared, store)
         loss = prepared.algorithm.loss()
         for version in range(3):
             rows = await answers(roles, version)

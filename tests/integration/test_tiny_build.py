@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rayhf.tiny import TaskInfo, build, words
+from rayhf.rollout.env import engine_env
+from rayhf.tiny import TASKS, TaskInfo, build, words
 from rayhf.tiny.reward_model import score
 
 pytestmark = pytest.mark.timeout(1800)
@@ -21,6 +24,13 @@ DIRECTORY = Path(os.environ.get("RAYHF_TINY_DIR") or Path(__file__).parents[2] /
 
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, TaskInfo]:
+    """By the command, in a process of its own: other tests have set this one to a single thread."""
+    ours = engine_env("cpu", 1)
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    rayhf = Path(sys.executable).with_name("rayhf")
+    done = subprocess.run([rayhf, "tiny", DIRECTORY], env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    assert all(task in done.stdout for task in TASKS)
     return build(DIRECTORY)
 
 

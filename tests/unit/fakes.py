@@ -159,3 +159,6 @@ class Quiet:
 
     def metrics(self, metrics):
         return None
+
+    def event(self, kind, message):
+        return None

@@ -1,0 +1,183 @@
+"""An actor that is replaced when it is lost: it died, it does not answer, or it has work and makes no progress.
+
+Being alive is not enough: a stopped process answers nothing, and an engine may hang in a step while its actor still answers. So
+whoever supervises watches a counter that grows with every engine step, on a monotonic clock. A lost actor's stacks are saved
+where they can be, its process is killed on its own node, and a new one is started and built. Callers who held the old one get
+ActorLostError and may ask again: `Supervised` itself repeats nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.remote import wait
+from rayhf.errors import ActorLostError, DeadlineError
+
+Report = Callable[[str, str], None]
+"""(kind, message): to the campaign's event log and whoever watches."""
+_HOUR_S = 3600.0
+_DUMP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where an actor's process is; told by itself once it is built."""
+
+    node: str
+    pid: int
+    created: float
+    """Its start time: another process may get the pid."""
+
+
+def whereabouts() -> Whereabouts:
+    """Of the calling process."""
+    return Whereabouts(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long to wait and how often to try again."""
+
+    stall_s: float
+    """Without progress, while there is work."""
+    restarts: int
+    """Of one actor within an hour."""
+
+
+class Supervised:
+    """One actor under supervision. `start` creates and builds it; it must have a method `whereabouts`."""
+
+    def __init__(
+        self, name: str, start: Callable[[], Awaitable[Any]], *, limits: Limits, report: Report, diagnosis: Path
+    ) -> None:
+        self.name, self.limits = name, limits
+        self.life = 0
+        """Grows with every replacement."""
+        self._start, self._report, self._diagnosis = start, report, diagnosis
+        self._actor: Any = None
+        self._where: Whereabouts | None = None
+        self._replacing = asyncio.Lock()
+        self._losses: deque[float] = deque()
+        self._watch: asyncio.Task[None] | None = None
+        self._asked = 0
+
+    @property
+    def actor(self) -> Any:
+        return self._actor
+
+    async def start(self) -> None:
+        self._actor = await self._start()
+        self._where = await wait(self._actor.whereabouts.remote(), who=self.name, phase="start", timeout_s=60.0)
+
+    async def replace(self, life: int, why: Exception, prepare: Callable[[Any], Awaitable[None]]) -> None:
+        """Put a new actor in the place of the one that lived `life`; nothing where that was done already.
+
+        `prepare` brings the new actor to where the old one was. Raises ActorLostError where the hour's restarts are used up.
+        """
+        async with self._replacing:
+            if self.life != life:
+                return
+            now = time.monotonic()
+            while self._losses and now - self._losses[0] > _HOUR_S:
+                self._losses.popleft()
+            self._losses.append(now)
+            if len(self._losses) > self.limits.restarts:
+                raise ActorLostError(
+                    f"{self.name} was lost {len(self._losses)} times within an hour "
+                    f"(run.restarts allows {self.limits.restarts}); the last time: {why}"
+                ) from why
+            self._report("fault", f"{self.name} is replaced: {why}")
+            await self.kill()
+            self.life += 1
+            await self.start()
+            await prepare(self._actor)
+            self._report("recovered", f"{self.name} is back after {time.monotonic() - now:.1f} s")
+
+    async def kill(self, *, stacks: bool = True) -> None:
+        """Save its stacks, then end its process for certain, also where it is stopped and hears nothing."""
+        if self._where is not None:
+            file = self._diagnosis / f"{self.name.replace(' ', '-')}-{self._where.pid}.txt" if stacks else None
+            await on_node(self._where.node, end_process, self._where, file)
+        if self._actor is not None:
+            ray.kill(self._actor, no_restart=True)
+
+    async def ask(self, call: Callable[[Any], Any], *, phase: str, timeout_s: float) -> Any:
+        """The answer to `call(actor)`. Raises ActorLostError or DeadlineError as soon as it is clear that none will come."""
+        answer = asyncio.ensure_future(wait(call(self._actor), who=self.name, phase=phase, timeout_s=timeout_s))
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._watch_actor(), name=f"watch {self.name}")
+        watch, self._asked = self._watch, self._asked + 1
+        try:
+            await asyncio.wait((answer, watch), return_when=asyncio.FIRST_COMPLETED)
+            return await (answer if answer.done() else watch)
+        finally:
+            self._asked -= 1
+            if not self._asked and watch is self._watch:
+                watch.cancel()
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+
+    async def _watch_actor(self) -> None:
+        """One for all who wait. Raises DeadlineError when the actor, which has work, neither answers nor gets on for `stall_s`.
+
+        The actor's `progress` must grow whenever it did anything.
+        """
+        pause = min(10.0, self.limits.stall_s / 4)
+        seen, since = None, time.monotonic()
+        while True:
+            await asyncio.sleep(pause)
+            left = self.limits.stall_s - (time.monotonic() - since)
+            with contextlib.suppress(DeadlineError):
+                beat = await wait(self._actor.progress.remote(), who=self.name, phase="watch", timeout_s=max(left, 0.1))
+                if beat != seen:
+                    seen, since = beat, time.monotonic()
+            if time.monotonic() - since >= self.limits.stall_s:
+                raise DeadlineError(f"{self.name} has work and made no progress for {self.limits.stall_s:g} s")
+
+
+async def on_node(node: str, function: Callable[..., None], *arguments: Any) -> None:
+    """Run `function` there, at most some seconds; a node that is gone has nothing left to do."""
+    if node == ray.get_runtime_context().get_node_id():
+        await asyncio.to_thread(function, *arguments)
+        return
+    remote = ray.remote(num_cpus=0)(function).options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+    with contextlib.suppress(DeadlineError, ActorLostError, ray.exceptions.RayError):
+        await wait(remote.remote(*arguments), who=f"node {node}", phase="kill", timeout_s=3 * _DUMP_S)
+
+
+def end_process(where: Whereabouts, stacks: Path | None) -> None:
+    """Kill the process and its children, its stacks written to a file first. To be called on its own node."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(where.pid)
+        if process.create_time() != where.created:
+            return
+        if stacks is not None:
+            _write_stacks(where.pid, stacks)
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.send_signal(signal.SIGKILL)
+
+
+def _write_stacks(pid: int, file: Path) -> None:
+    command = [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid", str(pid)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_DUMP_S, check=False)
+        file.write_text(done.stdout or done.stderr)
+    except (OSError, subprocess.TimeoutExpired) as error:  # a help to whoever looks for the cause, not a condition
+        file.write_text(f"no stacks: {error}")

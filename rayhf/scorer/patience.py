@@ -1,0 +1,97 @@
+"""A scorer that cannot be reached is asked again; one that stays away pauses the campaign, which goes on by itself.
+
+In: a scorer role. Out: the same verbs. Only transient failures are repeated, and only what failed; what is wrong with an answer
+or a rule stays wrong. Part of a call may stay failed after `attempts` (it is dropped and counted); a call of which nothing came
+back means that the scorer is down, and is repeated until it is up again: no score is ever made up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rayhf.experience import Comparison, Failed, Outcome, ScoreRequest
+from rayhf.roles import Scorer
+
+Report = Callable[[str, str], None]
+"""(kind, message); kinds: pause, unpause."""
+
+
+class PatientScorer:
+    """Scorer over another one.
+
+    Args:
+        attempts: calls at most for a failure that is not the whole scorer's.
+        first_wait_s: before the second call; doubled each time, up to max_wait_s, and jittered by half.
+        report: told when the scorer is taken to be down, and when it is back.
+    """
+
+    def __init__(
+        self, inner: Scorer, *, attempts: int, report: Report, first_wait_s: float = 0.5, max_wait_s: float = 30.0
+    ) -> None:
+        self._inner, self._attempts, self._report = inner, attempts, report
+        self._first_wait_s, self._max_wait_s = first_wait_s, max_wait_s
+        self._down = False
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
+        answers = [list(outcomes) for outcomes in await self._inner.score(requests)]
+        attempt = 1
+        while places := [(i, j) for i, row in enumerate(answers) for j, outcome in enumerate(row) if _transient(outcome)]:
+            if not await self._again(attempt, all(map(_transient, (o for row in answers for o in row))), answers[places[0][0]]):
+                break
+            attempt += 1
+            rows = dict.fromkeys(i for i, _ in places)
+            part = [_only(requests[i], [j for k, j in places if k == i]) for i in rows]
+            fresh = iter([outcome for outcomes in await self._inner.score(part) for outcome in outcomes])
+            for i, j in places:
+                answers[i][j] = next(fresh)
+        self._up()
+        return [tuple(row) for row in answers]
+
+    async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
+        answers = list(await self._inner.compare(requests))
+        attempt = 1
+        while places := [i for i, answer in enumerate(answers) if _transient(answer)]:
+            if not await self._again(attempt, len(places) == len(answers), [answers[places[0]]]):
+                break
+            attempt += 1
+            fresh = iter(await self._inner.compare([requests[i] for i in places]))
+            for i in places:
+                answers[i] = next(fresh)
+        self._up()
+        return answers
+
+    async def state_dict(self) -> dict[str, Any]:
+        return await self._inner.state_dict()
+
+    async def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        await self._inner.load_state_dict(state)
+
+    async def _again(self, attempt: int, everything: bool, example: Sequence[Outcome | Comparison]) -> bool:
+        """Wait, and say whether to ask once more."""
+        if attempt >= self._attempts:
+            if not everything:
+                return False
+            if not self._down:
+                self._down = True
+                reason = next(answer.reason for answer in example if isinstance(answer, Failed))
+                self._report("pause", f"the scorer is down, nothing goes on until it is back: {reason}")
+        wait_s = min(self._max_wait_s, self._first_wait_s * 2.0 ** min(attempt - 1, 30))
+        await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+        return True
+
+    def _up(self) -> None:
+        if self._down:
+            self._down = False
+            self._report("unpause", "the scorer is back")
+
+
+def _transient(answer: Outcome | Comparison) -> bool:
+    return isinstance(answer, Failed) and answer.transient
+
+
+def _only(request: ScoreRequest, positions: Sequence[int]) -> ScoreRequest:
+    return replace(request, completions=tuple(request.completions[position] for position in positions))
