@@ -16,6 +16,7 @@ from rayhf.config.algorithms import (
     SPPOConfig,
 )
 from rayhf.config.base import Section
+from rayhf.config.guards import GuardsConfig
 from rayhf.config.mcts_dpo import MCTSDPOConfig
 from rayhf.config.scorers import ScorerConfig, ScorerEntry
 from rayhf.config.spar import SPaRConfig
@@ -217,3 +218,4 @@ class CampaignConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    guards: GuardsConfig = GuardsConfig()

@@ -1,0 +1,300 @@
+"""Guards: six ways to go wrong pause soon, twenty healthy campaigns never do, and what is not measured is not judged."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from rayhf.campaign.guards import Alarm, judge
+from rayhf.config.guards import GuardsConfig
+from rayhf.config.load import dump_config, load_config, validate
+from rayhf.errors import ConfigError
+
+DEFAULT = GuardsConfig()
+PATIENCE = 5
+"""Rounds (or evaluations) from a noise-free curve's crossing of its threshold to the pause."""
+
+
+def steady(rounds, *, evaluate_every=5, seed=0, rise=0.0, noise=1.0):
+    """A campaign with every metric, that stands still or whose rewards rise."""
+    rng = random.Random(seed)
+    lines = [{"iteration": 0, "eval/t/sampled": 0.3, "eval/t/reference_kl": 0.0}]
+    for i in range(1, rounds + 1):
+        gained = rise * (1 - math.exp(-i / 40))
+        lines.append(
+            {
+                "iteration": i,
+                "rollout/length_mean": 200 * (1 + 0.05 * noise * rng.gauss(0, 1)),
+                "rollout/truncated": abs(0.02 * noise * rng.gauss(0, 1)),
+                "scorer/reward_mean": 0.3 + gained + 0.02 * noise * rng.gauss(0, 1),
+                "scorer/reward_std": 0.45,
+                "pairs/kept": 50.0,
+                "pairs/ties": 14.0,
+                "learner/steps": 1,
+                "staleness/max": 0.0,
+                "policy/entropy": 0.8 * (1 + 0.05 * noise * rng.gauss(0, 1)),
+                "reference/kl": 2 + noise * rng.gauss(0, 1),
+                "rollout/mismatch_kl": 0.001 * (1 + noise * rng.gauss(0, 1)),
+            }
+        )
+        if i % evaluate_every == 0:
+            lines[-1] |= {"eval/t/sampled": 0.3 + 0.8 * gained + 0.02 * noise * rng.gauss(0, 1), "eval/t/reference_kl": 3.0}
+    return lines
+
+
+def replayed(lines, config=DEFAULT):
+    """Every alarm, line after line, as a campaign would see them."""
+    return [alarm for end in range(1, len(lines) + 1) for alarm in judge(lines[:end], config)]
+
+
+def first_pause(lines, guard, config=DEFAULT):
+    """The round of the first pause, which must be `guard`'s."""
+    pauses = [alarm for alarm in replayed(lines, config) if alarm.level == "pause"]
+    assert pauses and pauses[0].guard == guard, pauses[:3]
+    return pauses[0].iteration
+
+
+def spoiled(name, curve, *, rounds=80, since=20, seed=1, **line):
+    """A steady campaign whose metric becomes curve(rounds since `since`), times some noise."""
+    rng, lines = random.Random(seed), steady(rounds, seed=seed)
+    for i in range(1, rounds + 1):
+        lines[i] |= line
+        if i > since:
+            lines[i][name] = curve(i - since) * (1 + 0.03 * rng.gauss(0, 1))
+    return lines
+
+
+PATHOLOGIES = {
+    "kl": ("reference/kl", lambda t: 2 * math.exp(t / 6), lambda v: v > 100),
+    "entropy": ("policy/entropy", lambda t: 0.8 * math.exp(-t / 10), lambda v: v < 0.2),
+    "truncated": ("rollout/truncated", lambda t: min(0.03 * t, 1.0), lambda v: v > 0.5),
+    "length": ("rollout/length_mean", lambda t: 200 * math.exp(t / 12), lambda v: v > 400),
+    "mismatch": ("rollout/mismatch_kl", lambda t: 0.001 * math.exp(t / 5), lambda v: v > 0.1),
+}
+
+
+@pytest.mark.parametrize("guard", PATHOLOGIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_metric_that_runs_away_pauses_soon_after_its_threshold(guard, seed):
+    name, curve, beyond = PATHOLOGIES[guard]
+    crossing = 20 + next(t for t in range(1, 61) if beyond(curve(t)))
+    lines = spoiled(name, curve, seed=seed)
+    assert crossing - 1 <= first_pause(lines, guard) <= crossing + PATIENCE
+    warned = [a.iteration for a in replayed(lines) if (a.guard, a.level) == (guard, "warn")]
+    assert warned and warned[0] < crossing
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_reward_up_and_held_out_down_pauses_within_five_evaluations_of_the_peak(seed):
+    rng, lines = random.Random(seed), steady(200, seed=seed, rise=0.5)
+    for i in range(101, 201):
+        lines[i]["scorer/reward_mean"] = 0.75 + 0.003 * (i - 100) + 0.02 * rng.gauss(0, 1)
+        if "eval/t/sampled" in lines[i]:
+            lines[i]["eval/t/sampled"] = 0.67 - 0.006 * (i - 100) + 0.005 * rng.gauss(0, 1)
+    assert 100 < first_pause(lines, "reward_gap") <= 100 + 5 * PATIENCE
+
+
+def test_the_training_scorer_on_the_held_out_answers_is_asked_where_it_is_known():
+    lines = steady(60, noise=0.0)
+    for i in range(5, 61, 5):
+        lines[i] |= {"eval/t/sampled": 0.5 - 0.002 * i, "eval/t/reward": 0.3 + 0.01 * i}
+    assert first_pause(lines, "reward_gap") == 30
+    for i in range(5, 61, 5):
+        lines[i]["eval/t/reward"] = 0.3  # nothing is gained: the policy is worse, but it games nobody
+    assert replayed(lines) == []
+
+
+BAD_ROUNDS = [
+    ("reference/kl", 500.0),
+    ("policy/entropy", 0.01),
+    ("rollout/truncated", 0.9),
+    ("rollout/length_mean", 900.0),
+    ("rollout/length_mean", 5.0),
+    ("rollout/mismatch_kl", 1.0),
+    ("pairs/kept", 0.0),
+    ("eval/t/sampled", 0.0),
+]
+"""One round of one metric, as a bad batch gives."""
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_healthy_campaign_never_pauses(seed):
+    rng = random.Random(1000 + seed)
+    lines = steady(300, seed=seed, rise=rng.choice([0.0, 0.2, 0.6]), evaluate_every=rng.choice([2, 5, 10]))
+    length, kl, narrow = rng.choice([0.7, 1.0, 1.8]), rng.uniform(0, 20), rng.uniform(0.35, 1.1)
+    bad = set(rng.sample(range(4, 300, 4), 15))
+    for i, line in enumerate(lines[1:], start=1):
+        done = i / len(lines)
+        line["rollout/length_mean"] *= length**done
+        line["reference/kl"] += kl * done
+        line["policy/entropy"] *= narrow**done
+        if i in bad:
+            name, value = rng.choice(BAD_ROUNDS)
+            line |= {name: value} if name in line else {}
+    missing = rng.choice([None, "policy/entropy", "reference/kl", "rollout/mismatch_kl", "scorer/reward_mean", "eval/t/sampled"])
+    lines = [{k: v for k, v in line.items() if k != missing} for line in lines]
+    assert [a for a in replayed(lines) if a.level == "pause"] == []
+
+
+# ---------------------------------------------------------------- thresholds and windows
+
+
+def short(name, *values, **line):
+    return [{"iteration": i, name: value, **line} for i, value in enumerate(values)]
+
+
+def levels(lines, **guards):
+    return {a.guard: a.level for a in judge(lines, GuardsConfig.model_validate(guards))}
+
+
+def test_one_outlier_warns_and_two_of_three_rounds_pause():
+    assert levels(short("reference/kl", 1, 1, 500)) == {"kl": "warn"}
+    assert levels(short("reference/kl", 500, 1, 500)) == {"kl": "pause"}
+    assert levels(short("reference/kl", 500, 500, 1)) == {}  # it has recovered
+    assert levels(short("reference/kl", 500, 500)) == {"kl": "warn"}  # too few values for a pause
+    assert levels(short("eval/t/reference_kl", 500, 500, 500)) == {"kl": "pause"}
+
+
+def test_null_switches_a_threshold_off():
+    lines = short("reference/kl", 500, 500, 500)
+    assert levels(lines, kl={"pause": None}) == {"kl": "warn"}
+    assert levels(lines, kl={"warn": None}) == {"kl": "pause"}
+    assert levels(lines, kl={"warn": None, "pause": None}) == {}
+    assert levels(lines, kl={"warn": 600, "pause": 1000}) == {}
+
+
+def test_a_task_that_truncates_from_the_start_is_left_alone():
+    assert levels(short("rollout/truncated", 0.6, 0.7, 0.6, 0.8, 0.9, 0.9)) == {}
+    assert levels(short("rollout/truncated", 0.3, 0.3, 0.3, 0.55, 0.55, 0.55)) == {}
+    assert levels(short("rollout/truncated", 0.3, 0.3, 0.3, 0.7, 0.7)) == {"truncated": "pause"}
+    assert levels(short("rollout/truncated", 0.0, 0.0, 0.0, 0.3, 0.3)) == {"truncated": "warn"}
+    assert levels(short("rollout/truncated", 0.0, 0.0, 0.0, 0.3, 0.3), truncated={"warn": 0.4}) == {}
+
+
+def test_length_is_a_ratio_to_at_most_twenty_rounds_ago():
+    assert levels(short("rollout/length_mean", *[100] * 5, 160)) == {"length": "warn"}
+    assert levels(short("rollout/length_mean", *[100] * 5, 250, 250)) == {"length": "pause"}
+    assert levels(short("rollout/length_mean", *[100] * 5, 49, 49)) == {"length": "warn"}
+    assert levels(short("rollout/length_mean", *[100] * 5, 20, 20)) == {"length": "pause"}
+    assert levels(short("rollout/length_mean", *[100 * 1.015**i for i in range(200)])) == {}  # 20 times longer, but in 200 rounds
+    assert levels(short("rollout/length_mean", *[100 * 1.015**i for i in range(200)]), length={"rounds": 60}) == {
+        "length": "pause"
+    }
+
+
+def test_a_policy_that_narrows_by_learning_is_not_paused():
+    lines = [
+        {"iteration": i, "policy/entropy": 1.0 - 0.03 * i, "scorer/reward_mean": 0.2 + 0.02 * i, "scorer/reward_std": 0.4}
+        for i in range(30)
+    ]
+    assert levels(lines) == {"entropy": "warn"}
+    assert levels(lines, entropy={"unless_gain": None}) == {"entropy": "pause"}
+    assert levels([{**line, "scorer/reward_mean": 0.2} for line in lines]) == {"entropy": "pause"}
+    lost = [{**line, "scorer/reward_mean": 0.9 - 0.02 * max(i - 10, 0) if i > 3 else 0.2} for i, line in enumerate(lines)]
+    assert levels(lost) == {"entropy": "pause"}
+    assert levels([{**line, "scorer/reward_mean": 0.2, "game/exploitability": 0.1} for line in lines]) == {}
+
+
+def test_the_policys_own_drift_over_several_steps_is_no_mismatch():
+    drifting = short("rollout/mismatch_kl", 0.03, 0.04, 0.03, 0.2, 0.2)
+    assert levels(drifting) == {"mismatch": "pause"}
+    assert levels([{**line, "learner/steps": 6} for line in drifting]) == {}
+    assert levels([{**line, "staleness/max": 1.0} for line in drifting]) == {}
+    assert levels([{**line, "learner/steps": 6} for line in drifting], mismatch={"drift": 3}) == {"mismatch": "pause"}
+    assert levels(short("rollout/mismatch_kl", 0.0, 0.0, 0.0, -0.2, -0.2)) == {
+        "mismatch": "pause"
+    }  # k1 over pairs has either sign
+
+
+@pytest.mark.parametrize(
+    "line", [{"ppo/groups_uniform": 0.95}, {"pairs/ties": 19, "pairs/kept": 1}, {"sppo/ties": 8, "sppo/kept": 0}]
+)
+def test_rounds_that_teach_nothing_pause_after_ten_in_a_row(line):
+    lines = [{"iteration": i, **line} for i in range(10)]
+    assert levels(lines[:9]) == {"no_signal": "warn"}
+    assert levels(lines) == {"no_signal": "pause"}
+    once = {"iteration": 4, "ppo/groups_uniform": 0.1, "pairs/ties": 0, "pairs/kept": 9, "sppo/ties": 0, "sppo/kept": 9}
+    assert levels([*lines[:4], once, *lines[5:]]) == {"no_signal": "warn"}
+
+
+def test_nothing_is_said_of_what_is_missing_or_not_finite():
+    assert judge([], DEFAULT) == []
+    assert judge([{}], DEFAULT) == []
+    assert levels(short("reference/kl", 500, 500, math.nan)) == {}
+    assert levels(short("reference/kl", 500, math.nan, 500, math.inf, 500)) == {"kl": "pause"}
+    assert levels([*short("reference/kl", 500, 500, 500), {"iteration": 3}]) == {}
+    for name in steady(10)[-1]:
+        broken = [{**line, name: math.nan} if name != "iteration" else line for line in steady(10)]
+        assert replayed(broken) == []
+
+
+def test_the_first_rounds_themselves_are_not_judged_by_what_they_set():
+    for value in (1e-6, 0.5, 0.99):
+        assert levels(short("policy/entropy", value, value)) == levels(short("rollout/truncated", value, value)) == {}
+    assert replayed(short("rollout/length_mean", 1, 50, 2)) == []
+
+
+def test_only_the_window_and_the_beginning_are_read():
+    class Counting(Sequence):  # iterates, either way, by its items
+        read = 0
+
+        def __len__(self):
+            return len(lines)
+
+        def __getitem__(self, index):
+            Counting.read += 1
+            return lines[index]
+
+    lines = steady(2000)
+    assert judge(Counting(), DEFAULT) == judge(lines, DEFAULT)
+    assert 0 < Counting.read < 300
+
+
+def test_an_alarm_names_metric_value_threshold_and_the_way_on():
+    (alarm,) = judge(short("reference/kl", 120, 120, 123.4), DEFAULT)
+    assert (alarm.guard, alarm.level, alarm.iteration) == ("kl", "pause", 2)
+    assert "\n" not in alarm.message
+    for part in ("reference/kl is 123.4 nats per response", "guards.kl.pause = 100", "learner.lr", "rayhf unpause RUN"):
+        assert part in alarm.message
+    with pytest.raises(FrozenInstanceError):
+        alarm.level = "warn"
+    assert alarm == Alarm("kl", "pause", 2, alarm.message)
+
+
+# ---------------------------------------------------------------- config
+
+MINIMAL = {
+    "run": {"dir": "r", "iterations": 3},
+    "policy": {"model": "m"},
+    "prompts": {"train": "t"},
+    "algorithm": {"type": "online_dpo"},
+    "scorer": {"train": [{"type": "rule", "function": "a:b"}]},
+}
+
+
+def test_guards_are_a_section_of_the_campaign(tmp_path):
+    assert validate(MINIMAL, source="c").guards == DEFAULT
+    config = validate({**MINIMAL, "guards": {"kl": {"pause": None}, "length": {"rounds": 5}}}, source="c")
+    assert (config.guards.kl.pause, config.guards.length.rounds) == (None, 5)
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "guards",
+    [
+        {"kl": {"warn": 50, "pause": 40}},
+        {"entropy": {"warn": 0.2, "pause": 0.3}},
+        {"length": {"warn_shrunk": 0.2, "pause_shrunk": 0.3}},
+        {"length": {"warn": 0.9}},
+        {"truncated": {"pause": 50}},
+        {"reward_gap": {"warn": 1}},
+        {"kl": {"warn": float("nan")}},
+        {"kll": {}},
+    ],
+)
+def test_thresholds_that_make_no_sense_are_refused(guards):
+    with pytest.raises(ConfigError, match="guards"):
+        validate({**MINIMAL, "guards": guards}, source="c")
