@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TINY ?= .tiny
+# Every actor is a process that imports torch, transformers and an engine: compiled modules make that three times as fast. Some
+# container images set this variable.
+unexport PYTHONDONTWRITEBYTECODE
 export RAYHF_TINY_DIR := $(abspath $(TINY))
 
 .PHONY: setup demo test lint bench learn claims lock clean

@@ -52,7 +52,8 @@ class LearnerActor:
     def whereabouts(self) -> Whereabouts:
         return whereabouts()
 
-    def build(self, model: Path, config: LearnerConfig, *, fence: Fence, **settings: Any) -> None:
+    def build(self, model: Path, config: LearnerConfig, *, fence: Fence | None = None, **settings: Any) -> None:
+        """A `fence` guards what is written into a run directory."""
         from rayhf.learner.engine import LearnerEngine
 
         self.fence = fence
@@ -72,7 +73,8 @@ class LearnerActor:
         return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in buckets], probe
 
     def save(self, directory: Path) -> None:
-        self.fence.check()
+        if self.fence is not None:
+            self.fence.check()
         with _collectives():
             self.engine.save(directory)
 
@@ -81,7 +83,8 @@ class LearnerActor:
             self.engine.load(directory)
 
     def export(self, directory: Path) -> None:
-        self.fence.check()
+        if self.fence is not None:
+            self.fence.check()
         with _collectives():
             self.engine.export(directory)
 

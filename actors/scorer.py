@@ -32,7 +32,7 @@ class ScorerActor:
 
         self.engine = build_scorer(entries, combine=combine, device=device, threads=threads, base=base)
 
-    @ray.method(concurrency_group="watch")
+    @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
     def progress(self) -> float:
         """Grows as long as the process runs; how long a call may take is its deadline's business."""
         return time.monotonic()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -59,11 +60,20 @@ class Limits:
     """Of one actor within an hour."""
 
 
+NEVER_REPLACED = Limits(stall_s=math.inf, restarts=0)
+
+
 class Supervised:
     """One actor under supervision. `start` creates and builds it; it must have a method `whereabouts`."""
 
     def __init__(
-        self, name: str, start: Callable[[], Awaitable[Any]], *, limits: Limits, report: Report, diagnosis: Path
+        self,
+        name: str,
+        start: Callable[[], Awaitable[Any]],
+        *,
+        limits: Limits = NEVER_REPLACED,
+        report: Report = lambda kind, message: None,
+        diagnosis: Path | None = None,
     ) -> None:
         self.name, self.limits = name, limits
         self.life = 0
@@ -111,7 +121,9 @@ class Supervised:
     async def kill(self, *, stacks: bool = True) -> None:
         """Save its stacks, then end its process for certain, also where it is stopped and hears nothing."""
         if self._where is not None:
-            file = self._diagnosis / f"{self.name.replace(' ', '-')}-{self._where.pid}.txt" if stacks else None
+            file = (
+                self._diagnosis / f"{self.name.replace(' ', '-')}-{self._where.pid}.txt" if stacks and self._diagnosis else None
+            )
             await on_node(self._where.node, end_process, self._where, file)
         if self._actor is not None:
             ray.kill(self._actor, no_restart=True)

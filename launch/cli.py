@@ -21,6 +21,8 @@ console = Console()
 Config = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example learner.lr=1e-6")]
 
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -38,12 +40,72 @@ def _root(
 
 
 @app.command()
-def run(config: Config, overrides: Overrides = None) -> None:
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    supervised: Annotated[
+        bool, typer.Option("--supervise", help="Start it again when it dies, until it is done; at most 5 times without a commit.")
+    ] = False,
+) -> None:
     """Start a campaign, or continue the one in its run directory."""
     from launch.campaign import run_campaign
     from rayhf.config.load import load_config
 
-    run_campaign(load_config(config, overrides or ()), console)
+    loaded = load_config(config, overrides or ())
+    if not supervised:
+        run_campaign(loaded, console)
+        return
+    from launch.supervise import supervise
+
+    raise typer.Exit(supervise(["run", str(config), *(overrides or ())], loaded.run.dir, console))
+
+
+@app.command()
+def status(run_dir: RunDirectory) -> None:
+    """How a campaign is doing: state, round, phase, health, faults, what to do next. From files alone."""
+    from launch.operate import show_status
+
+    show_status(run_dir, console)
+
+
+@app.command()
+def verify(run_dir: RunDirectory, deep: Annotated[bool, typer.Option(help="Also read every tensor.")] = False) -> None:
+    """Check that everything committed is there as it was written, and every sample exactly once."""
+    from launch.operate import show_audit
+
+    show_audit(run_dir, console, deep=deep)
+
+
+@app.command()
+def pause(run_dir: RunDirectory) -> None:
+    """Pause a running campaign after its round; its actors stay up."""
+    from launch.operate import ask
+
+    ask(run_dir, "pause", console)
+
+
+@app.command()
+def unpause(run_dir: RunDirectory) -> None:
+    """Let a paused campaign go on; a guard that paused it only warns from now on."""
+    from launch.operate import unpause
+
+    unpause(run_dir, console)
+
+
+@app.command()
+def stop(run_dir: RunDirectory) -> None:
+    """Stop a running campaign after its round; the same `rayhf run` command continues it."""
+    from launch.operate import ask
+
+    ask(run_dir, "stop", console)
+
+
+@app.command()
+def explain(code: Annotated[int | None, typer.Argument(help="An exit code; all of them by default.")] = None) -> None:
+    """What an exit code of rayhf means, and what to do."""
+    from launch.operate import explain
+
+    explain(code, console)
 
 
 @app.command()
@@ -86,7 +148,7 @@ def tiny(
 
 @app.command()
 def export(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    run_dir: RunDirectory,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put the Hugging Face model; must not exist.")],
 ) -> None:
     """Copy a campaign's latest policy: a Hugging Face model directory (safetensors, tokenizer)."""

@@ -11,7 +11,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -94,6 +94,7 @@ async def _learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerGroup
 
     from actors.learner import LearnerGroup, RemoteLearner
     from actors.placement import Seat, check_available
+    from actors.supervise import Supervised
 
     gpu = config.cluster.device == "gpu"
     places = [
@@ -101,11 +102,16 @@ async def _learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerGroup
     ]
     check_available(places, ray.nodes())
     options = {"runtime_env": {"env_vars": _environment(config)}, "max_restarts": 0, "max_task_retries": 0}
-    actors = [RemoteLearner.options(num_cpus=seat.cpus, num_gpus=seat.gpus, **options).remote() for seat in places]
-    learner = LearnerGroup(
-        actors, config.learner, name="scorer learner", sync_dtype="float32", timeout_s=config.learner.collective_timeout_s
-    )
-    await learner.build(
+
+    def starter(seat: Seat) -> Callable[[], Awaitable[Any]]:
+        async def start() -> Any:
+            return RemoteLearner.options(num_cpus=seat.cpus, num_gpus=seat.gpus, **options).remote()
+
+        return start
+
+    ranks = [Supervised(f"scorer learner rank {seat.index}", starter(seat)) for seat in places]
+    learner = LearnerGroup(ranks, config.learner, sync_dtype="float32", timeout_s=config.learner.collective_timeout_s)
+    await learner.start(
         base / config.model,
         head="score",
         head_size=outputs_of(config.objective),

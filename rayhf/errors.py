@@ -1,4 +1,4 @@
-"""Every error that rayhf raises on purpose. Each is picklable, says what it got, and knows its exit code.
+"""Every error that rayhf raises on purpose. Each is picklable, says what it got, and knows its exit code and a remedy.
 
 RayhfError                      1   anything below, for `except` at the command line
 ├── ConfigError                 2   a key, a file or a row of the user's input is refused before anything starts
@@ -11,10 +11,10 @@ RayhfError                      1   anything below, for `except` at the command 
 │   └── StaleWeightsError       7   an engine was asked to write with a version it does not hold
 ├── StorageError                8   the run directory cannot be written
 ├── ScorerError                 9   too many completions could not be scored
-├── ActorLostError             10   an actor's process died
+├── ActorLostError             10   an actor's process died, again and again
 ├── DeadlineError              11   a wait passed its limit; says which phase waited for whom and how long
-├── PausedError                12   a guard, or a person, paused the campaign; `rayhf unpause` lets it go on
-└── InterruptedRunError        75   told to stop (SIGTERM, Ctrl-C); the same command continues
+├── PausedError                12   a guard paused the campaign; `rayhf unpause` lets it go on
+└── InterruptedRunError        75   told to stop (SIGTERM, Ctrl-C, `rayhf stop`); the same command continues
 """
 
 from __future__ import annotations
@@ -26,61 +26,88 @@ class RayhfError(Exception):
     """Base of all deliberate errors. `str(error)` is one readable line; the class decides the exit code."""
 
     exit_code: ClassVar[int] = 1
+    meaning: ClassVar[str] = "something that rayhf did not foresee"
+    remedy: ClassVar[str] = "`rayhf --debug ...` shows where; please report it"
 
 
 class ConfigError(RayhfError):
     """Refused input. The message names where (key, file or row), what was found and what was expected."""
 
     exit_code = 2
+    meaning = "a key, a file or a row of the input was refused before anything started"
+    remedy = "correct what the message names"
 
 
 class PlacementError(RayhfError):
     exit_code = 2
+    meaning = "the cluster does not have what the config asks for"
+    remedy = "ask for less in `cluster`, `rollout`, `learner`, or add nodes"
 
 
 class LockedError(RayhfError):
     exit_code = 4
+    meaning = "another process is running this campaign"
+    remedy = "let it, or end the process that the message names"
 
 
 class FencedError(LockedError):
-    pass
+    meaning = "a later attempt owns the run directory; nothing was written"
+    remedy = "nothing: the later attempt goes on"
 
 
 class CheckpointError(RayhfError):
     exit_code = 5
+    meaning = "no checkpoint is valid, or the run directory is not what was committed"
+    remedy = "`rayhf verify RUN` names the files; bring them back from a copy, or start in another run.dir"
 
 
 class NumericalError(RayhfError):
     exit_code = 7
+    meaning = "a loss, a gradient or a weight was not finite; the last commit is"
+    remedy = "lower learner.lr, look at the last rounds' metrics and samples; the same command continues"
 
 
 class WeightSyncError(RayhfError):
     exit_code = 7
+    meaning = "an engine does not hold the learner's weights"
+    remedy = "the same command continues with new engines; if it comes again, please report it"
 
 
 class StaleWeightsError(WeightSyncError):
-    pass
+    meaning = "an engine was asked to write with weights that it does not hold"
 
 
 class StorageError(RayhfError):
     exit_code = 8
+    meaning = "the run directory cannot be written; the last commit is whole"
+    remedy = "free space or mend the permissions; the same command continues"
 
 
 class ScorerError(RayhfError):
     exit_code = 9
+    meaning = "too many completions could not be scored; none was trained on"
+    remedy = "mend the scorer that the message names; the same command continues"
 
 
 class ActorLostError(RayhfError):
     exit_code = 10
+    meaning = "an actor was lost more often than run.restarts allows"
+    remedy = "look for memory in the message and in logs/attempt-*/stacks; the same command continues"
 
 
 class DeadlineError(RayhfError):
     exit_code = 11
+    meaning = "a wait passed its limit more often than run.restarts allows"
+    remedy = "logs/attempt-*/stacks shows who hung where; raise run.timeout_s if the work is only slow"
 
 
 class PausedError(RayhfError):
     exit_code = 12
+    meaning = "a guard found the campaign unhealthy; the last healthy commit is the newest"
+    remedy = "change the config as the message says, or `rayhf unpause RUN`, then the same command"
 
 
 class InterruptedRunError(RayhfError):
     exit_code = 75
+    meaning = "told to stop"
+    remedy = "the same command continues"

@@ -123,15 +123,7 @@ class RunDir:
     def _read_state(self) -> dict[str, Any]:
         file = self.path / "campaign.json"
         if not file.exists():
-            return {
-                "epoch": 0,
-                "iteration": 0,
-                "checkpoint": None,
-                "manifest": None,
-                "best": None,
-                "state": "new",
-                "reason": None,
-            }
+            return dict(_NEW)
         try:
             state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return state

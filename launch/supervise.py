@@ -1,0 +1,73 @@
+"""`rayhf run --supervise`: runs the campaign in a child process and starts it again when it dies, until it is done.
+
+For machines without a scheduler that does this. A child that was refused (bad config, locked, paused, no valid checkpoint) is not
+started again; one that keeps dying without a new commit is given up.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from rayhf.campaign.status import read_status
+from rayhf.errors import (
+    ActorLostError,
+    CheckpointError,
+    ConfigError,
+    InterruptedRunError,
+    LockedError,
+    PausedError,
+    RayhfError,
+    ScorerError,
+)
+
+CRASHES = 5
+"""Deaths in a row without a new commit."""
+_FINAL = {ConfigError.exit_code, LockedError.exit_code, CheckpointError.exit_code, PausedError.exit_code, ScorerError.exit_code}
+_FIRST_WAIT_S, _MAX_WAIT_S = 1.0, 60.0
+
+
+def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
+    """The last child's exit code. `arguments` are those of `rayhf`. Raises ActorLostError where it is given up."""
+    told: list[int] = []
+    crashes, committed = 0, _committed(run)
+    while True:
+        child = subprocess.Popen([sys.executable, "-m", "launch.cli", *arguments])
+
+        def pass_on(number: int, frame: FrameType | None, child: subprocess.Popen[bytes] = child) -> None:
+            told.append(number)
+            child.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        code = child.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if code == 0 or code in _FINAL or told or _stopped(code):
+            return code if code >= 0 else InterruptedRunError.exit_code if told else 1
+        now = _committed(run)
+        crashes, committed = (1, now) if now > committed else (crashes + 1, committed)
+        why = f"signal {-code}" if code < 0 else f"exit code {code}"
+        if crashes > CRASHES:
+            raise ActorLostError(f"{run} ended {crashes} times in a row without a new commit, the last time with {why}; given up")
+        wait_s = min(_MAX_WAIT_S, _FIRST_WAIT_S * 2.0 ** (crashes - 1))
+        console.print(f"the campaign ended with {why} after round {now}; it is started again in {wait_s:g} s", style="yellow")
+        time.sleep(wait_s)
+
+
+def _stopped(code: int) -> bool:
+    """`rayhf stop`, or a scheduler that told the child itself."""
+    return code == InterruptedRunError.exit_code
+
+
+def _committed(run: Path) -> int:
+    try:
+        return read_status(run).iteration
+    except RayhfError:  # no run directory yet
+        return -1
