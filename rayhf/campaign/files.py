@@ -64,7 +64,8 @@ def seal(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
         for file in _files(temporary):
             fsync_path(file)
             entries[str(file.relative_to(temporary))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        write_json(temporary / MANIFEST, {**facts, "files": entries})
+        content = {**facts, "files": entries}
+        write_json(temporary / MANIFEST, {**content, "checksum": _checksum(content)})
         for directory in (p for p in temporary.rglob("*") if p.is_dir()):
             fsync_path(directory)
         fsync_path(temporary)
@@ -72,14 +73,22 @@ def seal(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
         fsync_path(final.parent)
 
 
+def _checksum(content: dict[str, Any]) -> str:
+    """Of a manifest's own content: a manifest with a flipped bit may still be JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def verify(directory: Path) -> dict[str, Any]:
     """The manifest's facts. Raises CheckpointError naming the first file that is missing, unexpected or changed."""
     manifest = directory / MANIFEST
     try:
         facts: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-        expected: dict[str, dict[str, Any]] = facts["files"]
-    except (OSError, ValueError, KeyError) as error:
+        checksum = facts.pop("checksum")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory}: no readable manifest ({error})") from None
+    if checksum != _checksum(facts):
+        raise CheckpointError(f"{directory}: {MANIFEST} is not as it was written")
+    expected: dict[str, dict[str, Any]] = facts["files"]
     found = {str(p.relative_to(directory)): p for p in _files(directory)}
     for name in expected.keys() ^ found.keys():
         raise CheckpointError(f"{directory}: {name} is {'missing' if name in expected else 'not in the manifest'}")

@@ -1,0 +1,82 @@
+"""Kills a process inside commits, again and again, and looks at what is left. python commit_writer.py RUN KILLS SEED
+
+Each victim is a fork that commits checkpoints of random files for ever and acknowledges each through a pipe. Prints one JSON
+object: kills, inside (kills that found a commit under way), commits, lost (acknowledged, but not there or not valid), corrupt.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rayhf.campaign.files import verify
+from rayhf.campaign.store import RunDir
+from rayhf.config.load import validate
+from rayhf.errors import CheckpointError
+
+
+def config(run):
+    return validate(
+        {
+            "run": {"dir": str(run), "iterations": 10**6},
+            "policy": {"model": "m"},
+            "prompts": {"train": "t", "batch": 4},
+            "algorithm": {"type": "online_dpo"},
+            "scorer": {"train": [{"type": "rule", "function": "a:b"}]},
+        },
+        source="commit_writer",
+    )
+
+
+def commit_for_ever(run, pipe):
+    store = RunDir(config(run))
+    checkpoint = store.latest()
+    iteration = checkpoint.iteration if checkpoint else 0
+    os.write(pipe, b"0\n")
+    while True:
+        iteration += 1
+        temporary = store.checkpoints.begin()
+        for number in range(4):
+            (temporary / f"shard-{number}").write_bytes(os.urandom(50_000))
+        store.append_metrics({"iteration": float(iteration)})
+        store.commit(temporary, iteration, {"iteration": iteration}, campaign_state="running", score=None)
+        os.write(pipe, f"{iteration}\n".encode())
+
+
+def kill_one(run, wait_s):
+    """Every round that the victim acknowledged before it was killed."""
+    reading, writing = os.pipe()
+    victim = os.fork()
+    if victim == 0:
+        commit_for_ever(run, writing)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        first = said.readline()
+        time.sleep(wait_s)
+        os.kill(victim, signal.SIGKILL)
+        os.waitpid(victim, 0)
+        return [int(line) for line in [first, *said] if line.endswith("\n")]
+
+
+def main():
+    run, kills, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
+    found = {"kills": kills, "inside": 0, "commits": 0, "lost": 0, "corrupt": 0}
+    for _ in range(kills):
+        acknowledged = kill_one(run, rng.uniform(0.0, 0.08))
+        found["commits"] += len(acknowledged) - 1
+        found["inside"] += any((run / "checkpoints").glob(".saving-*"))
+        state = json.loads((run / "campaign.json").read_text())
+        found["lost"] += state["iteration"] < max(acknowledged)
+        if state["checkpoint"]:
+            try:
+                found["lost"] += verify(run / "checkpoints" / state["checkpoint"])["iteration"] != state["iteration"]
+            except CheckpointError:
+                found["corrupt"] += 1
+    found["corrupt"] += len(list((run / "checkpoints").glob(".corrupt-*")))
+    print(json.dumps(found))
+
+
+main()

@@ -1,0 +1,157 @@
+"""The run directory under attack: kills inside commits, flipped bits, a full disk, two launchers, stale actors."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_controller import make_config, play
+
+from rayhf.campaign.audit import audit
+from rayhf.campaign.fence import Fence
+from rayhf.campaign.files import seal, verify
+from rayhf.campaign.store import RunDir
+from rayhf.errors import CheckpointError, FencedError, LockedError, StorageError
+
+WRITER = Path(__file__).with_name("commit_writer.py")
+"""Kills commits and says what was lost; `make chaos` has it do so 200 times."""
+
+
+def problems(config):
+    return [finding for finding in audit(config.run.dir, deep=True) if finding.problem]
+
+
+def test_a_kill_inside_a_commit_loses_nothing_that_was_acknowledged(tmp_path):
+    done = subprocess.run([sys.executable, WRITER, tmp_path / "run", "25", "0"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["inside"] > 0 and found["commits"] > 0, found
+    assert found["lost"] == found["corrupt"] == 0, found
+
+
+def flip(file, rng):
+    data = bytearray(file.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+
+
+def test_every_flipped_bit_and_every_truncation_is_found(tmp_path):
+    config = make_config(tmp_path)
+    play(config)
+    folder = config.run.dir / "checkpoints/iteration-000004"
+    files = [file for file in folder.rglob("*") if file.is_file() and file.stat().st_size]
+    assert problems(config) == []
+    rng = random.Random(0)
+    for turn in range(200):
+        file = rng.choice(files)
+        whole = file.read_bytes()
+        if turn % 4 == 3:
+            file.write_bytes(whole[: rng.randrange(len(whole))])
+        else:
+            flip(file, rng)
+        with pytest.raises(CheckpointError):
+            verify(folder)
+        file.write_bytes(whole)
+    assert problems(config) == []
+
+
+def test_another_checkpoint_in_the_place_of_the_committed_one_is_found(tmp_path):
+    config = make_config(tmp_path)
+    play(config)
+    folder = config.run.dir / "checkpoints/iteration-000004"
+    folder.rename(tmp_path / "other")
+    (tmp_path / "other/MANIFEST.json").unlink()
+    (tmp_path / "other/learner/steps").write_text("9")
+    seal(tmp_path / "other", folder, {"iteration": 4})
+    verify(folder)  # whole in itself
+    assert [finding.problem for finding in problems(config)] == [
+        "the manifest of iteration-000004 is not the one that was committed"
+    ]
+
+
+def test_a_checkpoint_that_was_sealed_but_not_acknowledged_is_taken(tmp_path):
+    config = make_config(tmp_path)
+    play(config)
+    file = config.run.dir / "campaign.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps({**state, "iteration": 2, "checkpoint": "iteration-000002", "state": "running"}))
+    store = RunDir(config)
+    assert store.latest().iteration == 4
+    store.close()
+
+
+def test_nothing_starts_from_scratch_where_something_was_committed(tmp_path):
+    config = make_config(tmp_path)
+    play(config)
+    for folder in (config.run.dir / "checkpoints").glob("iteration-*"):
+        flip(folder / "state.json", random.Random(1))
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+        play(make_config(tmp_path, run={"iterations": 6}))
+    assert len(list((config.run.dir / "checkpoints").glob(".corrupt-*"))) == 2
+
+
+def test_retention_keeps_the_newest_every_mth_and_the_best(tmp_path):
+    scores = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3, 5: 0.4, 6: 0.5, 7: 0.6, 8: 0.7}
+    store = RunDir(make_config(tmp_path, run={"keep_checkpoints": 2, "keep_every": 4}))
+    for iteration, score in scores.items():
+        temporary = store.checkpoints.begin()
+        (temporary / "weights").write_text(str(score))
+        store.commit(temporary, iteration, {}, campaign_state="running", score=score)
+    kept = sorted(int(p.name[-6:]) for p in store.checkpoints.root.glob("iteration-*"))
+    store.close()
+    assert kept == [2, 4, 7, 8]
+    assert store.state["best"] == {"iteration": 2, "score": 0.9}
+
+
+def test_a_full_disk_leaves_the_last_commit_whole(tmp_path, monkeypatch):
+    import resource
+
+    config = make_config(tmp_path)
+    store = RunDir(config)
+    temporary = store.checkpoints.begin()
+    (temporary / "weights").write_bytes(b"x" * 1000)
+    store.commit(temporary, 1, {}, campaign_state="running", score=None)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+        temporary = store.checkpoints.begin()
+        with pytest.raises(StorageError):
+            store.commit(temporary, 2, {"much": "x" * 1000}, campaign_state="running", score=None)
+        with pytest.raises(StorageError):
+            store.append_metrics({"iteration": 2.0, **{f"metric{i}": 0.0 for i in range(100)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert store.latest().iteration == 1
+    store.close()
+
+
+def test_an_actor_of_an_earlier_attempt_may_not_write(tmp_path):
+    config = make_config(tmp_path)
+    first = RunDir(config)
+    stale = Fence(first.path, first.epoch)
+    stale.check()
+    first.close()
+    second = RunDir(config)
+    with pytest.raises(FencedError, match="is at epoch 2, this actor belongs to epoch 1"):
+        stale.check()
+    Fence(second.path, second.epoch).check()
+    second.close()
+    (config.run.dir / "campaign.json").unlink()
+    with pytest.raises(FencedError, match="cannot be read"):
+        Fence(second.path, second.epoch).check()
+
+
+def test_the_second_launcher_is_refused_and_changes_nothing(tmp_path):
+    config = make_config(tmp_path)
+    store = RunDir(config)
+    before = {file: file.read_bytes() for file in config.run.dir.rglob("*.json")}
+    for _ in range(10):
+        with pytest.raises(LockedError, match=r"in use by host .*, pid \d+, since"):
+            RunDir(config)
+    assert {file: file.read_bytes() for file in config.run.dir.rglob("*.json")} == before
+    store.close()

@@ -1,0 +1,176 @@
+"""A round that was cut short is told again what it was told: nothing is asked twice, and the end is the same."""
+
+import asyncio
+import math
+
+import numpy as np
+import pytest
+from fakes import FakeLearner, FakeRollout, FakeScorer
+from test_controller import make_config, metrics_of, play
+
+from rayhf.campaign.journal import Journal
+from rayhf.experience import Compared, Completion, Failed, GenerateRequest, Invalid, Prompt, Sampling, Scored, ScoreRequest
+
+
+def generation(number=0, seeds=(3, 4), policy="policy", **sampling):
+    settings = Sampling(max_tokens=8, **sampling)
+    return GenerateRequest(prompt_id="p", number=number, token_ids=(1, 2), sampling=settings, seeds=seeds, policy=policy)
+
+
+def completions(request, logprob=-0.1):
+    return tuple(
+        Completion(
+            prompt_id="p", index=i, seed=seed, text="é\ud800\n", token_ids=(5, 70_000), logprobs=(logprob, -math.pi),
+            finish_reason="length", policy_version=7,
+        )
+        for i, seed in enumerate(request.seeds)
+    )  # fmt: skip
+
+
+def judgement(number=0):
+    prompt = Prompt(prompt_id="p", messages=({"role": "user", "content": "?"},), token_ids=(1,))
+    return ScoreRequest(prompt=prompt, completions=completions(generation()), number=number)
+
+
+COMPARED = Compared(win=np.array([[0.5, 1 / 3], [2 / 3, 0.5]]), source="pairwise")
+
+
+def test_every_answer_comes_back_as_it_was(tmp_path):
+    journal = Journal(tmp_path / "j")
+    asked = generation()
+    journal.record("generate", [asked], [completions(asked)])
+    outcomes = (Scored(value=0.1, parts={"a": 1e-300}), Invalid(reason="NaN"))
+    journal.record("score", [judgement()], [outcomes], {"seen": 3})
+    journal.record("compare", [judgement(1), judgement(2)], [COMPARED, Invalid(reason="mute")])
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert len(again) == 4 and again.scorer_state == {"seen": 3}
+    assert again.recall("generate", asked) == completions(asked)
+    assert again.recall("score", judgement()) == outcomes
+    compared = again.recall("compare", judgement(1))
+    assert np.array_equal(compared.win, COMPARED.win) and compared.source == "pairwise"
+    assert again.recall("compare", judgement(2)) == Invalid(reason="mute")
+    assert again.recall("generate", asked) is None  # each answer is given once
+
+
+@pytest.mark.parametrize(
+    "other",
+    [generation(1), generation(seeds=(3, 5)), generation(policy="refiner"), generation(temperature=0.5)],
+)
+def test_another_request_is_not_answered(tmp_path, other):
+    journal = Journal(tmp_path / "j")
+    journal.record("generate", [generation()], [completions(generation())])
+    journal.close()
+    assert Journal(tmp_path / "j").recall("generate", other) is None
+
+
+def test_a_call_with_a_failure_is_to_be_asked_again(tmp_path):
+    journal = Journal(tmp_path / "j")
+    journal.record("score", [judgement(0), judgement(1)], [(Scored(value=1.0),) * 2, (Scored(value=1.0), Failed(reason="gone"))])
+    journal.record("compare", [judgement(2)], [Failed(reason="gone")])
+    journal.close()
+    assert len(Journal(tmp_path / "j")) == 0
+
+
+def test_a_torn_or_damaged_end_is_cut_off_and_written_on(tmp_path):
+    path = tmp_path / "j"
+    journal, sizes = Journal(path), []
+    for number in range(4):
+        journal.record("generate", [generation(number)], [completions(generation(number))])
+        sizes.append(path.stat().st_size)
+    journal.close()
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        place = int(rng.integers(len(whole)))
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        before = sum(size <= place for size in sizes)  # records that end before the damage
+        damaged = Journal(path)
+        assert len(damaged) == before
+        damaged.record("generate", [generation(9)], [completions(generation(9))])
+        damaged.close()
+        again = Journal(path)
+        assert len(again) == before + 1 and again.recall("generate", generation(9)) is not None
+        again.close()
+        path.write_bytes(whole[:place])
+        torn = Journal(path)
+        assert len(torn) == before
+        torn.close()
+
+
+class Killed(FakeRollout):
+    """Dies at its n-th call."""
+
+    def __init__(self, at, version=0):
+        super().__init__()
+        self.at, self.version = at, version
+
+    async def generate(self, requests, *, version):
+        if len(self.calls) >= self.at:
+            raise KeyboardInterrupt
+        return await super().generate(requests, version=version)
+
+
+@pytest.mark.parametrize("algorithm", ["online_dpo", "ppo_like_tree"])
+def test_a_killed_round_is_not_explored_twice(tmp_path, algorithm):
+    """Killed at every call in turn, the campaign ends the same, and no wave that was answered is asked again."""
+    settings = {"online_dpo": None, "ppo_like_tree": {"type": "mcts_dpo", "iterations": 3, "step_tokens": 3, "max_steps": 2}}
+    whole = make_config(
+        tmp_path / "whole", algorithm=settings[algorithm], run={"iterations": 2, "checkpoint_every": 1, "eval_every": 0}
+    )
+    every = FakeRollout()
+    play(whole, rollout=every)
+    calls = len(every.calls)
+    assert calls > 4
+    for at in range(1, calls, 2):
+        config = make_config(
+            tmp_path / str(at), algorithm=settings[algorithm], run={"iterations": 2, "checkpoint_every": 1, "eval_every": 0}
+        )
+        first, second = Killed(at), FakeRollout()
+        with pytest.raises(KeyboardInterrupt):
+            play(config, rollout=first)
+        play(config, rollout=second)
+        assert metrics_of(config) == metrics_of(whole)
+        asked = first.calls + second.calls
+        # Only evaluations are made again: they are no part of a round's exploration.
+        explored = [call for call in asked if call in every.calls[1:]]
+        assert len(explored) <= calls + 2, (at, len(explored), calls)
+
+
+def test_what_the_scorer_had_learned_comes_back_with_the_journal(tmp_path):
+    class Learns(FakeScorer):
+        seen = 0
+
+        async def score(self, requests):
+            self.seen += len(requests)
+            return await super().score(requests)
+
+        async def state_dict(self):
+            return {"seen": self.seen}
+
+        async def load_state_dict(self, state):
+            self.seen = state["seen"]
+
+    config = make_config(tmp_path, run={"iterations": 1, "eval_every": 0})
+    with pytest.raises(RuntimeError, match="killed"):
+        play(config, scorer=Learns(), learner=FakeLearner(fail_at=0))
+    scorer = Learns()
+    play(config, scorer=scorer)
+    assert scorer.seen == 4  # the round's prompts, counted once
+
+
+def test_asking_concurrently_is_safe(tmp_path):
+    journal = Journal(tmp_path / "j")
+
+    async def one(number):
+        await asyncio.sleep(0)
+        journal.record("generate", [generation(number)], [completions(generation(number))])
+
+    async def all_of_them():
+        await asyncio.gather(*(one(number) for number in range(50)))
+
+    asyncio.run(all_of_them())
+    journal.close()
+    assert len(Journal(tmp_path / "j")) == 50

@@ -1,0 +1,229 @@
+"""An operator's commands, from files alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fakes import FakeRollout
+from rich.console import Console
+from test_controller import make_config, metrics_of, play
+from typer.testing import CliRunner
+
+from launch.cli import app
+from launch.operate import ask, exit_codes, show_audit, unpause
+from launch.supervise import CRASHES, supervise
+from rayhf.campaign.audit import audit
+from rayhf.campaign.control import read_control, write_control
+from rayhf.campaign.status import read_status
+from rayhf.campaign.store import RunDir
+from rayhf.errors import ActorLostError, CheckpointError, ConfigError, InterruptedRunError, PausedError
+
+
+def screen():
+    return Console(width=200, force_terminal=False, record=True)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    config = make_config(tmp_path)
+    play(config)
+    return config
+
+
+def test_a_finished_campaign(finished):
+    status = read_status(finished.run.dir)
+    assert (status.state, status.iteration, status.holder, status.fault_count) == ("done", 4, "", 0)
+    assert status.commit.startswith("iteration-000004") and status.versions == {"policy/version": 4.0}
+    shown = CliRunner().invoke(app, ["status", str(finished.run.dir)]).output
+    assert "DONE" in shown and "4 of 4" in shown
+
+
+def test_status_is_quick_and_imports_nothing_heavy(finished):
+    code = "import sys; from launch.operate import *; from rayhf.campaign.status import read_status; from pathlib import Path;"
+    code += "read_status(Path(sys.argv[1])); print([m for m in ('ray', 'torch', 'vllm', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, finished.run.dir], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_who_holds_the_lock_is_seen_without_taking_it(tmp_path):
+    store = RunDir(make_config(tmp_path))
+    status = read_status(store.path)
+    assert f"pid {os.getpid()}" in status.holder and status.state == "running"
+    store.close()
+    assert read_status(store.path).holder == ""
+
+
+def test_a_campaign_that_went_away_says_what_is_known(tmp_path):
+    config = make_config(tmp_path, run={"checkpoint_every": 1})
+    store = RunDir(config)
+    store.set_state("running")
+    store.event("fault", "rollout engine 0 is replaced: it died")
+    store.close()
+    status = read_status(config.run.dir)
+    assert status.state == "crashed" and "without a word" in status.reason
+    assert status.fault_count == 1 and "rollout engine 0" in status.faults[0]
+    assert "the same `rayhf run` command continues after round 0" in status.advice
+
+
+def test_a_stall_is_named(tmp_path):
+    store = RunDir(make_config(tmp_path, run={"stall_s": 10}))
+    store.write_progress({"iteration": 1, "phase": "explore", "done": 3, "total": 4})
+    assert read_status(store.path).state == "running"
+    late = read_status(store.path, now=time.time() + 60)
+    assert late.state == "stalled" and late.phase == "round 1, explore 3/4" and "nothing has moved for 60 s" in late.reason
+    store.close()
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "pause", "unpause", "stop"])
+def test_what_is_no_run_directory_is_refused(tmp_path, command):
+    result = CliRunner().invoke(app, [command, str(tmp_path)])
+    assert isinstance(result.exception, ConfigError) and "not a run directory" in str(result.exception)
+
+
+class Watching(FakeRollout):
+    """Leaves word for its own campaign when it is asked for the n-th time."""
+
+    def __init__(self, run, at, wanted):
+        super().__init__()
+        self.run, self.at, self.wanted = run, at, wanted
+
+    async def generate(self, requests, *, version):
+        if len(self.calls) == self.at:
+            write_control(self.run, self.wanted)
+        return await super().generate(requests, version=version)
+
+
+def test_stop_commits_the_round_and_the_same_command_continues(tmp_path):
+    whole, config = make_config(tmp_path / "whole"), make_config(tmp_path, run={"checkpoint_every": 0})
+    play(whole)
+    with pytest.raises(InterruptedRunError, match="stopped after round 2"):
+        play(config, rollout=Watching(config.run.dir, 3, "stop"))
+    assert read_status(config.run.dir).iteration == 2
+    write_control(config.run.dir, "run")
+    play(config)
+    assert metrics_of(config) == metrics_of(whole)
+
+
+def test_a_paused_campaign_waits_until_it_may_go_on(tmp_path):
+    import threading
+
+    config = make_config(tmp_path)
+
+    def release():
+        deadline = time.monotonic() + 30
+        while read_status(config.run.dir).state != "paused" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        unpause(config.run.dir, screen())
+
+    RunDir(config).close()
+    operator = threading.Thread(target=release)
+    operator.start()
+    play(config, rollout=Watching(config.run.dir, 3, "pause"))
+    operator.join()
+    assert read_control(config.run.dir) == "run" and read_status(config.run.dir).state == "done"
+    kinds = [json.loads(line)["kind"] for line in (config.run.dir / "logs/attempt-0002/events.jsonl").read_text().splitlines()]
+    assert kinds == []  # the quiet observer of this test writes no events
+
+
+def test_only_a_running_campaign_can_be_asked(finished):
+    with pytest.raises(ConfigError, match="is done: there is nothing to pause"):
+        ask(finished.run.dir, "pause", screen())
+    with pytest.raises(ConfigError, match="is done, not paused"):
+        unpause(finished.run.dir, screen())
+
+
+def test_a_guard_pauses_commits_nothing_more_and_may_be_overruled(tmp_path):
+    config = make_config(tmp_path, run={"iterations": 4, "checkpoint_every": 1}, guards={"length": {"warn": None, "pause": None}})
+    low = {"kl": {"warn": 1e-9, "pause": 1e-8}}
+    strict = make_config(tmp_path, run={"iterations": 8, "checkpoint_every": 1}, guards=low)
+    play(config)
+
+    def unhealthy(self, metrics):
+        self.history.append({**metrics, "reference/kl": 5.0})
+
+    original = RunDir.append_metrics
+    RunDir.append_metrics = lambda self, metrics: original(self, {**metrics, "reference/kl": 5.0})
+    try:
+        with pytest.raises(PausedError, match="kl"):
+            play(strict)
+        status = read_status(config.run.dir)
+        assert status.state == "paused" and status.reason
+        committed = status.iteration
+        store = RunDir(strict)
+        with pytest.raises(PausedError, match="rayhf unpause"):
+            store.check_paused()
+        store.close()
+        unpause(config.run.dir, screen())
+        store = RunDir(strict)
+        store.check_paused()
+        store.close()
+        play(strict)
+        assert read_status(config.run.dir).iteration == 8 > committed
+    finally:
+        RunDir.append_metrics = original
+
+
+def test_verify_names_what_is_wrong(finished):
+    import pyarrow.parquet as pq
+
+    assert [f for f in audit(finished.run.dir, deep=True) if f.problem] == []
+    samples = finished.run.dir / "samples/iteration-000002.parquet"
+    table = pq.read_table(samples)
+    pq.write_table(table.slice(1), samples)
+    with pytest.raises(CheckpointError, match=r"samples and pairs of round 2: prompt \w+ has the samples \[1, 2, 3\]"):
+        show_audit(finished.run.dir, screen(), deep=False)
+    pq.write_table(table, samples)
+    metrics = finished.run.dir / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + metrics.read_text().splitlines()[-1] + "\n")
+    with pytest.raises(CheckpointError, match=r"twice: \[4\]"):
+        show_audit(finished.run.dir, screen(), deep=False)
+
+
+def test_every_exit_code_is_explained():
+    rows = exit_codes()
+    assert {0, 1, 2, 4, 5, 7, 8, 9, 10, 11, 12, 75, 143} == {code for code, *_ in rows}
+    assert all(meaning for _, _, meaning, _ in rows)
+    shown = CliRunner().invoke(app, ["explain", "12"]).output
+    assert "PausedError" in shown and "unpause" in shown
+    assert "exit codes are 0, 1, 2" in str(CliRunner().invoke(app, ["explain", "99"]).exception)
+
+
+def run_supervised(tmp_path, monkeypatch, script):
+    """`supervise` with this script in place of the campaign."""
+    file = tmp_path / "child.py"
+    file.write_text(script)
+    real = subprocess.Popen
+    monkeypatch.setattr("launch.supervise.subprocess.Popen", lambda command: real([sys.executable, file]))
+    monkeypatch.setattr("launch.supervise._FIRST_WAIT_S", 0.0)
+    return supervise(["run"], tmp_path / "run", screen())
+
+
+def test_a_supervised_campaign_is_started_again_until_it_is_done(tmp_path, monkeypatch):
+    script = "from pathlib import Path; import os, signal; f = Path(__file__).with_name('n');"
+    script += "n = int(f.read_text()) if f.exists() else 0; f.write_text(str(n + 1)); os.kill(os.getpid(), signal.SIGKILL) if n < 3 else exit(0)"
+    assert run_supervised(tmp_path, monkeypatch, script) == 0
+    assert (tmp_path / "n").read_text() == "4"
+
+
+@pytest.mark.parametrize("code", [2, 4, 5, 9, 12, 75])
+def test_what_cannot_get_better_by_itself_is_not_started_again(tmp_path, monkeypatch, code):
+    script = (
+        "from pathlib import Path; f = Path(__file__).with_name('n'); f.write_text(f.read_text() + 'x' if f.exists() else 'x');"
+    )
+    assert run_supervised(tmp_path, monkeypatch, f"{script} exit({code})") == code
+    assert (tmp_path / "n").read_text() == "x"
+
+
+def test_a_crash_loop_is_given_up(tmp_path, monkeypatch):
+    with pytest.raises(ActorLostError, match=f"ended {CRASHES + 1} times in a row without a new commit"):
+        run_supervised(tmp_path, monkeypatch, "exit(10)")
+
+
+def test_the_committed_rounds_of_another_directory_are_unknown(tmp_path):
+    from launch.supervise import _committed
+
+    assert _committed(Path(tmp_path / "nothing")) == -1
