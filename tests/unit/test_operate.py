@@ -204,7 +204,8 @@ def run_supervised(tmp_path, monkeypatch, script):
 
 def test_a_supervised_campaign_is_started_again_until_it_is_done(tmp_path, monkeypatch):
     script = "from pathlib import Path; import os, signal; f = Path(__file__).with_name('n');"
-    script += "n = int(f.read_text()) if f.exists() else 0; f.write_text(str(n + 1)); os.kill(os.getpid(), signal.SIGKILL) if n < 3 else exit(0)"
+    script += "n = int(f.read_text()) if f.exists() else 0; f.write_text(str(n + 1));"
+    script += "os.kill(os.getpid(), signal.SIGKILL) if n < 3 else exit(0)"
     assert run_supervised(tmp_path, monkeypatch, script) == 0
     assert (tmp_path / "n").read_text() == "4"
 
