@@ -154,7 +154,7 @@ class LearnerConfig(Section):
     prompts_per_step: PositiveInt | None = None
     """Prompts per optimiser step; must divide prompts.batch. Default: the whole round."""
     ranks: PositiveInt = 1
-    """Data-parallel learner processes."""
+    """Data-parallel learner processes. A campaign can be continued with another number, and another zero_stage or dtype."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """bfloat16 with 0 runs as 1: DeepSpeed's stage 0 would add gradients up in bfloat16."""
     offload: bool = False

@@ -7,7 +7,6 @@ gradient norm, and once more to add up metrics. A wait in any of them ends after
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor
 
 from rayhf.config.schema import LearnerConfig, LoraConfig
-from rayhf.errors import CheckpointError, ConfigError, NumericalError
+from rayhf.errors import ConfigError, NumericalError
 from rayhf.experience import Example, FloatArray, Probe, Row, WeightBucket, derive_seed
+from rayhf.learner import checkpoint
 from rayhf.learner.build import Head, deepspeed_config, effective_stage, join, load_model, start_engine
 from rayhf.learner.forward import Inputs, base_model, build_inputs, build_micro, token_batches
 from rayhf.learner.weights import buckets_of, export_model, gathered, weights_of
 from rayhf.losses.base import Loss, Totals
 
-TAG = "state"
 PROBE_TOKENS = 64
 
 
@@ -221,51 +220,19 @@ class LearnerEngine:
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, directory: Path) -> None:
-        """Parameters, optimiser, schedule and random state, so that training continues bit by bit. All ranks write."""
-        directory.mkdir(parents=True, exist_ok=True)
-        torch.save(self._random_state(), directory / f"random-{self.rank}.pt")
-        if self.rank == 0:
-            content = {**self._shape(), "steps": self.steps}
-            (directory / "learner.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-        self.engine.save_checkpoint(str(directory), tag=TAG, exclude_frozen_parameters=self.lora)
-        self._barrier()
+        """Masters, optimiser, schedule and random states, so that training continues bit by bit. All ranks write."""
+        checkpoint.save(self.engine, directory, self._kind(), steps=self.steps)
 
     def load(self, directory: Path) -> None:
-        """Continue from `save`. Raises CheckpointError where there is none, or another kind of learner wrote it."""
-        try:
-            content = json.loads((directory / "learner.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"no learner checkpoint in {directory}: {error}") from None
-        for key, value in self._shape().items():
-            if content.get(key) != value:
-                raise CheckpointError(
-                    f"{directory} was written with {key}={content.get(key)}, this learner has {key}={value}; "
-                    f"continue with {content.get(key)}, or start from an exported model"
-                )
-        path, _ = self.engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=not self.lora)
-        if path is None:
-            raise CheckpointError(f"{directory} has no DeepSpeed state {TAG!r}")
-        self.steps = int(content["steps"])
-        state = torch.load(directory / f"random-{self.rank}.pt", weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+        """Continue from `save`, also with other ranks or another ZeRO stage; then to float32's rounding. All ranks take part.
 
-    def _shape(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to fit."""
-        return {
-            "learner.ranks": self.world,
-            "learner.zero_stage": self.stage,
-            "learner.dtype": self.config.dtype,
-            "lora": self.lora,
-            "head": self.head,
-        }
+        Raises CheckpointError where there is no checkpoint, or another kind of learner wrote it; nothing is changed then.
+        """
+        self.steps = checkpoint.load(self.engine, directory, self._kind())
 
-    def _random_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
+    def _kind(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to fit, besides the names and shapes of the trained parameters."""
+        return {"head": self.head, "lora": self.lora}
 
     def _barrier(self) -> None:
         if self.world > 1:
