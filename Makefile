@@ -9,7 +9,7 @@ TINY ?= .tiny
 unexport PYTHONDONTWRITEBYTECODE
 export RAYHF_TINY_DIR := $(abspath $(TINY))
 
-.PHONY: setup demo test lint bench learn claims lock clean
+.PHONY: setup demo test lint bench chaos learn claims lock clean
 
 setup: $(READY)
 
@@ -32,6 +32,10 @@ test: lint
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench.speed
+
+# Kills, wedges, flipped bits, lost nodes: about an hour on two cores. The hour-long soak is `python -m tests.chaos soak`.
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos
 
 # Three seeds of every tiny preset; about an hour on two cores.
 learn: $(READY)

@@ -131,7 +131,7 @@ class Supervised:
     async def ask(self, call: Callable[[Any], Any], *, phase: str, timeout_s: float) -> Any:
         """The answer to `call(actor)`. Raises ActorLostError or DeadlineError as soon as it is clear that none will come."""
         answer = asyncio.ensure_future(wait(call(self._actor), who=self.name, phase=phase, timeout_s=timeout_s))
-        if self._watch is None or self._watch.done():
+        if self._watch is None or self._watch.done():  # done: it found the actor wanting
             self._watch = asyncio.create_task(self._watch_actor(), name=f"watch {self.name}")
         watch, self._asked = self._watch, self._asked + 1
         try:
@@ -140,6 +140,7 @@ class Supervised:
         finally:
             self._asked -= 1
             if not self._asked and watch is self._watch:
+                self._watch = None  # whoever asks next must not wait with one that is being cancelled
                 watch.cancel()
             answer.cancel()
             await asyncio.gather(answer, return_exceptions=True)

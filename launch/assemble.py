@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,12 @@ class Cast:
         self.device = "cuda" if self.config.cluster.device == "gpu" else "cpu"
         self._group: Any = None
 
-    async def assemble(self) -> Roles:
-        """Place and start everyone. Raises PlacementError, DeadlineError naming who did not start, or an engine's own error."""
-        check_available(self.seats, ray.nodes())
+    async def assemble(self, *, patient: bool = False) -> Roles:
+        """Place and start everyone. Raises PlacementError, DeadlineError naming who did not start, or an engine's own error.
+
+        `patient`: a campaign that has run here before waits up to run.start_timeout_s for nodes that went away.
+        """
+        await self._room(patient)
         await self._reserve()
         config, algorithm = self.config, self.prepared.algorithm
         timeout_s = config.run.timeout_s
@@ -118,6 +122,18 @@ class Cast:
             critic=critic,
             reference=RemoteReference(references[0], timeout_s=timeout_s) if references else None,
         )
+
+    async def _room(self, patient: bool) -> None:
+        deadline = time.monotonic() + (self.config.run.start_timeout_s if patient else 0.0)
+        while True:
+            try:
+                check_available(self.seats, ray.nodes())
+                return
+            except PlacementError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                self.observer.event("warn", f"waiting for nodes: {error}")
+                await asyncio.sleep(5.0)
 
     async def dismiss(self, *, stacks: bool) -> None:
         """End everyone's process, also of who is stopped or hangs; their stacks are saved first where somebody wants to know."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,22 +16,23 @@ from launch.tracking import tracked
 from launch.view import LiveView, summary
 from rayhf.campaign.control import write_control
 from rayhf.campaign.controller import Controller
+from rayhf.campaign.lock import RunLock
 from rayhf.campaign.observer import Observer
 from rayhf.campaign.recorder import Recorder
 from rayhf.campaign.store import RunDir
 from rayhf.config.schema import CampaignConfig
-from rayhf.errors import ActorLostError, DeadlineError, InterruptedRunError
+from rayhf.errors import ActorLostError, DeadlineError, InterruptedRunError, StorageError
 from rayhf.preflight import Prepared, overlap, prepare
 
 
-def run_campaign(config: CampaignConfig, console: Console) -> None:
+def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> None:
     """Start or continue the campaign in `run.dir`. Raises the errors of rayhf.errors."""
     base = Path.cwd()
     build_tiny(config, console)
     prepared = prepare(config, base=base)
     if shared := overlap(prepared):
         console.print(f"warning: {shared} held-out prompts are also training prompts", style="yellow")
-    store = RunDir(config)
+    store = RunDir(config, lock)
     try:
         if store.state["iteration"] >= config.run.iterations:
             console.print(
@@ -50,7 +52,8 @@ def run_campaign(config: CampaignConfig, console: Console) -> None:
         console.print(summary(config.run.dir, config.prompts.task))
         console.print(f"policy: {config.run.dir / 'policy'}", markup=False)
     except BaseException as error:
-        store.event("end", f"{type(error).__name__}: {error}", code=getattr(error, "exit_code", 1))
+        with suppress(StorageError):  # the disk may be what went wrong
+            store.event("end", f"{type(error).__name__}: {error}", code=getattr(error, "exit_code", 1))
         raise
     else:
         store.event("end", "done", code=0)
@@ -83,7 +86,7 @@ async def _play(prepared: Prepared, store: RunDir, observer: Observer, *, base: 
     try:
         while True:
             try:
-                await _one_life(prepared, store, observer, base=base)
+                await _one_life(prepared, store, observer, base=base, again=restarts > 0)
                 return
             except (ActorLostError, DeadlineError) as error:
                 if store.state["iteration"] > committed:
@@ -101,13 +104,13 @@ async def _play(prepared: Prepared, store: RunDir, observer: Observer, *, base: 
         ) from None
 
 
-async def _one_life(prepared: Prepared, store: RunDir, observer: Observer, *, base: Path) -> None:
+async def _one_life(prepared: Prepared, store: RunDir, observer: Observer, *, base: Path, again: bool) -> None:
     """From hiring everybody to dismissing them."""
     observer.phase(store.state["iteration"], "start actors")
     cast = Cast(prepared, store, observer, base=base)
     lost = False
     try:
-        roles = await cast.assemble()
+        roles = await cast.assemble(patient=again)
         store.set_state("running")
         controller = Controller(
             prepared.config,

@@ -48,12 +48,18 @@ def run(
     ] = False,
 ) -> None:
     """Start a campaign, or continue the one in its run directory."""
-    from launch.campaign import run_campaign
+    from rayhf.campaign.lock import RunLock
     from rayhf.config.load import load_config
 
     loaded = load_config(config, overrides or ())
     if not supervised:
-        run_campaign(loaded, console)
+        lock = RunLock(loaded.run.dir)  # before the heavy imports: a second launcher is refused at once
+        try:
+            from launch.campaign import run_campaign
+
+            run_campaign(loaded, console, lock)
+        finally:
+            lock.release()
         return
     from launch.supervise import supervise
 

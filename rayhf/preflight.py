@@ -133,14 +133,16 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         check_heldout(examination.scorer, where=f"{where}.scorer")
         loaded = _load(config, base / examination.prompts, tokenizer, f"{where}.prompts", max_length)
         examinations[task] = loaded.prompts[: config.run.eval_prompts]
+    pairs = None
     if algorithm.pair_file is not None:
         found = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
         algorithm.give(encode_pairs(found.pairs, chat, key="algorithm.offline.path"))
+        pairs = found.fingerprint
     game = None
     if config.prompts.game is not None:
         players = heldout[:GAME_PROMPTS] or prompts.prompts[:GAME_PROMPTS]
         game = Game(base / config.prompts.game, players, chat, key="prompts.game")
-    material = Material(chat=chat, prompts=prompts, heldout=heldout, examinations=examinations, game=game)
+    material = Material(chat=chat, prompts=prompts, heldout=heldout, examinations=examinations, game=game, pairs=pairs)
     return Prepared(config=config, algorithm=algorithm, derived=derived, material=material, max_length=max_length)
 
 

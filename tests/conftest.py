@@ -1,5 +1,5 @@
 import sys
 from pathlib import Path
 
-for folder in ("unit", "e2e"):
+for folder in ("unit", "e2e", "chaos"):
     sys.path.insert(0, str(Path(__file__).parent / folder))

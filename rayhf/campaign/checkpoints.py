@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayhf.campaign.files import MANIFEST, seal, sha256, storage_errors, verify, write_json
-from rayhf.errors import CheckpointError
+from rayhf.errors import CheckpointError, StorageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +44,26 @@ class Checkpoints:
         self.root, self._epoch, self._retention = root, epoch, retention
 
     def begin(self) -> Path:
-        """An empty directory to save into; nothing counts until `commit`."""
+        """An empty directory to save into; nothing counts until `commit`.
+
+        Raises StorageError where the disk has not even the room that the last checkpoint took: better now than half-way.
+        """
         temporary = self.root / f".saving-{self._epoch:06d}"
         with storage_errors("write", temporary):
             for old in self.root.glob(".saving-*"):
                 shutil.rmtree(old)
             temporary.mkdir()
+            free, needed = shutil.disk_usage(self.root).free, self._last_bytes()
+        if free < needed:
+            raise StorageError(
+                f"{self.root}: {free / 2**20:,.0f} MiB are free, the last checkpoint took {needed / 2**20:,.0f} MiB; "
+                "free some space, or lower run.keep_checkpoints"
+            )
         return temporary
+
+    def _last_bytes(self) -> int:
+        newest = max(self.root.glob("iteration-*"), default=None)
+        return sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()) if newest else 0
 
     def commit(self, temporary: Path, iteration: int, state: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[Path, str]:
         """Seal what was saved under its final name. Returns it, and the SHA-256 of its manifest."""

@@ -22,12 +22,13 @@ from rayhf.campaign.guards import judge
 from rayhf.campaign.journal import Journal
 from rayhf.campaign.learning import Learning
 from rayhf.campaign.observer import Observer
+from rayhf.campaign.persistence import check_data, load_roles, provenance, save_roles
 from rayhf.campaign.store import RunDir
 from rayhf.campaign.tally import FailureBudget, exploration_metrics
-from rayhf.config.algorithms import EmaReference, InitialReference, PreviousReference
+from rayhf.config.algorithms import EmaReference, InitialReference
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import is_pairwise
-from rayhf.errors import CheckpointError, InterruptedRunError, PausedError
+from rayhf.errors import InterruptedRunError, PausedError
 from rayhf.experience import Completion, Group, Prompt, Sample, Sampling, WeightSnapshot, derive_seed
 from rayhf.prompts import Chat, PromptSet, deal
 from rayhf.roles import Roles
@@ -45,6 +46,8 @@ class Material:
     examinations: Mapping[str, tuple[Prompt, ...]] = field(default_factory=dict)
     """By task: the prompts of the config's further evaluations."""
     game: Game | None = None
+    pairs: str | None = None
+    """Fingerprint of the given pairs, which the algorithm has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +190,7 @@ class Controller:
             self.observer.phase(iteration, "explore", finished, len(prompts))
 
         self.observer.phase(iteration, "explore", 0, len(prompts))
+        started = time.monotonic()
         try:
             groups = await exchange.run(
                 prompts,
@@ -197,7 +201,7 @@ class Controller:
             )
         finally:
             journal.close()
-        return Round(groups=groups, seconds=exchange.stopwatch.seconds)
+        return Round(groups=groups, seconds={**exchange.stopwatch.seconds, "explore": time.monotonic() - started})
 
     # ---------------------------------------------------------------------- sync
 
@@ -306,31 +310,22 @@ class Controller:
             "algorithm": self.algorithm.state_dict(),
             "scorer": await self.roles.scorer.state_dict(),
             "game": self.material.game.state_dict() if self.material.game else {},
-            "prompts": self.material.prompts.fingerprint,
+            **provenance(self.config, prompts=self.material.prompts.fingerprint, pairs=self.material.pairs),
         }
 
     async def _checkpoint(self, iteration: int, metrics: Mapping[str, float]) -> None:
         self.observer.phase(iteration, "checkpoint")
         directory = self.store.checkpoints.begin()
-        saves = [learner.save(directory / _learner_folder(policy)) for policy, learner in self.roles.learners.items()]
-        if self.roles.critic is not None:
-            saves.append(self.roles.critic.save(directory / "critic"))
-        if self._reference_moves and self.roles.reference is not None:
-            saves.append(self.roles.reference.save(directory / "reference"))
-        await asyncio.gather(*saves)
+        await save_roles(directory, self.roles, self.algorithm)
+        for policy, learner in self.roles.learners.items():  # before the commit: what is done has its policy
+            exported = self.store.policy_directory(policy)
+            await learner.export(exported)
+            self.store.publish_policy(exported, policy)
         finished = iteration >= self.config.run.iterations
         score = metrics.get(f"eval/{self.config.prompts.task}/sampled")
         state = "done" if finished else "running"
         self.store.commit(directory, iteration, await self._state(), campaign_state=state, score=score)
         self.observer.event("commit", f"round {iteration} is committed")
-        for policy, learner in self.roles.learners.items():
-            exported = self.store.policy_directory(policy)
-            await learner.export(exported)
-            self.store.publish_policy(exported, policy)
-
-    @property
-    def _reference_moves(self) -> bool:
-        return isinstance(self.algorithm.reference, PreviousReference | EmaReference)
 
     async def _restore(self) -> None:
         """Continue from the newest verified checkpoint, or from the start where none was ever committed."""
@@ -339,11 +334,7 @@ class Controller:
             self.store.rewind(-1)
             return
         state = checkpoint.state
-        if state["prompts"] != self.material.prompts.fingerprint:
-            raise CheckpointError(
-                f"{self.config.prompts.train} is not the file this campaign was started with (its prompts changed); "
-                "restore it, or choose another run.dir"
-            )
+        check_data(state, self.config, prompts=self.material.prompts.fingerprint, pairs=self.material.pairs)
         self.store.rewind(checkpoint.iteration)
         self.iteration = int(state["iteration"])
         self.versions = {policy: int(version) for policy, version in state["versions"].items()}
@@ -354,13 +345,7 @@ class Controller:
         await self.roles.scorer.load_state_dict(state["scorer"])
         if self.material.game is not None:
             self.material.game.load_state_dict(state["game"])
-        directory = checkpoint.directory
-        loads = [learner.load(directory / _learner_folder(policy)) for policy, learner in self.roles.learners.items()]
-        if self.roles.critic is not None:
-            loads.append(self.roles.critic.load(directory / "critic"))
-        if self._reference_moves and self.roles.reference is not None:
-            loads.append(self.roles.reference.load(directory / "reference"))
-        await asyncio.gather(*loads)
+        await load_roles(checkpoint.directory, self.roles, self.algorithm)
         for policy, version in self.versions.items():
             if version:
                 await self._push(policy)
@@ -378,10 +363,6 @@ class Controller:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
-
-
-def _learner_folder(policy: str) -> str:
-    return "learner" if policy == "policy" else f"learner-{policy}"
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

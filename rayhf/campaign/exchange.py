@@ -272,6 +272,10 @@ class Exchange:
             if self._journal is not None:
                 learned = None if kind == "generate" else await self._scorer.state_dict()
                 self._journal.record(kind, requests, answers, learned)
+        except asyncio.CancelledError:
+            for _, future in pending:  # nobody may be left waiting for a call that is gone
+                future.cancel()
+            raise
         except Exception as error:  # noqa: BLE001  passed on to whoever waits, not swallowed
             for _, future in pending:
                 if not future.done():

@@ -13,16 +13,14 @@ launcher (a node that was cut off and came back): whatever it still wants to wri
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,9 +30,10 @@ from rayhf.campaign.checkpoints import Checkpoint, Checkpoints, Retention
 from rayhf.campaign.control import Wanted, read_control
 from rayhf.campaign.files import storage_errors, write_atomic, write_json
 from rayhf.campaign.journal import Journal
+from rayhf.campaign.lock import RunLock
 from rayhf.config.load import dump_config
 from rayhf.config.schema import CampaignConfig
-from rayhf.errors import CheckpointError, ConfigError, LockedError, PausedError
+from rayhf.errors import CheckpointError, ConfigError, PausedError
 from rayhf.experience import Example, Group
 
 IDENTITY = ("seed", "policy", "prompts", "algorithm", "scorer.train", "scorer.combine", "rollout.temperature")
@@ -64,17 +63,17 @@ def _difference(old: Any, new: Any, where: str) -> str | None:
 class RunDir:
     """Owns the run directory of one campaign; holds its lock until `close`."""
 
-    def __init__(self, config: CampaignConfig) -> None:
-        """Open or create. Raises ConfigError for a directory that cannot be written or is another campaign's, LockedError."""
-        self.path = config.run.dir
+    def __init__(self, config: CampaignConfig, lock: RunLock | None = None) -> None:
+        """Open or create; takes over `lock`, or takes one.
+
+        Raises ConfigError for a directory that cannot be written or is another campaign's, LockedError.
+        """
+        self.path = config.run.dir.absolute()
+        self._lock = lock or RunLock(config.run.dir)
         try:
-            for name in ("samples", "pairs", "checkpoints", "journal"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a+", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"run.dir {self.path} cannot be written: {error.strerror or error}") from None
-        self._lock = self._acquire(file)
-        try:
+            with storage_errors("write", self.path):
+                for name in ("samples", "pairs", "checkpoints", "journal"):
+                    (self.path / name).mkdir(exist_ok=True)
             self._check_identity(config)
             self.state: dict[str, Any] = self._read_state()
             self.epoch = int(self.state["epoch"]) + 1
@@ -84,26 +83,13 @@ class RunDir:
             self.attempt.mkdir(parents=True)
             self._events = (self.attempt / "events.jsonl").open("a", encoding="utf-8")
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
         run = config.run
         self.history: list[dict[str, float]] = []
         """The lines of metrics.jsonl, once `rewind` has settled which of them count."""
         retention = Retention(last=run.keep_checkpoints, every=run.keep_every, best=run.keep_best)
         self.checkpoints = Checkpoints(self.path / "checkpoints", epoch=self.epoch, retention=retention)
-
-    def _acquire(self, file: IO[str]) -> IO[str]:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "an unknown process"
-            file.close()
-            raise LockedError(f"run directory {self.path} is in use by {holder}") from None
-        file.truncate(0)
-        file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
-        file.flush()
-        return file
 
     def _check_identity(self, config: CampaignConfig) -> None:
         file = self.path / "config.yaml"
@@ -132,7 +118,7 @@ class RunDir:
 
     def close(self) -> None:
         self._events.close()
-        self._lock.close()
+        self._lock.release()
 
     def event(self, kind: str, message: str = "", **facts: Any) -> None:
         """A line in this attempt's event log."""

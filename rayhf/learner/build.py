@@ -195,7 +195,7 @@ def start_engine(model: AnyHead, config: LearnerConfig, *, settings: Mapping[str
     vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
     groups: Any = trainable
     if config.weight_decay:
-        decays = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        decays: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         groups = [group for group in decays if group["params"]]  # adapters have no vectors, and DeepSpeed drops an empty group
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     factor = partial(lr_factor, total_steps=total_steps, warmup=config.warmup, kind=config.schedule, min_lr=config.min_lr)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from world import make_world, write_config
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "chaos"))
 from nemesis import RAYHF, Campaign, fingerprint, orphans
+from world import make_world, write_config
 
 pytestmark = pytest.mark.timeout(1500)
 FIRE = (
@@ -21,7 +18,7 @@ FIRE = (
     ("learner", signal.SIGKILL),
     ("controller", signal.SIGKILL),
 )
-ROUNDS = 40
+ROUNDS = 24
 
 
 @pytest.fixture(scope="module")

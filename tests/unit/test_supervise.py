@@ -1,0 +1,130 @@
+"""Asking an actor that is watched: every question gets its own answer, and a stall ends them all."""
+
+import asyncio
+import random
+from concurrent.futures import Future
+
+import pytest
+
+from actors.supervise import Limits, Supervised
+from rayhf.errors import ActorLostError, DeadlineError
+
+
+class Ref:
+    """What Ray gives for a call: here a future that somebody else fulfils."""
+
+    def __init__(self):
+        self.result = Future()
+
+    def future(self):
+        return self.result
+
+
+class Method:
+    def __init__(self, call):
+        self.remote = call
+
+
+class Actor:
+    """Answers `double` after a moment; `progress` grows unless it is stuck."""
+
+    def __init__(self):
+        self.stuck, self.beats = False, 0
+        self.double, self.progress = Method(self._double), Method(self._progress)
+
+    def _double(self, number):
+        ref = Ref()
+        if not self.stuck:
+            asyncio.get_running_loop().call_later(random.choice([0.0, 0.0, 0.002]), ref.result.set_result, 2 * number)
+        return ref
+
+    def _progress(self):
+        ref = Ref()
+        self.beats += not self.stuck
+        ref.result.set_result(self.beats)
+        return ref
+
+
+def supervised(actor, *, stall_s=60.0):
+    one = Supervised("engine", None, limits=Limits(stall_s=stall_s, restarts=1))
+    one._actor = actor
+    return one
+
+
+def double(one, number, timeout_s=30.0):
+    return one.ask(lambda actor: actor.double.remote(number), phase="test", timeout_s=timeout_s)
+
+
+def test_questions_one_after_the_other_and_side_by_side_all_get_their_answers():
+    async def play():
+        one = supervised(Actor())
+
+        async def chain(start):
+            return [await double(one, number) for number in range(start, start + 100)]
+
+        found = await asyncio.wait_for(asyncio.gather(*(chain(1000 * i) for i in range(8))), 30)
+        assert found == [[2 * (1000 * i + j) for j in range(100)] for i in range(8)]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("offset", range(4))
+def test_a_question_asked_while_the_last_ones_watch_is_on_its_way_out_is_answered(offset):
+    async def play():
+        one = supervised(Actor())
+        first = asyncio.ensure_future(double(one, 1))
+        while not one._asked:
+            await asyncio.sleep(0)
+        while one._asked:  # until it is answered: it has not yet returned
+            await asyncio.sleep(0)
+        for _ in range(offset):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            assert await double(one, 2) == 4
+        assert await first == 2
+
+    asyncio.run(play())
+
+
+def test_an_actor_that_gets_nowhere_is_noticed_by_all_who_wait():
+    async def play():
+        actor = Actor()
+        one = supervised(actor, stall_s=0.2)
+        actor.stuck = True
+        answers = await asyncio.gather(*(double(one, n) for n in range(5)), return_exceptions=True)
+        assert all(isinstance(answer, DeadlineError) and "made no progress for 0.2 s" in str(answer) for answer in answers)
+        actor.stuck = False
+        assert await double(one, 4) == 8
+
+    asyncio.run(play())
+
+
+def test_a_slow_actor_that_gets_on_is_left_alone_until_the_deadline():
+    class Slow(Actor):
+        def _double(self, number):
+            return Ref()
+
+    async def play():
+        with pytest.raises(DeadlineError, match=r"test: no answer from engine within 0\.6 s"):
+            await double(supervised(Slow(), stall_s=0.1), 1, timeout_s=0.6)
+
+    asyncio.run(play())
+
+
+def test_who_is_lost_too_often_is_not_replaced_again():
+    async def play():
+        starts = []
+
+        async def start():
+            starts.append(1)
+            return Actor()
+
+        one = Supervised("engine", start, limits=Limits(stall_s=1.0, restarts=0))
+        with pytest.raises(
+            ActorLostError, match=r"engine was lost 1 times within an hour \(run.restarts allows 0\); the last time: gone"
+        ):
+            await one.replace(0, ActorLostError("gone"), start)
+        await one.replace(7, ActorLostError("gone"), start)  # somebody else has replaced that one already
+        assert starts == []
+
+    asyncio.run(play())
