@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from rayhf.errors import ActorLostError, DeadlineError, RayhfError
 
@@ -17,19 +17,23 @@ _GRACE_S = 10.0
 async def wait(reference: ray.ObjectRef, *, who: str, phase: str, timeout_s: float) -> Any:
     """The result of a remote call.
 
-    Raises DeadlineError after `timeout_s` seconds, ActorLostError where the actor's process died, and whatever rayhf error
-    the actor raised. Any other exception of an actor is a bug and comes through as it is.
+    Raises DeadlineError after `timeout_s` seconds, ActorLostError where the actor's process died (or whatever else of Ray's went
+    away with a process or a node), and whatever rayhf error the actor raised. Any other exception of an actor is a bug and
+    comes through as it is.
     """
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(reference.future()), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.wrap_future(reference.future())
     except TimeoutError:
         raise DeadlineError(f"{phase}: no answer from {who} within {timeout_s:g} s") from None
-    except RayActorError as error:
-        raise ActorLostError(f"{phase}: {who} died ({_first_line(error)})") from error
     except RayTaskError as error:
         if isinstance(error.cause, RayhfError):
             raise error.cause from None
+        if isinstance(error.cause, RayError):  # what it needed was lost with its owner
+            raise ActorLostError(f"{phase}: {who} could not get what it needs ({_first_line(error.cause)})") from error
         raise
+    except RayError as error:
+        raise ActorLostError(f"{phase}: {who} died ({_first_line(error)})") from error
 
 
 async def wait_all(references: Sequence[ray.ObjectRef], *, who: Sequence[str], phase: str, timeout_s: float) -> list[Any]:

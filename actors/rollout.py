@@ -15,7 +15,6 @@ import ray
 from actors.remote import wait
 from actors.supervise import Supervised, Whereabouts, whereabouts
 from rayhf.config.schema import Dtype, RolloutConfig
-from rayhf.errors import ActorLostError, DeadlineError
 from rayhf.experience import Completion, GenerateRequest, WeightSnapshot
 
 if TYPE_CHECKING:
@@ -59,6 +58,8 @@ class RolloutPool:
     def __init__(self, engines: Sequence[Supervised], *, timeout_s: float) -> None:
         self._engines, self._timeout_s = engines, timeout_s
         self._load = [0] * len(engines)
+        for engine in engines:
+            engine.prepare = self._equip
         self._weights: tuple[WeightSnapshot, list[Any]] | None = None
         """What every engine must hold; None: what it was started with."""
 
@@ -79,15 +80,10 @@ class RolloutPool:
         engine, work = self._engines[number], sum(len(r.seeds) for r in requests)
         self._load[number] += work
         try:
-            while True:
-                life = engine.life
-                try:
-                    answer: list[tuple[Completion, ...]] = await engine.ask(
-                        lambda actor: actor.generate.remote(list(requests), version), phase="generate", timeout_s=self._timeout_s
-                    )
-                    return answer
-                except (ActorLostError, DeadlineError) as lost:
-                    await engine.replace(life, lost, self._equip)
+            answer: list[tuple[Completion, ...]] = await engine.persist(
+                lambda actor: actor.generate.remote(list(requests), version), phase="generate", timeout_s=self._timeout_s
+            )
+            return answer
         finally:
             self._load[number] -= work
 
@@ -96,15 +92,12 @@ class RolloutPool:
         payloads = [bucket.payload for bucket in snapshot.buckets]
         light = replace(snapshot, buckets=tuple(replace(bucket, payload=None) for bucket in snapshot.buckets))
         self._weights = (light, payloads)
-        await asyncio.gather(*(self._update(engine) for engine in self._engines))
-
-    async def _update(self, engine: Supervised) -> None:
-        assert self._weights is not None
-        life, (light, payloads) = engine.life, self._weights
-        try:
-            await engine.ask(lambda actor: actor.update.remote(light, *payloads), phase="sync", timeout_s=self._timeout_s)
-        except (ActorLostError, DeadlineError) as lost:
-            await engine.replace(life, lost, self._equip)
+        await asyncio.gather(
+            *(
+                engine.persist(lambda actor: actor.update.remote(light, *payloads), phase="sync", timeout_s=self._timeout_s)
+                for engine in self._engines
+            )
+        )
 
     async def _equip(self, actor: Any) -> None:
         """Bring a new engine to the weights of the last update."""

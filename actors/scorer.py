@@ -12,7 +12,6 @@ import ray
 from actors.remote import wait
 from actors.supervise import Supervised, Whereabouts, whereabouts
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntry
-from rayhf.errors import ActorLostError, DeadlineError
 from rayhf.experience import Comparison, Outcome, ScoreRequest
 
 
@@ -40,11 +39,12 @@ class ScorerActor:
     def whereabouts(self) -> Whereabouts:
         return whereabouts()
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        return self.engine.score(requests)
+    def score(self, requests: Sequence[ScoreRequest]) -> tuple[list[tuple[Outcome, ...]], dict[str, Any]]:
+        """The outcomes, and the state after them."""
+        return self.engine.score(requests), self.engine.state_dict()
 
-    def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        return self.engine.compare(requests)
+    def compare(self, requests: Sequence[ScoreRequest]) -> tuple[list[Comparison], dict[str, Any]]:
+        return self.engine.compare(requests), self.engine.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         return self.engine.state_dict()
@@ -58,36 +58,33 @@ class RemoteScorer:
 
     def __init__(self, engine: Supervised, *, timeout_s: float) -> None:
         self._engine, self._timeout_s = engine, timeout_s
-        self._state: dict[str, Any] = {}
+        self._state: dict[str, Any] | None = None
+        """After the last answer; it comes with the answers, so that the two belong together."""
+        engine.prepare = self._equip
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        answer: list[tuple[Outcome, ...]] = await self._ask(lambda actor: actor.score.remote(list(requests)), "score")
-        return answer
+        answers, self._state = await self._ask(lambda actor: actor.score.remote(list(requests)), "score")
+        return list(answers)
 
     async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        answer: list[Comparison] = await self._ask(lambda actor: actor.compare.remote(list(requests)), "compare")
-        return answer
+        answers, self._state = await self._ask(lambda actor: actor.compare.remote(list(requests)), "compare")
+        return list(answers)
 
     async def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = await self._ask(lambda actor: actor.state_dict.remote(), "state")
-        self._state = state
-        return state
+        if self._state is None:
+            self._state = await self._ask(lambda actor: actor.state_dict.remote(), "state")
+        return dict(self._state or {})
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        await self._ask(lambda actor: actor.load_state_dict.remote(dict(state)), "state")
         self._state = dict(state)
-        await self._ask(lambda actor: actor.load_state_dict.remote(self._state), "state")
 
     async def _ask(self, call: Callable[[Any], Any], phase: str) -> Any:
-        while True:
-            life = self._engine.life
-            try:
-                return await self._engine.ask(call, phase=phase, timeout_s=self._timeout_s)
-            except (ActorLostError, DeadlineError) as lost:
-                await self._engine.replace(life, lost, self._equip)
+        return await self._engine.persist(call, phase=phase, timeout_s=self._timeout_s)
 
     async def _equip(self, actor: Any) -> None:
         """Bring a new actor to the last state that was heard of."""
-        if self._state:
+        if self._state is not None:
             call = actor.load_state_dict.remote(self._state)
             await wait(call, who="a new scorer", phase="state", timeout_s=self._timeout_s)
 

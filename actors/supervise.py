@@ -3,7 +3,7 @@
 Being alive is not enough: a stopped process answers nothing, and an engine may hang in a step while its actor still answers. So
 whoever supervises watches a counter that grows with every engine step, on a monotonic clock. A lost actor's stacks are saved
 where they can be, its process is killed on its own node, and a new one is started and built. Callers who held the old one get
-ActorLostError and may ask again: `Supervised` itself repeats nothing.
+ActorLostError; `persist` asks the new one again.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ Report = Callable[[str, str], None]
 """(kind, message): to the campaign's event log and whoever watches."""
 _HOUR_S = 3600.0
 _DUMP_S = 10.0
+_START_S = 300.0
+"""For an actor's process to appear, before it builds anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +65,35 @@ class Limits:
 NEVER_REPLACED = Limits(stall_s=math.inf, restarts=0)
 
 
+async def _nothing(actor: Any) -> None:
+    return None
+
+
 class Supervised:
-    """One actor under supervision. `start` creates and builds it; it must have a method `whereabouts`."""
+    """One actor under supervision.
+
+    Args:
+        create: a new actor's handle; the actor has methods `whereabouts` and, if it is asked by `ask` or `persist`, `progress`.
+        build: makes the new actor able to work.
+    """
 
     def __init__(
         self,
         name: str,
-        start: Callable[[], Awaitable[Any]],
+        create: Callable[[], Any],
+        build: Callable[[Any], Awaitable[None]] = _nothing,
         *,
         limits: Limits = NEVER_REPLACED,
         report: Report = lambda kind, message: None,
         diagnosis: Path | None = None,
     ) -> None:
         self.name, self.limits = name, limits
-        self.life = 0
-        """Grows with every replacement."""
-        self._start, self._report, self._diagnosis = start, report, diagnosis
+        self.prepare: Callable[[Any], Awaitable[None]] = _nothing
+        """Brings a replacement to where the lost actor was; for whoever asks to set."""
+        self.retired = False
+        """Nobody is hired in its place any more."""
+        self._create, self._build, self._report, self._diagnosis = create, build, report, diagnosis
+        self._life = 0
         self._actor: Any = None
         self._where: Whereabouts | None = None
         self._replacing = asyncio.Lock()
@@ -91,42 +106,68 @@ class Supervised:
         return self._actor
 
     async def start(self) -> None:
-        self._actor = await self._start()
-        self._where = await wait(self._actor.whereabouts.remote(), who=self.name, phase="start", timeout_s=60.0)
+        """Create and build. What was created and could not be built is ended."""
+        self._actor, self._where = await self._hire()
 
-    async def replace(self, life: int, why: Exception, prepare: Callable[[Any], Awaitable[None]]) -> None:
-        """Put a new actor in the place of the one that lived `life`; nothing where that was done already.
+    async def _hire(self) -> tuple[Any, Whereabouts]:
+        actor, where = self._create(), None
+        try:
+            where = await wait(actor.whereabouts.remote(), who=self.name, phase="start", timeout_s=_START_S)
+            await self._build(actor)
+            return actor, where
+        except BaseException:
+            await self._end(actor, where, stacks=False)
+            raise
 
-        `prepare` brings the new actor to where the old one was. Raises ActorLostError where the hour's restarts are used up.
-        """
+    async def persist(self, call: Callable[[Any], Any], *, phase: str, timeout_s: float) -> Any:
+        """The answer to `call(actor)`, from a replacement where the actor is lost; ActorLostError where that is too often."""
+        while True:
+            async with self._replacing:  # a replacement that is not ready yet must not be asked
+                life = self._life
+            try:
+                return await self.ask(call, phase=phase, timeout_s=timeout_s)
+            except (ActorLostError, DeadlineError) as lost:
+                await self._replace(life, lost)
+
+    async def _replace(self, life: int, why: Exception) -> None:
+        """Put a new actor in the place of the one that lived `life`; nothing where that was done already."""
         async with self._replacing:
-            if self.life != life:
+            if self._life != life:
                 return
             now = time.monotonic()
             while self._losses and now - self._losses[0] > _HOUR_S:
                 self._losses.popleft()
             self._losses.append(now)
-            if len(self._losses) > self.limits.restarts:
+            if self.retired or len(self._losses) > self.limits.restarts:
                 raise ActorLostError(
                     f"{self.name} was lost {len(self._losses)} times within an hour "
                     f"(run.restarts allows {self.limits.restarts}); the last time: {why}"
                 ) from why
             self._report("fault", f"{self.name} is replaced: {why}")
             await self.kill()
-            self.life += 1
-            await self.start()
-            await prepare(self._actor)
+            actor, where = await self._hire()
+            try:
+                if self.retired:
+                    raise ActorLostError(f"{self.name} is not needed any more")
+                await self.prepare(actor)
+            except BaseException:
+                await self._end(actor, where, stacks=False)
+                raise
+            self._actor, self._where, self._life = actor, where, life + 1
             self._report("recovered", f"{self.name} is back after {time.monotonic() - now:.1f} s")
 
     async def kill(self, *, stacks: bool = True) -> None:
         """Save its stacks, then end its process for certain, also where it is stopped and hears nothing."""
-        if self._where is not None:
-            file = (
-                self._diagnosis / f"{self.name.replace(' ', '-')}-{self._where.pid}.txt" if stacks and self._diagnosis else None
-            )
-            await on_node(self._where.node, end_process, self._where, file)
-        if self._actor is not None:
-            ray.kill(self._actor, no_restart=True)
+        await self._end(self._actor, self._where, stacks=stacks)
+
+    async def _end(self, actor: Any, where: Whereabouts | None, *, stacks: bool) -> None:
+        if where is not None:
+            file = None
+            if stacks and self._diagnosis is not None:
+                file = self._diagnosis / f"{self.name.replace(' ', '-')}-{where.pid}.txt"
+            await on_node(where.node, end_process, where, file)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
 
     async def ask(self, call: Callable[[Any], Any], *, phase: str, timeout_s: float) -> Any:
         """The answer to `call(actor)`. Raises ActorLostError or DeadlineError as soon as it is clear that none will come."""
@@ -188,9 +229,7 @@ def end_process(where: Whereabouts, stacks: Path | None) -> None:
 
 def _write_stacks(pid: int, file: Path) -> None:
     command = [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid", str(pid)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # a help to whoever looks for the cause, not a condition
+        file.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DUMP_S, check=False)
         file.write_text(done.stdout or done.stderr)
-    except (OSError, subprocess.TimeoutExpired) as error:  # a help to whoever looks for the cause, not a condition
-        file.write_text(f"no stacks: {error}")

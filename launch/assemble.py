@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,9 @@ class Cast:
 
     async def dismiss(self, *, stacks: bool) -> None:
         """End everyone's process, also of who is stopped or hangs; their stacks are saved first where somebody wants to know."""
-        await asyncio.gather(*(one.kill(stacks=stacks) for one in self.crew))
+        for one in self.crew:
+            one.retired = True
+        await asyncio.gather(*(one.kill(stacks=stacks) for one in self.crew), return_exceptions=True)  # as many as can be
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
 
@@ -167,28 +170,27 @@ class Cast:
         """One member of the crew for every seat of a role; `build` gets the new actor and the seat's number."""
         places = [seat for seat in self.seats if seat.role == role]
 
-        def starter(number: int, seat: Seat) -> Callable[[], Awaitable[Any]]:
-            async def start() -> Any:
-                actor = remote.options(
-                    num_cpus=seat.cpus,
-                    num_gpus=seat.gpus,
-                    runtime_env={"env_vars": environment(self.config, role)},
-                    max_restarts=0,
-                    max_task_retries=0,
-                    **self._strategy(seat),
-                    **options,
-                ).remote()
-                if build is not None:
-                    await build(actor, number)
-                return actor
+        def create(seat: Seat) -> Any:
+            return remote.options(
+                num_cpus=seat.cpus,
+                num_gpus=seat.gpus,
+                runtime_env={"env_vars": environment(self.config, role)},
+                max_restarts=0,
+                max_task_retries=0,
+                **self._strategy(seat),
+                **options,
+            ).remote()
 
-            return start
+        async def built(actor: Any, number: int) -> None:
+            if build is not None:
+                await build(actor, number)
 
         run = self.config.run
         hired = [
             Supervised(
                 _member(role, number, len(places)),
-                starter(number, seat),
+                partial(create, seat),
+                partial(built, number=number),
                 limits=Limits(stall_s=run.stall_s, restarts=run.restarts),
                 report=self.observer.event,
                 diagnosis=self.diagnosis,
@@ -245,7 +247,8 @@ class Cast:
 
     def _patient(self, actor: Supervised) -> Scorer:
         scorer = RemoteScorer(actor, timeout_s=self.config.run.timeout_s)
-        return PatientScorer(scorer, attempts=self.config.scorer.attempts, report=self.observer.event)
+        section = self.config.scorer
+        return PatientScorer(scorer, attempts=section.attempts, tolerated=section.max_failed, report=self.observer.event)
 
     def _references(self) -> list[Supervised]:
         config = self.config
@@ -298,5 +301,6 @@ async def _together(starts: list[Coroutine[Any, Any, None]]) -> None:
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     for task in pending:
         task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
     for task in done:
         task.result()

@@ -14,7 +14,6 @@ from launch.assemble import Cast, seats_of
 from launch.local import ray_cluster
 from launch.tracking import tracked
 from launch.view import LiveView, summary
-from rayhf.campaign.control import write_control
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.lock import RunLock
 from rayhf.campaign.observer import Observer
@@ -42,7 +41,6 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
         store.check_paused()
         if store.state["checkpoint"]:
             console.print(f"continuing {config.run.dir} after round {store.state['iteration']}")
-        write_control(store.path, "run")
         with (
             ray_cluster(config.cluster.address, cpus=sum(seat.cpus for seat in seats_of(prepared))),
             LiveView(console, iterations=config.run.iterations, task=config.prompts.task) as view,
@@ -79,14 +77,21 @@ async def _play(prepared: Prepared, store: RunDir, observer: Observer, *, base: 
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
+    told: list[int] = []
+
+    def end(number: int) -> None:
+        if not told:  # a second signal must not cut the cleaning-up short
+            task.cancel()
+        told.append(number)
+
     for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, task.cancel)
+        loop.add_signal_handler(name, end, name)
     pristine = prepared.algorithm.state_dict(), prepared.material.game.state_dict() if prepared.material.game else {}
     restarts, committed = 0, store.state["iteration"]
     try:
         while True:
             try:
-                await _one_life(prepared, store, observer, base=base, again=restarts > 0)
+                await _one_life(prepared, store, observer, base=base, again=restarts > 0 or store.state["checkpoint"] is not None)
                 return
             except (ActorLostError, DeadlineError) as error:
                 if store.state["iteration"] > committed:

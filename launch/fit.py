@@ -11,9 +11,10 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,13 +104,10 @@ async def _learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerGroup
     check_available(places, ray.nodes())
     options = {"runtime_env": {"env_vars": _environment(config)}, "max_restarts": 0, "max_task_retries": 0}
 
-    def starter(seat: Seat) -> Callable[[], Awaitable[Any]]:
-        async def start() -> Any:
-            return RemoteLearner.options(num_cpus=seat.cpus, num_gpus=seat.gpus, **options).remote()
+    def create(seat: Seat) -> Any:
+        return RemoteLearner.options(num_cpus=seat.cpus, num_gpus=seat.gpus, **options).remote()
 
-        return start
-
-    ranks = [Supervised(f"scorer learner rank {seat.index}", starter(seat)) for seat in places]
+    ranks = [Supervised(f"scorer learner rank {seat.index}", partial(create, seat)) for seat in places]
     learner = LearnerGroup(ranks, config.learner, sync_dtype="float32", timeout_s=config.learner.collective_timeout_s)
     await learner.start(
         base / config.model,

@@ -15,8 +15,9 @@ from rayhf import errors
 from rayhf.campaign.audit import audit
 from rayhf.campaign.control import Wanted, write_control
 from rayhf.campaign.files import write_json
-from rayhf.campaign.status import Status, lock_holder, read_status
-from rayhf.errors import CheckpointError, ConfigError, LockedError
+from rayhf.campaign.lock import RunLock
+from rayhf.campaign.status import Status, read_status
+from rayhf.errors import CheckpointError, ConfigError
 
 _STYLES = {"running": "green", "done": "green", "new": "cyan", "paused": "yellow", "stopped": "yellow"}
 
@@ -88,16 +89,18 @@ def unpause(run: Path, console: Console) -> None:
     status = read_status(run)
     if status.state != "paused":
         raise ConfigError(f"{run} is {status.state}, not paused")
-    if status.holder:
+    file = run / "campaign.json"
+    if not json.loads(file.read_text(encoding="utf-8"))["guards"]:
         write_control(run, "run")
         console.print(f"{run} goes on", markup=False)
         return
-    file = run / "campaign.json"
-    state = json.loads(file.read_text(encoding="utf-8"))
-    accepted = sorted({*state["accepted"], *state["guards"]})
-    if (holder := lock_holder(run)) or not state["guards"]:
-        raise LockedError(f"{run} was taken up by {holder or 'nobody'} meanwhile; look again with `rayhf status {run}`")
-    write_json(file, {**state, "state": "stopped", "reason": None, "guards": [], "accepted": accepted})
+    lock = RunLock(run)  # the process that was paused must be gone, and no other may come
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        accepted = sorted({*state["accepted"], *state["guards"]})
+        write_json(file, {**state, "state": "stopped", "reason": None, "guards": [], "accepted": accepted})
+    finally:
+        lock.release()
     console.print(
         f"{run}: {', '.join(state['guards'])} only warns from now on; the same `rayhf run` command goes on after round "
         f"{state['iteration']}",

@@ -160,6 +160,7 @@ class Controller:
                 self.observer.phase(self.iteration, "paused")
                 await asyncio.sleep(_POLL_S)
         if self.store.wanted() == "stop":
+            self.store.heard()
             raise InterruptedRunError(f"stopped after round {self.iteration} by `rayhf stop`; the same command continues")
         self.store.set_state("running")
         self.observer.event("unpause", f"goes on with round {self.iteration + 1}")
@@ -177,8 +178,6 @@ class Controller:
     async def _explore(self, iteration: int) -> Round:
         prompts = deal(self.material.prompts.prompts, batch=self.config.prompts.batch, iteration=iteration, seed=self.config.seed)
         journal = self.store.journal(iteration)
-        if journal.scorer_state is not None:
-            await self.roles.scorer.load_state_dict(journal.scorer_state)
         exchange = self._exchange(journal)
         budget = FailureBudget(limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples)
         finished = 0
@@ -192,6 +191,8 @@ class Controller:
         self.observer.phase(iteration, "explore", 0, len(prompts))
         started = time.monotonic()
         try:
+            if journal.scorer_state is not None:
+                await self.roles.scorer.load_state_dict(journal.scorer_state)
             groups = await exchange.run(
                 prompts,
                 self.algorithm.explore,
@@ -339,6 +340,7 @@ class Controller:
         self.iteration = int(state["iteration"])
         self.versions = {policy: int(version) for policy, version in state["versions"].items()}
         if self.iteration >= self.config.run.iterations:
+            self.store.set_state("done")
             return
         self.observer.phase(self.iteration, "restore")
         self.algorithm.load_state_dict(state["algorithm"])

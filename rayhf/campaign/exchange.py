@@ -172,8 +172,13 @@ class Exchange:
 
         tasks = [asyncio.create_task(one(prompt), name=f"explore {prompt.prompt_id}") for prompt in prompts]
         waves = asyncio.create_task(self._waves(), name="waves") if self._deterministic else None
+        explorers = asyncio.gather(*tasks)
         try:
-            return list(await asyncio.gather(*tasks))
+            watched: list[asyncio.Future[Any]] = [explorers, *([waves] if waves else [])]
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            if waves is not None and waves.done():
+                waves.result()  # it never ends by itself: this raises
+            return list(await explorers)
         finally:
             leftovers = [*tasks, *self._calls, *([waves] if waves else [])]
             for task in leftovers:
@@ -238,7 +243,16 @@ class Exchange:
             idle, seen = (idle + 1, seen) if self._activity == seen else (0, self._activity)
 
     async def _answer(self, kind: str, pending: list[Pending]) -> None:
-        """From the journal what it knows; the rest is asked for at once, each policy's generations of its own engines."""
+        """From the journal what it knows; the rest is asked for at once, each policy's generations of its own engines.
+
+        Whatever goes wrong goes to those who wait: an error that nobody hears would leave them waiting for ever.
+        """
+        try:
+            await self._answer_all(kind, pending)
+        except Exception as error:  # noqa: BLE001  passed on, not swallowed
+            _fail(pending, error)
+
+    async def _answer_all(self, kind: str, pending: list[Pending]) -> None:
         asked = [entry for entry in pending if not self._recalled(kind, entry)]
         if not asked:
             return
@@ -277,10 +291,14 @@ class Exchange:
                 future.cancel()
             raise
         except Exception as error:  # noqa: BLE001  passed on to whoever waits, not swallowed
-            for _, future in pending:
-                if not future.done():
-                    future.set_exception(error)
+            _fail(pending, error)
             return
         for (_, future), answer in settled:
             if not future.done():
                 future.set_result(answer)
+
+
+def _fail(pending: Sequence[Pending], error: Exception) -> None:
+    for _, future in pending:
+        if not future.done():
+            future.set_exception(error)

@@ -42,10 +42,16 @@ Request = GenerateRequest | ScoreRequest
 
 
 class Journal:
-    """The journal of one round. Raises StorageError where its file cannot be read or written."""
+    """The journal of one round. Raises StorageError where its file cannot be read or written.
 
-    def __init__(self, path: Path) -> None:
+    `making` names everything that decides how the campaign's weights come about. A journal of another making is thrown away: its
+    answers are not those of the weights that are learned now, whatever version number they carry.
+    """
+
+    def __init__(self, path: Path, *, making: str = "") -> None:
         self.path = path
+        self._complete = True
+        """No scorer's answer was left out so far: what a scorer learns must come back in the order in which it learned."""
         self.scorer_state: Mapping[str, Any] | None = None
         """What the scorer had learned after the last recorded call of it; None where nothing was recorded."""
         self._answers: dict[str, Any] = {}
@@ -53,9 +59,12 @@ class Journal:
             data = path.read_bytes() if path.exists() else b""
             intact = 0
             for end, record in _records(data):
+                if record["making"] != making:
+                    break
                 intact = end
                 self._answers |= dict(zip(record["keys"], record["answers"], strict=True))
                 self.scorer_state = record.get("scorer", self.scorer_state)
+            self._making = making
             self._file = path.open("ab")
             self._file.truncate(intact)
 
@@ -73,10 +82,14 @@ class Journal:
     def record(
         self, kind: str, requests: Sequence[Request], answers: Sequence[Any], scorer_state: Mapping[str, Any] | None = None
     ) -> None:
-        """One call's answers, together. A call in which a scorer failed is left out: it is to be asked again."""
-        if any(_failed(answer) for answer in answers):
-            return
+        """One call's answers, together. A call in which a scorer failed is left out, it is to be asked again, and so is every
+        later one of the round."""
+        if kind != "generate":
+            self._complete = self._complete and not any(_failed(answer) for answer in answers)
+            if not self._complete:
+                return
         record: dict[str, Any] = {
+            "making": self._making,
             "keys": [_key(kind, request) for request in requests],
             "answers": [_ENCODERS[kind](answer) for answer in answers],
         }

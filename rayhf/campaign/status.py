@@ -68,7 +68,10 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
     campaign = _json(run / "campaign.json")
     if campaign is None:
         raise ConfigError(f"{run} is not a run directory: there is no readable campaign.json in it")
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{run} is not a run directory yet: {error}") from None
     progress = _json(run / "progress.json") or {}
     events = _events(run)
     metrics = _last_lines(run / "metrics.jsonl")
@@ -114,7 +117,7 @@ def _state(
             return "paused", campaign["reason"] or ""
         quiet = age is not None and age > 3 * stall_s
         return ("stalled", f"nothing has moved for {age:.0f} s") if quiet else ("running", "")
-    if campaign["state"] == "paused":
+    if campaign["state"] == "paused" and campaign["guards"]:  # an operator's pause ends with its process
         return "paused", campaign["reason"] or ""
     if campaign["state"] == "new" and ended is None:
         return "new", ""

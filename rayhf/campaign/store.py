@@ -13,6 +13,7 @@ launcher (a node that was cut off and came back): whatever it still wants to wri
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -26,9 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayhf.campaign import records
-from rayhf.campaign.checkpoints import Checkpoint, Checkpoints, Retention
-from rayhf.campaign.control import Wanted, read_control
-from rayhf.campaign.files import storage_errors, write_atomic, write_json
+from rayhf.campaign.checkpoints import Checkpoint, Checkpoints, Retention, directory_name
+from rayhf.campaign.control import Wanted, read_control, write_control
+from rayhf.campaign.files import MANIFEST, fsync_path, sha256, storage_errors, write_atomic, write_json
 from rayhf.campaign.journal import Journal
 from rayhf.campaign.lock import RunLock
 from rayhf.config.load import dump_config
@@ -86,6 +87,7 @@ class RunDir:
             self._lock.release()
             raise
         run = config.run
+        self._making = _making_of(config)
         self.history: list[dict[str, float]] = []
         """The lines of metrics.jsonl, once `rewind` has settled which of them count."""
         retention = Retention(last=run.keep_checkpoints, every=run.keep_every, best=run.keep_best)
@@ -147,6 +149,10 @@ class RunDir:
         """What `rayhf pause | unpause | stop` asked for last."""
         return read_control(self.path)
 
+    def heard(self) -> None:
+        """What was asked for is done: the next attempt is not asked again."""
+        write_control(self.path, "run")
+
     # ------------------------------------------------------------------ records
 
     def append_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -179,7 +185,7 @@ class RunDir:
 
     def journal(self, iteration: int) -> Journal:
         """What this round's exploration was told so far; kept until a later checkpoint makes it superfluous."""
-        return Journal(self.path / "journal" / f"iteration-{iteration:06d}.journal")
+        return Journal(self.path / "journal" / f"iteration-{iteration:06d}.journal", making=self._making)
 
     # -------------------------------------------------------------- checkpoints
 
@@ -224,6 +230,14 @@ class RunDir:
             raise CheckpointError(f"no valid checkpoint in {self.path}: {'; '.join(problems) or 'the directory is empty'}")
         for problem in problems:
             self.event("fault", f"checkpoint set aside: {problem}")
+        if checkpoint is not None and checkpoint.directory.name != self.state["checkpoint"]:
+            best = self.state["best"]
+            self._write_state(
+                iteration=checkpoint.iteration,
+                checkpoint=checkpoint.directory.name,
+                manifest=sha256(checkpoint.directory / MANIFEST),
+                best=best if best and (self.checkpoints.root / directory_name(best["iteration"])).exists() else None,
+            )
         return checkpoint
 
     def rewind(self, iteration: int) -> None:
@@ -252,11 +266,25 @@ class RunDir:
         return temporary
 
     def publish_policy(self, temporary: Path, policy: str = "policy") -> None:
-        final = self.path / policy
+        final, old = self.path / policy, self.path / f".old-{policy}"
         with storage_errors("replace", final):
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    fsync_path(file)
+            shutil.rmtree(old, ignore_errors=True)
             if final.exists():
-                shutil.rmtree(final)
+                final.rename(old)
             temporary.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _making_of(config: CampaignConfig) -> str:
+    """A hash of what decides the weights: all sections but those that say where the campaign runs and for how long."""
+    decides = config.model_dump(mode="json", exclude={"run", "cluster", "tracking", "guards", "tiny", "evaluations"})
+    if config.learner.schedule != "constant":
+        decides["iterations"] = config.run.iterations
+    decides["staleness"] = config.run.max_staleness
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _number_of(file: Path) -> int:

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from rayhf.errors import DeadlineError, RayhfError
+from rayhf.errors import ActorLostError, DeadlineError, RayhfError
 from rayhf.experience import Completion, GenerateRequest
 
 Result = list[tuple[Completion, ...]]
@@ -136,7 +136,7 @@ class EngineLoop(Generic[D]):
                 pass
             self._fail_all(RayhfError("the rollout engine was closed"))
         except Exception as error:  # noqa: BLE001 - a foreign engine may raise anything; every caller is told
-            failure = RayhfError(f"the rollout engine failed in a step: {type(error).__name__}: {error}")
+            failure = ActorLostError(f"the rollout engine failed in a step: {type(error).__name__}: {error}")
             failure.__cause__ = error
             with self._condition:
                 self._broken = failure

@@ -69,7 +69,8 @@ class Combined:
         self._normalisers = {part.name: RunningNormaliser() for part in parts if part.normalise}
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        by_part = [self._ask(part, requests) for part in self._parts]
+        by_part = [check_outcomes(part.engine.score(requests), requests) for part in self._parts]
+        self._learn(self._parts, by_part)
         return [
             tuple(self._outcome(outcomes) for outcomes in zip(*by_request, strict=True))
             for by_request in zip(*by_part, strict=True)
@@ -101,12 +102,16 @@ class Combined:
             for part in self._parts:
                 stack.callback(part.engine.close)
 
-    def _ask(self, part: Part, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        answers = check_outcomes(part.engine.score(requests), requests)
-        if part.normalise:
-            scores = (_transform(part, o.value) for outcomes in answers for o in outcomes if isinstance(o, Scored))
-            self._normalisers[part.name].update(score for score in scores if math.isfinite(score))
-        return answers
+    def _learn(self, parts: Sequence[Part], by_part: Sequence[Sequence[tuple[Outcome, ...]]]) -> None:
+        """Update the running statistics. A completion that is to be asked again (some part could not be reached) does not count
+        yet: it would count twice."""
+        flat = [[outcome for outcomes in answers for outcome in outcomes] for answers in by_part]
+        final = [not any(isinstance(o, Failed) and o.transient for o in outcomes) for outcomes in zip(*flat, strict=True)]
+        for part, outcomes in zip(parts, flat, strict=True):
+            if part.normalise:
+                counted = [o for o, counts in zip(outcomes, final, strict=True) if counts and isinstance(o, Scored)]
+                scores = (_transform(part, o.value) for o in counted)
+                self._normalisers[part.name].update(score for score in scores if math.isfinite(score))
 
     def _utility(self, part: Part, score: float) -> float:
         value = _transform(part, score)
@@ -141,7 +146,9 @@ class Combined:
     def _compare(self, part: Part, requests: Sequence[ScoreRequest]) -> list[Comparison]:
         if part.pairwise:
             return check_comparisons(part.engine.compare(requests), requests)
-        return [compare_scores([self._scaled(part, o) for o in outcomes]) for outcomes in self._ask(part, requests)]
+        answers = check_outcomes(part.engine.score(requests), requests)
+        self._learn([part], [answers])
+        return [compare_scores([self._scaled(part, o) for o in outcomes]) for outcomes in answers]
 
     def _scaled(self, part: Part, outcome: Outcome) -> Outcome:
         if not isinstance(outcome, Scored):

@@ -1,8 +1,9 @@
 """A scorer that cannot be reached is asked again; one that stays away pauses the campaign, which goes on by itself.
 
 In: a scorer role. Out: the same verbs. Only transient failures are repeated, and only what failed; what is wrong with an answer
-or a rule stays wrong. Part of a call may stay failed after `attempts` (it is dropped and counted); a call of which nothing came
-back means that the scorer is down, and is repeated until it is up again: no score is ever made up.
+or a rule stays wrong. A few of a call's completions may stay failed after `attempts` (they are dropped and counted); when more
+than `tolerated` of them were asked for again and nothing came back, the scorer is down, and is asked until it is up again: no
+score is ever made up.
 """
 
 from __future__ import annotations
@@ -25,41 +26,50 @@ class PatientScorer:
 
     Args:
         attempts: calls at most for a failure that is not the whole scorer's.
+        tolerated: share of a call that may stay failed.
         first_wait_s: before the second call; doubled each time, up to max_wait_s, and jittered by half.
         report: told when the scorer is taken to be down, and when it is back.
     """
 
     def __init__(
-        self, inner: Scorer, *, attempts: int, report: Report, first_wait_s: float = 0.5, max_wait_s: float = 30.0
+        self,
+        inner: Scorer,
+        *,
+        attempts: int,
+        tolerated: float,
+        report: Report,
+        first_wait_s: float = 0.5,
+        max_wait_s: float = 30.0,
     ) -> None:
-        self._inner, self._attempts, self._report = inner, attempts, report
+        self._inner, self._attempts, self._tolerated, self._report = inner, attempts, tolerated, report
         self._first_wait_s, self._max_wait_s = first_wait_s, max_wait_s
         self._down = False
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         answers = [list(outcomes) for outcomes in await self._inner.score(requests)]
-        attempt = 1
-        while places := [(i, j) for i, row in enumerate(answers) for j, outcome in enumerate(row) if _transient(outcome)]:
-            if not await self._again(attempt, all(map(_transient, (o for row in answers for o in row))), answers[places[0][0]]):
+        every = [(i, j) for i, row in enumerate(answers) for j in range(len(row))]
+        asked, attempt = every, 1
+        while failed := [(i, j) for i, j in asked if _transient(answers[i][j])]:
+            if not await self._again(attempt, answers[failed[0][0]][failed[0][1]], len(failed), len(asked), len(every)):
                 break
-            attempt += 1
-            rows = dict.fromkeys(i for i, _ in places)
-            part = [_only(requests[i], [j for k, j in places if k == i]) for i in rows]
+            asked, attempt = failed, attempt + 1
+            rows = dict.fromkeys(i for i, _ in asked)
+            part = [_only(requests[i], [j for k, j in asked if k == i]) for i in rows]
             fresh = iter([outcome for outcomes in await self._inner.score(part) for outcome in outcomes])
-            for i, j in places:
+            for i, j in asked:
                 answers[i][j] = next(fresh)
         self._up()
         return [tuple(row) for row in answers]
 
     async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
         answers = list(await self._inner.compare(requests))
-        attempt = 1
-        while places := [i for i, answer in enumerate(answers) if _transient(answer)]:
-            if not await self._again(attempt, len(places) == len(answers), [answers[places[0]]]):
+        asked, attempt = list(range(len(answers))), 1
+        while failed := [i for i in asked if _transient(answers[i])]:
+            if not await self._again(attempt, answers[failed[0]], len(failed), len(asked), len(answers)):
                 break
-            attempt += 1
-            fresh = iter(await self._inner.compare([requests[i] for i in places]))
-            for i in places:
+            asked, attempt = failed, attempt + 1
+            fresh = iter(await self._inner.compare([requests[i] for i in asked]))
+            for i in asked:
                 answers[i] = next(fresh)
         self._up()
         return answers
@@ -70,15 +80,14 @@ class PatientScorer:
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         await self._inner.load_state_dict(state)
 
-    async def _again(self, attempt: int, everything: bool, example: Sequence[Outcome | Comparison]) -> bool:
-        """Wait, and say whether to ask once more."""
+    async def _again(self, attempt: int, example: Outcome | Comparison, failed: int, asked: int, of: int) -> bool:
+        """Wait, and say whether to ask once more: `failed` of the `asked` ones failed, in a call `of` so many."""
         if attempt >= self._attempts:
-            if not everything:
+            if failed < asked or failed <= self._tolerated * of:
                 return False
-            if not self._down:
+            if not self._down and isinstance(example, Failed):
                 self._down = True
-                reason = next(answer.reason for answer in example if isinstance(answer, Failed))
-                self._report("pause", f"the scorer is down, nothing goes on until it is back: {reason}")
+                self._report("pause", f"the scorer is down, nothing goes on until it is back: {example.reason}")
         wait_s = min(self._max_wait_s, self._first_wait_s * 2.0 ** min(attempt - 1, 30))
         await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
         return True

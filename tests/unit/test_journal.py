@@ -174,3 +174,31 @@ def test_asking_concurrently_is_safe(tmp_path):
     asyncio.run(all_of_them())
     journal.close()
     assert len(Journal(tmp_path / "j")) == 50
+
+
+def test_answers_of_weights_that_came_about_otherwise_are_not_told_again(tmp_path):
+    journal = Journal(tmp_path / "j", making="lr 1e-3")
+    journal.record("generate", [generation()], [completions(generation())])
+    journal.close()
+    assert len(Journal(tmp_path / "j", making="lr 1e-4")) == 0
+    config = make_config(tmp_path, run={"eval_every": 0, "checkpoint_every": 0})
+    with pytest.raises(RuntimeError, match="killed"):
+        play(config, learner=FakeLearner(fail_at=2))
+    same, changed = FakeRollout(), FakeRollout()
+    other = make_config(tmp_path, run={"eval_every": 0, "checkpoint_every": 0}, learner={"lr": 0.5})
+    with pytest.raises(RuntimeError, match="killed"):
+        play(config, rollout=same, learner=FakeLearner(fail_at=2))
+    with pytest.raises(RuntimeError, match="killed"):
+        play(other, rollout=changed, learner=FakeLearner(fail_at=2))
+    assert len(changed.calls) == len(same.calls) + 3  # its rounds are explored anew
+
+
+def test_after_a_scorers_failure_nothing_more_of_it_is_recorded(tmp_path):
+    journal = Journal(tmp_path / "j")
+    fine = (Scored(value=1.0),) * 2
+    journal.record("score", [judgement(0)], [fine], {"seen": 1})
+    journal.record("score", [judgement(1)], [(fine[0], Failed(reason="gone"))], {"seen": 2})
+    journal.record("score", [judgement(2)], [fine], {"seen": 3})
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert len(again) == 1 and again.scorer_state == {"seen": 1}

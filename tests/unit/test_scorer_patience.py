@@ -47,7 +47,7 @@ class Faulty(FakeScorer):
 def patient(scorer, attempts=4):
     heard = []
     return PatientScorer(
-        scorer, attempts=attempts, report=lambda *said: heard.append(said), first_wait_s=1e-4, max_wait_s=1e-3
+        scorer, attempts=attempts, tolerated=0.1, report=lambda *said: heard.append(said), first_wait_s=1e-4, max_wait_s=1e-3
     ), heard
 
 
@@ -93,3 +93,31 @@ def test_comparisons_are_patient_too():
     answers = asyncio.run(asked.compare(REQUESTS))
     truth = asyncio.run(FakeScorer().compare(REQUESTS))
     assert all((a.win == t.win).all() for a, t in zip(answers, truth, strict=True)) and heard == []
+
+
+def test_a_scorer_that_goes_down_in_the_middle_of_a_call_pauses_too():
+    class Halfway(FakeScorer):
+        calls = 0
+
+        async def score(self, requests):
+            self.calls += 1
+            answers = await super().score(requests)
+            if self.calls == 1:
+                return answers[:3] + [tuple(AWAY for _ in row) for row in answers[3:]]
+            return [tuple(AWAY for _ in row) for row in answers] if self.calls < 9 else answers
+
+    asked, heard = patient(Halfway())
+    assert asyncio.run(asked.score(REQUESTS)) == TRUTH and [kind for kind, _ in heard] == ["pause", "unpause"]
+
+
+def test_a_completion_that_always_fails_does_not_pause_for_ever():
+    class Poisoned(FakeScorer):
+        async def score(self, requests):
+            answers = await super().score(requests)
+            poison = [(r.prompt.prompt_id, c.index) == ("p000", 0) for r in requests for c in r.completions]
+            bad = iter(poison)
+            return [tuple(AWAY if next(bad) else outcome for outcome in row) for row in answers]
+
+    asked, heard = patient(Poisoned())
+    answers = asyncio.run(asked.score(REQUESTS))
+    assert answers[0][0] == AWAY and answers[0][1:] == TRUTH[0][1:] and answers[1:] == TRUTH[1:] and heard == []

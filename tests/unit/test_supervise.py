@@ -6,7 +6,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from actors.supervise import Limits, Supervised
+from actors.supervise import Limits, Supervised, Whereabouts
 from rayhf.errors import ActorLostError, DeadlineError
 
 
@@ -111,20 +111,67 @@ def test_a_slow_actor_that_gets_on_is_left_alone_until_the_deadline():
     asyncio.run(play())
 
 
-def test_who_is_lost_too_often_is_not_replaced_again():
+class Fleet:
+    """Actors one after the other; `double` of the first is never answered, each is built before it is asked."""
+
+    def __init__(self):
+        self.hired, self.ready = [], []
+
+    def create(self):
+        actor = Actor()
+        actor.stuck = not self.hired
+        actor.whereabouts = Method(lambda: self._done(Whereabouts("nowhere", 0, 0.0)))
+        self.hired.append(actor)
+        return actor
+
+    @staticmethod
+    def _done(value):
+        ref = Ref()
+        ref.result.set_result(value)
+        return ref
+
+    async def prepare(self, actor):
+        await asyncio.sleep(0.1)
+        self.ready.append(actor)
+
+
+def test_a_lost_actor_is_replaced_once_whoever_asks_meanwhile_and_not_before_it_is_ready(monkeypatch):
+    async def nowhere(node, function, *arguments):
+        return None
+
+    monkeypatch.setattr("actors.supervise.on_node", nowhere)
+    monkeypatch.setattr("actors.supervise.ray.kill", lambda actor, no_restart: None)
+
     async def play():
-        starts = []
+        fleet, heard = Fleet(), []
+        one = Supervised("engine", fleet.create, limits=Limits(stall_s=0.2, restarts=1), report=lambda *said: heard.append(said))
+        one.prepare = fleet.prepare
+        await one.start()
 
-        async def start():
-            starts.append(1)
-            return Actor()
+        async def persist(number, after):
+            await asyncio.sleep(after)
+            return await one.persist(lambda actor: actor.double.remote(number), phase="test", timeout_s=30.0)
 
-        one = Supervised("engine", start, limits=Limits(stall_s=1.0, restarts=0))
-        with pytest.raises(
-            ActorLostError, match=r"engine was lost 1 times within an hour \(run.restarts allows 0\); the last time: gone"
-        ):
-            await one.replace(0, ActorLostError("gone"), start)
-        await one.replace(7, ActorLostError("gone"), start)  # somebody else has replaced that one already
-        assert starts == []
+        # Some ask before it is found wanting, some while the new one is being made ready.
+        answers = await asyncio.gather(*(persist(n, 0.03 * n) for n in range(20)))
+        assert answers == [2 * n for n in range(20)]
+        assert len(fleet.hired) == 2 and fleet.ready == fleet.hired[1:]
+        assert [kind for kind, _ in heard] == ["fault", "recovered"]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("retired", [False, True])
+def test_who_is_lost_too_often_or_not_needed_any_more_is_not_replaced(monkeypatch, retired):
+    monkeypatch.setattr("actors.supervise.ray.kill", lambda actor, no_restart: None)
+
+    async def play():
+        fleet = Fleet()
+        one = Supervised("engine", fleet.create, limits=Limits(stall_s=0.1, restarts=9 if retired else 0))
+        await one.start()
+        one.retired = retired
+        with pytest.raises(ActorLostError, match=r"engine was lost 1 times .*: engine has work and made no progress"):
+            await one.persist(lambda actor: actor.double.remote(1), phase="test", timeout_s=30.0)
+        assert len(fleet.hired) == 1
 
     asyncio.run(play())
