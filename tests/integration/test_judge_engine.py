@@ -42,7 +42,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     directory, words = tmp_path_factory.mktemp("judge"), tokenizer()
     config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(WORDS), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=128, eos_token_id=END, bos_token_id=None, pad_token_id=END,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
@@ -55,7 +55,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
             filler = ["plain", "<unk>"]
             answer = [filler[i] for i in torch.randint(0, 2, (8,), generator=generator).tolist()]
             answer[int(torch.randint(0, 8, (1,), generator=generator))] = telling
-            text = f"<ask> [ answer begins abc ] Answer : {' '.join(answer)} [ answer ends abc ] <end> <say> {verdict} <end>"
+            text = f"<ask> Answer : [ answer begins abc ] {' '.join(answer)} [ answer ends abc ] <end> <say> {verdict} <end>"
             rows.append(words(text, add_special_tokens=False)["input_ids"])
         ids = torch.tensor(rows)
         labels = ids.clone()
