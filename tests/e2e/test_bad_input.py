@@ -115,7 +115,7 @@ def test_another_campaigns_run_directory(
     monkeypatch.chdir(world)
     RunDir(load_config(config)).close()
     line = refuse(world, ["run", str(config), "seed=6"], monkeypatch, capsys)
-    assert "run.dir taken holds another campaign: seed was 5, now 6; choose another run.dir" in line
+    assert "taken holds another campaign: seed was 5, now 6; choose another run.dir" in line
 
 
 @pytest.mark.parametrize(
