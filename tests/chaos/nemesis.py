@@ -108,8 +108,8 @@ def committed(run: Path) -> int:
     return int(json.loads((run / "campaign.json").read_text())["iteration"])
 
 
-def orphans(family: list[psutil.Process], grace_s: float = 30.0) -> list[psutil.Process]:
-    """Who is still there some time after the end."""
+def orphans(family: list[psutil.Process], grace_s: float = 150.0) -> list[psutil.Process]:
+    """Who is still there some time after the end. Ray's own agents take up to a minute and a half to notice it."""
     deadline = time.monotonic() + grace_s
     while True:
         left = [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from actors.scorer import RemoteScorer, ScorerActor
+from actors.supervise import Supervised, Whereabouts
 from rayhf.config.scorers import CombineConfig, JudgeScorer, PreferenceModelScorer, RuleScorer, has_model, is_pairwise
-from rayhf.errors import ConfigError, DeadlineError
+from rayhf.errors import ActorLostError, ConfigError
 from rayhf.experience import Compared, Scored
 from rayhf.prompts import disarming, special_tokens
 from rayhf.scorer.build import check_entries
@@ -49,6 +50,15 @@ def handle(actor: object) -> Any:
     return SimpleNamespace(**{name: method(name) for name in ("score", "compare", "state_dict", "load_state_dict")})
 
 
+async def role(actor: SimpleNamespace, *, timeout_s: float) -> RemoteScorer:
+    """Over an actor that is never replaced."""
+    actor.whereabouts = SimpleNamespace(remote=lambda: Reference(Whereabouts("nowhere", 0, 0.0)))
+    member = Supervised("scorer", lambda: actor)
+    scorer = RemoteScorer(member, timeout_s=timeout_s)
+    await member.start()
+    return scorer
+
+
 def test_the_role_answers_every_question(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(RULES)
     entries = [RuleScorer(function="mine:length", normalise=True), RuleScorer(function="mine:one")]
@@ -56,9 +66,9 @@ def test_the_role_answers_every_question(tmp_path: Path) -> None:
     for _ in range(2):
         actors.append(ScorerActor())
         actors[-1].build(entries, combine=CombineConfig(type="worst"), device="cpu", threads=None, base=tmp_path)
-    scorer, resumed = (RemoteScorer(handle(actor), name="scorer", timeout_s=5) for actor in actors)
 
     async def journey() -> None:
+        scorer, resumed = [await role(handle(actor), timeout_s=5) for actor in actors]
         [outcomes] = await scorer.score([request("a", "aaa")])
         assert outcomes == (
             Scored(value=-1.0, parts={"length": 1.0, "one": 1.0}),
@@ -87,8 +97,14 @@ def test_the_role_answers_every_question(tmp_path: Path) -> None:
 def test_too_late_names_the_phase(ask: Any, phase: str) -> None:
     never = SimpleNamespace(remote=lambda *arguments: Reference())
     actor = SimpleNamespace(score=never, compare=never, state_dict=never, load_state_dict=never)
-    with pytest.raises(DeadlineError, match=f"^{phase}: no answer from scorer within 0.01 s"):
-        asyncio.run(ask(RemoteScorer(actor, name="scorer", timeout_s=0.01)))
+
+    async def journey() -> None:
+        await ask(await role(actor, timeout_s=0.01))
+
+    with pytest.raises(
+        ActorLostError, match=f"scorer was lost 1 times .*; the last time: {phase}: no answer from scorer within 0.01 s"
+    ):
+        asyncio.run(journey())
 
 
 def judge_directory(directory: Path, *, template: str | None = "{{ messages[0].content }}", length: int | None = 64) -> Path:
