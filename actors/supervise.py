@@ -33,6 +33,7 @@ Report = Callable[[str, str], None]
 """(kind, message): to the campaign's event log and whoever watches."""
 _HOUR_S = 3600.0
 _DUMP_S = 10.0
+_QUIET_S = 5.0
 _START_S = 300.0
 """For an actor's process to appear, before it builds anything."""
 
@@ -161,12 +162,14 @@ class Supervised:
         await self._end(self._actor, self._where, stacks=stacks)
 
     async def _end(self, actor: Any, where: Whereabouts | None, *, stacks: bool) -> None:
+        if actor is not None and not stacks:
+            ray.kill(actor, no_restart=True)  # who is well goes quietly, and Ray does not report a crash
         if where is not None:
             file = None
             if stacks and self._diagnosis is not None:
                 file = self._diagnosis / f"{self.name.replace(' ', '-')}-{where.pid}.txt"
-            await on_node(where.node, end_process, where, file)
-        if actor is not None:
+            await on_node(where.node, end_process, where, file, 0.0 if stacks else _QUIET_S)
+        if actor is not None and stacks:
             ray.kill(actor, no_restart=True)
 
     async def ask(self, call: Callable[[Any], Any], *, phase: str, timeout_s: float) -> Any:
@@ -214,11 +217,15 @@ async def on_node(node: str, function: Callable[..., None], *arguments: Any) -> 
         await wait(remote.remote(*arguments), who=f"node {node}", phase="kill", timeout_s=3 * _DUMP_S)
 
 
-def end_process(where: Whereabouts, stacks: Path | None) -> None:
-    """Kill the process and its children, its stacks written to a file first. To be called on its own node."""
+def end_process(where: Whereabouts, stacks: Path | None, grace_s: float) -> None:
+    """Kill the process and its children where it is still there after `grace_s`; its stacks are written to a file first. To be
+    called on its own node."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(where.pid)
         if process.create_time() != where.created:
+            return
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(grace_s)
             return
         if stacks is not None:
             _write_stacks(where.pid, stacks)
