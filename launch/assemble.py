@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from rayhf.roles import Roles, Scorer
 from rayhf.rollout.env import engine_env
 from rayhf.scorer.patience import PatientScorer
 
-Build = Callable[[Any, int], Awaitable[None]]
-"""(actor, number): builds the engine of a role's so-manieth actor."""
+Build = Callable[[Any, int], ray.ObjectRef]
+"""(actor, number): the call that builds the engine of a role's so-manieth actor."""
 
 
 def threads_of(config: CampaignConfig, role: str) -> int | None:
@@ -164,9 +164,7 @@ class Cast:
                 f"requested {wanted}, free now {ray.available_resources()}"
             )
 
-    def _hire(
-        self, role: str, remote: Any, build: Callable[[Any, int], Awaitable[None]] | None, **options: Any
-    ) -> list[Supervised]:
+    def _hire(self, role: str, remote: Any, build: Build | None, **options: Any) -> list[Supervised]:
         """One member of the crew for every seat of a role; `build` gets the new actor and the seat's number."""
         places = [seat for seat in self.seats if seat.role == role]
 
@@ -181,14 +179,16 @@ class Cast:
                 **options,
             ).remote()
 
+        run = self.config.run
+        names = [_member(role, number, len(places)) for number in range(len(places))]
+
         async def built(actor: Any, number: int) -> None:
             if build is not None:
-                await build(actor, number)
+                await wait(build(actor, number), who=names[number], phase="start", timeout_s=run.start_timeout_s)
 
-        run = self.config.run
         hired = [
             Supervised(
-                _member(role, number, len(places)),
+                names[number],
                 partial(create, seat),
                 partial(built, number=number),
                 limits=Limits(stall_s=run.stall_s, restarts=run.restarts),
@@ -209,21 +209,16 @@ class Cast:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=numbers.index(seat.bundle))
         return {"scheduling_strategy": strategy}
 
-    async def _built(self, who: str, call: Any) -> None:
-        await wait(call, who=who, phase="start", timeout_s=self.config.run.start_timeout_s)
-
     def _rollouts(self, policy: str) -> list[Supervised]:
         config, role = self.config, _role("rollout", policy)
-        run = config.run
-        deterministic = run.max_staleness == 0 if run.deterministic is None else run.deterministic
         caching = config.rollout.prefix_caching
         if caching is None:
-            caching = not (deterministic and config.cluster.device == "cpu")
+            caching = not (config.run.takes_turns and config.cluster.device == "cpu")
         rollout = config.rollout.model_copy(update={"prefix_caching": caching})
         model = self.base / self._start_of(policy)[0]
 
-        async def build(actor: Any, number: int) -> None:
-            call = actor.build.remote(
+        def build(actor: Any, number: int) -> ray.ObjectRef:
+            return actor.build.remote(
                 model,
                 rollout,
                 dtype=config.policy.dtype,
@@ -231,17 +226,15 @@ class Cast:
                 seed=config.seed % 2**31,
                 device=config.cluster.device,
             )
-            await self._built(f"{role} engine {number}", call)
 
         return self._hire(role, RemoteRollout, build, max_concurrency=100_000)
 
     def _scorers(self, role: str, lists: Sequence[Sequence[ScorerEntry]], settings: Mapping[str, Any]) -> list[Supervised]:
         device = self.device if any(s.gpus for s in self.seats if s.role == role) else "cpu"
 
-        async def build(actor: Any, number: int) -> None:
+        def build(actor: Any, number: int) -> ray.ObjectRef:
             threads = threads_of(self.config, role)
-            call = actor.build.remote(lists[number], device=device, threads=threads, base=self.base, **settings)
-            await self._built(role, call)
+            return actor.build.remote(lists[number], device=device, threads=threads, base=self.base, **settings)
 
         return self._hire(role, RemoteScorerActor, build)
 
@@ -253,10 +246,9 @@ class Cast:
     def _references(self) -> list[Supervised]:
         config = self.config
 
-        async def build(actor: Any, number: int) -> None:
+        def build(actor: Any, number: int) -> ray.ObjectRef:
             model = self.base / (config.reference.model or config.policy.model)
-            call = actor.build.remote(model, config.reference, dtype=config.policy.dtype, device=self.device, fence=self.fence)
-            await self._built("reference", call)
+            return actor.build.remote(model, config.reference, dtype=config.policy.dtype, device=self.device, fence=self.fence)
 
         return self._hire("reference", RemoteReferenceActor, build)
 

@@ -11,7 +11,8 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,18 +21,17 @@ from rayhf.config.schema import CampaignConfig
 
 FINISH_S = 30.0
 _LINES = 1000
+MIRROR = (sys.executable, "-m", "launch.tracking")
 
 
 class Tracked:
     """Passes everything on to another observer, and metrics to the mirror too."""
 
-    def __init__(self, inner: Observer, settings: Mapping[str, Any]) -> None:
+    def __init__(self, inner: Observer, settings: Mapping[str, Any], *, command: Sequence[str] = MIRROR) -> None:
         self._inner = inner
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=_LINES)
         self.left_out = 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "launch.tracking"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._lines.put(dict(settings))
         self._feeder = threading.Thread(target=self._feed, name="wandb mirror", daemon=True)
         self._feeder.start()
@@ -51,10 +51,11 @@ class Tracked:
 
     def close(self) -> None:
         """Give the mirror its time to finish; say what it has not got."""
+        deadline = time.monotonic() + FINISH_S
         try:
-            self._lines.put(None, timeout=1.0)
-            self._feeder.join(FINISH_S)
-            code: int | None = self._process.wait(FINISH_S)
+            self._lines.put(None, timeout=FINISH_S / 2)
+            self._feeder.join(FINISH_S / 2)
+            code: int | None = self._process.wait(max(0.0, deadline - time.monotonic()))
         except (queue.Full, subprocess.TimeoutExpired):
             code = None
             self._process.kill()
@@ -72,7 +73,8 @@ class Tracked:
                 pipe.flush()
             pipe.close()
         except OSError:  # the mirror is gone: `close` says so
-            return
+            while self._lines.get() is not None:
+                self.left_out += 1
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def audit(run: Path, *, deep: bool) -> Iterator[Finding]:
 def _checkpoints(run: Path, campaign: dict[str, Any]) -> Iterator[Finding]:
     folders = sorted((run / "checkpoints").glob("iteration-*"))
     for folder in folders:
-        yield Finding(f"checkpoint {folder.name}", _problem(lambda folder=folder: read_checkpoint(folder)))  # type: ignore[misc]
+        yield Finding(f"checkpoint {folder.name}", _problem(partial(read_checkpoint, folder)))
     if campaign["checkpoint"] is None:
         return
     newest = run / "checkpoints" / str(campaign["checkpoint"])
@@ -96,7 +97,7 @@ def _samples(run: Path, iteration: int, batch: int) -> str:
     for prompt, numbers in samples.items():
         if sorted(numbers) != list(range(len(numbers))):
             return f"prompt {prompt} has the samples {sorted(numbers)[:20]}"
-    if len(samples) > batch:
+    if len(samples) != batch:
         return f"{len(samples)} prompts, the round has {batch}"
     for pair in pairs:
         own = not dict(pair["scalars"]).get("rounds_back")

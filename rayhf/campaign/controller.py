@@ -82,8 +82,6 @@ class Controller:
             top_k=config.rollout.top_k,
             stop=config.rollout.stop,
         )
-        run = config.run
-        self.deterministic = run.max_staleness == 0 if run.deterministic is None else run.deterministic
         self._rounds: dict[int, asyncio.Task[Round]] = {}
         self._seconds: dict[str, float] = {}
         self._alarmed: set[tuple[str, str]] = set()
@@ -171,7 +169,7 @@ class Controller:
             self.roles.scorer,
             chat=self.material.chat,
             versions=self.versions,
-            deterministic=self.deterministic,
+            deterministic=self.config.run.takes_turns,
             journal=journal,
         )
 

@@ -56,6 +56,11 @@ class RunConfig(Section):
     start_timeout_s: PositiveFloat = 300
     """Limit on placing and starting all actors, in seconds."""
 
+    @property
+    def takes_turns(self) -> bool:
+        """`deterministic`, or what it is by default."""
+        return self.max_staleness == 0 if self.deterministic is None else self.deterministic
+
 
 class LoraConfig(Section):
     rank: PositiveInt = 16

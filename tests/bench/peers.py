@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.workload import Spec, reward
+from tests.unit.fakes import Quiet
 
 LR = 1e-6  # so small that the lengths stay what the model was built for
 KL = 0.01
@@ -68,23 +69,10 @@ def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
     }
 
 
-class Silent:
-    """An observer that looks away."""
-
-    def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
-        return None
-
-    def metrics(self, metrics: Mapping[str, float]) -> None:
-        return None
-
-    def event(self, kind: str, message: str) -> None:
-        return None
-
-
 async def _assembled(prepared: Any, store: Any) -> Any:
     from launch.assemble import Cast
 
-    return await Cast(prepared, store, Silent(), base=Path.cwd()).assemble()
+    return await Cast(prepared, store, Quiet(), base=Path.cwd()).assemble()
 
 
 def rayhf(turns: Turns) -> None:
@@ -95,7 +83,7 @@ def rayhf(turns: Turns) -> None:
     from rayhf.config.load import validate
     from rayhf.preflight import prepare
 
-    class Stepper(Silent):
+    class Stepper(Quiet):
         """The controller's observer: a round's metrics end a turn."""
 
         def metrics(self, metrics: Mapping[str, float]) -> None:

@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_controller import make_config, play
 
+from actors.learner import LearnerActor
+from actors.reference import ReferenceActor
 from rayhf.campaign.audit import audit
 from rayhf.campaign.fence import Fence
 from rayhf.campaign.files import seal, verify
@@ -106,7 +109,7 @@ def test_retention_keeps_the_newest_every_mth_and_the_best(tmp_path):
     assert store.state["best"] == {"iteration": 2, "score": 0.9}
 
 
-def test_a_full_disk_leaves_the_last_commit_whole(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_commit_whole(tmp_path):
     import resource
 
     config = make_config(tmp_path)
@@ -144,6 +147,22 @@ def test_an_actor_of_an_earlier_attempt_may_not_write(tmp_path):
     (config.run.dir / "campaign.json").unlink()
     with pytest.raises(FencedError, match="cannot be read"):
         Fence(second.path, second.epoch).check()
+
+
+@pytest.mark.parametrize("actor_class", [LearnerActor, ReferenceActor])
+def test_what_a_stale_actor_is_told_to_write_is_not_written(tmp_path, actor_class):
+    config, written = make_config(tmp_path), []
+    first = RunDir(config)
+    actor = actor_class()
+    actor.fence = Fence(first.path, first.epoch)
+    actor.engine = SimpleNamespace(save=written.append, export=written.append)
+    actor.save(Path("in time"))
+    first.close()
+    RunDir(config).close()
+    for write in [actor.save] + ([actor.export] if actor_class is LearnerActor else []):
+        with pytest.raises(FencedError):
+            write(Path("too late"))
+    assert written == [Path("in time")]
 
 
 def test_the_second_launcher_is_refused_and_changes_nothing(tmp_path):

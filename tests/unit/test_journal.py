@@ -1,6 +1,5 @@
 """A round that was cut short is told again what it was told: nothing is asked twice, and the end is the same."""
 
-import asyncio
 import math
 
 import numpy as np
@@ -159,21 +158,6 @@ def test_what_the_scorer_had_learned_comes_back_with_the_journal(tmp_path):
     scorer = Learns()
     play(config, scorer=scorer)
     assert scorer.seen == 4  # the round's prompts, counted once
-
-
-def test_asking_concurrently_is_safe(tmp_path):
-    journal = Journal(tmp_path / "j")
-
-    async def one(number):
-        await asyncio.sleep(0)
-        journal.record("generate", [generation(number)], [completions(generation(number))])
-
-    async def all_of_them():
-        await asyncio.gather(*(one(number) for number in range(50)))
-
-    asyncio.run(all_of_them())
-    journal.close()
-    assert len(Journal(tmp_path / "j")) == 50
 
 
 def test_answers_of_weights_that_came_about_otherwise_are_not_told_again(tmp_path):

@@ -1,6 +1,5 @@
 """An operator's commands, from files alone."""
 
-import json
 import os
 import subprocess
 import sys
@@ -125,8 +124,6 @@ def test_a_paused_campaign_waits_until_it_may_go_on(tmp_path):
     play(config, rollout=Watching(config.run.dir, 3, "pause"))
     operator.join()
     assert read_control(config.run.dir) == "run" and read_status(config.run.dir).state == "done"
-    kinds = [json.loads(line)["kind"] for line in (config.run.dir / "logs/attempt-0002/events.jsonl").read_text().splitlines()]
-    assert kinds == []  # the quiet observer of this test writes no events
 
 
 def test_only_a_running_campaign_can_be_asked(finished):
@@ -141,9 +138,6 @@ def test_a_guard_pauses_commits_nothing_more_and_may_be_overruled(tmp_path):
     low = {"kl": {"warn": 1e-9, "pause": 1e-8}}
     strict = make_config(tmp_path, run={"iterations": 8, "checkpoint_every": 1}, guards=low)
     play(config)
-
-    def unhealthy(self, metrics):
-        self.history.append({**metrics, "reference/kl": 5.0})
 
     original = RunDir.append_metrics
     RunDir.append_metrics = lambda self, metrics: original(self, {**metrics, "reference/kl": 5.0})
@@ -168,6 +162,7 @@ def test_a_guard_pauses_commits_nothing_more_and_may_be_overruled(tmp_path):
 
 
 def test_verify_names_what_is_wrong(finished):
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     assert [f for f in audit(finished.run.dir, deep=True) if f.problem] == []
@@ -175,6 +170,10 @@ def test_verify_names_what_is_wrong(finished):
     table = pq.read_table(samples)
     pq.write_table(table.slice(1), samples)
     with pytest.raises(CheckpointError, match=r"samples and pairs of round 2: prompt \w+ has the samples \[1, 2, 3\]"):
+        show_audit(finished.run.dir, screen(), deep=False)
+    others = [row for row in table.to_pylist() if row["prompt_id"] != table["prompt_id"][0].as_py()]
+    pq.write_table(pa.Table.from_pylist(others, schema=table.schema), samples)
+    with pytest.raises(CheckpointError, match="samples and pairs of round 2: 3 prompts, the round has 4"):
         show_audit(finished.run.dir, screen(), deep=False)
     pq.write_table(table, samples)
     metrics = finished.run.dir / "metrics.jsonl"

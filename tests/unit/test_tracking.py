@@ -1,0 +1,56 @@
+"""The wandb mirror: whatever becomes of its process, rounds go on and the run ends."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from launch.tracking import Tracked
+
+
+class Listener:
+    def __init__(self):
+        self.rounds, self.heard = [], []
+
+    def phase(self, *where):
+        return None
+
+    def metrics(self, metrics):
+        self.rounds.append(metrics["iteration"])
+
+    def event(self, kind, message):
+        self.heard.append((kind, message))
+
+
+def mirror(script, *arguments):
+    return [sys.executable, "-c", script, *map(str, arguments)]
+
+
+def test_a_mirror_that_listens_gets_settings_and_every_round(tmp_path):
+    copy = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
+    inner = Listener()
+    tracked = Tracked(inner, {"project": "p"}, command=mirror(copy, tmp_path / "got"))
+    for iteration in range(3):
+        tracked.metrics({"iteration": float(iteration)})
+    tracked.close()
+    got = [json.loads(line) for line in (tmp_path / "got").read_text().splitlines()]
+    assert got == [{"project": "p"}, {"iteration": 0.0}, {"iteration": 1.0}, {"iteration": 2.0}]
+    assert inner.rounds == [0, 1, 2] and inner.heard == []
+
+
+@pytest.mark.parametrize(
+    ("script", "why"), [("import time; time.sleep(600)", "it did not finish in time"), ("exit(3)", "it ended with 3")]
+)
+def test_a_mirror_that_hangs_or_dies_neither_stalls_nor_fails_the_run(monkeypatch, script, why):
+    monkeypatch.setattr("launch.tracking.FINISH_S", 1.0)
+    inner = Listener()
+    tracked = Tracked(inner, {}, command=mirror(script))
+    started = time.monotonic()
+    for iteration in range(3000):
+        tracked.metrics({"iteration": float(iteration), **{f"metric{i}": 0.0 for i in range(50)}})
+    assert time.monotonic() - started < 10
+    tracked.close()
+    assert time.monotonic() - started < 20 and tracked._process.poll() is not None
+    assert len(inner.rounds) == 3000
+    assert [kind for kind, _ in inner.heard] == ["warn"] and why in inner.heard[0][1]
