@@ -123,8 +123,7 @@ class Supervised:
     async def persist(self, call: Callable[[Any], Any], *, phase: str, timeout_s: float) -> Any:
         """The answer to `call(actor)`, from a replacement where the actor is lost; ActorLostError where that is too often."""
         while True:
-            async with self._replacing:  # a replacement that is not ready yet must not be asked
-                life = self._life
+            life = self._life
             try:
                 return await self.ask(call, phase=phase, timeout_s=timeout_s)
             except (ActorLostError, DeadlineError) as lost:
