@@ -9,7 +9,7 @@ TINY ?= .tiny
 unexport PYTHONDONTWRITEBYTECODE
 export RAYHF_TINY_DIR := $(abspath $(TINY))
 
-.PHONY: setup demo test lint bench chaos learn claims lock clean
+.PHONY: setup demo test lint bench chaos learn claims proto lock clean
 
 setup: $(READY)
 
@@ -44,6 +44,10 @@ learn: $(READY)
 # Each paper's claim in miniature, three seeds; hours on two cores.
 claims: $(READY)
 	$(BIN)/python -m tests.bench.claims
+
+# The Python of the gRPC messages, beside the .proto files; a test compares.
+proto: $(READY)
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. rayhf/service/proto/*.proto
 
 # Resolve again. The lock is for CPU machines only; GPU users install the [gpu] extra with plain pip.
 lock: $(READY)

@@ -14,6 +14,8 @@ RayhfError                      1   anything below, for `except` at the command 
 ├── ActorLostError             10   an actor's process died, again and again
 ├── DeadlineError              11   a wait passed its limit; says which phase waited for whom and how long
 ├── PausedError                12   a guard paused the campaign; `rayhf unpause` lets it go on
+├── ServiceError               13   a gRPC service refused a call
+│   └── UnreachableError       13   it did not answer: it is down, too slow, or too busy
 └── InterruptedRunError        75   told to stop (SIGTERM, Ctrl-C, `rayhf stop`); the same command continues
 """
 
@@ -105,6 +107,18 @@ class PausedError(RayhfError):
     exit_code = 12
     meaning = "a guard found the campaign unhealthy; the last healthy commit is the newest"
     remedy = "change the config as the message says, or `rayhf unpause RUN`, then the same command"
+
+
+class ServiceError(RayhfError):
+    exit_code = 13
+    meaning = "a gRPC service refused a call, or could not be reached"
+    remedy = "the message names the service: is it up, does it know this certificate and this token?"
+
+
+class UnreachableError(ServiceError):
+    """Asking again may help."""
+
+    meaning = "a gRPC service did not answer"
 
 
 class InterruptedRunError(RayhfError):

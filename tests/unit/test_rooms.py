@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayhf.config import algorithms, mcts_dpo, schema, scorers, spar
+from rayhf.config import algorithms, mcts_dpo, schema, scorers, service, spar
 from rayhf.config.base import Section
 from rayhf.config.fit import FitConfig
 from rayhf.config.load import load_config, load_section
@@ -16,7 +16,7 @@ from rayhf.preflight import check_settings
 
 ROOT = Path(__file__).parents[2]
 ALLOWED = {"rayhf": {"rayhf"}, "actors": {"rayhf", "actors"}, "launch": {"rayhf", "actors", "launch"}}
-HEAVY = {"vllm": {"rayhf/rollout"}, "deepspeed": {"rayhf/learner"}, "wandb": {"launch/tracking.py"}, "grpc": set()}
+HEAVY = {"vllm": {"rayhf/rollout"}, "deepspeed": {"rayhf/learner"}, "wandb": {"launch/tracking.py"}, "grpc": {"rayhf/service"}}
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 
 
@@ -74,7 +74,7 @@ def test_every_config_key_is_read_somewhere():
     code = "\n".join(f.read_text() for f in files)
     sections = [
         c
-        for m in (schema, algorithms, mcts_dpo, scorers, spar)
+        for m in (schema, algorithms, mcts_dpo, scorers, service, spar)
         for c in vars(m).values()
         if isinstance(c, type) and issubclass(c, Section)
     ]

@@ -1,0 +1,1 @@
+"""The messages (*.proto) and what protoc makes of them (`make proto`)."""
