@@ -12,6 +12,7 @@ from rich.console import Console
 
 from launch.assemble import Cast, seats_of
 from launch.local import ray_cluster
+from launch.serving import control_served
 from launch.tracking import tracked
 from launch.view import LiveView, summary
 from rayhf.campaign.controller import Controller
@@ -42,6 +43,7 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
         if store.state["checkpoint"]:
             console.print(f"continuing {config.run.dir} after round {store.state['iteration']}")
         with (
+            control_served(store.path, config.service, base=base, console=console),
             ray_cluster(config.cluster.address, cpus=sum(seat.cpus for seat in seats_of(prepared))),
             LiveView(console, iterations=config.run.iterations, task=config.prompts.task) as view,
             tracked(view, config) as mirrored,
@@ -68,7 +70,7 @@ def build_tiny(config: CampaignConfig, console: Console) -> None:
     build_with_progress(config.tiny.dir, tasks=config.tiny.tasks, seed=config.tiny.seed, console=console)
 
 
-async def _play(prepared: Prepared, store: RunDir, observer: Observer, *, base: Path) -> None:
+async def _play(prepared: Prepared, store: RunDir, observer: Recorder, *, base: Path) -> None:
     """Assemble and run, until done or told to stop.
 
     A lost engine or scorer is replaced beneath the controller. When a learner is lost, or a wait passes its limit, everybody is
@@ -86,6 +88,7 @@ async def _play(prepared: Prepared, store: RunDir, observer: Observer, *, base: 
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, end, name)
+    heart = asyncio.create_task(observer.beat(), name="heartbeat")
     pristine = prepared.algorithm.state_dict(), prepared.material.game.state_dict() if prepared.material.game else {}
     restarts, committed = 0, store.state["iteration"]
     try:
@@ -107,6 +110,9 @@ async def _play(prepared: Prepared, store: RunDir, observer: Observer, *, base: 
         raise InterruptedRunError(
             f"interrupted; {store.path} is committed up to round {store.state['iteration']}, the same command continues"
         ) from None
+    finally:
+        heart.cancel()
+        await asyncio.gather(heart, return_exceptions=True)  # what it could not write, the campaign could not write either
 
 
 async def _one_life(prepared: Prepared, store: RunDir, observer: Observer, *, base: Path, again: bool) -> None:

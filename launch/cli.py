@@ -22,6 +22,9 @@ Config = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example learner.lr=1e-6")]
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunOrNone = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run directory; or --address.")]
+Address = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where a campaign serves its control.")]
+Security = Annotated[Path | None, typer.Option(metavar="YAML", help="With --address: ca, certificate, key, token_file.")]
 
 
 def _version(wanted: bool) -> None:
@@ -67,11 +70,19 @@ def run(
 
 
 @app.command()
-def status(run_dir: RunDirectory) -> None:
+def status(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
     """How a campaign is doing: state, round, phase, health, faults, what to do next. From files alone."""
-    from launch.operate import show_status
+    from launch.operate import control_of, show_status
 
-    show_status(run_dir, console)
+    show_status(control_of(run_dir, address, security), console)
+
+
+@app.command()
+def watch(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
+    """What a campaign's event log says, as it happens, until the campaign ends."""
+    from launch import operate
+
+    operate.watch(operate.control_of(run_dir, address, security), console)
 
 
 @app.command()
@@ -83,27 +94,77 @@ def verify(run_dir: RunDirectory, deep: Annotated[bool, typer.Option(help="Also 
 
 
 @app.command()
-def pause(run_dir: RunDirectory) -> None:
+def pause(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
     """Pause a running campaign after its round; its actors stay up."""
-    from launch.operate import ask
-
-    ask(run_dir, "pause", console)
+    _ask("pause", run_dir, address, security)
 
 
 @app.command()
-def unpause(run_dir: RunDirectory) -> None:
+def unpause(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
     """Let a paused campaign go on; a guard that paused it only warns from now on."""
-    from launch.operate import unpause
-
-    unpause(run_dir, console)
+    _ask("unpause", run_dir, address, security)
 
 
 @app.command()
-def stop(run_dir: RunDirectory) -> None:
+def stop(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
     """Stop a running campaign after its round; the same `rayhf run` command continues it."""
-    from launch.operate import ask
+    _ask("stop", run_dir, address, security)
 
-    ask(run_dir, "stop", console)
+
+def _ask(wanted: str, run_dir: Path | None, address: str | None, security: Path | None) -> None:
+    from launch.operate import ask, control_of
+
+    ask(control_of(run_dir, address, security), wanted, console)
+
+
+@app.command("add-prompts")
+def add_prompts(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL or Parquet, like prompts.train.")],
+    run_dir: RunOrNone = None,
+    address: Address = None,
+    security: Security = None,
+) -> None:
+    """Hand in prompts; each takes a place in a campaign's next round, once."""
+    from launch import operate
+
+    operate.add_prompts(operate.control_of(run_dir, address, security), file, console)
+
+
+@app.command()
+def pairs(
+    run_dir: RunOrNone = None,
+    count: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    address: Address = None,
+    security: Security = None,
+) -> None:
+    """The pairs of answers that the scorers are least sure about, one JSON object per line."""
+    from launch.operate import control_of, show_pairs
+
+    show_pairs(control_of(run_dir, address, security), count, console)
+
+
+@app.command()
+def label(
+    run_dir: RunOrNone = None,
+    file: Annotated[
+        Path | None, typer.Option(help="JSONL of pair_id and verdict (first, second, tie); else you are asked.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Ask about at most so many.")] = 20,
+    address: Address = None,
+    security: Security = None,
+) -> None:
+    """Judge pairs of answers; the verdicts are trained on in the campaign's next round."""
+    from launch import operate
+
+    operate.label(operate.control_of(run_dir, address, security), console, file=file, count=count)
+
+
+@app.command("serve-campaign")
+def serve_campaign(run_dir: RunDirectory, overrides: Overrides = None) -> None:
+    """Serve a campaign's control over gRPC, also while it does not run. KEY=VALUE are those of the config's `service` section."""
+    from launch.serving import serve_run
+
+    serve_run(run_dir, overrides or (), console)
 
 
 @app.command()

@@ -1,32 +1,59 @@
-"""An operator's commands on a run directory: look, check, pause, let go on, stop. None of them needs Ray."""
+"""An operator's commands on a campaign: look, watch, check, pause, let go on, stop, hand things in. None of them needs Ray.
+
+The campaign is a run directory at hand, or one elsewhere that serves its control over gRPC (rayhf.campaign.control).
+"""
 
 from __future__ import annotations
 
+import getpass
 import inspect
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.panel import Panel
 from rich.progress import Progress
+from rich.prompt import Prompt
 from rich.table import Table
+from rich.text import Text
 
 from rayhf import errors
 from rayhf.campaign.audit import audit
-from rayhf.campaign.control import Wanted, write_control
-from rayhf.campaign.files import write_json
-from rayhf.campaign.lock import RunLock
-from rayhf.campaign.status import Status, read_status
+from rayhf.campaign.control import Control, LocalControl
+from rayhf.campaign.labels import Unsure
+from rayhf.campaign.status import Status
+from rayhf.config.load import load_section
+from rayhf.config.service import NO_SECURITY, EndpointSecurity
 from rayhf.errors import CheckpointError, ConfigError
+from rayhf.prompts import read_rows
 
 _STYLES = {"running": "green", "done": "green", "new": "cyan", "paused": "yellow", "stopped": "yellow"}
 
 
-def show_status(run: Path, console: Console) -> None:
-    """A page that fits a terminal. Raises ConfigError where `run` is no run directory."""
-    status = read_status(run)
+def control_of(run: Path | None, address: str | None, security: Path | None) -> Control:
+    """The campaign that is meant: RUN, or --address with --security. Raises ConfigError for both and for neither."""
+    if (run is None) == (address is None):
+        raise ConfigError("which campaign? expected a run directory, or --address HOST:PORT of one elsewhere, and not both")
+    if run is not None:
+        if security is not None:
+            raise ConfigError("--security is for --address; a run directory needs none")
+        return LocalControl(run)
+    from rayhf.service.campaign_client import RemoteControl
+
+    shown = NO_SECURITY if security is None else load_section(security, (), EndpointSecurity)
+    return RemoteControl(str(address), shown, base=Path.cwd())
+
+
+def show_status(control: Control, console: Console) -> None:
+    """A page that fits a terminal."""
+    status = control.status()
     table = Table(
-        title=f"{escape(run.name)}: {status.state.upper()}", show_header=False, title_style=_STYLES.get(status.state, "red")
+        title=f"{escape(status.run.name)}: {status.state.upper()}",
+        show_header=False,
+        title_style=_STYLES.get(status.state, "red"),
     )
     for label, value in _lines(status):
         if value:
@@ -52,6 +79,63 @@ def _lines(status: Status) -> list[tuple[str, str]]:
     ]
 
 
+def watch(control: Control, console: Console) -> None:
+    """Print events as they come, until the campaign ends or somebody presses Ctrl-C."""
+    try:
+        for event in control.watch(lambda: True):
+            console.print(Text(f"{event['time'][11:19]} {event['kind']:<9} {event['message']}"), soft_wrap=True)
+    except KeyboardInterrupt:
+        return
+
+
+def add_prompts(control: Control, file: Path, console: Console) -> None:
+    rows = [row for _, row in read_rows(file, key="FILE")]
+    _say(console, control.add_prompts(rows, source=getpass.getuser()))
+
+
+def show_pairs(control: Control, count: int, console: Console) -> None:
+    """One JSON object per line, for a labelling tool; `label --file` takes its verdicts back."""
+    for pair in control.pairs(count):
+        row = {"pair_id": pair.pair_id, "messages": list(pair.messages), "first": pair.first, "second": pair.second}
+        _say(console, json.dumps(row | {"certainty": pair.certainty}))
+
+
+def label(control: Control, console: Console, *, file: Path | None, count: int) -> None:
+    """Hand in a file's verdicts, or ask for them here, pair by pair."""
+    if file is not None:
+        labels = [_label(row, where) for where, row in read_rows(file, key="--file")]
+    else:
+        labels = list(_asked(control.pairs(count), console))
+    _say(console, control.label(labels, source=getpass.getuser()) if labels else "nothing was judged")
+
+
+def _label(row: Mapping[str, Any], where: str) -> dict[str, str]:
+    if not all(isinstance(row.get(key), str) for key in ("pair_id", "verdict")):
+        raise ConfigError(f"{where}: expected `pair_id` and `verdict` (first, second or tie), got keys {', '.join(sorted(row))}")
+    return {"pair_id": row["pair_id"], "verdict": row["verdict"]}
+
+
+def _asked(pairs: Iterable[Unsure], console: Console) -> Iterable[dict[str, str]]:
+    for pair in pairs:
+        for message in pair.messages:
+            console.print(Panel(Text(message["content"]), title=escape(message["role"])))
+        console.print(Panel(Text(pair.first), title="1"), Panel(Text(pair.second), title="2"))
+        said = Prompt.ask("better: 1, 2, t(ie), s(kip), q(uit)", choices=["1", "2", "t", "s", "q"], console=console)
+        if said == "q":
+            return
+        if said != "s":
+            yield {"pair_id": pair.pair_id, "verdict": {"1": "first", "2": "second", "t": "tie"}[said]}
+
+
+def ask(control: Control, wanted: str, console: Console) -> None:
+    """pause, unpause or stop."""
+    _say(console, control.unpause() if wanted == "unpause" else control.ask("pause" if wanted == "pause" else "stop"))
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def show_audit(run: Path, console: Console, *, deep: bool) -> None:
     """What was looked at, and what is wrong. Raises CheckpointError where anything is."""
     table = Table("what", "finding", title=f"verify {escape(str(run))}")
@@ -70,42 +154,6 @@ def show_audit(run: Path, console: Console, *, deep: bool) -> None:
     console.print(table)
     if problems:
         raise CheckpointError(f"{run}: {len(problems)} of {len(problems) + sound} findings are bad; the first: {problems[0]}")
-
-
-def ask(run: Path, wanted: Wanted, console: Console) -> None:
-    """Leave word for the campaign; it acts after the round under way."""
-    status = read_status(run)
-    if status.state == "done":
-        raise ConfigError(f"{run} is done: there is nothing to {wanted}")
-    if not status.holder:
-        raise ConfigError(f"{run} is not running ({status.state}): there is nobody to {wanted}; {status.advice}")
-    write_control(run, wanted)
-    after = "pauses" if wanted == "pause" else "stops"
-    console.print(f"{run} {after} when round {status.iteration + 1} is done and committed", markup=False)
-
-
-def unpause(run: Path, console: Console) -> None:
-    """Take a pause back. Guards that paused the campaign are accepted: they only warn from now on."""
-    status = read_status(run)
-    if status.state != "paused":
-        raise ConfigError(f"{run} is {status.state}, not paused")
-    file = run / "campaign.json"
-    if not json.loads(file.read_text(encoding="utf-8"))["guards"]:
-        write_control(run, "run")
-        console.print(f"{run} goes on", markup=False)
-        return
-    lock = RunLock(run)  # the process that was paused must be gone, and no other may come
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        accepted = sorted({*state["accepted"], *state["guards"]})
-        write_json(file, {**state, "state": "stopped", "reason": None, "guards": [], "accepted": accepted})
-    finally:
-        lock.release()
-    console.print(
-        f"{run}: {', '.join(state['guards'])} only warns from now on; the same `rayhf run` command goes on after round "
-        f"{state['iteration']}",
-        markup=False,
-    )
 
 
 def explain(code: int | None, console: Console) -> None:

@@ -6,6 +6,7 @@ started again; one that keeps dying without a new commit is given up.
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -32,33 +33,51 @@ CRASHES = 5
 """Deaths in a row without a new commit."""
 _FINAL = {ConfigError.exit_code, LockedError.exit_code, CheckpointError.exit_code, PausedError.exit_code, ScorerError.exit_code}
 _FIRST_WAIT_S, _MAX_WAIT_S = 1.0, 60.0
+_PR_SET_PDEATHSIG = 1
 
 
 def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
-    """The last child's exit code. `arguments` are those of `rayhf`. Raises ActorLostError where it is given up."""
+    """The last child's exit code. `arguments` are those of `rayhf`.
+
+    Raises ActorLostError where it is given up, InterruptedRunError where it is told to stop between two lives.
+    """
     told: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if child is None:
+            raise InterruptedRunError(f"{run}: told to stop; the same command continues")
+        told.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     crashes, committed = 0, _committed(run)
-    while True:
-        child = subprocess.Popen([sys.executable, "-m", "launch.cli", *arguments])
-
-        def pass_on(number: int, frame: FrameType | None, child: subprocess.Popen[bytes] = child) -> None:
-            told.append(number)
-            child.send_signal(number)
-
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-        code = child.wait()
+    try:
+        while True:
+            child = subprocess.Popen([sys.executable, "-m", "launch.cli", *arguments], preexec_fn=_end_with_parent)
+            code = child.wait()
+            child = None
+            if code == 0 or code in _FINAL or told or _stopped(code):
+                return code if code >= 0 else InterruptedRunError.exit_code if told else 1
+            now = _committed(run)
+            crashes, committed = (1, now) if now > committed else (crashes + 1, committed)
+            why = f"signal {-code}" if code < 0 else f"exit code {code}"
+            if crashes > CRASHES:
+                raise ActorLostError(
+                    f"{run} ended {crashes} times in a row without a new commit, the last time with {why}; given up"
+                )
+            wait_s = min(_MAX_WAIT_S, _FIRST_WAIT_S * 2.0 ** (crashes - 1))
+            console.print(f"the campaign ended with {why} after round {now}; it is started again in {wait_s:g} s", style="yellow")
+            time.sleep(wait_s)
+    finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if code == 0 or code in _FINAL or told or _stopped(code):
-            return code if code >= 0 else InterruptedRunError.exit_code if told else 1
-        now = _committed(run)
-        crashes, committed = (1, now) if now > committed else (crashes + 1, committed)
-        why = f"signal {-code}" if code < 0 else f"exit code {code}"
-        if crashes > CRASHES:
-            raise ActorLostError(f"{run} ended {crashes} times in a row without a new commit, the last time with {why}; given up")
-        wait_s = min(_MAX_WAIT_S, _FIRST_WAIT_S * 2.0 ** (crashes - 1))
-        console.print(f"the campaign ended with {why} after round {now}; it is started again in {wait_s:g} s", style="yellow")
-        time.sleep(wait_s)
+
+
+def _end_with_parent() -> None:
+    """In the child, before it runs: Linux sends it SIGTERM when its parent dies, however that dies. A second start of the same
+    command would otherwise meet a campaign that nobody supervises."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _stopped(code: int) -> bool:

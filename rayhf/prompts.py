@@ -80,6 +80,21 @@ def parse_messages(row: dict[str, Any], where: str, key: str) -> tuple[Message, 
     return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 
 
+def _parse_answer(row: dict[str, Any], where: str, key: str) -> str | None:
+    answer = row.get("answer")
+    if answer is None or isinstance(answer, str):
+        return answer
+    if isinstance(answer, bool) or not isinstance(answer, int | float):
+        raise ConfigError(f"{key}: {where}: `answer` must be a string or a number, got {answer!r:.60}")
+    return str(answer)
+
+
+def check_row(row: dict[str, Any], where: str, key: str) -> None:
+    """Raises ConfigError for a row that is no prompt."""
+    parse_messages(row, where, key)
+    _parse_answer(row, where, key)
+
+
 def prompt_id(messages: Sequence[Message], answer: str | None) -> str:
     """16 hex digits that depend only on the content."""
     text = json.dumps([list(map(dict, messages)), answer], ensure_ascii=False, sort_keys=True)
@@ -105,12 +120,7 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, *, key: str, ma
     prompts: dict[str, Prompt] = {}
     duplicates = 0
     for where, row in read_rows(path, key=key):
-        messages = parse_messages(row, where, key)
-        answer = row.get("answer")
-        if answer is not None and not isinstance(answer, str):
-            if isinstance(answer, bool) or not isinstance(answer, int | float):
-                raise ConfigError(f"{key}: {where}: `answer` must be a string or a number, got {answer!r:.60}")
-            answer = str(answer)
+        messages, answer = parse_messages(row, where, key), _parse_answer(row, where, key)
         identity = prompt_id(messages, answer)
         if identity in prompts:
             duplicates += 1
@@ -136,6 +146,19 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, w
     except TemplateError as error:
         raise ConfigError(f"{where}: the chat template refuses the messages ({error})") from None
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def parse_prompt(row: dict[str, Any], chat: Chat, *, max_prompt_tokens: int) -> Prompt:
+    """A prompt that somebody handed in, contents disarmed: unlike a file of the user's own it may come from anybody.
+
+    Raises ConfigError for one that cannot be asked.
+    """
+    where = f"handed in by {row['source']}"
+    messages, answer = parse_messages(row, where, "inbox"), _parse_answer(row, where, "inbox")
+    token_ids = tuple(chat.render(messages))
+    if len(token_ids) > max_prompt_tokens:
+        raise ConfigError(f"inbox: {where}: the prompt has {len(token_ids)} tokens; expected at most {max_prompt_tokens}")
+    return Prompt(prompt_id=prompt_id(messages, answer), messages=messages, token_ids=token_ids, answer=answer)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -45,6 +45,8 @@ class Turn:
     """For whatever a selection draws."""
     earlier: Callable[[int], Sequence[Example]] = lambda iteration: ()
     """The policy's examples of an earlier round, as they were selected then; none for a round before the first."""
+    labels: Sequence[Example] = ()
+    """(preferred, other) of what people said since the round before; only for an algorithm that takes labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ class HyPO(Stateless):
         self._loss = HyPOLoss(beta=config.beta, kl_coef=config.kl_coef, clip=config.clip, importance_cap=config.importance.cap)
 
     def give(self, pairs: Sequence[Example]) -> None:
-        self._given = tuple(replace(pair, scalars={"pair": 1.0, "online": 0.0}) for pair in pairs)
+        self._given = tuple(_as_pair(pair) for pair in pairs)
 
     async def explore(self, prompt: Prompt, explorer: Explorer) -> Group:
         return await sample_and_score(prompt, explorer, self.config.samples)
@@ -42,10 +42,16 @@ class HyPO(Stateless):
             )
             for group in groups
         ]
-        return Selection(examples=(*given, *fresh), metrics={"pairs/given": float(len(given))})
+        labelled = [_as_pair(label) for label in turn.labels]
+        metrics = {"pairs/given": float(len(given))} | ({"pairs/human": float(len(labelled))} if labelled else {})
+        return Selection(examples=(*given, *labelled, *fresh), metrics=metrics)
 
     def loss(self, objective: str = "policy") -> Loss:
         return self._loss
+
+
+def _as_pair(example: Example) -> Example:
+    return replace(example, scalars={"pair": 1.0, "online": 0.0})
 
 
 def _score(group: Group, index: int) -> float:

@@ -46,7 +46,7 @@ class IterativeDPO(OnlineDPO):
         for back, share in enumerate(self.iterative.earlier, start=1):
             # Pairs that were themselves mixed in do not come a second time: they belong to a round before that one.
             own = [e for e in turn.earlier(turn.iteration - back) if not e.scalars.get("rounds_back")]
-            drawn = _draw(own, round(share * len(fresh.examples)), derive_seed(turn.seed, "earlier", back))
+            drawn = _draw(own, round(share * fresh.metrics["pairs/kept"]), derive_seed(turn.seed, "earlier", back))
             earlier += [_mark(e, rounds_back=back) for e in drawn]
         offline = self.iterative.offline
         given = deal_pairs(self._given, share=offline.share if offline else 0.0, prompts=len(groups), iteration=turn.iteration)

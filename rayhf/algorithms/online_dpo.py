@@ -7,6 +7,7 @@ no preference.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -59,6 +60,9 @@ class OnlineDPO(Stateless):
             metrics["pairs/margin_mean"] = float(np.mean([example.scalars["margin"] for example in examples]))
             lengths = [[len(row.response_ids) for row in example.rows] for example in examples]
             metrics["pairs/length_gap"] = float(np.mean([chosen - rejected for chosen, rejected in lengths]))
+        if turn.labels:
+            metrics["pairs/human"] = float(len(turn.labels))
+            examples += [replace(label, scalars={"margin": np.nan}) for label in turn.labels]
         return Selection(examples=tuple(examples), metrics=metrics)
 
     def pairs(self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: np.random.Generator) -> PairSelection:

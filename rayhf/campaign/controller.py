@@ -28,9 +28,9 @@ from rayhf.campaign.tally import FailureBudget, exploration_metrics
 from rayhf.config.algorithms import EmaReference, InitialReference
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import is_pairwise
-from rayhf.errors import InterruptedRunError, PausedError
+from rayhf.errors import ConfigError, InterruptedRunError, PausedError
 from rayhf.experience import Completion, Group, Prompt, Sample, Sampling, WeightSnapshot, derive_seed
-from rayhf.prompts import Chat, PromptSet, deal
+from rayhf.prompts import Chat, PromptSet, deal, parse_prompt
 from rayhf.roles import Roles
 
 _POLL_S = 1.0
@@ -173,8 +173,23 @@ class Controller:
             journal=journal,
         )
 
+    def _prompts_of(self, iteration: int) -> list[Prompt]:
+        """The round's prompts: those that people handed in take the places of dealt ones."""
+        batch = self.config.prompts.batch
+        dealt = deal(self.material.prompts.prompts, batch=batch, iteration=iteration, seed=self.config.seed)
+        added: dict[str, Prompt] = {}
+        room = self.material.chat.max_length - self.sampling.max_tokens
+        for row in self.store.inbox.take("prompts", iteration, most=batch):
+            try:
+                prompt = parse_prompt(row, self.material.chat, max_prompt_tokens=room)
+            except ConfigError as error:
+                self.observer.event("warn", f"left out: {error}")
+            else:
+                added[prompt.prompt_id] = prompt
+        return [*added.values(), *(prompt for prompt in dealt if prompt.prompt_id not in added)][:batch]
+
     async def _explore(self, iteration: int) -> Round:
-        prompts = deal(self.material.prompts.prompts, batch=self.config.prompts.batch, iteration=iteration, seed=self.config.seed)
+        prompts = self._prompts_of(iteration)
         journal = self.store.journal(iteration)
         exchange = self._exchange(journal)
         budget = FailureBudget(limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples)

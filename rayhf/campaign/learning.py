@@ -15,8 +15,10 @@ from dataclasses import replace
 import numpy as np
 
 from rayhf.algorithms.base import Algorithm, Turn, learner_is_reference
+from rayhf.campaign.labels import labelled_examples
 from rayhf.campaign.observer import Observer
 from rayhf.campaign.store import RunDir
+from rayhf.config.algorithms import TAKES_LABELS
 from rayhf.config.schema import CampaignConfig
 from rayhf.experience import Batch, Example, Group, derive_seed
 from rayhf.losses.value import explained_variance
@@ -37,7 +39,10 @@ class Learning:
     async def learn(self, iteration: int, groups: Sequence[Group], metrics: dict[str, float]) -> set[str]:
         """Train on the round and fill `metrics`. Returns the names of the policies whose weights changed."""
         turn = Turn(
-            iteration=iteration, seed=derive_seed(self.config.seed, "select", iteration), earlier=self.store.read_examples
+            iteration=iteration,
+            seed=derive_seed(self.config.seed, "select", iteration),
+            earlier=self.store.read_examples,
+            labels=self._labels(iteration) if self.config.algorithm.type in TAKES_LABELS else (),
         )
         selection = self.algorithm.select(groups, turn)
         metrics |= selection.metrics
@@ -52,6 +57,9 @@ class Learning:
                 trains = await self._learn_other(iteration, objective, examples, metrics)
             changed |= {self.algorithm.trainee(objective)} if trains else set()
         return changed
+
+    def _labels(self, iteration: int) -> tuple[Example, ...]:
+        return labelled_examples(self.store.path, self.store.inbox.take("labels", iteration))
 
     async def _learn_policy(
         self, iteration: int, groups: Sequence[Group], examples: Sequence[Example], metrics: dict[str, float]

@@ -21,6 +21,7 @@ SAMPLES = pa.schema(
     [
         ("iteration", pa.int32()),
         ("prompt_id", pa.string()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("sample", pa.int32()),
         ("kind", pa.string()),
         ("parent", pa.int32()),
@@ -57,7 +58,7 @@ EXAMPLES = pa.schema(
 
 def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
     rows = [
-        {"iteration": iteration, "prompt_id": group.prompt.prompt_id, "sample": index}
+        {"iteration": iteration, "prompt_id": group.prompt.prompt_id, "messages": list(group.prompt.messages), "sample": index}
         | _sample(sample)
         | {"context_ids": list(group.prompt.token_ids if sample.context_ids is None else sample.context_ids)}
         | {"wins": group.compared.win[index].tolist() if group.compared is not None else None}

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import yaml
 
+from rayhf.config.algorithms import TAKES_LABELS
 from rayhf.errors import ConfigError
 
 State = Literal["new", "running", "stalled", "paused", "stopped", "crashed", "done"]
 _TAIL_BYTES = 1 << 18
 _STALE_S = 120.0
-"""Progress older than this, on a machine whose processes cannot be seen from here, is no sign of life."""
+"""A heartbeat older than this, on a machine whose processes cannot be seen from here, is no sign of life."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,9 @@ class Status:
     holder: str
     """Who holds the lock: host, pid, since when; empty where nobody does."""
     epoch: int
+    algorithm: str
+    takes_labels: bool
+    """Whether people's verdicts on pairs of answers are trained on."""
     iteration: int
     """Rounds committed."""
     iterations: int
@@ -79,7 +83,8 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
     age = now - progress["time"] if "time" in progress else None
     iterations = int(config["run"]["iterations"])
     ended = next((event for event in reversed(events) if event["kind"] == "end" and event["epoch"] == campaign["epoch"]), None)
-    state, reason = _state(campaign, holder, age, ended, stall_s=float(config["run"]["stall_s"]))
+    waiting = str(progress.get("waiting", "")) if progress.get("epoch") == campaign["epoch"] else ""
+    state, reason = _state(campaign, holder, age, ended, waiting, stall_s=float(config["run"]["stall_s"]))
     day = datetime.fromtimestamp(now, UTC) - timedelta(days=1)
     faults = [e for e in events if e["kind"] in ("fault", "pause") and datetime.fromisoformat(e["time"]) > day]
     last = metrics[-1] if metrics else {}
@@ -91,9 +96,11 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
         run=run,
         state=state,
         reason=reason,
-        advice=_advice(state, run, campaign),
+        advice=_WAITS if waiting and campaign["state"] != "paused" and holder else _advice(state, run, campaign),
         holder=holder,
         epoch=int(campaign["epoch"]),
+        algorithm=config["algorithm"]["type"],
+        takes_labels=config["algorithm"]["type"] in TAKES_LABELS,
         iteration=int(campaign["iteration"]),
         iterations=iterations,
         phase=f"round {progress['iteration']}, {phase}" if "iteration" in progress else "",
@@ -108,13 +115,13 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
 
 
 def _state(
-    campaign: Mapping[str, Any], holder: str, age: float | None, ended: Mapping[str, Any] | None, *, stall_s: float
+    campaign: Mapping[str, Any], holder: str, age: float | None, ended: Mapping[str, Any] | None, waiting: str, *, stall_s: float
 ) -> tuple[State, str]:
     if campaign["state"] == "done":
         return "done", ""
     if holder:
-        if campaign["state"] == "paused":
-            return "paused", campaign["reason"] or ""
+        if campaign["state"] == "paused" or waiting:
+            return "paused", campaign["reason"] or waiting
         quiet = age is not None and age > 3 * stall_s
         return ("stalled", f"nothing has moved for {age:.0f} s") if quiet else ("running", "")
     if campaign["state"] == "paused" and campaign["guards"]:  # an operator's pause ends with its process
@@ -124,6 +131,9 @@ def _state(
     if ended is None:
         return "crashed", "its process ended without a word (killed, or its machine is gone)"
     return ("stopped" if ended.get("code") == 75 else "crashed"), ended["message"]
+
+
+_WAITS = "mend what it waits for: it goes on by itself"
 
 
 def _advice(state: State, run: Path, campaign: Mapping[str, Any]) -> str:
@@ -144,7 +154,7 @@ def lock_holder(run: Path) -> str:
     """host, pid and since when of the process that holds the run directory's lock; empty where none does.
 
     Asks nobody and takes no lock, so that looking can never get in a launcher's way: /proc/locks on the holder's own host, and
-    fresh progress where the holder is on another.
+    fresh heartbeats where the holder is on another.
     """
     file = run / ".lock"
     try:
@@ -156,7 +166,7 @@ def lock_holder(run: Path) -> str:
         return text
     here = f"host {os.uname().nodename}, "
     progress = _json(run / "progress.json")
-    fresh = progress is not None and time.time() - progress["time"] < _STALE_S
+    fresh = progress is not None and time.time() - progress.get("alive", 0.0) < _STALE_S
     return text if text and not text.startswith(here) and fresh else ""
 
 

@@ -4,6 +4,7 @@ config.yaml      the config as resolved              campaign.json   committed s
 metrics.jsonl    one object per iteration            samples/, pairs/   Parquet per iteration
 checkpoints/iteration-000012/   learner, critic, reference, state.json; MANIFEST.json last
 journal/         what unfinished rounds were told    logs/attempt-0003/events.jsonl   what happened, one attempt each
+inbox/           prompts and verdicts handed in, and which round took them
 policy/          the latest exported Hugging Face model
 
 Whoever opens it is the next *epoch*. The lock keeps a second launcher out; the epoch keeps out an actor that outlived its
@@ -17,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ from rayhf.campaign import records
 from rayhf.campaign.checkpoints import Checkpoint, Checkpoints, Retention, directory_name
 from rayhf.campaign.control import Wanted, read_control, write_control
 from rayhf.campaign.files import MANIFEST, fsync_path, sha256, storage_errors, write_atomic, write_json
+from rayhf.campaign.inbox import Inbox
 from rayhf.campaign.journal import Journal
 from rayhf.campaign.lock import RunLock
 from rayhf.config.load import dump_config
@@ -88,6 +89,7 @@ class RunDir:
             raise
         run = config.run
         self._making = _making_of(config)
+        self.inbox = Inbox(self.path)
         self.history: list[dict[str, float]] = []
         """The lines of metrics.jsonl, once `rewind` has settled which of them count."""
         retention = Retention(last=run.keep_checkpoints, every=run.keep_every, best=run.keep_best)
@@ -142,7 +144,7 @@ class RunDir:
         """Where the campaign is now. Whole, but not forced to the disk: it is worth a second."""
         temporary = self.path / ".progress.json.tmp"
         with storage_errors("write", temporary):
-            temporary.write_text(json.dumps({**progress, "epoch": self.epoch, "time": time.time()}), encoding="utf-8")
+            temporary.write_text(json.dumps({**progress, "epoch": self.epoch}), encoding="utf-8")
             temporary.replace(self.path / "progress.json")
 
     def wanted(self) -> Wanted:
@@ -280,7 +282,7 @@ class RunDir:
 
 def _making_of(config: CampaignConfig) -> str:
     """A hash of what decides the weights: all sections but those that say where the campaign runs and for how long."""
-    decides = config.model_dump(mode="json", exclude={"run", "cluster", "tracking", "guards", "tiny", "evaluations"})
+    decides = config.model_dump(mode="json", exclude={"run", "cluster", "tracking", "guards", "tiny", "evaluations", "service"})
     if config.learner.schedule != "constant":
         decides["iterations"] = config.run.iterations
     decides["staleness"] = config.run.max_staleness

@@ -203,3 +203,7 @@ class HyPOConfig(Section):
     clip: PositiveFloat = 100.0
     """Bound on an answer's log-ratio as its cost, in nats."""
     importance: ImportanceConfig = ImportanceConfig()
+
+
+TAKES_LABELS = ("online_dpo", "iterative_dpo", "hypo")
+"""Loops that train on pairs as people judge them: whatever better means, chosen over rejected is a pair of theirs."""

@@ -19,6 +19,7 @@ from rayhf.config.base import Section
 from rayhf.config.guards import GuardsConfig
 from rayhf.config.mcts_dpo import MCTSDPOConfig
 from rayhf.config.scorers import ScorerConfig, ScorerEntry
+from rayhf.config.service import ServiceConfig
 from rayhf.config.spar import SPaRConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -224,3 +225,5 @@ class CampaignConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     guards: GuardsConfig = GuardsConfig()
+    service: ServiceConfig | None = None
+    """Serve the campaign's control over gRPC while it runs: status, watch, pause, stop, prompts and human preferences in."""

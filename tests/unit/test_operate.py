@@ -1,22 +1,26 @@
 """An operator's commands, from files alone."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from fakes import FakeRollout
+from fakes import FakeRollout, Quiet
 from rich.console import Console
 from test_controller import make_config, metrics_of, play
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.operate import ask, exit_codes, show_audit, unpause
+from launch.operate import exit_codes, show_audit
 from launch.supervise import CRASHES, supervise
 from rayhf.campaign.audit import audit
-from rayhf.campaign.control import read_control, write_control
+from rayhf.campaign.control import LocalControl, read_control, write_control
+from rayhf.campaign.recorder import Recorder
 from rayhf.campaign.status import read_status
 from rayhf.campaign.store import RunDir
 from rayhf.errors import ActorLostError, CheckpointError, ConfigError, InterruptedRunError, PausedError
@@ -70,11 +74,38 @@ def test_a_campaign_that_went_away_says_what_is_known(tmp_path):
 
 def test_a_stall_is_named(tmp_path):
     store = RunDir(make_config(tmp_path, run={"stall_s": 10}))
-    store.write_progress({"iteration": 1, "phase": "explore", "done": 3, "total": 4})
+    store.write_progress({"iteration": 1, "phase": "explore", "done": 3, "total": 4, "time": time.time()})
     assert read_status(store.path).state == "running"
     late = read_status(store.path, now=time.time() + 60)
     assert late.state == "stalled" and late.phase == "round 1, explore 3/4" and "nothing has moved for 60 s" in late.reason
     store.close()
+
+
+def test_who_waits_for_a_scorer_is_paused_and_says_for_what(tmp_path):
+    store = RunDir(make_config(tmp_path))
+    recorder = Recorder(store, Quiet())
+    recorder.phase(1, "explore", 3, 4)
+    recorder.event("pause", "the scorer is down")
+    status = read_status(store.path)
+    assert (status.state, status.reason) == ("paused", "the scorer is down") and "goes on by itself" in status.advice
+    recorder.event("unpause", "the scorer is back")
+    assert read_status(store.path).state == "running"
+    store.close()
+
+
+def test_a_campaign_on_another_host_is_known_by_its_heartbeat(tmp_path):
+    store = RunDir(make_config(tmp_path))
+    recorder = Recorder(store, Quiet())
+    recorder.phase(1, "explore", 3, 4)
+    store.set_state("running")
+    store.close()
+    (store.path / ".lock").write_text("host elsewhere, pid 7, since then")
+    progress = json.loads((store.path / "progress.json").read_text())
+    quiet = {**progress, "time": progress["time"] - 300}  # nothing has moved for a while, but the process is there
+    (store.path / "progress.json").write_text(json.dumps(quiet))
+    assert read_status(store.path).state == "running"
+    (store.path / "progress.json").write_text(json.dumps({**quiet, "alive": progress["alive"] - 300}))
+    assert read_status(store.path).state == "crashed"
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "pause", "unpause", "stop"])
@@ -116,7 +147,7 @@ def test_a_paused_campaign_waits_until_it_may_go_on(tmp_path):
         deadline = time.monotonic() + 30
         while read_status(config.run.dir).state != "paused" and time.monotonic() < deadline:
             time.sleep(0.02)
-        unpause(config.run.dir, screen())
+        LocalControl(config.run.dir).unpause()
 
     RunDir(config).close()
     operator = threading.Thread(target=release)
@@ -128,9 +159,9 @@ def test_a_paused_campaign_waits_until_it_may_go_on(tmp_path):
 
 def test_only_a_running_campaign_can_be_asked(finished):
     with pytest.raises(ConfigError, match="is done: there is nothing to pause"):
-        ask(finished.run.dir, "pause", screen())
+        LocalControl(finished.run.dir).ask("pause")
     with pytest.raises(ConfigError, match="is done, not paused"):
-        unpause(finished.run.dir, screen())
+        LocalControl(finished.run.dir).unpause()
 
 
 def test_a_guard_pauses_commits_nothing_more_and_may_be_overruled(tmp_path):
@@ -151,7 +182,7 @@ def test_a_guard_pauses_commits_nothing_more_and_may_be_overruled(tmp_path):
         with pytest.raises(PausedError, match="rayhf unpause"):
             store.check_paused()
         store.close()
-        unpause(config.run.dir, screen())
+        LocalControl(config.run.dir).unpause()
         store = RunDir(strict)
         store.check_paused()
         store.close()
@@ -184,7 +215,7 @@ def test_verify_names_what_is_wrong(finished):
 
 def test_every_exit_code_is_explained():
     rows = exit_codes()
-    assert {0, 1, 2, 4, 5, 7, 8, 9, 10, 11, 12, 75, 143} == {code for code, *_ in rows}
+    assert {0, 1, 2, 4, 5, 7, 8, 9, 10, 11, 12, 13, 75, 143} == {code for code, *_ in rows}
     assert all(meaning for _, _, meaning, _ in rows)
     shown = CliRunner().invoke(app, ["explain", "12"]).output
     assert "PausedError" in shown and "unpause" in shown
@@ -196,7 +227,7 @@ def run_supervised(tmp_path, monkeypatch, script):
     file = tmp_path / "child.py"
     file.write_text(script)
     real = subprocess.Popen
-    monkeypatch.setattr("launch.supervise.subprocess.Popen", lambda command: real([sys.executable, file]))
+    monkeypatch.setattr("launch.supervise.subprocess.Popen", lambda command, **how: real([sys.executable, file], **how))
     monkeypatch.setattr("launch.supervise._FIRST_WAIT_S", 0.0)
     return supervise(["run"], tmp_path / "run", screen())
 
@@ -221,6 +252,32 @@ def test_what_cannot_get_better_by_itself_is_not_started_again(tmp_path, monkeyp
 def test_a_crash_loop_is_given_up(tmp_path, monkeypatch):
     with pytest.raises(ActorLostError, match=f"ended {CRASHES + 1} times in a row without a new commit"):
         run_supervised(tmp_path, monkeypatch, "exit(10)")
+
+
+def test_a_campaign_does_not_outlive_its_supervisor(tmp_path):
+    child = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+    script = (
+        "import subprocess, sys; from launch.supervise import _end_with_parent;"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]], preexec_fn=_end_with_parent).wait()"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", script, tmp_path / "pid"])
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    pid = int((tmp_path / "pid").read_text())
+    supervisor.kill()
+    supervisor.wait()
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_supervisor_passes_on_what_it_is_told_and_does_not_start_again(tmp_path, monkeypatch):
+    script = "import os, signal, time; signal.signal(signal.SIGTERM, lambda *a: exit(75));"
+    script += "os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)"
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_supervised(tmp_path, monkeypatch, script) == 75
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_committed_rounds_of_another_directory_are_unknown(tmp_path):

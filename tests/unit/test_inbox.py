@@ -1,0 +1,133 @@
+"""What people hand in: taken by one round, once, also when the round is played again."""
+
+import json
+import multiprocessing
+
+import pyarrow.parquet as pq
+import pytest
+from fakes import FakeScorer
+from test_controller import make_config, metrics_of, play
+
+from rayhf.campaign.audit import audit
+from rayhf.campaign.inbox import Inbox, hand_in, handed_in
+from rayhf.campaign.labels import check_label, unsure_pairs
+from rayhf.config.algorithms import TAKES_LABELS
+from rayhf.errors import ConfigError
+
+
+def test_a_row_is_taken_by_one_round_and_again_by_the_same_round_only(tmp_path):
+    first = hand_in(tmp_path, "labels", [{"n": 1}, {"n": 2}, {"n": 3}], source="a")
+    inbox = Inbox(tmp_path)
+    assert [row["n"] for row in inbox.take("labels", 4, most=2)] == [1, 2]
+    hand_in(tmp_path, "labels", [{"n": 4}], source="b")
+    again = Inbox(tmp_path)  # another attempt
+    assert [row["n"] for row in again.take("labels", 4)] == [1, 2]
+    assert [row["n"] for row in again.take("labels", 5)] == [3, 4]
+    assert again.take("labels", 6) == [] and again.take("prompts", 4) == []
+    assert len(set(first)) == 3 and handed_in(tmp_path, "labels")[3]["source"] == "b"
+
+
+def test_a_line_torn_by_a_crash_costs_no_other_line(tmp_path):
+    hand_in(tmp_path, "prompts", [{"prompt": "one"}], source="a")
+    with (tmp_path / "inbox" / "prompts.jsonl").open("ab") as file:
+        file.write(b'{"id": "x", "prompt": "tor')
+    hand_in(tmp_path, "prompts", [{"prompt": "two"}], source="a")
+    assert [row["prompt"] for row in handed_in(tmp_path, "prompts")] == ["one", "two"]
+
+
+def _many(run, name):
+    for number in range(50):
+        hand_in(run, "labels", [{"n": number}, {"n": number}], source=name)
+
+
+def test_many_may_hand_in_at_once(tmp_path):
+    writers = [multiprocessing.get_context("fork").Process(target=_many, args=(tmp_path, name)) for name in "abc"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    rows = handed_in(tmp_path, "labels")
+    assert len(rows) == 300 and len({row["id"] for row in rows}) == 300
+
+
+def test_prompts_that_were_handed_in_are_asked_in_the_next_round(tmp_path):
+    config = make_config(tmp_path, run={"iterations": 2}, rollout={"max_tokens": 8})
+    config.run.dir.mkdir()
+    long, broken = {"prompt": "x" * 100}, {"prompt": "y", "messages": "both"}
+    hand_in(config.run.dir, "prompts", [{"prompt": "mine", "answer": 3}, long, broken], source="me")
+    play(config)
+    rounds = [pq.read_table(config.run.dir / f"samples/iteration-{n:06d}.parquet").to_pylist() for n in (1, 2)]
+    asked = [{row["prompt_id"] for row in rows} for rows in rounds]
+    assert [len(prompts) for prompts in asked] == [4, 4]
+    mine = [[p for p in prompts if not p.startswith("p")] for prompts in asked]
+    assert len(mine[0]) == 1 and mine[1] == []
+    assert [f for f in audit(config.run.dir, deep=False) if f.problem] == []
+
+
+def test_peoples_verdicts_are_trained_on_once_with_their_lineage(tmp_path):
+    config = make_config(tmp_path, run={"iterations": 2, "checkpoint_every": 1})
+    play(config)
+    pairs = unsure_pairs(config.run.dir, 100)
+    assert len({pair.pair_id for pair in pairs}) == len(pairs) == 8
+    newest = [pair.certainty for pair in pairs if pair.pair_id.startswith("2/")]
+    assert newest == sorted(newest) and pairs[0].pair_id.startswith("2/")
+    for pair, verdict in zip(pairs, ("first", "second", "tie"), strict=False):
+        check_label(config.run.dir, pair.pair_id, verdict)
+        hand_in(config.run.dir, "labels", [{"pair_id": pair.pair_id, "verdict": verdict}], source="ann")
+    assert len(unsure_pairs(config.run.dir, 100)) == 5  # nobody is asked twice
+    play(make_config(tmp_path, run={"iterations": 4, "checkpoint_every": 1}))
+    lines = metrics_of(config)
+    assert [line.get("pairs/human", 0) for line in lines] == [0, 0, 0, 2, 0]
+    given = [
+        row for row in pq.read_table(config.run.dir / "pairs/iteration-000003.parquet").to_pylist() if row["samples"] == [-1, -1]
+    ]
+    samples = pq.read_table(config.run.dir / "samples/iteration-000002.parquet").to_pylist()
+    answers = {(row["prompt_id"], row["text"]): row["token_ids"] for row in samples}
+    first, second = pairs[0], pairs[1]
+    asked = [pair.pair_id.split("/")[1] for pair in (first, second)]
+    assert [m["content"] for m in first.messages] == [str(int(asked[0][1:]))]
+    assert [row["response_ids"] for row in given] == [
+        [answers[asked[0], first.first], answers[asked[0], first.second]],
+        [answers[asked[1], second.second], answers[asked[1], second.first]],
+    ]
+    assert [f for f in audit(config.run.dir, deep=True) if f.problem] == []
+
+
+@pytest.mark.parametrize("algorithm", [{"type": "hypo", "offline": {"path": "x"}}, {"type": "iterative_dpo", "samples": 4}])
+def test_every_loop_that_trains_on_pairs_takes_labels(tmp_path, algorithm):
+    from rayhf.algorithms import build_algorithm
+    from rayhf.algorithms.base import Turn, given_row
+    from rayhf.experience import Example
+
+    config = make_config(tmp_path, algorithm=algorithm)
+    loop = build_algorithm(config.algorithm, max_tokens=8)
+    label = Example(rows=(given_row("p", (1,), (2, 3)), given_row("p", (1,), (4,))))
+    selection = loop.select([], Turn(iteration=1, seed=1, labels=(label,)))
+    assert config.algorithm.type in TAKES_LABELS and selection.metrics["pairs/human"] == 1
+    assert [row.response_ids for row in selection.examples[0].rows] == [(2, 3), (4,)]
+
+
+def test_a_label_of_nothing_is_refused(tmp_path):
+    config = make_config(tmp_path, run={"iterations": 2})
+    play(config)
+    run = config.run.dir
+    prompt = unsure_pairs(run, 1)[0].pair_id.split("/")[1]
+    numbers = (f"9/{prompt}/0/1", f"2/{prompt}/0/0", f"2/{prompt}/0/9", f"2/{prompt}/-1/0")
+    for pair in ("", "2/p/0/1", *numbers, f"../../etc/{prompt}/0", "²/p/0/1"):
+        with pytest.raises(ConfigError, match="no pair"):
+            check_label(run, pair, "first")
+    with pytest.raises(ConfigError, match="the verdict is 'best'; expected first, second, tie"):
+        check_label(run, f"2/{prompt}/0/1", "best")
+
+
+def test_scorers_that_compare_say_themselves_how_unsure_they_are(tmp_path):
+    config = make_config(tmp_path, algorithm={"type": "sppo", "samples": 3}, run={"iterations": 1})
+    play(config, scorer=FakeScorer())
+    rows = pq.read_table(config.run.dir / "samples/iteration-000001.parquet").to_pylist()
+    wins = {(row["prompt_id"], row["text"]): row["wins"] for row in rows}
+    for pair in unsure_pairs(config.run.dir, 10):
+        _, prompt, i, j = pair.pair_id.split("/")
+        assert pair.certainty == abs(wins[prompt, pair.first][int(j)] - 0.5) and i != j
+        others = [abs(w - 0.5) for (p, _), row in wins.items() if p == prompt for w in row if w != 0.5]
+        assert pair.certainty <= min(others, default=0.5)
+    assert json.loads((config.run.dir / "campaign.json").read_text())["iteration"] == 1
