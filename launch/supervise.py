@@ -1,7 +1,7 @@
 """`rayhf run --supervise`: runs the campaign in a child process and starts it again when it dies, until it is done.
 
 For machines without a scheduler that does this. A child that was refused (bad config, locked, paused, no valid checkpoint) is not
-started again; one that keeps dying without a new commit is given up.
+started again; one that keeps dying without a new commit is given up; one whose disk is full is started again every minute.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rayhf.errors import (
     PausedError,
     RayhfError,
     ScorerError,
+    StorageError,
 )
 
 CRASHES = 5
@@ -62,11 +63,13 @@ def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
             now = _committed(run)
             crashes, committed = (1, now) if now > committed else (crashes + 1, committed)
             why = f"signal {-code}" if code < 0 else f"exit code {code}"
+            if code == StorageError.exit_code:  # somebody will make room: it costs nothing to ask again
+                crashes = 0
             if crashes > CRASHES:
                 raise ActorLostError(
                     f"{run} ended {crashes} times in a row without a new commit, the last time with {why}; given up"
                 )
-            wait_s = min(_MAX_WAIT_S, _FIRST_WAIT_S * 2.0 ** (crashes - 1))
+            wait_s = min(_MAX_WAIT_S, _FIRST_WAIT_S * 2.0 ** (crashes - 1)) if crashes else _MAX_WAIT_S
             console.print(f"the campaign ended with {why} after round {now}; it is started again in {wait_s:g} s", style="yellow")
             time.sleep(wait_s)
     finally:

@@ -26,6 +26,8 @@ class Campaign:
     world: Path
     config: Path
     overrides: tuple[str, ...] = ()
+    supervised: bool = False
+    """It runs with --supervise: what it started is the controller's process, and nobody else starts it again."""
     process: subprocess.Popen[str] | None = None
 
     @property
@@ -34,7 +36,7 @@ class Campaign:
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [RAYHF, "run", self.config, *self.overrides],
+            [RAYHF, "run", self.config, *self.overrides, *(["--supervise"] if self.supervised else [])],
             cwd=self.world, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -86,7 +88,7 @@ class Campaign:
 
     def strike(self, role: str, number: int) -> bool:
         """Send a signal to one of a role's actors, or to the controller; False where there is none to hit."""
-        victims = self.family()[:1] if role == "controller" else self.actors(role)
+        victims = [self.family()[self.supervised]] if role == "controller" else self.actors(role)
         if not victims:
             return False
         os.kill(victims[-1].pid, number)
@@ -98,10 +100,23 @@ class Campaign:
         assert self.strike(role, number), f"{role}: nobody to strike"
         if role == "controller":
             assert self.process is not None
-            self.process.wait()
             before = min(before, committed(self.run_dir))
-            self.start()
+            if not self.supervised:
+                self.process.wait()
+                self.start()
         return self.wait_for_rounds(before + 2, timeout_s)
+
+    def command(self, *words: str | Path) -> str:
+        """What a command of rayhf on this run printed. Raises AssertionError unless it ended well."""
+        done = subprocess.run([RAYHF, *words], cwd=self.world, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def wait_for_state(self, state: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while json.loads((self.run_dir / "campaign.json").read_text())["state"] != state:
+            assert time.monotonic() < deadline, f"{self.run_dir.name} was not {state} within {timeout_s:g} s"
+            time.sleep(0.05)
 
 
 def committed(run: Path) -> int:

@@ -229,6 +229,7 @@ def run_supervised(tmp_path, monkeypatch, script):
     real = subprocess.Popen
     monkeypatch.setattr("launch.supervise.subprocess.Popen", lambda command, **how: real([sys.executable, file], **how))
     monkeypatch.setattr("launch.supervise._FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr("launch.supervise._MAX_WAIT_S", 0.0)
     return supervise(["run"], tmp_path / "run", screen())
 
 
@@ -252,6 +253,12 @@ def test_what_cannot_get_better_by_itself_is_not_started_again(tmp_path, monkeyp
 def test_a_crash_loop_is_given_up(tmp_path, monkeypatch):
     with pytest.raises(ActorLostError, match=f"ended {CRASHES + 1} times in a row without a new commit"):
         run_supervised(tmp_path, monkeypatch, "exit(10)")
+
+
+def test_who_has_no_room_on_the_disk_waits_for_it_as_long_as_it_takes(tmp_path, monkeypatch):
+    script = "from pathlib import Path; f = Path(__file__).with_name('n'); n = int(f.read_text()) if f.exists() else 0;"
+    assert run_supervised(tmp_path, monkeypatch, f"{script} f.write_text(str(n + 1)); exit(8 if n < {2 * CRASHES} else 0)") == 0
+    assert (tmp_path / "n").read_text() == str(2 * CRASHES + 1)
 
 
 def test_a_campaign_does_not_outlive_its_supervisor(tmp_path):
