@@ -25,8 +25,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.results import put_section
+
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).with_name("RESULTS.md")
 LIMIT_S = 900
 """Of one run; the bar is 600 on a quiet machine."""
 
@@ -353,23 +354,11 @@ def show(claim: Claim, rows: list[list[str]], console: Console) -> None:
 
 
 def record(key: str, claim: Claim, rows: list[list[str]], seeds: Sequence[int]) -> None:
-    """Replace the claim's section in RESULTS.md; what is said below its table (after a blank line and `>`) is kept."""
-    text = RESULTS.read_text()
-    head = f"### {claim.title}\n"
+    """The claim's section in RESULTS.md."""
     body = [f"Bar: {claim.bar}. `python -m tests.bench.claims {key} --seeds {len(seeds)}`; mean ± standard deviation.\n"]
     body += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     body += ["| " + " | ".join(row) + " |" for row in rows[1:]]
-    section = head + "\n" + "\n".join(body) + "\n"
-    if "## Claims" not in text:
-        text = text.rstrip() + "\n\n## Claims\n"
-    found = re.search(rf"{re.escape(head)}.*?(?=\n### |\n## |\Z)", text, flags=re.DOTALL)
-    if found:
-        said = re.search(r"\n(>.*)\Z", found.group(), flags=re.DOTALL)
-        section += f"\n{said.group(1).rstrip()}\n" if said else ""
-        text = text[: found.start()] + section.rstrip() + "\n" + text[found.end() :]
-    else:
-        text = text.rstrip() + "\n\n" + section
-    RESULTS.write_text(text)
+    put_section(f"### {claim.title}", "\n".join(body), under="## Claims")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 
 Every case starts its peers (peers.py), lets each do warm-up steps, and then gives them turns: one step of A, one of B, ...,
 again and again. Medians over the turns. Same model, prompts, reward, threads and optimiser work. `--record` writes the table into
-RESULTS.md. Whole runs: full under 15 minutes, quick under 4, on two cores.
+RESULTS.md. Whole runs: full about half an hour, quick under 10 minutes, on two cores.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any
 
 import psutil
 
+from tests.bench.results import put_section
 from tests.bench.workload import Size, Spec, write_model, write_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).with_name("RESULTS.md")
 PAUSE_S = 0.2
 """Between turns, so that one peer's spinning worker threads are asleep when the next one starts."""
 
@@ -313,14 +313,6 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def record(text: str) -> None:
-    """Replace the section "Speed" of RESULTS.md."""
-    old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Measured results\n"
-    head, _, tail = old.partition("\n## Speed\n")
-    rest = tail[tail.index("\n## ") :] if "\n## " in tail else ""
-    RESULTS.write_text(f"{head.rstrip()}\n\n## Speed\n\n{text.rstrip()}\n{rest}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two cases, fewer turns")
@@ -330,7 +322,7 @@ def main() -> None:
         text = Bench(Path(scratch), quick=options.quick).run()
     print(text)
     if options.record:
-        record(text)
+        put_section("## Speed", text)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import shutil
 import statistics
 import subprocess
@@ -29,10 +28,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.results import put_section
 from tests.chaos.nemesis import RAYHF, SIGNALS, Campaign, committed, fingerprint, orphans
 from tests.e2e.world import make_world, write_config
 
-RESULTS = Path(__file__).parents[1] / "bench" / "RESULTS.md"
 WRITER = Path(__file__).parents[1] / "unit" / "commit_writer.py"
 Rows = list[tuple[str, str]]
 console = Console(width=160)
@@ -346,17 +345,10 @@ CASES: dict[str, Callable[[Path, int, argparse.Namespace], Rows]] = {
 
 
 def record(case: str, rows: Rows, seed: int, seconds: float) -> None:
-    """Replace the case's table in RESULTS.md."""
-    text = RESULTS.read_text()
-    if "## Chaos" not in text:
-        text = text.rstrip() + "\n\n## Chaos\n\n`make chaos`: faults against real campaigns of toy size; promises are checked.\n"
-    head = f"### Chaos: {case}\n"
+    """The case's table in RESULTS.md."""
     command = f"`python -m tests.chaos {case} --seed {seed}`"
-    body = f"{head}\n{command}, {time.strftime('%Y-%m-%d')}, {seconds / 60:.1f} minutes.\n\n| | |\n|---|---|\n"
-    body += "".join(f"| {label} | {value} |\n" for label, value in rows)
-    found = re.search(rf"{re.escape(head)}.*?(?=\n### |\n## |\Z)", text, flags=re.DOTALL)
-    text = text[: found.start()] + body.rstrip() + "\n" + text[found.end() :] if found else text.rstrip() + "\n\n" + body
-    RESULTS.write_text(text)
+    body = f"{command}, {time.strftime('%Y-%m-%d')}, {seconds / 60:.1f} minutes.\n\n| | |\n|---|---|\n"
+    put_section(f"### Chaos: {case}", body + "\n".join(f"| {label} | {value} |" for label, value in rows), under="## Chaos")
 
 
 def main() -> None:
