@@ -21,8 +21,10 @@ import torch
 from rayhf.config.schema import LearnerConfig, LoraConfig, ReferenceConfig
 from rayhf.errors import CheckpointError, NumericalError
 from rayhf.experience import Example, Row
+from rayhf.learner.forward import scored_row
 from rayhf.learner.packing import plan
 from rayhf.losses.base import LossOutput, MicroBatch, Totals
+from rayhf.losses.reward import BradleyTerryLoss
 
 VOCABULARY = 97
 LR = 1e-3
@@ -181,10 +183,16 @@ def start(keywords: dict[str, Any], model: Path, *, head: str = "policy", lora: 
     return LearnerEngine(model, settings, head=head, lr=LR, total_steps=10, lora=lora, **keywords)  # type: ignore[arg-type]
 
 
+def whole_text(row: Row) -> Row:
+    return scored_row((*row.prompt_ids, *row.response_ids), prompt_id=row.prompt_id, sample=row.sample)
+
+
 def advance(engine: Any, steps: range, budget: int, loss: Any, temperature: float = 0.7) -> list[dict[str, float]]:
     results = []
     for step in steps:
         examples = make_examples(9, seed=step)
+        if isinstance(loss, BradleyTerryLoss):
+            examples = [Example(rows=tuple(whole_text(row) for row in example.rows)) for example in examples]
         rows = [row for example in examples for row in example.rows]
         totals = Totals(tokens=sum(len(r.response_ids) for r in rows), rows=len(rows), examples=len(examples))
         plans = plan([[len(r) for r in e.rows] for e in examples], ranks=engine.world, budget=budget)
@@ -203,7 +211,8 @@ def weights(engine: Any) -> dict[str, np.ndarray[Any, Any]]:
 def train(keywords: dict[str, Any], model: Path, budget: int, head: str, config: dict[str, Any]) -> Any:
     engine = start(keywords, model, head=head, **config)
     before = weights(engine)
-    metrics = advance(engine, range(3), budget, WeightedLogp() if head == "policy" else SquaredError())
+    losses = {"policy": WeightedLogp(), "value": SquaredError(), "score": BradleyTerryLoss()}
+    metrics = advance(engine, range(3), budget, losses[head])
     return metrics, before, weights(engine)
 
 
@@ -217,7 +226,7 @@ def relative(result: Any, expected: Any) -> float:
 # ------------------------------------------------------------------------------------------------ tests
 
 
-@pytest.mark.parametrize("head", ["policy", "value"])
+@pytest.mark.parametrize("head", ["policy", "value", "score"])
 def test_ranks_and_micro_batches_and_stages_do_not_change_the_result(one: Ranks, two: Ranks, tied_llama: Path, head: str) -> None:
     expected = one.call(train, tied_llama, 4096, head, {"zero_stage": 0})[0]
     runs = {"one rank, many micro-batches": one.call(train, tied_llama, 60, head, {"zero_stage": 0})[0]}
