@@ -1,4 +1,4 @@
-"""A learner's ranks: processes that are handed functions. Importing DeepSpeed is most of their time, so they live for many tests."""
+"""A learner's ranks: processes that are handed functions. Importing DeepSpeed is slow, so they live for many tests."""
 
 from __future__ import annotations
 
