@@ -12,6 +12,7 @@ from rayhf.config import algorithms, mcts_dpo, schema, scorers, service, spar
 from rayhf.config.base import Section
 from rayhf.config.fit import FitConfig
 from rayhf.config.load import load_config, load_section
+from rayhf.config.serve import ServeScorerConfig
 from rayhf.preflight import check_settings
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,8 @@ def test_config_imports_no_torch():
 def test_every_shipped_config_is_valid(path):
     if path.stem.startswith("fit_"):
         load_section(path, (), FitConfig)
+    elif path.stem.startswith("serve_scorer_"):
+        load_section(path, (), ServeScorerConfig)
     else:
         check_settings(load_config(path))
 
