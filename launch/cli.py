@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.plain import plain
+from launch.secure import INSECURE, settle
 from rayhf import __version__
 from rayhf.errors import ConfigError, RayhfError
 
@@ -37,7 +39,11 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    insecure_cluster: Annotated[
+        bool, typer.Option("--insecure-cluster", envvar=INSECURE, help="Use clusters that ask nobody for a token, too.")
+    ] = False,
 ) -> None:
+    settle(insecure=insecure_cluster)
     if debug:
         os.environ["RAYHF_DEBUG"] = "1"
 
@@ -67,6 +73,35 @@ def run(
     from launch.supervise import supervise
 
     raise typer.Exit(supervise(["run", str(config), *(overrides or ())], loaded.run.dir, console))
+
+
+@app.command()
+def submit(
+    config: Config,
+    address: Annotated[str, typer.Option(metavar="URL", help="The cluster's job server, for example http://HEAD:8265")],
+    overrides: Overrides = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its log until it is over, and end with its exit code.")] = False,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Give it this environment variable, too.")] = None,
+    entrypoint_cpus: Annotated[
+        float | None, typer.Option(metavar="N", min=0.01, help="Run it on any node that has N CPUs to spare, not on the head.")
+    ] = None,
+    supervised: Annotated[bool, typer.Option("--supervise", help="As for `rayhf run`.")] = False,
+) -> None:
+    """Run a campaign as a job of a Ray cluster."""
+    from launch.submit import submit
+
+    raise typer.Exit(
+        submit(
+            config,
+            overrides or (),
+            address=address,
+            env=env or (),
+            cpus=entrypoint_cpus,
+            supervised=supervised,
+            follow=follow,
+            console=console,
+        )
+    )
 
 
 @app.command()
@@ -251,12 +286,12 @@ def main() -> None:
     except RayhfError as error:
         if os.environ.get("RAYHF_DEBUG"):
             raise
-        print(f"rayhf: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        print(f"rayhf: {plain(' '.join(str(error).split()))}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
     except Exception as error:
         if os.environ.get("RAYHF_DEBUG"):
             raise
-        first = (str(error).strip().splitlines() or [""])[0][:500]
+        first = plain((str(error).strip().splitlines() or [""])[0][:500])
         print(f"rayhf: unexpected {type(error).__name__}: {first} (rayhf --debug ... shows the traceback)", file=sys.stderr)  # noqa: T201
         sys.exit(1)
 

@@ -9,7 +9,8 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rayhf.errors import PlacementError
+from launch.secure import check_head, check_token_file, refusal
+from rayhf.errors import PlacementError, SecurityError
 
 
 @contextmanager
@@ -17,7 +18,8 @@ def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
     """A Ray connection for the time of the block.
 
     "local" starts a cluster of its own, with a fresh token that lives in this process's environment only (Ray would write one
-    to the home directory, readable by all). Anything else joins a running cluster. Raises PlacementError where there is none.
+    to the home directory, readable by all). Anything else joins a running cluster. Raises PlacementError where there is none,
+    SecurityError where it asks nobody for a token, or has another one than we.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -26,6 +28,8 @@ def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # ray.init then switches token authentication on
+    else:
+        check_token_file()
     import ray
 
     try:
@@ -41,7 +45,11 @@ def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise PlacementError(f"cluster.address {address}: no Ray cluster answers there ({error})") from None
+    except ray.exceptions.AuthenticationError as error:
+        raise SecurityError(f"cluster.address {address}: {refusal(error.message)}") from None
     try:
+        if address != "local":
+            check_head(ray.get_runtime_context().gcs_address)
         yield
     finally:
         ray.shutdown()

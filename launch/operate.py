@@ -20,6 +20,7 @@ from rich.prompt import Prompt
 from rich.table import Table
 from rich.text import Text
 
+from launch.plain import plain
 from rayhf import errors
 from rayhf.campaign.audit import audit
 from rayhf.campaign.control import Control, LocalControl
@@ -51,13 +52,13 @@ def show_status(control: Control, console: Console) -> None:
     """A page that fits a terminal."""
     status = control.status()
     table = Table(
-        title=f"{escape(status.run.name)}: {status.state.upper()}",
+        title=f"{escape(plain(status.run.name))}: {status.state.upper()}",
         show_header=False,
         title_style=_STYLES.get(status.state, "red"),
     )
     for label, value in _lines(status):
         if value:
-            table.add_row(label, escape(value))
+            table.add_row(label, escape(plain(value)))
     console.print(table)
 
 
@@ -83,7 +84,7 @@ def watch(control: Control, console: Console) -> None:
     """Print events as they come, until the campaign ends or somebody presses Ctrl-C."""
     try:
         for event in control.watch(lambda: True):
-            console.print(Text(f"{event['time'][11:19]} {event['kind']:<9} {event['message']}"), soft_wrap=True)
+            _say(console, f"{event['time'][11:19]} {event['kind']:<9} {event['message']}")
     except KeyboardInterrupt:
         return
 
@@ -118,8 +119,8 @@ def _label(row: Mapping[str, Any], where: str) -> dict[str, str]:
 def _asked(pairs: Iterable[Unsure], console: Console) -> Iterable[dict[str, str]]:
     for pair in pairs:
         for message in pair.messages:
-            console.print(Panel(Text(message["content"]), title=escape(message["role"])))
-        console.print(Panel(Text(pair.first), title="1"), Panel(Text(pair.second), title="2"))
+            console.print(Panel(Text(plain(message["content"])), title=escape(plain(message["role"]))))
+        console.print(Panel(Text(plain(pair.first)), title="1"), Panel(Text(plain(pair.second)), title="2"))
         said = Prompt.ask("better: 1, 2, t(ie), s(kip), q(uit)", choices=["1", "2", "t", "s", "q"], console=console)
         if said == "q":
             return
@@ -133,21 +134,22 @@ def ask(control: Control, wanted: str, console: Console) -> None:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def show_audit(run: Path, console: Console, *, deep: bool) -> None:
     """What was looked at, and what is wrong. Raises CheckpointError where anything is."""
-    table = Table("what", "finding", title=f"verify {escape(str(run))}")
+    table = Table("what", "finding", title=f"verify {escape(plain(str(run)))}")
     sound = 0
     problems: list[str] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         line = progress.add_task("verify", total=None)
         for finding in audit(run, deep=deep):
-            progress.update(line, description=escape(finding.what), advance=1)
+            what, problem = escape(plain(finding.what)), escape(plain(finding.problem))
+            progress.update(line, description=what, advance=1)
             if finding.problem:
                 problems.append(f"{finding.what}: {finding.problem}")
-                table.add_row(escape(finding.what), escape(finding.problem), style="red")
+                table.add_row(what, problem, style="red")
             else:
                 sound += 1
     table.add_row(f"{sound} other{'s' if sound != 1 else ''}" if problems else f"all {sound}", "as they were written")
@@ -174,5 +176,6 @@ def exit_codes() -> list[tuple[int, str, str, str]]:
     for name, each in inspect.getmembers(errors, inspect.isclass):
         if issubclass(each, errors.RayhfError):
             found.append((each.exit_code, name, each.meaning, each.remedy))
+    found.append((130, "", "`rayhf submit --follow` was left with Ctrl-C; the job goes on", "`rayhf stop RUN` stops it"))
     found.append((143, "", "ended by SIGTERM before anything could be said", "the same command continues"))
     return sorted(found, key=lambda row: (row[0], row[1]))

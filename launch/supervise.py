@@ -27,12 +27,13 @@ from rayhf.errors import (
     PausedError,
     RayhfError,
     ScorerError,
+    SecurityError,
     StorageError,
 )
 
 CRASHES = 5
 """Deaths in a row without a new commit."""
-_FINAL = {ConfigError.exit_code, LockedError.exit_code, CheckpointError.exit_code, PausedError.exit_code, ScorerError.exit_code}
+_FINAL = {error.exit_code for error in (ConfigError, LockedError, CheckpointError, SecurityError, PausedError, ScorerError)}
 _FIRST_WAIT_S, _MAX_WAIT_S = 1.0, 60.0
 _PR_SET_PDEATHSIG = 1
 

@@ -9,8 +9,11 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from launch.plain import plain
 
 _SILENT = ("commit",)
 _STYLES = {"fault": "red", "pause": "yellow", "warn": "yellow"}
@@ -25,7 +28,7 @@ class LiveView:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("round {task.fields[round]}/{task.fields[rounds]}"),
-            TextColumn("{task.description:<10}"),
+            TextColumn("{task.description:<10}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -53,7 +56,8 @@ class LiveView:
 
     def event(self, kind: str, message: str) -> None:
         if kind not in _SILENT:
-            self._console.print(f"{kind}: {message}", style=_STYLES.get(kind), markup=False, highlight=False, soft_wrap=True)
+            line = plain(f"{kind}: {message}")
+            self._console.print(line, style=_STYLES.get(kind), markup=False, highlight=False, soft_wrap=True)
 
 
 def round_line(metrics: Mapping[str, float], iterations: int, task: str) -> str:
@@ -79,7 +83,7 @@ def summary(run: Path, task: str) -> Table:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
     rounds = [line for line in lines if line["iteration"] > 0]
-    table = Table(title=f"{run.name}: before and after {len(rounds)} rounds")
+    table = Table(title=f"{escape(plain(run.name))}: before and after {len(rounds)} rounds")
     for column, justify in (("", "left"), ("before", "right"), ("after", "right")):
         table.add_column(column, justify="left" if justify == "left" else "right")
     for label, name in (

@@ -6,6 +6,7 @@ RayhfError                      1   anything below, for `except` at the command 
 ├── LockedError                 4   another launcher is writing this run directory
 │   └── FencedError             4   a later attempt owns the run directory: this one may not write any more
 ├── CheckpointError             5   no valid checkpoint, or one that does not match
+├── SecurityError               6   a cluster that asks nobody for a token, or a secret where others can read it
 ├── NumericalError              7   a non-finite loss, gradient or weight
 ├── WeightSyncError             7   an engine does not hold the learner's weights
 │   └── StaleWeightsError       7   an engine was asked to write with a version it does not hold
@@ -61,6 +62,12 @@ class CheckpointError(RayhfError):
     exit_code = 5
     meaning = "no checkpoint is valid, or the run directory is not what was committed"
     remedy = "`rayhf verify RUN` names the files; bring them back from a copy, or start in another run.dir"
+
+
+class SecurityError(RayhfError):
+    exit_code = 6
+    meaning = "the cluster lets anybody in, or a secret would be where others can read it; nothing was sent"
+    remedy = "start the cluster with RAY_AUTH_MODE=token, keep the token in a file of mode 600 (README, On a cluster)"
 
 
 class NumericalError(RayhfError):

@@ -18,6 +18,7 @@ import yaml
 
 from rayhf.campaign.checkpoints import directory_name, read_checkpoint
 from rayhf.campaign.files import MANIFEST, sha256
+from rayhf.campaign.state import read_state
 from rayhf.errors import CheckpointError, ConfigError
 
 
@@ -31,11 +32,16 @@ class Finding:
 
 
 def audit(run: Path, *, deep: bool) -> Iterator[Finding]:
-    """Everything that can be checked without Ray; `deep` also opens every tensor. Raises ConfigError for no run directory."""
+    """Everything that can be checked without Ray; `deep` also opens every tensor.
+
+    Raises ConfigError for no run directory, CheckpointError where campaign.json is damaged.
+    """
     try:
-        campaign = json.loads((run / "campaign.json").read_text(encoding="utf-8"))
+        campaign = read_state(run)
+        if campaign is None:
+            raise ConfigError(f"{run} is not a run directory: there is no campaign.json in it")
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        committed, batch = int(campaign["iteration"]), int(config["prompts"]["batch"])
+        committed, batch = campaign["iteration"], int(config["prompts"]["batch"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{run} is not a run directory ({error})") from None
     yield from _checkpoints(run, campaign)

@@ -117,6 +117,8 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     facts = verify(directory)
     try:
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(iteration=int(facts["iteration"]), directory=directory, state=state)
+        if directory.name != directory_name(facts["iteration"]):
+            raise CheckpointError(f"{directory}: its manifest is that of round {facts['iteration']}")
+        return Checkpoint(iteration=facts["iteration"], directory=directory, state=state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory}: its state cannot be read ({error})") from None

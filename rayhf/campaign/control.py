@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 from rayhf.campaign.files import write_json
 from rayhf.campaign.inbox import hand_in
 from rayhf.campaign.lock import RunLock
+from rayhf.campaign.state import FILE, new_state, read_state
 from rayhf.campaign.status import Status, read_status
 from rayhf.errors import ConfigError
 
@@ -113,15 +114,14 @@ class LocalControl:
         status = self.status()
         if status.state != "paused":
             raise ConfigError(f"{self.run} is {status.state}, not paused")
-        file = self.run / "campaign.json"
-        if not json.loads(file.read_text(encoding="utf-8"))["guards"]:
+        if not (read_state(self.run) or new_state())["guards"]:
             write_control(self.run, "run")
             return f"{self.run} goes on"
         lock = RunLock(self.run)  # the process that was paused must be gone, and no other may come
         try:
-            state = json.loads(file.read_text(encoding="utf-8"))
+            state = read_state(self.run) or new_state()
             accepted = sorted({*state["accepted"], *state["guards"]})
-            write_json(file, {**state, "state": "stopped", "reason": None, "guards": [], "accepted": accepted})
+            write_json(self.run / FILE, {**state, "state": "stopped", "reason": None, "guards": [], "accepted": accepted})
         finally:
             lock.release()
         return (

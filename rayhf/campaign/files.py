@@ -54,7 +54,12 @@ def sha256(path: Path) -> str:
 
 
 def _files(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / MANIFEST)
+    """All but the manifest. Raises CheckpointError for a link: a checkpoint is in its directory and nowhere else."""
+    found = sorted(directory.rglob("*"))
+    for path in (directory, *found):
+        if path.is_symlink():
+            raise CheckpointError(f"{directory}: {path.name} is a symbolic link; expected it to be here itself")
+    return [path for path in found if path.is_file() and path != directory / MANIFEST]
 
 
 def seal(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
@@ -84,18 +89,18 @@ def verify(directory: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
         checksum = facts.pop("checksum")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in facts["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory}: no readable manifest ({error})") from None
     if checksum != _checksum(facts):
         raise CheckpointError(f"{directory}: {MANIFEST} is not as it was written")
-    expected: dict[str, dict[str, Any]] = facts["files"]
     found = {str(p.relative_to(directory)): p for p in _files(directory)}
     for name in expected.keys() ^ found.keys():
         raise CheckpointError(f"{directory}: {name} is {'missing' if name in expected else 'not in the manifest'}")
-    for name, entry in expected.items():
-        size = found[name].stat().st_size
-        if size != entry["bytes"]:
-            raise CheckpointError(f"{directory}: {name} has {size} bytes, the manifest says {entry['bytes']}")
-        if sha256(found[name]) != entry["sha256"]:
+    for name, (size, checksum) in expected.items():
+        found_size = found[name].stat().st_size
+        if found_size != size:
+            raise CheckpointError(f"{directory}: {name} has {found_size} bytes, the manifest says {size}")
+        if sha256(found[name]) != checksum:
             raise CheckpointError(f"{directory}: {name} does not have the manifest's checksum")
     return facts

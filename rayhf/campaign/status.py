@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from rayhf.campaign.state import read_state
 from rayhf.config.algorithms import TAKES_LABELS
 from rayhf.errors import ConfigError
 
@@ -67,11 +68,11 @@ _HEALTH = (
 
 
 def read_status(run: Path, *, now: float | None = None) -> Status:
-    """Raises ConfigError where `run` is no run directory."""
+    """Raises ConfigError where `run` is no run directory, CheckpointError where its campaign.json is damaged."""
     now = time.time() if now is None else now
-    campaign = _json(run / "campaign.json")
+    campaign = read_state(run)
     if campaign is None:
-        raise ConfigError(f"{run} is not a run directory: there is no readable campaign.json in it")
+        raise ConfigError(f"{run} is not a run directory: there is no campaign.json in it")
     try:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     except OSError as error:
@@ -176,10 +177,11 @@ def _commit(run: Path, campaign: Mapping[str, Any], now: float) -> str:
     directory = run / "checkpoints" / campaign["checkpoint"]
     try:
         entries = json.loads((directory / "MANIFEST.json").read_text(encoding="utf-8"))["files"].values()
+        size = sum(entry["bytes"] for entry in entries)
         age = now - (directory / "MANIFEST.json").stat().st_mtime
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{directory.name}: not readable ({error})"
-    return f"{directory.name}, {_age(age)} ago, {sum(entry['bytes'] for entry in entries) / 2**20:,.1f} MiB"
+    return f"{directory.name}, {_age(age)} ago, {size / 2**20:,.1f} MiB"
 
 
 def _age(seconds: float) -> str:

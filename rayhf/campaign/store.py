@@ -33,6 +33,7 @@ from rayhf.campaign.files import MANIFEST, fsync_path, sha256, storage_errors, w
 from rayhf.campaign.inbox import Inbox
 from rayhf.campaign.journal import Journal
 from rayhf.campaign.lock import RunLock
+from rayhf.campaign.state import FILE, new_state, read_state
 from rayhf.config.load import dump_config
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import CheckpointError, ConfigError, PausedError
@@ -40,11 +41,6 @@ from rayhf.experience import Example, Group
 
 IDENTITY = ("seed", "policy", "prompts", "algorithm", "scorer.train", "scorer.combine", "rollout.temperature")
 """What makes a campaign this campaign: a run directory refuses a config that differs here."""
-
-_NEW: dict[str, Any] = {
-    "epoch": 0, "iteration": 0, "checkpoint": None, "manifest": None, "best": None, "state": "new",
-    "reason": None, "guards": [], "accepted": [],
-}  # fmt: skip
 
 
 def _pick(config: Mapping[str, Any], dotted: str) -> Any:
@@ -77,7 +73,7 @@ class RunDir:
                 for name in ("samples", "pairs", "checkpoints", "journal"):
                     (self.path / name).mkdir(exist_ok=True)
             self._check_identity(config)
-            self.state: dict[str, Any] = self._read_state()
+            self.state: dict[str, Any] = read_state(self.path) or new_state()
             self.epoch = int(self.state["epoch"]) + 1
             self._write_state(epoch=self.epoch)
             write_atomic(self.path / "config.yaml", dump_config(config).encode())
@@ -109,16 +105,6 @@ class RunDir:
                 before = None
             if difference := _difference(before, _pick(new, key), key):
                 raise ConfigError(f"run.dir {self.path} holds another campaign: {difference}; choose another run.dir")
-
-    def _read_state(self) -> dict[str, Any]:
-        file = self.path / "campaign.json"
-        if not file.exists():
-            return dict(_NEW)
-        try:
-            state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return state
-        except ValueError as error:
-            raise CheckpointError(f"{file}: not valid JSON ({error})") from None
 
     def close(self) -> None:
         self._events.close()
@@ -201,7 +187,7 @@ class RunDir:
         metrics = self.path / "metrics.jsonl"
         size = metrics.stat().st_size if metrics.exists() else 0
         final, manifest = self.checkpoints.commit(temporary, iteration, state, {"metrics_bytes": size})
-        best = self.state.get("best")
+        best = self.state["best"]
         if score is not None and (best is None or score > best["score"]):
             best = {"iteration": iteration, "score": score}
         self._write_state(
@@ -219,7 +205,7 @@ class RunDir:
 
     def _write_state(self, **changes: Any) -> None:
         self.state = {**self.state, **changes}
-        write_json(self.path / "campaign.json", self.state)
+        write_json(self.path / FILE, self.state)
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; None only for a campaign that never committed one.

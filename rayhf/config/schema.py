@@ -15,7 +15,7 @@ from rayhf.config.algorithms import (
     PPOConfig,
     SPPOConfig,
 )
-from rayhf.config.base import Section
+from rayhf.config.base import Name, Section
 from rayhf.config.guards import GuardsConfig
 from rayhf.config.mcts_dpo import MCTSDPOConfig
 from rayhf.config.scorers import ScorerConfig, ScorerEntry
@@ -84,7 +84,7 @@ class PromptsConfig(Section):
     train: Path
     """JSONL or Parquet with `prompt` (string) or `messages` (list of role/content), optional `answer`."""
     heldout: Path | None = None
-    task: str = "heldout"
+    task: Name = "heldout"
     """Name of the held-out task in metrics: eval/<task>/..."""
     batch: PositiveInt = 64
     """Prompts per round: the one batch unit."""
@@ -193,7 +193,7 @@ class EvaluationConfig(Section):
     prompts: Path
     """Like prompts.heldout."""
     scorer: tuple[ScorerEntry, ...] = Field(min_length=1)
-    policy: str = "policy"
+    policy: Name = "policy"
     """Which of the campaign's policies answers, for algorithms that train several; the only one where there is one."""
 
 
@@ -215,7 +215,7 @@ class CampaignConfig(Section):
     policy: PolicyConfig
     prompts: PromptsConfig
     tiny: TinyConfig | None = None
-    evaluations: dict[str, EvaluationConfig] = Field(default_factory=dict)
+    evaluations: dict[Name, EvaluationConfig] = Field(default_factory=dict)
     """By task name; eval/<task>/... with `run.eval_every`."""
     algorithm: AlgorithmConfig
     rollout: RolloutConfig = RolloutConfig()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from rayhf.config.base import Section
+from rayhf.config.base import Name, Section
 from rayhf.config.service import NO_SECURITY, EndpointSecurity, split_endpoint
 
 Dtype = Literal["float32", "bfloat16"]
@@ -28,7 +28,7 @@ class LogSigmoid(Section):
 class Entry(Section):
     """What every scorer has."""
 
-    name: str | None = None
+    name: Name | None = None
     """In metrics and samples. Default: the function's name, or the type."""
     weight: float = 1.0
 
@@ -49,6 +49,8 @@ class RuleScorer(PointwiseEntry):
     function: str
     timeout_s: PositiveFloat = 10.0
     """Per completion, in seconds."""
+    network: bool = False
+    """It asks a service. Otherwise its process gets no network where the kernel allows that."""
 
 
 class RewardModelScorer(PointwiseEntry):
@@ -72,6 +74,8 @@ class PairwiseRuleScorer(Entry):
     function: str
     timeout_s: PositiveFloat = 10.0
     """Per pair, in seconds."""
+    network: bool = False
+    """As for rule."""
 
 
 class PreferenceModelScorer(Entry):

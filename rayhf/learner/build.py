@@ -25,6 +25,7 @@ from rayhf.config.schema import LearnerConfig, LoraConfig
 from rayhf.errors import ConfigError
 from rayhf.learner.forward import PolicyHead, ScoreHead, ValueHead, base_model, prepare_config
 from rayhf.learner.schedule import lr_factor
+from rayhf.modeldir import AS_DATA, WEIGHTS_AS_DATA
 
 Head = Literal["policy", "value", "score"]
 AnyHead = PolicyHead | ValueHead | ScoreHead
@@ -108,11 +109,11 @@ def load_model(
 
     # Alive while loading: from_pretrained then shards each parameter as it comes (ZeRO-3).
     sharding = HfDeepSpeedConfig(dict(zero)) if zero["zero_optimization"]["stage"] == 3 else None
-    model_config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    model_config = AutoConfig.from_pretrained(str(path), **AS_DATA)
     prepare_config(model_config, attention=config.attention)
     kwargs: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
-        "local_files_only": True,
+        **WEIGHTS_AS_DATA,
         "attn_implementation": config.attention,
     }
     if head == "value":

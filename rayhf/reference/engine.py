@@ -17,6 +17,7 @@ from rayhf.config.schema import ReferenceConfig
 from rayhf.errors import CheckpointError
 from rayhf.experience import FloatArray, Row, WeightBucket
 from rayhf.learner.forward import PolicyHead, build_inputs, prepare_config, token_batches
+from rayhf.modeldir import AS_DATA, WEIGHTS_AS_DATA
 from rayhf.rollout.weights import Payload, check_complete, unpack_bucket, verify_bucket
 
 FILE = "reference.safetensors"
@@ -33,10 +34,10 @@ class ReferenceEngine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config, self.device = config, torch.device(device)
-        model_config = transformers.AutoConfig.from_pretrained(str(model), local_files_only=True)
+        model_config = transformers.AutoConfig.from_pretrained(str(model), **AS_DATA)
         prepare_config(model_config, attention="sdpa")
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            str(model), config=model_config, dtype=getattr(torch, dtype), local_files_only=True, attn_implementation="sdpa"
+            str(model), config=model_config, dtype=getattr(torch, dtype), attn_implementation="sdpa", **WEIGHTS_AS_DATA
         )
         self.policy = PolicyHead(loaded.to(self.device)).eval().requires_grad_(False)
         self.weights: dict[str, Tensor] = dict(loaded.named_parameters())

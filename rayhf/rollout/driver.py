@@ -204,6 +204,9 @@ def _build(model: Path, config: RolloutConfig, *, dtype: str, max_length: int, s
         raise ConfigError("rollout.enforce_eager: false needs a GPU; on CPU leave it out")
     settings: dict[str, Any] = {
         "dtype": dtype,
+        # A model directory is data: no code of its own, no pickled weights.
+        "trust_remote_code": False,
+        "load_format": "safetensors",
         "max_model_len": max_length,
         "max_num_seqs": config.max_num_seqs,
         "enforce_eager": eager,

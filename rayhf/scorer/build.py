@@ -27,7 +27,8 @@ from rayhf.config.scorers import (
 from rayhf.errors import ConfigError
 from rayhf.scorer.combine import Combined, Engine, Part, check_names, check_weights
 from rayhf.scorer.judge_text import check_texts
-from rayhf.scorer.rule import ONE, TWO, PairwiseRule, Rule, check_function, parse_function
+from rayhf.scorer.rule import PairwiseRule, Rule, check_function
+from rayhf.scorer.rule_process import ONE, TWO, Limits, parse_function
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -145,9 +146,9 @@ def _check(entry: ScorerEntry, base: Path) -> None:
 
 def _build(entry: ScorerEntry, *, device: str, threads: int | None, base: Path) -> Engine:
     if isinstance(entry, RuleScorer):
-        return Rule(entry.function, base=base, timeout_s=entry.timeout_s)
+        return Rule(entry.function, base=base, limits=Limits(timeout_s=entry.timeout_s, network=entry.network))
     if isinstance(entry, PairwiseRuleScorer):
-        return PairwiseRule(entry.function, base=base, timeout_s=entry.timeout_s)
+        return PairwiseRule(entry.function, base=base, limits=Limits(timeout_s=entry.timeout_s, network=entry.network))
     if isinstance(entry, JudgeScorer):
         return _build_judge(entry, device=device, base=base)
     if isinstance(entry, RemoteScorer):

@@ -33,6 +33,7 @@ from rayhf.config.fit import (
 )
 from rayhf.errors import ConfigError, NumericalError
 from rayhf.experience import Example
+from rayhf.modeldir import AS_DATA, load_tokenizer, read_model_config
 from rayhf.pairs import TextPair, load_pairs
 from rayhf.prompts import read_rows
 from rayhf.scorer.preference_model import SCORER_FILE, Kind, Problem, Reader, Row, length_limit, sigmoid
@@ -135,8 +136,6 @@ def needed_numbers(objective: Objective) -> tuple[str, ...]:
 
 def prepare_fit(config: FitConfig, *, base: Path) -> FitPlan:
     """Read and check everything that can be checked before a learner starts. Raises ConfigError in one line."""
-    from rayhf.modeldir import load_tokenizer, read_model_config
-
     path = base / config.model
     read_model_config(path, key="model")
     tokenizer = load_tokenizer(path, key="model")
@@ -151,7 +150,7 @@ def prepare_fit(config: FitConfig, *, base: Path) -> FitPlan:
 def _model_limit(path: Path, tokenizer: PreTrainedTokenizerBase) -> int:
     from transformers import AutoConfig
 
-    return length_limit(AutoConfig.from_pretrained(str(path), local_files_only=True).get_text_config(), tokenizer)
+    return length_limit(AutoConfig.from_pretrained(str(path), **AS_DATA).get_text_config(), tokenizer)
 
 
 def fit_set(path: Path, reader: Reader, config: FitConfig, *, key: str, limit: int) -> FitSet:

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from rayhf.errors import ConfigError
 from rayhf.experience import Compared, Comparison, Failed, Invalid, Message, Outcome, Scored, ScoreRequest
+from rayhf.modeldir import AS_DATA, WEIGHTS_AS_DATA, refuse_own_code
 from rayhf.prompts import disarming, special_tokens
 from rayhf.scorer.reward_model import _one_line, _read_json, pack
 
@@ -76,6 +77,7 @@ def check_directory(directory: Path) -> None:
     if facts.kind == "pointwise":
         raise ConfigError(f"preference model {directory}: it scores one answer at a time; use type: reward_model for it")
     config = _read_json(directory / "config.json")
+    refuse_own_code(directory, config, key="preference model")
     names = config.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         found = ", ".join(names) or "none"
@@ -202,9 +204,9 @@ class PreferenceModel:
         self.facts = read_facts(directory)
         self._torch, self._device, self._token_budget = torch, torch.device(device), token_budget
         try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(directory, **AS_DATA)
             self._model, loading = AutoModelForSequenceClassification.from_pretrained(
-                directory, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+                directory, dtype=getattr(torch, dtype), output_loading_info=True, **WEIGHTS_AS_DATA
             )
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"preference model {directory}: {_one_line(error)}") from error

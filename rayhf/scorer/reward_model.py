@@ -19,6 +19,7 @@ import jinja2
 
 from rayhf.errors import ConfigError
 from rayhf.experience import Comparison, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.modeldir import AS_DATA, WEIGHTS_AS_DATA, refuse_own_code
 from rayhf.prompts import disarming
 from rayhf.scorer.pairs import compare_scores
 
@@ -61,10 +62,10 @@ class RewardModel:
             torch.set_num_threads(threads)
         self._torch, self._device, self._token_budget = torch, torch.device(device), token_budget
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(directory, **AS_DATA)
             self._disarm = disarming(self._tokenizer)
             self._model, loading = AutoModelForSequenceClassification.from_pretrained(
-                directory, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+                directory, dtype=getattr(torch, dtype), output_loading_info=True, **WEIGHTS_AS_DATA
             )
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"reward model {directory}: {_one_line(error)}") from error
@@ -190,6 +191,7 @@ def check_directory(directory: Path) -> None:
     if facts.is_file() and (kind := _read_json(facts).get("kind")) != "pointwise":
         raise ConfigError(f"reward model {directory}: it is a {kind} model; use type: preference_model for it")
     config = _read_json(config_file)
+    refuse_own_code(directory, config, key="reward model")
     names = config.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         found = ", ".join(names) or "none"

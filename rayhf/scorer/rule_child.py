@@ -1,12 +1,15 @@
 """The process in which a user's rule function runs, started by rule.py as a script. Standard library only.
 
-In: JSON lines on the request pipe, first {"path", "module", "function", "positional", "keywords", "memory_bytes"}, then one
-[number, texts, context, messages] per call: the positional and the keyword arguments. Out, on the reply pipe: one line that
-says ready or refused, then one [number, kind, value] per call, in order, written as soon as it is known: the parent times
-each call by the answers. The life pipe carries nothing; the kernel kills this process group when the parent's end closes. The
-rule's own stdout goes to stderr and its stdin is empty, so nothing that it prints reaches the protocol.
+In: JSON lines on the request pipe, first {"path", "module", "function", "positional", "keywords", and the limits "memory_bytes",
+"file_bytes", "timeout_s", "network"}, then one [number, texts, context, messages] per call: the positional and the keyword
+arguments. Out, on the reply pipe: one line that says ready or refused, then one [number, kind, value] per call, in order, written
+as soon as it is known: the parent times each call by the answers. The life pipe carries nothing; the kernel kills this process
+group when the parent's end closes. The rule's own stdout goes to stderr and its stdin is empty, so nothing that it prints reaches
+the protocol.
 """
 
+import contextlib
+import ctypes
 import fcntl
 import hashlib
 import importlib
@@ -15,15 +18,23 @@ import json
 import math
 import numbers
 import os
+import re
 import resource
 import select
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 REASON_CHARS = 400
+PROCESSES = 512
+"""And threads, of the rule and of what it starts."""
+_NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
+_CORES = os.cpu_count() or 1
+_CUT_OFF = re.compile("Network is unreachable|name resolution|Name or service not known")
+_HINT = " (rules have no network here; `network: true` in the scorer's entry gives this one its own)"
 
 
 def main() -> None:
@@ -33,16 +44,23 @@ def main() -> None:
     _die_with_parent(life_fd)
     requests = open(request_fd, "rb", buffering=1 << 16)  # noqa: SIM115 - lives as long as the process
     hello = _decode(requests.readline())
-    _limit(hello["memory_bytes"])
+    apart = _set_apart(network=hello["network"])
+    _limit(hello["memory_bytes"], hello["file_bytes"], apart=apart)
     sys.path[:] = hello["path"]
     loaded, answer = _load(hello["module"], hello["function"], hello["positional"], hello["keywords"])
-    _send(reply_fd, answer)
+    _send(reply_fd, answer | {"apart": apart})
     if loaded is None:
         return
     function, wants_messages = loaded
+    hint = _HINT if apart and not hello["network"] else ""
+    due = 0.0
     for line in requests:
         number, texts, context, messages = _decode(line)
+        if time.monotonic() >= due:
+            due = _allow_cpu(hello["timeout_s"])
         kind, value = _judge(function, texts, context | ({"messages": messages} if wants_messages else {}))
+        if hint and isinstance(value, str) and _CUT_OFF.search(value):
+            value += hint
         _send(reply_fd, [number, kind, value])
 
 
@@ -124,16 +142,46 @@ def _describe_value(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def _limit(memory_bytes: int) -> None:
-    """Address space, and no core files.
+def _set_apart(*, network: bool) -> bool:
+    """Into a user namespace of our own, and without `network` into a network namespace that has no interface.
 
-    The time limit is the parent's: a CPU limit would end a process that lives for days, and a process limit counts
-    everything that the user runs on the machine.
+    From there other processes' environments and memory cannot be read, also where they run as the same user. False where the
+    kernel or the container does not allow it: then the rule has what its user has.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    uid, gid = os.geteuid(), os.getegid()
+    if ctypes.CDLL(None).unshare(_NEW_USER | (0 if network else _NEW_NETWORK)) != 0:
+        return False
+    with contextlib.suppress(OSError):  # some distributions forbid even this: then we are called nobody, and stay who we are
+        for file, content in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            with open(f"/proc/self/{file}", "w") as opened:
+                opened.write(content)
+    return True
+
+
+def _limit(memory_bytes: int, file_bytes: int, *, apart: bool) -> None:
+    """Address space, the size of each file, no core files; and processes where they are counted for this rule alone.
+
+    Elsewhere that limit would count everything that the user runs on the machine, in other containers too. The kernel binds root
+    by no such limit.
+    """
+    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_FSIZE: file_bytes, resource.RLIMIT_CORE: 0}
+    if apart and tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (5, 14):
+        limits[resource.RLIMIT_NPROC] = PROCESSES
+    for kind, wanted in limits.items():
+        _, hard = resource.getrlimit(kind)
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(kind, (limit, limit))
+
+
+def _allow_cpu(seconds: float) -> float:
+    """What all cores can do in the time of two calls, and a second; returns when it is due again, which is after one call's time.
+
+    The parent gives up before that, unless it is stopped itself.
+    """
+    limit = math.ceil(time.process_time() + 2 * seconds * _CORES) + 1
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    return time.monotonic() + seconds
 
 
 def _die_with_parent(life_fd: int) -> None:

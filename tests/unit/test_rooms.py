@@ -63,14 +63,6 @@ def test_every_shipped_config_is_valid(path):
         check_settings(load_config(path))
 
 
-def test_no_code_is_loaded_from_models_and_nothing_is_unpickled():
-    for room in ALLOWED:
-        for file in (ROOT / room).rglob("*.py"):
-            text = file.read_text()
-            assert "weights_only=False" not in text and "trust_remote_code=True" not in text, file
-            assert not {"pickle", "cloudpickle", "dill", "joblib"} & set(imports(file)), file
-
-
 def test_every_config_key_is_read_somewhere():
     """A key that does nothing is a promise that is not kept."""
     files = [f for room in ALLOWED for f in (ROOT / room).rglob("*.py") if ROOT / "rayhf/config" not in f.parents]

@@ -14,7 +14,8 @@ from rayhf.config.scorers import PairwiseRuleScorer
 from rayhf.errors import ConfigError
 from rayhf.experience import Failed, Invalid, Outcome, Scored
 from rayhf.scorer.build import build_scorer, check_entries
-from rayhf.scorer.rule import TWO, PairwiseRule, check_function
+from rayhf.scorer.rule import PairwiseRule, check_function
+from rayhf.scorer.rule_process import TWO, Limits
 
 NAN = float("nan")
 RULES = """
@@ -51,7 +52,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def game(base: Path) -> Iterator[PairwiseRule]:
-    rule = PairwiseRule("games:game", base=base, timeout_s=0.8)
+    rule = PairwiseRule("games:game", base=base, limits=Limits(timeout_s=0.8))
     yield rule
     rule.close()
 
@@ -85,7 +86,7 @@ def test_a_bad_pair_costs_itself_only(game: PairwiseRule, bad: str, kind: type[O
 
 
 def test_a_rule_that_always_hangs_is_given_up(base: Path) -> None:
-    rule = PairwiseRule("games:game", base=base, timeout_s=0.2)
+    rule = PairwiseRule("games:game", base=base, limits=Limits(timeout_s=0.2))
     started = time.monotonic()
     [compared, other] = rule.compare([request("sleep", *(f"text {i}" for i in range(40))), request("rock", "paper")])
     assert time.monotonic() - started < 5

@@ -16,6 +16,7 @@ import pytest
 from rayhf.errors import ConfigError
 from rayhf.experience import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 from rayhf.scorer.rule import Rule, check_function
+from rayhf.scorer.rule_process import Limits
 
 RULES = """
 import os, re, signal, sys, time
@@ -91,7 +92,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def misbehave(base: Path) -> Iterator[Rule]:
-    rule = Rule("my_rules:misbehave", base=base, timeout_s=0.8)
+    rule = Rule("my_rules:misbehave", base=base, limits=Limits(timeout_s=0.8))
     yield rule
     rule.close()
 
@@ -210,8 +211,9 @@ def test_the_child_dies_with_its_parent(base: Path) -> None:
         import sys
         from pathlib import Path
         from rayhf.scorer.rule import Rule
+        from rayhf.scorer.rule_process import Limits
         from test_scorer_rule import request
-        rule = Rule("my_rules:misbehave", base=Path(sys.argv[1]), timeout_s=60)
+        rule = Rule("my_rules:misbehave", base=Path(sys.argv[1]), limits=Limits(timeout_s=60))
         print(rule._child._process.pid, flush=True)
         rule.score([request("regex")])
     """)
@@ -297,7 +299,7 @@ def test_no_descriptor_is_left_behind(base: Path) -> None:
 
 
 def test_a_rule_that_always_hangs_does_not_take_its_limit_for_every_completion(base: Path) -> None:
-    rule = Rule("my_rules:misbehave", base=base, timeout_s=0.3)
+    rule = Rule("my_rules:misbehave", base=base, limits=Limits(timeout_s=0.3))
     try:
         started = time.monotonic()
         (outcomes,) = rule.score([request(*["sleep"] * 50)])

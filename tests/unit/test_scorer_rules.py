@@ -11,6 +11,7 @@ from test_scorer_pairs import request
 from rayhf.experience import Failed, Scored
 from rayhf.scorer.math_rules import math_equal
 from rayhf.scorer.rule import Rule
+from rayhf.scorer.rule_process import Limits
 from rayhf.scorer.rules import exact_match, final_number, regex_match, regex_search
 
 
@@ -111,7 +112,7 @@ def test_math_equal_needs_an_answer() -> None:
 
 
 def test_math_that_never_ends_is_failed_and_not_wrong(tmp_path: Path) -> None:
-    rule = Rule("rayhf.scorer.math_rules:math_equal", base=tmp_path, timeout_s=2.0)
+    rule = Rule("rayhf.scorer.math_rules:math_equal", base=tmp_path, limits=Limits(timeout_s=2.0))
     [(slow, right)] = rule.score([request("$9^{9^{9^{9}}}$", "4")])
     rule.close()
     assert isinstance(slow, Failed)

@@ -1,0 +1,153 @@
+"""A hostile rule in its real process: what it may take, what it sees, and what is left of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from test_scorer_rule import _running, request
+
+from rayhf.experience import Failed, Outcome, Scored
+from rayhf.scorer.rule import Rule
+from rayhf.scorer.rule_process import Limits
+
+RULES = """
+import os, resource, socket, sys, time
+
+def memory(completion, **context):
+    return len(bytearray(8 << 30))
+
+def disk(completion, **context):
+    with open("big", "wb") as file:
+        while file.tell() < 10 << 30:
+            file.write(bytes(1 << 20))
+            file.flush()
+    return 1.0
+
+def processes(completion, **context):
+    for number in range(12):
+        if os.fork() == 0:
+            if number % 2:
+                os.setsid()
+            if number % 3 == 0 and os.fork():
+                os._exit(0)
+            with open("pids", "a") as file:
+                file.write(f"{os.getpid()}\\n")
+            time.sleep(600)
+            os._exit(0)
+    time.sleep(600)
+
+def environment(completion, **context):
+    return sum("canary" in value for value in os.environ.values())
+
+def neighbours(completion, **context):
+    return len(open(f"/proc/{os.getppid()}/environ").read())
+
+def dial(completion, **context):
+    socket.create_connection(("127.0.0.1", int(completion)), timeout=5).close()
+    return 1.0
+
+def cpu(completion, **context):
+    return resource.getrlimit(resource.RLIMIT_CPU)[0] - time.process_time()
+
+def counted(completion, **context):
+    return resource.getrlimit(resource.RLIMIT_NPROC)[0]
+
+def endless(completion, **context):
+    while True:
+        os.write(int(sys.argv[2]), b"x" * 65536)  # the pipe for answers
+"""
+
+Ask = Callable[..., Outcome]
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Iterator[Ask]:
+    """What a function of RULES says of one text."""
+    (tmp_path / "hostile.py").write_text(RULES)
+    started: list[Rule] = []
+
+    def ask(function: str, text: str = "", **limits: object) -> Outcome:
+        started.append(Rule(f"hostile:{function}", base=tmp_path, limits=Limits(**{"timeout_s": 5.0, **limits})))
+        [(outcome,)] = started[-1].score([request(text)])
+        return outcome
+
+    yield ask
+    for rule in started:
+        rule.close()
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = tmp_path_factory.mktemp("apart")
+    (base / "hostile.py").write_text(RULES)
+    rule = Rule("hostile:counted", base=base)
+    allowed = rule._child is not None and rule._child.apart
+    rule.close()
+    if not allowed:
+        pytest.skip("this kernel or container allows no user namespaces")
+
+
+def test_memory(ask: Ask) -> None:
+    assert ask("memory") == Failed(reason="MemoryError (hostile.py:5)")
+
+
+def test_disk(ask: Ask, tmp_path: Path) -> None:
+    outcome = ask("disk", file_bytes=32 << 20)
+    assert isinstance(outcome, Failed) and "File too large" in outcome.reason
+    assert (tmp_path / "big").stat().st_size <= 32 << 20
+
+
+def test_processes_are_ended_also_those_that_left_the_session(ask: Ask, tmp_path: Path) -> None:
+    assert ask("processes", timeout_s=2.0) == Failed(reason="no answer within 2 s")
+    started = [int(line) for line in (tmp_path / "pids").read_text().split()]
+    assert len(started) == 12
+    deadline = time.monotonic() + 5  # what was killed has yet to be buried by its new parent
+    while (left := list(filter(_running, started))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert left == []
+
+
+def test_no_secret_of_the_environment_is_seen(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "canary")
+    assert ask("environment") == Scored(value=0.0)
+    monkeypatch.setenv("LANG", "canary")  # one that it does get
+    assert ask("environment") == Scored(value=1.0)
+
+
+@pytest.mark.usefixtures("apart")
+def test_other_processes_cannot_be_read(ask: Ask) -> None:
+    outcome = ask("neighbours")
+    assert isinstance(outcome, Failed) and outcome.reason.startswith("PermissionError")
+
+
+@pytest.mark.usefixtures("apart")
+def test_the_network_is_for_those_who_ask_for_it(ask: Ask) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        outcome = ask("dial", port)
+        assert isinstance(outcome, Failed) and "Network is unreachable" in outcome.reason
+        assert "`network: true` in the scorer's entry" in outcome.reason
+        assert ask("dial", port, network=True) == Scored(value=1.0)
+
+
+@pytest.mark.usefixtures("apart")
+def test_processes_are_counted(ask: Ask) -> None:
+    assert ask("counted") == Scored(value=512.0)
+
+
+def test_cpu_time_is_limited_by_the_time_of_a_call(ask: Ask) -> None:
+    outcome = ask("cpu", timeout_s=3.0)
+    assert isinstance(outcome, Scored) and 0 < outcome.value <= 2 * 3.0 * (os.cpu_count() or 1) + 2
+
+
+def test_an_endless_answer_is_cut_short(ask: Ask) -> None:
+    started = time.monotonic()
+    outcome = ask("endless", timeout_s=30.0)
+    assert isinstance(outcome, Failed) and "something other than an answer" in outcome.reason
+    assert time.monotonic() - started < 20
