@@ -46,12 +46,21 @@ class Endpoints:
     Args:
         service: whose health is asked.
         first_rest_s: how long an endpoint is left alone the first time; doubled up to MAX_REST_S while it does not come back.
+        clock: seconds that never go back.
     """
 
-    def __init__(self, clients: Sequence[Client], *, service: str, in_flight: int, first_rest_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        *,
+        service: str,
+        in_flight: int,
+        first_rest_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._all = [_Endpoint(client, first_rest_s) for client in clients]
         self._service, self._in_flight, self._first_rest_s = service, in_flight, first_rest_s
-        self._changed = threading.Condition()
+        self._clock, self._changed = clock, threading.Condition()
 
     def ask(self, call: Callable[[Client], T], tried: set[Client]) -> T:
         """The answer of one endpoint, one that is not in `tried` where there is a choice; it is added there. Raises what `call`
@@ -78,7 +87,7 @@ class Endpoints:
     def _take(self, tried: set[Client]) -> _Endpoint:
         while True:
             with self._changed:
-                due = [e for e in self._all if e.error and not e.probed and time.monotonic() >= e.rests_until]
+                due = [e for e in self._all if e.error and not e.probed and self._clock() >= e.rests_until]
                 up = [e for e in self._all if not e.error]
                 free = [e for e in up if e.under_way < self._in_flight]
                 if due:
@@ -117,7 +126,7 @@ class Endpoints:
 
     def _rest(self, endpoint: _Endpoint, error: ServiceError) -> None:
         with self._changed:
-            endpoint.error, endpoint.rests_until = error, time.monotonic() + endpoint.rest_s
+            endpoint.error, endpoint.rests_until = error, self._clock() + endpoint.rest_s
             endpoint.rest_s = min(MAX_REST_S, 2 * endpoint.rest_s)
 
     def _well(self, endpoint: _Endpoint) -> None:

@@ -1,9 +1,9 @@
 """What a scorer costs when it is a service: `rayhf serve-scorer` as a process, against the same scorer beside the caller.
 
-    python -m tests.bench.service [--seconds 4]
+    python -m tests.bench.service [--seconds 4] [--record]
 
-A rule judges answers of 300 characters, 8 to a prompt. One call is one batch. Prints a Markdown table for RESULTS.md; about a
-minute on two cores, which server, rule and callers share.
+A rule judges answers of 300 characters, 8 to a prompt. One call is one batch. Prints a Markdown table, and writes it into
+RESULTS.md with --record; about a minute on two cores, which servers, rules and callers share.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import trustme
@@ -28,12 +29,14 @@ from rayhf.config.service import NO_SECURITY, EndpointSecurity
 from rayhf.experience import Completion, Prompt, Scored, ScoreRequest
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.combine import Engine
+from tests.bench.results import put_section
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = ROOT / "configs/tiny/serve_scorer_arithmetic.yaml"
 RULE = RuleScorer(function="rayhf.tiny.arithmetic:correct")
 BATCHES = (1, 16, 256)
 SAMPLES = 8
+LOAD = os.getloadavg()
 
 
 def batch(completions: int, rng: random.Random) -> list[ScoreRequest]:
@@ -113,10 +116,8 @@ def identities(folder: Path) -> tuple[list[str], EndpointSecurity]:
     return [f"service.tls={tls}", f"service.token_file={folder}/token"], security
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="per cell")
-    seconds = parser.parse_args().seconds
+def rows(seconds: float) -> Iterator[str]:
+    """The table, line by line as it is measured."""
 
     def build(entry: RuleScorer | RemoteScorer) -> Engine:
         return build_scorer([entry], device="cpu", threads=None, base=ROOT)
@@ -124,7 +125,8 @@ def main() -> None:
     def remote(address: str, security: EndpointSecurity = NO_SECURITY) -> Callable[[], Engine]:
         return lambda: build(RemoteScorer(endpoints=(address,), security=security, batch=max(BATCHES), in_flight=8))
 
-    print("| completions per call | asked | calls/s | completions/s | p50 ms | p99 ms |\n|--:|---|--:|--:|--:|--:|")
+    yield "| completions per call | asked | calls/s | completions/s | p50 ms | p99 ms |"
+    yield "|--:|---|--:|--:|--:|--:|"
     with tempfile.TemporaryDirectory() as scratch:
         overrides, security = identities(Path(scratch))
         with served(()) as plain, served(overrides) as locked:
@@ -139,10 +141,23 @@ def main() -> None:
                     engine = make()
                     rate, p50, p99 = measure(engine, completions, callers=callers, seconds=seconds)
                     engine.close()
-                    print(
-                        f"| {completions} | {name} | {rate:,.0f} | {rate * completions:,.0f} | {p50:.2f} | {p99:.2f} |",
-                        flush=True,
-                    )
+                    yield f"| {completions} | {name} | {rate:,.0f} | {rate * completions:,.0f} | {p50:.2f} | {p99:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=4.0, help="per cell")
+    parser.add_argument("--record", action="store_true", help="write the table into tests/bench/RESULTS.md")
+    options = parser.parse_args()
+    began, table = datetime.now(UTC), []
+    for row in rows(options.seconds):
+        print(row, flush=True)
+        table.append(row)
+    said = f"`python -m tests.bench.service`, {began:%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, load before it {LOAD[0]:.1f}."
+    what = f"A rule judges answers of 300 characters, {SAMPLES} to a prompt; servers, rules and callers share the cores."
+    print(f"\n{said}")
+    if options.record:
+        put_section("## Scorer service", "\n".join([f"{said} {what}", "", *table]))
 
 
 if __name__ == "__main__":

@@ -75,23 +75,33 @@ def test_a_slow_service_costs_its_deadline_and_no_more():
 
 
 def test_calls_whose_client_has_gone_do_not_reach_the_scorer():
-    engine = Lengths(wait_s=0.4)
+    class Held(Lengths):
+        free = threading.Event()
+
+        def score(self, requests):
+            answers = super().score(requests)
+            assert self.free.wait(30)
+            return answers
+
+    engine = Held()
     server = serve(engine)
     client = Client(server.address, EndpointSecurity(), base=HERE)
+    asked = pb.ScoreRequests(requests=[encode_request(request("a"))])
+
+    def ask(timeout_s):
+        return client.call(ScorerStub(client.channel).Score, asked, timeout_s=timeout_s)
+
     try:
-
-        def ask(timeout_s):
-            with pytest.raises(UnreachableError):
-                asked = pb.ScoreRequests(requests=[encode_request(request("a"))])
-                client.call(ScorerStub(client.channel).Score, asked, timeout_s=timeout_s)
-
-        calls = [threading.Thread(target=ask, args=(0.15,)) for _ in range(4)]
-        for call in calls:
-            call.start()
-        for call in calls:
-            call.join()
-        time.sleep(0.5)
-        assert engine.calls == 1
+        first = threading.Thread(target=ask, args=(30,))
+        first.start()
+        assert engine.asked.wait(10)
+        for _ in range(3):
+            with pytest.raises(UnreachableError, match=r"no answer within 0\.1 s"):
+                ask(0.1)
+        engine.free.set()
+        first.join()
+        ask(30)
+        assert engine.calls == 2
     finally:
         client.close()
         server.stop()
@@ -100,61 +110,122 @@ def test_calls_whose_client_has_gone_do_not_reach_the_scorer():
 def test_the_circuit_opens_is_probed_by_health_and_closes():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
-    endpoints = Endpoints([client], service=SERVICE, in_flight=1, first_rest_s=0.1)
-    asked, up = [], False
+    now, asked, up = 0.0, 0, False
+    endpoints = Endpoints([client], service=SERVICE, in_flight=1, first_rest_s=1.0, clock=lambda: now)
 
     def call(_):
-        asked.append(time.monotonic())
+        nonlocal asked
+        asked += 1
         if not up:
             raise UnreachableError("away")
         return "answer"
 
     def fails(times, message="away"):
+        """How many of the calls got as far as the endpoint."""
+        before = asked
         for _ in range(times):
             with pytest.raises(UnreachableError, match=message):
                 endpoints.ask(call, set())
+        return asked - before
 
     try:
-        fails(OPENS_AFTER + 5)
-        assert len(asked) == OPENS_AFTER  # open: the others were not even tried
-        time.sleep(0.12)
-        fails(4)
-        assert len(asked) == OPENS_AFTER + 1  # half open: its health was good, one call went through and failed
-        time.sleep(0.12)
-        fails(1)
-        assert len(asked) == OPENS_AFTER + 1  # it rests twice as long now
-        up = True
-        time.sleep(0.1)
+        assert fails(OPENS_AFTER + 5) == OPENS_AFTER  # open: the others were not even tried
+        now = 1.0
+        assert fails(4) == 1  # half open: its health was good, one call went through and failed
+        now = 2.9
+        assert fails(1) == 0  # it rests twice as long now
+        now, up = 3.0, True
         assert [endpoints.ask(call, set()) for _ in range(3)] == ["answer"] * 3
         server.stop()
         up = False
-        fails(OPENS_AFTER)
-        time.sleep(0.12)
-        seen = len(asked)
-        fails(1, "unavailable")
-        assert len(asked) == seen  # its health cannot be asked: no call goes there
+        assert fails(OPENS_AFTER) == OPENS_AFTER
+        now = 4.0
+        assert fails(1, "unavailable") == 0  # its health cannot be asked: no call goes there
     finally:
         endpoints.close()
 
 
-def test_the_least_busy_endpoint_is_asked_and_no_more_at_a_time_than_allowed():
+def test_an_endpoint_is_asked_by_the_least_busy_and_by_no_more_at_a_time_than_allowed():
+    clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
+    for in_flight, callers in ((2, 12), (4, 4)):  # as many as may; half of them where all find a place
+        endpoints = Endpoints(clients, service=SERVICE, in_flight=in_flight)
+        lock, together, busy, most = threading.Lock(), threading.Barrier(4), dict.fromkeys(clients, 0), set()
+
+        def call(client, lock=lock, together=together, busy=busy, most=most):
+            with lock:
+                busy[client] += 1
+            together.wait(30)
+            with lock:
+                most.update(busy.values())
+            together.wait(30)
+            with lock:
+                busy[client] -= 1
+
+        threads = [threading.Thread(target=endpoints.ask, args=(call, set())) for _ in range(callers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most == {2}
+    endpoints.close()
+
+
+def test_what_failed_at_one_endpoint_is_asked_of_another():
     clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
     endpoints = Endpoints(clients, service=SERVICE, in_flight=2)
-    lock, busy, most, total = threading.Lock(), dict.fromkeys(clients, 0), dict.fromkeys(clients, 0), dict.fromkeys(clients, 0)
+    asked = []
 
     def call(client):
-        with lock:
-            busy[client] += 1
-            total[client] += 1
-            most[client] = max(most[client], busy[client])
-        time.sleep(0.02)
-        with lock:
-            busy[client] -= 1
+        asked.append(client)
+        raise UnreachableError("away")
 
-    threads = [threading.Thread(target=endpoints.ask, args=(call, set())) for _ in range(12)]
+    tried = set()
+    for _ in range(2):
+        with pytest.raises(UnreachableError):
+            endpoints.ask(call, tried)
+    endpoints.close()
+    assert asked == clients and tried == set(clients)
+
+
+def test_one_caller_asks_the_health_and_the_others_wait_for_what_it_says():
+    class Slow(Client):
+        probes = 0
+
+        def check_health(self, service, *, timeout_s):
+            self.probes += 1
+            time.sleep(0.2)
+
+    client = Slow("127.0.0.1:1", EndpointSecurity(), base=HERE)
+    endpoints = Endpoints([client], service=SERVICE, in_flight=9, first_rest_s=0.01)
+    answers, up = [], threading.Event()
+
+    def call(_):
+        if not up.is_set():
+            raise UnreachableError("away")
+        return "answer"
+
+    for _ in range(OPENS_AFTER):
+        with pytest.raises(UnreachableError):
+            endpoints.ask(call, set())
+    time.sleep(0.02)
+    up.set()
+    threads = [threading.Thread(target=lambda: answers.append(endpoints.ask(call, set()))) for _ in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     endpoints.close()
-    assert set(most.values()) == {2} and set(total.values()) == {6}
+    assert answers == ["answer"] * 5 and client.probes == 1
+
+
+def test_a_server_that_is_about_to_end_is_not_healthy():
+    server = serve(Lengths())
+    client = Client(server.address, EndpointSecurity(), base=HERE)
+    try:
+        client.check_health(SERVICE, timeout_s=5)
+        server._health.enter_graceful_shutdown()  # what stop() does first
+        with pytest.raises(UnreachableError, match=f"{SERVICE} is not serving"):
+            client.check_health(SERVICE, timeout_s=5)
+    finally:
+        client.close()
+        server.stop()
