@@ -187,6 +187,7 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     jobs = cluster.get("/api/jobs/")
     assert {job["status"] for job in jobs} == {"SUCCEEDED", "FAILED"} and len(jobs) == 3
 
+    assert len(list(cluster.temporary.glob("session_2*/logs/**/*.log"))) > 10
     secrets = {**SECRETS, "token": (cluster.shared / ".rayhf/token").read_text()}
     places = {"shown": user.shown, "jobs": json.dumps(jobs)}
     for name, secret in secrets.items():
