@@ -235,6 +235,16 @@ def fit_scorer(config: Config, overrides: Overrides = None) -> None:
     fit.fit_scorer(load_section(config, overrides or (), FitConfig), console)
 
 
+@app.command("serve-scorer")
+def serve_scorer(config: Config, overrides: Overrides = None) -> None:
+    """Serve scorers over gRPC until told to stop; campaigns reach them with a scorer of type remote."""
+    from launch import serve
+    from rayhf.config.load import load_section
+    from rayhf.config.serve import ServeScorerConfig
+
+    serve.serve_scorer(load_section(config, overrides or (), ServeScorerConfig), console)
+
+
 @app.command()
 def tiny(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to build; kept and reused.")],

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from rayhf.config.base import Name, Section
+from rayhf.config.service import NO_SECURITY, EndpointSecurity, split_endpoint
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -131,8 +132,36 @@ class JudgeScorer(PointwiseEntry):
         return self
 
 
+class RemoteScorer(PointwiseEntry):
+    """Scorers that `rayhf serve-scorer` serves, on one machine or on many that serve the same."""
+
+    type: Literal["remote"] = "remote"
+    endpoints: tuple[str, ...] = Field(min_length=1)
+    """host:port each."""
+    pairwise: bool = False
+    """What is served compares answers by itself; `rayhf check` asks whether that is so."""
+    security: EndpointSecurity = NO_SECURITY
+    timeout_s: PositiveFloat = 60.0
+    """Per call, in seconds."""
+    batch: PositiveInt = 64
+    """Completions per call; all of one prompt's go together."""
+    in_flight: PositiveInt = 4
+    """Calls at a time to one endpoint."""
+    max_message_mib: PositiveInt = 16
+    """Of one call; the service's own limit, or less."""
+
+    @model_validator(mode="after")
+    def _check_endpoints(self) -> RemoteScorer:
+        for endpoint in self.endpoints:
+            split_endpoint(endpoint, self.security)
+        if self.pairwise and (self.transform is not None or self.normalise):
+            raise ValueError("transform and normalise are for scores; a pairwise service gives probabilities")
+        return self
+
+
 ScorerEntry = Annotated[
-    RuleScorer | RewardModelScorer | PairwiseRuleScorer | PreferenceModelScorer | JudgeScorer, Field(discriminator="type")
+    RuleScorer | RewardModelScorer | PairwiseRuleScorer | PreferenceModelScorer | JudgeScorer | RemoteScorer,
+    Field(discriminator="type"),
 ]
 
 
@@ -169,6 +198,8 @@ class ScorerConfig(Section):
 
 def is_pairwise(entry: ScorerEntry) -> bool:
     """It compares answers by itself. Such a scorer has no score for an answer that stands alone."""
+    if isinstance(entry, RemoteScorer):
+        return entry.pairwise
     return isinstance(entry, PairwiseRuleScorer | PreferenceModelScorer) or (
         isinstance(entry, JudgeScorer) and entry.mode == "pairwise"
     )

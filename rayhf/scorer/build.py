@@ -18,6 +18,7 @@ from rayhf.config.scorers import (
     PairwiseRuleScorer,
     PointwiseEntry,
     PreferenceModelScorer,
+    RemoteScorer,
     RewardModelScorer,
     RuleScorer,
     ScorerEntry,
@@ -65,9 +66,10 @@ def check_entries(
     entries: Sequence[ScorerEntry], base: Path, *, where: str = "scorer.train", combine: CombineConfig = WEIGHTED_SUM
 ) -> None:
     """Names are unique, weights fit the combination, functions can be imported and called, models have the right files,
-    templates and verdicts can be read.
+    templates and verdicts can be read, services answer and serve what the entry says.
 
-    Starts one short-lived child per function and loads no weights. Raises ConfigError that begins with the entry's key.
+    Starts one short-lived child per function, waits seconds for services and loads no weights. Raises ConfigError that begins
+    with the entry's key.
     """
     names = [entry_name(entry) for entry in entries]
     check_names(names, where=where)
@@ -131,6 +133,10 @@ def _check(entry: ScorerEntry, base: Path) -> None:
         from rayhf.scorer import preference_model
 
         preference_model.check_directory(base / entry.model)
+    elif isinstance(entry, RemoteScorer):
+        from rayhf.scorer.remote import check_endpoints
+
+        check_endpoints(entry, base=base)
     else:
         from rayhf.scorer.judge_model import check_judge_directory
 
@@ -145,6 +151,10 @@ def _build(entry: ScorerEntry, *, device: str, threads: int | None, base: Path) 
         return PairwiseRule(entry.function, base=base, limits=Limits(timeout_s=entry.timeout_s, network=entry.network))
     if isinstance(entry, JudgeScorer):
         return _build_judge(entry, device=device, base=base)
+    if isinstance(entry, RemoteScorer):
+        from rayhf.scorer.remote import Remote
+
+        return Remote(entry, base=base)
     from rayhf.scorer.preference_model import PreferenceModel
     from rayhf.scorer.reward_model import RewardModel
 

@@ -71,7 +71,7 @@ class Client:
         self.channel.close()
 
     def _translated(self, error: Any, timeout_s: float) -> RayhfError:
-        code, details = error.code(), _printable(error.details() or "")
+        code, details = error.code(), printable(error.details() or "")
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return UnreachableError(f"{self.endpoint}: no answer within {timeout_s:g} s")
         line = f"{self.endpoint}: {code.name.lower()}: {details}"
@@ -101,7 +101,7 @@ def _credentials(security: EndpointSecurity, base: Path) -> grpc.ChannelCredenti
     return grpc.ssl_channel_credentials(ca, read_private(base / security.key, key="security.key"), certificate)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """One line that can be shown on any terminal: a server's words are not ours."""
     line = " ".join(text[:MAX_DETAILS].split())
     return "".join(character if character.isprintable() else "?" for character in line)

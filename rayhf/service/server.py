@@ -46,7 +46,7 @@ class Server:
         self._grace_s = config.grace_s
         self._server = grpc.server(
             ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="rpc"),
-            interceptors=() if token is None else (_Bearer(token),),
+            interceptors=[] if token is None else [_Bearer(token)],
             options=_options(config.max_message_mib),
             maximum_concurrent_rpcs=config.max_concurrent,
         )
@@ -99,12 +99,12 @@ def _credentials(tls: TLSConfig, base: Path) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=ca is not None)
 
 
-class _Bearer(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs only
+class _Bearer(grpc.ServerInterceptor):
     """Ends every call that does not show the token, in a time that says nothing about it."""
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
-        self._refusal = grpc.unary_unary_rpc_method_handler(_refuse)
+        self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(_refuse)
 
     def intercept_service(
         self, continuation: Callable[[Any], grpc.RpcMethodHandler[Any, Any] | None], handler_call_details: Any

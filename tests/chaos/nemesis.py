@@ -95,15 +95,13 @@ class Campaign:
         return True
 
     def strike_and_recover(self, role: str, number: int, *, timeout_s: float) -> float:
-        """Seconds from the strike to two finished rounds more: the first may have been done when it fell."""
+        """Seconds from the strike to two finished rounds more than ever before: the first may have been done when it fell."""
         before = self.rounds()
         assert self.strike(role, number), f"{role}: nobody to strike"
-        if role == "controller":
+        if role == "controller" and not self.supervised:
             assert self.process is not None
-            before = min(before, committed(self.run_dir))
-            if not self.supervised:
-                self.process.wait()
-                self.start()
+            self.process.wait()
+            self.start()
         return self.wait_for_rounds(before + 2, timeout_s)
 
     def command(self, *words: str | Path) -> str:

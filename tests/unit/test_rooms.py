@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rayhf.config import algorithms, mcts_dpo, schema, scorers, service, spar
+from rayhf.config import algorithms, mcts_dpo, schema, scorers, serve, service, spar
 from rayhf.config.base import Section
 from rayhf.config.fit import FitConfig
 from rayhf.config.load import load_config, load_section
+from rayhf.config.serve import ServeScorerConfig
 from rayhf.preflight import check_settings
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,8 @@ def test_config_imports_no_torch():
 def test_every_shipped_config_is_valid(path):
     if path.stem.startswith("fit_"):
         load_section(path, (), FitConfig)
+    elif path.stem.startswith("serve_scorer_"):
+        load_section(path, (), ServeScorerConfig)
     else:
         check_settings(load_config(path))
 
@@ -67,7 +70,7 @@ def test_every_config_key_is_read_somewhere():
     code += "\n".join(re.findall(r"self\.\w+", "\n".join(f.read_text() for f in (ROOT / "rayhf/config").glob("*.py"))))
     sections = [
         c
-        for m in (schema, algorithms, mcts_dpo, scorers, service, spar)
+        for m in (schema, algorithms, mcts_dpo, scorers, serve, service, spar)
         for c in vars(m).values()
         if isinstance(c, type) and issubclass(c, Section)
     ]

@@ -1,5 +1,7 @@
-"""What protoc wrote is what it would write now."""
+"""What protoc wrote is what it would write now, and no call waits for ever."""
 
+import ast
+import re
 from pathlib import Path
 
 from grpc_tools import protoc
@@ -16,3 +18,19 @@ def test_generated_code_is_fresh(tmp_path, monkeypatch):
     written = {path.name: path.read_text() for path in (tmp_path / PROTO).iterdir()}
     kept = {path.name: path.read_text() for path in (ROOT / PROTO).glob("*_pb2*")}
     assert written == kept, "run `make proto`"
+
+
+def test_every_call_has_a_deadline():
+    """Calls through rayhf.service.client.Client need one by their signature; here nobody goes around it."""
+    verbs = {"Check"}
+    for source in (ROOT / PROTO).glob("*.proto"):
+        verbs.update(re.findall(r"\brpc (\w+)\(", source.read_text()))
+    called = rf"\w*stub\w*\.({'|'.join(verbs)})|method"  # `method` is what the client itself calls
+    calls = []
+    for file in (f for room in ("rayhf", "actors", "launch") for f in (ROOT / room).rglob("*.py") if not f.match("*_pb2*")):
+        if "rayhf.service" not in (text := file.read_text()):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and re.search(rf"(?i)(^|\.)({called})$", ast.unparse(node.func)):
+                calls.append((f"{file.relative_to(ROOT)}:{node.lineno}", {keyword.arg for keyword in node.keywords}))
+    assert len(calls) >= 2 and [place for place, keywords in calls if "timeout" not in keywords] == []

@@ -1,0 +1,50 @@
+"""`rayhf serve-scorer`: from a valid config to a scorer that answers, until a signal says to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+from rich.console import Console
+
+from rayhf.config.scorers import JudgeScorer, is_pairwise
+from rayhf.config.serve import ServeScorerConfig
+from rayhf.rollout.env import engine_env
+
+
+def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
+    """Build the scorers, say where they are, and serve until SIGTERM or Ctrl-C; calls under way may end. Raises ConfigError."""
+    base, scorers = Path.cwd(), config.scorer
+    threads = scorers.threads
+    if config.device == "cpu":
+        threads = threads or len(os.sched_getaffinity(0))
+    os.environ.update(_environment(config, threads))
+    # Only now: torch and vLLM read the environment when they are imported.
+    from rayhf.scorer.build import build_scorer, check_entries, entry_name
+    from rayhf.service.scorer import scorer_server
+
+    check_entries(scorers.train, base, combine=scorers.combine)
+    device = "cuda" if config.device == "gpu" else "cpu"
+    engine = build_scorer(scorers.train, combine=scorers.combine, device=device, threads=threads, base=base)
+    try:
+        names = [entry_name(entry) for entry in scorers.train]
+        pairwise = any(map(is_pairwise, scorers.train))
+        server = scorer_server(engine, config.service, names=names, pairwise=pairwise, base=base)
+        told = threading.Event()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda *_: told.set())
+        server.start()
+        console.print(f"serving {', '.join(names)} at {server.address}", markup=False, highlight=False, soft_wrap=True)
+        told.wait()
+        server.stop()
+    finally:
+        engine.close()
+
+
+def _environment(config: ServeScorerConfig, threads: int | None) -> dict[str, str]:
+    if any(isinstance(entry, JudgeScorer) for entry in config.scorer.train):
+        return engine_env(config.device, threads)
+    env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return env | {"OMP_NUM_THREADS": str(threads)} if threads else env

@@ -1,0 +1,164 @@
+"""What a scorer costs when it is a service: `rayhf serve-scorer` as a process, against the same scorer beside the caller.
+
+    python -m tests.bench.service [--seconds 4] [--record]
+
+A rule judges answers of 300 characters, 8 to a prompt. One call is one batch. Prints a Markdown table, and writes it into
+RESULTS.md with --record; about a minute on two cores, which servers, rules and callers share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trustme
+
+from rayhf.config.scorers import RemoteScorer, RuleScorer
+from rayhf.config.service import NO_SECURITY, EndpointSecurity
+from rayhf.experience import Completion, Prompt, Scored, ScoreRequest
+from rayhf.scorer.build import build_scorer
+from rayhf.scorer.combine import Engine
+from tests.bench.results import put_section
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESET = ROOT / "configs/tiny/serve_scorer_arithmetic.yaml"
+RULE = RuleScorer(function="rayhf.tiny.arithmetic:correct")
+BATCHES = (1, 16, 256)
+SAMPLES = 8
+LOAD = os.getloadavg()
+
+
+def batch(completions: int, rng: random.Random) -> list[ScoreRequest]:
+    requests = []
+    for start in range(0, completions, SAMPLES):
+        prompt = Prompt(prompt_id=f"p{start}", messages=({"role": "user", "content": "1 + 2 - 3 ="},), token_ids=(1,), answer="0")
+        texts = ["".join(rng.choices("0123456789+-=\n", k=290)) + "\nAnswer: 0" for _ in range(min(SAMPLES, completions - start))]
+        answers = tuple(
+            Completion(
+                prompt_id=prompt.prompt_id, index=index, seed=index, text=text, token_ids=(1,), logprobs=(0.0,),
+                finish_reason="stop", policy_version=0,
+            )
+            for index, text in enumerate(texts)
+        )  # fmt: skip
+        requests.append(ScoreRequest(prompt=prompt, completions=answers))
+    return requests
+
+
+def measure(engine: Engine, completions: int, *, callers: int, seconds: float) -> tuple[float, float, float]:
+    """Calls per second over all callers, and the median and the 99th percentile of a call in ms."""
+    taken: list[float] = []
+    rng = random.Random(0)
+    batches = [batch(completions, rng) for _ in range(4)]
+    for warm in batches:
+        engine.score(warm)
+    end = time.perf_counter() + seconds
+
+    def call() -> None:
+        number = 0
+        while (began := time.perf_counter()) < end:
+            answers = engine.score(batches[number % len(batches)])
+            taken.append(time.perf_counter() - began)
+            number += 1
+            assert all(isinstance(outcome, Scored) for row in answers for outcome in row)
+
+    began = time.perf_counter()
+    threads = [threading.Thread(target=call) for _ in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.perf_counter() - began
+    cuts = statistics.quantiles(taken, n=100)
+    return len(taken) / elapsed, 1e3 * cuts[49], 1e3 * cuts[98]
+
+
+@contextmanager
+def served(overrides: Sequence[str]) -> Iterator[str]:
+    """`rayhf serve-scorer` as a process; its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "serve-scorer", str(PRESET), "service.port=0", *overrides],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().split()[-1]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def identities(folder: Path) -> tuple[list[str], EndpointSecurity]:
+    """Mutual TLS and a token: the server's overrides, the client's section."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(folder / "ca.pem")
+    for name in ("server", "client"):
+        issued = ca.issue_cert("127.0.0.1")
+        issued.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
+        issued.private_key_pem.write_to_path(folder / f"{name}.key")
+        (folder / f"{name}.key").chmod(0o600)
+    (folder / "token").write_text("0123456789abcdef0123456789abcdef")
+    (folder / "token").chmod(0o600)
+    tls = f"{{certificate: {folder}/server.pem, key: {folder}/server.key, client_ca: {folder}/ca.pem}}"
+    security = EndpointSecurity(
+        ca=folder / "ca.pem", certificate=folder / "client.pem", key=folder / "client.key", token_file=folder / "token"
+    )
+    return [f"service.tls={tls}", f"service.token_file={folder}/token"], security
+
+
+def rows(seconds: float) -> Iterator[str]:
+    """The table, line by line as it is measured."""
+
+    def build(entry: RuleScorer | RemoteScorer) -> Engine:
+        return build_scorer([entry], device="cpu", threads=None, base=ROOT)
+
+    def remote(address: str, security: EndpointSecurity = NO_SECURITY) -> Callable[[], Engine]:
+        return lambda: build(RemoteScorer(endpoints=(address,), security=security, batch=max(BATCHES), in_flight=8))
+
+    yield "| completions per call | asked | calls/s | completions/s | p50 ms | p99 ms |"
+    yield "|--:|---|--:|--:|--:|--:|"
+    with tempfile.TemporaryDirectory() as scratch:
+        overrides, security = identities(Path(scratch))
+        with served(()) as plain, served(overrides) as locked:
+            cases: list[tuple[str, int, Callable[[], Engine]]] = [
+                ("beside the caller", 1, lambda: build(RULE)),
+                ("service, one caller", 1, remote(plain)),
+                ("service, mutual TLS and token, one caller", 1, remote(locked, security)),
+                ("service, eight callers at once", 8, remote(plain)),
+            ]
+            for completions in BATCHES:
+                for name, callers, make in cases:
+                    engine = make()
+                    rate, p50, p99 = measure(engine, completions, callers=callers, seconds=seconds)
+                    engine.close()
+                    yield f"| {completions} | {name} | {rate:,.0f} | {rate * completions:,.0f} | {p50:.2f} | {p99:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=4.0, help="per cell")
+    parser.add_argument("--record", action="store_true", help="write the table into tests/bench/RESULTS.md")
+    options = parser.parse_args()
+    began, table = datetime.now(UTC), []
+    for row in rows(options.seconds):
+        print(row, flush=True)
+        table.append(row)
+    said = f"`python -m tests.bench.service`, {began:%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, load before it {LOAD[0]:.1f}."
+    what = f"A rule judges answers of 300 characters, {SAMPLES} to a prompt; servers, rules and callers share the cores."
+    print(f"\n{said}")
+    if options.record:
+        put_section("## Scorer service", "\n".join([f"{said} {what}", "", *table]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Scorer services in this process: real servers on loopback, over engines of a few lines."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from rayhf.config.scorers import RemoteScorer
+from rayhf.config.service import ServiceConfig
+from rayhf.experience import Compared, Completion, Prompt, Scored, ScoreRequest
+from rayhf.service.scorer import scorer_server
+
+HERE = Path()
+
+
+def request(*texts, number=0, answer="3", finish_reason="stop"):
+    """One prompt's completions."""
+    prompt = Prompt(
+        prompt_id=f"p{number}",
+        messages=({"role": "system", "content": "Be short."}, {"role": "user", "content": f"{number} + 3?"}),
+        token_ids=(1,),
+        answer=answer,
+    )
+    completions = tuple(
+        Completion(
+            prompt_id=prompt.prompt_id, index=index, seed=index, text=text, token_ids=(1,), logprobs=(0.0,),
+            finish_reason=finish_reason, policy_version=0,
+        )
+        for index, text in enumerate(texts)
+    )  # fmt: skip
+    return ScoreRequest(prompt=prompt, completions=completions)
+
+
+class Lengths:
+    """A score is the text's length; `wait_s` passes at each call."""
+
+    def __init__(self, wait_s=0.0):
+        self.wait_s, self.calls, self.asked = wait_s, 0, threading.Event()
+
+    def score(self, requests):
+        self.calls += 1
+        self.asked.set()
+        time.sleep(self.wait_s)
+        return [tuple(Scored(value=float(len(c.text))) for c in r.completions) for r in requests]
+
+    def compare(self, requests):
+        self.calls += 1
+        return [Compared(win=np.full((len(r.completions),) * 2, 0.5), source="pairwise") for r in requests]
+
+    def close(self): ...
+
+
+def serve(engine, *, names=("lengths",), pairwise=False, base=HERE, **settings):
+    """A running server; the caller stops it."""
+    config = ServiceConfig(**{"grace_s": 5.0, **settings})
+    server = scorer_server(engine, config, names=names, pairwise=pairwise, base=base)
+    server.start()
+    return server
+
+
+def port_of(server):
+    return int(server.address.rpartition(":")[2])
+
+
+def remote(*servers, **changes):
+    """The entry that asks them."""
+    return RemoteScorer(endpoints=tuple(server.address for server in servers), **{"timeout_s": 5.0, **changes})
+
+
+def scores(engine, requests):
+    return [outcome.value for row in engine.score(requests) for outcome in row]

@@ -1,0 +1,231 @@
+"""Services that die, hang and come back: everything is scored by who is left, or Failed, and nobody is asked in vain."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from serving import HERE, Lengths, port_of, remote, request, scores, serve
+
+from rayhf.config.service import EndpointSecurity
+from rayhf.errors import UnreachableError
+from rayhf.experience import Failed, Scored
+from rayhf.scorer.endpoints import OPENS_AFTER, Endpoints
+from rayhf.scorer.remote import Remote
+from rayhf.service.client import Client
+from rayhf.service.proto import scorer_pb2 as pb
+from rayhf.service.proto.scorer_pb2_grpc import ScorerStub
+from rayhf.service.scorer_messages import SERVICE, encode_request
+
+
+def test_when_one_of_two_dies_on_the_way_everything_is_scored():
+    dying, living = Lengths(wait_s=0.01), Lengths(wait_s=0.01)
+    first, second = serve(dying, grace_s=0.01), serve(living)
+    far = Remote(remote(first, second, batch=1), base=HERE)
+
+    def kill():
+        while dying.calls < 3:
+            time.sleep(0.001)
+        first.stop()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        asked = [request("x" * n, number=n) for n in range(60)]
+        assert scores(far, asked) == [float(n) for n in range(60)]
+        killer.join()
+        assert 3 <= dying.calls < 60 and living.calls >= 60 - dying.calls
+    finally:
+        far.close()
+        second.stop()
+
+
+def test_when_all_are_down_nothing_is_made_up_and_when_one_is_back_it_is_asked():
+    server = serve(Lengths(), grace_s=0.01)
+    far = Remote(remote(server, batch=1), base=HERE, first_rest_s=0.05)
+    asked = [request("abc", number=n) for n in range(8)]
+    try:
+        assert scores(far, asked) == [3.0] * 8
+        server.stop()
+        began = time.monotonic()
+        for _ in range(2):
+            assert all(isinstance(o, Failed) and o.transient for row in far.score(asked) for o in row)
+        assert time.monotonic() - began < 5.0
+        server = serve(Lengths(), port=port_of(server))
+        while not all(isinstance(o, Scored) for row in far.score(asked) for o in row):
+            assert time.monotonic() - began < 20.0
+            time.sleep(0.05)
+    finally:
+        far.close()
+        server.stop()
+
+
+def test_a_slow_service_costs_its_deadline_and_no_more():
+    server = serve(Lengths(wait_s=1.0), grace_s=0.01)
+    far = Remote(remote(server, timeout_s=0.1), base=HERE)
+    try:
+        began = time.monotonic()
+        [[outcome]] = far.score([request("a")])
+        assert isinstance(outcome, Failed) and outcome.transient and "no answer within 0.1 s" in outcome.reason
+        assert time.monotonic() - began < 1.5
+    finally:
+        far.close()
+        server.stop()
+
+
+def test_calls_whose_client_has_gone_do_not_reach_the_scorer():
+    class Held(Lengths):
+        free = threading.Event()
+
+        def score(self, requests):
+            answers = super().score(requests)
+            assert self.free.wait(30)
+            return answers
+
+    engine = Held()
+    server = serve(engine)
+    client = Client(server.address, EndpointSecurity(), base=HERE)
+    asked = pb.ScoreRequests(requests=[encode_request(request("a"))])
+
+    def ask(timeout_s):
+        return client.call(ScorerStub(client.channel).Score, asked, timeout_s=timeout_s)
+
+    try:
+        first = threading.Thread(target=ask, args=(30,))
+        first.start()
+        assert engine.asked.wait(10)
+        for _ in range(3):
+            with pytest.raises(UnreachableError, match=r"no answer within 0\.1 s"):
+                ask(0.1)
+        engine.free.set()
+        first.join()
+        ask(30)
+        assert engine.calls == 2
+    finally:
+        client.close()
+        server.stop()
+
+
+def test_the_circuit_opens_is_probed_by_health_and_closes():
+    server = serve(Lengths())
+    client = Client(server.address, EndpointSecurity(), base=HERE)
+    now, asked, up = 0.0, 0, False
+    endpoints = Endpoints([client], service=SERVICE, in_flight=1, first_rest_s=1.0, clock=lambda: now)
+
+    def call(_):
+        nonlocal asked
+        asked += 1
+        if not up:
+            raise UnreachableError("away")
+        return "answer"
+
+    def fails(times, message="away"):
+        """How many of the calls got as far as the endpoint."""
+        before = asked
+        for _ in range(times):
+            with pytest.raises(UnreachableError, match=message):
+                endpoints.ask(call, set())
+        return asked - before
+
+    try:
+        assert fails(OPENS_AFTER + 5) == OPENS_AFTER  # open: the others were not even tried
+        now = 1.0
+        assert fails(4) == 1  # half open: its health was good, one call went through and failed
+        now = 2.9
+        assert fails(1) == 0  # it rests twice as long now
+        now, up = 3.0, True
+        assert [endpoints.ask(call, set()) for _ in range(3)] == ["answer"] * 3
+        server.stop()
+        up = False
+        assert fails(OPENS_AFTER) == OPENS_AFTER
+        now = 4.0
+        assert fails(1, "unavailable") == 0  # its health cannot be asked: no call goes there
+    finally:
+        endpoints.close()
+
+
+def test_an_endpoint_is_asked_by_the_least_busy_and_by_no_more_at_a_time_than_allowed():
+    clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
+    for in_flight, callers in ((2, 12), (4, 4)):  # as many as may; half of them where all find a place
+        endpoints = Endpoints(clients, service=SERVICE, in_flight=in_flight)
+        lock, together, busy, most = threading.Lock(), threading.Barrier(4), dict.fromkeys(clients, 0), set()
+
+        def call(client, lock=lock, together=together, busy=busy, most=most):
+            with lock:
+                busy[client] += 1
+            together.wait(30)
+            with lock:
+                most.update(busy.values())
+            together.wait(30)
+            with lock:
+                busy[client] -= 1
+
+        threads = [threading.Thread(target=endpoints.ask, args=(call, set())) for _ in range(callers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most == {2}
+    endpoints.close()
+
+
+def test_what_failed_at_one_endpoint_is_asked_of_another():
+    clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
+    endpoints = Endpoints(clients, service=SERVICE, in_flight=2)
+    asked = []
+
+    def call(client):
+        asked.append(client)
+        raise UnreachableError("away")
+
+    tried = set()
+    for _ in range(2):
+        with pytest.raises(UnreachableError):
+            endpoints.ask(call, tried)
+    endpoints.close()
+    assert asked == clients and tried == set(clients)
+
+
+def test_one_caller_asks_the_health_and_the_others_wait_for_what_it_says():
+    class Slow(Client):
+        probes = 0
+
+        def check_health(self, service, *, timeout_s):
+            self.probes += 1
+            time.sleep(0.2)
+
+    client = Slow("127.0.0.1:1", EndpointSecurity(), base=HERE)
+    endpoints = Endpoints([client], service=SERVICE, in_flight=9, first_rest_s=0.01)
+    answers, up = [], threading.Event()
+
+    def call(_):
+        if not up.is_set():
+            raise UnreachableError("away")
+        return "answer"
+
+    for _ in range(OPENS_AFTER):
+        with pytest.raises(UnreachableError):
+            endpoints.ask(call, set())
+    time.sleep(0.02)
+    up.set()
+    threads = [threading.Thread(target=lambda: answers.append(endpoints.ask(call, set()))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    endpoints.close()
+    assert answers == ["answer"] * 5 and client.probes == 1
+
+
+def test_a_server_that_is_about_to_end_is_not_healthy():
+    server = serve(Lengths())
+    client = Client(server.address, EndpointSecurity(), base=HERE)
+    try:
+        client.check_health(SERVICE, timeout_s=5)
+        server._health.enter_graceful_shutdown()  # what stop() does first
+        with pytest.raises(UnreachableError, match=f"{SERVICE} is not serving"):
+            client.check_health(SERVICE, timeout_s=5)
+    finally:
+        client.close()
+        server.stop()

@@ -1,0 +1,300 @@
+"""A scorer behind gRPC says what it says beside us; what goes wrong on the way is never a score."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from serving import HERE, Lengths, remote, request, scores, serve
+
+from rayhf.config.scorers import LogSigmoid, PairwiseRuleScorer, RemoteScorer, RuleScorer
+from rayhf.config.serve import ServedScorers
+from rayhf.config.service import EndpointSecurity, ServiceConfig
+from rayhf.errors import ConfigError
+from rayhf.experience import Compared, Failed, Invalid, Scored
+from rayhf.scorer.build import build_scorer, check_entries
+from rayhf.scorer.remote import Remote, cut
+from rayhf.service.client import Client
+from rayhf.service.proto import scorer_pb2 as pb
+from rayhf.service.proto.scorer_pb2_grpc import ScorerServicer, ScorerStub, add_ScorerServicer_to_server
+from rayhf.service.scorer_messages import SERVICE
+from rayhf.service.server import Server
+
+RIGHT = RuleScorer(function="rayhf.tiny.arithmetic:correct", name="right")
+BEATS = PairwiseRuleScorer(function="rayhf.tiny.game:beats")
+
+
+# ------------------------------------------------------------------------------------------------- the same answers
+
+
+def both(entries):
+    """The scorer beside us, a server of it, and the scorer that asks there."""
+    here = build_scorer(entries, device="cpu", threads=None, base=HERE)
+    server = serve(here, pairwise=isinstance(entries[0], PairwiseRuleScorer))
+    there = build_scorer(
+        [remote(server, pairwise=isinstance(entries[0], PairwiseRuleScorer), batch=4)],
+        device="cpu", threads=None, base=HERE,
+    )  # fmt: skip
+    return here, server, there
+
+
+def test_a_rule_says_the_same_behind_the_service():
+    here, server, there = both([RIGHT, RuleScorer(function="rayhf.scorer.rules:final_number", weight=0.25)])
+    asked = [request("1 + 3 = 4", "3", "three", number=n) for n in range(5)] + [request(), request("3", answer=None)]
+    try:
+        local, answers = here.score(asked), there.score(asked)
+        assert [[type(o) for o in row] for row in local] == [[type(o) for o in row] for row in answers]
+        assert {type(o) for row in local for o in row} == {Scored, Failed}
+        for near, far in zip(local, answers, strict=True):
+            for one, other in zip(near, far, strict=True):
+                if isinstance(one, Scored):
+                    assert other.value == one.value
+                    assert other.parts == {"remote": one.value} | {f"remote/{k}": v for k, v in one.parts.items()}
+                else:
+                    assert one.reason in other.reason and other.transient == one.transient
+        for near, far in zip(here.compare(asked[:5]), there.compare(asked[:5]), strict=True):
+            np.testing.assert_array_equal(near.win, far.win)
+            assert near.source == far.source == "pointwise"
+    finally:
+        server.stop()
+        there.close()
+        here.close()
+
+
+def test_a_pairwise_rule_says_the_same_behind_the_service():
+    here, server, there = both([BEATS])
+    asked = [request("rock", "paper", "scissors", "well", number=n) for n in range(3)]
+    try:
+        for near, far in zip(here.compare(asked), there.compare(asked), strict=True):
+            np.testing.assert_array_equal(near.win, far.win)
+            assert near.source == far.source == "pairwise"
+        assert scores(there, asked) == scores(here, asked)
+    finally:
+        server.stop()
+        there.close()
+        here.close()
+
+
+def test_scorers_see_all_that_they_read():
+    """Prompt id, every message, the answer or that there is none, why the text ended."""
+    seen = []
+
+    class Curious(Lengths):
+        def score(self, requests):
+            seen.extend(requests)
+            return super().score(requests)
+
+    server = serve(Curious())
+    engine = Remote(remote(server), base=HERE)
+    try:
+        engine.score([request("a", answer=None), request("b", answer="", finish_reason="length")])
+        first, second = sorted(seen, key=lambda r: r.completions[0].text)
+        assert first.prompt.messages == request("a").prompt.messages and first.prompt.prompt_id == "p0"
+        assert (first.prompt.answer, second.prompt.answer) == (None, "")
+        assert [r.completions[0].finish_reason for r in (first, second)] == ["stop", "length"]
+    finally:
+        engine.close()
+        server.stop()
+
+
+def test_normalised_entries_are_not_served_but_their_clients_may_be():
+    with pytest.raises(ValidationError, match="entry 1 has normalise"):
+        ServedScorers(train=(RIGHT, RuleScorer(function="a:b", normalise=True)))
+    assert RemoteScorer(endpoints=("localhost:1",), normalise=True).normalise
+    with pytest.raises(ValidationError, match="a pairwise service gives probabilities"):
+        RemoteScorer(endpoints=("localhost:1",), pairwise=True, transform=LogSigmoid(reference=0.0))
+    with pytest.raises(ValidationError, match=r"another machine: set security\.ca"):
+        RemoteScorer(endpoints=("localhost:1", "gpu-7:50051"))
+
+
+# ------------------------------------------------------------------------------------------------- calls
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 300)), max_size=20), st.integers(1, 12), st.integers(400, 2000))
+@settings(deadline=None, max_examples=50)
+def test_calls_hold_every_request_once_in_order_within_the_limits(sizes, completions, max_bytes):
+    requests = [pb.ScoreRequest(completions=[pb.Completion(text="x" * long)] * count) for count, long in sizes]
+    requests = [r for r in requests if r.ByteSize() < max_bytes - 32]
+    calls = list(cut(requests, completions=completions, max_bytes=max_bytes))
+    assert [index for call in calls for index in call] == list(range(len(requests)))
+    for call in calls:
+        assert pb.ScoreRequests(requests=[requests[i] for i in call]).ByteSize() <= max_bytes
+        assert len(call) == 1 or sum(len(requests[i].completions) for i in call) <= completions
+
+
+def test_completions_travel_in_batches_and_text_that_cannot_travel_is_invalid():
+    engine = Lengths()
+    server = serve(engine)
+    far = Remote(remote(server, batch=6, max_message_mib=1), base=HERE)
+    try:
+        asked = [request("a", "bb", number=n) for n in range(7)] + [request("\ud800", "b"), request("x" * (1 << 20))]
+        answers = far.score(asked)
+        assert answers[:7] == [(Scored(value=1.0), Scored(value=2.0))] * 7 and engine.calls == 3
+        assert all(isinstance(o, Invalid) and "UTF-8" in o.reason for o in answers[7])
+        [large] = answers[8]
+        assert isinstance(large, Failed) and not large.transient and "a call takes 1,048,560" in large.reason
+    finally:
+        far.close()
+        server.stop()
+
+
+@pytest.mark.parametrize("verb", ["score", "compare"])
+def test_a_scorer_with_a_bug_is_failed_for_good(verb):
+    class Broken(Lengths):
+        def score(self, requests):
+            raise KeyError("bug")
+
+        compare = score
+
+    server = serve(Broken())
+    far = Remote(remote(server), base=HERE)
+    try:
+        [answer] = getattr(far, verb)([request("a")])
+        answer = answer[0] if verb == "score" else answer
+        assert isinstance(answer, Failed) and not answer.transient and "'bug'" in answer.reason
+    finally:
+        far.close()
+        server.stop()
+
+
+def test_requests_that_no_scorer_could_read_are_refused():
+    server = serve(Lengths())
+    client = Client(server.address, EndpointSecurity(), base=HERE)
+    try:
+        no_messages = pb.ScoreRequest(prompt=pb.Prompt(prompt_id="p"), completions=[])
+        with pytest.raises(ConfigError, match=r"requests\[0\]: the prompt has no messages"):
+            client.call(ScorerStub(client.channel).Score, pb.ScoreRequests(requests=[no_messages]), timeout_s=5)
+        no_reason = pb.ScoreRequest(prompt=pb.Prompt(messages=[pb.Message(role="user")]), completions=[pb.Completion()])
+        with pytest.raises(ConfigError, match=r"requests\[0\]\.completions\[0\]: finish_reason 0"):
+            client.call(ScorerStub(client.channel).Compare, pb.ScoreRequests(requests=[no_reason]), timeout_s=5)
+    finally:
+        client.close()
+        server.stop()
+
+
+# ------------------------------------------------------------------------------------------------- what is not a score
+
+
+class Scripted(ScorerServicer):
+    """A service of somebody else's, which answers as it was told."""
+
+    def __init__(self, reply):
+        self.reply = reply
+
+    def Score(self, request, context):
+        return self.reply
+
+    Compare = Score
+
+
+def asked_of(reply, *, pairwise, completions=2):
+    """What the campaign's combined scorer makes of a service's reply to one request."""
+    server = Server(ServiceConfig(), {SERVICE: partial(add_ScorerServicer_to_server, Scripted(reply))}, base=HERE)
+    server.start()
+    engine = build_scorer([remote(server, pairwise=pairwise)], device="cpu", threads=None, base=HERE)
+    try:
+        asked = [request(*"ab"[:completions])]
+        return engine.compare(asked)[0] if pairwise else engine.score(asked)[0]
+    finally:
+        engine.close()
+        server.stop()
+
+
+def scored(*values, **parts):
+    return pb.Outcomes(outcomes=[pb.Outcome(scored=pb.Scored(value=value, parts=parts)) for value in values])
+
+
+@pytest.mark.parametrize(
+    ("answers", "kinds", "reason"),
+    [
+        ([scored(1.0, math.nan)], [Scored, Invalid], "the score is nan"),
+        ([scored(math.inf, -math.inf)], [Invalid, Invalid], "the score is inf"),
+        ([scored(1.0, 2.0, part=math.nan)], [Invalid, Invalid], "with parts {'part': nan}"),
+        ([scored(1.0)], [Failed, Failed], "1 scores for 2 answers"),
+        ([scored(1.0, 2.0, 3.0)], [Failed, Failed], "3 scores for 2 answers"),
+        ([], [Failed, Failed], "answered 0 of 1 requests"),
+        ([scored(1.0, 2.0)] * 2, [Failed, Failed], "answered 2 of 1 requests"),
+        ([pb.Outcomes(outcomes=[pb.Outcome()] * 2)], [Failed, Failed], "an outcome of no kind"),
+        (
+            [pb.Outcomes(outcomes=[pb.Outcome(invalid=pb.Invalid(reason="\x1b[31m\nred" + "x" * 9999))] * 2)],
+            [Invalid, Invalid],
+            "remote: ?[31m redxx",
+        ),
+    ],
+)
+def test_replies_that_are_no_scores(answers, kinds, reason):
+    outcomes = asked_of(pb.ScoreReply(answers=answers), pairwise=False)
+    assert [type(o) for o in outcomes] == kinds
+    said = next(o.reason for o in outcomes if not isinstance(o, Scored))
+    assert reason in said and len(said) < 500
+
+
+def matrix(*win, source=pb.SOURCE_PAIRWISE):
+    return [pb.Comparison(compared=pb.Compared(win=win, source=source))]
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "reason"),
+    [
+        (matrix(0.5, 0.7, 0.3, 0.5), Compared, ""),
+        (matrix(0.5, 0.7, 0.3), Failed, "a matrix of 3 numbers, expected 2 x 2"),
+        (matrix(0.5, 0.7, 0.7, 0.5), Failed, "not mirrored"),
+        (matrix(0.5, 1.7, -0.7, 0.5), Failed, "expected probabilities"),
+        (matrix(0.5, math.inf, -math.inf, 0.5), Failed, "expected probabilities"),
+        (matrix(0.5, math.nan, math.nan, 0.5), Invalid, "compared no two answers"),
+        (matrix(0.5, 0.7, 0.3, 0.5, source=pb.SOURCE_UNSPECIFIED), Failed, "source 0"),
+        ([], Failed, "answered 0 of 1 requests"),
+        ([pb.Comparison()], Failed, "a comparison of no kind"),
+        ([pb.Comparison(failed=pb.Failed(reason="gone", transient=True))], Failed, "gone"),
+    ],
+)
+def test_replies_that_are_no_comparisons(answers, kind, reason):
+    comparison = asked_of(pb.CompareReply(answers=answers), pairwise=True)
+    assert type(comparison) is kind and reason in getattr(comparison, "reason", "")
+
+
+# ------------------------------------------------------------------------------------------------- before it starts
+
+
+def refused(entry, message):
+    with pytest.raises(ConfigError, match=rf"^scorer\.train\[0\]: .*{message}") as error:
+        check_entries([entry], Path())
+    assert "\n" not in str(error.value)
+
+
+def test_check_asks_the_services_what_they_serve(caplog):
+    points, pairs, other = serve(Lengths()), serve(Lengths(), names=("pairs",), pairwise=True), serve(Lengths(), names=("other",))
+    try:
+        check_entries([remote(points)], Path())
+        check_entries([remote(pairs, pairwise=True)], Path())
+        refused(remote(pairs), "serves pairs, which compares answers; expected pairwise: true")
+        refused(remote(points, pairwise=True), "serves lengths, which gives each answer a score; expected pairwise: false")
+        refused(remote(points, other), "serves lengths, but .* serves other; expected the same")
+        other.stop()
+        check_entries([remote(points, other)], Path())
+        assert "cannot be reached, the others go on" in caplog.text
+        began = time.monotonic()
+        refused(remote(other), "no service can be reached: .*unavailable")
+        assert time.monotonic() - began < 5.0
+    finally:
+        points.stop()
+        pairs.stop()
+
+
+def test_check_says_that_a_token_is_missing(tmp_path):
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    token.chmod(0o600)
+    server = serve(Lengths(), token_file=token)
+    try:
+        refused(remote(server), "unauthenticated: this service wants a token")
+        check_entries([remote(server, security={"token_file": token})], Path())
+    finally:
+        server.stop()
