@@ -1,4 +1,4 @@
-"""The process in which a user's rule function runs, started by rule.py as a script. Standard library only.
+"""The process in which a user's rule function runs, started by rule_process.py as a script. Standard library only.
 
 In: JSON lines on the request pipe, first {"path", "module", "function", "positional", "keywords", and the limits "memory_bytes",
 "file_bytes", "timeout_s", "network"}, then one [number, texts, context, messages] per call: the positional and the keyword

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -182,11 +183,22 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     user.run(RAYHF, "verify", run, "--deep")
     assert "DONE" in user.run(RAYHF, "status", run)
 
-    two = [f"run.dir={cluster.shared}/runs/two", "scorer.train.0.function=my_rules:evven"]
-    assert "did you mean even?" in user.run(*submit, *two, "--follow", code=2)
-    jobs = cluster.get("/api/jobs/")
-    assert {job["status"] for job in jobs} == {"SUCCEEDED", "FAILED"} and len(jobs) == 3
+    line = next(line for line in again.splitlines() if " ray job submit " in line)
+    assert "nothing to do" in user.run("bash", "-c", line.replace("-2 --working-dir", "-9 --working-dir"))
 
+    two = [f"run.dir={cluster.shared}/runs/two"]
+    assert "did you mean even?" in user.run(*submit, *two, "scorer.train.0.function=my_rules:evven", "--follow", code=2)
+    left = user.start(*submit, *two, "--follow")
+    wait_for("a job that runs", lambda: "RUNNING" in {job["status"] for job in cluster.get("/api/jobs/")})
+    time.sleep(2.0)  # its log is being read
+    left.send_signal(signal.SIGINT)
+    shown = user.finish(left, 130)
+    assert "the job goes on. `rayhf stop " in shown
+    user.run("bash", "-c", re.search(r"`(ray job stop [^`]*)`", shown)[1])
+    jobs = cluster.get("/api/jobs/")
+    assert sorted(job["status"] for job in jobs) == ["FAILED", "FAILED", "STOPPED", "SUCCEEDED", "SUCCEEDED"]
+
+    assert len(list(cluster.temporary.glob("session_2*/logs/**/*.log"))) > 10
     secrets = {**SECRETS, "token": (cluster.shared / ".rayhf/token").read_text()}
     places = {"shown": user.shown, "jobs": json.dumps(jobs)}
     for name, secret in secrets.items():

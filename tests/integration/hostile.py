@@ -60,13 +60,16 @@ _HEAVY = [
     "a" * 60 + "!" + " " * 60_000 + "b",
 ]
 
-SEEDS = [*_CODE, *_TEMPLATES, *_TERMINAL, *_PROTOCOL, *_HEAVY]
-_WRAPPERS = ("{}", "The answer is \\boxed{{{}}}", "${}$", "```python\n{}\n```\n4", '{{"answer": "{}"}}')
+_WRAPPERS = (
+    "{}", "The answer is \\boxed{{{}}}", "${}$", "```python\n{}\n```\n4", '{{"answer": "{}"}}', "4\n\n{}", "<<{}>> is it.",
+)  # fmt: skip
 
 
 def hostile(count: int) -> list[str]:
-    """Every seed as it is and in every wrapping, `count` of them, those that take long not in a row."""
-    found = [wrapper.format(seed) for wrapper in _WRAPPERS for seed in SEEDS][:count]
+    """`count` of them: in every wrapping, those that take long in two; and those not in a row."""
+    light = [wrapper.format(seed) for wrapper in _WRAPPERS for seed in (*_CODE, *_TEMPLATES, *_TERMINAL, *_PROTOCOL)]
+    heavy = [wrapper.format(seed) for wrapper in _WRAPPERS[:2] for seed in _HEAVY]
+    found = [*heavy, *light][:count]
     assert len(found) == count
     random.Random(1).shuffle(found)
     return found
