@@ -12,7 +12,7 @@ from rich.console import Console
 
 from launch.assemble import Cast, seats_of
 from launch.local import ray_cluster
-from launch.serving import control_served
+from launch.serve import control_served
 from launch.tracking import tracked
 from launch.view import LiveView, summary
 from rayhf.campaign.controller import Controller
