@@ -81,5 +81,5 @@ def test_every_config_key_is_read_somewhere():
 
 def test_every_file_of_tests_has_a_name_of_its_own():
     """pytest imports them by their names alone: two of one name stop the whole run."""
-    names = Counter(file.name for file in (ROOT / "tests").rglob("*.py") if file.name not in ("__init__.py", "__main__.py"))
+    names = Counter(file.name for file in (ROOT / "tests").rglob("*.py") if file.name[0] != "_" and file.name != "conftest.py")
     assert [name for name, count in names.items() if count > 1] == []
