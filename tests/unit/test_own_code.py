@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,10 +90,11 @@ def test_own_code_is_never_run(loader: str, plain_model: Path, tmp_path: Path) -
 
 
 def test_the_mark_would_be_made(plain_model: Path, tmp_path: Path) -> None:
-    """The code is found and works, for whoever trusts it."""
-    from transformers import AutoConfig
-
-    AutoConfig.from_pretrained(own_code(plain_model, tmp_path / "needed", model_type="own"), trust_remote_code=True)
+    """The code is found and works, for whoever trusts it: in a process of its own, whose transformers it changes."""
+    path = own_code(plain_model, tmp_path / "needed", model_type="own")
+    trusting = "import sys, transformers; transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)"
+    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", trusting, path], env={**os.environ, **cache}, check=True, timeout=120)
     assert (tmp_path / "mark").exists()
 
 
