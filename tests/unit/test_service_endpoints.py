@@ -98,6 +98,10 @@ def test_calls_whose_client_has_gone_do_not_reach_the_scorer():
         for _ in range(3):
             with pytest.raises(UnreachableError, match=r"no answer within 0\.1 s"):
                 ask(0.1)
+        left = ScorerStub(client.channel).Score.future(asked, timeout=30)
+        time.sleep(0.2)  # it is waiting for its turn there
+        left.cancel()
+        time.sleep(0.2)
         engine.free.set()
         first.join()
         ask(30)
