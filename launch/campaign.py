@@ -6,13 +6,14 @@ import asyncio
 import signal
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from launch.assemble import Cast, seats_of
 from launch.local import ray_cluster
-from launch.serving import control_served
+from launch.serve import control_served
 from launch.tracking import tracked
 from launch.view import LiveView, summary
 from rayhf.campaign.controller import Controller
@@ -28,6 +29,7 @@ from rayhf.preflight import Prepared, overlap, prepare
 def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> None:
     """Start or continue the campaign in `run.dir`. Raises the errors of rayhf.errors."""
     base = Path.cwd()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     build_tiny(config, console)
     prepared = prepare(config, base=base)
     if shared := overlap(prepared):
@@ -35,13 +37,11 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
     store = RunDir(config, lock)
     try:
         if store.state["iteration"] >= config.run.iterations:
-            console.print(
-                f"{config.run.dir} already has {store.state['iteration']} of {config.run.iterations} rounds: nothing to do"
-            )
+            say(f"{config.run.dir} already has {store.state['iteration']} of {config.run.iterations} rounds: nothing to do")
             return
         store.check_paused()
         if store.state["checkpoint"]:
-            console.print(f"continuing {config.run.dir} after round {store.state['iteration']}")
+            say(f"continuing {config.run.dir} after round {store.state['iteration']}")
         with (
             control_served(store.path, config.service, base=base, console=console),
             ray_cluster(config.cluster.address, cpus=sum(seat.cpus for seat in seats_of(prepared))),
@@ -50,7 +50,7 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
         ):
             asyncio.run(_play(prepared, store, Recorder(store, mirrored), base=base))
         console.print(summary(config.run.dir, config.prompts.task))
-        console.print(f"policy: {config.run.dir / 'policy'}", markup=False)
+        say(f"policy: {config.run.dir / 'policy'}")
     except BaseException as error:
         with suppress(StorageError):  # the disk may be what went wrong
             store.event("end", f"{type(error).__name__}: {error}", code=getattr(error, "exit_code", 1))

@@ -197,7 +197,7 @@ def label(
 @app.command("serve-campaign")
 def serve_campaign(run_dir: RunDirectory, overrides: Overrides = None) -> None:
     """Serve a campaign's control over gRPC, also while it does not run. KEY=VALUE are those of the config's `service` section."""
-    from launch.serving import serve_run
+    from launch.serve import serve_run
 
     serve_run(run_dir, overrides or (), console)
 

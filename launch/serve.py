@@ -1,16 +1,21 @@
-"""`rayhf serve-scorer`: from a valid config to a scorer that answers, until a signal says to stop."""
+"""What answers over gRPC: `rayhf serve-scorer`, and a campaign's control, beside the campaign or by itself."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
+from rayhf.campaign.status import read_status
+from rayhf.config.load import load_config
 from rayhf.config.scorers import JudgeScorer, is_pairwise
 from rayhf.config.serve import ServeScorerConfig
+from rayhf.config.service import ServiceConfig
 from rayhf.rollout.env import engine_env
 
 
@@ -32,9 +37,7 @@ def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
         names = [entry_name(entry) for entry in scorers.train]
         pairwise = any(map(is_pairwise, scorers.train))
         server = scorer_server(engine, config.service, names=names, pairwise=pairwise, base=base)
-        told = threading.Event()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: told.set())
+        told = _end_signals()
         server.start()
         console.print(f"serving {', '.join(names)} at {server.address}", markup=False, highlight=False, soft_wrap=True)
         told.wait()
@@ -48,3 +51,36 @@ def _environment(config: ServeScorerConfig, threads: int | None) -> dict[str, st
         return engine_env(config.device, threads)
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return env | {"OMP_NUM_THREADS": str(threads)} if threads else env
+
+
+def serve_run(run: Path, overrides: Sequence[str], console: Console) -> None:
+    """Until SIGTERM or Ctrl-C. Raises ConfigError where `run` is no run directory, and as the server."""
+    read_status(run)
+    config = load_config(run / "config.yaml", overrides)
+    told = _end_signals()
+    with control_served(run, config.service or ServiceConfig(), base=Path.cwd(), console=console):
+        told.wait()
+
+
+@contextmanager
+def control_served(run: Path, config: ServiceConfig | None, *, base: Path, console: Console) -> Iterator[None]:
+    """Nothing is served where there is no config."""
+    if config is None:
+        yield
+        return
+    from rayhf.service.campaign_server import serve_campaign
+
+    server = serve_campaign(run, config, base=base)
+    console.print(f"control of {run}: --address {server.address}", markup=False, highlight=False, soft_wrap=True)
+    try:
+        yield
+    finally:
+        server.stop()
+
+
+def _end_signals() -> threading.Event:
+    """Set by SIGTERM and Ctrl-C, from now on."""
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: told.set())
+    return told

@@ -12,7 +12,7 @@ from test_controller import make_config, metrics_of, play
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.serving import control_served
+from launch.serve import control_served
 from rayhf.campaign.control import LocalControl, read_control
 from rayhf.campaign.inbox import handed_in
 from rayhf.campaign.recorder import Recorder

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,9 @@ def test_every_config_key_is_read_somewhere():
     ]
     unread = {f"{c.__name__}.{name}" for c in sections for name in c.model_fields if not re.search(rf'[."]{name}\b', code)}
     assert unread == set()
+
+
+def test_every_file_of_tests_has_a_name_of_its_own():
+    """pytest imports them by their names alone: two of one name stop the whole run."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("*.py") if file.name[0] != "_" and file.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []

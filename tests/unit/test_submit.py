@@ -1,4 +1,4 @@
-"""What `rayhf submit` asks of a cluster, and what it refuses to; the templates. A real cluster is in tests/e2e/test_submit.py."""
+"""What `rayhf submit` asks of a cluster, and what it refuses to; the templates. A real cluster is in tests/e2e/test_jobs.py."""
 
 from __future__ import annotations
 

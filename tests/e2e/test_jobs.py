@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+import trustme
 from world import make_world, write_config
 
 pytestmark = pytest.mark.timeout(900)
@@ -148,6 +149,43 @@ class Session:
         return self.finish(self.start(*command, **environment), code)
 
 
+class Control:
+    """A place for the campaign's control over gRPC: TLS and a token, in files that only their owner may read."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        ca, self.token = trustme.CA(), "canary" * 6
+        certificate = ca.issue_cert("localhost")
+        ca.cert_pem.write_to_path(folder / "ca.pem")
+        certificate.cert_chain_pems[0].write_to_path(folder / "certificate.pem")
+        certificate.private_key_pem.write_to_path(folder / "key.pem")
+        (folder / "token").write_text(self.token)
+        for name in ("key.pem", "token"):
+            (folder / name).chmod(0o600)
+        for name, shown in (("security", {"token_file": str(folder / "token")}), ("stranger", {})):
+            (folder / f"{name}.yaml").write_text(json.dumps({"ca": str(folder / "ca.pem"), **shown}))
+        port = free_port()
+        tls = {"certificate": str(folder / "certificate.pem"), "key": str(folder / "key.pem")}
+        self.service = "service=" + json.dumps({"port": port, "tls": tls, "token_file": str(folder / "token")})
+        self.asked = ("--address", f"localhost:{port}", "--security", folder / "security.yaml")
+        self.asked_by_a_stranger = ("--address", f"localhost:{port}", "--security", folder / "stranger.yaml")
+
+
+def people_have_their_say(user: Session, control: Control, world: Path, metrics: Path) -> None:
+    """Over gRPC: look, pause, judge a pair, hand in a prompt, let go on."""
+    assert "RUNNING" in user.run(RAYHF, "status", *control.asked)
+    assert "unauthenticated" in user.run(RAYHF, "pause", *control.asked_by_a_stranger, code=13)
+    assert "pauses when round" in user.run(RAYHF, "pause", *control.asked)
+    wait_for("the pause", lambda: "PAUSED" in user.run(RAYHF, "status", *control.asked))
+    pair = json.loads(user.run(RAYHF, "pairs", "--count", "1", *control.asked))
+    (world / "verdicts.jsonl").write_text(json.dumps({"pair_id": pair["pair_id"], "verdict": "second"}) + "\n")
+    (world / "prompts.jsonl").write_text('{"prompt": "a new one"}\n')
+    assert "1 verdicts wait" in user.run(RAYHF, "label", "--file", "verdicts.jsonl", *control.asked)
+    assert "1 prompts wait" in user.run(RAYHF, "add-prompts", "prompts.jsonl", *control.asked)
+    assert "goes on" in user.run(RAYHF, "unpause", *control.asked)
+    wait_for("a round with the verdict", lambda: '"pairs/human": 1.0' in metrics.read_text())
+
+
 def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     user, run = Session(cluster, world), cluster.shared / "runs/one"
     submit = [RAYHF, "submit", "one.yaml", f"run.dir={run}", "--address", cluster.url]
@@ -164,7 +202,8 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     assert "chmod 600" in user.run(*submit, code=6, RAY_AUTH_TOKEN_PATH=str(world / "token"))
     (world / "token").unlink()
 
-    followed = user.start(*submit, "--follow")
+    control = Control(cluster.shared / ".rayhf/control")
+    followed = user.start(*submit, control.service, "--follow")
     metrics = run / "metrics.jsonl"
     wait_for(
         "three rounds", lambda: followed.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 3), 300
@@ -172,7 +211,8 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     actors = cluster.get("/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
     assert len({a["node_id"] for a in actors if a["state"] == "ALIVE" and a["class_name"].endswith("Actor")}) == 2, actors
     assert "/runs/one is job rayhf-one-" in user.run(*submit, code=4)
-    assert "stops when round" in user.run(RAYHF, "stop", run)
+    people_have_their_say(user, control, world, metrics)
+    assert "stops when round" in user.run(RAYHF, "stop", *control.asked)
     shown = user.finish(followed, 75)
     assert "working directory: " in shown and "ray job submit --address" in shown and "round   1/500" in shown
     assert "rayhf: " in shown and "stopped after round" in shown
@@ -199,13 +239,13 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     assert sorted(job["status"] for job in jobs) == ["FAILED", "FAILED", "STOPPED", "SUCCEEDED", "SUCCEEDED"]
 
     assert len(list(cluster.temporary.glob("session_2*/logs/**/*.log"))) > 10
-    secrets = {**SECRETS, "token": (cluster.shared / ".rayhf/token").read_text()}
+    secrets = {**SECRETS, "token": (cluster.shared / ".rayhf/token").read_text(), "control": control.token}
     places = {"shown": user.shown, "jobs": json.dumps(jobs)}
     for name, secret in secrets.items():
         assert [place for place, text in places.items() if secret in text] == [], name
         grep = ["grep", "-rlaF", secret, cluster.shared, cluster.temporary, world]
         found = subprocess.run(grep, capture_output=True, text=True).stdout.splitlines()
-        assert [file for file in found if not file.endswith(".rayhf/token")] == [], name
+        assert [file for file in found if not file.endswith((".rayhf/token", ".rayhf/control/token"))] == [], name
     assert list((run / "wandb").glob("offline-run-*"))
 
 
