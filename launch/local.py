@@ -27,7 +27,9 @@ def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
         # Every actor has an environment of its own, so the workers Ray starts ahead would only take time from them.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # ray.init then switches token authentication on
+        # Where there is a token and nobody has chosen, ray.init switches authentication on, also in a Ray imported long before.
+        os.environ.pop("RAY_AUTH_MODE", None)
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     else:
         check_token_file()
     import ray

@@ -224,7 +224,7 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     assert "DONE" in user.run(RAYHF, "status", run)
 
     line = next(line for line in again.splitlines() if " ray job submit " in line)
-    assert "nothing to do" in user.run("bash", "-c", line.replace("-2 --working-dir", "-9 --working-dir"))
+    assert "succeeded" in user.run("bash", "-c", line.replace("-2 --working-dir", "-9 --working-dir"))
 
     two = [f"run.dir={cluster.shared}/runs/two"]
     assert "did you mean even?" in user.run(*submit, *two, "scorer.train.0.function=my_rules:evven", "--follow", code=2)

@@ -123,8 +123,9 @@ def test_names_in_a_manifest(payload: str, world: Path) -> None:
     """Also in one that is consistent with itself."""
     before = snapshot(world / "outside")
     folder = world / "run/checkpoints/iteration-000004"
+    original = (folder / MANIFEST).read_text()
     for rename in (True, False):
-        facts = json.loads((folder / MANIFEST).read_text())
+        facts = json.loads(original)
         facts.pop("checksum")
         files = facts["files"]
         files[payload] = files.pop(next(iter(files))) if rename else next(iter(files.values()))
