@@ -68,8 +68,12 @@ class Job:
         words = ["ray", "job", "submit", "--address", url, "--submission-id", submission_id, "--working-dir", "."]
         words += ["--runtime-env-json", json.dumps(runtime_env)]
         words += [] if self.cpus is None else ["--entrypoint-num-cpus", f"{self.cpus:g}"]
-        mode = "" if insecure() else "RAY_AUTH_MODE=token "
-        return mode + shlex.join([*words, "--", *self.command])
+        return _mode() + shlex.join([*words, "--", *self.command])
+
+
+def _mode() -> str:
+    """What Ray's own commands need to be told."""
+    return "" if insecure() else "RAY_AUTH_MODE=token "
 
 
 def submit(
@@ -113,7 +117,7 @@ def submit(
     except KeyboardInterrupt:
         console.print(
             f"\nthe job goes on. `rayhf stop {job.run}` stops it after its round, "
-            f"`ray job stop {submission_id} --address {url}` at once",
+            f"`{_mode()}ray job stop {submission_id} --address {url}` at once",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
         return LEFT

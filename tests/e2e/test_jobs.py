@@ -3,6 +3,7 @@ followed, refused, stopped, submitted again, resumed. Three secrets are about, a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -93,7 +94,8 @@ class TwoNodes:
             process.send_signal(signal.SIGTERM)
         _, left = psutil.wait_procs(family, timeout=20)
         for each in left:
-            each.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
@@ -234,7 +236,7 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     left.send_signal(signal.SIGINT)
     shown = user.finish(left, 130)
     assert "the job goes on. `rayhf stop " in shown
-    user.run("bash", "-c", re.search(r"`(ray job stop [^`]*)`", shown)[1])
+    user.run("bash", "-c", re.search(r"`(RAY_AUTH_MODE=token ray job stop [^`]*)`", shown)[1])
     jobs = cluster.get("/api/jobs/")
     assert sorted(job["status"] for job in jobs) == ["FAILED", "FAILED", "STOPPED", "SUCCEEDED", "SUCCEEDED"]
 
