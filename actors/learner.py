@@ -88,6 +88,12 @@ class LearnerActor:
         with _collectives():
             self.engine.export(directory)
 
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        self.engine.wake()
+
 
 class LearnerGroup:
     """Learner over one or more data-parallel ranks."""
@@ -106,11 +112,15 @@ class LearnerGroup:
         await asyncio.gather(*(rank.start() for rank in self._ranks))
         master = await wait(self._actors[0].address.remote(), who=self._names[0], phase="start", timeout_s=self._timeout_s)
         world = len(self._ranks)
+        for one in self._ranks:
+            one.stage = "building"
         calls = [
             actor.build.remote(model, self._config, rank=rank, world=world, master=master, **settings)
             for rank, actor in enumerate(self._actors)
         ]
         await self._all("start", calls)
+        for one in self._ranks:
+            one.stage = "ready"
 
     async def _all(self, phase: str, calls: list[ray.ObjectRef]) -> list[Any]:
         return await wait_all(calls, who=self._names, phase=phase, timeout_s=self._timeout_s)
@@ -156,6 +166,14 @@ class LearnerGroup:
 
     async def export(self, directory: Path) -> None:
         await self._all("export", [actor.export.remote(directory) for actor in self._actors])
+
+    async def sleep(self) -> None:
+        """Every rank gives its GPU up; its state waits in host memory."""
+        await self._all("sleep", [actor.sleep.remote() for actor in self._actors])
+
+    async def wake(self) -> None:
+        """Every rank takes its GPU again."""
+        await self._all("wake", [actor.wake.remote() for actor in self._actors])
 
 
 def _sums(examples: Sequence[Example]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,10 +33,11 @@ class RolloutActor:
         max_length: int,
         seed: int,
         device: Literal["cpu", "gpu"],
+        sleeps: bool = False,
     ) -> None:
         from rayhf.rollout.engine import RolloutEngine
 
-        self.engine = RolloutEngine(model, config, dtype=dtype, max_length=max_length, seed=seed, device=device)
+        self.engine = RolloutEngine(model, config, dtype=dtype, max_length=max_length, seed=seed, device=device, sleeps=sleeps)
 
     async def generate(self, requests: Sequence[GenerateRequest], version: int) -> list[tuple[Completion, ...]]:
         return await asyncio.wrap_future(self.engine.submit(requests, version=version))
@@ -50,6 +51,12 @@ class RolloutActor:
 
     async def update(self, snapshot: WeightSnapshot, *payloads: npt.NDArray[np.uint8]) -> UpdateReport:
         return await asyncio.to_thread(self.engine.update, snapshot, list(payloads))
+
+    async def sleep(self, keep_weights: bool) -> None:
+        await asyncio.to_thread(self.engine.sleep, keep_weights=keep_weights)
+
+    async def wake(self) -> None:
+        await asyncio.to_thread(self.engine.wake)
 
 
 class RolloutPool:
@@ -92,12 +99,23 @@ class RolloutPool:
         payloads = [bucket.payload for bucket in snapshot.buckets]
         light = replace(snapshot, buckets=tuple(replace(bucket, payload=None) for bucket in snapshot.buckets))
         self._weights = (light, payloads)
-        await asyncio.gather(
-            *(
-                engine.persist(lambda actor: actor.update.remote(light, *payloads), phase="sync", timeout_s=self._timeout_s)
-                for engine in self._engines
-            )
-        )
+        await self._everyone("sync", lambda actor: actor.update.remote(light, *payloads))
+
+    async def sleep(self) -> None:
+        """Every engine gives its GPU up. Its weights stay in host memory unless they are in the object store anyway."""
+        keep = self._weights is None
+        await self._everyone("sleep", lambda actor: actor.sleep.remote(keep))
+
+    async def wake(self) -> None:
+        """Every engine writes again, with the weights it had."""
+        if self._weights is None:
+            await self._everyone("wake", lambda actor: actor.wake.remote())
+        else:
+            light, payloads = self._weights
+            await self._everyone("wake", lambda actor: actor.update.remote(light, *payloads))
+
+    async def _everyone(self, phase: str, call: Callable[[Any], Any]) -> None:
+        await asyncio.gather(*(engine.persist(call, phase=phase, timeout_s=self._timeout_s) for engine in self._engines))
 
     async def _equip(self, actor: Any) -> None:
         """Bring a new engine to the weights of the last update."""

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import ray
@@ -63,6 +63,8 @@ class Limits:
     """Of one actor within an hour."""
 
 
+Stage = Literal["not placed", "building", "ready"]
+"""Of an actor: without a process; placed, and loading what it works with; able to work."""
 NEVER_REPLACED = Limits(stall_s=math.inf, restarts=0)
 
 
@@ -93,6 +95,7 @@ class Supervised:
         """Brings a replacement to where the lost actor was; for whoever asks to set."""
         self.retired = False
         """Nobody is hired in its place any more."""
+        self.stage: Stage = "not placed"
         self._create, self._build, self._report, self._diagnosis = create, build, report, diagnosis
         self._life = 0
         self._actor: Any = None
@@ -111,10 +114,13 @@ class Supervised:
         self._actor, self._where = await self._hire()
 
     async def _hire(self) -> tuple[Any, Whereabouts]:
+        self.stage = "not placed"
         actor, where = self._create(), None
         try:
             where = await wait(actor.whereabouts.remote(), who=self.name, phase="start", timeout_s=_START_S)
+            self.stage = "building"
             await self._build(actor)
+            self.stage = "ready"
             return actor, where
         except BaseException:
             await self._end(actor, where, stacks=False)

@@ -1,13 +1,13 @@
 """The composition root: places actors, builds the roles, hands them to the controller.
 
-Every actor is created first and built side by side; a start that takes too long names who is still missing.
+Room first (actors/room.py), then every actor is created and built side by side, and until all are ready somebody says every few
+seconds who is missing. On shared GPUs engines go first and lie down to sleep before anybody else loads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any
 
 import ray
 
+from actors.colocate import SharedLearner, SharedRollout, Turns
 from actors.learner import LearnerGroup, RemoteLearner
-from actors.placement import Seat, bundles, check_available, entries_of, kind_of, seats
+from actors.placement import Seat, entries_of, kind_of, seats
 from actors.reference import RemoteReference, RemoteReferenceActor
 from actors.remote import wait
 from actors.rollout import RemoteRollout, RolloutPool
+from actors.room import Room
 from actors.scorer import RemoteScorer, RemoteScorerActor
 from actors.supervise import Limits, Supervised
 from rayhf.algorithms.base import needs_frozen_reference
@@ -29,12 +31,12 @@ from rayhf.campaign.store import RunDir
 from rayhf.config.algorithms import PPOConfig
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import JudgeScorer, ScorerEntry
-from rayhf.errors import PlacementError
 from rayhf.preflight import Prepared
-from rayhf.roles import Roles, Scorer
+from rayhf.roles import Learner, Roles, Rollout, Scorer
 from rayhf.rollout.env import engine_env
 from rayhf.scorer.patience import PatientScorer
 
+_SAY_S = 5.0
 Build = Callable[[Any, int], ray.ObjectRef]
 """(actor, number): the call that builds the engine of a role's so-manieth actor."""
 
@@ -88,24 +90,48 @@ class Cast:
         self.seats = seats_of(prepared)
         self.crew: list[Supervised] = []
         """Everyone who was hired."""
-        self.device = "cuda" if self.config.cluster.device == "gpu" else "cpu"
-        self._group: Any = None
+        cluster = self.config.cluster
+        self.device = "cuda" if cluster.device == "gpu" else "cpu"
+        self.shares = cluster.placement == "colocate"
+        self.room = Room(self.seats, grouped=cluster.device == "gpu" or cluster.address != "local")
 
     async def assemble(self, *, patient: bool = False) -> Roles:
         """Place and start everyone. Raises PlacementError, DeadlineError naming who did not start, or an engine's own error.
 
         `patient`: a campaign that has run here before waits up to run.start_timeout_s for nodes that went away.
         """
-        await self._room(patient)
-        await self._reserve()
+        run, cluster = self.config.run, self.config.cluster
+        limit_s = run.start_timeout_s if patient else 0.0 if cluster.address == "local" else cluster.placement_timeout_s
+        await self.room.take(limit_s=limit_s, report=partial(self.observer.event, "warn"))
+        announcer = asyncio.create_task(self._announce(), name="who is missing")
+        try:
+            return await self._start()
+        finally:
+            announcer.cancel()
+
+    async def _announce(self) -> None:
+        while True:
+            await asyncio.sleep(_SAY_S)
+            missing = [f"{one.name} ({one.stage})" for one in self.crew if one.stage != "ready"]
+            if missing:
+                self.observer.event("start", f"waiting for: {', '.join(missing)}")
+
+    async def _start(self) -> Roles:
         config, algorithm = self.config, self.prepared.algorithm
         timeout_s = config.run.timeout_s
-        rollouts = {policy: self._rollouts(policy) for policy in algorithm.policies}
+        engines = {policy: self._rollouts(policy) for policy in algorithm.policies}
+        pools = {policy: RolloutPool(group, timeout_s=timeout_s) for policy, group in engines.items()}
+        starts = [one.start() for one in self.crew]
+        if self.shares:
+            await _together(starts)
+            await asyncio.gather(*(pool.sleep() for pool in pools.values()))
+            starts = []
+        hired = len(self.crew)
         (scorer,) = self._scorers("scorer", [config.scorer.train], {"combine": config.scorer.combine})
         own = [config.scorer.evaluate] if config.scorer.evaluate is not None else []
         evaluators = self._scorers("evaluator", [*own, *(each.scorer for each in config.evaluations.values())], {})
         references = self._references()
-        starts = [one.start() for one in self.crew]
+        starts += [one.start() for one in self.crew[hired:]]
         learners = {policy: self._learner(_role("learner", policy)) for policy in algorithm.policies}
         starts += [self._start_learner(group, self._start_of(policy)) for policy, group in learners.items()]
         critic = self._learner("critic") if algorithm.critic else None
@@ -114,35 +140,36 @@ class Cast:
             starts += [self._start_learner(critic, start, critic=True)]
         await _together(starts)
         judges = [self._patient(actor) for actor in evaluators]
+        rollouts, trained, value = self._shared(pools, learners, critic)
         return Roles(
-            rollouts={policy: RolloutPool(engines, timeout_s=timeout_s) for policy, engines in rollouts.items()},
-            learners=learners,
+            rollouts=rollouts,
+            learners=trained,
             scorer=self._patient(scorer),
             evaluator=judges.pop(0) if own else None,
             examiners=dict(zip(config.evaluations, judges, strict=True)),
-            critic=critic,
+            critic=value,
             reference=RemoteReference(references[0], timeout_s=timeout_s) if references else None,
         )
 
-    async def _room(self, patient: bool) -> None:
-        deadline = time.monotonic() + (self.config.run.start_timeout_s if patient else 0.0)
-        while True:
-            try:
-                check_available(self.seats, ray.nodes())
-                return
-            except PlacementError as error:
-                if time.monotonic() >= deadline:
-                    raise
-                self.observer.event("warn", f"waiting for nodes: {error}")
-                await asyncio.sleep(5.0)
+    def _shared(
+        self, pools: Mapping[str, RolloutPool], learners: Mapping[str, LearnerGroup], critic: LearnerGroup | None
+    ) -> tuple[Mapping[str, Rollout], Mapping[str, Learner], Learner | None]:
+        """Whoever shares GPUs takes turns on them."""
+        if not self.shares:
+            return pools, learners, critic
+        turns = Turns(list(pools.values()), [*learners.values(), *([critic] if critic else [])])
+        return (
+            {policy: SharedRollout(pool, turns) for policy, pool in pools.items()},
+            {policy: SharedLearner(group, turns) for policy, group in learners.items()},
+            SharedLearner(critic, turns) if critic else None,
+        )
 
     async def dismiss(self, *, stacks: bool) -> None:
         """End everyone's process, also of who is stopped or hangs; their stacks are saved first where somebody wants to know."""
         for one in self.crew:
             one.retired = True
         await asyncio.gather(*(one.kill(stacks=stacks) for one in self.crew), return_exceptions=True)  # as many as can be
-        if self._group is not None:
-            ray.util.remove_placement_group(self._group)
+        self.room.leave()
 
     def _start_of(self, policy: str) -> tuple[Path, float]:
         """The model that a policy starts from, and its learning rate."""
@@ -150,19 +177,6 @@ class Cast:
             return self.config.policy.model, self.config.learner.lr
         other = self.prepared.algorithm.other_policy(policy)
         return other.model or self.config.policy.model, other.lr
-
-    async def _reserve(self) -> None:
-        """On GPUs, hold every bundle before any model loads."""
-        if self.config.cluster.device == "cpu":
-            return
-        wanted = bundles(self.seats)
-        self._group = ray.util.placement_group(wanted, strategy="PACK")
-        ready, _ = await asyncio.to_thread(ray.wait, [self._group.ready()], timeout=self.config.run.start_timeout_s)
-        if not ready:
-            raise PlacementError(
-                f"placement: {len(wanted)} bundles were not available within {self.config.run.start_timeout_s:g} s; "
-                f"requested {wanted}, free now {ray.available_resources()}"
-            )
 
     def _hire(self, role: str, remote: Any, build: Build | None, **options: Any) -> list[Supervised]:
         """One member of the crew for every seat of a role; `build` gets the new actor and the seat's number."""
@@ -172,23 +186,23 @@ class Cast:
             return remote.options(
                 num_cpus=seat.cpus,
                 num_gpus=seat.gpus,
+                resources=dict(seat.resources),
                 runtime_env={"env_vars": environment(self.config, role)},
                 max_restarts=0,
                 max_task_retries=0,
-                **self._strategy(seat),
+                **self.room.strategy(seat),
                 **options,
             ).remote()
 
         run = self.config.run
-        names = [_member(role, number, len(places)) for number in range(len(places))]
 
         async def built(actor: Any, number: int) -> None:
             if build is not None:
-                await wait(build(actor, number), who=names[number], phase="start", timeout_s=run.start_timeout_s)
+                await wait(build(actor, number), who=places[number].name, phase="start", timeout_s=run.start_timeout_s)
 
         hired = [
             Supervised(
-                names[number],
+                seat.name,
                 partial(create, seat),
                 partial(built, number=number),
                 limits=Limits(stall_s=run.stall_s, restarts=run.restarts),
@@ -199,15 +213,6 @@ class Cast:
         ]
         self.crew += hired
         return hired
-
-    def _strategy(self, seat: Seat) -> dict[str, Any]:
-        if self._group is None:
-            return {}
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        numbers = sorted({s.bundle for s in self.seats})
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=numbers.index(seat.bundle))
-        return {"scheduling_strategy": strategy}
 
     def _rollouts(self, policy: str) -> list[Supervised]:
         config, role = self.config, _role("rollout", policy)
@@ -225,6 +230,7 @@ class Cast:
                 max_length=self.prepared.max_length,
                 seed=config.seed % 2**31,
                 device=config.cluster.device,
+                sleeps=self.shares,
             )
 
         return self._hire(role, RemoteRollout, build, max_concurrency=100_000)
@@ -277,14 +283,6 @@ class Cast:
 def _role(kind: str, policy: str) -> str:
     """The name of a policy's seats: `rollout`, or `rollout refiner`."""
     return kind if policy == "policy" else f"{kind} {policy}"
-
-
-def _member(role: str, number: int, of: int) -> str:
-    """rollout engine 0, learner rank 1, scorer."""
-    unit = {"rollout": "engine", "learner": "rank", "critic": "rank"}.get(kind_of(role))
-    if unit is None:
-        return role if of == 1 else f"{role} {number}"
-    return f"{role} {unit} {number}"
 
 
 async def _together(starts: list[Coroutine[Any, Any, None]]) -> None:

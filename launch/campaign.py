@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from actors.placement import Seat
+from actors.room import nodes_now
 from launch.assemble import Cast, seats_of
 from launch.local import ray_cluster
 from launch.serve import control_served
 from launch.tracking import tracked
-from launch.view import LiveView, summary
+from launch.view import LiveView, placement_table, summary
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.lock import RunLock
 from rayhf.campaign.observer import Observer
 from rayhf.campaign.recorder import Recorder
 from rayhf.campaign.store import RunDir
 from rayhf.config.schema import CampaignConfig
-from rayhf.errors import ActorLostError, DeadlineError, InterruptedRunError, StorageError
+from rayhf.errors import ActorLostError, DeadlineError, InterruptedRunError, PlacementError, StorageError
 from rayhf.preflight import Prepared, overlap, prepare
 
 
@@ -45,6 +48,7 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
         with (
             control_served(store.path, config.service, base=base, console=console),
             ray_cluster(config.cluster.address, cpus=sum(seat.cpus for seat in seats_of(prepared))),
+            _room_shown(seats_of(prepared), console),
             LiveView(console, iterations=config.run.iterations, task=config.prompts.task) as view,
             tracked(view, config) as mirrored,
         ):
@@ -59,6 +63,16 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
         store.event("end", "done", code=0)
     finally:
         store.close()
+
+
+@contextmanager
+def _room_shown(found: Sequence[Seat], console: Console) -> Iterator[None]:
+    """Where somebody has no place: who that is, and what each node has. The error itself is one line."""
+    try:
+        yield
+    except PlacementError:
+        console.print(placement_table(found, nodes_now()))
+        raise
 
 
 def build_tiny(config: CampaignConfig, console: Console) -> None:

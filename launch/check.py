@@ -1,21 +1,45 @@
-"""`rayhf check`: refuses a bad run and prints the plan."""
+"""`rayhf check`: refuses a bad run and prints the plan: batches, who sits where, memory, disk, pace."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from actors.placement import Seat, check_available, seats
+from actors.placement import Node, Seat, bundles, crowded, impossible, pack, seats
 from launch.campaign import build_tiny
 from launch.local import ray_cluster
+from launch.plan import Need, Plan, check_cache, check_disk, check_gpus
+from launch.view import placement_table
 from rayhf.algorithms.base import needs_frozen_reference
 from rayhf.config.schema import CampaignConfig
-from rayhf.preflight import Derived, check_settings, overlap, prepare
+from rayhf.errors import PlacementError
+from rayhf.estimate import GIB, Memory, seconds_per_round
+from rayhf.preflight import check_settings, overlap, prepare
+
+Rows = list[tuple[str, str]]
 
 
-def check_config(config: CampaignConfig, console: Console, *, hardware: bool) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What somebody knows of the hardware's speed, in tokens per second."""
+
+    writes: float | None = None
+    """One engine."""
+    learns: float | None = None
+    """One learner rank."""
+    calibrate: bool = False
+    """Play two rounds and see."""
+
+
+def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pace: Pace) -> None:
     """Raises ConfigError or PlacementError for a run that cannot work."""
     algorithm, derived = check_settings(config)
     found = seats(config, critic=algorithm.critic, reference=needs_frozen_reference(algorithm), policies=algorithm.policies)
@@ -24,31 +48,108 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool) ->
         prepared = prepare(config, base=Path.cwd())
         if shared := overlap(prepared):
             console.print(f"warning: {shared} held-out prompts are also training prompts", style="yellow")
-        _check_cluster(config, found)
-    console.print(plan_table(config, derived))
-    console.print(placement_table(found))
+    plan = Plan(config, algorithm, derived, base=Path.cwd())
+    with _cluster(config, hardware=hardware) as (nodes, gpu_bytes):
+        console.print(_table(f"{config.algorithm.type} in {config.run.dir}", ("derived", "value"), derived.table(config)))
+        _print_placement(found, nodes, console)
+        _print_estimates(plan, found, gpu_bytes, console, hardware=hardware, pace=pace)
+    if pace.calibrate:
+        from launch.calibrate import calibrate
+
+        console.print(_table("two rounds were played", ("of the second", "value"), calibrate(config)))
     console.print("ok" if hardware else "ok (models, prompts, scorers and hardware not checked)")
 
 
-def _check_cluster(config: CampaignConfig, found: list[Seat]) -> None:
-    """Ask the cluster itself; a local CPU run needs none."""
-    if config.cluster.address == "local" and config.cluster.device == "cpu":
+@contextmanager
+def _cluster(config: CampaignConfig, *, hardware: bool) -> Iterator[tuple[list[Node], float | None]]:
+    """The nodes that the campaign will find, and the memory of a GPU; a local CPU run needs no Ray to be asked."""
+    stated = config.cluster.gpu_memory_gib
+    gpu_bytes = stated * GIB if stated is not None else None
+    if not hardware:
+        yield [], gpu_bytes
+    elif config.cluster.address == "local" and config.cluster.device == "cpu":
+        here = {"CPU": float(os.cpu_count() or 1)}  # Ray is started with as many as it takes
+        yield [Node(name="this machine", total=here, free=here)], None
+    else:
+        with ray_cluster(config.cluster.address, cpus=1):
+            from actors.room import nodes_now, smallest_gpu
+
+            gpu = config.cluster.device == "gpu"
+            yield nodes_now(), (gpu_bytes or smallest_gpu()) if gpu else None
+
+
+def _print_placement(found: Sequence[Seat], nodes: Sequence[Node], console: Console) -> None:
+    """Raises PlacementError where the nodes can never hold everyone."""
+    console.print(placement_table(found, nodes))
+    if not nodes:
         return
-    with ray_cluster(config.cluster.address, cpus=1):
-        import ray
+    if problem := impossible(found, nodes):
+        raise PlacementError(f"no room in the cluster: {problem}")
+    if None in pack(bundles(found), nodes):
+        console.print(f"warning: no room at the moment: {crowded(found, nodes)}", style="yellow")
 
-        check_available(found, ray.nodes())
+
+def _print_estimates(
+    plan: Plan, found: Sequence[Seat], gpu_bytes: float | None, console: Console, *, hardware: bool, pace: Pace
+) -> None:
+    """Raises PlacementError for what does not fit a GPU, ConfigError for what does not fit the disk."""
+    if not hardware and not (plan.base / plan.config.policy.model / "config.json").is_file():
+        console.print(f"no estimates: {plan.config.policy.model}/config.json is not here (no weights are needed)", style="yellow")
+        return
+    needs = plan.needs(found, gpu_bytes)
+    gpu = plan.config.cluster.device == "gpu"
+    console.print(memory_table(needs, gpu=gpu, gpu_bytes=gpu_bytes))
+    disk = plan.disk()
+    free = check_disk(disk, plan.config.run.dir) if hardware else "not looked at"
+    rows: Rows = [
+        ("weights of one sync", f"{_gib(plan.weights())} GiB"),
+        ("one checkpoint, and exported models", f"{_gib(disk.checkpoint)} + {_gib(disk.policies)} GiB"),
+        ("checkpoints that stay", f"at most {disk.kept}"),
+        ("samples of one round", f"at most {disk.samples / 2**20:,.1f} MiB"),
+        ("run directory", f"at most {_gib(disk.total)} GiB; {free}"),
+    ]
+    if not gpu or gpu_bytes is not None:
+        check_cache(plan, needs)
+        engine = next(need.memory for need in needs if need.seat.role == "rollout")
+        rows.append((f"sequences of {plan.length} tokens in one engine's cache", f"{plan.sequences(engine):,.0f}"))
+    rows += _pace_rows(plan, pace)
+    console.print(_table("estimates", ("what", "how much"), rows))
+    if gpu and gpu_bytes is None:
+        console.print("cluster.gpu_memory_gib is not set: whether this fits a GPU was not checked", style="yellow")
+    if gpu_bytes is not None:
+        for tight in check_gpus(needs, gpu_bytes, colocate=plan.config.cluster.placement == "colocate"):
+            console.print(f"warning: tight: {tight}", style="yellow")
 
 
-def plan_table(config: CampaignConfig, derived: Derived) -> Table:
-    table = Table("derived", "value", title=f"{config.algorithm.type} in {config.run.dir}")
-    for label, value in derived.table(config):
-        table.add_row(label, value)
+def _pace_rows(plan: Plan, pace: Pace) -> Rows:
+    seconds = seconds_per_round(plan.config, responses=plan.derived.samples_per_round, writes=pace.writes, learns=pace.learns)
+    if not seconds:
+        return []
+    overlaps = plan.config.run.max_staleness > 0
+    total = max(seconds.values()) if overlaps else sum(seconds.values())
+    parts = ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
+    return [("rounds per hour, without scoring, reference and sync", f"at least {3600 / total:,.2f} ({parts})")]
+
+
+def memory_table(needs: Sequence[Need], *, gpu: bool, gpu_bytes: float | None) -> Table:
+    """GiB of each actor at its peak; those of a role that are alike in one row."""
+    of = f", of a GPU with {_gib(gpu_bytes)}" if gpu_bytes is not None else ""
+    names = [field.name for field in fields(Memory) if any(getattr(need.memory, field.name) for need in needs)]
+    table = Table("actor", *names, "total", title=f"GiB {'per GPU' if gpu else 'per process'} at the peak, estimated{of}")
+    for (role, _), group in groupby(needs, key=lambda need: (need.seat.role, need.memory)):
+        alike = list(group)
+        name = alike[0].seat.name if len(alike) == 1 else f"{role} ({len(alike)})"
+        cells = [_gib(getattr(alike[0].memory, field)) for field in names]
+        table.add_row(name, *cells, _gib(alike[0].memory.total))
     return table
 
 
-def placement_table(found: list[Seat]) -> Table:
-    table = Table("actor", "GPUs", "bundle", title="placement")
-    for seat in found:
-        table.add_row(seat.name, f"{seat.gpus:g}", str(seat.bundle) if seat.gpus else "-")
+def _table(title: str, columns: Sequence[str], rows: Rows) -> Table:
+    table = Table(*columns, title=escape(title))
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
+
+
+def _gib(amount: float) -> str:
+    return f"{amount / GIB:,.2f}"

@@ -217,12 +217,20 @@ def check(
     hardware: Annotated[
         bool, typer.Option(help="Also check what only the machine itself has: models, prompts, scorers, GPUs.")
     ] = True,
+    engine_rate: Annotated[float | None, typer.Option(min=1e-3, help="Tokens per second that one engine writes.")] = None,
+    learner_rate: Annotated[
+        float | None, typer.Option(min=1e-3, help="Tokens per second that one learner rank trains on.")
+    ] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Play two rounds and report their pace.")] = False,
 ) -> None:
-    """Refuse a bad run before anything starts, and print the plan."""
-    from launch.check import check_config
+    """Refuse a bad run before anything starts, and print the plan: batches, placement, memory, disk, pace."""
+    from launch.check import Pace, check_config
     from rayhf.config.load import load_config
 
-    check_config(load_config(config, overrides or ()), console, hardware=hardware)
+    if calibrate and not hardware:
+        raise ConfigError("--calibrate plays two rounds and needs the hardware; leave --no-hardware out")
+    pace = Pace(writes=engine_rate, learns=learner_rate, calibrate=calibrate)
+    check_config(load_config(config, overrides or ()), console, hardware=hardware, pace=pace)
 
 
 @app.command("fit-scorer")

@@ -91,23 +91,35 @@ def deal_pairs(examples: Sequence[Example], *, batch: int, seed: int) -> Iterato
 
 async def _learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerGroup:
     """Place and start the ranks. Raises PlacementError where the cluster is too small."""
-    import ray
-
     from actors.learner import LearnerGroup, RemoteLearner
-    from actors.placement import Seat, check_available
+    from actors.placement import Seat
+    from actors.room import Room
     from actors.supervise import Supervised
 
-    gpu = config.cluster.device == "gpu"
+    cluster, gpu = config.cluster, config.cluster.device == "gpu"
     places = [
-        Seat(role="learner", index=rank, cpus=_cpus(config), gpus=float(gpu), bundle=rank) for rank in range(config.learner.ranks)
+        Seat(
+            role="learner",
+            index=rank,
+            name=f"scorer learner rank {rank}",
+            cpus=_cpus(config),
+            gpus=float(gpu),
+            resources=cluster.resources.get("learner", {}),
+            bundle=rank,
+        )
+        for rank in range(config.learner.ranks)
     ]
-    check_available(places, ray.nodes())
+    room = Room(places, grouped=gpu or cluster.address != "local")
+    limit_s = 0.0 if cluster.address == "local" else cluster.placement_timeout_s
+    await room.take(limit_s=limit_s, report=lambda message: None)
     options = {"runtime_env": {"env_vars": _environment(config)}, "max_restarts": 0, "max_task_retries": 0}
 
     def create(seat: Seat) -> Any:
-        return RemoteLearner.options(num_cpus=seat.cpus, num_gpus=seat.gpus, **options).remote()
+        return RemoteLearner.options(
+            num_cpus=seat.cpus, num_gpus=seat.gpus, resources=dict(seat.resources), **room.strategy(seat), **options
+        ).remote()
 
-    ranks = [Supervised(f"scorer learner rank {seat.index}", partial(create, seat)) for seat in places]
+    ranks = [Supervised(seat.name, partial(create, seat)) for seat in places]
     learner = LearnerGroup(ranks, config.learner, sync_dtype="float32", timeout_s=config.learner.collective_timeout_s)
     await learner.start(
         base / config.model,

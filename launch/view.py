@@ -1,4 +1,4 @@
-"""What a person sees of a campaign: a live line in a terminal, plain lines elsewhere, a before/after table at the end."""
+"""What a person sees of a campaign: who sits where, a live line in a terminal, plain lines elsewhere, a table at the end."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from actors.placement import Node, Seat, amounts, bundles, members, pack
 from launch.plain import plain
 
 _SILENT = ("commit",)
@@ -115,3 +116,28 @@ def _row(table: Table, label: str, *values: float | None) -> None:
 def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
     values = [float(line[name]) for line in lines if name in line]
     return sum(values) / len(values) if values else None
+
+
+def placement_table(found: Sequence[Seat], nodes: Sequence[Node]) -> Table:
+    """Who would sit on which node, and who has no place; without nodes, who sits in which bundle."""
+    wanted, groups = bundles(found), members(found)
+    kinds = list(dict.fromkeys(kind for bundle in wanted for kind in bundle))
+    if not nodes:
+        table = Table("bundle", "requested", "actors", title="placement")
+        for number, (bundle, group) in enumerate(zip(wanted, groups, strict=True)):
+            table.add_row(str(number), escape(amounts(bundle)), _who(group))
+        return table
+    table = Table("node", *(f"{escape(kind)} free / all" for kind in kinds), "actors", title="placement")
+    homes = pack(wanted, nodes)
+    for node in nodes:
+        here = [seat for home, group in zip(homes, groups, strict=True) if home == node.name for seat in group]
+        room = [f"{node.free.get(kind, 0.0):g} / {node.total.get(kind, 0.0):g}" for kind in kinds]
+        table.add_row(node.name, *room, _who(here))
+    for bundle, group, home in zip(wanted, groups, homes, strict=True):
+        if home is None:
+            table.add_row("no place for", *(f"{bundle.get(kind, 0.0):g}" for kind in kinds), _who(group), style="red")
+    return table
+
+
+def _who(group: Sequence[Seat]) -> str:
+    return ", ".join(f"{seat.name} ({seat.gpus:g} GPU)" if seat.gpus else seat.name for seat in group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from rayhf.config.algorithms import (
     HyPOConfig,
@@ -23,6 +23,8 @@ from rayhf.config.service import ServiceConfig
 from rayhf.config.spar import SPaRConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Pool = Literal["rollout", "learner", "reference", "scorer"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -178,13 +180,39 @@ class LearnerConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Who lives where. The campaign is the same on a laptop and on a cluster; only this section differs."""
+    """Who lives where. The campaign is the same on a laptop and on a cluster; only this section differs.
+
+    Four pools: rollout (the engines), learner (and critic), reference, scorer (and evaluators). CPUs per actor are derived.
+    """
 
     address: str = "local"
     """"local" starts Ray on this machine; "auto" joins the running cluster."""
     device: Literal["cpu", "gpu"] = "cpu"
     placement: Literal["separate", "colocate"] = "separate"
-    """separate: each role has its own GPUs; colocate: rollout and learner share them."""
+    """separate: every actor has its own GPUs. colocate: engine i and learner rank i share GPU i and take turns: engines sleep
+    while learners learn, learners' states lie in host memory while engines write. On CPU only the turns are taken."""
+    gpus_per_reference: Share | None = None
+    """Of one GPU, for example 0.5. Default: a GPU of its own; with colocate a place beside the others on the first GPU."""
+    gpus_per_scorer: Share | None = None
+    """The same for each scorer and evaluator with a model. Two actors of 0.5 may sit on one GPU."""
+    resources: dict[Pool, dict[str, PositiveFloat]] = Field(default_factory=dict)
+    """Custom resources that each actor of a pool needs, as nodes offer them with `ray start --resources`: {rollout: {h100: 1}}
+    puts engines on nodes that have h100."""
+    placement_timeout_s: PositiveFloat = 50
+    """How long to wait until a running cluster has room for everyone, in seconds; for an autoscaler that may be minutes."""
+    gpu_memory_gib: PositiveFloat | None = None
+    """Of one GPU, for the estimates of `rayhf check`. Default: the smallest that the cluster's nodes report."""
+
+    @field_validator("resources")
+    @classmethod
+    def _check_resources(cls, resources: dict[Pool, dict[str, float]]) -> dict[Pool, dict[str, float]]:
+        for pool, amounts in resources.items():
+            for name, amount in amounts.items():
+                if name.lower() in ("cpu", "gpu", "memory", "object_store_memory"):
+                    raise ValueError(f"{pool}.{name} is derived; expected custom resources of your nodes")
+                if amount > 1 and amount != int(amount):
+                    raise ValueError(f"{pool}.{name} is {amount:g}; Ray counts more than 1 in whole numbers")
+        return resources
 
 
 class EvaluationConfig(Section):

@@ -22,6 +22,7 @@ from rayhf.experience import Example, FloatArray, Probe, Row, WeightBucket, deri
 from rayhf.learner import checkpoint
 from rayhf.learner.build import Head, deepspeed_config, effective_stage, join, load_model, start_engine
 from rayhf.learner.forward import Inputs, base_model, build_inputs, build_micro, token_batches
+from rayhf.learner.residence import Residence
 from rayhf.learner.weights import buckets_of, export_model, gathered, weights_of
 from rayhf.losses.base import Loss, Totals
 
@@ -64,6 +65,7 @@ class LearnerEngine:
         loaded = load_model(model, config, head=head, head_size=head_size, lora=lora, zero=settings)
         self.engine = start_engine(loaded, config, settings=settings, lr=lr, total_steps=total_steps)
         self.model = loaded.model
+        self._residence = Residence(self.engine)
         self.steps = 0
         torch.manual_seed(derive_seed(seed, "learner", head, rank))
 
@@ -229,6 +231,14 @@ class LearnerEngine:
         Raises CheckpointError where there is no checkpoint, or another kind of learner wrote it; nothing is changed then.
         """
         self.steps = checkpoint.load(self.engine, directory, self._kind())
+
+    def sleep(self) -> None:
+        """Leave the device to somebody else until `wake`; this rank's tensors wait in host memory."""
+        self._residence.leave()
+
+    def wake(self) -> None:
+        """Continue as if nothing had been; nothing where it is awake."""
+        self._residence.come_back()
 
     def _kind(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to fit, besides the names and shapes of the trained parameters."""

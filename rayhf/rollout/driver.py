@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from vllm import LLM, RequestOutput, SamplingParams
@@ -26,6 +26,8 @@ from rayhf.rollout.weights import Payload, checkpoint_shapes
 
 CPU_KV_CACHE_GIB = 0.25
 CPU_BATCHED_TOKENS = 16384
+_UNCHECKED = 0.01
+"""Of a GPU's memory."""
 
 
 @dataclass(eq=False)
@@ -42,8 +44,10 @@ class _Running:
 class VllmDriver:
     """One in-process vLLM engine."""
 
-    def __init__(self, model: Path, config: RolloutConfig, *, dtype: str, max_length: int, seed: int, device: Device) -> None:
-        self.llm = _build(model, config, dtype=dtype, max_length=max_length, seed=seed, device=device)
+    def __init__(
+        self, model: Path, config: RolloutConfig, *, dtype: str, max_length: int, seed: int, device: Device, sleeps: bool
+    ) -> None:
+        self.llm = _build(model, config, dtype=dtype, max_length=max_length, seed=seed, device=device, sleeps=sleeps)
         self._engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer()
         self.vocab_size: int = self._engine.model_config.get_vocab_size()
@@ -54,15 +58,23 @@ class VllmDriver:
         self.version = 0
         self.damage: str | None = None
         """Why the weights are undefined; None while they are fine."""
+        self.asleep: Literal["no", "keeping", "empty"] = "no"
+        """keeping: the weights wait in host memory; empty: it has none until the next load."""
         self._requests: dict[str, tuple[_Running, int, int]] = {}
         self._count = 0
         self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"names": frozenset(self.shapes)}})
 
     def held_version(self) -> int:
+        """Raises WeightSyncError where the weights are undefined or asleep."""
+        self.check_sound()
+        if self.asleep != "no":
+            raise WeightSyncError("this rollout engine is asleep; wake it first")
+        return self.version
+
+    def check_sound(self) -> None:
         """Raises WeightSyncError where the weights are undefined."""
         if self.damage is not None:
             raise WeightSyncError(f"this rollout engine holds no usable weights: {self.damage}; start a new one")
-        return self.version
 
     def admit(self, wave: Wave) -> None:
         """Add every request of the wave, in order; lengths and token ids were checked before it was queued."""
@@ -102,6 +114,19 @@ class VllmDriver:
         """Forget cached keys and values. Raises WeightSyncError where vLLM declines (it returns False)."""
         if not self.llm.reset_prefix_cache():
             raise WeightSyncError("vLLM did not reset its prefix cache: requests are running")
+
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Give the GPU's memory back: keys and values are forgotten, weights go to host memory or are forgotten too.
+
+        vLLM calls that level 1 and 2. Nothing may be running.
+        """
+        self.llm.sleep(level=1 if keep_weights else 2)
+        self.asleep = "keeping" if keep_weights else "empty"
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take memory again for one part; the engine is awake once it has both. Nothing where it is awake."""
+        if self.asleep != "no" and self.llm.wake_up(tags=[part]):
+            self.asleep = "no"
 
     def load(self, buckets: tuple[WeightBucket, ...], payloads: list[Payload]) -> None:
         """One update session. The weights are undefined if this raises."""
@@ -197,7 +222,7 @@ def stop_token_ids(model: Path, eos_token_id: int | None) -> list[int]:
     return sorted(ids)
 
 
-def _build(model: Path, config: RolloutConfig, *, dtype: str, max_length: int, seed: int, device: Device) -> LLM:
+def _build(model: Path, config: RolloutConfig, *, dtype: str, max_length: int, seed: int, device: Device, sleeps: bool) -> LLM:
     kv_cache_gib = config.kv_cache_gib or (CPU_KV_CACHE_GIB if device == "cpu" else None)
     eager = config.enforce_eager if config.enforce_eager is not None else device == "cpu"
     if device == "cpu" and not eager:
@@ -227,7 +252,15 @@ def _build(model: Path, config: RolloutConfig, *, dtype: str, max_length: int, s
         # generators cannot: the engine would die. So prompts go in whole, and the step must have room for the longest.
         settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, CPU_BATCHED_TOKENS)}
     else:
-        settings |= {"gpu_memory_utilization": config.memory_fraction, "tensor_parallel_size": config.tensor_parallel}
+        settings |= {
+            # With a cache of a given size this decides nothing, but vLLM would still want so much to be free at the start.
+            "gpu_memory_utilization": config.memory_fraction if kv_cache_gib is None else _UNCHECKED,
+            "tensor_parallel_size": config.tensor_parallel,
+            "enable_sleep_mode": sleeps,
+        }
+        if config.tensor_parallel > 1:
+            # Left alone, vLLM would see Ray's placement group and ask it for workers in a bundle that this actor fills.
+            settings["distributed_executor_backend"] = "mp"
     try:
         return LLM(str(model), **settings)
     except ValueError as error:

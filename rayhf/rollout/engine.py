@@ -5,6 +5,9 @@ owns vLLM (loop.py). `update` waits until running waves are done, and what is su
 completion never mixes two versions. New weights count only when they were shown to be the learner's: bucket checksums,
 parameter names and shapes are checked before the engine is touched, the probe's log-probs after. If an update fails in between,
 the engine's weights are undefined and it refuses to write: build a new one.
+
+An engine that is put to sleep writes nothing until `wake`, or an update, which takes memory back in stages: room for weights, the
+weights, room for keys and values.
 """
 
 from __future__ import annotations
@@ -75,8 +78,19 @@ class EngineStats:
 class RolloutEngine:
     """See the module's docstring. Raises ConfigError where vLLM refuses the model or the settings."""
 
-    def __init__(self, model: Path, config: RolloutConfig, *, dtype: Dtype, max_length: int, seed: int, device: Device) -> None:
-        """`max_length`: prompt plus response, in tokens. The checkpoint's weights are version 0."""
+    def __init__(
+        self,
+        model: Path,
+        config: RolloutConfig,
+        *,
+        dtype: Dtype,
+        max_length: int,
+        seed: int,
+        device: Device,
+        sleeps: bool = False,
+    ) -> None:
+        """`max_length`: prompt plus response, in tokens. `sleeps`: it will be put to sleep, for which vLLM allocates otherwise.
+        The checkpoint's weights are version 0."""
         check_env(device)
         from rayhf.rollout.driver import VllmDriver
 
@@ -85,7 +99,7 @@ class RolloutEngine:
         self._checksum = "checkpoint"
 
         def build() -> VllmDriver:
-            self._driver = VllmDriver(model, config, dtype=dtype, max_length=max_length, seed=seed, device=device)
+            self._driver = VllmDriver(model, config, dtype=dtype, max_length=max_length, seed=seed, device=device, sleeps=sleeps)
             return self._driver
 
         self._loop: EngineLoop[VllmDriver] = EngineLoop(build)
@@ -132,6 +146,32 @@ class RolloutEngine:
         waves."""
         self._loop.call(lambda driver: driver.reset_prefix_cache()).result()
 
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Give the GPU's memory back; without `keep_weights` only an update can wake it. Waits for running waves."""
+
+        def sleep(driver: VllmDriver) -> None:
+            if driver.asleep == "no":
+                driver.check_sound()
+                driver.sleep(keep_weights=keep_weights)
+
+        self._loop.call(sleep).result()
+
+    def wake(self) -> None:
+        """Be able to write again with the weights that were kept; nothing where it is awake. Raises WeightSyncError."""
+
+        def wake(driver: VllmDriver) -> None:
+            driver.check_sound()
+            if driver.asleep == "empty":
+                raise WeightSyncError("this rollout engine gave its weights up when it went to sleep; send it an update")
+            try:
+                driver.wake("weights")
+                driver.wake("kv_cache")
+            except Exception as error:  # whatever vLLM raises: part of its memory is missing
+                driver.damage = f"waking it failed: {type(error).__name__}: {error}"
+                raise WeightSyncError(driver.damage) from error
+
+        self._loop.call(wake).result()
+
     def abort(self, reason: str) -> int:
         """Fail all waves that run or wait; returns how many."""
         return self._loop.abort(reason)
@@ -153,14 +193,17 @@ class RolloutEngine:
 
     def _update(self, driver: VllmDriver, snapshot: WeightSnapshot, payloads: list[Payload]) -> UpdateReport:
         started = time.perf_counter()
-        held = driver.held_version()
+        driver.check_sound()
+        held = driver.version
         try:
             self._verify(driver, snapshot, payloads)
         except WeightSyncError as error:
             raise WeightSyncError(f"weights {snapshot.version} refused, weights {held} stay in place: {error}") from error
         driver.damage = f"the update from weights {held} to {snapshot.version} did not finish"
         try:
+            driver.wake("weights")
             driver.load(snapshot.buckets, payloads)
+            driver.wake("kv_cache")
             gap = _gap(driver, snapshot.probe)
         except Exception as error:  # whatever vLLM raises here leaves layers half loaded
             driver.damage = f"the update to weights {snapshot.version} failed: {type(error).__name__}: {error}"

@@ -69,6 +69,41 @@ def test_one_ranks_nan_stops_every_rank_and_leaves_no_trace(two: Ranks, tied: Pa
     two.call(poison, tied, stage, dtype)
 
 
+def sleep(keywords: dict[str, Any], model: Path, config: dict[str, Any], lora: LoraConfig | None) -> float:
+    """Train with and without pauses, in which the tensors are elsewhere. The share of their bytes that stayed."""
+    from rayhf.learner.residence import _storages
+
+    straight = start(keywords, model, lora=lora, **config)
+    losses = advance(straight, range(4), 100, WeightedLogp())
+    paused = start(keywords, model, lora=lora, **config)
+    shares = []
+    for step in range(4):
+        paused.wake()  # it is awake: nothing happens
+        assert advance(paused, range(step, step + 1), 100, WeightedLogp()) == losses[step : step + 1]
+        before = sum(storage.nbytes() for storage in _storages(paused.engine))
+        paused.sleep()
+        paused.sleep()
+        assert not paused.model.lm_head.weight.untyped_storage().nbytes()
+        shares.append(sum(storage.nbytes() for storage in _storages(paused.engine)) / before)
+        paused.wake()
+    a, b = weights(straight), weights(paused)
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    return max(shares)
+
+
+LORA = LoraConfig(rank=2, alpha=4, dropout=0.3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "lora"),
+    [(0, "float32", None), (1, "bfloat16", None), (2, "bfloat16", None), (3, "bfloat16", None), (3, "float32", LORA)],
+)
+def test_a_learner_that_slept_continues_with_the_same_bits(
+    two: Ranks, untied: Path, stage: int, dtype: str, lora: LoraConfig | None
+) -> None:
+    assert max(two.call(sleep, untied, {"zero_stage": stage, "dtype": dtype}, lora)) == 0
+
+
 def evaluate(keywords: dict[str, Any], model: Path, stage: int) -> None:
     """Ranks bring different numbers of rows; log-probs with and without gradient are the same bits."""
     engine = start(keywords, model, zero_stage=stage, token_budget=60)

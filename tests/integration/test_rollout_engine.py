@@ -395,3 +395,27 @@ def test_closed_engine_says_so(start: Start) -> None:
     with pytest.raises(RayhfError, match="closed"):
         engine.generate([ask()], version=0)
     engine.close()
+
+
+def test_an_engine_that_slept_writes_what_it_wrote(start: Start) -> None:
+    """vLLM's CPU worker keeps its memory, but the scheduler, the tags and the order of calls are the real ones."""
+    engine, model = start()
+    before = engine.generate([ask()], version=0)
+    engine.sleep(keep_weights=True)
+    engine.sleep(keep_weights=True)
+    with pytest.raises(WeightSyncError, match="asleep; wake it first"):
+        engine.generate([ask()], version=0)
+    engine.wake()
+    engine.wake()
+    assert engine.generate([ask()], version=0) == before
+    engine.sleep(keep_weights=False)
+    with pytest.raises(WeightSyncError, match="gave its weights up"):
+        engine.wake()
+    perturb(model, 1)
+    snapshot = snapshot_of(model, 1)
+    damaged = replace(snapshot, checksum="no")
+    with pytest.raises(WeightSyncError, match="the snapshot says no"):
+        engine.update(damaged, payloads_of(damaged))
+    assert engine.update(snapshot, payloads_of(snapshot)).gap.mean < 1e-4  # the probe ran: it is awake
+    (completions,) = engine.generate([ask()], version=1)
+    assert mean_gap(model, ask(), completions) <= 1e-4

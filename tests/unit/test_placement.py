@@ -4,46 +4,131 @@ from pathlib import Path
 
 import pytest
 
-from actors.placement import bundles, check_available, seats
+from actors.placement import Node, bundles, crowded, impossible, members, pack, seats
 from rayhf.config.load import load_config
-from rayhf.errors import ConfigError, PlacementError
+from rayhf.errors import ConfigError
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+PPO = RECIPES / "ppo_8b_8gpu_separate.yaml"
+ONLINE = RECIPES / "online_dpo_8b_8gpu_colocate.yaml"
+ITERATIVE = RECIPES / "iterative_dpo_8b_8gpu_colocate.yaml"
+TINY = RECIPES.parent / "tiny" / "online_dpo_arithmetic.yaml"
 
 
-def node(gpus, cpus=64.0, alive=True):
-    return {"Alive": alive, "Resources": {"GPU": gpus, "CPU": cpus}}
+def node(gpus, cpus=64.0, name="10.0.0.1", used=0.0, **custom):
+    total = {"GPU": gpus, "CPU": cpus, **custom}
+    return Node(name=name, total=total, free={**total, "GPU": gpus - used})
+
+
+def placed(path, *overrides, critic=False, reference=True, **more):
+    return seats(load_config(path, overrides), critic=critic, reference=reference, **more)
+
+
+def names(group):
+    return [seat.name for seat in group]
 
 
 def test_separate_roles_have_their_own_gpus():
-    config = load_config(RECIPES / "ppo_8b_8gpu_separate.yaml")
-    found = seats(config, critic=True, reference=True)
+    found = placed(PPO, critic=True)
     assert sum(seat.gpus for seat in found) == 8 and len({seat.bundle for seat in found}) == len(found)
-    check_available(found, [node(4), node(4)])
-    with pytest.raises(
-        PlacementError, match=r"8 GPUs requested, 4 available on 1 node\(s\) \(GPUs by role: rollout 2, learner 2"
-    ):
-        check_available(found, [node(4), node(8, alive=False)])
+    assert impossible(found, [node(4), node(4, name="10.0.0.2")]) is None
+    assert impossible(found, [node(4)]) == (
+        "8 GPU requested (rollout 2, learner 2, critic 2, reference 1, scorer 1), 4 available on 1 node(s)"
+    )
 
 
 def test_colocated_roles_share_every_gpu():
-    config = load_config(RECIPES / "online_dpo_8b_8gpu_colocate.yaml")
-    found = seats(config, critic=False, reference=True)
+    found = placed(ITERATIVE)
+    assert [b["GPU"] for b in bundles(found)] == [1.0] * 8
+    for group in members(found):
+        assert {"rollout", "learner"} <= {seat.role for seat in group} and sum(seat.gpus for seat in group) <= 1
+
+
+def test_a_full_house_on_the_first_gpu_still_is_one_gpu():
+    """Engine, learner, critic, reference, reward model and an evaluator with one: Ray's shares must add up to at most 1."""
+    reward = "{type: reward_model, model: models/reward-8b}"
+    overrides = ["cluster.placement=colocate", "run.max_staleness=0", f"scorer.evaluate=[{reward}]"]
+    first, *others = members(placed(PPO, *overrides, critic=True))
+    assert len(first) == 6 and all(seat.gpus == 0.1666 for seat in first)
+    assert [b["GPU"] for b in bundles(placed(PPO, *overrides, critic=True))] == [1.0] * (1 + len(others))
+
+
+def test_shares_of_a_gpu():
+    found = placed(PPO, "cluster.gpus_per_reference=0.5", "cluster.gpus_per_scorer=0.25", critic=True)
+    shares = {seat.name: seat.gpus for seat in found}
+    assert (shares["reference"], shares["scorer"]) == (0.5, 0.25)
     wanted = bundles(found)
-    assert [b["GPU"] for b in wanted] == [1.0] * 8
-    for number in range(8):
-        members = [seat for seat in found if seat.bundle == number]
-        assert {"rollout", "learner"} <= {seat.role for seat in members} and sum(seat.gpus for seat in members) <= 1
+    assert sorted(b["GPU"] for b in wanted) == [0.25, 0.5, 1, 1, 1, 1, 1, 1]
+    assert None not in pack(wanted, [node(6), node(1, name="10.0.0.2")])  # both shares on one GPU
+    assert impossible(found, [node(6)]) is not None
+
+
+def test_with_shares_of_their_own_small_roles_leave_the_shared_gpus():
+    found = placed(ITERATIVE, "cluster.gpus_per_reference=1", "cluster.gpus_per_scorer=0.5")
+    *shared, reference, scorer = members(found)
+    assert all(names(group) == [f"rollout engine {i}", f"learner rank {i}"] for i, group in enumerate(shared))
+    assert [(names(g), g[0].gpus) for g in (reference, scorer)] == [(["reference"], 1.0), (["scorer"], 0.5)]
+    assert [b["GPU"] for b in bundles(found)] == [1.0] * 9 + [0.5]
+
+
+def test_custom_resources_by_pool_pin_roles_to_nodes():
+    """Also on CPU. The critic belongs to the learner's pool, evaluators to the scorer's."""
+    overrides = [
+        "cluster.resources={rollout: {fast: 1}, learner: {slow: 0.25}, scorer: {judging: 1}}",
+        "scorer.evaluate=[{type: rule, function: 'a:b'}]",
+    ]
+    found = placed(TINY, *overrides, critic=True)
+    asked = {seat.name: dict(seat.resources) for seat in found}
+    assert asked == {
+        "rollout engine 0": {"fast": 1},
+        "learner rank 0": {"slow": 0.25},
+        "critic rank 0": {"slow": 0.25},
+        "reference": {},
+        "scorer": {"judging": 1},
+        "evaluator": {"judging": 1},
+    }
+    one, two = node(0, 4, "a", fast=1, judging=2), node(0, 4, "b", slow=1)
+    homes = dict(zip(asked, pack(bundles(found), [one, two]), strict=True))
+    assert homes["learner rank 0"] == homes["critic rank 0"] == "b" and homes["rollout engine 0"] == homes["evaluator"] == "a"
+    assert impossible(found, [one]) == ("0.5 slow requested (learner 0.25, critic 0.25), 0 available on 1 node(s)")
 
 
 def test_a_bundle_larger_than_any_node_is_found():
-    config = load_config(RECIPES / "ppo_8b_8gpu_separate.yaml", ["rollout.tensor_parallel=4", "rollout.engines=1"])
-    found = seats(config, critic=True, reference=True)
-    with pytest.raises(PlacementError, match="one bundle needs 4 GPUs, the largest node has 2"):
-        check_available(found, [node(2)] * 6)
+    found = placed(PPO, "rollout.tensor_parallel=4", "rollout.engines=1", critic=True)
+    nodes = [node(2, name=f"10.0.0.{i}") for i in range(6)]
+    assert impossible(found, nodes) == (
+        "rollout engine 0 needs 4 GPU and 1 CPU on one node; the best one, 10.0.0.0, has 2 GPU and 64 CPU"
+    )
 
 
-def test_shares_of_a_gpu_and_tensor_parallel_exclude_each_other():
-    config = load_config(RECIPES / "online_dpo_8b_8gpu_colocate.yaml", ["rollout.tensor_parallel=2"])
-    with pytest.raises(ConfigError, match=r"tensor_parallel is 2, expected 1 \(or placement separate\)"):
-        seats(config, critic=False, reference=True)
+def test_who_has_no_place_while_others_use_the_nodes():
+    found = placed(PPO, critic=True)
+    nodes = [node(4, used=1), node(4, name="10.0.0.2", used=3)]
+    assert impossible(found, nodes) is None
+    assert crowded(found, nodes) == (
+        "critic rank 0 needs 1 GPU and 1 CPU on one node; the best one, 10.0.0.1, has left 0 GPU and 61 CPU; "
+        "4 of 8 bundles have no place"
+    )
+
+
+def test_every_policy_has_engines_and_learners_of_its_own():
+    found = placed(RECIPES / "spar_8b_8gpu_separate.yaml", policies=("policy", "refiner"))
+    assert {"rollout refiner engine 0", "learner refiner rank 1"} <= set(names(found))
+    assert sum(seat.gpus for seat in found) == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["rollout.tensor_parallel=2"], r"tensor_parallel is 2, expected 1 \(or placement separate\)"),
+        (["run.max_staleness=1"], r"max_staleness is 1, expected 0 \(or placement separate\)"),
+        (["scorer.train=[{type: judge, model: m}]"], "the judge m would take most of a GPU that others use too"),
+        (["cluster.resources={rollout: {GPU: 2}}"], "rollout.GPU is derived; expected custom resources"),
+        (["cluster.resources={rollout: {h100: 1.5}}"], "rollout.h100 is 1.5; Ray counts more than 1 in whole numbers"),
+        (["cluster.gpus_per_scorer=2"], "cluster.gpus_per_scorer: input should be less than or equal to 1, got 2"),
+        (["cluster.resources={engines: {h100: 1}}"], "'rollout', 'learner', 'reference' or 'scorer', got 'engines'"),
+    ],
+)
+def test_placements_that_cannot_work(overrides, expected):
+    with pytest.raises(ConfigError, match=expected):
+        placed(ONLINE, *overrides)

@@ -1,0 +1,222 @@
+"""`rayhf check`'s memory estimates against measured peaks. `python -m tests.bench.memory` prints a table for RESULTS.md.
+
+Every role works in a fresh process on a random Llama: a learner takes two optimiser steps of micro-batches that are as large
+as the token budget allows, a reference reads one, an engine writes. Its peak resident memory less a constant is compared with the
+estimate less `framework`. The constant is the peak of the same process with a model of a few hundred parameters and eight tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rayhf.config.schema import LearnerConfig, ReferenceConfig, RolloutConfig
+from rayhf.estimate import Memory, engine_memory, learner_memory, read_shape, reference_memory
+
+LENGTH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A random Llama in float32 and the tokens of a micro-batch."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    budget: int
+
+
+SIZES = {
+    "none": Size(hidden=8, intermediate=8, layers=1, vocabulary=16, budget=LENGTH),
+    "1 M": Size(hidden=128, intermediate=384, layers=4, vocabulary=2048, budget=16384),
+    "30 M": Size(hidden=512, intermediate=1408, layers=6, vocabulary=8192, budget=4096),
+    "120 M": Size(hidden=768, intermediate=2048, layers=12, vocabulary=24000, budget=1024),
+}
+LEARNERS: dict[str, dict[str, Any]] = {
+    "learner, stage 0": {"zero_stage": 0},
+    "learner, stage 2": {"zero_stage": 2},
+    "learner, stage 3": {"zero_stage": 3},
+    "learner, stage 0, checkpointing": {"zero_stage": 0, "activation_checkpointing": True},
+    "learner, stage 2, bfloat16": {"zero_stage": 2, "dtype": "bfloat16"},
+}
+PROCESSES = (*LEARNERS, "reference", "rollout")
+
+
+def make_model(name: str, directory: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    size = SIZES[name]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=max(1, size.hidden // 64),
+        max_position_embeddings=2 * LENGTH,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    words = Tokenizer(models.WordLevel({"<end>": 0}, unk_token="<end>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(directory)
+
+
+def learner_config(process: str, size: Size, **more: Any) -> LearnerConfig:
+    return LearnerConfig(**{"dtype": "float32", "token_budget": size.budget, **LEARNERS[process], **more})
+
+
+def rollout_config() -> RolloutConfig:
+    return RolloutConfig(max_tokens=LENGTH // 2, max_num_seqs=64, kv_cache_gib=0.25)
+
+
+def estimate(process: str, name: str, model: Path) -> Memory:
+    shape, size = read_shape(model, key="model"), SIZES[name]
+    if process == "reference":
+        config = ReferenceConfig(token_budget=size.budget)
+        return reference_memory(shape, config, dtype="float32", device="cpu")
+    if process == "rollout":
+        return engine_memory(shape, rollout_config(), dtype="float32", device="cpu")
+    return learner_memory(shape, learner_config(process, size), device="cpu")
+
+
+def measure(process: str, name: str, model: Path) -> float:
+    """Peak resident memory of a fresh process, in bytes."""
+    command = [sys.executable, "-m", "tests.bench.memory", "--child", process, name, str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    if done.returncode:
+        raise SystemExit(f"{process}, {name}: exit {done.returncode}: {done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+# ------------------------------------------------------------------------------------------------- in the child
+
+
+def child(process: str, name: str, model: Path) -> None:
+    import ray  # noqa: F401 (every actor's process has it)
+
+    size = SIZES[name]
+    work = {"reference": _reference, "rollout": _rollout}.get(process, _learner)
+    work(process, size, model)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    print(json.dumps(peak))
+
+
+@dataclass(frozen=True)
+class _Likelihood:
+    """-log p of the response tokens."""
+
+    entropy: str = "off"
+
+    def __call__(self, output_T: Any, micro: Any) -> Any:
+        from rayhf.losses.base import LossOutput
+
+        return LossOutput(loss=-output_T.sum() / micro.totals.tokens, metrics={})
+
+
+def _rows(size: Size) -> list[Any]:
+    """One micro-batch, all response but its first token of each row."""
+    from rayhf.experience import Row
+
+    ids = tuple(i % size.vocabulary for i in range(LENGTH))
+    rows = range(size.budget // LENGTH)
+    return [Row(prompt_id=str(i), sample=0, prompt_ids=ids[:1], response_ids=ids[1:]) for i in rows]
+
+
+def _learner(process: str, size: Size, model: Path) -> None:
+    from rayhf.experience import Example
+    from rayhf.learner.engine import LearnerEngine
+    from rayhf.losses.base import Totals
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        master = ("127.0.0.1", probe.getsockname()[1])
+    engine = LearnerEngine(model, learner_config(process, size, threads=2), lr=1e-5, total_steps=2, master=master)
+    rows = _rows(size)
+    examples = [Example(rows=(row,)) for row in rows]
+    totals = Totals(tokens=float(sum(len(row.response_ids) for row in rows)), rows=len(rows), examples=len(rows))
+    for micros in (1, 2):  # Adam's moments are there after the first step, gradients after the first micro-batch
+        engine.step([examples] * micros, totals, _Likelihood(), 1.0)
+    engine.close()
+
+
+def _reference(process: str, size: Size, model: Path) -> None:
+    from rayhf.reference.engine import ReferenceEngine
+
+    engine = ReferenceEngine(model, ReferenceConfig(token_budget=size.budget, threads=2), dtype="float32")
+    engine.logprobs(_rows(size), 1.0)
+
+
+def _rollout(process: str, size: Size, model: Path) -> None:
+    import os
+
+    from rayhf.rollout.env import engine_env
+
+    os.environ.update(engine_env("cpu", 2))
+    from rayhf.experience import GenerateRequest, Sampling
+    from rayhf.rollout.engine import RolloutEngine
+
+    engine = RolloutEngine(model, rollout_config(), dtype="float32", max_length=LENGTH, seed=0, device="cpu")
+    ids = tuple(i % size.vocabulary for i in range(LENGTH // 2))
+    sampling = Sampling(max_tokens=LENGTH // 2)
+    prompts = max(1, size.budget // LENGTH)
+    requests = [GenerateRequest(prompt_id=str(i), number=0, token_ids=ids, sampling=sampling, seeds=(i,)) for i in range(prompts)]
+    engine.generate(requests, version=0)
+    engine.close()
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def table(rows: list[tuple[str, str, float, float, Memory]]) -> str:
+    """Markdown. Of each row: process, model, measured peak and constant in bytes, estimate."""
+    out = [
+        "| process | model | measured, MiB | the constant | the rest | its estimate | estimate / measured |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for process, name, peak, constant, memory in rows:
+        net, wanted = peak - constant, memory.total - memory.framework
+        out.append(
+            f"| {process} | {name} | {peak / 2**20:,.0f} | {constant / 2**20:,.0f} | {net / 2**20:,.0f} | {wanted / 2**20:,.0f} "
+            f"| {wanted / net:.2f} |"
+        )
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--child", nargs=3, metavar=("PROCESS", "SIZE", "MODEL"))
+    parser.add_argument("--only", nargs="*", default=list(PROCESSES), help="processes")
+    arguments = parser.parse_args()
+    if arguments.child:
+        process, name, model = arguments.child
+        child(process, name, Path(model))
+        return
+    console = Console()
+    rows: list[tuple[str, str, float, float, Memory]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in SIZES:
+            make_model(name, Path(folder) / name)
+        for process in arguments.only:
+            constant = measure(process, "none", Path(folder) / "none")
+            for name in list(SIZES)[1:]:
+                model = Path(folder) / name
+                rows.append((process, name, measure(process, name, model), constant, estimate(process, name, model)))
+                console.print(table(rows[-1:]).splitlines()[-1], markup=False, soft_wrap=True)
+    console.print(table(rows), markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

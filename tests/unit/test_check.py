@@ -1,0 +1,69 @@
+"""`rayhf check --no-hardware` prints the plan of every recipe, from config.json files alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_estimate import LLAMA
+from typer.testing import CliRunner
+
+from launch.cli import app, main
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The models that the recipes name, without weights."""
+    directory = tmp_path_factory.mktemp("recipes")
+    for name in ("policy-8b-sft", "reward-8b", "general-preference-8b"):
+        (directory / "models" / name).mkdir(parents=True)
+        (directory / "models" / name / "config.json").write_text(json.dumps(LLAMA))
+    return directory
+
+
+def check(directory, monkeypatch, *arguments):
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("COLUMNS", "200")
+    return CliRunner().invoke(app, ["check", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_fits_its_gpus(models, monkeypatch, recipe):
+    result = check(models, monkeypatch, recipe, "--no-hardware", "--engine-rate", "2500", "--learner-rate", "8000")
+    assert result.exit_code == 0, result.output
+    for said in (
+        "optimiser steps per round",
+        "placement",
+        "GiB per GPU at the peak",
+        "of a GPU with 79.00",
+        "learner rank",
+        "cache",
+    ):
+        assert said in result.output, result.output
+    assert "rounds per hour" in result.output and "one checkpoint, and exported models" in result.output
+
+
+def test_without_the_model_there_is_no_estimate(tmp_path, monkeypatch):
+    result = check(tmp_path, monkeypatch, RECIPES[0], "--no-hardware")
+    assert result.exit_code == 0 and "no estimates: models/policy-8b-sft/config.json is not here" in result.output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["learner.ranks=1"], "learner rank 0 needs about 1"),
+        (["cluster.gpu_memory_gib=24"], "GiB on a GPU, and there are 24.0"),
+        (["rollout.memory_fraction=0.2"], "and one sequence of 4096 tokens needs more"),
+    ],
+)
+def test_what_cannot_fit_is_refused_in_one_line_after_the_tables(models, monkeypatch, capsys, overrides, expected):
+    recipe = next(path for path in RECIPES if path.stem.startswith("inpo"))
+    monkeypatch.chdir(models)
+    monkeypatch.setattr("sys.argv", ["rayhf", "check", str(recipe), *overrides, "--no-hardware"])
+    monkeypatch.delenv("RAYHF_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and expected in said.err and said.err.count("\n") == 1
+    assert "placement" in said.out and "at the peak" in said.out
