@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -20,10 +20,13 @@ from actors.supervise import Supervised, Whereabouts, whereabouts
 from rayhf.campaign.fence import Fence
 from rayhf.config.schema import LearnerConfig
 from rayhf.errors import ActorLostError
-from rayhf.experience import Batch, Example, FloatArray, Row, WeightBucket, WeightSnapshot
+from rayhf.experience import Batch, Example, FloatArray, Row, TransportName, WeightBucket, WeightSnapshot
 from rayhf.learner.packing import plan
 from rayhf.losses.base import Loss, Totals
 from rayhf.rollout.weights import snapshot_checksum
+
+if TYPE_CHECKING:
+    from rayhf.rollout.channel import Meeting, Sender
 
 
 @contextmanager
@@ -41,6 +44,8 @@ def _collectives() -> Iterator[None]:
 class LearnerActor:
     """A shell around one rank's LearnerEngine."""
 
+    _sender: Sender | None = None
+
     def address(self) -> tuple[str, int]:
         """Where rank 0 can be met: its node's address and a free port."""
         import socket
@@ -55,8 +60,9 @@ class LearnerActor:
     def build(self, model: Path, config: LearnerConfig, *, fence: Fence | None = None, **settings: Any) -> None:
         """A `fence` guards what is written into a run directory."""
         from rayhf.learner.engine import LearnerEngine
+        from rayhf.learner.sending import Held
 
-        self.fence = fence
+        self.fence, self._held = fence, Held()
         self.engine = LearnerEngine(model, config, **settings)
 
     def step(self, micros: list[list[Example]], totals: Totals, loss: Loss, temperature: float) -> dict[str, float]:
@@ -67,10 +73,39 @@ class LearnerActor:
         with _collectives():
             return self.engine.outputs(rows, temperature)
 
-    def publish(self, version: int, dtype: str, bucket_bytes: int) -> tuple[list[WeightBucket], Any]:
+    def publish(self, version: int, dtype: str, bucket_bytes: int, transport: TransportName) -> tuple[list[WeightBucket], Any]:
+        from rayhf.learner.sending import announce
+
         with _collectives():
+            if transport == "broadcast":
+                return announce(self.engine, dtype, bucket_bytes)
+            if transport == "cuda_ipc":
+                return self._held.publish(self.engine, dtype, bucket_bytes)
             buckets, probe = self.engine.publish(version, dtype, bucket_bytes)
         return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in buckets], probe
+
+    def open_broadcast(self, members: int, timeout_s: float) -> Meeting:
+        """Begin a new group, of which this rank is the sender."""
+        from rayhf.rollout.channel import Sender
+
+        if self._sender is not None:
+            self._sender.close()
+        host = ray.util.get_node_ip_address()
+        self._sender = Sender(host, members=members, timeout_s=timeout_s, device=self.engine.device)
+        return self._sender.meeting
+
+    def join_broadcast(self) -> None:
+        assert self._sender is not None
+        self._sender.join()
+
+    def send(self, version: int, dtype: str, bucket_bytes: int) -> list[WeightBucket]:
+        from rayhf.learner.sending import send
+
+        with _collectives():
+            return send(self.engine, version, dtype, bucket_bytes, self._sender)
+
+    def release(self) -> None:
+        self._held.release()
 
     def save(self, directory: Path) -> None:
         if self.fence is not None:
@@ -98,10 +133,21 @@ class LearnerActor:
 class LearnerGroup:
     """Learner over one or more data-parallel ranks."""
 
-    def __init__(self, ranks: Sequence[Supervised], config: LearnerConfig, *, sync_dtype: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        ranks: Sequence[Supervised],
+        config: LearnerConfig,
+        *,
+        sync_dtype: str,
+        timeout_s: float,
+        transport: TransportName = "object_store",
+    ) -> None:
         """`sync_dtype`: the engines' dtype, in which weights travel."""
-        self._ranks, self._config, self._timeout_s, self._sync_dtype = ranks, config, timeout_s, sync_dtype
-        self._names = [rank.name for rank in ranks]
+        self._ranks, self._config, self._timeout_s = ranks, config, timeout_s
+        self._transport, self._wire = transport, (sync_dtype, config.bucket_mib << 20)
+        self.names = [rank.name for rank in ranks]
+        self.holds: int | None = None
+        """The version that was published last, until the next step changes the weights."""
 
     @property
     def _actors(self) -> list[Any]:
@@ -110,7 +156,7 @@ class LearnerGroup:
     async def start(self, model: Path, **settings: Any) -> None:
         """Start every rank's engine; they meet at rank 0."""
         await asyncio.gather(*(rank.start() for rank in self._ranks))
-        master = await wait(self._actors[0].address.remote(), who=self._names[0], phase="start", timeout_s=self._timeout_s)
+        master = await wait(self._actors[0].address.remote(), who=self.names[0], phase="start", timeout_s=self._timeout_s)
         world = len(self._ranks)
         for one in self._ranks:
             one.stage = "building"
@@ -123,9 +169,10 @@ class LearnerGroup:
             one.stage = "ready"
 
     async def _all(self, phase: str, calls: list[ray.ObjectRef]) -> list[Any]:
-        return await wait_all(calls, who=self._names, phase=phase, timeout_s=self._timeout_s)
+        return await wait_all(calls, who=self.names, phase=phase, timeout_s=self._timeout_s)
 
     async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:
+        self.holds = None
         lengths = [[len(row) for row in example.rows] for example in batch.examples]
         hands = plan(lengths, ranks=len(self._actors), budget=self._config.token_budget)
         rows = [row for example in batch.examples for row in example.rows]
@@ -152,16 +199,40 @@ class LearnerGroup:
             results |= dict(zip(hand, answer, strict=True))
         return [results[i] for i in range(len(rows))]
 
-    async def publish(self, version: int) -> WeightSnapshot:
-        bytes_ = self._config.bucket_mib << 20
-        calls = [actor.publish.remote(version, self._sync_dtype, bytes_) for actor in self._actors]
-        buckets, probe = (await self._all("sync", calls))[0]
-        return WeightSnapshot(version=version, buckets=tuple(buckets), checksum=snapshot_checksum(buckets), probe=probe)
+    async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
+        transport = "object_store" if stored else self._transport
+        self.holds = version
+        answers = await self._all("sync", [actor.publish.remote(version, *self._wire, transport) for actor in self._actors])
+        buckets, probe = answers[0]
+        if transport == "cuda_ipc":
+            handles = zip(*([bucket.payload for bucket in found] for found, _ in answers), strict=True)
+            buckets = [replace(bucket, payload=each) for bucket, each in zip(buckets, handles, strict=True)]
+        checksum = snapshot_checksum(buckets)
+        return WeightSnapshot(version=version, buckets=tuple(buckets), checksum=checksum, probe=probe, transport=transport)
+
+    async def open_broadcast(self, members: int, timeout_s: float) -> Meeting:
+        """A new group for broadcasts, of `members` including rank 0, and where the others meet it."""
+        call = self._actors[0].open_broadcast.remote(members, timeout_s)
+        meeting: Meeting = await wait(call, who=self.names[0], phase="sync", timeout_s=self._timeout_s)
+        return meeting
+
+    def join_broadcast(self) -> ray.ObjectRef:
+        """The sender's call, to be waited for together with the receivers'."""
+        return self._actors[0].join_broadcast.remote()
+
+    def send(self, version: int) -> list[ray.ObjectRef]:
+        """Every rank's call, to be waited for together with the receivers'; the first answers with the sealed buckets."""
+        return [actor.send.remote(version, *self._wire) for actor in self._actors]
+
+    async def release(self) -> None:
+        """Give back the memory of what was published on the device."""
+        await self._all("sync", [actor.release.remote() for actor in self._actors])
 
     async def save(self, directory: Path) -> None:
         await self._all("checkpoint", [actor.save.remote(directory) for actor in self._actors])
 
     async def load(self, directory: Path) -> None:
+        self.holds = None
         await self._all("restore", [actor.load.remote(directory) for actor in self._actors])
 
     async def export(self, directory: Path) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import ray
 
-from actors.remote import wait
 from actors.supervise import Supervised, Whereabouts, whereabouts
+from actors.transport import Transport
 from rayhf.config.schema import Dtype, RolloutConfig
 from rayhf.experience import Completion, GenerateRequest, WeightSnapshot
 
 if TYPE_CHECKING:
+    from rayhf.rollout.channel import Meeting
     from rayhf.rollout.engine import UpdateReport
 
 
@@ -49,8 +47,11 @@ class RolloutActor:
     def whereabouts(self) -> Whereabouts:
         return whereabouts()
 
-    async def update(self, snapshot: WeightSnapshot, *payloads: npt.NDArray[np.uint8]) -> UpdateReport:
-        return await asyncio.to_thread(self.engine.update, snapshot, list(payloads))
+    async def join_broadcast(self, meeting: Meeting, first: int) -> None:
+        await asyncio.to_thread(self.engine.join_broadcast, meeting, first)
+
+    async def update(self, snapshot: WeightSnapshot, *payloads: Any) -> UpdateReport:
+        return await asyncio.to_thread(self.engine.update, snapshot, payloads)
 
     async def sleep(self, keep_weights: bool) -> None:
         await asyncio.to_thread(self.engine.sleep, keep_weights=keep_weights)
@@ -62,13 +63,11 @@ class RolloutActor:
 class RolloutPool:
     """Rollout over one or more engines; an engine that is lost is replaced, and what it was asked is asked again as a whole."""
 
-    def __init__(self, engines: Sequence[Supervised], *, timeout_s: float) -> None:
-        self._engines, self._timeout_s = engines, timeout_s
+    def __init__(self, engines: Sequence[Supervised], transport: Transport, *, timeout_s: float) -> None:
+        self._engines, self._transport, self._timeout_s = engines, transport, timeout_s
         self._load = [0] * len(engines)
         for engine in engines:
-            engine.prepare = self._equip
-        self._weights: tuple[WeightSnapshot, list[Any]] | None = None
-        """What every engine must hold; None: what it was started with."""
+            engine.prepare = transport.equip
 
     async def generate(self, requests: Sequence[GenerateRequest], *, version: int) -> list[tuple[Completion, ...]]:
         """One request goes to the least busy engine; several are dealt out in turn, so that equal calls are dealt equally."""
@@ -95,34 +94,23 @@ class RolloutPool:
             self._load[number] -= work
 
     async def update(self, snapshot: WeightSnapshot) -> None:
-        """Every engine fetches the same buckets from the object store and confirms version, checksum and probe, or raises."""
-        payloads = [bucket.payload for bucket in snapshot.buckets]
-        light = replace(snapshot, buckets=tuple(replace(bucket, payload=None) for bucket in snapshot.buckets))
-        self._weights = (light, payloads)
-        await self._everyone("sync", lambda actor: actor.update.remote(light, *payloads))
+        await self._transport.deliver(snapshot)
 
     async def sleep(self) -> None:
         """Every engine gives its GPU up. Its weights stay in host memory unless they are in the object store anyway."""
-        keep = self._weights is None
+        keep = self._transport.stored is None
         await self._everyone("sleep", lambda actor: actor.sleep.remote(keep))
 
     async def wake(self) -> None:
         """Every engine writes again, with the weights it had."""
-        if self._weights is None:
+        if self._transport.stored is None:
             await self._everyone("wake", lambda actor: actor.wake.remote())
         else:
-            light, payloads = self._weights
+            light, payloads = self._transport.stored
             await self._everyone("wake", lambda actor: actor.update.remote(light, *payloads))
 
     async def _everyone(self, phase: str, call: Callable[[Any], Any]) -> None:
         await asyncio.gather(*(engine.persist(call, phase=phase, timeout_s=self._timeout_s) for engine in self._engines))
-
-    async def _equip(self, actor: Any) -> None:
-        """Bring a new engine to the weights of the last update."""
-        if self._weights is not None:
-            light, payloads = self._weights
-            call = actor.update.remote(light, *payloads)
-            await wait(call, who="a new rollout engine", phase="sync", timeout_s=self._timeout_s)
 
 
 RemoteRollout = ray.remote(RolloutActor)

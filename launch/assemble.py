@@ -24,6 +24,7 @@ from actors.rollout import RemoteRollout, RolloutPool
 from actors.room import Room
 from actors.scorer import RemoteScorer, RemoteScorerActor
 from actors.supervise import Limits, Supervised
+from actors.transport import Transport, transport
 from rayhf.algorithms.base import needs_frozen_reference
 from rayhf.campaign.fence import Fence
 from rayhf.campaign.observer import Observer
@@ -31,7 +32,7 @@ from rayhf.campaign.store import RunDir
 from rayhf.config.algorithms import PPOConfig
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import JudgeScorer, ScorerEntry
-from rayhf.preflight import Prepared
+from rayhf.preflight import Prepared, transport_of
 from rayhf.roles import Learner, Roles, Rollout, Scorer
 from rayhf.rollout.env import engine_env
 from rayhf.scorer.patience import PatientScorer
@@ -120,8 +121,12 @@ class Cast:
         config, algorithm = self.config, self.prepared.algorithm
         timeout_s = config.run.timeout_s
         engines = {policy: self._rollouts(policy) for policy in algorithm.policies}
-        pools = {policy: RolloutPool(group, timeout_s=timeout_s) for policy, group in engines.items()}
         starts = [one.start() for one in self.crew]
+        learners = {policy: self._learner(_role("learner", policy)) for policy in algorithm.policies}
+        pools = {
+            policy: RolloutPool(group, self._transport(learners[policy], group), timeout_s=timeout_s)
+            for policy, group in engines.items()
+        }
         if self.shares:
             await _together(starts)
             await asyncio.gather(*(pool.sleep() for pool in pools.values()))
@@ -132,7 +137,6 @@ class Cast:
         evaluators = self._scorers("evaluator", [*own, *(each.scorer for each in config.evaluations.values())], {})
         references = self._references()
         starts += [one.start() for one in self.crew[hired:]]
-        learners = {policy: self._learner(_role("learner", policy)) for policy in algorithm.policies}
         starts += [self._start_learner(group, self._start_of(policy)) for policy, group in learners.items()]
         critic = self._learner("critic") if algorithm.critic else None
         if critic:
@@ -262,8 +266,16 @@ class Cast:
         run = self.config.run
         ranks = self._hire(role, RemoteLearner, None)
         return LearnerGroup(
-            ranks, self.config.learner, sync_dtype=self.config.policy.dtype, timeout_s=max(run.timeout_s, run.start_timeout_s)
+            ranks,
+            self.config.learner,
+            sync_dtype=self.config.policy.dtype,
+            timeout_s=max(run.timeout_s, run.start_timeout_s),
+            transport=transport_of(self.config),
         )
+
+    def _transport(self, learner: LearnerGroup, engines: Sequence[Supervised]) -> Transport:
+        workers, timeout_s = self.config.rollout.tensor_parallel, self.config.run.timeout_s
+        return transport(transport_of(self.config), learner, engines, workers=workers, timeout_s=timeout_s)
 
     async def _start_learner(self, group: LearnerGroup, start: tuple[Path, float], *, critic: bool = False) -> None:
         config = self.config

@@ -22,7 +22,7 @@ from rayhf.algorithms.base import needs_frozen_reference
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
 from rayhf.estimate import GIB, Memory, seconds_per_round
-from rayhf.preflight import check_settings, overlap, prepare
+from rayhf.preflight import check_settings, overlap, prepare, transport_of
 
 Rows = list[tuple[str, str]]
 
@@ -117,7 +117,8 @@ def _print_estimates(
     if gpu and gpu_bytes is None:
         console.print("cluster.gpu_memory_gib is not set: whether this fits a GPU was not checked", style="yellow")
     if gpu_bytes is not None:
-        for tight in check_gpus(needs, gpu_bytes, colocate=plan.config.cluster.placement == "colocate"):
+        published = plan.weights() if transport_of(plan.config) == "cuda_ipc" else 0.0
+        for tight in check_gpus(needs, gpu_bytes, colocate=plan.config.cluster.placement == "colocate", published=published):
             console.print(f"warning: tight: {tight}", style="yellow")
 
 

@@ -170,14 +170,20 @@ class _Load:
         return f"{self.who} needs about {_gib(self.total)} GiB{self.when}, and there are {_gib(self.limit)}"
 
 
-def check_gpus(needs: Sequence[Need], gpu_bytes: float, *, colocate: bool) -> list[str]:
-    """Who comes close to the limit. Raises PlacementError where an estimate is more than a GPU, or a share of one, has."""
+def check_gpus(needs: Sequence[Need], gpu_bytes: float, *, colocate: bool, published: float = 0.0) -> list[str]:
+    """Who comes close to the limit. Raises PlacementError where an estimate is more than a GPU, or a share of one, has.
+
+    `published`: bytes of new weights that lie on a shared GPU until its engine has loaded them (transport cuda_ipc).
+    """
     by_name = {need.seat.name: need.memory for need in needs}
     groups = [[seat for seat in group if seat.gpus] for group in members([need.seat for need in needs])]
     loads: list[_Load] = []
     for group in groups:
         if colocate and len(group) > 1:
-            loads += [_turn(group, by_name, gpu_bytes, side) for side in ("engines", "learners")]
+            loads += [
+                _turn(group, by_name, gpu_bytes, "engines", {"new weights": published}),
+                _turn(group, by_name, gpu_bytes, "learners", {}),
+            ]
         else:
             loads += [_alone(seat, by_name[seat.name], gpu_bytes) for seat in group]
     for load in loads:
@@ -187,7 +193,13 @@ def check_gpus(needs: Sequence[Need], gpu_bytes: float, *, colocate: bool) -> li
     return list(dict.fromkeys(str(load) for load in loads if load.total > _TIGHT * load.limit))
 
 
-def _turn(group: Sequence[Seat], by_name: Mapping[str, Memory], gpu_bytes: float, side: Literal["engines", "learners"]) -> _Load:
+def _turn(
+    group: Sequence[Seat],
+    by_name: Mapping[str, Memory],
+    gpu_bytes: float,
+    side: Literal["engines", "learners"],
+    further: Mapping[str, float],
+) -> _Load:
     """A shared GPU while it is one side's turn: of the other side only the framework is left."""
     asleep = ("learner", "critic") if side == "engines" else ("rollout",)
     parts = {
@@ -196,7 +208,7 @@ def _turn(group: Sequence[Seat], by_name: Mapping[str, Memory], gpu_bytes: float
     return _Load(
         who="a shared GPU",
         when=f" while {side} work",
-        parts=parts,
+        parts=parts | further,
         limit=gpu_bytes,
         advice=("a lower rollout.memory_fraction" if side == "engines" else _LESS["learner"])
         + ", or cluster.gpus_per_reference and gpus_per_scorer, which seat the small roles elsewhere",

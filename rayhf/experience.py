@@ -18,6 +18,9 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 Message = Mapping[str, str]
 """{"role": ..., "content": ...}, as chat templates expect it."""
+TransportName = Literal["object_store", "broadcast", "cuda_ipc"]
+"""How weights get from the learner to the engines: through Ray's object store; from device to device through a process group; by
+copying out of a neighbour's memory on the same GPU."""
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -239,9 +242,10 @@ class WeightBucket:
 
     tensors: tuple[TensorSpec, ...]
     payload: Any
-    """numpy uint8 array, or a transport's handle to one (a Ray ObjectRef)."""
+    """numpy uint8 array, or a transport's handle to the bytes: a Ray ObjectRef, CUDA IPC handles by learner rank; None where the
+    bytes come by broadcast."""
     checksum: str
-    """Of the payload's bytes."""
+    """Of the payload's bytes; empty where they come by broadcast and bring it along."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,3 +266,4 @@ class WeightSnapshot:
     checksum: str
     """Over the bucket checksums, in order."""
     probe: Probe
+    transport: TransportName = "object_store"

@@ -16,7 +16,7 @@ from rayhf.campaign.game import Game
 from rayhf.config.algorithms import IterativeDPOConfig, PPOConfig
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
-from rayhf.experience import Prompt
+from rayhf.experience import Prompt, TransportName
 from rayhf.modeldir import load_tokenizer, model_length, read_model_config, tokenizer_fingerprint
 from rayhf.pairs import encode_pairs, load_pairs
 from rayhf.prompts import Chat, PromptSet, load_prompts
@@ -47,6 +47,7 @@ class Derived:
             ("rounds", f"{config.run.iterations}"),
             ("optimiser steps", f"{self.total_steps}"),
             ("staleness", f"{config.run.max_staleness} round(s)" + (" (on-policy)" if config.run.max_staleness == 0 else "")),
+            ("weights travel by", transport_of(config)),
         ]
 
 
@@ -80,7 +81,35 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     """Everything that can be judged without files or hardware."""
     algorithm = build_algorithm(config.algorithm, max_tokens=config.rollout.max_tokens)
     _check_algorithm(config)
+    transport_of(config)
     return algorithm, derive(config, algorithm)
+
+
+def transport_of(config: CampaignConfig) -> TransportName:
+    """How the campaign's weights travel. Raises ConfigError for a way that its placement does not have."""
+    wanted, cluster = config.cluster.transport, config.cluster
+    shares, gpu = cluster.placement == "colocate", cluster.device == "gpu"
+    beside = config.rollout.engines == config.learner.ranks
+    if wanted == "auto":
+        if not gpu:
+            return "object_store"
+        return ("cuda_ipc" if beside else "object_store") if shares else "broadcast"
+    if wanted == "broadcast" and shares:
+        raise ConfigError(
+            "cluster.transport broadcast needs a device for everyone, and with cluster.placement colocate engines and learners "
+            "share them; expected cuda_ipc, object_store or auto"
+        )
+    if wanted == "cuda_ipc" and not (gpu and shares):
+        raise ConfigError(
+            f"cluster.transport cuda_ipc needs GPUs that engines and learners share; cluster.device is {cluster.device}, "
+            f"cluster.placement {cluster.placement}; expected broadcast, object_store or auto"
+        )
+    if wanted == "cuda_ipc" and not beside:
+        raise ConfigError(
+            f"cluster.transport cuda_ipc needs a learner rank beside every engine; rollout.engines is {config.rollout.engines}, "
+            f"expected learner.ranks {config.learner.ranks} (or transport object_store)"
+        )
+    return wanted
 
 
 def _check_algorithm(config: CampaignConfig) -> None:

@@ -82,8 +82,8 @@ class Learner(Protocol):
         """Per response token, without gradient: log-probs in nats for a policy, values for a critic."""
         ...
 
-    async def publish(self, version: int) -> WeightSnapshot:
-        """The current weights, ready to be sent."""
+    async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
+        """The current weights, ready to be sent; `stored`: where a reference can fetch them, too."""
         ...
 
     async def save(self, directory: Path) -> None: ...

@@ -226,22 +226,24 @@ class Controller:
             await asyncio.wait(self._rounds.values())
         async with self._timed("sync"):
             for policy in sorted(changed):
-                snapshot = await self._push(policy)
-                if policy == "policy":
-                    await self._refresh_reference(iteration, snapshot)
+                mix = self._reference_mix(iteration) if policy == "policy" else None
+                snapshot = await self._push(policy, stored=mix is not None)
+                if mix is not None and self.roles.reference is not None:
+                    await self.roles.reference.update(snapshot, mix=mix)
 
-    async def _push(self, policy: str) -> WeightSnapshot:
-        snapshot = await self.roles.learners[policy].publish(self.versions[policy])
+    async def _push(self, policy: str, *, stored: bool = False) -> WeightSnapshot:
+        snapshot = await self.roles.learners[policy].publish(self.versions[policy], stored=stored)
         await self.roles.rollouts[policy].update(snapshot)
         return snapshot
 
-    async def _refresh_reference(self, iteration: int, snapshot: WeightSnapshot) -> None:
+    def _reference_mix(self, iteration: int) -> float | None:
+        """How much of the new weights the reference takes in this round; None where it stays."""
         schedule = self.algorithm.reference
         if self.roles.reference is None or schedule is None or isinstance(schedule, InitialReference):
-            return
-        if iteration % schedule.every == 0:
-            mix = schedule.alpha if isinstance(schedule, EmaReference) else 1.0
-            await self.roles.reference.update(snapshot, mix=mix)
+            return None
+        if iteration % schedule.every:
+            return None
+        return schedule.alpha if isinstance(schedule, EmaReference) else 1.0
 
     # ---------------------------------------------------------------- evaluation
 

@@ -191,6 +191,11 @@ class ClusterConfig(Section):
     placement: Literal["separate", "colocate"] = "separate"
     """separate: every actor has its own GPUs. colocate: engine i and learner rank i share GPU i and take turns: engines sleep
     while learners learn, learners' states lie in host memory while engines write. On CPU only the turns are taken."""
+    transport: Literal["auto", "object_store", "broadcast", "cuda_ipc"] = "auto"
+    """How new weights reach the engines. object_store: through host memory, from anywhere to anywhere. broadcast: from device to
+    device, through a process group (NCCL between separate GPUs, gloo on CPU). cuda_ipc: each engine loads from the memory of the
+    learner rank on its GPU (colocate). Default: object_store on CPU, broadcast between separate GPUs, cuda_ipc on shared ones.
+    In rounds in which the reference moves, object_store in any case: the reference takes the weights from there."""
     gpus_per_reference: Share | None = None
     """Of one GPU, for example 0.5. Default: a GPU of its own; with colocate a place beside the others on the first GPU."""
     gpus_per_scorer: Share | None = None

@@ -6,6 +6,7 @@ Every rank walks the buckets in lockstep, since ZeRO-3 gathers each parameter fr
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,8 +48,12 @@ class Weight:
         """Parameters that must be whole before `merged` is called."""
         return [self.parameter] if self.adapted is None else list(self.adapted.parameters())
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
+
     def numel(self) -> int:
-        return int(getattr(self.parameter, "ds_numel", self.parameter.numel()))
+        return math.prod(self.shape)
 
     def merged(self) -> Tensor:
         """The parameter, plus its adapter's low-rank product (summed in float32)."""
@@ -86,7 +91,7 @@ def buckets_of(weights: Sequence[Weight], *, limit_bytes: int, itemsize: int) ->
 
 
 def gathered(buckets: Sequence[Sequence[Weight]], *, sharded: bool, rank: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """For each bucket the whole tensors on rank 0, nothing elsewhere; valid until the next bucket is asked for."""
+    """For each bucket the whole tensors where `rank` is 0, nothing elsewhere; valid until the next bucket is asked for."""
     import deepspeed
 
     for bucket in buckets:

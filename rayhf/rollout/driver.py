@@ -18,11 +18,12 @@ from vllm.sampling_params import RequestOutputKind
 
 from rayhf.config.schema import RolloutConfig
 from rayhf.errors import ConfigError, NumericalError, RayhfError, StaleWeightsError, WeightSyncError
-from rayhf.experience import Completion, GenerateRequest, Probe, Sampling, WeightBucket
+from rayhf.experience import Completion, GenerateRequest, Probe, Sampling, WeightSnapshot
+from rayhf.rollout.channel import Meeting
 from rayhf.rollout.env import Device
 from rayhf.rollout.loop import Result, Wave
 from rayhf.rollout.transfer import BACKEND
-from rayhf.rollout.weights import Payload, checkpoint_shapes
+from rayhf.rollout.weights import checkpoint_shapes, snapshot_checksum
 
 CPU_KV_CACHE_GIB = 0.25
 CPU_BATCHED_TOKENS = 16384
@@ -128,14 +129,25 @@ class VllmDriver:
         if self.asleep != "no" and self.llm.wake_up(tags=[part]):
             self.asleep = "no"
 
-    def load(self, buckets: tuple[WeightBucket, ...], payloads: list[Payload]) -> None:
-        """One update session. The weights are undefined if this raises."""
-        rpc = self.llm.collective_rpc
+    def join_broadcast(self, meeting: Meeting, first: int) -> None:
+        """All workers join the learner's group, from place `first` on."""
+        self.llm.collective_rpc("join_broadcast", args=(meeting, first))
+
+    def load(self, snapshot: WeightSnapshot, payloads: list[Any]) -> str:
+        """One update session; the checksum of what was loaded. The weights are undefined if this raises."""
+        rpc, checksum = self.llm.collective_rpc, snapshot.checksum
         rpc("start_weight_update")
-        for bucket, payload in zip(buckets, payloads, strict=True):
-            rpc("update_weights", kwargs={"update_info": {"bucket": bucket, "payload": payload}})
+        if snapshot.transport == "broadcast":
+            received = rpc("receive_broadcast", args=(snapshot.version, snapshot.buckets))
+            checksum = snapshot_checksum(received[0])
+            if any(snapshot_checksum(buckets) != checksum for buckets in received):
+                raise WeightSyncError(f"this engine's workers received different weights {snapshot.version}")
+        else:
+            for bucket, payload in zip(snapshot.buckets, payloads, strict=True):
+                rpc("update_weights", kwargs={"update_info": {"bucket": bucket, "payload": payload}})
         rpc("finish_weight_update")
         self.reset_prefix_cache()
+        return checksum
 
     def probe_logprobs(self, probe: Probe) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Log-probs of the probe's tokens under the engine, temperature 1, shape (len(token_ids) - 1,)."""

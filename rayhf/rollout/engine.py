@@ -18,18 +18,19 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rayhf.config.schema import Dtype, RolloutConfig
-from rayhf.errors import ConfigError, WeightSyncError
+from rayhf.errors import ActorLostError, ConfigError, DeadlineError, WeightSyncError
 from rayhf.experience import Completion, GenerateRequest, Probe, WeightSnapshot
 from rayhf.rollout.env import Device, check_env
 from rayhf.rollout.loop import EngineLoop, Wave
-from rayhf.rollout.weights import Payload, check_complete, snapshot_checksum, verify_bucket
+from rayhf.rollout.weights import check_complete, snapshot_checksum, verify_bucket
 
 if TYPE_CHECKING:
+    from rayhf.rollout.channel import Meeting
     from rayhf.rollout.driver import VllmDriver
 
 FLOAT32_GAP = 1e-3
@@ -124,10 +125,17 @@ class RolloutEngine:
             self._check(request)
         return self._loop.submit(Wave(requests, version))
 
-    def update(self, snapshot: WeightSnapshot, payloads: Sequence[Payload]) -> UpdateReport:
-        """Take new weights; `payloads` are the buckets' bytes, in order. Waits for running waves.
+    def join_broadcast(self, meeting: Meeting, first: int) -> None:
+        """Become able to take weights by broadcast, with the places from `first` on. Waits for running waves and for all other
+        members; raises ActorLostError or DeadlineError where one does not come."""
+        self._loop.call(lambda driver: driver.join_broadcast(meeting, first)).result()
 
-        Raises WeightSyncError; the message says whether the old weights are still in place.
+    def update(self, snapshot: WeightSnapshot, payloads: Sequence[Any] = ()) -> UpdateReport:
+        """Take new weights; `payloads` are the buckets' bytes or handles to them, in order, none for a broadcast. Waits for
+        running waves.
+
+        Raises WeightSyncError; the message says whether the old weights are still in place. For a broadcast that broke off
+        ActorLostError or DeadlineError, and the engine holds no usable weights.
         """
         report: UpdateReport = self._loop.call(lambda driver: self._update(driver, snapshot, list(payloads))).result()
         return report
@@ -191,7 +199,7 @@ class RolloutEngine:
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
-    def _update(self, driver: VllmDriver, snapshot: WeightSnapshot, payloads: list[Payload]) -> UpdateReport:
+    def _update(self, driver: VllmDriver, snapshot: WeightSnapshot, payloads: list[Any]) -> UpdateReport:
         started = time.perf_counter()
         driver.check_sound()
         held = driver.version
@@ -202,9 +210,11 @@ class RolloutEngine:
         driver.damage = f"the update from weights {held} to {snapshot.version} did not finish"
         try:
             driver.wake("weights")
-            driver.load(snapshot.buckets, payloads)
+            checksum = driver.load(snapshot, payloads)
             driver.wake("kv_cache")
             gap = _gap(driver, snapshot.probe)
+        except (ActorLostError, DeadlineError):  # nothing is wrong with these weights: the learner or another engine is gone
+            raise
         except Exception as error:  # whatever vLLM raises here leaves layers half loaded
             driver.damage = f"the update to weights {snapshot.version} failed: {type(error).__name__}: {error}"
             raise WeightSyncError(driver.damage) from error
@@ -214,16 +224,17 @@ class RolloutEngine:
                 f"{gap.mean:.3g} nats on average (limit {self._limit:g}), {gap.max:.3g} at most"
             )
             raise WeightSyncError(driver.damage)
-        driver.version, driver.damage, self._checksum = snapshot.version, None, snapshot.checksum
+        driver.version, driver.damage, self._checksum = snapshot.version, None, checksum
         seconds = time.perf_counter() - started
-        return UpdateReport(version=snapshot.version, checksum=snapshot.checksum, gap=gap, seconds=seconds)
+        return UpdateReport(version=snapshot.version, checksum=checksum, gap=gap, seconds=seconds)
 
-    def _verify(self, driver: VllmDriver, snapshot: WeightSnapshot, payloads: list[Payload]) -> None:
-        """Everything that can be known before the engine is touched."""
-        if len(payloads) != len(snapshot.buckets):
-            raise WeightSyncError(f"{len(payloads)} payloads arrived, the snapshot has {len(snapshot.buckets)} buckets")
+    def _verify(self, driver: VllmDriver, snapshot: WeightSnapshot, payloads: list[Any]) -> None:
+        """Everything that can be known before the engine is touched. Bytes that are not here yet are checked as they come."""
+        expected = 0 if snapshot.transport == "broadcast" else len(snapshot.buckets)
+        if len(payloads) != expected:
+            raise WeightSyncError(f"{len(payloads)} payloads arrived, expected {expected} by {snapshot.transport}")
         found = snapshot_checksum(snapshot.buckets)
-        if found != snapshot.checksum:
+        if expected and found != snapshot.checksum:
             raise WeightSyncError(f"the buckets have checksum {found}, the snapshot says {snapshot.checksum}")
         check_complete(driver.shapes, snapshot.buckets)
         length = len(snapshot.probe.token_ids)
@@ -232,8 +243,9 @@ class RolloutEngine:
                 f"the probe has {length} tokens and {len(snapshot.probe.logprobs)} log-probs, expected 2 to "
                 f"{self._max_length - 1} tokens and one log-prob fewer"
             )
-        for bucket, payload in zip(snapshot.buckets, payloads, strict=True):
-            verify_bucket(bucket, payload)
+        if snapshot.transport == "object_store":
+            for bucket, payload in zip(snapshot.buckets, payloads, strict=True):
+                verify_bucket(bucket, payload)
 
     def _check(self, request: GenerateRequest) -> None:
         length, sampling = len(request.token_ids), request.sampling

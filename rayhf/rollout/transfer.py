@@ -1,6 +1,7 @@
 """How new weights get into vLLM's layers; runs inside the vLLM worker.
 
-In: buckets in checkpoint format, one `update_weights` each, between `start_weight_update` and `finish_weight_update`.
+In: buckets in checkpoint format, one `update_weights` each, between `start_weight_update` and `finish_weight_update`. Their bytes
+are handed over (object store), opened here (CUDA IPC), or received here by every worker of the engine (broadcast).
 Out: a model that computes with them. Importing this file registers the backend "rayhf"; the engine names
 `rayhf.rollout.transfer.WorkerExtension` as worker_extension_cls so that the import happens in the worker's process.
 
@@ -13,8 +14,9 @@ Written against vllm 0.32, where three things go wrong otherwise:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
@@ -23,7 +25,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rayhf.errors import WeightSyncError
 from rayhf.experience import WeightBucket
-from rayhf.rollout.weights import unpack_bucket
+from rayhf.rollout.channel import Meeting, Receiver
+from rayhf.rollout.ipc import Handle, opened
+from rayhf.rollout.weights import device_checksum, hexadecimal, unpack_bucket
 
 BACKEND = "rayhf"
 
@@ -38,7 +42,7 @@ class BucketInit(WeightTransferInitInfo):  # type: ignore[misc]
 class BucketUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
     bucket: WeightBucket
     payload: Any
-    """numpy uint8 array, verified by the engine."""
+    """numpy uint8 array or a tensor on this device, verified already; or an ipc.Handle."""
 
 
 class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):  # type: ignore[misc]
@@ -56,8 +60,14 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):  # type: i
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
-        self._received.update(spec.name for spec in update_info.bucket.tensors)
-        self.model.load_weights(unpack_bucket(update_info.bucket, update_info.payload))
+        bucket, payload = update_info.bucket, update_info.payload
+        if isinstance(payload, Handle):
+            payload = opened(payload, self.device)
+            found = hexadecimal(int(device_checksum(payload)))
+            if found != bucket.checksum:
+                raise WeightSyncError(f"a bucket on this GPU has checksum {found}, the learner computed {bucket.checksum}")
+        self._received.update(spec.name for spec in bucket.tensors)
+        self.model.load_weights(unpack_bucket(bucket, payload))
 
     def finish_weight_update(self) -> None:
         missing = self._expected - self._received
@@ -86,7 +96,30 @@ def repack_tied_head(model: torch.nn.Module) -> None:
 
 
 class WorkerExtension:
-    """Adds nothing to the worker: naming it makes the worker import this file."""
+    """What a worker can do besides vLLM's own. Naming this class also makes the worker import this file."""
+
+    _receiver: Receiver | None = None
+    if TYPE_CHECKING:  # the worker's own; vLLM refuses an extension that has what it has
+        rank: int
+        device: torch.device
+
+        def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def join_broadcast(self, meeting: Meeting, first: int) -> None:
+        """Take this worker's place in a new group; `first` is the place of the engine's first worker."""
+        if self._receiver is not None:
+            self._receiver.close()
+        self._receiver = Receiver(meeting, first + self.rank, self.device)
+
+    def receive_broadcast(self, version: int, buckets: Sequence[WeightBucket]) -> list[WeightBucket]:
+        """Load the announced buckets as they come; the same with their checksums."""
+        if self._receiver is None:
+            raise WeightSyncError("a broadcast was announced to a worker that joined none")
+        received = []
+        for bucket, flat in self._receiver.arrivals(version, buckets):
+            self.update_weights({"bucket": bucket, "payload": flat})
+            received.append(bucket)
+        return received
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, BucketTransfer)

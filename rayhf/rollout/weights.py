@@ -1,7 +1,8 @@
 """Parameters in flat, checksummed uint8 buckets: packed by the learner, checked and unpacked by every rollout engine.
 
 In: (name, tensor) pairs. Out: a WeightBucket whose payload any transport can carry, and views into a received payload.
-Every tensor starts at a multiple of 16 bytes, so a view in its own dtype needs no copy.
+Every tensor starts at a multiple of 16 bytes, so a view in its own dtype needs no copy. Bytes in host memory have XXH3 as their
+checksum; those that never leave a device have one that the device itself computes (`device_checksum`).
 """
 
 from __future__ import annotations
@@ -21,27 +22,68 @@ from rayhf.experience import TensorSpec, WeightBucket
 
 ALIGNMENT = 16
 Payload = npt.NDArray[np.uint8]
+_COLUMNS = 4096
+_MIX, _STIR = -7046029254386353131, -4658895280553007687
+"""Odd numbers (of splitmix64, signed) that spread small ones over 64 bits."""
 
 
 def pack_bucket(named_tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> WeightBucket:
     """Copy tensors (on any device, of any dtype) into one buffer as `dtype`. Padding is zero, so equal weights give
     equal checksums."""
     tensors = list(named_tensors)
+    specs = lay_out([(name, tuple(tensor.shape)) for name, tensor in tensors], dtype)
+    payload = np.zeros(nbytes_of(specs), dtype=np.uint8)
+    fill(torch.from_numpy(payload), specs, (tensor for _, tensor in tensors))
+    return WeightBucket(tensors=specs, payload=payload, checksum=checksum(payload))
+
+
+def lay_out(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    """Where parameters of these names and shapes lie in a bucket."""
     specs: list[TensorSpec] = []
-    end = 0
-    for name, tensor in tensors:
-        specs.append(TensorSpec(name=name, dtype=str(dtype).removeprefix("torch."), shape=tuple(tensor.shape), offset=end))
-        end += -(-_nbytes(specs[-1]) // ALIGNMENT) * ALIGNMENT
-    payload = np.zeros(end, dtype=np.uint8)
-    flat = torch.from_numpy(payload)
-    for spec, (_, tensor) in zip(specs, tensors, strict=True):
+    for name, shape in shapes:
+        spec = TensorSpec(name=name, dtype=str(dtype).removeprefix("torch."), shape=shape, offset=nbytes_of(specs[-1:]))
+        specs.append(spec)
+    return tuple(specs)
+
+
+def nbytes_of(specs: Sequence[TensorSpec]) -> int:
+    """Bytes of a bucket that ends with the last of these tensors, padding included."""
+    return specs[-1].offset + -(-_nbytes(specs[-1]) // ALIGNMENT) * ALIGNMENT if specs else 0
+
+
+def fill(flat: torch.Tensor, specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor]) -> None:
+    """Copy the tensors to their places in `flat`, a uint8 tensor on any device."""
+    for spec, tensor in zip(specs, tensors, strict=True):
         _view(flat, spec).copy_(tensor.detach())
-    return WeightBucket(tensors=tuple(specs), payload=payload, checksum=checksum(payload))
 
 
 def checksum(payload: Payload) -> str:
     """XXH3 (128 bit) of the bytes: it guards against damage and mix-ups, not against an attacker."""
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(payload).data)
+
+
+def device_checksum(flat: torch.Tensor) -> torch.Tensor:
+    """64 bits of a uint8 tensor, whose size is a multiple of 8, as an int64 scalar on its device; nothing is waited for.
+
+    Its 64-bit words stand in rows, and each is multiplied by a number of its row's plus one of its column's, modulo 2**64. The
+    sum is odd, so one word that changed always shows; it differs from place to place, so words that changed places show, too.
+    Like the other checksum it guards against damage and mix-ups, not against an attacker.
+    """
+    words = flat.view(torch.int64)
+    whole = words.numel() // _COLUMNS * _COLUMNS
+    rows, rest = words[:whole].view(-1, _COLUMNS), words[whole:]
+    mixed = torch.arange(1, _COLUMNS + len(rows) + 1, device=flat.device) * _MIX
+    mixed = (mixed ^ mixed >> 29) * _STIR
+    mixed ^= mixed >> 32
+    column, row = mixed[:_COLUMNS], mixed[_COLUMNS:]
+    # Two plain sums over the bytes and no copy of them: the factors are applied to rows' and columns' sums.
+    total = (rows.sum(1) * (row | 1)).sum() + (rows.sum(0) * (column & -2)).sum() + (rest * (column[: len(rest)] | 1)).sum()
+    return total + words.numel()
+
+
+def hexadecimal(word: int) -> str:
+    """A device's checksum as text."""
+    return f"{word % 2**64:016x}"
 
 
 def snapshot_checksum(buckets: Sequence[WeightBucket]) -> str:
@@ -61,14 +103,15 @@ def verify_bucket(bucket: WeightBucket, payload: Payload) -> None:
         raise WeightSyncError(f"{_label(bucket)}: received checksum {found}, the learner sent {bucket.checksum}")
 
 
-def unpack_bucket(bucket: WeightBucket, payload: Payload) -> Iterator[tuple[str, torch.Tensor]]:
+def unpack_bucket(bucket: WeightBucket, payload: Payload | torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Views into `payload`, in the order they were packed. Read only: the bytes may be shared with other processes."""
-    with warnings.catch_warnings():
-        # A transport's array is not writable and torch warns about it; nobody writes to these views.
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        flat = torch.from_numpy(payload)
+    if not isinstance(payload, torch.Tensor):
+        with warnings.catch_warnings():
+            # A transport's array is not writable and torch warns about it; nobody writes to these views.
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            payload = torch.from_numpy(payload)
     for spec in bucket.tensors:
-        yield spec.name, _view(flat, spec)
+        yield spec.name, _view(payload, spec)
 
 
 def check_complete(expected: Mapping[str, tuple[int, ...]], buckets: Iterable[WeightBucket]) -> None:

@@ -1,7 +1,8 @@
 """How fast weights travel: `python -m tests.bench.transport [--record]`.
 
 A sender and a receiver, each a Ray actor as in a campaign: pack into buckets with a checksum, hand over, check, copy into the
-parameters. Beside it, in the same turn, a plain copy of the same bytes from memory to memory within the receiver: the most that
+parameters. Twice in every turn, through the object store (one step after the other) and by broadcast (gloo; packing, sending,
+checking and copying overlap); and a plain copy of the same bytes from memory to memory within the receiver: the most that
 anything could reach.
 """
 
@@ -16,7 +17,9 @@ from typing import Any
 import ray
 import torch
 
-from rayhf.rollout.weights import pack_bucket, unpack_bucket, verify_bucket
+from rayhf.experience import WeightBucket
+from rayhf.rollout.channel import Meeting, Receiver, Sender
+from rayhf.rollout.weights import lay_out, pack_bucket, unpack_bucket, verify_bucket
 from tests.bench.results import put_section
 
 MB = 10**6
@@ -34,30 +37,36 @@ def tensors(total_bytes: int) -> list[torch.Tensor]:
 
 
 @ray.remote(num_cpus=0)
-class Sender:
+class Learner:
     def __init__(self, total_bytes: int) -> None:
-        self.weights = tensors(total_bytes)
+        named = [(f"w{number}", tensor) for number, tensor in enumerate(tensors(total_bytes))]
+        most = BUCKET_BYTES // (4 << 20)
+        self.buckets = [named[i : i + most] for i in range(0, len(named), most)]
 
     def publish(self) -> tuple[list[Any], float]:
         """Buckets with their payload in the object store, and the seconds that took."""
-        started, buckets, waiting, size = time.perf_counter(), [], [], 0
-        for number, tensor in enumerate(self.weights):
-            if waiting and size + tensor.nbytes > BUCKET_BYTES:
-                buckets.append(self._put(waiting))
-                waiting, size = [], 0
-            waiting.append((f"w{number}", tensor))
-            size += tensor.nbytes
-        buckets.append(self._put(waiting))
-        return buckets, time.perf_counter() - started
+        started = time.perf_counter()
+        packed = [pack_bucket(named, torch.float32) for named in self.buckets]
+        stored = [replace(bucket, payload=ray.put(bucket.payload)) for bucket in packed]
+        return stored, time.perf_counter() - started
 
-    @staticmethod
-    def _put(named: list[tuple[str, torch.Tensor]]) -> Any:
-        bucket = pack_bucket(named, torch.float32)
-        return replace(bucket, payload=ray.put(bucket.payload))
+    def open(self) -> tuple[Meeting, list[Any]]:
+        """A group of two, and what will be sent."""
+        self.sender = Sender("127.0.0.1", members=2, timeout_s=300, device=torch.device("cpu"))
+        self.layouts = [lay_out([(name, tuple(t.shape)) for name, t in named], torch.float32) for named in self.buckets]
+        return self.sender.meeting, [WeightBucket(tensors=specs, payload=None, checksum="") for specs in self.layouts]
+
+    def join(self) -> None:
+        self.sender.join()
+
+    def send(self) -> None:
+        for specs, named in zip(self.layouts, self.buckets, strict=True):
+            self.sender.send(1, specs, (tensor for _, tensor in named))
+        self.sender.finish()
 
 
 @ray.remote(num_cpus=0)
-class Receiver:
+class Engine:
     def __init__(self, total_bytes: int) -> None:
         self.weights = {f"w{i}": torch.empty_like(tensor) for i, tensor in enumerate(tensors(total_bytes))}
         self.source = {name: torch.rand_like(tensor) for name, tensor in self.weights.items()}
@@ -74,6 +83,14 @@ class Receiver:
             checking, copying = checking + checked - started, copying + time.perf_counter() - checked
         return checking, copying
 
+    def join(self, meeting: Meeting) -> None:
+        self.receiver = Receiver(meeting, 1, torch.device("cpu"))
+
+    def take(self, announced: list[Any]) -> None:
+        for bucket, flat in self.receiver.arrivals(1, announced):
+            for name, tensor in unpack_bucket(bucket, flat):
+                self.weights[name].copy_(tensor)
+
     def copy(self) -> float:
         started = time.perf_counter()
         for name, tensor in self.source.items():
@@ -83,7 +100,9 @@ class Receiver:
 
 def measure(size_mb: int) -> dict[str, float]:
     """Medians over the turns, in seconds."""
-    sender, receiver = Sender.remote(size_mb * MB), Receiver.remote(size_mb * MB)
+    sender, receiver = Learner.remote(size_mb * MB), Engine.remote(size_mb * MB)
+    meeting, announced = ray.get(sender.open.remote())
+    ray.get([sender.join.remote(), receiver.join.remote(meeting)])
     turns: list[dict[str, float]] = []
     for turn in range(TURNS + 1):
         started = time.perf_counter()
@@ -91,9 +110,14 @@ def measure(size_mb: int) -> dict[str, float]:
         payloads = [bucket.payload for bucket in buckets]
         checked, copied = ray.get(receiver.receive.remote([replace(b, payload=None) for b in buckets], *payloads))
         whole = time.perf_counter() - started
+        started = time.perf_counter()
+        ray.get([sender.send.remote(), receiver.take.remote(announced)])
+        broadcast = time.perf_counter() - started
         plain = ray.get(receiver.copy.remote())
         if turn:  # the first one touches every page for the first time
-            turns.append({"whole": whole, "publish": sent, "check": checked, "load": copied, "copy": plain})
+            turns.append(
+                {"publish": sent, "check": checked, "load": copied, "whole": whole, "broadcast": broadcast, "copy": plain}
+            )
         del buckets, payloads
     for actor in (sender, receiver):
         ray.kill(actor)
@@ -106,23 +130,24 @@ def main() -> None:
     options = parser.parse_args()
     ray.init(num_cpus=2, object_store_memory=5 * 10**9, include_dashboard=False, log_to_driver=False)
     lines = [
-        "| MB | publish s | check s | load s | whole s | GB/s | plain copy GB/s | share |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| MB | object store: publish s | check s | load s | whole s | broadcast s | plain copy s | object store GB/s | "
+        "broadcast GB/s | plain copy GB/s | share of a plain copy |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for size in SIZES_MB:
         found = measure(size)
-        rate, plain = size / 1000 / found["whole"], size / 1000 / found["copy"]
+        stored, sent, plain = (size / 1000 / found[name] for name in ("whole", "broadcast", "copy"))
         cells = [
-            *(f"{found[name]:.3f}" for name in ("publish", "check", "load", "whole")),
-            f"{rate:.2f}",
-            f"{plain:.2f}",
-            f"{rate / plain:.0%}",
+            *(f"{seconds:.3f}" for seconds in found.values()),
+            *(f"{rate:.2f}" for rate in (stored, sent, plain)),
+            f"{stored / plain:.0%}, {sent / plain:.0%}",
         ]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     if options.record:
         put_section(
-            "## Weight transport", "\n".join(["Object store, one sender and one receiver on one machine, float32.", "", *lines])
+            "## Weight transport",
+            "\n".join(["A sender and a receiver on one machine, float32, medians of five.", "", *lines]),
         )
 
 

@@ -53,10 +53,16 @@ def wait_for(condition, seconds: float = 200) -> None:
         time.sleep(0.2)
 
 
-def test_the_run_directory_and_its_metrics(world: Path) -> None:
-    """That equal seeds give equal bits, also across kills, is in test_faults.py."""
+@pytest.fixture(scope="module")
+def first(world: Path) -> Path:
+    """The config of a campaign that has played three rounds."""
     config = write_config(world, "first")
     run(world, config, "run.iterations=3")
+    return config
+
+
+def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
+    """That equal seeds give equal bits, also across kills, is in test_faults.py."""
     last = metrics(world, "first")[-1]
     expected = {
         "iteration", "policy/version", "rollout/tokens", "rollout/length_mean", "rollout/truncated", "rollout/mismatch_kl",
@@ -70,9 +76,9 @@ def test_the_run_directory_and_its_metrics(world: Path) -> None:
     assert all(len(r["token_ids"]) == len(r["logprobs"]) for r in rows) and {r["policy_version"] for r in rows} == {1}
     exported = subprocess.run([RAYHF, "export", "first", "exported"], cwd=world, capture_output=True, text=True, timeout=60)
     assert exported.returncode == 0 and (world / "exported/tokenizer.json").exists(), exported.stderr
-    out, _ = run(world, config, "run.iterations=3")
+    out, _ = run(world, first, "run.iterations=3")
     assert "nothing to do" in out
-    out, _ = run(world, config, "run.iterations=4")
+    out, _ = run(world, first, "run.iterations=4")
     assert "continuing first after round 3" in out and metrics(world, "first")[-1]["iteration"] == 4
 
 
@@ -102,6 +108,14 @@ def test_every_kind_of_loop_runs(world: Path, name: str, algorithm: dict[str, ob
     if name == "moving":
         assert list((world / name / "wandb").glob("offline-run-*"))
         assert (world / name / "checkpoints/iteration-000002/reference").is_dir()
+
+
+def test_weights_by_broadcast_give_the_bits_of_those_through_the_object_store(world: Path, first: Path) -> None:
+    run(world, write_config(world, "broadcast", cluster={"transport": "broadcast"}), "run.iterations=3")
+    found = metrics(world, "broadcast")
+    assert found[-1]["policy/version"] == 3 and found == metrics(world, "first")[: len(found)]
+    for iteration in (1, 2, 3):
+        assert samples(world, "broadcast", iteration) == samples(world, "first", iteration)
 
 
 @pytest.mark.parametrize(

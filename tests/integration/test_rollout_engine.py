@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rayhf.config.schema import RolloutConfig
-from rayhf.errors import ConfigError, RayhfError, StaleWeightsError, WeightSyncError
+from rayhf.errors import ActorLostError, ConfigError, RayhfError, StaleWeightsError, WeightSyncError
 from rayhf.experience import Completion, GenerateRequest, Probe, Sampling, WeightBucket, WeightSnapshot
-from rayhf.rollout.engine import RolloutEngine
+from rayhf.rollout.channel import Sender
+from rayhf.rollout.engine import RolloutEngine, UpdateReport
 from rayhf.rollout.weights import pack_bucket, snapshot_checksum
 
 WORDS = ["<pad>", "<end>", "<turn>", *"abcdefghijklmnopqrstuvwxyz"]
@@ -383,6 +385,65 @@ def test_the_worker_itself_notices_an_incomplete_update(start: Start, monkeypatc
     with pytest.raises(WeightSyncError, match=r"failed: WeightSyncError: .* 1 parameters, model.embed_tokens.weight"):
         engine.update(*without_one(snapshot_of(model, 1)))
     with pytest.raises(WeightSyncError, match="holds no usable weights"):
+        engine.generate([ask()], version=0)
+
+
+def announced(snapshot: WeightSnapshot) -> WeightSnapshot:
+    buckets = tuple(replace(bucket, payload=None, checksum="") for bucket in snapshot.buckets)
+    return replace(snapshot, buckets=buckets, checksum="", transport="broadcast")
+
+
+def broadcast(
+    engine: RolloutEngine, model: Qwen2ForCausalLM, *, version: int = 1, sender: type[Sender] = Sender, buckets: int = 3
+) -> tuple[str, Future[UpdateReport]]:
+    """Join, announce three buckets, send so many: their checksum, and what the engine says."""
+    one = sender("127.0.0.1", members=2, timeout_s=20.0, device=torch.device("cpu"))
+    snapshot, parameters = snapshot_of(model, version), dict(model.named_parameters())
+    with ThreadPoolExecutor() as pool:
+        joined = pool.submit(engine.join_broadcast, one.meeting, 1)
+        one.join()
+        joined.result(20)
+        report = pool.submit(engine.update, announced(snapshot))
+        for bucket in snapshot.buckets[:buckets]:
+            one.send(version, bucket.tensors, (parameters[spec.name] for spec in bucket.tensors))
+        checksum = snapshot_checksum(one.finish())
+        one.close()
+    return checksum, report
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_weights_by_broadcast_are_the_learners(start: Start, tied: bool) -> None:
+    engine, model = start(tied=tied)
+    for version in (1, 2):
+        perturb(model, version)
+        checksum, report = broadcast(engine, model, version=version)
+        assert report.result().version == version and report.result().checksum == checksum
+        assert report.result().gap.mean < 1e-4 and engine.fingerprint() == (version, checksum)
+        (completions,) = engine.generate([ask(LONG)], version=version)
+        assert mean_gap(model, ask(LONG), completions) <= 1e-4
+
+
+class Damaging(Sender):
+    def _launch(self, flat: torch.Tensor) -> Any:
+        flat[100] ^= len(self._sealed) == 2
+        return super()._launch(flat)
+
+
+def test_a_damaged_broadcast_makes_the_engine_unusable(start: Start) -> None:
+    engine, model = start()
+    _, report = broadcast(engine, model, sender=Damaging)
+    with pytest.raises(WeightSyncError, match=r"failed: WeightSyncError: weight bucket 2 of 3 of weights 1: received checksum"):
+        report.result()
+    with pytest.raises(WeightSyncError, match="holds no usable weights"):
+        engine.generate([ask()], version=0)
+
+
+def test_a_broadcast_that_breaks_off_is_nobodys_bad_weights(start: Start) -> None:
+    engine, model = start()
+    _, report = broadcast(engine, model, buckets=2)
+    with pytest.raises(ActorLostError, match="weights by broadcast, receiving: "):
+        report.result()
+    with pytest.raises(WeightSyncError, match="the update from weights 0 to 1 did not finish"):
         engine.generate([ask()], version=0)
 
 

@@ -103,6 +103,7 @@ class FakeReference:
         return [np.full(len(row.response_ids), -1.0, dtype=np.float32) for row in rows]
 
     async def update(self, snapshot, *, mix):
+        assert snapshot.transport == "object_store"
         self.updates.append((snapshot.version, mix))
 
     async def save(self, directory):
@@ -137,8 +138,9 @@ class FakeLearner:
     async def outputs(self, rows, *, temperature):
         return [np.zeros(len(row.response_ids), dtype=np.float32) for row in rows]
 
-    async def publish(self, version):
-        return WeightSnapshot(version=version, buckets=(), checksum="", probe=Probe(token_ids=(), logprobs=()))
+    async def publish(self, version, *, stored=False):
+        probe, way = Probe(token_ids=(), logprobs=()), "object_store" if stored else "broadcast"
+        return WeightSnapshot(version=version, buckets=(), checksum="", probe=probe, transport=way)
 
     async def save(self, directory):
         directory.mkdir(parents=True)

@@ -175,6 +175,9 @@ def test_turns_are_checked_one_by_one(model):
         PlacementError, match=r"about 8\d\.\d GiB while engines work, and there are 80\.0 \(rollout engine 0 48\.0"
     ):
         check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)
+    plan, found = campaign(model)
+    with pytest.raises(PlacementError, match=r"new weights 15\.0"):
+        check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True, published=plan.weights())
     plan, found = campaign(model, learner={"ranks": 3})
     with pytest.raises(PlacementError, match=r"while learners work, and there are 80\.0"):
         check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)

@@ -1,0 +1,36 @@
+"""A neighbour's memory on the same GPU. Needs one."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+from rayhf.errors import WeightSyncError
+from rayhf.rollout.ipc import Handle, export, opened
+from rayhf.rollout.weights import device_checksum
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def look(handle: Handle) -> int:
+    return int(device_checksum(opened(handle, torch.device("cuda:0"))))
+
+
+def test_another_process_reads_what_lies_on_the_gpu_and_lets_it_go() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as neighbour:
+        for _ in range(3):
+            flat = torch.randint(0, 256, (256 << 20,), dtype=torch.uint8, device="cuda")
+            assert neighbour.submit(look, export(flat)).result(120) == int(device_checksum(flat))
+            del flat
+            torch.cuda.ipc_collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < 256 << 20
+
+
+def test_another_gpus_memory_is_refused() -> None:
+    with pytest.raises(WeightSyncError, match="this engine is on GPU"):
+        opened(Handle("GPU-elsewhere", ()), torch.device("cuda:0"))
