@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,22 +61,43 @@ class RolloutActor:
         await asyncio.to_thread(self.engine.wake)
 
 
+class _LeastBusy:
+    """Who has the least to do, without looking at everybody: there may be thousands."""
+
+    def __init__(self, members: int) -> None:
+        self._load = [0] * members
+        self._order = [(0, number) for number in range(members)]
+        """A heap. An entry whose load is not the member's any more counts for nothing; every member has one that counts."""
+
+    def choose(self) -> int:
+        """The member with the smallest load, the first among equals; `add` must follow."""
+        while True:
+            load, number = heapq.heappop(self._order)
+            if load == self._load[number]:
+                return number
+
+    def add(self, number: int, work: int) -> None:
+        self._load[number] += work
+        heapq.heappush(self._order, (self._load[number], number))
+        if len(self._order) > 4 * len(self._load):
+            self._order = sorted((load, number) for number, load in enumerate(self._load))
+
+
 class RolloutPool:
     """Rollout over one or more engines; an engine that is lost is replaced, and what it was asked is asked again as a whole."""
 
     def __init__(self, engines: Sequence[Supervised], transport: Transport, *, timeout_s: float) -> None:
         self._engines, self._transport, self._timeout_s = engines, transport, timeout_s
-        self._load = [0] * len(engines)
+        self._busy = _LeastBusy(len(engines))
         for engine in engines:
             engine.prepare = transport.equip
 
     async def generate(self, requests: Sequence[GenerateRequest], *, version: int) -> list[tuple[Completion, ...]]:
         """One request goes to the least busy engine; several are dealt out in turn, so that equal calls are dealt equally."""
         if len(requests) == 1:
-            engine = min(range(len(self._engines)), key=lambda i: self._load[i])
-            return await self._ask(engine, requests, version)
-        hands = [requests[i :: len(self._engines)] for i in range(len(self._engines))]
-        answers = await asyncio.gather(*(self._ask(i, hand, version) for i, hand in enumerate(hands) if hand))
+            return await self._ask(self._busy.choose(), requests, version)
+        hands = [requests[i :: len(self._engines)] for i in range(min(len(self._engines), len(requests)))]
+        answers = await asyncio.gather(*(self._ask(i, hand, version) for i, hand in enumerate(hands)))
         results: list[tuple[Completion, ...]] = [()] * len(requests)
         for i, answer in enumerate(answers):
             results[i :: len(self._engines)] = answer
@@ -84,14 +106,14 @@ class RolloutPool:
     async def _ask(self, number: int, requests: Sequence[GenerateRequest], version: int) -> list[tuple[Completion, ...]]:
         """A hand is repeated whole: its requests shared the engine's batches, and with them their last bits."""
         engine, work = self._engines[number], sum(len(r.seeds) for r in requests)
-        self._load[number] += work
+        self._busy.add(number, work)
         try:
             answer: list[tuple[Completion, ...]] = await engine.persist(
                 lambda actor: actor.generate.remote(list(requests), version), phase="generate", timeout_s=self._timeout_s
             )
             return answer
         finally:
-            self._load[number] -= work
+            self._busy.add(number, -work)
 
     async def update(self, snapshot: WeightSnapshot) -> None:
         await self._transport.deliver(snapshot)

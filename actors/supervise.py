@@ -26,7 +26,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.remote import wait
+from actors.remote import answer, wait
 from rayhf.errors import ActorLostError, DeadlineError
 
 Report = Callable[[str, str], None]
@@ -103,7 +103,10 @@ class Supervised:
         self._replacing = asyncio.Lock()
         self._losses: deque[float] = deque()
         self._watch: asyncio.Task[None] | None = None
-        self._asked = 0
+        self._asked: set[asyncio.Timeout] = set()
+        """One for each question that waits for its answer: its patience ends when the watch finds the actor wanting."""
+        self._wanting: BaseException | None = None
+        """What the watch found last."""
 
     @property
     def actor(self) -> Any:
@@ -140,27 +143,43 @@ class Supervised:
         async with self._replacing:
             if self._life != life:
                 return
-            now = time.monotonic()
-            while self._losses and now - self._losses[0] > _HOUR_S:
-                self._losses.popleft()
-            self._losses.append(now)
-            if self.retired or len(self._losses) > self.limits.restarts:
-                raise ActorLostError(
-                    f"{self.name} was lost {len(self._losses)} times within an hour "
-                    f"(run.restarts allows {self.limits.restarts}); the last time: {why}"
-                ) from why
-            self._report("fault", f"{self.name} is replaced: {why}")
+            lost = time.monotonic()
+            self._count_loss(why)
             await self.kill()
-            actor, where = await self._hire()
+            self._actor, self._where = await self._successor()
+            self._life = life + 1
+            self._report("recovered", f"{self.name} is back after {time.monotonic() - lost:.1f} s")
+
+    def _count_loss(self, why: Exception) -> None:
+        """Raises ActorLostError where nobody comes after it."""
+        now = time.monotonic()
+        while self._losses and now - self._losses[0] > _HOUR_S:
+            self._losses.popleft()
+        self._losses.append(now)
+        if self.retired or len(self._losses) > self.limits.restarts:
+            raise ActorLostError(
+                f"{self.name} was lost {len(self._losses)} times within an hour "
+                f"(run.restarts allows {self.limits.restarts}); the last time: {why}"
+            ) from why
+        self._report("fault", f"{self.name} is replaced: {why}")
+
+    async def _successor(self) -> tuple[Any, Whereabouts]:
+        """A new actor, brought to where the lost one was. One that dies before it is ready is a loss like any other."""
+        while True:
             try:
+                actor, where = await self._hire()
+                try:
+                    if self.retired:
+                        raise ActorLostError(f"{self.name} is not needed any more")
+                    await self.prepare(actor)
+                except BaseException:
+                    await self._end(actor, where, stacks=False)
+                    raise
+                return actor, where
+            except ActorLostError as why:
                 if self.retired:
-                    raise ActorLostError(f"{self.name} is not needed any more")
-                await self.prepare(actor)
-            except BaseException:
-                await self._end(actor, where, stacks=False)
-                raise
-            self._actor, self._where, self._life = actor, where, life + 1
-            self._report("recovered", f"{self.name} is back after {time.monotonic() - now:.1f} s")
+                    raise
+                self._count_loss(why)
 
     async def kill(self, *, stacks: bool = True) -> None:
         """Save its stacks, then end its process for certain, also where it is stopped and hears nothing."""
@@ -179,20 +198,34 @@ class Supervised:
 
     async def ask(self, call: Callable[[Any], Any], *, phase: str, timeout_s: float) -> Any:
         """The answer to `call(actor)`. Raises ActorLostError or DeadlineError as soon as it is clear that none will come."""
-        answer = asyncio.ensure_future(wait(call(self._actor), who=self.name, phase=phase, timeout_s=timeout_s))
-        if self._watch is None or self._watch.done():  # done: it found the actor wanting
+        if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._watch_actor(), name=f"watch {self.name}")
-        watch, self._asked = self._watch, self._asked + 1
+            self._watch.add_done_callback(self._found)
+        patience = asyncio.timeout(timeout_s)
         try:
-            await asyncio.wait((answer, watch), return_when=asyncio.FIRST_COMPLETED)
-            return await (answer if answer.done() else watch)
+            async with patience:
+                self._asked.add(patience)
+                return await answer(call(self._actor), who=self.name, phase=phase)
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            if patience in self._asked or self._wanting is None:
+                raise DeadlineError(f"{phase}: no answer from {self.name} within {timeout_s:g} s") from None
+            raise self._wanting from None
         finally:
-            self._asked -= 1
-            if not self._asked and watch is self._watch:
+            self._asked.discard(patience)
+            if not self._asked and self._watch is not None:
+                self._watch.cancel()
                 self._watch = None  # whoever asks next must not wait with one that is being cancelled
-                watch.cancel()
-            answer.cancel()
-            await asyncio.gather(answer, return_exceptions=True)
+
+    def _found(self, watch: asyncio.Task[None]) -> None:
+        """The watch is over. Unless nobody needed it any more: tell all who wait, now and at once."""
+        if watch.cancelled():
+            return
+        self._wanting = watch.exception()
+        waiting, self._asked = self._asked, set()
+        for patience in waiting:
+            patience.reschedule(asyncio.get_running_loop().time())
 
     async def _watch_actor(self) -> None:
         """One for all who wait. Raises DeadlineError when the actor, which has work, neither answers nor gets on for `stall_s`.

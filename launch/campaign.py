@@ -19,6 +19,7 @@ from launch.local import ray_cluster
 from launch.serve import control_served
 from launch.tracking import tracked
 from launch.view import LiveView, placement_table, summary
+from rayhf.campaign.collector import calm_collector
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.lock import RunLock
 from rayhf.campaign.observer import Observer
@@ -137,6 +138,7 @@ async def _one_life(prepared: Prepared, store: RunDir, observer: Observer, *, ba
     try:
         roles = await cast.assemble(patient=again)
         store.set_state("running")
+        calm_collector()
         controller = Controller(
             prepared.config,
             algorithm=prepared.algorithm,

@@ -47,6 +47,8 @@ class LiveView:
         self._progress.stop()
 
     def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
+        if self._progress.disable:
+            return
         fields: dict[str, Any] = {"round": iteration, "rounds": self._iterations}
         if self._line is None:
             self._line = self._progress.add_task(name, total=total or None, **fields)

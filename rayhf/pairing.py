@@ -36,23 +36,23 @@ class _Group:
     """One prompt's scores and answers, and the one rule for what is a pair."""
 
     def __init__(self, scores: npt.ArrayLike, min_margin: float, answers: Sequence[Hashable] | None) -> None:
-        self.scores = finite(scores, "scores")
+        self.scores: list[float] = finite(scores, "scores").tolist()
         if not (np.isfinite(min_margin) and min_margin >= 0.0):
             raise ConfigError(f"algorithm.min_margin: {min_margin} must be finite and at least 0; try 0.0")
-        if answers is not None and len(answers) != self.scores.size:
-            raise ValueError(f"{len(answers)} answers for {self.scores.size} scores")
+        if answers is not None and len(answers) != len(self.scores):
+            raise ValueError(f"{len(answers)} answers for {len(self.scores)} scores")
         self.min_margin = min_margin
         self.answers = answers
 
     def pair(self, better: int, worse: int) -> ScoredPair | None:
         """None for a tie."""
-        margin = float(self.scores[better] - self.scores[worse])
+        margin = self.scores[better] - self.scores[worse]
         same = self.answers is not None and self.answers[better] == self.answers[worse]
         return None if same or margin <= self.min_margin else ScoredPair(chosen=better, rejected=worse, margin=margin)
 
     def ranking(self) -> list[int]:
         """Best first; equal scores in the order they came, so that the result is reproducible."""
-        return [int(index) for index in np.argsort(-self.scores, kind="stable")]
+        return sorted(range(len(self.scores)), key=self.scores.__getitem__, reverse=True)
 
 
 def best_worst(scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None) -> PairSelection:
@@ -61,7 +61,7 @@ def best_worst(scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence
     `answers` (for example the token ids) makes a pair of identical answers a tie, whatever a noisy scorer said of them.
     """
     group = _Group(scores, min_margin, answers)
-    if group.scores.size < 2:
+    if len(group.scores) < 2:
         return PairSelection(pairs=(), ties=0)
     ranking = group.ranking()
     pair = group.pair(ranking[0], ranking[-1])
@@ -91,7 +91,7 @@ def best_random(
     `rng` comes from a derived seed (campaign seed, iteration, prompt id), so that arrival order cannot matter.
     """
     group = _Group(scores, min_margin, answers)
-    if group.scores.size < 2:
+    if len(group.scores) < 2:
         return PairSelection(pairs=(), ties=0)
     best, *others = group.ranking()
     beaten = [pair for pair in (group.pair(best, other) for other in others) if pair is not None]
@@ -103,7 +103,7 @@ def best_random(
 def best_second(scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None) -> PairSelection:
     """The highest against the second highest score, answers equal to the best skipped: one pair, or one tie."""
     group = _Group(scores, min_margin, answers)
-    if group.scores.size < 2:
+    if len(group.scores) < 2:
         return PairSelection(pairs=(), ties=0)
     best, *others = group.ranking()
     if answers is not None:

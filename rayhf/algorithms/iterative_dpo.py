@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from rayhf.algorithms.base import GIVEN, Selection, Turn
-from rayhf.algorithms.online_dpo import OnlineDPO
+from rayhf.algorithms.online_dpo import OnlineDPO, Rng
 from rayhf.config.algorithms import IterativeDPOConfig
 from rayhf.experience import Example, Group, derive_seed
 from rayhf.pairing import PairSelection, adjacent_pairs, best_second, best_worst, length_penalised, rso_accept
@@ -28,14 +28,14 @@ class IterativeDPO(OnlineDPO):
     def give(self, pairs: Sequence[Example]) -> None:
         self._given = tuple(replace(pair, scalars={"margin": pair.scalars.get("margin", np.nan)}) for pair in pairs)
 
-    def pairs(self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: np.random.Generator) -> PairSelection:
+    def pairs(self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: Rng) -> PairSelection:
         config, margin = self.iterative, self.iterative.min_margin
         if config.pairs == "best_second":
             return best_second(scores, margin, answers)
         if config.pairs == "length_penalised":
             return best_worst(length_penalised(scores, [len(a) for a in answers], config.length_penalty), margin, answers)
         if config.pairs == "rso":
-            accepted = rso_accept(scores, config.rso_temperature, config.rso_keep, rng)
+            accepted = rso_accept(scores, config.rso_temperature, config.rso_keep, rng())
             return adjacent_pairs(accepted, scores, margin, answers)
         return super().pairs(scores, answers, rng)
 

@@ -6,8 +6,9 @@ no preference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -19,6 +20,13 @@ from rayhf.experience import Example, Group, Prompt, derive_seed
 from rayhf.losses.base import Loss
 from rayhf.losses.preference import PreferenceLoss
 from rayhf.pairing import PairSelection, all_pairs, best_random, best_worst
+
+Rng = Callable[[], np.random.Generator]
+"""Most rules draw nothing, and a generator costs more than their pairs."""
+
+
+def _rng(*parts: int | str) -> np.random.Generator:
+    return np.random.default_rng(derive_seed(*parts))
 
 
 class OnlineDPO(Stateless):
@@ -49,7 +57,7 @@ class OnlineDPO(Stateless):
                 score - missing_eos_penalty(truncated=s.completion.finish_reason == "length", penalty=penalty)
                 for _, s, score in usable
             ]
-            rng = np.random.default_rng(derive_seed(turn.seed, group.prompt.prompt_id, self.config.pairs))
+            rng = partial(_rng, turn.seed, group.prompt.prompt_id, self.config.pairs)
             found = self.pairs(scores, [s.completion.token_ids for _, s, _ in usable], rng)
             ties += found.ties
             for pair in found.pairs:
@@ -65,13 +73,13 @@ class OnlineDPO(Stateless):
             examples += [replace(label, scalars={"margin": np.nan}) for label in turn.labels]
         return Selection(examples=tuple(examples), metrics=metrics)
 
-    def pairs(self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: np.random.Generator) -> PairSelection:
-        """By the configured rule; `answers` are token ids, `rng` this prompt's own."""
+    def pairs(self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: Rng) -> PairSelection:
+        """By the configured rule; `answers` are token ids, `rng` makes this prompt's own generator."""
         margin = self.config.min_margin
         if self.config.pairs == "all_pairs":
             return all_pairs(scores, margin, answers)
         if self.config.pairs == "best_random":
-            return best_random(scores, rng, margin, answers)
+            return best_random(scores, rng(), margin, answers)
         return best_worst(scores, margin, answers)
 
     def loss(self, objective: str = "policy") -> Loss:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rayhf.algorithms.base import Algorithm
 from rayhf.campaign.evaluate import evaluate
-from rayhf.campaign.exchange import Exchange, Explorer
+from rayhf.campaign.exchange import IN_FLIGHT, Exchange, Explorer
 from rayhf.campaign.game import Game
 from rayhf.campaign.guards import judge
 from rayhf.campaign.journal import Journal
@@ -111,8 +111,10 @@ class Controller:
                 self._rounds[ahead] = asyncio.create_task(self._explore(ahead), name=f"round {ahead}")
         explored = await self._rounds.pop(iteration)
         metrics: dict[str, float] = {"iteration": iteration, **exploration_metrics(explored.groups, self.versions["policy"])}
-        self.store.write_samples(iteration, explored.groups)
-        changed = await self._learning.learn(iteration, explored.groups, metrics)
+        await self.store.write_samples(iteration, explored.groups)
+        selected, seconds = await self._learning.select(iteration, explored.groups, metrics), explored.seconds
+        del explored  # most of a round's memory: not needed while it is learned, and the next one is explored meanwhile
+        changed = await self._learning.learn(iteration, selected, metrics)
         for policy in changed:
             self.versions[policy] += 1
         if changed:
@@ -125,7 +127,7 @@ class Controller:
             metrics |= await self._evaluate(iteration)
         every = self.config.run.checkpoint_every
         due = iteration == last or bool(every and iteration % every == 0)
-        metrics |= {f"time/{name}_s": s for name, s in {**explored.seconds, **self._seconds}.items()}
+        metrics |= {f"time/{name}_s": s for name, s in {**seconds, **self._seconds}.items()}
         metrics["time/iteration_s"] = time.monotonic() - started
         self._report(metrics)
         self._heed_guards()
@@ -164,6 +166,7 @@ class Controller:
         self.observer.event("unpause", f"goes on with round {self.iteration + 1}")
 
     def _exchange(self, journal: Journal | None = None) -> Exchange:
+        rollout = self.config.rollout
         return Exchange(
             self.roles.rollouts,
             self.roles.scorer,
@@ -171,6 +174,7 @@ class Controller:
             versions=self.versions,
             deterministic=self.config.run.takes_turns,
             journal=journal,
+            in_flight=self.config.run.max_in_flight or max(IN_FLIGHT, 2 * rollout.engines * rollout.max_num_seqs),
         )
 
     def _prompts_of(self, iteration: int) -> list[Prompt]:

@@ -1,12 +1,14 @@
 """Where the explore coroutines of one round meet the engines.
 
-Hundreds of coroutines each ask for generations and scores; the exchange hands the requests on and wakes the askers.
+Up to `in_flight` prompts are explored at the same time, each by a coroutine that asks for generations and scores; the exchange
+hands the requests on and wakes the askers. When a prompt is done, the next one starts.
 
 - Deterministic: requests enter in waves. All coroutines run until each waits; then everything they asked for goes in, ordered by
   (prompt id, request number), and the next wave starts when this one is answered. An engine's batches, and with them its
   floating-point results, then depend on nothing but the requests.
 - Otherwise: a generation enters the engine at once (the engine batches continuously), and scores go in as soon as the last call
-  is back, together with all that gathered meanwhile.
+  is back, together with all that gathered meanwhile. Answers are passed on at once, and written down several times a second: a
+  killed campaign asks again what it was told last.
 
 A coroutine may only wait for the exchange, never for a clock or a socket: what it does must follow from what it was told.
 """
@@ -40,6 +42,11 @@ _IDLE_TICKS = 12
 """Event-loop turns without a new request after which every coroutine is taken to be waiting. A result needs a handful of turns
 to reach its coroutine through tasks and gathers."""
 
+IN_FLIGHT = 65_536
+"""Prompts explored at the same time, where nobody says otherwise."""
+_NOTES_S = 0.2
+"""Between two writings of what was told meanwhile."""
+
 Pending = tuple[Any, "asyncio.Future[Any]"]
 
 
@@ -50,17 +57,23 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self._open: dict[str, tuple[int, float]] = {}
 
+    def start(self, kind: str) -> None:
+        count, since = self._open.get(kind, (0, 0.0))
+        self._open[kind] = (count + 1, since if count else time.monotonic())
+
+    def stop(self, kind: str) -> None:
+        count, since = self._open[kind]
+        self._open[kind] = (count - 1, since)
+        if count == 1:
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.monotonic() - since
+
     @contextmanager
     def __call__(self, kind: str) -> Iterator[None]:
-        count, since = self._open.get(kind, (0, time.monotonic()))
-        self._open[kind] = (count + 1, since if count else time.monotonic())
+        self.start(kind)
         try:
             yield
         finally:
-            count, since = self._open[kind]
-            self._open[kind] = (count - 1, since)
-            if count == 1:
-                self.seconds[kind] = self.seconds.get(kind, 0.0) + time.monotonic() - since
+            self.stop(kind)
 
 
 class Explorer:
@@ -110,7 +123,7 @@ class Explorer:
                 prompt_id=self._prompt.prompt_id,
                 number=number,
                 token_ids=token_ids,
-                sampling=replace(drawn, max_tokens=min(drawn.max_tokens, room)),
+                sampling=drawn if drawn.max_tokens <= room else replace(drawn, max_tokens=room),
                 seeds=tuple(self.derive_seed("sample", number, index) for index in range(n)),
                 policy=policy,
             )
@@ -145,12 +158,13 @@ class Exchange:
         versions: Mapping[str, int],
         deterministic: bool,
         journal: Journal | None = None,
+        in_flight: int = IN_FLIGHT,
     ) -> None:
         self._rollouts, self._scorer, self.chat, self._journal = rollouts, scorer, chat, journal
-        self._versions, self._deterministic = dict(versions), deterministic
+        self._versions, self._deterministic, self._in_flight = dict(versions), deterministic, in_flight
         self.stopwatch = Stopwatch()
         self._waiting: dict[str, list[Pending]] = {"generate": [], "score": [], "compare": []}
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         self._judging: set[str] = set()
         self._activity = 0
 
@@ -162,37 +176,56 @@ class Exchange:
         Raises the first error of any coroutine or role; the others are cancelled.
         """
 
-        async def one(prompt: Prompt) -> Group:
-            try:
-                group = await explore(prompt, Explorer(self, prompt, sampling=sampling, seed=seed))
-                done(group)
-                return group
-            finally:
-                self._activity += 1
+        found: list[Group | None] = [None] * len(prompts)
+        waiting = iter(enumerate(prompts))
 
-        tasks = [asyncio.create_task(one(prompt), name=f"explore {prompt.prompt_id}") for prompt in prompts]
-        waves = asyncio.create_task(self._waves(), name="waves") if self._deterministic else None
+        async def work() -> None:
+            for place, prompt in waiting:
+                try:
+                    group = await explore(prompt, Explorer(self, prompt, sampling=sampling, seed=seed))
+                    done(group)
+                    found[place] = group
+                finally:
+                    self._activity += 1
+
+        workers = min(self._in_flight, len(prompts))
+        tasks = [asyncio.create_task(work(), name=f"explorer {number}") for number in range(workers)]
+        background = asyncio.create_task(self._waves() if self._deterministic else self._notes(), name="exchange")
         explorers = asyncio.gather(*tasks)
         try:
-            watched: list[asyncio.Future[Any]] = [explorers, *([waves] if waves else [])]
-            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-            if waves is not None and waves.done():
-                waves.result()  # it never ends by itself: this raises
-            return list(await explorers)
+            await asyncio.wait((explorers, background), return_when=asyncio.FIRST_COMPLETED)
+            if background.done():
+                background.result()  # it never ends by itself: this raises
+            await explorers
+            return [group for group in found if group is not None]
         finally:
-            leftovers = [*tasks, *self._calls, *([waves] if waves else [])]
+            leftovers = [*tasks, *self._calls, background]
             for task in leftovers:
                 task.cancel()
             await asyncio.gather(*leftovers, return_exceptions=True)
 
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
-        future: asyncio.Future[tuple[Completion, ...]] = asyncio.get_running_loop().create_future()
         self._activity += 1
         if self._deterministic:
+            future: asyncio.Future[tuple[Completion, ...]] = asyncio.get_running_loop().create_future()
             self._waiting["generate"].append((request, future))
-        else:
-            self._call(self._answer("generate", [(request, future)]))
-        return await future
+            return await future
+        journal = self._journal
+        answer: tuple[Completion, ...] | None = None if journal is None else journal.recall("generate", request)
+        if answer is not None:
+            return answer
+        asker = asyncio.current_task()
+        assert asker is not None
+        self._calls.add(asker)
+        self.stopwatch.start("rollout")
+        try:
+            (answer,) = await self._rollouts[request.policy].generate([request], version=self._versions[request.policy])
+        finally:
+            self.stopwatch.stop("rollout")
+            self._calls.discard(asker)
+        if journal is not None:
+            journal.note("generate", [request], [answer])
+        return answer
 
     async def score(self, request: ScoreRequest) -> tuple[Outcome, ...]:
         answer: tuple[Outcome, ...] = await self._judge("score", request)
@@ -225,6 +258,13 @@ class Exchange:
         while pending := self._take(kind):
             await self._answer(kind, pending)
         self._judging.discard(kind)
+
+    async def _notes(self) -> None:
+        """Write down what was told, until the round is over; its journal's end writes the rest."""
+        while True:
+            await asyncio.sleep(_NOTES_S)
+            if self._journal is not None:
+                self._journal.flush()
 
     async def _waves(self) -> None:
         while True:
@@ -278,14 +318,15 @@ class Exchange:
         return lambda requests: rollout.generate(requests, version=version)
 
     async def _ask(self, kind: str, pending: list[Pending], ask: Callable[[list[Any]], Awaitable[list[Any]]]) -> None:
-        """Ask once for all, write the answers down, and give each asker his own, or all of them the error."""
+        """Ask once for all, note the answers (in a wave: write them down), and give each asker his own, or all the error."""
         requests = [request for request, _ in pending]
         try:
             answers = await ask(requests)
             settled = list(zip(pending, answers, strict=True))
             if self._journal is not None:
                 learned = None if kind == "generate" else await self._scorer.state_dict()
-                self._journal.record(kind, requests, answers, learned)
+                note = self._journal.record if self._deterministic else self._journal.note
+                note(kind, requests, answers, learned)
         except asyncio.CancelledError:
             for _, future in pending:  # nobody may be left waiting for a call that is gone
                 future.cancel()

@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,15 @@ from rayhf.roles import Learner, Roles
 Timed = Callable[[str], AbstractAsyncContextManager[None]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """A round as it is learned."""
+
+    examples: tuple[Example, ...]
+    prompt_ids: tuple[str, ...]
+    """Of all the round's prompts, also those that gave no example."""
+
+
 class Learning:
     """The learning half of every round."""
 
@@ -36,8 +45,8 @@ class Learning:
         self.config, self.algorithm, self.roles, self.store, self.observer = config, algorithm, roles, store, observer
         self._timed = timed
 
-    async def learn(self, iteration: int, groups: Sequence[Group], metrics: dict[str, float]) -> set[str]:
-        """Train on the round and fill `metrics`. Returns the names of the policies whose weights changed."""
+    async def select(self, iteration: int, groups: Sequence[Group], metrics: dict[str, float]) -> Selected:
+        """What is worth training on, written down; what was kept and dropped goes into `metrics`."""
         turn = Turn(
             iteration=iteration,
             seed=derive_seed(self.config.seed, "select", iteration),
@@ -46,13 +55,17 @@ class Learning:
         )
         selection = self.algorithm.select(groups, turn)
         metrics |= selection.metrics
-        self.store.write_examples(iteration, selection.examples)
+        await self.store.write_examples(iteration, selection.examples)
+        return Selected(examples=selection.examples, prompt_ids=tuple(group.prompt.prompt_id for group in groups))
+
+    async def learn(self, iteration: int, selected: Selected, metrics: dict[str, float]) -> set[str]:
+        """Train on the round and fill `metrics`. Returns the names of the policies whose weights changed."""
         metrics["learner/steps"] = 0
         changed: set[str] = set()
-        for objective in sorted({e.objective for e in selection.examples}, key=lambda name: (name != "policy", name)):
-            examples = [e for e in selection.examples if e.objective == objective]
+        for objective in sorted({e.objective for e in selected.examples}, key=lambda name: (name != "policy", name)):
+            examples = [e for e in selected.examples if e.objective == objective]
             if objective == "policy":
-                trains = await self._learn_policy(iteration, groups, examples, metrics)
+                trains = await self._learn_policy(iteration, selected.prompt_ids, examples, metrics)
             else:
                 trains = await self._learn_other(iteration, objective, examples, metrics)
             changed |= {self.algorithm.trainee(objective)} if trains else set()
@@ -62,12 +75,12 @@ class Learning:
         return labelled_examples(self.store.path, self.store.inbox.take("labels", iteration))
 
     async def _learn_policy(
-        self, iteration: int, groups: Sequence[Group], examples: Sequence[Example], metrics: dict[str, float]
+        self, iteration: int, prompt_ids: Sequence[str], examples: Sequence[Example], metrics: dict[str, float]
     ) -> bool:
         credited, credit_metrics = self.algorithm.credit(await self._annotate(iteration, examples))
         metrics |= credit_metrics
         trains = self.algorithm.trains_policy(iteration)
-        batches = self._batches(iteration, groups, credited)
+        batches = self._batches(iteration, prompt_ids, credited)
         steps: list[dict[str, float]] = []
         async with self._timed("learner"):
             for number, batch in enumerate(batches):
@@ -131,7 +144,8 @@ class Learning:
         named = dict(zip(names, columns, strict=True))
         if own:
             named["ref_logp"] = named["old_logp"]
-        annotated = iter(row.with_tokens(**{name: values[i] for name, values in named.items()}) for i, row in enumerate(rows))
+        of_rows = zip(*named.values(), strict=True)
+        annotated = (row.with_tokens(**dict(zip(named, values, strict=True))) for row, values in zip(rows, of_rows, strict=True))
         return [replace(e, rows=tuple(next(annotated) for _ in e.rows)) for e in examples]
 
     @property
@@ -139,25 +153,27 @@ class Learning:
         learner = self.config.learner
         return learner.epochs * (self.config.prompts.batch // (learner.prompts_per_step or self.config.prompts.batch))
 
-    def _batches(self, iteration: int, groups: Sequence[Group], examples: Sequence[Example]) -> list[Batch]:
+    def _batches(self, iteration: int, prompt_ids: Sequence[str], examples: Sequence[Example]) -> list[Batch]:
         """One batch per optimiser step: prompts in a seeded order, all examples of a prompt together.
 
         A round has the same number of steps whatever was dropped or mixed in: prompts that are not the round's own (earlier
         rounds, given pairs) are spread over its steps.
         """
         steps = self._steps_per_round // self.config.learner.epochs
-        known = dict.fromkeys(group.prompt.prompt_id for group in groups)
-        order = list(known | dict.fromkeys(e.rows[0].prompt_id for e in examples))
+        order = list(dict.fromkeys([*prompt_ids, *(e.rows[0].prompt_id for e in examples)]))
         batches = []
         for epoch in range(self.config.learner.epochs):
             shuffled = list(order)
             if steps > 1:
                 random.Random(derive_seed(self.config.seed, "minibatch", iteration, epoch)).shuffle(shuffled)
+            step_of: dict[str, int] = {}
             for step in range(steps):
-                chosen = set(shuffled[len(shuffled) * step // steps : len(shuffled) * (step + 1) // steps])
-                part = tuple(e for e in examples if e.rows[0].prompt_id in chosen)
-                if part:
-                    batches.append(Batch(examples=part, temperature=self.config.rollout.temperature))
+                chosen = shuffled[len(shuffled) * step // steps : len(shuffled) * (step + 1) // steps]
+                step_of |= dict.fromkeys(chosen, step)
+            parts: list[list[Example]] = [[] for _ in range(steps)]
+            for example in examples:
+                parts[step_of[example.rows[0].prompt_id]].append(example)
+            batches += [Batch(examples=tuple(part), temperature=self.config.rollout.temperature) for part in parts if part]
         return batches
 
 

@@ -24,14 +24,15 @@ class Recorder:
 
     def __init__(self, store: RunDir, inner: Observer) -> None:
         self._store, self._inner = store, inner
-        self._phase: tuple[int, str] | None = None
+        self._phases: dict[int, str] = {}
+        """Of every round: several are under way where exploration runs ahead, and they report in turn."""
         self._written = 0.0
         self._progress: dict[str, Any] = {}
 
     def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
-        new = (iteration, name) != self._phase
+        new = self._phases.get(iteration) != name
         if new:
-            self._phase = (iteration, name)
+            self._phases[iteration] = name
             self._store.event("phase", name, iteration=iteration)
         self._progress |= {"iteration": iteration, "phase": name, "done": done, "total": total, "time": time.time()}
         if new or time.monotonic() - self._written >= _EVERY_S:

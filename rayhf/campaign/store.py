@@ -13,15 +13,16 @@ launcher (a node that was cut off and came back): whatever it still wants to wri
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +30,7 @@ import pyarrow.parquet as pq
 from rayhf.campaign import records
 from rayhf.campaign.checkpoints import Checkpoint, Checkpoints, Retention, directory_name
 from rayhf.campaign.control import Wanted, read_control, write_control
-from rayhf.campaign.files import MANIFEST, fsync_path, sha256, storage_errors, write_atomic, write_json
+from rayhf.campaign.files import MANIFEST, fsync_path, sha256, storage_errors, whole_file, write_atomic, write_json
 from rayhf.campaign.inbox import Inbox
 from rayhf.campaign.journal import Journal
 from rayhf.campaign.lock import RunLock
@@ -39,8 +40,18 @@ from rayhf.config.schema import CampaignConfig
 from rayhf.errors import CheckpointError, ConfigError, PausedError
 from rayhf.experience import Example, Group
 
+Item = TypeVar("Item")
+
 IDENTITY = ("seed", "policy", "prompts", "algorithm", "scorer.train", "scorer.combine", "rollout.temperature")
 """What makes a campaign this campaign: a run directory refuses a config that differs here."""
+
+
+_PART = 4096
+"""Prompts or examples that are made into a table at a time: a whole round's tables may be larger than the round."""
+
+
+def _parts(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    return (items[start : start + _PART] for start in range(0, len(items), _PART))
 
 
 def _pick(config: Mapping[str, Any], dotted: str) -> Any:
@@ -152,13 +163,15 @@ class RunDir:
             file.flush()
             os.fsync(file.fileno())
 
-    def write_samples(self, iteration: int, groups: Sequence[Group]) -> None:
+    async def write_samples(self, iteration: int, groups: Sequence[Group]) -> None:
         """Every completion of a round, one row each."""
-        self._write_parquet(f"samples/iteration-{iteration:06d}.parquet", records.sample_table(iteration, groups))
+        tables = (records.sample_table(iteration, part) for part in _parts(groups))
+        await self._write_parquet(f"samples/iteration-{iteration:06d}.parquet", records.SAMPLES, tables)
 
-    def write_examples(self, iteration: int, examples: Sequence[Example]) -> None:
+    async def write_examples(self, iteration: int, examples: Sequence[Example]) -> None:
         """Every training pair or example with its lineage: indices into the round's samples of its prompt."""
-        self._write_parquet(f"pairs/iteration-{iteration:06d}.parquet", records.example_table(iteration, examples))
+        tables = (records.example_table(iteration, part) for part in _parts(examples))
+        await self._write_parquet(f"pairs/iteration-{iteration:06d}.parquet", records.EXAMPLES, tables)
 
     def read_examples(self, iteration: int) -> list[Example]:
         """The policy's examples of an earlier round, as they were selected; none for a round that never was."""
@@ -166,10 +179,14 @@ class RunDir:
         with storage_errors("read", file):
             return records.read_examples(file) if file.exists() else []
 
-    def _write_parquet(self, name: str, table: pa.Table) -> None:
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        write_atomic(self.path / name, sink.getvalue().to_pybytes())
+    async def _write_parquet(self, name: str, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+        """Whole or not at all; whoever else has work gets a turn between two tables."""
+        # Hardly a value comes twice: dictionaries take longer to build than all the rest, and make the file larger.
+        settings = {"compression": "zstd", "use_dictionary": False}
+        with whole_file(self.path / name) as file, pq.ParquetWriter(file, schema, **settings) as writer:
+            for table in tables:
+                writer.write_table(table)
+                await asyncio.sleep(0)
 
     def journal(self, iteration: int) -> Journal:
         """What this round's exploration was told so far; kept until a later checkpoint makes it superfluous."""
@@ -271,7 +288,7 @@ def _making_of(config: CampaignConfig) -> str:
     decides = config.model_dump(mode="json", exclude={"run", "cluster", "tracking", "guards", "tiny", "evaluations", "service"})
     if config.learner.schedule != "constant":
         decides["iterations"] = config.run.iterations
-    decides["staleness"] = config.run.max_staleness
+    decides |= {"staleness": config.run.max_staleness, "in_flight": config.run.max_in_flight}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 

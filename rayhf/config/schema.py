@@ -50,6 +50,8 @@ class RunConfig(Section):
     """Rounds that generation may run ahead of learning: 0 is strictly on-policy, 1 overlaps the two."""
     deterministic: bool | None = None
     """Requests enter the engines in waves, so that equal seeds give equal numbers. Default: when max_staleness is 0."""
+    max_in_flight: PositiveInt | None = None
+    """Prompts of a round that are explored at the same time. Default: 65,536, or what fills the engines twice if that is more."""
     timeout_s: PositiveFloat = 600
     """Limit on any single wait between roles, in seconds."""
     stall_s: PositiveFloat = 300

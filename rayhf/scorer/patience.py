@@ -53,8 +53,10 @@ class PatientScorer:
             if not await self._again(attempt, answers[failed[0][0]][failed[0][1]], len(failed), len(asked), len(every)):
                 break
             asked, attempt = failed, attempt + 1
-            rows = dict.fromkeys(i for i, _ in asked)
-            part = [_only(requests[i], [j for k, j in asked if k == i]) for i in rows]
+            rows: dict[int, list[int]] = {}
+            for i, j in asked:
+                rows.setdefault(i, []).append(j)
+            part = [_only(requests[i], positions) for i, positions in rows.items()]
             fresh = iter([outcome for outcomes in await self._inner.score(part) for outcome in outcomes])
             for i, j in asked:
                 answers[i][j] = next(fresh)

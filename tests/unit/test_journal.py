@@ -1,6 +1,8 @@
 """A round that was cut short is told again what it was told: nothing is asked twice, and the end is the same."""
 
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -50,6 +52,30 @@ def test_every_answer_comes_back_as_it_was(tmp_path):
     assert np.array_equal(compared.win, COMPARED.win) and compared.source == "pairwise"
     assert again.recall("compare", judgement(2)) == Invalid(reason="mute")
     assert again.recall("generate", asked) is None  # each answer is given once
+
+
+def test_what_was_noted_is_appended_together_and_at_the_end(tmp_path):
+    journal = Journal(tmp_path / "j")
+    exact, wide = completions(generation(0), logprob=-0.5), completions(generation(1))
+    journal.note("generate", [generation(0)], [exact])
+    journal.note("score", [judgement()], [(Scored(value=1.0),)], {"seen": 1})
+    assert (tmp_path / "j").stat().st_size == 0
+    journal.flush()
+    size = (tmp_path / "j").stat().st_size
+    journal.flush()
+    assert (tmp_path / "j").stat().st_size == size > 0
+    journal.note("generate", [generation(1)], [wide])
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert again.scorer_state == {"seen": 1}
+    assert again.recall("generate", generation(0)) == exact and again.recall("generate", generation(1)) == wide
+    assert again.recall("score", judgement()) == (Scored(value=1.0),)
+
+
+def test_a_journal_of_another_format_is_asked_again(tmp_path):
+    body = zlib.compress(b'{"making": "", "keys": ["generate p 0 00"], "answers": [[]]}')
+    (tmp_path / "j").write_bytes(struct.pack("<II", len(body), zlib.crc32(body)) + body)  # as the first format had it
+    assert len(Journal(tmp_path / "j")) == 0
 
 
 @pytest.mark.parametrize(

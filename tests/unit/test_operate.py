@@ -81,6 +81,18 @@ def test_a_stall_is_named(tmp_path):
     store.close()
 
 
+def test_rounds_that_report_in_turn_are_not_written_down_each_time(tmp_path):
+    store = RunDir(make_config(tmp_path))
+    recorder = Recorder(store, Quiet())
+    for done in range(50):
+        for iteration in (1, 2):
+            recorder.phase(iteration, "explore", done, 50)
+    recorder.phase(1, "learn")
+    store.close()
+    events = [json.loads(line) for line in (store.attempt / "events.jsonl").read_text().splitlines()]
+    assert [(e["iteration"], e["message"]) for e in events] == [(1, "explore"), (2, "explore"), (1, "learn")]
+
+
 def test_who_waits_for_a_scorer_is_paused_and_says_for_what(tmp_path):
     store = RunDir(make_config(tmp_path))
     recorder = Recorder(store, Quiet())

@@ -161,6 +161,33 @@ def test_a_lost_actor_is_replaced_once_whoever_asks_meanwhile_and_not_before_it_
     asyncio.run(play())
 
 
+def test_a_new_actor_that_dies_before_it_is_ready_is_replaced_too(monkeypatch):
+    async def nowhere(node, function, *arguments):
+        return None
+
+    monkeypatch.setattr("actors.supervise.on_node", nowhere)
+    monkeypatch.setattr("actors.supervise.ray.kill", lambda actor, no_restart: None)
+
+    heard = []
+
+    async def play(restarts):
+        fleet = Fleet()
+        limits = Limits(stall_s=0.1, restarts=restarts)
+        one = Supervised("engine", fleet.create, limits=limits, report=lambda kind, message: heard.append(kind))
+
+        async def prepare(actor):
+            if len(fleet.hired) == 2:
+                raise ActorLostError("sync: a new engine died")
+
+        one.prepare = prepare
+        await one.start()
+        return await one.persist(lambda actor: actor.double.remote(4), phase="test", timeout_s=30.0)
+
+    assert asyncio.run(play(2)) == 8 and heard == ["fault", "fault", "recovered"]
+    with pytest.raises(ActorLostError, match=r"lost 2 times .* the last time: sync: a new engine died"):
+        asyncio.run(play(1))
+
+
 @pytest.mark.parametrize("retired", [False, True])
 def test_who_is_lost_too_often_or_not_needed_any_more_is_not_replaced(monkeypatch, retired):
     monkeypatch.setattr("actors.supervise.ray.kill", lambda actor, no_restart: None)

@@ -1,0 +1,91 @@
+"""What Ray adds to the controller's work: `python -m tests.bench.ray_calls`.
+
+Real calls through the real pool and supervision to one actor that answers at once, many in flight; the processor time of this
+process, Ray's threads in it included, per request. scale_sim.py measures the same path without Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+
+from actors.rollout import RolloutPool
+from actors.supervise import Limits, Supervised, whereabouts
+from actors.transport import ObjectStore
+from rayhf.experience import Completion, GenerateRequest, Sampling
+
+IN_FLIGHT = 512
+CALLS = 4096
+
+
+@ray.remote(num_cpus=0)
+class Engine:
+    """Answers of `length` tokens."""
+
+    def __init__(self, length: int) -> None:
+        self._length, self._steps = length, 0
+
+    async def generate(self, requests: list[Any], version: int) -> list[Any]:
+        self._steps += 1
+        return [
+            tuple(
+                Completion(
+                    prompt_id=request.prompt_id,
+                    index=index,
+                    seed=seed,
+                    text="four" * self._length,
+                    token_ids=tuple((1000 + seed + i) % 150_000 for i in range(self._length)),
+                    logprobs=tuple(-(i + 0.5) / 3 for i in range(self._length)),
+                    finish_reason="stop",
+                    policy_version=version,
+                )
+                for index, seed in enumerate(request.seeds)
+            )
+            for request in requests
+        ]
+
+    async def progress(self) -> int:
+        return self._steps
+
+    def whereabouts(self) -> Any:
+        return whereabouts()
+
+
+def _request(prompt_id: str, length: int, seeds: tuple[int, ...]) -> GenerateRequest:
+    sampling = Sampling(max_tokens=length)
+    return GenerateRequest(prompt_id=prompt_id, number=0, token_ids=tuple(range(1000, 1016)), sampling=sampling, seeds=seeds)
+
+
+async def cost_us(length: int, samples: int, hand: int) -> float:
+    """Processor time per request, in calls of `hand` requests."""
+    create = Engine.options(max_concurrency=100_000).remote
+    one = Supervised("engine", lambda: create(length), limits=Limits(stall_s=300.0, restarts=0))
+    await one.start()
+    pool = RolloutPool([one], ObjectStore([one], timeout_s=600.0), timeout_s=600.0)
+    waiting = iter(range(CALLS // hand))
+
+    async def ask() -> None:
+        for number in waiting:
+            seeds = tuple(range(number, number + samples))
+            await pool.generate([_request(f"{number:08x}{i:08x}", length, seeds) for i in range(hand)], version=0)
+
+    await pool.generate([_request("first", length, (1,))], version=0)
+    started = time.process_time()
+    await asyncio.gather(*(ask() for _ in range(max(1, IN_FLIGHT // hand))))
+    spent = time.process_time() - started
+    await one.kill(stacks=False)
+    return spent / (CALLS // hand * hand) * 1e6
+
+
+def main() -> None:
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    print("| tokens an answer | answers a request | requests a call | us per request |\n|--:|--:|--:|--:|")
+    for length, samples, hand in ((32, 2, 1), (32, 2, 64), (512, 2, 1), (512, 8, 1)):
+        print(f"| {length} | {samples} | {hand} | {asyncio.run(cost_us(length, samples, hand)):.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

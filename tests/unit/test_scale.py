@@ -1,0 +1,144 @@
+"""What must not grow with the number of engines and prompts, and the simulation in virtual time that measures it."""
+
+import asyncio
+import itertools
+import random
+
+import pyarrow.parquet as pq
+import pytest
+from fakes import FakeChat, FakeRollout, FakeScorer, make_prompts
+from test_controller import make_config, metrics_of, play
+
+from actors.rollout import _LeastBusy
+from rayhf.algorithms.base import sample_and_score
+from rayhf.campaign import store
+from rayhf.campaign.audit import audit
+from rayhf.campaign.exchange import Exchange
+from rayhf.experience import Sampling
+from tests.bench.scale_sim import Case
+from tests.bench.scale_sim import play as simulated
+from tests.bench.simulated import World
+from tests.bench.virtual import simulate
+
+
+def test_virtual_time_passes_only_while_everybody_waits():
+    async def work():
+        loop, heard = asyncio.get_running_loop(), []
+
+        async def after(seconds):
+            await asyncio.sleep(seconds)
+            heard.append((seconds, loop.time()))
+
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(10_000):
+                await asyncio.gather(*(after(s) for s in (300, 7, 100_000)))
+        return heard
+
+    heard, loop = simulate(work())
+    assert heard == [(7, 7), (300, 300)] and loop.time() == 10_000
+
+
+def test_work_may_count_as_time():
+    spent = itertools.count(0, 5)  # every turn takes five seconds
+
+    async def work():
+        loop = asyncio.get_running_loop()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        before = loop.time()
+        await asyncio.sleep(100)
+        return before, loop.time()
+
+    (before, after), _ = simulate(work(), worked=lambda: next(spent))
+    assert before >= 50 and 100 <= after - before <= 110
+
+
+def test_who_waits_for_nobody_is_told():
+    async def work():
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(RuntimeError, match="everybody waits for ever"):
+        simulate(work())
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_simulated_campaign_with_dying_engines_is_whole(tmp_path, staleness):
+    case = Case(engines=3, prompts=32, rounds=3, max_staleness=staleness)
+    world = World(engines=3, slots=4, tokens=4, life_s=150.0, restart_s=20.0, invalid=0.0)
+    found = simulated(case, tmp_path / "run", world)
+    assert found["failures"] > 0 and found["busy_at_update"] == 0 and found["staleness"] == staleness
+    assert found["over_ideal"] >= 1.0 and 0 < found["busy"] < 1
+    assert [finding.problem for finding in audit(tmp_path / "run", deep=False) if finding.problem] == []
+
+
+def test_the_least_busy_is_the_least_busy():
+    rng, load, busy = random.Random(0), [0] * 7, _LeastBusy(7)
+    under_way = []
+    for _ in range(2000):
+        if under_way and rng.random() < 0.5:
+            number, work = under_way.pop(rng.randrange(len(under_way)))
+            load[number] -= work
+            busy.add(number, -work)
+        else:
+            number, work = busy.choose(), rng.randrange(1, 5)
+            assert number == min(range(7), key=load.__getitem__)
+            load[number] += work
+            busy.add(number, work)
+            under_way.append((number, work))
+    assert len(busy._order) <= 4 * 7
+
+
+class Counting(FakeRollout):
+    """How many prompts are explored at the same time."""
+
+    def __init__(self):
+        super().__init__(delay=0.002)
+        self.most = 0
+
+    async def generate(self, requests, *, version):
+        answers = await super().generate(requests, version=version)
+        self.most = max(self.most, self.running + 1)
+        return answers
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_only_so_many_prompts_are_explored_at_the_same_time(deterministic):
+    async def run(in_flight):
+        rollout = Counting()
+        exchange = Exchange(
+            {"policy": rollout},
+            FakeScorer(),
+            chat=FakeChat(),
+            versions={"policy": 0},
+            deterministic=deterministic,
+            in_flight=in_flight,
+        )
+        groups = await exchange.run(
+            make_prompts(10),
+            lambda prompt, explorer: sample_and_score(prompt, explorer, 2),
+            sampling=Sampling(max_tokens=8),
+            seed=1,
+            done=lambda group: None,
+        )
+        return rollout, groups
+
+    free, all_at_once = asyncio.run(run(100))
+    limited, groups = asyncio.run(run(3))
+    assert groups == all_at_once
+    assert [g.prompt.prompt_id for g in groups] == [p.prompt_id for p in make_prompts(10)]
+    if deterministic:
+        assert [len(call) for call in limited.calls] == [3, 3, 3, 1] and len(free.calls) == 1
+    else:
+        assert limited.most <= 3 < free.most
+
+
+def test_a_rounds_tables_are_written_in_parts_and_are_the_same(tmp_path, monkeypatch):
+    whole, parts = make_config(tmp_path / "whole"), make_config(tmp_path / "parts")
+    play(whole)
+    monkeypatch.setattr(store, "_PART", 1)
+    play(parts)
+    assert metrics_of(whole) == metrics_of(parts)
+    for folder in ("samples", "pairs"):
+        one, many = (config.run.dir / folder / "iteration-000001.parquet" for config in (whole, parts))
+        assert pq.read_table(one).equals(pq.read_table(many))
+        assert pq.ParquetFile(many).num_row_groups > pq.ParquetFile(one).num_row_groups == 1
