@@ -123,9 +123,9 @@ class SharedLearner:
         async with self._turns.learner():
             return await self._group.outputs(rows, temperature=temperature)
 
-    async def publish(self, version: int) -> WeightSnapshot:
+    async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
         async with self._turns.learner():
-            return await self._group.publish(version)
+            return await self._group.publish(version, stored=stored)
 
     async def save(self, directory: Path) -> None:
         async with self._turns.learner():

@@ -139,7 +139,7 @@ def kind_of(role: str) -> str:
 def pool_of(role: str) -> Pool:
     """Whose custom resources a role's actors need."""
     kind = kind_of(role)
-    return _POOLS.get(kind, kind)  # type: ignore[return-value,arg-type]
+    return _POOLS.get(kind, kind)  # type: ignore[arg-type]
 
 
 def _name(role: str, index: int, of: int) -> str:

@@ -208,7 +208,7 @@ def _turn(
     return _Load(
         who="a shared GPU",
         when=f" while {side} work",
-        parts=parts | further,
+        parts={**parts, **further},
         limit=gpu_bytes,
         advice=("a lower rollout.memory_fraction" if side == "engines" else _LESS["learner"])
         + ", or cluster.gpus_per_reference and gpus_per_scorer, which seat the small roles elsewhere",

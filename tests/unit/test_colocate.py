@@ -45,7 +45,7 @@ class Role:
         self._do("step")
         return {}
 
-    async def publish(self, version):
+    async def publish(self, version, *, stored=False):
         self._do("publish")
         return version
 
