@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -51,9 +52,9 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
             ray_cluster(config.cluster.address, cpus=sum(seat.cpus for seat in seats_of(prepared))),
             _room_shown(seats_of(prepared), console),
             LiveView(console, iterations=config.run.iterations, task=config.prompts.task) as view,
-            tracked(view, config) as mirrored,
+            tracked(recorder := Recorder(store, view), config, logs=store.attempt) as observer,
         ):
-            asyncio.run(_play(prepared, store, Recorder(store, mirrored), base=base))
+            asyncio.run(_play(prepared, store, observer, recorder.beat(), base=base))
         console.print(summary(config.run.dir, config.prompts.task))
         say(f"policy: {config.run.dir / 'policy'}")
     except BaseException as error:
@@ -85,8 +86,8 @@ def build_tiny(config: CampaignConfig, console: Console) -> None:
     build_with_progress(config.tiny.dir, tasks=config.tiny.tasks, seed=config.tiny.seed, console=console)
 
 
-async def _play(prepared: Prepared, store: RunDir, observer: Recorder, *, base: Path) -> None:
-    """Assemble and run, until done or told to stop.
+async def _play(prepared: Prepared, store: RunDir, observer: Observer, beat: Coroutine[Any, Any, None], *, base: Path) -> None:
+    """Assemble and run, until done or told to stop. `beat` says that we are alive.
 
     A lost engine or scorer is replaced beneath the controller. When a learner is lost, or a wait passes its limit, everybody is
     dismissed and the campaign starts again from its last commit, with what the journal knows: at most run.restarts times
@@ -103,7 +104,7 @@ async def _play(prepared: Prepared, store: RunDir, observer: Recorder, *, base: 
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, end, name)
-    heart = asyncio.create_task(observer.beat(), name="heartbeat")
+    heart = asyncio.create_task(beat, name="heartbeat")
     pristine = prepared.algorithm.state_dict(), prepared.material.game.state_dict() if prepared.material.game else {}
     restarts, committed = 0, store.state["iteration"]
     try:

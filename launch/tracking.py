@@ -1,7 +1,8 @@
 """wandb, when configured: a mirror of metrics.jsonl, which stays the record. It can neither stall nor fail a run.
 
 wandb lives in a process of its own (`python -m launch.tracking`), which reads one JSON object per line. A thread feeds it from a
-bounded queue; what does not fit is left out and counted. At the end it has `FINISH_S` seconds, then it is killed.
+bounded queue; what does not fit is left out and counted. At the end it has `FINISH_S` seconds, then it is killed. What it says is
+in the attempt's wandb.log.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rayhf.campaign.observer import Observer
@@ -27,11 +29,13 @@ MIRROR = (sys.executable, "-m", "launch.tracking")
 class Tracked:
     """Passes everything on to another observer, and metrics to the mirror too."""
 
-    def __init__(self, inner: Observer, settings: Mapping[str, Any], *, command: Sequence[str] = MIRROR) -> None:
-        self._inner = inner
+    def __init__(self, inner: Observer, settings: Mapping[str, Any], *, log: Path, command: Sequence[str] = MIRROR) -> None:
+        self._inner, self._log = inner, log
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=_LINES)
         self.left_out = 0
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._gone = False
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file)
         self._lines.put(dict(settings))
         self._feeder = threading.Thread(target=self._feed, name="wandb mirror", daemon=True)
         self._feeder.start()
@@ -41,6 +45,11 @@ class Tracked:
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
         self._inner.metrics(metrics)
+        if not self._gone and self._process.poll() is not None:
+            self._gone = True
+            self._inner.event(
+                "warn", f"wandb gets no more: {self._end_of(self._process.returncode)}; metrics.jsonl has everything"
+            )
         try:
             self._lines.put_nowait(dict(metrics))
         except queue.Full:
@@ -60,9 +69,12 @@ class Tracked:
             code = None
             self._process.kill()
             self._process.wait()
-        if code != 0 or self.left_out:
-            why = "it did not finish in time" if code is None else f"it ended with {code}"
+        if (code != 0 or self.left_out) and not self._gone:
+            why = "it did not finish in time" if code is None else self._end_of(code)
             self._inner.event("warn", f"wandb has not got everything ({why}, {self.left_out} rounds left out); metrics.jsonl has")
+
+    def _end_of(self, code: int) -> str:
+        return f"it ended with {code}, see {self._log}"
 
     def _feed(self) -> None:
         pipe = self._process.stdin
@@ -78,7 +90,7 @@ class Tracked:
 
 
 @contextmanager
-def tracked(observer: Observer, config: CampaignConfig) -> Iterator[Observer]:
+def tracked(observer: Observer, config: CampaignConfig, *, logs: Path) -> Iterator[Observer]:
     """The observer, mirrored to wandb where tracking.wandb asks for it. Offline needs no account."""
     tracking = config.tracking
     if tracking.wandb == "off":
@@ -91,7 +103,7 @@ def tracked(observer: Observer, config: CampaignConfig) -> Iterator[Observer]:
         "dir": str(config.run.dir),
         "config": config.model_dump(mode="json"),
     }
-    mirror = Tracked(observer, settings)
+    mirror = Tracked(observer, settings, log=logs / "wandb.log")
     try:
         yield mirror
     finally:
@@ -102,9 +114,10 @@ def _mirror() -> None:
     """The mirror's process: settings first, then a line per round, until the pipe is closed."""
     import signal
 
+    for name in (signal.SIGINT, signal.SIGTERM):  # whoever stops the whole group means the campaign, which closes the pipe
+        signal.signal(name, signal.SIG_IGN)
     import wandb
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the campaign, which closes the pipe
     options = wandb.Settings(console="off", disable_code=True, disable_git=True, init_timeout=60)
     run = wandb.init(**json.loads(sys.stdin.readline()), settings=options)
     for line in sys.stdin:

@@ -248,6 +248,8 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
         grep = ["grep", "-rlaF", secret, cluster.shared, cluster.temporary, world]
         found = subprocess.run(grep, capture_output=True, text=True).stdout.splitlines()
         assert [file for file in found if not file.endswith((".rayhf/token", ".rayhf/control/token"))] == [], name
+    mirrored = [file.read_text() for file in (run / "logs").glob("attempt-*/wandb.log")]
+    assert list((run / "wandb").glob("offline-run-*")), mirrored
 
 
 def test_a_cluster_that_asks_nobody(tmp_path: Path, world: Path) -> None:

@@ -30,7 +30,7 @@ def mirror(script, *arguments):
 def test_a_mirror_that_listens_gets_settings_and_every_round(tmp_path):
     copy = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
     inner = Listener()
-    tracked = Tracked(inner, {"project": "p"}, command=mirror(copy, tmp_path / "got"))
+    tracked = Tracked(inner, {"project": "p"}, log=tmp_path / "log", command=mirror(copy, tmp_path / "got"))
     for iteration in range(3):
         tracked.metrics({"iteration": float(iteration)})
     tracked.close()
@@ -40,12 +40,13 @@ def test_a_mirror_that_listens_gets_settings_and_every_round(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "why"), [("import time; time.sleep(600)", "it did not finish in time"), ("exit(3)", "it ended with 3")]
+    ("script", "why"),
+    [("import time; time.sleep(600)", "it did not finish in time"), ("exit('no account')", "it ended with 1, see ")],
 )
-def test_a_mirror_that_hangs_or_dies_neither_stalls_nor_fails_the_run(monkeypatch, script, why):
+def test_a_mirror_that_hangs_or_dies_neither_stalls_nor_fails_the_run(monkeypatch, tmp_path, script, why):
     monkeypatch.setattr("launch.tracking.FINISH_S", 1.0)
     inner = Listener()
-    tracked = Tracked(inner, {}, command=mirror(script))
+    tracked = Tracked(inner, {}, log=tmp_path / "log", command=mirror(script))
     started = time.monotonic()
     for iteration in range(3000):
         tracked.metrics({"iteration": float(iteration), **{f"metric{i}": 0.0 for i in range(50)}})
@@ -54,3 +55,4 @@ def test_a_mirror_that_hangs_or_dies_neither_stalls_nor_fails_the_run(monkeypatc
     assert time.monotonic() - started < 20 and tracked._process.poll() is not None
     assert len(inner.rounds) == 3000
     assert [kind for kind, _ in inner.heard] == ["warn"] and why in inner.heard[0][1]
+    assert ("no account" in (tmp_path / "log").read_text()) == ("ended" in why)
