@@ -16,11 +16,15 @@ from rayhf.config.load import load_config
 from rayhf.config.scorers import JudgeScorer, is_pairwise
 from rayhf.config.serve import ServeScorerConfig
 from rayhf.config.service import ServiceConfig
+from rayhf.errors import ScorerError
 from rayhf.rollout.env import engine_env
 
 
 def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
-    """Build the scorers, say where they are, and serve until SIGTERM or Ctrl-C; calls under way may end. Raises ConfigError."""
+    """Build the scorers, say where they are, and serve until SIGTERM or Ctrl-C; calls under way may end.
+
+    Raises ConfigError, and ScorerError where the scorers are broken and another process must take their place.
+    """
     base, scorers = Path.cwd(), config.scorer
     threads = scorers.threads
     if config.device == "cpu":
@@ -36,14 +40,25 @@ def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
     try:
         names = [entry_name(entry) for entry in scorers.train]
         pairwise = any(map(is_pairwise, scorers.train))
-        server = scorer_server(engine, config.service, names=names, pairwise=pairwise, base=base)
-        told = _end_signals()
+        told, fatal = _end_signals(), list[Exception]()
+
+        def broken(error: Exception) -> None:
+            fatal.append(error)
+            told.set()
+
+        server = scorer_server(engine, config.service, names=names, pairwise=pairwise, base=base, broken=broken)
         server.start()
         console.print(f"serving {', '.join(names)} at {server.address}", markup=False, highlight=False, soft_wrap=True)
         told.wait()
         server.stop()
+        if fatal:
+            raise ScorerError(f"{', '.join(names)} cannot even answer what was answered before: {_line(fatal[0])}")
     finally:
         engine.close()
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def _environment(config: ServeScorerConfig, threads: int | None) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """`rayhf run --supervise`: runs the campaign in a child process and starts it again when it dies, until it is done.
 
 For machines without a scheduler that does this. A child that was refused (bad config, locked, paused, no valid checkpoint) is not
-started again; one that keeps dying without a new commit is given up; one whose disk is full is started again every minute.
+started again; one that keeps dying without a new commit is given up; one whose disk is full, or whose scorer services are all
+away, is started again every minute.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from rayhf.errors import (
     RayhfError,
     ScorerError,
     SecurityError,
+    ServiceError,
     StorageError,
 )
 
 CRASHES = 5
 """Deaths in a row without a new commit."""
 _FINAL = {error.exit_code for error in (ConfigError, LockedError, CheckpointError, SecurityError, PausedError, ScorerError)}
+_ELSEWHERE = {error.exit_code for error in (StorageError, ServiceError)}
+"""Somebody else will mend it: it costs nothing to ask again."""
 _FIRST_WAIT_S, _MAX_WAIT_S = 1.0, 60.0
 _PR_SET_PDEATHSIG = 1
 
@@ -64,7 +68,7 @@ def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
             now = _committed(run)
             crashes, committed = (1, now) if now > committed else (crashes + 1, committed)
             why = f"signal {-code}" if code < 0 else f"exit code {code}"
-            if code == StorageError.exit_code:  # somebody will make room: it costs nothing to ask again
+            if code in _ELSEWHERE:
                 crashes = 0
             if crashes > CRASHES:
                 raise ActorLostError(

@@ -94,7 +94,7 @@ class StorageError(RayhfError):
 
 class ScorerError(RayhfError):
     exit_code = 9
-    meaning = "too many completions could not be scored; none was trained on"
+    meaning = "too many completions could not be scored, and none was trained on; or a served scorer is broken"
     remedy = "mend the scorer that the message names; the same command continues"
 
 

@@ -24,7 +24,7 @@ from rayhf.config.scorers import (
     ScorerEntry,
     is_pairwise,
 )
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, UnreachableError
 from rayhf.scorer.combine import Combined, Engine, Part, check_names, check_weights
 from rayhf.scorer.judge_text import check_texts
 from rayhf.scorer.rule import PairwiseRule, Rule, check_function
@@ -69,7 +69,7 @@ def check_entries(
     templates and verdicts can be read, services answer and serve what the entry says.
 
     Starts one short-lived child per function, waits seconds for services and loads no weights. Raises ConfigError that begins
-    with the entry's key.
+    with the entry's key, or UnreachableError for services none of which answers.
     """
     names = [entry_name(entry) for entry in entries]
     check_names(names, where=where)
@@ -79,8 +79,8 @@ def check_entries(
             raise ConfigError(f"{where}[{index}].name is {name!r}; letters, digits, '_', '.' and '-' are allowed")
         try:
             _check(entry, base)
-        except ConfigError as error:
-            raise ConfigError(f"{where}[{index}]: {error}") from None
+        except (ConfigError, UnreachableError) as error:
+            raise type(error)(f"{where}[{index}]: {error}") from None
 
 
 def check_heldout(entries: Sequence[ScorerEntry], *, where: str) -> None:

@@ -1,9 +1,9 @@
 """Which of several equal services is asked next, and which is left alone for a while.
 
 In: one Client per endpoint. Out: answers of whichever was asked. The least busy endpoint is asked, `in_flight` calls at most are
-under way at each, and whoever finds no place waits for one. An endpoint that fails OPENS_AFTER times in a row is left alone (its
-circuit is open); after a while one caller asks its health, and calls go there again where it says that it serves. When every
-circuit is open nobody waits: the last error is raised at once.
+under way at each, and whoever finds no place waits for one. An endpoint that is not reached OPENS_AFTER times in a row is left
+alone (its circuit is open); after a while one caller asks its health, and calls go there again where it says that it serves. When
+every circuit is open nobody waits: the last error is raised at once. An answer that says no is an answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rayhf.errors import ServiceError
+from rayhf.errors import ServiceError, UnreachableError
 from rayhf.service.client import Client
 
 T = TypeVar("T")
@@ -64,12 +64,12 @@ class Endpoints:
 
     def ask(self, call: Callable[[Client], T], tried: set[Client]) -> T:
         """The answer of one endpoint, one that is not in `tried` where there is a choice; it is added there. Raises what `call`
-        raises; a ServiceError counts against the endpoint."""
+        raises; an UnreachableError counts against the endpoint."""
         endpoint = self._take(tried)
         tried.add(endpoint.client)
         try:
             answer = call(endpoint.client)
-        except ServiceError as error:
+        except UnreachableError as error:
             self._failed(endpoint, error)
             raise
         else:

@@ -130,7 +130,8 @@ def check_endpoints(entry: RemoteScorer, *, base: Path) -> None:
     """Ask every endpoint what it serves, all at once, for CHECK_TIMEOUT_S at most each. One that cannot be reached is only warned
     of while another can.
 
-    Raises ConfigError where none can be reached, one refuses us, or they do not serve what the entry says, or not the same.
+    Raises UnreachableError where none can be reached; ConfigError where one refuses us, or they do not serve what the entry says,
+    or not the same.
     """
     clients = _clients(entry, base)
     try:
@@ -142,7 +143,7 @@ def check_endpoints(entry: RemoteScorer, *, base: Path) -> None:
     away = {endpoint: error for endpoint, error in found.items() if isinstance(error, UnreachableError)}
     served = {endpoint: reply for endpoint, reply in found.items() if isinstance(reply, pb.DescribeReply)}
     if not served:
-        raise ConfigError(f"no service can be reached: {next(iter(away.values()))}")
+        raise UnreachableError(f"no service can be reached: {next(iter(away.values()))}")
     for error in away.values():
         logger.warning("a scorer service cannot be reached, the others go on without it: %s", error)
     first, wanted = next(iter(served.items()))

@@ -53,10 +53,10 @@ class Lengths:
     def close(self): ...
 
 
-def serve(engine, *, names=("lengths",), pairwise=False, base=HERE, **settings):
+def serve(engine, *, names=("lengths",), pairwise=False, base=HERE, broken=lambda error: None, **settings):
     """A running server; the caller stops it."""
     config = ServiceConfig(**{"grace_s": 5.0, **settings})
-    server = scorer_server(engine, config, names=names, pairwise=pairwise, base=base)
+    server = scorer_server(engine, config, names=names, pairwise=pairwise, base=base, broken=broken)
     server.start()
     return server
 

@@ -267,9 +267,12 @@ def test_a_crash_loop_is_given_up(tmp_path, monkeypatch):
         run_supervised(tmp_path, monkeypatch, "exit(10)")
 
 
-def test_who_has_no_room_on_the_disk_waits_for_it_as_long_as_it_takes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [8, 13])
+def test_who_has_no_disk_or_no_scorer_waits_for_it_as_long_as_it_takes(tmp_path, monkeypatch, code):
     script = "from pathlib import Path; f = Path(__file__).with_name('n'); n = int(f.read_text()) if f.exists() else 0;"
-    assert run_supervised(tmp_path, monkeypatch, f"{script} f.write_text(str(n + 1)); exit(8 if n < {2 * CRASHES} else 0)") == 0
+    assert (
+        run_supervised(tmp_path, monkeypatch, f"{script} f.write_text(str(n + 1)); exit({code} if n < {2 * CRASHES} else 0)") == 0
+    )
     assert (tmp_path / "n").read_text() == str(2 * CRASHES + 1)
 
 

@@ -17,7 +17,7 @@ from serving import HERE, Lengths, remote, request, scores, serve
 from rayhf.config.scorers import LogSigmoid, PairwiseRuleScorer, RemoteScorer, RuleScorer
 from rayhf.config.serve import ServedScorers
 from rayhf.config.service import EndpointSecurity, ServiceConfig
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, UnreachableError
 from rayhf.experience import Compared, Failed, Invalid, Scored
 from rayhf.scorer.build import build_scorer, check_entries
 from rayhf.scorer.remote import Remote, cut
@@ -164,6 +164,30 @@ def test_a_scorer_with_a_bug_is_failed_for_good(verb):
         server.stop()
 
 
+def test_a_scorer_that_cannot_do_what_it_could_before_is_broken():
+    class Fragile(Lengths):
+        works = True
+
+        def score(self, requests):
+            if not self.works or any(c.text == "poison" for r in requests for c in r.completions):
+                raise RuntimeError("out of memory")
+            return super().score(requests)
+
+    engine, heard = Fragile(), []
+    server = serve(engine, broken=heard.append)
+    client = build_scorer([remote(server)], device="cpu", threads=None, base=Path())
+    try:
+        assert client.score([request("four")])[0][0].value == 4.0
+        assert isinstance(client.score([request("poison")])[0][0], Failed) and heard == []
+        assert client.score([request("five!")])[0][0].value == 5.0
+        engine.works = False
+        assert isinstance(client.score([request("four")])[0][0], Failed)
+        assert [str(error) for error in heard] == ["out of memory"] * len(heard) and heard
+    finally:
+        client.close()
+        server.stop()
+
+
 def test_requests_that_no_scorer_could_read_are_refused():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
@@ -263,8 +287,8 @@ def test_replies_that_are_no_comparisons(answers, kind, reason):
 # ------------------------------------------------------------------------------------------------- before it starts
 
 
-def refused(entry, message):
-    with pytest.raises(ConfigError, match=rf"^scorer\.train\[0\]: .*{message}") as error:
+def refused(entry, message, error=ConfigError):
+    with pytest.raises(error, match=rf"^scorer\.train\[0\]: .*{message}") as error:
         check_entries([entry], Path())
     assert "\n" not in str(error.value)
 
@@ -281,7 +305,7 @@ def test_check_asks_the_services_what_they_serve(caplog):
         check_entries([remote(points, other)], Path())
         assert "cannot be reached, the others go on" in caplog.text
         began = time.monotonic()
-        refused(remote(other), "no service can be reached: .*unavailable")
+        refused(remote(other), "no service can be reached: .*unavailable", UnreachableError)
         assert time.monotonic() - began < 5.0
     finally:
         points.stop()
