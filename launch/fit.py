@@ -6,6 +6,7 @@ Everything is written beside the output and moved there at the end, so that the 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import shutil
@@ -111,7 +112,7 @@ async def _learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerGroup
     ]
     room = Room(places, grouped=gpu or cluster.address != "local")
     limit_s = 0.0 if cluster.address == "local" else cluster.placement_timeout_s
-    await room.take(limit_s=limit_s, report=lambda message: None)
+    await room.take(limit_s=limit_s, report=logging.getLogger(__name__).warning)
     options = {"runtime_env": {"env_vars": _environment(config)}, "max_restarts": 0, "max_task_retries": 0}
 
     def create(seat: Seat) -> Any:
