@@ -85,7 +85,11 @@ def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "algorithm", "more"),
     [
-        ("ppo", {"type": "ppo", "samples": 2, "advantage": "gae"}, {"learner": {"epochs": 2, "ranks": 2, "zero_stage": 2}}),
+        (
+            "ppo",
+            {"type": "ppo", "samples": 2, "advantage": "gae"},
+            {"learner": {"epochs": 2, "ranks": 2, "zero_stage": 2}, "cluster": {"placement": "colocate"}},
+        ),
         (
             "grpo",
             {"type": "ppo", "samples": 4, "advantage": "grpo", "kl": {"where": "loss", "estimator": "k3"}},
@@ -110,12 +114,16 @@ def test_every_kind_of_loop_runs(world: Path, name: str, algorithm: dict[str, ob
         assert (world / name / "checkpoints/iteration-000002/reference").is_dir()
 
 
-def test_weights_by_broadcast_give_the_bits_of_those_through_the_object_store(world: Path, first: Path) -> None:
-    run(world, write_config(world, "broadcast", cluster={"transport": "broadcast"}), "run.iterations=3")
-    found = metrics(world, "broadcast")
+@pytest.mark.parametrize("cluster", [{"transport": "broadcast"}, {"placement": "colocate"}])
+def test_neither_how_weights_travel_nor_who_takes_turns_changes_a_bit(world: Path, first: Path, cluster: dict[str, str]) -> None:
+    """On CPU no device is shared, but engines are told to sleep and learners really leave and come back."""
+    name = next(iter(cluster.values()))
+    said, _ = run(world, write_config(world, name, cluster=cluster), "run.iterations=3")
+    assert "start: waiting for: " in said and "(building)" in said
+    found = metrics(world, name)
     assert found[-1]["policy/version"] == 3 and found == metrics(world, "first")[: len(found)]
     for iteration in (1, 2, 3):
-        assert samples(world, "broadcast", iteration) == samples(world, "first", iteration)
+        assert samples(world, name, iteration) == samples(world, "first", iteration)
 
 
 @pytest.mark.parametrize(
