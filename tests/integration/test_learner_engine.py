@@ -83,7 +83,8 @@ def sleep(keywords: dict[str, Any], model: Path, config: dict[str, Any], lora: L
         before = sum(storage.nbytes() for storage in _storages(paused.engine))
         paused.sleep()
         paused.sleep()
-        assert not paused.model.lm_head.weight.untyped_storage().nbytes()
+        if config["zero_stage"]:  # at stage 0 on CPU the weights lie in the file's memory, which cannot be emptied
+            assert not paused.model.lm_head.weight.untyped_storage().nbytes()
         shares.append(sum(storage.nbytes() for storage in _storages(paused.engine)) / before)
         paused.wake()
     a, b = weights(straight), weights(paused)
