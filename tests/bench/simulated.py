@@ -311,7 +311,7 @@ class SimLearner:
     async def logprobs(self, rows: Any, *, temperature: float) -> list[Any]:
         return await self.outputs(rows, temperature=temperature)
 
-    async def publish(self, version: int) -> WeightSnapshot:
+    async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
         await asyncio.sleep(self.world.sync_s)
         buckets = tuple(WeightBucket(tensors=(), payload=None, checksum="") for _ in range(8))
         return WeightSnapshot(version=version, buckets=buckets, checksum="", probe=Probe(token_ids=(), logprobs=()))
