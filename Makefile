@@ -9,7 +9,7 @@ TINY ?= .tiny
 unexport PYTHONDONTWRITEBYTECODE
 export RAYHF_TINY_DIR := $(abspath $(TINY))
 
-.PHONY: setup demo test lint bench chaos learn claims proto lock clean
+.PHONY: setup demo test test-gpu lint bench chaos learn claims proto lock clean
 
 setup: $(READY)
 
@@ -28,7 +28,14 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest tests/unit tests/integration tests/e2e
+	$(BIN)/python -m pytest tests/unit tests/integration tests/e2e tests/gpu
+
+# On a machine with an NVIDIA GPU, in an environment with `pip install -e ".[gpu,dev]"`: make test-gpu GPU_PYTHON=python
+GPU_PYTHON ?= $(BIN)/python
+test-gpu:
+	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or \
+	sys.exit(f'make test-gpu: torch {torch.__version__} sees no CUDA device here; nothing was run')"
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench.speed

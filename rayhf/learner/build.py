@@ -53,7 +53,7 @@ def join(*, rank: int, world: int, master: tuple[str, int], device: torch.device
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build of half a minute
     else:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local_rank)  # it refuses "cuda" without an index
     # DeepSpeed hands its own timeout only to the world group; sub-groups take torch's default.
     timeout = timedelta(seconds=timeout_s)
     c10d.default_pg_timeout = timeout

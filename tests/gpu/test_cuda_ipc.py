@@ -1,4 +1,4 @@
-"""A neighbour's memory on the same GPU. Needs one."""
+"""A neighbour's memory on the same GPU. Not run yet: no GPU was at hand; written against torch 2.13."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rayhf.errors import WeightSyncError
 from rayhf.rollout.ipc import Handle, export, opened
 from rayhf.rollout.weights import device_checksum
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 
 def look(handle: Handle) -> int:

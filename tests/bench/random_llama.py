@@ -1,0 +1,94 @@
+"""A Llama of any size with random weights, and rows for it to learn; all of it from seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayhf.experience import Row
+from rayhf.learner.packing import plan
+
+MICROS = 4
+"""Micro-batches of a step, about."""
+SHARD = 2 << 30
+"""Bytes of a model's file, and of host memory while it is made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+    longest: int = 2048
+    """Tokens of the longest row."""
+    budget: int = 16384
+    """Padded tokens of a micro-batch."""
+
+
+def write_model(size: Size, directory: Path, *, seed: int, device: str) -> None:
+    """A Llama in bfloat16, file by file: one file's weights are in memory at a time. Logits have about unit variance."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rayhf.learner.weights import Weight, buckets_of, weights_of
+
+    config = LlamaConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=size.longest,
+        tie_word_embeddings=size.tied,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def random(weight: Weight) -> Any:
+        values = torch.ones(weight.shape, dtype=torch.bfloat16, device=device)
+        if len(weight.shape) > 1:  # the others are norms
+            values.normal_(std=size.hidden**-0.5, generator=generator)
+        return values.cpu()
+
+    config.save_pretrained(directory)
+    shards = buckets_of(weights_of(model), limit_bytes=SHARD, itemsize=2)
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({weight.name: random(weight) for weight in shard}, directory / file, {"format": "pt"})
+        where.update({weight.name: file for weight in shard})
+    index = {"metadata": {}, "weight_map": where}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def make_rows(size: Size, seed: int) -> list[Row]:
+    """A step's rows: a quarter prompt, of a quarter of the longest length to all of it."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(size.longest // 4, size.longest + 1, MICROS * size.budget // (size.longest * 5 // 8))
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, size.vocabulary, count).tolist())
+
+    return [
+        Row(prompt_id=str(i), sample=0, prompt_ids=ids(n // 4), response_ids=ids(n - n // 4))
+        for i, n in enumerate(lengths.tolist())
+    ]
+
+
+def micro_batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
+    (mine,) = plan([[len(row)] for row in rows], ranks=1, budget=budget)
+    return [[rows[i] for i in micro] for micro in mine]

