@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-for folder in ("unit", "integration", "e2e", "chaos"):
+for folder in ("unit", "e2e", "chaos"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 
