@@ -73,7 +73,9 @@ class LearnerActor:
         with _collectives():
             return self.engine.outputs(rows, temperature)
 
-    def publish(self, version: int, dtype: str, bucket_bytes: int, transport: TransportName) -> tuple[list[WeightBucket], Any]:
+    def publish(
+        self, version: int, dtype: str, bucket_bytes: int, transport: TransportName, whole: bool
+    ) -> tuple[list[WeightBucket], Any]:
         from rayhf.learner.sending import announce
 
         with _collectives():
@@ -81,7 +83,7 @@ class LearnerActor:
                 return announce(self.engine, dtype, bucket_bytes)
             if transport == "cuda_ipc":
                 return self._held.publish(self.engine, dtype, bucket_bytes)
-            buckets, probe = self.engine.publish(version, dtype, bucket_bytes)
+            buckets, probe = self.engine.publish(version, dtype, bucket_bytes, whole=whole)
         return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in buckets], probe
 
     def open_broadcast(self, members: int, timeout_s: float) -> Meeting:
@@ -200,9 +202,12 @@ class LearnerGroup:
         return [results[i] for i in range(len(rows))]
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
+        """`stored`: whole and in the object store, whatever the way and also with LoRA: a reference may fetch them, too."""
         transport = "object_store" if stored else self._transport
         self.holds = version
-        answers = await self._all("sync", [actor.publish.remote(version, *self._wire, transport) for actor in self._actors])
+        answers = await self._all(
+            "sync", [actor.publish.remote(version, *self._wire, transport, stored) for actor in self._actors]
+        )
         buckets, probe = answers[0]
         if transport == "cuda_ipc":
             handles = zip(*([bucket.payload for bucket in found] for found, _ in answers), strict=True)

@@ -2,7 +2,8 @@
 
 `LearnerGroup.publish` says what the engines must get (a WeightSnapshot), `Transport.deliver` brings it: through the object store,
 where the bytes lie already; by broadcast, while the learner gathers and sends; or on the GPU that learner and engine share. Each
-engine confirms version, checksum and probe.
+engine confirms version, checksum and probe. With LoRA adapters are brought, and whole weights where a reference takes them, too,
+or where a broadcast is put into the object store afterwards: an engine takes either, whatever it held.
 
 Who waits for whom: `deliver` waits for every engine and for whoever sends. An engine that is lost while weights come straight
 from the learner ends in ActorLostError or DeadlineError, and everybody starts again from the last commit; one that is lost at any

@@ -102,7 +102,7 @@ def _print_estimates(
     disk = plan.disk()
     free = check_disk(disk, plan.config.run.dir) if hardware else "not looked at"
     rows: Rows = [
-        ("weights of one sync", f"{_gib(plan.weights())} GiB"),
+        ("weights of one sync", _sync(plan)),
         ("one checkpoint, and exported models", f"{_gib(disk.checkpoint)} + {_gib(disk.policies)} GiB"),
         ("checkpoints that stay", f"at most {disk.kept}"),
         ("samples of one round", f"at most {disk.samples / 2**20:,.1f} MiB"),
@@ -120,6 +120,14 @@ def _print_estimates(
         published = plan.weights() if transport_of(plan.config) == "cuda_ipc" else 0.0
         for tight in check_gpus(needs, gpu_bytes, colocate=plan.config.cluster.placement == "colocate", published=published):
             console.print(f"warning: tight: {tight}", style="yellow")
+
+
+def _sync(plan: Plan) -> str:
+    whole = f"{_gib(plan.weights(whole=True))} GiB"
+    if plan.config.policy.lora is None:
+        return whole
+    adapters = f"{plan.weights() / 2**20:,.1f} MiB (LoRA adapters only)"
+    return f"{adapters}; {whole} when the reference moves" if plan.moves else adapters
 
 
 def _pace_rows(plan: Plan, pace: Pace) -> Rows:

@@ -113,10 +113,17 @@ class Plan:
             return estimate.classifier_memory(self._shape(entry.model), entry.token_budget, dtype=entry.dtype)
         return Memory()
 
-    def weights(self) -> float:
-        """Bytes that travel to every engine in a sync."""
-        models = [self._shape(self.model_of(policy)) for policy in self.algorithm.policies]
+    def weights(self, *, whole: bool = False) -> float:
+        """Bytes that travel to every engine in a sync: with LoRA the adapters, unless `whole`."""
+        models, lora = [self._shape(self.model_of(policy)) for policy in self.algorithm.policies], self.config.policy.lora
+        if lora and not whole:
+            return float(sum(shape.adapters(lora) for shape in models) * BYTES[self.config.learner.dtype])
         return float(sum(shape.parameters for shape in models) * BYTES[self.config.policy.dtype])
+
+    @property
+    def moves(self) -> bool:
+        """There is a reference that follows the policy."""
+        return needs_frozen_reference(self.algorithm) and not isinstance(self.algorithm.reference, InitialReference)
 
     def sequences(self, memory: Memory) -> float:
         """Of the longest length that an engine can hold at once."""
@@ -138,7 +145,7 @@ class Plan:
         if algorithm.critic:
             trained.append(self._shape(config.learner.critic_model or config.policy.model).body)
         reference = 0.0
-        if needs_frozen_reference(algorithm) and not isinstance(algorithm.reference, InitialReference):
+        if self.moves:
             wide = isinstance(algorithm.reference, EmaReference)
             reference = policies[0].parameters * (4.0 if wide else BYTES[config.policy.dtype])
         return estimate.disk(

@@ -270,6 +270,7 @@ class WeightSnapshot:
 
     version: int
     buckets: tuple[WeightBucket, ...]
+    """Whole parameters under their Hugging Face names; with LoRA what is trained (rayhf/rollout/adapters.py)."""
     checksum: str
     """Over the bucket checksums, in order."""
     probe: Probe

@@ -23,7 +23,7 @@ from rayhf.learner import checkpoint
 from rayhf.learner.build import Head, deepspeed_config, effective_stage, join, load_model, start_engine
 from rayhf.learner.forward import Inputs, base_model, build_inputs, build_micro, token_batches
 from rayhf.learner.residence import Residence
-from rayhf.learner.weights import buckets_of, export_model, gathered, weights_of
+from rayhf.learner.weights import Weight, buckets_of, export_model, gathered, trained_of, weights_of
 from rayhf.losses.base import Loss, Totals
 
 PROBE_TOKENS = 64
@@ -196,23 +196,34 @@ class LearnerEngine:
 
     # ------------------------------------------------------------------------------------------------ weights
 
-    def buckets(self, dtype: str, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """The weights in `dtype`, packed, one bucket after the other (rank 0; other ranks take part and yield nothing)."""
+    def plan(self, dtype: str, bucket_bytes: int, *, whole: bool = False) -> tuple[list[list[Weight]], torch.dtype]:
+        """What travels, cut into buckets, and its dtype; known without gathering anything.
+
+        All weights in `dtype`. With LoRA, unless `whole`, only what is trained, as it is: merging comes before rounding.
+        """
+        adapters = self.lora and not whole
+        target: torch.dtype = getattr(torch, self.config.dtype if adapters else dtype)
+        weights = trained_of(self.model) if adapters else weights_of(self.model)
+        return buckets_of(weights, limit_bytes=bucket_bytes, itemsize=target.itemsize), target
+
+    def buckets(self, dtype: str, bucket_bytes: int, *, whole: bool = False) -> Iterator[WeightBucket]:
+        """The plan, packed, one bucket after the other (rank 0; other ranks take part and yield nothing)."""
         from rayhf.rollout.weights import pack_bucket
 
-        target: torch.dtype = getattr(torch, dtype)
-        plan = buckets_of(weights_of(self.model), limit_bytes=bucket_bytes, itemsize=target.itemsize)
+        plan, target = self.plan(dtype, bucket_bytes, whole=whole)
         for tensors in gathered(plan, sharded=self.stage == 3, rank=self.rank):
             if tensors:
                 yield pack_bucket(tensors, target)
 
-    def publish(self, version: int, dtype: str, bucket_bytes: int) -> tuple[list[WeightBucket], Probe]:
+    def publish(self, version: int, dtype: str, bucket_bytes: int, *, whole: bool = False) -> tuple[list[WeightBucket], Probe]:
         """The weights as version `version` of the policy: buckets (empty but on rank 0) and a probe to check them by.
+
+        `whole`: LoRA merged, for those who do not have the base.
 
         Raises NumericalError where the policy does not give finite log-probs.
         """
         probe = self.probe()
-        return list(self.buckets(dtype, bucket_bytes)), probe
+        return list(self.buckets(dtype, bucket_bytes, whole=whole)), probe
 
     def export(self, directory: Path) -> None:
         """A Hugging Face model directory in the learner's dtype, LoRA merged. All ranks take part; rank 0 writes."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayhf.experience import Probe, TensorSpec, WeightBucket
 from rayhf.learner.engine import LearnerEngine
-from rayhf.learner.weights import Weight, buckets_of, gathered, weights_of
+from rayhf.learner.weights import Weight, gathered
 from rayhf.rollout.channel import Sender
 from rayhf.rollout.ipc import export
 from rayhf.rollout.weights import device_checksum, fill, hexadecimal, lay_out, nbytes_of
@@ -23,8 +23,7 @@ Plan = tuple[Sequence[Sequence[Weight]], list[tuple[TensorSpec, ...]]]
 
 def _plan(engine: LearnerEngine, dtype: str, bucket_bytes: int) -> Plan:
     """Which weights go into which bucket, and where they lie in it; known without gathering anything."""
-    target: torch.dtype = getattr(torch, dtype)
-    buckets = buckets_of(weights_of(engine.model), limit_bytes=bucket_bytes, itemsize=target.itemsize)
+    buckets, target = engine.plan(dtype, bucket_bytes)
     return buckets, [lay_out([(weight.name, weight.shape) for weight in bucket], target) for bucket in buckets]
 
 
@@ -55,7 +54,7 @@ class Held:
         self._memory: list[Tensor] = []
 
     def publish(self, engine: LearnerEngine, dtype: str, bucket_bytes: int) -> tuple[list[WeightBucket], Probe]:
-        """Every rank's own handles to the same buckets. Takes as much of the device's memory as the engine's weights do."""
+        """Every rank's own handles to the same buckets. Takes as much of the device's memory as what travels."""
         self.release()
         probe = engine.probe()
         buckets, layouts = _plan(engine, dtype, bucket_bytes)

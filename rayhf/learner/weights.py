@@ -1,4 +1,5 @@
-"""The learner's weights on their way out: whole parameters under their Hugging Face names, LoRA merged, bucket by bucket.
+"""The learner's weights on their way out, bucket by bucket: whole parameters under their Hugging Face names, LoRA merged; or only
+what LoRA trains, for those who have the rest.
 
 Every rank walks the buckets in lockstep, since ZeRO-3 gathers each parameter from all of them; only rank 0 sees tensors.
 """
@@ -8,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rayhf.learner.forward import base_model
+from rayhf.rollout.adapters import A, B, merged
 
 SHARD_BYTES = 4 << 30
 """Largest file of an exported model."""
@@ -36,44 +39,86 @@ COMPANIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One parameter of the model as the outside knows it."""
+    """One tensor as the outside knows it."""
 
     name: str
-    parameter: nn.Parameter
-    adapted: Any = None
-    """The PEFT layer whose adapter belongs to this parameter."""
-
-    @property
-    def needs(self) -> list[nn.Parameter]:
-        """Parameters that must be whole before `merged` is called."""
-        return [self.parameter] if self.adapted is None else list(self.adapted.parameters())
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
+    shape: tuple[int, ...]
+    needs: list[nn.Parameter]
+    """Parameters that must be whole before `value` is called."""
+    value: Callable[[], Tensor]
 
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def merged(self) -> Tensor:
-        """The parameter, plus its adapter's low-rank product (summed in float32)."""
-        weight: Tensor = self.parameter.detach()
-        if self.adapted is None:
-            return weight
-        delta = sum(self.adapted.get_delta_weight(name).detach().float() for name in self.adapted.active_adapters)
-        merged: Tensor = (weight.float() + delta).to(weight.dtype)
-        return merged
+
+@dataclass(frozen=True, slots=True)
+class _Factor:
+    """One of an adapter's two matrices, as it takes part in the product."""
+
+    parameter: nn.Parameter
+    scale: float
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = _shape(self.parameter)
+        return shape[::-1] if self.transposed else shape
+
+    def value(self) -> Tensor:
+        tensor = self.parameter.detach() * self.scale
+        return tensor.T if self.transposed else tensor
 
 
 def weights_of(model: nn.Module) -> list[Weight]:
-    """All parameters in the model's order. A tied head is not there: it is the embedding."""
-    base = base_model(model)
-    adapted = {id(layer.base_layer.weight): layer for layer in base.modules() if hasattr(layer, "get_delta_weight")}
+    """All parameters in the model's order, adapters merged. A tied head is not there: it is the embedding."""
     return [
-        Weight(name.replace(".base_layer.", "."), parameter, adapted.get(id(parameter)))
-        for name, parameter in base.named_parameters()
-        if ".lora_" not in name
+        Weight(
+            name, _shape(parameter), [parameter, *(factor.parameter for factor in factors)], partial(_value, parameter, factors)
+        )
+        for name, parameter, factors in _parameters(model)
     ]
+
+
+def trained_of(model: nn.Module) -> list[Weight]:
+    """What training changes: both factors of each adapter, and parameters that are trained themselves."""
+    weights: list[Weight] = []
+    for name, parameter, factors in _parameters(model):
+        if not factors and parameter.requires_grad:
+            weights.append(Weight(name, _shape(parameter), [parameter], parameter.detach))
+        for suffix, factor in zip((A, B), factors, strict=False):
+            weights.append(Weight(name + suffix, factor.shape, [factor.parameter], factor.value))
+    return weights
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Sequence[_Factor]]]:
+    """Every parameter of the model as it was before it got adapters, and the factors A and B of its own."""
+    base = base_model(model)
+    adapted = {id(layer.base_layer.weight): layer for layer in base.modules() if hasattr(layer, "lora_A")}
+    for name, parameter in base.named_parameters():
+        if ".lora_" not in name:
+            layer = adapted.get(id(parameter))
+            yield name.replace(".base_layer.", "."), parameter, () if layer is None else _factors(layer)
+
+
+def _factors(layer: Any) -> Sequence[_Factor]:
+    """Of a PEFT layer: it adds scale * B @ A, or that transposed where it is an embedding or keeps its weight transposed."""
+    (name,) = layer.active_adapters
+    scale, plain = layer.scaling[name], name in layer.lora_A
+    a = layer.lora_A[name].weight if plain else layer.lora_embedding_A[name]
+    b = layer.lora_B[name].weight if plain else layer.lora_embedding_B[name]
+    transposed = not plain or bool(layer.fan_in_fan_out)
+    first, second = _Factor(a, 1.0, transposed), _Factor(b, scale, transposed)
+    return (second, first) if transposed else (first, second)
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Also of one that ZeRO-3 has cut."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _value(parameter: nn.Parameter, factors: Sequence[_Factor]) -> Tensor:
+    weight: Tensor = parameter.detach()
+    return merged(weight, *(factor.value() for factor in factors)) if factors else weight
 
 
 def buckets_of(weights: Sequence[Weight], *, limit_bytes: int, itemsize: int) -> list[list[Weight]]:
@@ -97,7 +142,7 @@ def gathered(buckets: Sequence[Sequence[Weight]], *, sharded: bool, rank: int) -
     for bucket in buckets:
         needs = [parameter for weight in bucket for parameter in weight.needs]
         with deepspeed.zero.GatheredParameters(needs, enabled=sharded), torch.no_grad():
-            yield [(weight.name, weight.merged()) for weight in bucket] if rank == 0 else []
+            yield [(weight.name, weight.value()) for weight in bucket] if rank == 0 else []
 
 
 def export_model(model: nn.Module, directory: Path, *, source: Path, sharded: bool, rank: int) -> None:

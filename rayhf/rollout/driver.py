@@ -63,7 +63,8 @@ class VllmDriver:
         """keeping: the weights wait in host memory; empty: it has none until the next load."""
         self._requests: dict[str, tuple[_Running, int, int]] = {}
         self._count = 0
-        self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"names": frozenset(self.shapes)}})
+        init = {"names": frozenset(self.shapes), "directory": model}
+        self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init})
 
     def held_version(self) -> int:
         """Raises WeightSyncError where the weights are undefined or asleep."""

@@ -2,9 +2,9 @@
 
 In: GenerateRequests with the version they want, and WeightSnapshots. Out: Completions. Any thread may call; one thread
 owns vLLM (loop.py). `update` waits until running waves are done, and what is submitted after it waits for it, so a
-completion never mixes two versions. New weights count only when they were shown to be the learner's: bucket checksums,
-parameter names and shapes are checked before the engine is touched, the probe's log-probs after. If an update fails in between,
-the engine's weights are undefined and it refuses to write: build a new one.
+completion never mixes two versions. New weights, whole or as LoRA adapters to the directory's, count only when they were shown to
+be the learner's: bucket checksums, names and shapes are checked before the engine is touched, the probe's log-probs after. If an
+update fails in between, the engine's weights are undefined and it refuses to write: build a new one.
 
 An engine that is put to sleep writes nothing until `wake`, or an update, which takes memory back in stages: room for weights, the
 weights, room for keys and values.
@@ -25,6 +25,7 @@ import numpy as np
 from rayhf.config.schema import Dtype, RolloutConfig
 from rayhf.errors import ActorLostError, ConfigError, DeadlineError, WeightSyncError
 from rayhf.experience import Completion, GenerateRequest, Probe, WeightSnapshot
+from rayhf.rollout.adapters import check_adapters, is_factor
 from rayhf.rollout.env import Device, check_env
 from rayhf.rollout.loop import EngineLoop, Wave
 from rayhf.rollout.weights import check_complete, snapshot_checksum, verify_bucket
@@ -236,7 +237,8 @@ class RolloutEngine:
         found = snapshot_checksum(snapshot.buckets)
         if expected and found != snapshot.checksum:
             raise WeightSyncError(f"the buckets have checksum {found}, the snapshot says {snapshot.checksum}")
-        check_complete(driver.shapes, snapshot.buckets)
+        adapted = any(is_factor(spec.name) for bucket in snapshot.buckets for spec in bucket.tensors)
+        (check_adapters if adapted else check_complete)(driver.shapes, snapshot.buckets)
         length = len(snapshot.probe.token_ids)
         if not 2 <= length < self._max_length or len(snapshot.probe.logprobs) != length - 1:
             raise WeightSyncError(

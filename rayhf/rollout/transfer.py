@@ -1,7 +1,8 @@
 """How new weights get into vLLM's layers; runs inside the vLLM worker.
 
 In: buckets in checkpoint format, one `update_weights` each, between `start_weight_update` and `finish_weight_update`. Their bytes
-are handed over (object store), opened here (CUDA IPC), or received here by every worker of the engine (broadcast).
+are handed over (object store), opened here (CUDA IPC), or received here by every worker of the engine (broadcast). With LoRA only
+adapters come: they are kept until the end of the update, and the rest is read from the directory that the engine started from.
 Out: a model that computes with them. Importing this file registers the backend "rayhf"; the engine names
 `rayhf.rollout.transfer.WorkerExtension` as worker_extension_cls so that the import happens in the worker's process.
 
@@ -14,8 +15,9 @@ Written against vllm 0.32, where three things go wrong otherwise:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +27,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rayhf.errors import WeightSyncError
 from rayhf.experience import WeightBucket
+from rayhf.rollout.adapters import is_factor, with_base
 from rayhf.rollout.channel import Meeting, Receiver
 from rayhf.rollout.ipc import Handle, opened
 from rayhf.rollout.weights import device_checksum, hexadecimal, unpack_bucket
@@ -35,7 +38,9 @@ BACKEND = "rayhf"
 @dataclass
 class BucketInit(WeightTransferInitInfo):  # type: ignore[misc]
     names: frozenset[str]
-    """Parameters that every update must bring."""
+    """Parameters that every update must load."""
+    directory: Path
+    """Where those lie that do not come, for an update by adapters."""
 
 
 @dataclass
@@ -52,11 +57,11 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):  # type: i
     update_info_cls = BucketUpdate
 
     def init_transfer_engine(self, init_info: BucketInit) -> None:
-        self._expected = init_info.names
-        self._received: set[str] = set()
+        self._expected, self._directory = init_info.names, init_info.directory
 
     def start_weight_update(self) -> None:
-        self._received = set()
+        self._loaded: set[str] = set()
+        self._factors: dict[str, torch.Tensor] = {}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
@@ -66,11 +71,26 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):  # type: i
             found = hexadecimal(int(device_checksum(payload)))
             if found != bucket.checksum:
                 raise WeightSyncError(f"a bucket on this GPU has checksum {found}, the learner computed {bucket.checksum}")
-        self._received.update(spec.name for spec in bucket.tensors)
-        self.model.load_weights(unpack_bucket(bucket, payload))
+        self._load(unpack_bucket(bucket, payload))
+
+    def _load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        def whole() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in named_tensors:
+                if is_factor(name):
+                    self._factors[name] = tensor.to(self.device, copy=True)  # their bucket may be somebody else's memory
+                else:
+                    self._loaded.add(name)
+                    yield name, tensor.to(self.model_config.dtype)
+
+        self.model.load_weights(whole())
 
     def finish_weight_update(self) -> None:
-        missing = self._expected - self._received
+        if self._factors:
+            # All of them, also layers without an adapter: the reload wants whole layers (q, k and v are one), and an engine
+            # that slept may have nothing left.
+            self._load(with_base(self._directory, self._expected - self._loaded, self._factors, device=self.device))
+            self._factors = {}
+        missing = self._expected - self._loaded
         if missing:
             # Layers that got nothing would keep the old weights without a word.
             raise WeightSyncError(f"the update ended without {len(missing)} parameters, {min(missing)} among them")

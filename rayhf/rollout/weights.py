@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,18 +116,24 @@ def unpack_bucket(bucket: WeightBucket, payload: Payload | torch.Tensor) -> Iter
 
 def check_complete(expected: Mapping[str, tuple[int, ...]], buckets: Iterable[WeightBucket]) -> None:
     """Raise WeightSyncError unless the buckets hold exactly the expected parameters, once each and in shape."""
-    received: dict[str, tuple[int, ...]] = {}
-    for bucket in buckets:
-        for spec in bucket.tensors:
-            if spec.name in received:
-                raise WeightSyncError(f"parameter {spec.name} was sent twice")
-            received[spec.name] = spec.shape
+    received = sent_shapes(buckets)
     missing, unexpected = sorted(expected.keys() - received.keys()), sorted(received.keys() - expected.keys())
     if missing or unexpected:
         raise WeightSyncError(f"the weights do not match the model: missing {_some(missing)}; unexpected {_some(unexpected)}")
     for name, shape in received.items():
         if shape != expected[name]:
             raise WeightSyncError(f"parameter {name} was sent with shape {shape}, the model has {expected[name]}")
+
+
+def sent_shapes(buckets: Iterable[WeightBucket]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what the buckets hold. Raises WeightSyncError where something is there twice."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for bucket in buckets:
+        for spec in bucket.tensors:
+            if spec.name in shapes:
+                raise WeightSyncError(f"parameter {spec.name} was sent twice")
+            shapes[spec.name] = spec.shape
+    return shapes
 
 
 def checkpoint_shapes(model: Path, *, tied: bool) -> dict[str, tuple[int, ...]]:
@@ -151,6 +157,18 @@ def checkpoint_shapes(model: Path, *, tied: bool) -> dict[str, tuple[int, ...]]:
     if tied:
         shapes.pop("lm_head.weight", None)
     return shapes
+
+
+def checkpoint_tensors(model: Path, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of these names of a Hugging Face directory. Files are mapped: bytes are read when they are copied."""
+    from safetensors import safe_open
+
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            stored = handle.keys()
+            for name in stored:
+                if name in names:
+                    yield name, handle.get_tensor(name)
 
 
 def _nbytes(spec: TensorSpec) -> int:

@@ -132,12 +132,26 @@ def publish(
     advance(engine, range(3), 100, WeightedLogp())
     before = weights(engine)
     engine.export(directory)
-    buckets, probe = engine.publish(3, "float32", 20_000)
+    buckets, probe = engine.publish(3, "float32", 20_000, whole=True)
+    adapters, _ = engine.publish(3, "float32", 20_000)
     assert all(np.array_equal(before[n], v) for n, v in weights(engine).items()), "publishing changed the training weights"
     if engine.rank != 0:
-        assert buckets == []
+        assert buckets == adapters == []
         return None
+    if lora is not None:
+        check_adapted(adapters, buckets, model)
     return check_published(buckets, probe, model, directory, tied=kind == "tied")
+
+
+def check_adapted(adapters: Any, buckets: Any, model: Path) -> None:
+    """What an engine makes of the adapters and the initial directory is, bit by bit, what is published whole."""
+    from rayhf.rollout.adapters import with_base
+    from rayhf.rollout.weights import unpack_bucket
+
+    whole, factors = (dict(pair for b in bs for pair in unpack_bucket(b, b.payload)) for bs in (buckets, adapters))
+    assert len(factors) == 2 * 2 * 7 and sum(b.payload.nbytes for b in adapters) < sum(b.payload.nbytes for b in buckets) / 2
+    found = dict(with_base(model, whole.keys(), factors, device=torch.device("cpu")))
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
 
 
 def check_published(buckets: Any, probe: Any, model: Path, directory: Path, *, tied: bool) -> float:

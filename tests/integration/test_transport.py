@@ -1,4 +1,6 @@
-"""Weights by broadcast between real actors: a learner of two ranks (ZeRO-3) and a vLLM engine, and what happens when it dies."""
+"""Weights between real actors: a learner of two ranks (ZeRO-3) and a vLLM engine, by broadcast, and what happens when the engine
+dies; with LoRA also through the object store.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,12 @@ from actors.rollout import RolloutActor, RolloutPool
 from actors.supervise import Limits, Supervised
 from actors.transport import transport
 from launch.local import ray_cluster
-from rayhf.config.schema import LearnerConfig, RolloutConfig
+from rayhf.config.schema import LearnerConfig, LoraConfig, RolloutConfig
 from rayhf.errors import ActorLostError
-from rayhf.experience import Batch, Example, GenerateRequest, Row, Sampling, WeightSnapshot
+from rayhf.experience import Batch, Example, GenerateRequest, Row, Sampling, TransportName, WeightSnapshot
 from rayhf.losses.sft import SFTLoss
 from rayhf.rollout import channel
+from rayhf.rollout.adapters import is_factor
 from rayhf.rollout.env import engine_env
 from rayhf.tiny.language_model import ModelSize, new_model
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
@@ -57,7 +60,7 @@ class Mortal(RolloutActor):
 class Stage:
     """One engine, its learner, and a loop to play on."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, way: TransportName = "broadcast", lora: LoraConfig | None = None) -> None:
         self.events: list[tuple[str, str]] = []
         rollout, learner = RolloutConfig(kv_cache_gib=0.1), LearnerConfig(dtype="float32", zero_stage=3, bucket_mib=1, threads=1)
         remote = ray.remote(Mortal).options(num_cpus=0.25, max_concurrency=100, runtime_env={"env_vars": engine_env("cpu", 1)})
@@ -71,17 +74,28 @@ class Stage:
         env = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         rank = RemoteLearner.options(num_cpus=0.25, runtime_env={"env_vars": env})
         ranks = [Supervised(f"learner rank {i}", rank.remote) for i in range(2)]
-        self.learner = LearnerGroup(ranks, learner, sync_dtype="float32", timeout_s=TIMEOUT_S, transport="broadcast")
-        way = transport("broadcast", self.learner, [self.engine], workers=1, timeout_s=TIMEOUT_S)
-        self.pool = RolloutPool([self.engine], way, timeout_s=TIMEOUT_S)
-        self.start = partial(self.learner.start, model, lr=1e-2, total_steps=10)
+        self.learner = LearnerGroup(ranks, learner, sync_dtype="float32", timeout_s=TIMEOUT_S, transport=way)
+        carrier = transport(way, self.learner, [self.engine], workers=1, timeout_s=TIMEOUT_S)
+        self.pool = RolloutPool([self.engine], carrier, timeout_s=TIMEOUT_S)
+        self._begin = partial(self.learner.start, model, lr=1e-2, total_steps=10, lora=lora)
+        self._actors = [self.engine, *ranks]
+
+    async def start(self) -> None:
+        await asyncio.gather(self.engine.start(), self._begin())
+
+    def end(self) -> None:
+        for one in self._actors:
+            ray.kill(one.actor)
+
+    async def kill_engine(self) -> None:
+        os.kill((await asyncio.wrap_future(self.engine.actor.whereabouts.remote().future())).pid, signal.SIGKILL)
 
     def report(self, kind: str, message: str) -> None:
         self.events.append((kind, message))
 
-    async def learn_and_deliver(self, version: int) -> WeightSnapshot:
+    async def learn_and_deliver(self, version: int, *, stored: bool = False) -> WeightSnapshot:
         await self.learner.step(Batch(examples=(Example(rows=(ROW,)),)), SFTLoss())
-        snapshot = await self.learner.publish(version)
+        snapshot = await self.learner.publish(version, stored=stored)
         await self.pool.update(snapshot)
         return snapshot
 
@@ -97,20 +111,23 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Runner, Stage]]:
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Runner, Path]]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     directory = tmp_path_factory.mktemp("policy")
     tokenizer = train_tokenizer(["Say something about 0123456789, please!"] * 4, POLICY_FORMAT, max_vocab=300, max_length=128)
     new_model(SIZE, tokenizer, seed=0).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     with ray_cluster("local", cpus=2), asyncio.Runner() as runner:
-        one = Stage(directory)
+        yield runner, directory
 
-        async def start() -> None:
-            await asyncio.gather(one.engine.start(), one.start())
 
-        runner.run(start())
-        yield runner, one
+@pytest.fixture(scope="module")
+def stage(ground: tuple[asyncio.Runner, Path]) -> Iterator[tuple[asyncio.Runner, Stage]]:
+    runner, directory = ground
+    one = Stage(directory)
+    runner.run(one.start())
+    yield runner, one
+    one.end()
 
 
 def test_a_lost_engine_is_brought_up_from_the_learner_and_takes_part_in_the_next_broadcast(
@@ -123,7 +140,7 @@ def test_a_lost_engine_is_brought_up_from_the_learner_and_takes_part_in_the_next
         assert all(bucket.payload is None for bucket in snapshot.buckets)
         second = await one.write(1)
         assert first[1] != second[1]
-        os.kill((await asyncio.wrap_future(one.engine.actor.whereabouts.remote().future())).pid, signal.SIGKILL)
+        await one.kill_engine()
         assert await one.write(1) == second
         await one.learn_and_deliver(2)
         assert (await one.write(2))[1] != second[1]
@@ -139,3 +156,30 @@ def test_an_engine_that_dies_in_the_middle_is_named_in_time(stage: tuple[asyncio
     with pytest.raises(ActorLostError, match=r"sync: rollout engine 0 died|weights by broadcast, sending: .*[Cc]onnection"):
         runner.run(one.learn_and_deliver(FATAL))
     assert time.monotonic() - started < TIMEOUT_S
+
+
+@pytest.mark.parametrize("way", ["object_store", "broadcast"])
+def test_with_lora_only_adapters_travel(ground: tuple[asyncio.Runner, Path], way: TransportName) -> None:
+    async def journey(one: Stage) -> None:
+        await one.start()
+        first = await one.write(0)
+        snapshot = await one.learn_and_deliver(1)
+        names = [spec.name for bucket in snapshot.buckets for spec in bucket.tensors]
+        assert snapshot.transport == way and len(names) == 4 * 7 * 2 and all(map(is_factor, names))
+        second = await one.write(1)
+        assert first[1] != second[1]
+        await one.kill_engine()
+        assert await one.write(1) == second
+        whole = await one.learn_and_deliver(2, stored=True)  # a round in which the reference moves
+        assert whole.transport == "object_store" and len(whole.buckets) > 5
+        assert (await one.write(2))[1] != second[1]
+        await one.learn_and_deliver(3)
+        await one.write(3)
+        assert [kind for kind, _ in one.events] == ["fault", "recovered"]
+
+    runner, directory = ground
+    one = Stage(directory, way, LoraConfig(rank=4, alpha=16))
+    try:
+        runner.run(journey(one))
+    finally:
+        one.end()

@@ -183,6 +183,18 @@ def test_turns_are_checked_one_by_one(model):
         check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)
 
 
+def test_with_lora_only_adapters_travel_and_whole_weights_when_the_reference_moves(model):
+    lora = {"lora": {"rank": 16}}
+    plan, _ = campaign(model, policy=lora)
+    assert (plan.weights(), plan.weights(whole=True), plan.moves) == (2 * 41_943_040, 2 * P, False)
+    plan, _ = campaign(
+        model, policy=lora, learner={"dtype": "float32"}, algorithm={"reference": {"type": "previous", "every": 2}}
+    )
+    assert (plan.weights(), plan.moves) == (4 * 41_943_040, True)
+    plan, _ = campaign(model)
+    assert plan.weights() == plan.weights(whole=True) == 2 * P
+
+
 def test_what_does_not_fit_a_gpu_or_its_share_is_refused(model):
     alone = {"device": "gpu", "placement": "separate"}
     plan, found = campaign(model, cluster=alone, learner={"ranks": 1})
