@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from launch.secure import check_head, check_token_file, refusal
 from rayhf.errors import PlacementError, SecurityError
 
+_TOKEN = secrets.token_hex(32)
+"""Of every cluster that this process starts: Ray reads the token once in a process's life."""
+
 
 @contextmanager
 def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
@@ -29,7 +32,7 @@ def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
         os.environ.setdefault("RAY_worker_niceness", "0")
         # Where there is a token and nobody has chosen, ray.init switches authentication on, also in a Ray imported long before.
         os.environ.pop("RAY_AUTH_MODE", None)
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = _TOKEN
     else:
         check_token_file()
     import ray

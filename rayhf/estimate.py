@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from rayhf.config.schema import CampaignConfig, Dtype, LearnerConfig, LoraConfig, ReferenceConfig, RolloutConfig, RunConfig
 from rayhf.errors import ConfigError
+from rayhf.modeldir import AS_DATA
 
 GIB = 2**30
 Device = Literal["cpu", "gpu"]
@@ -100,7 +101,7 @@ def read_shape(model: Path, *, key: str) -> Shape:
     from transformers import AutoConfig, AutoModel
 
     try:
-        config = AutoConfig.from_pretrained(str(model), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(model), **AS_DATA)
         with torch.device("meta"):
             body: Any = AutoModel.from_config(config)
     except (OSError, ValueError, KeyError) as error:
