@@ -139,7 +139,6 @@ async def _one_life(prepared: Prepared, store: RunDir, observer: Observer, *, ba
     try:
         roles = await cast.assemble(patient=again)
         store.set_state("running")
-        calm_collector()
         controller = Controller(
             prepared.config,
             algorithm=prepared.algorithm,
@@ -148,7 +147,8 @@ async def _one_life(prepared: Prepared, store: RunDir, observer: Observer, *, ba
             store=store,
             observer=observer,
         )
-        await controller.run()
+        with calm_collector():
+            await controller.run()
     except (ActorLostError, DeadlineError):
         lost = True
         raise

@@ -7,10 +7,20 @@ through them again and again for cycles would take up to a quarter of the contro
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-def calm_collector() -> None:
-    """To be called once everything is there that is there to stay: modules, prompts, actors. It is never looked through again."""
+@contextmanager
+def calm_collector() -> Iterator[None]:
+    """To be entered once everything is there that is there to stay: modules, prompts, actors. It is not looked through before the
+    end; then it must be, since a library may complain about what is left at the exit."""
+    before = gc.get_threshold()
     gc.collect()
     gc.freeze()
     gc.set_threshold(1_000_000, 10, 10)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()

@@ -140,10 +140,10 @@ async def _campaign(
         store=store,
         observer=watch,
     )
-    calm_collector()
-    before, started = _memory("VmRSS"), time.process_time()
-    await controller.run()
-    return time.process_time() - started, before
+    with calm_collector():
+        before, started = _memory("VmRSS"), time.process_time()
+        await controller.run()
+        return time.process_time() - started, before
 
 
 def play(case: Case, run: Path, world: World | None = None) -> dict[str, Any]:
