@@ -35,7 +35,8 @@ class Tracked:
         self.left_out = 0
         self._gone = False
         with log.open("ab") as file:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file)
+            # Not where we are: Ray may unpack a job's directory anew while the job starts, and then ours is gone, name and all.
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, cwd=log.parent)
         self._lines.put(dict(settings))
         self._feeder = threading.Thread(target=self._feed, name="wandb mirror", daemon=True)
         self._feeder.start()
@@ -100,7 +101,7 @@ def tracked(observer: Observer, config: CampaignConfig, *, logs: Path) -> Iterat
         "project": tracking.project,
         "name": tracking.name or config.run.dir.name,
         "mode": tracking.wandb,
-        "dir": str(config.run.dir),
+        "dir": str(config.run.dir.absolute()),
         "config": config.model_dump(mode="json"),
     }
     mirror = Tracked(observer, settings, log=logs / "wandb.log")
