@@ -39,7 +39,7 @@ submit)
         code=0
         rayhf submit "$config" run.dir="$SHARED/runs/$name" "$@" --address "http://127.0.0.1:$dashboard" --supervise --follow || code=$?
         case "$code" in
-        8 | 10 | 11) sleep "$pause_s" ;;
+        8 | 10 | 11 | 13) sleep "$pause_s" ;;
         *) exit "$code" ;;
         esac
     done

@@ -110,7 +110,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     try:
         nodes.start("head", *nodes.head)
         wait_for("the head does not answer", lambda: nodes.nodes() == 1)
-        nodes.start("worker", "127.0.0.1")
+        nodes.start("worker", "127.0.0.1", "--resources", json.dumps({"writes": 1}))
         wait_for("the worker does not join", lambda: nodes.nodes() == 2)
         yield nodes
     finally:
@@ -120,7 +120,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = make_world(tmp_path_factory.mktemp("world"))
-    write_config(world, "one", tracking={"wandb": "offline"}, run={"iterations": 500, "checkpoint_every": 2})
+    pools = {"resources": {"rollout": {"writes": 1}}}
+    write_config(world, "one", tracking={"wandb": "offline"}, run={"iterations": 500, "checkpoint_every": 2}, cluster=pools)
     return world
 
 

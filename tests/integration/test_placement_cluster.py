@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,12 +22,18 @@ def cluster() -> Iterator[Any]:
     """Two nodes; only the second one has a `scale`."""
     from ray.cluster_utils import Cluster
 
+    from launch import local
+
+    # A process knows one token in its life, and learns of it in its first ray.init, here or in another test.
+    with local.ray_cluster("local", cpus=1):
+        os.environ["RAY_AUTH_MODE"] = "token"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     cluster.add_node(num_cpus=3, resources={"scale": 1})
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    del os.environ["RAY_AUTH_MODE"]
 
 
 def seat(name: str, bundle: int, cpus: float = 0.25, **resources: float) -> Seat:
