@@ -108,7 +108,7 @@ def _family(pid: int) -> list[psutil.Process]:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     nodes = TwoNodes(tmp_path_factory.mktemp("s"))
     try:
-        nodes.start("head", *nodes.head)
+        nodes.start("head", *nodes.head, "--resources", json.dumps({"learns": 1}))
         wait_for("the head does not answer", lambda: nodes.nodes() == 1)
         nodes.start("worker", "127.0.0.1", "--resources", json.dumps({"writes": 1}))
         wait_for("the worker does not join", lambda: nodes.nodes() == 2)
@@ -120,7 +120,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = make_world(tmp_path_factory.mktemp("world"))
-    pools = {"resources": {"rollout": {"writes": 1}}}
+    pools = {"resources": {"rollout": {"writes": 1}, "learner": {"learns": 1}}}
     write_config(world, "one", tracking={"wandb": "offline"}, run={"iterations": 500, "checkpoint_every": 2}, cluster=pools)
     return world
 
