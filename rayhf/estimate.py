@@ -26,8 +26,8 @@ FRAMEWORK: dict[Device, dict[str, float]] = {
     "cpu": {"rollout": 0.75 * GIB, "learner": 0.6 * GIB, "reference": 0.45 * GIB, "scorer": 0.45 * GIB},
     "gpu": {"rollout": 1.5 * GIB, "learner": 1.5 * GIB, "reference": 0.75 * GIB, "scorer": 0.75 * GIB},
 }
-"""Before any model. CPU: a process that has imported its engine, Ray and torch, as measured (tests/bench/RESULTS.md). GPU: CUDA's
-context and workspaces, about 0.7 GiB, and NCCL's buffers or an engine's CUDA graphs; not measured yet."""
+"""Before any model. CPU: a process that has imported its engine, Ray and torch; the learner's is in tests/bench/RESULTS.md. GPU:
+CUDA's context and workspaces, about 0.7 GiB, and NCCL's buffers or an engine's CUDA graphs; not measured yet."""
 BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size and sub-group sizes end here (elements)."""
 LIVE = 1_000_000_000

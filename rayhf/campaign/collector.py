@@ -1,7 +1,7 @@
 """Python's garbage collector, set for a controller.
 
 A round has millions of objects. They stay until it is learned, and go by themselves: nothing in a round refers to itself. Looking
-through them again and again for cycles would take up to a quarter of the controller's time.
+through them again and again for cycles would be for nothing.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Role:
         return {}
 
     async def publish(self, version, *, stored=False):
-        self._do("publish")
+        self._do("publish for the store" if stored else "publish")
         return version
 
     async def save(self, directory):
@@ -81,6 +81,12 @@ def test_a_round_changes_turns_twice_and_loads_new_weights_before_the_cache_of_t
         *("engine generate", "engine wrote"),
         *("engine sleep", "learner wake", "critic wake", "learner save"),
     ]
+
+
+def test_a_reference_that_moves_finds_the_weights_in_the_store():
+    log, _, _, _, (learner,) = shared()
+    asyncio.run(learner.publish(1, stored=True))
+    assert log == ["learner publish for the store"]
 
 
 def test_nobody_is_put_to_sleep_at_work():
