@@ -103,8 +103,10 @@ class Supervised:
         self._replacing = asyncio.Lock()
         self._losses: deque[float] = deque()
         self._watch: asyncio.Task[None] | None = None
-        self._asked: set[asyncio.Timeout] = set()
-        """One for each question that waits for its answer: its patience ends when the watch finds the actor wanting."""
+        self._asked: dict[asyncio.Timeout, float] = {}
+        """For each question that waits for its answer: its patience, and when that ends on the loop's clock."""
+        self._alarm: asyncio.TimerHandle | None = None
+        """One timer for all of them: thousands would cost more than the questions."""
         self._wanting: BaseException | None = None
         """What the watch found last."""
 
@@ -201,10 +203,10 @@ class Supervised:
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._watch_actor(), name=f"watch {self.name}")
             self._watch.add_done_callback(self._found)
-        patience = asyncio.timeout(timeout_s)
+        patience = asyncio.timeout(None)
         try:
             async with patience:
-                self._asked.add(patience)
+                self._wait_until(patience, asyncio.get_running_loop().time() + timeout_s)
                 return await answer(call(self._actor), who=self.name, phase=phase)
         except TimeoutError:
             if not patience.expired():
@@ -213,17 +215,41 @@ class Supervised:
                 raise DeadlineError(f"{phase}: no answer from {self.name} within {timeout_s:g} s") from None
             raise self._wanting from None
         finally:
-            self._asked.discard(patience)
-            if not self._asked and self._watch is not None:
-                self._watch.cancel()
-                self._watch = None  # whoever asks next must not wait with one that is being cancelled
+            self._asked.pop(patience, None)
+            if not self._asked:
+                self._rest()
+
+    def _wait_until(self, patience: asyncio.Timeout, due: float) -> None:
+        self._asked[patience] = due
+        if self._alarm is None or due < self._alarm.when():
+            self._set_alarm(due)
+
+    def _set_alarm(self, due: float | None) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = None if due is None else asyncio.get_running_loop().call_at(due, self._ring)
+
+    def _ring(self) -> None:
+        """End the patience of those whose time is over."""
+        now = asyncio.get_running_loop().time()
+        for patience, due in self._asked.items():
+            if due <= now:
+                patience.reschedule(now)
+        self._set_alarm(min((due for due in self._asked.values() if due > now), default=None))
+
+    def _rest(self) -> None:
+        """Nobody asks."""
+        self._set_alarm(None)
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None  # whoever asks next must not wait with one that is being cancelled
 
     def _found(self, watch: asyncio.Task[None]) -> None:
         """The watch is over. Unless nobody needed it any more: tell all who wait, now and at once."""
         if watch.cancelled():
             return
         self._wanting = watch.exception()
-        waiting, self._asked = self._asked, set()
+        waiting, self._asked = self._asked, {}
         for patience in waiting:
             patience.reschedule(asyncio.get_running_loop().time())
 

@@ -157,7 +157,8 @@ def _key(kind: str, request: Request) -> str:
         digest.update(array("q", request.token_ids))
     else:
         for completion in request.completions:
-            digest.update(repr((completion.text, completion.finish_reason, len(completion.token_ids))).encode())
+            told = f"{completion.finish_reason} {len(completion.token_ids)} {len(completion.text)} {completion.text}"
+            digest.update(told.encode(errors="surrogatepass"))
     prompt = request.prompt_id if isinstance(request, GenerateRequest) else request.prompt.prompt_id
     return f"{kind} {prompt} {request.number} {digest.hexdigest()}"
 

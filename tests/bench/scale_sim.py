@@ -43,6 +43,9 @@ from tests.bench.virtual import simulate
 ROOT = Path(__file__).resolve().parents[2]
 PER_STEP = 1024
 """Prompts per optimiser step."""
+AGAIN = 3
+"""How often a case of up to `SMALL` prompts is played; the run that took the least processor time counts."""
+SMALL = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +297,8 @@ def main() -> None:
         return
     results = []
     for case in cases(options.quick):
-        results.append((case, in_child(case)))
+        runs = [in_child(case) for _ in range(AGAIN if case.prompts <= SMALL else 1)]
+        results.append((case, min(runs, key=lambda found: found["cpu_us"])))
         print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     text = f"{_introduction()}\n\n{table(results)}\n\n{verdicts(results)}"
     print(text)
@@ -309,7 +313,9 @@ def _introduction() -> str:
         f"{platform.python_version()}. The real controller over simulated roles in virtual time, on which its own processor time "
         f"passes too. Engines of {world.slots} sequences, {world.sequence_s:g} s a sequence (lognormal, {world.stragglers:.1%} "
         f"take {world.slower:g} times as long), 2 answers of {world.tokens} tokens, each engine lost every "
-        f"{world.life_s / 3600:g} h, {world.unreachable:.1%} of the scores asked for twice; staleness 1 unless said otherwise."
+        f"{world.life_s / 3600:g} h, {world.unreachable:.1%} of the scores asked for twice; staleness 1 unless said otherwise. Cases of up to {SMALL:,} "
+        f"prompts were played {AGAIN} times, and the one of the least processor time counts: the same work takes up to half as long "
+        f"again when the machine's other tenants are busy."
     )
 
 
