@@ -34,6 +34,8 @@ LIVE = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: gathered parameters that stage 3 keeps at a time."""
 HEAP = 0.6
 """CPU: glibc keeps freed blocks below 32 MiB and fills them badly. Of activations; fitted to stage 0 (tests/bench/RESULTS.md)."""
+HEAP_GATHERED = 1.05
+"""The same where stage 3 gathers and frees parameters between them; fitted to stage 3."""
 LOGITS = 1 << 27
 """rayhf.learner.forward.LOGITS_LIMIT; that file imports torch."""
 CPU_CACHE = GIB / 4
@@ -196,16 +198,18 @@ def learner_memory(
         optimiser=optimiser,
         activations=activations,
         logits=logits,
-        buffers=_buffers(backward, step, activations, logits, device=device),
+        buffers=_buffers(backward, step, activations, logits, stage=stage, device=device),
         framework=FRAMEWORK[device]["learner"],
     )
 
 
-def _buffers(backward: float, step: float, activations: float, logits: float, *, device: Device) -> float:
+def _buffers(backward: float, step: float, activations: float, logits: float, *, stage: int, device: Device) -> float:
     """What comes on top of activations and logits. A step begins when they are gone; on CPU only the logits really are, since
-    malloc keeps what the activations leave behind."""
+    malloc keeps what the activations leave behind, and what stage 3 had gathered."""
     if device == "gpu":
         return max(backward, step - activations - logits)
+    if stage == 3:
+        return HEAP_GATHERED * activations + backward + step
     return HEAP * activations + max(backward, step - logits)
 
 

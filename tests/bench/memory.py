@@ -1,4 +1,4 @@
-"""`rayhf check`'s memory estimates against measured peaks. `python -m tests.bench.memory` prints a table for RESULTS.md.
+"""`rayhf check`'s memory estimates against measured peaks: `python -m tests.bench.memory [--record]`, about 10 minutes.
 
 Every role works in a fresh process on a random Llama: a learner takes two optimiser steps of micro-batches that are as large
 as the token budget allows, a reference reads one, an engine writes. Its peak resident memory less a constant is compared with the
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from rich.console import Console
 
 from rayhf.config.schema import LearnerConfig, ReferenceConfig, RolloutConfig
 from rayhf.estimate import Memory, engine_memory, learner_memory, read_shape, reference_memory
+from tests.bench.results import put_section
 
 LENGTH = 256
 
@@ -195,10 +198,20 @@ def table(rows: list[tuple[str, str, float, float, Memory]]) -> str:
     return "\n".join(out)
 
 
+def introduction(rows: list[tuple[str, str, float, float, Memory]]) -> str:
+    ratios = [(memory.total - memory.framework) / (peak - constant) for _, _, peak, constant, memory in rows]
+    return (
+        f"`python -m tests.bench.memory`, {time.strftime('%Y-%m-%d', time.gmtime())}, {platform.machine()}. A random Llama in a "
+        f"process of its own; the constant is the peak of the same process with a model of no size. "
+        f"Estimates are {min(ratios):.2f} to {max(ratios):.2f} of what was measured."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--child", nargs=3, metavar=("PROCESS", "SIZE", "MODEL"))
     parser.add_argument("--only", nargs="*", default=list(PROCESSES), help="processes")
+    parser.add_argument("--record", action="store_true", help="write the table into tests/bench/RESULTS.md")
     arguments = parser.parse_args()
     if arguments.child:
         process, name, model = arguments.child
@@ -215,7 +228,10 @@ def main() -> None:
                 model = Path(folder) / name
                 rows.append((process, name, measure(process, name, model), constant, estimate(process, name, model)))
                 console.print(table(rows[-1:]).splitlines()[-1], markup=False, soft_wrap=True)
-    console.print(table(rows), markup=False, soft_wrap=True)
+    text = f"{introduction(rows)}\n\n{table(rows)}"
+    console.print(text, markup=False, soft_wrap=True)
+    if arguments.record:
+        put_section("## Memory estimates", text)
 
 
 if __name__ == "__main__":

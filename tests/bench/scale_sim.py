@@ -313,9 +313,9 @@ def _introduction() -> str:
         f"{platform.python_version()}. The real controller over simulated roles in virtual time, on which its own processor time "
         f"passes too. Engines of {world.slots} sequences, {world.sequence_s:g} s a sequence (lognormal, {world.stragglers:.1%} "
         f"take {world.slower:g} times as long), 2 answers of {world.tokens} tokens, each engine lost every "
-        f"{world.life_s / 3600:g} h, {world.unreachable:.1%} of the scores asked for twice; staleness 1 unless said otherwise. Cases of up to {SMALL:,} "
-        f"prompts were played {AGAIN} times, and the one of the least processor time counts: the same work takes up to half as long "
-        f"again when the machine's other tenants are busy."
+        f"{world.life_s / 3600:g} h, {world.unreachable:.1%} of the scores asked for twice; staleness 1 unless said otherwise. "
+        f"Cases of up to {SMALL:,} prompts were played {AGAIN} times, and the run of least processor time counts: the same work "
+        f"takes up to half as long again when the machine's other tenants are busy."
     )
 
 
