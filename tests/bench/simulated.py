@@ -85,7 +85,7 @@ class Meter:
     """How many times."""
     gc_s: float = 0.0
     written_s: float = 0.0
-    """Of sequences, end to end."""
+    """Of sequences that were written to their end, end to end."""
     longest_s: float = 0.0
     asked: int = 0
     failures: int = 0
@@ -157,7 +157,7 @@ class Engine:
         self.version, self.steps, self.dead = 0, 0, False
         self._free = [0.0] * world.slots
         self._under_way: dict[Call, asyncio.TimerHandle | None] = {}
-        self._due: list[tuple[float, int, Call, list[Any]]] = []
+        self._due: list[tuple[float, int, Call, list[Any], list[float]]] = []
         """A heap of what is being written, by when it will be done. One timer for all: the loop's heap is the controller's."""
         self._alarm: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -203,15 +203,13 @@ class Engine:
                 call.result.set_exception(StaleWeightsError(f"asked for {version}, this engine holds {self.version}"))
                 return call
             now = end = self._loop.time()
-            for seed in (seed for request in requests for seed in request.seeds):
-                seconds = self.world.draw_s(seed)
-                self.meter.written_s += seconds
-                self.meter.longest_s = max(self.meter.longest_s, seconds)
-                finished = max(now, heapq.heappop(self._free)) + seconds
+            seconds = [self.world.draw_s(seed) for request in requests for seed in request.seeds]
+            for each in seconds:
+                finished = max(now, heapq.heappop(self._free)) + each
                 heapq.heappush(self._free, finished)
                 end = max(end, finished)
             self._under_way[call] = None
-            heapq.heappush(self._due, (end, self.meter.asked, call, requests))
+            heapq.heappush(self._due, (end, self.meter.asked, call, requests, seconds))
             self._rearm()
             return call
 
@@ -228,8 +226,10 @@ class Engine:
         with self.meter.playing():
             self._alarm = None
             while self._due and self._due[0][0] <= self._loop.time():
-                _, _, call, requests = heapq.heappop(self._due)
+                _, _, call, requests, seconds = heapq.heappop(self._due)
                 self.steps += 1
+                self.meter.written_s += sum(seconds)
+                self.meter.longest_s = max(self.meter.longest_s, *seconds)
                 answers = [tuple(self._complete(r, i, seed) for i, seed in enumerate(r.seeds)) for r in requests]
                 done.append((call, answers))
             self._rearm()
