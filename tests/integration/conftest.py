@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from ranks import Ranks, make_model
+
+if TYPE_CHECKING:
+    from engines import Start
+    from transformers import Qwen2ForCausalLM
+
+    from rayhf.rollout.engine import RolloutEngine
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +45,29 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Without biases: a key bias has (almost) no gradient, and Adam makes full steps out of its rounding errors."""
     return make_model(tmp_path_factory.mktemp("tied_llama"), tied=True, kind="llama")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts engines, which end with the module."""
+    from engines import build  # sets the process up for engines, and the learners' tests shall not be
+
+    with ExitStack() as ends:
+
+        def one_more(*, tied: bool = False, dtype: str = "float32") -> Any:
+            engine, model = build(tmp_path_factory.mktemp("model"), tied=tied, dtype=dtype)
+            ends.callback(engine.close)
+            return engine, model
+
+        yield one_more
+
+
+@pytest.fixture(scope="module")
+def shared(start: Start) -> tuple[RolloutEngine, Qwen2ForCausalLM]:
+    """An engine that keeps version 0 throughout."""
+    return start()
+
+
+@pytest.fixture
+def engine(shared: tuple[RolloutEngine, Qwen2ForCausalLM]) -> RolloutEngine:
+    return shared[0]

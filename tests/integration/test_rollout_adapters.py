@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from test_rollout_engine import LONG, MAX_LENGTH, ask, make_model, mean_gap, payloads_of, snapshot_of, without_one
+from engines import LONG, MAX_LENGTH, ask, make_model, mean_gap, payloads_of, snapshot_of, without_one
 
 from rayhf.config.schema import RolloutConfig
 from rayhf.errors import WeightSyncError
