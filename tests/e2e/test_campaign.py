@@ -78,8 +78,6 @@ def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
     assert exported.returncode == 0 and (world / "exported/tokenizer.json").exists(), exported.stderr
     out, _ = run(world, first, "run.iterations=3")
     assert "nothing to do" in out
-    out, _ = run(world, first, "run.iterations=4")
-    assert "continuing first after round 3" in out and metrics(world, "first")[-1]["iteration"] == 4
 
 
 @pytest.mark.parametrize(
@@ -95,11 +93,6 @@ def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
             {"type": "ppo", "samples": 4, "advantage": "grpo", "kl": {"where": "loss", "estimator": "k3"}},
             {"run": {"max_staleness": 1}, "policy": {"lora": {"rank": 4}, "dtype": "bfloat16"}, "rollout": {"engines": 2}},
         ),
-        (
-            "moving",
-            {"type": "online_dpo", "samples": 3, "pairs": "all_pairs", "reference": {"type": "ema", "alpha": 0.5, "every": 1}},
-            {"tracking": {"wandb": "offline"}},
-        ),
     ],
 )
 def test_every_kind_of_loop_runs(world: Path, name: str, algorithm: dict[str, object], more: dict[str, object]) -> None:
@@ -109,9 +102,6 @@ def test_every_kind_of_loop_runs(world: Path, name: str, algorithm: dict[str, ob
     assert (world / name / "policy/config.json").exists()
     if name == "ppo":
         assert "critic/loss" in found[-1] or "value/loss" in found[-1]
-    if name == "moving":
-        assert list((world / name / "wandb").glob("offline-run-*"))
-        assert (world / name / "checkpoints/iteration-000002/reference").is_dir()
 
 
 @pytest.mark.parametrize("cluster", [{"transport": "broadcast"}, {"placement": "colocate"}])
@@ -126,16 +116,13 @@ def test_neither_how_weights_travel_nor_who_takes_turns_changes_a_bit(world: Pat
         assert samples(world, name, iteration) == samples(world, "first", iteration)
 
 
-@pytest.mark.parametrize(
-    ("rule", "reason"),
-    [("raises", "ValueError: no such answer"), ("hangs", "no answer within 1 s"), ("nan", "the rule returned nan")],
-)
-def test_a_rule_that_fails_stops_the_run_with_its_reason(world: Path, rule: str, reason: str) -> None:
-    scorer = {"train": [{"type": "rule", "function": f"my_rules:{rule}", "timeout_s": 1}]}
-    config = write_config(world, rule, scorer=scorer, prompts={"heldout": None})
+def test_a_rule_that_fails_stops_the_run_with_its_reason(world: Path) -> None:
+    """One that raises or returns nonsense comes the same way (tests/unit/test_scorer_rule.py)."""
+    scorer = {"train": [{"type": "rule", "function": "my_rules:hangs", "timeout_s": 1}]}
+    config = write_config(world, "hangs", scorer=scorer, prompts={"heldout": None})
     _, err = run(world, config, code=9)
-    assert err.startswith("rayhf: ") and err.count("\n") == 1 and reason in err
-    assert metrics(world, rule) == [{"iteration": 0, "policy/version": 0}]
+    assert err.startswith("rayhf: ") and err.count("\n") == 1 and "no answer within 1 s" in err
+    assert metrics(world, "hangs") == [{"iteration": 0, "policy/version": 0}]
 
 
 def test_a_rollout_actor_that_may_not_be_replaced_is_named_and_leaves_nothing_behind(world: Path) -> None:
@@ -153,8 +140,15 @@ def test_a_rollout_actor_that_may_not_be_replaced_is_named_and_leaves_nothing_be
 
 
 def test_ctrl_c_exits_resumable(world: Path) -> None:
-    process = start(world, write_config(world, "stopped"), "run.iterations=500")
-    wait_for(lambda: (world / "stopped/metrics.jsonl").exists() or process.poll() is not None)
+    """That it continues is in test_faults.py. Here with a reference that moves, and a mirror in wandb."""
+    moving = {"type": "online_dpo", "samples": 3, "pairs": "all_pairs", "reference": {"type": "ema", "alpha": 0.5, "every": 1}}
+    config = write_config(world, "stopped", algorithm=moving, tracking={"wandb": "offline"})
+    process = start(world, config, "run.iterations=500", "run.keep_checkpoints=500")
+    second = world / "stopped/checkpoints/iteration-000002"
+    wait_for(lambda: (second / "MANIFEST.json").exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75 and "the same command continues" in err
+    assert list((world / "stopped/wandb").glob("offline-run-*")) and (second / "reference").is_dir()
+    found = metrics(world, "stopped")
+    assert found[2]["policy/version"] == 2 and (world / "stopped/policy/config.json").exists()
