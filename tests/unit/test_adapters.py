@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -94,18 +97,23 @@ def test_only_adapters_travel(tmp_path: Path) -> None:
 
 
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    """In processes of their own: one that ran an engine does not take another number of threads."""
+    with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(merge_with, (1, 2, 4)))
+    assert all(np.array_equal(result, results[0]) for result in results)
+    base, a, b = base_and_factors()
+    torch.testing.assert_close(torch.from_numpy(results[0]), base + b @ a)
+
+
+def base_and_factors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    base, a, b = torch.randn(97, 33), torch.randn(16, 33), torch.randn(97, 16)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            results.append(merged(base, a, b))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results)
-    torch.testing.assert_close(results[0], base + b @ a)
+    return torch.randn(97, 33), torch.randn(16, 33), torch.randn(97, 16)
+
+
+def merge_with(threads: int) -> np.ndarray:
+    torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads
+    return merged(*base_and_factors()).numpy()
 
 
 EXPECTED = {"v": (3,), "w": (4, 5)}
