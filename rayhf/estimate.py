@@ -36,6 +36,8 @@ HEAP = 0.6
 """CPU: glibc keeps freed blocks below 32 MiB and fills them badly. Of activations; fitted to stage 0 (tests/bench/RESULTS.md)."""
 HEAP_GATHERED = 1.05
 """The same where stage 3 gathers and frees parameters between them; fitted to stage 3."""
+HEAP_ENGINE = 1.1
+"""CPU: what oneDNN and malloc hold beside an engine's activations. Of those; fitted (tests/bench/RESULTS.md)."""
 LOGITS = 1 << 27
 """rayhf.learner.forward.LOGITS_LIMIT; that file imports torch."""
 CPU_CACHE = GIB / 4
@@ -263,7 +265,8 @@ def engine_memory(shape: Shape, config: RolloutConfig, *, dtype: Dtype, device: 
         cache = CPU_CACHE
     elif gpu_bytes is not None:
         cache = config.memory_fraction * gpu_bytes - weights - activations - logits - framework
-    return Memory(weights=weights, activations=activations, logits=logits, cache=cache, framework=framework)
+    buffers = HEAP_ENGINE * activations if device == "cpu" else 0.0
+    return Memory(weights=weights, activations=activations, logits=logits, buffers=buffers, cache=cache, framework=framework)
 
 
 def sequences_in_cache(shape: Shape, cache: float, *, dtype: Dtype, length: int, tensor_parallel: int) -> float:

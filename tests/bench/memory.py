@@ -22,10 +22,12 @@ from typing import Any
 from rich.console import Console
 
 from rayhf.config.schema import LearnerConfig, ReferenceConfig, RolloutConfig
-from rayhf.estimate import Memory, engine_memory, learner_memory, read_shape, reference_memory
+from rayhf.estimate import GIB, Memory, Shape, engine_memory, learner_memory, read_shape, reference_memory
 from tests.bench.results import put_section
 
 LENGTH = 256
+SEQUENCES, WRITTEN = 64, 16
+"""An engine reads so many prompts in about one step, and writes so many tokens after each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Size:
 
 
 SIZES = {
-    "none": Size(hidden=8, intermediate=8, layers=1, vocabulary=16, budget=LENGTH),
+    "none": Size(hidden=32, intermediate=32, layers=1, vocabulary=16, budget=LENGTH),  # vLLM has no smaller heads on CPU
     "1 M": Size(hidden=128, intermediate=384, layers=4, vocabulary=2048, budget=16384),
     "30 M": Size(hidden=512, intermediate=1408, layers=6, vocabulary=8192, budget=4096),
     "120 M": Size(hidden=768, intermediate=2048, layers=12, vocabulary=24000, budget=1024),
@@ -82,8 +84,10 @@ def learner_config(process: str, size: Size, **more: Any) -> LearnerConfig:
     return LearnerConfig(**{"dtype": "float32", "token_budget": size.budget, **LEARNERS[process], **more})
 
 
-def rollout_config() -> RolloutConfig:
-    return RolloutConfig(max_tokens=LENGTH // 2, max_num_seqs=64, kv_cache_gib=0.25)
+def rollout_config(shape: Shape) -> RolloutConfig:
+    """A cache that `SEQUENCES` fill."""
+    cache = SEQUENCES * LENGTH * shape.cache_per_token("float32")
+    return RolloutConfig(max_tokens=WRITTEN, max_num_seqs=SEQUENCES, kv_cache_gib=max(cache / GIB, 1 / 64))
 
 
 def estimate(process: str, name: str, model: Path) -> Memory:
@@ -92,7 +96,7 @@ def estimate(process: str, name: str, model: Path) -> Memory:
         config = ReferenceConfig(token_budget=size.budget)
         return reference_memory(shape, config, dtype="float32", device="cpu")
     if process == "rollout":
-        return engine_memory(shape, rollout_config(), dtype="float32", device="cpu")
+        return engine_memory(shape, rollout_config(shape), dtype="float32", device="cpu")
     return learner_memory(shape, learner_config(process, size), device="cpu")
 
 
@@ -173,11 +177,19 @@ def _rollout(process: str, size: Size, model: Path) -> None:
     from rayhf.experience import GenerateRequest, Sampling
     from rayhf.rollout.engine import RolloutEngine
 
-    engine = RolloutEngine(model, rollout_config(), dtype="float32", max_length=LENGTH, seed=0, device="cpu")
-    ids = tuple(i % size.vocabulary for i in range(LENGTH // 2))
-    sampling = Sampling(max_tokens=LENGTH // 2)
-    prompts = max(1, size.budget // LENGTH)
-    requests = [GenerateRequest(prompt_id=str(i), number=0, token_ids=ids, sampling=sampling, seeds=(i,)) for i in range(prompts)]
+    config = rollout_config(read_shape(model, key="model"))
+    engine = RolloutEngine(model, config, dtype="float32", max_length=LENGTH, seed=0, device="cpu")
+    sampling = Sampling(max_tokens=WRITTEN)
+    requests = [
+        GenerateRequest(
+            prompt_id=str(i),
+            number=0,
+            token_ids=tuple((i + j) % size.vocabulary for j in range(LENGTH - WRITTEN)),
+            sampling=sampling,
+            seeds=(i,),
+        )
+        for i in range(SEQUENCES if size.layers > 1 else 1)
+    ]
     engine.generate(requests, version=0)
     engine.close()
 
@@ -188,24 +200,26 @@ def _rollout(process: str, size: Size, model: Path) -> None:
 def table(rows: list[tuple[str, str, float, float, Memory]]) -> str:
     """Markdown. Of each row: process, model, measured peak and constant in bytes, estimate."""
     out = [
-        "| process | model | measured, MiB | the constant | the rest | its estimate | estimate / measured |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| process | model | measured, MiB | the constant | the rest | its estimate | estimate / measured | whole process |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for process, name, peak, constant, memory in rows:
         net, wanted = peak - constant, memory.total - memory.framework
         out.append(
             f"| {process} | {name} | {peak / 2**20:,.0f} | {constant / 2**20:,.0f} | {net / 2**20:,.0f} | {wanted / 2**20:,.0f} "
-            f"| {wanted / net:.2f} |"
+            f"| {wanted / net:.2f} | {memory.total / peak:.2f} |"
         )
     return "\n".join(out)
 
 
 def introduction(rows: list[tuple[str, str, float, float, Memory]]) -> str:
-    ratios = [(memory.total - memory.framework) / (peak - constant) for _, _, peak, constant, memory in rows]
+    rests = [(memory.total - memory.framework) / (peak - constant) for _, _, peak, constant, memory in rows]
+    wholes = [memory.total / peak for _, _, peak, _, memory in rows]
     return (
         f"`python -m tests.bench.memory`, {time.strftime('%Y-%m-%d', time.gmtime())}, {platform.machine()}. A random Llama in a "
         f"process of its own; the constant is the peak of the same process with a model of no size. "
-        f"Estimates are {min(ratios):.2f} to {max(ratios):.2f} of what was measured."
+        f"Estimates are {min(rests):.2f} to {max(rests):.2f} of what was measured beyond it, and {min(wholes):.2f} to "
+        f"{max(wholes):.2f} of the whole process."
     )
 
 
