@@ -30,7 +30,7 @@ from rich.table import Table
 
 from tests.bench.results import put_section
 from tests.chaos.nemesis import RAYHF, SIGNALS, Campaign, committed, fingerprint, orphans
-from tests.e2e.world import make_world, write_config
+from tests.e2e.world import make_world, teach_to_end, write_config
 
 WRITER = Path(__file__).parents[1] / "unit" / "commit_writer.py"
 Rows = list[tuple[str, str]]
@@ -39,7 +39,7 @@ console = Console(width=160)
 LOOPS: dict[str, dict[str, Any]] = {
     "online_dpo": {"type": "online_dpo", "samples": 4},
     "ppo": {"type": "ppo", "samples": 2, "advantage": "gae"},
-    "mcts_dpo": {"type": "mcts_dpo", "iterations": 3, "step_tokens": 4, "max_steps": 2, "width": [3, 2]},
+    "mcts_dpo": {"type": "mcts_dpo", "iterations": 4, "parallel": 2, "width": [3, 2]},
 }
 STRIKES = {"online_dpo": (8, 8, 4, 4), "ppo": (6, 6, 3, 3), "mcts_dpo": (6, 6, 3, 3)}
 """rollout killed, rollout stopped, learner killed, controller killed: 20, 20, 10 and 10 in all."""
@@ -127,6 +127,8 @@ def storm(world: Path, loop: str, seed: int, times: dict[str, list[float]]) -> s
     plan += [("learner", "kill")] * learners + [("controller", "kill")] * controllers
     rng = random.Random(seed)
     rng.shuffle(plan)
+    if loop == "mcts_dpo":
+        teach_to_end(world)  # or no leaf is ever scored, and nothing is learned
     campaign = Campaign(world, config_of(world, f"storm-{loop}", LOOPS[loop]))
     campaign.start()
     campaign.wait_for_rounds(1, 400)

@@ -95,9 +95,15 @@ class Campaign:
         return True
 
     def strike_and_recover(self, role: str, number: int, *, timeout_s: float) -> float:
-        """Seconds from the strike to two finished rounds more than ever before: the first may have been done when it fell."""
-        before = self.rounds()
-        assert self.strike(role, number), f"{role}: nobody to strike"
+        """Seconds from the strike to two finished rounds more than ever before: the first may have been done when it fell.
+
+        Waits where there is nobody to strike: after a learner's death, which is noticed when it is needed, all start again.
+        """
+        deadline, before = time.monotonic() + timeout_s, self.rounds()
+        while not self.strike(role, number):
+            assert self.alive() and time.monotonic() < deadline, f"{role}: nobody to strike"
+            time.sleep(0.2)
+            before = self.rounds()
         if role == "controller" and not self.supervised:
             assert self.process is not None
             self.process.wait()

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 from pathlib import Path
 
 import pytest
 from test_campaign import metrics, run, samples, start, wait_for
-from world import make_world, write_config
-
-from rayhf.tiny.language_model import Phase, new_model, train
-from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
+from world import make_world, teach_to_end, write_config
 
 pytestmark = pytest.mark.timeout(1200)
 RULES = """
@@ -25,19 +21,8 @@ def cycle(first, second, *, prompt, answer):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its policy answers everything with a few lines of a and b, and then stops."""
-    from world import SIZE
-
     directory = make_world(tmp_path_factory.mktemp("loops"))
-    rng = random.Random(0)
-    answers = ["\n".join(rng.choice("ab") * rng.randint(1, 2) for _ in range(rng.randint(1, 2))) for _ in range(300)]
-    asked = [f"Say something about {rng.randint(0, 200)}" for _ in answers]
-    tokenizer = train_tokenizer([*asked, *answers], POLICY_FORMAT, max_vocab=300, max_length=128)
-    policy = new_model(SIZE, tokenizer, seed=0)
-    shown = list(zip(asked, answers, strict=True))
-    train(policy, tokenizer, shown, Phase(steps=80, batch=16, lr=5e-3, lr_end=1e-3), seed=0, progress=lambda done: None)
-    policy.save_pretrained(directory / "policy")
-    tokenizer.save_pretrained(directory / "policy")
+    teach_to_end(directory)
     (directory / "my_rules.py").write_text((directory / "my_rules.py").read_text() + RULES)
     pairs = [{"prompt": f"Say something about {i}", "chosen": "a\na", "rejected": "bb"} for i in range(8)]
     (directory / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rayhf.tiny.language_model import ModelSize, new_model
+from rayhf.tiny.language_model import ModelSize, Phase, new_model, train
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 
 SIZE = ModelSize(hidden=64, layers=2, intermediate=96)
@@ -38,6 +39,19 @@ def make_world(directory: Path) -> Path:
         (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     (directory / "my_rules.py").write_text(RULE)
     return directory
+
+
+def teach_to_end(world: Path) -> None:
+    """Its policy answers everything with a few lines of a and b, and then stops: trees have leaves, lines are steps."""
+    rng = random.Random(0)
+    answers = ["\n".join(rng.choice("ab") * rng.randint(1, 2) for _ in range(rng.randint(1, 2))) for _ in range(300)]
+    asked = [f"Say something about {rng.randint(0, 200)}" for _ in answers]
+    tokenizer = train_tokenizer([*asked, *answers], POLICY_FORMAT, max_vocab=300, max_length=128)
+    policy = new_model(SIZE, tokenizer, seed=0)
+    shown = list(zip(asked, answers, strict=True))
+    train(policy, tokenizer, shown, Phase(steps=80, batch=16, lr=5e-3, lr_end=1e-3), seed=0, progress=lambda done: None)
+    policy.save_pretrained(world / "policy")
+    tokenizer.save_pretrained(world / "policy")
 
 
 def config(directory: str, /, **sections: Any) -> dict[str, Any]:
