@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -230,11 +230,8 @@ class Supervised:
         self._alarm = None if due is None else asyncio.get_running_loop().call_at(due, self._ring)
 
     def _ring(self) -> None:
-        """End the patience of those whose time is over."""
         now = asyncio.get_running_loop().time()
-        for patience, due in self._asked.items():
-            if due <= now:
-                patience.reschedule(now)
+        _end_patience(patience for patience, due in self._asked.items() if due <= now)
         self._set_alarm(min((due for due in self._asked.values() if due > now), default=None))
 
     def _rest(self) -> None:
@@ -250,8 +247,7 @@ class Supervised:
             return
         self._wanting = watch.exception()
         waiting, self._asked = self._asked, {}
-        for patience in waiting:
-            patience.reschedule(asyncio.get_running_loop().time())
+        _end_patience(waiting)
 
     async def _watch_actor(self) -> None:
         """One for all who wait. Raises DeadlineError when the actor, which has work, neither answers nor gets on for `stall_s`.
@@ -269,6 +265,13 @@ class Supervised:
                     seen, since = beat, time.monotonic()
             if time.monotonic() - since >= self.limits.stall_s:
                 raise DeadlineError(f"{self.name} has work and made no progress for {self.limits.stall_s:g} s")
+
+
+def _end_patience(waiting: Iterable[asyncio.Timeout]) -> None:
+    now = asyncio.get_running_loop().time()
+    for patience in waiting:
+        if not patience.expired():  # whose task has not come round to it yet
+            patience.reschedule(now)
 
 
 async def on_node(node: str, function: Callable[..., None], *arguments: Any) -> None:

@@ -41,7 +41,7 @@ from rayhf.experience import (
 
 _HEADER = struct.Struct("<II")
 _SIZE = struct.Struct("<I")
-_FORMAT = 2
+_FORMAT = 3
 """Where checksums start: records of another format do not count either."""
 Request = GenerateRequest | ScoreRequest
 

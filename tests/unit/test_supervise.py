@@ -86,6 +86,22 @@ def test_a_question_asked_while_the_last_ones_watch_is_on_its_way_out_is_answere
     asyncio.run(play())
 
 
+def test_every_question_has_its_own_deadline():
+    async def play():
+        broken = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: broken.append(context))
+        actor = Actor()
+        actor.stuck, one = True, supervised(actor)
+        patient = asyncio.ensure_future(double(one, 1))
+        started = asyncio.get_running_loop().time()
+        found = await asyncio.gather(*(double(one, i, 0.05 + 5e-6 * i) for i in range(2000)), return_exceptions=True)
+        assert all(isinstance(each, DeadlineError) for each in found) and asyncio.get_running_loop().time() - started < 5
+        assert not broken and not patient.done()
+        patient.cancel()
+
+    asyncio.run(play())
+
+
 def test_an_actor_that_gets_nowhere_is_noticed_by_all_who_wait():
     async def play():
         actor = Actor()
