@@ -166,9 +166,10 @@ def test_a_lost_actor_is_replaced_once_whoever_asks_meanwhile_and_not_before_it_
 
         async def persist(number, after):
             await asyncio.sleep(after)
-            return await one.persist(lambda actor: actor.double.remote(number), phase="test", timeout_s=30.0)
+            return await one.persist(lambda actor: actor.double.remote(number), phase="test", timeout_s=5.0)
 
-        # Some ask before it is found wanting, some while the new one is being made ready.
+        # Some ask before it is found wanting, some while the new one is being made ready: those wait for their deadline here,
+        # where with Ray they would hear of the death.
         answers = await asyncio.gather(*(persist(n, 0.03 * n) for n in range(20)))
         assert answers == [2 * n for n in range(20)]
         assert len(fleet.hired) == 2 and fleet.ready == fleet.hired[1:]
