@@ -29,7 +29,7 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 \
-	    tests/integration/test_tiny_build.py tests/e2e tests/integration tests/unit tests/gpu
+	    tests/tiny tests/e2e tests/integration tests/unit tests/gpu
 
 # On a machine with an NVIDIA GPU, in an environment with `pip install -e ".[gpu,dev]"`: make test-gpu GPU_PYTHON=python
 GPU_PYTHON ?= $(BIN)/python
