@@ -78,6 +78,8 @@ def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
     assert exported.returncode == 0 and (world / "exported/tokenizer.json").exists(), exported.stderr
     out, _ = run(world, first, "run.iterations=3")
     assert "nothing to do" in out
+    out, _ = run(world, first, "run.iterations=4")
+    assert "continuing first after round 3" in out and metrics(world, "first")[-1]["iteration"] == 4
 
 
 @pytest.mark.parametrize(
@@ -116,13 +118,16 @@ def test_neither_how_weights_travel_nor_who_takes_turns_changes_a_bit(world: Pat
         assert samples(world, name, iteration) == samples(world, "first", iteration)
 
 
-def test_a_rule_that_fails_stops_the_run_with_its_reason(world: Path) -> None:
-    """One that raises or returns nonsense comes the same way (tests/unit/test_scorer_rule.py)."""
-    scorer = {"train": [{"type": "rule", "function": "my_rules:hangs", "timeout_s": 1}]}
-    config = write_config(world, "hangs", scorer=scorer, prompts={"heldout": None})
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [("raises", "ValueError: no such answer"), ("hangs", "no answer within 1 s"), ("nan", "the rule returned nan")],
+)
+def test_a_rule_that_fails_stops_the_run_with_its_reason(world: Path, rule: str, reason: str) -> None:
+    scorer = {"train": [{"type": "rule", "function": f"my_rules:{rule}", "timeout_s": 1}]}
+    config = write_config(world, rule, scorer=scorer, prompts={"heldout": None})
     _, err = run(world, config, code=9)
-    assert err.startswith("rayhf: ") and err.count("\n") == 1 and "no answer within 1 s" in err
-    assert metrics(world, "hangs") == [{"iteration": 0, "policy/version": 0}]
+    assert err.startswith("rayhf: ") and err.count("\n") == 1 and reason in err
+    assert metrics(world, rule) == [{"iteration": 0, "policy/version": 0}]
 
 
 def test_a_rollout_actor_that_may_not_be_replaced_is_named_and_leaves_nothing_behind(world: Path) -> None:
