@@ -45,8 +45,6 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
             say(f"{config.run.dir} already has {store.state['iteration']} of {config.run.iterations} rounds: nothing to do")
             return
         store.check_paused()
-        if store.state["checkpoint"]:
-            say(f"continuing {config.run.dir} after round {store.state['iteration']}")
         with (
             control_served(store.path, config.service, base=base, console=console),
             ray_cluster(config.cluster.address, cpus=sum(seat.cpus for seat in seats_of(prepared))),

@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import jinja2
 import jinja2.meta
@@ -76,7 +75,7 @@ class _Exploration:
     def __init__(self, config: MCTSDPOConfig, template: jinja2.Template | None, prompt: Prompt, explorer: Explorer) -> None:
         self.config, self.template, self.prompt, self.explorer = config, template, prompt, explorer
         self.rollouts: dict[int, list[tuple[Completion, Outcome]]] = {}
-        self.tokens = self.cut = self.unscored = self.mute = 0
+        self.cut = self.unscored = self.mute = 0
         self.gold = self._gold_steps() if config.inject_gold else []
 
     async def expand(self, tree: Tree, node: Node, width: int) -> list[Step]:
@@ -87,7 +86,7 @@ class _Exploration:
             max_tokens=min(self.config.step_tokens, self._left(written)),
             stop=(*self.config.step_stop, *plain.stop),
         )
-        completions = await self._sample(width, prefix=written, sampling=sampling)
+        completions = await self.explorer.sample(width, prefix=written, sampling=sampling)
         steps = [Step(completion=each, end=self._end(each, written)) for each in completions]
         self.cut += sum(step.end is None and step.completion.finish_reason == "length" for step in steps)
         return [*self._gold_step(node, written, completions[0].policy_version), *steps]
@@ -112,7 +111,7 @@ class _Exploration:
             return 0.0
         written = tuple(token for part in parts for token in part.token_ids)
         sampling = replace(self.explorer.sampling, max_tokens=self._left(written))
-        ends = await self._sample(self.config.rollouts, prefix=written, sampling=sampling)
+        ends = await self.explorer.sample(self.config.rollouts, prefix=written, sampling=sampling)
         outcomes = await self.explorer.score([join([*parts, end], end.finish_reason) for end in ends])
         self.rollouts[node.id] = list(zip(ends, outcomes, strict=True))
         values = [value for outcome in outcomes if (value := worth(outcome, self.config.outcome)) is not None]
@@ -136,15 +135,10 @@ class _Exploration:
         if self.explorer.room(context) < 1:
             self.mute += settings.votes
             return None
-        said = await self._sample(settings.votes, context=context, sampling=Sampling(max_tokens=settings.max_tokens))
+        said = await self.explorer.sample(settings.votes, context=context, sampling=Sampling(max_tokens=settings.max_tokens))
         verdicts = [vote for each in said if (vote := verdict(each.text)) is not None]
         self.mute += len(said) - len(verdicts)
         return settings.weight * sum(verdicts) / len(verdicts) if verdicts else None
-
-    async def _sample(self, n: int, **where: Any) -> tuple[Completion, ...]:
-        completions = await self.explorer.sample(n, **where)
-        self.tokens += sum(len(each.token_ids) for each in completions)
-        return completions
 
     def _left(self, written: Sequence[int]) -> int:
         """Tokens that the answer may still grow by: of rollout.max_tokens, and of the model's length."""
@@ -222,7 +216,6 @@ class _Exploration:
             "mcts/mute_votes": self.mute,
             "mcts/cut_steps": self.cut,
             "mcts/rollouts": sum(map(len, self.rollouts.values())),
-            "mcts/tokens": self.tokens,
             "mcts/gold_steps": sum(node.step is not None and node.step.gold for node in tree.nodes),
         }
         threshold = self.config.outcome.threshold

@@ -55,6 +55,7 @@ class Round:
     """An explored round on its way to the learner."""
 
     groups: list[Group]
+    tokens: Mapping[str, float]
     seconds: Mapping[str, float]
 
 
@@ -110,7 +111,8 @@ class Controller:
             if ahead not in self._rounds:
                 self._rounds[ahead] = asyncio.create_task(self._explore(ahead), name=f"round {ahead}")
         explored = await self._rounds.pop(iteration)
-        metrics: dict[str, float] = {"iteration": iteration, **exploration_metrics(explored.groups, self.versions["policy"])}
+        metrics: dict[str, float] = {"iteration": iteration, **explored.tokens}
+        metrics |= exploration_metrics(explored.groups, self.versions["policy"])
         await self.store.write_samples(iteration, explored.groups)
         selected, seconds = await self._learning.select(iteration, explored.groups, metrics), explored.seconds
         del explored  # most of a round's memory: not needed while it is learned, and the next one is explored meanwhile
@@ -219,7 +221,8 @@ class Controller:
             )
         finally:
             journal.close()
-        return Round(groups=groups, seconds={**exchange.stopwatch.seconds, "explore": time.monotonic() - started})
+        tokens = {"rollout/tokens": float(exchange.written), "rollout/context_tokens": float(exchange.read)}
+        return Round(groups=groups, tokens=tokens, seconds={**exchange.stopwatch.seconds, "explore": time.monotonic() - started})
 
     # ---------------------------------------------------------------------- sync
 
@@ -370,6 +373,7 @@ class Controller:
         for policy, version in self.versions.items():
             if version:
                 await self._push(policy)
+        self.observer.event("continue", f"after round {self.iteration}, from {checkpoint.directory.name}")
 
     # ------------------------------------------------------------------- helpers
 

@@ -163,6 +163,8 @@ class Exchange:
         self._rollouts, self._scorer, self.chat, self._journal = rollouts, scorer, chat, journal
         self._versions, self._deterministic, self._in_flight = dict(versions), deterministic, in_flight
         self.stopwatch = Stopwatch()
+        self.written = self.read = 0
+        """Tokens that were generated, and tokens of the contexts they continue, by sequence; a journal's count too."""
         self._waiting: dict[str, list[Pending]] = {"generate": [], "score": [], "compare": []}
         self._calls: set[asyncio.Task[Any]] = set()
         self._judging: set[str] = set()
@@ -205,6 +207,12 @@ class Exchange:
             await asyncio.gather(*leftovers, return_exceptions=True)
 
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
+        answer = await self._generate(request)
+        self.written += sum(len(completion.token_ids) for completion in answer)
+        self.read += len(request.token_ids) * len(answer)
+        return answer
+
+    async def _generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
         self._activity += 1
         if self._deterministic:
             future: asyncio.Future[tuple[Completion, ...]] = asyncio.get_running_loop().create_future()

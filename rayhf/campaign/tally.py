@@ -31,15 +31,14 @@ class FailureBudget:
 
 
 def exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """Lengths and truncation are of the answers; tokens are all that was generated."""
+    """Lengths and truncation are of the answers."""
     samples = [s for g in groups for s in g.samples]
     completions = [s.completion for s in samples if s.kind == "answer"] or [s.completion for s in samples]
     if not completions:
-        return {"rollout/tokens": 0.0}
+        return {}
     lengths = [len(c.token_ids) for c in completions]
     values = [s.outcome.value for s in samples if isinstance(s.outcome, Scored)]
     metrics = {
-        "rollout/tokens": float(sum(len(s.completion.token_ids) for s in samples)),
         "rollout/length_mean": float(np.mean(lengths)),
         "rollout/truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
         "scorer/invalid": float(sum(isinstance(s.outcome, Invalid) for s in samples)),

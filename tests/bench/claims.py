@@ -53,13 +53,13 @@ def at(name: str, nth: int) -> Figure:
     return lambda lines: float([line[name] for line in lines if name in line][nth])
 
 
-def total(name: str, times: float = 1.0) -> Figure:
-    return lambda lines: times * sum(line.get(name, 0.0) for line in lines)
+def total(name: str) -> Figure:
+    return lambda lines: sum(line.get(name, 0.0) for line in lines)
 
 
-def rate(amount: str, seconds: str) -> Figure:
+def rate(*amounts: str, seconds: str) -> Figure:
     """A total per second, over the rounds after the first, which warms up."""
-    return lambda lines: sum(line.get(amount, 0.0) for line in lines[2:]) / sum(line.get(seconds, 0.0) for line in lines[2:])
+    return lambda lines: sum(line[amount] for line in lines[2:] for amount in amounts) / sum(line[seconds] for line in lines[2:])
 
 
 def at_equal(quality: str, cost: str, level: float) -> Figure:
@@ -121,6 +121,7 @@ HYBRID = {
     "reverse KL at true preference 2.05": at_equal("eval/words/sampled", "eval/words/reference_kl", 2.05),
 }
 SHORT = ("run.iterations=5", "run.eval_every=0", "run.eval_prompts=8")
+KEPT = ("rollout.prefix_caching=true", *SHORT)
 PLAIN_INSTRUCTIONS = (
     "algorithm={type: online_dpo, samples: 8}",
     "evaluations={}",
@@ -131,9 +132,9 @@ INSTRUCTIONS = {f"satisfied, round {i}": at("eval/instructions/sampled", i) for 
 }
 
 ENGINE = {
-    "tokens per round": lambda lines: statistics.mean(line["rollout/tokens"] for line in lines[2:]),
-    "tokens per second of exploration": rate("rollout/tokens", "time/explore_s"),
-    "of generation": rate("rollout/tokens", "time/rollout_s"),
+    "tokens generated per round": lambda lines: statistics.mean(line["rollout/tokens"] for line in lines[2:]),
+    "generated per second of exploration": rate("rollout/tokens", seconds="time/explore_s"),
+    "context read and generated per second": rate("rollout/tokens", "rollout/context_tokens", seconds="time/explore_s"),
 }
 SAME = {"figures compared": last("compared"), "different": last("different")}
 SCORER = {
@@ -191,11 +192,7 @@ CLAIMS = {
         title="MCTS-DPO improves arithmetic; against online DPO at equal generated tokens",
         bar="at least +15 points",
         cases=(
-            Case(
-                label="MCTS-DPO",
-                preset="mcts_dpo_arithmetic",
-                figures=ARITHMETIC | {"tokens generated": total("mcts/tokens", 64)},
-            ),
+            Case(label="MCTS-DPO", preset="mcts_dpo_arithmetic", figures=ARITHMETIC),
             Case(label="online DPO", preset="online_dpo_arithmetic", figures=ARITHMETIC),
         ),
     ),
@@ -233,6 +230,7 @@ CLAIMS = {
                 figures=ENGINE,
             ),
             Case(label="MCTS, 64 trees", preset="mcts_dpo_arithmetic", overrides=SHORT, figures=ENGINE),
+            Case(label="MCTS, 64 trees, prefixes kept", preset="mcts_dpo_arithmetic", overrides=KEPT, figures=ENGINE),
             Case(
                 label="plain sampling, 256 prompts",
                 preset="online_dpo_arithmetic",
@@ -240,6 +238,12 @@ CLAIMS = {
                 figures=ENGINE,
             ),
             Case(label="MCTS, 256 trees", preset="mcts_dpo_arithmetic", overrides=("prompts.batch=256", *SHORT), figures=ENGINE),
+            Case(
+                label="MCTS, 256 trees, prefixes kept",
+                preset="mcts_dpo_arithmetic",
+                overrides=("prompts.batch=256", *KEPT),
+                figures=ENGINE,
+            ),
             Case(
                 label="plain sampling, instructions",
                 preset="spar_instructions",

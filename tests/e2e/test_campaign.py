@@ -65,9 +65,9 @@ def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
     """That equal seeds give equal bits, also across kills, is in test_faults.py."""
     last = metrics(world, "first")[-1]
     expected = {
-        "iteration", "policy/version", "rollout/tokens", "rollout/length_mean", "rollout/truncated", "rollout/mismatch_kl",
-        "scorer/reward_mean", "scorer/invalid", "reference/kl", "learner/loss", "learner/grad_norm", "pairs/kept", "pairs/ties",
-        "eval/toy/sampled", "eval/toy/greedy", "staleness/max",
+        "iteration", "policy/version", "rollout/tokens", "rollout/context_tokens", "rollout/length_mean", "rollout/truncated",
+        "rollout/mismatch_kl", "scorer/reward_mean", "scorer/invalid", "reference/kl", "learner/loss", "learner/grad_norm",
+        "pairs/kept", "pairs/ties", "eval/toy/sampled", "eval/toy/greedy", "staleness/max",
     }  # fmt: skip
     assert expected <= last.keys()
     assert last["staleness/max"] == 0 and abs(last["rollout/mismatch_kl"]) < 1e-4 and last["rollout/mismatch_abs_max"] < 1e-3
@@ -79,7 +79,7 @@ def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
     out, _ = run(world, first, "run.iterations=3")
     assert "nothing to do" in out
     out, _ = run(world, first, "run.iterations=4")
-    assert "continuing first after round 3" in out and metrics(world, "first")[-1]["iteration"] == 4
+    assert "continue: after round 3, from iteration-000003" in out and metrics(world, "first")[-1]["iteration"] == 4
 
 
 @pytest.mark.parametrize(

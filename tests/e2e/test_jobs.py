@@ -222,7 +222,7 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
 
     committed = json.loads((run / "campaign.json").read_text())["iteration"]
     again = user.run(SCRIPT, "submit", "one.yaml", "one", f"run.iterations={committed + 2}", "--entrypoint-cpus", "0.1")
-    assert f"continuing {run} after round {committed}" in again
+    assert f"continue: after round {committed}" in again
     user.run(RAYHF, "verify", run, "--deep")
     assert "DONE" in user.run(RAYHF, "status", run)
 

@@ -102,8 +102,13 @@ def config_of(**more):
     return MCTSDPOConfig(**{**base, **more})
 
 
-def explore(config, *, rollout=None, scorer=None, chat=None, n=1, sampling=PLAIN, deterministic=True, answer="123"):
+def explore(config, **settings):
     """The groups of n prompts."""
+    return explored(config, **settings)[0]
+
+
+def explored(config, *, rollout=None, scorer=None, chat=None, n=1, sampling=PLAIN, deterministic=True, answer="123"):
+    """The groups of n prompts, and the exchange over which they were explored."""
     algorithm = MCTSDPO(config, max_tokens=sampling.max_tokens)
 
     async def go():
@@ -114,7 +119,8 @@ def explore(config, *, rollout=None, scorer=None, chat=None, n=1, sampling=PLAIN
             versions={"policy": 0},
             deterministic=deterministic,
         )
-        return await exchange.run(prompts(n, answer), algorithm.explore, sampling=sampling, seed=5, done=lambda group: None)
+        found = await exchange.run(prompts(n, answer), algorithm.explore, sampling=sampling, seed=5, done=lambda group: None)
+        return found, exchange
 
     return asyncio.run(go())
 
@@ -277,9 +283,11 @@ def test_all_ties_train_nothing():
 
 
 def test_duplicates_are_counted():
-    (group,) = explore(config_of(iterations=1, width=(30,), reroot="never"))
+    (group,), exchange = explored(config_of(iterations=1, width=(30,), reroot="never"))
     assert group.metrics["mcts/duplicates"] == 27 and group.metrics["mcts/nodes"] == 3
-    assert group.metrics["mcts/tokens"] == 30 * 2 + sum(len(s.completion.token_ids) for s in group.samples if s.kind == "rollout")
+    ends = [s for s in group.samples if s.kind == "rollout"]
+    assert exchange.written == 30 * 2 + sum(len(s.completion.token_ids) for s in ends)
+    assert exchange.read == 30 * len(group.prompt.token_ids) + sum(len(s.context_ids) for s in ends)
 
 
 def test_self_evaluation_adds_the_share_of_yes():
