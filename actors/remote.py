@@ -18,19 +18,19 @@ async def wait(reference: ray.ObjectRef, *, who: str, phase: str, timeout_s: flo
     """The result of a remote call. Raises DeadlineError after `timeout_s` seconds, and what `answer` raises."""
     try:
         async with asyncio.timeout(timeout_s):
-            return await answer(reference, who=who, phase=phase)
+            return await answer(asyncio.wrap_future(reference.future()), who=who, phase=phase)
     except TimeoutError:
         raise DeadlineError(f"{phase}: no answer from {who} within {timeout_s:g} s") from None
 
 
-async def answer(reference: ray.ObjectRef, *, who: str, phase: str) -> Any:
-    """The result of a remote call, however long it takes.
+async def answer(reply: asyncio.Future[Any], *, who: str, phase: str) -> Any:
+    """The result of a remote call, its future on this loop, however long it takes.
 
     Raises ActorLostError where the actor's process died (or whatever else of Ray's went away with a process or a node), and
     whatever rayhf error the actor raised. Any other exception of an actor is a bug and comes through as it is.
     """
     try:
-        return await asyncio.wrap_future(reference.future())
+        return await reply
     except RayTaskError as error:
         if isinstance(error.cause, RayhfError):
             raise error.cause from None

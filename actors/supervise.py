@@ -34,6 +34,8 @@ Report = Callable[[str, str], None]
 _HOUR_S = 3600.0
 _DUMP_S = 10.0
 _QUIET_S = 5.0
+_LOOK_S = 30.0
+"""At most so long between two looks at an actor's progress: a loss is Ray's to report, a stall may be noticed so much later."""
 _START_S = 300.0
 """For an actor's process to appear, before it builds anything."""
 
@@ -103,12 +105,12 @@ class Supervised:
         self._replacing = asyncio.Lock()
         self._losses: deque[float] = deque()
         self._watch: asyncio.Task[None] | None = None
-        self._asked: dict[asyncio.Timeout, float] = {}
-        """For each question that waits for its answer: its patience, and when that ends on the loop's clock."""
+        self._asked: dict[asyncio.Future[Any], float] = {}
+        """Every reply that somebody waits for, and until when, on the loop's clock."""
+        self._given_up: dict[asyncio.Future[Any], BaseException | None] = {}
+        """Replies that will not come, and why; None for one that is late. Whoever waits takes his out."""
         self._alarm: asyncio.TimerHandle | None = None
         """One timer for all of them: thousands would cost more than the questions."""
-        self._wanting: BaseException | None = None
-        """What the watch found last."""
 
     @property
     def actor(self) -> Any:
@@ -200,27 +202,29 @@ class Supervised:
 
     async def ask(self, call: Callable[[Any], Any], *, phase: str, timeout_s: float) -> Any:
         """The answer to `call(actor)`. Raises ActorLostError or DeadlineError as soon as it is clear that none will come."""
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._watch_actor(), name=f"watch {self.name}")
-            self._watch.add_done_callback(self._found)
-        patience = asyncio.timeout(None)
+        loop, asker = asyncio.get_running_loop(), asyncio.current_task()
+        assert asker is not None
+        cancelled = asker.cancelling()
+        reply = asyncio.wrap_future(call(self._actor).future(), loop=loop)
+        self._wait_until(reply, loop.time() + timeout_s)
         try:
-            async with patience:
-                self._wait_until(patience, asyncio.get_running_loop().time() + timeout_s)
-                return await answer(call(self._actor), who=self.name, phase=phase)
-        except TimeoutError:
-            if not patience.expired():
-                raise
-            if patience in self._asked or self._wanting is None:
-                raise DeadlineError(f"{phase}: no answer from {self.name} within {timeout_s:g} s") from None
-            raise self._wanting from None
+            return await answer(reply, who=self.name, phase=phase)
+        except asyncio.CancelledError:
+            if reply not in self._given_up or asker.cancelling() > cancelled:
+                raise  # the asker himself was cancelled
+            late = DeadlineError(f"{phase}: no answer from {self.name} within {timeout_s:g} s")
+            raise (self._given_up[reply] or late) from None
         finally:
-            self._asked.pop(patience, None)
+            self._asked.pop(reply, None)
+            self._given_up.pop(reply, None)
             if not self._asked:
                 self._rest()
 
-    def _wait_until(self, patience: asyncio.Timeout, due: float) -> None:
-        self._asked[patience] = due
+    def _wait_until(self, reply: asyncio.Future[Any], due: float) -> None:
+        self._asked[reply] = due
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._watch_actor(), name=f"watch {self.name}")
+            self._watch.add_done_callback(self._found)
         if self._alarm is None or due < self._alarm.when():
             self._set_alarm(due)
 
@@ -231,7 +235,7 @@ class Supervised:
 
     def _ring(self) -> None:
         now = asyncio.get_running_loop().time()
-        _end_patience(patience for patience, due in self._asked.items() if due <= now)
+        self._give_up([reply for reply, due in self._asked.items() if due <= now], None)
         self._set_alarm(min((due for due in self._asked.values() if due > now), default=None))
 
     def _rest(self) -> None:
@@ -245,16 +249,19 @@ class Supervised:
         """The watch is over. Unless nobody needed it any more: tell all who wait, now and at once."""
         if watch.cancelled():
             return
-        self._wanting = watch.exception()
-        waiting, self._asked = self._asked, {}
-        _end_patience(waiting)
+        self._give_up(self._asked, watch.exception())
+
+    def _give_up(self, replies: Iterable[asyncio.Future[Any]], why: BaseException | None) -> None:
+        for reply in replies:
+            if reply.cancel():  # False where the answer is there, and its asker has not come round to it yet
+                self._given_up[reply] = why
 
     async def _watch_actor(self) -> None:
         """One for all who wait. Raises DeadlineError when the actor, which has work, neither answers nor gets on for `stall_s`.
 
         The actor's `progress` must grow whenever it did anything.
         """
-        pause = min(10.0, self.limits.stall_s / 4)
+        pause = min(_LOOK_S, self.limits.stall_s / 4)
         seen, since = None, time.monotonic()
         while True:
             await asyncio.sleep(pause)
@@ -265,13 +272,6 @@ class Supervised:
                     seen, since = beat, time.monotonic()
             if time.monotonic() - since >= self.limits.stall_s:
                 raise DeadlineError(f"{self.name} has work and made no progress for {self.limits.stall_s:g} s")
-
-
-def _end_patience(waiting: Iterable[asyncio.Timeout]) -> None:
-    now = asyncio.get_running_loop().time()
-    for patience in waiting:
-        if not patience.expired():  # whose task has not come round to it yet
-            patience.reschedule(now)
 
 
 async def on_node(node: str, function: Callable[..., None], *arguments: Any) -> None:

@@ -153,8 +153,10 @@ CLAIMS = {
                 label="online DPO, fitted Bradley-Terry",
                 preset="sppo_game",
                 overrides=(
-                    # The model's scores lead away from the game, where nearly all pairs are ties: a guard would end that.
+                    # The model's scores lead away from the game, to longer texts or nearly all ties: guards would end that.
                     "guards.no_signal.pause=null",
+                    "guards.length.pause=null",
+                    "guards.kl.pause=null",
                     "algorithm={type: online_dpo, samples: 8, beta: 0.1}",
                     "scorer.train=[{type: reward_model, model: SCORERS/bradley_terry_game}]",
                 ),
