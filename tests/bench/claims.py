@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rayhf.config.guards import GuardsConfig
 from tests.bench.results import put_section
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,9 +155,8 @@ CLAIMS = {
                 preset="sppo_game",
                 overrides=(
                     # The model's scores lead away from the game, to longer texts or nearly all ties: guards would end that.
-                    "guards.no_signal.pause=null",
-                    "guards.length.pause=null",
-                    "guards.kl.pause=null",
+                    *(f"guards.{guard}.pause=null" for guard in GuardsConfig.model_fields),
+                    "guards.length.pause_shrunk=null",
                     "algorithm={type: online_dpo, samples: 8, beta: 0.1}",
                     "scorer.train=[{type: reward_model, model: SCORERS/bradley_terry_game}]",
                 ),
