@@ -249,7 +249,9 @@ class Supervised:
         """The watch is over. Unless nobody needed it any more: tell all who wait, now and at once."""
         if watch.cancelled():
             return
-        self._give_up(self._asked, watch.exception())
+        why = watch.exception()
+        if watch is self._watch:  # and not one that ended when nobody asked any more: what is asked now is another's
+            self._give_up(self._asked, why)
 
     def _give_up(self, replies: Iterable[asyncio.Future[Any]], why: BaseException | None) -> None:
         for reply in replies:
