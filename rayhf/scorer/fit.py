@@ -36,7 +36,8 @@ from rayhf.experience import Example
 from rayhf.modeldir import AS_DATA, load_tokenizer, read_model_config
 from rayhf.pairs import TextPair, load_pairs
 from rayhf.prompts import read_rows
-from rayhf.scorer.preference_model import SCORER_FILE, Kind, Problem, Reader, Row, length_limit, sigmoid
+from rayhf.scorer.classifier import length_limit
+from rayhf.scorer.preference_model import SCORER_FILE, Kind, Problem, Reader, Row, sigmoid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,13 +28,12 @@ import numpy.typing as npt
 
 from rayhf.errors import ConfigError
 from rayhf.experience import Compared, Comparison, Failed, Invalid, Message, Outcome, Scored, ScoreRequest
-from rayhf.modeldir import AS_DATA, WEIGHTS_AS_DATA, refuse_own_code
+from rayhf.modeldir import refuse_own_code
 from rayhf.prompts import disarming, special_tokens
-from rayhf.scorer.reward_model import _one_line, _read_json, pack
+from rayhf.scorer.classifier import load_classifier, one_line, pack, read_json
 
 SCORER_FILE = "rayhf_scorer.json"
 FIRST, SECOND, END = "<<<A>>>", "<<<B>>>", "<<<end>>>"
-_UNBOUNDED = 10**9
 
 Kind = Literal["pointwise", "pairwise", "general_preference"]
 Matrix = npt.NDArray[np.float64]
@@ -59,7 +58,7 @@ def read_facts(directory: Path) -> ScorerFacts:
         raise ConfigError(
             f"preference model {directory}: there is no {SCORER_FILE}; expected a directory that `rayhf fit-scorer` wrote"
         )
-    content = _read_json(file)
+    content = read_json(file)
     kind, temperature, outputs = content.get("kind"), content.get("temperature", 1.0), content.get("outputs", 1)
     if kind not in ("pointwise", "pairwise", "general_preference"):
         raise ConfigError(f"{file}: kind is {kind!r}; expected pointwise, pairwise or general_preference")
@@ -76,7 +75,7 @@ def check_directory(directory: Path) -> None:
     facts = read_facts(directory)
     if facts.kind == "pointwise":
         raise ConfigError(f"preference model {directory}: it scores one answer at a time; use type: reward_model for it")
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     refuse_own_code(directory, config, key="preference model")
     names = config.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
@@ -89,7 +88,7 @@ def check_directory(directory: Path) -> None:
     if not tokenizer_file.is_file():
         raise ConfigError(f"preference model {directory}: there is no tokenizer_config.json; it needs its own tokenizer")
     templates = [directory / "chat_template.jinja", directory / "chat_template.json"]
-    if not any(file.is_file() for file in templates) and not _read_json(tokenizer_file).get("chat_template"):
+    if not any(file.is_file() for file in templates) and not read_json(tokenizer_file).get("chat_template"):
         raise ConfigError(f"preference model {directory}: its tokenizer has no chat template")
 
 
@@ -112,7 +111,7 @@ class Reader:
         except UnicodeEncodeError as error:
             return Invalid(reason=f"the text cannot be encoded as UTF-8: {error.reason}")
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            return Failed(reason=f"the chat template refused the messages: {_one_line(error)}")
+            return Failed(reason=f"the chat template refused the messages: {one_line(error)}")
         row = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return row or Invalid(reason="the chat template made an empty text")
 
@@ -126,12 +125,6 @@ class Reader:
         A space after the first letter breaks each; every run of three or more "<" is spaced out.
         """
         return self._forbidden.sub(lambda found: f"{found[0][0]} {found[0][1:]}", answer)
-
-
-def length_limit(model_config: Any, tokenizer: Any) -> int:
-    """Tokens that the model and its tokenizer can take."""
-    limits = [getattr(model_config, "max_position_embeddings", None), tokenizer.model_max_length]
-    return min([int(limit) for limit in limits if limit and limit > 0] + [_UNBOUNDED])
 
 
 # --------------------------------------------------------------------------------------------------- verdicts
@@ -196,33 +189,14 @@ class PreferenceModel:
         threads: int | None = None,
     ) -> None:
         check_directory(directory)
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        if threads is not None:
-            torch.set_num_threads(threads)
         self.facts = read_facts(directory)
-        self._torch, self._device, self._token_budget = torch, torch.device(device), token_budget
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, **AS_DATA)
-            self._model, loading = AutoModelForSequenceClassification.from_pretrained(
-                directory, dtype=getattr(torch, dtype), output_loading_info=True, **WEIGHTS_AS_DATA
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"preference model {directory}: {_one_line(error)}") from error
-        if missing := sorted(loading["missing_keys"]):
-            raise ConfigError(f"preference model {directory}: the checkpoint has no weights for {', '.join(missing[:3])}")
-        if not hasattr(self._model, "score"):
-            raise ConfigError(f"preference model {directory}: {type(self._model).__name__} has no linear score head")
-        largest, embedded = max(tokenizer.get_vocab().values()), self._model.get_input_embeddings().num_embeddings
-        if largest >= embedded:
-            raise ConfigError(f"preference model {directory}: its tokenizer has ids up to {largest}, the model embeds {embedded}")
-        own = length_limit(self._model.config.get_text_config(), tokenizer)
-        if max_length is not None and max_length > own:
-            raise ConfigError(f"preference model {directory}: max_length is {max_length}, the model reads at most {own} tokens")
-        self._max_length = max_length or own
-        self._reader = Reader(tokenizer)
-        self._model.eval().requires_grad_(False).to(self._device)
+        self._classifier = load_classifier(
+            directory, "preference model", dtype=dtype, max_length=max_length, device=device, threads=threads
+        )
+        if not hasattr(self._classifier.model, "score"):
+            name = type(self._classifier.model).__name__
+            raise ConfigError(f"preference model {directory}: {name} has no linear score head")
+        self._reader, self._token_budget = Reader(self._classifier.tokenizer), token_budget
 
     def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
         """For each request the win probabilities among its completions, NaN where there is no verdict.
@@ -250,9 +224,7 @@ class PreferenceModel:
 
     def close(self) -> None:
         """Give the weights' memory back."""
-        self._model = None
-        if self._device.type == "cuda":
-            self._torch.cuda.empty_cache()
+        self._classifier.close()
 
     def _judge(self, requests: Sequence[ScoreRequest]) -> list[tuple[Matrix, dict[int, Problem]]]:
         """Win probabilities of every request, and for answers that lack a verdict the first reason."""
@@ -270,8 +242,8 @@ class PreferenceModel:
         return {(i, j): self._limited(self._reader.pair(messages, texts[i], texts[j])) for i, j in places}
 
     def _limited(self, row: Row | Problem) -> Row | Problem:
-        if isinstance(row, tuple) and len(row) > self._max_length:
-            return Invalid(reason=f"too long: {len(row)} tokens, the preference model reads {self._max_length}")
+        if isinstance(row, tuple) and len(row) > self._classifier.max_length:
+            return Invalid(reason=f"too long: {len(row)} tokens, the preference model reads {self._classifier.max_length}")
         return row
 
     def _verdict(
@@ -303,13 +275,15 @@ class PreferenceModel:
 
     def _forward(self, rows: Sequence[Row]) -> Matrix:
         """(rows, d), read at each row's last token. Attention is causal, so padding on the right is never seen."""
-        torch, width = self._torch, max(map(len, rows))
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self._device)
-        last = torch.tensor([len(row) - 1 for row in rows], device=self._device)
+        import torch
+
+        width, model, device = max(map(len, rows)), self._classifier.model, self._classifier.device
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
         with torch.inference_mode():
-            body = getattr(self._model, self._model.base_model_prefix)
+            body = getattr(model, model.base_model_prefix)
             hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-            output = self._model.score(hidden[torch.arange(len(rows), device=self._device), last])
+            output = model.score(hidden[torch.arange(len(rows), device=device), last])
         result: Matrix = output.double().cpu().numpy()
         return result
 

@@ -193,7 +193,7 @@ def test_what_cannot_be_encoded_costs_itself_only(directory: Path) -> None:
 def test_non_finite_logit_is_invalid(directory: Path) -> None:
     engine = RewardModel(directory)
     with torch.no_grad():
-        engine._model.score.weight.fill_(float("nan"))
+        engine._classifier.model.score.weight.fill_(float("nan"))
     [outcomes] = engine.score([request("a", "b")])
     assert outcomes == (Invalid(reason="the reward model's logit is nan"),) * 2
 

@@ -268,7 +268,7 @@ def test_a_refused_conversation_is_failed_and_a_bad_text_invalid(model: Preferen
 def test_an_output_that_is_not_finite_is_no_verdict(directory: Path) -> None:
     model = PreferenceModel(directory)
     with torch.no_grad():
-        model._model.score.weight.fill_(torch.nan)
+        model._classifier.model.score.weight.fill_(torch.nan)
     compared, outcomes = model.compare([ask("a", "b")])[0], model.score([ask("a", "b")])[0]
     assert isinstance(compared, Invalid) and "not finite" in compared.reason
     assert all(isinstance(outcome, Invalid) for outcome in outcomes)

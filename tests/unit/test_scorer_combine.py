@@ -26,8 +26,8 @@ from rayhf.config.scorers import (
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.experience import Compared, Comparison, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 from rayhf.scorer.build import build_scorer, check_entries, check_heldout
+from rayhf.scorer.classifier import pack
 from rayhf.scorer.combine import Combined, Part
-from rayhf.scorer.reward_model import pack
 
 
 def request(text: str, answer: str) -> ScoreRequest:
