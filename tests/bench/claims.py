@@ -121,7 +121,7 @@ HYBRID = {
     "reverse KL after, nats per answer": last("eval/words/reference_kl"),
     "reverse KL at true preference 2.05": at_equal("eval/words/sampled", "eval/words/reference_kl", 2.05),
 }
-SHORT = ("run.iterations=5", "run.eval_every=0", "run.eval_prompts=8")
+SHORT = ("run.iterations=4", "run.eval_every=0", "run.eval_prompts=8")
 KEPT = ("rollout.prefix_caching=true", *SHORT)
 PLAIN_INSTRUCTIONS = (
     "algorithm={type: online_dpo, samples: 8}",
