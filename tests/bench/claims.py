@@ -344,10 +344,11 @@ def table_of(claim: Claim, seeds: Sequence[int], runs: Path, console: Console) -
             results.append(run(claim, case, seed, runs))
         cells = []
         for name in names:
-            values = [case.figures[name](lines) for lines, _ in results]
+            values = [float(case.figures[name](lines)) for lines, _ in results]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             mean = statistics.mean(values)
-            cells.append(f"{mean:,.0f}" if abs(mean) > 1000 else f"{mean:.3f}{spread}")
+            whole = abs(mean) > 1000 or all(value.is_integer() for value in values)
+            cells.append(f"{mean:,.0f}" if whole else f"{mean:.3f}{spread}")
         rows.append([case.label, *cells, f"{statistics.mean(s for _, s in results):.0f}"])
     return rows
 
@@ -361,7 +362,8 @@ def show(claim: Claim, rows: list[list[str]], console: Console) -> None:
 
 def record(key: str, claim: Claim, rows: list[list[str]], seeds: Sequence[int]) -> None:
     """The claim's section in RESULTS.md."""
-    body = [f"Bar: {claim.bar}. `python -m tests.bench.claims {key} --seeds {len(seeds)}`; mean ± standard deviation.\n"]
+    meaning = "; mean ± standard deviation" if len(seeds) > 1 else ""
+    body = [f"Bar: {claim.bar}. `python -m tests.bench.claims {key} --seeds {len(seeds)}`{meaning}.\n"]
     body += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     body += ["| " + " | ".join(row) + " |" for row in rows[1:]]
     put_section(f"### {claim.title}", "\n".join(body), under="## Claims")
