@@ -34,8 +34,6 @@ Report = Callable[[str, str], None]
 _HOUR_S = 3600.0
 _DUMP_S = 10.0
 _QUIET_S = 5.0
-_LOOK_S = 30.0
-"""At most so long between two looks at an actor's progress: a loss is Ray's to report, a stall may be noticed so much later."""
 _START_S = 300.0
 """For an actor's process to appear, before it builds anything."""
 
@@ -263,7 +261,7 @@ class Supervised:
 
         The actor's `progress` must grow whenever it did anything.
         """
-        pause = min(_LOOK_S, self.limits.stall_s / 4)
+        pause = min(10.0, self.limits.stall_s / 4)
         seen, since = None, time.monotonic()
         while True:
             await asyncio.sleep(pause)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,8 +162,6 @@ def test_context_of_the_completion(base: Path) -> None:
 
 
 def test_hostile_text_arrives_unharmed(base: Path) -> None:
-    import zlib
-
     texts = [
         "", "\n", "line\r\nline\n\n", "\x00", "\x1b[2J\x1b]0;title\x07", "\ud800", "\ud83d\ude00 as two halves",
         "\u2028\x85",        '"]}\n[0, "scored", 1]', "😀é漢", "x" * 3_000_000, "\\u0000", "\udcff" * 1000,
@@ -175,8 +174,6 @@ def test_hostile_text_arrives_unharmed(base: Path) -> None:
 
 
 def test_thousands_of_scores_come_from_one_child_in_order(base: Path) -> None:
-    import zlib
-
     rule = Rule("my_rules:digest", base=base)
     assert rule._child is not None
     child, texts = rule._child._process.pid, [[f"answer {i} of {n}" for n in range(4)] for i in range(1250)]

@@ -102,6 +102,35 @@ def test_every_question_has_its_own_deadline():
     asyncio.run(play())
 
 
+def test_an_asker_who_is_cancelled_as_his_deadline_passes_ends_as_cancelled():
+    async def play():
+        actor = Actor()
+        actor.stuck, one = True, supervised(actor)
+        asker = asyncio.ensure_future(double(one, 1, 0.05))
+        while not one._given_up:
+            await asyncio.sleep(0)
+        asker.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asker
+        assert not one._asked and not one._given_up
+
+    asyncio.run(play())
+
+
+def test_a_watch_that_ended_when_nobody_asked_any_more_leaves_the_next_question_alone():
+    async def play():
+        one = supervised(Actor())
+        late = asyncio.get_running_loop().create_future()
+        late.set_exception(DeadlineError("made no progress"))
+        question = asyncio.ensure_future(double(one, 1))
+        while not one._asked:
+            await asyncio.sleep(0)
+        one._found(late)
+        assert await question == 2
+
+    asyncio.run(play())
+
+
 def test_an_actor_that_gets_nowhere_is_noticed_by_all_who_wait():
     async def play():
         actor = Actor()
