@@ -204,7 +204,7 @@ class Exchange:
             leftovers = [*tasks, *self._calls, background]
             for task in leftovers:
                 task.cancel()
-            await asyncio.gather(*leftovers, return_exceptions=True)
+            await asyncio.gather(explorers, *leftovers, return_exceptions=True)
 
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
         answer = await self._generate(request)
