@@ -121,7 +121,6 @@ HYBRID = {
     "reverse KL at true preference 2.05": at_equal("eval/words/sampled", "eval/words/reference_kl", 2.05),
 }
 SHORT = ("run.iterations=4", "run.eval_every=0", "run.eval_prompts=8")
-KEPT = ("rollout.prefix_caching=true", *SHORT)
 PLAIN_INSTRUCTIONS = (
     "algorithm={type: online_dpo, samples: 8}",
     "evaluations={}",
@@ -234,7 +233,6 @@ CLAIMS = {
                 figures=ENGINE,
             ),
             Case(label="MCTS, 64 trees", preset="mcts_dpo_arithmetic", overrides=SHORT, figures=ENGINE),
-            Case(label="MCTS, 64 trees, prefixes kept", preset="mcts_dpo_arithmetic", overrides=KEPT, figures=ENGINE),
             Case(
                 label="plain sampling, 256 prompts",
                 preset="online_dpo_arithmetic",
@@ -242,12 +240,6 @@ CLAIMS = {
                 figures=ENGINE,
             ),
             Case(label="MCTS, 256 trees", preset="mcts_dpo_arithmetic", overrides=("prompts.batch=256", *SHORT), figures=ENGINE),
-            Case(
-                label="MCTS, 256 trees, prefixes kept",
-                preset="mcts_dpo_arithmetic",
-                overrides=("prompts.batch=256", *KEPT),
-                figures=ENGINE,
-            ),
             Case(
                 label="plain sampling, instructions",
                 preset="spar_instructions",
