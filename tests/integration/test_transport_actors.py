@@ -76,7 +76,7 @@ class Stage:
         ranks = [Supervised(f"learner rank {i}", rank.remote) for i in range(2)]
         self.learner = LearnerGroup(ranks, learner, sync_dtype="float32", timeout_s=TIMEOUT_S, transport=way)
         carrier = transport(way, self.learner, [self.engine], workers=1, timeout_s=TIMEOUT_S)
-        self.pool = RolloutPool([self.engine], carrier, timeout_s=TIMEOUT_S)
+        self.pool = RolloutPool([self.engine], carrier, places=rollout.max_num_seqs, timeout_s=TIMEOUT_S)
         self._begin = partial(self.learner.start, model, lr=1e-2, total_steps=10, lora=lora)
         self._actors = [self.engine, *ranks]
 
