@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import psutil
 import ray
@@ -111,8 +112,8 @@ class Supervised:
         self._alarm: asyncio.TimerHandle | None = None
         """One timer for all of them: thousands would cost more than the questions. It and the next stay when nobody asks any
         more: an engine that gets one question after the other would cost more for its timers than for the questions."""
-        self._tick: asyncio.TimerHandle | None = None
-        """When the actor is looked at next."""
+        self._ticking = False
+        """The actor will be looked at."""
         self._look: asyncio.Future[Any] | None = None
         """Its progress, asked for and not yet told."""
         self._seen: Any = None
@@ -228,12 +229,13 @@ class Supervised:
 
     def _wait_until(self, reply: asyncio.Future[Any], due: float, loop: asyncio.AbstractEventLoop) -> None:
         if loop is not self._loop:
-            self._loop, self._alarm, self._tick = loop, None, None
-        if not self._asked or self._tick is None:
+            self._loop, self._alarm, self._ticking = loop, None, False
+        if not self._asked or not self._ticking:
             self._watch_anew()
         self._asked[reply] = due
-        if self._tick is None:
-            self._tick = loop.call_later(self._pause, self._watch)
+        if not self._ticking:
+            self._ticking = True
+            _soon_after(loop, self._pause, self._watch)
         if self._alarm is None or due < self._alarm.when():
             self._set_alarm(due)
 
@@ -263,14 +265,15 @@ class Supervised:
         Not a task: there may be thousands of actors, and one question for each. The actor's `progress` must grow whenever it did
         anything.
         """
-        loop, self._tick = asyncio.get_running_loop(), None
+        loop, self._ticking = asyncio.get_running_loop(), False
         if not self._asked:
             return
         left = self._since + self.limits.stall_s - loop.time()
         if self._look is not None and not self._look.done() and left <= 0:
             self._stalled()
             return
-        self._tick = loop.call_later(min(self._pause, max(left, 0.1)), self._watch)
+        self._ticking = True
+        _soon_after(loop, min(self._pause, max(left, 0.1)), self._watch)
         if self._look is None:
             try:
                 self._look = asyncio.wrap_future(self._actor.progress.remote().future(), loop=loop)
@@ -297,6 +300,28 @@ class Supervised:
     def _stalled(self) -> None:
         self._watch_anew()
         self._give_up(self._asked, DeadlineError(f"{self.name} has work and made no progress for {self.limits.stall_s:g} s"))
+
+
+_GRID_S = 0.05
+_timers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, list[Callable[[], None]]]] = WeakKeyDictionary()
+"""By multiples of `_GRID_S`, on each loop's clock."""
+
+
+def _soon_after(loop: asyncio.AbstractEventLoop, seconds: float, call: Callable[[], None]) -> None:
+    """Call it then or up to `_GRID_S` later, with all others who are due: thousands of actors get their work at the same time,
+    and a timer of its own for each makes every timer of the loop dearer."""
+    timers = _timers.setdefault(loop, {})
+    slot = math.ceil((loop.time() + seconds) / _GRID_S)
+    if slot in timers:
+        timers[slot].append(call)
+        return
+    timers[slot] = [call]
+    loop.call_at(slot * _GRID_S, _ring_all, timers, slot)
+
+
+def _ring_all(timers: dict[int, list[Callable[[], None]]], slot: int) -> None:
+    for call in timers.pop(slot):
+        call()
 
 
 async def on_node(node: str, function: Callable[..., None], *arguments: Any) -> None:
