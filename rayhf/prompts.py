@@ -192,6 +192,10 @@ class Chat:
         tame = [{"role": m["role"], "content": self._disarm(m["content"])} for m in messages]
         return render(self._tokenizer, tame, where="chat template")
 
+    def text(self, token_ids: Sequence[int]) -> str:
+        """What an engine calls the text of a completion with these tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
     def answer(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
         """Token ids of `text` as the answer to `messages`, with everything the template puts at the end of a turn.
 

@@ -1,8 +1,9 @@
 """MCTS-DPO: a tree of steps per prompt; the better sibling over the worse one. Xie et al. 2024 (2405.00451), ALGORITHMS.md A5.
 
 explore   rayhf/search/mcts.py grows the tree; a step is a continuation up to a stop string, an answer is judged by the scorer, an
-          unfinished step by a completion to the end. The tree comes back as the group's samples: one of kind "step" per node,
-          with its parent, its context and what the search learned of it, then those of kind "rollout" that only valued a step.
+          unfinished step by completions to the end. The first of them costs no request: whoever writes a step is let go on, and
+          what comes after the step values it. The tree comes back as the group's samples: one of kind "step" per node, with its
+          parent, its context and what the search learned of it, then those of kind "rollout" that only valued a step.
 select    reads nothing but those samples (`tree_from_group`), so a stored tree gives the same pairs again
           (rayhf/search/siblings.py).
 loss      DPO over the tokens in which two siblings differ, with a soft label from their visits.
@@ -11,6 +12,7 @@ loss      DPO over the tokens in which two siblings differ, with a soft label fr
 from __future__ import annotations
 
 import asyncio
+import bisect
 import math
 import re
 from collections.abc import Sequence
@@ -79,17 +81,49 @@ class _Exploration:
         self.gold = self._gold_steps() if config.inject_gold else []
 
     async def expand(self, tree: Tree, node: Node, width: int) -> list[Step]:
-        """`width` sampled steps, after the reference answer's own where it is injected."""
+        """`width` sampled steps, after the reference answer's own where it is injected.
+
+        Where steps are valued by completions, each is written together with its first one: the same distribution as asking
+        for the step and then for what follows, with half the requests and with the context read once.
+        """
         written, plain = tree.token_ids(node), self.explorer.sampling
-        sampling = replace(
-            plain,
-            max_tokens=min(self.config.step_tokens, self._left(written)),
-            stop=(*self.config.step_stop, *plain.stop),
-        )
+        sampling = replace(plain, max_tokens=self._left(written))
+        if not self.config.rollouts:
+            stop = (*self.config.step_stop, *plain.stop)
+            sampling = replace(sampling, max_tokens=min(self.config.step_tokens, sampling.max_tokens), stop=stop)
         completions = await self.explorer.sample(width, prefix=written, sampling=sampling)
-        steps = [Step(completion=each, end=self._end(each, written)) for each in completions]
+        steps = [self._first_step(each, written) for each in completions]
         self.cut += sum(step.end is None and step.completion.finish_reason == "length" for step in steps)
         return [*self._gold_step(node, written, completions[0].policy_version), *steps]
+
+    def _first_step(self, whole: Completion, written: Sequence[int]) -> Step:
+        """Up to the token that completes a stop string, at most step_tokens; and what was written after it."""
+
+        def stepped(count: int) -> bool:
+            text = self.explorer.decode(whole.token_ids[:count])
+            return any(stop in text for stop in self.config.step_stop)
+
+        size = min(len(whole.token_ids), self.config.step_tokens)
+        if any(stop in whole.text for stop in self.config.step_stop):
+            size = 1 + bisect.bisect_left(range(1, size), True, key=stepped)
+        if size == len(whole.token_ids):
+            return Step(completion=whole, end=self._end(whole, written))
+        text = self.explorer.decode(whole.token_ids[:size])
+        step = replace(
+            whole,
+            text=text,
+            token_ids=whole.token_ids[:size],
+            logprobs=whole.logprobs[:size],
+            finish_reason="stop" if stepped(size) else "length",
+        )
+        onward = replace(
+            whole,
+            # Where a cut takes a character apart, neither half has it.
+            text=whole.text[len(text) :] if whole.text.startswith(text) else self.explorer.decode(whole.token_ids[size:]),
+            token_ids=whole.token_ids[size:],
+            logprobs=whole.logprobs[size:],
+        )
+        return Step(completion=step, end=self._end(step, written), onward=onward)
 
     async def evaluate(self, tree: Tree, node: Node) -> float | None:
         """R = outcome + confidence (paper, section 2.1). None, and counted, where one of the two is missing."""
@@ -111,7 +145,9 @@ class _Exploration:
             return 0.0
         written = tuple(token for part in parts for token in part.token_ids)
         sampling = replace(self.explorer.sampling, max_tokens=self._left(written))
-        ends = await self.explorer.sample(self.config.rollouts, prefix=written, sampling=sampling)
+        ends = list(node.onward)
+        if (missing := self.config.rollouts - len(ends)) > 0:
+            ends += await self.explorer.sample(missing, prefix=written, sampling=sampling)
         outcomes = await self.explorer.score([join([*parts, end], end.finish_reason) for end in ends])
         self.rollouts[node.id] = list(zip(ends, outcomes, strict=True))
         values = [value for outcome in outcomes if (value := worth(outcome, self.config.outcome)) is not None]

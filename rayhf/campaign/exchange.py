@@ -95,6 +95,10 @@ class Explorer:
         """Token ids of `text` as an answer, end-of-turn token included."""
         return self._exchange.chat.answer(self._prompt.messages, text)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a part of a completion."""
+        return self._exchange.chat.text(token_ids)
+
     def room(self, context: Sequence[int]) -> int:
         """Tokens that the model can still take after `context`; 0 or less: it is too long."""
         return self._exchange.chat.max_length - len(context)
@@ -204,7 +208,7 @@ class Exchange:
             leftovers = [*tasks, *self._calls, background]
             for task in leftovers:
                 task.cancel()
-            await asyncio.gather(*leftovers, return_exceptions=True)
+            await asyncio.gather(explorers, *leftovers, return_exceptions=True)
 
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
         answer = await self._generate(request)

@@ -81,8 +81,9 @@ class MCTSDPOConfig(Section):
     """Tokens of one step at most (code, mathematics; 32 for multiple choice). A longer step is cut and goes on in the next."""
     outcome: OutcomeConfig = OutcomeConfig()
     rollouts: NonNegativeInt = 1
-    """Unfinished steps are valued by this many completions to the end, judged like answers. Ours: the paper has only the
-    self-evaluation here, and without that a step would be worth nothing until its answer is found."""
+    """Unfinished steps are valued by at least this many completions to the end, judged like answers: a step that was sampled more
+    than once has one of each time. Ours: the paper has only the self-evaluation here, and without that a step would be worth
+    nothing until its answer is found."""
     self_evaluation: SelfEvaluationConfig | None = None
     """Paper: on. Off here: a policy that was never taught to judge says little (ours)."""
     inject_gold: bool = False

@@ -44,6 +44,8 @@ class Step:
     """None: the answer goes on."""
     gold: bool = False
     """Injected from the reference answer: a leak."""
+    onward: Completion | None = None
+    """What was written after it, to the end of the answer; None where the writer stopped, or was not let go on."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,6 +76,8 @@ class Node:
     """On the path that the search settled for."""
     expanded: bool = False
     children: list[int] = field(default_factory=list)
+    onward: list[Completion] = field(default_factory=list)
+    """Of its step, and of its duplicates."""
     pending: int = 0
     """Iterations of the wave under way that passed here."""
 
@@ -118,18 +122,23 @@ class Tree:
         return tuple(token for each in self.path(node) for token in each.token_ids)
 
     def attach(self, parent: Node, steps: Sequence[Step], *, length_exponent: float) -> list[Node]:
-        """Give `parent` its children, each text once; returns them. The first of equal steps stays."""
+        """Give `parent` its children, each text once; returns them. The first of equal steps stays, and keeps what was written
+        after the others of the same tokens."""
         parent.expanded = True
-        seen: set[tuple[str, bool]] = {(child.text, child.terminal) for child in self.children(parent)}
+        seen = {(child.text, child.terminal): child for child in self.children(parent)}
         fresh = []
         for step in steps:
             key = (step.completion.text, step.end is not None)
-            if key in seen:
+            if twin := seen.get(key):
                 self.duplicates += 1
+                if step.onward is not None and step.completion.token_ids == twin.token_ids:
+                    twin.onward.append(step.onward)
                 continue
-            seen.add(key)
             likelihood = 1.0 if step.gold else prior(step.completion.logprobs, length_exponent)
             node = Node(id=len(self.nodes), parent=parent.id, step=step, depth=parent.depth + 1, prior=likelihood)
+            if step.onward is not None:
+                node.onward.append(step.onward)
+            seen[key] = node
             self.nodes.append(node)
             parent.children.append(node.id)
             fresh.append(node)

@@ -25,7 +25,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rayhf.config.guards import GuardsConfig
 from tests.bench.results import put_section
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,11 +153,14 @@ CLAIMS = {
                 label="online DPO, fitted Bradley-Terry",
                 preset="sppo_game",
                 overrides=(
-                    # The model's scores lead away from the game, to longer texts or nearly all ties: guards would end that.
-                    *(f"guards.{guard}.pause=null" for guard in GuardsConfig.model_fields),
-                    "guards.length.pause_shrunk=null",
+                    # As SPPO's rule does, something must say that what is no move loses: the fitted model has only seen moves.
+                    "scorer.train=[{type: reward_model, model: SCORERS/bradley_terry_game}, "
+                    "{type: rule, function: 'rayhf.tiny.game:legal', weight: 10.0}]",
                     "algorithm={type: online_dpo, samples: 8, beta: 0.1}",
-                    "scorer.train=[{type: reward_model, model: SCORERS/bradley_terry_game}]",
+                    # With SPPO's rate DPO leaves the game in two rounds.
+                    "learner.lr=3e-4",
+                    "learner.epochs=2",
+                    "guards.no_signal.pause=null",  # it settles for one move
                 ),
                 figures=GAME,
             ),

@@ -94,6 +94,9 @@ class FakeChat:
     def answer(self, messages, text):
         return (*(2 + ord(c) % 40 for c in text), 1)
 
+    def text(self, token_ids):
+        return " ".join(map(str, token_ids))
+
 
 class FakeReference:
     def __init__(self) -> None:

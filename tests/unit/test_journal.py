@@ -1,5 +1,6 @@
 """A round that was cut short is told again what it was told: nothing is asked twice, and the end is the same."""
 
+import gc
 import math
 import struct
 import zlib
@@ -162,6 +163,14 @@ def test_a_killed_round_is_not_explored_twice(tmp_path, algorithm):
         # Only evaluations are made again: they are no part of a round's exploration.
         explored = [call for call in asked if call in every.calls[1:]]
         assert len(explored) <= calls + 2, (at, len(explored), calls)
+
+
+def test_a_killed_round_leaves_nothing_that_nobody_waits_for(tmp_path, caplog):
+    """The garbage collector would report it in the middle of something else, whose stack it might not leave as it was."""
+    with pytest.raises(KeyboardInterrupt):
+        play(make_config(tmp_path), rollout=Killed(3))
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_what_the_scorer_had_learned_comes_back_with_the_journal(tmp_path):

@@ -6,6 +6,7 @@ Two lines end in a line end, the third in the end of the turn.
 import asyncio
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -86,6 +87,9 @@ class ToyChat:
         self.rendered.append(messages[0]["content"])
         return (900, 1)
 
+    def text(self, token_ids):
+        return text_of(token_ids)
+
     def answer(self, messages, text):
         return (*(NEWLINE if c == "\n" else 10 + int(c) for c in text), END)
 
@@ -133,9 +137,10 @@ def test_the_search_finds_the_right_answer():
     assert [s.completion.text for s in path] == ["1\n", "2\n", "3"]
 
 
-def test_the_tree_is_in_the_samples():
+@pytest.mark.parametrize("rollouts", [1, 3])
+def test_the_tree_is_in_the_samples(rollouts):
     rollout, scorer = ToyRollout(), ToyScorer()
-    (group,) = explore(config_of(), rollout=rollout, scorer=scorer, sampling=Sampling(max_tokens=9))
+    (group,) = explore(config_of(rollouts=rollouts), rollout=rollout, scorer=scorer, sampling=Sampling(max_tokens=9))
     steps = [s for s in group.samples if s.kind == "step"]
     ends = [s for s in group.samples if s.kind == "rollout"]
     assert group.samples == (*steps, *ends) and len(steps) == group.metrics["mcts/nodes"]
@@ -150,11 +155,60 @@ def test_the_tree_is_in_the_samples():
     # The scorer saw whole answers only, and each exactly once.
     assert len(scorer.seen) == len(ends) + sum(s.outcome is not None for s in steps)
     assert all(c.text.count("\n") == 2 and len(c.token_ids) == len(c.logprobs) == 6 for c in scorer.seen)
-    # Steps stop at the line's end and stay within what is left of the whole answer.
-    for request in rollout.requests:
-        left = 9 - (len(request.token_ids) - 2)
-        stepping = bool(request.sampling.stop)
-        assert request.sampling.max_tokens == (min(8, left) if stepping else left)
+    # Every unfinished step is valued by as many completions as it needs, and nobody writes more than a whole answer has left.
+    valued = Counter(s.parent for s in ends)
+    assert all(s.stats["terminal"] or valued[i] >= rollouts for i, s in enumerate(steps))
+    assert {r.sampling.max_tokens + len(r.token_ids) - 2 for r in rollout.requests} == {9}
+
+
+def test_a_step_is_written_together_with_what_first_values_it():
+    rollout = ToyRollout()
+    (group,) = explore(config_of(iterations=1, width=(30,), reroot="never"), rollout=rollout)
+    (request,) = rollout.requests
+    wholes = [rollout._write(request, i, seed) for i, seed in enumerate(request.seeds)]
+    assert group.metrics["mcts/nodes"] == 3 and group.metrics["mcts/rollouts"] == 30
+    for at, step in enumerate(group.samples[:3]):
+        mine = [w for w in wholes if w.text.startswith(step.completion.text)]
+        ends = [s.completion for s in group.samples if s.kind == "rollout" and s.parent == at]
+        assert [step.completion.token_ids + e.token_ids for e in ends] == [w.token_ids for w in mine]
+        assert [step.completion.logprobs + e.logprobs for e in ends] == [w.logprobs for w in mine]
+        assert [step.completion.text + e.text for e in ends] == [w.text for w in mine]
+        assert (step.completion.text[-1], step.completion.finish_reason, ends[0].finish_reason) == ("\n", "stop", "stop")
+        right = np.mean([1.0 if w.text == "1\n2\n3" else -1.0 for w in mine])
+        assert step.stats["estimate"] == pytest.approx(right)
+
+
+def test_without_completions_a_step_ends_where_it_ends():
+    rollout = ToyRollout()
+    (group,) = explore(config_of(rollouts=0), rollout=rollout, sampling=Sampling(max_tokens=9))
+    assert group.metrics["mcts/rollouts"] == 0 and {s.kind for s in group.samples} == {"step"}
+    assert all(r.sampling.stop == ("\n",) and r.sampling.max_tokens == min(8, 11 - len(r.token_ids)) for r in rollout.requests)
+
+
+def test_a_character_that_a_cut_takes_apart_is_lost_and_nothing_is_doubled():
+    class Bytes(ToyChat):
+        def text(self, token_ids):
+            return bytes(token_ids).decode(errors="replace")
+
+    class Writes:
+        async def generate(self, requests, *, version):
+            tokens = tuple("aé\nb".encode())
+            whole = Completion(
+                prompt_id="p0",
+                index=0,
+                seed=0,
+                text="aé\nb",
+                token_ids=tokens,
+                logprobs=(-1.0,) * 5,
+                finish_reason="stop",
+                policy_version=0,
+            )
+            return [(whole,) * len(r.seeds) for r in requests]
+
+    config = config_of(iterations=1, width=(1,), step_tokens=2, reroot="never")
+    (group,) = explore(config, rollout=Writes(), chat=Bytes())
+    assert [s.completion.text for s in group.samples] == ["a\ufffd", "\ufffd\nb"]
+    assert [s.completion.finish_reason for s in group.samples] == ["length", "stop"]
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
@@ -285,9 +339,7 @@ def test_all_ties_train_nothing():
 def test_duplicates_are_counted():
     (group,), exchange = explored(config_of(iterations=1, width=(30,), reroot="never"))
     assert group.metrics["mcts/duplicates"] == 27 and group.metrics["mcts/nodes"] == 3
-    ends = [s for s in group.samples if s.kind == "rollout"]
-    assert exchange.written == 30 * 2 + sum(len(s.completion.token_ids) for s in ends)
-    assert exchange.read == 30 * len(group.prompt.token_ids) + sum(len(s.context_ids) for s in ends)
+    assert exchange.written == 30 * 6 and exchange.read == 30 * len(group.prompt.token_ids)
 
 
 def test_self_evaluation_adds_the_share_of_yes():
