@@ -46,7 +46,7 @@ def samples(world: Path, name: str, iteration: int) -> list[dict[str, object]]:
     return pq.read_table(world / name / f"samples/iteration-{iteration:06d}.parquet").to_pylist()
 
 
-def wait_for(condition, seconds: float = 200) -> None:
+def wait_for(condition, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -162,6 +162,7 @@ def test_an_engine_that_dies_in_the_middle_is_named_in_time(stage: tuple[asyncio
     assert time.monotonic() - started < TIMEOUT_S
 
 
+@pytest.mark.timeout(600)
 def test_with_lora_only_adapters_travel(ground: tuple[asyncio.Runner, Path]) -> None:
     async def journey(one: Stage, way: TransportName, last: int) -> None:
         one.travel(way)
