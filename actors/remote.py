@@ -31,14 +31,22 @@ async def answer(reply: asyncio.Future[Any], *, who: str, phase: str) -> Any:
     """
     try:
         return await reply
-    except RayTaskError as error:
-        if isinstance(error.cause, RayhfError):
-            raise error.cause from None
-        if isinstance(error.cause, RayError):  # what it needed was lost with its owner
-            raise ActorLostError(f"{phase}: {who} could not get what it needs ({_first_line(error.cause)})") from error
-        raise
     except RayError as error:
-        raise ActorLostError(f"{phase}: {who} died ({_first_line(error)})") from error
+        found = translated(error, who=who, phase=phase)
+        raise found from found.__cause__
+
+
+def translated(error: BaseException, *, who: str, phase: str) -> BaseException:
+    """What a call that failed with `error` means here; see `answer`."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RayhfError):
+        return cause
+    if not isinstance(cause, RayError):
+        return error
+    what = "died" if cause is error else "could not get what it needs"  # the latter was lost with its owner
+    lost = ActorLostError(f"{phase}: {who} {what} ({_first_line(cause)})")
+    lost.__cause__ = error
+    return lost
 
 
 async def wait_all(references: Sequence[ray.ObjectRef], *, who: Sequence[str], phase: str, timeout_s: float) -> list[Any]:

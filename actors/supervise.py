@@ -21,12 +21,13 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.remote import answer, wait
+from actors.remote import answer, translated, wait
 from rayhf.errors import ActorLostError, DeadlineError
 
 Report = Callable[[str, str], None]
@@ -102,13 +103,22 @@ class Supervised:
         self._where: Whereabouts | None = None
         self._replacing = asyncio.Lock()
         self._losses: deque[float] = deque()
-        self._watch: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """Whose timers these are."""
         self._asked: dict[asyncio.Future[Any], float] = {}
         """Every reply that somebody waits for, and until when, on the loop's clock."""
         self._given_up: dict[asyncio.Future[Any], BaseException | None] = {}
         """Replies that will not come, and why; None for one that is late. Whoever waits takes his out."""
         self._alarm: asyncio.TimerHandle | None = None
-        """One timer for all of them: thousands would cost more than the questions."""
+        """One timer for all of them: thousands would cost more than the questions. It and the next stay when nobody asks any
+        more: an engine that gets one question after the other would cost more for its timers than for the questions."""
+        self._ticking = False
+        """The actor will be looked at."""
+        self._look: asyncio.Future[Any] | None = None
+        """Its progress, asked for and not yet told."""
+        self._seen: Any = None
+        self._since = 0.0
+        """The progress that was told last, and when it was first."""
 
     @property
     def actor(self) -> Any:
@@ -150,6 +160,7 @@ class Supervised:
             await self.kill()
             self._actor, self._where = await self._successor()
             self._life = life + 1
+            self._watch_anew()
             self._report("recovered", f"{self.name} is back after {time.monotonic() - lost:.1f} s")
 
     def _count_loss(self, why: Exception) -> None:
@@ -204,7 +215,7 @@ class Supervised:
         assert asker is not None
         cancelled = asker.cancelling()
         reply = asyncio.wrap_future(call(self._actor).future(), loop=loop)
-        self._wait_until(reply, loop.time() + timeout_s)
+        self._wait_until(reply, loop.time() + timeout_s, loop)
         try:
             return await answer(reply, who=self.name, phase=phase)
         except asyncio.CancelledError:
@@ -215,14 +226,16 @@ class Supervised:
         finally:
             self._asked.pop(reply, None)
             self._given_up.pop(reply, None)
-            if not self._asked:
-                self._rest()
 
-    def _wait_until(self, reply: asyncio.Future[Any], due: float) -> None:
+    def _wait_until(self, reply: asyncio.Future[Any], due: float, loop: asyncio.AbstractEventLoop) -> None:
+        if loop is not self._loop:
+            self._loop, self._alarm, self._ticking = loop, None, False
+        if not self._asked or not self._ticking:
+            self._watch_anew()
         self._asked[reply] = due
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._watch_actor(), name=f"watch {self.name}")
-            self._watch.add_done_callback(self._found)
+        if not self._ticking:
+            self._ticking = True
+            _soon_after(loop, self._pause, self._watch)
         if self._alarm is None or due < self._alarm.when():
             self._set_alarm(due)
 
@@ -236,42 +249,79 @@ class Supervised:
         self._give_up([reply for reply, due in self._asked.items() if due <= now], None)
         self._set_alarm(min((due for due in self._asked.values() if due > now), default=None))
 
-    def _rest(self) -> None:
-        """Nobody asks."""
-        self._set_alarm(None)
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None  # whoever asks next must not wait with one that is being cancelled
-
-    def _found(self, watch: asyncio.Task[None]) -> None:
-        """The watch is over. Unless nobody needed it any more: tell all who wait, now and at once."""
-        if watch.cancelled():
-            return
-        why = watch.exception()
-        if watch is self._watch:  # and not one that ended when nobody asked any more: what is asked now is another's
-            self._give_up(self._asked, why)
-
     def _give_up(self, replies: Iterable[asyncio.Future[Any]], why: BaseException | None) -> None:
         for reply in replies:
             if reply.cancel():  # False where the answer is there, and its asker has not come round to it yet
                 self._given_up[reply] = why
 
-    async def _watch_actor(self) -> None:
-        """One for all who wait. Raises DeadlineError when the actor, which has work, neither answers nor gets on for `stall_s`.
+    @property
+    def _pause(self) -> float:
+        return min(10.0, self.limits.stall_s / 4)
 
-        The actor's `progress` must grow whenever it did anything.
+    def _watch(self) -> None:
+        """Look at the actor, one look for all who wait, again and again until nobody does. It has work: when it neither answers
+        nor gets on for `stall_s`, they are told.
+
+        Not a task: there may be thousands of actors, and one question for each. The actor's `progress` must grow whenever it did
+        anything.
         """
-        pause = min(10.0, self.limits.stall_s / 4)
-        seen, since = None, time.monotonic()
-        while True:
-            await asyncio.sleep(pause)
-            left = self.limits.stall_s - (time.monotonic() - since)
-            with contextlib.suppress(DeadlineError):
-                beat = await wait(self._actor.progress.remote(), who=self.name, phase="watch", timeout_s=max(left, 0.1))
-                if beat != seen:
-                    seen, since = beat, time.monotonic()
-            if time.monotonic() - since >= self.limits.stall_s:
-                raise DeadlineError(f"{self.name} has work and made no progress for {self.limits.stall_s:g} s")
+        loop, self._ticking = asyncio.get_running_loop(), False
+        if not self._asked:
+            return
+        left = self._since + self.limits.stall_s - loop.time()
+        if self._look is not None and not self._look.done() and left <= 0:
+            self._stalled()
+            return
+        self._ticking = True
+        _soon_after(loop, min(self._pause, max(left, 0.1)), self._watch)
+        if self._look is None:
+            try:
+                self._look = asyncio.wrap_future(self._actor.progress.remote().future(), loop=loop)
+            except Exception as error:  # noqa: BLE001  passed on to whoever waits, not swallowed
+                self._give_up(self._asked, error)
+            else:
+                self._look.add_done_callback(self._looked)
+
+    def _looked(self, look: asyncio.Future[Any]) -> None:
+        error = asyncio.CancelledError() if look.cancelled() else look.exception()
+        if look is not self._look:
+            return  # nobody waits any more who waited then
+        self._look, now = None, asyncio.get_running_loop().time()
+        if error is not None:
+            self._give_up(self._asked, translated(error, who=self.name, phase="watch"))
+        elif look.result() != self._seen:
+            self._seen, self._since = look.result(), now
+        elif now - self._since >= self.limits.stall_s:
+            self._stalled()
+
+    def _watch_anew(self) -> None:
+        self._seen, self._since, self._look = None, asyncio.get_running_loop().time(), None
+
+    def _stalled(self) -> None:
+        self._watch_anew()
+        self._give_up(self._asked, DeadlineError(f"{self.name} has work and made no progress for {self.limits.stall_s:g} s"))
+
+
+_GRID_S = 0.05
+_timers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, list[Callable[[], None]]]] = WeakKeyDictionary()
+"""By multiples of `_GRID_S`, on each loop's clock."""
+
+
+def _soon_after(loop: asyncio.AbstractEventLoop, seconds: float, call: Callable[[], None]) -> None:
+    """Call it then or up to `_GRID_S` later, with all others who are due: thousands of actors get their work at the same time,
+    and a timer of its own for each makes every timer of the loop dearer."""
+    timers = _timers.setdefault(loop, {})
+    slot = math.ceil((loop.time() + seconds) / _GRID_S)
+    if slot in timers:
+        timers[slot].append(call)
+        return
+    timers[slot] = [call]
+    loop.call_at(slot * _GRID_S, _ring_all, timers, slot)
+
+
+def _ring_all(timers: dict[int, list[Callable[[], None]]], slot: int) -> None:
+    for call in timers.pop(slot):
+        call()
 
 
 async def on_node(node: str, function: Callable[..., None], *arguments: Any) -> None:

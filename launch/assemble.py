@@ -124,7 +124,9 @@ class Cast:
         starts = [one.start() for one in self.crew]
         learners = {policy: self._learner(_role("learner", policy)) for policy in algorithm.policies}
         pools = {
-            policy: RolloutPool(group, self._transport(learners[policy], group), timeout_s=timeout_s)
+            policy: RolloutPool(
+                group, self._transport(learners[policy], group), places=config.rollout.max_num_seqs, timeout_s=timeout_s
+            )
             for policy, group in engines.items()
         }
         if self.shares:

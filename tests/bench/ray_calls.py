@@ -19,6 +19,8 @@ from rayhf.experience import Completion, GenerateRequest, Sampling
 
 IN_FLIGHT = 512
 CALLS = 4096
+PLACES = 1 << 20
+"""Of the actor: every request that comes alone is a call of its own."""
 
 
 @ray.remote(num_cpus=0)
@@ -64,7 +66,7 @@ async def cost_us(length: int, samples: int, hand: int) -> float:
     create = Engine.options(max_concurrency=100_000).remote
     one = Supervised("engine", lambda: create(length), limits=Limits(stall_s=300.0, restarts=0))
     await one.start()
-    pool = RolloutPool([one], ObjectStore([one], timeout_s=600.0), timeout_s=600.0)
+    pool = RolloutPool([one], ObjectStore([one], timeout_s=600.0), places=PLACES, timeout_s=600.0)
     waiting = iter(range(CALLS // hand))
 
     async def ask() -> None:

@@ -283,7 +283,7 @@ async def engines(world: World, meter: Meter) -> RolloutPool:
     limits = Limits(stall_s=300.0, restarts=1_000)
     crew = [Crew(f"rollout engine {i}", partial(create, i), built, limits=limits) for i in range(world.engines)]
     await asyncio.gather(*(one.start() for one in crew))
-    return RolloutPool(crew, ObjectStore(crew, timeout_s=1e6), timeout_s=1e6)
+    return RolloutPool(crew, ObjectStore(crew, timeout_s=1e6), places=world.slots, timeout_s=1e6)
 
 
 class SimScorer:

@@ -9,12 +9,12 @@ import pytest
 from fakes import FakeChat, FakeRollout, FakeScorer, make_prompts
 from test_controller import make_config, metrics_of, play
 
-from actors.rollout import _LeastBusy
+from actors.rollout import RolloutPool, _LeastBusy
 from rayhf.algorithms.base import sample_and_score
 from rayhf.campaign import store
 from rayhf.campaign.audit import audit
 from rayhf.campaign.exchange import Exchange
-from rayhf.experience import Sampling
+from rayhf.experience import GenerateRequest, Sampling
 from tests.bench.scale_sim import Case
 from tests.bench.scale_sim import play as simulated
 from tests.bench.simulated import World
@@ -86,6 +86,104 @@ def test_the_least_busy_is_the_least_busy():
             busy.add(number, work)
             under_way.append((number, work))
     assert len(busy._order) <= 4 * 7
+
+
+class Desk:
+    """An engine as the pool sees it, whose calls are answered when the test wants it."""
+
+    prepare = None
+
+    def __init__(self):
+        self.calls = []
+
+    async def persist(self, call, *, phase, timeout_s):
+        return await call(self)
+
+    @property
+    def generate(self):
+        return self
+
+    def remote(self, requests, version):
+        self.calls.append((requests, version, asyncio.get_running_loop().create_future()))
+        return self.calls[-1][2]
+
+    def answer(self, number):
+        requests, _, future = self.calls[number]
+        future.set_result([request.prompt_id for request in requests])
+
+    @property
+    def sizes(self):
+        return [len(requests) for requests, _, _ in self.calls]
+
+
+class Nobody:
+    async def equip(self, actor): ...
+
+
+def _asks(pool, numbers, version=0):
+    def ask(number):
+        request = GenerateRequest(prompt_id=str(number), number=0, token_ids=(1,), sampling=Sampling(max_tokens=4), seeds=(1, 2))
+        return asyncio.ensure_future(pool.generate([request], version=version))
+
+    return [ask(number) for number in numbers]
+
+
+async def _turns():
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_single_requests_travel_together_only_where_engines_have_twice_what_they_can_write():
+    async def play():
+        desks = [Desk(), Desk()]
+        pool = RolloutPool(desks, Nobody(), places=4, timeout_s=1.0)
+        asked = _asks(pool, range(8))
+        await _turns()
+        assert [desk.sizes for desk in desks] == [[1] * 4, [1] * 4]  # two sequences each: twice the four places
+        asked += [*_asks(pool, range(8, 21)), *_asks(pool, [21], version=1)]
+        await _turns()
+        assert [desk.sizes[4:] for desk in desks] == [[8], [5, 1]]
+        assert [version for desk in desks for _, version, _ in desk.calls[4:]] == [0, 0, 1]
+        desks[1].answer(0)
+        await _turns()
+        assert [task.done() for task in asked].count(True) == 1  # nobody waits for another who need not
+        for desk in desks:
+            for number, (_, _, future) in enumerate(desk.calls):
+                if not future.done():
+                    desk.answer(number)
+        assert await asyncio.gather(*asked) == [[str(n)] for n in range(22)]
+        asked = _asks(pool, range(2))
+        await _turns()
+        assert [desk.sizes[-1] for desk in desks] == [1, 1]  # the load is what is under way, not what was
+
+    asyncio.run(play())
+
+
+def test_a_hand_of_requests_fails_as_one_and_is_given_up_when_nobody_waits_for_it_any_more():
+    async def play():
+        desk = Desk()
+        pool = RolloutPool([desk], Nobody(), places=1, timeout_s=1.0)
+        first = _asks(pool, range(1))
+        await _turns()
+        asked = _asks(pool, range(1, 4))
+        await _turns()
+        assert desk.sizes == [1, 3]
+        asked[0].cancel()
+        await _turns()
+        assert not desk.calls[1][2].cancelled() and asked[0].cancelled()
+        desk.calls[1][2].set_exception(ValueError("broken"))
+        found = await asyncio.gather(*asked[1:], return_exceptions=True)
+        assert [str(each) for each in found] == ["broken"] * 2
+        asked = _asks(pool, range(4, 6))
+        await _turns()
+        for each in asked:
+            each.cancel()
+        await _turns()
+        assert desk.sizes == [1, 3, 2] and desk.calls[2][2].cancelled()
+        desk.answer(0)
+        assert await first[0] == ["0"] and pool._busy.least() == 0
+
+    asyncio.run(play())
 
 
 class Counting(FakeRollout):

@@ -117,16 +117,62 @@ def test_an_asker_who_is_cancelled_as_his_deadline_passes_ends_as_cancelled():
     asyncio.run(play())
 
 
-def test_a_watch_that_ended_when_nobody_asked_any_more_leaves_the_next_question_alone():
+def test_a_look_from_when_somebody_else_asked_leaves_the_next_question_alone():
+    class Dying(Actor):
+        """Its progress is told when the test wants it."""
+
+        def __init__(self):
+            super().__init__()
+            self.looks = []
+
+        def _progress(self):
+            self.looks.append(Ref())
+            return self.looks[-1]
+
     async def play():
-        one = supervised(Actor())
-        late = asyncio.get_running_loop().create_future()
-        late.set_exception(DeadlineError("made no progress"))
-        question = asyncio.ensure_future(double(one, 1))
-        while not one._asked:
-            await asyncio.sleep(0)
-        one._found(late)
-        assert await question == 2
+        actor = Dying()
+        one = supervised(actor, stall_s=0.4)
+        actor.stuck = True
+        first = asyncio.ensure_future(double(one, 1))
+        while not actor.looks:
+            await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.wait([first])
+        second = asyncio.ensure_future(double(one, 2))
+        await asyncio.sleep(0.01)
+        actor.looks[0].result.set_exception(ActorLostError("the one who was asked before"))
+        await asyncio.sleep(0.05)
+        assert not second.done()
+        while len(actor.looks) < 2:
+            await asyncio.sleep(0.01)
+        actor.looks[1].result.set_exception(ActorLostError("this one"))
+        with pytest.raises(ActorLostError, match="this one"):
+            await second
+
+    asyncio.run(play())
+
+
+def test_who_is_asked_in_another_loop_is_watched_there():
+    actor = Actor()
+    one = supervised(actor, stall_s=0.2)
+    assert [asyncio.run(double(one, n)) for n in range(3)] == [0, 2, 4]
+    actor.stuck = True
+    with pytest.raises(DeadlineError, match="no progress"):
+        asyncio.run(double(one, 1))
+    with pytest.raises(DeadlineError, match="no answer"):
+        asyncio.run(double(one, 1, timeout_s=0.05))
+
+
+def test_an_actor_that_dies_while_it_is_watched_is_noticed_by_all_who_wait():
+    class Dead(Actor):
+        def _progress(self):
+            raise ActorLostError("the engine is gone")
+
+    async def play():
+        actor = Dead()
+        actor.stuck, one = True, supervised(actor, stall_s=0.2)
+        answers = await asyncio.gather(*(double(one, n) for n in range(5)), return_exceptions=True)
+        assert all(isinstance(answer, ActorLostError) for answer in answers)
 
     asyncio.run(play())
 
