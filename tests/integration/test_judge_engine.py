@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,10 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     generator = torch.Generator().manual_seed(0)
     verdicts = {"good": "Verdict : yes", "bad": "Verdict : no", "why": "hm hm hm"}
-    for _ in range(250):
+    recent: deque[float] = deque([1.0], maxlen=20)
+    for _ in range(2000):  # how many it takes depends on the processor's rounding
+        if max(recent) < 0.02:
+            break
         rows = []
         for telling, verdict in verdicts.items():
             filler = ["plain", "<unk>"]
@@ -63,8 +67,10 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    assert float(loss.detach()) < 0.05
+        recent.append(float(loss.detach()))
+    assert max(recent) < 0.02
     model.save_pretrained(directory)
     words.save_pretrained(directory)
     return directory
