@@ -85,7 +85,7 @@ async def cost_us(length: int, samples: int, hand: int) -> float:
 def main() -> None:
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     print("| tokens an answer | answers a request | requests a call | us per request |\n|--:|--:|--:|--:|")
-    for length, samples, hand in ((32, 2, 1), (32, 2, 64), (512, 2, 1), (512, 8, 1)):
+    for length, samples, hand in ((32, 2, 1), (32, 2, 8), (32, 2, 64), (512, 2, 1), (512, 8, 1)):
         print(f"| {length} | {samples} | {hand} | {asyncio.run(cost_us(length, samples, hand)):.0f} |", flush=True)
 
 
