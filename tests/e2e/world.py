@@ -32,6 +32,9 @@ def nan(completion, *, prompt, answer, finish_reason):
 def slow(completion, *, prompt, answer, finish_reason):
     time.sleep(0.1)
     return 1.0
+
+def quick(completion, *, prompt, answer, finish_reason):
+    return 1.0
 """
 
 
