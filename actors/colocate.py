@@ -1,12 +1,15 @@
-"""Engines and learners that share their GPUs take turns; the roles look as if they had them for themselves.
+"""Engines and learners that share their GPUs take turns; the roles look as if they had them for
+themselves.
 
-A learner's turn: every engine sleeps (weights stay in host memory only where the object store has not got them), then every
-learner's state comes back from host memory -> log-probs, steps, publish, checkpoint.
-An engine's turn: every learner's state goes to host memory, then an engine takes memory for its weights, the weights (new ones
-where it is an update), and memory for keys and values -> generate.
+A learner's turn: every engine sleeps (weights stay in host memory only where the object store has
+not got them), then every learner's state comes back from host memory -> log-probs, steps, publish,
+checkpoint. An engine's turn: every learner's state goes to host memory, then an engine takes memory
+for its weights, the weights (new ones where it is an update), and memory for keys and values ->
+generate.
 
-Who waits for whom: a caller waits for its side's turn, which comes when nobody of the other side is at work. A change that fails
-leaves the turn to nobody, and the next caller makes it again from the start: putting to sleep and waking can be repeated.
+Who waits for whom: a caller waits for its side's turn, which comes when nobody of the other side is
+at work. A change that fails leaves the turn to nobody, and the next caller makes it again from the
+start: putting to sleep and waking can be repeated.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, Protocol
 
-from rayhf.experience import Batch, Completion, FloatArray, GenerateRequest, Row, WeightSnapshot
 from rayhf.losses.base import Loss
 from rayhf.roles import Learner, Rollout
+from rayhf.types import Batch, Completion, FloatArray, GenerateRequest, Row, WeightSnapshot
 
 
 class Sleeper(Protocol):
@@ -36,10 +39,12 @@ class SleepingRollout(Rollout, Sleeper, Protocol): ...
 class SleepingLearner(Learner, Sleeper, Protocol): ...
 
 
-class Turns:
+class GpuTimeSharing:
     """Whose turn it is on the shared GPUs. It begins with the learners', every engine asleep."""
 
-    def __init__(self, engines: Sequence[SleepingRollout], learners: Sequence[SleepingLearner]) -> None:
+    def __init__(
+        self, engines: Sequence[SleepingRollout], learners: Sequence[SleepingLearner]
+    ) -> None:
         self._engines, self._learners = engines, learners
         self._turn: Literal["rollout", "learner"] | None = "learner"
         self._awake: set[int] = set()
@@ -50,8 +55,11 @@ class Turns:
         self._change = asyncio.Lock()
 
     @asynccontextmanager
-    async def rollout(self, engine: SleepingRollout, wake: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[None]:
-        """The engine may write. `wake` wakes it in another way than with its old weights, and is called in any case."""
+    async def rollout(
+        self, engine: SleepingRollout, wake: Callable[[], Awaitable[None]] | None = None
+    ) -> AsyncIterator[None]:
+        """The engine may write. `wake` wakes it in another way than with its old weights, and is
+        called in any case."""
         async with self._change:
             if self._turn != "rollout":
                 await self._idle.wait()
@@ -97,10 +105,12 @@ class Turns:
 class SharedRollout:
     """Rollout whose engines share their GPUs with learners."""
 
-    def __init__(self, engines: SleepingRollout, turns: Turns) -> None:
+    def __init__(self, engines: SleepingRollout, turns: GpuTimeSharing) -> None:
         self._engines, self._turns = engines, turns
 
-    async def generate(self, requests: Sequence[GenerateRequest], *, version: int) -> list[tuple[Completion, ...]]:
+    async def generate(
+        self, requests: Sequence[GenerateRequest], *, version: int
+    ) -> list[tuple[Completion, ...]]:
         async with self._turns.rollout(self._engines):
             return await self._engines.generate(requests, version=version)
 
@@ -112,7 +122,7 @@ class SharedRollout:
 class SharedLearner:
     """Learner whose ranks share their GPUs with engines."""
 
-    def __init__(self, group: SleepingLearner, turns: Turns) -> None:
+    def __init__(self, group: SleepingLearner, turns: GpuTimeSharing) -> None:
         self._group, self._turns = group, turns
 
     async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:

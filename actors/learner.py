@@ -1,7 +1,7 @@
 """The learner role: one DeepSpeed engine per rank in actors, and the group that deals out a batch.
 
-The group plans every rank's micro-batches in one place, so that all ranks take the same number of steps through the model
-(their collectives meet in each), and all ranks are called together.
+The group plans every rank's micro-batches in one place, so that all ranks take the same number of
+steps through the model (their collectives meet in each), and all ranks are called together.
 """
 
 from __future__ import annotations
@@ -16,28 +16,33 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.remote import wait, wait_all
-from actors.supervise import Supervised, Whereabouts, whereabouts
-from rayhf.campaign.fence import Fence
+from actors.supervise import ProcessInfo, SupervisedActor, process_info
 from rayhf.config.schema import LearnerConfig
 from rayhf.errors import ActorLostError
-from rayhf.experience import Batch, Example, FloatArray, Row, TransportName, WeightBucket, WeightSnapshot
 from rayhf.learner.packing import plan
 from rayhf.losses.base import Loss, Totals
-from rayhf.rollout.weights import snapshot_checksum
+from rayhf.run_dir.epoch_guard import EpochGuard
+from rayhf.types import Batch, Example, FloatArray, Row, TransportName, WeightBucket, WeightSnapshot
+from rayhf.weights.buckets import snapshot_checksum
 
 if TYPE_CHECKING:
-    from rayhf.rollout.channel import Meeting, Sender
+    from rayhf.weights.broadcast import Rendezvous, Sender
 
 
 @contextmanager
 def _collectives() -> Iterator[None]:
-    """A collective that breaks or times out means that another rank is gone: nothing is wrong with this one."""
+    """A collective that breaks or times out means that another rank is gone: nothing is wrong with
+    this one."""
     try:
         yield
     except RuntimeError as error:
         text = str(error) or type(error).__name__
-        if type(error).__name__.startswith("Dist") or any(mark in text for mark in ("gloo", "NCCL", "Connection closed by peer")):
-            raise ActorLostError(f"the learner's ranks lost each other ({text.splitlines()[0][:200]})") from error
+        if type(error).__name__.startswith("Dist") or any(
+            mark in text for mark in ("gloo", "NCCL", "Connection closed by peer")
+        ):
+            raise ActorLostError(
+                f"the learner's ranks lost each other ({text.splitlines()[0][:200]})"
+            ) from error
         raise
 
 
@@ -54,18 +59,27 @@ class LearnerActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
-    def whereabouts(self) -> Whereabouts:
-        return whereabouts()
+    def process_info(self) -> ProcessInfo:
+        return process_info()
 
-    def build(self, model: Path, config: LearnerConfig, *, fence: Fence | None = None, **settings: Any) -> None:
-        """A `fence` guards what is written into a run directory."""
+    def build(
+        self,
+        model: Path,
+        config: LearnerConfig,
+        *,
+        epoch_guard: EpochGuard | None = None,
+        **settings: Any,
+    ) -> None:
+        """A `epoch_guard` guards what is written into a run directory."""
         from rayhf.learner.engine import LearnerEngine
-        from rayhf.learner.sending import Held
+        from rayhf.learner.weight_sender import IpcSender
 
-        self.fence, self._held = fence, Held()
+        self.epoch_guard, self._ipc_sender = epoch_guard, IpcSender()
         self.engine = LearnerEngine(model, config, **settings)
 
-    def step(self, micros: list[list[Example]], totals: Totals, loss: Loss, temperature: float) -> dict[str, float]:
+    def step(
+        self, micros: list[list[Example]], totals: Totals, loss: Loss, temperature: float
+    ) -> dict[str, float]:
         with _collectives():
             return self.engine.step(micros, totals, loss, temperature)
 
@@ -76,19 +90,19 @@ class LearnerActor:
     def publish(
         self, version: int, dtype: str, bucket_bytes: int, transport: TransportName, whole: bool
     ) -> tuple[list[WeightBucket], Any]:
-        from rayhf.learner.sending import announce
+        from rayhf.learner.weight_sender import announce
 
         with _collectives():
             if transport == "broadcast":
                 return announce(self.engine, dtype, bucket_bytes)
             if transport == "cuda_ipc":
-                return self._held.publish(self.engine, dtype, bucket_bytes)
+                return self._ipc_sender.publish(self.engine, dtype, bucket_bytes)
             buckets, probe = self.engine.publish(version, dtype, bucket_bytes, whole=whole)
         return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in buckets], probe
 
-    def open_broadcast(self, members: int, timeout_s: float) -> Meeting:
+    def open_broadcast(self, members: int, timeout_s: float) -> Rendezvous:
         """Begin a new group, of which this rank is the sender."""
-        from rayhf.rollout.channel import Sender
+        from rayhf.weights.broadcast import Sender
 
         if self._sender is not None:
             self._sender.close()
@@ -101,17 +115,17 @@ class LearnerActor:
         self._sender.join()
 
     def send(self, version: int, dtype: str, bucket_bytes: int) -> list[WeightBucket]:
-        from rayhf.learner.sending import send
+        from rayhf.learner.weight_sender import send
 
         with _collectives():
             return send(self.engine, version, dtype, bucket_bytes, self._sender)
 
     def release(self) -> None:
-        self._held.release()
+        self._ipc_sender.release()
 
     def save(self, directory: Path) -> None:
-        if self.fence is not None:
-            self.fence.check()
+        if self.epoch_guard is not None:
+            self.epoch_guard.check()
         with _collectives():
             self.engine.save(directory)
 
@@ -120,8 +134,8 @@ class LearnerActor:
             self.engine.load(directory)
 
     def export(self, directory: Path) -> None:
-        if self.fence is not None:
-            self.fence.check()
+        if self.epoch_guard is not None:
+            self.epoch_guard.check()
         with _collectives():
             self.engine.export(directory)
 
@@ -137,7 +151,7 @@ class LearnerGroup:
 
     def __init__(
         self,
-        ranks: Sequence[Supervised],
+        ranks: Sequence[SupervisedActor],
         config: LearnerConfig,
         *,
         sync_dtype: str,
@@ -158,12 +172,19 @@ class LearnerGroup:
     async def start(self, model: Path, **settings: Any) -> None:
         """Start every rank's engine; they meet at rank 0."""
         await asyncio.gather(*(rank.start() for rank in self._ranks))
-        master = await wait(self._actors[0].address.remote(), who=self.names[0], phase="start", timeout_s=self._timeout_s)
+        master = await wait(
+            self._actors[0].address.remote(),
+            who=self.names[0],
+            phase="start",
+            timeout_s=self._timeout_s,
+        )
         world = len(self._ranks)
         for one in self._ranks:
             one.stage = "building"
         calls = [
-            actor.build.remote(model, self._config, rank=rank, world=world, master=master, **settings)
+            actor.build.remote(
+                model, self._config, rank=rank, world=world, master=master, **settings
+            )
             for rank, actor in enumerate(self._actors)
         ]
         await self._all("start", calls)
@@ -185,7 +206,12 @@ class LearnerGroup:
             scalars=_sums(batch.examples),
         )
         calls = [
-            actor.step.remote([[batch.examples[i] for i in micro] for micro in micros], totals, loss, batch.temperature)
+            actor.step.remote(
+                [[batch.examples[i] for i in micro] for micro in micros],
+                totals,
+                loss,
+                batch.temperature,
+            )
             for actor, micros in zip(self._actors, hands, strict=True)
         ]
         metrics: dict[str, float] = (await self._all("learn", calls))[0]
@@ -195,30 +221,51 @@ class LearnerGroup:
         world = len(self._actors)
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
         hands = [order[rank::world] for rank in range(world)]  # like lengths on every rank
-        calls = [a.outputs.remote([rows[i] for i in h], temperature) for a, h in zip(self._actors, hands, strict=True)]
+        calls = [
+            a.outputs.remote([rows[i] for i in h], temperature)
+            for a, h in zip(self._actors, hands, strict=True)
+        ]
         results: dict[int, FloatArray] = {}
         for hand, answer in zip(hands, await self._all("log-probs", calls), strict=True):
             results |= dict(zip(hand, answer, strict=True))
         return [results[i] for i in range(len(rows))]
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
-        """`stored`: whole and in the object store, whatever the way and also with LoRA: a reference may fetch them, too."""
+        """`stored`: whole and in the object store, whatever the way and also with LoRA: a reference
+        may fetch them, too."""
         transport = "object_store" if stored else self._transport
         self.holds = version
         answers = await self._all(
-            "sync", [actor.publish.remote(version, *self._wire, transport, stored) for actor in self._actors]
+            "sync",
+            [
+                actor.publish.remote(version, *self._wire, transport, stored)
+                for actor in self._actors
+            ],
         )
         buckets, probe = answers[0]
         if transport == "cuda_ipc":
-            handles = zip(*([bucket.payload for bucket in found] for found, _ in answers), strict=True)
-            buckets = [replace(bucket, payload=each) for bucket, each in zip(buckets, handles, strict=True)]
+            handles = zip(
+                *([bucket.payload for bucket in found] for found, _ in answers), strict=True
+            )
+            buckets = [
+                replace(bucket, payload=each) for bucket, each in zip(buckets, handles, strict=True)
+            ]
         checksum = snapshot_checksum(buckets)
-        return WeightSnapshot(version=version, buckets=tuple(buckets), checksum=checksum, probe=probe, transport=transport)
+        return WeightSnapshot(
+            version=version,
+            buckets=tuple(buckets),
+            checksum=checksum,
+            probe=probe,
+            transport=transport,
+        )
 
-    async def open_broadcast(self, members: int, timeout_s: float) -> Meeting:
-        """A new group for broadcasts, of `members` including rank 0, and where the others meet it."""
+    async def open_broadcast(self, members: int, timeout_s: float) -> Rendezvous:
+        """A new group for broadcasts, of `members` including rank 0, and where the others meet
+        it."""
         call = self._actors[0].open_broadcast.remote(members, timeout_s)
-        meeting: Meeting = await wait(call, who=self.names[0], phase="sync", timeout_s=self._timeout_s)
+        meeting: Rendezvous = await wait(
+            call, who=self.names[0], phase="sync", timeout_s=self._timeout_s
+        )
         return meeting
 
     def join_broadcast(self) -> ray.ObjectRef:
@@ -226,7 +273,8 @@ class LearnerGroup:
         return self._actors[0].join_broadcast.remote()
 
     def send(self, version: int) -> list[ray.ObjectRef]:
-        """Every rank's call, to be waited for together with the receivers'; the first answers with the sealed buckets."""
+        """Every rank's call, to be waited for together with the receivers'; the first answers with
+        the sealed buckets."""
         return [actor.send.remote(version, *self._wire) for actor in self._actors]
 
     async def release(self) -> None:

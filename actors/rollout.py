@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from actors.supervise import Supervised, Whereabouts, whereabouts
+from actors.supervise import ProcessInfo, SupervisedActor, process_info
 from actors.transport import Transport
 from rayhf.config.schema import Dtype, RolloutConfig
-from rayhf.experience import Completion, GenerateRequest, WeightSnapshot
+from rayhf.types import Completion, GenerateRequest, WeightSnapshot
 
 if TYPE_CHECKING:
-    from rayhf.rollout.channel import Meeting
     from rayhf.rollout.engine import UpdateReport
+    from rayhf.weights.broadcast import Rendezvous
 
 
 class RolloutActor:
-    """A shell around one RolloutEngine; its environment variables are set before this process starts."""
+    """A shell around one RolloutEngine; its environment variables are set before this process
+    starts."""
 
     def build(
         self,
@@ -37,19 +38,29 @@ class RolloutActor:
     ) -> None:
         from rayhf.rollout.engine import RolloutEngine
 
-        self.engine = RolloutEngine(model, config, dtype=dtype, max_length=max_length, seed=seed, device=device, sleeps=sleeps)
+        self.engine = RolloutEngine(
+            model,
+            config,
+            dtype=dtype,
+            max_length=max_length,
+            seed=seed,
+            device=device,
+            sleeps=sleeps,
+        )
 
-    async def generate(self, requests: Sequence[GenerateRequest], version: int) -> list[tuple[Completion, ...]]:
+    async def generate(
+        self, requests: Sequence[GenerateRequest], version: int
+    ) -> list[tuple[Completion, ...]]:
         return await asyncio.wrap_future(self.engine.submit(requests, version=version))
 
     async def progress(self) -> int:
         """Grows with everything the engine does."""
         return self.engine.stats().progress
 
-    def whereabouts(self) -> Whereabouts:
-        return whereabouts()
+    def process_info(self) -> ProcessInfo:
+        return process_info()
 
-    async def join_broadcast(self, meeting: Meeting, first: int) -> None:
+    async def join_broadcast(self, meeting: Rendezvous, first: int) -> None:
         await asyncio.to_thread(self.engine.join_broadcast, meeting, first)
 
     async def update(self, snapshot: WeightSnapshot, *payloads: Any) -> UpdateReport:
@@ -68,7 +79,8 @@ class _LeastBusy:
     def __init__(self, members: int) -> None:
         self._load = [0] * members
         self._order = [(0, number) for number in range(members)]
-        """A heap. An entry whose load is not the member's any more counts for nothing; every member has one that counts."""
+        """A heap. An entry whose load is not the member's any more counts for nothing; every member
+        has one that counts."""
 
     def least(self) -> int:
         """The smallest load."""
@@ -107,32 +119,49 @@ class _Single:
 
 
 class RolloutPool:
-    """Rollout over one or more engines; an engine that is lost is replaced, and what it was asked is asked again as a whole.
+    """Rollout over one or more engines; an engine that is lost is replaced, and what it was asked
+    is asked again as a whole.
 
-    A call costs the caller more than what is in it. A single request is a call of its own where an engine has a place for it or
-    soon will: its answer must wait for no other. Where every engine has so much to do that a request would wait for long, those
-    that come in the same turn of the loop travel together, `_HAND` at most, and come back together. Nothing is held back, so no
-    engine idles for it: up to half of what such calls are counted for may be written and wait for the rest, hence `_FULL`.
+    A call costs the caller more than what is in it. A single request is a call of its own where an
+    engine has a place for it or soon will: its answer must wait for no other. Where every engine
+    has so much to do that a request would wait for long, those that come in the same turn of the
+    loop travel together, `_HAND` at most, and come back together. Nothing is held back, so no
+    engine idles for it: up to half of what such calls are counted for may be written and wait for
+    the rest, hence `_FULL`.
 
     Args:
         places: sequences that one engine writes at the same time.
     """
 
-    def __init__(self, engines: Sequence[Supervised], transport: Transport, *, places: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        engines: Sequence[SupervisedActor],
+        transport: Transport,
+        *,
+        places: int,
+        timeout_s: float,
+    ) -> None:
         self._engines, self._transport, self._timeout_s = engines, transport, timeout_s
         self._busy, self._full = _LeastBusy(len(engines)), _FULL * places
         self._singles: list[_Single] = []
         for engine in engines:
-            engine.prepare = transport.equip
+            engine.prepare = transport.join_engine
 
-    async def generate(self, requests: Sequence[GenerateRequest], *, version: int) -> list[tuple[Completion, ...]]:
-        """One request goes to the least busy engine; several are dealt out in turn, so that equal calls are dealt equally."""
+    async def generate(
+        self, requests: Sequence[GenerateRequest], *, version: int
+    ) -> list[tuple[Completion, ...]]:
+        """One request goes to the least busy engine; several are dealt out in turn, so that equal
+        calls are dealt equally."""
         if len(requests) == 1:
             if self._busy.least() >= self._full:
                 return [await self._join(requests[0], version)]
             return await self._ask(self._busy.choose(), requests, version)
-        hands = [requests[i :: len(self._engines)] for i in range(min(len(self._engines), len(requests)))]
-        answers = await asyncio.gather(*(self._ask(i, hand, version) for i, hand in enumerate(hands)))
+        hands = [
+            requests[i :: len(self._engines)] for i in range(min(len(self._engines), len(requests)))
+        ]
+        answers = await asyncio.gather(
+            *(self._ask(i, hand, version) for i, hand in enumerate(hands))
+        )
         results: list[tuple[Completion, ...]] = [()] * len(requests)
         for i, answer in enumerate(answers):
             results[i :: len(self._engines)] = answer
@@ -156,10 +185,16 @@ class RolloutPool:
         """What gathered, by its version, each hand to whoever is the least busy then."""
         singles, self._singles = self._singles, []
         for version in dict.fromkeys(single.version for single in singles):
-            waiting = [single for single in singles if single.version == version and not single.answer.done()]
+            waiting = [
+                single
+                for single in singles
+                if single.version == version and not single.answer.done()
+            ]
             for start in range(0, len(waiting), _HAND):
                 hand = waiting[start : start + _HAND]
-                self._busy.add(number := self._busy.choose(), work := _work(single.request for single in hand))
+                self._busy.add(
+                    number := self._busy.choose(), work := _work(single.request for single in hand)
+                )
                 call = asyncio.create_task(self._carry(number, hand, version, work))
                 for single in hand:
                     single.hand, single.call = hand, call
@@ -179,10 +214,16 @@ class RolloutPool:
         finally:
             self._busy.add(number, -work)
             for single in hand:
-                single.hand, single.call = (), None  # or they would keep each other, and their answers, until the collector came
+                single.hand, single.call = (
+                    (),
+                    None,
+                )  # or they would keep each other, and their answers, until the collector came
 
-    async def _ask(self, number: int, requests: Sequence[GenerateRequest], version: int) -> list[tuple[Completion, ...]]:
-        """A hand is repeated whole: its requests shared the engine's batches, and with them their last bits."""
+    async def _ask(
+        self, number: int, requests: Sequence[GenerateRequest], version: int
+    ) -> list[tuple[Completion, ...]]:
+        """A hand is repeated whole: its requests shared the engine's batches, and with them their
+        last bits."""
         work = _work(requests)
         self._busy.add(number, work)
         try:
@@ -190,9 +231,13 @@ class RolloutPool:
         finally:
             self._busy.add(number, -work)
 
-    async def _persist(self, number: int, requests: Sequence[GenerateRequest], version: int) -> list[tuple[Completion, ...]]:
+    async def _persist(
+        self, number: int, requests: Sequence[GenerateRequest], version: int
+    ) -> list[tuple[Completion, ...]]:
         answer: list[tuple[Completion, ...]] = await self._engines[number].persist(
-            lambda actor: actor.generate.remote(list(requests), version), phase="generate", timeout_s=self._timeout_s
+            lambda actor: actor.generate.remote(list(requests), version),
+            phase="generate",
+            timeout_s=self._timeout_s,
         )
         return answer
 
@@ -200,7 +245,8 @@ class RolloutPool:
         await self._transport.deliver(snapshot)
 
     async def sleep(self) -> None:
-        """Every engine gives its GPU up. Its weights stay in host memory unless they are in the object store anyway."""
+        """Every engine gives its GPU up. Its weights stay in host memory unless they are in the
+        object store anyway."""
         keep = self._transport.stored is None
         await self._everyone("sleep", lambda actor: actor.sleep.remote(keep))
 
@@ -213,7 +259,12 @@ class RolloutPool:
             await self._everyone("wake", lambda actor: actor.update.remote(light, *payloads))
 
     async def _everyone(self, phase: str, call: Callable[[Any], Any]) -> None:
-        await asyncio.gather(*(engine.persist(call, phase=phase, timeout_s=self._timeout_s) for engine in self._engines))
+        await asyncio.gather(
+            *(
+                engine.persist(call, phase=phase, timeout_s=self._timeout_s)
+                for engine in self._engines
+            )
+        )
 
 
 def _work(requests: Iterable[GenerateRequest]) -> int:

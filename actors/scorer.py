@@ -1,4 +1,5 @@
-"""The scorer role: rules in child processes, reward and preference models, and judges, behind one actor."""
+"""The scorer role: rules in child processes, reward and preference models, and judges, behind one
+actor."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from typing import Any
 import ray
 
 from actors.remote import wait
-from actors.supervise import Supervised, Whereabouts, whereabouts
+from actors.supervise import ProcessInfo, SupervisedActor, process_info
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntry
-from rayhf.experience import Comparison, Outcome, ScoreRequest
+from rayhf.types import Comparison, Outcome, ScoreRequest
 
 
 class ScorerActor:
@@ -29,17 +30,22 @@ class ScorerActor:
     ) -> None:
         from rayhf.scorer.build import build_scorer
 
-        self.engine = build_scorer(entries, combine=combine, device=device, threads=threads, base=base)
+        self.engine = build_scorer(
+            entries, combine=combine, device=device, threads=threads, base=base
+        )
 
     @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
     def progress(self) -> float:
-        """Grows as long as the process runs; how long a call may take is its deadline's business."""
+        """Grows as long as the process runs; how long a call may take is its deadline's
+        business."""
         return time.monotonic()
 
-    def whereabouts(self) -> Whereabouts:
-        return whereabouts()
+    def process_info(self) -> ProcessInfo:
+        return process_info()
 
-    def score(self, requests: Sequence[ScoreRequest]) -> tuple[list[tuple[Outcome, ...]], dict[str, Any]]:
+    def score(
+        self, requests: Sequence[ScoreRequest]
+    ) -> tuple[list[tuple[Outcome, ...]], dict[str, Any]]:
         """The outcomes, and the state after them."""
         return self.engine.score(requests), self.engine.state_dict()
 
@@ -53,21 +59,26 @@ class ScorerActor:
         self.engine.load_state_dict(state)
 
 
-class RemoteScorer:
-    """Scorer over one actor, which is replaced when it is lost: its last state is put back, and the call is repeated."""
+class ScorerClient:
+    """Scorer over one actor, which is replaced when it is lost: its last state is put back, and the
+    call is repeated."""
 
-    def __init__(self, engine: Supervised, *, timeout_s: float) -> None:
+    def __init__(self, engine: SupervisedActor, *, timeout_s: float) -> None:
         self._engine, self._timeout_s = engine, timeout_s
         self._state: dict[str, Any] | None = None
         """After the last answer; it comes with the answers, so that the two belong together."""
         engine.prepare = self._equip
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        answers, self._state = await self._ask(lambda actor: actor.score.remote(list(requests)), "score")
+        answers, self._state = await self._ask(
+            lambda actor: actor.score.remote(list(requests)), "score"
+        )
         return list(answers)
 
     async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        answers, self._state = await self._ask(lambda actor: actor.compare.remote(list(requests)), "compare")
+        answers, self._state = await self._ask(
+            lambda actor: actor.compare.remote(list(requests)), "compare"
+        )
         return list(answers)
 
     async def state_dict(self) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""An actor that is replaced when it is lost: it died, it does not answer, or it has work and makes no progress.
+"""An actor that is replaced when it is lost: it died, it does not answer, or it has work and makes
+no progress.
 
-Being alive is not enough: a stopped process answers nothing, and an engine may hang in a step while its actor still answers. So
-whoever supervises watches a counter that grows with every engine step, on a monotonic clock. A lost actor's stacks are saved
-where they can be, its process is killed on its own node, and a new one is started and built. Callers who held the old one get
-ActorLostError; `persist` asks the new one again.
+Being alive is not enough: a stopped process answers nothing, and an engine may hang in a step while
+its actor still answers. So whoever supervises watches a counter that grows with every engine step,
+on a monotonic clock. A lost actor's stacks are saved where they can be, its process is killed on
+its own node, and a new one is started and built. Callers who held the old one get ActorLostError;
+`persist` asks the new one again.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ _START_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Whereabouts:
+class ProcessInfo:
     """Where an actor's process is; told by itself once it is built."""
 
     node: str
@@ -49,13 +51,15 @@ class Whereabouts:
     """Its start time: another process may get the pid."""
 
 
-def whereabouts() -> Whereabouts:
+def process_info() -> ProcessInfo:
     """Of the calling process."""
-    return Whereabouts(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+    return ProcessInfo(
+        ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time()
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SupervisionLimits:
     """How long to wait and how often to try again."""
 
     stall_s: float
@@ -66,19 +70,19 @@ class Limits:
 
 Stage = Literal["not placed", "building", "ready"]
 """Of an actor: without a process; placed, and loading what it works with; able to work."""
-NEVER_REPLACED = Limits(stall_s=math.inf, restarts=0)
+NEVER_REPLACED = SupervisionLimits(stall_s=math.inf, restarts=0)
 
 
 async def _nothing(actor: Any) -> None:
     return None
 
 
-class Supervised:
+class SupervisedActor:
     """One actor under supervision.
 
     Args:
-        create: a new actor's handle; the actor has methods `whereabouts` and, if it is asked by `ask` or `persist`, `progress`.
-        build: makes the new actor able to work.
+        create: a new actor's handle; the actor has methods `process_info` and, if it is asked by
+        `ask` or `persist`, `progress`. build: makes the new actor able to work.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class Supervised:
         create: Callable[[], Any],
         build: Callable[[Any], Awaitable[None]] = _nothing,
         *,
-        limits: Limits = NEVER_REPLACED,
+        limits: SupervisionLimits = NEVER_REPLACED,
         report: Report = lambda kind, message: None,
         diagnosis: Path | None = None,
     ) -> None:
@@ -100,7 +104,7 @@ class Supervised:
         self._create, self._build, self._report, self._diagnosis = create, build, report, diagnosis
         self._life = 0
         self._actor: Any = None
-        self._where: Whereabouts | None = None
+        self._where: ProcessInfo | None = None
         self._replacing = asyncio.Lock()
         self._losses: deque[float] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,10 +112,12 @@ class Supervised:
         self._asked: dict[asyncio.Future[Any], float] = {}
         """Every reply that somebody waits for, and until when, on the loop's clock."""
         self._given_up: dict[asyncio.Future[Any], BaseException | None] = {}
-        """Replies that will not come, and why; None for one that is late. Whoever waits takes his out."""
+        """Replies that will not come, and why; None for one that is late. Whoever waits takes his
+        out."""
         self._alarm: asyncio.TimerHandle | None = None
-        """One timer for all of them: thousands would cost more than the questions. It and the next stay when nobody asks any
-        more: an engine that gets one question after the other would cost more for its timers than for the questions."""
+        """One timer for all of them: thousands would cost more than the questions. It and the next
+        stay when nobody asks any more: an engine that gets one question after the other would cost
+        more for its timers than for the questions."""
         self._ticking = False
         """The actor will be looked at."""
         self._look: asyncio.Future[Any] | None = None
@@ -128,11 +134,13 @@ class Supervised:
         """Create and build. What was created and could not be built is ended."""
         self._actor, self._where = await self._hire()
 
-    async def _hire(self) -> tuple[Any, Whereabouts]:
+    async def _hire(self) -> tuple[Any, ProcessInfo]:
         self.stage = "not placed"
         actor, where = self._create(), None
         try:
-            where = await wait(actor.whereabouts.remote(), who=self.name, phase="start", timeout_s=_START_S)
+            where = await wait(
+                actor.process_info.remote(), who=self.name, phase="start", timeout_s=_START_S
+            )
             self.stage = "building"
             await self._build(actor)
             self.stage = "ready"
@@ -142,7 +150,8 @@ class Supervised:
             raise
 
     async def persist(self, call: Callable[[Any], Any], *, phase: str, timeout_s: float) -> Any:
-        """The answer to `call(actor)`, from a replacement where the actor is lost; ActorLostError where that is too often."""
+        """The answer to `call(actor)`, from a replacement where the actor is lost; ActorLostError
+        where that is too often."""
         while True:
             life = self._life
             try:
@@ -151,7 +160,8 @@ class Supervised:
                 await self._replace(life, lost)
 
     async def _replace(self, life: int, why: Exception) -> None:
-        """Put a new actor in the place of the one that lived `life`; nothing where that was done already."""
+        """Put a new actor in the place of the one that lived `life`; nothing where that was done
+        already."""
         async with self._replacing:
             if self._life != life:
                 return
@@ -176,8 +186,9 @@ class Supervised:
             ) from why
         self._report("fault", f"{self.name} is replaced: {why}")
 
-    async def _successor(self) -> tuple[Any, Whereabouts]:
-        """A new actor, brought to where the lost one was. One that dies before it is ready is a loss like any other."""
+    async def _successor(self) -> tuple[Any, ProcessInfo]:
+        """A new actor, brought to where the lost one was. One that dies before it is ready is a
+        loss like any other."""
         while True:
             try:
                 actor, where = await self._hire()
@@ -195,12 +206,15 @@ class Supervised:
                 self._count_loss(why)
 
     async def kill(self, *, stacks: bool = True) -> None:
-        """Save its stacks, then end its process for certain, also where it is stopped and hears nothing."""
+        """Save its stacks, then end its process for certain, also where it is stopped and hears
+        nothing."""
         await self._end(self._actor, self._where, stacks=stacks)
 
-    async def _end(self, actor: Any, where: Whereabouts | None, *, stacks: bool) -> None:
+    async def _end(self, actor: Any, where: ProcessInfo | None, *, stacks: bool) -> None:
         if actor is not None and not stacks:
-            ray.kill(actor, no_restart=True)  # who is well goes quietly, and Ray does not report a crash
+            ray.kill(
+                actor, no_restart=True
+            )  # who is well goes quietly, and Ray does not report a crash
         if where is not None:
             file = None
             if stacks and self._diagnosis is not None:
@@ -210,7 +224,8 @@ class Supervised:
             ray.kill(actor, no_restart=True)
 
     async def ask(self, call: Callable[[Any], Any], *, phase: str, timeout_s: float) -> Any:
-        """The answer to `call(actor)`. Raises ActorLostError or DeadlineError as soon as it is clear that none will come."""
+        """The answer to `call(actor)`. Raises ActorLostError or DeadlineError as soon as it is
+        clear that none will come."""
         loop, asker = asyncio.get_running_loop(), asyncio.current_task()
         assert asker is not None
         cancelled = asker.cancelling()
@@ -227,7 +242,9 @@ class Supervised:
             self._asked.pop(reply, None)
             self._given_up.pop(reply, None)
 
-    def _wait_until(self, reply: asyncio.Future[Any], due: float, loop: asyncio.AbstractEventLoop) -> None:
+    def _wait_until(
+        self, reply: asyncio.Future[Any], due: float, loop: asyncio.AbstractEventLoop
+    ) -> None:
         if loop is not self._loop:
             self._loop, self._alarm, self._ticking = loop, None, False
         if not self._asked or not self._ticking:
@@ -251,7 +268,9 @@ class Supervised:
 
     def _give_up(self, replies: Iterable[asyncio.Future[Any]], why: BaseException | None) -> None:
         for reply in replies:
-            if reply.cancel():  # False where the answer is there, and its asker has not come round to it yet
+            if (
+                reply.cancel()
+            ):  # False where the answer is there, and its asker has not come round to it yet
                 self._given_up[reply] = why
 
     @property
@@ -259,11 +278,11 @@ class Supervised:
         return min(10.0, self.limits.stall_s / 4)
 
     def _watch(self) -> None:
-        """Look at the actor, one look for all who wait, again and again until nobody does. It has work: when it neither answers
-        nor gets on for `stall_s`, they are told.
+        """Look at the actor, one look for all who wait, again and again until nobody does. It has
+        work: when it neither answers nor gets on for `stall_s`, they are told.
 
-        Not a task: there may be thousands of actors, and one question for each. The actor's `progress` must grow whenever it did
-        anything.
+        Not a task: there may be thousands of actors, and one question for each. The actor's
+        `progress` must grow whenever it did anything.
         """
         loop, self._ticking = asyncio.get_running_loop(), False
         if not self._asked:
@@ -299,17 +318,25 @@ class Supervised:
 
     def _stalled(self) -> None:
         self._watch_anew()
-        self._give_up(self._asked, DeadlineError(f"{self.name} has work and made no progress for {self.limits.stall_s:g} s"))
+        self._give_up(
+            self._asked,
+            DeadlineError(
+                f"{self.name} has work and made no progress for {self.limits.stall_s:g} s"
+            ),
+        )
 
 
 _GRID_S = 0.05
-_timers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, list[Callable[[], None]]]] = WeakKeyDictionary()
+_timers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, list[Callable[[], None]]]] = (
+    WeakKeyDictionary()
+)
 """By multiples of `_GRID_S`, on each loop's clock."""
 
 
 def _soon_after(loop: asyncio.AbstractEventLoop, seconds: float, call: Callable[[], None]) -> None:
-    """Call it then or up to `_GRID_S` later, with all others who are due: thousands of actors get their work at the same time,
-    and a timer of its own for each makes every timer of the loop dearer."""
+    """Call it then or up to `_GRID_S` later, with all others who are due: thousands of actors get
+    their work at the same time, and a timer of its own for each makes every timer of the loop
+    dearer."""
     timers = _timers.setdefault(loop, {})
     slot = math.ceil((loop.time() + seconds) / _GRID_S)
     if slot in timers:
@@ -329,14 +356,18 @@ async def on_node(node: str, function: Callable[..., None], *arguments: Any) -> 
     if node == ray.get_runtime_context().get_node_id():
         await asyncio.to_thread(function, *arguments)
         return
-    remote = ray.remote(num_cpus=0)(function).options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+    remote = ray.remote(num_cpus=0)(function).options(
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+    )
     with contextlib.suppress(DeadlineError, ActorLostError, ray.exceptions.RayError):
-        await wait(remote.remote(*arguments), who=f"node {node}", phase="kill", timeout_s=3 * _DUMP_S)
+        await wait(
+            remote.remote(*arguments), who=f"node {node}", phase="kill", timeout_s=3 * _DUMP_S
+        )
 
 
-def end_process(where: Whereabouts, stacks: Path | None, grace_s: float) -> None:
-    """Kill the process and its children where it is still there after `grace_s`; its stacks are written to a file first. To be
-    called on its own node."""
+def end_process(where: ProcessInfo, stacks: Path | None, grace_s: float) -> None:
+    """Kill the process and its children where it is still there after `grace_s`; its stacks are
+    written to a file first. To be called on its own node."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(where.pid)
         if process.create_time() != where.created:
@@ -352,8 +383,16 @@ def end_process(where: Whereabouts, stacks: Path | None, grace_s: float) -> None
 
 
 def _write_stacks(pid: int, file: Path) -> None:
-    command = [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid", str(pid)]
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # a help to whoever looks for the cause, not a condition
+    command = [
+        str(Path(sys.executable).with_name("py-spy")),
+        "dump",
+        "--nonblocking",
+        "--pid",
+        str(pid),
+    ]
+    with contextlib.suppress(
+        OSError, subprocess.TimeoutExpired
+    ):  # a help to whoever looks for the cause, not a condition
         file.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DUMP_S, check=False)
         file.write_text(done.stdout or done.stderr)

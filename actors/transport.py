@@ -1,13 +1,15 @@
 """How a policy's new weights get from its learner to its engines, one interface for every way.
 
-`LearnerGroup.publish` says what the engines must get (a WeightSnapshot), `Transport.deliver` brings it: through the object store,
-where the bytes lie already; by broadcast, while the learner gathers and sends; or on the GPU that learner and engine share. Each
-engine confirms version, checksum and probe. With LoRA adapters are brought, and whole weights where a reference takes them, too,
-or where a broadcast is put into the object store afterwards: an engine takes either, whatever it held.
+`LearnerGroup.publish` says what the engines must get (a WeightSnapshot), `Transport.deliver` brings
+it: through the object store, where the bytes lie already; by broadcast, while the learner gathers
+and sends; or on the GPU that learner and engine share. Each engine confirms version, checksum and
+probe. With LoRA adapters are brought, and whole weights where a reference takes them, too, or where
+a broadcast is put into the object store afterwards: an engine takes either, whatever it held.
 
-Who waits for whom: `deliver` waits for every engine and for whoever sends. An engine that is lost while weights come straight
-from the learner ends in ActorLostError or DeadlineError, and everybody starts again from the last commit; one that is lost at any
-other time is replaced and brought up alone, as long as somebody still has its weights.
+Who waits for whom: `deliver` waits for every engine and for whoever sends. An engine that is lost
+while weights come straight from the learner ends in ActorLostError or DeadlineError, and everybody
+starts again from the last commit; one that is lost at any other time is replaced and brought up
+alone, as long as somebody still has its weights.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.remote import wait, wait_all
-from actors.supervise import Supervised
+from actors.supervise import SupervisedActor
 from rayhf.errors import ActorLostError, WeightSyncError
-from rayhf.experience import TransportName, WeightSnapshot
-from rayhf.rollout.weights import snapshot_checksum
+from rayhf.types import TransportName, WeightSnapshot
+from rayhf.weights.buckets import snapshot_checksum
 
 if TYPE_CHECKING:
     from actors.learner import LearnerGroup
@@ -43,13 +45,19 @@ class Transport(Protocol):
         """Returns when every engine has confirmed. Raises WeightSyncError where one has not."""
         ...
 
-    async def equip(self, actor: Any) -> None:
-        """Bring a new engine to what was delivered last. Raises ActorLostError where nobody has that any more."""
+    async def join_engine(self, actor: Any) -> None:
+        """Bring a new engine to what was delivered last. Raises ActorLostError where nobody has
+        that any more."""
         ...
 
 
 def transport(
-    name: TransportName, learner: LearnerGroup, engines: Sequence[Supervised], *, workers: int, timeout_s: float
+    name: TransportName,
+    learner: LearnerGroup,
+    engines: Sequence[SupervisedActor],
+    *,
+    workers: int,
+    timeout_s: float,
 ) -> Transport:
     """`workers`: processes of one engine that hold weights. `timeout_s`: limit on every wait."""
     if name == "broadcast":
@@ -62,7 +70,7 @@ def transport(
 class ObjectStore:
     """Every engine fetches the same buckets; so does one that is hired later."""
 
-    def __init__(self, engines: Sequence[Supervised], *, timeout_s: float) -> None:
+    def __init__(self, engines: Sequence[SupervisedActor], *, timeout_s: float) -> None:
         self._engines, self._timeout_s = engines, timeout_s
         self.stored: Stored | None = None
 
@@ -74,12 +82,16 @@ class ObjectStore:
         light, payloads = self.keep(snapshot)
         await asyncio.gather(
             *(
-                engine.persist(lambda actor: actor.update.remote(light, *payloads), phase="sync", timeout_s=self._timeout_s)
+                engine.persist(
+                    lambda actor: actor.update.remote(light, *payloads),
+                    phase="sync",
+                    timeout_s=self._timeout_s,
+                )
                 for engine in self._engines
             )
         )
 
-    async def equip(self, actor: Any) -> None:
+    async def join_engine(self, actor: Any) -> None:
         if self.stored is not None:
             light, payloads = self.stored
             call = actor.update.remote(light, *payloads)
@@ -87,9 +99,12 @@ class ObjectStore:
 
 
 class _FromLearner(ABC):
-    """The bytes come from the learner's device; in rounds in which the reference fetches them, too, from the object store."""
+    """The bytes come from the learner's device; in rounds in which the reference fetches them, too,
+    from the object store."""
 
-    def __init__(self, learner: LearnerGroup, engines: Sequence[Supervised], *, timeout_s: float) -> None:
+    def __init__(
+        self, learner: LearnerGroup, engines: Sequence[SupervisedActor], *, timeout_s: float
+    ) -> None:
         self._learner, self._engines, self._timeout_s = learner, engines, timeout_s
         self._store = ObjectStore(engines, timeout_s=timeout_s)
         self._version: int | None = None
@@ -108,7 +123,9 @@ class _FromLearner(ABC):
         try:
             # Who died since it was last asked is replaced now, when that costs nothing.
             alive = [
-                engine.persist(lambda actor: actor.progress.remote(), phase="sync", timeout_s=self._timeout_s)
+                engine.persist(
+                    lambda actor: actor.progress.remote(), phase="sync", timeout_s=self._timeout_s
+                )
                 for engine in self._engines
             ]
             await asyncio.gather(*alive)
@@ -116,19 +133,20 @@ class _FromLearner(ABC):
         finally:
             self._delivering = False
 
-    async def equip(self, actor: Any) -> None:
+    async def join_engine(self, actor: Any) -> None:
         if self._version is None or self._delivering:
             return  # it has the weights of the start, or gets the new ones with everybody else
         if self._store.stored is None:
             await self._store_again(self._version)
-        await self._store.equip(actor)
+        await self._store.join_engine(actor)
 
     @abstractmethod
     async def _carry(self, snapshot: WeightSnapshot) -> None: ...
 
     @abstractmethod
     async def _store_again(self, version: int) -> None:
-        """Put the weights that were delivered into the object store, for an engine that came later."""
+        """Put the weights that were delivered into the object store, for an engine that came
+        later."""
 
     @property
     def _names(self) -> list[str]:
@@ -136,9 +154,17 @@ class _FromLearner(ABC):
 
 
 class Broadcast(_FromLearner):
-    """Rank 0 of the learner sends to every worker of every engine, in a process group that is made anew when an engine is."""
+    """Rank 0 of the learner sends to every worker of every engine, in a process group that is made
+    anew when an engine is."""
 
-    def __init__(self, learner: LearnerGroup, engines: Sequence[Supervised], *, workers: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        learner: LearnerGroup,
+        engines: Sequence[SupervisedActor],
+        *,
+        workers: int,
+        timeout_s: float,
+    ) -> None:
         super().__init__(learner, engines, timeout_s=timeout_s)
         self._workers = workers
         self._joined: list[Any] = []
@@ -162,8 +188,13 @@ class Broadcast(_FromLearner):
         if self._joined == actors:
             return
         self._joined = []
-        meeting = await self._learner.open_broadcast(1 + len(actors) * self._workers, self._timeout_s)
-        calls = [actor.join_broadcast.remote(meeting, 1 + i * self._workers) for i, actor in enumerate(actors)]
+        meeting = await self._learner.open_broadcast(
+            1 + len(actors) * self._workers, self._timeout_s
+        )
+        calls = [
+            actor.join_broadcast.remote(meeting, 1 + i * self._workers)
+            for i, actor in enumerate(actors)
+        ]
         calls.append(self._learner.join_broadcast())
         who = [*self._names, self._learner.names[0]]
         await wait_all(calls, who=who, phase="sync", timeout_s=self._timeout_s)
@@ -171,12 +202,15 @@ class Broadcast(_FromLearner):
 
     async def _store_again(self, version: int) -> None:
         if self._learner.holds != version:
-            raise ActorLostError(f"weights {version} were broadcast and are gone: the learner has changed them since")
+            raise ActorLostError(
+                f"weights {version} were broadcast and are gone: the learner has changed them since"
+            )
         self._store.keep(await self._learner.publish(version, stored=True))
 
 
 class CudaIpc(_FromLearner):
-    """Engine i loads from the memory of learner rank i, which is given back when all have confirmed."""
+    """Engine i loads from the memory of learner rank i, which is given back when all have
+    confirmed."""
 
     async def _carry(self, snapshot: WeightSnapshot) -> None:
         light = _light(snapshot)
@@ -188,8 +222,12 @@ class CudaIpc(_FromLearner):
         await self._learner.release()
 
     async def _store_again(self, version: int) -> None:
-        raise ActorLostError(f"weights {version} went from GPU to GPU and nobody kept them for a new engine")
+        raise ActorLostError(
+            f"weights {version} went from GPU to GPU and nobody kept them for a new engine"
+        )
 
 
 def _light(snapshot: WeightSnapshot) -> WeightSnapshot:
-    return replace(snapshot, buckets=tuple(replace(bucket, payload=None) for bucket in snapshot.buckets))
+    return replace(
+        snapshot, buckets=tuple(replace(bucket, payload=None) for bucket in snapshot.buckets)
+    )

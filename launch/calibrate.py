@@ -1,6 +1,8 @@
-"""`rayhf check --calibrate`: two rounds of the campaign in a directory of their own, without evaluation, and their pace.
+"""`rayhf check --calibrate`: two rounds of the campaign in a directory of their own, without
+evaluation, and their pace.
 
-The first round warms everything up; the second is reported. It takes the actors' start, two rounds and one checkpoint.
+The first round warms everything up; the second is reported. It takes the actors' start, two rounds
+and one checkpoint.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.campaign import run_campaign
-from rayhf.campaign.lock import RunLock
 from rayhf.config.algorithms import PPOConfig
 from rayhf.config.schema import CampaignConfig, TrackingConfig
+from rayhf.run_dir.lock import RunLock
 
 _ROUNDS = 2
 
 
 def calibrate(config: CampaignConfig) -> list[tuple[str, str]]:
-    """Rows for a table: seconds per phase, rounds per hour, the campaign's hours. Raises what the campaign raises."""
+    """Rows for a table: seconds per phase, rounds per hour, the campaign's hours. Raises what the
+    campaign raises."""
     beside = config.run.dir.absolute().parent
     beside.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f".calibration-{config.run.dir.name}-", dir=beside))
@@ -41,14 +44,23 @@ def calibrate(config: CampaignConfig) -> list[tuple[str, str]]:
         rate = last["rollout/tokens"] / last["time/rollout_s"] / config.rollout.engines
         rows.append(("one engine writes", f"{rate:,.0f} tokens per second"))
     rows.append(("rounds per hour", f"{3600 / seconds:,.1f}"))
-    rows.append((f"{config.run.iterations} rounds, without evaluations", f"{config.run.iterations * seconds / 3600:,.1f} h"))
+    rows.append(
+        (
+            f"{config.run.iterations} rounds, without evaluations",
+            f"{config.run.iterations * seconds / 3600:,.1f} h",
+        )
+    )
     return rows
 
 
 def _short(config: CampaignConfig, directory: Path) -> CampaignConfig:
-    run = config.run.model_copy(update={"dir": directory, "iterations": _ROUNDS, "eval_every": 0, "checkpoint_every": 0})
+    run = config.run.model_copy(
+        update={"dir": directory, "iterations": _ROUNDS, "eval_every": 0, "checkpoint_every": 0}
+    )
     algorithm = config.algorithm
-    if isinstance(algorithm, PPOConfig):  # while only the critic warms up, the policy neither learns nor is synced
+    if isinstance(
+        algorithm, PPOConfig
+    ):  # while only the critic warms up, the policy neither learns nor is synced
         algorithm = algorithm.model_copy(update={"critic_warmup": 0})
     return config.model_copy(
         update={

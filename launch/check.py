@@ -1,4 +1,5 @@
-"""`rayhf check`: refuses a bad run and prints the plan: batches, who sits where, memory, disk, pace."""
+"""`rayhf check`: refuses a bad run and prints the plan: batches, who sits where, memory, disk,
+pace."""
 
 from __future__ import annotations
 
@@ -13,16 +14,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from actors.placement import Node, Seat, bundles, crowded, impossible, pack, seats
 from launch.campaign import build_tiny
 from launch.local import ray_cluster
-from launch.plan import Need, Plan, check_cache, check_disk, check_gpus
 from launch.view import placement_table
 from rayhf.algorithms.base import needs_frozen_reference
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
-from rayhf.estimate import GIB, Memory, seconds_per_round
-from rayhf.preflight import check_settings, overlap, prepare, transport_of
+from rayhf.planning.memory import GIB, Memory, seconds_per_round
+from rayhf.planning.placement import (
+    ActorSpec,
+    NodeResources,
+    actor_specs,
+    bundles,
+    crowded,
+    impossible,
+    pack,
+)
+from rayhf.planning.plan import Need, Plan, check_cache, check_disk, check_gpus
+from rayhf.planning.preflight import check_settings, overlap, prepare, transport_of
 
 Rows = list[tuple[str, str]]
 
@@ -42,43 +51,63 @@ class Pace:
 def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pace: Pace) -> None:
     """Raises ConfigError or PlacementError for a run that cannot work."""
     algorithm, derived = check_settings(config)
-    found = seats(config, critic=algorithm.critic, reference=needs_frozen_reference(algorithm), policies=algorithm.policies)
+    found = actor_specs(
+        config,
+        critic=algorithm.critic,
+        reference=needs_frozen_reference(algorithm),
+        policies=algorithm.policies,
+    )
     if hardware:
         build_tiny(config, console)
         prepared = prepare(config, base=Path.cwd())
         if shared := overlap(prepared):
-            console.print(f"warning: {shared} held-out prompts are also training prompts", style="yellow")
+            console.print(
+                f"warning: {shared} held-out prompts are also training prompts", style="yellow"
+            )
     plan = Plan(config, algorithm, derived, base=Path.cwd())
     with _cluster(config, hardware=hardware) as (nodes, gpu_bytes):
-        console.print(_table(f"{config.algorithm.type} in {config.run.dir}", ("derived", "value"), derived.table(config)))
+        console.print(
+            _table(
+                f"{config.algorithm.type} in {config.run.dir}",
+                ("derived", "value"),
+                derived.table(config),
+            )
+        )
         _print_placement(found, nodes, console)
         _print_estimates(plan, found, gpu_bytes, console, hardware=hardware, pace=pace)
     if pace.calibrate:
         from launch.calibrate import calibrate
 
-        console.print(_table("two rounds were played", ("of the second", "value"), calibrate(config)))
+        console.print(
+            _table("two rounds were played", ("of the second", "value"), calibrate(config))
+        )
     console.print("ok" if hardware else "ok (models, prompts, scorers and hardware not checked)")
 
 
 @contextmanager
-def _cluster(config: CampaignConfig, *, hardware: bool) -> Iterator[tuple[list[Node], float | None]]:
-    """The nodes that the campaign will find, and the memory of a GPU; a local CPU run needs no Ray to be asked."""
+def _cluster(
+    config: CampaignConfig, *, hardware: bool
+) -> Iterator[tuple[list[NodeResources], float | None]]:
+    """The nodes that the campaign will find, and the memory of a GPU; a local CPU run needs no Ray
+    to be asked."""
     stated = config.cluster.gpu_memory_gib
     gpu_bytes = stated * GIB if stated is not None else None
     if not hardware:
         yield [], gpu_bytes
     elif config.cluster.address == "local" and config.cluster.device == "cpu":
         here = {"CPU": float(os.cpu_count() or 1)}  # Ray is started with as many as it takes
-        yield [Node(name="this machine", total=here, free=here)], None
+        yield [NodeResources(name="this machine", total=here, free=here)], None
     else:
         with ray_cluster(config.cluster.address, cpus=1):
-            from actors.room import nodes_now, smallest_gpu
+            from actors.placement_group import nodes_now, smallest_gpu
 
             gpu = config.cluster.device == "gpu"
             yield nodes_now(), (gpu_bytes or smallest_gpu()) if gpu else None
 
 
-def _print_placement(found: Sequence[Seat], nodes: Sequence[Node], console: Console) -> None:
+def _print_placement(
+    found: Sequence[ActorSpec], nodes: Sequence[NodeResources], console: Console
+) -> None:
     """Raises PlacementError where the nodes can never hold everyone."""
     console.print(placement_table(found, nodes))
     if not nodes:
@@ -90,11 +119,21 @@ def _print_placement(found: Sequence[Seat], nodes: Sequence[Node], console: Cons
 
 
 def _print_estimates(
-    plan: Plan, found: Sequence[Seat], gpu_bytes: float | None, console: Console, *, hardware: bool, pace: Pace
+    plan: Plan,
+    found: Sequence[ActorSpec],
+    gpu_bytes: float | None,
+    console: Console,
+    *,
+    hardware: bool,
+    pace: Pace,
 ) -> None:
-    """Raises PlacementError for what does not fit a GPU, ConfigError for what does not fit the disk."""
+    """Raises PlacementError for what does not fit a GPU, ConfigError for what does not fit the
+    disk."""
     if not hardware and not (plan.base / plan.config.policy.model / "config.json").is_file():
-        console.print(f"no estimates: {plan.config.policy.model}/config.json is not here (no weights are needed)", style="yellow")
+        console.print(
+            f"no estimates: {plan.config.policy.model}/config.json is not here (no weights are needed)",
+            style="yellow",
+        )
         return
     needs = plan.needs(found, gpu_bytes)
     gpu = plan.config.cluster.device == "gpu"
@@ -103,22 +142,38 @@ def _print_estimates(
     free = check_disk(disk, plan.config.run.dir) if hardware else "not looked at"
     rows: Rows = [
         ("weights of one sync", _sync(plan)),
-        ("one checkpoint, and exported models", f"{_gib(disk.checkpoint)} + {_gib(disk.policies)} GiB"),
+        (
+            "one checkpoint, and exported models",
+            f"{_gib(disk.checkpoint)} + {_gib(disk.policies)} GiB",
+        ),
         ("checkpoints that stay", f"at most {disk.kept}"),
         ("samples of one round", f"at most {disk.samples / 2**20:,.1f} MiB"),
         ("run directory", f"at most {_gib(disk.total)} GiB; {free}"),
     ]
     if not gpu or gpu_bytes is not None:
         check_cache(plan, needs)
-        engine = next(need.memory for need in needs if need.seat.role == "rollout")
-        rows.append((f"sequences of {plan.length} tokens in one engine's cache", f"{plan.sequences(engine):,.0f}"))
+        engine = next(need.memory for need in needs if need.spec.role == "rollout")
+        rows.append(
+            (
+                f"sequences of {plan.length} tokens in one engine's cache",
+                f"{plan.sequences(engine):,.0f}",
+            )
+        )
     rows += _pace_rows(plan, pace)
     console.print(_table("estimates", ("what", "how much"), rows))
     if gpu and gpu_bytes is None:
-        console.print("cluster.gpu_memory_gib is not set: whether this fits a GPU was not checked", style="yellow")
+        console.print(
+            "cluster.gpu_memory_gib is not set: whether this fits a GPU was not checked",
+            style="yellow",
+        )
     if gpu_bytes is not None:
         published = plan.weights() if transport_of(plan.config) == "cuda_ipc" else 0.0
-        for tight in check_gpus(needs, gpu_bytes, colocate=plan.config.cluster.placement == "colocate", published=published):
+        for tight in check_gpus(
+            needs,
+            gpu_bytes,
+            colocate=plan.config.cluster.placement == "colocate",
+            published=published,
+        ):
             console.print(f"warning: tight: {tight}", style="yellow")
 
 
@@ -131,23 +186,42 @@ def _sync(plan: Plan) -> str:
 
 
 def _pace_rows(plan: Plan, pace: Pace) -> Rows:
-    seconds = seconds_per_round(plan.config, responses=plan.derived.samples_per_round, writes=pace.writes, learns=pace.learns)
+    seconds = seconds_per_round(
+        plan.config,
+        responses=plan.derived.samples_per_round,
+        writes=pace.writes,
+        learns=pace.learns,
+    )
     if not seconds:
         return []
     overlaps = plan.config.run.max_staleness > 0
     total = max(seconds.values()) if overlaps else sum(seconds.values())
     parts = ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
-    return [("rounds per hour, without scoring, reference and sync", f"at least {3600 / total:,.2f} ({parts})")]
+    return [
+        (
+            "rounds per hour, without scoring, reference and sync",
+            f"at least {3600 / total:,.2f} ({parts})",
+        )
+    ]
 
 
 def memory_table(needs: Sequence[Need], *, gpu: bool, gpu_bytes: float | None) -> Table:
     """GiB of each actor at its peak; those of a role that are alike in one row."""
     of = f", of a GPU with {_gib(gpu_bytes)}" if gpu_bytes is not None else ""
-    names = [field.name for field in fields(Memory) if any(getattr(need.memory, field.name) for need in needs)]
-    table = Table("actor", *names, "total", title=f"GiB {'per GPU' if gpu else 'per process'} at the peak, estimated{of}")
-    for (role, _), group in groupby(needs, key=lambda need: (need.seat.role, need.memory)):
+    names = [
+        field.name
+        for field in fields(Memory)
+        if any(getattr(need.memory, field.name) for need in needs)
+    ]
+    table = Table(
+        "actor",
+        *names,
+        "total",
+        title=f"GiB {'per GPU' if gpu else 'per process'} at the peak, estimated{of}",
+    )
+    for (role, _), group in groupby(needs, key=lambda need: (need.spec.role, need.memory)):
         alike = list(group)
-        name = alike[0].seat.name if len(alike) == 1 else f"{role} ({len(alike)})"
+        name = alike[0].spec.name if len(alike) == 1 else f"{role} ({len(alike)})"
         cells = [_gib(getattr(alike[0].memory, field)) for field in names]
         table.add_row(name, *cells, _gib(alike[0].memory.total))
     return table

@@ -1,4 +1,5 @@
-"""The command line. Exit 0 only when the work was done; 2 for refused input, with one line; other codes in rayhf.errors."""
+"""The command line. Exit 0 only when the work was done; 2 for refused input, with one line; other
+codes in rayhf.errors."""
 
 from __future__ import annotations
 
@@ -12,21 +13,36 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from launch.plain import plain
-from launch.secure import INSECURE, settle
+from launch.cluster_auth import INSECURE, settle
+from launch.sanitize import plain
 from rayhf import __version__
 from rayhf.errors import ConfigError, RayhfError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=__doc__,
+)
 console = Console()
 
 Config = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example learner.lr=1e-6")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example learner.lr=1e-6")
+]
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
-RunOrNone = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run directory; or --address.")]
-Address = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where a campaign serves its control.")]
-Security = Annotated[Path | None, typer.Option(metavar="YAML", help="With --address: ca, certificate, key, token_file.")]
+RunOrNone = Annotated[
+    Path | None, typer.Argument(metavar="[RUN]", help="A run directory; or --address.")
+]
+Address = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Where a campaign serves its control.")
+]
+Security = Annotated[
+    Path | None,
+    typer.Option(metavar="YAML", help="With --address: ca, certificate, key, token_file."),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -37,10 +53,17 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     insecure_cluster: Annotated[
-        bool, typer.Option("--insecure-cluster", envvar=INSECURE, help="Use clusters that ask nobody for a token, too.")
+        bool,
+        typer.Option(
+            "--insecure-cluster",
+            envvar=INSECURE,
+            help="Use clusters that ask nobody for a token, too.",
+        ),
     ] = False,
 ) -> None:
     settle(insecure=insecure_cluster)
@@ -53,16 +76,22 @@ def run(
     config: Config,
     overrides: Overrides = None,
     supervised: Annotated[
-        bool, typer.Option("--supervise", help="Start it again when it dies, until it is done; at most 5 times without a commit.")
+        bool,
+        typer.Option(
+            "--supervise",
+            help="Start it again when it dies, until it is done; at most 5 times without a commit.",
+        ),
     ] = False,
 ) -> None:
     """Start a campaign, or continue the one in its run directory."""
-    from rayhf.campaign.lock import RunLock
     from rayhf.config.load import load_config
+    from rayhf.run_dir.lock import RunLock
 
     loaded = load_config(config, overrides or ())
     if not supervised:
-        lock = RunLock(loaded.run.dir)  # before the heavy imports: a second launcher is refused at once
+        lock = RunLock(
+            loaded.run.dir
+        )  # before the heavy imports: a second launcher is refused at once
         try:
             from launch.campaign import run_campaign
 
@@ -78,12 +107,26 @@ def run(
 @app.command()
 def submit(
     config: Config,
-    address: Annotated[str, typer.Option(metavar="URL", help="The cluster's job server, for example http://HEAD:8265")],
+    address: Annotated[
+        str,
+        typer.Option(metavar="URL", help="The cluster's job server, for example http://HEAD:8265"),
+    ],
     overrides: Overrides = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Show its log until it is over, and end with its exit code.")] = False,
-    env: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Give it this environment variable, too.")] = None,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Show its log until it is over, and end with its exit code."),
+    ] = False,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Give it this environment variable, too."),
+    ] = None,
     entrypoint_cpus: Annotated[
-        float | None, typer.Option(metavar="N", min=0.01, help="Run it on any node that has N CPUs to spare, not on the head.")
+        float | None,
+        typer.Option(
+            metavar="N",
+            min=0.01,
+            help="Run it on any node that has N CPUs to spare, not on the head.",
+        ),
     ] = None,
     supervised: Annotated[bool, typer.Option("--supervise", help="As for `rayhf run`.")] = False,
 ) -> None:
@@ -106,7 +149,8 @@ def submit(
 
 @app.command()
 def status(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
-    """How a campaign is doing: state, round, phase, health, faults, what to do next. From files alone."""
+    """How a campaign is doing: state, round, phase, health, faults, what to do next. From files
+    alone."""
     from launch.operate import control_of, show_status
 
     show_status(control_of(run_dir, address, security), console)
@@ -121,7 +165,10 @@ def watch(run_dir: RunOrNone = None, address: Address = None, security: Security
 
 
 @app.command()
-def verify(run_dir: RunDirectory, deep: Annotated[bool, typer.Option(help="Also read every tensor.")] = False) -> None:
+def verify(
+    run_dir: RunDirectory,
+    deep: Annotated[bool, typer.Option(help="Also read every tensor.")] = False,
+) -> None:
     """Check that everything committed is there as it was written, and every sample exactly once."""
     from launch.operate import show_audit
 
@@ -154,7 +201,9 @@ def _ask(wanted: str, run_dir: Path | None, address: str | None, security: Path 
 
 @app.command("add-prompts")
 def add_prompts(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL or Parquet, like prompts.train.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSONL or Parquet, like prompts.train.")
+    ],
     run_dir: RunOrNone = None,
     address: Address = None,
     security: Security = None,
@@ -182,7 +231,8 @@ def pairs(
 def label(
     run_dir: RunOrNone = None,
     file: Annotated[
-        Path | None, typer.Option(help="JSONL of pair_id and verdict (first, second, tie); else you are asked.")
+        Path | None,
+        typer.Option(help="JSONL of pair_id and verdict (first, second, tie); else you are asked."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Ask about at most so many.")] = 20,
     address: Address = None,
@@ -196,14 +246,19 @@ def label(
 
 @app.command("serve-campaign")
 def serve_campaign(run_dir: RunDirectory, overrides: Overrides = None) -> None:
-    """Serve a campaign's control over gRPC, also while it does not run. KEY=VALUE are those of the config's `service` section."""
+    """Serve a campaign's control over gRPC, also while it does not run. KEY=VALUE are those of the
+    config's `service` section."""
     from launch.serve import serve_run
 
     serve_run(run_dir, overrides or (), console)
 
 
 @app.command()
-def explain(code: Annotated[int | None, typer.Argument(help="An exit code; all of them by default.")] = None) -> None:
+def explain(
+    code: Annotated[
+        int | None, typer.Argument(help="An exit code; all of them by default.")
+    ] = None,
+) -> None:
     """What an exit code of rayhf means, and what to do."""
     from launch.operate import explain
 
@@ -215,20 +270,31 @@ def check(
     config: Config,
     overrides: Overrides = None,
     hardware: Annotated[
-        bool, typer.Option(help="Also check what only the machine itself has: models, prompts, scorers, GPUs.")
+        bool,
+        typer.Option(
+            help="Also check what only the machine itself has: models, prompts, scorers, GPUs."
+        ),
     ] = True,
-    engine_rate: Annotated[float | None, typer.Option(min=1e-3, help="Tokens per second that one engine writes.")] = None,
-    learner_rate: Annotated[
-        float | None, typer.Option(min=1e-3, help="Tokens per second that one learner rank trains on.")
+    engine_rate: Annotated[
+        float | None, typer.Option(min=1e-3, help="Tokens per second that one engine writes.")
     ] = None,
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="Play two rounds and report their pace.")] = False,
+    learner_rate: Annotated[
+        float | None,
+        typer.Option(min=1e-3, help="Tokens per second that one learner rank trains on."),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Play two rounds and report their pace.")
+    ] = False,
 ) -> None:
-    """Refuse a bad run before anything starts, and print the plan: batches, placement, memory, disk, pace."""
+    """Refuse a bad run before anything starts, and print the plan: batches, placement, memory,
+    disk, pace."""
     from launch.check import Pace, check_config
     from rayhf.config.load import load_config
 
     if calibrate and not hardware:
-        raise ConfigError("--calibrate plays two rounds and needs the hardware; leave --no-hardware out")
+        raise ConfigError(
+            "--calibrate plays two rounds and needs the hardware; leave --no-hardware out"
+        )
     pace = Pace(writes=engine_rate, learns=learner_rate, calibrate=calibrate)
     check_config(load_config(config, overrides or ()), console, hardware=hardware, pace=pace)
 
@@ -245,7 +311,8 @@ def fit_scorer(config: Config, overrides: Overrides = None) -> None:
 
 @app.command("serve-scorer")
 def serve_scorer(config: Config, overrides: Overrides = None) -> None:
-    """Serve scorers over gRPC until told to stop; campaigns reach them with a scorer of type remote."""
+    """Serve scorers over gRPC until told to stop; campaigns reach them with a scorer of type
+    remote."""
     from launch import serve
     from rayhf.config.load import load_section
     from rayhf.config.serve import ServeScorerConfig
@@ -255,7 +322,9 @@ def serve_scorer(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def tiny(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to build; kept and reused.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where to build; kept and reused.")
+    ],
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Build the tiny world: a tokenizer, small policies and two tasks, in minutes on two cores."""
@@ -269,12 +338,17 @@ def tiny(
 @app.command()
 def export(
     run_dir: RunDirectory,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put the Hugging Face model; must not exist.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Where to put the Hugging Face model; must not exist."),
+    ],
 ) -> None:
     """Copy a campaign's latest policy: a Hugging Face model directory (safetensors, tokenizer)."""
     policy = run_dir / "policy"
     if not (policy / "config.json").is_file():
-        raise ConfigError(f"{run_dir} has no exported policy yet; expected {policy} (written with every checkpoint)")
+        raise ConfigError(
+            f"{run_dir} has no exported policy yet; expected {policy} (written with every checkpoint)"
+        )
     if directory.exists():
         raise ConfigError(f"{directory} exists; expected a new directory")
     try:
@@ -300,7 +374,10 @@ def main() -> None:
         if os.environ.get("RAYHF_DEBUG"):
             raise
         first = plain((str(error).strip().splitlines() or [""])[0][:500])
-        print(f"rayhf: unexpected {type(error).__name__}: {first} (rayhf --debug ... shows the traceback)", file=sys.stderr)  # noqa: T201
+        print(
+            f"rayhf: unexpected {type(error).__name__}: {first} (rayhf --debug ... shows the traceback)",
+            file=sys.stderr,
+        )  # noqa: T201
         sys.exit(1)
 
 

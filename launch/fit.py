@@ -1,6 +1,8 @@
-"""`rayhf fit-scorer`, from a valid config to a directory that serves: pairs, Ray, the learner's ranks, held-out figures.
+"""`rayhf fit-scorer`, from a valid config to a directory that serves: pairs, Ray, the learner's
+ranks, held-out figures.
 
-Everything is written beside the output and moved there at the end, so that the output is a whole scorer or not there.
+Everything is written beside the output and moved there at the end, so that the output is a whole
+scorer or not there.
 """
 
 from __future__ import annotations
@@ -24,36 +26,59 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from launch.local import ray_cluster
-from rayhf.campaign.files import seal, storage_errors, write_json
 from rayhf.config.fit import FitConfig
 from rayhf.errors import ConfigError, InterruptedRunError
-from rayhf.experience import Batch, Example, derive_seed
-from rayhf.scorer.fit import Figures, FitPlan, loss_of, mark, measure, outputs_of, prepare_fit, win_probability
+from rayhf.run_dir.files import seal, storage_errors, write_json
+from rayhf.scorer.fit import (
+    Figures,
+    FitPlan,
+    loss_of,
+    mark,
+    measure,
+    outputs_of,
+    prepare_fit,
+    win_probability,
+)
+from rayhf.types import Batch, Example, derive_seed
 
 if TYPE_CHECKING:
     from actors.learner import LearnerGroup
 
 Report = Callable[[int, dict[str, float]], None]
-"""Called after every optimiser step with its number from 1 and its metrics."""
+"""Called after every optimizer step with its number from 1 and its metrics."""
 
 
 def fit_scorer(config: FitConfig, console: Console) -> None:
-    """Train a scorer and write it to `output`. Raises the errors of rayhf.errors; then nothing is written."""
+    """Train a scorer and write it to `output`. Raises the errors of rayhf.errors; then nothing is
+    written."""
     base = Path.cwd()
     output = base / config.output
     _check_output(output)
     if config.tiny is not None:
         from launch.tiny import build_with_progress
 
-        build_with_progress(config.tiny.dir, tasks=config.tiny.tasks, seed=config.tiny.seed, console=console)
+        build_with_progress(
+            config.tiny.dir, tasks=config.tiny.tasks, seed=config.tiny.seed, console=console
+        )
     plan = prepare_fit(config, base=base)
     for name, part in (("train", plan.train), ("test", plan.test)):
-        without = f"; left out: {part.equal} with equal answers, {part.too_long} too long" if part.equal + part.too_long else ""
-        console.print(f"{name}: {len(part.examples):,} pairs{without}", markup=False, highlight=False)
+        without = (
+            f"; left out: {part.equal} with equal answers, {part.too_long} too long"
+            if part.equal + part.too_long
+            else ""
+        )
+        console.print(
+            f"{name}: {len(part.examples):,} pairs{without}", markup=False, highlight=False
+        )
     started = time.monotonic()
     with _workplace(output) as temporary:
-        with ray_cluster(config.cluster.address, cpus=_cpus(config) * config.learner.ranks), _progress(plan, console) as report:
-            figures, train_loss = asyncio.run(_until_told(_fit(config, plan, base, temporary, report)))
+        with (
+            ray_cluster(config.cluster.address, cpus=_cpus(config) * config.learner.ranks),
+            _progress(plan, console) as report,
+        ):
+            figures, train_loss = asyncio.run(
+                _until_told(_fit(config, plan, base, temporary, report))
+            )
         seconds = time.monotonic() - started
         content = _content(config, plan, figures, train_loss=train_loss, seconds=seconds)
         write_json(temporary / "metrics.json", content)
@@ -62,28 +87,44 @@ def fit_scorer(config: FitConfig, console: Console) -> None:
     console.print(f"scorer: {config.output}", markup=False, highlight=False)
 
 
-async def _fit(config: FitConfig, plan: FitPlan, base: Path, directory: Path, report: Report) -> tuple[Figures, float]:
-    """Train, measure, export to `directory`. Returns held-out figures and the mean loss of the last epoch."""
+async def _fit(
+    config: FitConfig, plan: FitPlan, base: Path, directory: Path, report: Report
+) -> tuple[Figures, float]:
+    """Train, measure, export to `directory`. Returns held-out figures and the mean loss of the last
+    epoch."""
     learner = await _learner(config, plan, base)
     loss = loss_of(config.objective)
     step, last_epoch = 0, 0.0
     for epoch in range(config.epochs):
         last_epoch = 0.0
-        for examples in deal_pairs(plan.train.examples, batch=config.batch, seed=derive_seed(config.seed, "fit", epoch)):
+        for examples in deal_pairs(
+            plan.train.examples, batch=config.batch, seed=derive_seed(config.seed, "fit", epoch)
+        ):
             metrics = await learner.step(Batch(examples=examples), loss)
             step, last_epoch = step + 1, last_epoch + metrics["learner/loss"] * len(examples)
             report(step, metrics)
     outputs: list[Any] = []
-    for start in range(0, len(plan.test.examples), config.batch):  # piece by piece: each has the deadline of one call
-        rows = [row for example in plan.test.examples[start : start + config.batch] for row in example.rows]
+    for start in range(
+        0, len(plan.test.examples), config.batch
+    ):  # piece by piece: each has the deadline of one call
+        rows = [
+            row
+            for example in plan.test.examples[start : start + config.batch]
+            for row in example.rows
+        ]
         outputs += await learner.outputs(rows, temperature=1.0)
     await learner.export(directory)
     mark(directory, config, pad_token_id=plan.pad_id)
-    return measure(win_probability(config.objective, outputs)), last_epoch / len(plan.train.examples)
+    return measure(win_probability(config.objective, outputs)), last_epoch / len(
+        plan.train.examples
+    )
 
 
-def deal_pairs(examples: Sequence[Example], *, batch: int, seed: int) -> Iterator[tuple[Example, ...]]:
-    """One epoch: a seeded permutation in slices of `batch`. The last one may be smaller: no pair is left out."""
+def deal_pairs(
+    examples: Sequence[Example], *, batch: int, seed: int
+) -> Iterator[tuple[Example, ...]]:
+    """One epoch: a seeded permutation in slices of `batch`. The last one may be smaller: no pair is
+    left out."""
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     for start in range(0, len(order), batch):
@@ -93,13 +134,13 @@ def deal_pairs(examples: Sequence[Example], *, batch: int, seed: int) -> Iterato
 async def _learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerGroup:
     """Place and start the ranks. Raises PlacementError where the cluster is too small."""
     from actors.learner import LearnerGroup, RemoteLearner
-    from actors.placement import Seat
-    from actors.room import Room
-    from actors.supervise import Supervised
+    from actors.placement_group import PlacementGroup
+    from actors.supervise import SupervisedActor
+    from rayhf.planning.placement import ActorSpec
 
     cluster, gpu = config.cluster, config.cluster.device == "gpu"
     places = [
-        Seat(
+        ActorSpec(
             role="learner",
             index=rank,
             name=f"scorer learner rank {rank}",
@@ -110,18 +151,28 @@ async def _learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerGroup
         )
         for rank in range(config.learner.ranks)
     ]
-    room = Room(places, grouped=gpu or cluster.address != "local")
+    room = PlacementGroup(places, grouped=gpu or cluster.address != "local")
     limit_s = 0.0 if cluster.address == "local" else cluster.placement_timeout_s
     await room.take(limit_s=limit_s, report=logging.getLogger(__name__).warning)
-    options = {"runtime_env": {"env_vars": _environment(config)}, "max_restarts": 0, "max_task_retries": 0}
+    options = {
+        "runtime_env": {"env_vars": _environment(config)},
+        "max_restarts": 0,
+        "max_task_retries": 0,
+    }
 
-    def create(seat: Seat) -> Any:
+    def create(seat: ActorSpec) -> Any:
         return RemoteLearner.options(
-            num_cpus=seat.cpus, num_gpus=seat.gpus, resources=dict(seat.resources), **room.strategy(seat), **options
+            num_cpus=seat.cpus,
+            num_gpus=seat.gpus,
+            resources=dict(seat.resources),
+            **room.strategy(seat),
+            **options,
         ).remote()
 
-    ranks = [Supervised(seat.name, partial(create, seat)) for seat in places]
-    learner = LearnerGroup(ranks, config.learner, sync_dtype="float32", timeout_s=config.learner.collective_timeout_s)
+    ranks = [SupervisedActor(seat.name, partial(create, seat)) for seat in places]
+    learner = LearnerGroup(
+        ranks, config.learner, sync_dtype="float32", timeout_s=config.learner.collective_timeout_s
+    )
     await learner.start(
         base / config.model,
         head="score",
@@ -141,7 +192,8 @@ def _cpus(config: FitConfig) -> float:
 
 
 def _environment(config: FitConfig) -> dict[str, str]:
-    """Environment variables of a rank's process, set before it imports anything. On CPU the ranks share the cores."""
+    """Environment variables of a rank's process, set before it imports anything. On CPU the ranks
+    share the cores."""
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     if config.cluster.device == "cpu":
         threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.ranks)
@@ -158,7 +210,9 @@ async def _until_told(work: Any) -> tuple[Figures, float]:
     try:
         result: tuple[Figures, float] = await work
     except asyncio.CancelledError:
-        raise InterruptedRunError("interrupted; nothing was written, the same command starts again") from None
+        raise InterruptedRunError(
+            "interrupted; nothing was written, the same command starts again"
+        ) from None
     return result
 
 
@@ -167,7 +221,9 @@ async def _until_told(work: Any) -> tuple[Figures, float]:
 
 def _check_output(output: Path) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ConfigError(f"output: {output} exists and is not an empty directory; expected a new one")
+        raise ConfigError(
+            f"output: {output} exists and is not an empty directory; expected a new one"
+        )
 
 
 @contextmanager
@@ -182,12 +238,18 @@ def _workplace(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _content(config: FitConfig, plan: FitPlan, figures: Figures, *, train_loss: float, seconds: float) -> dict[str, Any]:
+def _content(
+    config: FitConfig, plan: FitPlan, figures: Figures, *, train_loss: float, seconds: float
+) -> dict[str, Any]:
     """metrics.json."""
     counts = {
         f"{name}_{what}": value
         for name, part in (("train", plan.train), ("test", plan.test))
-        for what, value in (("pairs", len(part.examples)), ("equal", part.equal), ("too_long", part.too_long))
+        for what, value in (
+            ("pairs", len(part.examples)),
+            ("equal", part.equal),
+            ("too_long", part.too_long),
+        )
     }
     return {
         **asdict(figures),
@@ -213,9 +275,16 @@ def _table(config: FitConfig, figures: Figures, *, train_loss: float, seconds: f
 @contextmanager
 def _progress(plan: FitPlan, console: Console) -> Iterator[Report]:
     """A live line in a terminal, ten plain lines elsewhere."""
-    columns = (TextColumn("{task.description:<32}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<32}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     every = max(1, plan.steps // 10)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as progress:
         line = progress.add_task("start the learner", total=plan.steps)
 
         def report(step: int, metrics: dict[str, float]) -> None:

@@ -1,8 +1,9 @@
 """`rayhf submit`: a campaign as a job of a Ray cluster, with `ray job submit`'s own means.
 
-In: a config below the current directory, and the URL of the cluster's job server. Out: a job that does `rayhf run`. It gets this
-directory, without what runs and tools leave in it, and an allow-list of our environment: what a job is given, everybody on the
-cluster can read. Who waits: with --follow we wait for the job, show its log, and end with its exit code; it waits for nobody.
+In: a config below the current directory, and the URL of the cluster's job server. Out: a job that
+does `rayhf run`. It gets this directory, without what runs and tools leave in it, and an allow-list
+of our environment: what a job is given, everybody on the cluster can read. Who waits: with --follow
+we wait for the job, show its log, and end with its exit code; it waits for nobody.
 """
 
 from __future__ import annotations
@@ -25,21 +26,30 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from launch.plain import plain
-from launch.secure import check_server, check_token_file, insecure, refusal
+from launch.cluster_auth import check_server, check_token_file, insecure, refusal
+from launch.sanitize import plain
 from rayhf.config.load import load_config
-from rayhf.errors import ActorLostError, ConfigError, DeadlineError, InterruptedRunError, LockedError, SecurityError
+from rayhf.errors import (
+    ActorLostError,
+    ConfigError,
+    DeadlineError,
+    InterruptedRunError,
+    LockedError,
+    SecurityError,
+)
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 ALLOWED = ("HF_HUB_OFFLINE", "NCCL_DEBUG", "RAYHF_DEBUG")
-"""Environment variables that a job gets without being asked for. None is a secret, and none names a place on this machine."""
+"""Environment variables that a job gets without being asked for. None is a secret, and none names a
+place on this machine."""
 EXCLUDED = (
     "runs", ".git", ".venv", "venv", ".tiny", "wandb", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info",
     ".env", ".env.*", ".netrc", ".ssh", ".aws", "*.pem", "*.key", "auth_token",
 )  # fmt: skip
-"""What stays here, besides what .gitignore and .rayignore say: what runs and tools leave behind, and where secrets are kept."""
+"""What stays here, besides what .gitignore and .rayignore say: what runs and tools leave behind,
+and where secrets are kept."""
 LIMIT_BYTES = 100 << 20
 """Of a working directory: Ray's job server takes no more."""
 LEFT = 130
@@ -54,7 +64,8 @@ class Job:
     """What is asked of the cluster."""
 
     name: str
-    """The submission id without its number: the run directory's name, and a hash of its whole path."""
+    """The submission id without its number: the run directory's name, and a hash of its whole
+    path."""
     run: Path
     command: tuple[str, ...]
     environment: dict[str, str]
@@ -65,7 +76,17 @@ class Job:
     def line(self, url: str, submission_id: str) -> str:
         """The `ray job submit` line that does the same."""
         runtime_env = {"excludes": list(self.excludes), "env_vars": self.environment}
-        words = ["ray", "job", "submit", "--address", url, "--submission-id", submission_id, "--working-dir", "."]
+        words = [
+            "ray",
+            "job",
+            "submit",
+            "--address",
+            url,
+            "--submission-id",
+            submission_id,
+            "--working-dir",
+            ".",
+        ]
         words += ["--runtime-env-json", json.dumps(runtime_env)]
         words += [] if self.cpus is None else ["--entrypoint-num-cpus", f"{self.cpus:g}"]
         return _mode() + shlex.join([*words, "--", *self.command])
@@ -87,7 +108,8 @@ def submit(
     follow: bool,
     console: Console,
 ) -> int:
-    """Submit; with `follow`, the job's exit code. Raises the errors of rayhf.errors, and then nothing was submitted."""
+    """Submit; with `follow`, the job's exit code. Raises the errors of rayhf.errors, and then
+    nothing was submitted."""
     job = plan(config, overrides, env=env, cpus=cpus, supervised=supervised)
     url = _url(address)
     check_token_file()
@@ -107,7 +129,9 @@ def submit(
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise
-            raise LockedError(f"{job.run} was submitted by somebody else just now, as job {submission_id}") from None
+            raise LockedError(
+                f"{job.run} was submitted by somebody else just now, as job {submission_id}"
+            ) from None
     console.print(f"submitted {submission_id}, the same as", markup=False, highlight=False)
     console.print(job.line(url, submission_id), markup=False, highlight=False, soft_wrap=True)
     if not follow:
@@ -123,9 +147,17 @@ def submit(
         return LEFT
 
 
-def plan(config: Path, overrides: Sequence[str], *, env: Sequence[str], cpus: float | None, supervised: bool) -> Job:
-    """What to ask for. Raises ConfigError for what would be refused on the cluster, and for what would not be found there."""
-    from rayhf.preflight import check_settings
+def plan(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    env: Sequence[str],
+    cpus: float | None,
+    supervised: bool,
+) -> Job:
+    """What to ask for. Raises ConfigError for what would be refused on the cluster, and for what
+    would not be found there."""
+    from rayhf.planning.preflight import check_settings
 
     loaded = load_config(config, overrides)
     check_settings(loaded)
@@ -139,11 +171,21 @@ def plan(config: Path, overrides: Sequence[str], *, env: Sequence[str], cpus: fl
     try:
         inside = config.resolve().relative_to(here)
     except ValueError:
-        raise ConfigError(f"config {config} is not below {here}, the directory that the job gets; start above it") from None
-    command = ["rayhf", *(["--insecure-cluster"] if insecure() else []), "run", str(inside), *overrides]
+        raise ConfigError(
+            f"config {config} is not below {here}, the directory that the job gets; start above it"
+        ) from None
+    command = [
+        "rayhf",
+        *(["--insecure-cluster"] if insecure() else []),
+        "run",
+        str(inside),
+        *overrides,
+    ]
     command += ["cluster.address=auto"] if loaded.cluster.address != "auto" else []
     command += ["--supervise"] if supervised else []
-    runs = sorted(file.parent for depth in (1, 2, 3) for file in here.glob("*/" * depth + "campaign.json"))
+    runs = sorted(
+        file.parent for depth in (1, 2, 3) for file in here.glob("*/" * depth + "campaign.json")
+    )
     run = Path(os.path.normpath(run))
     slug = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:40]
     return Job(
@@ -171,7 +213,9 @@ def _environment(wanted: Sequence[str]) -> dict[str, str]:
 
 def _url(address: str) -> str:
     if not re.fullmatch(r"https?://[^/\s]+/?", address):
-        raise ConfigError(f"--address {address!r}: expected the URL of a job server, for example http://HEAD:8265")
+        raise ConfigError(
+            f"--address {address!r}: expected the URL of a job server, for example http://HEAD:8265"
+        )
     return address.rstrip("/")
 
 
@@ -196,30 +240,45 @@ def _next_id(client: JobSubmissionClient, job: Job) -> str:
         if found is None:
             continue
         if not other.status.is_terminal():
-            raise LockedError(f"{job.run} is job {other.submission_id} already ({other.status}); stop it, or let it")
+            raise LockedError(
+                f"{job.run} is job {other.submission_id} already ({other.status}); stop it, or let it"
+            )
         numbers.append(int(found[1]))
     return f"{job.name}-{max(numbers) + 1}"
 
 
 def _package(directory: Path, file: Path, job: Job, config: Path, console: Console) -> Path:
-    """Zip the working directory as Ray would. Raises ConfigError where it is too large, or lacks the config."""
+    """Zip the working directory as Ray would. Raises ConfigError where it is too large, or lacks
+    the config."""
     from ray._private.runtime_env.packaging import create_package
 
     quiet = logging.getLogger(__name__)
-    create_package(str(directory), file, include_gitignore=True, excludes=list(job.excludes), logger=quiet)
+    create_package(
+        str(directory), file, include_gitignore=True, excludes=list(job.excludes), logger=quiet
+    )
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     size = file.stat().st_size
     if size > LIMIT_BYTES:
         largest = sorted(entries, key=lambda entry: -entry.file_size)[:3]
-        named = ", ".join(f"{entry.filename} {entry.file_size / 2**20:,.0f} MiB" for entry in largest)
+        named = ", ".join(
+            f"{entry.filename} {entry.file_size / 2**20:,.0f} MiB" for entry in largest
+        )
         raise ConfigError(
             f"{directory} has {size / 2**20:,.0f} MiB, a job gets at most {LIMIT_BYTES >> 20} MiB; the largest: {named}. Name "
             "them in .rayignore, and give models and data as absolute paths that every node sees"
         )
-    if str(config.resolve().relative_to(directory.resolve())) not in {entry.filename for entry in entries}:
-        raise ConfigError(f"config {config} is left out by .gitignore or .rayignore: the job would not find it")
-    console.print(f"working directory: {len(entries)} files, {size / 2**20:,.1f} MiB", markup=False, highlight=False)
+    if str(config.resolve().relative_to(directory.resolve())) not in {
+        entry.filename for entry in entries
+    }:
+        raise ConfigError(
+            f"config {config} is left out by .gitignore or .rayignore: the job would not find it"
+        )
+    console.print(
+        f"working directory: {len(entries)} files, {size / 2**20:,.1f} MiB",
+        markup=False,
+        highlight=False,
+    )
     return file
 
 
@@ -227,12 +286,15 @@ def _package(directory: Path, file: Path, job: Job, config: Path, console: Conso
 
 
 def _follow(client: JobSubmissionClient, submission_id: str, console: Console) -> JobDetails:
-    """Show the log until the job is over, through broken connections. Raises DeadlineError where nobody answers any more."""
+    """Show the log until the job is over, through broken connections. Raises DeadlineError where
+    nobody answers any more."""
     from aiohttp import ClientError
 
     shown, heard = [0], time.monotonic()
     while True:
-        with contextlib.suppress(RuntimeError, ClientError, OSError):  # the next look shows what was missed
+        with contextlib.suppress(
+            RuntimeError, ClientError, OSError
+        ):  # the next look shows what was missed
             asyncio.run(_tail(client, submission_id, shown, console))
         try:
             info = client.get_job_info(submission_id)
@@ -247,7 +309,9 @@ def _follow(client: JobSubmissionClient, submission_id: str, console: Console) -
         time.sleep(_POLL_S)
 
 
-async def _tail(client: JobSubmissionClient, submission_id: str, shown: list[int], console: Console) -> None:
+async def _tail(
+    client: JobSubmissionClient, submission_id: str, shown: list[int], console: Console
+) -> None:
     """The log from its beginning, but what was `shown`."""
     seen = 0
     async for chunk in client.tail_job_logs(submission_id):
@@ -258,13 +322,18 @@ async def _tail(client: JobSubmissionClient, submission_id: str, shown: list[int
 
 
 def _exit_code(submission_id: str, info: Any) -> int:
-    """The job's. Raises InterruptedRunError for a job that was stopped, ActorLostError for one that was lost."""
+    """The job's. Raises InterruptedRunError for a job that was stopped, ActorLostError for one that
+    was lost."""
     from ray.job_submission import JobStatus
 
     if info.status == JobStatus.STOPPED:
-        raise InterruptedRunError(f"job {submission_id} was stopped; submit it again and it continues")
+        raise InterruptedRunError(
+            f"job {submission_id} was stopped; submit it again and it continues"
+        )
     code: int | None = info.driver_exit_code
     if code is None:
         why = " ".join(str(info.message).split())[:300]
-        raise ActorLostError(f"job {submission_id} ended without an exit code ({why}); submit it again and it continues")
+        raise ActorLostError(
+            f"job {submission_id} ended without an exit code ({why}); submit it again and it continues"
+        )
     return code if code >= 0 else 128 - code

@@ -1,8 +1,10 @@
-"""`rayhf run --supervise`: runs the campaign in a child process and starts it again when it dies, until it is done.
+"""`rayhf run --supervise`: runs the campaign in a child process and starts it again when it dies,
+until it is done.
 
-For machines without a scheduler that does this. A child that was refused (bad config, locked, paused, no valid checkpoint) is not
-started again; one that keeps dying without a new commit is given up; one whose disk is full, or whose scorer services are all
-away, is started again every minute.
+For machines without a scheduler that does this. A child that was refused (bad config, locked,
+paused, no valid checkpoint) is not started again; one that keeps dying without a new commit is
+given up; one whose disk is full, or whose scorer services are all away, is started again every
+minute.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from rayhf.campaign.status import read_status
+from rayhf.control.status import read_status
 from rayhf.errors import (
     ActorLostError,
     CheckpointError,
@@ -35,7 +37,17 @@ from rayhf.errors import (
 
 CRASHES = 5
 """Deaths in a row without a new commit."""
-_FINAL = {error.exit_code for error in (ConfigError, LockedError, CheckpointError, SecurityError, PausedError, ScorerError)}
+_FINAL = {
+    error.exit_code
+    for error in (
+        ConfigError,
+        LockedError,
+        CheckpointError,
+        SecurityError,
+        PausedError,
+        ScorerError,
+    )
+}
 _ELSEWHERE = {error.exit_code for error in (StorageError, ServiceError)}
 """Somebody else will mend it: it costs nothing to ask again."""
 _FIRST_WAIT_S, _MAX_WAIT_S = 1.0, 60.0
@@ -45,7 +57,8 @@ _PR_SET_PDEATHSIG = 1
 def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
     """The last child's exit code. `arguments` are those of `rayhf`.
 
-    Raises ActorLostError where it is given up, InterruptedRunError where it is told to stop between two lives.
+    Raises ActorLostError where it is given up, InterruptedRunError where it is told to stop between
+    two lives.
     """
     told: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -60,7 +73,9 @@ def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
     crashes, committed = 0, _committed(run)
     try:
         while True:
-            child = subprocess.Popen([sys.executable, "-m", "launch.cli", *arguments], preexec_fn=_end_with_parent)
+            child = subprocess.Popen(
+                [sys.executable, "-m", "launch.cli", *arguments], preexec_fn=_end_with_parent
+            )
             code = child.wait()
             child = None
             if code == 0 or code in _FINAL or told or _stopped(code):
@@ -74,8 +89,13 @@ def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
                 raise ActorLostError(
                     f"{run} ended {crashes} times in a row without a new commit, the last time with {why}; given up"
                 )
-            wait_s = min(_MAX_WAIT_S, _FIRST_WAIT_S * 2.0 ** (crashes - 1)) if crashes else _MAX_WAIT_S
-            console.print(f"the campaign ended with {why} after round {now}; it is started again in {wait_s:g} s", style="yellow")
+            wait_s = (
+                min(_MAX_WAIT_S, _FIRST_WAIT_S * 2.0 ** (crashes - 1)) if crashes else _MAX_WAIT_S
+            )
+            console.print(
+                f"the campaign ended with {why} after round {now}; it is started again in {wait_s:g} s",
+                style="yellow",
+            )
             time.sleep(wait_s)
     finally:
         for number, handler in before.items():
@@ -83,8 +103,8 @@ def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
 
 
 def _end_with_parent() -> None:
-    """In the child, before it runs: Linux sends it SIGTERM when its parent dies, however that dies. A second start of the same
-    command would otherwise meet a campaign that nobody supervises."""
+    """In the child, before it runs: Linux sends it SIGTERM when its parent dies, however that dies.
+    A second start of the same command would otherwise meet a campaign that nobody supervises."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

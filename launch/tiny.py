@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from rayhf.tiny import TaskInfo
 
 
-def build_with_progress(directory: Path, *, tasks: Sequence[str], seed: int, console: Console) -> dict[str, TaskInfo]:
+def build_with_progress(
+    directory: Path, *, tasks: Sequence[str], seed: int, console: Console
+) -> dict[str, TaskInfo]:
     """Build what is missing; quick when nothing is."""
     from rayhf.tiny import build
 
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as progress:
         line = progress.add_task("tiny world", total=1.0)
         seen: set[str] = set()
 

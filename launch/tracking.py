@@ -1,8 +1,9 @@
-"""wandb, when configured: a mirror of metrics.jsonl, which stays the record. It can neither stall nor fail a run.
+"""wandb, when configured: a mirror of metrics.jsonl, which stays the record. It can neither stall
+nor fail a run.
 
-wandb lives in a process of its own (`python -m launch.tracking`), which reads one JSON object per line. A thread feeds it from a
-bounded queue; what does not fit is left out and counted. At the end it has `FINISH_S` seconds, then it is killed. What it says is
-in the attempt's wandb.log.
+wandb lives in a process of its own (`python -m launch.tracking`), which reads one JSON object per
+line. A thread feeds it from a bounded queue; what does not fit is left out and counted. At the end
+it has `FINISH_S` seconds, then it is killed. What it says is in the attempt's wandb.log.
 """
 
 from __future__ import annotations
@@ -18,25 +19,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rayhf.campaign.observer import Observer
 from rayhf.config.schema import CampaignConfig
+from rayhf.monitoring.observer import Observer
 
 FINISH_S = 30.0
 _LINES = 1000
 MIRROR = (sys.executable, "-m", "launch.tracking")
 
 
-class Tracked:
+class WandbObserver:
     """Passes everything on to another observer, and metrics to the mirror too."""
 
-    def __init__(self, inner: Observer, settings: Mapping[str, Any], *, log: Path, command: Sequence[str] = MIRROR) -> None:
+    def __init__(
+        self,
+        inner: Observer,
+        settings: Mapping[str, Any],
+        *,
+        log: Path,
+        command: Sequence[str] = MIRROR,
+    ) -> None:
         self._inner, self._log = inner, log
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=_LINES)
         self.left_out = 0
         self._gone = False
         with log.open("ab") as file:
-            # Not where we are: Ray may unpack a job's directory anew while the job starts, and then ours is gone, name and all.
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, cwd=log.parent)
+            # Not where we are: Ray may unpack a job's directory anew while the job starts, and then
+            # ours is gone, name and all.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=file, stderr=file, cwd=log.parent
+            )
         self._lines.put(dict(settings))
         self._feeder = threading.Thread(target=self._feed, name="wandb mirror", daemon=True)
         self._feeder.start()
@@ -49,7 +60,8 @@ class Tracked:
         if not self._gone and self._process.poll() is not None:
             self._gone = True
             self._inner.event(
-                "warn", f"wandb gets no more: {self._end_of(self._process.returncode)}; metrics.jsonl has everything"
+                "warn",
+                f"wandb gets no more: {self._end_of(self._process.returncode)}; metrics.jsonl has everything",
             )
         try:
             self._lines.put_nowait(dict(metrics))
@@ -72,7 +84,10 @@ class Tracked:
             self._process.wait()
         if (code != 0 or self.left_out) and not self._gone:
             why = "it did not finish in time" if code is None else self._end_of(code)
-            self._inner.event("warn", f"wandb has not got everything ({why}, {self.left_out} rounds left out); metrics.jsonl has")
+            self._inner.event(
+                "warn",
+                f"wandb has not got everything ({why}, {self.left_out} rounds left out); metrics.jsonl has",
+            )
 
     def _end_of(self, code: int) -> str:
         return f"it ended with {code}, see {self._log}"
@@ -92,7 +107,8 @@ class Tracked:
 
 @contextmanager
 def tracked(observer: Observer, config: CampaignConfig, *, logs: Path) -> Iterator[Observer]:
-    """The observer, mirrored to wandb where tracking.wandb asks for it. Offline needs no account."""
+    """The observer, mirrored to wandb where tracking.wandb asks for it. Offline needs no
+    account."""
     tracking = config.tracking
     if tracking.wandb == "off":
         yield observer
@@ -104,7 +120,7 @@ def tracked(observer: Observer, config: CampaignConfig, *, logs: Path) -> Iterat
         "dir": str(config.run.dir.absolute()),
         "config": config.model_dump(mode="json"),
     }
-    mirror = Tracked(observer, settings, log=logs / "wandb.log")
+    mirror = WandbObserver(observer, settings, log=logs / "wandb.log")
     try:
         yield mirror
     finally:
@@ -115,7 +131,10 @@ def _mirror() -> None:
     """The mirror's process: settings first, then a line per round, until the pipe is closed."""
     import signal
 
-    for name in (signal.SIGINT, signal.SIGTERM):  # whoever stops the whole group means the campaign, which closes the pipe
+    for name in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # whoever stops the whole group means the campaign, which closes the pipe
         signal.signal(name, signal.SIG_IGN)
     import wandb
 

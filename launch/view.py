@@ -1,4 +1,5 @@
-"""What a person sees of a campaign: who sits where, a live line in a terminal, plain lines elsewhere, a table at the end."""
+"""What a person sees of a campaign: who sits where, a live line in a terminal, plain lines
+elsewhere, a table at the end."""
 
 from __future__ import annotations
 
@@ -10,11 +11,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
-from actors.placement import Node, Seat, amounts, bundles, members, pack
-from launch.plain import plain
+from launch.sanitize import plain
+from rayhf.planning.placement import ActorSpec, NodeResources, amounts, bundles, members, pack
 
 _SILENT = ("commit",)
 _STYLES = {"fault": "red", "pause": "yellow", "warn": "yellow"}
@@ -43,7 +52,12 @@ class LiveView:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._progress.stop()
 
     def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
@@ -52,15 +66,24 @@ class LiveView:
         fields: dict[str, Any] = {"round": iteration, "rounds": self._iterations}
         if self._line is None:
             self._line = self._progress.add_task(name, total=total or None, **fields)
-        self._progress.update(self._line, description=name, completed=done, total=total or None, **fields)
+        self._progress.update(
+            self._line, description=name, completed=done, total=total or None, **fields
+        )
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
-        self._console.print(round_line(metrics, self._iterations, self._task), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            round_line(metrics, self._iterations, self._task),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
     def event(self, kind: str, message: str) -> None:
         if kind not in _SILENT:
             line = plain(f"{kind}: {message}")
-            self._console.print(line, style=_STYLES.get(kind), markup=False, highlight=False, soft_wrap=True)
+            self._console.print(
+                line, style=_STYLES.get(kind), markup=False, highlight=False, soft_wrap=True
+            )
 
 
 def round_line(metrics: Mapping[str, float], iterations: int, task: str) -> str:
@@ -75,15 +98,24 @@ def round_line(metrics: Mapping[str, float], iterations: int, task: str) -> str:
     ):
         if name in metrics:
             parts.append(f"{label} {metrics[name]:{form}}")
-    evaluated = {name: metrics[f"eval/{task}/{name}"] for name in ("sampled", "greedy") if f"eval/{task}/{name}" in metrics}
+    evaluated = {
+        name: metrics[f"eval/{task}/{name}"]
+        for name in ("sampled", "greedy")
+        if f"eval/{task}/{name}" in metrics
+    }
     if evaluated:
-        parts.append("| held-out " + " ".join(f"{name} {value:.3f}" for name, value in evaluated.items()))
+        parts.append(
+            "| held-out " + " ".join(f"{name} {value:.3f}" for name, value in evaluated.items())
+        )
     return "  ".join(parts)
 
 
 def summary(run: Path, task: str) -> Table:
     """Before and after, and where the time went, from metrics.jsonl alone."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
     rounds = [line for line in lines if line["iteration"] > 0]
     table = Table(title=f"{escape(plain(run.name))}: before and after {len(rounds)} rounds")
@@ -98,15 +130,26 @@ def summary(run: Path, task: str) -> Table:
         ("truncated", "truncated"),
     ):
         if evaluated:
-            _row(table, label, *(line.get(f"eval/{task}/{name}") for line in (evaluated[0], evaluated[-1])))
+            _row(
+                table,
+                label,
+                *(line.get(f"eval/{task}/{name}") for line in (evaluated[0], evaluated[-1])),
+            )
     if rounds:
-        _row(table, "training reward per round", rounds[0].get("scorer/reward_mean"), _mean(rounds[-5:], "scorer/reward_mean"))
+        _row(
+            table,
+            "training reward per round",
+            rounds[0].get("scorer/reward_mean"),
+            _mean(rounds[-5:], "scorer/reward_mean"),
+        )
         table.add_section()
         for phase in PHASES:
             total = sum(line.get(f"time/{phase}_s", 0.0) for line in rounds)
             if total:
                 table.add_row(f"{phase}, seconds in all", "", f"{total:.1f}")
-        table.add_row("rounds, seconds in all", "", f"{sum(line['time/iteration_s'] for line in rounds):.1f}")
+        table.add_row(
+            "rounds, seconds in all", "", f"{sum(line['time/iteration_s'] for line in rounds):.1f}"
+        )
     return table
 
 
@@ -120,8 +163,9 @@ def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def placement_table(found: Sequence[Seat], nodes: Sequence[Node]) -> Table:
-    """Who would sit on which node, and who has no place; without nodes, who sits in which bundle."""
+def placement_table(found: Sequence[ActorSpec], nodes: Sequence[NodeResources]) -> Table:
+    """Who would sit on which node, and who has no place; without nodes, who sits in which
+    bundle."""
     wanted, groups = bundles(found), members(found)
     kinds = list(dict.fromkeys(kind for bundle in wanted for kind in bundle))
     if not nodes:
@@ -129,17 +173,31 @@ def placement_table(found: Sequence[Seat], nodes: Sequence[Node]) -> Table:
         for number, (bundle, group) in enumerate(zip(wanted, groups, strict=True)):
             table.add_row(str(number), escape(amounts(bundle)), _who(group))
         return table
-    table = Table("node", *(f"{escape(kind)} free / all" for kind in kinds), "actors", title="placement")
+    table = Table(
+        "node", *(f"{escape(kind)} free / all" for kind in kinds), "actors", title="placement"
+    )
     homes = pack(wanted, nodes)
     for node in nodes:
-        here = [seat for home, group in zip(homes, groups, strict=True) if home == node.name for seat in group]
+        here = [
+            spec
+            for home, group in zip(homes, groups, strict=True)
+            if home == node.name
+            for spec in group
+        ]
         room = [f"{node.free.get(kind, 0.0):g} / {node.total.get(kind, 0.0):g}" for kind in kinds]
         table.add_row(node.name, *room, _who(here))
     for bundle, group, home in zip(wanted, groups, homes, strict=True):
         if home is None:
-            table.add_row("no place for", *(f"{bundle.get(kind, 0.0):g}" for kind in kinds), _who(group), style="red")
+            table.add_row(
+                "no place for",
+                *(f"{bundle.get(kind, 0.0):g}" for kind in kinds),
+                _who(group),
+                style="red",
+            )
     return table
 
 
-def _who(group: Sequence[Seat]) -> str:
-    return ", ".join(f"{seat.name} ({seat.gpus:g} GPU)" if seat.gpus else seat.name for seat in group)
+def _who(group: Sequence[ActorSpec]) -> str:
+    return ", ".join(
+        f"{spec.name} ({spec.gpus:g} GPU)" if spec.gpus else spec.name for spec in group
+    )

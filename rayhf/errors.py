@@ -1,23 +1,29 @@
-"""Every error that rayhf raises on purpose. Each is picklable, says what it got, and knows its exit code and a remedy.
+"""Every error that rayhf raises on purpose. Each is picklable, says what it got, and knows its exit
+code and a remedy.
 
 RayhfError                      1   anything below, for `except` at the command line
-├── ConfigError                 2   a key, a file or a row of the user's input is refused before anything starts
+├── ConfigError                 2   a key, a file or a row of the user's input is refused before
+                                anything starts
 ├── PlacementError              2   the cluster does not have what the config asks for
 ├── LockedError                 4   another launcher is writing this run directory
-│   └── FencedError             4   a later attempt owns the run directory: this one may not write any more
+│   └── FencedError             4   a later attempt owns the run directory: this one may not write
+    any more
 ├── CheckpointError             5   no valid checkpoint, or one that does not match
-├── SecurityError               6   a cluster that asks nobody for a token, or a secret where others can read it
+├── SecurityError               6   a cluster that asks nobody for a token, or a secret where others
+                                can read it
 ├── NumericalError              7   a non-finite loss, gradient or weight
 ├── WeightSyncError             7   an engine does not hold the learner's weights
 │   └── StaleWeightsError       7   an engine was asked to write with a version it does not hold
 ├── StorageError                8   the run directory cannot be written
 ├── ScorerError                 9   too many completions could not be scored
 ├── ActorLostError             10   an actor's process died, again and again
-├── DeadlineError              11   a wait passed its limit; says which phase waited for whom and how long
+├── DeadlineError              11   a wait passed its limit; says which phase waited for whom and
+                               how long
 ├── PausedError                12   a guard paused the campaign; `rayhf unpause` lets it go on
 ├── ServiceError               13   a gRPC service refused a call
 │   └── UnreachableError       13   it did not answer: it is down, too slow, or too busy
-└── InterruptedRunError        75   told to stop (SIGTERM, Ctrl-C, `rayhf stop`); the same command continues
+└── InterruptedRunError        75   told to stop (SIGTERM, Ctrl-C, `rayhf stop`); the same command
+                               continues
 """
 
 from __future__ import annotations
@@ -26,7 +32,8 @@ from typing import ClassVar
 
 
 class RayhfError(Exception):
-    """Base of all deliberate errors. `str(error)` is one readable line; the class decides the exit code."""
+    """Base of all deliberate errors. `str(error)` is one readable line; the class decides the exit
+    code."""
 
     exit_code: ClassVar[int] = 1
     meaning: ClassVar[str] = "something that rayhf did not foresee"
@@ -34,7 +41,8 @@ class RayhfError(Exception):
 
 
 class ConfigError(RayhfError):
-    """Refused input. The message names where (key, file or row), what was found and what was expected."""
+    """Refused input. The message names where (key, file or row), what was found and what was
+    expected."""
 
     exit_code = 2
     meaning = "a key, a file or a row of the input was refused before anything started"
@@ -73,7 +81,9 @@ class SecurityError(RayhfError):
 class NumericalError(RayhfError):
     exit_code = 7
     meaning = "a loss, a gradient or a weight was not finite; the last commit is"
-    remedy = "lower learner.lr, look at the last rounds' metrics and samples; the same command continues"
+    remedy = (
+        "lower learner.lr, look at the last rounds' metrics and samples; the same command continues"
+    )
 
 
 class WeightSyncError(RayhfError):
@@ -101,13 +111,17 @@ class ScorerError(RayhfError):
 class ActorLostError(RayhfError):
     exit_code = 10
     meaning = "an actor was lost more often than run.restarts allows"
-    remedy = "look for memory in the message and in logs/attempt-*/stacks; the same command continues"
+    remedy = (
+        "look for memory in the message and in logs/attempt-*/stacks; the same command continues"
+    )
 
 
 class DeadlineError(RayhfError):
     exit_code = 11
     meaning = "a wait passed its limit more often than run.restarts allows"
-    remedy = "logs/attempt-*/stacks shows who hung where; raise run.timeout_s if the work is only slow"
+    remedy = (
+        "logs/attempt-*/stacks shows who hung where; raise run.timeout_s if the work is only slow"
+    )
 
 
 class PausedError(RayhfError):
@@ -119,7 +133,9 @@ class PausedError(RayhfError):
 class ServiceError(RayhfError):
     exit_code = 13
     meaning = "a gRPC service refused a call, or could not be reached"
-    remedy = "the message names the service: is it up, does it know this certificate and this token?"
+    remedy = (
+        "the message names the service: is it up, does it know this certificate and this token?"
+    )
 
 
 class UnreachableError(ServiceError):

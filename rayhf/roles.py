@@ -1,7 +1,8 @@
-"""The verbs: what a loop may ask of each role. An engine behind a Ray actor, a remote service and a ten-line fake all fit.
+"""The verbs: what a loop may ask of each role. An engine behind a Ray actor, a remote service and a
+ten-line fake all fit.
 
-Every method is a coroutine that either answers or raises an error of `rayhf.errors`; deadlines are kept by whoever
-implements the role, and name the phase and the actor when they pass.
+Every method is a coroutine that either answers or raises an error of `rayhf.errors`; deadlines are
+kept by whoever implements the role, and name the phase and the actor when they pass.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rayhf.experience import (
+from rayhf.losses.base import Loss
+from rayhf.types import (
     Batch,
     Comparison,
     Completion,
@@ -22,18 +24,21 @@ from rayhf.experience import (
     ScoreRequest,
     WeightSnapshot,
 )
-from rayhf.losses.base import Loss
 
 
 class Rollout(Protocol):
     """Writes completions with the policy's weights."""
 
-    async def generate(self, requests: Sequence[GenerateRequest], *, version: int) -> list[tuple[Completion, ...]]:
-        """Complete every request, in order. Raises StaleWeightsError where an engine does not hold `version`."""
+    async def generate(
+        self, requests: Sequence[GenerateRequest], *, version: int
+    ) -> list[tuple[Completion, ...]]:
+        """Complete every request, in order. Raises StaleWeightsError where an engine does not hold
+        `version`."""
         ...
 
     async def update(self, snapshot: WeightSnapshot) -> None:
-        """Load new weights into every engine. Raises WeightSyncError unless each confirms version, checksum and probe."""
+        """Load new weights into every engine. Raises WeightSyncError unless each confirms version,
+        checksum and probe."""
         ...
 
 
@@ -41,15 +46,18 @@ class Scorer(Protocol):
     """Judges completions."""
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        """One outcome per completion of each request, in order. Never raises for a completion it cannot judge."""
+        """One outcome per completion of each request, in order. Never raises for a completion it
+        cannot judge."""
         ...
 
     async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        """For each request, the win probabilities among its completions. Never raises for completions it cannot judge."""
+        """For each request, the win probabilities among its completions. Never raises for
+        completions it cannot judge."""
         ...
 
     async def state_dict(self) -> dict[str, Any]:
-        """What the scorer learned on the way (running normalisers), as plain JSON values; part of every checkpoint."""
+        """What the scorer learned on the way (running normalizers), as plain JSON values; part of
+        every checkpoint."""
         ...
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -75,15 +83,18 @@ class Learner(Protocol):
     """Trains one model (the policy, or a critic with a value head); knows no algorithm."""
 
     async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        """One optimiser step over the whole batch. Raises NumericalError on a non-finite loss or gradient."""
+        """One optimizer step over the whole batch. Raises NumericalError on a non-finite loss or
+        gradient."""
         ...
 
     async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
-        """Per response token, without gradient: log-probs in nats for a policy, values for a critic."""
+        """Per response token, without gradient: log-probs in nats for a policy, values for a
+        critic."""
         ...
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
-        """The current weights, ready to be sent; `stored`: whole, where a reference can fetch them, too."""
+        """The current weights, ready to be sent; `stored`: whole, where a reference can fetch them,
+        too."""
         ...
 
     async def save(self, directory: Path) -> None: ...
@@ -106,7 +117,7 @@ class Roles:
     scorer: Scorer
     evaluator: Scorer | None
     """Scores held-out completions; None means the training scorer does."""
-    examiners: Mapping[str, Scorer] = field(default_factory=dict)
+    eval_scorers: Mapping[str, Scorer] = field(default_factory=dict)
     """By task: the scorers of further evaluations."""
     critic: Learner | None
     reference: Reference | None

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports torch, and for every process that tests start: a thread that waits for its team's others must not spin.
-# On cores that other tests use too, 80 steps of training a toy policy take 23 seconds of processor time with spinning, and 1.6
-# without. Not a bit of the result depends on it.
+# Before anything imports torch, and for every process that tests start: a thread that waits for its
+# team's others must not spin. On cores that other tests use too, 80 steps of training a toy policy
+# take 23 seconds of processor time with spinning, and 1.6 without. Not a bit of the result depends
+# on it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 for folder in ("unit", "e2e", "chaos"):

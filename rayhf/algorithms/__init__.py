@@ -1,4 +1,5 @@
-"""The algorithms, by the `type` of their config. A new one is a file here, a config class, a preset and its tests."""
+"""The algorithms, by the `type` of their config. A new one is a file here, a config class, a preset
+and its tests."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
 explore    one prompt -> what was generated and judged (a coroutine; thousands are in flight)
 select     a round's groups -> the examples worth training on, and what was dropped
-credit     examples, annotated by reference, critic and learner -> examples with what each token deserves
-loss       what the learner minimises
+credit     examples, annotated by reference, critic and learner -> examples with what each token
+           deserves
+loss       what the learner minimizes
 """
 
 from __future__ import annotations
@@ -16,11 +17,22 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rayhf.campaign.exchange import Explorer
+from rayhf.algorithms.context import ExplorationContext
+from rayhf.algorithms.pair_selection import win_rates
 from rayhf.config.algorithms import PreviousReference, ReferenceSchedule
-from rayhf.experience import Compared, Completion, Example, Group, Invalid, Outcome, Prompt, Row, Sample, Scored
 from rayhf.losses.base import Loss
-from rayhf.pairing import win_rates
+from rayhf.types import (
+    Compared,
+    Completion,
+    Example,
+    Group,
+    Invalid,
+    Outcome,
+    Prompt,
+    Row,
+    Sample,
+    Scored,
+)
 
 GIVEN = -1
 """Row.sample of an answer that is not one of its round's samples."""
@@ -36,7 +48,7 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class SelectionContext:
     """Which round is being selected for."""
 
     iteration: int
@@ -44,14 +56,17 @@ class Turn:
     seed: int
     """For whatever a selection draws."""
     earlier: Callable[[int], Sequence[Example]] = lambda iteration: ()
-    """The policy's examples of an earlier round, as they were selected then; none for a round before the first."""
+    """The policy's examples of an earlier round, as they were selected then; none for a round
+    before the first."""
     labels: Sequence[Example] = ()
-    """(preferred, other) of what people said since the round before; only for an algorithm that takes labels."""
+    """(preferred, other) of what people said since the round before; only for an algorithm that
+    takes labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Passes:
-    """How an objective other than "policy" goes over its examples each round; its logits are at temperature 1."""
+class TrainSchedule:
+    """How an objective other than "policy" goes over its examples each round; its logits are at
+    temperature 1."""
 
     epochs: int
     examples_per_step: int
@@ -74,7 +89,8 @@ class Algorithm(Protocol):
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """Names of the policies that write and learn; the first is "policy", the campaign's result."""
+        """Names of the policies that write and learn; the first is "policy", the campaign's
+        result."""
         ...
 
     @property
@@ -84,19 +100,20 @@ class Algorithm(Protocol):
 
     @property
     def needs_old_logp(self) -> bool:
-        """Whether the loss reads the policy as it was at the round's start even where the round has one optimiser step."""
+        """Whether the loss reads the policy as it was at the round's start even where the round has
+        one optimizer step."""
         ...
 
     @property
     def critic(self) -> bool: ...
 
-    async def explore(self, prompt: Prompt, explorer: Explorer) -> Group: ...
+    async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group: ...
 
-    def select(self, groups: Sequence[Group], turn: Turn) -> Selection: ...
+    def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection: ...
 
     def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
-        """Rows carry ref_logp where there is a reference, value where there is a critic, and old_logp where the round
-        takes more than one optimiser step."""
+        """Rows carry ref_logp where there is a reference, value where there is a critic, and
+        old_logp where the round takes more than one optimizer step."""
         ...
 
     def loss(self, objective: str = "policy") -> Loss: ...
@@ -105,7 +122,7 @@ class Algorithm(Protocol):
         """The policy that an objective's examples train."""
         ...
 
-    def passes(self, objective: str) -> Passes:
+    def train_schedule(self, objective: str) -> TrainSchedule:
         """For every objective but "policy", which goes by the config's learner section."""
         ...
 
@@ -129,8 +146,11 @@ class Algorithm(Protocol):
         ...
 
     @property
-    def at_test_time(self) -> Callable[[Prompt, Completion, Explorer], Awaitable[Completion]] | None:
-        """What is done to a held-out answer before it counts as eval/<task>/refined; None: there is no such figure."""
+    def at_test_time(
+        self,
+    ) -> Callable[[Prompt, Completion, ExplorationContext], Awaitable[Completion]] | None:
+        """What is done to a held-out answer before it counts as eval/<task>/refined; None: there is
+        no such figure."""
         ...
 
     def observe(self, metrics: Mapping[str, float]) -> None:
@@ -149,7 +169,9 @@ class Stateless:
     needs_old_logp = False
     policies: tuple[str, ...] = ("policy",)
     pair_file: Path | None = None
-    at_test_time: Callable[[Prompt, Completion, Explorer], Awaitable[Completion]] | None = None
+    at_test_time: (
+        Callable[[Prompt, Completion, ExplorationContext], Awaitable[Completion]] | None
+    ) = None
 
     def give(self, pairs: Sequence[Example]) -> None:
         raise ValueError(f"{type(self).__name__} takes no given pairs")
@@ -157,7 +179,7 @@ class Stateless:
     def trainee(self, objective: str) -> str:
         return "policy"
 
-    def passes(self, objective: str) -> Passes:
+    def train_schedule(self, objective: str) -> TrainSchedule:
         raise KeyError(f"{type(self).__name__} has no objective {objective!r}")
 
     def other_policy(self, name: str) -> OtherPolicy:
@@ -183,21 +205,24 @@ class Stateless:
             raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}")
 
 
-async def sample_and_score(prompt: Prompt, explorer: Explorer, n: int) -> Group:
+async def sample_and_score(prompt: Prompt, context: ExplorationContext, n: int) -> Group:
     """The plain exploration: n completions, judged."""
-    completions = await explorer.sample(n)
-    outcomes = await explorer.score(completions)
-    samples = tuple(Sample(completion=c, outcome=o) for c, o in zip(completions, outcomes, strict=True))
+    completions = await context.sample(n)
+    outcomes = await context.score(completions)
+    samples = tuple(
+        Sample(completion=c, outcome=o) for c, o in zip(completions, outcomes, strict=True)
+    )
     return Group(prompt=prompt, samples=samples)
 
 
-async def sample_and_compare(prompt: Prompt, explorer: Explorer, n: int) -> Group:
-    """n completions, every one compared with every other; an answer's score is its win rate against all of them.
+async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int) -> Group:
+    """n completions, every one compared with every other; an answer's score is its win rate against
+    all of them.
 
     Where the scorer could not compare, every sample carries its reason.
     """
-    completions = await explorer.sample(n)
-    comparison = await explorer.compare(completions)
+    completions = await context.sample(n)
+    comparison = await context.compare(completions)
     outcomes: list[Outcome]
     if isinstance(comparison, Compared):
         rates = win_rates(comparison.win)
@@ -207,19 +232,31 @@ async def sample_and_compare(prompt: Prompt, explorer: Explorer, n: int) -> Grou
         outcomes = [comparison for _ in completions]
     return Group(
         prompt=prompt,
-        samples=tuple(Sample(completion=c, outcome=o) for c, o in zip(completions, outcomes, strict=True)),
+        samples=tuple(
+            Sample(completion=c, outcome=o) for c, o in zip(completions, outcomes, strict=True)
+        ),
         compared=comparison if isinstance(comparison, Compared) else None,
-        metrics={"scorer/pointwise": float(isinstance(comparison, Compared) and comparison.source == "pointwise")},
+        metrics={
+            "scorer/pointwise": float(
+                isinstance(comparison, Compared) and comparison.source == "pointwise"
+            )
+        },
     )
 
 
 def scored(group: Group) -> list[tuple[int, Sample, float]]:
-    """(index, sample, score) of the samples that have a score; the others never reach the learner."""
-    return [(i, s, s.outcome.value) for i, s in enumerate(group.samples) if isinstance(s.outcome, Scored)]
+    """(index, sample, score) of the samples that have a score; the others never reach the
+    learner."""
+    return [
+        (i, s, s.outcome.value)
+        for i, s in enumerate(group.samples)
+        if isinstance(s.outcome, Scored)
+    ]
 
 
 def learner_is_reference(schedule: ReferenceSchedule | None) -> bool:
-    """A reference that is refreshed every round is the learner itself before its first step: no frozen copy is needed."""
+    """A reference that is refreshed every round is the learner itself before its first step: no
+    frozen copy is needed."""
     return isinstance(schedule, PreviousReference) and schedule.every == 1
 
 
@@ -229,7 +266,7 @@ def needs_frozen_reference(algorithm: Algorithm) -> bool:
 
 
 def make_row(group: Group, index: int, *, score: float) -> Row:
-    """The training row of one sample, with its behaviour log-probs."""
+    """The training row of one sample, with its behavior log-probs."""
     sample = group.samples[index]
     completion = sample.completion
     return Row(
@@ -237,18 +274,25 @@ def make_row(group: Group, index: int, *, score: float) -> Row:
         sample=index,
         prompt_ids=group.prompt.token_ids if sample.context_ids is None else sample.context_ids,
         response_ids=completion.token_ids,
-        tokens={"behaviour_logp": np.asarray(completion.logprobs, dtype=np.float32)},
+        tokens={"behavior_logp": np.asarray(completion.logprobs, dtype=np.float32)},
         scalars={"score": score, "truncated": float(completion.finish_reason == "length")},
     )
 
 
-def given_row(prompt_id: str, prompt_ids: Sequence[int], response_ids: Sequence[int], *, score: float = math.nan) -> Row:
-    """A row that no sampling policy of this campaign wrote as it stands: its behaviour log-probs are unknown (NaN)."""
+def given_row(
+    prompt_id: str,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    *,
+    score: float = math.nan,
+) -> Row:
+    """A row that no sampling policy of this campaign wrote as it stands: its behavior log-probs
+    are unknown (NaN)."""
     return Row(
         prompt_id=prompt_id,
         sample=GIVEN,
         prompt_ids=tuple(prompt_ids),
         response_ids=tuple(response_ids),
-        tokens={"behaviour_logp": np.full(len(response_ids), np.nan, dtype=np.float32)},
+        tokens={"behavior_logp": np.full(len(response_ids), np.nan, dtype=np.float32)},
         scalars={"score": score, "truncated": 0.0},
     )

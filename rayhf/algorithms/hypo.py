@@ -1,7 +1,8 @@
-"""HyPO: DPO on given pairs and a KL penalty on fresh samples, together in every optimiser step. Song et al. 2024 (2406.01462).
+"""HyPO: DPO on given pairs and a KL penalty on fresh samples, together in every optimizer step.
+Song et al. 2024 (2406.01462).
 
-Fresh samples are scored only to be looked at (scorer/reward_mean): no score trains anything. Look at hypo/online_kl against
-hypo/dpo_accuracy; kl_coef 0 is offline DPO.
+Fresh samples are scored only to be looked at (scorer/reward_mean): no score trains anything. Look
+at hypo/online_kl against hypo/dpo_accuracy; kl_coef 0 is offline DPO.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rayhf.algorithms.base import Selection, Stateless, Turn, make_row, sample_and_score
-from rayhf.campaign.exchange import Explorer
+from rayhf.algorithms.base import Selection, SelectionContext, Stateless, make_row, sample_and_score
+from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import HyPOConfig, InitialReference, ReferenceSchedule
-from rayhf.experience import Example, Group, Prompt, Scored
+from rayhf.data.preferences import deal_pairs
 from rayhf.losses.base import Loss
 from rayhf.losses.hypo import HyPOLoss
-from rayhf.pairs import deal_pairs
+from rayhf.types import Example, Group, Prompt, Scored
 
 
 class HyPO(Stateless):
@@ -25,26 +26,40 @@ class HyPO(Stateless):
         self.reference: ReferenceSchedule | None = InitialReference()
         self.pair_file = config.offline.path
         self._given: tuple[Example, ...] = ()
-        self._loss = HyPOLoss(beta=config.beta, kl_coef=config.kl_coef, clip=config.clip, importance_cap=config.importance.cap)
+        self._loss = HyPOLoss(
+            beta=config.beta,
+            kl_coef=config.kl_coef,
+            clip=config.clip,
+            importance_cap=config.importance.cap,
+        )
 
     def give(self, pairs: Sequence[Example]) -> None:
         self._given = tuple(_as_pair(pair) for pair in pairs)
 
-    async def explore(self, prompt: Prompt, explorer: Explorer) -> Group:
-        return await sample_and_score(prompt, explorer, self.config.samples)
+    async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
+        return await sample_and_score(prompt, context, self.config.samples)
 
-    def select(self, groups: Sequence[Group], turn: Turn) -> Selection:
-        given = deal_pairs(self._given, share=self.config.offline.share, prompts=len(groups), iteration=turn.iteration)
+    def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
+        given = deal_pairs(
+            self._given,
+            share=self.config.offline.share,
+            prompts=len(groups),
+            iteration=context.iteration,
+        )
         fresh = [
             Example(
-                rows=tuple(make_row(group, i, score=_score(group, i)) for i in range(len(group.samples))),
+                rows=tuple(
+                    make_row(group, i, score=_score(group, i)) for i in range(len(group.samples))
+                ),
                 scalars={"pair": 0.0, "online": float(len(group.samples))},
             )
             for group in groups
         ]
-        labelled = [_as_pair(label) for label in turn.labels]
-        metrics = {"pairs/given": float(len(given))} | ({"pairs/human": float(len(labelled))} if labelled else {})
-        return Selection(examples=(*given, *labelled, *fresh), metrics=metrics)
+        labeled = [_as_pair(label) for label in context.labels]
+        metrics = {"pairs/given": float(len(given))} | (
+            {"pairs/human": float(len(labeled))} if labeled else {}
+        )
+        return Selection(examples=(*given, *labeled, *fresh), metrics=metrics)
 
     def loss(self, objective: str = "policy") -> Loss:
         return self._loss

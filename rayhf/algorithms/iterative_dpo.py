@@ -1,6 +1,8 @@
-"""Iterative DPO: online DPO in few, large rounds, with more ways to pair, earlier rounds' pairs and given pairs mixed in.
+"""Iterative DPO: online DPO in few, large rounds, with more ways to pair, earlier rounds' pairs and
+given pairs mixed in.
 
-Dong et al. 2024 (RLHFlow). What to look at: pairs/length_gap (best-of-n pairs drift towards length), pairs/earlier, pairs/given.
+Dong et al. 2024 (RLHFlow). What to look at: pairs/length_gap (best-of-n pairs drift towards
+length), pairs/earlier, pairs/given.
 """
 
 from __future__ import annotations
@@ -10,12 +12,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from rayhf.algorithms.base import GIVEN, Selection, Turn
+from rayhf.algorithms.base import GIVEN, Selection, SelectionContext
 from rayhf.algorithms.online_dpo import OnlineDPO, Rng
+from rayhf.algorithms.pair_selection import (
+    PairSelection,
+    adjacent_pairs,
+    best_second,
+    best_worst,
+    length_penalized,
+    rso_accept,
+)
 from rayhf.config.algorithms import IterativeDPOConfig
-from rayhf.experience import Example, Group, derive_seed
-from rayhf.pairing import PairSelection, adjacent_pairs, best_second, best_worst, length_penalised, rso_accept
-from rayhf.pairs import deal_pairs
+from rayhf.data.preferences import deal_pairs
+from rayhf.types import Example, Group, derive_seed
 
 
 class IterativeDPO(OnlineDPO):
@@ -26,30 +35,52 @@ class IterativeDPO(OnlineDPO):
         self._given: tuple[Example, ...] = ()
 
     def give(self, pairs: Sequence[Example]) -> None:
-        self._given = tuple(replace(pair, scalars={"margin": pair.scalars.get("margin", np.nan)}) for pair in pairs)
+        self._given = tuple(
+            replace(pair, scalars={"margin": pair.scalars.get("margin", np.nan)}) for pair in pairs
+        )
 
-    def pairs(self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: Rng) -> PairSelection:
+    def pairs(
+        self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: Rng
+    ) -> PairSelection:
         config, margin = self.iterative, self.iterative.min_margin
         if config.pairs == "best_second":
             return best_second(scores, margin, answers)
-        if config.pairs == "length_penalised":
-            return best_worst(length_penalised(scores, [len(a) for a in answers], config.length_penalty), margin, answers)
+        if config.pairs == "length_penalized":
+            return best_worst(
+                length_penalized(scores, [len(a) for a in answers], config.length_penalty),
+                margin,
+                answers,
+            )
         if config.pairs == "rso":
             accepted = rso_accept(scores, config.rso_temperature, config.rso_keep, rng())
             return adjacent_pairs(accepted, scores, margin, answers)
         return super().pairs(scores, answers, rng)
 
-    def select(self, groups: Sequence[Group], turn: Turn) -> Selection:
-        fresh = super().select(groups, turn)
+    def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
+        fresh = super().select(groups, context)
         metrics = dict(fresh.metrics)
         earlier: list[Example] = []
         for back, share in enumerate(self.iterative.earlier, start=1):
-            # Pairs that were themselves mixed in do not come a second time: they belong to a round before that one.
-            own = [e for e in turn.earlier(turn.iteration - back) if not e.scalars.get("rounds_back")]
-            drawn = _draw(own, round(share * fresh.metrics["pairs/kept"]), derive_seed(turn.seed, "earlier", back))
-            earlier += [_mark(e, rounds_back=back) for e in drawn]
+            # Pairs that were themselves mixed in do not come a second time: they belong to a round
+            # before that one.
+            own = [
+                e
+                for e in context.earlier(context.iteration - back)
+                if not e.scalars.get("iterations_back")
+            ]
+            drawn = _draw(
+                own,
+                round(share * fresh.metrics["pairs/kept"]),
+                derive_seed(context.seed, "earlier", back),
+            )
+            earlier += [_mark(e, iterations_back=back) for e in drawn]
         offline = self.iterative.offline
-        given = deal_pairs(self._given, share=offline.share if offline else 0.0, prompts=len(groups), iteration=turn.iteration)
+        given = deal_pairs(
+            self._given,
+            share=offline.share if offline else 0.0,
+            prompts=len(groups),
+            iteration=context.iteration,
+        )
         metrics |= {"pairs/earlier": float(len(earlier)), "pairs/given": float(len(given))}
         examples = [_mark(e) for e in fresh.examples] + earlier + [_mark(e) for e in given]
         return Selection(examples=tuple(examples), metrics=metrics)
@@ -60,8 +91,13 @@ def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     return [examples[i] for i in sorted(chosen)]
 
 
-def _mark(example: Example, *, rounds_back: int = 0) -> Example:
-    """With its origin, so that its sample indices can be followed: into which round's samples, or into a pairs file."""
+def _mark(example: Example, *, iterations_back: int = 0) -> Example:
+    """With its origin, so that its sample indices can be followed: into which round's samples, or
+    into a pairs file."""
     given = float(example.rows[0].sample == GIVEN)
-    scalars = {"margin": example.scalars["margin"], "rounds_back": float(rounds_back), "given": given}
+    scalars = {
+        "margin": example.scalars["margin"],
+        "iterations_back": float(iterations_back),
+        "given": given,
+    }
     return replace(example, scalars=scalars)

@@ -1,11 +1,14 @@
-"""MCTS-DPO: a tree of steps per prompt; the better sibling over the worse one. Xie et al. 2024 (2405.00451), ALGORITHMS.md A5.
+"""MCTS-DPO: a tree of steps per prompt; the better sibling over the worse one. Xie et al. 2024
+(2405.00451), ALGORITHMS.md A5.
 
-explore   rayhf/search/mcts.py grows the tree; a step is a continuation up to a stop string, an answer is judged by the scorer, an
-          unfinished step by completions to the end. The first of them costs no request: whoever writes a step is let go on, and
-          what comes after the step values it. The tree comes back as the group's samples: one of kind "step" per node, with its
-          parent, its context and what the search learned of it, then those of kind "rollout" that only valued a step.
-select    reads nothing but those samples (`tree_from_group`), so a stored tree gives the same pairs again
-          (rayhf/search/siblings.py).
+explore   rayhf/search/mcts.py grows the tree; a step is a continuation up to a stop string, an
+          answer is judged by the scorer, an unfinished step by completions to the end. The first of
+          them costs no request: whoever writes a step is let go on, and what comes after the step
+          values it. The tree comes back as the group's samples: one of kind "step" per node, with
+          its parent, its context and what the search learned of it, then those of kind "rollout"
+          that only valued a step.
+select    reads nothing but those samples (`tree_from_group`), so a stored tree gives the same pairs
+          again (rayhf/search/siblings.py).
 loss      DPO over the tokens in which two siblings differ, with a soft label from their visits.
 """
 
@@ -23,16 +26,35 @@ import jinja2.meta
 import jinja2.sandbox
 import numpy as np
 
-from rayhf.algorithms.base import Selection, Stateless, Turn
-from rayhf.campaign.exchange import Explorer
+from rayhf.algorithms.base import Selection, SelectionContext, Stateless
+from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import ReferenceSchedule
 from rayhf.config.mcts_dpo import MCTSDPOConfig, OutcomeConfig, SelfEvaluationConfig
 from rayhf.errors import ConfigError
-from rayhf.experience import Completion, Example, Group, Outcome, Prompt, Sample, Sampling, Scored, derive_seed
 from rayhf.losses.base import Loss
 from rayhf.losses.preference import PreferenceLoss
-from rayhf.search.mcts import End, Node, SearchSettings, Step, Tree, grow, known_children, mean_value
+from rayhf.search.mcts import (
+    End,
+    SearchSettings,
+    Step,
+    Tree,
+    TreeNode,
+    grow,
+    known_children,
+    mean_value,
+)
 from rayhf.search.siblings import join, pair_rows, step_pairs
+from rayhf.types import (
+    Completion,
+    Example,
+    Group,
+    Outcome,
+    Prompt,
+    Sample,
+    Sampling,
+    Scored,
+    derive_seed,
+)
 
 _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
@@ -41,7 +63,8 @@ _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
 
 def worth(outcome: Outcome | None, config: OutcomeConfig) -> float | None:
-    """The outcome part of R; None for an answer that could not be scored, which is no wrong answer."""
+    """The outcome part of R; None for an answer that could not be scored, which is no wrong
+    answer."""
     if not isinstance(outcome, Scored):
         return None
     if config.threshold is None:
@@ -56,15 +79,22 @@ def verdict(text: str) -> bool | None:
 
 
 def critic_template(config: SelfEvaluationConfig) -> jinja2.Template:
-    """Raises ConfigError for a template that does not parse, or that asks for what it may not see."""
+    """Raises ConfigError for a template that does not parse, or that asks for what it may not
+    see."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
     try:
         asked = jinja2.meta.find_undeclared_variables(environment.parse(config.template))
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"algorithm.self_evaluation.template: line {error.lineno}: {error.message}") from None
+        raise ConfigError(
+            f"algorithm.self_evaluation.template: line {error.lineno}: {error.message}"
+        ) from None
     known = {"question", "work"} | ({"answer"} if config.gold_conditioned_critic else set())
     if unknown := sorted(asked - known):
-        hint = " (the reference answer is a leak: gold_conditioned_critic must allow it)" if "answer" in unknown else ""
+        hint = (
+            " (the reference answer is a leak: gold_conditioned_critic must allow it)"
+            if "answer" in unknown
+            else ""
+        )
         raise ConfigError(
             f"algorithm.self_evaluation.template uses {', '.join(unknown)}; expected only {', '.join(sorted(known))}{hint}"
         )
@@ -74,33 +104,45 @@ def critic_template(config: SelfEvaluationConfig) -> jinja2.Template:
 class _Exploration:
     """What the search of one prompt asks of the model and of the scorer, counted."""
 
-    def __init__(self, config: MCTSDPOConfig, template: jinja2.Template | None, prompt: Prompt, explorer: Explorer) -> None:
-        self.config, self.template, self.prompt, self.explorer = config, template, prompt, explorer
+    def __init__(
+        self,
+        config: MCTSDPOConfig,
+        template: jinja2.Template | None,
+        prompt: Prompt,
+        context: ExplorationContext,
+    ) -> None:
+        self.config, self.template, self.prompt, self.context = config, template, prompt, context
         self.rollouts: dict[int, list[tuple[Completion, Outcome]]] = {}
         self.cut = self.unscored = self.mute = 0
         self.gold = self._gold_steps() if config.inject_gold else []
 
-    async def expand(self, tree: Tree, node: Node, width: int) -> list[Step]:
+    async def expand(self, tree: Tree, node: TreeNode, width: int) -> list[Step]:
         """`width` sampled steps, after the reference answer's own where it is injected.
 
-        Where steps are valued by completions, each is written together with its first one: the same distribution as asking
-        for the step and then for what follows, with half the requests and with the context read once.
+        Where steps are valued by completions, each is written together with its first one: the same
+        distribution as asking for the step and then for what follows, with half the requests and
+        with the context read once.
         """
-        written, plain = tree.token_ids(node), self.explorer.sampling
+        written, plain = tree.token_ids(node), self.context.sampling
         sampling = replace(plain, max_tokens=self._left(written))
         if not self.config.rollouts:
             stop = (*self.config.step_stop, *plain.stop)
-            sampling = replace(sampling, max_tokens=min(self.config.step_tokens, sampling.max_tokens), stop=stop)
-        completions = await self.explorer.sample(width, prefix=written, sampling=sampling)
+            sampling = replace(
+                sampling, max_tokens=min(self.config.step_tokens, sampling.max_tokens), stop=stop
+            )
+        completions = await self.context.sample(width, prefix=written, sampling=sampling)
         steps = [self._first_step(each, written) for each in completions]
-        self.cut += sum(step.end is None and step.completion.finish_reason == "length" for step in steps)
+        self.cut += sum(
+            step.end is None and step.completion.finish_reason == "length" for step in steps
+        )
         return [*self._gold_step(node, written, completions[0].policy_version), *steps]
 
     def _first_step(self, whole: Completion, written: Sequence[int]) -> Step:
-        """Up to the token that completes a stop string, at most step_tokens; and what was written after it."""
+        """Up to the token that completes a stop string, at most step_tokens; and what was written
+        after it."""
 
         def stepped(count: int) -> bool:
-            text = self.explorer.decode(whole.token_ids[:count])
+            text = self.context.decode(whole.token_ids[:count])
             return any(stop in text for stop in self.config.step_stop)
 
         size = min(len(whole.token_ids), self.config.step_tokens)
@@ -108,7 +150,7 @@ class _Exploration:
             size = 1 + bisect.bisect_left(range(1, size), True, key=stepped)
         if size == len(whole.token_ids):
             return Step(completion=whole, end=self._end(whole, written))
-        text = self.explorer.decode(whole.token_ids[:size])
+        text = self.context.decode(whole.token_ids[:size])
         step = replace(
             whole,
             text=text,
@@ -119,47 +161,65 @@ class _Exploration:
         onward = replace(
             whole,
             # Where a cut takes a character apart, neither half has it.
-            text=whole.text[len(text) :] if whole.text.startswith(text) else self.explorer.decode(whole.token_ids[size:]),
+            text=whole.text[len(text) :]
+            if whole.text.startswith(text)
+            else self.context.decode(whole.token_ids[size:]),
             token_ids=whole.token_ids[size:],
             logprobs=whole.logprobs[size:],
         )
         return Step(completion=step, end=self._end(step, written), onward=onward)
 
-    async def evaluate(self, tree: Tree, node: Node) -> float | None:
-        """R = outcome + confidence (paper, section 2.1). None, and counted, where one of the two is missing."""
+    async def evaluate(self, tree: Tree, node: TreeNode) -> float | None:
+        """R = outcome + confidence (paper, section 2.1). None, and counted, where one of the two is
+        missing."""
         parts = [each.step.completion for each in tree.path(node) if each.step is not None]
-        outcome, confidence = await asyncio.gather(self._outcome(node, parts), self._confidence(parts))
+        outcome, confidence = await asyncio.gather(
+            self._outcome(node, parts), self._confidence(parts)
+        )
         if outcome is None or confidence is None:
             self.unscored += 1
             return None
         return outcome + confidence
 
-    async def _outcome(self, node: Node, parts: list[Completion]) -> float | None:
-        """Of a whole answer what the scorer says; of an unfinished one the mean over completions that could be scored."""
+    async def _outcome(self, node: TreeNode, parts: list[Completion]) -> float | None:
+        """Of a whole answer what the scorer says; of an unfinished one the mean over completions
+        that could be scored."""
         if node.terminal:
             assert node.step is not None
             whole = join(parts, "stop" if node.step.end == "answer" else "length")
-            (node.outcome,) = await self.explorer.score([whole])
+            (node.outcome,) = await self.context.score([whole])
             return worth(node.outcome, self.config.outcome)
         if not self.config.rollouts:
             return 0.0
         written = tuple(token for part in parts for token in part.token_ids)
-        sampling = replace(self.explorer.sampling, max_tokens=self._left(written))
+        sampling = replace(self.context.sampling, max_tokens=self._left(written))
         ends = list(node.onward)
         if (missing := self.config.rollouts - len(ends)) > 0:
-            ends += await self.explorer.sample(missing, prefix=written, sampling=sampling)
-        outcomes = await self.explorer.score([join([*parts, end], end.finish_reason) for end in ends])
+            ends += await self.context.sample(missing, prefix=written, sampling=sampling)
+        outcomes = await self.context.score(
+            [join([*parts, end], end.finish_reason) for end in ends]
+        )
         self.rollouts[node.id] = list(zip(ends, outcomes, strict=True))
-        values = [value for outcome in outcomes if (value := worth(outcome, self.config.outcome)) is not None]
+        values = [
+            value
+            for outcome in outcomes
+            if (value := worth(outcome, self.config.outcome)) is not None
+        ]
         return math.fsum(values) / len(values) if values else None
 
     async def _confidence(self, parts: list[Completion]) -> float | None:
-        """The share of yes among the critic's verdicts; 0 without a critic, None where no verdict could be read."""
+        """The share of yes among the critic's verdicts; 0 without a critic, None where no verdict
+        could be read."""
         settings = self.config.self_evaluation
         if settings is None or self.template is None:
             return 0.0
-        asked = [message["content"] for message in self.prompt.messages if message["role"] == "user"]
-        names = {"question": asked[-1] if asked else "", "work": "".join(part.text for part in parts)}
+        asked = [
+            message["content"] for message in self.prompt.messages if message["role"] == "user"
+        ]
+        names = {
+            "question": asked[-1] if asked else "",
+            "work": "".join(part.text for part in parts),
+        }
         if settings.gold_conditioned_critic:
             if self.prompt.answer is None:
                 raise ConfigError(
@@ -167,40 +227,47 @@ class _Exploration:
                     "algorithm.self_evaluation.gold_conditioned_critic needs; expected an answer with every prompt"
                 )
             names["answer"] = self.prompt.answer
-        context = self.explorer.render([{"role": "user", "content": self.template.render(names)}])
-        if self.explorer.room(context) < 1:
+        context = self.context.render([{"role": "user", "content": self.template.render(names)}])
+        if self.context.room(context) < 1:
             self.mute += settings.votes
             return None
-        said = await self.explorer.sample(settings.votes, context=context, sampling=Sampling(max_tokens=settings.max_tokens))
+        said = await self.context.sample(
+            settings.votes, context=context, sampling=Sampling(max_tokens=settings.max_tokens)
+        )
         verdicts = [vote for each in said if (vote := verdict(each.text)) is not None]
         self.mute += len(said) - len(verdicts)
         return settings.weight * sum(verdicts) / len(verdicts) if verdicts else None
 
     def _left(self, written: Sequence[int]) -> int:
-        """Tokens that the answer may still grow by: of rollout.max_tokens, and of the model's length."""
-        room = self.explorer.room((*self.prompt.token_ids, *written))
-        return min(self.explorer.sampling.max_tokens - len(written), room)
+        """Tokens that the answer may still grow by: of rollout.max_tokens, and of the model's
+        length."""
+        room = self.context.room((*self.prompt.token_ids, *written))
+        return min(self.context.sampling.max_tokens - len(written), room)
 
     def _end(self, completion: Completion, written: Sequence[int]) -> End | None:
-        """The engine says "stop" for a stop string and for the end of the turn alike; only the first leaves its string in the
-        text (not always at its very end: a token may go on behind it)."""
+        """The engine says "stop" for a stop string and for the end of the context alike; only the
+        first leaves its string in the text (not always at its very end: a token may go on behind
+        it)."""
         text = completion.text
         stepped = any(stop in text for stop in self.config.step_stop)
-        if completion.finish_reason == "stop" and (not stepped or any(stop in text for stop in self.explorer.sampling.stop)):
+        if completion.finish_reason == "stop" and (
+            not stepped or any(stop in text for stop in self.context.sampling.stop)
+        ):
             return "answer"
         return "limit" if self._left((*written, *completion.token_ids)) < 1 else None
 
     def _gold_steps(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Text and tokens of the reference answer's steps; none where it has no steps, or a token spans two of them."""
+        """Text and tokens of the reference answer's steps; none where it has no steps, or a token
+        spans two of them."""
         answer = self.prompt.answer or ""
         stops = "|".join(map(re.escape, sorted(self.config.step_stop, key=len, reverse=True)))
         cuts = [match.end() for match in re.finditer(stops, answer)]
         if not cuts:
             return []
-        whole, closing = self.explorer.encode(answer), len(self.explorer.encode(""))
+        whole, closing = self.context.encode(answer), len(self.context.encode(""))
         steps, start, done = [], 0, 0
         for cut in cuts:
-            tokens = self.explorer.encode(answer[:cut])
+            tokens = self.context.encode(answer[:cut])
             end = len(tokens) - closing
             if whole[:end] != tokens[:end] or end <= done:
                 return []
@@ -208,8 +275,9 @@ class _Exploration:
             start, done = cut, end
         return [*steps, (answer[start:], whole[done:])]
 
-    def _gold_step(self, node: Node, written: Sequence[int], version: int) -> list[Step]:
-        """The next step of the reference answer below a node that is the reference answer so far, where it fits."""
+    def _gold_step(self, node: TreeNode, written: Sequence[int], version: int) -> list[Step]:
+        """The next step of the reference answer below a node that is the reference answer so far,
+        where it fits."""
         follows = node.parent is None or (node.step is not None and node.step.gold)
         if not follows or node.depth >= len(self.gold):
             return []
@@ -227,7 +295,9 @@ class _Exploration:
             finish_reason="stop",
             policy_version=version,
         )
-        end: End | None = "answer" if last else "limit" if self._left((*written, *tokens)) < 1 else None
+        end: End | None = (
+            "answer" if last else "limit" if self._left((*written, *tokens)) < 1 else None
+        )
         return [Step(completion=completion, end=end, gold=True)]
 
     def group(self, tree: Tree) -> Group:
@@ -236,13 +306,21 @@ class _Exploration:
         for node in nodes:
             context = (*self.prompt.token_ids, *tree.token_ids(node))
             samples += [
-                Sample(completion=end, outcome=outcome, kind="rollout", context_ids=context, parent=node.id - 1)
+                Sample(
+                    completion=end,
+                    outcome=outcome,
+                    kind="rollout",
+                    context_ids=context,
+                    parent=node.id - 1,
+                )
                 for end, outcome in self.rollouts.get(node.id, ())
             ]
         return Group(prompt=self.prompt, samples=tuple(samples), metrics=self._metrics(tree))
 
     def _metrics(self, tree: Tree) -> dict[str, float]:
-        answers = [node for node in tree.nodes if node.step is not None and node.step.end == "answer"]
+        answers = [
+            node for node in tree.nodes if node.step is not None and node.step.end == "answer"
+        ]
         metrics = {
             "mcts/nodes": len(tree.nodes) - 1,
             "mcts/depth": max(node.depth for node in tree.nodes),
@@ -256,7 +334,9 @@ class _Exploration:
         }
         threshold = self.config.outcome.threshold
         if threshold is not None:
-            right = [n for n in answers if isinstance(n.outcome, Scored) and n.outcome.value >= threshold]
+            right = [
+                n for n in answers if isinstance(n.outcome, Scored) and n.outcome.value >= threshold
+            ]
             metrics["mcts/solved"] = bool(right)
             metrics["mcts/path_correct"] = any(node.chosen for node in right)
         return {name: float(value) for name, value in metrics.items()}
@@ -265,8 +345,8 @@ class _Exploration:
 # --- the tree as samples, and back -----------------------------------------------------------------------------------
 
 
-def _node_sample(prompt: Prompt, tree: Tree, node: Node) -> Sample:
-    """Node i is sample i - 1: the root is the prompt and has no sample."""
+def _node_sample(prompt: Prompt, tree: Tree, node: TreeNode) -> Sample:
+    """TreeNode i is sample i - 1: the root is the prompt and has no sample."""
     assert node.step is not None and node.parent is not None
     stats: dict[str, float] = {
         "depth": node.depth,
@@ -293,7 +373,8 @@ def _node_sample(prompt: Prompt, tree: Tree, node: Node) -> Sample:
 
 
 def tree_from_group(group: Group) -> Tree:
-    """The tree that `explore` put into a group's samples; only the count of duplicates is not in them.
+    """The tree that `explore` put into a group's samples; only the count of duplicates is not in
+    them.
 
     Raises ValueError where steps do not come first, each after its parent.
     """
@@ -301,12 +382,16 @@ def tree_from_group(group: Group) -> Tree:
     for index, sample in enumerate(group.samples):
         if sample.kind != "step":
             continue
-        if index != len(tree.nodes) - 1 or (sample.parent is not None and not 0 <= sample.parent < index):
-            raise ValueError(f"sample {index} of prompt {group.prompt.prompt_id} is a step out of order")
+        if index != len(tree.nodes) - 1 or (
+            sample.parent is not None and not 0 <= sample.parent < index
+        ):
+            raise ValueError(
+                f"sample {index} of prompt {group.prompt.prompt_id} is a step out of order"
+            )
         stats = sample.stats
         parent = tree.nodes[0 if sample.parent is None else sample.parent + 1]
         end: End | None = "answer" if stats["answered"] else "limit" if stats["terminal"] else None
-        node = Node(
+        node = TreeNode(
             id=index + 1,
             parent=parent.id,
             step=Step(completion=sample.completion, end=end, gold=bool(stats["gold"])),
@@ -334,7 +419,9 @@ class MCTSDPO(Stateless):
     def __init__(self, config: MCTSDPOConfig, *, max_tokens: int) -> None:
         """Raises ConfigError for settings that contradict each other."""
         if config.labels == "soft" and config.loss != "sigmoid":
-            raise ConfigError(f"algorithm.labels: soft needs loss sigmoid, got {config.loss}; set labels to hard")
+            raise ConfigError(
+                f"algorithm.labels: soft needs loss sigmoid, got {config.loss}; set labels to hard"
+            )
         if not config.outcome.wrong < config.outcome.correct:
             raise ConfigError(
                 f"algorithm.outcome.wrong: {config.outcome.wrong:g} must be below outcome.correct {config.outcome.correct:g}"
@@ -353,22 +440,29 @@ class MCTSDPO(Stateless):
             virtual_loss=config.outcome.wrong,
         )
         self.samples = config.iterations * max(config.width) * max(1, config.rollouts)
-        """Judged answers of one full search; a campaign that re-roots judges more, one with short answers fewer."""
-        self._template = critic_template(config.self_evaluation) if config.self_evaluation is not None else None
-        self._loss = PreferenceLoss(loss=config.loss, beta=config.beta, importance_cap=config.importance.cap)
+        """Judged answers of one full search; a campaign that re-roots judges more, one with short
+        answers fewer."""
+        self._template = (
+            critic_template(config.self_evaluation) if config.self_evaluation is not None else None
+        )
+        self._loss = PreferenceLoss(
+            loss=config.loss, beta=config.beta, importance_cap=config.importance.cap
+        )
         self.reference: ReferenceSchedule | None = config.reference
 
-    async def explore(self, prompt: Prompt, explorer: Explorer) -> Group:
-        work = _Exploration(self.config, self._template, prompt, explorer)
+    async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
+        work = _Exploration(self.config, self._template, prompt, context)
         return work.group(await grow(self.search, work.expand, work.evaluate))
 
-    def select(self, groups: Sequence[Group], turn: Turn) -> Selection:
+    def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
         config = self.config
         examples: list[Example] = []
         ties = unvisited = 0
         for group in groups:
             tree = tree_from_group(group)
-            rng = np.random.default_rng(derive_seed(turn.seed, group.prompt.prompt_id, "siblings"))
+            rng = np.random.default_rng(
+                derive_seed(context.seed, group.prompt.prompt_id, "siblings")
+            )
             found = step_pairs(
                 tree,
                 rng,
@@ -386,9 +480,15 @@ class MCTSDPO(Stateless):
                     scalars["label_smoothing"] = pair.label_smoothing
                 rows = pair_rows(group.prompt, tree, pair, merge_chains=config.merge_chains)
                 examples.append(Example(rows=rows, scalars=scalars))
-        metrics = {"pairs/kept": float(len(examples)), "pairs/ties": float(ties), "mcts/unvisited_pairs": float(unvisited)}
+        metrics = {
+            "pairs/kept": float(len(examples)),
+            "pairs/ties": float(ties),
+            "mcts/unvisited_pairs": float(unvisited),
+        }
         if examples:
-            metrics["pairs/margin_mean"] = float(np.mean([example.scalars["margin"] for example in examples]))
+            metrics["pairs/margin_mean"] = float(
+                np.mean([example.scalars["margin"] for example in examples])
+            )
             smoothing = [example.scalars.get("label_smoothing", 0.0) for example in examples]
             metrics["mcts/label_smoothing"] = float(np.mean(smoothing))
         return Selection(examples=tuple(examples), metrics=metrics)

@@ -1,7 +1,7 @@
 """Online DPO: k fresh samples per prompt, judged; better over worse; a loss of the DPO family.
 
-Guo et al. 2024 (OAIF) with the best-of-n pairs of RLHFlow (Dong et al. 2024). Ties are dropped and counted: an equal score is
-no preference.
+Guo et al. 2024 (OAIF) with the best-of-n pairs of RLHFlow (Dong et al. 2024). Ties are dropped and
+counted: an equal score is no preference.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ from functools import partial
 
 import numpy as np
 
-from rayhf.algorithms.base import Selection, Stateless, Turn, make_row, sample_and_score, scored
-from rayhf.campaign.exchange import Explorer
+from rayhf.algorithms.advantages import missing_eos_penalty
+from rayhf.algorithms.base import (
+    Selection,
+    SelectionContext,
+    Stateless,
+    make_row,
+    sample_and_score,
+    scored,
+)
+from rayhf.algorithms.context import ExplorationContext
+from rayhf.algorithms.pair_selection import PairSelection, all_pairs, best_random, best_worst
 from rayhf.config.algorithms import IterativeDPOConfig, OnlineDPOConfig, ReferenceSchedule
-from rayhf.credit import missing_eos_penalty
-from rayhf.experience import Example, Group, Prompt, derive_seed
 from rayhf.losses.base import Loss
 from rayhf.losses.preference import PreferenceLoss
-from rayhf.pairing import PairSelection, all_pairs, best_random, best_worst
+from rayhf.types import Example, Group, Prompt, derive_seed
 
 Rng = Callable[[], np.random.Generator]
 """Most rules draw nothing, and a generator costs more than their pairs."""
@@ -42,39 +49,54 @@ class OnlineDPO(Stateless):
             discopop_tau=config.discopop_tau,
             importance_cap=config.importance.cap,
         )
-        self.reference: ReferenceSchedule | None = config.reference if self._loss.needs_reference else None
+        self.reference: ReferenceSchedule | None = (
+            config.reference if self._loss.needs_reference else None
+        )
 
-    async def explore(self, prompt: Prompt, explorer: Explorer) -> Group:
-        return await sample_and_score(prompt, explorer, self.config.samples)
+    async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
+        return await sample_and_score(prompt, context, self.config.samples)
 
-    def select(self, groups: Sequence[Group], turn: Turn) -> Selection:
+    def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
         examples: list[Example] = []
         ties = 0
         for group in groups:
             usable = scored(group)
             penalty = self.config.missing_eos_penalty
             scores = [
-                score - missing_eos_penalty(truncated=s.completion.finish_reason == "length", penalty=penalty)
+                score
+                - missing_eos_penalty(
+                    truncated=s.completion.finish_reason == "length", penalty=penalty
+                )
                 for _, s, score in usable
             ]
-            rng = partial(_rng, turn.seed, group.prompt.prompt_id, self.config.pairs)
+            rng = partial(_rng, context.seed, group.prompt.prompt_id, self.config.pairs)
             found = self.pairs(scores, [s.completion.token_ids for _, s, _ in usable], rng)
             ties += found.ties
             for pair in found.pairs:
-                rows = tuple(make_row(group, usable[i][0], score=scores[i]) for i in (pair.chosen, pair.rejected))
+                rows = tuple(
+                    make_row(group, usable[i][0], score=scores[i])
+                    for i in (pair.chosen, pair.rejected)
+                )
                 examples.append(Example(rows=rows, scalars={"margin": pair.margin}))
         metrics = {"pairs/kept": float(len(examples)), "pairs/ties": float(ties)}
         if examples:
-            metrics["pairs/margin_mean"] = float(np.mean([example.scalars["margin"] for example in examples]))
+            metrics["pairs/margin_mean"] = float(
+                np.mean([example.scalars["margin"] for example in examples])
+            )
             lengths = [[len(row.response_ids) for row in example.rows] for example in examples]
-            metrics["pairs/length_gap"] = float(np.mean([chosen - rejected for chosen, rejected in lengths]))
-        if turn.labels:
-            metrics["pairs/human"] = float(len(turn.labels))
-            examples += [replace(label, scalars={"margin": np.nan}) for label in turn.labels]
+            metrics["pairs/length_gap"] = float(
+                np.mean([chosen - rejected for chosen, rejected in lengths])
+            )
+        if context.labels:
+            metrics["pairs/human"] = float(len(context.labels))
+            examples += [replace(label, scalars={"margin": np.nan}) for label in context.labels]
         return Selection(examples=tuple(examples), metrics=metrics)
 
-    def pairs(self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: Rng) -> PairSelection:
-        """By the configured rule; `answers` are token ids, `rng` makes this prompt's own generator."""
+    def pairs(
+        self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: Rng
+    ) -> PairSelection:
+        """By the configured rule; `answers` are token ids, `rng` makes this prompt's own
+        generator."""
         margin = self.config.min_margin
         if self.config.pairs == "all_pairs":
             return all_pairs(scores, margin, answers)

@@ -1,9 +1,12 @@
-"""What SPaR trains on, from a round's groups: pairs for the actor, texts for the refiner. Pure functions of samples and a seed.
+"""What SPaR trains on, from a round's groups: pairs for the actor, texts for the refiner. Pure
+functions of samples and a seed.
 
-Actor (objective "policy"): (refined answer, the ORIGINAL failing answer), both after the prompt itself. ALGORITHMS.md A4.5.
-Refiner (objective "refiner"), each row after what the refiner read when it wrote it. A4.6:
+Actor (objective "policy"): (refined answer, the ORIGINAL failing answer), both after the prompt
+itself. ALGORITHMS.md A4.5. Refiner (objective "refiner"), each row after what the refiner read when
+it wrote it. A4.6:
   refinements               refinements that ended their search well
-  tree_yes, tree_no         judgements of a tree's refinements where votes disagreed, at most one of each per tree
+  tree_yes, tree_no         judgements of a tree's refinements where votes disagreed, at most one of
+                            each per tree
   answers_yes, answers_no   judgements of the actor's answers where votes disagreed
 A judgement row is the first judgement that agrees with its majority.
 """
@@ -17,7 +20,7 @@ import numpy as np
 
 from rayhf.algorithms.base import given_row, make_row
 from rayhf.config.spar import RefinerDataConfig
-from rayhf.experience import Example, Group, Sample, Scored, derive_seed
+from rayhf.types import Example, Group, Sample, Scored, derive_seed
 
 KINDS = ("refinements", "tree_yes", "tree_no", "answers_yes", "answers_no")
 
@@ -26,9 +29,11 @@ Candidate = tuple[tuple[int, ...], Group, int, float]
 
 
 def actor_examples(groups: Sequence[Group]) -> tuple[list[Example], dict[str, float]]:
-    """One pair for each search that passed. A pair whose answers are the same, or one of them empty, is dropped and counted.
+    """One pair for each search that passed. A pair whose answers are the same, or one of them
+    empty, is dropped and counted.
 
-    The refiner wrote the chosen answer after another context, so its behaviour log-probs are unknown: NaN.
+    The refiner wrote the chosen answer after another context, so its behavior log-probs are
+    unknown: NaN.
     """
     examples = []
     searches = identical = empty = 0
@@ -41,20 +46,36 @@ def actor_examples(groups: Sequence[Group]) -> tuple[list[Example], dict[str, fl
         chosen, rejected = group.samples[refined], group.samples[root]
         if not (chosen.completion.token_ids and rejected.completion.token_ids):
             empty += 1
-        elif chosen.completion.token_ids == rejected.completion.token_ids or chosen.completion.text == rejected.completion.text:
+        elif (
+            chosen.completion.token_ids == rejected.completion.token_ids
+            or chosen.completion.text == rejected.completion.text
+        ):
             identical += 1
         else:
             better, worse = chosen.stats["value"], rejected.stats["value"]
-            given = given_row(group.prompt.prompt_id, group.prompt.token_ids, chosen.completion.token_ids, score=better)
+            given = given_row(
+                group.prompt.prompt_id,
+                group.prompt.token_ids,
+                chosen.completion.token_ids,
+                score=better,
+            )
             rows = (replace(given, sample=refined), make_row(group, root, score=worse))
             examples.append(Example(rows=rows, scalars={"margin": better - worse}))
-    counts = {"pairs/kept": len(examples), "spar/searches": searches, "spar/identical": identical, "spar/empty": empty}
+    counts = {
+        "pairs/kept": len(examples),
+        "spar/searches": searches,
+        "spar/identical": identical,
+        "spar/empty": empty,
+    }
     return examples, {name: float(count) for name, count in counts.items()}
 
 
-def refiner_examples(groups: Sequence[Group], caps: RefinerDataConfig, *, seed: int) -> tuple[list[Example], dict[str, float]]:
-    """The round's texts for the refiner, by kind. Of those after one judge prompt the first is kept (refinements and judgements
-    apart: they teach different things); of more than a kind's cap a seeded draw.
+def refiner_examples(
+    groups: Sequence[Group], caps: RefinerDataConfig, *, seed: int
+) -> tuple[list[Example], dict[str, float]]:
+    """The round's texts for the refiner, by kind. Of those after one judge prompt the first is kept
+    (refinements and judgements apart: they teach different things); of more than a kind's cap a
+    seeded draw.
     """
     found: dict[str, list[Candidate]] = {kind: [] for kind in KINDS}
     for group in groups:
@@ -81,13 +102,17 @@ def refiner_examples(groups: Sequence[Group], caps: RefinerDataConfig, *, seed: 
         metrics["spar/refiner_repeats"] += len(found[kind]) - len(fresh)
         metrics["spar/refiner_capped"] += len(fresh) - len(kept)
         metrics[f"spar/refiner_{kind}"] = float(len(kept))
-        examples += [Example(rows=(make_row(group, index, score=value),), objective="refiner") for _, group, index, value in kept]
+        examples += [
+            Example(rows=(make_row(group, index, score=value),), objective="refiner")
+            for _, group, index, value in kept
+        ]
     return examples, metrics
 
 
 def judge_accuracy(groups: Sequence[Group]) -> dict[str, float]:
-    """spar/judge_accuracy: the share of answers whose majority verdict is the scorer's, over those that the scorer calls exactly
-    right (1) or wrong (0) and that have a majority. Empty where there are none.
+    """spar/judge_accuracy: the share of answers whose majority verdict is the scorer's, over those
+    that the scorer calls exactly right (1) or wrong (0) and that have a majority. Empty where there
+    are none.
     """
     agree = [
         (sample.stats["value"] > 0.5) == (sample.outcome.value == 1.0)
@@ -101,7 +126,9 @@ def judge_accuracy(groups: Sequence[Group]) -> dict[str, float]:
 
 def _root(group: Group) -> int | None:
     """The answer that was refined."""
-    return next((index for index, sample in enumerate(group.samples) if "root" in sample.stats), None)
+    return next(
+        (index for index, sample in enumerate(group.samples) if "root" in sample.stats), None
+    )
 
 
 def _candidates(group: Group) -> Iterator[tuple[str, Candidate]]:
@@ -119,14 +146,26 @@ def _candidates(group: Group) -> Iterator[tuple[str, Candidate]]:
             if _divided(sample) and kind not in tree:
                 tree.add(kind)
                 yield kind, _judgement(group, sample)
-            accepted = root is not None and "refined" in samples[root].stats and "final" in sample.stats
+            accepted = (
+                root is not None and "refined" in samples[root].stats and "final" in sample.stats
+            )
             if accepted and sample.parent is not None:
-                yield "refinements", (_judge_prompt(group, samples[sample.parent]), group, index, sample.stats["value"])
+                yield (
+                    "refinements",
+                    (
+                        _judge_prompt(group, samples[sample.parent]),
+                        group,
+                        index,
+                        sample.stats["value"],
+                    ),
+                )
 
 
 def _divided(sample: Sample) -> bool:
     """Whether its votes disagreed and still had a majority."""
-    return "critique" in sample.stats and min(sample.stats["votes_yes"], sample.stats["votes_no"]) > 0
+    return (
+        "critique" in sample.stats and min(sample.stats["votes_yes"], sample.stats["votes_no"]) > 0
+    )
 
 
 def _majority(where: str, sample: Sample) -> str:

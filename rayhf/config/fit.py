@@ -1,11 +1,19 @@
-"""The config of `rayhf fit-scorer`. One batch unit: pairs. Imports no torch; a docstring under a field is its help."""
+"""The config of `rayhf fit-scorer`. One batch unit: pairs. Imports no torch; a docstring under a
+field is its help."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from rayhf.config.base import Section
 from rayhf.config.schema import ClusterConfig, Fraction, LearnerConfig, LoraConfig, TinyConfig
@@ -20,37 +28,41 @@ UNREAD = {
 """Keys of `learner` that mean something in a campaign only, and what to set here."""
 
 
-class _Centred(Section):
-    centring: NonNegativeFloat = 0.01
+class _Centered(Section):
+    centering: NonNegativeFloat = 0.01
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0."""
 
 
-class BradleyTerryObjective(_Centred):
+class BradleyTerryObjective(_Centered):
     """-log sigmoid(r_chosen - r_rejected)."""
 
     type: Literal["bradley_terry"] = "bradley_terry"
 
 
-class BradleyTerryMarginObjective(_Centred):
-    """-log sigmoid(r_chosen - r_rejected - margin). Llama 2's. Every training row needs `margin`."""
+class BradleyTerryMarginObjective(_Centered):
+    """-log sigmoid(r_chosen - r_rejected - margin). Llama 2's. Every training row needs
+    `margin`."""
 
     type: Literal["bradley_terry_margin"] = "bradley_terry_margin"
 
 
-class BradleyTerryScaledObjective(_Centred):
-    """-margin * log sigmoid(r_chosen - r_rejected). HelpSteer2-Preference's. Every training row needs `margin`, above 0."""
+class BradleyTerryScaledObjective(_Centered):
+    """-margin * log sigmoid(r_chosen - r_rejected). HelpSteer2-Preference's. Every training row
+    needs `margin`, above 0."""
 
     type: Literal["bradley_terry_scaled"] = "bradley_terry_scaled"
 
 
 class RegressionObjective(Section):
-    """Squared error to the ratings. Every training row needs `score_chosen` and `score_rejected`."""
+    """Squared error to the ratings. Every training row needs `score_chosen` and
+    `score_rejected`."""
 
     type: Literal["regression"] = "regression"
 
 
 class RegressionBradleyTerryObjective(Section):
-    """mix * squared error + (1 - mix) * Bradley-Terry. Every training row needs `score_chosen` and `score_rejected`."""
+    """mix * squared error + (1 - mix) * Bradley-Terry. Every training row needs `score_chosen` and
+    `score_rejected`."""
 
     type: Literal["regression_bradley_terry"] = "regression_bradley_terry"
     mix: Fraction = 0.5
@@ -58,21 +70,25 @@ class RegressionBradleyTerryObjective(Section):
 
 
 class PairwiseObjective(Section):
-    """A cross-encoder reads both answers, in both orders. Not transitive: it can hold cycles. Quadratic cost in the answers."""
+    """A cross-encoder reads both answers, in both orders. Not transitive: it can hold cycles.
+    Quadratic cost in the answers."""
 
     type: Literal["pairwise"] = "pairwise"
 
 
 class GeneralPreferenceObjective(Section):
-    """A skew-symmetric product of two answers' embeddings (Zhang et al. 2024). Can hold cycles; linear cost in the answers."""
+    """A skew-symmetric product of two answers' embeddings (Zhang et al. 2024). Can hold cycles;
+    linear cost in the answers."""
 
     type: Literal["general_preference"] = "general_preference"
     temperature: PositiveFloat = 0.1
     """tau: P(i beats j) = sigmoid(s_ij / tau)."""
     blocks: PositiveInt = 3
-    """2x2 blocks of the product: the head has twice as many outputs. The authors use 4 to 6 outputs."""
-    centring: NonNegativeFloat = 0.1
-    """Weight of |v_chosen + v_rejected|^2, which takes away what all embeddings have in common. Ours; the authors have 0."""
+    """2x2 blocks of the product: the head has twice as many outputs. The authors use 4 to 6
+    outputs."""
+    centering: NonNegativeFloat = 0.1
+    """Weight of |v_chosen + v_rejected|^2, which takes away what all embeddings have in common.
+    Ours; the authors have 0."""
 
 
 Objective = Annotated[
@@ -92,10 +108,11 @@ class FitConfig(Section):
 
     seed: NonNegativeInt = 0
     model: Path
-    """Hugging Face directory to start from, with a chat template: a causal language model, or a scorer fitted before."""
+    """Hugging Face directory to start from, with a chat template: a causal language model, or a
+    scorer fitted before."""
     train: Path
-    """JSONL or Parquet; rows have `prompt` or `messages`, `chosen`, `rejected`, optionally `margin`, `score_chosen` and
-    `score_rejected`."""
+    """JSONL or Parquet; rows have `prompt` or `messages`, `chosen`, `rejected`, optionally
+    `margin`, `score_chosen` and `score_rejected`."""
     test: Path
     """Held-out pairs of the same form; only `chosen` over `rejected` is read of them."""
     output: Path
@@ -105,7 +122,7 @@ class FitConfig(Section):
     epochs: PositiveInt = 1
     """Passes over the training pairs."""
     batch: PositiveInt = 64
-    """Pairs per optimiser step: the one batch unit."""
+    """Pairs per optimizer step: the one batch unit."""
     lora: LoraConfig | None = None
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -1,4 +1,5 @@
-"""YAML file + dotted overrides -> a config, or a ConfigError of one line that names the key and the nearest valid one."""
+"""YAML file + dotted overrides -> a config, or a ConfigError of one line that names the key and the
+nearest valid one."""
 
 from __future__ import annotations
 
@@ -37,9 +38,13 @@ def load_section(path: Path, overrides: Sequence[str], root: type[S]) -> S:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise ConfigError(
+            f"config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})"
+        ) from None
     if not isinstance(data, dict):
-        raise ConfigError(f"config {path}: expected a mapping of sections, got {type(data).__name__}")
+        raise ConfigError(
+            f"config {path}: expected a mapping of sections, got {type(data).__name__}"
+        )
     for override in overrides:
         _apply(data, override)
     return _validate(data, str(path), root)
@@ -85,7 +90,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
 def _child(node: Any, part: str, where: str, *, create: bool) -> Any:
     if isinstance(node, list):
         if not part.isdigit() or int(part) >= len(node):
-            raise ConfigError(f"override {where}: expected an index from 0 to {len(node) - 1}, got {part!r}")
+            raise ConfigError(
+                f"override {where}: expected an index from 0 to {len(node) - 1}, got {part!r}"
+            )
         return node[int(part)]
     if not isinstance(node, dict):
         raise ConfigError(f"override {where}: {node!r} is a value, not a section")
@@ -97,7 +104,8 @@ def _child(node: Any, part: str, where: str, *, create: bool) -> Any:
 def _describe(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem in full, and how many more there are."""
     problems = error.errors(include_url=False)
-    # A misspelt key usually also leaves a required one missing: the misspelling is the cause, so it is shown first.
+    # A misspelled key usually also leaves a required one missing: the misspelling is the cause, so it
+    # is shown first.
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
     location = [part for part in first["loc"] if not _is_tag(part, first["loc"], root)]
@@ -163,4 +171,9 @@ def _is_tag(part: str | int, loc: Sequence[str | int], root: type[BaseModel]) ->
     """pydantic puts a union's tag into the location; users wrote no such key."""
     position = list(loc).index(part)
     before = loc[:position]
-    return isinstance(part, str) and position > 0 and part in _walk(before, root) and part not in _valid_keys(before, root)
+    return (
+        isinstance(part, str)
+        and position > 0
+        and part in _walk(before, root)
+        and part not in _valid_keys(before, root)
+    )

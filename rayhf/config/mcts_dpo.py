@@ -1,5 +1,6 @@
-"""MCTS-DPO (Xie et al. 2024, 2405.00451). Beside each default: "paper" is its text (v2, read through summaries: ALGORITHMS.md
-A5), "code" YuxiXie/MCTS-DPO at fb23437, "ours" this project's choice."""
+"""MCTS-DPO (Xie et al. 2024, 2405.00451). Beside each default: "paper" is its text (v2, read
+through summaries: ALGORITHMS.md A5), "code" YuxiXie/MCTS-DPO at fb23437, "ours" this project's
+choice."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class OutcomeConfig(Section):
     """How the scorer's score of a complete answer becomes the outcome part of R."""
 
     threshold: float | None = 0.5
-    """Scores of at least this are right (a 0/1 verifier). null: the score itself is the outcome, for graded scorers (ours)."""
+    """Scores of at least this are right (a 0/1 verifier). null: the score itself is the outcome,
+    for graded scorers (ours)."""
     correct: float = 1.0
     """Paper."""
     wrong: float = -1.0
@@ -35,20 +37,24 @@ class OutcomeConfig(Section):
 
 
 class SelfEvaluationConfig(Section):
-    """The policy as its own critic: the share of yes among its verdicts is added to R (paper: its confidence C(s), from the
-    probability of the verdict's token, which completions do not carry; votes estimate it)."""
+    """The policy as its own critic: the share of yes among its verdicts is added to R (paper: its
+    confidence C(s), from the probability of the verdict's token, which completions do not carry;
+    votes estimate it)."""
 
     template: str = SELF_EVALUATION_TEMPLATE
-    """jinja2, rendered as one user message. Knows `question` (the prompt's last user message) and `work` (the answer so far)."""
+    """jinja2, rendered as one user message. Knows `question` (the prompt's last user message) and
+    `work` (the answer so far)."""
     votes: PositiveInt = 4
-    """Verdicts sampled per node; those that say neither yes nor no do not count, and a node without any verdict is unjudged."""
+    """Verdicts sampled per node; those that say neither yes nor no do not count, and a node without
+    any verdict is unjudged."""
     weight: PositiveFloat = 1.0
     """Paper: R = outcome + confidence."""
     max_tokens: PositiveInt = 4
     """Per verdict (code)."""
     gold_conditioned_critic: bool = False
-    """A LEAK: the template may also use `answer`, the reference answer. The critic then judges with the solution before it, as
-    the authors' code always does (their self-evaluation is not one); use it to reproduce them, not to claim self-evaluation."""
+    """A LEAK: the template may also use `answer`, the reference answer. The critic then judges with
+    the solution before it, as the authors' code always does (their self-evaluation is not one); use
+    it to reproduce them, not to claim self-evaluation."""
 
 
 class MCTSDPOConfig(Section):
@@ -61,7 +67,8 @@ class MCTSDPOConfig(Section):
     depth: PositiveInt = 4
     """Levels below the current root that are expanded (paper; code: 3 or 4)."""
     width: tuple[PositiveInt, ...] = Field(default=(4, 2), min_length=1)
-    """Steps sampled per node, by depth; the last number holds for all deeper levels (paper: 4-5, then 2-3)."""
+    """Steps sampled per node, by depth; the last number holds for all deeper levels (paper: 4-5,
+    then 2-3)."""
     exploration: NonNegativeFloat = 1.0
     """c of PUCT (code)."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -69,42 +76,53 @@ class MCTSDPOConfig(Section):
     length_exponent: NonNegativeFloat = 1.25
     """Of the prior exp(sum log p / length^1.25) (code)."""
     reroot: Literal["step", "never"] = "step"
-    """step: search, take the best step, search again from it (paper). never: one search from the prompt."""
+    """step: search, take the best step, search again from it (paper). never: one search from the
+    prompt."""
     max_steps: PositiveInt = 16
-    """Searches per prompt at most, with reroot step (ours: the token limit alone would allow hundreds)."""
+    """Searches per prompt at most, with reroot step (ours: the token limit alone would allow
+    hundreds)."""
     parallel: PositiveInt = 1
     """Leaves expanded together in one tree. 1 is the paper's search; prompts fill the batch."""
 
-    step_stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=("\n",), min_length=1)
+    step_stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=("\n",), min_length=1
+    )
     """Strings that end a step (paper and code: lines)."""
     step_tokens: PositiveInt = 128
-    """Tokens of one step at most (code, mathematics; 32 for multiple choice). A longer step is cut and goes on in the next."""
+    """Tokens of one step at most (code, mathematics; 32 for multiple choice). A longer step is cut
+    and goes on in the next."""
     outcome: OutcomeConfig = OutcomeConfig()
     rollouts: NonNegativeInt = 1
-    """Unfinished steps are valued by at least this many completions to the end, judged like answers: a step that was sampled more
-    than once has one of each time. Ours: the paper has only the self-evaluation here, and without that a step would be worth
-    nothing until its answer is found."""
+    """Unfinished steps are valued by at least this many completions to the end, judged like
+    answers: a step that was sampled more than once has one of each time. Ours: the paper has only
+    the self-evaluation here, and without that a step would be worth nothing until its answer is
+    found."""
     self_evaluation: SelfEvaluationConfig | None = None
     """Paper: on. Off here: a policy that was never taught to judge says little (ours)."""
     inject_gold: bool = False
-    """A LEAK: steps of the reference answer become nodes of the tree, where the answer has steps (it holds a step_stop). The
-    policy is then trained on, and after, text it did not write; the authors' code does so unless told otherwise."""
+    """A LEAK: steps of the reference answer become nodes of the tree, where the answer has steps
+    (it holds a step_stop). The policy is then trained on, and after, text it did not write; the
+    authors' code does so unless told otherwise."""
 
     levels: Literal["path", "all"] = "path"
-    """Pairs among the children of the nodes on the path that was settled for (code), or of every expanded node."""
+    """Pairs among the children of the nodes on the path that was settled for (code), or of every
+    expanded node."""
     pairs: Literal["worst", "random", "all"] = "worst"
-    """Best Q against the lowest (paper); against a random sibling that it beats (code, by accident: a flag that cannot be
-    switched off overrides the scripts' choice of the worst); against every sibling that it beats (ours)."""
+    """Best Q against the lowest (paper); against a random sibling that it beats (code, by accident:
+    a flag that cannot be switched off overrides the scripts' choice of the worst); against every
+    sibling that it beats (ours)."""
     min_margin: NonNegativeFloat = 0.0
     """Steps whose Q differs by this or less are ties: dropped and counted."""
     min_visits: NonNegativeInt = 1
-    """Steps visited less often make no pairs (ours; 0 is the code). Two unvisited ones never make a pair with soft labels."""
+    """Steps visited less often make no pairs (ours; 0 is the code). Two unvisited ones never make a
+    pair with soft labels."""
     max_pairs: PositiveInt = 8
     """Per prompt, from the root down (code)."""
     merge_chains: bool = False
     """A step that has only one continuation is trained on together with it (code)."""
     labels: Literal["soft", "hard"] = "soft"
-    """soft: label smoothing 1 / (N_better / N_worse + 1), at most 1/2 (paper; code clips). Needs loss sigmoid."""
+    """soft: label smoothing 1 / (N_better / N_worse + 1), at most 1/2 (paper; code clips). Needs
+    loss sigmoid."""
 
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """Paper; ipo is in the code, hinge is ours."""

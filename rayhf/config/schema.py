@@ -1,11 +1,19 @@
-"""The campaign config, section by section. One batch unit: prompts. Imports no torch; a docstring under a field is its help."""
+"""The campaign config, section by section. One batch unit: prompts. Imports no torch; a docstring
+under a field is its help."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from rayhf.config.algorithms import (
     HyPOConfig,
@@ -35,7 +43,8 @@ class RunConfig(Section):
     iterations: PositiveInt
     """Rounds: explore, learn, sync."""
     eval_every: NonNegativeInt = 10
-    """Rounds between evaluations on held-out prompts; 0 evaluates only before the first and after the last round."""
+    """Rounds between evaluations on held-out prompts; 0 evaluates only before the first and after
+    the last round."""
     eval_prompts: PositiveInt | None = None
     """Held-out prompts per evaluation; all by default."""
     checkpoint_every: NonNegativeInt = 20
@@ -47,22 +56,26 @@ class RunConfig(Section):
     keep_best: bool = True
     """The checkpoint with the best held-out evaluation (eval/<task>/sampled) stays too."""
     max_staleness: NonNegativeInt = 0
-    """Rounds that generation may run ahead of learning: 0 is strictly on-policy, 1 overlaps the two."""
+    """Rounds that generation may run ahead of learning: 0 is strictly on-policy, 1 overlaps the
+    two."""
     deterministic: bool | None = None
-    """Requests enter the engines in waves, so that equal seeds give equal numbers. Default: when max_staleness is 0."""
+    """Requests enter the engines in waves, so that equal seeds give equal numbers. Default: when
+    max_staleness is 0."""
     max_in_flight: PositiveInt | None = None
-    """Prompts of a round that are explored at the same time. Default: 65,536, or what fills the engines twice if that is more."""
+    """Prompts of a round that are explored at the same time. Default: 65,536, or what fills the
+    engines twice if that is more."""
     timeout_s: PositiveFloat = 600
     """Limit on any single wait between roles, in seconds."""
     stall_s: PositiveFloat = 300
     """An engine that has work and makes no progress for so long is replaced, in seconds."""
     restarts: NonNegativeInt = 5
-    """Of any one actor within an hour, and of the learners without a commit in between, before the run stops."""
+    """Of any one actor within an hour, and of the learners without a commit in between, before the
+    run stops."""
     start_timeout_s: PositiveFloat = 300
     """Limit on placing and starting all actors, in seconds."""
 
     @property
-    def takes_turns(self) -> bool:
+    def is_deterministic(self) -> bool:
         """`deterministic`, or what it is by default."""
         return self.max_staleness == 0 if self.deterministic is None else self.deterministic
 
@@ -86,15 +99,16 @@ class PolicyConfig(Section):
 
 class PromptsConfig(Section):
     train: Path
-    """JSONL or Parquet with `prompt` (string) or `messages` (list of role/content), optional `answer`."""
+    """JSONL or Parquet with `prompt` (string) or `messages` (list of role/content), optional
+    `answer`."""
     heldout: Path | None = None
     task: Name = "heldout"
     """Name of the held-out task in metrics: eval/<task>/..."""
     batch: PositiveInt = 64
     """Prompts per round: the one batch unit."""
     game: Path | None = None
-    """A game file: {"answers": [...], "preference": [[P(i beats j)]]}. The policy's exact exploitability on held-out prompts is
-    then measured after every round."""
+    """A game file: {"answers": [...], "preference": [[P(i beats j)]]}. The policy's exact
+    exploitability on held-out prompts is then measured after every round."""
 
 
 class TinyConfig(Section):
@@ -125,13 +139,13 @@ class RolloutConfig(Section):
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Of each GPU, for weights and KV cache."""
     prefix_caching: bool | None = None
-    """Keep keys and values of prompts and steps for later requests. Default: not on CPU in a deterministic run, where bits could
-    depend on what a replaced engine has not seen."""
+    """Keep keys and values of prompts and steps for later requests. Default: not on CPU in a
+    deterministic run, where bits could depend on what a replaced engine has not seen."""
     enforce_eager: bool | None = None
     """No CUDA graphs. Default: true on CPU, false on GPU."""
     mismatch_limit: PositiveFloat = 1.0
-    """Stop when the mean absolute gap between a bfloat16 engine's and the learner's log-probs of a sync's probe passes this, in
-    nats. A float32 engine must agree to 1e-3."""
+    """Stop when the mean absolute gap between a bfloat16 engine's and the learner's log-probs of a
+    sync's probe passes this, in nats. A float32 engine must agree to 1e-3."""
     threads: PositiveInt | None = None
     """CPU threads per engine. Default: derived from the machine."""
 
@@ -152,7 +166,7 @@ class LearnerConfig(Section):
     """What the critic starts from, with a fresh value head. Default: the policy. Same tokenizer."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Fraction = 0.0
-    """Share of all optimiser steps."""
+    """Share of all optimizer steps."""
     min_lr: Fraction = 0.1
     """The schedule's end, as a share of lr."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -162,13 +176,14 @@ class LearnerConfig(Section):
     epochs: PositiveInt = 1
     """Passes over a round's examples."""
     prompts_per_step: PositiveInt | None = None
-    """Prompts per optimiser step; must divide prompts.batch. Default: the whole round."""
+    """Prompts per optimizer step; must divide prompts.batch. Default: the whole round."""
     ranks: PositiveInt = 1
-    """Data-parallel learner processes. A campaign can be continued with another number, and another zero_stage or dtype."""
+    """Data-parallel learner processes. A campaign can be continued with another number, and another
+    zero_stage or dtype."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """bfloat16 with 0 runs as 1: DeepSpeed's stage 0 would add gradients up in bfloat16."""
     offload: bool = False
-    """Optimiser states in host memory (ZeRO-Offload)."""
+    """Optimizer states in host memory (ZeRO-Offload)."""
     dtype: Dtype = "bfloat16"
     """bfloat16 keeps float32 master weights."""
     token_budget: PositiveInt = 16384
@@ -182,43 +197,57 @@ class LearnerConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Who lives where. The campaign is the same on a laptop and on a cluster; only this section differs.
+    """Who lives where. The campaign is the same on a laptop and on a cluster; only this section
+    differs.
 
-    Four pools: rollout (the engines), learner (and critic), reference, scorer (and evaluators). CPUs per actor are derived.
+    Four pools: rollout (the engines), learner (and critic), reference, scorer (and evaluators).
+    CPUs per actor are derived.
     """
 
     address: str = "local"
     """"local" starts Ray on this machine; "auto" joins the running cluster."""
     device: Literal["cpu", "gpu"] = "cpu"
     placement: Literal["separate", "colocate"] = "separate"
-    """separate: every actor has its own GPUs. colocate: engine i and learner rank i share GPU i and take turns: engines sleep
-    while learners learn, learners' states lie in host memory while engines write. On CPU only the turns are taken."""
+    """separate: every actor has its own GPUs. colocate: engine i and learner rank i share GPU i and
+    take turns: engines sleep while learners learn, learners' states lie in host memory while
+    engines write. On CPU only the turns are taken."""
     transport: Literal["auto", "object_store", "broadcast", "cuda_ipc"] = "auto"
-    """How new weights reach the engines. object_store: through host memory, from anywhere to anywhere. broadcast: from device to
-    device, through a process group (NCCL between separate GPUs, gloo on CPU). cuda_ipc: each engine loads from the memory of the
-    learner rank on its GPU (colocate). Default: object_store on CPU, broadcast between separate GPUs, cuda_ipc on shared ones.
-    In rounds in which the reference moves, object_store in any case: the reference takes the weights from there."""
+    """How new weights reach the engines. object_store: through host memory, from anywhere to
+    anywhere. broadcast: from device to device, through a process group (NCCL between separate GPUs,
+    gloo on CPU). cuda_ipc: each engine loads from the memory of the learner rank on its GPU
+    (colocate). Default: object_store on CPU, broadcast between separate GPUs, cuda_ipc on shared
+    ones. In rounds in which the reference moves, object_store in any case: the reference takes the
+    weights from there."""
     gpus_per_reference: Share | None = None
-    """Of one GPU, for example 0.5. Default: a GPU of its own; with colocate a place beside the others on the first GPU."""
+    """Of one GPU, for example 0.5. Default: a GPU of its own; with colocate a place beside the
+    others on the first GPU."""
     gpus_per_scorer: Share | None = None
     """The same for each scorer and evaluator with a model. Two actors of 0.5 may sit on one GPU."""
     resources: dict[Pool, dict[str, PositiveFloat]] = Field(default_factory=dict)
-    """Custom resources that each actor of a pool needs, as nodes offer them with `ray start --resources`: {rollout: {h100: 1}}
-    puts engines on nodes that have h100."""
+    """Custom resources that each actor of a pool needs, as nodes offer them with `ray start
+    --resources`: {rollout: {h100: 1}} puts engines on nodes that have h100."""
     placement_timeout_s: PositiveFloat = 50
-    """How long to wait until a running cluster has room for everyone, in seconds; for an autoscaler that may be minutes."""
+    """How long to wait until a running cluster has room for everyone, in seconds; for an autoscaler
+    that may be minutes."""
     gpu_memory_gib: PositiveFloat | None = None
-    """Of one GPU, for the estimates of `rayhf check`. Default: the smallest that the cluster's nodes report."""
+    """Of one GPU, for the estimates of `rayhf check`. Default: the smallest that the cluster's
+    nodes report."""
 
     @field_validator("resources")
     @classmethod
-    def _check_resources(cls, resources: dict[Pool, dict[str, float]]) -> dict[Pool, dict[str, float]]:
+    def _check_resources(
+        cls, resources: dict[Pool, dict[str, float]]
+    ) -> dict[Pool, dict[str, float]]:
         for pool, amounts in resources.items():
             for name, amount in amounts.items():
                 if name.lower() in ("cpu", "gpu", "memory", "object_store_memory"):
-                    raise ValueError(f"{pool}.{name} is derived; expected custom resources of your nodes")
+                    raise ValueError(
+                        f"{pool}.{name} is derived; expected custom resources of your nodes"
+                    )
                 if amount > 1 and amount != int(amount):
-                    raise ValueError(f"{pool}.{name} is {amount:g}; Ray counts more than 1 in whole numbers")
+                    raise ValueError(
+                        f"{pool}.{name} is {amount:g}; Ray counts more than 1 in whole numbers"
+                    )
         return resources
 
 
@@ -229,7 +258,8 @@ class EvaluationConfig(Section):
     """Like prompts.heldout."""
     scorer: tuple[ScorerEntry, ...] = Field(min_length=1)
     policy: Name = "policy"
-    """Which of the campaign's policies answers, for algorithms that train several; the only one where there is one."""
+    """Which of the campaign's policies answers, for algorithms that train several; the only one
+    where there is one."""
 
 
 class TrackingConfig(Section):
@@ -239,7 +269,14 @@ class TrackingConfig(Section):
 
 
 AlgorithmConfig = Annotated[
-    PPOConfig | OnlineDPOConfig | IterativeDPOConfig | SPPOConfig | INPOConfig | HyPOConfig | MCTSDPOConfig | SPaRConfig,
+    PPOConfig
+    | OnlineDPOConfig
+    | IterativeDPOConfig
+    | SPPOConfig
+    | INPOConfig
+    | HyPOConfig
+    | MCTSDPOConfig
+    | SPaRConfig,
     Field(discriminator="type"),
 ]
 
@@ -261,4 +298,5 @@ class CampaignConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     guards: GuardsConfig = GuardsConfig()
     service: ServiceConfig | None = None
-    """Serve the campaign's control over gRPC while it runs: status, watch, pause, stop, prompts and human preferences in."""
+    """Serve the campaign's control over gRPC while it runs: status, watch, pause, stop, prompts and
+    human preferences in."""

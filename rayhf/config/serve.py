@@ -12,7 +12,8 @@ from rayhf.config.service import ServiceConfig
 
 
 class ServedScorers(Section):
-    """What is served, as one scorer. What a campaign learns on the way (`normalise`) is the campaign's own."""
+    """What is served, as one scorer. What a campaign learns on the way (`normalize`) is the
+    campaign's own."""
 
     train: tuple[ScorerEntry, ...] = Field(min_length=1)
     """As a campaign's scorer.train: combined, they are the score."""
@@ -24,9 +25,9 @@ class ServedScorers(Section):
     @classmethod
     def _refuse_state(cls, train: tuple[ScorerEntry, ...]) -> tuple[ScorerEntry, ...]:
         for index, entry in enumerate(train):
-            if isinstance(entry, PointwiseEntry) and entry.normalise:
+            if isinstance(entry, PointwiseEntry) and entry.normalize:
                 raise ValueError(
-                    f"entry {index} has normalise, and a server keeps no campaign's statistics; set normalise on the campaign's "
+                    f"entry {index} has normalize, and a server keeps no campaign's statistics; set normalize on the campaign's "
                     "entry of type remote"
                 )
         return train

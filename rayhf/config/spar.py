@@ -1,5 +1,5 @@
-"""SPaR's settings (Cheng et al. 2024, arXiv 2412.11605). Defaults are the released code's (ALGORITHMS.md A4) unless a line
-says ours.
+"""SPaR's settings (Cheng et al. 2024, arXiv 2412.11605). Defaults are the released code's
+(ALGORITHMS.md A4) unless a line says ours.
 """
 
 from __future__ import annotations
@@ -69,10 +69,12 @@ REFINE_TEMPLATE = (
 
 
 class RefinerConfig(Section):
-    """The second policy: it judges and refines, and learns by rejection sampling (fine-tuning on its own accepted texts)."""
+    """The second policy: it judges and refines, and learns by rejection sampling (fine-tuning on
+    its own accepted texts)."""
 
     shared: bool = False
-    """One model acts and refines: the refiner's examples then train the policy, with the learner's rate."""
+    """One model acts and refines: the refiner's examples then train the policy, with the learner's
+    rate."""
     model: Path | None = None
     """What the refiner starts from. Default: the policy's own model. Same tokenizer."""
     lr: PositiveFloat = 2e-6
@@ -106,22 +108,26 @@ class RefinerDataConfig(Section):
 
 
 class SPaRConfig(Section):
-    """Self-play with tree-search refinement: an actor answers, a refiner judges and rewrites, both learn."""
+    """Self-play with tree-search refinement: an actor answers, a refiner judges and rewrites, both
+    learn."""
 
     type: Literal["spar"] = "spar"
     samples: PositiveInt = 5
-    """Answers per prompt. (The source samples them with temperature 0.9 and top_p 0.9: rollout.*.)"""
+    """Answers per prompt. (The source samples them with temperature 0.9 and top_p 0.9:
+    rollout.*.)"""
     judge_votes: PositiveInt = 5
     """Judgements per text; the majority decides."""
     judge_temperature: PositiveFloat = 0.7
     judge_retries: NonNegativeInt = 3
-    """Further rounds of votes on a refinement whose votes are even; then it is dropped. An answer's even votes are final."""
+    """Further rounds of votes on a refinement whose votes are even; then it is dropped. An answer's
+    even votes are final."""
     refine_temperature: PositiveFloat = 0.7
     refine_retries: NonNegativeInt = 3
-    """Further requests for refinements that do not have the form of refined_pattern. (The source asks up to 3 x 3 times.)"""
+    """Further requests for refinements that do not have the form of refined_pattern. (The source
+    asks up to 3 x 3 times.)"""
     search: Literal["bfs", "dfs", "none"] = "bfs"
-    """none is the ablation: one refinement of the failing answer, judged once, without retries; branch, beam, depth, max_nodes,
-    judge_retries and refine_retries are not used."""
+    """none is the ablation: one refinement of the failing answer, judged once, without retries;
+    branch, beam, depth, max_nodes, judge_retries and refine_retries are not used."""
     branch: PositiveInt = 3
     """Refinements of one text."""
     beam: PositiveInt = 2
@@ -131,7 +137,8 @@ class SPaRConfig(Section):
     gate: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """A refinement is accepted where its share of yes among the parsable votes is above this."""
     max_nodes: PositiveInt = 15
-    """Refinements per search. Ours: what bfs needs with branch 3, beam 2, depth 3 (the source's 1000 never binds)."""
+    """Refinements per search. Ours: what bfs needs with branch 3, beam 2, depth 3 (the source's
+    1000 never binds)."""
     beta: PositiveFloat = 0.1
     nll_coef: NonNegativeFloat = 0.1
     """Weight of the chosen answer's negative log-likelihood, a mean per token."""
@@ -141,16 +148,19 @@ class SPaRConfig(Section):
     judge_template: Conversation = JUDGE_TEMPLATE
     """Turns of Jinja2; a string is one user turn. Variables: instruction, response."""
     refine_template: Conversation = REFINE_TEMPLATE
-    """The same. Variables: instruction, response, judgement, and judge_prompt (the judge template's last turn, rendered)."""
+    """The same. Variables: instruction, response, judgement, and judge_prompt (the judge template's
+    last turn, rendered)."""
     verdict_pattern: str = r"(?i)final judgement[^\n]*:\W*(yes|no)\b"
     """Regular expression over a judgement. Its last match counts, and there its group 1."""
     verdict_yes: str = "yes"
     """What group 1 says of an answer that meets its instruction; case does not matter."""
     verdict_no: str = "no"
     refined_pattern: str | None = r"(?s)\[\[start\]\](.*?)\[\[end\]\]"
-    """Regular expression over a refinement. Group 1 of its last match is the refined answer; null: all of it is."""
+    """Regular expression over a refinement. Group 1 of its last match is the refined answer; null:
+    all of it is."""
     test_time_refine: bool = False
-    """Held-out answers are also judged, and refined where they fail, before they are scored (the source's test-time search)."""
+    """Held-out answers are also judged, and refined where they fail, before they are scored (the
+    source's test-time search)."""
 
     @field_validator("judge_template", "refine_template")
     @classmethod
@@ -163,9 +173,13 @@ class SPaRConfig(Section):
         names: set[str] = set()
         for turn in value:
             try:
-                names |= jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(turn.content))
+                names |= jinja2.meta.find_undeclared_variables(
+                    jinja2.Environment().parse(turn.content)
+                )
             except jinja2.TemplateSyntaxError as error:
-                raise ValueError(f"not a Jinja2 template (line {error.lineno}: {error.message})") from None
+                raise ValueError(
+                    f"not a Jinja2 template (line {error.lineno}: {error.message})"
+                ) from None
         if unknown := sorted(names - known):
             raise ValueError(f"unknown variable {unknown[0]}; valid: {', '.join(sorted(known))}")
         return value

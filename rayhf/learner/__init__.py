@@ -1,1 +1,2 @@
-"""The learner role: pack examples into micro-batches, run the model, step with DeepSpeed, publish the weights."""
+"""The learner role: pack examples into micro-batches, run the model, step with DeepSpeed, publish
+the weights."""

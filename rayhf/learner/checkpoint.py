@@ -1,13 +1,16 @@
-"""A learner's checkpoint that any number of ranks can continue: float32 masters and Adam's moments by parameter name.
+"""A learner's checkpoint that any number of ranks can continue: float32 masters and Adam's moments
+by parameter name.
 
-learner.json                  whose it is, how far it is, and every trained parameter's shape and file number; written last
+learner.json                  whose it is, how far it is, and every trained parameter's shape and
+                              file number; written last
 weights-00000.safetensors     float32 master weights, whole, by parameter name
 optimizer-00000.safetensors   the same parameters' `NAME.exp_avg` and `NAME.exp_avg_sq`, float32
 random-00000.safetensors      rank 0's random generators: `cpu`, and `cuda` where it has a GPU
 
-Saving walks groups of parameters: every rank sends its shards of a group to their owners (parameter i belongs to rank
-i % ranks), and each owner writes whole tensors; nobody ever holds more than its share of one group. Loading reads only the
-own shards, from whatever files there are. Tensors are copied, never computed with: every bit survives.
+Saving walks groups of parameters: every rank sends its shards of a group to their owners (parameter
+i belongs to rank i % ranks), and each owner writes whole tensors; nobody ever holds more than its
+share of one group. Loading reads only the own shards, from whatever files there are. Tensors are
+copied, never computed with: every bit survives.
 """
 
 from __future__ import annotations
@@ -35,39 +38,62 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS = ("global_steps", "skipped_steps")
 """DeepSpeed's own, for its logs."""
 SHARE_BYTES = 256 << 20
-"""A rank's share of one group of float32 parameters, in bytes: the size of a file, and of each buffer while saving. Only a
-single parameter can be larger."""
+"""A rank's share of one group of float32 parameters, in bytes: the size of a file, and of each
+buffer while saving. Only a single parameter can be larger."""
 
 
 # ------------------------------------------------------------------------------------------------------- saving
 
 
 @torch.no_grad()
-def save(engine: Any, directory: Path, kind: Mapping[str, Any], *, steps: int, share_bytes: int = SHARE_BYTES) -> None:
-    """Write the checkpoint of a DeepSpeed engine into `directory`. All ranks take part and see the same directory.
+def save(
+    engine: Any,
+    directory: Path,
+    kind: Mapping[str, Any],
+    *,
+    steps: int,
+    share_bytes: int = SHARE_BYTES,
+) -> None:
+    """Write the checkpoint of a DeepSpeed engine into `directory`. All ranks take part and see the
+    same directory.
 
-    `kind` is what a learner must have in common with this one to continue it; `steps` are its optimiser steps.
-    Raises StorageError where a file cannot be written.
+    `kind` is what a learner must have in common with this one to continue it; `steps` are its
+    optimizer steps. Raises StorageError where a file cannot be written.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            (directory / INDEX).unlink(missing_ok=True)  # no checkpoint any more, until all of the new one is there
+            (directory / INDEX).unlink(
+                missing_ok=True
+            )  # no checkpoint any more, until all of the new one is there
     dist.barrier()
     parameters = trained(engine)
     ranges = _everyones_ranges(engine, parameters)
     places: dict[str, dict[str, Any]] = {}
-    for number, group in enumerate(_groups([p.numel() for p in parameters], limit=share_bytes * world // 4)):
+    for number, group in enumerate(
+        _groups([p.numel() for p in parameters], limit=share_bytes * world // 4)
+    ):
         owned = [i for i in group if i % world == rank]
         file = number * world + rank
-        _write(directory / f"weights-{file:05d}.safetensors", _collect(engine, parameters, ranges, group, owned, None))
+        _write(
+            directory / f"weights-{file:05d}.safetensors",
+            _collect(engine, parameters, ranges, group, owned, None),
+        )
         moments: dict[str, Tensor] = {}
         for key in MOMENTS:
             whole = _collect(engine, parameters, ranges, group, owned, key)
             moments.update({f"{name}.{key}": tensor for name, tensor in whole.items()})
         _write(directory / f"optimizer-{file:05d}.safetensors", moments)
-        places.update({parameters[i].name: {"shape": parameters[i].shape, "file": number * world + i % world} for i in group})
+        places.update(
+            {
+                parameters[i].name: {
+                    "shape": parameters[i].shape,
+                    "file": number * world + i % world,
+                }
+                for i in group
+            }
+        )
     _write(directory / f"random-{rank:05d}.safetensors", _random_state(engine.device))
     dist.barrier()
     if rank == 0:
@@ -78,9 +104,12 @@ def save(engine: Any, directory: Path, kind: Mapping[str, Any], *, steps: int, s
             "zero_stage": engine.zero_optimization_stage(),
             "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),
             "steps": steps,
-            # One count for all: DeepSpeed steps every trained parameter, with a gradient of zeros where there is none. (On
-            # other ranks, not on the first, an optimiser group may be padding only, of which nothing is kept.)
-            "optimizer_steps": max((int(state["step"]) for state in engine.basic_optimizer.state.values()), default=0),
+            # One count for all: DeepSpeed steps every trained parameter, with a gradient of zeros
+            # where there is none. (On other ranks, not on the first, an optimizer group may be
+            # padding only, of which nothing is kept.)
+            "optimizer_steps": max(
+                (int(state["step"]) for state in engine.basic_optimizer.state.values()), default=0
+            ),
             "schedule_steps": engine.lr_scheduler.last_epoch,
             **{name: getattr(engine, name) for name in COUNTERS},
             "parameters": places,
@@ -91,7 +120,8 @@ def save(engine: Any, directory: Path, kind: Mapping[str, Any], *, steps: int, s
 
 
 def _everyones_ranges(engine: Any, parameters: Sequence[Trained]) -> list[list[tuple[int, int]]]:
-    """For each rank, each parameter's range there; of a single rank (this one) where everyone holds everything."""
+    """For each rank, each parameter's range there; of a single rank (this one) where everyone holds
+    everything."""
     mine = [parameter.range() for parameter in parameters]
     everyone: list[list[tuple[int, int]]] = [mine]
     if engine.zero_optimization_stage() > 0:
@@ -99,7 +129,9 @@ def _everyones_ranges(engine: Any, parameters: Sequence[Trained]) -> list[list[t
         dist.all_gather_object(everyone, mine)
     for parameter, parts in zip(parameters, zip(*everyone, strict=True), strict=True):
         if sum(numel for _, numel in parts) != parameter.numel():
-            raise CheckpointError(f"DeepSpeed's shards of {parameter.name} are {parts}, which do not make up {parameter.shape}")
+            raise CheckpointError(
+                f"DeepSpeed's shards of {parameter.name} are {parts}, which do not make up {parameter.shape}"
+            )
     return everyone
 
 
@@ -122,7 +154,8 @@ def _collect(
     owned: Sequence[int],
     key: str | None,
 ) -> dict[str, Tensor]:
-    """Of the group's parameters those that this rank owns, whole and in host memory; or their moments `key`.
+    """Of the group's parameters those that this rank owns, whole and in host memory; or their
+    moments `key`.
 
     A collective, but where everyone holds everything.
     """
@@ -137,7 +170,9 @@ def _collect(
         return shard.of(moment).to(engine.device)
 
     owners: Sequence[int] = range(world) if len(ranges) > 1 else [rank]
-    shards = [[s for i in group if i % world == owner and (s := parameters[i].shard)] for owner in owners]
+    shards = [
+        [s for i in group if i % world == owner and (s := parameters[i].shard)] for owner in owners
+    ]
     received = torch.cat([torch.empty(0, device=engine.device), *map(value, chain(*shards))])
     if len(ranges) > 1:
         sent, sizes = received, [sum(shard.numel for shard in theirs) for theirs in shards]
@@ -180,18 +215,23 @@ def _writing(path: Path) -> Iterator[None]:
 
 @torch.no_grad()
 def load(engine: Any, directory: Path, kind: Mapping[str, Any]) -> int:
-    """Continue from `save`, whatever numbers of ranks, ZeRO stages and dtypes wrote and read; the number of steps taken.
+    """Continue from `save`, whatever numbers of ranks, ZeRO stages and dtypes wrote and read; the
+    number of steps taken.
 
-    All ranks take part. Learning rate, schedule and betas are the engine's own; the checkpoint says how far the schedule is.
-    A rank that did not exist keeps its random state. Raises CheckpointError, before anything changes, where there is no
-    checkpoint, where a file is missing or damaged, or where another kind of learner or model wrote it.
+    All ranks take part. Learning rate, schedule and betas are the engine's own; the checkpoint says
+    how far the schedule is. A rank that did not exist keeps its random state. Raises
+    CheckpointError, before anything changes, where there is no checkpoint, where a file is missing
+    or damaged, or where another kind of learner or model wrote it.
     """
     content = _read_index(directory, kind)
     parameters = trained(engine)
     files = _check_files(directory, content, parameters)
     optimizer = engine.basic_optimizer
     for file, members in files.items():
-        with _open(directory, "weights", file) as weights, _open(directory, "optimizer", file) as moments:
+        with (
+            _open(directory, "weights", file) as weights,
+            _open(directory, "optimizer", file) as moments,
+        ):
             for parameter in members:
                 if (shard := parameter.shard) is None:
                     continue
@@ -202,7 +242,9 @@ def load(engine: Any, directory: Path, kind: Mapping[str, Any]) -> int:
                         state[key] = torch.zeros_like(shard.flat)
                     shard.of(state[key]).copy_(_read(moments, f"{parameter.name}.{key}", shard))
     for state in optimizer.state.values():  # a fused AdamW keeps the count beside its moments
-        state["step"] = torch.tensor(float(content["optimizer_steps"]), device=state["exp_avg"].device)
+        state["step"] = torch.tensor(
+            float(content["optimizer_steps"]), device=state["exp_avg"].device
+        )
     update_model(engine)
     _set_schedule(engine.lr_scheduler, optimizer, content["schedule_steps"])
     for name in COUNTERS:
@@ -221,7 +263,9 @@ def _read_index(directory: Path, kind: Mapping[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no learner checkpoint in {directory}: {error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{directory / INDEX} is not of this version's format {FORMAT}; start from an exported model")
+        raise CheckpointError(
+            f"{directory / INDEX} is not of this version's format {FORMAT}; start from an exported model"
+        )
     for key, value in kind.items():
         if content.get(key) != value:
             raise CheckpointError(
@@ -231,8 +275,11 @@ def _read_index(directory: Path, kind: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _check_files(directory: Path, content: Mapping[str, Any], parameters: Sequence[Trained]) -> dict[int, list[Trained]]:
-    """The parameters by file number. Every rank reads all headers, so that all of them refuse together or none does."""
+def _check_files(
+    directory: Path, content: Mapping[str, Any], parameters: Sequence[Trained]
+) -> dict[int, list[Trained]]:
+    """The parameters by file number. Every rank reads all headers, so that all of them refuse
+    together or none does."""
     saved = {name: tuple(place["shape"]) for name, place in content["parameters"].items()}
     here = {parameter.name: parameter.shape for parameter in parameters}
     for name in sorted(saved.keys() | here.keys()):
@@ -249,9 +296,14 @@ def _check_files(directory: Path, content: Mapping[str, Any], parameters: Sequen
         for what, tensors in (("weights", expected), ("optimizer", moments)):
             with _open(directory, what, file) as opened:
                 parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-                found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+                found = {
+                    name: (tuple(part.get_shape()), part.get_dtype())
+                    for name, part in parts.items()
+                }
             if found != {name: (shape, "F32") for name, shape in tensors.items()}:
-                raise CheckpointError(f"{directory}: {what}-{file:05d}.safetensors does not hold what {INDEX} says")
+                raise CheckpointError(
+                    f"{directory}: {what}-{file:05d}.safetensors does not hold what {INDEX} says"
+                )
     for rank in range(content["ranks"]):
         with _open(directory, "random", rank):
             pass
@@ -280,7 +332,12 @@ def _read(file: Any, name: str, shard: Shard) -> Tensor:
 
 def _set_schedule(scheduler: Any, optimizer: Any, steps: int) -> None:
     """Put a LambdaLR to where `steps` steps lead."""
-    rates = [base * factor(steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates})
+    rates = [
+        base * factor(steps)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    scheduler.load_state_dict(
+        {**scheduler.state_dict(), "last_epoch": steps, "_step_count": steps + 1, "_last_lr": rates}
+    )
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

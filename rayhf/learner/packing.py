@@ -1,9 +1,11 @@
-"""Which examples go through the model together, and on which rank. Pure planning: lengths in, indices out.
+"""Which examples go through the model together, and on which rank. Pure planning: lengths in,
+indices out.
 
-A micro-batch is padded to its longest row, so its cost is rows x longest row ("padded tokens"). Examples of like length are
-put together, up to a token budget. Every rank gets the same number of micro-batches, because ZeRO's collectives run once
-per micro-batch on every rank: micro-batch j of all ranks runs at the same time, so those are made alike in cost too.
-A rank short of work gets an empty micro-batch; the engine still runs it, with zero weight.
+A micro-batch is padded to its longest row, so its cost is rows x longest row ("padded tokens").
+Examples of like length are put together, up to a token budget. Every rank gets the same number of
+micro-batches, because ZeRO's collectives run once per micro-batch on every rank: micro-batch j of
+all ranks runs at the same time, so those are made alike in cost too. A rank short of work gets an
+empty micro-batch; the engine still runs it, with zero weight.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ Micro = list[int]
 
 
 def plan(row_lengths: Sequence[Sequence[int]], *, ranks: int, budget: int) -> list[list[Micro]]:
-    """Spread examples over ranks and micro-batches. Deterministic; every example appears exactly once.
+    """Spread examples over ranks and micro-batches. Deterministic; every example appears exactly
+    once.
 
-    `row_lengths[e]` are the lengths of example e's rows in tokens (prompt plus response); an example's rows stay together.
-    Returns, for each rank, the same number of micro-batches of at most `budget` padded tokens each; surplus ones are empty.
-    Raises ConfigError where one example alone is over the budget, or has no row.
+    `row_lengths[e]` are the lengths of example e's rows in tokens (prompt plus response); an
+    example's rows stay together. Returns, for each rank, the same number of micro-batches of at
+    most `budget` padded tokens each; surplus ones are empty. Raises ConfigError where one example
+    alone is over the budget, or has no row.
     """
     for index, lengths in enumerate(row_lengths):
         if not lengths:
@@ -41,7 +45,9 @@ def plan(row_lengths: Sequence[Sequence[int]], *, ranks: int, budget: int) -> li
 
 def padded_tokens(micro: Sequence[int], row_lengths: Sequence[Sequence[int]]) -> int:
     """What a micro-batch costs: rows x longest row, in tokens."""
-    return sum(len(row_lengths[e]) for e in micro) * max((max(row_lengths[e]) for e in micro), default=0)
+    return sum(len(row_lengths[e]) for e in micro) * max(
+        (max(row_lengths[e]) for e in micro), default=0
+    )
 
 
 def _fill(order: Sequence[int], row_lengths: Sequence[Sequence[int]], budget: int) -> list[Micro]:
@@ -58,8 +64,11 @@ def _fill(order: Sequence[int], row_lengths: Sequence[Sequence[int]], budget: in
     return micros
 
 
-def _split_until_even(micros: list[Micro], row_lengths: Sequence[Sequence[int]], ranks: int) -> None:
-    """Halve the dearest micro-batches until their number divides by the ranks, or none can be halved."""
+def _split_until_even(
+    micros: list[Micro], row_lengths: Sequence[Sequence[int]], ranks: int
+) -> None:
+    """Halve the dearest micro-batches until their number divides by the ranks, or none can be
+    halved."""
     while len(micros) % ranks:
         divisible = [micro for micro in micros if len(micro) > 1]
         if not divisible:
@@ -70,8 +79,11 @@ def _split_until_even(micros: list[Micro], row_lengths: Sequence[Sequence[int]],
         micros += [dearest[:middle], dearest[middle:]]
 
 
-def _deal(micros: Sequence[Micro], row_lengths: Sequence[Sequence[int]], ranks: int) -> list[list[Micro]]:
-    """Deal neighbours in cost to different ranks, the dearest of each round to the rank with the least work so far."""
+def _deal(
+    micros: Sequence[Micro], row_lengths: Sequence[Sequence[int]], ranks: int
+) -> list[list[Micro]]:
+    """Deal neighbors in cost to different ranks, the dearest of each round to the rank with the
+    least work so far."""
     hands: list[list[Micro]] = [[] for _ in range(ranks)]
     work = [0] * ranks
     for start in range(0, len(micros), ranks):

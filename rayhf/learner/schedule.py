@@ -1,4 +1,4 @@
-"""The learning rate over a campaign's optimiser steps."""
+"""The learning rate over a campaign's optimizer steps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from typing import Literal
 
 
 def lr_factor(
-    step: int, *, total_steps: int, warmup: float, kind: Literal["constant", "linear", "cosine"], min_lr: float
+    step: int,
+    *,
+    total_steps: int,
+    warmup: float,
+    kind: Literal["constant", "linear", "cosine"],
+    min_lr: float,
 ) -> float:
-    """The share of the peak learning rate that optimiser step `step` (from 0) uses.
+    """The share of the peak learning rate that optimizer step `step` (from 0) uses.
 
-    Rises linearly over the first `warmup` share of `total_steps`, without a step at zero; then stays, or falls to `min_lr`
-    (a share of the peak) at the last step; beyond `total_steps` it stays where it is.
+    Rises linearly over the first `warmup` share of `total_steps`, without a step at zero; then
+    stays, or falls to `min_lr` (a share of the peak) at the last step; beyond `total_steps` it
+    stays where it is.
     """
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:

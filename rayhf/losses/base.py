@@ -1,10 +1,12 @@
 """What a loss sees and what it returns.
 
-Shapes, everywhere in rayhf/losses: T response tokens of a micro-batch laid end to end (no padding), R rows (responses),
-E examples, P pairs. A tensor's name ends in its shape. Rows of one example are neighbours; a pair is (chosen, rejected).
+Shapes, everywhere in rayhf/losses: T response tokens of a micro-batch laid end to end (no padding),
+R rows (responses), E examples, P pairs. A tensor's name ends in its shape. Rows of one example are
+neighbors; a pair is (chosen, rejected).
 
-A micro-batch is a part of an optimiser step, so a loss never averages over what it happens to see: it sums and divides by
-`Totals`, the counts of the *whole* step over all micro-batches and ranks. The result then does not depend on sharding.
+A micro-batch is a part of an optimizer step, so a loss never averages over what it happens to see:
+it sums and divides by `Totals`, the counts of the *whole* step over all micro-batches and ranks.
+The result then does not depend on sharding.
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """Counts over the whole optimiser step: every rank, every micro-batch."""
+    """Counts over the whole optimizer step: every rank, every micro-batch."""
 
     tokens: float
     """Response tokens."""
     rows: float
     examples: float
     scalars: Mapping[str, float] = field(default_factory=dict)
-    """Sums of the examples' named scalars (NaN counts as 0): the counts of parts, for losses that mix kinds of example."""
+    """Sums of the examples' named scalars (NaN counts as 0): the counts of parts, for losses that
+    mix kinds of example."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,8 @@ class LossOutput:
 
     loss: Tensor
     metrics: Mapping[str, Tensor]
-    """Detached scalars that add up over micro-batches and ranks (divide by Totals); names ending in `_max` take the maximum."""
+    """Detached scalars that add up over micro-batches and ranks (divide by Totals); names ending in
+    `_max` take the maximum."""
 
 
 class Loss(Protocol):
@@ -68,10 +72,13 @@ class Loss(Protocol):
         ...
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
-        """`output_T`: log-probs of the response tokens (policy) or values before each token (critic), with gradient."""
+        """`output_T`: log-probs of the response tokens (policy) or values before each token
+        (critic), with gradient."""
         ...
 
 
 def sum_rows(values_T: Tensor, micro: MicroBatch) -> Tensor:
     """Sum token values into their rows: (T,) -> (R,)."""
-    return torch.zeros_like(micro.length_R, dtype=values_T.dtype).index_add(0, micro.row_T, values_T)
+    return torch.zeros_like(micro.length_R, dtype=values_T.dtype).index_add(
+        0, micro.row_T, values_T
+    )

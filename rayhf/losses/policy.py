@@ -1,15 +1,16 @@
 """The policy-gradient loss of PPO and of its critic-free relatives (GRPO, RLOO, REINFORCE++).
 
 In: log-probs of the response tokens with gradient, and a MicroBatch whose tokens carry
-  behaviour_logp  under the weights that wrote the tokens (rollout engine), always;
+  behavior_logp  under the weights that wrote the tokens (rollout engine), always;
   advantage       what credit.py made of scores, KL and values, always;
-  old_logp        under the learner at the start of the round. Absent = the round has exactly one optimiser step: old is
-                  the current policy, and the ratio is 1 with gradient;
+  old_logp        under the learner at the start of the round. Absent = the round has exactly one
+                  optimizer step: old is the current policy, and the ratio is 1 with gradient;
   ref_logp        under the reference, where a KL term needs it or reference/kl is wanted.
 Out: LossOutput, this micro-batch's share. Nobody waits for anybody here: these are pure functions.
 
-Two different ratios, never mixed: rho = exp(logp - old_logp) carries the gradient and is clipped (PPO's trust region);
-w = exp(old_logp - behaviour_logp) carries none and is truncated (rollout engine and staleness against the learner).
+Two different ratios, never mixed: rho = exp(logp - old_logp) carries the gradient and is clipped
+(PPO's trust region); w = exp(old_logp - behavior_logp) carries none and is truncated (rollout
+engine and staleness against the learner).
 
 Log-probs are float32 or wider, in nats, temperature applied. T response tokens, R rows.
 """
@@ -34,8 +35,8 @@ MAX_EXPONENT = 20.0
 
 
 def safe_exp(x: Tensor) -> Tensor:
-    """exp(x) up to MAX_EXPONENT and its tangent line beyond: finite in float32, and value and gradient keep their
-    signs.
+    """exp(x) up to MAX_EXPONENT and its tangent line beyond: finite in float32, and value and
+    gradient keep their signs.
 
     A plain clamp would drop the gradient of exp and, in k3, leave one of the wrong sign.
     """
@@ -46,20 +47,25 @@ def safe_exp(x: Tensor) -> Tensor:
 def need(micro: MicroBatch, name: str) -> Tensor:
     """The token field `name` of shape (T,); ValueError names what is missing."""
     if name not in micro.tokens:
-        raise ValueError(f"the loss needs the token field {name!r}; the batch has {sorted(micro.tokens)}")
+        raise ValueError(
+            f"the loss needs the token field {name!r}; the batch has {sorted(micro.tokens)}"
+        )
     return micro.tokens[name]
 
 
 def known(behaviour_logp_T: Tensor, logp_T: Tensor) -> Tensor:
-    """Behaviour log-probs, with the learner's own where they are unknown (NaN: answers that were given, not sampled)."""
+    """Behaviour log-probs, with the learner's own where they are unknown (NaN: answers that were
+    given, not sampled)."""
     return torch.where(behaviour_logp_T.isnan(), logp_T.detach(), behaviour_logp_T)
 
 
 def aggregate(values_T: Tensor, micro: MicroBatch, how: Aggregate) -> Tensor:
-    """This micro-batch's share of the step's scalar; shares add up to the whole-step value, whatever the sharding.
+    """This micro-batch's share of the step's scalar; shares add up to the whole-step value,
+    whatever the sharding.
 
-    token_mean: sum / tokens of the step. sequence_mean: sum over rows of the row's token mean / rows of the step.
-    sequence_sum: sum over rows of the row's sum / rows of the step. An empty response adds 0 and still counts as a row.
+    token_mean: sum / tokens of the step. sequence_mean: sum over rows of the row's token mean /
+    rows of the step. sequence_sum: sum over rows of the row's sum / rows of the step. An empty
+    response adds 0 and still counts as a row.
     """
     if how == "token_mean":
         return values_T.sum() / max(micro.totals.tokens, 1.0)
@@ -68,15 +74,18 @@ def aggregate(values_T: Tensor, micro: MicroBatch, how: Aggregate) -> Tensor:
         return values_T.sum() / rows
     if how == "sequence_mean":
         return (sum_rows(values_T, micro) / micro.length_R.clamp(min=1.0)).sum() / rows
-    raise ConfigError(f"aggregate: {how!r} is not one of token_mean, sequence_mean, sequence_sum; try token_mean")
+    raise ConfigError(
+        f"aggregate: {how!r} is not one of token_mean, sequence_mean, sequence_sum; try token_mean"
+    )
 
 
 def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tensor:
-    """Per-token estimate of KL(policy || reference) in nats, as a value: (T,). Schulman 2020, "Approximating KL
-    divergence".
+    """Per-token estimate of KL(policy || reference) in nats, as a value: (T,). Schulman 2020,
+    "Approximating KL divergence".
 
-    With g = logp - ref_logp on tokens of the policy: k1 = g (unbiased, any sign), k2 = g^2/2 (biased, not negative),
-    k3 = exp(-g) - 1 + g (unbiased, not negative; exp continues as its tangent beyond MAX_EXPONENT).
+    With g = logp - ref_logp on tokens of the policy: k1 = g (unbiased, any sign), k2 = g^2/2
+    (biased, not negative), k3 = exp(-g) - 1 + g (unbiased, not negative; exp continues as its
+    tangent beyond MAX_EXPONENT).
     """
     gap_T = logp_T - ref_logp_T
     if estimator == "k1":
@@ -89,15 +98,18 @@ def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> T
 
 
 def kl_loss(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tensor:
-    """Per-token KL term to be minimised, on tokens of the policy: (T,).
+    """Per-token KL term to be minimized, on tokens of the policy: (T,).
 
-    k2's gradient is g * grad(logp), the unbiased gradient of the reverse KL(policy || reference): use this one.
-    k3's gradient is (1 - exp(-g)) * grad(logp), in expectation the gradient of the forward KL(reference || policy):
-    close to k2's near the reference, much stronger where the policy has dropped what the reference does.
-    k1's gradient is grad(logp), zero in expectation, so it is refused: ConfigError.
+    k2's gradient is g * grad(logp), the unbiased gradient of the reverse KL(policy || reference):
+    use this one. k3's gradient is (1 - exp(-g)) * grad(logp), in expectation the gradient of the
+    forward KL(reference || policy): close to k2's near the reference, much stronger where the
+    policy has dropped what the reference does. k1's gradient is grad(logp), zero in expectation, so
+    it is refused: ConfigError.
     """
     if estimator == "k1":
-        raise ConfigError("kl estimator: k1 as a loss has zero expected gradient; use k2, or put k1 on the reward")
+        raise ConfigError(
+            "kl estimator: k1 as a loss has zero expected gradient; use k2, or put k1 on the reward"
+        )
     return kl_estimate(logp_T, ref_logp_T, estimator)
 
 
@@ -111,15 +123,17 @@ class Importance(NamedTuple):
 def check_cap(cap: float | None) -> None:
     """ConfigError unless on-policy weights of exactly 1 pass untouched."""
     if cap is not None and not cap >= 1.0:
-        raise ConfigError(f"importance.cap: {cap} would shrink on-policy weights; it must be at least 1.0, or null for off")
+        raise ConfigError(
+            f"importance.cap: {cap} would shrink on-policy weights; it must be at least 1.0, or null for off"
+        )
 
 
 def importance_weight(logp_T: Tensor, behaviour_logp_T: Tensor, cap: float | None) -> Importance:
-    """min(cap, exp(logp - behaviour_logp)) per token: (T,). Truncated importance sampling (Ionides 2008; for the
-    rollout-learner mismatch Yao et al. 2025).
+    """min(cap, exp(logp - behavior_logp)) per token: (T,). Truncated importance sampling (Ionides
+    2008; for the rollout-learner mismatch Yao et al. 2025).
 
-    `logp_T` is the learner's log-prob (old_logp, or the current one, detached here). Equal log-probs give exactly 1.
-    `cap` None turns the correction off: all ones.
+    `logp_T` is the learner's log-prob (old_logp, or the current one, detached here). Equal
+    log-probs give exactly 1. `cap` None turns the correction off: all ones.
     """
     check_cap(cap)
     if cap is None:
@@ -148,12 +162,12 @@ def ppo_clip_loss(
     clip_high: float,
     dual_clip: float | None,
 ) -> ClippedSurrogate:
-    """-w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A), rho = exp(logp - old_logp). Schulman et al.
-    2017, eq. 7.
+    """-w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A), rho = exp(logp - old_logp).
+    Schulman et al. 2017, eq. 7.
 
-    `dual_clip` c > 1 bounds what a token with A < 0 may cost: the surrogate is at least c * A (Ye et al. 2020).
-    Without it the loss is unbounded for A < 0 and rho -> infinity; rho grows linearly beyond exp(MAX_EXPONENT), so that
-    loss and gradient stay finite and point the right way.
+    `dual_clip` c > 1 bounds what a token with A < 0 may cost: the surrogate is at least c * A (Ye
+    et al. 2020). Without it the loss is unbounded for A < 0 and rho -> infinity; rho grows linearly
+    beyond exp(MAX_EXPONENT), so that loss and gradient stay finite and point the right way.
     """
     ratio_T = safe_exp(logp_T - old_logp_T)
     plain_T = ratio_T * advantage_T
@@ -175,38 +189,44 @@ def ppo_clip_loss(
 
 
 def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
-    """What every loss on a policy reports, as shares of the step: mismatch with the rollout, KL to the reference,
-    entropy.
+    """What every loss on a policy reports, as shares of the step: mismatch with the rollout, KL to
+    the reference, entropy.
 
-    rollout/mismatch_kl: mean over tokens of behaviour_logp - logp, the k1 estimate of KL(rollout || learner), nats
-    per token. rollout/mismatch_abs_max: the largest absolute gap of a token. reference/kl: mean per response of the
-    summed logp - ref_logp, nats per response. policy/entropy: mean over tokens, nats.
+    rollout/mismatch_kl: mean over tokens of behavior_logp - logp, the k1 estimate of KL(rollout ||
+    learner), nats per token. rollout/mismatch_abs_max: the largest absolute gap of a token.
+    reference/kl: mean per response of the summed logp - ref_logp, nats per response.
+    policy/entropy: mean over tokens, nats.
     """
     logp_T = logp_T.detach()
-    gap_T = known(need(micro, "behaviour_logp"), logp_T) - logp_T
+    gap_T = known(need(micro, "behavior_logp"), logp_T) - logp_T
     metrics = {
         "rollout/mismatch_kl": aggregate(gap_T, micro, "token_mean"),
         "rollout/mismatch_abs_max": gap_T.abs().max() if gap_T.numel() else gap_T.sum(),
     }
     if "ref_logp" in micro.tokens:
-        metrics["reference/kl"] = aggregate(logp_T - micro.tokens["ref_logp"], micro, "sequence_sum")
+        metrics["reference/kl"] = aggregate(
+            logp_T - micro.tokens["ref_logp"], micro, "sequence_sum"
+        )
     if micro.entropy_T is not None:
         metrics["policy/entropy"] = aggregate(micro.entropy_T.detach(), micro, "token_mean")
     return metrics
 
 
 def entropy_bonus(micro: MicroBatch, coef: float, how: Aggregate) -> Tensor:
-    """-coef * aggregated entropy, this micro-batch's share; ValueError where the learner did not compute the
-    entropy.
+    """-coef * aggregated entropy, this micro-batch's share; ValueError where the learner did not
+    compute the entropy.
     """
     if micro.entropy_T is None:
-        raise ValueError('entropy_coef is set, but the batch has no entropy_T: honour Loss.entropy == "loss"')
+        raise ValueError(
+            'entropy_coef is set, but the batch has no entropy_T: honor Loss.entropy == "loss"'
+        )
     return -coef * aggregate(micro.entropy_T, micro, how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyLoss:
-    """Clipped surrogate + KL term - entropy bonus, all aggregated alike. Plain numbers: picklable."""
+    """Clipped surrogate + KL term - entropy bonus, all aggregated alike. Plain numbers:
+    picklable."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -226,7 +246,9 @@ class PolicyLoss:
         if not self.clip_high > 0.0:
             raise ConfigError(f"clip_high: {self.clip_high} must be above 0; try 0.2")
         if self.dual_clip is not None and not self.dual_clip > 1.0:
-            raise ConfigError(f"dual_clip: {self.dual_clip} must be above 1; try 3.0, or null for off")
+            raise ConfigError(
+                f"dual_clip: {self.dual_clip} must be above 1; try 3.0, or null for off"
+            )
         if self.kl_estimator is not None:
             kl_loss(torch.zeros(1), torch.zeros(1), self.kl_estimator)
 
@@ -236,15 +258,24 @@ class PolicyLoss:
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
         old_T = micro.tokens["old_logp"] if "old_logp" in micro.tokens else output_T.detach()
-        weight_T, capped_T = importance_weight(old_T, need(micro, "behaviour_logp"), self.importance_cap)
+        weight_T, capped_T = importance_weight(
+            old_T, need(micro, "behavior_logp"), self.importance_cap
+        )
         clipped = ppo_clip_loss(
-            output_T, old_T, need(micro, "advantage"), weight_T, self.clip_low, self.clip_high, self.dual_clip
+            output_T,
+            old_T,
+            need(micro, "advantage"),
+            weight_T,
+            self.clip_low,
+            self.clip_high,
+            self.dual_clip,
         )
         loss = aggregate(clipped.loss_T, micro, self.aggregate)
         metrics = self._metrics(output_T, old_T, weight_T, capped_T, clipped, micro)
         metrics["ppo/surrogate"] = loss.detach()
         if self.kl_estimator is not None:
-            # The same weights: the expectation is over the learner's tokens, the batch holds the rollout's.
+            # The same weights: the expectation is over the learner's tokens, the batch holds the
+            # rollout's.
             kl_T = weight_T * kl_loss(output_T, need(micro, "ref_logp"), self.kl_estimator)
             kl = aggregate(kl_T, micro, self.aggregate)
             metrics["ppo/kl_loss"] = kl.detach()

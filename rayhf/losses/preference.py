@@ -1,15 +1,18 @@
-"""The preference family: one loss per pair (chosen, rejected), from sequence log-probs of policy and reference.
+"""The preference family: one loss per pair (chosen, rejected), from sequence log-probs of policy
+and reference.
 
-In: log-probs of the response tokens with gradient, and a MicroBatch of pairs (rows 2p and 2p + 1 are the chosen and the
-rejected answer of pair p) whose tokens carry behaviour_logp (always), ref_logp (unless the loss is in
-REFERENCE_FREE) and old_logp (optional, as in policy.py); whose examples may carry label_smoothing (soft labels, sigmoid
-only). Out: LossOutput, this micro-batch's share of the mean over the step's pairs.
+In: log-probs of the response tokens with gradient, and a MicroBatch of pairs (rows 2p and 2p + 1
+are the chosen and the rejected answer of pair p) whose tokens carry behavior_logp (always),
+ref_logp (unless the loss is in REFERENCE_FREE) and old_logp (optional, as in policy.py); whose
+examples may carry label_smoothing (soft labels, sigmoid only). Out: LossOutput, this micro-batch's
+share of the mean over the step's pairs.
 
-Notation: lp = sum of log-probs over a response, d = lp - lp of the reference, u = beta * (d_chosen - d_rejected),
-S = sigmoid. Everything is on sequence SUMS; only simpo, orpo and the NLL term divide by the response's length.
-P pairs, T response tokens, R = 2P rows. An empty response has lp 0 and counts as one token long where a mean is taken.
-All losses and gradients are finite for log-ratios of +-500; those that are unbounded by definition grow at most
-quadratically (ipo, sppo_hard) or linearly (the others), robust also downwards.
+Notation: lp = sum of log-probs over a response, d = lp - lp of the reference, u = beta * (d_chosen
+- d_rejected), S = sigmoid. Everything is on sequence SUMS; only simpo, orpo and the NLL term divide
+by the response's length. P pairs, T response tokens, R = 2P rows. An empty response has lp 0 and
+counts as one token long where a mean is taken. All losses and gradients are finite for log-ratios
+of +-500; those that are unbounded by definition grow at most quadratically (ipo, sppo_hard) or
+linearly (the others), robust also downwards.
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ from rayhf.losses.base import LossOutput, MicroBatch, sum_rows
 from rayhf.losses.policy import MAX_EXPONENT, check_cap, known, need, policy_metrics, safe_exp
 
 LOG_ODDS_MARGIN = 1e-6
-"""orpo: a mean token log-prob nearer to 0 than this (probability 1) counts as this far away in log(1 - p)."""
+"""orpo: a mean token log-prob nearer to 0 than this (probability 1) counts as this far away in
+log(1 - p)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLogps:
-    """Sequence sums in nats and lengths in tokens, all of shape (P,). A reference-free loss never reads ref_*."""
+    """Sequence sums in nats and lengths in tokens, all of shape (P,). A reference-free loss never
+    reads ref_*."""
 
     chosen_P: Tensor
     rejected_P: Tensor
@@ -67,7 +72,7 @@ class PairLogps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Knobs:
+class LossParams:
     """Numbers of the family; each loss says which it reads."""
 
     beta: float = 0.1
@@ -75,58 +80,66 @@ class Knobs:
     simpo_gamma: float = 1.0
     discopop_tau: float = 0.05
     label_smoothing_P: Tensor | None = None
-    """One smoothing per pair instead of `label_smoothing`, 0 to 1/2: (P,). Only sigmoid reads it."""
+    """One smoothing per pair instead of `label_smoothing`, 0 to 1/2: (P,). Only sigmoid reads
+    it."""
 
 
-PairLoss = Callable[[PairLogps, Knobs], Tensor]
+PairLoss = Callable[[PairLogps, LossParams], Tensor]
 
 
 def nll(pairs: PairLogps) -> Tensor:
-    """Negative log-likelihood of the chosen answer, mean per token: (P,). Pang et al. 2024 (iterative reasoning PO)."""
+    """Negative log-likelihood of the chosen answer, mean per token: (P,). Pang et al. 2024
+    (iterative reasoning PO)."""
     return -pairs.chosen_mean_P
 
 
-def sigmoid(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """-(1 - e) log S(u) - e log S(-u): DPO (Rafailov et al. 2023, eq. 7) and, with e > 0, cDPO (Mitchell 2023).
+def sigmoid(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """-(1 - e) log S(u) - e log S(-u): DPO (Rafailov et al. 2023, eq. 7) and, with e > 0, cDPO
+    (Mitchell 2023).
 
-    e may differ between pairs (soft labels, Xie et al. 2024); at e = 1/2 the loss only pulls u to 0.
+    e may differ between pairs (soft labels, Xie et al. 2024); at e = 1/2 the loss only pulls u to
+    0.
     """
     logits_P = knobs.beta * pairs.gap_P
-    smoothing = knobs.label_smoothing if knobs.label_smoothing_P is None else knobs.label_smoothing_P
+    smoothing = (
+        knobs.label_smoothing if knobs.label_smoothing_P is None else knobs.label_smoothing_P
+    )
     return -(1.0 - smoothing) * logsigmoid(logits_P) - smoothing * logsigmoid(-logits_P)
 
 
-def robust(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """(-(1 - e) log S(u) + e log S(-u)) / (1 - 2e), e < 0.5 the rate of flipped labels: rDPO (Chowdhury et al. 2024,
-    section 3.1).
+def robust(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """(-(1 - e) log S(u) + e log S(-u)) / (1 - 2e), e < 0.5 the rate of flipped labels: rDPO
+    (Chowdhury et al. 2024, section 3.1).
 
     Unbiased under random flips. Unbounded below for e > 0 (slope -e * beta / (1 - 2e)).
     """
     logits_P = knobs.beta * pairs.gap_P
     flip = knobs.label_smoothing
-    return (-(1.0 - flip) * logsigmoid(logits_P) + flip * logsigmoid(-logits_P)) / (1.0 - 2.0 * flip)
+    return (-(1.0 - flip) * logsigmoid(logits_P) + flip * logsigmoid(-logits_P)) / (
+        1.0 - 2.0 * flip
+    )
 
 
-def hinge(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """max(0, 1 - u): SLiC (Zhao et al. 2023, section 2) on log-ratios, as in RSO (Liu et al. 2023; beta is their
-    gamma).
+def hinge(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """max(0, 1 - u): SLiC (Zhao et al. 2023, section 2) on log-ratios, as in RSO (Liu et al. 2023;
+    beta is their gamma).
     """
     return (1.0 - knobs.beta * pairs.gap_P).clamp(min=0.0)
 
 
-def ipo(pairs: PairLogps, knobs: Knobs) -> Tensor:
+def ipo(pairs: PairLogps, knobs: LossParams) -> Tensor:
     """(D - 1 / (2 beta))^2 on sequence sums (Azar et al. 2023, eq. 17, beta as tau).
 
-    One convention: D is the paper's, not divided by lengths. A beta tuned for a length-normalised IPO does not carry
-    over.
+    One convention: D is the paper's, not divided by lengths. A beta tuned for a length-normalized
+    IPO does not carry over.
     """
     target = 1.0 / (2.0 * knobs.beta)
     return (pairs.gap_P - target).square()
 
 
-def exo(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """KL(q || p), q = (S(u), S(-u)), p = (1 - e, e): EXO for pairs (Ji et al. 2024, section 3.2). e > 0, or it is
-    infinite.
+def exo(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """KL(q || p), q = (S(u), S(-u)), p = (1 - e, e): EXO for pairs (Ji et al. 2024, section 3.2). e
+    > 0, or it is infinite.
     """
     logits_P = knobs.beta * pairs.gap_P
     log_right, log_wrong = math.log1p(-knobs.label_smoothing), math.log(knobs.label_smoothing)
@@ -135,8 +148,9 @@ def exo(pairs: PairLogps, knobs: Knobs) -> Tensor:
     return wins_P + loses_P
 
 
-def nca(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """-log S(r_c) - (log S(-r_c) + log S(-r_r)) / 2, r = beta * d: NCA for pairs (Chen et al. 2024, section 4.1).
+def nca(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """-log S(r_c) - (log S(-r_c) + log S(-r_r)) / 2, r = beta * d: NCA for pairs (Chen et al. 2024,
+    section 4.1).
 
     The chosen answer's part is least at r_c = ln 2, so its likelihood does not run away.
     """
@@ -145,44 +159,57 @@ def nca(pairs: PairLogps, knobs: Knobs) -> Tensor:
     return -logsigmoid(chosen_P) - 0.5 * logsigmoid(-chosen_P) - 0.5 * logsigmoid(-rejected_P)
 
 
-def apo_zero(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """(1 - S(r_c)) + S(r_r): chosen up, rejected down (D'Oosterlinck et al. 2024, section 4). Between 0 and 2."""
-    return (-knobs.beta * pairs.chosen_ratio_P).sigmoid() + (knobs.beta * pairs.rejected_ratio_P).sigmoid()
+def apo_zero(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """(1 - S(r_c)) + S(r_r): chosen up, rejected down (D'Oosterlinck et al. 2024, section 4).
+    Between 0 and 2."""
+    return (-knobs.beta * pairs.chosen_ratio_P).sigmoid() + (
+        knobs.beta * pairs.rejected_ratio_P
+    ).sigmoid()
 
 
-def apo_down(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """S(r_c) + (1 - S(u)): both down, rejected more (D'Oosterlinck et al. 2024, section 4). Between 0 and 2."""
+def apo_down(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """S(r_c) + (1 - S(u)): both down, rejected more (D'Oosterlinck et al. 2024, section 4). Between
+    0 and 2."""
     return (knobs.beta * pairs.chosen_ratio_P).sigmoid() + (-knobs.beta * pairs.gap_P).sigmoid()
 
 
-def sppo_hard(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """(beta * d_chosen - 1/2)^2 + (beta * d_rejected + 1/2)^2: SPPO with win probabilities 1 and 0 (Wu et al. 2024,
+def sppo_hard(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """(beta * d_chosen - 1/2)^2 + (beta * d_rejected + 1/2)^2: SPPO with win probabilities 1 and 0
+    (Wu et al. 2024, section 3).
+
+    The paper's (d - eta * (P - 1/2))^2 is eta^2 times this with eta = 1 / beta: same minimiser,
+    gradient of order beta instead of eta, so that it neither needs nor depends on gradient
+    clipping. (The paper's eta is 1000: beta 0.001.)
+    """
+    return (knobs.beta * pairs.chosen_ratio_P - 0.5).square() + (
+        knobs.beta * pairs.rejected_ratio_P + 0.5
+    ).square()
+
+
+def discopop(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """(1 - m) * -log S(u) + m * exp(-u), m = S(u / tau): log-ratio modulated loss (Lu et al. 2024,
     section 3).
 
-    The paper's (d - eta * (P - 1/2))^2 is eta^2 times this with eta = 1 / beta: same minimiser, gradient of order beta
-    instead of eta, so that it neither needs nor depends on gradient clipping. (The paper's eta is 1000: beta 0.001.)
-    """
-    return (knobs.beta * pairs.chosen_ratio_P - 0.5).square() + (knobs.beta * pairs.rejected_ratio_P + 0.5).square()
-
-
-def discopop(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """(1 - m) * -log S(u) + m * exp(-u), m = S(u / tau): log-ratio modulated loss (Lu et al. 2024, section 3).
-
-    exp(-u) alone overflows where m vanishes; their product is exp(log m - u), which goes to 0 there for tau < 1. For
-    tau > 1 it is unbounded by definition and continues as a tangent beyond exp(MAX_EXPONENT).
+    exp(-u) alone overflows where m vanishes; their product is exp(log m - u), which goes to 0 there
+    for tau < 1. For tau > 1 it is unbounded by definition and continues as a tangent beyond
+    exp(MAX_EXPONENT).
     """
     logits_P = knobs.beta * pairs.gap_P
     scaled_P = logits_P / knobs.discopop_tau
     return (-scaled_P).sigmoid() * -logsigmoid(logits_P) + safe_exp(logsigmoid(scaled_P) - logits_P)
 
 
-def simpo(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """-log S(beta * (mean_chosen - mean_rejected) - gamma), no reference (Meng et al. 2024, eq. 6)."""
-    return -logsigmoid(knobs.beta * (pairs.chosen_mean_P - pairs.rejected_mean_P) - knobs.simpo_gamma)
+def simpo(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """-log S(beta * (mean_chosen - mean_rejected) - gamma), no reference (Meng et al. 2024, eq.
+    6)."""
+    return -logsigmoid(
+        knobs.beta * (pairs.chosen_mean_P - pairs.rejected_mean_P) - knobs.simpo_gamma
+    )
 
 
-def cpo(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """-log S(beta * (lp_c - lp_r)) + NLL(chosen), no reference (Xu et al. 2024, with its uniform prior).
+def cpo(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """-log S(beta * (lp_c - lp_r)) + NLL(chosen), no reference (Xu et al. 2024, with its uniform
+    prior).
 
     The NLL is a mean per token, as in the authors' code.
     """
@@ -190,21 +217,24 @@ def cpo(pairs: PairLogps, knobs: Knobs) -> Tensor:
 
 
 def log_odds(mean_logp_P: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean_logp): (P,). Near p = 1 the true slope 1 / (1 - p) is unbounded; see
-    LOG_ODDS_MARGIN.
+    """log(p / (1 - p)) of p = exp(mean_logp): (P,). Near p = 1 the true slope 1 / (1 - p) is
+    unbounded; see LOG_ODDS_MARGIN.
     """
     safe_P = mean_logp_P.clamp(max=-LOG_ODDS_MARGIN)
-    # log(1 - e^x): log(-expm1(x)) keeps digits near 0, log1p(-e^x) far from it; each branch is finite on all of safe_P.
+    # log(1 - e^x): log(-expm1(x)) keeps digits near 0, log1p(-e^x) far from it; each branch is
+    # finite on all of safe_P.
     near_zero_P = (-torch.expm1(safe_P)).log()
     far_P = torch.log1p(-safe_P.exp())
     return mean_logp_P - torch.where(safe_P > -math.log(2.0), near_zero_P, far_P)
 
 
-def orpo(pairs: PairLogps, knobs: Knobs) -> Tensor:
-    """NLL(chosen) - beta * log S(log-odds chosen - log-odds rejected), no reference (Hong et al. 2024, beta as their
-    lambda).
+def orpo(pairs: PairLogps, knobs: LossParams) -> Tensor:
+    """NLL(chosen) - beta * log S(log-odds chosen - log-odds rejected), no reference (Hong et al.
+    2024, beta as their lambda).
     """
-    return nll(pairs) - knobs.beta * logsigmoid(log_odds(pairs.chosen_mean_P) - log_odds(pairs.rejected_mean_P))
+    return nll(pairs) - knobs.beta * logsigmoid(
+        log_odds(pairs.chosen_mean_P) - log_odds(pairs.rejected_mean_P)
+    )
 
 
 PREFERENCE_LOSSES: Mapping[str, PairLoss] = MappingProxyType(
@@ -232,7 +262,7 @@ PER_PAIR_SMOOTHED: frozenset[str] = frozenset({"sigmoid"})
 
 
 def check_pairs(micro: MicroBatch) -> None:
-    """ValueError unless the rows are neighbours of one example, two by two."""
+    """ValueError unless the rows are neighbors of one example, two by two."""
     example_R = micro.example_R
     if example_R.numel() % 2 or not torch.equal(example_R[0::2], example_R[1::2]):
         raise ValueError(
@@ -262,14 +292,18 @@ class PairImportance(NamedTuple):
     capped_P: Tensor
 
 
-def pair_importance_weight(logp_T: Tensor, behaviour_logp_T: Tensor, micro: MicroBatch, cap: float | None) -> PairImportance:
-    """min(cap, exp(mean over the pair's tokens of logp - behaviour_logp)): (P,), exactly 1 on-policy.
+def pair_importance_weight(
+    logp_T: Tensor, behaviour_logp_T: Tensor, micro: MicroBatch, cap: float | None
+) -> PairImportance:
+    """min(cap, exp(mean over the pair's tokens of logp - behavior_logp)): (P,), exactly 1
+    on-policy.
 
-    A pair was written with probability mu(chosen) * mu(rejected), so its exact weight is the exponential of the SUMMED
-    log-ratio of both rows, whose variance grows exponentially with length: after truncation it is the cap or
-    nothing. The mean per token (the geometric mean ratio, as in GSPO, Zheng et al. 2025) is monotone in the exact
-    weight, keeps its on-policy value, and has a scale that does not depend on length. Biased, low variance; `cap`
-    None is off. Tokens of unknown behaviour (NaN: given answers) count as on-policy.
+    A pair was written with probability mu(chosen) * mu(rejected), so its exact weight is the
+    exponential of the SUMMED log-ratio of both rows, whose variance grows exponentially with
+    length: after truncation it is the cap or nothing. The mean per token (the geometric mean ratio,
+    as in GSPO, Zheng et al. 2025) is monotone in the exact weight, keeps its on-policy value, and
+    has a scale that does not depend on length. Biased, low variance; `cap` None is off. Tokens of
+    unknown behavior (NaN: given answers) count as on-policy.
     """
     check_cap(cap)
     check_pairs(micro)
@@ -283,7 +317,8 @@ def pair_importance_weight(logp_T: Tensor, behaviour_logp_T: Tensor, micro: Micr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceLoss:
-    """Mean over pairs of weight * (loss + nll_coef * NLL(chosen)). Plain numbers and strings: picklable."""
+    """Mean over pairs of weight * (loss + nll_coef * NLL(chosen)). Plain numbers and strings:
+    picklable."""
 
     loss: str = "sigmoid"
     """A key of PREFERENCE_LOSSES."""
@@ -298,15 +333,21 @@ class PreferenceLoss:
     def __post_init__(self) -> None:
         check_cap(self.importance_cap)
         if self.loss not in PREFERENCE_LOSSES:
-            raise ConfigError(f"loss: {self.loss!r} is not one of {', '.join(sorted(PREFERENCE_LOSSES))}; try sigmoid")
+            raise ConfigError(
+                f"loss: {self.loss!r} is not one of {', '.join(sorted(PREFERENCE_LOSSES))}; try sigmoid"
+            )
         if not self.beta > 0.0:
             raise ConfigError(f"beta: {self.beta} must be above 0; try 0.1")
         if not self.discopop_tau > 0.0:
             raise ConfigError(f"discopop_tau: {self.discopop_tau} must be above 0; try 0.05")
         if not 0.0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"label_smoothing: {self.label_smoothing} must be at least 0 and below 0.5; try 0.1")
+            raise ConfigError(
+                f"label_smoothing: {self.label_smoothing} must be at least 0 and below 0.5; try 0.1"
+            )
         if self.label_smoothing and self.loss not in SMOOTHED:
-            raise ConfigError(f"label_smoothing: {self.loss} does not use it; set 0, or use {', '.join(sorted(SMOOTHED))}")
+            raise ConfigError(
+                f"label_smoothing: {self.loss} does not use it; set 0, or use {', '.join(sorted(SMOOTHED))}"
+            )
         if self.loss == "exo" and not self.label_smoothing:
             raise ConfigError("label_smoothing: exo is infinite at 0; try 0.001")
 
@@ -322,8 +363,10 @@ class PreferenceLoss:
         ref_T = need(micro, "ref_logp") if self.needs_reference else None
         pairs = pair_logps(output_T, ref_T, micro)
         old_T = micro.tokens["old_logp"] if "old_logp" in micro.tokens else output_T.detach()
-        weight_P, capped_P = pair_importance_weight(old_T, need(micro, "behaviour_logp"), micro, self.importance_cap)
-        knobs = Knobs(
+        weight_P, capped_P = pair_importance_weight(
+            old_T, need(micro, "behavior_logp"), micro, self.importance_cap
+        )
+        knobs = LossParams(
             beta=self.beta,
             label_smoothing=self.label_smoothing,
             simpo_gamma=self.simpo_gamma,
@@ -335,13 +378,19 @@ class PreferenceLoss:
             loss_P = loss_P + self.nll_coef * nll(pairs)
         count = max(micro.totals.examples, 1.0)
         loss = (weight_P * loss_P).sum() / count
-        means_P = self._rewards(pairs) | {"dpo/importance_mean": weight_P, "dpo/importance_capped": capped_P}
-        metrics = policy_metrics(output_T, micro) | {name: x_P.detach().sum() / count for name, x_P in means_P.items()}
+        means_P = self._rewards(pairs) | {
+            "dpo/importance_mean": weight_P,
+            "dpo/importance_capped": capped_P,
+        }
+        metrics = policy_metrics(output_T, micro) | {
+            name: x_P.detach().sum() / count for name, x_P in means_P.items()
+        }
         metrics["learner/loss"] = loss.detach()
         return LossOutput(loss=loss, metrics=metrics)
 
     def _smoothing(self, micro: MicroBatch) -> Tensor | None:
-        """The examples' own label_smoothing, (E,) = (P,), where they have one. ValueError where this loss cannot use it."""
+        """The examples' own label_smoothing, (E,) = (P,), where they have one. ValueError where
+        this loss cannot use it."""
         smoothing_P = micro.examples.get("label_smoothing")
         if smoothing_P is None:
             return None
@@ -350,18 +399,28 @@ class PreferenceLoss:
                 f"the examples carry a label_smoothing each, but the loss is {self.loss} with label_smoothing "
                 f"{self.label_smoothing:g}; expected {', '.join(sorted(PER_PAIR_SMOOTHED))} with 0"
             )
-        if not bool(((smoothing_P >= 0.0) & (smoothing_P <= 0.5)).all()):  # NaN (an example without one) fails, too
-            raise ValueError(f"label_smoothing per example must be from 0 to 0.5, got {smoothing_P.tolist()}")
+        if not bool(
+            ((smoothing_P >= 0.0) & (smoothing_P <= 0.5)).all()
+        ):  # NaN (an example without one) fails, too
+            raise ValueError(
+                f"label_smoothing per example must be from 0 to 0.5, got {smoothing_P.tolist()}"
+            )
         return smoothing_P
 
     def _rewards(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """Implicit rewards beta * d (reference-free: beta * lp; simpo and orpo: beta * mean lp), their margin and
-        its sign.
+        """Implicit rewards beta * d (reference-free: beta * lp; simpo and orpo: beta * mean lp),
+        their margin and its sign.
         """
         if self.loss in ("simpo", "orpo"):
-            chosen_P, rejected_P = self.beta * pairs.chosen_mean_P, self.beta * pairs.rejected_mean_P
+            chosen_P, rejected_P = (
+                self.beta * pairs.chosen_mean_P,
+                self.beta * pairs.rejected_mean_P,
+            )
         else:
-            chosen_P, rejected_P = self.beta * pairs.chosen_ratio_P, self.beta * pairs.rejected_ratio_P
+            chosen_P, rejected_P = (
+                self.beta * pairs.chosen_ratio_P,
+                self.beta * pairs.rejected_ratio_P,
+            )
         return {
             "dpo/chosen_reward": chosen_P,
             "dpo/rejected_reward": rejected_P,

@@ -1,13 +1,16 @@
-"""Losses that train scorers on preference pairs, from what the learner's "score" head says of whole texts.
+"""Losses that train scorers on preference pairs, from what the learner's "score" head says of whole
+texts.
 
-In: output_Td of shape (T, d), one line per row (a row to score has one response token, see learner.forward.scored_row, so
-T = R), and a MicroBatch of pairs: rows 2p and 2p + 1 belong to pair p. What the two rows are is the loss's own matter:
+In: output_Td of shape (T, d), one line per row (a row to score has one response token, see
+learner.forward.scored_row, so T = R), and a MicroBatch of pairs: rows 2p and 2p + 1 belong to pair
+p. What the two rows are is the loss's own matter:
   Bradley-Terry, regression   d = 1   (chosen, rejected), each text on its own: its score r
-  pairwise                    d = 1   the same two answers in both orders, (chosen first, rejected first): the log-odds that
+  pairwise                    d = 1   the same two answers in both orders, (chosen first, rejected
+                              first): the log-odds that
                                       the first one wins
   general preference          d = 2k  (chosen, rejected), each text on its own: an embedding v
-Out: LossOutput, this micro-batch's share of the step's mean, with scorer/accuracy (a tie counts one half) and scorer/margin
-(log-odds that the chosen answer wins, as this model predicts them).
+Out: LossOutput, this micro-batch's share of the step's mean, with scorer/accuracy (a tie counts one
+half) and scorer/margin (log-odds that the chosen answer wins, as this model predicts them).
 
 P pairs, R = 2P rows, T = R, d outputs, S = sigmoid.
 """
@@ -30,12 +33,14 @@ BradleyTerryKind = Literal["plain", "margin", "scaled"]
 
 
 def bradley_terry(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """-log S(r_w - r_l): (P,). Bradley and Terry 1952, as a reward model's loss Ouyang et al. 2022, eq. 1."""
+    """-log S(r_w - r_l): (P,). Bradley and Terry 1952, as a reward model's loss Ouyang et al. 2022,
+    eq. 1."""
     return -logsigmoid(chosen_P - rejected_P)
 
 
 def bradley_terry_margin(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor) -> Tensor:
-    """-log S(r_w - r_l - m): (P,). Touvron et al. 2023 (Llama 2), eq. 2; their m is 0, 1/3, 2/3 or 1."""
+    """-log S(r_w - r_l - m): (P,). Touvron et al. 2023 (Llama 2), eq. 2; their m is 0, 1/3, 2/3 or
+    1."""
     return -logsigmoid(chosen_P - rejected_P - margin_P)
 
 
@@ -44,17 +49,20 @@ def bradley_terry_scaled(chosen_P: Tensor, rejected_P: Tensor, strength_P: Tenso
     return -strength_P * logsigmoid(chosen_P - rejected_P)
 
 
-def centring(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """(r_w + r_l)^2, elementwise. Pairs say nothing about the level of rewards; this keeps it at 0 (Eisenstein et al. 2023)."""
+def centering(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
+    """(r_w + r_l)^2, elementwise. Pairs say nothing about the level of rewards; this keeps it at 0
+    (Eisenstein et al. 2023)."""
     return (chosen_P + rejected_P).square()
 
 
 def general_preference_score(first: Tensor, second: Tensor) -> Tensor:
-    """s = v_i^T R v_j over the last dimension: (..., d), (..., d) -> (...). Zhang et al. 2024 (general preference model), eq. 6.
+    """s = v_i^T R v_j over the last dimension: (..., d), (..., d) -> (...). Zhang et al. 2024
+    (general preference model), eq. 6.
 
-    R is block-diagonal and skew-symmetric, its 2x2 blocks have R[2k, 2k+1] = -1: s_ij = sum over k of
-    v_i[2k+1] v_j[2k] - v_i[2k] v_j[2k+1]. So s_ij = -s_ji to the bit, s_ii = 0, and one block already holds a cycle. The
-    arguments broadcast: (K, 1, d) and (1, K, d) give every pair of K answers.
+    R is block-diagonal and skew-symmetric, its 2x2 blocks have R[2k, 2k+1] = -1: s_ij = sum over k
+    of v_i[2k+1] v_j[2k] - v_i[2k] v_j[2k+1]. So s_ij = -s_ji to the bit, s_ii = 0, and one block
+    already holds a cycle. The arguments broadcast: (K, 1, d) and (1, K, d) give every pair of K
+    answers.
     """
     return (first[..., 1::2] * second[..., 0::2] - first[..., 0::2] * second[..., 1::2]).sum(-1)
 
@@ -63,7 +71,9 @@ def scores_of(output_Td: Tensor, micro: MicroBatch) -> Tensor:
     """The single output of every row: (R,). ValueError for another head."""
     rows_Rd = _rows(output_Td, micro)
     if rows_Rd.shape[1] != 1:
-        raise ValueError(f"this loss reads one output per text, the score head has {rows_Rd.shape[1]}")
+        raise ValueError(
+            f"this loss reads one output per text, the score head has {rows_Rd.shape[1]}"
+        )
     return rows_Rd[:, 0]
 
 
@@ -71,7 +81,9 @@ def _rows(output_Td: Tensor, micro: MicroBatch) -> Tensor:
     check_pairs(micro)
     rows = len(micro.length_R)
     if output_Td.dim() != 2 or len(output_Td) != rows:
-        raise ValueError(f"a scorer's loss needs output of shape ({rows}, d), a line per text; got {tuple(output_Td.shape)}")
+        raise ValueError(
+            f"a scorer's loss needs output of shape ({rows}, d), a line per text; got {tuple(output_Td.shape)}"
+        )
     return output_Td
 
 
@@ -86,21 +98,25 @@ def _output(loss: Tensor, logit_P: Tensor, micro: MicroBatch) -> LossOutput:
     count = max(micro.totals.examples, 1.0)
     logit_P = logit_P.detach()
     right_P = 0.5 * (1.0 + torch.sign(logit_P))
-    return LossOutput(loss=loss, metrics={"scorer/accuracy": right_P.sum() / count, "scorer/margin": logit_P.sum() / count})
+    return LossOutput(
+        loss=loss,
+        metrics={"scorer/accuracy": right_P.sum() / count, "scorer/margin": logit_P.sum() / count},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BradleyTerryLoss:
-    """Mean over pairs of a Bradley-Terry loss + centring * (r_w + r_l)^2. Plain numbers and strings: picklable."""
+    """Mean over pairs of a Bradley-Terry loss + centering * (r_w + r_l)^2. Plain numbers and
+    strings: picklable."""
 
     kind: BradleyTerryKind = "plain"
     """margin and scaled read the example value `margin`."""
-    centring: float = 0.01
+    centering: float = 0.01
     """Default of the formula's authors, as ALGORITHMS.md B4 gives it."""
 
     def __post_init__(self) -> None:
-        if not self.centring >= 0.0:
-            raise ConfigError(f"centring: {self.centring} must be at least 0; try 0.01")
+        if not self.centering >= 0.0:
+            raise ConfigError(f"centering: {self.centering} must be at least 0; try 0.01")
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
@@ -114,17 +130,19 @@ class BradleyTerryLoss:
         else:
             form = bradley_terry_margin if self.kind == "margin" else bradley_terry_scaled
             loss_P = form(chosen_P, rejected_P, _field(micro.examples, "margin", "example"))
-        if self.centring:
-            loss_P = loss_P + self.centring * centring(chosen_P, rejected_P)
+        if self.centering:
+            loss_P = loss_P + self.centering * centering(chosen_P, rejected_P)
         return _output(loss_P.sum() / max(micro.totals.examples, 1.0), chosen_P - rejected_P, micro)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegressionLoss:
-    """mix * mean over rows of (r - rating)^2 + (1 - mix) * mean over pairs of the Bradley-Terry loss.
+    """mix * mean over rows of (r - rating)^2 + (1 - mix) * mean over pairs of the Bradley-Terry
+    loss.
 
-    Reads the row value `rating`. mix 1 is plain regression (Wang et al. 2024, HelpSteer2). A convex mixture, so that both ends
-    are the losses of that name; the default 1/2 of the combined objective is ours.
+    Reads the row value `rating`. mix 1 is plain regression (Wang et al. 2024, HelpSteer2). A convex
+    mixture, so that both ends are the losses of that name; the default 1/2 of the combined
+    objective is ours.
     """
 
     mix: float = 1.0
@@ -150,7 +168,8 @@ class RegressionLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairwiseLoss:
-    """Cross-entropy of "the first one wins", mean over rows: both orders of every pair are trained (Jiang et al. 2023, PairRM).
+    """Cross-entropy of "the first one wins", mean over rows: both orders of every pair are trained
+    (Jiang et al. 2023, PairRM).
 
     Row 2p has the chosen answer first (label 1), row 2p + 1 the rejected one (label 0).
     """
@@ -162,27 +181,30 @@ class PairwiseLoss:
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
         logit_R = scores_of(output_T, micro)
         chosen_first_P, rejected_first_P = logit_R[0::2], logit_R[1::2]
-        loss = -(logsigmoid(chosen_first_P).sum() + logsigmoid(-rejected_first_P).sum()) / max(micro.totals.rows, 1.0)
+        loss = -(logsigmoid(chosen_first_P).sum() + logsigmoid(-rejected_first_P).sum()) / max(
+            micro.totals.rows, 1.0
+        )
         # What is served is the mean of S(l_1) and 1 - S(l_2): above 1/2 exactly where l_1 > l_2.
         return _output(loss, 0.5 * (chosen_first_P - rejected_first_P), micro)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneralPreferenceLoss:
-    """Mean over pairs of -log S(s_wl / temperature) + centring * |v_w + v_l|^2. Picklable.
+    """Mean over pairs of -log S(s_wl / temperature) + centering * |v_w + v_l|^2. Picklable.
 
-    The first term is Zhang et al. 2024, embeddings as they come, as in the authors' code. The second is ours: models begin with
-    nearly the same embedding for every answer, v_i = v + e_i, and then s_ij is about v^T R (e_j - e_i), one score per answer.
-    On a cycle that is only noise, and the way out of it is to make all answers equal, where no gradient is left. Centring
-    takes v away instead; without it a fit may stay at accuracy 1/2.
+    The first term is Zhang et al. 2024, embeddings as they come, as in the authors' code. The
+    second is ours: models begin with nearly the same embedding for every answer, v_i = v + e_i, and
+    then s_ij is about v^T R (e_j - e_i), one score per answer. On a cycle that is only noise, and
+    the way out of it is to make all answers equal, where no gradient is left. Centring takes v away
+    instead; without it a fit may stay at accuracy 1/2.
     """
 
     temperature: float = 0.1
-    centring: float = 0.1
+    centering: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.centring >= 0.0:
-            raise ConfigError(f"centring: {self.centring} must be at least 0; try 0.1")
+        if not self.centering >= 0.0:
+            raise ConfigError(f"centering: {self.centering} must be at least 0; try 0.1")
         if not self.temperature > 0.0:
             raise ConfigError(f"temperature: {self.temperature} must be above 0; try 0.1")
 
@@ -193,10 +215,12 @@ class GeneralPreferenceLoss:
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
         rows_Rd = _rows(output_T, micro)
         if rows_Rd.shape[1] % 2:
-            raise ValueError(f"a general preference model has an even number of outputs, the score head has {rows_Rd.shape[1]}")
+            raise ValueError(
+                f"a general preference model has an even number of outputs, the score head has {rows_Rd.shape[1]}"
+            )
         chosen_Pd, rejected_Pd = rows_Rd[0::2], rows_Rd[1::2]
         logit_P = general_preference_score(chosen_Pd, rejected_Pd) / self.temperature
         loss_P = -logsigmoid(logit_P)
-        if self.centring:
-            loss_P = loss_P + self.centring * centring(chosen_Pd, rejected_Pd).sum(-1)
+        if self.centering:
+            loss_P = loss_P + self.centering * centering(chosen_Pd, rejected_Pd).sum(-1)
         return _output(loss_P.sum() / max(micro.totals.examples, 1.0), logit_P, micro)

@@ -1,11 +1,13 @@
 """Losses of self-play against the current policy: SPPO's regression and INPO's.
 
-In: log-probs of the response tokens with gradient and a MicroBatch whose tokens carry ref_logp; SPPO's rows carry the scalar
-`target`, INPO's examples are (chosen, rejected) and its tokens carry old_logp. Out: this micro-batch's share.
+In: log-probs of the response tokens with gradient and a MicroBatch whose tokens carry ref_logp;
+SPPO's rows carry the scalar `target`, INPO's examples are (chosen, rejected) and its tokens carry
+old_logp. Out: this micro-batch's share.
 
-Both are least squares on log-ratios whose targets are of the order of eta (SPPO: +-eta/2, eta 1000) or 1/eta: taken literally the
-loss is of order 10^5 and the direction of a step is decided by gradient clipping. Both are therefore divided so that the gradient
-is (residual of order 1) * grad log-prob. The minimiser is the same.
+Both are least squares on log-ratios whose targets are of the order of eta (SPPO: +-eta/2, eta 1000)
+or 1/eta: taken literally the loss is of order 10^5 and the direction of a step is decided by
+gradient clipping. Both are therefore divided so that the gradient is (residual of order 1) * grad
+log-prob. The minimiser is the same.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from rayhf.losses.preference import check_pairs
 
 
 def sppo(ratio_R: Tensor, target_R: Tensor, eta: float) -> Tensor:
-    """eta / 2 * (d / eta - target)^2 per response: (R,), d = log-ratio to the reference, target = P(win) - 1/2.
+    """eta / 2 * (d / eta - target)^2 per response: (R,), d = log-ratio to the reference, target =
+    P(win) - 1/2.
 
     Wu et al. 2024 (SPPO), eq. 4.4, is (d - eta * target)^2, 2 * eta times this.
     """
@@ -31,10 +34,12 @@ def sppo(ratio_R: Tensor, target_R: Tensor, eta: float) -> Tensor:
 
 
 def inpo(gap_P: Tensor, ref_gap_P: Tensor, old_gap_P: Tensor, eta: float, tau: float) -> Tensor:
-    """(eta * H - 1/2)^2 / eta per pair: (P,), H = gap - tau/eta * ref_gap - (eta - tau)/eta * old_gap.
+    """(eta * H - 1/2)^2 / eta per pair: (P,), H = gap - tau/eta * ref_gap - (eta - tau)/eta *
+    old_gap.
 
-    A gap is log p(chosen) - log p(rejected): under the policy, the fixed reference, and the policy at the round's start. Zhang et
-    al. 2024 (INPO), section 4, is (H - 1 / (2 eta))^2, 1 / eta times this.
+    A gap is log p(chosen) - log p(rejected): under the policy, the fixed reference, and the policy
+    at the round's start. Zhang et al. 2024 (INPO), section 4, is (H - 1 / (2 eta))^2, 1 / eta times
+    this.
     """
     h_P = gap_P - (tau / eta) * ref_gap_P - ((eta - tau) / eta) * old_gap_P
     return (eta * h_P - 0.5).square() / eta
@@ -56,7 +61,9 @@ class SPPOLoss:
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
         if "target" not in micro.rows:
-            raise ValueError(f"the loss needs the row scalar 'target'; the batch has {sorted(micro.rows)}")
+            raise ValueError(
+                f"the loss needs the row scalar 'target'; the batch has {sorted(micro.rows)}"
+            )
         ratio_R = sum_rows(output_T - need(micro, "ref_logp"), micro)
         target_R = micro.rows["target"]
         count = max(micro.totals.rows, 1.0)
@@ -79,7 +86,9 @@ class INPOLoss:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.tau <= self.eta or not self.eta > 0.0:
-            raise ConfigError(f"algorithm.tau: {self.tau} must lie between 0 and eta ({self.eta}); try {self.eta / 3:g}")
+            raise ConfigError(
+                f"algorithm.tau: {self.tau} must lie between 0 and eta ({self.eta}); try {self.eta / 3:g}"
+            )
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
@@ -93,7 +102,9 @@ class INPOLoss:
             return values_R[0::2] - values_R[1::2]
 
         gap_P = gap(output_T)
-        loss_P = inpo(gap_P, gap(need(micro, "ref_logp")), gap(need(micro, "old_logp")), self.eta, self.tau)
+        loss_P = inpo(
+            gap_P, gap(need(micro, "ref_logp")), gap(need(micro, "old_logp")), self.eta, self.tau
+        )
         count = max(micro.totals.examples, 1.0)
         loss = loss_P.sum() / count
         metrics = policy_metrics(output_T, micro) | {

@@ -1,7 +1,8 @@
-"""Supervised fine-tuning: negative log-likelihood of the response tokens, nothing of the prompt.
+"""SupervisedActor fine-tuning: negative log-likelihood of the response tokens, nothing of the prompt.
 
-In: log-probs of the response tokens with gradient. No token field is needed: whoever wrote the texts, they are taken as right.
-Out: LossOutput, this micro-batch's share. T response tokens, R rows.
+In: log-probs of the response tokens with gradient. No token field is needed: whoever wrote the
+texts, they are taken as right. Out: LossOutput, this micro-batch's share. T response tokens, R
+rows.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from rayhf.losses.policy import Aggregate, aggregate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SFTLoss:
-    """-log p of the response tokens, in nats, aggregated over the whole step. Plain values: picklable."""
+    """-log p of the response tokens, in nats, aggregated over the whole step. Plain values:
+    picklable."""
 
     aggregate: Aggregate = "token_mean"
-    """token_mean is the usual cross-entropy: long responses weigh more. sequence_mean: every response weighs the same."""
+    """token_mean is the usual cross-entropy: long responses weigh more. sequence_mean: every
+    response weighs the same."""
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
@@ -31,8 +34,9 @@ class SFTLoss:
         return False
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
-        """Metrics: learner/loss; sft/nll, mean over tokens, nats; sft/nll_response, mean over responses of their sums, nats;
-        policy/entropy where it was computed. Raises ConfigError for an unknown `aggregate`.
+        """Metrics: learner/loss; sft/nll, mean over tokens, nats; sft/nll_response, mean over
+        responses of their sums, nats; policy/entropy where it was computed. Raises ConfigError for
+        an unknown `aggregate`.
         """
         nll_T = -output_T
         loss = aggregate(nll_T, micro, self.aggregate)

@@ -1,8 +1,10 @@
-"""The critic's loss: squared error to the returns, kept near the values that the advantages were computed with.
+"""The critic's loss: squared error to the returns, kept near the values that the advantages were
+computed with.
 
-In: values before each response token with gradient, and a MicroBatch whose tokens carry `return` (what credit.gae
-made) and `value` (the critic's own output at the start of the round; needed for clipping). Out: LossOutput, this
-micro-batch's share of the mean over the step's tokens. T response tokens.
+In: values before each response token with gradient, and a MicroBatch whose tokens carry `return`
+(what credit.gae made) and `value` (the critic's own output at the start of the round; needed for
+clipping). Out: LossOutput, this micro-batch's share of the mean over the step's tokens. T response
+tokens.
 """
 
 from __future__ import annotations
@@ -20,17 +22,19 @@ from rayhf.losses.policy import aggregate, need
 
 
 def value_loss(value_T: Tensor, old_value_T: Tensor, return_T: Tensor, clip: float) -> Tensor:
-    """0.5 * max((v - ret)^2, (clip(v, old - clip, old + clip) - ret)^2) per token: (T,). Schulman et al. 2017
-    (code).
+    """0.5 * max((v - ret)^2, (clip(v, old - clip, old + clip) - ret)^2) per token: (T,). Schulman
+    et al. 2017 (code).
     """
     near_T = old_value_T + (value_T - old_value_T).clamp(-clip, clip)
     return 0.5 * torch.maximum((value_T - return_T).square(), (near_T - return_T).square())
 
 
 def explained_variance(metrics: Mapping[str, float]) -> float:
-    """1 - Var(return - value) / Var(return), from ValueLoss's four moments once they are added up over the step.
+    """1 - Var(return - value) / Var(return), from ValueLoss's four moments once they are added up
+    over the step.
 
-    1 is a perfect critic, 0 no better than a constant. Constant returns have nothing to explain: 0.0.
+    1 is a perfect critic, 0 no better than a constant. Constant returns have nothing to explain:
+    0.0.
     """
     return_variance = metrics["value/return_square"] - metrics["value/return_mean"] ** 2
     error_variance = metrics["value/error_square"] - metrics["value/error_mean"] ** 2
@@ -48,7 +52,9 @@ class ValueLoss:
 
     def __post_init__(self) -> None:
         if self.value_clip is not None and not self.value_clip > 0.0:
-            raise ConfigError(f"value_clip: {self.value_clip} must be above 0; try 0.2, or null for off")
+            raise ConfigError(
+                f"value_clip: {self.value_clip} must be above 0; try 0.2, or null for off"
+            )
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
@@ -68,8 +74,12 @@ class ValueLoss:
         else:
             old_T = need(micro, "value")
             loss_T = value_loss(output_T, old_T, return_T, self.value_clip)
-            means_T["value/clip"] = ((output_T - old_T).detach().abs() > self.value_clip).to(output_T.dtype)
+            means_T["value/clip"] = ((output_T - old_T).detach().abs() > self.value_clip).to(
+                output_T.dtype
+            )
         loss = aggregate(loss_T, micro, "token_mean")
-        metrics = {name: aggregate(values_T, micro, "token_mean") for name, values_T in means_T.items()}
+        metrics = {
+            name: aggregate(values_T, micro, "token_mean") for name, values_T in means_T.items()
+        }
         metrics["value/loss"] = loss.detach()
         return LossOutput(loss=loss, metrics=metrics)

@@ -1,7 +1,8 @@
-"""Frozen log-probs: one model, no gradient, refreshed from weight snapshots where the algorithm's schedule asks for it.
+"""Frozen log-probs: one model, no gradient, refreshed from weight snapshots where the algorithm's
+schedule asks for it.
 
-In: rows and a temperature. Out: one float32 array of log-probs per row, by the same forward pass as the learner's.
-Nobody is waited for: every method is local to this process.
+In: rows and a temperature. Out: one float32 array of log-probs per row, by the same forward pass as
+the learner's. Nobody is waited for: every method is local to this process.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from torch import Tensor
 
 from rayhf.config.schema import ReferenceConfig
 from rayhf.errors import CheckpointError
-from rayhf.experience import FloatArray, Row, WeightBucket
 from rayhf.learner.forward import PolicyHead, build_inputs, prepare_config, token_batches
-from rayhf.modeldir import AS_DATA, WEIGHTS_AS_DATA
-from rayhf.rollout.weights import Payload, check_complete, unpack_bucket, verify_bucket
+from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA
+from rayhf.types import FloatArray, Row, WeightBucket
+from rayhf.weights.buckets import Payload, check_complete, unpack_bucket, verify_bucket
 
 FILE = "reference.safetensors"
 
 
 class ReferenceEngine:
-    """The reference policy in `dtype` ("float32" or "bfloat16") on `device` ("cpu" or "cuda[:index]")."""
+    """The reference policy in `dtype` ("float32" or "bfloat16") on `device` ("cpu" or
+    "cuda[:index]")."""
 
-    def __init__(self, model: Path, config: ReferenceConfig, *, dtype: str, device: str = "cpu") -> None:
+    def __init__(
+        self, model: Path, config: ReferenceConfig, *, dtype: str, device: str = "cpu"
+    ) -> None:
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -37,30 +41,43 @@ class ReferenceEngine:
         model_config = transformers.AutoConfig.from_pretrained(str(model), **AS_DATA)
         prepare_config(model_config, attention="sdpa")
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            str(model), config=model_config, dtype=getattr(torch, dtype), attn_implementation="sdpa", **WEIGHTS_AS_DATA
+            str(model),
+            config=model_config,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            **WEIGHTS_AS_DATA,
         )
         self.policy = PolicyHead(loaded.to(self.device)).eval().requires_grad_(False)
         self.weights: dict[str, Tensor] = dict(loaded.named_parameters())
         self.average: dict[str, Tensor] = {}
-        """Float32 copy in host memory, where a moving average began: in bfloat16 small steps would round away."""
+        """Float32 copy in host memory, where a moving average began: in bfloat16 small steps would
+        round away."""
 
     @torch.inference_mode()
     def logprobs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
-        """Log-probs of each row's response tokens at this temperature, in nats: float32 of shape (len(response_ids),)."""
+        """Log-probs of each row's response tokens at this temperature, in nats: float32 of shape
+        (len(response_ids),)."""
         results: dict[int, FloatArray] = {}
         for batch in token_batches([len(row) for row in rows], self.config.token_budget):
-            logp_T, _ = self.policy(build_inputs([rows[i] for i in batch], self.device), temperature)
+            logp_T, _ = self.policy(
+                build_inputs([rows[i] for i in batch], self.device), temperature
+            )
             parts = torch.split(logp_T.cpu(), [len(rows[i].response_ids) for i in batch])
             results.update((i, part.numpy().copy()) for i, part in zip(batch, parts, strict=True))
         return [results[i] for i in range(len(rows))]
 
     @torch.no_grad()
     def update(self, buckets: Sequence[tuple[WeightBucket, Payload]], mix: float) -> None:
-        """reference <- mix * snapshot + (1 - mix) * reference; mix 1 replaces it (TR-DPO, Gorbatovski et al. 2024, eq. 2-3).
+        """reference <- mix * snapshot + (1 - mix) * reference; mix 1 replaces it (TR-DPO,
+        Gorbatovski et al. 2024, eq. 2-3).
 
-        Raises WeightSyncError, before anything changes, where a bucket is damaged or parameters are missing or unknown.
+        Raises WeightSyncError, before anything changes, where a bucket is damaged or parameters are
+        missing or unknown.
         """
-        check_complete({name: tuple(p.shape) for name, p in self.weights.items()}, [bucket for bucket, _ in buckets])
+        check_complete(
+            {name: tuple(p.shape) for name, p in self.weights.items()},
+            [bucket for bucket, _ in buckets],
+        )
         for bucket, payload in buckets:
             verify_bucket(bucket, payload)
         if mix < 1 and not self.average:
@@ -84,7 +101,8 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Continue from `save`. Raises CheckpointError where the file is missing, unreadable or of another model."""
+        """Continue from `save`. Raises CheckpointError where the file is missing, unreadable or of
+        another model."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -95,7 +113,9 @@ class ReferenceEngine:
             raise CheckpointError(f"no reference checkpoint in {directory}: {error}") from None
         shapes = {name: tuple(p.shape) for name, p in self.weights.items()}
         if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
-            raise CheckpointError(f"{directory / FILE} holds another model's parameters than policy.model")
+            raise CheckpointError(
+                f"{directory / FILE} holds another model's parameters than policy.model"
+            )
         for name, tensor in tensors.items():
             self.weights[name].copy_(tensor)
         self.average = {name: t.float() for name, t in tensors.items()} if kind == "average" else {}

@@ -1,4 +1,5 @@
-"""The rollout role: vLLM writes completions with the policy's weights, and takes new weights between rounds.
+"""The rollout role: vLLM writes completions with the policy's weights, and takes new weights
+between rounds.
 
 env.py       the environment an engine's process needs before vLLM is imported
 weights.py   parameters packed into flat, checksummed buckets; used by the learner, too

@@ -1,6 +1,8 @@
-"""The environment of an engine's process, to be set before vLLM is imported (vLLM reads most of it at import).
+"""The environment of an engine's process, to be set before vLLM is imported (vLLM reads most of it
+at import).
 
-In: the device and a thread count. Out: variables for a Ray runtime_env or os.environ. Imports neither vLLM nor torch.
+In: the device and a thread count. Out: variables for a Ray runtime_env or os.environ. Imports
+neither vLLM nor torch.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ Device = Literal["cpu", "gpu"]
 
 
 def engine_env(device: Device, threads: int | None = None) -> dict[str, str]:
-    """Variables for a process that will build a RolloutEngine on `device` with `threads` CPU threads (default: all).
+    """Variables for a process that will build a RolloutEngine on `device` with `threads` CPU
+    threads (default: all).
 
-    The log level stays as the caller's environment has it; vLLM is quiet otherwise, its errors reach us as exceptions.
+    The log level stays as the caller's environment has it; vLLM is quiet otherwise, its errors
+    reach us as exceptions.
     """
     env = {
-        # Engine and worker live in this process: no children to orphan, no second import of torch, and weights go in
-        # without serialisation.
+        # Engine and worker live in this process: no children to orphan, no second import of torch,
+        # and weights go in without serialisation.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
@@ -28,9 +32,11 @@ def engine_env(device: Device, threads: int | None = None) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
     }
     if device == "cpu":
-        # Eager mode has one torch.compile left (ranks of log-probs); it costs seconds at the first request.
+        # Eager mode has one torch.compile left (ranks of log-probs); it costs seconds at the first
+        # request.
         env["TORCHDYNAMO_DISABLE"] = "1"
-        # vLLM pins threads to cores by default; on a shared machine that puts every engine on the same cores.
+        # vLLM pins threads to cores by default; on a shared machine that puts every engine on the
+        # same cores.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         env["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
     return env

@@ -1,9 +1,10 @@
 """The one thread that owns an engine.
 
-In: waves (requests that enter together) and exclusive calls, from any thread. Out: a future for each.
-They are taken in the order they came. A wave enters between two engine steps, whole, and runs beside the waves that are
-already running (continuous batching). An exclusive call (new weights, a probe) waits until nothing runs, and whatever
-came after it waits for it. When a step raises, every future gets the error and the loop is broken for good.
+In: waves (requests that enter together) and exclusive calls, from any thread. Out: a future for
+each. They are taken in the order they came. A wave enters between two engine steps, whole, and runs
+beside the waves that are already running (continuous batching). An exclusive call (new weights, a
+probe) waits until nothing runs, and whatever came after it waits for it. When a step raises, every
+future gets the error and the loop is broken for good.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from rayhf.errors import ActorLostError, DeadlineError, RayhfError
-from rayhf.experience import Completion, GenerateRequest
+from rayhf.types import Completion, GenerateRequest
 
 Result = list[tuple[Completion, ...]]
 
@@ -59,7 +60,8 @@ class _Call(Generic[D]):
 
 
 class EngineLoop(Generic[D]):
-    """Runs a driver on a thread of its own. `build` is called on that thread; its error is raised here."""
+    """Runs a driver on a thread of its own. `build` is called on that thread; its error is raised
+    here."""
 
     def __init__(self, build: Callable[[], D]) -> None:
         self.steps = 0
@@ -73,7 +75,9 @@ class EngineLoop(Generic[D]):
         self._abort: tuple[str, Future[int]] | None = None
         self._broken: RayhfError | None = None
         ready: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(build, ready), name="rollout-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(build, ready), name="rollout-engine", daemon=True
+        )
         self._thread.start()
         ready.result()
 
@@ -94,7 +98,8 @@ class EngineLoop(Generic[D]):
         return future
 
     def abort(self, reason: str) -> int:
-        """Fail every wave that runs or waits with RayhfError; the engine stays usable. Returns how many there were."""
+        """Fail every wave that runs or waits with RayhfError; the engine stays usable. Returns how
+        many there were."""
         done: Future[int] = Future()
         with self._condition:
             self._check_open()
@@ -103,13 +108,16 @@ class EngineLoop(Generic[D]):
         return done.result()
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """Fail whatever runs or waits, stop the thread and close the driver. Raises DeadlineError if a step hangs."""
+        """Fail whatever runs or waits, stop the thread and close the driver. Raises DeadlineError
+        if a step hangs."""
         with self._condition:
             self._closing = True
             self._condition.notify()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            raise DeadlineError(f"closing a rollout engine: its thread is still in a step after {timeout_s:g} s")
+            raise DeadlineError(
+                f"closing a rollout engine: its thread is still in a step after {timeout_s:g} s"
+            )
 
     def _put(self, item: Wave | _Call[D]) -> None:
         with self._condition:
@@ -136,7 +144,9 @@ class EngineLoop(Generic[D]):
                 pass
             self._fail_all(RayhfError("the rollout engine was closed"))
         except Exception as error:  # noqa: BLE001 - a foreign engine may raise anything; every caller is told
-            failure = ActorLostError(f"the rollout engine failed in a step: {type(error).__name__}: {error}")
+            failure = ActorLostError(
+                f"the rollout engine failed in a step: {type(error).__name__}: {error}"
+            )
             failure.__cause__ = error
             with self._condition:
                 self._broken = failure
@@ -147,7 +157,9 @@ class EngineLoop(Generic[D]):
     def _turn(self, driver: D) -> bool:
         """Wait for work, take in what may enter, step once. False when the loop shall end."""
         with self._condition:
-            self._condition.wait_for(lambda: self._queue or self._running or self._abort or self._closing)
+            self._condition.wait_for(
+                lambda: self._queue or self._running or self._abort or self._closing
+            )
             if self._closing:
                 return False
         if self._abort is not None:
@@ -188,7 +200,10 @@ class EngineLoop(Generic[D]):
             (reason, done), self._abort = self._abort, None
             waiting = [item for item in self._queue if isinstance(item, Wave)]
             self._queue = deque(item for item in self._queue if not isinstance(item, Wave))
-        aborted = [*self._running, *(wave for wave in waiting if wave.future.set_running_or_notify_cancel())]
+        aborted = [
+            *self._running,
+            *(wave for wave in waiting if wave.future.set_running_or_notify_cancel()),
+        ]
         self._running.clear()
         driver.cancel()
         for wave in aborted:

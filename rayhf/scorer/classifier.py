@@ -1,4 +1,5 @@
-"""A frozen sequence classifier of transformers with its tokenizer: what reward models and preference models are made of."""
+"""A frozen sequence classifier of transformers with its tokenizer: what reward models and
+preference models are made of."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rayhf.errors import ConfigError
-from rayhf.modeldir import AS_DATA, WEIGHTS_AS_DATA
+from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA
 
 _UNBOUNDED = 10**9
 """Tokenizers without a limit say 10**30."""
@@ -36,9 +37,16 @@ class Classifier:
 
 
 def load_classifier(
-    directory: Path, what: str, *, dtype: str, max_length: int | None, device: str, threads: int | None
+    directory: Path,
+    what: str,
+    *,
+    dtype: str,
+    max_length: int | None,
+    device: str,
+    threads: int | None,
 ) -> Classifier:
-    """Errors call it `what`. ConfigError for weights or a tokenizer that do not fit, and for a max_length beyond the model's."""
+    """Errors call it `what`. ConfigError for weights or a tokenizer that do not fit, and for a
+    max_length beyond the model's."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -52,25 +60,39 @@ def load_classifier(
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{what} {directory}: {one_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):
-        raise ConfigError(f"{what} {directory}: the checkpoint has no weights for {', '.join(missing[:3])}")
-    largest, embedded = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+        raise ConfigError(
+            f"{what} {directory}: the checkpoint has no weights for {', '.join(missing[:3])}"
+        )
+    largest, embedded = (
+        max(tokenizer.get_vocab().values()),
+        model.get_input_embeddings().num_embeddings,
+    )
     if largest >= embedded:
-        raise ConfigError(f"{what} {directory}: its tokenizer has ids up to {largest}, the model embeds {embedded}")
+        raise ConfigError(
+            f"{what} {directory}: its tokenizer has ids up to {largest}, the model embeds {embedded}"
+        )
     own = length_limit(model.config.get_text_config(), tokenizer)
     if max_length is not None and max_length > own:
-        raise ConfigError(f"{what} {directory}: max_length is {max_length}, the model reads at most {own} tokens")
+        raise ConfigError(
+            f"{what} {directory}: max_length is {max_length}, the model reads at most {own} tokens"
+        )
     place = torch.device(device)
-    return Classifier(tokenizer, model.eval().requires_grad_(False).to(place), place, max_length or own)
+    return Classifier(
+        tokenizer, model.eval().requires_grad_(False).to(place), place, max_length or own
+    )
 
 
 def length_limit(model_config: Any, tokenizer: Any) -> int:
     """Tokens that the model and its tokenizer can take."""
     limits = [getattr(model_config, "max_position_embeddings", None), tokenizer.model_max_length]
-    return min([int(limit) for limit in limits if limit and limit > 0] + [_UNBOUNDED])  # XLNet says -1
+    return min(
+        [int(limit) for limit in limits if limit and limit > 0] + [_UNBOUNDED]
+    )  # XLNet says -1
 
 
 def pack(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Indices in batches of at most token_budget padded tokens, longest first; a longer row goes alone."""
+    """Indices in batches of at most token_budget padded tokens, longest first; a longer row goes
+    alone."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:

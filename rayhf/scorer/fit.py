@@ -1,11 +1,13 @@
-"""What `rayhf fit-scorer` trains on and how it is measured; launch/fit.py drives the learner in between.
+"""What `rayhf fit-scorer` trains on and how it is measured; launch/fit.py drives the learner in
+between.
 
-pairs file -> TextPairs (equal answers dropped) -> Examples: rows of a score head (learner.forward.scored_row), two per pair
-loss_of(objective) -> what the learner minimises
-the learner's outputs on held-out pairs -> P(chosen beats rejected) -> Figures: accuracy, calibration, likelihood
-mark(directory) -> what makes an exported model serve as a scorer
+pairs file -> TextPairs (equal answers dropped) -> Examples: rows of a score head
+(learner.forward.scored_row), two per pair loss_of(objective) -> what the learner minimizes the
+learner's outputs on held-out pairs -> P(chosen beats rejected) -> Figures: accuracy, calibration,
+likelihood mark(directory) -> what makes an exported model serve as a scorer
 
-Texts are rendered as they are served: RewardModel's way for one answer, preference_model.Reader.pair for two.
+Texts are rendered as they are served: RewardModel's way for one answer,
+preference_model.Reader.pair for two.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ from rayhf.config.fit import (
     RegressionBradleyTerryObjective,
     RegressionObjective,
 )
+from rayhf.data.preferences import TextPair, load_pairs
+from rayhf.data.prompts import read_rows
 from rayhf.errors import ConfigError, NumericalError
-from rayhf.experience import Example
-from rayhf.modeldir import AS_DATA, load_tokenizer, read_model_config
-from rayhf.pairs import TextPair, load_pairs
-from rayhf.prompts import read_rows
+from rayhf.models.source import AS_DATA, load_tokenizer, read_model_config
 from rayhf.scorer.classifier import length_limit
 from rayhf.scorer.preference_model import SCORER_FILE, Kind, Problem, Reader, Row, sigmoid
+from rayhf.types import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +71,7 @@ class FitPlan:
     train: FitSet
     test: FitSet
     steps: int
-    """Optimiser steps in all."""
+    """Optimizer steps in all."""
     pad_id: int
     """An id that ends no text."""
 
@@ -89,15 +91,20 @@ class Figures:
 
 
 def loss_of(objective: Objective) -> Loss:
-    from rayhf.losses.reward import BradleyTerryLoss, GeneralPreferenceLoss, PairwiseLoss, RegressionLoss
+    from rayhf.losses.reward import (
+        BradleyTerryLoss,
+        GeneralPreferenceLoss,
+        PairwiseLoss,
+        RegressionLoss,
+    )
 
     match objective:
         case BradleyTerryObjective():
-            return BradleyTerryLoss(centring=objective.centring)
+            return BradleyTerryLoss(centering=objective.centering)
         case BradleyTerryMarginObjective():
-            return BradleyTerryLoss(kind="margin", centring=objective.centring)
+            return BradleyTerryLoss(kind="margin", centering=objective.centering)
         case BradleyTerryScaledObjective():
-            return BradleyTerryLoss(kind="scaled", centring=objective.centring)
+            return BradleyTerryLoss(kind="scaled", centering=objective.centering)
         case RegressionObjective():
             return RegressionLoss()
         case RegressionBradleyTerryObjective():
@@ -105,10 +112,12 @@ def loss_of(objective: Objective) -> Loss:
         case PairwiseObjective():
             return PairwiseLoss()
         case GeneralPreferenceObjective():
-            return GeneralPreferenceLoss(temperature=objective.temperature, centring=objective.centring)
+            return GeneralPreferenceLoss(
+                temperature=objective.temperature, centering=objective.centering
+            )
 
 
-def kind_of(objective: Objective) -> Kind:
+def role_of(objective: Objective) -> Kind:
     match objective:
         case PairwiseObjective():
             return "pairwise"
@@ -136,7 +145,8 @@ def needed_numbers(objective: Objective) -> tuple[str, ...]:
 
 
 def prepare_fit(config: FitConfig, *, base: Path) -> FitPlan:
-    """Read and check everything that can be checked before a learner starts. Raises ConfigError in one line."""
+    """Read and check everything that can be checked before a learner starts. Raises ConfigError in
+    one line."""
     path = base / config.model
     read_model_config(path, key="model")
     tokenizer = load_tokenizer(path, key="model")
@@ -145,20 +155,27 @@ def prepare_fit(config: FitConfig, *, base: Path) -> FitPlan:
     train = fit_set(base / config.train, reader, config, key="train", limit=limit)
     test = fit_set(base / config.test, reader, config, key="test", limit=limit)
     steps = config.epochs * math.ceil(len(train.examples) / config.batch)
-    return FitPlan(train=train, test=test, steps=steps, pad_id=pad_id(tokenizer, train.last_tokens | test.last_tokens))
+    return FitPlan(
+        train=train,
+        test=test,
+        steps=steps,
+        pad_id=pad_id(tokenizer, train.last_tokens | test.last_tokens),
+    )
 
 
 def _model_limit(path: Path, tokenizer: PreTrainedTokenizerBase) -> int:
     from transformers import AutoConfig
 
-    return length_limit(AutoConfig.from_pretrained(str(path), **AS_DATA).get_text_config(), tokenizer)
+    return length_limit(
+        AutoConfig.from_pretrained(str(path), **AS_DATA).get_text_config(), tokenizer
+    )
 
 
 def fit_set(path: Path, reader: Reader, config: FitConfig, *, key: str, limit: int) -> FitSet:
     """The pairs of one file as examples. `limit`: tokens that the model takes.
 
-    Raises ConfigError for a row without what the objective needs, for a text the chat template refuses, and where nothing is
-    left to use.
+    Raises ConfigError for a row without what the objective needs, for a text the chat template
+    refuses, and where nothing is left to use.
     """
     pairs = load_pairs(path, key=key)
     places = [where for where, row in read_rows(path, key=key) if row["chosen"] != row["rejected"]]
@@ -169,7 +186,9 @@ def fit_set(path: Path, reader: Reader, config: FitConfig, *, key: str, limit: i
         where = f"{key}: {where}"
         for name in wanted:
             if getattr(pair, name) is None:
-                raise ConfigError(f"{where}: `{name}` is missing; {config.objective.type} needs a number in every training row")
+                raise ConfigError(
+                    f"{where}: `{name}` is missing; {config.objective.type} needs a number in every training row"
+                )
         texts = _texts(pair, reader, config.objective, where)
         if max(map(len, texts)) > limit:
             continue
@@ -177,9 +196,13 @@ def fit_set(path: Path, reader: Reader, config: FitConfig, *, key: str, limit: i
         last |= {ids[-1] for ids in texts}
         need = len(texts) * max(map(len, examples[-1].rows))
         if need > config.learner.token_budget:
-            raise ConfigError(f"learner.token_budget is {config.learner.token_budget}, but {where} needs {need} padded tokens")
+            raise ConfigError(
+                f"learner.token_budget is {config.learner.token_budget}, but {where} needs {need} padded tokens"
+            )
     if not examples:
-        raise ConfigError(f"{key}: {path}: all {len(places)} pairs have more than the {limit} tokens that the model takes")
+        raise ConfigError(
+            f"{key}: {path}: all {len(places)} pairs have more than the {limit} tokens that the model takes"
+        )
     return FitSet(
         examples=tuple(examples),
         equal=pairs.identical,
@@ -212,7 +235,12 @@ def _example(pair: TextPair, texts: tuple[Row, Row], where: str, wanted: Sequenc
 
     ratings = [pair.score_chosen, pair.score_rejected] if "score_chosen" in wanted else [None, None]
     rows = [
-        scored_row(text, prompt_id=where, sample=sample, scalars={} if rating is None else {"rating": rating})
+        scored_row(
+            text,
+            prompt_id=where,
+            sample=sample,
+            scalars={} if rating is None else {"rating": rating},
+        )
         for sample, (text, rating) in enumerate(zip(texts, ratings, strict=True))
     ]
     margin = pair.margin if "margin" in wanted else None
@@ -220,12 +248,18 @@ def _example(pair: TextPair, texts: tuple[Row, Row], where: str, wanted: Sequenc
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, last_tokens: frozenset[int]) -> int:
-    """A padding id that ends no text: transformers reads a score at the last token that is not padding.
+    """A padding id that ends no text: transformers reads a score at the last token that is not
+    padding.
 
-    The tokenizer's own where it can be; often it is the end-of-turn token, which ends every text. Then another special token.
+    The tokenizer's own where it can be; often it is the end-of-turn token, which ends every text.
+    Then another special token.
     """
     own = tokenizer.pad_token_id
-    candidates = [*([own] if own is not None else []), *sorted(tokenizer.all_special_ids), *range(len(last_tokens) + 1)]
+    candidates = [
+        *([own] if own is not None else []),
+        *sorted(tokenizer.all_special_ids),
+        *range(len(last_tokens) + 1),
+    ]
     return int(next(candidate for candidate in candidates if candidate not in last_tokens))
 
 
@@ -233,9 +267,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase, last_tokens: frozenset[int]) -> i
 
 
 def win_probability(objective: Objective, outputs: Sequence[npt.NDArray[np.float32]]) -> Wins:
-    """P(chosen beats rejected) of each pair as it is served: (P,). `outputs`: (1, d) per row, rows two by two.
+    """P(chosen beats rejected) of each pair as it is served: (P,). `outputs`: (1, d) per row, rows
+    two by two.
 
-    Regression: sigmoid of the difference of predicted ratings, whatever their scale, as a pointwise scorer answers compare.
+    Regression: sigmoid of the difference of predicted ratings, whatever their scale, as a pointwise
+    scorer answers compare.
     """
     rows = np.concatenate(outputs).astype(np.float64)
     first, second = rows[0::2], rows[1::2]
@@ -247,17 +283,21 @@ def win_probability(objective: Objective, outputs: Sequence[npt.NDArray[np.float
 
             from rayhf.losses.reward import general_preference_score
 
-            score = general_preference_score(torch.from_numpy(first), torch.from_numpy(second)).numpy()
+            score = general_preference_score(
+                torch.from_numpy(first), torch.from_numpy(second)
+            ).numpy()
             return sigmoid(score / objective.temperature)
         case _:
             return sigmoid(first[:, 0] - second[:, 0])
 
 
 def calibration_error(win_P: Wins, bins: int = BINS) -> float:
-    """Expected calibration error of P(first beats second), sum over bins of |B| / N * |mean P - share of wins|: from 0 to 1.
+    """Expected calibration error of P(first beats second), sum over bins of |B| / N * |mean P -
+    share of wins|: from 0 to 1.
 
-    Guo et al. 2017, eq. 3, with equal bins on [0, 1]. A file of pairs has the chosen answer first every time, so every pair is
-    counted in both orders, as P with a win and 1 - P with a loss: no order is preferred, and no coin is needed.
+    Guo et al. 2017, eq. 3, with equal bins on [0, 1]. A file of pairs has the chosen answer first
+    every time, so every pair is counted in both orders, as P with a win and 1 - P with a loss: no
+    order is preferred, and no coin is needed.
     """
     chance = np.concatenate([win_P, 1.0 - win_P])
     won = np.concatenate([np.ones_like(win_P), np.zeros_like(win_P)])
@@ -270,7 +310,9 @@ def measure(win_P: Wins) -> Figures:
     """Raises NumericalError where a probability is not finite."""
     if not np.isfinite(win_P).all():
         bad = int((~np.isfinite(win_P)).sum())
-        raise NumericalError(f"{bad} of {len(win_P)} held-out pairs got an output that is not finite")
+        raise NumericalError(
+            f"{bad} of {len(win_P)} held-out pairs got an output that is not finite"
+        )
     likelihood = np.log(np.maximum(win_P, np.finfo(np.float64).tiny))
     return Figures(
         accuracy=float((np.sign(win_P - 0.5) * 0.5 + 0.5).mean()),
@@ -280,16 +322,19 @@ def measure(win_P: Wins) -> Figures:
 
 
 def mark(directory: Path, config: FitConfig, *, pad_token_id: int) -> None:
-    """Complete an exported model: the padding id in config.json, and rayhf_scorer.json, by which it is served."""
+    """Complete an exported model: the padding id in config.json, and rayhf_scorer.json, by which it
+    is served."""
     file = directory / "config.json"
     model_config = json.loads(file.read_text(encoding="utf-8"))
     model_config["pad_token_id"] = pad_token_id
     file.write_text(json.dumps(model_config, indent=2), encoding="utf-8")
     objective = config.objective
     facts: dict[str, Any] = {
-        "kind": kind_of(objective),
+        "kind": role_of(objective),
         "objective": objective.type,
         "outputs": outputs_of(objective),
-        "temperature": objective.temperature if isinstance(objective, GeneralPreferenceObjective) else 1.0,
+        "temperature": objective.temperature
+        if isinstance(objective, GeneralPreferenceObjective)
+        else 1.0,
     }
     (directory / SCORER_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -1,10 +1,11 @@
-"""A language model as judge. What it is asked and how it is read: judge_text.py. The model that writes: judge_model.py, or a
-fake.
+"""A language model as judge. What it is asked and how it is read: judge_text.py. The model that
+writes: judge_model.py, or a fake.
 
-In: ScoreRequests. Every question is asked `votes` times with seeds that follow from its content, so that equal texts get equal
-verdicts in whatever company and order they come. Out: Scored with the votes counted in its parts, or win probabilities.
-A vote that cannot be read, or was cut off before its end, is left out; where none is left there is no score but a reason that
-quotes the judge. A generator that answers with the wrong number of completions costs everything it was asked: Failed.
+In: ScoreRequests. Every question is asked `votes` times with seeds that follow from its content, so
+that equal texts get equal verdicts in whatever company and order they come. Out: Scored with the
+votes counted in its parts, or win probabilities. A vote that cannot be read, or was cut off before
+its end, is left out; where none is left there is no score but a reason that quotes the judge. A
+generator that answers with the wrong number of completions costs everything it was asked: Failed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Literal, Protocol
 import jinja2
 
 from rayhf.errors import ConfigError
-from rayhf.experience import (
+from rayhf.scorer.comparisons import Pair, compare_pairs, compare_scores, mean_wins
+from rayhf.scorer.judge_text import JudgeVerdict, Question
+from rayhf.types import (
     Comparison,
     Completion,
     Failed,
@@ -31,8 +34,6 @@ from rayhf.experience import (
     ScoreRequest,
     derive_seed,
 )
-from rayhf.scorer.judge_text import Question, Verdict
-from rayhf.scorer.pairs import Pair, compare_pairs, compare_scores, mean_wins
 
 _QUOTED_CHARS = 120
 
@@ -46,7 +47,8 @@ class Generator(Protocol):
         ...
 
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of the model's chat template with the generation prompt. Raises ConfigError where it refuses the messages."""
+        """Token ids of the model's chat template with the generation prompt. Raises ConfigError
+        where it refuses the messages."""
         ...
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[tuple[Completion, ...]]:
@@ -58,7 +60,8 @@ class Generator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A question before it is put: whose prompt, and the answers in the order in which they are shown."""
+    """A question before it is put: whose prompt, and the answers in the order in which they are
+    shown."""
 
     prompt: Prompt
     answers: tuple[str, ...]
@@ -84,8 +87,8 @@ _Answer = _Votes | Invalid | Failed
 
 
 class Judge:
-    """See the module's docstring; the settings are those of JudgeScorer. Raises ConfigError for a template or verdict that is
-    none."""
+    """See the module's docstring; the settings are those of JudgeConfig. Raises ConfigError for a
+    template or verdict that is none."""
 
     def __init__(
         self,
@@ -100,23 +103,31 @@ class Judge:
     ) -> None:
         self._generator, self._mode, self._votes = generator, mode, votes
         self._sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
-        self._question, self._verdict = Question(mode, template), Verdict(mode, verdict)
+        self._question, self._verdict = Question(mode, template), JudgeVerdict(mode, verdict)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        """yes_no: the share of yes; rating: the mean; pairwise: the mean win probability against the request's other answers.
-        Parts: how many votes there were and how many of them could not be read (not in pairwise mode)."""
+        """yes_no: the share of yes; rating: the mean; pairwise: the mean win probability against
+        the request's other answers. Parts: how many votes there were and how many of them could not
+        be read (not in pairwise mode)."""
         if self._mode == "pairwise":
             compared = zip(requests, self.compare(requests), strict=True)
-            return [mean_wins(comparison, len(request.completions)) for request, comparison in compared]
-        asked = [_Asked(request.prompt, (completion.text,)) for request in requests for completion in request.completions]
+            return [
+                mean_wins(comparison, len(request.completions)) for request, comparison in compared
+            ]
+        asked = [
+            _Asked(request.prompt, (completion.text,))
+            for request in requests
+            for completion in request.completions
+        ]
         answers = self._ask(asked)
         outcomes = iter([self._outcome(answers[question.key]) for question in asked])
         return [tuple(next(outcomes) for _ in request.completions) for request in requests]
 
     def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        """pairwise: the mean of both orders' votes, a tie counting half for each; equal texts are 1/2 and nobody is asked. A
-        pair is NaN unless both orders brought a vote that could be read: one order alone would give out the judge's liking for
-        a place. Otherwise: sigmoids of score differences."""
+        """pairwise: the mean of both orders' votes, a tie counting half for each; equal texts are
+        1/2 and nobody is asked. A pair is NaN unless both orders brought a vote that could be read:
+        one order alone would give out the judge's liking for a place. Otherwise: sigmoids of score
+        differences."""
         if self._mode != "pairwise":
             return [compare_scores(outcomes) for outcomes in self.score(requests)]
         asked = [
@@ -139,7 +150,9 @@ class Judge:
             if one == other:
                 verdicts[i, j] = 0.5
                 continue
-            there, back = (answers[request.prompt.prompt_id, *texts] for texts in ((one, other), (other, one)))
+            there, back = (
+                answers[request.prompt.prompt_id, *texts] for texts in ((one, other), (other, one))
+            )
             if not isinstance(there, _Votes):
                 verdicts[i, j] = there
             elif not isinstance(back, _Votes):
@@ -151,7 +164,10 @@ class Judge:
     def _outcome(self, answer: _Answer) -> Outcome:
         if not isinstance(answer, _Votes):
             return answer
-        return Scored(value=answer.mean, parts={"votes": float(self._votes), "unparsable": float(answer.unparsable)})
+        return Scored(
+            value=answer.mean,
+            parts={"votes": float(self._votes), "unparsable": float(answer.unparsable)},
+        )
 
     def _ask(self, asked: Sequence[_Asked]) -> dict[tuple[str, ...], _Answer]:
         """Put every different question once."""
@@ -173,11 +189,16 @@ class Judge:
                 f"expected {self._votes} to each of {len(requests)}"
             )
             return answers | dict.fromkeys(requests, failed)
-        return answers | {key: self._count(completions) for key, completions in zip(requests, written, strict=True)}
+        return answers | {
+            key: self._count(completions)
+            for key, completions in zip(requests, written, strict=True)
+        }
 
     def _request(self, question: _Asked, *, number: int) -> GenerateRequest | Invalid | Failed:
         try:
-            "".join((*question.answers, *(message["content"] for message in question.prompt.messages))).encode()
+            "".join(
+                (*question.answers, *(message["content"] for message in question.prompt.messages))
+            ).encode()
             text = self._question.text(question.prompt, question.answers)
             token_ids = self._generator.render([{"role": "user", "content": text}])
         except UnicodeEncodeError as error:
@@ -186,19 +207,34 @@ class Judge:
             return Failed(reason=f"the judge cannot be asked: {' '.join(str(error).split())}")
         needed, limit = len(token_ids) + self._sampling.max_tokens, self._generator.max_length
         if needed > limit:
-            return Invalid(reason=f"too long: {needed} tokens of question and verdict, the judge takes {limit}")
+            return Invalid(
+                reason=f"too long: {needed} tokens of question and verdict, the judge takes {limit}"
+            )
         seeds = tuple(derive_seed("judge", *question.key, vote) for vote in range(self._votes))
         return GenerateRequest(
-            prompt_id=question.prompt.prompt_id, number=number, token_ids=token_ids, sampling=self._sampling, seeds=seeds
+            prompt_id=question.prompt.prompt_id,
+            number=number,
+            token_ids=token_ids,
+            sampling=self._sampling,
+            seeds=seeds,
         )
 
     def _count(self, completions: Sequence[Completion]) -> _Votes | Invalid:
-        # A vote that was cut off may end in the midst of quoting an answer, and with the answer's verdict.
-        read = [self._verdict.read(c.text) if c.finish_reason == "stop" else None for c in completions]
+        # A vote that was cut off may end in the midst of quoting an answer, and with the answer's
+        # verdict.
+        read = [
+            self._verdict.read(c.text) if c.finish_reason == "stop" else None for c in completions
+        ]
         values = tuple(value for value in read if value is not None)
         if not values:
             first = completions[0]
-            said = first.text if len(first.text) <= _QUOTED_CHARS else f"... {first.text[-_QUOTED_CHARS:]}"
+            said = (
+                first.text
+                if len(first.text) <= _QUOTED_CHARS
+                else f"... {first.text[-_QUOTED_CHARS:]}"
+            )
             cut = " (cut off at max_tokens)" if first.finish_reason == "length" else ""
-            return Invalid(reason=f"no verdict in any of {len(completions)} votes; the first says {said!r}{cut}")
+            return Invalid(
+                reason=f"no verdict in any of {len(completions)} votes; the first says {said!r}{cut}"
+            )
         return _Votes(values=values, unparsable=len(completions) - len(values))

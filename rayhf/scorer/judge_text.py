@@ -1,8 +1,10 @@
-"""What a judge is asked and how its words are read: templates, fences and verdicts. No model is needed here.
+"""What a judge is asked and how its words are read: templates, fences and verdicts. No model is
+needed here.
 
-In: a prompt and one answer, or two. Out: the text of the question; and, out of what the judge wrote, a number or None.
-Everything that somebody else wrote comes fenced: between lines with a code that depends on all of it and occurs in none of it, so
-that no answer can close its own fence. Verdicts are read from the judge's own output and from nowhere else.
+In: a prompt and one answer, or two. Out: the text of the question; and, out of what the judge
+wrote, a number or None. Everything that somebody else wrote comes fenced: between lines with a code
+that depends on all of it and occurs in none of it, so that no answer can close its own fence.
+Verdicts are read from the judge's own output and from nowhere else.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import jinja2.meta
 import jinja2.sandbox
 
 from rayhf.errors import ConfigError
-from rayhf.experience import Prompt, derive_seed
+from rayhf.types import Prompt, derive_seed
 
 LOWEST, HIGHEST = 1.0, 10.0
 """Ratings outside are no verdict."""
@@ -90,37 +92,50 @@ MODES: Mapping[str, Mode] = {
 
 
 class Question:
-    """A template of a mode: from material to the text of a question. Raises ConfigError as check_template."""
+    """A template of a mode: from material to the text of a question. Raises ConfigError as
+    check_template."""
 
     def __init__(self, mode: str, template: str | None) -> None:
         self._shown = MODES[mode].shown
         self._template = _compile(mode, template)
 
     def text(self, prompt: Prompt, answers: Sequence[str]) -> str:
-        """`answers` in the order in which they are shown. Raises jinja2.TemplateError where the template cannot take them."""
+        """`answers` in the order in which they are shown. Raises jinja2.TemplateError where the
+        template cannot take them."""
         asked = _conversation(prompt)
         fence = fence_code([asked, prompt.answer or "", *answers])
-        blocks = {name: _fenced(name, text, fence) for name, text in zip(self._shown, answers, strict=True)}
+        blocks = {
+            name: _fenced(name, text, fence)
+            for name, text in zip(self._shown, answers, strict=True)
+        }
         reference = None if prompt.answer is None else _fenced("reference", prompt.answer, fence)
-        return self._template.render(fence=fence, question=_fenced("task", asked, fence), reference=reference, **blocks)
+        return self._template.render(
+            fence=fence, question=_fenced("task", asked, fence), reference=reference, **blocks
+        )
 
 
-class Verdict:
-    """A verdict's pattern: from the judge's words to a number. Raises ConfigError as check_verdict."""
+class JudgeVerdict:
+    """A verdict's pattern: from the judge's words to a number. Raises ConfigError as
+    check_verdict."""
 
     def __init__(self, mode: str, pattern: str | None) -> None:
         self._values = MODES[mode].values
         self._pattern = _pattern(mode, pattern)
 
     def read(self, text: str) -> float | None:
-        """The value of the last match: 1, 0 or (tie) 1/2, or a rating from 1 to 10. None where there is none."""
+        """The value of the last match: 1, 0 or (tie) 1/2, or a rating from 1 to 10. None where
+        there is none."""
         matches = list(self._pattern.finditer(text))
         if not matches:
             return None
         last = matches[-1]
         named = {name: found for name, found in last.groupdict().items() if found is not None}
         # A named group is the word itself, but for a rating, whose group holds the number.
-        word = next((found if name == "rating" else name for name, found in named.items()), None) if named else last.group(1)
+        word = (
+            next((found if name == "rating" else name for name, found in named.items()), None)
+            if named
+            else last.group(1)
+        )
         if word is None:
             return None
         return self._values.get(word.strip().casefold()) if self._values else _rating(word)
@@ -135,7 +150,8 @@ def _rating(word: str) -> float | None:
 
 
 def fence_code(texts: Sequence[str]) -> str:
-    """16 hexadecimal digits that follow from the texts and stand in none of them, in either case."""
+    """16 hexadecimal digits that follow from the texts and stand in none of them, in either
+    case."""
     attempt = 0
     while True:
         code = f"{derive_seed('fence', *texts, attempt):016x}"
@@ -155,20 +171,28 @@ def _conversation(prompt: Prompt) -> str:
 
 
 def _compile(mode: str, template: str | None) -> jinja2.Template:
-    environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
+    environment = jinja2.sandbox.SandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=False
+    )
     source = MODES[mode].template if template is None else template
     try:
         used = jinja2.meta.find_undeclared_variables(environment.parse(source))
         compiled = environment.from_string(source)
     except jinja2.TemplateError as error:
-        raise ConfigError(f"template: jinja2 cannot read it: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"template: jinja2 cannot read it: {' '.join(str(error).split())}"
+        ) from None
     valid = ("question", "reference", "fence", *MODES[mode].shown)
     for name in sorted(used):
         if name not in valid:
-            raise ConfigError(f"template: there is no {name!r} in mode {mode}{_nearest(name, valid)}")
+            raise ConfigError(
+                f"template: there is no {name!r} in mode {mode}{_nearest(name, valid)}"
+            )
     missing = [name for name in MODES[mode].shown if name not in used]
     if missing:
-        raise ConfigError(f"template: it does not show {' and '.join(missing)}; write {{{{ {missing[0]} }}}} where it belongs")
+        raise ConfigError(
+            f"template: it does not show {' and '.join(missing)}; write {{{{ {missing[0]} }}}} where it belongs"
+        )
     return compiled
 
 
@@ -189,12 +213,15 @@ def _pattern(mode: str, pattern: str | None) -> re.Pattern[str]:
         )
     if compiled.groups != (len(names) or 1):
         wanted = "no group but the named ones" if names else "one group around the verdict"
-        raise ConfigError(f"verdict: {source!r} has {compiled.groups} groups, expected {wanted}; write (?:...) for the others")
+        raise ConfigError(
+            f"verdict: {source!r} has {compiled.groups} groups, expected {wanted}; write (?:...) for the others"
+        )
     return compiled
 
 
 def check_texts(mode: str, *, template: str | None, verdict: str | None) -> None:
-    """Raises ConfigError unless the template compiles and shows what it must, and the verdict's groups mean something."""
+    """Raises ConfigError unless the template compiles and shows what it must, and the verdict's
+    groups mean something."""
     _compile(mode, template)
     _pattern(mode, verdict)
 

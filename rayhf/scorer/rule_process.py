@@ -1,11 +1,14 @@
-"""The parent's end of a rule's process: starts it with few rights, talks to it with deadlines, and ends all that it started.
+"""The parent's end of a rule's process: starts it with few rights, talks to it with deadlines, and
+ends all that it started.
 
-In: lines, one per call. Out: answers in order, or LostError. The parent waits for the child (rule_child.py), never longer than
-the limit per call; the child waits for lines, and dies with the parent.
+In: lines, one per call. Out: answers in order, or LostError. The parent waits for the child
+(rule_child.py), never longer than the limit per call; the child waits for lines, and dies with the
+parent.
 
-The child has limits on memory, files and CPU time, few of our environment variables, and where the kernel allows it a user
-namespace of its own, without a network. That contains accidents and hostile completions. It is no prison for a rule that is
-hostile itself: it may read and write what its user may.
+The child has limits on memory, files and CPU time, few of our environment variables, and where the
+kernel allows it a user namespace of its own, without a network. That contains accidents and hostile
+completions. It is no prison for a rule that is hostile itself: it may read and write what its user
+may.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ _KEPT = (
     "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HF_HOME",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX",
 )  # fmt: skip
-"""Environment variables that a rule sees. Tokens and keys are not among them: a rule that needs one reads it from a file."""
+"""Environment variables that a rule sees. Tokens and keys are not among them: a rule that needs one
+reads it from a file."""
 _COOKIE = "RAYHF_RULE"
 _SWEEPS = 10
 """Looks for what a rule has left behind: what forks meanwhile is seen by the next one."""
@@ -60,7 +64,7 @@ TWO = Signature(positional=("first", "second"), keywords=("prompt", "answer"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class ProcessLimits:
     """Of one rule's process."""
 
     timeout_s: float = 10.0
@@ -73,17 +77,21 @@ class Limits:
     """It may use ours. Where the kernel gives it no namespace of its own it has it anyway."""
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = ProcessLimits()
 
 
 class LostError(Exception):
-    """The child did not answer the call it was at: too slow, dead, or broken. The message is the reason."""
+    """The child did not answer the call it was at: too slow, dead, or broken. The message is the
+    reason."""
 
 
 class Child:
-    """The parent's end of one rule_child.py process. Raises ConfigError unless the rule is ready to be called."""
+    """The parent's end of one rule_child.py process. Raises ConfigError unless the rule is ready to
+    be called."""
 
-    def __init__(self, function: str, signature: Signature, *, base: Path, limits: Limits) -> None:
+    def __init__(
+        self, function: str, signature: Signature, *, base: Path, limits: ProcessLimits
+    ) -> None:
         module, name = parse_function(function)
         base = base.resolve()
         if not base.is_dir():
@@ -99,7 +107,9 @@ class Child:
             ready = next(self._exchange([json.dumps(hello).encode() + b"\n"], START_TIMEOUT_S))
         except LostError as lost:
             self.kill()
-            raise ConfigError(f"rule {function}: {module} could not be imported from {base}: {lost}") from None
+            raise ConfigError(
+                f"rule {function}: {module} could not be imported from {base}: {lost}"
+            ) from None
         if not ready.get("ready"):
             self.kill()
             raise ConfigError(_refusal(function, signature, base, ready))
@@ -139,7 +149,9 @@ class Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def answers(self, lines: Sequence[bytes], *, first: int, timeout_s: float) -> Iterator[tuple[str, Any]]:
+    def answers(
+        self, lines: Sequence[bytes], *, first: int, timeout_s: float
+    ) -> Iterator[tuple[str, Any]]:
         """(kind, value) for lines[first:], as they come. Raises LostError when one does not."""
         for number, answer in enumerate(self._exchange(lines[first:], timeout_s), first):
             if not (isinstance(answer, list) and len(answer) == 3 and answer[0] == number):
@@ -147,7 +159,8 @@ class Child:
             yield answer[1], answer[2]
 
     def _exchange(self, lines: Sequence[bytes], timeout_s: float) -> Iterator[Any]:
-        """Send all lines while reading one answer per line: neither side waits for the other's full pipe."""
+        """Send all lines while reading one answer per line: neither side waits for the other's full
+        pipe."""
         outgoing, missing = memoryview(b"".join(lines)), len(lines)
         poll = select.poll()
         poll.register(self._replies, select.POLLIN)
@@ -159,7 +172,9 @@ class Child:
                 raise LostError(f"no answer within {timeout_s:g} s")
             if self._requests in ready:
                 outgoing = self._write(outgoing)
-                deadline = time.monotonic() + timeout_s  # a long text on its way is not the rule's time
+                deadline = (
+                    time.monotonic() + timeout_s
+                )  # a long text on its way is not the rule's time
                 if not outgoing:
                     poll.unregister(self._requests)
             if self._replies in ready:
@@ -176,7 +191,8 @@ class Child:
                     yield _parse(answer)
 
     def _write(self, outgoing: memoryview) -> memoryview:
-        """What is left to send; nothing once the child has gone, since its last answers are still to be read."""
+        """What is left to send; nothing once the child has gone, since its last answers are still
+        to be read."""
         try:
             return outgoing[os.write(self._requests, outgoing[: 1 << 20]) :]
         except BlockingIOError:
@@ -194,7 +210,8 @@ class Child:
         return f"exit code {code}"
 
     def kill(self) -> None:
-        """End the child, every process of its session's group, and those that left it but kept their environment."""
+        """End the child, every process of its session's group, and those that left it but kept
+        their environment."""
         with suppress(ProcessLookupError):  # already gone, and nothing it started is left
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -210,7 +227,8 @@ class Child:
 
 
 def _carriers(entry: bytes) -> list[int]:
-    """The processes that were started with this environment entry and still run; what is not ours to read is not ours to end."""
+    """The processes that were started with this environment entry and still run; what is not ours
+    to read is not ours to end."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -223,7 +241,11 @@ def parse_function(function: str) -> tuple[str, str]:
     """("module", "function"). Raises ConfigError with the nearest valid form."""
     match = _SPEC.fullmatch(function)
     if match is None:
-        head, _, tail = function.replace(".py:", ":").replace("/", ".").rpartition(":" if ":" in function else ".")
+        head, _, tail = (
+            function.replace(".py:", ":")
+            .replace("/", ".")
+            .rpartition(":" if ":" in function else ".")
+        )
         guess = f"{head.strip('.')}:{tail}"
         hint = f"; did you mean {guess}?" if _SPEC.fullmatch(guess) else ""
         raise ConfigError(f"rule {function!r} is not of the form module:function{hint}")

@@ -1,11 +1,14 @@
-"""Tree search over refinements of one text, breadth-first or depth-first. Cheng et al. 2024 (SPaR), ALGORITHMS.md A4.4.
+"""Tree search over refinements of one text, breadth-first or depth-first. Cheng et al. 2024 (SPaR),
+ALGORITHMS.md A4.4.
 
-In: a failing text with its verdict, a callable that refines and one that judges, limits. Out: a RefineTree, plain data.
-A node's value is the share of yes among its parsable votes. The search ends with the first set of siblings (breadth-first: the
-first level) whose best value passes the gate; else when depth or budget are used up, with the best node there is.
+In: a failing text with its verdict, a callable that refines and one that judges, limits. Out: a
+RefineTree, plain data. A node's value is the share of yes among its parsable votes. The search ends
+with the first set of siblings (breadth-first: the first level) whose best value passes the gate;
+else when depth or budget are used up, with the best node there is.
 
-Who waits for whom: the callables get everything that can be asked for at once and are awaited as one, so the order of requests
-follows from the tree alone, never from which answer came first. Equal callables give equal trees.
+Who waits for whom: the callables get everything that can be asked for at once and are awaited as
+one, so the order of requests follows from the tree alone, never from which answer came first. Equal
+callables give equal trees.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class RefineVerdict:
     """Votes on one text, and the judgement that stands for them."""
 
     yes: int
@@ -65,7 +68,7 @@ class RefineNode:
     depth: int
     """Refinements between the root and this text."""
     text: str
-    verdict: Verdict
+    verdict: RefineVerdict
     value: float
     source: int
 
@@ -82,7 +85,8 @@ class RefineLimits:
     gate: float = 0.5
     """A text passes where its value is above this."""
     max_nodes: int = 15
-    """Refinements of the right form, judged or known, that a search may have; copies and dropped ones count."""
+    """Refinements of the right form, judged or known, that a search may have; copies and dropped
+    ones count."""
     refine_retries: int = 3
     """Further requests for refinements whose form was wrong."""
     judge_retries: int = 3
@@ -108,7 +112,7 @@ class RefineTree:
 
 Refine = Callable[[Sequence[tuple[RefineNode, int]]], Awaitable[Sequence[Sequence[Draft]]]]
 """For each (node, n) at most n drafts."""
-Judge = Callable[[Sequence[Draft]], Awaitable[Sequence[Verdict]]]
+Judge = Callable[[Sequence[Draft]], Awaitable[Sequence[RefineVerdict]]]
 """One verdict for each draft; their texts differ and are never None."""
 Found = tuple[RefineNode, str, Draft]
 """A parent, a refined text, and the draft it stands in."""
@@ -121,10 +125,10 @@ async def refine_search(
     judge: Judge,
     limits: RefineLimits,
     order: Literal["bfs", "dfs"] = "bfs",
-    known: Mapping[str, Verdict] | None = None,
+    known: Mapping[str, RefineVerdict] | None = None,
 ) -> RefineTree:
-    """Search for a refinement of `root` that passes the gate. A text is judged once: `known` verdicts, the root's own and
-    earlier ones of this search stand.
+    """Search for a refinement of `root` that passes the gate. A text is judged once: `known`
+    verdicts, the root's own and earlier ones of this search stand.
     """
     search = _Search(root, refine, judge, limits, known or {})
     if root.value > limits.gate:
@@ -132,18 +136,28 @@ async def refine_search(
     return await (search.breadth_first(root) if order == "bfs" else search.depth_first(root))
 
 
-def root_node(text: str, verdict: Verdict, source: int) -> RefineNode:
-    """Raises ValueError for a text without a majority verdict: there would be no critique to refine by."""
+def root_node(text: str, verdict: RefineVerdict, source: int) -> RefineNode:
+    """Raises ValueError for a text without a majority verdict: there would be no critique to refine
+    by."""
     if not verdict.settled or verdict.value is None:
-        raise ValueError(f"a search starts from a settled verdict, got {verdict.yes} yes and {verdict.no} no")
-    return RefineNode(id=0, parent=None, depth=0, text=text, verdict=verdict, value=verdict.value, source=source)
+        raise ValueError(
+            f"a search starts from a settled verdict, got {verdict.yes} yes and {verdict.no} no"
+        )
+    return RefineNode(
+        id=0, parent=None, depth=0, text=text, verdict=verdict, value=verdict.value, source=source
+    )
 
 
 class _Search:
     """One search under way."""
 
     def __init__(
-        self, root: RefineNode, refine: Refine, judge: Judge, limits: RefineLimits, known: Mapping[str, Verdict]
+        self,
+        root: RefineNode,
+        refine: Refine,
+        judge: Judge,
+        limits: RefineLimits,
+        known: Mapping[str, RefineVerdict],
     ) -> None:
         self.nodes = [root]
         self._refine, self._judge, self._limits = refine, judge, limits
@@ -215,7 +229,8 @@ class _Search:
         return sorted(children, key=lambda node: (-node.value, node.id))
 
     async def _drafts(self, parents: Sequence[RefineNode]) -> list[Found]:
-        """`branch` refinements of each parent, fewer where the budget or the retries end; the better parent comes first."""
+        """`branch` refinements of each parent, fewer where the budget or the retries end; the
+        better parent comes first."""
         wanted, left = [], self._left
         for _ in parents:
             wanted.append(min(self._limits.branch, left))
@@ -227,7 +242,9 @@ class _Search:
                 break
             answers = await self._refine([(parents[i], wanted[i] - len(found[i])) for i in short])
             for i, drafts in zip(short, answers, strict=True):
-                found[i] += [(parents[i], draft.text, draft) for draft in drafts if draft.text is not None]
+                found[i] += [
+                    (parents[i], draft.text, draft) for draft in drafts if draft.text is not None
+                ]
                 self._malformed += sum(draft.text is None for draft in drafts)
         self._tried += sum(map(len, found))
         return [entry for entries in found for entry in entries]
@@ -243,4 +260,6 @@ class _Search:
                 break
             verdicts = await self._judge(list(pending.values()))
             self._verdicts |= dict(zip(pending, verdicts, strict=True))
-            pending = {text: draft for text, draft in pending.items() if not self._verdicts[text].settled}
+            pending = {
+                text: draft for text, draft in pending.items() if not self._verdicts[text].settled
+            }

@@ -1,7 +1,8 @@
-"""The client's end of a service: one connection, its identity, and the one place where grpc's errors become ours.
+"""The client's end of a service: one connection, its identity, and the one place where grpc's
+errors become ours.
 
-In: "host:port" and an EndpointSecurity. Out: answers, or an error of rayhf.errors. Every call has a deadline; nothing is repeated
-here. Calls may come from many threads.
+In: "host:port" and an EndpointSecurity. Out: answers, or an error of rayhf.errors. Every call has a
+deadline; nothing is repeated here. Calls may come from many threads.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rayhf.config.service import EndpointSecurity, split_endpoint
 from rayhf.errors import ConfigError, RayhfError, ServiceError, UnreachableError
-from rayhf.service.secrets import read_private, read_public, read_token
+from rayhf.service.credentials import read_private, read_public, read_token
 
 MAX_DETAILS = 400
 """Characters of a server's own words that are passed on."""
-_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED)
+_AWAY = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+)
 
 
 class Client:
@@ -31,13 +37,19 @@ class Client:
     Raises ConfigError for an endpoint or files that cannot be used.
     """
 
-    def __init__(self, endpoint: str, security: EndpointSecurity, *, base: Path, max_message_mib: int = 16) -> None:
+    def __init__(
+        self, endpoint: str, security: EndpointSecurity, *, base: Path, max_message_mib: int = 16
+    ) -> None:
         try:
             split_endpoint(endpoint, security)
         except ValueError as error:
             raise ConfigError(f"endpoint {error}") from None
         self.endpoint = endpoint
-        token = None if security.token_file is None else read_token(base / security.token_file, key="security.token_file")
+        token = (
+            None
+            if security.token_file is None
+            else read_token(base / security.token_file, key="security.token_file")
+        )
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         options = _options(max_message_mib)
         if security.ca is None:
@@ -47,14 +59,16 @@ class Client:
         self._health = health_pb2_grpc.HealthStub(self.channel)
 
     def call(self, method: Callable[..., Any], request: Any, *, timeout_s: float) -> Any:
-        """One answer. Raises UnreachableError where asking again may help, ServiceError where it will not, and ConfigError where
-        the request was refused for what it says."""
+        """One answer. Raises UnreachableError where asking again may help, ServiceError where it
+        will not, and ConfigError where the request was refused for what it says."""
         try:
             return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._translated(error, timeout_s) from None
 
-    def stream(self, method: Callable[..., Any], request: Any, *, timeout_s: float) -> Iterator[Any]:
+    def stream(
+        self, method: Callable[..., Any], request: Any, *, timeout_s: float
+    ) -> Iterator[Any]:
         """Answers as they come, for at most timeout_s. Raises as call()."""
         try:
             yield from method(request, timeout=timeout_s, metadata=self._metadata)
@@ -63,7 +77,9 @@ class Client:
 
     def check_health(self, service: str, *, timeout_s: float) -> None:
         """Raises UnreachableError unless the server says that the service is serving."""
-        reply = self.call(self._health.Check, health_pb2.HealthCheckRequest(service=service), timeout_s=timeout_s)
+        reply = self.call(
+            self._health.Check, health_pb2.HealthCheckRequest(service=service), timeout_s=timeout_s
+        )
         if reply.status != health_pb2.HealthCheckResponse.SERVING:
             raise UnreachableError(f"{self.endpoint}: {service} is not serving")
 
@@ -75,7 +91,9 @@ class Client:
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return UnreachableError(f"{self.endpoint}: no answer within {timeout_s:g} s")
         line = f"{self.endpoint}: {code.name.lower()}: {details}"
-        if code in _AWAY or (code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details):
+        if code in _AWAY or (
+            code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details
+        ):
             return UnreachableError(line)
         return ConfigError(line) if code == grpc.StatusCode.INVALID_ARGUMENT else ServiceError(line)
 
@@ -88,7 +106,10 @@ def _options(max_message_mib: int) -> tuple[tuple[str, Any], ...]:
         ("grpc.enable_http_proxy", 0),  # a proxy would read what is in the clear on loopback
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 2000),  # by default a service that is back may be noticed two minutes late
+        (
+            "grpc.max_reconnect_backoff_ms",
+            2000,
+        ),  # by default a service that is back may be noticed two minutes late
     )
 
 
@@ -98,7 +119,9 @@ def _credentials(security: EndpointSecurity, base: Path) -> grpc.ChannelCredenti
     if security.certificate is None or security.key is None:
         return grpc.ssl_channel_credentials(ca)
     certificate = read_public(base / security.certificate, key="security.certificate")
-    return grpc.ssl_channel_credentials(ca, read_private(base / security.key, key="security.key"), certificate)
+    return grpc.ssl_channel_credentials(
+        ca, read_private(base / security.key, key="security.key"), certificate
+    )
 
 
 def printable(text: str) -> str:

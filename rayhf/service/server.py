@@ -1,8 +1,10 @@
-"""A gRPC server as every service of rayhf has it: loopback or TLS, a token, limits, health, a graceful end.
+"""A gRPC server as every service of rayhf has it: loopback or TLS, a token, limits, health, a
+graceful end.
 
-In: a ServiceConfig and what registers the services on it. Out: a running Server with the address it got. Calls come in on its
-own threads; whoever started it calls stop(). Health is answered without a token (Check only, which tells nothing but that it
-serves); a client certificate is asked for there too. Nothing here lists what is served (no reflection).
+In: a ServiceConfig and what registers the services on it. Out: a running Server with the address it
+got. Calls come in on its own threads; whoever started it calls stop(). Health is answered without a
+token (Check only, which tells nothing but that it serves); a client certificate is asked for there
+too. Nothing here lists what is served (no reflection).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from rayhf.config.service import ServiceConfig, TLSConfig
 from rayhf.errors import ConfigError, LockedError, RayhfError
-from rayhf.service.secrets import read_private, read_public, read_token
+from rayhf.service.credentials import read_private, read_public, read_token
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,11 @@ class Server:
     """
 
     def __init__(self, config: ServiceConfig, services: dict[str, Register], *, base: Path) -> None:
-        token = None if config.token_file is None else read_token(base / config.token_file, key="service.token_file")
+        token = (
+            None
+            if config.token_file is None
+            else read_token(base / config.token_file, key="service.token_file")
+        )
         self._grace_s = config.grace_s
         self._server = grpc.server(
             ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="rpc"),
@@ -66,7 +72,8 @@ class Server:
         self._server.start()
 
     def stop(self) -> None:
-        """Take no new calls, let those under way end within grace_s, cancel the rest; returns when all is over."""
+        """Take no new calls, let those under way end within grace_s, cancel the rest; returns when
+        all is over."""
         self._health.enter_graceful_shutdown()
         self._server.stop(self._grace_s).wait()
 
@@ -95,8 +102,14 @@ def _options(max_message_mib: int) -> Sequence[tuple[str, Any]]:
 def _credentials(tls: TLSConfig, base: Path) -> grpc.ServerCredentials:
     key = read_private(base / tls.key, key="service.tls.key")
     certificate = read_public(base / tls.certificate, key="service.tls.certificate")
-    ca = None if tls.client_ca is None else read_public(base / tls.client_ca, key="service.tls.client_ca")
-    return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=ca is not None)
+    ca = (
+        None
+        if tls.client_ca is None
+        else read_public(base / tls.client_ca, key="service.tls.client_ca")
+    )
+    return grpc.ssl_server_credentials(
+        [(key, certificate)], root_certificates=ca, require_client_auth=ca is not None
+    )
 
 
 class _Bearer(grpc.ServerInterceptor):
@@ -104,10 +117,14 @@ class _Bearer(grpc.ServerInterceptor):
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
-        self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(_refuse)
+        self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
+            _refuse
+        )
 
     def intercept_service(
-        self, continuation: Callable[[Any], grpc.RpcMethodHandler[Any, Any] | None], handler_call_details: Any
+        self,
+        continuation: Callable[[Any], grpc.RpcMethodHandler[Any, Any] | None],
+        handler_call_details: Any,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         if handler_call_details.method == HEALTH_CHECK:
             return continuation(handler_call_details)
@@ -123,8 +140,8 @@ def _refuse(_request: Any, context: grpc.ServicerContext) -> NoReturn:
 
 @contextmanager
 def refusals(context: grpc.ServicerContext) -> Iterator[None]:
-    """For the body of a servicer's method: an error of rayhf becomes a status with its line. Others are bugs: grpc logs them here
-    and the client hears UNKNOWN."""
+    """For the body of a servicer's method: an error of rayhf becomes a status with its line. Others
+    are bugs: grpc logs them here and the client hears UNKNOWN."""
     try:
         yield
     except ConfigError as error:

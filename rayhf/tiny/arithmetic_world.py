@@ -1,8 +1,10 @@
-"""The recipe of the arithmetic task: prompts, a policy that learned the steps and then learned to slip, its accuracy.
+"""The recipe of the arithmetic task: prompts, a policy that learned the steps and then learned to
+slip, its accuracy.
 
-In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and what was measured.
-Two phases of supervised training: clean demonstrations first, because noise makes the facts slow to learn, and then
-demonstrations with slips, which set how often the policy errs when sampled. Greedy decoding stays far better.
+In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and what was
+measured. Two phases of supervised training: clean demonstrations first, because noise makes the
+facts slow to learn, and then demonstrations with slips, which set how often the policy errs when
+sampled. Greedy decoding stays far better.
 """
 
 from __future__ import annotations
@@ -24,14 +26,22 @@ SLIPPING = Phase(steps=150, batch=32, lr=1e-3, lr_end=1e-4)
 MAX_TOKENS = 48
 
 
-def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> tuple[dict[str, int], dict[str, float]]:
+def make(
+    directory: Path, seed: int, progress: Callable[[str, float], None]
+) -> tuple[dict[str, int], dict[str, float]]:
     """Returns (sizes, measured)."""
     progress("prompts", 0.0)
     stream = arithmetic.chains(seed)
     heldout = list(islice(stream, HELDOUT))
     shown = list(islice(stream, DEMONSTRATED))
-    write_rows(directory / "heldout.jsonl", [{"prompt": chain.prompt, "answer": chain.answer} for chain in heldout])
-    write_rows(directory / "train.jsonl", [{"prompt": chain.prompt, "answer": chain.answer} for chain in shown[:TRAIN]])
+    write_rows(
+        directory / "heldout.jsonl",
+        [{"prompt": chain.prompt, "answer": chain.answer} for chain in heldout],
+    )
+    write_rows(
+        directory / "train.jsonl",
+        [{"prompt": chain.prompt, "answer": chain.answer} for chain in shown[:TRAIN]],
+    )
     clean = arithmetic.demonstrations(shown, seed, count=len(shown), rate=0.0)
     slipping = arithmetic.demonstrations(shown, seed, count=2 * len(shown))
     texts = [f"{prompt}\n{response}" for prompt, response in slipping[:4000]]
@@ -39,8 +49,22 @@ def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> 
     progress("prompts", 1.0)
 
     model = new_model(SIZE, tokenizer, seed)
-    train(model, tokenizer, clean, CLEAN, seed=seed, progress=lambda done: progress("learn the steps", done))
-    loss = train(model, tokenizer, slipping, SLIPPING, seed=seed + 1, progress=lambda done: progress("learn to slip", done))
+    train(
+        model,
+        tokenizer,
+        clean,
+        CLEAN,
+        seed=seed,
+        progress=lambda done: progress("learn the steps", done),
+    )
+    loss = train(
+        model,
+        tokenizer,
+        slipping,
+        SLIPPING,
+        seed=seed + 1,
+        progress=lambda done: progress("learn to slip", done),
+    )
     model.save_pretrained(directory / "policy")
     tokenizer.save_pretrained(directory / "policy")
 

@@ -1,8 +1,9 @@
-"""The cyclic task: answers that beat each other in a circle, so that no score per answer can order them.
+"""The cyclic task: answers that beat each other in a circle, so that no score per answer can order
+them.
 
-In: a seed. Out: prompts, an opening distribution of answers, preference pairs, and `beats`, the pairwise rule. Paper beats rock,
-scissors beat paper, rock beats scissors, with different probabilities: the only equilibrium mixes all three, unevenly. Nothing
-here imports torch.
+In: a seed. Out: prompts, an opening distribution of answers, preference pairs, and `beats`, the
+pairwise rule. Paper beats rock, scissors beat paper, rock beats scissors, with different
+probabilities: the only equilibrium mixes all three, unevenly. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ ANSWERS = ("rock", "paper", "scissors")
 PREFERENCE = ((0.5, 0.0, 0.88), (1.0, 0.5, 0.06), (0.12, 0.94, 0.5))
 """PREFERENCE[i][j] = P(ANSWERS[i] beats ANSWERS[j])."""
 EQUILIBRIUM = (0.44 / 1.32, 0.38 / 1.32, 0.5 / 1.32)
-"""Each answer's share is the margin by which the other two differ: the payoff of every answer against it is then 1/2."""
+"""Each answer's share is the margin by which the other two differ: the payoff of every answer
+against it is then 1/2."""
 OPENING = (0.72, 0.18, 0.1)
 """How the untrained policy plays; paper wins 0.77 against it."""
 PAIR_WEIGHTS = {(1, 0): 1 / 0.5, (2, 1): 1 / 0.44, (0, 2): 1 / 0.38}
-"""How often the pairs file compares two kinds: inversely to the margin, so that the best Bradley-Terry scores are equal, and
-no order of the kinds predicts more than 65 % of the labels."""
+"""How often the pairs file compares two kinds: inversely to the margin, so that the best
+Bradley-Terry scores are equal, and no order of the kinds predicts more than 65 % of the labels."""
 
 _PLACES = ("park", "beach", "forest", "tavern", "harbour", "market", "castle", "desert")
 _PLAYERS = ("Ann", "Ben", "Cem", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivo", "June")
@@ -30,7 +32,11 @@ _PLAYERS = ("Ann", "Ben", "Cem", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivo", "J
 def prompts(seed: int) -> Iterator[str]:
     """Every different prompt once, in an order that the seed fixes."""
     every = [
-        f"{one} plays {two} in the {place}. Your move?" for one in _PLAYERS for two in _PLAYERS if one != two for place in _PLACES
+        f"{one} plays {two} in the {place}. Your move?"
+        for one in _PLAYERS
+        for two in _PLAYERS
+        if one != two
+        for place in _PLACES
     ]
     random.Random(f"game prompts {seed}").shuffle(every)
     yield from every
@@ -38,7 +44,9 @@ def prompts(seed: int) -> Iterator[str]:
 
 def beats(first: str, second: str, *, prompt: str, answer: str | None) -> float:
     """P(first beats second). A text that is no move loses to every move; two such texts draw."""
-    kinds = [ANSWERS.index(text.strip()) if text.strip() in ANSWERS else None for text in (first, second)]
+    kinds = [
+        ANSWERS.index(text.strip()) if text.strip() in ANSWERS else None for text in (first, second)
+    ]
     if kinds[0] is None or kinds[1] is None:
         return 0.5 + 0.5 * ((kinds[0] is not None) - (kinds[1] is not None))
     return PREFERENCE[kinds[0]][kinds[1]]
@@ -50,7 +58,7 @@ def legal(completion: str, *, prompt: str, answer: str | None, finish_reason: st
 
 
 def draw_pairs(questions: list[str], seed: int) -> list[dict[str, str]]:
-    """One labelled comparison per question; which of the two kinds is chosen follows PREFERENCE."""
+    """One labeled comparison per question; which of the two kinds is chosen follows PREFERENCE."""
     if not questions:
         raise ConfigError("game: no questions to draw pairs for")
     rng = random.Random(f"game pairs {seed}")

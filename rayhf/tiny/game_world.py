@@ -1,6 +1,8 @@
-"""The recipe of the game task: prompts, a policy that plays the opening distribution, the game file, pairs with labels.
+"""The recipe of the game task: prompts, a policy that plays the opening distribution, the game
+file, pairs with labels.
 
-In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, game.json, and what was measured.
+In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, game.json, and
+what was measured.
 """
 
 from __future__ import annotations
@@ -22,31 +24,59 @@ OPENING = Phase(steps=150, batch=32, lr=2e-3, lr_end=2e-4)
 MAX_TOKENS = 8
 
 
-def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> tuple[dict[str, int], dict[str, float]]:
+def make(
+    directory: Path, seed: int, progress: Callable[[str, float], None]
+) -> tuple[dict[str, int], dict[str, float]]:
     """Returns (sizes, measured)."""
     progress("prompts", 0.0)
     every = list(game.prompts(seed))
     heldout, shown = every[:HELDOUT], every[HELDOUT : HELDOUT + TRAIN]
     write_rows(directory / "heldout.jsonl", [{"prompt": prompt} for prompt in heldout])
     write_rows(directory / "train.jsonl", [{"prompt": prompt} for prompt in shown])
-    (directory / "game.json").write_text(json.dumps({"answers": game.ANSWERS, "preference": game.PREFERENCE}, indent=2) + "\n")
+    (directory / "game.json").write_text(
+        json.dumps({"answers": game.ANSWERS, "preference": game.PREFERENCE}, indent=2) + "\n"
+    )
     questions = [shown[i % TRAIN] for i in range(PAIRS_TRAIN)]
     write_rows(directory / "pairs_train.jsonl", game.draw_pairs(questions, seed))
-    write_rows(directory / "pairs_test.jsonl", game.draw_pairs([heldout[i % HELDOUT] for i in range(PAIRS_TEST)], seed + 1))
+    write_rows(
+        directory / "pairs_test.jsonl",
+        game.draw_pairs([heldout[i % HELDOUT] for i in range(PAIRS_TEST)], seed + 1),
+    )
     rng = random.Random(f"game openings {seed}")
-    demonstrations = [(prompt, rng.choices(game.ANSWERS, game.OPENING)[0]) for prompt in shown for _ in range(6)]
+    demonstrations = [
+        (prompt, rng.choices(game.ANSWERS, game.OPENING)[0]) for prompt in shown for _ in range(6)
+    ]
     texts = [f"{prompt}\n{answer}" for prompt, answer in demonstrations]
     tokenizer = train_tokenizer(texts, POLICY_FORMAT, max_vocab=512, max_length=MAX_LENGTH)
     progress("prompts", 1.0)
 
     policy = new_model(SIZE, tokenizer, seed)
-    loss = train(policy, tokenizer, demonstrations, OPENING, seed=seed, progress=lambda done: progress("learn to play", done))
+    loss = train(
+        policy,
+        tokenizer,
+        demonstrations,
+        OPENING,
+        seed=seed,
+        progress=lambda done: progress("learn to play", done),
+    )
     policy.save_pretrained(directory / "policy")
     tokenizer.save_pretrained(directory / "policy")
 
     progress("measure", 0.0)
-    played = [text for text, _ in sample(policy, tokenizer, heldout * 4, max_tokens=MAX_TOKENS, temperature=1.0, seed=seed)]
-    measured = {"sft_loss": loss} | {f"share_{answer}": played.count(answer) / len(played) for answer in game.ANSWERS}
+    played = [
+        text
+        for text, _ in sample(
+            policy, tokenizer, heldout * 4, max_tokens=MAX_TOKENS, temperature=1.0, seed=seed
+        )
+    ]
+    measured = {"sft_loss": loss} | {
+        f"share_{answer}": played.count(answer) / len(played) for answer in game.ANSWERS
+    }
     progress("measure", 1.0)
-    sizes = {"policy_parameters": policy.num_parameters(), "vocabulary": len(tokenizer), "train": TRAIN, "heldout": HELDOUT}
+    sizes = {
+        "policy_parameters": policy.num_parameters(),
+        "vocabulary": len(tokenizer),
+        "train": TRAIN,
+        "heldout": HELDOUT,
+    }
     return sizes | {"pairs_train": PAIRS_TRAIN, "pairs_test": PAIRS_TEST}, measured

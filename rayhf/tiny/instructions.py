@@ -1,9 +1,10 @@
-"""The task for acting, judging and refining: a line of animals under two to four constraints, each checked by a rule.
+"""The task for acting, judging and refining: a line of animals under two to four constraints, each
+checked by a rule.
 
-In: a seed. Out: instructions, demonstrations of the three skills with slips, and `satisfied` and `verdict_correct`, the
-rules that score an answer and a judgement. `Write 3 animals, owl first, cat nowhere, ! ends` is answered by
-`owl fox dog !`. A judge repeats the response with what was asked of its words, says of each constraint whether it holds,
-and ends with a verdict. Of `owl cat dog`:
+In: a seed. Out: instructions, demonstrations of the three skills with slips, and `satisfied` and
+`verdict_correct`, the rules that score an answer and a judgement. `Write 3 animals, owl first, cat
+nowhere, ! ends` is answered by `owl fox dog !`. A judge repeats the response with what was asked of
+its words, says of each constraint whether it holds, and ends with a verdict. Of `owl cat dog`:
 
     > owl first cat nowhere dog
     3 animals ok
@@ -12,9 +13,10 @@ and ends with a verdict. Of `owl cat dog`:
     ends no
     Verdict: no
 
-The first line makes the rest easy: each note is found beside its word in the instruction. A refiner is shown the
-instruction, the response and the judgement, and writes a better response. A policy trained on demonstrations that slip
-knows better than it samples, in all three skills. Nothing here imports torch.
+The first line makes the rest easy: each note is found beside its word in the instruction. A refiner
+is shown the instruction, the response and the judgement, and writes a better response. A policy
+trained on demonstrations that slip knows better than it samples, in all three skills. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -51,9 +53,11 @@ ACT_SLIP = 0.19
 REFINE_SLIP = 0.08
 """The same for a demonstrated refinement."""
 SHOWN_SLIP = 0.25
-"""The same for the responses that demonstrations judge and refine: a policy errs on top of what it learned to slip."""
+"""The same for the responses that demonstrations judge and refine: a policy errs on top of what it
+learned to slip."""
 JUDGE_SLIP = 0.15
-"""Probability that a demonstrated judgement says ok for no or no for ok, for each constraint; the verdict follows."""
+"""Probability that a demonstrated judgement says ok for no or no for ok, for each constraint; the
+verdict follows."""
 
 _PHRASES = {
     "count": "{} animals",
@@ -81,7 +85,8 @@ class Instruction:
     """What is asked for."""
 
     asked: tuple[tuple[str, str], ...]
-    """(kind, value) of each constraint, at most one of a kind, the count first; no animal is named twice."""
+    """(kind, value) of each constraint, at most one of a kind, the count first; no animal is named
+    twice."""
 
     @property
     def prompt(self) -> str:
@@ -98,7 +103,8 @@ class Check:
 
     kind: str
     name: str
-    """What a judge calls it: `first` or `ends` as the instruction does, and `2 animals` where there are two."""
+    """What a judge calls it: `first` or `ends` as the instruction does, and `2 animals` where there
+    are two."""
     holds: bool
 
 
@@ -109,24 +115,39 @@ def parse(prompt: str) -> Instruction:
     kinds = iter(_PHRASES)
     for part in (head, *parts):
         # One pass over the kinds: what is out of order or asked twice is no instruction.
-        found = next(((kind, value) for kind in kinds for value in _ASKABLE[kind] if _PHRASES[kind].format(value) == part), None)
+        found = next(
+            (
+                (kind, value)
+                for kind in kinds
+                for value in _ASKABLE[kind]
+                if _PHRASES[kind].format(value) == part
+            ),
+            None,
+        )
         if found is None:
             break
         asked.append(found)
     instruction = Instruction(tuple(asked))
     if not asked or asked[0][0] != "count" or instruction.prompt != prompt:
-        raise ConfigError(f"prompts: {prompt!r} is no instruction, expected one like 'Write 3 animals, owl first, ! ends'")
+        raise ConfigError(
+            f"prompts: {prompt!r} is no instruction, expected one like 'Write 3 animals, owl first, ! ends'"
+        )
     return instruction
 
 
 def instructions(seed: int) -> Iterator[Instruction]:
-    """An endless stream of different instructions with two to four constraints, the same for the same seed."""
+    """An endless stream of different instructions with two to four constraints, the same for the
+    same seed."""
     rng = random.Random(f"instructions {seed}")
     seen: set[Instruction] = set()
     while True:
         chosen = {"count", *rng.sample(list(_PHRASES)[1:], rng.choice((1, 2, 2, 3, 3)))}
         names = iter(rng.sample(ANIMALS, len(_NAMES)))
-        asked = [(kind, next(names) if kind in _NAMES else rng.choice(_ASKABLE[kind])) for kind in _PHRASES if kind in chosen]
+        asked = [
+            (kind, next(names) if kind in _NAMES else rng.choice(_ASKABLE[kind]))
+            for kind in _PHRASES
+            if kind in chosen
+        ]
         instruction = Instruction(tuple(asked))
         if instruction not in seen:
             seen.add(instruction)
@@ -134,7 +155,8 @@ def instructions(seed: int) -> Iterator[Instruction]:
 
 
 def check(instruction: Instruction, response: str) -> tuple[Check, ...]:
-    """One Check per constraint, in order. A response that is not known animals and a mark has not the count asked for."""
+    """One Check per constraint, in order. A response that is not known animals and a mark has not
+    the count asked for."""
     *words, end = response.split(" ")
     if end not in MARKS:
         words.append(end)
@@ -161,12 +183,17 @@ def judge_truth(instruction: Instruction, response: str) -> str:
     return "yes" if all(one.holds for one in check(instruction, response)) else "no"
 
 
-def judgement(instruction: Instruction, response: str, slips: AbstractSet[str] = frozenset()) -> str:
-    """The response with what was asked of each of its words, a line per constraint, a verdict that follows from these.
+def judgement(
+    instruction: Instruction, response: str, slips: AbstractSet[str] = frozenset()
+) -> str:
+    """The response with what was asked of each of its words, a line per constraint, a verdict that
+    follows from these.
 
     The lines of the constraints whose kinds are in `slips` say the contrary of what is true.
     """
-    notes = {value: _PHRASES[kind].format(value) for kind, value in instruction.asked if kind != "count"}
+    notes = {
+        value: _PHRASES[kind].format(value) for kind, value in instruction.asked if kind != "count"
+    }
     said = [(one.name, one.holds != (one.kind in slips)) for one in check(instruction, response)]
     return "\n".join(
         [
@@ -177,8 +204,11 @@ def judgement(instruction: Instruction, response: str, slips: AbstractSet[str] =
     )
 
 
-def compose(instruction: Instruction, slips: AbstractSet[str], rng: random.Random, *, draft: str = "") -> str:
-    """A response that breaks exactly the constraints whose kinds are in `slips`, with the draft's other animals if it can."""
+def compose(
+    instruction: Instruction, slips: AbstractSet[str], rng: random.Random, *, draft: str = ""
+) -> str:
+    """A response that breaks exactly the constraints whose kinds are in `slips`, with the draft's
+    other animals if it can."""
     asked = dict(instruction.asked)
     named = {asked[kind] for kind in _NAMES if kind in asked}
     slots = [kind for kind in _NAMES if kind in asked and (kind != "with" or kind not in slips)]
@@ -190,7 +220,9 @@ def compose(instruction: Instruction, slips: AbstractSet[str], rng: random.Rando
 
     before = [word for word in draft.split(" ") if word in _KNOWN]
     kept = [word for word in dict.fromkeys(before) if word not in named]
-    new = [word for word in rng.sample(ANIMALS, len(ANIMALS)) if word not in named and word not in kept]
+    new = [
+        word for word in rng.sample(ANIMALS, len(ANIMALS)) if word not in named and word not in kept
+    ]
     others = kept[:count] + new
     inner = list(range(int("first" in asked), count - int("last" in asked)))
     words = [""] * count
@@ -226,17 +258,24 @@ def refine_prompt(instruction: Instruction, response: str, judged: str) -> str:
     return str(_REFINE.render(instruction=instruction.prompt, response=response, judgement=judged))
 
 
-def demonstrations(asked: Sequence[Instruction], seed: int, *, slipping: bool) -> dict[str, list[tuple[str, str]]]:
-    """(prompt, response) pairs by skill ("act", "judge", "refine"), one of each for each instruction.
+def demonstrations(
+    asked: Sequence[Instruction], seed: int, *, slipping: bool
+) -> dict[str, list[tuple[str, str]]]:
+    """(prompt, response) pairs by skill ("act", "judge", "refine"), one of each for each
+    instruction.
 
-    Without `slipping` everything demonstrated is right, and what is judged fails more often than a policy's samples
-    do, so that each constraint is often seen to hold and often not.
+    Without `slipping` everything demonstrated is right, and what is judged fails more often than a
+    policy's samples do, so that each constraint is often seen to hold and often not.
     """
     rng = random.Random(f"instructions demonstrations {seed} {slipping}")
-    act, judge, refine, seen = (ACT_SLIP, JUDGE_SLIP, REFINE_SLIP, SHOWN_SLIP) if slipping else (0.0, 0.0, 0.0, 0.4)
+    act, judge, refine, seen = (
+        (ACT_SLIP, JUDGE_SLIP, REFINE_SLIP, SHOWN_SLIP) if slipping else (0.0, 0.0, 0.0, 0.4)
+    )
     rows: dict[str, list[tuple[str, str]]] = {"act": [], "judge": [], "refine": []}
     for instruction in asked:
-        rows["act"].append((instruction.prompt, compose(instruction, draw_slips(instruction, rng, rate=act), rng)))
+        rows["act"].append(
+            (instruction.prompt, compose(instruction, draw_slips(instruction, rng, rate=act), rng))
+        )
         shown = compose(instruction, draw_slips(instruction, rng, rate=seen), rng)
         said = judgement(instruction, shown, draw_slips(instruction, rng, rate=judge))
         rows["judge"].append((judge_prompt(instruction, shown), said))
@@ -257,12 +296,22 @@ def failing_response(instruction: Instruction, rng: random.Random) -> str:
 
 
 def judgement_rows(asked: Sequence[Instruction], seed: int) -> list[dict[str, str]]:
-    """{"prompt", "answer"}: judge prompts in turn of a right and of a failing response, and the true verdict."""
+    """{"prompt", "answer"}: judge prompts in turn of a right and of a failing response, and the
+    true verdict."""
     rng = random.Random(f"instructions judgements {seed}")
     rows = []
     for index, instruction in enumerate(asked):
-        response = failing_response(instruction, rng) if index % 2 else compose(instruction, frozenset(), rng)
-        rows.append({"prompt": judge_prompt(instruction, response), "answer": judge_truth(instruction, response)})
+        response = (
+            failing_response(instruction, rng)
+            if index % 2
+            else compose(instruction, frozenset(), rng)
+        )
+        rows.append(
+            {
+                "prompt": judge_prompt(instruction, response),
+                "answer": judge_truth(instruction, response),
+            }
+        )
     return rows
 
 
@@ -281,11 +330,16 @@ def verdict_of(completion: str, finish_reason: str) -> str | None:
     return None if match is None or finish_reason == "length" else match[1]
 
 
-def verdict_correct(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
-    """1.0 where the judgement's verdict is the answer ("yes" or "no"), else 0.0, also where it gives none.
+def verdict_correct(
+    completion: str, *, prompt: str, answer: str | None, finish_reason: str
+) -> float:
+    """1.0 where the judgement's verdict is the answer ("yes" or "no"), else 0.0, also where it
+    gives none.
 
     Raises ConfigError for a row without such an answer.
     """
     if answer not in ("yes", "no"):
-        raise ConfigError(f"prompts: a judgement's answer is yes or no, and {prompt!r} has {answer!r}")
+        raise ConfigError(
+            f"prompts: a judgement's answer is yes or no, and {prompt!r} has {answer!r}"
+        )
     return float(verdict_of(completion, finish_reason) == answer)

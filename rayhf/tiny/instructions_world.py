@@ -1,11 +1,13 @@
-"""The recipe of the instructions task: prompts, one policy that acts, judges and refines, and how well it does each.
+"""The recipe of the instructions task: prompts, one policy that acts, judges and refines, and how
+well it does each.
 
-In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, heldout_judgements.jsonl (judge
-prompts with the true verdict as answer), and what was measured. Clean judgements come first: they leave nothing to
-chance, so the policy soon learns to find a word again, on which the other skills rest; mixed with answers that are
-partly free this takes several times as long. Then all three skills, clean; then slipping demonstrations, which set how
-often the policy errs when sampled. Prompts, demonstrations and judge prompts follow from the seed alone, the policy
-also from the number of torch threads.
+In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes,
+heldout_judgements.jsonl (judge prompts with the true verdict as answer), and what was measured.
+Clean judgements come first: they leave nothing to chance, so the policy soon learns to find a word
+again, on which the other skills rest; mixed with answers that are partly free this takes several
+times as long. Then all three skills, clean; then slipping demonstrations, which set how often the
+policy errs when sampled. Prompts, demonstrations and judge prompts follow from the seed alone, the
+policy also from the number of torch threads.
 """
 
 from __future__ import annotations
@@ -34,14 +36,18 @@ SLIPPING = Phase(steps=120, batch=32, lr=7e-4, lr_end=1e-4)
 MAX_TOKENS = 48
 """Of a judgement with four checks, about 25."""
 VOTES, VOTE_TEMPERATURE = 5, 0.7
-"""Of the measured vote and refinement: the setting of SPaR's code (arXiv 2412.11605, src/judge.py)."""
+"""Of the measured vote and refinement: the setting of SPaR's code (arXiv 2412.11605,
+src/judge.py)."""
 
 
-def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> tuple[dict[str, int], dict[str, float]]:
+def make(
+    directory: Path, seed: int, progress: Callable[[str, float], None]
+) -> tuple[dict[str, int], dict[str, float]]:
     """Returns (sizes, measured)."""
     progress("prompts", 0.0)
     asked = list(islice(instructions.instructions(seed), HELDOUT + DEMONSTRATED))
-    # There are few short instructions and the stream soon runs out of them: training and held-out ones get their share.
+    # There are few short instructions and the stream soon runs out of them: training and held-out
+    # ones get their share.
     random.Random(f"instructions split {seed}").shuffle(asked)
     heldout, shown = asked[:HELDOUT], asked[HELDOUT:]
     judgements = instructions.judgement_rows(heldout, seed)
@@ -61,7 +67,9 @@ def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> 
         ("learn the skills", mixed(clean), CLEAN, 1),
         ("learn to slip", mixed(slipping), SLIPPING, 2),
     ):
-        loss = train(model, tokenizer, rows, phase, seed=seed + turn, progress=partial(progress, name))
+        loss = train(
+            model, tokenizer, rows, phase, seed=seed + turn, progress=partial(progress, name)
+        )
     model.save_pretrained(directory / "policy")
     tokenizer.save_pretrained(directory / "policy")
 
@@ -79,17 +87,20 @@ def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> 
 
 
 def mixed(rows: Mapping[str, Sequence[tuple[str, str]]]) -> list[tuple[str, str]]:
-    """All three skills. Half of the judgements will do: they are the easiest skill and were learned first."""
+    """All three skills. Half of the judgements will do: they are the easiest skill and were learned
+    first."""
     return [*rows["act"], *rows["judge"][::2], *rows["refine"]]
 
 
 @torch.no_grad()
 def spread(model: LlamaForCausalLM) -> None:
-    """Start with larger weights (standard deviation 0.06 instead of 0.02) and with output embeddings equal to the input's.
+    """Start with larger weights (standard deviation 0.06 instead of 0.02) and with output
+    embeddings equal to the input's.
 
-    Measured on texts that say their prompt again, at a learning rate of 2.5e-3: from 0.02 the policy copies nothing after
-    250 steps (1.6 nats per token), from 0.06 it does after 150 (0.4). With equal embeddings, from 0.02, half of the names
-    are copied right after 400 steps, without them a sixth.
+    Measured on texts that say their prompt again, at a learning rate of 2.5e-3: from 0.02 the
+    policy copies nothing after 250 steps (1.6 nats per token), from 0.06 it does after 150 (0.4).
+    With equal embeddings, from 0.02, half of the names are copied right after 400 steps, without
+    them a sixth.
     """
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -104,10 +115,18 @@ def measure(
     judgements: Sequence[dict[str, str]],
     seed: int,
 ) -> dict[str, float]:
-    """Shares of held-out instructions and judge prompts on which the policy is right, acting, judging and refining."""
+    """Shares of held-out instructions and judge prompts on which the policy is right, acting,
+    judging and refining."""
 
     def write(prompts: Sequence[str], temperature: float, turn: int) -> list[tuple[str, str]]:
-        return sample(model, tokenizer, prompts, max_tokens=MAX_TOKENS, temperature=temperature, seed=seed + turn)
+        return sample(
+            model,
+            tokenizer,
+            prompts,
+            max_tokens=MAX_TOKENS,
+            temperature=temperature,
+            seed=seed + turn,
+        )
 
     def right(asked: Sequence[Instruction], written: Sequence[tuple[str, str]]) -> list[bool]:
         scores = [
@@ -118,7 +137,10 @@ def measure(
 
     prompts = [one.prompt for one in heldout]
     sampled, greedy = write(prompts, 1.0, 0), write(prompts, 0.0, 0)
-    measured = {"satisfied_sampled": _mean(right(heldout, sampled)), "satisfied_greedy": _mean(right(heldout, greedy))}
+    measured = {
+        "satisfied_sampled": _mean(right(heldout, sampled)),
+        "satisfied_greedy": _mean(right(heldout, greedy)),
+    }
 
     questions = [row["prompt"] for row in judgements]
     verdicts = [
@@ -126,16 +148,30 @@ def measure(
         for turn, temperature in enumerate((1.0, *[VOTE_TEMPERATURE] * VOTES), 1)
     ]
     # A tie, which takes a vote without a verdict, counts as no.
-    voted = ["yes" if votes.count("yes") > votes.count("no") else "no" for votes in zip(*verdicts[1:], strict=True)]
+    voted = [
+        "yes" if votes.count("yes") > votes.count("no") else "no"
+        for votes in zip(*verdicts[1:], strict=True)
+    ]
     for name, given in (("sampled", verdicts[0]), ("voted", voted)):
         measured[f"judge_accuracy_{name}"] = _mean(
             [verdict == row["answer"] for verdict, row in zip(given, judgements, strict=True)]
         )
 
-    failed = [(one, text) for one, (text, _), good in zip(heldout, sampled, right(heldout, sampled), strict=True) if not good]
-    said = write([instructions.judge_prompt(one, text) for one, text in failed], VOTE_TEMPERATURE, 0)
-    asked = [instructions.refine_prompt(one, text, told) for (one, text), (told, _) in zip(failed, said, strict=True)]
-    measured["refine_success"] = _mean(right([one for one, _ in failed], write(asked, VOTE_TEMPERATURE, 0)))
+    failed = [
+        (one, text)
+        for one, (text, _), good in zip(heldout, sampled, right(heldout, sampled), strict=True)
+        if not good
+    ]
+    said = write(
+        [instructions.judge_prompt(one, text) for one, text in failed], VOTE_TEMPERATURE, 0
+    )
+    asked = [
+        instructions.refine_prompt(one, text, told)
+        for (one, text), (told, _) in zip(failed, said, strict=True)
+    ]
+    measured["refine_success"] = _mean(
+        right([one for one, _ in failed], write(asked, VOTE_TEMPERATURE, 0))
+    )
     return measured
 
 

@@ -1,7 +1,8 @@
-"""A small Llama policy: made from a seed, trained on demonstrations, sampled in batches with a KV cache.
+"""A small Llama policy: made from a seed, trained on demonstrations, sampled in batches with a KV
+cache.
 
-In: (prompt, response) texts and a tokenizer. Out: a model that writes such responses. Building the tiny world needs no
-serving engine: `sample` is plain torch and transformers.
+In: (prompt, response) texts and a tokenizer. Out: a model that writes such responses. Building the
+tiny world needs no serving engine: `sample` is plain torch and transformers.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ MAX_LENGTH = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """Llama, whose tokenizer transformers reads as it was saved: for Qwen2 it puts a class of its own in its place, with
-    one token more than the model has. Head size stays at 32, the smallest that vLLM's CPU attention serves.
+    """Llama, whose tokenizer transformers reads as it was saved: for Qwen2 it puts a class of its
+    own in its place, with one token more than the model has. Head size stays at 32, the smallest
+    that vLLM's CPU attention serves.
     """
 
     hidden: int = 128
@@ -48,7 +50,8 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A part of supervised training: `steps` batches of `batch` demonstrations, learning rate from `lr` to `lr_end`."""
+    """A part of supervised training: `steps` batches of `batch` demonstrations, learning rate from
+    `lr` to `lr_end`."""
 
     steps: int
     batch: int
@@ -66,7 +69,9 @@ def new_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, seed: int) ->
 def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """Token ids of each user message under the chat template, generation prompt included."""
     chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
         for prompt in prompts
     ]
     return [list(ids) for ids in tokenizer(chats, add_special_tokens=False)["input_ids"]]
@@ -81,28 +86,37 @@ def train(
     seed: int,
     progress: Callable[[float], None],
 ) -> float:
-    """Maximise the responses' likelihood. Returns the mean loss of the last tenth of the steps, in nats per token."""
+    """Maximise the responses' likelihood. Returns the mean loss of the last tenth of the steps, in
+    nats per token."""
     prompts = encode_prompts([prompt for prompt, _ in demonstrations], tokenizer)
-    answers = tokenizer([response for _, response in demonstrations], add_special_tokens=False)["input_ids"]
-    rows = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in zip(prompts, answers, strict=True)]
+    answers = tokenizer([response for _, response in demonstrations], add_special_tokens=False)[
+        "input_ids"
+    ]
+    rows = [
+        (prompt, [*answer, tokenizer.eos_token_id])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
     warmup = min(20, phase.steps // 4)
     losses: list[float] = []
     model.train()
     for step in range(phase.steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             decay = phase.lr_end + (phase.lr - phase.lr_end) * (1 - step / phase.steps)
             group["lr"] = decay * min(1.0, (step + 1) / max(1, warmup))
         picked = torch.randint(len(rows), (phase.batch,), generator=generator).tolist()
         inputs, labels = _pad_right([rows[index] for index in picked], pad=tokenizer.pad_token_id)
-        # Padding sits on the right and carries no label: causal attention keeps it away from every token that counts.
+        # Padding sits on the right and carries no label: causal attention keeps it away from every
+        # token that counts.
         logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
         progress((step + 1) / phase.steps)
     model.eval()
@@ -133,16 +147,21 @@ def sample(
     seed: int,
     batch: int = 256,
 ) -> list[tuple[str, str]]:
-    """One (text, finish reason) per prompt, "length" where `max_tokens` ran out. Temperature 0 is greedy."""
+    """One (text, finish reason) per prompt, "length" where `max_tokens` ran out. Temperature 0 is
+    greedy."""
     generator = torch.Generator().manual_seed(seed)
     out: list[tuple[str, str]] = []
     encoded = encode_prompts(prompts, tokenizer)
     for start in range(0, len(prompts), batch):
-        tokens = _sample_batch(model, tokenizer, encoded[start : start + batch], max_tokens, temperature, generator)
+        tokens = _sample_batch(
+            model, tokenizer, encoded[start : start + batch], max_tokens, temperature, generator
+        )
         for row in tokens.tolist():
             stopped = tokenizer.eos_token_id in row
             kept = row[: row.index(tokenizer.eos_token_id)] if stopped else row
-            out.append((tokenizer.decode(kept, skip_special_tokens=True), "stop" if stopped else "length"))
+            out.append(
+                (tokenizer.decode(kept, skip_special_tokens=True), "stop" if stopped else "length")
+            )
     return out
 
 
@@ -154,9 +173,12 @@ def _sample_batch(
     temperature: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Response tokens of shape (prompts, at most max_tokens); what follows an end-of-turn token is arbitrary."""
+    """Response tokens of shape (prompts, at most max_tokens); what follows an end-of-turn token is
+    arbitrary."""
     width = max(map(len, prompts))
-    inputs = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts])
+    inputs = torch.tensor(
+        [[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts]
+    )
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
     finished = torch.zeros(len(prompts), dtype=torch.bool)
     cache, columns = None, []
@@ -174,7 +196,9 @@ def _sample_batch(
         if temperature == 0:
             token = logits.argmax(-1)
         else:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[
+                :, 0
+            ]
         columns.append(token)
         finished |= token == tokenizer.eos_token_id
         if bool(finished.all()):

@@ -1,7 +1,9 @@
-"""A reward model: a sequence classifier with one output, trained on preference pairs with the Bradley-Terry loss.
+"""A reward model: a sequence classifier with one output, trained on preference pairs with the
+Bradley-Terry loss.
 
-In: the policy that wrote the pairs, and the pairs as text. Out: a classifier with its own tokenizer and chat template.
-It starts from the policy's weights, as reward models usually do; embeddings follow their tokens to the new ids.
+In: the policy that wrote the pairs, and the pairs as text. Out: a classifier with its own tokenizer
+and chat template. It starts from the policy's weights, as reward models usually do; embeddings
+follow their tokens to the new ids.
 """
 
 from __future__ import annotations
@@ -31,29 +33,41 @@ class PreferencePair:
 def from_policy(
     policy: LlamaForCausalLM, old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, seed: int
 ) -> LlamaForSequenceClassification:
-    """The policy's body under the new tokenizer's ids, with a new head of one output. Both tokenizers share merges."""
+    """The policy's body under the new tokenizer's ids, with a new head of one output. Both
+    tokenizers share merges."""
     config = copy.deepcopy(policy.config)
     config.vocab_size, config.num_labels = len(new), 1
     config.pad_token_id, config.eos_token_id = new.pad_token_id, new.eos_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForSequenceClassification(config).float()
-    body = {name: value for name, value in policy.model.state_dict().items() if name != "embed_tokens.weight"}
+    body = {
+        name: value
+        for name, value in policy.model.state_dict().items()
+        if name != "embed_tokens.weight"
+    }
     model.model.load_state_dict(body, strict=False)
-    renamed = dict(zip(REWARD_FORMAT.tokens[len(REWARD_FORMAT.reserved) :], POLICY_FORMAT.tokens, strict=True))
+    renamed = dict(
+        zip(REWARD_FORMAT.tokens[len(REWARD_FORMAT.reserved) :], POLICY_FORMAT.tokens, strict=True)
+    )
     with torch.no_grad():
         for token, index in new.get_vocab().items():
             source = renamed.get(token, token)
             if source in old.get_vocab():
-                model.model.embed_tokens.weight[index] = policy.model.embed_tokens.weight[old.get_vocab()[source]]
+                model.model.embed_tokens.weight[index] = policy.model.embed_tokens.weight[
+                    old.get_vocab()[source]
+                ]
     return model
 
 
-def encode(prompts: Sequence[str], answers: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+def encode(
+    prompts: Sequence[str], answers: Sequence[str], tokenizer: PreTrainedTokenizerFast
+) -> list[list[int]]:
     """Token ids of whole conversations under the tokenizer's chat template."""
     texts = [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tokenize=False
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+            tokenize=False,
         )
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
@@ -65,7 +79,9 @@ def rewards(model: LlamaForSequenceClassification, rows: Sequence[Sequence[int]]
     width = max(map(len, rows))
     pad = model.config.pad_token_id
     inputs = torch.tensor([list(row) + [pad] * (width - len(row)) for row in rows])
-    scores: Tensor = model(input_ids=inputs, attention_mask=(inputs != pad).long(), use_cache=False).logits[:, 0]
+    scores: Tensor = model(
+        input_ids=inputs, attention_mask=(inputs != pad).long(), use_cache=False
+    ).logits[:, 0]
     return scores
 
 
@@ -78,27 +94,34 @@ def train_on_pairs(
     seed: int,
     progress: Callable[[float], None],
 ) -> None:
-    """Minimise -log sigmoid(r(chosen) - r(rejected)); every pair is seen once before any is seen twice."""
+    """Minimise -log sigmoid(r(chosen) - r(rejected)); every pair is seen once before any is seen
+    twice."""
     prompts = [pair.prompt for pair in pairs]
     chosen = encode(prompts, [pair.chosen for pair in pairs], tokenizer)
     rejected = encode(prompts, [pair.rejected for pair in pairs], tokenizer)
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-phase.steps * phase.batch // len(pairs))
-    order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(epochs)]).tolist()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    order = torch.cat(
+        [torch.randperm(len(pairs), generator=generator) for _ in range(epochs)]
+    ).tolist()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.05
+    )
     model.train()
     for step in range(phase.steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = phase.lr_end + (phase.lr - phase.lr_end) * (1 - step / phase.steps)
         picked = order[step * phase.batch : (step + 1) * phase.batch]
-        scores = rewards(model, [chosen[index] for index in picked] + [rejected[index] for index in picked])
+        scores = rewards(
+            model, [chosen[index] for index in picked] + [rejected[index] for index in picked]
+        )
         margin = scores[: len(picked)] - scores[len(picked) :]
         # The second term keeps rewards around zero: pairs say nothing about their level.
         loss = -logsigmoid(margin).mean() + 0.001 * scores.square().mean()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         progress((step + 1) / phase.steps)
     model.eval()
 
@@ -114,4 +137,8 @@ def score(
 ) -> list[float]:
     """The reward of each answer."""
     rows = encode(prompts, answers, tokenizer)
-    return [value for start in range(0, len(rows), batch) for value in rewards(model, rows[start : start + batch]).tolist()]
+    return [
+        value
+        for start in range(0, len(rows), batch)
+        for value in rewards(model, rows[start : start + batch]).tolist()
+    ]

@@ -1,7 +1,9 @@
-"""One tokenizer recipe for every model of the tiny world: byte-level BPE, so that any text survives a round trip.
+"""One tokenizer recipe for every model of the tiny world: byte-level BPE, so that any text survives
+a round trip.
 
-In: texts and the names of the chat roles. Out: a fast tokenizer with a chat template, an end-of-turn token that is also
-the end-of-sequence token, and a padding token that is neither. Digits are never merged: a number is its digits.
+In: texts and the names of the chat roles. Out: a fast tokenizer with a chat template, an
+end-of-turn token that is also the end-of-sequence token, and a padding token that is neither.
+Digits are never merged: a number is its digits.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """The special tokens of one family of models; different formats give different token ids for the same text."""
+    """The special tokens of one family of models; different formats give different token ids for
+    the same text."""
 
     pad: str
     end: str
@@ -31,7 +34,9 @@ class ChatFormat:
 
     @property
     def template(self) -> str:
-        roles = f"{{'system': '{self.system}', 'user': '{self.user}', 'assistant': '{self.assistant}'}}"
+        roles = (
+            f"{{'system': '{self.system}', 'user': '{self.user}', 'assistant': '{self.assistant}'}}"
+        )
         return (
             f"{{%- set roles = {roles} -%}}"
             "{%- for message in messages -%}"
@@ -44,7 +49,9 @@ class ChatFormat:
         )
 
 
-POLICY_FORMAT = ChatFormat(pad="<|pad|>", end="<|end|>", system="<|system|>", user="<|user|>", assistant="<|assistant|>")
+POLICY_FORMAT = ChatFormat(
+    pad="<|pad|>", end="<|end|>", system="<|system|>", user="<|user|>", assistant="<|assistant|>"
+)
 REWARD_FORMAT = ChatFormat(
     pad="[PAD]",
     end="[END]",
@@ -55,11 +62,17 @@ REWARD_FORMAT = ChatFormat(
 )
 
 
-def train_tokenizer(texts: Iterable[str], chat: ChatFormat, *, max_vocab: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Merges are learned until every frequent word is one token or the vocabulary holds `max_vocab` entries."""
+def train_tokenizer(
+    texts: Iterable[str], chat: ChatFormat, *, max_vocab: int, max_length: int
+) -> PreTrainedTokenizerFast:
+    """Merges are learned until every frequent word is one token or the vocabulary holds `max_vocab`
+    entries."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,12 +1,14 @@
-"""The open-ended task: a few words about three topics, and a hidden preference that only pairs reveal.
+"""The open-ended task: a few words about three topics, and a hidden preference that only pairs
+reveal.
 
-In: a seed. Out: prompts, demonstrations, noisy labels, and `true_preference`, which evaluation alone may call.
-A prompt `Words about sea, night and garden.` is answered by a line such as `cold wave bright star wild rose`.
+In: a seed. Out: prompts, demonstrations, noisy labels, and `true_preference`, which evaluation
+alone may call. A prompt `Words about sea, night and garden.` is answered by a line such as `cold
+wave bright star wild rose`.
 
-The hidden preference likes nouns of the topics asked for and vivid adjectives (each further one counts less), and nouns
-and adjectives taking turns; it dislikes plain adjectives, repetition, unknown words, and more than nine words. Ordinary
-answers are short, so a reward model hardly sees what happens beyond nine words: it can be over-optimised.
-Nothing here imports torch.
+The hidden preference likes nouns of the topics asked for and vivid adjectives (each further one
+counts less), and nouns and adjectives taking turns; it dislikes plain adjectives, repetition,
+unknown words, and more than nine words. Ordinary answers are short, so a reward model hardly sees
+what happens beyond nine words: it can be over-optimised. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -41,7 +43,11 @@ PLAIN = ("quiet", "loud", "soft", "hard", "old", "new", "calm", "tall", "small",
 # fmt: on
 ADJECTIVES = VIVID + PLAIN
 
-_TEMPLATES = ("Words about {}, {} and {}.", "Some words for {}, {} and {}.", "Name things of {}, {} and {}.")
+_TEMPLATES = (
+    "Words about {}, {} and {}.",
+    "Some words for {}, {} and {}.",
+    "Name things of {}, {} and {}.",
+)
 _TOPIC_OF = {noun: topic for topic, nouns in TOPICS.items() for noun in nouns}
 _ADJECTIVE_SET = frozenset(ADJECTIVES)
 _NOUNS = tuple(_TOPIC_OF)
@@ -53,7 +59,12 @@ def prompts(seed: int) -> Iterator[str]:
     """Every prompt once, in an order that depends on the seed (3,960 of them)."""
     names = list(TOPICS)
     everything = [
-        template.format(a, b, c) for template in _TEMPLATES for a in names for b in names for c in names if len({a, b, c}) == 3
+        template.format(a, b, c)
+        for template in _TEMPLATES
+        for a in names
+        for b in names
+        for c in names
+        if len({a, b, c}) == 3
     ]
     random.Random(f"words prompts {seed}").shuffle(everything)
     return iter(everything)
@@ -67,8 +78,11 @@ def topics_of(prompt: str) -> list[str]:
     return found
 
 
-def demonstration(prompt: str, rng: random.Random, *, off_topic: float = 0.35, repeats: float = 0.12) -> str:
-    """Three to eleven words. By default mediocre: a third of the nouns comes from any topic, some words come again."""
+def demonstration(
+    prompt: str, rng: random.Random, *, off_topic: float = 0.35, repeats: float = 0.12
+) -> str:
+    """Three to eleven words. By default mediocre: a third of the nouns comes from any topic, some
+    words come again."""
     own = [noun for topic in topics_of(prompt) for noun in TOPICS[topic]]
     words: list[str] = []
     for _ in range(min(rng.randint(3, 9), rng.randint(3, 12)) + rng.randint(0, 2)):
@@ -81,12 +95,18 @@ def demonstration(prompt: str, rng: random.Random, *, off_topic: float = 0.35, r
     return " ".join(words)
 
 
-def true_preference(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
-    """The hidden preference, for evaluation only. Ordinary samples lie around 1.5; about 5 is the best there is."""
+def true_preference(
+    completion: str, *, prompt: str, answer: str | None, finish_reason: str
+) -> float:
+    """The hidden preference, for evaluation only. Ordinary samples lie around 1.5; about 5 is the
+    best there is."""
     del answer
     asked = set(topics_of(prompt))
     words = completion.split()
-    kinds = ["adjective" if word in _ADJECTIVE_SET else "noun" if word in _TOPIC_OF else "unknown" for word in words]
+    kinds = [
+        "adjective" if word in _ADJECTIVE_SET else "noun" if word in _TOPIC_OF else "unknown"
+        for word in words
+    ]
     own = {word for word in words if _TOPIC_OF.get(word) in asked}
     turns = [{first, second} == {"adjective", "noun"} for first, second in pairwise(kinds)]
     vivid = {word for word in words if word in VIVID}

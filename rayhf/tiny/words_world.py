@@ -1,8 +1,9 @@
-"""The recipe of the words task: prompts, a mediocre policy, pairs of its samples, a reward model on the pairs.
+"""The recipe of the words task: prompts, a mediocre policy, pairs of its samples, a reward model on
+the pairs.
 
-In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and what was measured.
-Clean demonstrations come first: what belongs to a topic is slow to learn from mediocre ones alone. The true preference
-draws the pairs' labels and measures; it trains nothing.
+In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and what was
+measured. Clean demonstrations come first: what belongs to a topic is slow to learn from mediocre
+ones alone. The true preference draws the pairs' labels and measures; it trains nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ REWARD = Phase(steps=470, batch=32, lr=2e-3, lr_end=2e-4)
 MAX_TOKENS = 32
 
 
-def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> tuple[dict[str, int], dict[str, float]]:
+def make(
+    directory: Path, seed: int, progress: Callable[[str, float], None]
+) -> tuple[dict[str, int], dict[str, float]]:
     """Returns (sizes, measured)."""
     progress("prompts", 0.0)
     stream = words.prompts(seed)
@@ -37,27 +40,56 @@ def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> 
     write_rows(directory / "train.jsonl", [{"prompt": prompt} for prompt in shown])
     rng = random.Random(f"words demonstrations {seed}")
     asked = [shown[index % TRAIN] for index in range(DEMONSTRATIONS)]
-    clean = [(prompt, words.demonstration(prompt, rng, off_topic=0.0, repeats=0.0)) for prompt in asked]
+    clean = [
+        (prompt, words.demonstration(prompt, rng, off_topic=0.0, repeats=0.0)) for prompt in asked
+    ]
     mediocre = [(prompt, words.demonstration(prompt, rng)) for prompt in asked]
     texts = [f"{prompt}\n{response}" for prompt, response in mediocre]
     tokenizer = train_tokenizer(texts, POLICY_FORMAT, max_vocab=1000, max_length=MAX_LENGTH)
     progress("prompts", 1.0)
 
     policy = new_model(SIZE, tokenizer, seed)
-    train(policy, tokenizer, clean, CLEAN, seed=seed, progress=lambda done: progress("learn the topics", done))
-    loss = train(policy, tokenizer, mediocre, MEDIOCRE, seed=seed + 1, progress=lambda done: progress("learn to stray", done))
+    train(
+        policy,
+        tokenizer,
+        clean,
+        CLEAN,
+        seed=seed,
+        progress=lambda done: progress("learn the topics", done),
+    )
+    loss = train(
+        policy,
+        tokenizer,
+        mediocre,
+        MEDIOCRE,
+        seed=seed + 1,
+        progress=lambda done: progress("learn to stray", done),
+    )
     policy.save_pretrained(directory / "policy")
     tokenizer.save_pretrained(directory / "policy")
 
     progress("write pairs", 0.0)
-    questions = [prompt for prompt in shown for _ in range(PAIRS_TRAIN // TRAIN)] + heldout[:PAIRS_TEST]
+    questions = [prompt for prompt in shown for _ in range(PAIRS_TRAIN // TRAIN)] + heldout[
+        :PAIRS_TEST
+    ]
     drafts = [
-        sample(policy, tokenizer, questions, max_tokens=MAX_TOKENS, temperature=1.0, seed=2 * seed + turn, batch=500)
+        sample(
+            policy,
+            tokenizer,
+            questions,
+            max_tokens=MAX_TOKENS,
+            temperature=1.0,
+            seed=2 * seed + turn,
+            batch=500,
+        )
         for turn in range(2)
     ]
     pairs, agreed = label(questions, drafts, random.Random(f"words labels {seed}"))
     for name, part in (("train", pairs[:PAIRS_TRAIN]), ("test", pairs[PAIRS_TRAIN:])):
-        rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in part]
+        rows = [
+            {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+            for pair in part
+        ]
         write_rows(directory / f"pairs_{name}.jsonl", rows)
     progress("write pairs", 1.0)
 
@@ -82,9 +114,13 @@ def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> 
     rejected = score(judge, own_tokenizer, prompts, [pair.rejected for pair in test])
     right = [good > bad for good, bad in zip(chosen, rejected, strict=True)]
     measured["reward_accuracy_labels"] = sum(right) / len(right)
-    measured["reward_accuracy_true"] = sum(hit == true for hit, true in zip(right, test_agreed, strict=True)) / len(right)
+    measured["reward_accuracy_true"] = sum(
+        hit == true for hit, true in zip(right, test_agreed, strict=True)
+    ) / len(right)
     for name, temperature in {"sampled": 1.0, "greedy": 0.0}.items():
-        written = sample(policy, tokenizer, heldout, max_tokens=MAX_TOKENS, temperature=temperature, seed=seed)
+        written = sample(
+            policy, tokenizer, heldout, max_tokens=MAX_TOKENS, temperature=temperature, seed=seed
+        )
         values = [
             words.true_preference(text, prompt=prompt, answer=None, finish_reason=reason)
             for prompt, (text, reason) in zip(heldout, written, strict=True)
@@ -106,11 +142,13 @@ def make(directory: Path, seed: int, progress: Callable[[str, float], None]) -> 
 def label(
     prompts: Sequence[str], drafts: Sequence[Sequence[tuple[str, str]]], rng: random.Random
 ) -> tuple[list[PreferencePair], list[bool]]:
-    """Noisy labels for two drafts of each prompt, and whether each label agrees with the true preference."""
+    """Noisy labels for two drafts of each prompt, and whether each label agrees with the true
+    preference."""
     pairs, agreed = [], []
     for prompt, first, second in zip(prompts, *drafts, strict=True):
         values = [
-            words.true_preference(text, prompt=prompt, answer=None, finish_reason=reason) for text, reason in (first, second)
+            words.true_preference(text, prompt=prompt, answer=None, finish_reason=reason)
+            for text, reason in (first, second)
         ]
         taken = words.prefers_first(values[0], values[1], rng)
         chosen, rejected = (first, second) if taken else (second, first)

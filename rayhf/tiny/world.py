@@ -1,15 +1,18 @@
 """`build`: the tiny world on disk, each task made, measured and cached on its own.
 
-In: a directory and a seed. Out: per task a policy, prompts, where the task has one a reward model, and manifest.json:
+In: a directory and a seed. Out: per task a policy, prompts, where the task has one a reward model,
+and manifest.json:
 
-    DIR/<task>/policy/          Hugging Face model directory with a tokenizer that has a chat template
+    DIR/<task>/policy/          Hugging Face model directory with a tokenizer that has a chat
+                                template
     DIR/<task>/train.jsonl, heldout.jsonl         {"prompt": ..., "answer": ... where there is one}
     DIR/words/reward_model/, pairs_train.jsonl, pairs_test.jsonl
     DIR/<task>/manifest.json    seed, recipe version, file sizes, measured figures
 
-A task is built in a temporary directory beside its place and renamed into it when complete: what lies there is whole.
-A second builder of the same task waits for the first one's lock and then finds the work done. Nothing is rebuilt while
-the manifest agrees with the seed, with the recipe (a hash of the code that makes the task) and with the files' sizes.
+A task is built in a temporary directory beside its place and renamed into it when complete: what
+lies there is whole. A second builder of the same task waits for the first one's lock and then finds
+the work done. Nothing is rebuilt while the manifest agrees with the seed, with the recipe (a hash
+of the code that makes the task) and with the files' sizes.
 """
 
 from __future__ import annotations
@@ -39,7 +42,12 @@ _SOURCES = {
     "arithmetic": ("arithmetic.py", "arithmetic_world.py", "tokenizer.py", "language_model.py"),
     "words": ("words.py", "words_world.py", "tokenizer.py", "language_model.py", "reward_model.py"),
     "game": ("game.py", "game_world.py", "tokenizer.py", "language_model.py"),
-    "instructions": ("instructions.py", "instructions_world.py", "tokenizer.py", "language_model.py"),
+    "instructions": (
+        "instructions.py",
+        "instructions_world.py",
+        "tokenizer.py",
+        "language_model.py",
+    ),
 }
 
 
@@ -80,7 +88,9 @@ def build(
     """
     unknown = [task for task in tasks if task not in _SOURCES]
     if unknown:
-        raise ConfigError(f"tiny.tasks: unknown task {unknown[0]!r}, expected one of {', '.join(_SOURCES)}")
+        raise ConfigError(
+            f"tiny.tasks: unknown task {unknown[0]!r}, expected one of {', '.join(_SOURCES)}"
+        )
     if seed < 0:
         raise ConfigError(f"tiny.seed: got {seed}, expected 0 or more")
     try:
@@ -103,7 +113,9 @@ def _ensure(directory: Path, task: str, seed: int, progress: Progress) -> TaskIn
             made, old = Path(scratch) / "new", Path(scratch) / "old"
             made.mkdir()
             manifest = expected | _make(task, made, seed, progress)
-            manifest["files"] = {str(path.relative_to(made)): path.stat().st_size for path in _files(made)}
+            manifest["files"] = {
+                str(path.relative_to(made)): path.stat().st_size for path in _files(made)
+            }
             (made / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
             if home.exists():
                 home.rename(old)
@@ -112,14 +124,17 @@ def _ensure(directory: Path, task: str, seed: int, progress: Progress) -> TaskIn
 
 
 def _make(task: str, directory: Path, seed: int, progress: Progress) -> dict[str, Any]:
-    """Run the task's recipe. The imports are here because rule scorers import this package and need no torch."""
+    """Run the task's recipe. The imports are here because rule scorers import this package and need
+    no torch."""
     import torch
 
     make = importlib.import_module(f"rayhf.tiny.{task}_world").make
     wall, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
-        sizes, measured = make(directory, seed, lambda stage, fraction: progress(f"{task}: {stage}", fraction))
+        sizes, measured = make(
+            directory, seed, lambda stage, fraction: progress(f"{task}: {stage}", fraction)
+        )
     finally:
         torch.set_num_threads(threads)
     return {
@@ -149,7 +164,11 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def _is_docstring(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def _read_manifest(home: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -188,7 +207,8 @@ def _info(home: Path, manifest: Mapping[str, Any], *, cached: bool) -> TaskInfo:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one builder at a time; the system lets go of it when that process ends, however it ends."""
+    """Held by one builder at a time; the system lets go of it when that process ends, however it
+    ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -2,8 +2,9 @@
 
     python -m tests.bench.claims [CLAIM ...] [--seeds 3] [--record] [--runs DIR]
 
-Every run is `rayhf run` on a tiny preset with overrides, as a user would type it; the figures are read from its metrics.jsonl.
-`--record` writes the tables into RESULTS.md. A run that is finished in the runs directory is read, not repeated.
+Every run is `rayhf run` on a tiny preset with overrides, as a user would type it; the figures are
+read from its metrics.jsonl. `--record` writes the tables into RESULTS.md. A run that is finished in
+the runs directory is read, not repeated.
 """
 
 from __future__ import annotations
@@ -59,11 +60,15 @@ def total(name: str) -> Figure:
 
 def rate(*amounts: str, seconds: str) -> Figure:
     """A total per second, over the rounds after the first, which warms up."""
-    return lambda lines: sum(line[amount] for line in lines[2:] for amount in amounts) / sum(line[seconds] for line in lines[2:])
+    return lambda lines: (
+        sum(line[amount] for line in lines[2:] for amount in amounts)
+        / sum(line[seconds] for line in lines[2:])
+    )
 
 
 def at_equal(quality: str, cost: str, level: float) -> Figure:
-    """What `cost` was when `quality` first reached `level`, interpolated between evaluations; NaN where it never did."""
+    """What `cost` was when `quality` first reached `level`, interpolated between evaluations; NaN
+    where it never did."""
 
     def figure(lines: Lines) -> float:
         points = [(line[quality], line[cost]) for line in lines if quality in line]
@@ -78,7 +83,8 @@ def at_equal(quality: str, cost: str, level: float) -> Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of a claim's table: a preset, what is changed in it, and what is read from its runs."""
+    """One row of a claim's table: a preset, what is changed in it, and what is read from its
+    runs."""
 
     label: str
     preset: str
@@ -94,7 +100,8 @@ class Claim:
     bar: str
     cases: tuple[Case, ...]
     fits: tuple[str, ...] = ()
-    """Scorers that the cases need, fitted once per seed: the word SCORERS in an override is their directory."""
+    """Scorers that the cases need, fitted once per seed: the word SCORERS in an override is their
+    directory."""
 
 
 GAME = {
@@ -118,7 +125,9 @@ HYBRID = {
     "true preference before": first("eval/words/sampled"),
     "after": last("eval/words/sampled"),
     "reverse KL after, nats per answer": last("eval/words/reference_kl"),
-    "reverse KL at true preference 2.05": at_equal("eval/words/sampled", "eval/words/reference_kl", 2.05),
+    "reverse KL at true preference 2.05": at_equal(
+        "eval/words/sampled", "eval/words/reference_kl", 2.05
+    ),
 }
 SHORT = ("run.iterations=4", "run.eval_every=0", "run.eval_prompts=8")
 PLAIN_INSTRUCTIONS = (
@@ -131,9 +140,13 @@ INSTRUCTIONS = {f"satisfied, round {i}": at("eval/instructions/sampled", i) for 
 }
 
 ENGINE = {
-    "tokens generated per round": lambda lines: statistics.mean(line["rollout/tokens"] for line in lines[2:]),
+    "tokens generated per round": lambda lines: statistics.mean(
+        line["rollout/tokens"] for line in lines[2:]
+    ),
     "generated per second of exploration": rate("rollout/tokens", seconds="time/explore_s"),
-    "context read and generated per second": rate("rollout/tokens", "rollout/context_tokens", seconds="time/explore_s"),
+    "context read and generated per second": rate(
+        "rollout/tokens", "rollout/context_tokens", seconds="time/explore_s"
+    ),
 }
 SAME = {"figures compared": last("compared"), "different": last("different")}
 SCORER = {
@@ -152,7 +165,8 @@ CLAIMS = {
                 label="online DPO, fitted Bradley-Terry",
                 preset="sppo_game",
                 overrides=(
-                    # As SPPO's rule does, something must say that what is no move loses: the fitted model has only seen moves.
+                    # As SPPO's rule does, something must say that what is no move loses: the fitted
+                    # model has only seen moves.
                     "scorer.train=[{type: reward_model, model: SCORERS/bradley_terry_game}, "
                     "{type: rule, function: 'rayhf.tiny.game:legal', weight: 10.0}]",
                     "algorithm={type: online_dpo, samples: 8, beta: 0.1}",
@@ -169,7 +183,13 @@ CLAIMS = {
         title="Two runs with the same seed agree in every bit (float32, staleness 0)",
         bar="no figure differs, for every loop",
         cases=tuple(
-            Case(label=name, preset=name, overrides=("run.iterations=2", "run.eval_prompts=64"), figures=SAME, twice=True)
+            Case(
+                label=name,
+                preset=name,
+                overrides=("run.iterations=2", "run.eval_prompts=64"),
+                figures=SAME,
+                twice=True,
+            )
             for name in (
                 "online_dpo_arithmetic",
                 "ppo_arithmetic",
@@ -216,13 +236,18 @@ CLAIMS = {
         title="HyPO keeps closer to the reference than offline DPO at the same quality",
         bar="at equal true preference at least 20 % lower reverse KL",
         cases=(
-            Case(label="HyPO", preset="hypo_words", overrides=("run.eval_every=10",), figures=HYBRID),
             Case(
-                label="offline DPO", preset="hypo_words", overrides=("algorithm.kl_coef=0", "run.eval_every=10"), figures=HYBRID
+                label="HyPO", preset="hypo_words", overrides=("run.eval_every=10",), figures=HYBRID
+            ),
+            Case(
+                label="offline DPO",
+                preset="hypo_words",
+                overrides=("algorithm.kl_coef=0", "run.eval_every=10"),
+                figures=HYBRID,
             ),
         ),
     ),
-    "utilisation": Claim(
+    "utilization": Claim(
         title="Search keeps the engine busy: tokens per second against plain sampling",
         bar="at least 60 % of plain sampling of as many tokens",
         cases=(
@@ -232,21 +257,36 @@ CLAIMS = {
                 overrides=("algorithm.samples=8", *SHORT),
                 figures=ENGINE,
             ),
-            Case(label="MCTS, 64 trees", preset="mcts_dpo_arithmetic", overrides=SHORT, figures=ENGINE),
+            Case(
+                label="MCTS, 64 trees",
+                preset="mcts_dpo_arithmetic",
+                overrides=SHORT,
+                figures=ENGINE,
+            ),
             Case(
                 label="plain sampling, 256 prompts",
                 preset="online_dpo_arithmetic",
                 overrides=("algorithm.samples=8", "prompts.batch=256", *SHORT),
                 figures=ENGINE,
             ),
-            Case(label="MCTS, 256 trees", preset="mcts_dpo_arithmetic", overrides=("prompts.batch=256", *SHORT), figures=ENGINE),
+            Case(
+                label="MCTS, 256 trees",
+                preset="mcts_dpo_arithmetic",
+                overrides=("prompts.batch=256", *SHORT),
+                figures=ENGINE,
+            ),
             Case(
                 label="plain sampling, instructions",
                 preset="spar_instructions",
                 overrides=(*PLAIN_INSTRUCTIONS, *SHORT),
                 figures=ENGINE,
             ),
-            Case(label="SPaR, instructions", preset="spar_instructions", overrides=SHORT, figures=ENGINE),
+            Case(
+                label="SPaR, instructions",
+                preset="spar_instructions",
+                overrides=SHORT,
+                figures=ENGINE,
+            ),
         ),
     ),
     "iterative": Claim(
@@ -259,7 +299,11 @@ CLAIMS = {
                 overrides=(f"algorithm.reference={{type: {name}{extra}}}",),
                 figures=WORDS,
             )
-            for name, extra in (("initial", ""), ("previous", ""), ("ema", ", alpha: 0.5, every: 1"))
+            for name, extra in (
+                ("initial", ""),
+                ("previous", ""),
+                ("ema", ", alpha: 0.5, every: 1"),
+            )
         ),
     ),
 }
@@ -291,7 +335,10 @@ def read(directory: Path) -> Lines:
 def compare(one: Lines, other: Lines) -> dict[str, float]:
     """How many figures (seconds aside) two runs have, and in how many they differ in any bit."""
     pairs = [
-        (a.get(name), b.get(name)) for a, b in zip(one, other, strict=True) for name in a.keys() | b.keys() if "time/" not in name
+        (a.get(name), b.get(name))
+        for a, b in zip(one, other, strict=True)
+        for name in a.keys() | b.keys()
+        if "time/" not in name
     ]
     return {"compared": float(len(pairs)), "different": float(sum(a != b for a, b in pairs))}
 
@@ -299,7 +346,10 @@ def compare(one: Lines, other: Lines) -> dict[str, float]:
 def fit(name: str, seed: int, fitted: Path) -> tuple[Lines, float]:
     """The same for a scorer."""
     directory = fitted / name
-    seconds = timed(["fit-scorer", f"configs/tiny/fit_{name}.yaml", f"output={directory}", f"seed={seed}"], directory)
+    seconds = timed(
+        ["fit-scorer", f"configs/tiny/fit_{name}.yaml", f"output={directory}", f"seed={seed}"],
+        directory,
+    )
     return [json.loads((directory / "metrics.json").read_text())], seconds
 
 
@@ -357,7 +407,9 @@ def show(claim: Claim, rows: list[list[str]], console: Console) -> None:
 def record(key: str, claim: Claim, rows: list[list[str]], seeds: Sequence[int]) -> None:
     """The claim's section in RESULTS.md."""
     meaning = "; mean ± standard deviation" if len(seeds) > 1 else ""
-    body = [f"Bar: {claim.bar}. `python -m tests.bench.claims {key} --seeds {len(seeds)}`{meaning}.\n"]
+    body = [
+        f"Bar: {claim.bar}. `python -m tests.bench.claims {key} --seeds {len(seeds)}`{meaning}.\n"
+    ]
     body += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     body += ["| " + " | ".join(row) + " |" for row in rows[1:]]
     put_section(f"### {claim.title}", "\n".join(body), under="## Claims")

@@ -1,19 +1,26 @@
-"""The learner on one GPU: pace, memory and agreement on a random Llama. `python -m tests.bench.gpu --size 1b --record`.
+"""The learner on one GPU: pace, memory and agreement on a random Llama. `python -m tests.bench.gpu
+--size 1b --record`.
 
-One rank, bfloat16, ZeRO 2; with activation checkpointing, and without where `check`'s estimate says that it fits. Without a GPU
-the same path runs on CPU with the tiny size. rayhf does not pack rows into one sequence, it batches rows of like length and pads
-them: what is compared with "one row at a time" are those micro-batches.
+One rank, bfloat16, ZeRO 2; with activation checkpointing, and without where `check`'s estimate says
+that it fits. Without a GPU the same path runs on CPU with the tiny size. rayhf does not pack rows
+into one sequence, it batches rows of like length and pads them: what is compared with "one row at a
+time" are those micro-batches.
 
-FLOPs of a step, two for a multiplication and its addition. Rows have S tokens and T in all, R of them responses; the body's
-linear layers have M weights, the output head H x V, and there are L layers with A = heads x head size:
+FLOPs of a step, two for a multiplication and its addition. Rows have S tokens and T in all, R of
+them responses; the body's linear layers have M weights, the output head H x V, and there are L
+layers with A = heads x head size:
 
-    forward   F = 2 M T + 2 H V R + 2 L A sum(S^2)   causal attention: each token sees half of its row on average
-    model     3 F                                    backward is twice forward: 6 M + 6 L A S for each token, and the head
-    hardware  3 F + F of the body, but for a layer's last matrix, where torch ends its second forward pass: about 8 M + 8 L A S;
-              without activation checkpointing 3 F. Here T and S count padding
+    forward   F = 2 M T + 2 H V R + 2 L A sum(S^2)   causal attention: each token sees half of its
+              row on average
+    model     3 F                                    backward is twice forward: 6 M + 6 L A S for
+              each token, and the head
+    hardware  3 F + F of the body, but for a layer's last matrix, where torch ends its second
+              forward pass: about 8 M + 8 L A S; without activation checkpointing 3 F. Here T and S
+              count padding
 
-The head runs only where a response token is predicted; embedding, norms and the optimiser count nothing. MFU is model FLOPs per
-second over the GPU's peak (bfloat16, dense, as NVIDIA states it), HFU the same with hardware FLOPs.
+The head runs only where a response token is predicted; embedding, norms and the optimizer count
+nothing. MFU is model FLOPs per second over the GPU's peak (bfloat16, dense, as NVIDIA states it),
+HFU the same with hardware FLOPs.
 """
 
 from __future__ import annotations
@@ -39,15 +46,22 @@ from typing import Any
 import numpy as np
 
 from rayhf.config.schema import LearnerConfig
-from rayhf.estimate import GIB, Shape, learner_memory, read_shape
-from rayhf.experience import Example, Row
+from rayhf.planning.memory import GIB, Shape, learner_memory, read_shape
+from rayhf.types import Example, Row
 from tests.bench.random_llama import Size, make_rows, micro_batches, write_model
 from tests.bench.results import put_section
 
 ROOT = Path(__file__).parents[2]
 COMPARED = 24
 """Rows whose log-probs are compared."""
-PEAKS = {"H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
+PEAKS = {
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
 """FLOP/s by what is in the device's name; the first that is. On other devices there is no MFU."""
 NOT_RUN = """**Not run: everything on a GPU.** No machine with one was at hand. So there is no pace, no MFU, no measured peak of
 GPU memory and no log-prob of a learner on a GPU yet, `check`'s estimates for GPUs are compared with nothing, and the tests of
@@ -56,11 +70,45 @@ nothing about pace; memory on CPU is measured by `tests.bench.memory`."""
 
 
 SIZES = {
-    "tiny": Size(hidden=64, intermediate=192, layers=3, heads=4, kv_heads=2, vocabulary=512, tied=True, longest=64, budget=256),
+    "tiny": Size(
+        hidden=64,
+        intermediate=192,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        vocabulary=512,
+        tied=True,
+        longest=64,
+        budget=256,
+    ),
     # As Llama 3.2 1B and 3B, and Llama 3.1 8B.
-    "1b": Size(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocabulary=128256, tied=True),
-    "3b": Size(hidden=3072, intermediate=8192, layers=28, heads=24, kv_heads=8, vocabulary=128256, tied=True),
-    "8b": Size(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocabulary=128256, tied=False),
+    "1b": Size(
+        hidden=2048,
+        intermediate=8192,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        vocabulary=128256,
+        tied=True,
+    ),
+    "3b": Size(
+        hidden=3072,
+        intermediate=8192,
+        layers=28,
+        heads=24,
+        kv_heads=8,
+        vocabulary=128256,
+        tied=True,
+    ),
+    "8b": Size(
+        hidden=4096,
+        intermediate=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        vocabulary=128256,
+        tied=False,
+    ),
 }
 
 
@@ -99,7 +147,9 @@ class Job:
 # ------------------------------------------------------------------------------------------------------ the work
 
 
-def flops(shape: Shape, micros: Sequence[Sequence[Row]], *, padded: bool, recomputed: bool) -> float:
+def flops(
+    shape: Shape, micros: Sequence[Sequence[Row]], *, padded: bool, recomputed: bool
+) -> float:
     """Of one step; see the module's docstring. A row's last token is never fed."""
     lengths = [[max(map(len, micro)) if padded else len(row) for row in micro] for micro in micros]
     fed = [length - 1 for micro in lengths for length in micro]
@@ -108,7 +158,9 @@ def flops(shape: Shape, micros: Sequence[Sequence[Row]], *, padded: bool, recomp
     attention = 2 * shape.layers * shape.heads * shape.head_dim * sum(length**2 for length in fed)
     body = 2 * matrices * sum(fed) + attention
     again = body - 2 * shape.layers * shape.intermediate * shape.hidden * sum(fed)
-    return 3.0 * (body + 2 * shape.hidden * shape.vocabulary * responses) + (again if recomputed else 0)
+    return 3.0 * (body + 2 * shape.hidden * shape.vocabulary * responses) + (
+        again if recomputed else 0
+    )
 
 
 def tokens_of(micros: Sequence[Sequence[Row]]) -> int:
@@ -125,7 +177,10 @@ def prepare(job: Job) -> dict[str, Any]:
     write_model(SIZES[job.size], Path(job.model), seed=job.seed, device=job.device)
     if job.device == "cpu":
         return {"name": _cpu(), "memory": None}
-    return {"name": torch.cuda.get_device_name(), "memory": torch.cuda.get_device_properties(0).total_memory}
+    return {
+        "name": torch.cuda.get_device_name(),
+        "memory": torch.cuda.get_device_properties(0).total_memory,
+    }
 
 
 def _engine(job: Job, **changes: Any) -> Any:
@@ -135,11 +190,20 @@ def _engine(job: Job, **changes: Any) -> Any:
         probe.bind(("", 0))
         master = ("127.0.0.1", probe.getsockname()[1])
     config = job.config.model_copy(update=changes)
-    return LearnerEngine(Path(job.model), config, lr=1e-4, total_steps=1000, master=master, device=job.device, seed=job.seed)
+    return LearnerEngine(
+        Path(job.model),
+        config,
+        lr=1e-4,
+        total_steps=1000,
+        master=master,
+        device=job.device,
+        seed=job.seed,
+    )
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Seconds and losses of the timed steps, peaks in bytes, and how far batching moves a log-prob."""
+    """Seconds and losses of the timed steps, peaks in bytes, and how far batching moves a
+    log-prob."""
     import torch
 
     from rayhf.losses.base import Totals
@@ -148,7 +212,9 @@ def train(job: Job) -> dict[str, Any]:
     size = SIZES[job.size]
     rows = make_rows(size, job.seed)
     micros = [[Example(rows=(row,)) for row in micro] for micro in micro_batches(rows, size.budget)]
-    totals = Totals(tokens=float(sum(len(row.response_ids) for row in rows)), rows=len(rows), examples=len(rows))
+    totals = Totals(
+        tokens=float(sum(len(row.response_ids) for row in rows)), rows=len(rows), examples=len(rows)
+    )
     engine = _engine(job)
     seconds, losses = [], []
     for _ in range(job.warmup + job.steps):
@@ -159,9 +225,17 @@ def train(job: Job) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     peaks = _peaks(job.device)
     compared = rows[:COMPARED]
-    batched, alone = engine.outputs(compared, 1.0), [engine.outputs([row], 1.0)[0] for row in compared]
+    batched, alone = (
+        engine.outputs(compared, 1.0),
+        [engine.outputs([row], 1.0)[0] for row in compared],
+    )
     engine.close()
-    return {"seconds": seconds[job.warmup :], "losses": losses, "peaks": peaks, "batched": _apart(batched, alone)}
+    return {
+        "seconds": seconds[job.warmup :],
+        "losses": losses,
+        "peaks": peaks,
+        "batched": _apart(batched, alone),
+    }
 
 
 def _peaks(device: str) -> dict[str, float]:
@@ -170,7 +244,11 @@ def _peaks(device: str) -> dict[str, float]:
 
     if device == "cpu":
         lines = Path("/proc/self/status").read_text().splitlines()
-        return {"process": next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("VmHWM"))}
+        return {
+            "process": next(
+                int(line.split()[1]) * 1024.0 for line in lines if line.startswith("VmHWM")
+            )
+        }
     free, total = torch.cuda.mem_get_info()  # what the allocator reserved at its peak it still has
     return {
         "tensors": torch.cuda.max_memory_allocated(),
@@ -204,31 +282,40 @@ def call(job: Job) -> Any:
     command = [sys.executable, "-m", "tests.bench.gpu", "--child", json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=3600)
     if done.returncode:
-        raise SystemExit(f"{job.kind}, {job.title}, {job.device}: exit {done.returncode}: {done.stderr[-3000:]}")
+        raise SystemExit(
+            f"{job.kind}, {job.title}, {job.device}: exit {done.returncode}: {done.stderr[-3000:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def report(job: Job, checkpointing: Sequence[bool] = (True, False), *, devices: bool = True) -> str:
-    """Markdown: what was run and on what, then tables. `job` says size, device, seed and steps; `devices`: compare them."""
+    """Markdown: what was run and on what, then tables. `job` says size, device, seed and steps;
+    `devices`: compare them."""
     with tempfile.TemporaryDirectory(prefix="rayhf-gpu-") as scratch:
         job = replace(job, model=str(Path(scratch) / job.size))
         first = replace(job, kind="prepare")
-        device = prepare(first) if job.device == "cpu" else call(first)  # this process stays away from the GPU
+        device = (
+            prepare(first) if job.device == "cpu" else call(first)
+        )  # this process stays away from the GPU
         shape = read_shape(Path(job.model), key="model")
-        kinds: dict[str, list[str]] = {name: [] for name in ("pace", "memory", "agreement", "left out")}
+        kinds: dict[str, list[str]] = {
+            name: [] for name in ("pace", "memory", "agreement", "left out")
+        }
         for choice in checkpointing:
             _case(replace(job, kind="train", checkpointing=choice), shape, device, kinds)
         if devices:
             tiny = replace(job, kind="logprobs", size="tiny", model=str(Path(scratch) / "compared"))
             write_model(SIZES["tiny"], Path(tiny.model), seed=job.seed, device="cpu")
             kinds["agreement"] += _devices(tiny)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers")
+    )
     rows = make_rows(SIZES[job.size], job.seed)
     how = (
         f"`python -m tests.bench.gpu --size {job.size}`, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {device['name']}, {packages}. "
         f"Seed {job.seed}: {shape.parameters:,} parameters; a step has {len(rows)} rows of {min(map(len, rows))} to "
         f"{max(map(len, rows))} tokens in micro-batches of at most {SIZES[job.size].budget} padded ones; bfloat16, ZeRO 2, "
-        f"{job.attention}{', optimiser states in host memory' if job.offload else ''}; {job.warmup} steps to warm up, "
+        f"{job.attention}{', optimizer states in host memory' if job.offload else ''}; {job.warmup} steps to warm up, "
         f"{job.steps} timed."
     )
     tables = [
@@ -250,7 +337,9 @@ def report(job: Job, checkpointing: Sequence[bool] = (True, False), *, devices: 
 
 def _case(job: Job, shape: Shape, device: dict[str, Any], out: dict[str, list[str]]) -> None:
     """One way to train: a line for each table."""
-    estimate = learner_memory(shape, job.config, device="cpu" if job.device == "cpu" else "gpu", entropy=True)
+    estimate = learner_memory(
+        shape, job.config, device="cpu" if job.device == "cpu" else "gpu", entropy=True
+    )
     if device["memory"] is not None and estimate.total > device["memory"]:
         out["left out"].append(
             f"{job.title}: it needs about {estimate.total / GIB:.0f} GiB, the GPU has {device['memory'] / GIB:.0f}."
@@ -259,9 +348,18 @@ def _case(job: Job, shape: Shape, device: dict[str, Any], out: dict[str, list[st
     found = call(job)
     micros = micro_batches(make_rows(SIZES[job.size], job.seed), job.config.token_budget)
     seconds = statistics.median(found["seconds"])
-    peak = next((peak for name, peak in PEAKS.items() if name in device["name"]), None) if job.device != "cpu" else None
-    rates = [flops(shape, micros, padded=hard, recomputed=hard and job.checkpointing) / seconds for hard in (False, True)]
-    model, hardware = (f"{rate / 1e12:,.3g} | {f'{rate / peak:.0%}' if peak else ''}" for rate in rates)
+    peak = (
+        next((peak for name, peak in PEAKS.items() if name in device["name"]), None)
+        if job.device != "cpu"
+        else None
+    )
+    rates = [
+        flops(shape, micros, padded=hard, recomputed=hard and job.checkpointing) / seconds
+        for hard in (False, True)
+    ]
+    model, hardware = (
+        f"{rate / 1e12:,.3g} | {f'{rate / peak:.0%}' if peak else ''}" for rate in rates
+    )
     low, high, losses = min(found["seconds"]), max(found["seconds"]), found["losses"]
     out["pace"].append(
         f"| {job.title} | {seconds:.3f} ({low:.3f}-{high:.3f}) | {tokens_of(micros) / seconds:,.0f} | {model} | {hardware} "
@@ -271,14 +369,20 @@ def _case(job: Job, shape: Shape, device: dict[str, Any], out: dict[str, list[st
     for name, title, wanted in (
         ("tensors", "tensors (max_memory_allocated), against the estimate without framework", own),
         ("allocator", "torch's allocator (max_memory_reserved), against the same", own),
-        ("process", "the whole process" if job.device != "cpu" else "the whole process (VmHWM)", estimate.total),
+        (
+            "process",
+            "the whole process" if job.device != "cpu" else "the whole process (VmHWM)",
+            estimate.total,
+        ),
     ):
         if name in found["peaks"]:
             measured = found["peaks"][name]
             numbers = f"{measured / GIB:.2f} | {wanted / GIB:.2f} | {wanted / measured:.2f}"
             out["memory"].append(f"| {job.title} | {title} | {numbers} |")
     mean, most = found["batched"]
-    out["agreement"].append(f"| {job.title}: rows one at a time, against micro-batches | {mean:.2g} | {most:.2g} |")
+    out["agreement"].append(
+        f"| {job.title}: rows one at a time, against micro-batches | {mean:.2g} | {most:.2g} |"
+    )
 
 
 def _devices(job: Job) -> list[str]:
@@ -288,7 +392,9 @@ def _devices(job: Job) -> list[str]:
     exact, lines = found["cpu"]["float32"], []
     for device, dtype in list(product(devices, ("float32", "bfloat16")))[1:]:
         mean, most = _apart(found[device][dtype], exact)
-        lines.append(f"| tiny: {dtype} on {device}, against float32 on cpu | {mean:.2g} | {most:.2g} |")
+        lines.append(
+            f"| tiny: {dtype} on {device}, against float32 on cpu | {mean:.2g} | {most:.2g} |"
+        )
     return lines
 
 
@@ -300,15 +406,21 @@ def _cpu() -> str:
 def main() -> None:
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, help="default: 1b on a GPU, tiny without one")
     parser.add_argument("--steps", type=int, default=8, help="timed ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attention", choices=("sdpa", "flash_attention_2"), default="sdpa")
     parser.add_argument(
-        "--offload", action="store_true", help="optimiser states in host memory: 8b on one large GPU, with 135 GiB there"
+        "--offload",
+        action="store_true",
+        help="optimizer states in host memory: 8b on one large GPU, with 135 GiB there",
     )
-    parser.add_argument("--record", action="store_true", help="write the tables into tests/bench/RESULTS.md")
+    parser.add_argument(
+        "--record", action="store_true", help="write the tables into tests/bench/RESULTS.md"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

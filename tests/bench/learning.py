@@ -1,6 +1,8 @@
-"""Does each tiny preset learn? `python -m tests.bench.learning [PRESET ...] [--seeds 0,1,2]` runs them and prints a table.
+"""Does each tiny preset learn? `python -m tests.bench.learning [PRESET ...] [--seeds 0,1,2]` runs
+them and prints a table.
 
-Each run is a process of its own, as a user starts it. The figures kept in RESULTS.md come from here.
+Each run is a process of its own, as a user starts it. The figures kept in RESULTS.md come from
+here.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ from pathlib import Path
 from rich.console import Console
 
 ROOT = Path(__file__).parents[2]
-PRESETS = [f"{algorithm}_{task}" for task in ("arithmetic", "words") for algorithm in ("online_dpo", "ppo", "grpo")]
+PRESETS = [
+    f"{algorithm}_{task}"
+    for task in ("arithmetic", "words")
+    for algorithm in ("online_dpo", "ppo", "grpo")
+]
 
 
 def measure(preset: str, seed: int, overrides: list[str]) -> dict[str, float]:
@@ -24,7 +30,14 @@ def measure(preset: str, seed: int, overrides: list[str]) -> dict[str, float]:
     run = ROOT / "runs" / "learning" / f"{preset}-{seed}"
     shutil.rmtree(run, ignore_errors=True)
     rayhf = Path(sys.executable).with_name("rayhf")
-    command = [rayhf, "run", f"configs/tiny/{preset}.yaml", f"seed={seed}", f"run.dir={run}", *overrides]
+    command = [
+        rayhf,
+        "run",
+        f"configs/tiny/{preset}.yaml",
+        f"seed={seed}",
+        f"run.dir={run}",
+        *overrides,
+    ]
     started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     seconds = time.monotonic() - started
@@ -51,8 +64,13 @@ def table(rows: list[tuple[str, int, dict[str, float]]]) -> str:
         cells = [preset, str(seed), f"{found['rounds']:.0f}", f"{found['seconds']:.0f}"]
         for name in ("sampled", "greedy", "reward"):
             known = f"{name} after" in found
-            cells.append(f"{found[f'{name} before']:.3f} -> {found[f'{name} after']:.3f}" if known else "")
-        cells += [f"{found['reference_kl after']:.2f}" if "reference_kl after" in found else "", f"{found['length after']:.1f}"]
+            cells.append(
+                f"{found[f'{name} before']:.3f} -> {found[f'{name} after']:.3f}" if known else ""
+            )
+        cells += [
+            f"{found['reference_kl after']:.2f}" if "reference_kl after" in found else "",
+            f"{found['length after']:.1f}",
+        ]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
 

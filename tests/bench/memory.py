@@ -1,8 +1,10 @@
-"""`rayhf check`'s memory estimates against measured peaks: `python -m tests.bench.memory [--record]`, about 10 minutes.
+"""`rayhf check`'s memory estimates against measured peaks: `python -m tests.bench.memory
+[--record]`, about 10 minutes.
 
-Every role works in a fresh process on a random Llama: a learner takes two optimiser steps of micro-batches that are as large
-as the token budget allows, a reference reads one, an engine writes. Its peak resident memory less a constant is compared with the
-estimate less `framework`. The constant is the peak of the same process with a model of a few hundred parameters and eight tokens.
+Every role works in a fresh process on a random Llama: a learner takes two optimizer steps of
+micro-batches that are as large as the token budget allows, a reference reads one, an engine writes.
+Its peak resident memory less a constant is compared with the estimate less `framework`. The
+constant is the peak of the same process with a model of a few hundred parameters and eight tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +24,15 @@ from typing import Any
 from rich.console import Console
 
 from rayhf.config.schema import LearnerConfig, ReferenceConfig, RolloutConfig
-from rayhf.estimate import GIB, Memory, Shape, engine_memory, learner_memory, read_shape, reference_memory
+from rayhf.planning.memory import (
+    GIB,
+    Memory,
+    Shape,
+    engine_memory,
+    learner_memory,
+    read_shape,
+    reference_memory,
+)
 from tests.bench.results import put_section
 
 LENGTH = 256
@@ -42,7 +52,9 @@ class Size:
 
 
 SIZES = {
-    "none": Size(hidden=32, intermediate=32, layers=1, vocabulary=16, budget=LENGTH),  # vLLM has no smaller heads on CPU
+    "none": Size(
+        hidden=32, intermediate=32, layers=1, vocabulary=16, budget=LENGTH
+    ),  # vLLM has no smaller heads on CPU
     "1 M": Size(hidden=128, intermediate=384, layers=4, vocabulary=2048, budget=16384),
     "30 M": Size(hidden=512, intermediate=1408, layers=6, vocabulary=8192, budget=4096),
     "120 M": Size(hidden=768, intermediate=2048, layers=12, vocabulary=24000, budget=1024),
@@ -56,7 +68,8 @@ LEARNERS: dict[str, dict[str, Any]] = {
 }
 PROCESSES = (*LEARNERS, "reference", "rollout")
 SLOW = "learner, stage 2, bfloat16"
-"""On CPU; its 30 M did not end within 15 minutes beside the tests, so that only its smallest model is measured."""
+"""On CPU; its 30 M did not end within 15 minutes beside the tests, so that only its smallest model
+is measured."""
 
 
 def make_model(name: str, directory: Path) -> None:
@@ -81,13 +94,17 @@ def make_model(name: str, directory: Path) -> None:
 
 
 def learner_config(process: str, size: Size, **more: Any) -> LearnerConfig:
-    return LearnerConfig(**{"dtype": "float32", "token_budget": size.budget, **LEARNERS[process], **more})
+    return LearnerConfig(
+        **{"dtype": "float32", "token_budget": size.budget, **LEARNERS[process], **more}
+    )
 
 
 def rollout_config(shape: Shape) -> RolloutConfig:
     """A cache that `SEQUENCES` fill."""
     cache = SEQUENCES * LENGTH * shape.cache_per_token("float32")
-    return RolloutConfig(max_tokens=WRITTEN, max_num_seqs=SEQUENCES, kv_cache_gib=max(cache / GIB, 1 / 64))
+    return RolloutConfig(
+        max_tokens=WRITTEN, max_num_seqs=SEQUENCES, kv_cache_gib=max(cache / GIB, 1 / 64)
+    )
 
 
 def estimate(process: str, name: str, model: Path) -> Memory:
@@ -137,7 +154,7 @@ class _Likelihood:
 
 def _rows(size: Size) -> list[Any]:
     """One micro-batch, all response but its first token of each row."""
-    from rayhf.experience import Row
+    from rayhf.types import Row
 
     ids = tuple(i % size.vocabulary for i in range(LENGTH))
     rows = range(size.budget // LENGTH)
@@ -145,18 +162,25 @@ def _rows(size: Size) -> list[Any]:
 
 
 def _learner(process: str, size: Size, model: Path) -> None:
-    from rayhf.experience import Example
     from rayhf.learner.engine import LearnerEngine
     from rayhf.losses.base import Totals
+    from rayhf.types import Example
 
     with socket.socket() as probe:
         probe.bind(("", 0))
         master = ("127.0.0.1", probe.getsockname()[1])
-    engine = LearnerEngine(model, learner_config(process, size, threads=2), lr=1e-5, total_steps=2, master=master)
+    engine = LearnerEngine(
+        model, learner_config(process, size, threads=2), lr=1e-5, total_steps=2, master=master
+    )
     rows = _rows(size)
     examples = [Example(rows=(row,)) for row in rows]
-    totals = Totals(tokens=float(sum(len(row.response_ids) for row in rows)), rows=len(rows), examples=len(rows))
-    for micros in (1, 2):  # Adam's moments are there after the first step, gradients after the first micro-batch
+    totals = Totals(
+        tokens=float(sum(len(row.response_ids) for row in rows)), rows=len(rows), examples=len(rows)
+    )
+    for micros in (
+        1,
+        2,
+    ):  # Adam's moments are there after the first step, gradients after the first micro-batch
         engine.step([examples] * micros, totals, _Likelihood(), 1.0)
     engine.close()
 
@@ -164,7 +188,9 @@ def _learner(process: str, size: Size, model: Path) -> None:
 def _reference(process: str, size: Size, model: Path) -> None:
     from rayhf.reference.engine import ReferenceEngine
 
-    engine = ReferenceEngine(model, ReferenceConfig(token_budget=size.budget, threads=2), dtype="float32")
+    engine = ReferenceEngine(
+        model, ReferenceConfig(token_budget=size.budget, threads=2), dtype="float32"
+    )
     engine.logprobs(_rows(size), 1.0)
 
 
@@ -174,8 +200,8 @@ def _rollout(process: str, size: Size, model: Path) -> None:
     from rayhf.rollout.env import engine_env
 
     os.environ.update(engine_env("cpu", 2))
-    from rayhf.experience import GenerateRequest, Sampling
     from rayhf.rollout.engine import RolloutEngine
+    from rayhf.types import GenerateRequest, Sampling
 
     config = rollout_config(read_shape(model, key="model"))
     engine = RolloutEngine(model, config, dtype="float32", max_length=LENGTH, seed=0, device="cpu")
@@ -213,7 +239,10 @@ def table(rows: list[tuple[str, str, float, float, Memory]]) -> str:
 
 
 def introduction(rows: list[tuple[str, str, float, float, Memory]]) -> str:
-    rests = [(memory.total - memory.framework) / (peak - constant) for _, _, peak, constant, memory in rows]
+    rests = [
+        (memory.total - memory.framework) / (peak - constant)
+        for _, _, peak, constant, memory in rows
+    ]
     wholes = [memory.total / peak for _, _, peak, _, memory in rows]
     return (
         f"`python -m tests.bench.memory`, {time.strftime('%Y-%m-%d', time.gmtime())}, {platform.machine()}. A random Llama in a "
@@ -227,7 +256,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--child", nargs=3, metavar=("PROCESS", "SIZE", "MODEL"))
     parser.add_argument("--only", nargs="*", default=list(PROCESSES), help="processes")
-    parser.add_argument("--record", action="store_true", help="write the table into tests/bench/RESULTS.md")
+    parser.add_argument(
+        "--record", action="store_true", help="write the table into tests/bench/RESULTS.md"
+    )
     arguments = parser.parse_args()
     if arguments.child:
         process, name, model = arguments.child
@@ -242,7 +273,15 @@ def main() -> None:
             constant = measure(process, "none", Path(folder) / "none")
             for name in list(SIZES)[1 : 2 if process == SLOW else None]:
                 model = Path(folder) / name
-                rows.append((process, name, measure(process, name, model), constant, estimate(process, name, model)))
+                rows.append(
+                    (
+                        process,
+                        name,
+                        measure(process, name, model),
+                        constant,
+                        estimate(process, name, model),
+                    )
+                )
                 console.print(table(rows[-1:]).splitlines()[-1], markup=False, soft_wrap=True)
     text = f"{introduction(rows)}\n\n{table(rows)}"
     console.print(text, markup=False, soft_wrap=True)

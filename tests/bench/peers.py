@@ -1,9 +1,11 @@
-"""The systems that are timed, each in a process of its own: `python -m tests.bench.peers KIND`, the Spec comes on stdin.
+"""The systems that are timed, each in a process of its own: `python -m tests.bench.peers KIND`, the
+Spec comes on stdin.
 
-Turn by turn: a peer does one training step, writes one JSON line about it, and waits for "go" before the next; an empty line or
-the end of stdin ends it. speed.py takes the time between "go" and the line, so every peer's whole step is timed alike and nothing
-else runs meanwhile. Every peer stops between steps with nothing in flight (rayhf with max_staleness 1 included: it
-syncs weights at a round's end, and for that the next round's answers must have been written).
+SelectionContext by turn: a peer does one training step, writes one JSON line about it, and waits for "go"
+before the next; an empty line or the end of stdin ends it. speed.py takes the time between "go" and
+the line, so every peer's whole step is timed alike and nothing else runs meanwhile. Every peer
+stops between steps with nothing in flight (rayhf with max_staleness 1 included: it syncs weights at
+a round's end, and for that the next round's answers must have been written).
 """
 
 from __future__ import annotations
@@ -70,25 +72,29 @@ def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
 
 
 async def _assembled(prepared: Any, store: Any) -> Any:
-    from launch.assemble import Cast
+    from launch.assemble import ActorSet
 
-    return await Cast(prepared, store, Quiet(), base=Path.cwd()).assemble()
+    return await ActorSet(prepared, store, Quiet(), base=Path.cwd()).assemble()
 
 
 def rayhf(turns: Turns) -> None:
     """The real controller and actors."""
     from launch.local import ray_cluster
     from rayhf.campaign.controller import Controller
-    from rayhf.campaign.store import RunDir
     from rayhf.config.load import validate
-    from rayhf.preflight import prepare
+    from rayhf.planning.preflight import prepare
+    from rayhf.run_dir.store import RunDir
 
     class Stepper(Quiet):
         """The controller's observer: a round's metrics end a turn."""
 
         def metrics(self, metrics: Mapping[str, float]) -> None:
             if metrics["iteration"] > 0:
-                turns.done(length=metrics["rollout/length_mean"], phases=_phases(metrics), metrics=dict(metrics))
+                turns.done(
+                    length=metrics["rollout/length_mean"],
+                    phases=_phases(metrics),
+                    metrics=dict(metrics),
+                )
 
     config = validate(campaign(turns.spec, Path(f"run-{os.getpid()}")), source="tests.bench.peers")
     prepared = prepare(config, base=Path.cwd())
@@ -96,7 +102,7 @@ def rayhf(turns: Turns) -> None:
 
     async def play() -> None:
         roles = await _assembled(prepared, store)
-        what = {"algorithm": prepared.algorithm, "material": prepared.material}
+        what = {"algorithm": prepared.algorithm, "data": prepared.data}
         await Controller(config, roles=roles, store=store, observer=Stepper(), **what).run()
 
     with ray_cluster("local", cpus=4):
@@ -104,19 +110,24 @@ def rayhf(turns: Turns) -> None:
 
 
 def _phases(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {k.removeprefix("time/").removesuffix("_s"): v for k, v in metrics.items() if k.startswith("time/")}
+    return {
+        k.removeprefix("time/").removesuffix("_s"): v
+        for k, v in metrics.items()
+        if k.startswith("time/")
+    }
 
 
 def agreement(turns: Turns) -> None:
-    """After three optimiser steps and syncs: |log-prob of the engine's own samples - the learner's|, in nats."""
+    """After three optimizer steps and syncs: |log-prob of the engine's own samples - the
+    learner's|, in nats."""
     import numpy as np
 
     from launch.local import ray_cluster
     from rayhf.algorithms.base import make_row
-    from rayhf.campaign.store import RunDir
     from rayhf.config.load import validate
-    from rayhf.experience import Batch, Example, GenerateRequest, Group, Sample, Sampling, Scored
-    from rayhf.preflight import prepare
+    from rayhf.planning.preflight import prepare
+    from rayhf.run_dir.store import RunDir
+    from rayhf.types import Batch, Example, GenerateRequest, Group, Sample, Sampling, Scored
 
     spec = turns.spec
     data = campaign(spec, Path(f"run-{os.getpid()}"))
@@ -126,14 +137,27 @@ def agreement(turns: Turns) -> None:
 
     async def answers(roles: Any, version: int) -> list[Any]:
         sampling = Sampling(max_tokens=spec.max_tokens)
-        prompts = prepared.material.prompts.prompts[: spec.completions]
+        prompts = prepared.data.prompts.prompts[: spec.completions]
         requests = [
-            GenerateRequest(prompt_id=p.prompt_id, number=0, token_ids=p.token_ids, sampling=sampling, seeds=(version,))
+            GenerateRequest(
+                prompt_id=p.prompt_id,
+                number=0,
+                token_ids=p.token_ids,
+                sampling=sampling,
+                seeds=(version,),
+            )
             for p in prompts
         ]
         groups = [
-            Group(prompt=p, samples=tuple(Sample(completion=c, outcome=Scored(value=0.0)) for c in found))
-            for p, found in zip(prompts, await roles.rollouts["policy"].generate(requests, version=version), strict=True)
+            Group(
+                prompt=p,
+                samples=tuple(Sample(completion=c, outcome=Scored(value=0.0)) for c in found),
+            )
+            for p, found in zip(
+                prompts,
+                await roles.rollouts["policy"].generate(requests, version=version),
+                strict=True,
+            )
         ]
         return [make_row(group, 0, score=0.0) for group in groups]
 
@@ -143,15 +167,34 @@ def agreement(turns: Turns) -> None:
         for version in range(3):
             rows = await answers(roles, version)
             references = await roles.reference.logprobs(rows, temperature=1.0)
-            advantages = [np.full(len(r.response_ids), 1.0 if i % 2 else -1.0, np.float32) for i, r in enumerate(rows)]
-            rows = [r.with_tokens(advantage=a, ref_logp=f) for r, a, f in zip(rows, advantages, references, strict=True)]
-            await roles.learners["policy"].step(Batch(examples=tuple(Example(rows=(row,)) for row in rows)), loss)
-            await roles.rollouts["policy"].update(await roles.learners["policy"].publish(version + 1))
+            advantages = [
+                np.full(len(r.response_ids), 1.0 if i % 2 else -1.0, np.float32)
+                for i, r in enumerate(rows)
+            ]
+            rows = [
+                r.with_tokens(advantage=a, ref_logp=f)
+                for r, a, f in zip(rows, advantages, references, strict=True)
+            ]
+            await roles.learners["policy"].step(
+                Batch(examples=tuple(Example(rows=(row,)) for row in rows)), loss
+            )
+            await roles.rollouts["policy"].update(
+                await roles.learners["policy"].publish(version + 1)
+            )
         rows = await answers(roles, 3)
         mine = await roles.learners["policy"].outputs(rows, temperature=1.0)
-        gaps = np.concatenate([np.abs(r.tokens["behaviour_logp"] - m) for r, m in zip(rows, mine, strict=True)])
-        moved = np.concatenate(await roles.reference.logprobs(rows, temperature=1.0)) - np.concatenate(mine)
-        turns.done(mean=float(gaps.mean()), max=float(gaps.max()), tokens=len(gaps), moved=float(np.abs(moved).mean()))
+        gaps = np.concatenate(
+            [np.abs(r.tokens["behavior_logp"] - m) for r, m in zip(rows, mine, strict=True)]
+        )
+        moved = np.concatenate(
+            await roles.reference.logprobs(rows, temperature=1.0)
+        ) - np.concatenate(mine)
+        turns.done(
+            mean=float(gaps.mean()),
+            max=float(gaps.max()),
+            tokens=len(gaps),
+            moved=float(np.abs(moved).mean()),
+        )
 
     with ray_cluster("local", cpus=4):
         asyncio.run(play())
@@ -178,11 +221,18 @@ def trl(turns: Turns) -> None:
 
     def score(prompts: Any, completions: Any, completion_ids: Any = None, **_: Any) -> list[float]:
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        lengths.extend(sum(i != pad for i in ids) for ids in completion_ids)  # online DPO passes the padding, too
+        lengths.extend(
+            sum(i != pad for i in ids) for ids in completion_ids
+        )  # online DPO passes the padding, too
         return [reward(text, prompt="", answer=None, finish_reason="stop") for text in texts]
 
-    prompts = [json.loads(line)["prompt"] for line in Path(spec.train).read_text(encoding="utf-8").splitlines()]
-    data = Dataset.from_list([{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts])
+    prompts = [
+        json.loads(line)["prompt"]
+        for line in Path(spec.train).read_text(encoding="utf-8").splitlines()
+    ]
+    data = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]
+    )
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
     pad = tokenizer.pad_token_id
     model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32)
@@ -201,7 +251,11 @@ def trl(turns: Turns) -> None:
         "temperature": 1.0,
         "disable_dropout": True,
     }
-    rest: dict[str, Any] = {"processing_class": tokenizer, "train_dataset": data, "callbacks": [Stepper()]}
+    rest: dict[str, Any] = {
+        "processing_class": tokenizer,
+        "train_dataset": data,
+        "callbacks": [Stepper()],
+    }
     trainer: Any
     if spec.algorithm == "grpo":
         grpo = GRPOConfig(
@@ -214,9 +268,14 @@ def trl(turns: Turns) -> None:
         )
         trainer = GRPOTrainer(model=model, reward_funcs=score, args=grpo, **rest)
     else:
-        # Its batch is counted in prompts, two answers each; it writes answers per micro-batch, so one is best.
+        # Its batch is counted in prompts, two answers each; it writes answers per micro-batch, so
+        # one is best.
         dpo = OnlineDPOConfig(
-            per_device_train_batch_size=spec.prompts, max_new_tokens=spec.max_tokens, max_length=512, beta=0.1, **common
+            per_device_train_batch_size=spec.prompts,
+            max_new_tokens=spec.max_tokens,
+            max_length=512,
+            beta=0.1,
+            **common,
         )
         trainer = OnlineDPOTrainer(model=model, reward_funcs=score, args=dpo, **rest)
     trainer.train()
@@ -234,11 +293,13 @@ def vllm(turns: Turns) -> None:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from rayhf.prompts import deal, load_prompts
+    from rayhf.data.prompts import deal, load_prompts
 
     spec = turns.spec
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
-    prompts = load_prompts(Path(spec.train), tokenizer, key="prompts.train", max_prompt_tokens=256).prompts
+    prompts = load_prompts(
+        Path(spec.train), tokenizer, key="prompts.train", max_prompt_tokens=256
+    ).prompts
     llm = LLM(
         spec.model,
         dtype=spec.dtype,
@@ -256,7 +317,9 @@ def vllm(turns: Turns) -> None:
     while True:
         number += 1
         dealt = deal(prompts, batch=spec.prompts, iteration=number, seed=0)
-        inputs = [{"prompt_token_ids": list(p.token_ids)} for p in dealt for _ in range(spec.samples)]
+        inputs = [
+            {"prompt_token_ids": list(p.token_ids)} for p in dealt for _ in range(spec.samples)
+        ]
         params = [
             SamplingParams(
                 max_tokens=spec.max_tokens,
@@ -276,8 +339,16 @@ def vllm(turns: Turns) -> None:
 
 
 def deepspeed(turns: Turns) -> None:
-    """DeepSpeed and a transformers model alone: reference pass, forward, backward, step over the same number of tokens."""
-    os.environ.update(DS_ACCELERATOR="cpu", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    """DeepSpeed and a transformers model alone: reference pass, forward, backward, step over the
+    same number of tokens."""
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+    )
     import deepspeed as ds
     import torch
     from transformers import AutoModelForCausalLM
@@ -286,7 +357,9 @@ def deepspeed(turns: Turns) -> None:
     torch.set_num_threads(spec.threads)
     ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build of half a minute
     ds.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    model, reference = (AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32) for _ in range(2))
+    model, reference = (
+        AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32) for _ in range(2)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     pieces = spec.completions // spec.micro
     settings = {
@@ -296,11 +369,17 @@ def deepspeed(turns: Turns) -> None:
         "gradient_clipping": 1.0,
         "steps_per_print": 1 << 62,
     }
-    engine, *_ = ds.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine, *_ = ds.initialize(
+        model=model, optimizer=optimizer, config=settings, dist_init_required=False
+    )
 
     def logprobs(module: Any, ids: torch.Tensor) -> torch.Tensor:
         """Of the tokens after the 16th, shape (rows, max_tokens)."""
-        logits = module(input_ids=ids, use_cache=False, logits_to_keep=spec.max_tokens + 1).logits[:, :-1].float()
+        logits = (
+            module(input_ids=ids, use_cache=False, logits_to_keep=spec.max_tokens + 1)
+            .logits[:, :-1]
+            .float()
+        )
         return torch.log_softmax(logits, -1).gather(-1, ids[:, 16:, None]).squeeze(-1)
 
     while True:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rayhf.experience import Row
 from rayhf.learner.packing import plan
+from rayhf.types import Row
 
 MICROS = 4
 """Micro-batches of a step, about."""
@@ -35,12 +35,13 @@ class Size:
 
 
 def write_model(size: Size, directory: Path, *, seed: int, device: str) -> None:
-    """A Llama in bfloat16, file by file: one file's weights are in memory at a time. Logits have about unit variance."""
+    """A Llama in bfloat16, file by file: one file's weights are in memory at a time. Logits have
+    about unit variance."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rayhf.learner.weights import Weight, buckets_of, weights_of
+    from rayhf.weights.export import Weight, buckets_of, weights_of
 
     config = LlamaConfig(
         vocab_size=size.vocabulary,
@@ -69,7 +70,9 @@ def write_model(size: Size, directory: Path, *, seed: int, device: str) -> None:
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({weight.name: random(weight) for weight in shard}, directory / file, {"format": "pt"})
+        save_file(
+            {weight.name: random(weight) for weight in shard}, directory / file, {"format": "pt"}
+        )
         where.update({weight.name: file for weight in shard})
     index = {"metadata": {}, "weight_map": where}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -78,7 +81,9 @@ def write_model(size: Size, directory: Path, *, seed: int, device: str) -> None:
 def make_rows(size: Size, seed: int) -> list[Row]:
     """A step's rows: a quarter prompt, of a quarter of the longest length to all of it."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(size.longest // 4, size.longest + 1, MICROS * size.budget // (size.longest * 5 // 8))
+    lengths = rng.integers(
+        size.longest // 4, size.longest + 1, MICROS * size.budget // (size.longest * 5 // 8)
+    )
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(rng.integers(0, size.vocabulary, count).tolist())

@@ -1,7 +1,8 @@
 """What Ray adds to the controller's work: `python -m tests.bench.ray_calls`.
 
-Real calls through the real pool and supervision to one actor that answers at once, many in flight; the processor time of this
-process, Ray's threads in it included, per request. scale_sim.py measures the same path without Ray.
+Real calls through the real pool and supervision to one actor that answers at once, many in flight;
+the processor time of this process, Ray's threads in it included, per request. scale_sim.py measures
+the same path without Ray.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 import ray
 
 from actors.rollout import RolloutPool
-from actors.supervise import Limits, Supervised, whereabouts
+from actors.supervise import SupervisedActor, SupervisionLimits, process_info
 from actors.transport import ObjectStore
-from rayhf.experience import Completion, GenerateRequest, Sampling
+from rayhf.types import Completion, GenerateRequest, Sampling
 
 IN_FLIGHT = 512
 CALLS = 4096
@@ -52,19 +53,27 @@ class Engine:
     async def progress(self) -> int:
         return self._steps
 
-    def whereabouts(self) -> Any:
-        return whereabouts()
+    def process_info(self) -> Any:
+        return process_info()
 
 
 def _request(prompt_id: str, length: int, seeds: tuple[int, ...]) -> GenerateRequest:
     sampling = Sampling(max_tokens=length)
-    return GenerateRequest(prompt_id=prompt_id, number=0, token_ids=tuple(range(1000, 1016)), sampling=sampling, seeds=seeds)
+    return GenerateRequest(
+        prompt_id=prompt_id,
+        number=0,
+        token_ids=tuple(range(1000, 1016)),
+        sampling=sampling,
+        seeds=seeds,
+    )
 
 
 async def cost_us(length: int, samples: int, hand: int) -> float:
     """Processor time per request, in calls of `hand` requests."""
     create = Engine.options(max_concurrency=100_000).remote
-    one = Supervised("engine", lambda: create(length), limits=Limits(stall_s=300.0, restarts=0))
+    one = SupervisedActor(
+        "engine", lambda: create(length), limits=SupervisionLimits(stall_s=300.0, restarts=0)
+    )
     await one.start()
     pool = RolloutPool([one], ObjectStore([one], timeout_s=600.0), places=PLACES, timeout_s=600.0)
     waiting = iter(range(CALLS // hand))
@@ -72,7 +81,9 @@ async def cost_us(length: int, samples: int, hand: int) -> float:
     async def ask() -> None:
         for number in waiting:
             seeds = tuple(range(number, number + samples))
-            await pool.generate([_request(f"{number:08x}{i:08x}", length, seeds) for i in range(hand)], version=0)
+            await pool.generate(
+                [_request(f"{number:08x}{i:08x}", length, seeds) for i in range(hand)], version=0
+            )
 
     await pool.generate([_request("first", length, (1,))], version=0)
     started = time.process_time()
@@ -84,9 +95,14 @@ async def cost_us(length: int, samples: int, hand: int) -> float:
 
 def main() -> None:
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    print("| tokens an answer | answers a request | requests a call | us per request |\n|--:|--:|--:|--:|")
+    print(
+        "| tokens an answer | answers a request | requests a call | us per request |\n|--:|--:|--:|--:|"
+    )
     for length, samples, hand in ((32, 2, 1), (32, 2, 8), (32, 2, 64), (512, 2, 1), (512, 8, 1)):
-        print(f"| {length} | {samples} | {hand} | {asyncio.run(cost_us(length, samples, hand)):.0f} |", flush=True)
+        print(
+            f"| {length} | {samples} | {hand} | {asyncio.run(cost_us(length, samples, hand)):.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

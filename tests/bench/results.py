@@ -1,4 +1,5 @@
-"""The file of measured figures, section by section: every benchmark replaces its own and leaves the others alone."""
+"""The file of measured figures, section by section: every benchmark replaces its own and leaves the
+others alone."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 def put_section(heading: str, body: str, *, under: str | None = None) -> None:
-    """Replace the section `heading` ("## Speed", "### Chaos: nodes"), or append it to the section `under`, or to the file.
+    """Replace the section `heading` ("## Speed", "### Chaos: nodes"), or append it to the section
+    `under`, or to the file.
 
     What a person wrote below it, from the first line that begins with ">", is kept.
     """
@@ -29,5 +31,7 @@ def put_section(heading: str, body: str, *, under: str | None = None) -> None:
 
 def _end(text: str, start: int, level: str) -> int:
     """Where the section that begins at `start` ends: at the next heading of its level or above."""
-    following = re.compile(rf"^#{{1,{len(level)}}} ", flags=re.MULTILINE).search(text, text.index("\n", start))
+    following = re.compile(rf"^#{{1,{len(level)}}} ", flags=re.MULTILINE).search(
+        text, text.index("\n", start)
+    )
     return following.start() if following else len(text)

@@ -1,9 +1,10 @@
 """How far one controller goes: `python -m tests.bench.scale_sim [--quick] [--record]`.
 
-The real controller, exchange, journal, run directory, supervision and pool of engines, over simulated roles (simulated.py) in
-virtual time (virtual.py), for a grid of engines and prompts. Each case in a process of its own: processor time per prompt that is
-the controller's own, memory, the virtual time of a round against the least that is possible, staleness, what was asked again.
-Quick is a matter of minutes; the full grid, up to a million prompts a round, takes half an hour.
+The real controller, exchange, journal, run directory, supervision and pool of engines, over
+simulated roles (simulated.py) in virtual time (virtual.py), for a grid of engines and prompts. Each
+case in a process of its own: processor time per prompt that is the controller's own, memory, the
+virtual time of a round against the least that is possible, staleness, what was asked again. Quick
+is a matter of minutes; the full grid, up to a million prompts a round, takes half an hour.
 """
 
 from __future__ import annotations
@@ -26,25 +27,26 @@ from rich.console import Console
 
 from launch.view import LiveView
 from rayhf.algorithms import build_algorithm
-from rayhf.campaign.collector import calm_collector
-from rayhf.campaign.controller import Controller, Material
-from rayhf.campaign.recorder import Recorder
-from rayhf.campaign.store import RunDir
+from rayhf.campaign.controller import CampaignData, Controller
+from rayhf.campaign.gc_tuning import gc_tuned
 from rayhf.config.load import validate
 from rayhf.config.schema import CampaignConfig
-from rayhf.experience import Prompt
-from rayhf.prompts import PromptSet
+from rayhf.data.prompts import PromptSet
 from rayhf.roles import Roles
-from rayhf.scorer.patience import PatientScorer
+from rayhf.run_dir.event_log import EventLog
+from rayhf.run_dir.store import RunDir
+from rayhf.scorer.retrying import RetryingScorer
+from rayhf.types import Prompt
 from tests.bench.results import put_section
 from tests.bench.simulated import Meter, SimLearner, SimScorer, World, engines
 from tests.bench.virtual import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 PER_STEP = 1024
-"""Prompts per optimiser step."""
+"""Prompts per optimizer step."""
 AGAIN = 3
-"""How often a case of up to `SMALL` prompts is played; the run that took the least processor time counts."""
+"""How often a case of up to `SMALL` prompts is played; the run that took the least processor time
+counts."""
 SMALL = 16_384
 
 
@@ -64,7 +66,11 @@ class Case:
     @property
     def kind(self) -> str:
         """What is unusual about it; the plain grid has none."""
-        said = [f"{self.samples} x {self.tokens} tokens"] if (self.samples, self.tokens) != (2, 32) else []
+        said = (
+            [f"{self.samples} x {self.tokens} tokens"]
+            if (self.samples, self.tokens) != (2, 32)
+            else []
+        )
         said += [f"staleness {self.max_staleness}"] if self.max_staleness != 1 else []
         said += ["in waves"] if self.max_staleness == 0 else []
         return ", ".join([*said, *([f"{self.in_flight:,} in flight"] if self.in_flight else [])])
@@ -74,7 +80,12 @@ class Case:
         return min(PER_STEP, self.prompts)
 
     def config(self, run: Path) -> CampaignConfig:
-        run_section = {"dir": str(run), "iterations": self.rounds, "eval_every": 0, "max_staleness": self.max_staleness}
+        run_section = {
+            "dir": str(run),
+            "iterations": self.rounds,
+            "eval_every": 0,
+            "max_staleness": self.max_staleness,
+        }
         data = {
             "run": {**run_section, "max_in_flight": self.in_flight},
             "policy": {"model": "none"},
@@ -125,25 +136,36 @@ def make_prompts(count: int) -> tuple[Prompt, ...]:
 async def _campaign(
     case: Case, config: CampaignConfig, store: RunDir, watch: Watch, world: World, meter: Meter
 ) -> tuple[float, int]:
-    """Play it; returns processor seconds of the whole, and bytes of memory before, once everybody was there."""
+    """Play it; returns processor seconds of the whole, and bytes of memory before, once everybody
+    was there."""
     pool = await engines(world, meter)
     learner = SimLearner(world, meter, rows_per_step=case.per_step * 2)
-    scorer = PatientScorer(
-        SimScorer(world, meter), attempts=config.scorer.attempts, tolerated=config.scorer.max_failed, report=watch.event
+    scorer = RetryingScorer(
+        SimScorer(world, meter),
+        attempts=config.scorer.attempts,
+        tolerated=config.scorer.max_failed,
+        report=watch.event,
     )
     roles = Roles(
-        rollouts={"policy": pool}, learners={"policy": learner}, scorer=scorer, evaluator=None, critic=None, reference=learner
+        rollouts={"policy": pool},
+        learners={"policy": learner},
+        scorer=scorer,
+        evaluator=None,
+        critic=None,
+        reference=learner,
     )
-    material: Any = Material(chat=Chat(), prompts=PromptSet(prompts=make_prompts(case.prompts), duplicates=0))
+    material: Any = CampaignData(
+        chat=Chat(), prompts=PromptSet(prompts=make_prompts(case.prompts), duplicates=0)
+    )
     controller = Controller(
         config,
         algorithm=build_algorithm(config.algorithm, max_tokens=config.rollout.max_tokens),
         roles=roles,
-        material=material,
+        data=material,
         store=store,
         observer=watch,
     )
-    with calm_collector():
+    with gc_tuned():
         before, started = _memory("VmRSS"), time.process_time()
         await controller.run()
         return time.process_time() - started, before
@@ -155,10 +177,12 @@ def play(case: Case, run: Path, world: World | None = None) -> dict[str, Any]:
     config, meter = case.config(run), Meter()
     store = RunDir(config)
     view = LiveView(Console(file=io.StringIO()), iterations=case.rounds, task="none")
-    watch = Watch(Recorder(store, view))
+    watch = Watch(EventLog(store, view))
     meter.watch_collector()
     try:
-        (cpu_s, before), loop = simulate(_campaign(case, config, store, watch, world, meter), meter.worked)
+        (cpu_s, before), loop = simulate(
+            _campaign(case, config, store, watch, world, meter), meter.worked
+        )
     finally:
         gc.callbacks.remove(meter._collector)
         store.close()
@@ -183,7 +207,8 @@ def play(case: Case, run: Path, world: World | None = None) -> dict[str, Any]:
 
 
 def _ideal(case: Case, world: World, meter: Meter) -> float:
-    """Virtual seconds that no schedule of this staleness can beat: full engines, a learner that never waits."""
+    """Virtual seconds that no schedule of this staleness can beat: full engines, a learner that
+    never waits."""
     steps = case.prompts // case.per_step
     write = max(meter.written_s / (world.engines * world.slots), meter.longest_s)
     learn = steps * world.step_s * 1.5 + 2 * world.sync_s
@@ -194,12 +219,15 @@ def _ideal(case: Case, world: World, meter: Meter) -> float:
 
 def _memory(name: str) -> int:
     """Bytes, from /proc: VmRSS now, VmHWM at most so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) << 10
 
 
 def in_child(case: Case) -> dict[str, Any]:
-    """One case in a process of its own, after a small campaign that gets every import and cache out of the way."""
+    """One case in a process of its own, after a small campaign that gets every import and cache out
+    of the way."""
     command = [sys.executable, "-m", "tests.bench.scale_sim", "--case", json.dumps(asdict(case))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -289,9 +317,13 @@ def cases(quick: bool) -> list[Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a small grid")
-    parser.add_argument("--record", action="store_true", help="write the tables into tests/bench/RESULTS.md")
+    parser.add_argument(
+        "--record", action="store_true", help="write the tables into tests/bench/RESULTS.md"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:

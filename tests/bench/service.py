@@ -1,9 +1,11 @@
-"""What a scorer costs when it is a service: `rayhf serve-scorer` as a process, against the same scorer beside the caller.
+"""What a scorer costs when it is a service: `rayhf serve-scorer` as a process, against the same
+scorer beside the caller.
 
     python -m tests.bench.service [--seconds 4] [--record]
 
-A rule judges answers of 300 characters, 8 to a prompt. One call is one batch. Prints a Markdown table, and writes it into
-RESULTS.md with --record; about a minute on two cores, which servers, rules and callers share.
+A rule judges answers of 300 characters, 8 to a prompt. One call is one batch. Prints a Markdown
+table, and writes it into RESULTS.md with --record; about a minute on two cores, which servers,
+rules and callers share.
 """
 
 from __future__ import annotations
@@ -24,16 +26,16 @@ from pathlib import Path
 
 import trustme
 
-from rayhf.config.scorers import RemoteScorer, RuleScorer
+from rayhf.config.scorers import GrpcScorerConfig, RuleConfig
 from rayhf.config.service import NO_SECURITY, EndpointSecurity
-from rayhf.experience import Completion, Prompt, Scored, ScoreRequest
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.combine import Engine
+from rayhf.types import Completion, Prompt, Scored, ScoreRequest
 from tests.bench.results import put_section
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESET = ROOT / "configs/tiny/serve_scorer_arithmetic.yaml"
-RULE = RuleScorer(function="rayhf.tiny.arithmetic:correct")
+RULE = RuleConfig(function="rayhf.tiny.arithmetic:correct")
 BATCHES = (1, 16, 256)
 SAMPLES = 8
 LOAD = os.getloadavg()
@@ -42,8 +44,16 @@ LOAD = os.getloadavg()
 def batch(completions: int, rng: random.Random) -> list[ScoreRequest]:
     requests = []
     for start in range(0, completions, SAMPLES):
-        prompt = Prompt(prompt_id=f"p{start}", messages=({"role": "user", "content": "1 + 2 - 3 ="},), token_ids=(1,), answer="0")
-        texts = ["".join(rng.choices("0123456789+-=\n", k=290)) + "\nAnswer: 0" for _ in range(min(SAMPLES, completions - start))]
+        prompt = Prompt(
+            prompt_id=f"p{start}",
+            messages=({"role": "user", "content": "1 + 2 - 3 ="},),
+            token_ids=(1,),
+            answer="0",
+        )
+        texts = [
+            "".join(rng.choices("0123456789+-=\n", k=290)) + "\nAnswer: 0"
+            for _ in range(min(SAMPLES, completions - start))
+        ]
         answers = tuple(
             Completion(
                 prompt_id=prompt.prompt_id, index=index, seed=index, text=text, token_ids=(1,), logprobs=(0.0,),
@@ -55,7 +65,9 @@ def batch(completions: int, rng: random.Random) -> list[ScoreRequest]:
     return requests
 
 
-def measure(engine: Engine, completions: int, *, callers: int, seconds: float) -> tuple[float, float, float]:
+def measure(
+    engine: Engine, completions: int, *, callers: int, seconds: float
+) -> tuple[float, float, float]:
     """Calls per second over all callers, and the median and the 99th percentile of a call in ms."""
     taken: list[float] = []
     rng = random.Random(0)
@@ -111,7 +123,10 @@ def identities(folder: Path) -> tuple[list[str], EndpointSecurity]:
     (folder / "token").chmod(0o600)
     tls = f"{{certificate: {folder}/server.pem, key: {folder}/server.key, client_ca: {folder}/ca.pem}}"
     security = EndpointSecurity(
-        ca=folder / "ca.pem", certificate=folder / "client.pem", key=folder / "client.key", token_file=folder / "token"
+        ca=folder / "ca.pem",
+        certificate=folder / "client.pem",
+        key=folder / "client.key",
+        token_file=folder / "token",
     )
     return [f"service.tls={tls}", f"service.token_file={folder}/token"], security
 
@@ -119,11 +134,15 @@ def identities(folder: Path) -> tuple[list[str], EndpointSecurity]:
 def rows(seconds: float) -> Iterator[str]:
     """The table, line by line as it is measured."""
 
-    def build(entry: RuleScorer | RemoteScorer) -> Engine:
+    def build(entry: RuleConfig | GrpcScorerConfig) -> Engine:
         return build_scorer([entry], device="cpu", threads=None, base=ROOT)
 
     def remote(address: str, security: EndpointSecurity = NO_SECURITY) -> Callable[[], Engine]:
-        return lambda: build(RemoteScorer(endpoints=(address,), security=security, batch=max(BATCHES), in_flight=8))
+        return lambda: build(
+            GrpcScorerConfig(
+                endpoints=(address,), security=security, batch=max(BATCHES), in_flight=8
+            )
+        )
 
     yield "| completions per call | asked | calls/s | completions/s | p50 ms | p99 ms |"
     yield "|--:|---|--:|--:|--:|--:|"
@@ -145,9 +164,13 @@ def rows(seconds: float) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="per cell")
-    parser.add_argument("--record", action="store_true", help="write the table into tests/bench/RESULTS.md")
+    parser.add_argument(
+        "--record", action="store_true", help="write the table into tests/bench/RESULTS.md"
+    )
     options = parser.parse_args()
     began, table = datetime.now(UTC), []
     for row in rows(options.seconds):

@@ -1,8 +1,10 @@
-"""Roles for a simulation in virtual time: how long answers take and what fails is drawn, the answers are as large as real ones.
+"""Roles for a simulation in virtual time: how long answers take and what fails is drawn, the
+answers are as large as real ones.
 
-The engines stand where Ray's actors stand, behind the real RolloutPool and the real supervision. Everything that is drawn derives
-from a request's own seeds or from an engine's number, so that a simulation can be repeated. What the roles themselves compute is
-measured apart (`Meter`), so that it does not count as the controller's work.
+The engines stand where Ray's actors stand, behind the real RolloutPool and the real supervision.
+Everything that is drawn derives from a request's own seeds or from an engine's number, so that a
+simulation can be repeated. What the roles themselves compute is measured apart (`Meter`), so that
+it does not count as the controller's work.
 """
 
 from __future__ import annotations
@@ -24,14 +26,24 @@ import numpy as np
 import ray
 
 from actors.rollout import RolloutPool
-from actors.supervise import Limits, Supervised, Whereabouts
+from actors.supervise import ProcessInfo, SupervisedActor, SupervisionLimits
 from actors.transport import ObjectStore
 from rayhf.errors import StaleWeightsError
-from rayhf.experience import Completion, Failed, Invalid, Probe, Scored, WeightBucket, WeightSnapshot, derive_seed
+from rayhf.types import (
+    Completion,
+    Failed,
+    Invalid,
+    Probe,
+    Scored,
+    WeightBucket,
+    WeightSnapshot,
+    derive_seed,
+)
 
 _NORMAL = statistics.NormalDist()
 _POOL = np.random.default_rng(0).integers(1000, 150_000, 1 << 20)
-"""Token ids to cut answers from: large ones, which Python does not share, and not compressible beyond what real ones are."""
+"""Token ids to cut answers from: large ones, which Python does not share, and not compressible
+beyond what real ones are."""
 _LOGPROBS = -np.random.default_rng(1).exponential(size=1 << 20).astype(np.float32)
 
 
@@ -62,7 +74,7 @@ class World:
     invalid: float = 0.001
     """Share of completions without a score."""
     step_s: float = 2.0
-    """Of one optimiser step; log-probs of the same rows take half as long."""
+    """Of one optimizer step; log-probs of the same rows take half as long."""
     sync_s: float = 5.0
     seed: int = 0
 
@@ -70,12 +82,17 @@ class World:
         """How long one sequence takes."""
         z = _NORMAL.inv_cdf((seed + 0.5) / 2**63)
         straggler = seed % 9973 < 9973 * self.stragglers
-        return self.sequence_s * math.exp(self.spread * z - self.spread**2 / 2) * (self.slower if straggler else 1.0)
+        return (
+            self.sequence_s
+            * math.exp(self.spread * z - self.spread**2 / 2)
+            * (self.slower if straggler else 1.0)
+        )
 
 
 @dataclass
 class Meter:
-    """What the roles did, and the processor time that this process spent on playing them and on measuring."""
+    """What the roles did, and the processor time that this process spent on playing them and on
+    measuring."""
 
     cpu_s: float = 0.0
     """Of playing."""
@@ -132,8 +149,8 @@ class Meter:
 
 
 class Call:
-    """What Ray gives for a call. Ray's own work for it, and the way from its threads to the loop, are not part of this: see
-    ray_calls.py."""
+    """What Ray gives for a call. Ray's own work for it, and the way from its threads to the loop,
+    are not part of this: see ray_calls.py."""
 
     def __init__(self) -> None:
         self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -150,7 +167,8 @@ class Method:
 
 
 class Engine:
-    """One life of a rollout actor, as a handle: sequences take the slots in the order in which they come."""
+    """One life of a rollout actor, as a handle: sequences take the slots in the order in which they
+    come."""
 
     def __init__(self, number: int, life: int, world: World, meter: Meter) -> None:
         self.world, self.meter = world, meter
@@ -158,12 +176,18 @@ class Engine:
         self._free = [0.0] * world.slots
         self._under_way: dict[Call, asyncio.TimerHandle | None] = {}
         self._due: list[tuple[float, int, Call, list[Any], list[float]]] = []
-        """A heap of what is being written, by when it will be done. One timer for all: the loop's heap is the controller's."""
+        """A heap of what is being written, by when it will be done. One timer for all: the loop's
+        heap is the controller's."""
         self._alarm: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self.generate, self.update = Method(self._generate), Method(self._update)
-        self.progress, self.whereabouts = Method(self._progress), Method(lambda: self._soon(Whereabouts("nowhere", 0, 0.0)))
-        life_s = random.Random(derive_seed(world.seed, "life", number, life)).expovariate(1 / world.life_s)
+        self.progress, self.process_info = (
+            Method(self._progress),
+            Method(lambda: self._soon(ProcessInfo("nowhere", 0, 0.0))),
+        )
+        life_s = random.Random(derive_seed(world.seed, "life", number, life)).expovariate(
+            1 / world.life_s
+        )
         self._end = self._loop.call_later(life_s, self._die)
 
     def _soon(self, answer: Any, after: float = 0.001) -> Call:
@@ -200,7 +224,9 @@ class Engine:
             self.meter.asked += 1
             call = Call()
             if version != self.version:
-                call.result.set_exception(StaleWeightsError(f"asked for {version}, this engine holds {self.version}"))
+                call.result.set_exception(
+                    StaleWeightsError(f"asked for {version}, this engine holds {self.version}")
+                )
                 return call
             now = end = self._loop.time()
             seconds = [self.world.draw_s(seed) for request in requests for seed in request.seeds]
@@ -230,7 +256,10 @@ class Engine:
                 self.steps += 1
                 self.meter.written_s += sum(seconds)
                 self.meter.longest_s = max(self.meter.longest_s, *seconds)
-                answers = [tuple(self._complete(r, i, seed) for i, seed in enumerate(r.seeds)) for r in requests]
+                answers = [
+                    tuple(self._complete(r, i, seed) for i, seed in enumerate(r.seeds))
+                    for r in requests
+                ]
                 done.append((call, answers))
             self._rearm()
         for call, answers in done:
@@ -262,10 +291,10 @@ class Engine:
         return self._soon(None, self.world.sync_s)
 
 
-class Crew(Supervised):
+class Crew(SupervisedActor):
     """Real supervision of engines that have no process to end."""
 
-    async def _end(self, actor: Any, where: Whereabouts | None, *, stacks: bool) -> None:
+    async def _end(self, actor: Any, where: ProcessInfo | None, *, stacks: bool) -> None:
         return None
 
 
@@ -280,8 +309,11 @@ async def engines(world: World, meter: Meter) -> RolloutPool:
     async def built(actor: Any) -> None:
         await asyncio.sleep(world.restart_s)
 
-    limits = Limits(stall_s=300.0, restarts=1_000)
-    crew = [Crew(f"rollout engine {i}", partial(create, i), built, limits=limits) for i in range(world.engines)]
+    limits = SupervisionLimits(stall_s=300.0, restarts=1_000)
+    crew = [
+        Crew(f"rollout engine {i}", partial(create, i), built, limits=limits)
+        for i in range(world.engines)
+    ]
     await asyncio.gather(*(one.start() for one in crew))
     return RolloutPool(crew, ObjectStore(crew, timeout_s=1e6), places=world.slots, timeout_s=1e6)
 
@@ -296,13 +328,17 @@ class SimScorer:
     async def score(self, requests: Any) -> list[Any]:
         with self.meter.playing():
             answers = [tuple(self._judge(c) for c in request.completions) for request in requests]
-        await asyncio.sleep(self.world.score_s + self.world.score_each_s * sum(len(a) for a in answers))
+        await asyncio.sleep(
+            self.world.score_s + self.world.score_each_s * sum(len(a) for a in answers)
+        )
         return answers
 
     def _judge(self, completion: Completion) -> Any:
         chance = (completion.seed >> 20) % 100_003 / 100_003
         self._asked += 1
-        if self._asked * 7919 % 100_003 < 100_003 * self.world.unreachable:  # by turns: asked again it is another turn
+        if (
+            self._asked * 7919 % 100_003 < 100_003 * self.world.unreachable
+        ):  # by turns: asked again it is another turn
             return Failed(reason="not reached", transient=True)
         return Invalid(reason="no number") if chance < self.world.invalid else Scored(value=chance)
 
@@ -340,7 +376,9 @@ class SimLearner:
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
         await asyncio.sleep(self.world.sync_s)
         buckets = tuple(WeightBucket(tensors=(), payload=None, checksum="") for _ in range(8))
-        return WeightSnapshot(version=version, buckets=buckets, checksum="", probe=Probe(token_ids=(), logprobs=()))
+        return WeightSnapshot(
+            version=version, buckets=buckets, checksum="", probe=Probe(token_ids=(), logprobs=())
+        )
 
     async def save(self, directory: Any) -> None:
         directory.mkdir(parents=True)

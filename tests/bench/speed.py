@@ -1,10 +1,12 @@
-"""`make bench`: how fast rayhf trains, against TRL and against its own bare engines, in one table from one run.
+"""`make bench`: how fast rayhf trains, against TRL and against its own bare engines, in one table
+from one run.
 
     python -m tests.bench.speed [--quick] [--record]
 
-Every case starts its peers (peers.py), lets each do warm-up steps, and then gives them turns: one step of A, one of B, ...,
-again and again. Medians over the turns. Same model, prompts, reward, threads and optimiser work. `--record` writes the table into
-RESULTS.md. Whole runs: full about half an hour, quick under 10 minutes, on two cores.
+Every case starts its peers (peers.py), lets each do warm-up steps, and then gives them turns: one
+step of A, one of B, ..., again and again. Medians over the turns. Same model, prompts, reward,
+threads and optimizer work. `--record` writes the table into RESULTS.md. Whole runs: full about half
+an hour, quick under 10 minutes, on two cores.
 """
 
 from __future__ import annotations
@@ -57,7 +59,12 @@ class Peer:
     @staticmethod
     def start(label: str, kind: str, spec: Spec, scratch: Path) -> Peer:
         log = scratch / f"{label}.log".replace(" ", "-")
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": str(spec.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         env |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         with log.open("w") as stderr:
             process = subprocess.Popen(
@@ -121,8 +128,9 @@ class Peer:
 
 
 def usage(pid: int) -> tuple[float, float, float]:
-    """Of a process tree: the sum of every process's own peak RSS in GiB (pages that processes share count for each of them), the
-    sum of what they hold now with shared pages divided among them (PSS) in GiB, and CPU seconds."""
+    """Of a process tree: the sum of every process's own peak RSS in GiB (pages that processes share
+    count for each of them), the sum of what they hold now with shared pages divided among them
+    (PSS) in GiB, and CPU seconds."""
     peak = proportional = 0
     cpu = 0.0
     for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
@@ -138,10 +146,15 @@ def usage(pid: int) -> tuple[float, float, float]:
 
 
 class Neighbours:
-    """How much of the machine's CPU time went to processes that are not ours: a table from a busy machine means little."""
+    """How much of the machine's CPU time went to processes that are not ours: a table from a busy
+    machine means little."""
 
     def __init__(self) -> None:
-        self._started, self._busy, self._self = time.monotonic(), self._total(), sum(psutil.Process().cpu_times()[:2])
+        self._started, self._busy, self._self = (
+            time.monotonic(),
+            self._total(),
+            sum(psutil.Process().cpu_times()[:2]),
+        )
         self.ours = 0.0
 
     @staticmethod
@@ -151,17 +164,29 @@ class Neighbours:
 
     def share(self) -> float:
         """From 0 to 1."""
-        busy = self._total() - self._busy - self.ours - (sum(psutil.Process().cpu_times()[:2]) - self._self)
+        busy = (
+            self._total()
+            - self._busy
+            - self.ours
+            - (sum(psutil.Process().cpu_times()[:2]) - self._self)
+        )
         return max(0.0, busy) / ((time.monotonic() - self._started) * (os.cpu_count() or 1))
 
 
-def play(title: str, cast: dict[str, tuple[str, Spec]], scratch: Path, *, warmup: int, turns: int) -> dict[str, Peer]:
-    """Start every peer, warm up, take turns, stop. The first report of a peer ends its first step. A slow or busy machine gets
-    fewer turns, but at least 3, once TURNS_S have passed."""
+def play(
+    title: str, cast: dict[str, tuple[str, Spec]], scratch: Path, *, warmup: int, turns: int
+) -> dict[str, Peer]:
+    """Start every peer, warm up, take turns, stop. The first report of a peer ends its first step.
+    A slow or busy machine gets fewer turns, but at least 3, once TURNS_S have passed."""
     say(f"{title}: starting {', '.join(cast)}")
     peers: dict[str, Peer] = {}
     try:
-        for label, (kind, spec) in cast.items():  # one after the other: several Ray clusters starting at once run into its limits
+        for (
+            label,
+            (kind, spec),
+        ) in (
+            cast.items()
+        ):  # one after the other: several Ray clusters starting at once run into its limits
             peers[label] = Peer.start(label, kind, spec, scratch)
             peers[label].answer()
         deadline = time.monotonic() + TURNS_S
@@ -174,7 +199,9 @@ def play(title: str, cast: dict[str, tuple[str, Spec]], scratch: Path, *, warmup
         for peer in peers.values():
             peer.stop()
     for label, peer in peers.items():
-        say(f"  {label:<24} {peer.median:6.2f} s a step ({min(peer.seconds):.2f} to {max(peer.seconds):.2f}), {peer.rate:.1f}/s")
+        say(
+            f"  {label:<24} {peer.median:6.2f} s a step ({min(peer.seconds):.2f} to {max(peer.seconds):.2f}), {peer.rate:.1f}/s"
+        )
     return peers
 
 
@@ -193,14 +220,16 @@ class Bench:
         self.threads = len(os.sched_getaffinity(0))
         self.lines: list[str] = []
         self.verdicts: list[str] = []
-        self.neighbours = Neighbours()
+        self.neighbors = Neighbours()
         write_prompts(scratch / "prompts.jsonl")
 
     def spec(self, size: Size, algorithm: Any, *, varying: bool, dtype: str = "float32") -> Spec:
         max_tokens = 256 if varying else 64
         model = self.scratch / f"{size}-{'varying' if varying else 'fixed'}-{dtype}"
         if not model.exists():
-            write_model(model, size, mean_length=64 if varying else None, max_tokens=max_tokens, dtype=dtype)
+            write_model(
+                model, size, mean_length=64 if varying else None, max_tokens=max_tokens, dtype=dtype
+            )
         prompts = 8 if algorithm == "grpo" else 32
         return Spec(
             algorithm=algorithm,
@@ -214,37 +243,62 @@ class Bench:
             dtype=dtype,
         )
 
-    def against_trl(self, size: Size, algorithm: Any, *, varying: bool, turns: int, engines: bool) -> None:
+    def against_trl(
+        self, size: Size, algorithm: Any, *, varying: bool, turns: int, engines: bool
+    ) -> None:
         """A case of the table; `engines`: the bare engines take turns, too."""
         spec = self.spec(size, algorithm, varying=varying)
-        cast = {"rayhf": ("rayhf", spec), "rayhf overlap": ("rayhf", replace(spec, max_staleness=1)), "TRL": ("trl", spec)}
+        cast = {
+            "rayhf": ("rayhf", spec),
+            "rayhf overlap": ("rayhf", replace(spec, max_staleness=1)),
+            "TRL": ("trl", spec),
+        }
         if engines:
             cast |= {"vLLM alone": ("vllm", spec), "DeepSpeed alone": ("deepspeed", spec)}
         name = {"grpo": "GRPO", "online_dpo": "online DPO"}[algorithm]
         title = f"{size}, {name}, {'varying' if varying else 'fixed'} length"
         peers = play(title, cast, self.scratch, warmup=2, turns=turns)
-        self.neighbours.ours += sum(peer.cpu_s for peer in peers.values())
-        say(f"  other processes' share of the machine so far: {self.neighbours.share():.0%}")
+        self.neighbors.ours += sum(peer.cpu_s for peer in peers.values())
+        say(f"  other processes' share of the machine so far: {self.neighbors.share():.0%}")
         for peer in peers.values():
             self._row(title, peer, peers["TRL"])
         target = 2.0 if varying else 1.0
-        best = max((peers[label] for label in ("rayhf", "rayhf overlap")), key=lambda peer: peer.rate)
-        self._verdict(f"{title}: {best.label} / TRL, completions per second", best.rate / peers["TRL"].rate, target)
+        best = max(
+            (peers[label] for label in ("rayhf", "rayhf overlap")), key=lambda peer: peer.rate
+        )
+        self._verdict(
+            f"{title}: {best.label} / TRL, completions per second",
+            best.rate / peers["TRL"].rate,
+            target,
+        )
         if engines:
             self._overhead(title, peers)
 
     def _row(self, title: str, peer: Peer, trl: Peer) -> None:
-        phases = [peer.phase(name) for name in ("rollout", "scorer", "reference", "learner", "sync")]
-        cells = [title, peer.label, f"{peer.length:.0f}", f"{peer.median:.2f} ({min(peer.seconds):.2f}-{max(peer.seconds):.2f})"]
+        phases = [
+            peer.phase(name) for name in ("rollout", "scorer", "reference", "learner", "sync")
+        ]
+        cells = [
+            title,
+            peer.label,
+            f"{peer.length:.0f}",
+            f"{peer.median:.2f} ({min(peer.seconds):.2f}-{max(peer.seconds):.2f})",
+        ]
         alone = peer.kind in ("vllm", "deepspeed")
         cells += ["", ""] if alone else [f"{peer.rate:.1f}", f"{peer.rate / trl.rate:.2f}x"]
         cells += ["" if s is None else f"{s:.3f}" for s in phases]
-        self.lines.append("| " + " | ".join([*cells, f"{peer.rss_gib:.1f}", f"{peer.pss_gib:.1f}"]) + " |")
+        self.lines.append(
+            "| " + " | ".join([*cells, f"{peer.rss_gib:.1f}", f"{peer.pss_gib:.1f}"]) + " |"
+        )
 
     def _overhead(self, title: str, peers: dict[str, Peer]) -> None:
         bare = peers["vLLM alone"].median + peers["DeepSpeed alone"].median
         for label in ("rayhf", "rayhf overlap"):
-            self._verdict(f"{title}: time of a {label} round / (vLLM alone + DeepSpeed alone)", peers[label].median / bare, -1.25)
+            self._verdict(
+                f"{title}: time of a {label} round / (vLLM alone + DeepSpeed alone)",
+                peers[label].median / bare,
+                -1.25,
+            )
 
     def _verdict(self, what: str, value: float, target: float) -> None:
         """A target below zero is an upper limit."""
@@ -261,7 +315,7 @@ class Bench:
             found = peer.answer()
         finally:
             peer.stop()
-        self.neighbours.ours += peer.cpu_s
+        self.neighbors.ours += peer.cpu_s
         self.verdicts.append(
             f"| weight sync, engine in {dtype}, learner in float32: mean (max) gap of the log-probs of {found['tokens']} "
             f"sampled tokens, in nats; the policy had moved by {found['moved']:.2f} on average "
@@ -281,14 +335,17 @@ class Bench:
         return self.report(time.monotonic() - started)
 
     def report(self, seconds: float) -> str:
-        packages = ", ".join(f"{name} {version(name)}" for name in ("trl", "transformers", "deepspeed", "ray", "torch"))
+        packages = ", ".join(
+            f"{name} {version(name)}"
+            for name in ("trl", "transformers", "deepspeed", "ray", "torch")
+        )
         return "\n".join(
             [
                 f"Measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC in {seconds / 60:.0f} minutes, {'quick run, ' * self.quick}on "
-                f"{self.threads} threads of {_cpu()}; other processes had {self.neighbours.share():.0%} of the machine; "
+                f"{self.threads} threads of {_cpu()}; other processes had {self.neighbors.share():.0%} of the machine; "
                 f"{packages}.",
                 "",
-                "64 completions per optimiser step, prompts of 16 tokens, float32, reference model included, everything "
+                "64 completions per optimizer step, prompts of 16 tokens, float32, reference model included, everything "
                 "interleaved step by step; medians (and range). Fixed: every answer has 64 tokens. Varying: answers end by "
                 "themselves, the limit is 256. rayhf is synchronous and deterministic, rayhf overlap has max_staleness 1; TRL's "
                 "trainers are synchronous, with transformers' generate (its vLLM modes do not run on CPU). Phases of rayhf "
@@ -314,9 +371,13 @@ def _cpu() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two cases, fewer turns")
-    parser.add_argument("--record", action="store_true", help="write the table into tests/bench/RESULTS.md")
+    parser.add_argument(
+        "--record", action="store_true", help="write the table into tests/bench/RESULTS.md"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rayhf-bench-") as scratch:
         text = Bench(Path(scratch), quick=options.quick).run()

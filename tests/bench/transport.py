@@ -1,9 +1,9 @@
 """How fast weights travel: `python -m tests.bench.transport [--record]`.
 
-A sender and a receiver, each a Ray actor as in a campaign: pack into buckets with a checksum, hand over, check, copy into the
-parameters. Twice in every turn, through the object store (one step after the other) and by broadcast (gloo; packing, sending,
-checking and copying overlap); and a plain copy of the same bytes from memory to memory within the receiver: the most that
-anything could reach.
+A sender and a receiver, each a Ray actor as in a campaign: pack into buckets with a checksum, hand
+over, check, copy into the parameters. Twice in every turn, through the object store (one step after
+the other) and by broadcast (gloo; packing, sending, checking and copying overlap); and a plain copy
+of the same bytes from memory to memory within the receiver: the most that anything could reach.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import ray
 import torch
 
-from rayhf.experience import WeightBucket
-from rayhf.rollout.channel import Meeting, Receiver, Sender
-from rayhf.rollout.weights import lay_out, pack_bucket, unpack_bucket, verify_bucket
+from rayhf.types import WeightBucket
+from rayhf.weights.broadcast import Receiver, Rendezvous, Sender
+from rayhf.weights.buckets import lay_out, pack_bucket, unpack_bucket, verify_bucket
 from tests.bench.results import put_section
 
 MB = 10**6
@@ -50,11 +50,16 @@ class Learner:
         stored = [replace(bucket, payload=ray.put(bucket.payload)) for bucket in packed]
         return stored, time.perf_counter() - started
 
-    def open(self) -> tuple[Meeting, list[Any]]:
+    def open(self) -> tuple[Rendezvous, list[Any]]:
         """A group of two, and what will be sent."""
         self.sender = Sender("127.0.0.1", members=2, timeout_s=300, device=torch.device("cpu"))
-        self.layouts = [lay_out([(name, tuple(t.shape)) for name, t in named], torch.float32) for named in self.buckets]
-        return self.sender.meeting, [WeightBucket(tensors=specs, payload=None, checksum="") for specs in self.layouts]
+        self.layouts = [
+            lay_out([(name, tuple(t.shape)) for name, t in named], torch.float32)
+            for named in self.buckets
+        ]
+        return self.sender.meeting, [
+            WeightBucket(tensors=specs, payload=None, checksum="") for specs in self.layouts
+        ]
 
     def join(self) -> None:
         self.sender.join()
@@ -68,7 +73,9 @@ class Learner:
 @ray.remote(num_cpus=0)
 class Engine:
     def __init__(self, total_bytes: int) -> None:
-        self.weights = {f"w{i}": torch.empty_like(tensor) for i, tensor in enumerate(tensors(total_bytes))}
+        self.weights = {
+            f"w{i}": torch.empty_like(tensor) for i, tensor in enumerate(tensors(total_bytes))
+        }
         self.source = {name: torch.rand_like(tensor) for name, tensor in self.weights.items()}
 
     def receive(self, buckets: list[Any], *payloads: Any) -> tuple[float, float]:
@@ -80,10 +87,13 @@ class Engine:
             checked = time.perf_counter()
             for name, tensor in unpack_bucket(bucket, payload):
                 self.weights[name].copy_(tensor)
-            checking, copying = checking + checked - started, copying + time.perf_counter() - checked
+            checking, copying = (
+                checking + checked - started,
+                copying + time.perf_counter() - checked,
+            )
         return checking, copying
 
-    def join(self, meeting: Meeting) -> None:
+    def join(self, meeting: Rendezvous) -> None:
         self.receiver = Receiver(meeting, 1, torch.device("cpu"))
 
     def take(self, announced: list[Any]) -> None:
@@ -108,7 +118,9 @@ def measure(size_mb: int) -> dict[str, float]:
         started = time.perf_counter()
         buckets, sent = ray.get(sender.publish.remote())
         payloads = [bucket.payload for bucket in buckets]
-        checked, copied = ray.get(receiver.receive.remote([replace(b, payload=None) for b in buckets], *payloads))
+        checked, copied = ray.get(
+            receiver.receive.remote([replace(b, payload=None) for b in buckets], *payloads)
+        )
         whole = time.perf_counter() - started
         started = time.perf_counter()
         ray.get([sender.send.remote(), receiver.take.remote(announced)])
@@ -116,7 +128,14 @@ def measure(size_mb: int) -> dict[str, float]:
         plain = ray.get(receiver.copy.remote())
         if turn:  # the first one touches every page for the first time
             turns.append(
-                {"publish": sent, "check": checked, "load": copied, "whole": whole, "broadcast": broadcast, "copy": plain}
+                {
+                    "publish": sent,
+                    "check": checked,
+                    "load": copied,
+                    "whole": whole,
+                    "broadcast": broadcast,
+                    "copy": plain,
+                }
             )
         del buckets, payloads
     for actor in (sender, receiver):
@@ -125,10 +144,16 @@ def measure(size_mb: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="write the table into tests/bench/RESULTS.md")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write the table into tests/bench/RESULTS.md"
+    )
     options = parser.parse_args()
-    ray.init(num_cpus=2, object_store_memory=5 * 10**9, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        num_cpus=2, object_store_memory=5 * 10**9, include_dashboard=False, log_to_driver=False
+    )
     lines = [
         "| MB | object store: publish s | check s | load s | whole s | broadcast s | plain copy s | object store GB/s | "
         "broadcast GB/s | plain copy GB/s | share of a plain copy |",
@@ -147,7 +172,9 @@ def main() -> None:
     if options.record:
         put_section(
             "## Weight transport",
-            "\n".join(["A sender and a receiver on one machine, float32, medians of five.", "", *lines]),
+            "\n".join(
+                ["A sender and a receiver on one machine, float32, medians of five.", "", *lines]
+            ),
         )
 
 

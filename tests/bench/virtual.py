@@ -1,8 +1,9 @@
 """Time that passes only while everybody waits: an asyncio loop for simulations.
 
-In: coroutines that sleep, set timers and wait for each other, in one thread. Out: the same run as in real time, in the seconds
-that its own work takes: whenever nothing is ready, the clock jumps to the next timer. Work may count as time too: then whoever
-works too much comes too late, as in real life.
+In: coroutines that sleep, set timers and wait for each other, in one thread. Out: the same run as
+in real time, in the seconds that its own work takes: whenever nothing is ready, the clock jumps to
+the next timer. Work may count as time too: then whoever works too much comes too late, as in real
+life.
 """
 
 from __future__ import annotations
@@ -52,12 +53,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     @property
     def longest_turn_s(self) -> float:
-        """Work in the longest turn so far, in seconds: for so long a real loop would have heard nobody."""
+        """Work in the longest turn so far, in seconds: for so long a real loop would have heard
+        nobody."""
         return self._virtual.longest_turn_s
 
 
-def simulate(work: Coroutine[Any, Any, Result], worked: Callable[[], float] = lambda: 0.0) -> tuple[Result, VirtualLoop]:
-    """Run to the end in virtual time. RuntimeError where everybody waits for something that cannot come."""
+def simulate(
+    work: Coroutine[Any, Any, Result], worked: Callable[[], float] = lambda: 0.0
+) -> tuple[Result, VirtualLoop]:
+    """Run to the end in virtual time. RuntimeError where everybody waits for something that cannot
+    come."""
     loop = VirtualLoop(worked)
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         return runner.run(work), loop

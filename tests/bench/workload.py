@@ -1,8 +1,9 @@
 """What is timed: one model, one set of prompts, one reward, the same for every peer.
 
-The models are random Qwen2 with a tokenizer of short words and an end-of-sequence logit that is set by hand, so that answers end
-exactly never ("fixed": every answer has the token limit) or at a chosen rate ("varying": lengths are geometric).
-How: dimension 0 of the residual stream is a constant that no layer writes to, and only the row of the end token reads it.
+The models are random Qwen2 with a tokenizer of short words and an end-of-sequence logit that is set
+by hand, so that answers end exactly never ("fixed": every answer has the token limit) or at a
+chosen rate ("varying": lengths are geometric). How: dimension 0 of the residual stream is a
+constant that no layer writes to, and only the row of the end token reads it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,20 @@ NEVER = -1e4
 
 Size = Literal["tiny", "mid"]
 SHAPES: dict[Size, dict[str, int]] = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 512},
-    "mid": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 8192},
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+    },
+    "mid": {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "vocab_size": 8192,
+    },
 }
 
 
@@ -44,7 +57,8 @@ class Spec:
     samples: int
     """Per prompt."""
     micro: int
-    """Completions per forward pass where a peer cuts by number; rayhf cuts by tokens, `micro` full-length rows."""
+    """Completions per forward pass where a peer cuts by number; rayhf cuts by tokens, `micro`
+    full-length rows."""
     threads: int
     max_staleness: int = 0
     dtype: str = "float32"
@@ -70,12 +84,17 @@ def write_prompts(path: Path, *, count: int = 512, seed: int = 0) -> None:
     """Different prompts of 16 tokens each, the template's three included."""
     rng = random.Random(seed)
     words = _words(200)
-    lines = [json.dumps({"prompt": " ".join(rng.choices(words, k=PROMPT_WORDS))}) for _ in range(count)]
+    lines = [
+        json.dumps({"prompt": " ".join(rng.choices(words, k=PROMPT_WORDS))}) for _ in range(count)
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_model(path: Path, size: Size, *, mean_length: int | None, max_tokens: int, dtype: str = "float32") -> float:
-    """A model directory. `mean_length` None: answers never end by themselves. Returns the parameters in millions."""
+def write_model(
+    path: Path, size: Size, *, mean_length: int | None, max_tokens: int, dtype: str = "float32"
+) -> float:
+    """A model directory. `mean_length` None: answers never end by themselves. Returns the
+    parameters in millions."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -101,17 +120,25 @@ def write_model(path: Path, size: Size, *, mean_length: int | None, max_tokens: 
         model.lm_head.weight[: len(SPECIAL)] = 0.0
         model.lm_head.weight[: len(SPECIAL), 0] = NEVER
         if mean_length is not None:
-            model.lm_head.weight[SPECIAL.index(EOS), 0] = _end_weight(model, mean_length, max_tokens)
+            model.lm_head.weight[SPECIAL.index(EOS), 0] = _end_weight(
+                model, mean_length, max_tokens
+            )
     model.to(getattr(torch, dtype)).save_pretrained(path)
     _tokenizer(shape["vocab_size"]).save_pretrained(path)
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
 def _end_weight(model: Any, mean_length: int, max_tokens: int) -> float:
-    """The weight that gives answers of `mean_length` tokens on average, cut off at `max_tokens`; by bisection on random text."""
+    """The weight that gives answers of `mean_length` tokens on average, cut off at `max_tokens`; by
+    bisection on random text."""
     import torch
 
-    ids = torch.randint(len(SPECIAL), model.config.vocab_size, (16, 16 + max_tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        len(SPECIAL),
+        model.config.vocab_size,
+        (16, 16 + max_tokens),
+        generator=torch.Generator().manual_seed(1),
+    )
     hidden = model.model(ids).last_hidden_state[:, 15:-1]
     rest = torch.logsumexp(model.lm_head(hidden)[..., len(SPECIAL) :], dim=-1)
     low, high = -100.0, 100.0
@@ -125,7 +152,8 @@ def _end_weight(model: Any, mean_length: int, max_tokens: int) -> float:
 
 
 def _words(count: int) -> list[str]:
-    """The first words of " a" ... " z", " aa" ... " zz", " aaa" ...: each is the one before it in length plus a letter."""
+    """The first words of " a" ... " z", " aa" ... " zz", " aaa" ...: each is the one before it in
+    length plus a letter."""
     found, last = [], [""]
     while len(found) < count:
         last = [word + letter for word in last for letter in string.ascii_lowercase]
@@ -134,7 +162,8 @@ def _words(count: int) -> list[str]:
 
 
 def _tokenizer(vocab: int) -> Any:
-    """Byte-level BPE under Qwen2's own splitting rule (which AutoTokenizer puts in, whatever was saved): a word is one token."""
+    """Byte-level BPE under Qwen2's own splitting rule (which AutoTokenizer puts in, whatever was
+    saved): a word is one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

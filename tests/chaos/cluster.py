@@ -1,4 +1,5 @@
-"""A Ray cluster of two nodes on this machine: a head without room for actors, and a worker that may die."""
+"""A Ray cluster of two nodes on this machine: a head without room for actors, and a worker that may
+die."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ class TwoNodes:
         os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_USAGE_STATS_ENABLED": "0"}
         from ray.cluster_utils import Cluster
 
-        self._cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self._cluster: Any = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
         self.address: str = self._cluster.address
         self._worker: Any = None
 
@@ -27,7 +30,12 @@ class TwoNodes:
         self.add_worker()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._cluster.shutdown()
 
     def add_worker(self) -> None:

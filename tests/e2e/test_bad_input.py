@@ -21,8 +21,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("bad"))
 
 
-def refuse(world: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """Run the command line in this process (the imports are paid once); return the line it refused with."""
+def refuse(
+    world: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """Run the command line in this process (the imports are paid once); return the line it refused
+    with."""
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "argv", ["rayhf", *arguments])
     monkeypatch.delenv("RAYHF_DEBUG", raising=False)
@@ -41,7 +47,10 @@ def refuse(world: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, c
     [
         ("learner.lrr=1", "unknown key learner.lrr; did you mean lr?"),
         ("learner.lr=fast", "learner.lr: input should be a valid number"),
-        ("learner.prompts_per_step=3", "does not divide prompts.batch 4; nearest valid values: 1, 2, 4"),
+        (
+            "learner.prompts_per_step=3",
+            "does not divide prompts.batch 4; nearest valid values: 1, 2, 4",
+        ),
         ("prompts.batch=100", "train.jsonl has only 24 different prompts; expected at most 24"),
         ("policy.model=polic", "policy.model: no such model directory"),
         ("policy.model=.", "has no config.json"),
@@ -49,8 +58,14 @@ def refuse(world: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, c
         ("rollout.max_tokens=400", "rollout.max_tokens is 400"),
         ("rollout.max_tokens=126", "train.jsonl row 1: the prompt has"),
         ("rollout.tensor_parallel=2", "rollout.tensor_parallel is 2 on cpu; expected 1"),
-        ("cluster.device=gpu", "3 GPU requested (rollout 1, learner 1, reference 1), 0 available on 1 node(s)"),
-        ("cluster.resources={rollout: {moon: 1}}", "1 moon requested (rollout 1), 0 available on 1 node(s)"),
+        (
+            "cluster.device=gpu",
+            "3 GPU requested (rollout 1, learner 1, reference 1), 0 available on 1 node(s)",
+        ),
+        (
+            "cluster.resources={rollout: {moon: 1}}",
+            "1 moon requested (rollout 1), 0 available on 1 node(s)",
+        ),
         ("cluster.address=10.255.255.1:1", "no Ray cluster answers there"),
         ("scorer.train.0.function=my_rules:evven", "did you mean even?"),
         ("scorer.train.0.function=nothing:here", "there is no module nothing"),
@@ -59,7 +74,11 @@ def refuse(world: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, c
     ],
 )
 def test_refused_before_anything_starts(
-    world: Path, override: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Path,
+    override: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = write_config(world, "base")
     command = "check" if override.startswith("rollout.tensor") else "run"
@@ -71,16 +90,32 @@ def test_refused_before_anything_starts(
     ("content", "expected"),
     [
         ("", "bad.jsonl is empty"),
-        ('{"prompt": "a"}\n{"prompt": 3}\n', "bad.jsonl row 2: `prompt` must be a non-empty string, got 3"),
+        (
+            '{"prompt": "a"}\n{"prompt": 3}\n',
+            "bad.jsonl row 2: `prompt` must be a non-empty string, got 3",
+        ),
         ('{"prompt": "a"}\nnot json\n', "bad.jsonl row 2: not valid JSON"),
-        ('{"question": "a"}\n', "bad.jsonl row 1: expected either `prompt` (string) or `messages` (list), got keys question"),
-        ('{"messages": [{"role": "user"}]}\n', "bad.jsonl row 1: a message must have string `role` and `content`"),
-        ('{"prompt": "a", "answer": [1]}\n', "bad.jsonl row 1: `answer` must be a string or a number"),
+        (
+            '{"question": "a"}\n',
+            "bad.jsonl row 1: expected either `prompt` (string) or `messages` (list), got keys question",
+        ),
+        (
+            '{"messages": [{"role": "user"}]}\n',
+            "bad.jsonl row 1: a message must have string `role` and `content`",
+        ),
+        (
+            '{"prompt": "a", "answer": [1]}\n',
+            "bad.jsonl row 1: `answer` must be a string or a number",
+        ),
         (json.dumps({"prompt": "long " * 400}) + "\n", "bad.jsonl row 1: the prompt has"),
     ],
 )
 def test_bad_prompt_files_are_named_by_row(
-    world: Path, content: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Path,
+    content: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (world / "bad.jsonl").write_text(content)
     config = write_config(world, "rows", prompts={"train": "bad.jsonl"})
@@ -100,17 +135,22 @@ def test_a_reference_with_another_tokenizer(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(world / "policy", world / "other", dirs_exist_ok=True)
-    train_tokenizer(["quite other words"] * 3, REWARD_FORMAT, max_vocab=290, max_length=128).save_pretrained(world / "other")
+    train_tokenizer(
+        ["quite other words"] * 3, REWARD_FORMAT, max_vocab=290, max_length=128
+    ).save_pretrained(world / "other")
     config = write_config(world, "other-run", reference={"model": "other"})
     line = refuse(world, ["run", str(config)], monkeypatch, capsys)
-    assert "reference.model: the tokenizer of other" in line and "differs from the one of policy.model" in line
+    assert (
+        "reference.model: the tokenizer of other" in line
+        and "differs from the one of policy.model" in line
+    )
 
 
 def test_another_campaigns_run_directory(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rayhf.campaign.store import RunDir
     from rayhf.config.load import load_config
+    from rayhf.run_dir.store import RunDir
 
     config = write_config(world, "taken")
     monkeypatch.chdir(world)
@@ -128,14 +168,27 @@ def test_another_campaigns_run_directory(
     ],
 )
 def test_other_commands(
-    world: Path, arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Path,
+    arguments: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert expected in refuse(world, arguments, monkeypatch, capsys)
 
 
 def test_the_installed_command_and_its_exit_code(world: Path) -> None:
     rayhf = Path(sys.executable).with_name("rayhf")
-    done = subprocess.run([rayhf, "run", "missing.yaml"], cwd=world, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.startswith("rayhf: config missing.yaml: no such file")
-    assert subprocess.run([rayhf, "--version"], capture_output=True, text=True, timeout=60).stdout == "rayhf 0.1.0\n"
-    assert subprocess.run([rayhf, "run"], capture_output=True, text=True, timeout=60).returncode == 2
+    done = subprocess.run(
+        [rayhf, "run", "missing.yaml"], cwd=world, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stderr.startswith(
+        "rayhf: config missing.yaml: no such file"
+    )
+    assert (
+        subprocess.run([rayhf, "--version"], capture_output=True, text=True, timeout=60).stdout
+        == "rayhf 0.1.0\n"
+    )
+    assert (
+        subprocess.run([rayhf, "run"], capture_output=True, text=True, timeout=60).returncode == 2
+    )

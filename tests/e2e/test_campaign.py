@@ -1,4 +1,5 @@
-"""Whole campaigns with the real engines, as a user starts them: vLLM, DeepSpeed and Ray, on a policy of toy size."""
+"""Whole campaigns with the real engines, as a user starts them: vLLM, DeepSpeed and Ray, on a
+policy of toy size."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(world: Path, config: Path, *overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [RAYHF, "run", config, *overrides], cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [RAYHF, "run", config, *overrides],
+        cwd=world,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -63,8 +68,8 @@ def first(world: Path) -> Path:
 
 
 def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
-    """That equal seeds give equal bits is in test_faults.py (across kills, and where engines and learners take turns) and in
-    test_loop_runs.py (however weights travel)."""
+    """That equal seeds give equal bits is in test_faults.py (across kills, and where engines and
+    learners take turns) and in test_loop_runs.py (however weights travel)."""
     last = metrics(world, "first")[-1]
     expected = {
         "iteration", "policy/version", "rollout/tokens", "rollout/context_tokens", "rollout/length_mean", "rollout/truncated",
@@ -72,12 +77,26 @@ def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
         "pairs/kept", "pairs/ties", "eval/toy/sampled", "eval/toy/greedy", "staleness/max",
     }  # fmt: skip
     assert expected <= last.keys()
-    assert last["staleness/max"] == 0 and abs(last["rollout/mismatch_kl"]) < 1e-4 and last["rollout/mismatch_abs_max"] < 1e-3
+    assert (
+        last["staleness/max"] == 0
+        and abs(last["rollout/mismatch_kl"]) < 1e-4
+        and last["rollout/mismatch_abs_max"] < 1e-3
+    )
     rows = samples(world, "first", 2)
     assert len({(r["prompt_id"], r["sample"]) for r in rows}) == len(rows) == 16
-    assert all(len(r["token_ids"]) == len(r["logprobs"]) for r in rows) and {r["policy_version"] for r in rows} == {1}
-    exported = subprocess.run([RAYHF, "export", "first", "exported"], cwd=world, capture_output=True, text=True, timeout=60)
-    assert exported.returncode == 0 and (world / "exported/tokenizer.json").exists(), exported.stderr
+    assert all(len(r["token_ids"]) == len(r["logprobs"]) for r in rows) and {
+        r["policy_version"] for r in rows
+    } == {1}
+    exported = subprocess.run(
+        [RAYHF, "export", "first", "exported"],
+        cwd=world,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert exported.returncode == 0 and (world / "exported/tokenizer.json").exists(), (
+        exported.stderr
+    )
     out, _ = run(world, first, "run.iterations=3")
     assert "nothing to do" in out
 
@@ -88,16 +107,30 @@ def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
         (
             "ppo",
             {"type": "ppo", "samples": 2, "advantage": "gae"},
-            {"learner": {"epochs": 2, "ranks": 2, "zero_stage": 2}, "cluster": {"placement": "colocate"}},
+            {
+                "learner": {"epochs": 2, "ranks": 2, "zero_stage": 2},
+                "cluster": {"placement": "colocate"},
+            },
         ),
         (
             "grpo",
-            {"type": "ppo", "samples": 4, "advantage": "grpo", "kl": {"where": "loss", "estimator": "k3"}},
-            {"run": {"max_staleness": 1}, "policy": {"lora": {"rank": 4}, "dtype": "bfloat16"}, "rollout": {"engines": 2}},
+            {
+                "type": "ppo",
+                "samples": 4,
+                "advantage": "grpo",
+                "kl": {"where": "loss", "estimator": "k3"},
+            },
+            {
+                "run": {"max_staleness": 1},
+                "policy": {"lora": {"rank": 4}, "dtype": "bfloat16"},
+                "rollout": {"engines": 2},
+            },
         ),
     ],
 )
-def test_every_kind_of_loop_runs(world: Path, name: str, algorithm: dict[str, object], more: dict[str, object]) -> None:
+def test_every_kind_of_loop_runs(
+    world: Path, name: str, algorithm: dict[str, object], more: dict[str, object]
+) -> None:
     run(world, write_config(world, name, algorithm=algorithm, **more))
     found = metrics(world, name)
     assert [m["iteration"] for m in found] == [0, 1, 2] and found[-1]["policy/version"] == 2
@@ -108,12 +141,24 @@ def test_every_kind_of_loop_runs(world: Path, name: str, algorithm: dict[str, ob
 
 @pytest.mark.parametrize(
     ("rule", "reason"),
-    [("raises", "ValueError: no such answer"), ("hangs", "no answer within 1 s"), ("nan", "the rule returned nan")],
+    [
+        ("raises", "ValueError: no such answer"),
+        ("hangs", "no answer within 1 s"),
+        ("nan", "the rule returned nan"),
+    ],
 )
-def test_a_rule_that_fails_stops_the_run_with_its_reason(world: Path, rule: str, reason: str) -> None:
+def test_a_rule_that_fails_stops_the_run_with_its_reason(
+    world: Path, rule: str, reason: str
+) -> None:
     scorer = {"train": [{"type": "rule", "function": f"my_rules:{rule}", "timeout_s": 1}]}
-    without_reference = {"type": "online_dpo", "samples": 4, "loss": "simpo"}  # one process less to start
-    config = write_config(world, rule, scorer=scorer, prompts={"heldout": None}, algorithm=without_reference)
+    without_reference = {
+        "type": "online_dpo",
+        "samples": 4,
+        "loss": "simpo",
+    }  # one process less to start
+    config = write_config(
+        world, rule, scorer=scorer, prompts={"heldout": None}, algorithm=without_reference
+    )
     _, err = run(world, config, code=9)
     assert err.startswith("rayhf: ") and err.count("\n") == 1 and reason in err
     assert metrics(world, rule) == [{"iteration": 0, "policy/version": 0}]
@@ -131,14 +176,28 @@ def test_a_finished_campaign_goes_on_and_an_actor_that_may_not_be_replaced_is_na
     assert len(victims) == 1, [c.cmdline() for c in children]
     os.kill(victims[0].pid, signal.SIGKILL)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 10 and "rollout engine 0 was lost" in err and err.count("\n") == 1, err
-    assert "continue: after round 3, from iteration-000003" in out and metrics(world, "first")[4]["iteration"] == 4
-    wait_for(lambda: not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE], 30)
+    assert (
+        process.returncode == 10 and "rollout engine 0 was lost" in err and err.count("\n") == 1
+    ), err
+    assert (
+        "continue: after round 3, from iteration-000003" in out
+        and metrics(world, "first")[4]["iteration"] == 4
+    )
+    wait_for(
+        lambda: not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE],
+        30,
+    )
 
 
 def test_ctrl_c_exits_resumable(world: Path) -> None:
-    """That it continues is in test_faults.py. Here with a reference that moves, and a mirror in wandb."""
-    moving = {"type": "online_dpo", "samples": 3, "pairs": "all_pairs", "reference": {"type": "ema", "alpha": 0.5, "every": 1}}
+    """That it continues is in test_faults.py. Here with a reference that moves, and a mirror in
+    wandb."""
+    moving = {
+        "type": "online_dpo",
+        "samples": 3,
+        "pairs": "all_pairs",
+        "reference": {"type": "ema", "alpha": 0.5, "every": 1},
+    }
     config = write_config(world, "stopped", algorithm=moving, tracking={"wandb": "offline"})
     process = start(world, config, "run.iterations=500", "run.keep_checkpoints=500")
     second = world / "stopped/checkpoints/iteration-000002"

@@ -1,4 +1,5 @@
-"""A campaign under fire, with the real engines: it ends with the bits of one that was left alone. More of it: `make chaos`."""
+"""A campaign under fire, with the real engines: it ends with the bits of one that was left alone.
+More of it: `make chaos`."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def campaign(world: Path, name: str, *, rule: str, supervised: bool = False, **sections: object) -> Campaign:
+def campaign(
+    world: Path, name: str, *, rule: str, supervised: bool = False, **sections: object
+) -> Campaign:
     """`rule` says the same of every answer, slowly where there must be time to strike."""
     scorer = {
         "train": [
@@ -58,7 +61,8 @@ def stop_and_start_again(one: Campaign) -> None:
 
 
 def test_whoever_is_killed_or_stopped_the_campaign_ends_with_the_same_bits(world: Path) -> None:
-    """As one that was left alone, and in which engines and learners took turns (nothing else tests that this changes no bit)."""
+    """As one that was left alone, and in which engines and learners took turns (nothing else tests
+    that this changes no bit)."""
     stormy = campaign(world, "stormy", rule="slow", supervised=True)
     stormy.start()
     stormy.wait_for_rounds(2, 300)

@@ -19,7 +19,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rayhf(world: Path, *arguments: object, code: int = 0) -> tuple[str, str]:
-    done = subprocess.run([RAYHF, *map(str, arguments)], cwd=world, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [RAYHF, *map(str, arguments)], cwd=world, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
     return done.stdout, done.stderr
 
@@ -27,12 +29,19 @@ def rayhf(world: Path, *arguments: object, code: int = 0) -> tuple[str, str]:
 def test_no_room_is_one_line_after_a_table_of_nodes(world: Path) -> None:
     config = write_config(world, "moon", cluster={"resources": {"learner": {"moon": 2}}})
     said, error = rayhf(world, "run", config, code=2)
-    assert error == "rayhf: no room in the cluster: 2 moon requested (learner 2), 0 available on 1 node(s)\n"
+    assert (
+        error
+        == "rayhf: no room in the cluster: 2 moon requested (learner 2), 0 available on 1 node(s)\n"
+    )
     assert "no place for" in said and "moon free / all" in said
 
 
 def test_two_rounds_tell_the_pace(world: Path) -> None:
     config = write_config(world, "paced", run={"iterations": 50})
     said, _ = rayhf(world, "check", config, "--calibrate")
-    assert "rounds per hour" in said and "one engine writes" in said and "50 rounds, without evaluations" in said
+    assert (
+        "rounds per hour" in said
+        and "one engine writes" in said
+        and "50 rounds, without evaluations" in said
+    )
     assert not (world / "paced").exists() and not list(world.glob(".calibration-*"))

@@ -1,4 +1,5 @@
-"""A campaign small enough for tests: a random policy of a few thousand parameters, prompts, and a config around them."""
+"""A campaign small enough for tests: a random policy of a few thousand parameters, prompts, and a
+config around them."""
 
 from __future__ import annotations
 
@@ -40,32 +41,52 @@ def quick(completion, *, prompt, answer, finish_reason):
 
 def make_world(directory: Path) -> Path:
     """policy/, train.jsonl, heldout.jsonl and my_rules.py in `directory`."""
-    tokenizer = train_tokenizer(["Say something about 0123456789, please!"] * 4, POLICY_FORMAT, max_vocab=300, max_length=128)
+    tokenizer = train_tokenizer(
+        ["Say something about 0123456789, please!"] * 4,
+        POLICY_FORMAT,
+        max_vocab=300,
+        max_length=128,
+    )
     model = new_model(SIZE, tokenizer, seed=0)
     model.save_pretrained(directory / "policy")
     tokenizer.save_pretrained(directory / "policy")
     for name, start, count in (("train", 0, 24), ("heldout", 100, 6)):
-        rows = [json.dumps({"prompt": f"Say something about {i}", "answer": str(i)}) for i in range(start, start + count)]
+        rows = [
+            json.dumps({"prompt": f"Say something about {i}", "answer": str(i)})
+            for i in range(start, start + count)
+        ]
         (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     (directory / "my_rules.py").write_text(RULE)
     return directory
 
 
 def teach_to_end(world: Path) -> None:
-    """Its policy answers everything with a few lines of a and b, and then stops: trees have leaves, lines are steps."""
+    """Its policy answers everything with a few lines of a and b, and then stops: trees have leaves,
+    lines are steps."""
     rng = random.Random(0)
-    answers = ["\n".join(rng.choice("ab") * rng.randint(1, 2) for _ in range(rng.randint(1, 2))) for _ in range(300)]
+    answers = [
+        "\n".join(rng.choice("ab") * rng.randint(1, 2) for _ in range(rng.randint(1, 2)))
+        for _ in range(300)
+    ]
     asked = [f"Say something about {rng.randint(0, 200)}" for _ in answers]
     tokenizer = train_tokenizer([*asked, *answers], POLICY_FORMAT, max_vocab=300, max_length=128)
     policy = new_model(SIZE, tokenizer, seed=0)
     shown = list(zip(asked, answers, strict=True))
-    train(policy, tokenizer, shown, Phase(steps=80, batch=16, lr=5e-3, lr_end=1e-3), seed=0, progress=lambda done: None)
+    train(
+        policy,
+        tokenizer,
+        shown,
+        Phase(steps=80, batch=16, lr=5e-3, lr_end=1e-3),
+        seed=0,
+        progress=lambda done: None,
+    )
     policy.save_pretrained(world / "policy")
     tokenizer.save_pretrained(world / "policy")
 
 
 def config(directory: str, /, **sections: Any) -> dict[str, Any]:
-    """A complete config with relative paths; `sections` are merged in, those with a type replaced."""
+    """A complete config with relative paths; `sections` are merged in, those with a type
+    replaced."""
     data: dict[str, Any] = {
         "seed": 5,
         "run": {"dir": directory, "iterations": 2, "eval_every": 2, "checkpoint_every": 1},
@@ -74,7 +95,13 @@ def config(directory: str, /, **sections: Any) -> dict[str, Any]:
         "algorithm": {"type": "online_dpo", "samples": 4},
         "rollout": {"max_tokens": 12, "kv_cache_gib": 0.1, "threads": 1},
         "scorer": {"train": [{"type": "rule", "function": "my_rules:even"}]},
-        "learner": {"lr": 1e-3, "dtype": "float32", "zero_stage": 0, "token_budget": 2048, "threads": 1},
+        "learner": {
+            "lr": 1e-3,
+            "dtype": "float32",
+            "zero_stage": 0,
+            "token_budget": 2048,
+            "threads": 1,
+        },
         "reference": {"threads": 1},
     }
     for name, value in sections.items():

@@ -1,5 +1,5 @@
-"""A process of its own for what a test does on the GPU: DeepSpeed and vLLM choose their device when they are imported, and a
-process gives back all that it took only when it ends."""
+"""A process of its own for what a test does on the GPU: DeepSpeed and vLLM choose their device when
+they are imported, and a process gives back all that it took only when it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A neighbour's memory on the same GPU. Not run yet: no GPU was at hand; written against torch 2.13."""
+"""A neighbor's memory on the same GPU. Not run yet: no GPU was at hand; written against torch
+2.13."""
 
 from __future__ import annotations
 
@@ -9,22 +10,22 @@ import pytest
 import torch
 
 from rayhf.errors import WeightSyncError
-from rayhf.rollout.ipc import Handle, export, opened
-from rayhf.rollout.weights import device_checksum
+from rayhf.weights.buckets import device_checksum
+from rayhf.weights.cuda_ipc import IpcExport, export, opened
 
 pytestmark = pytest.mark.gpu
 
 
-def look(handle: Handle) -> int:
+def look(handle: IpcExport) -> int:
     return int(device_checksum(opened(handle, torch.device("cuda:0"))))
 
 
 def test_another_process_reads_what_lies_on_the_gpu_and_lets_it_go() -> None:
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as neighbour:
+    with ProcessPoolExecutor(1, mp_context=spawn) as neighbor:
         for _ in range(3):
             flat = torch.randint(0, 256, (256 << 20,), dtype=torch.uint8, device="cuda")
-            assert neighbour.submit(look, export(flat)).result(120) == int(device_checksum(flat))
+            assert neighbor.submit(look, export(flat)).result(120) == int(device_checksum(flat))
             del flat
             torch.cuda.ipc_collect()
     torch.cuda.empty_cache()
@@ -33,4 +34,4 @@ def test_another_process_reads_what_lies_on_the_gpu_and_lets_it_go() -> None:
 
 def test_another_gpus_memory_is_refused() -> None:
     with pytest.raises(WeightSyncError, match="this engine is on GPU"):
-        opened(Handle("GPU-elsewhere", ()), torch.device("cuda:0"))
+        opened(IpcExport("GPU-elsewhere", ()), torch.device("cuda:0"))

@@ -1,7 +1,8 @@
-"""The learner on one CUDA device: it learns, computes what it computes on CPU, and leaves the device when it sleeps.
+"""The learner on one CUDA device: it learns, computes what it computes on CPU, and leaves the
+device when it sleeps.
 
-Not run on a GPU yet: none was at hand. Written against torch 2.13 and deepspeed 0.19.8; what does not ask for CUDA's memory was
-run with device "cpu".
+Not run on a GPU yet: none was at hand. Written against torch 2.13 and deepspeed 0.19.8; what does
+not ask for CUDA's memory was run with device "cpu".
 """
 
 from __future__ import annotations
@@ -18,13 +19,32 @@ from tests.bench.random_llama import Size, make_rows, micro_batches, write_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-SMALL = Size(hidden=64, intermediate=192, layers=3, heads=4, kv_heads=2, vocabulary=512, tied=True, longest=64, budget=256)
+SMALL = Size(
+    hidden=64,
+    intermediate=192,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    vocabulary=512,
+    tied=True,
+    longest=64,
+    budget=256,
+)
 LARGE = Size(
-    hidden=1024, intermediate=2816, layers=8, heads=16, kv_heads=4, vocabulary=32000, tied=False, longest=256, budget=2048
+    hidden=1024,
+    intermediate=2816,
+    layers=8,
+    heads=16,
+    kv_heads=4,
+    vocabulary=32000,
+    tied=False,
+    longest=256,
+    budget=2048,
 )
 """156 M parameters: 2.3 GiB of weights and states, beside which CUDA's own memory is little."""
 MEAN, LARGEST = 1e-5, 1e-3
-"""Float32 log-probs of two devices may be so far apart, in nats; two implementations on CPU differ by about 1e-6 on average."""
+"""Float32 log-probs of two devices may be so far apart, in nats; two implementations on CPU differ
+by about 1e-6 on average."""
 MEAN_BFLOAT16 = 0.05
 """On CPU bfloat16 is 0.01 away from float32 with these weights."""
 
@@ -42,13 +62,15 @@ def start(model: Path, device: str, **config: Any) -> Any:
 
 def learn(engine: Any, size: Size, steps: int) -> list[float]:
     """Losses of steps over the same rows."""
-    from rayhf.experience import Example
     from rayhf.losses.base import Totals
     from rayhf.losses.sft import SFTLoss
+    from rayhf.types import Example
 
     rows = make_rows(size, seed=1)
     micros = [[Example(rows=(row,)) for row in micro] for micro in micro_batches(rows, size.budget)]
-    totals = Totals(tokens=float(sum(len(row.response_ids) for row in rows)), rows=len(rows), examples=len(rows))
+    totals = Totals(
+        tokens=float(sum(len(row.response_ids) for row in rows)), rows=len(rows), examples=len(rows)
+    )
     return [engine.step(micros, totals, SFTLoss(), 1.0)["sft/nll"] for _ in range(steps)]
 
 
@@ -89,7 +111,8 @@ def test_log_probs_are_those_of_the_cpu(small: Path) -> None:
 
 
 def sleep(model: Path, config: dict[str, Any]) -> tuple[float, float]:
-    """The share of its memory that a sleeping learner keeps, and how much of it the device has back."""
+    """The share of its memory that a sleeping learner keeps, and how much of it the device has
+    back."""
     import torch
 
     engine = start(model, "cuda", **config)
@@ -103,7 +126,9 @@ def sleep(model: Path, config: dict[str, Any]) -> tuple[float, float]:
     engine.wake()
     assert torch.cuda.memory_allocated() >= 0.95 * before
     for mine, theirs in zip(engine.outputs(rows, 1.0), expected, strict=True):
-        np.testing.assert_array_equal(mine, theirs)  # the same bits: a forward pass on the same device, nothing was lost
+        np.testing.assert_array_equal(
+            mine, theirs
+        )  # the same bits: a forward pass on the same device, nothing was lost
     assert learn(engine, LARGE, 1)[0] < first[0]
     return asleep / before, given / before
 

@@ -1,4 +1,5 @@
-"""A vLLM engine on one CUDA device: it sleeps and wakes, takes new weights from host memory, and from a learner on the same GPU.
+"""A vLLM engine on one CUDA device: it sleeps and wakes, takes new weights from host memory, and
+from a learner on the same GPU.
 
 Not run on a GPU yet: none was at hand. Written against vllm 0.32 and torch 2.13.
 """
@@ -14,14 +15,15 @@ import pytest
 from alone import alone, process
 from test_gpu_learner import LARGE, learn, start
 
-from rayhf.experience import WeightSnapshot
+from rayhf.types import WeightSnapshot
 from tests.bench.random_llama import write_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
 CACHE_GIB = 1.0
 GAP = 0.1
-"""Mean distance of an engine's bfloat16 log-probs from the learner's, in nats; between other weights it is about 1."""
+"""Mean distance of an engine's bfloat16 log-probs from the learner's, in nats; between other
+weights it is about 1."""
 _KEPT: dict[str, Any] = {}
 """What a process of `process()` holds from one call to the next."""
 
@@ -51,11 +53,13 @@ def learner(model: Path) -> Any:
 
 def snapshot(found: tuple[list[Any], Any], transport: Any) -> tuple[WeightSnapshot, list[Any]]:
     """Weights 1 as they travel: what they are, and the bytes or handles."""
-    from rayhf.rollout.weights import snapshot_checksum
+    from rayhf.weights.buckets import snapshot_checksum
 
     buckets, probe = found
     bare = tuple(replace(bucket, payload=None) for bucket in buckets)
-    described = WeightSnapshot(version=1, buckets=bare, checksum=snapshot_checksum(bare), probe=probe, transport=transport)
+    described = WeightSnapshot(
+        version=1, buckets=bare, checksum=snapshot_checksum(bare), probe=probe, transport=transport
+    )
     return described, [bucket.payload for bucket in buckets]
 
 
@@ -67,22 +71,31 @@ def rollout(model: Path) -> Any:
     from rayhf.config.schema import RolloutConfig
     from rayhf.rollout.engine import RolloutEngine
 
-    config = RolloutConfig(max_tokens=24, max_num_seqs=16, kv_cache_gib=CACHE_GIB, mismatch_limit=GAP)
-    return RolloutEngine(model, config, dtype="bfloat16", max_length=LARGE.longest, seed=0, device="gpu", sleeps=True)
+    config = RolloutConfig(
+        max_tokens=24, max_num_seqs=16, kv_cache_gib=CACHE_GIB, mismatch_limit=GAP
+    )
+    return RolloutEngine(
+        model, config, dtype="bfloat16", max_length=LARGE.longest, seed=0, device="gpu", sleeps=True
+    )
 
 
 def write(engine: Any, version: int) -> list[int]:
     """A greedy answer, from a cold cache."""
-    from rayhf.experience import GenerateRequest, Sampling
+    from rayhf.types import GenerateRequest, Sampling
 
     engine.reset_prefix_cache()
     sampling = Sampling(max_tokens=24, temperature=0.0)
-    request = GenerateRequest(prompt_id="p", number=0, token_ids=tuple(range(5, 45)), sampling=sampling, seeds=(1,))
+    request = GenerateRequest(
+        prompt_id="p", number=0, token_ids=tuple(range(5, 45)), sampling=sampling, seeds=(1,)
+    )
     return list(engine.generate([request], version=version)[0][0].token_ids)
 
 
-def turns(model: Path, described: WeightSnapshot, payloads: list[Any]) -> tuple[float, float, float]:
-    """Sleep with and without weights. GiB that the first and second sleep gave back, and the update's mean gap."""
+def turns(
+    model: Path, described: WeightSnapshot, payloads: list[Any]
+) -> tuple[float, float, float]:
+    """Sleep with and without weights. GiB that the first and second sleep gave back, and the
+    update's mean gap."""
     import torch
 
     from rayhf.errors import WeightSyncError
@@ -120,7 +133,7 @@ def test_an_engine_sleeps_wakes_and_takes_weights(model: Path) -> None:
 
 def hold(model: Path) -> tuple[WeightSnapshot, list[Any]]:
     """Publish on the GPU, and keep what was published."""
-    from rayhf.learner.sending import Held
+    from rayhf.learner.weight_sender import Held
 
     _KEPT.update(engine=learner(model), held=Held())
     return snapshot(_KEPT["held"].publish(_KEPT["engine"], "bfloat16", 64 << 20), "cuda_ipc")
@@ -149,5 +162,7 @@ def test_an_engine_loads_from_the_learner_on_its_gpu(model: Path) -> None:
     with process() as learning, process() as writing:
         described, handles = learning(hold, model)
         assert writing(take, model, described, handles) < GAP
-        assert learning(let_go) > 0.9 * 2 * 156e6, "the learner cannot have its memory back while the engine lives"
+        assert learning(let_go) > 0.9 * 2 * 156e6, (
+            "the learner cannot have its memory back while the engine lives"
+        )
         writing(close)

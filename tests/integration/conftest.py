@@ -43,14 +43,17 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without biases: a key bias has (almost) no gradient, and Adam makes full steps out of its rounding errors."""
+    """Without biases: a key bias has (almost) no gradient, and Adam makes full steps out of its
+    rounding errors."""
     return make_model(tmp_path_factory.mktemp("tied_llama"), tied=True, kind="llama")
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts engines, which end with the module."""
-    from engines import build  # sets the process up for engines, and the learners' tests shall not be
+    from engines import (
+        build,  # sets the process up for engines, and the learners' tests shall not be
+    )
 
     with ExitStack() as ends:
 

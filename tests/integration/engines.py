@@ -1,4 +1,5 @@
-"""Real engines over models of toy size, and what transformers says of the same weights. For the tests of this folder."""
+"""Real engines over models of toy size, and what transformers says of the same weights. For the
+tests of this folder."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rayhf.config.schema import RolloutConfig
-from rayhf.experience import Completion, GenerateRequest, Probe, Sampling, WeightBucket, WeightSnapshot
 from rayhf.rollout.engine import RolloutEngine
-from rayhf.rollout.weights import pack_bucket, snapshot_checksum
+from rayhf.types import Completion, GenerateRequest, Probe, Sampling, WeightBucket, WeightSnapshot
+from rayhf.weights.buckets import pack_bucket, snapshot_checksum
 
 WORDS = ["<pad>", "<end>", "<turn>", *"abcdefghijklmnopqrstuvwxyz"]
 END, TURN = 1, 2
@@ -29,7 +30,9 @@ LONG = tuple(3 + i * 7 % 26 for i in range(141))
 MAX_LENGTH = 256
 
 
-def make_model(directory: Path, *, tied: bool, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
+def make_model(
+    directory: Path, *, tied: bool, dtype: torch.dtype = torch.float32
+) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(WORDS),
@@ -47,12 +50,14 @@ def make_model(directory: Path, *, tied: bool, dtype: torch.dtype = torch.float3
     # As chat models have it: the tokenizer names one end, the generation config a second one.
     model.generation_config = GenerationConfig(eos_token_id=[END, TURN])
     model.save_pretrained(directory)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>")
+    )
     tokenizer.decoder = decoders.Fuse()
     special = {"additional_special_tokens": ["<turn>"]}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", **special).save_pretrained(
-        directory
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", **special
+    ).save_pretrained(directory)
     return model
 
 
@@ -63,7 +68,9 @@ def perturb(model: Qwen2ForCausalLM, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def logprobs_of(model: Qwen2ForCausalLM, token_ids: tuple[int, ...], temperature: float = 1.0) -> torch.Tensor:
+def logprobs_of(
+    model: Qwen2ForCausalLM, token_ids: tuple[int, ...], temperature: float = 1.0
+) -> torch.Tensor:
     """Log-probs of every next token, shape (len(token_ids) - 1, vocabulary)."""
     with torch.no_grad():
         logits = model(torch.tensor([token_ids])).logits[0, :-1].float()
@@ -73,11 +80,15 @@ def logprobs_of(model: Qwen2ForCausalLM, token_ids: tuple[int, ...], temperature
 def snapshot_of(model: Qwen2ForCausalLM, version: int, *, buckets: int = 3) -> WeightSnapshot:
     named = list(model.named_parameters())
     size = -(-len(named) // buckets)
-    packed = tuple(pack_bucket(named[i : i + size], model.dtype) for i in range(0, len(named), size))
+    packed = tuple(
+        pack_bucket(named[i : i + size], model.dtype) for i in range(0, len(named), size)
+    )
     ids = LONG[:40]
     chosen = logprobs_of(model, ids).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     probe = Probe(token_ids=ids, logprobs=tuple(chosen.tolist()))
-    return WeightSnapshot(version=version, buckets=packed, checksum=snapshot_checksum(packed), probe=probe)
+    return WeightSnapshot(
+        version=version, buckets=packed, checksum=snapshot_checksum(packed), probe=probe
+    )
 
 
 def payloads_of(snapshot: WeightSnapshot) -> list[np.ndarray]:
@@ -89,17 +100,29 @@ def payloads_of(snapshot: WeightSnapshot) -> list[np.ndarray]:
 
 
 def ask(
-    token_ids: tuple[int, ...] = (5, 6, 7), *, seeds: tuple[int, ...] = (1, 2, 3, 4), number: int = 0, **sampling: object
+    token_ids: tuple[int, ...] = (5, 6, 7),
+    *,
+    seeds: tuple[int, ...] = (1, 2, 3, 4),
+    number: int = 0,
+    **sampling: object,
 ) -> GenerateRequest:
     settings = Sampling(**({"max_tokens": 24} | sampling))  # type: ignore[arg-type]
-    return GenerateRequest(prompt_id="p", number=number, token_ids=token_ids, sampling=settings, seeds=seeds)
+    return GenerateRequest(
+        prompt_id="p", number=number, token_ids=token_ids, sampling=settings, seeds=seeds
+    )
 
 
-def mean_gap(model: Qwen2ForCausalLM, request: GenerateRequest, completions: tuple[Completion, ...]) -> float:
+def mean_gap(
+    model: Qwen2ForCausalLM, request: GenerateRequest, completions: tuple[Completion, ...]
+) -> float:
     gaps = []
     for completion in completions:
-        logp = logprobs_of(model, request.token_ids + completion.token_ids, request.sampling.temperature)
-        logp = logp[len(request.token_ids) - 1 :].gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        logp = logprobs_of(
+            model, request.token_ids + completion.token_ids, request.sampling.temperature
+        )
+        logp = logp[len(request.token_ids) - 1 :].gather(
+            1, torch.tensor(completion.token_ids)[:, None]
+        )[:, 0]
         gaps += (logp - torch.tensor(completion.logprobs)).abs().tolist()
     return float(np.mean(gaps))
 
@@ -110,10 +133,14 @@ Start = Callable[..., tuple[RolloutEngine, Qwen2ForCausalLM]]
 def build(directory: Path, *, tied: bool, dtype: str) -> tuple[RolloutEngine, Qwen2ForCausalLM]:
     model = make_model(directory, tied=tied, dtype=getattr(torch, dtype))
     config = RolloutConfig(max_num_seqs=192, kv_cache_gib=0.05, mismatch_limit=0.2)
-    return RolloutEngine(directory, config, dtype=dtype, max_length=MAX_LENGTH, seed=0, device="cpu"), model  # type: ignore[arg-type]
+    return RolloutEngine(
+        directory, config, dtype=dtype, max_length=MAX_LENGTH, seed=0, device="cpu"
+    ), model  # type: ignore[arg-type]
 
 
-def rebuilt(buckets: tuple[WeightBucket, ...], snapshot: WeightSnapshot) -> tuple[WeightSnapshot, list[np.ndarray]]:
+def rebuilt(
+    buckets: tuple[WeightBucket, ...], snapshot: WeightSnapshot
+) -> tuple[WeightSnapshot, list[np.ndarray]]:
     changed = replace(snapshot, buckets=buckets, checksum=snapshot_checksum(buckets))
     return changed, payloads_of(changed)
 

@@ -67,7 +67,11 @@ _WRAPPERS = (
 
 def hostile(count: int) -> list[str]:
     """`count` of them: in every wrapping, those that take long in two; and those not in a row."""
-    light = [wrapper.format(seed) for wrapper in _WRAPPERS for seed in (*_CODE, *_TEMPLATES, *_TERMINAL, *_PROTOCOL)]
+    light = [
+        wrapper.format(seed)
+        for wrapper in _WRAPPERS
+        for seed in (*_CODE, *_TEMPLATES, *_TERMINAL, *_PROTOCOL)
+    ]
     heavy = [wrapper.format(seed) for wrapper in _WRAPPERS[:2] for seed in _HEAVY]
     found = [*heavy, *light][:count]
     assert len(found) == count
@@ -77,5 +81,13 @@ def hostile(count: int) -> list[str]:
 
 def benign(count: int) -> list[str]:
     """Answers of which about half are right: 4, or several words."""
-    forms = ("{}", "So it is {}.", "\\boxed{{{}}}", "2 + 2 = {}\nVerdict: yes", "I think that the last one is ${}$")
-    return [forms[number % len(forms)].format(4 if number % 2 else number) for number in range(count)]
+    forms = (
+        "{}",
+        "So it is {}.",
+        "\\boxed{{{}}}",
+        "2 + 2 = {}\nVerdict: yes",
+        "I think that the last one is ${}$",
+    )
+    return [
+        forms[number % len(forms)].format(4 if number % 2 else number) for number in range(count)
+    ]

@@ -1,4 +1,5 @@
-"""A learner's ranks: processes that are handed functions. Importing DeepSpeed is slow, so they live for many tests."""
+"""A learner's ranks: processes that are handed functions. Importing DeepSpeed is slow, so they live
+for many tests."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 
 from rayhf.config.schema import LearnerConfig, LoraConfig
-from rayhf.experience import Example, Row
 from rayhf.learner.forward import scored_row
 from rayhf.learner.packing import plan
 from rayhf.losses.base import LossOutput, MicroBatch, Totals
 from rayhf.losses.reward import BradleyTerryLoss
+from rayhf.types import Example, Row
 
 VOCABULARY = 97
 LR = 1e-3
@@ -35,7 +36,10 @@ class WeightedLogp:
             loss = loss - 0.01 * micro.entropy_T.sum() / micro.totals.tokens
         return LossOutput(
             loss=loss,
-            metrics={"test/rows": micro.length_R.new_tensor(len(micro.length_R)), "test/logp_max": output_T.detach().max()},
+            metrics={
+                "test/rows": micro.length_R.new_tensor(len(micro.length_R)),
+                "test/logp_max": output_T.detach().max(),
+            },
         )
 
 
@@ -44,14 +48,20 @@ class SquaredError:
     entropy: Literal["off", "metric", "loss"] = "off"
 
     def __call__(self, output_T: torch.Tensor, micro: MicroBatch) -> LossOutput:
-        return LossOutput(loss=(output_T - micro.tokens["advantage"]).square().sum() / micro.totals.tokens, metrics={})
+        return LossOutput(
+            loss=(output_T - micro.tokens["advantage"]).square().sum() / micro.totals.tokens,
+            metrics={},
+        )
 
 
 def make_model(directory: Path, *, tied: bool, kind: Literal["qwen2", "llama"] = "qwen2") -> Path:
     import transformers
 
     torch.manual_seed(0)
-    names = {"qwen2": ("Qwen2Config", "Qwen2ForCausalLM"), "llama": ("LlamaConfig", "LlamaForCausalLM")}[kind]
+    names = {
+        "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+        "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    }[kind]
     config = getattr(transformers, names[0])(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -89,7 +99,8 @@ def make_examples(count: int, seed: int = 0) -> list[Example]:
 
 
 class Ranks:
-    """`world` processes; `call` runs one function on all of them and returns their results by rank."""
+    """`world` processes; `call` runs one function on all of them and returns their results by
+    rank."""
 
     def __init__(self, world: int) -> None:
         with socket.socket() as probe:
@@ -99,7 +110,9 @@ class Ranks:
         self.pipes, self.processes = [], []
         for rank in range(world):
             mine, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, rank, world, self.master), daemon=True)
+            process = context.Process(
+                target=serve, args=(theirs, rank, world, self.master), daemon=True
+            )
             process.start()
             self.pipes.append(mine)
             self.processes.append(process)
@@ -139,39 +152,64 @@ def serve(pipe: Any, rank: int, world: int, master: tuple[str, int]) -> None:
 # --------------------------------------------------------------------- functions that run on every rank
 
 
-def start(keywords: dict[str, Any], model: Path, *, head: str = "policy", lora: LoraConfig | None = None, **config: Any) -> Any:
+def start(
+    keywords: dict[str, Any],
+    model: Path,
+    *,
+    head: str = "policy",
+    lora: LoraConfig | None = None,
+    **config: Any,
+) -> Any:
     from rayhf.learner.engine import LearnerEngine
 
-    settings = LearnerConfig(**{"lr": LR, "dtype": "float32", "token_budget": 4096, "collective_timeout_s": 60, **config})
+    settings = LearnerConfig(
+        **{"lr": LR, "dtype": "float32", "token_budget": 4096, "collective_timeout_s": 60, **config}
+    )
     return LearnerEngine(model, settings, head=head, lr=LR, total_steps=10, lora=lora, **keywords)  # type: ignore[arg-type]
 
 
 def whole_text(row: Row) -> Row:
-    return scored_row((*row.prompt_ids, *row.response_ids), prompt_id=row.prompt_id, sample=row.sample)
+    return scored_row(
+        (*row.prompt_ids, *row.response_ids), prompt_id=row.prompt_id, sample=row.sample
+    )
 
 
-def advance(engine: Any, steps: range, budget: int, loss: Any, temperature: float = 0.7) -> list[dict[str, float]]:
+def advance(
+    engine: Any, steps: range, budget: int, loss: Any, temperature: float = 0.7
+) -> list[dict[str, float]]:
     results = []
     for step in steps:
         examples = make_examples(9, seed=step)
         if isinstance(loss, BradleyTerryLoss):
-            examples = [Example(rows=tuple(whole_text(row) for row in example.rows)) for example in examples]
+            examples = [
+                Example(rows=tuple(whole_text(row) for row in example.rows)) for example in examples
+            ]
         rows = [row for example in examples for row in example.rows]
-        totals = Totals(tokens=sum(len(r.response_ids) for r in rows), rows=len(rows), examples=len(examples))
-        plans = plan([[len(r) for r in e.rows] for e in examples], ranks=engine.world, budget=budget)
-        results.append(engine.step([[examples[i] for i in m] for m in plans[engine.rank]], totals, loss, temperature))
+        totals = Totals(
+            tokens=sum(len(r.response_ids) for r in rows), rows=len(rows), examples=len(examples)
+        )
+        plans = plan(
+            [[len(r) for r in e.rows] for e in examples], ranks=engine.world, budget=budget
+        )
+        results.append(
+            engine.step(
+                [[examples[i] for i in m] for m in plans[engine.rank]], totals, loss, temperature
+            )
+        )
     return results
 
 
 def weights(engine: Any) -> dict[str, np.ndarray[Any, Any]]:
-    from rayhf.learner.weights import buckets_of, gathered, weights_of
+    from rayhf.weights.export import buckets_of, gathered, weights_of
 
     plan = buckets_of(weights_of(engine.model), limit_bytes=1 << 20, itemsize=4)
     parts = gathered(plan, sharded=engine.stage == 3, rank=engine.rank)
     return {name: tensor.float().numpy().copy() for part in parts for name, tensor in part}
 
 
-def train(keywords: dict[str, Any], model: Path, budget: int, head: str, config: dict[str, Any]) -> Any:
+def train(
+    keywords: dict[str, Any], model: Path, budget: int, head: str, config: dict[str, Any]
+) -> Any:
     engine = start(keywords, model, head=head, **config)
     before = weights(engine)
     losses = {"policy": WeightedLogp(), "value": SquaredError(), "score": BradleyTerryLoss()}

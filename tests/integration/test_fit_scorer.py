@@ -1,4 +1,5 @@
-"""`rayhf fit-scorer` from pairs to a served scorer, with Ray and DeepSpeed: a cycle that two objectives hold and one cannot."""
+"""`rayhf fit-scorer` from pairs to a served scorer, with Ray and DeepSpeed: a cycle that two
+objectives hold and one cannot."""
 
 from __future__ import annotations
 
@@ -22,17 +23,26 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from launch.fit import fit_scorer
 from rayhf.config.fit import FitConfig
 from rayhf.errors import ConfigError
-from rayhf.experience import Compared, Completion, Prompt, Scored, ScoreRequest
 from rayhf.scorer.preference_model import PreferenceModel
 from rayhf.scorer.reward_model import RewardModel
 from rayhf.tiny.language_model import ModelSize, new_model
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
+from rayhf.types import Compared, Completion, Prompt, Scored, ScoreRequest
 
 pytestmark = pytest.mark.timeout(500)
 
 KINDS = ("rock", "paper", "scissors")
 """Each beats the one before it; the first beats the last."""
-FORMS = ("i play {}", "{} now", "my choice is {}", "{}", "take {} please", "it is {} again", "{} it is", "surely {}")
+FORMS = (
+    "i play {}",
+    "{} now",
+    "my choice is {}",
+    "{}",
+    "take {} please",
+    "it is {} again",
+    "{} it is",
+    "surely {}",
+)
 PROMPTS = ("your move", "what do you play?", "choose one", "next round")
 
 
@@ -58,7 +68,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("world")
     texts = [text for row in pairs(300, 0) for text in row.values()]
     tokenizer = train_tokenizer(texts, POLICY_FORMAT, max_vocab=400, max_length=512)
-    new_model(ModelSize(hidden=64, layers=2, intermediate=128), tokenizer, 0).save_pretrained(directory / "model")
+    new_model(ModelSize(hidden=64, layers=2, intermediate=128), tokenizer, 0).save_pretrained(
+        directory / "model"
+    )
     tokenizer.save_pretrained(directory / "model")
     equal = {"prompt": "your move", "chosen": "rock", "rejected": "rock"}
     write(directory / "train.jsonl", [*pairs(1500, 1), equal, equal])
@@ -77,12 +89,20 @@ def config(world: Path, output: str, objective: dict[str, Any], **values: Any) -
         "token_budget": 4096,
     }
     learner |= values.pop("learner", {})
-    paths = {"model": world / "model", "train": world / "train.jsonl", "test": world / "test.jsonl", "output": world / output}
-    return FitConfig.model_validate({**paths, "objective": objective, "batch": 50, "epochs": 2, "learner": learner, **values})
+    paths = {
+        "model": world / "model",
+        "train": world / "train.jsonl",
+        "test": world / "test.jsonl",
+        "output": world / output,
+    }
+    return FitConfig.model_validate(
+        {**paths, "objective": objective, "batch": 50, "epochs": 2, "learner": learner, **values}
+    )
 
 
 def run(settings: FitConfig) -> tuple[dict[str, Any], str]:
-    """metrics.json and what the command printed. A process of its own: Ray takes one cluster of its own per process."""
+    """metrics.json and what the command printed. A process of its own: Ray takes one cluster of its
+    own per process."""
     file = settings.output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     command = [sys.executable, "-m", "launch.cli", "fit-scorer", str(file)]
@@ -98,13 +118,22 @@ def refuse(settings: FitConfig) -> str:
 
 
 def request(*answers: str) -> ScoreRequest:
-    prompt = Prompt(prompt_id="p", messages=({"role": "user", "content": "your move"},), token_ids=(1,))
+    prompt = Prompt(
+        prompt_id="p", messages=({"role": "user", "content": "your move"},), token_ids=(1,)
+    )
     return ScoreRequest(prompt=prompt, completions=tuple(completion(answer) for answer in answers))
 
 
 def completion(text: str) -> Completion:
     return Completion(
-        prompt_id="p", index=0, seed=0, text=text, token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0
+        prompt_id="p",
+        index=0,
+        seed=0,
+        text=text,
+        token_ids=(1,),
+        logprobs=(0.0,),
+        finish_reason="stop",
+        policy_version=0,
     )
 
 
@@ -124,7 +153,12 @@ def test_pairwise_holds_the_cycle(world: Path) -> None:
     metrics, printed = run(settings)
     assert metrics["accuracy"] >= 0.9, metrics
     assert metrics["likelihood_loss"] < 0.3 and metrics["calibration_error"] < 0.2
-    assert (metrics["train_pairs"], metrics["train_equal"], metrics["test_pairs"], metrics["steps"]) == (1500, 2, 300, 200)
+    assert (
+        metrics["train_pairs"],
+        metrics["train_equal"],
+        metrics["test_pairs"],
+        metrics["steps"],
+    ) == (1500, 2, 300, 200)
     assert "2 with equal answers" in printed and "held-out accuracy" in printed
     check_cycle(settings.output)
     assert "exists and is not an empty directory" in refuse(settings)
@@ -147,7 +181,9 @@ def test_general_preference_holds_the_cycle_on_two_ranks(world: Path) -> None:
 
 
 def test_bradley_terry_cannot_hold_it_and_serves_as_a_reward_model(world: Path) -> None:
-    settings = config(world, "bradley_terry", {"type": "bradley_terry"}, lora={"rank": 4, "alpha": 8}, epochs=1)
+    settings = config(
+        world, "bradley_terry", {"type": "bradley_terry"}, lora={"rank": 4, "alpha": 8}, epochs=1
+    )
     metrics, _ = run(settings)
     assert metrics["accuracy"] <= 0.65, metrics
     outcomes = RewardModel(settings.output).score([request(*ANSWERS)])[0]
@@ -156,7 +192,11 @@ def test_bradley_terry_cannot_hold_it_and_serves_as_a_reward_model(world: Path) 
     model = AutoModelForSequenceClassification.from_pretrained(settings.output)
     tokenizer = AutoTokenizer.from_pretrained(settings.output)
     turns = [{"role": "user", "content": "your move"}, {"role": "assistant", "content": ANSWERS[0]}]
-    ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False, return_tensors="pt")
+    ids = tokenizer(
+        tokenizer.apply_chat_template(turns, tokenize=False),
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
     with torch.inference_mode():
         np.testing.assert_allclose(model(**ids).logits.item(), served[0], atol=1e-5)
     assert not list(settings.output.parent.glob(".bradley_terry*"))
@@ -175,19 +215,34 @@ def short(world: Path, tmp_path: Path) -> Iterator[Path]:
     ("rows", "objective", "expected"),
     [
         ([], "pairwise", "has no usable pair (it is empty)"),
-        ([{"prompt": "q", "chosen": "a", "rejected": "a"}] * 2, "pairwise", "all 2 rows have equal answers"),
+        (
+            [{"prompt": "q", "chosen": "a", "rejected": "a"}] * 2,
+            "pairwise",
+            "all 2 rows have equal answers",
+        ),
         (
             [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a"}],
             "pairwise",
             "row 2: expected `rejected`",
         ),
-        ([{"prompt": "q", "chosen": "a", "rejected": "b"}], "bradley_terry_margin", "row 1: `margin` is missing"),
         (
-            [{"prompt": "q", "chosen": "a", "rejected": "a"}, {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1}],
+            [{"prompt": "q", "chosen": "a", "rejected": "b"}],
+            "bradley_terry_margin",
+            "row 1: `margin` is missing",
+        ),
+        (
+            [
+                {"prompt": "q", "chosen": "a", "rejected": "a"},
+                {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1},
+            ],
             "regression",
             "row 2: `score_rejected` is missing",
         ),
-        ([{"prompt": "q " * 600, "chosen": "a", "rejected": "b"}], "bradley_terry", "all 1 pairs have more than the 512 tokens"),
+        (
+            [{"prompt": "q " * 600, "chosen": "a", "rejected": "b"}],
+            "bradley_terry",
+            "all 1 pairs have more than the 512 tokens",
+        ),
         (
             [{"messages": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}],
             "bradley_terry",
@@ -195,7 +250,9 @@ def short(world: Path, tmp_path: Path) -> Iterator[Path]:
         ),
     ],
 )
-def test_bad_pairs_are_refused_in_one_line(short: Path, rows: list[dict[str, Any]], objective: str, expected: str) -> None:
+def test_bad_pairs_are_refused_in_one_line(
+    short: Path, rows: list[dict[str, Any]], objective: str, expected: str
+) -> None:
     bad = write(short / "bad.jsonl", rows)
     message = refuse(config(short, "o", {"type": objective}, train=bad))
     assert expected in message and str(bad) in message and "\n" not in message
@@ -203,4 +260,7 @@ def test_bad_pairs_are_refused_in_one_line(short: Path, rows: list[dict[str, Any
 
 def test_a_token_budget_below_one_pair_is_refused(short: Path) -> None:
     message = refuse(config(short, "o", {"type": "pairwise"}, learner={"token_budget": 16}))
-    assert re.search(r"learner.token_budget is 16, but train: .*train.jsonl row 1 needs \d+ padded tokens", message)
+    assert re.search(
+        r"learner.token_budget is 16, but train: .*train.jsonl row 1 needs \d+ padded tokens",
+        message,
+    )

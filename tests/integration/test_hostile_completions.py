@@ -1,4 +1,5 @@
-"""200 completions that mean harm, against every built-in rule in its real process: judged, survived, and nothing came of them."""
+"""200 completions that mean harm, against every built-in rule in its real process: judged,
+survived, and nothing came of them."""
 
 from __future__ import annotations
 
@@ -10,13 +11,24 @@ import pytest
 from hostile import MARK, benign, hostile
 from test_scorer_rule import request
 
-from rayhf.experience import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 from rayhf.scorer.rule import Rule
-from rayhf.scorer.rule_process import Limits
+from rayhf.scorer.rule_process import ProcessLimits
+from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 
-ALL = json.dumps([{"kind": "words", "max": 4}, {"kind": "sentences", "min": 1}, {"kind": "avoid", "words": ["think"]}])
+ALL = json.dumps(
+    [
+        {"kind": "words", "max": 4},
+        {"kind": "sentences", "min": 1},
+        {"kind": "avoid", "words": ["think"]},
+    ]
+)
 SHARE = json.dumps(
-    [{"kind": "words", "max": 40}, {"kind": "json"}, {"kind": "title"}, {"kind": "keyword", "word": "4", "min": 1}]
+    [
+        {"kind": "words", "max": 40},
+        {"kind": "json"},
+        {"kind": "title"},
+        {"kind": "keyword", "word": "4", "min": 1},
+    ]
 )
 RULES = {
     "rules:exact_match": "4",
@@ -40,10 +52,13 @@ def judged(rule: Rule, texts: list[str], answer: str) -> list[Outcome]:
 @pytest.mark.parametrize("function", RULES)
 def test_hostile_completions_come_to_nothing(function: str, tmp_path: Path) -> None:
     answer, good, bad = RULES[function], benign(200), hostile(200)
-    rule = Rule(f"rayhf.scorer.{function}", base=tmp_path, limits=Limits(timeout_s=2.0))
+    rule = Rule(f"rayhf.scorer.{function}", base=tmp_path, limits=ProcessLimits(timeout_s=2.0))
     try:
         before = judged(rule, good, answer)
-        assert all(isinstance(outcome, Scored) for outcome in before) and len(set(map(str, before))) > 1
+        assert (
+            all(isinstance(outcome, Scored) for outcome in before)
+            and len(set(map(str, before))) > 1
+        )
         outcomes = judged(rule, bad, answer)
         assert len(outcomes) == 200
         for text, outcome in zip(bad, outcomes, strict=True):

@@ -16,29 +16,52 @@ os.environ.update(engine_env("cpu", 1))
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rayhf.config.scorers import JudgeScorer
-from rayhf.experience import Completion, Invalid, Prompt, Scored, ScoreRequest
+from rayhf.config.scorers import JudgeConfig
 from rayhf.scorer.build import build_scorer
+from rayhf.types import Completion, Invalid, Prompt, Scored, ScoreRequest
 
-WORDS = ["<unk>", "<end>", "<ask>", "<say>", "Answer", "Verdict", ":", "yes", "no", "hm", "good", "bad", "plain", "why"]
+WORDS = [
+    "<unk>",
+    "<end>",
+    "<ask>",
+    "<say>",
+    "Answer",
+    "Verdict",
+    ":",
+    "yes",
+    "no",
+    "hm",
+    "good",
+    "bad",
+    "plain",
+    "why",
+]
 END, HM = WORDS.index("<end>"), WORDS.index("hm")
 TEMPLATE = "{% for m in messages %}<ask> {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<say>{% endif %}"
 QUESTION = "Answer : {{ answer }}"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.decoder = decoders.WordPiece(prefix="")
     special = {"additional_special_tokens": ["<ask>", "<say>"]}
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>", chat_template=TEMPLATE, **special
+        tokenizer_object=words,
+        unk_token="<unk>",
+        eos_token="<end>",
+        pad_token="<end>",
+        chat_template=TEMPLATE,
+        **special,
     )
 
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that says "Verdict : yes" where the answer holds "good", no where it holds "bad", and "hm" otherwise."""
+    """A model that says "Verdict : yes" where the answer holds "good", no where it holds "bad", and
+    "hm" otherwise."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     directory, words = tmp_path_factory.mktemp("judge"), tokenizer()
@@ -77,7 +100,9 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(*answers: str) -> ScoreRequest:
-    prompt = Prompt(prompt_id="p", messages=({"role": "user", "content": "why"},), token_ids=(99_999,))
+    prompt = Prompt(
+        prompt_id="p", messages=({"role": "user", "content": "why"},), token_ids=(99_999,)
+    )
     completions = tuple(
         Completion(
             prompt_id="p",
@@ -94,11 +119,15 @@ def request(*answers: str) -> ScoreRequest:
     return ScoreRequest(prompt=prompt, completions=completions)
 
 
-GOOD, BAD, MUTE = (f"plain plain {word} plain plain plain plain plain" for word in ("good", "bad", "why"))
+GOOD, BAD, MUTE = (
+    f"plain plain {word} plain plain plain plain plain" for word in ("good", "bad", "why")
+)
 
 
 def test_a_judge_on_vllm_gives_votes_or_says_why_not(judge: Path) -> None:
-    entry = JudgeScorer(model=judge, votes=5, temperature=0.7, max_tokens=8, dtype="float32", template=QUESTION)
+    entry = JudgeConfig(
+        model=judge, votes=5, temperature=0.7, max_tokens=8, dtype="float32", template=QUESTION
+    )
     scorer = build_scorer([entry], device="cpu", threads=1, base=judge.parent)
     try:
         ((good, bad, mute),) = scorer.score([request(GOOD, BAD, MUTE)])

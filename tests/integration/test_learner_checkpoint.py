@@ -1,4 +1,5 @@
-"""Real DeepSpeed on CPU: resume is exact, a checkpoint fits any number of ranks, a damaged one changes nothing."""
+"""Real DeepSpeed on CPU: resume is exact, a checkpoint fits any number of ranks, a damaged one
+changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from rayhf.config.schema import LoraConfig
 from rayhf.errors import CheckpointError
 
 
-def resume(keywords: dict[str, Any], model: Path, directory: Path, config: dict[str, Any], lora: LoraConfig | None) -> bool:
+def resume(
+    keywords: dict[str, Any],
+    model: Path,
+    directory: Path,
+    config: dict[str, Any],
+    lora: LoraConfig | None,
+) -> bool:
     whole = start(keywords, model, lora=lora, **config)
     losses = advance(whole, range(10), 100, WeightedLogp())
     first = start(keywords, model, lora=lora, **config)
@@ -34,19 +41,33 @@ DROPOUT = LoraConfig(rank=2, alpha=4, dropout=0.3)
 
 
 @pytest.mark.parametrize(("stage", "lora"), [(0, None), (2, None), (3, None), (2, DROPOUT)])
-def test_resume_is_bit_identical(one: Ranks, untied: Path, tmp_path: Path, stage: int, lora: LoraConfig | None) -> None:
+def test_resume_is_bit_identical(
+    one: Ranks, untied: Path, tmp_path: Path, stage: int, lora: LoraConfig | None
+) -> None:
     config = {"zero_stage": stage, "schedule": "cosine", "warmup": 0.3}
     assert one.call(resume, untied, tmp_path, config, lora) == [True]
 
 
-@pytest.mark.parametrize(("stage", "dtype", "lora"), [(3, "bfloat16", None), (2, "bfloat16", None), (2, "float32", DROPOUT)])
-def test_resume_on_two_ranks(two: Ranks, tied: Path, tmp_path: Path, stage: int, dtype: str, lora: LoraConfig | None) -> None:
+@pytest.mark.parametrize(
+    ("stage", "dtype", "lora"),
+    [(3, "bfloat16", None), (2, "bfloat16", None), (2, "float32", DROPOUT)],
+)
+def test_resume_on_two_ranks(
+    two: Ranks, tied: Path, tmp_path: Path, stage: int, dtype: str, lora: LoraConfig | None
+) -> None:
     assert two.call(resume, tied, tmp_path, {"zero_stage": stage, "dtype": dtype}, lora)[0]
 
 
-def write(keywords: dict[str, Any], model: Path, directory: Path, head: str, lora: LoraConfig | None, config: Any) -> Any:
-    """Three steps, a checkpoint in many small files, two more steps: these steps' metrics, the weights before and after all, and
-    the state at the checkpoint."""
+def write(
+    keywords: dict[str, Any],
+    model: Path,
+    directory: Path,
+    head: str,
+    lora: LoraConfig | None,
+    config: Any,
+) -> Any:
+    """Three steps, a checkpoint in many small files, two more steps: these steps' metrics, the
+    weights before and after all, and the state at the checkpoint."""
     from rayhf.learner import checkpoint
 
     engine = start(keywords, model, head=head, lora=lora, **config)
@@ -58,7 +79,7 @@ def write(keywords: dict[str, Any], model: Path, directory: Path, head: str, lor
 
 
 def masters(engine: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """Masters and moments as torch's optimiser or DeepSpeed's own helpers show them."""
+    """Masters and moments as torch's optimizer or DeepSpeed's own helpers show them."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     result = {}
@@ -67,7 +88,12 @@ def masters(engine: Any) -> dict[str, np.ndarray[Any, Any]]:
             continue
         if engine.stage == 0:
             result[name] = parameter.detach()
-            result.update({f"{name}.{key}": engine.engine.optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")})
+            result.update(
+                {
+                    f"{name}.{key}": engine.engine.optimizer.state[parameter][key]
+                    for key in ("exp_avg", "exp_avg_sq")
+                }
+            )
         else:
             result[name] = safe_get_full_fp32_param(parameter)
             for key in ("exp_avg", "exp_avg_sq"):
@@ -76,15 +102,26 @@ def masters(engine: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def read(
-    keywords: dict[str, Any], model: Path, directory: Path, again: Path, head: str, lora: LoraConfig | None, config: Any
+    keywords: dict[str, Any],
+    model: Path,
+    directory: Path,
+    again: Path,
+    head: str,
+    lora: LoraConfig | None,
+    config: Any,
 ) -> Any:
-    """What `write` did after its checkpoint, in a learner that starts from it (and first saves it again)."""
+    """What `write` did after its checkpoint, in a learner that starts from it (and first saves it
+    again)."""
     engine = start(keywords, model, head=head, lora=lora, **config)
     before = weights(engine)
     engine.load(directory)
     assert engine.steps == 3
     engine.save(again)
-    return advance(engine, range(3, 5), 100, WeightedLogp() if head == "policy" else SquaredError()), before, weights(engine)
+    return (
+        advance(engine, range(3, 5), 100, WeightedLogp() if head == "policy" else SquaredError()),
+        before,
+        weights(engine),
+    )
 
 
 def saved(directory: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -102,7 +139,11 @@ ADAPTED = LoraConfig(rank=2, alpha=4)
 @pytest.mark.parametrize(
     ("head", "lora", "before", "after"),
     [
-        *(("policy", None, (i, s, FLOAT32), (j, s, FLOAT32)) for s in (0, 2, 3) for i, j in ((2, 2), (2, 1), (1, 2))),
+        *(
+            ("policy", None, (i, s, FLOAT32), (j, s, FLOAT32))
+            for s in (0, 2, 3)
+            for i, j in ((2, 2), (2, 1), (1, 2))
+        ),
         ("policy", None, (2, 3, FLOAT32), (1, 0, FLOAT32)),
         ("policy", None, (1, 0, DECAYED), (2, 2, DECAYED)),
         ("policy", None, (2, 3, DECAYED), (2, 1, DECAYED)),
@@ -111,18 +152,42 @@ ADAPTED = LoraConfig(rank=2, alpha=4)
         ("policy", None, (2, 1, BFLOAT16), (2, 3, BFLOAT16)),
         ("policy", None, (2, 3, BFLOAT16), (1, 0, FLOAT32)),
     ],
-    ids=lambda value: f"{value[0]}x-zero{value[1]}-{'-'.join(map(str, value[2].values()))}" if isinstance(value, tuple) else None,
+    ids=lambda value: (
+        f"{value[0]}x-zero{value[1]}-{'-'.join(map(str, value[2].values()))}"
+        if isinstance(value, tuple)
+        else None
+    ),
 )
 def test_a_checkpoint_fits_any_ranks_and_stage(
-    one: Ranks, two: Ranks, tied_llama: Path, tmp_path: Path, head: str, lora: LoraConfig | None, before: Any, after: Any
+    one: Ranks,
+    two: Ranks,
+    tied_llama: Path,
+    tmp_path: Path,
+    head: str,
+    lora: LoraConfig | None,
+    before: Any,
+    after: Any,
 ) -> None:
     ranks = {1: one, 2: two}
-    settings = [{"zero_stage": stage, "schedule": "cosine", "warmup": 0.3, **more} for _, stage, more in (before, after)]
-    *expected, state = ranks[before[0]].call(write, tied_llama, tmp_path / "a", head, lora, settings[0])[0]
-    result = ranks[after[0]].call(read, tied_llama, tmp_path / "a", tmp_path / "b", head, lora, settings[1])[0]
+    settings = [
+        {"zero_stage": stage, "schedule": "cosine", "warmup": 0.3, **more}
+        for _, stage, more in (before, after)
+    ]
+    *expected, state = ranks[before[0]].call(
+        write, tied_llama, tmp_path / "a", head, lora, settings[0]
+    )[0]
+    result = ranks[after[0]].call(
+        read, tied_llama, tmp_path / "a", tmp_path / "b", head, lora, settings[1]
+    )[0]
     first, second = saved(tmp_path / "a"), saved(tmp_path / "b")
-    assert len(list((tmp_path / "a").glob("weights-*"))) > len(list((tmp_path / "b").glob("weights-*"))) == after[0]
-    assert first.keys() == second.keys() == state.keys() and any(name.endswith("exp_avg_sq") for name in first)
+    assert (
+        len(list((tmp_path / "a").glob("weights-*")))
+        > len(list((tmp_path / "b").glob("weights-*")))
+        == after[0]
+    )
+    assert first.keys() == second.keys() == state.keys() and any(
+        name.endswith("exp_avg_sq") for name in first
+    )
     for name, tensor in first.items():
         np.testing.assert_array_equal(tensor, state[name], err_msg=name)
         assert tensor.dtype == np.float32 and tensor.tobytes() == second[name].tobytes(), name
@@ -140,13 +205,19 @@ def refuse(keywords: dict[str, Any], model: Path, other: Path, directory: Path) 
     start(keywords, model, zero_stage=0).save(directory)
     index, file = directory / "learner.json", directory / "weights-00000.safetensors"
     found = sorted(path.name for path in directory.parent.rglob("*") if path.is_file())
-    assert found == ["learner.json", "optimizer-00000.safetensors", "random-00000.safetensors", "weights-00000.safetensors"]
+    assert found == [
+        "learner.json",
+        "optimizer-00000.safetensors",
+        "random-00000.safetensors",
+        "weights-00000.safetensors",
+    ]
     with pytest.raises(CheckpointError, match="head=policy, this learner has head=value"):
         start(keywords, model, head="value").load(directory)
     with pytest.raises(CheckpointError, match="lora=False, this learner has lora=True"):
         start(keywords, model, lora=ADAPTED).load(directory)
     with pytest.raises(
-        CheckpointError, match=r"another model: it has model\.lm_head\.weight with shape None, this learner \(97, 32\)"
+        CheckpointError,
+        match=r"another model: it has model\.lm_head\.weight with shape None, this learner \(97, 32\)",
     ):
         start(keywords, other).load(directory)
     engine = start(keywords, model, zero_stage=2)
@@ -157,11 +228,15 @@ def refuse(keywords: dict[str, Any], model: Path, other: Path, directory: Path) 
     name = next(iter(changed["parameters"]))
     changed["parameters"][name]["shape"] = [96, 32]
     index.write_text(json.dumps(changed))
-    with pytest.raises(CheckpointError, match=rf"{name} with shape \(96, 32\), this learner \(97, 32\)"):
+    with pytest.raises(
+        CheckpointError, match=rf"{name} with shape \(96, 32\), this learner \(97, 32\)"
+    ):
         engine.load(directory)
     index.write_text(content)
     file.write_bytes(tensors.replace(b"[97,32]", b"[32,97]"))
-    with pytest.raises(CheckpointError, match=r"weights-00000\.safetensors does not hold what learner\.json says"):
+    with pytest.raises(
+        CheckpointError, match=r"weights-00000\.safetensors does not hold what learner\.json says"
+    ):
         engine.load(directory)
     file.write_bytes(tensors[:-4])
     with pytest.raises(CheckpointError, match=r"cannot read .*weights-00000"):

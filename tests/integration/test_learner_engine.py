@@ -1,4 +1,5 @@
-"""Real DeepSpeed on CPU: sharding does not change the result, and what is published is what was trained."""
+"""Real DeepSpeed on CPU: sharding does not change the result, and what is published is what was
+trained."""
 
 from __future__ import annotations
 
@@ -8,22 +9,40 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import Ranks, SquaredError, WeightedLogp, advance, make_examples, relative, start, train, weights
+from ranks import (
+    Ranks,
+    SquaredError,
+    WeightedLogp,
+    advance,
+    make_examples,
+    relative,
+    start,
+    train,
+    weights,
+)
 
 from rayhf.config.schema import LoraConfig, ReferenceConfig
 from rayhf.errors import NumericalError
-from rayhf.experience import Example, Row
 from rayhf.losses.base import Totals
+from rayhf.types import Example, Row
 
 
 @pytest.mark.parametrize("head", ["policy", "value", "score"])
-def test_ranks_and_micro_batches_and_stages_do_not_change_the_result(one: Ranks, two: Ranks, tied_llama: Path, head: str) -> None:
+def test_ranks_and_micro_batches_and_stages_do_not_change_the_result(
+    one: Ranks, two: Ranks, tied_llama: Path, head: str
+) -> None:
     expected = one.call(train, tied_llama, 4096, head, {"zero_stage": 0})[0]
-    runs = {"one rank, many micro-batches": one.call(train, tied_llama, 60, head, {"zero_stage": 0})[0]}
+    runs = {
+        "one rank, many micro-batches": one.call(train, tied_llama, 60, head, {"zero_stage": 0})[0]
+    }
     for stage in (0, 1, 2, 3):
-        runs[f"two ranks, stage {stage}"] = two.call(train, tied_llama, 100, head, {"zero_stage": stage})[0]
+        runs[f"two ranks, stage {stage}"] = two.call(
+            train, tied_llama, 100, head, {"zero_stage": stage}
+        )[0]
     for stage in (1, 2, 3):
-        runs[f"one rank, stage {stage}"] = one.call(train, tied_llama, 100, head, {"zero_stage": stage})[0]
+        runs[f"one rank, stage {stage}"] = one.call(
+            train, tied_llama, 100, head, {"zero_stage": stage}
+        )[0]
     for name, run in runs.items():
         for mine, theirs in zip(run[0], expected[0], strict=True):
             assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6), name
@@ -51,11 +70,13 @@ def poison(keywords: dict[str, Any], model: Path, stage: int, dtype: str) -> Non
     advance(engine, range(1), 60, WeightedLogp())
     before = weights(engine)
     example = make_examples(1)[0]
-    row = example.rows[0].with_tokens(advantage=np.full(len(example.rows[0].response_ids), np.nan, np.float32))
+    row = example.rows[0].with_tokens(
+        advantage=np.full(len(example.rows[0].response_ids), np.nan, np.float32)
+    )
     totals = Totals(tokens=10, rows=2, examples=2)
     bad, good = Example(rows=(row,)), Example(rows=(example.rows[1],))
     micros = [[good], [bad] if engine.rank == engine.world - 1 else [good]]
-    with pytest.raises(NumericalError, match="optimiser step 1"):
+    with pytest.raises(NumericalError, match="optimizer step 1"):
         engine.step(micros, totals, WeightedLogp(), 1.0)
     after = weights(engine)
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -64,14 +85,22 @@ def poison(keywords: dict[str, Any], model: Path, stage: int, dtype: str) -> Non
     assert advance(clean, range(2), 60, WeightedLogp())[1] == finite[0]
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16"), (3, "float32")])
-def test_one_ranks_nan_stops_every_rank_and_leaves_no_trace(two: Ranks, tied: Path, stage: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [(0, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16"), (3, "float32")],
+)
+def test_one_ranks_nan_stops_every_rank_and_leaves_no_trace(
+    two: Ranks, tied: Path, stage: int, dtype: str
+) -> None:
     two.call(poison, tied, stage, dtype)
 
 
-def sleep(keywords: dict[str, Any], model: Path, config: dict[str, Any], lora: LoraConfig | None) -> float:
-    """Train with and without pauses, in which the tensors are elsewhere. The share of their bytes that stayed."""
-    from rayhf.learner.residence import _storages
+def sleep(
+    keywords: dict[str, Any], model: Path, config: dict[str, Any], lora: LoraConfig | None
+) -> float:
+    """Train with and without pauses, in which the tensors are elsewhere. The share of their bytes
+    that stayed."""
+    from rayhf.learner.offload import _storages
 
     straight = start(keywords, model, lora=lora, **config)
     losses = advance(straight, range(4), 100, WeightedLogp())
@@ -79,11 +108,15 @@ def sleep(keywords: dict[str, Any], model: Path, config: dict[str, Any], lora: L
     shares = []
     for step in range(4):
         paused.wake()  # it is awake: nothing happens
-        assert advance(paused, range(step, step + 1), 100, WeightedLogp()) == losses[step : step + 1]
+        assert (
+            advance(paused, range(step, step + 1), 100, WeightedLogp()) == losses[step : step + 1]
+        )
         before = sum(storage.nbytes() for storage in _storages(paused.engine))
         paused.sleep()
         paused.sleep()
-        if config["zero_stage"]:  # at stage 0 on CPU the weights lie in the file's memory, which cannot be emptied
+        if config[
+            "zero_stage"
+        ]:  # at stage 0 on CPU the weights lie in the file's memory, which cannot be emptied
             assert not paused.model.lm_head.weight.untyped_storage().nbytes()
         shares.append(sum(storage.nbytes() for storage in _storages(paused.engine)) / before)
         paused.wake()
@@ -97,7 +130,13 @@ LORA = LoraConfig(rank=2, alpha=4, dropout=0.3)
 
 @pytest.mark.parametrize(
     ("stage", "dtype", "lora"),
-    [(0, "float32", None), (1, "bfloat16", None), (2, "bfloat16", None), (3, "bfloat16", None), (3, "float32", LORA)],
+    [
+        (0, "float32", None),
+        (1, "bfloat16", None),
+        (2, "bfloat16", None),
+        (3, "bfloat16", None),
+        (3, "float32", LORA),
+    ],
 )
 def test_a_learner_that_slept_continues_with_the_same_bits(
     two: Ranks, untied: Path, stage: int, dtype: str, lora: LoraConfig | None
@@ -106,9 +145,12 @@ def test_a_learner_that_slept_continues_with_the_same_bits(
 
 
 def evaluate(keywords: dict[str, Any], model: Path, stage: int) -> None:
-    """Ranks bring different numbers of rows; log-probs with and without gradient are the same bits."""
+    """Ranks bring different numbers of rows; log-probs with and without gradient are the same
+    bits."""
     engine = start(keywords, model, zero_stage=stage, token_budget=60)
-    rows = [row for example in make_examples(4) for row in example.rows][: 8 if engine.rank == 0 else 3]
+    rows = [row for example in make_examples(4) for row in example.rows][
+        : 8 if engine.rank == 0 else 3
+    ]
     outputs = engine.outputs(rows, 0.7)
     assert [len(o) for o in outputs] == [len(r.response_ids) for r in rows]
     from rayhf.learner.forward import build_inputs
@@ -117,7 +159,9 @@ def evaluate(keywords: dict[str, Any], model: Path, stage: int) -> None:
     engine.engine.train()
     with_gradient = engine.engine(inputs, 0.7)[0].detach()
     assert torch.equal(with_gradient, engine._evaluate(inputs, 0.7).detach())
-    np.testing.assert_allclose(np.concatenate(outputs[:3]), with_gradient.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate(outputs[:3]), with_gradient.numpy(), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -126,7 +170,12 @@ def test_outputs(two: Ranks, tied: Path, stage: int) -> None:
 
 
 def publish(
-    keywords: dict[str, Any], model: Path, directory: Path, config: dict[str, Any], lora: LoraConfig | None, kind: str
+    keywords: dict[str, Any],
+    model: Path,
+    directory: Path,
+    config: dict[str, Any],
+    lora: LoraConfig | None,
+    kind: str,
 ) -> Any:
     engine = start(keywords, model, lora=lora, **config)
     advance(engine, range(3), 100, WeightedLogp())
@@ -134,7 +183,9 @@ def publish(
     engine.export(directory)
     buckets, probe = engine.publish(3, "float32", 20_000, whole=True)
     adapters, _ = engine.publish(3, "float32", 20_000)
-    assert all(np.array_equal(before[n], v) for n, v in weights(engine).items()), "publishing changed the training weights"
+    assert all(np.array_equal(before[n], v) for n, v in weights(engine).items()), (
+        "publishing changed the training weights"
+    )
     if engine.rank != 0:
         assert buckets == adapters == []
         return None
@@ -144,40 +195,66 @@ def publish(
 
 
 def check_adapted(adapters: Any, buckets: Any, model: Path) -> None:
-    """What an engine makes of the adapters and the initial directory is, bit by bit, what is published whole."""
-    from rayhf.rollout.adapters import with_base
-    from rayhf.rollout.weights import unpack_bucket
+    """What an engine makes of the adapters and the initial directory is, bit by bit, what is
+    published whole."""
+    from rayhf.weights.buckets import unpack_bucket
+    from rayhf.weights.lora import with_base
 
-    whole, factors = (dict(pair for b in bs for pair in unpack_bucket(b, b.payload)) for bs in (buckets, adapters))
-    assert len(factors) == 2 * 2 * 7 and sum(b.payload.nbytes for b in adapters) < sum(b.payload.nbytes for b in buckets) / 2
+    whole, factors = (
+        dict(pair for b in bs for pair in unpack_bucket(b, b.payload)) for bs in (buckets, adapters)
+    )
+    assert (
+        len(factors) == 2 * 2 * 7
+        and sum(b.payload.nbytes for b in adapters) < sum(b.payload.nbytes for b in buckets) / 2
+    )
     found = dict(with_base(model, whole.keys(), factors, device=torch.device("cpu")))
-    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+    assert found.keys() == whole.keys() and all(
+        torch.equal(found[name], whole[name]) for name in whole
+    )
 
 
 def check_published(buckets: Any, probe: Any, model: Path, directory: Path, *, tied: bool) -> float:
-    """A reference that starts from the *initial* model and takes the buckets must agree with the probe, and so must the
-    exported directory. Returns the distance between the two, and checks the initial model is elsewhere."""
+    """A reference that starts from the *initial* model and takes the buckets must agree with the
+    probe, and so must the exported directory. Returns the distance between the two, and checks the
+    initial model is elsewhere."""
     from rayhf.reference.engine import ReferenceEngine
 
     assert len(buckets) > 1
     names = [spec.name for bucket in buckets for spec in bucket.tensors]
     assert ("lm_head.weight" in names) == (not tied)
-    row = Row(prompt_id="probe", sample=0, prompt_ids=probe.token_ids[:1], response_ids=probe.token_ids[1:])
+    row = Row(
+        prompt_id="probe",
+        sample=0,
+        prompt_ids=probe.token_ids[:1],
+        response_ids=probe.token_ids[1:],
+    )
     reference = ReferenceEngine(model, ReferenceConfig(), dtype="float32")
     initial = reference.logprobs([row], 1.0)[0]
     reference.update([(bucket, bucket.payload) for bucket in buckets], 1.0)
     published = reference.logprobs([row], 1.0)[0]
-    exported = ReferenceEngine(directory, ReferenceConfig(), dtype="float32").logprobs([row], 1.0)[0]
-    assert np.abs(initial - probe.logprobs).max() > 1e-2, "training moved nothing: the check below would prove nothing"
+    exported = ReferenceEngine(directory, ReferenceConfig(), dtype="float32").logprobs([row], 1.0)[
+        0
+    ]
+    assert np.abs(initial - probe.logprobs).max() > 1e-2, (
+        "training moved nothing: the check below would prove nothing"
+    )
     np.testing.assert_array_equal(published, exported)
     assert (directory / "tokenizer_config.json").is_file()
     return float(np.abs(published - probe.logprobs).max())
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
-@pytest.mark.parametrize(("stage", "lora"), [(2, None), (3, None), (3, LoraConfig(rank=4, alpha=16))])
+@pytest.mark.parametrize(
+    ("stage", "lora"), [(2, None), (3, None), (3, LoraConfig(rank=4, alpha=16))]
+)
 def test_published_weights_are_the_trained_ones(
-    two: Ranks, tied: Path, untied: Path, tmp_path: Path, stage: int, lora: LoraConfig | None, kind: str
+    two: Ranks,
+    tied: Path,
+    untied: Path,
+    tmp_path: Path,
+    stage: int,
+    lora: LoraConfig | None,
+    kind: str,
 ) -> None:
     model = tied if kind == "tied" else untied
     gap = two.call(publish, model, tmp_path, {"zero_stage": stage, "lr": 1e-2}, lora, kind)[0]
@@ -185,12 +262,15 @@ def test_published_weights_are_the_trained_ones(
 
 
 def bfloat16(keywords: dict[str, Any], model: Path) -> list[float]:
-    """Rotary frequencies stay float32, whatever DeepSpeed casts; small updates survive in the float32 masters."""
+    """Rotary frequencies stay float32, whatever DeepSpeed casts; small updates survive in the
+    float32 masters."""
     losses = []
     for stage in (1, 2, 3):
         engine = start(keywords, model, zero_stage=stage, dtype="bfloat16")
         frequencies = engine.model.model.rotary_emb.inv_freq
-        exact = 1.0 / engine.model.config.rope_parameters["rope_theta"] ** (torch.arange(0, 8, 2) / 8)
+        exact = 1.0 / engine.model.config.rope_parameters["rope_theta"] ** (
+            torch.arange(0, 8, 2) / 8
+        )
         assert frequencies.dtype == torch.float32
         torch.testing.assert_close(frequencies, exact)
         losses.append(advance(engine, range(4), 100, WeightedLogp())[-1]["learner/loss"])
@@ -204,12 +284,16 @@ def test_bfloat16_trains_like_float32(one: Ranks, tied: Path) -> None:
 
 
 def train_four(keywords: dict[str, Any], model: Path) -> float:
-    return advance(start(keywords, model, zero_stage=0), range(4), 100, WeightedLogp())[-1]["learner/loss"]
+    return advance(start(keywords, model, zero_stage=0), range(4), 100, WeightedLogp())[-1][
+        "learner/loss"
+    ]
 
 
 def test_activation_checkpointing_changes_nothing(one: Ranks, tied: Path) -> None:
     expected = one.call(train, tied, 4096, "policy", {"zero_stage": 0})[0]
-    result = one.call(train, tied, 4096, "policy", {"zero_stage": 0, "activation_checkpointing": True})[0]
+    result = one.call(
+        train, tied, 4096, "policy", {"zero_stage": 0, "activation_checkpointing": True}
+    )[0]
     assert relative(result, expected) < 1e-6
 
 

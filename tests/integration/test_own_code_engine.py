@@ -1,4 +1,5 @@
-"""A model directory that brings code along, and vLLM: the code never runs. Other loaders: tests/unit/test_own_code.py."""
+"""A model directory that brings code along, and vLLM: the code never runs. Other loaders:
+tests/unit/test_own_code.py."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from rayhf.rollout.engine import RolloutEngine
 
 
 def build(path: Path) -> RolloutEngine:
-    return RolloutEngine(path, RolloutConfig(kv_cache_gib=0.01), dtype="float32", max_length=64, seed=0, device="cpu")
+    return RolloutEngine(
+        path, RolloutConfig(kv_cache_gib=0.01), dtype="float32", max_length=64, seed=0, device="cpu"
+    )
 
 
 def test_vllm_runs_no_code_of_a_model_directory(tmp_path: Path) -> None:

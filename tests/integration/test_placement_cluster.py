@@ -1,4 +1,4 @@
-"""Room in real Ray clusters of one and two nodes on this machine."""
+"""PlacementGroup in real Ray clusters of one and two nodes on this machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import ray
 
-from actors.placement import Seat
-from actors.room import Room, nodes_now
+from actors.placement_group import PlacementGroup, nodes_now
 from rayhf.errors import PlacementError
+from rayhf.planning.placement import ActorSpec
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,13 @@ def cluster() -> Iterator[Any]:
 
     from launch import local
 
-    # A process knows one token in its life, and learns of it in its first ray.init, here or in another test.
+    # A process knows one token in its life, and learns of it in its first ray.init, here or in
+    # another test.
     with local.ray_cluster("local", cpus=1):
         os.environ["RAY_AUTH_MODE"] = "token"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+    )
     cluster.add_node(num_cpus=3, resources={"scale": 1})
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
@@ -36,18 +39,20 @@ def cluster() -> Iterator[Any]:
     del os.environ["RAY_AUTH_MODE"]
 
 
-def seat(name: str, bundle: int, cpus: float = 0.25, **resources: float) -> Seat:
-    return Seat(role=name, index=0, name=name, cpus=cpus, gpus=0.0, resources=resources, bundle=bundle)
+def seat(name: str, bundle: int, cpus: float = 0.25, **resources: float) -> ActorSpec:
+    return ActorSpec(
+        role=name, index=0, name=name, cpus=cpus, gpus=0.0, resources=resources, bundle=bundle
+    )
 
 
-def take(room: Room, limit_s: float) -> list[str]:
+def take(room: PlacementGroup, limit_s: float) -> list[str]:
     said: list[str] = []
     asyncio.run(room.take(limit_s=limit_s, report=said.append))
     return said
 
 
 @pytest.mark.parametrize(
-    ("seats", "expected"),
+    ("actor_specs", "expected"),
     [
         ([seat("scorer", 0, moon=1)], "1 moon requested (scorer 1), 0 available on 2 node(s)"),
         (
@@ -57,20 +62,26 @@ def take(room: Room, limit_s: float) -> list[str]:
         ([seat("scorer", 0, cpus=4)], "scorer needs 4 CPU on one node; the best one, "),
     ],
 )
-def test_what_can_never_be_placed_is_refused_in_time_naming_what_is_there(cluster: Any, seats: list[Seat], expected: str) -> None:
+def test_what_can_never_be_placed_is_refused_in_time_naming_what_is_there(
+    cluster: Any, actor_specs: list[ActorSpec], expected: str
+) -> None:
     started = time.monotonic()
     with pytest.raises(PlacementError) as error:
-        take(Room(seats, grouped=True), 2.0)
+        take(PlacementGroup(actor_specs, grouped=True), 2.0)
     assert expected in str(error.value) and "no room in the cluster after 2 s" in str(error.value)
     assert time.monotonic() - started < 10
     with pytest.raises(PlacementError):  # where nobody will add a node, at once
-        take(Room(seats, grouped=False), 0.0)
+        take(PlacementGroup(actor_specs, grouped=False), 0.0)
     assert "\n" not in str(error.value)
 
 
 def test_seats_are_held_where_their_resources_are_and_given_back(cluster: Any) -> None:
-    seats = [seat("learner", 0, cpus=1), seat("rollout", 1, cpus=1, scale=1), replace(seat("reference", 1), index=1)]
-    room = Room(seats, grouped=True)
+    actor_specs = [
+        seat("learner", 0, cpus=1),
+        seat("rollout", 1, cpus=1, scale=1),
+        replace(seat("reference", 1), index=1),
+    ]
+    room = PlacementGroup(actor_specs, grouped=True)
     take(room, 20.0)
 
     @ray.remote
@@ -79,17 +90,23 @@ def test_seats_are_held_where_their_resources_are_and_given_back(cluster: Any) -
 
     homes = {
         one.name: ray.get(
-            node.options(num_cpus=one.cpus, resources=dict(one.resources), **room.strategy(one)).remote(), timeout=60
+            node.options(
+                num_cpus=one.cpus, resources=dict(one.resources), **room.strategy(one)
+            ).remote(),
+            timeout=60,
         )
-        for one in seats
+        for one in actor_specs
     }
     (scale,) = [n["NodeID"] for n in ray.nodes() if "scale" in n["Resources"]]
     assert homes["rollout"] == homes["reference"] == scale
     said: list[str] = []
-    rival = Room([seat("scorer", 0, scale=1)], grouped=True)
-    with pytest.raises(PlacementError, match=r"scorer needs 1 scale and 0.25 CPU .* has left 0 scale and [\d.]+ CPU$"):
+    rival = PlacementGroup([seat("scorer", 0, scale=1)], grouped=True)
+    with pytest.raises(
+        PlacementError,
+        match=r"scorer needs 1 scale and 0.25 CPU .* has left 0 scale and [\d.]+ CPU$",
+    ):
         asyncio.run(rival.take(limit_s=6.0, report=said.append))
     assert said and said[0].startswith("waiting for room: scorer needs 1 scale")
     room.leave()
-    take(Room([seat("scorer", 0, scale=1)], grouped=True), 20.0)
+    take(PlacementGroup([seat("scorer", 0, scale=1)], grouped=True), 20.0)
     assert len({node.name for node in nodes_now()}) == 2

@@ -1,4 +1,5 @@
-"""Adapters into a real vLLM engine: it computes, bit by bit, what it computes with the weights that the learner merged."""
+"""Adapters into a real vLLM engine: it computes, bit by bit, what it computes with the weights that
+the learner merged."""
 
 from __future__ import annotations
 
@@ -10,14 +11,23 @@ from typing import Any
 import peft
 import pytest
 import torch
-from engines import LONG, MAX_LENGTH, ask, make_model, mean_gap, payloads_of, snapshot_of, without_one
+from engines import (
+    LONG,
+    MAX_LENGTH,
+    ask,
+    make_model,
+    mean_gap,
+    payloads_of,
+    snapshot_of,
+    without_one,
+)
 
 from rayhf.config.schema import RolloutConfig
 from rayhf.errors import WeightSyncError
-from rayhf.experience import WeightSnapshot
-from rayhf.learner.weights import Weight, trained_of, weights_of
 from rayhf.rollout.engine import RolloutEngine
-from rayhf.rollout.weights import pack_bucket, snapshot_checksum
+from rayhf.types import WeightSnapshot
+from rayhf.weights.buckets import pack_bucket, snapshot_checksum
+from rayhf.weights.export import Weight, trained_of, weights_of
 
 
 def snapshot(model: Any, version: int, weights: Sequence[Weight]) -> WeightSnapshot:
@@ -42,13 +52,21 @@ def test_an_engine_merges_to_the_learners_bits(tmp_path: Path, tied: bool, targe
     base = make_model(tmp_path, tied=tied)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets))
     config = RolloutConfig(kv_cache_gib=0.05)
-    engine = RolloutEngine(tmp_path, config, dtype="float32", max_length=MAX_LENGTH, seed=0, device="cpu")
+    engine = RolloutEngine(
+        tmp_path, config, dtype="float32", max_length=MAX_LENGTH, seed=0, device="cpu"
+    )
     for version in (1, 2):
         move(model, version)
-        adapters, whole = snapshot(model, version, trained_of(model)), snapshot(model, version, weights_of(model))
+        adapters, whole = (
+            snapshot(model, version, trained_of(model)),
+            snapshot(model, version, weights_of(model)),
+        )
         assert adapters.buckets[0].payload.nbytes < whole.buckets[0].payload.nbytes / 4
         report = engine.update(adapters, payloads_of(adapters))
-        assert (report.version, report.checksum) == (version, adapters.checksum) and report.gap.mean < 1e-4
+        assert (report.version, report.checksum) == (
+            version,
+            adapters.checksum,
+        ) and report.gap.mean < 1e-4
         (answers,) = engine.generate([ask(LONG)], version=version)
         assert mean_gap(model, ask(LONG), answers) <= 1e-4
     # As in a round in which the reference moves: merged by the learner.
@@ -58,7 +76,10 @@ def test_an_engine_merges_to_the_learners_bits(tmp_path: Path, tied: bool, targe
     engine.sleep(keep_weights=False)
     engine.update(adapters, payloads_of(adapters))
     assert engine.generate([ask(LONG)], version=2) == [answers]
-    with pytest.raises(WeightSyncError, match=r"weights 2 stay in place: adapter of model.layers.0.self_attn.q_proj.weight: fac"):
+    with pytest.raises(
+        WeightSyncError,
+        match=r"weights 2 stay in place: adapter of model.layers.0.self_attn.q_proj.weight: fac",
+    ):
         engine.update(*without_one(adapters))
     assert engine.generate([ask(LONG)], version=2) == [answers]
     engine.close()

@@ -23,8 +23,8 @@ from engines import (
 from transformers import Qwen2ForCausalLM
 
 from rayhf.errors import ConfigError, RayhfError, StaleWeightsError, WeightSyncError
-from rayhf.experience import Completion, GenerateRequest, Sampling
 from rayhf.rollout.engine import RolloutEngine
+from rayhf.types import Completion, GenerateRequest, Sampling
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -41,7 +41,9 @@ def test_logprobs_are_the_learners_before_and_after_updates(start: Start, tied: 
             assert engine.fingerprint() == (version, snapshot.checksum)
         # The second pass finds the long prompt in the prefix cache.
         for _ in range(2):
-            for request, completions in zip((short, long), engine.generate([short, long], version=version), strict=True):
+            for request, completions in zip(
+                (short, long), engine.generate([short, long], version=version), strict=True
+            ):
                 assert {completion.policy_version for completion in completions} == {version}
                 assert mean_gap(model, request, completions) <= 1e-4
     assert engine.check(snapshot.probe).mean < 1e-4
@@ -72,11 +74,17 @@ def test_logprobs_are_renormalised_over_what_may_be_sampled(
     request = ask(seeds=tuple(range(8)), **limits)
     (completions,) = engine.generate([request], version=0)
     for completion in completions:
-        rows = logprobs_of(model, request.token_ids + completion.token_ids)[len(request.token_ids) - 1 :]
-        for row, token, logprob in zip(rows, completion.token_ids, completion.logprobs, strict=True):
+        rows = logprobs_of(model, request.token_ids + completion.token_ids)[
+            len(request.token_ids) - 1 :
+        ]
+        for row, token, logprob in zip(
+            rows, completion.token_ids, completion.logprobs, strict=True
+        ):
             ordered, tokens = row.exp().sort(descending=True)
             # Top-p keeps the smallest set whose probability reaches it.
-            kept = tokens[: limits.get("top_k") or int((ordered.cumsum(0) < limits["top_p"]).sum()) + 1]
+            kept = tokens[
+                : limits.get("top_k") or int((ordered.cumsum(0) < limits["top_p"]).sum()) + 1
+            ]
             assert token in kept
             assert logprob == pytest.approx(float(row[token] - row[kept].logsumexp(0)), abs=1e-3)
 
@@ -99,7 +107,9 @@ def test_finish_reason_comes_from_the_engine(engine: RolloutEngine) -> None:
         else:
             assert len(completion.token_ids) == 24
             assert not {END, TURN} & set(completion.token_ids)
-        assert completion.text == "".join(WORDS[token] for token in completion.token_ids if token > TURN)
+        assert completion.text == "".join(
+            WORDS[token] for token in completion.token_ids if token > TURN
+        )
         assert len(completion.logprobs) == len(completion.token_ids)
     assert ends == {END, TURN}
 
@@ -130,7 +140,10 @@ def test_equal_waves_are_equal_and_neighbours_do_not_matter(engine: RolloutEngin
 
 def test_a_wave_may_exceed_one_prefill_step(engine: RolloutEngine) -> None:
     """vLLM 0.32 on CPU dies when a seeded request's prompt is prefilled in parts."""
-    wave = [ask((3 + i % 26, 4 + i // 26, *LONG), number=i, seeds=(i,), max_tokens=2) for i in range(130)]
+    wave = [
+        ask((3 + i % 26, 4 + i // 26, *LONG), number=i, seeds=(i,), max_tokens=2)
+        for i in range(130)
+    ]
     assert sum(len(request.token_ids) for request in wave) > 16384
     assert len(engine.generate(wave, version=0)) == 130
 
@@ -175,13 +188,18 @@ def test_stale_version_is_refused(engine: RolloutEngine) -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (ask(LONG, max_tokens=200), "141 tokens and max_tokens 200 do not fit policy.max_length 256"),
+        (
+            ask(LONG, max_tokens=200),
+            "141 tokens and max_tokens 200 do not fit policy.max_length 256",
+        ),
         (ask(()), "0 tokens"),
         (ask((5, 999)), "token 999 is not in 0..28"),
         (ask(temperature=0.001), "temperature 0.001"),
     ],
 )
-def test_requests_that_cannot_be_served_are_refused(engine: RolloutEngine, request_: GenerateRequest, message: str) -> None:
+def test_requests_that_cannot_be_served_are_refused(
+    engine: RolloutEngine, request_: GenerateRequest, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         engine.submit([request_], version=0)
 
@@ -206,7 +224,8 @@ def test_closed_engine_says_so(start: Start) -> None:
 
 
 def test_an_engine_that_slept_writes_what_it_wrote(start: Start) -> None:
-    """vLLM's CPU worker keeps its memory, but the scheduler, the tags and the order of calls are the real ones."""
+    """vLLM's CPU worker keeps its memory, but the scheduler, the tags and the order of calls are
+    the real ones."""
     engine, model = start()
     before = engine.generate([ask()], version=0)
     engine.sleep(keep_weights=True)
@@ -224,6 +243,8 @@ def test_an_engine_that_slept_writes_what_it_wrote(start: Start) -> None:
     damaged = replace(snapshot, checksum="no")
     with pytest.raises(WeightSyncError, match="the snapshot says no"):
         engine.update(damaged, payloads_of(damaged))
-    assert engine.update(snapshot, payloads_of(snapshot)).gap.mean < 1e-4  # the probe ran: it is awake
+    assert (
+        engine.update(snapshot, payloads_of(snapshot)).gap.mean < 1e-4
+    )  # the probe ran: it is awake
     (completions,) = engine.generate([ask()], version=1)
     assert mean_gap(model, ask(), completions) <= 1e-4

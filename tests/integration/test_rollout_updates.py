@@ -24,10 +24,10 @@ from engines import (
 from transformers import Qwen2ForCausalLM
 
 from rayhf.errors import ActorLostError, StaleWeightsError, WeightSyncError
-from rayhf.experience import WeightSnapshot
-from rayhf.rollout.channel import Sender
 from rayhf.rollout.engine import RolloutEngine, UpdateReport
-from rayhf.rollout.weights import pack_bucket, snapshot_checksum
+from rayhf.types import WeightSnapshot
+from rayhf.weights.broadcast import Sender
+from rayhf.weights.buckets import pack_bucket, snapshot_checksum
 
 
 def test_an_update_waits_for_running_waves(start: Start) -> None:
@@ -49,7 +49,10 @@ def corrupted(snapshot: WeightSnapshot) -> tuple[WeightSnapshot, list[np.ndarray
 
 
 def with_one_more(snapshot: WeightSnapshot) -> tuple[WeightSnapshot, list[np.ndarray]]:
-    return rebuilt((*snapshot.buckets, pack_bucket([("value_head.weight", torch.ones(3))], torch.float32)), snapshot)
+    return rebuilt(
+        (*snapshot.buckets, pack_bucket([("value_head.weight", torch.ones(3))], torch.float32)),
+        snapshot,
+    )
 
 
 def reordered(snapshot: WeightSnapshot) -> tuple[WeightSnapshot, list[np.ndarray]]:
@@ -72,7 +75,9 @@ def test_bad_snapshots_are_refused_before_the_engine_is_touched(
 ) -> None:
     engine, model = shared
     before = engine.generate([ask()], version=0)
-    with pytest.raises(WeightSyncError, match="weights 7 refused, weights 0 stay in place: " + message):
+    with pytest.raises(
+        WeightSyncError, match="weights 7 refused, weights 0 stay in place: " + message
+    ):
         engine.update(*damage(snapshot_of(model, 7)))
     assert engine.weight_version == 0
     assert engine.generate([ask()], version=0) == before
@@ -91,10 +96,15 @@ def test_weights_that_are_not_the_learners_make_the_engine_unusable(start: Start
         engine.update(snapshot, payloads_of(snapshot))
 
 
-def test_the_worker_itself_notices_an_incomplete_update(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worker_itself_notices_an_incomplete_update(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, model = start()
     monkeypatch.setattr("rayhf.rollout.engine.check_complete", lambda *_: None)
-    with pytest.raises(WeightSyncError, match=r"failed: WeightSyncError: .* 1 parameters, model.embed_tokens.weight"):
+    with pytest.raises(
+        WeightSyncError,
+        match=r"failed: WeightSyncError: .* 1 parameters, model.embed_tokens.weight",
+    ):
         engine.update(*without_one(snapshot_of(model, 1)))
     with pytest.raises(WeightSyncError, match="holds no usable weights"):
         engine.generate([ask()], version=0)
@@ -106,7 +116,12 @@ def announced(snapshot: WeightSnapshot) -> WeightSnapshot:
 
 
 def broadcast(
-    engine: RolloutEngine, model: Qwen2ForCausalLM, *, version: int = 1, sender: type[Sender] = Sender, buckets: int = 3
+    engine: RolloutEngine,
+    model: Qwen2ForCausalLM,
+    *,
+    version: int = 1,
+    sender: type[Sender] = Sender,
+    buckets: int = 3,
 ) -> tuple[str, Future[UpdateReport]]:
     """Join, announce three buckets, send so many: their checksum, and what the engine says."""
     one = sender("127.0.0.1", members=2, timeout_s=20.0, device=torch.device("cpu"))
@@ -144,7 +159,10 @@ class Damaging(Sender):
 def test_a_damaged_broadcast_makes_the_engine_unusable(start: Start) -> None:
     engine, model = start()
     _, report = broadcast(engine, model, sender=Damaging)
-    with pytest.raises(WeightSyncError, match=r"failed: WeightSyncError: weight bucket 2 of 3 of weights 1: received checksum"):
+    with pytest.raises(
+        WeightSyncError,
+        match=r"failed: WeightSyncError: weight bucket 2 of 3 of weights 1: received checksum",
+    ):
         report.result()
     with pytest.raises(WeightSyncError, match="holds no usable weights"):
         engine.generate([ask()], version=0)

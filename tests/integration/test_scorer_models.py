@@ -1,4 +1,5 @@
-"""Reward models: real tiny classifiers with random weights, and a tokenizer that no policy shares."""
+"""Reward models: real tiny classifiers with random weights, and a tokenizer that no policy
+shares."""
 
 from __future__ import annotations
 
@@ -28,11 +29,11 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
-from rayhf.config.scorers import RewardModelScorer, RuleScorer
+from rayhf.config.scorers import RewardModelConfig, RuleConfig
 from rayhf.errors import ConfigError
-from rayhf.experience import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.reward_model import RewardModel
+from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 
 PAD, END, UNKNOWN = 256, 257, 258
 TEMPLATE = (
@@ -44,7 +45,10 @@ TEMPLATE = (
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForSequenceClassification),
     "qwen2": (Qwen2Config, Qwen2ForSequenceClassification),
-    "bert": (BertConfig, BertForSequenceClassification),  # reads its first token and sees padding unless masked
+    "bert": (
+        BertConfig,
+        BertForSequenceClassification,
+    ),  # reads its first token and sees padding unless masked
 }
 
 
@@ -60,11 +64,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", chat_template=TEMPLATE
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        chat_template=TEMPLATE,
     )
 
 
-def make_model(directory: Path, *, family: str = "llama", pad_token_id: int | None = PAD, labels: int = 1) -> Path:
+def make_model(
+    directory: Path, *, family: str = "llama", pad_token_id: int | None = PAD, labels: int = 1
+) -> Path:
     torch.manual_seed(0)
     common = {
         "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -99,7 +109,9 @@ def changed(directory: Path, tmp_path: Path) -> Callable[..., Path]:
 
 def request(*texts: str, question: str = "Why?", role: str = "user") -> ScoreRequest:
     # token ids of another vocabulary: a reward model that used them would fail or score nonsense
-    prompt = Prompt(prompt_id=question, messages=({"role": role, "content": question},), token_ids=(99_999,))
+    prompt = Prompt(
+        prompt_id=question, messages=({"role": role, "content": question},), token_ids=(99_999,)
+    )
     return ScoreRequest(
         prompt=prompt,
         completions=tuple(
@@ -126,9 +138,12 @@ def values(outcomes: list[tuple[Outcome, ...]]) -> list[float]:
 
 
 def by_hand(directory: Path, requests: list[ScoreRequest]) -> list[float]:
-    """One unpadded row at a time, straight through transformers; special tokens in answers spelled apart."""
+    """One unpadded row at a time, straight through transformers; special tokens in answers spelled
+    apart."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        directory, dtype=torch.float32
+    ).eval()
     scores = []
     for each in requests:
         for completion in each.completions:
@@ -143,9 +158,18 @@ def by_hand(directory: Path, requests: list[ScoreRequest]) -> list[float]:
 
 @pytest.mark.parametrize(
     ("family", "pad_token_id"),
-    [("llama", PAD), ("llama", None), ("llama", END), ("qwen2", PAD), ("qwen2", None), ("bert", PAD)],
+    [
+        ("llama", PAD),
+        ("llama", None),
+        ("llama", END),
+        ("qwen2", PAD),
+        ("qwen2", None),
+        ("bert", PAD),
+    ],
 )
-def test_padding_and_budget_do_not_change_a_score(tmp_path: Path, family: str, pad_token_id: int | None) -> None:
+def test_padding_and_budget_do_not_change_a_score(
+    tmp_path: Path, family: str, pad_token_id: int | None
+) -> None:
     """Also for a model without a pad id, and one whose pad id is its end of turn."""
     directory = make_model(tmp_path / "model", family=family, pad_token_id=pad_token_id)
     wanted = by_hand(directory, REQUESTS)
@@ -169,7 +193,9 @@ def test_order_of_requests_does_not_matter(directory: Path) -> None:
 
 def test_bfloat16_is_close(directory: Path) -> None:
     wanted = by_hand(directory, REQUESTS)
-    assert values(RewardModel(directory, dtype="bfloat16").score(REQUESTS)) == pytest.approx(wanted, abs=0.5)
+    assert values(RewardModel(directory, dtype="bfloat16").score(REQUESTS)) == pytest.approx(
+        wanted, abs=0.5
+    )
 
 
 def test_too_long_is_invalid_never_truncated(directory: Path) -> None:
@@ -182,7 +208,9 @@ def test_too_long_is_invalid_never_truncated(directory: Path) -> None:
 
 
 def test_what_cannot_be_encoded_costs_itself_only(directory: Path) -> None:
-    [(lone, good), (tool,)] = RewardModel(directory).score([request("\ud800", "fine"), request("x", role="tool")])
+    [(lone, good), (tool,)] = RewardModel(directory).score(
+        [request("\ud800", "fine"), request("x", role="tool")]
+    )
     assert lone == Invalid(reason="the text cannot be encoded as UTF-8: surrogates not allowed")
     assert isinstance(good, Scored)
     assert isinstance(tool, Failed)
@@ -206,7 +234,9 @@ def test_non_finite_logit_is_invalid(directory: Path) -> None:
         ({"model_type": "no-such-model"}, "no-such-model"),
     ],
 )
-def test_wrong_config_is_refused(changed: Callable[..., Path], values: dict[str, object], message: str) -> None:
+def test_wrong_config_is_refused(
+    changed: Callable[..., Path], values: dict[str, object], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         RewardModel(changed(**values))
     assert "\n" not in str(refused.value)
@@ -217,7 +247,9 @@ def test_a_head_without_weights_is_refused(directory: Path, tmp_path: Path) -> N
     config = LlamaConfig.from_pretrained(directory)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["LlamaForSequenceClassification"]}
+    saved = json.loads((tmp_path / "config.json").read_text()) | {
+        "architectures": ["LlamaForSequenceClassification"]
+    }
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match=r"no weights for score\.weight"):
         RewardModel(tmp_path)
@@ -240,7 +272,9 @@ def test_max_length_beyond_the_model_is_refused(directory: Path) -> None:
 def test_a_model_that_reads_padding_is_refused(tmp_path: Path) -> None:
     """XLNet reads the last column, whatever stands there."""
     torch.manual_seed(0)
-    config = XLNetConfig(vocab_size=259, d_model=32, n_layer=2, n_head=4, d_inner=64, num_labels=1, pad_token_id=PAD)
+    config = XLNetConfig(
+        vocab_size=259, d_model=32, n_layer=2, n_head=4, d_inner=64, num_labels=1, pad_token_id=PAD
+    )
     XLNetForSequenceClassification(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="a score changes with padding"):
@@ -258,12 +292,14 @@ def test_a_model_of_nans_is_refused(directory: Path, tmp_path: Path) -> None:
 
 
 def test_model_and_rule_together(directory: Path) -> None:
-    entries: list[RuleScorer | RewardModelScorer] = [
-        RewardModelScorer(model=Path(directory.name), name="preference", weight=2.0),
-        RuleScorer(function="rayhf.scorer.rules:final_number", weight=-1.0),
+    entries: list[RuleConfig | RewardModelConfig] = [
+        RewardModelConfig(model=Path(directory.name), name="preference", weight=2.0),
+        RuleConfig(function="rayhf.scorer.rules:final_number", weight=-1.0),
     ]
     engine = build_scorer(entries, device="cpu", threads=1, base=directory.parent)
-    prompt = Prompt(prompt_id="p", messages=({"role": "user", "content": "2+2?"},), token_ids=(1,), answer="4")
+    prompt = Prompt(
+        prompt_id="p", messages=({"role": "user", "content": "2+2?"},), token_ids=(1,), answer="4"
+    )
     judged = ScoreRequest(prompt=prompt, completions=request("it is 4", "x" * 1000).completions)
     [(right, long)] = engine.score([judged])
     engine.close()

@@ -1,4 +1,5 @@
-"""`rayhf serve-scorer` as a process: it says where it is, answers campaigns, and ends as it was told."""
+"""`rayhf serve-scorer` as a process: it says where it is, answers campaigns, and ends as it was
+told."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ import psutil
 import pytest
 import yaml
 
-from rayhf.config.scorers import RemoteScorer
-from rayhf.experience import Completion, Prompt, Scored, ScoreRequest
+from rayhf.config.scorers import GrpcScorerConfig
 from rayhf.scorer.build import build_scorer, check_entries
+from rayhf.types import Completion, Prompt, Scored, ScoreRequest
 
 ROOT = Path(__file__).parents[2]
 PRESET = ROOT / "configs/tiny/serve_scorer_arithmetic.yaml"
@@ -30,9 +31,21 @@ def launch(*words, cwd=ROOT):
 
 
 def ask(text, answer="7"):
-    prompt = Prompt(prompt_id="p", messages=({"role": "user", "content": "3 + 4 ="},), token_ids=(1,), answer=answer)
+    prompt = Prompt(
+        prompt_id="p",
+        messages=({"role": "user", "content": "3 + 4 ="},),
+        token_ids=(1,),
+        answer=answer,
+    )
     completion = Completion(
-        prompt_id="p", index=0, seed=0, text=text, token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0
+        prompt_id="p",
+        index=0,
+        seed=0,
+        text=text,
+        token_ids=(1,),
+        logprobs=(0.0,),
+        finish_reason="stop",
+        policy_version=0,
     )
     return ScoreRequest(prompt=prompt, completions=(completion,))
 
@@ -47,11 +60,16 @@ def test_a_served_preset_scores_until_it_is_told_to_stop(tmp_path, told):
         line = server.stdout.readline()
         address = re.fullmatch(r"serving correct at (127\.0\.0\.1:\d+)\n", line)
         assert address, line + server.stderr.read()
-        entry = RemoteScorer(endpoints=(address[1],), security={"token_file": token}, name="sum")
+        entry = GrpcScorerConfig(
+            endpoints=(address[1],), security={"token_file": token}, name="sum"
+        )
         check_entries([entry], ROOT)
         engine = build_scorer([entry], device="cpu", threads=None, base=ROOT)
         [[right], [wrong]] = engine.score([ask("3+4=7\nAnswer: 7"), ask("3+4=8\nAnswer: 8")])
-        assert right == Scored(value=1.0, parts={"sum": 1.0, "sum/correct": 1.0}) and wrong.value == 0.0
+        assert (
+            right == Scored(value=1.0, parts={"sum": 1.0, "sum/correct": 1.0})
+            and wrong.value == 0.0
+        )
         engine.close()
         rules = psutil.Process(server.pid).children(recursive=True)
         server.send_signal(told)
@@ -66,9 +84,21 @@ def test_a_served_preset_scores_until_it_is_told_to_stop(tmp_path, told):
 @pytest.mark.parametrize(
     ("scorer", "service", "message"),
     [
-        ({"train": [{"type": "rule", "function": "rayhf.scorer.rules:exact", "name": "x"}]}, {}, "did you mean exact_match?"),
-        ({"train": [{"type": "rule", "function": "a:b", "normalise": True}]}, {}, "a server keeps no campaign's statistics"),
-        ({"train": [{"type": "rule", "function": "a:b"}]}, {"host": "0.0.0.0"}, "set tls, or host: 127.0.0.1"),
+        (
+            {"train": [{"type": "rule", "function": "rayhf.scorer.rules:exact", "name": "x"}]},
+            {},
+            "did you mean exact_match?",
+        ),
+        (
+            {"train": [{"type": "rule", "function": "a:b", "normalize": True}]},
+            {},
+            "a server keeps no campaign's statistics",
+        ),
+        (
+            {"train": [{"type": "rule", "function": "a:b"}]},
+            {"host": "0.0.0.0"},
+            "set tls, or host: 127.0.0.1",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(tmp_path, scorer, service, message):

@@ -1,4 +1,5 @@
-"""The tiny world, really built: in $RAYHF_TINY_DIR, or in .tiny at the repository's top, where the next run finds it."""
+"""The tiny world, really built: in $RAYHF_TINY_DIR, or in .tiny at the repository's top, where the
+next run finds it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def tiny() -> dict[str, TaskInfo]:
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment["OMP_WAIT_POLICY"] = "passive"  # the other tests need the cores too
     rayhf = Path(sys.executable).with_name("rayhf")
-    done = subprocess.run([rayhf, "tiny", DIRECTORY], env=environment, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(
+        [rayhf, "tiny", DIRECTORY], env=environment, capture_output=True, text=True, timeout=1500
+    )
     assert done.returncode == 0, done.stderr
     assert all(task in done.stdout for task in TASKS)
     return build(DIRECTORY)
@@ -44,7 +47,9 @@ def test_the_second_build_finds_everything(tiny: dict[str, TaskInfo]) -> None:
     again = build(DIRECTORY)
     assert time.perf_counter() - start < 1.0
     assert all(info.cached for info in again.values())
-    assert {task: info.measured for task, info in again.items()} == {task: info.measured for task, info in tiny.items()}
+    assert {task: info.measured for task, info in again.items()} == {
+        task: info.measured for task, info in tiny.items()
+    }
 
 
 def test_the_policies_are_mediocre_and_know_better(tiny: dict[str, TaskInfo]) -> None:
@@ -61,7 +66,9 @@ def test_the_reward_model_has_learned_the_preference(tiny: dict[str, TaskInfo]) 
     assert 0.7 < measured["labels_agree_with_true_preference"] < 0.9
 
 
-def test_the_policy_of_instructions_acts_judges_and_refines_with_mediocre_accuracy(tiny: dict[str, TaskInfo]) -> None:
+def test_the_policy_of_instructions_acts_judges_and_refines_with_mediocre_accuracy(
+    tiny: dict[str, TaskInfo],
+) -> None:
     info = tiny["instructions"]
     measured = info.measured
     assert 0.25 <= measured["satisfied_sampled"] <= 0.60
@@ -76,21 +83,31 @@ def test_train_and_heldout_prompts_do_not_overlap(tiny: dict[str, TaskInfo]) -> 
     for info in tiny.values():
         train, heldout = rows(info.train), rows(info.heldout)
         prompts = [row["prompt"] for row in train + heldout]
-        enough = (600, 120) if info.task == "game" else (2000, 500)  # the game is learned from play, not from variety
+        enough = (
+            (600, 120) if info.task == "game" else (2000, 500)
+        )  # the game is learned from play, not from variety
         assert (len(train), len(heldout)) >= enough and len(heldout) >= enough[1]
         assert len(set(prompts)) == len(prompts)
         assert all(("answer" in row) == (info.task == "arithmetic") for row in train + heldout)
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "words", "instructions"])
-def test_the_policy_loads_as_transformers_and_vllm_want_it(tiny: dict[str, TaskInfo], task: str) -> None:
+def test_the_policy_loads_as_transformers_and_vllm_want_it(
+    tiny: dict[str, TaskInfo], task: str
+) -> None:
     info = tiny[task]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(info.policy), AutoTokenizer.from_pretrained(info.policy)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(info.policy),
+        AutoTokenizer.from_pretrained(info.policy),
+    )
     assert 0.2e6 < model.num_parameters() == info.sizes["policy_parameters"] < 2e6
     assert str(model.dtype) == "torch.float32"
     assert model.config.max_position_embeddings == 512
     assert model.config.hidden_size // model.config.num_attention_heads == 32
-    assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert model.config.vocab_size == len(tokenizer)
     chat = [{"role": "user", "content": rows(info.train)[0]["prompt"]}]

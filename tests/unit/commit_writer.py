@@ -1,7 +1,9 @@
-"""Kills a process inside commits, again and again, and looks at what is left. python commit_writer.py RUN KILLS SEED
+"""Kills a process inside commits, again and again, and looks at what is left. python
+commit_writer.py RUN KILLS SEED
 
-Each victim is a fork that commits checkpoints of random files for ever and acknowledges each through a pipe. Prints one JSON
-object: kills, inside (kills that found a commit under way), commits, lost (acknowledged, but not there or not valid), corrupt.
+Each victim is a fork that commits checkpoints of random files for ever and acknowledges each
+through a pipe. Prints one JSON object: kills, inside (kills that found a commit under way),
+commits, lost (acknowledged, but not there or not valid), corrupt.
 """
 
 import json
@@ -12,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from rayhf.campaign.files import verify
-from rayhf.campaign.store import RunDir
 from rayhf.config.load import validate
 from rayhf.errors import CheckpointError
+from rayhf.run_dir.files import verify
+from rayhf.run_dir.store import RunDir
 
 
 def config(run):
@@ -42,7 +44,9 @@ def commit_for_ever(run, pipe):
         for number in range(4):
             (temporary / f"shard-{number}").write_bytes(os.urandom(50_000))
         store.append_metrics({"iteration": float(iteration)})
-        store.commit(temporary, iteration, {"iteration": iteration}, campaign_state="running", score=None)
+        store.commit(
+            temporary, iteration, {"iteration": iteration}, campaign_state="running", score=None
+        )
         os.write(pipe, f"{iteration}\n".encode())
 
 
@@ -72,7 +76,10 @@ def main():
         found["lost"] += state["iteration"] < max(acknowledged)
         if state["checkpoint"]:
             try:
-                found["lost"] += verify(run / "checkpoints" / state["checkpoint"])["iteration"] != state["iteration"]
+                found["lost"] += (
+                    verify(run / "checkpoints" / state["checkpoint"])["iteration"]
+                    != state["iteration"]
+                )
             except CheckpointError:
                 found["corrupt"] += 1
     found["corrupt"] += len(list((run / "checkpoints").glob(".corrupt-*")))

@@ -9,12 +9,17 @@ import random
 import numpy as np
 
 from rayhf.errors import StaleWeightsError
-from rayhf.experience import Compared, Completion, Probe, Prompt, Scored, WeightSnapshot
+from rayhf.types import Compared, Completion, Probe, Prompt, Scored, WeightSnapshot
 
 
 def make_prompts(n: int) -> list[Prompt]:
     return [
-        Prompt(prompt_id=f"p{i:03d}", messages=({"role": "user", "content": str(i)},), token_ids=(1, i + 2), answer=str(i))
+        Prompt(
+            prompt_id=f"p{i:03d}",
+            messages=({"role": "user", "content": str(i)},),
+            token_ids=(1, i + 2),
+            answer=str(i),
+        )
         for i in range(n)
     ]
 
@@ -32,7 +37,9 @@ class FakeRollout:
         self.running += 1
         await asyncio.sleep(self.delay * random.random())
         self.running -= 1
-        return [tuple(self._complete(r, i, seed) for i, seed in enumerate(r.seeds)) for r in requests]
+        return [
+            tuple(self._complete(r, i, seed) for i, seed in enumerate(r.seeds)) for r in requests
+        ]
 
     def _complete(self, request, index, seed):
         tokens = tuple(random.Random(seed).randrange(2, 50) for _ in range(3))
@@ -61,7 +68,11 @@ class FakeScorer:
     async def score(self, requests):
         await asyncio.sleep(0)
         return [
-            tuple(self.outcome or Scored(value=sum(t % 2 == 0 for t in c.token_ids) / 3) for c in r.completions) for r in requests
+            tuple(
+                self.outcome or Scored(value=sum(t % 2 == 0 for t in c.token_ids) / 3)
+                for c in r.completions
+            )
+            for r in requests
         ]
 
     async def compare(self, requests):
@@ -69,7 +80,10 @@ class FakeScorer:
         await asyncio.sleep(0)
         if self.outcome is not None:
             return [self.outcome for _ in requests]
-        return [Compared(win=self._play([c.token_ids[0] % 3 for c in r.completions]), source="pairwise") for r in requests]
+        return [
+            Compared(win=self._play([c.token_ids[0] % 3 for c in r.completions]), source="pairwise")
+            for r in requests
+        ]
 
     @staticmethod
     def _play(kinds):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rayhf.config.scorers import RemoteScorer
+from rayhf.config.scorers import GrpcScorerConfig
 from rayhf.config.service import ServiceConfig
-from rayhf.experience import Compared, Completion, Prompt, Scored, ScoreRequest
-from rayhf.service.scorer import scorer_server
+from rayhf.scorer.grpc.server import scorer_server
+from rayhf.types import Compared, Completion, Prompt, Scored, ScoreRequest
 
 HERE = Path()
 
@@ -20,7 +20,10 @@ def request(*texts, number=0, answer="3", finish_reason="stop"):
     """One prompt's completions."""
     prompt = Prompt(
         prompt_id=f"p{number}",
-        messages=({"role": "system", "content": "Be short."}, {"role": "user", "content": f"{number} + 3?"}),
+        messages=(
+            {"role": "system", "content": "Be short."},
+            {"role": "user", "content": f"{number} + 3?"},
+        ),
         token_ids=(1,),
         answer=answer,
     )
@@ -48,12 +51,17 @@ class Lengths:
 
     def compare(self, requests):
         self.calls += 1
-        return [Compared(win=np.full((len(r.completions),) * 2, 0.5), source="pairwise") for r in requests]
+        return [
+            Compared(win=np.full((len(r.completions),) * 2, 0.5), source="pairwise")
+            for r in requests
+        ]
 
     def close(self): ...
 
 
-def serve(engine, *, names=("lengths",), pairwise=False, base=HERE, broken=lambda error: None, **settings):
+def serve(
+    engine, *, names=("lengths",), pairwise=False, base=HERE, broken=lambda error: None, **settings
+):
     """A running server; the caller stops it."""
     config = ServiceConfig(**{"grace_s": 5.0, **settings})
     server = scorer_server(engine, config, names=names, pairwise=pairwise, base=base, broken=broken)
@@ -67,7 +75,9 @@ def port_of(server):
 
 def remote(*servers, **changes):
     """The entry that asks them."""
-    return RemoteScorer(endpoints=tuple(server.address for server in servers), **{"timeout_s": 5.0, **changes})
+    return GrpcScorerConfig(
+        endpoints=tuple(server.address for server in servers), **{"timeout_s": 5.0, **changes}
+    )
 
 
 def scores(engine, requests):

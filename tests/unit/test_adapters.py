@@ -1,4 +1,5 @@
-"""LoRA on its way: what an engine makes of factors and its directory is what the learner has, bit by bit; and PEFT agrees."""
+"""LoRA on its way: what an engine makes of factors and its directory is what the learner has, bit
+by bit; and PEFT agrees."""
 
 from __future__ import annotations
 
@@ -15,27 +16,44 @@ import torch
 import transformers
 
 from rayhf.errors import WeightSyncError
-from rayhf.learner.weights import buckets_of, trained_of, weights_of
-from rayhf.rollout.adapters import A, B, check_adapters, is_factor, merged, with_base
-from rayhf.rollout.weights import checkpoint_shapes, pack_bucket, unpack_bucket
+from rayhf.weights.buckets import checkpoint_shapes, pack_bucket, unpack_bucket
+from rayhf.weights.export import buckets_of, trained_of, weights_of
+from rayhf.weights.lora import A, B, check_adapters, is_factor, merged, with_base
 
 CPU = torch.device("cpu")
-SIZES = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.1}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.1,
+}
 MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {"intermediate_size": 40, "num_key_value_heads": 1, "tie_word_embeddings": False}),
-    "qwen2": ("Qwen2", {"intermediate_size": 40, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama": (
+        "Llama",
+        {"intermediate_size": 40, "num_key_value_heads": 1, "tie_word_embeddings": False},
+    ),
+    "qwen2": (
+        "Qwen2",
+        {"intermediate_size": 40, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
     "gpt2": ("GPT2", {}),
 }
 
 
 def adapted(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
-    """Saved in float32, loaded in `dtype` as a learner does it, and moved away from where it began."""
+    """Saved in float32, loaded in `dtype` as a learner does it, and moved away from where it
+    began."""
     torch.manual_seed(0)
     name, settings = MODELS[kind]
     config = getattr(transformers, f"{name}Config")(**SIZES, **settings)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory, max_shard_size="20KB")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(
+        directory, max_shard_size="20KB"
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    model = peft.get_peft_model(model, peft.LoraConfig(**{"r": 3, "lora_alpha": 7, **lora}), autocast_adapter_dtype=False)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(**{"r": 3, "lora_alpha": 7, **lora}), autocast_adapter_dtype=False
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -43,15 +61,23 @@ def adapted(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, *
     return model
 
 
-def received(directory: Path, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def received(
+    directory: Path, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
     """Packed, checked, unpacked and merged."""
     weights = trained_of(model)
     dtype = next(model.parameters()).dtype
     cut = buckets_of(weights, limit_bytes=300, itemsize=dtype.itemsize)
-    buckets = [pack_bucket([(weight.name, weight.value()) for weight in bucket], dtype) for bucket in cut]
-    assert len(buckets) > 1 and [spec.shape for bucket in buckets for spec in bucket.tensors] == [w.shape for w in weights]
+    buckets = [
+        pack_bucket([(weight.name, weight.value()) for weight in bucket], dtype) for bucket in cut
+    ]
+    assert len(buckets) > 1 and [spec.shape for bucket in buckets for spec in bucket.tensors] == [
+        w.shape for w in weights
+    ]
     check_adapters(shapes, buckets)
-    sent = {name: tensor for bucket in buckets for name, tensor in unpack_bucket(bucket, bucket.payload)}
+    sent = {
+        name: tensor for bucket in buckets for name, tensor in unpack_bucket(bucket, bucket.payload)
+    }
     whole = {name: tensor for name, tensor in sent.items() if not is_factor(name)}
     factors = {name: tensor for name, tensor in sent.items() if is_factor(name)}
     return whole | dict(with_base(directory, shapes.keys() - whole.keys(), factors, device=CPU))
@@ -78,7 +104,9 @@ def test_factors_and_the_directory_give_the_learners_weights(
     mine = {weight.name: weight.value() for weight in weights_of(model)}
     assert found.keys() == mine.keys() == shapes.keys()
     assert all(torch.equal(found[name], mine[name]) and found[name].dtype == dtype for name in mine)
-    theirs = dict(model.merge_and_unload().named_parameters())  # PEFT's own arithmetic, which rounds in between
+    theirs = dict(
+        model.merge_and_unload().named_parameters()
+    )  # PEFT's own arithmetic, which rounds in between
     apart = max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
     assert apart < (1e-6 if dtype == torch.float32 else 1e-2)
     start = {weight.name: weight.value() for weight in weights_of(load(tmp_path, dtype))}
@@ -93,7 +121,9 @@ def load(directory: Path, dtype: torch.dtype) -> Any:
 def test_only_adapters_travel(tmp_path: Path) -> None:
     model = adapted(tmp_path, "llama", target_modules=["q_proj"])
     names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
-    assert [weight.name for weight in trained_of(model)] == [name + factor for name in names for factor in (A, B)]
+    assert [weight.name for weight in trained_of(model)] == [
+        name + factor for name in names for factor in (A, B)
+    ]
 
 
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
@@ -123,16 +153,32 @@ EXPECTED = {"v": (3,), "w": (4, 5)}
     ("sent", "message"),
     [
         ({"w" + A: (2, 5)}, r"adapter of w: factors of shapes none and \(2, 5\) have no product"),
-        ({"w" + A: (2, 5), "w" + B: (4, 3)}, r"adapter of w: factors of shapes \(4, 3\) and \(2, 5\) have no product"),
-        ({"w" + A: (2, 4), "w" + B: (5, 2)}, r"w was sent with shape \(5, 4\), the model has \(4, 5\)"),
+        (
+            {"w" + A: (2, 5), "w" + B: (4, 3)},
+            r"adapter of w: factors of shapes \(4, 3\) and \(2, 5\) have no product",
+        ),
+        (
+            {"w" + A: (2, 4), "w" + B: (5, 2)},
+            r"w was sent with shape \(5, 4\), the model has \(4, 5\)",
+        ),
         ({"u" + A: (2, 5), "u" + B: (4, 2)}, r"u was sent with shape \(4, 5\), the model has None"),
-        ({"w" + A: (2, 5), "w" + B: (4, 2), "v": (4,)}, r"v was sent with shape \(4,\), the model has \(3,\)"),
+        (
+            {"w" + A: (2, 5), "w" + B: (4, 2), "v": (4,)},
+            r"v was sent with shape \(4,\), the model has \(3,\)",
+        ),
     ],
 )
-def test_adapters_that_do_not_fit_are_refused(sent: dict[str, tuple[int, ...]], message: str) -> None:
-    good = pack_bucket([("w" + A, torch.zeros(2, 5)), ("w" + B, torch.zeros(4, 2)), ("v", torch.zeros(3))], torch.float32)
+def test_adapters_that_do_not_fit_are_refused(
+    sent: dict[str, tuple[int, ...]], message: str
+) -> None:
+    good = pack_bucket(
+        [("w" + A, torch.zeros(2, 5)), ("w" + B, torch.zeros(4, 2)), ("v", torch.zeros(3))],
+        torch.float32,
+    )
     check_adapters(EXPECTED, [good])
-    bucket = pack_bucket([(name, torch.zeros(shape)) for name, shape in sent.items()], torch.float32)
+    bucket = pack_bucket(
+        [(name, torch.zeros(shape)) for name, shape in sent.items()], torch.float32
+    )
     with pytest.raises(WeightSyncError, match=message):
         check_adapters(EXPECTED, [bucket])
     with pytest.raises(WeightSyncError, match="was sent twice"):

@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.serve import control_served
-from rayhf.campaign.control import LocalControl, read_control
-from rayhf.campaign.inbox import handed_in
-from rayhf.campaign.recorder import Recorder
-from rayhf.campaign.store import RunDir
 from rayhf.config.service import EndpointSecurity, ServiceConfig
+from rayhf.control.commands import FileControl, read_control
+from rayhf.control.grpc_client import GrpcControl
+from rayhf.control.grpc_server import serve_campaign
 from rayhf.errors import ConfigError, ServiceError, UnreachableError
-from rayhf.service.campaign_client import RemoteControl
-from rayhf.service.campaign_server import serve_campaign
+from rayhf.run_dir.event_log import EventLog
+from rayhf.run_dir.inbox import submitted_rows
+from rayhf.run_dir.store import RunDir
 
 TOKEN = "a token that is long enough".replace(" ", "-")
 
@@ -50,21 +50,33 @@ def finished(tmp_path):
 @pytest.fixture
 def served(finished, files):
     tls = {"certificate": files / "certificate.pem", "key": files / "key.pem"}
-    server = serve_campaign(finished.run.dir, ServiceConfig(tls=tls, token_file=files / "token"), base=files)
+    server = serve_campaign(
+        finished.run.dir, ServiceConfig(tls=tls, token_file=files / "token"), base=files
+    )
     yield f"localhost:{server.address.rpartition(':')[2]}"
     server.stop()
 
 
 def remote(address, files, **security):
     shown = EndpointSecurity(**{"ca": files / "ca.pem", "token_file": files / "token", **security})
-    return RemoteControl(address, shown, base=files)
+    return GrpcControl(address, shown, base=files)
 
 
 def test_what_is_said_from_elsewhere_is_what_is_said_here(finished, served, files):
-    here, there = LocalControl(finished.run.dir), remote(served, files)
+    here, there = FileControl(finished.run.dir), remote(served, files)
     near, far = here.status(), there.status()
     assert (far.state, far.iteration, far.commit[:16]) == ("done", 2, "iteration-000002")
-    for name in ("run", "advice", "algorithm", "takes_labels", "versions", "health", "eta_s", "progress_age_s", "fault_count"):
+    for name in (
+        "run",
+        "advice",
+        "algorithm",
+        "takes_labels",
+        "versions",
+        "health",
+        "eta_s",
+        "progress_age_s",
+        "fault_count",
+    ):
         assert getattr(far, name) == getattr(near, name), name
     assert there.pairs(3) == here.pairs(3) and len(there.pairs(3)) == 3
     with pytest.raises(ConfigError, match="is done: there is nothing to pause"):
@@ -77,8 +89,10 @@ def test_pause_and_stop_reach_a_running_campaign(tmp_path):
     store = RunDir(make_config(tmp_path))
     store.set_state("running")
     server = serve_campaign(store.path, ServiceConfig(), base=tmp_path)
-    there = RemoteControl(server.address, EndpointSecurity(), base=tmp_path)
-    assert "pauses when round 1 is done" in there.ask("pause") and read_control(store.path) == "pause"
+    there = GrpcControl(server.address, EndpointSecurity(), base=tmp_path)
+    assert (
+        "pauses when round 1 is done" in there.ask("pause") and read_control(store.path) == "pause"
+    )
     store.set_state("paused")
     assert "goes on" in there.unpause() and read_control(store.path) == "run"
     assert "stops when round 1 is done" in there.ask("stop") and read_control(store.path) == "stop"
@@ -86,13 +100,17 @@ def test_pause_and_stop_reach_a_running_campaign(tmp_path):
     store.close()
 
 
-def test_prompts_and_labels_handed_in_from_elsewhere_are_trained_on(finished, served, files, tmp_path):
+def test_prompts_and_labels_handed_in_from_elsewhere_are_trained_on(
+    finished, served, files, tmp_path
+):
     there = remote(served, files)
     pair = there.pairs(1)[0]
-    assert "1 verdicts wait for round 3" in there.label([{"pair_id": pair.pair_id, "verdict": "second"}], source="ann")
+    assert "1 verdicts wait for round 3" in there.label(
+        [{"pair_id": pair.pair_id, "verdict": "second"}], source="ann"
+    )
     assert "1 prompts wait" in there.add_prompts([{"prompt": "mine", "answer": "7"}], source="ann")
-    assert handed_in(finished.run.dir, "labels")[0]["source"].startswith("ann at ipv")
-    assert handed_in(finished.run.dir, "prompts")[0]["answer"] == "7"
+    assert submitted_rows(finished.run.dir, "labels")[0]["source"].startswith("ann at ipv")
+    assert submitted_rows(finished.run.dir, "prompts")[0]["answer"] == "7"
     play(make_config(tmp_path, run={"checkpoint_every": 1, "iterations": 3}))
     assert metrics_of(finished)[-1]["pairs/human"] == 1
 
@@ -115,7 +133,7 @@ def test_a_bad_hand_in_is_refused_and_nothing_is_kept(finished, served, files, c
 def test_a_loop_that_does_not_train_on_pairs_refuses_labels(tmp_path):
     config = make_config(tmp_path, algorithm={"type": "sppo", "samples": 3}, run={"iterations": 1})
     play(config)
-    control = LocalControl(config.run.dir)
+    control = FileControl(config.run.dir)
     with pytest.raises(ConfigError, match="sppo does not train on pairs"):
         control.label([{"pair_id": control.pairs(1)[0].pair_id, "verdict": "first"}], source="ann")
 
@@ -135,14 +153,16 @@ def test_a_stranger_hears_nothing(finished, served, files, tmp_path):
 
 def test_watching_tells_what_was_and_what_comes_and_ends_with_the_campaign(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = Recorder(store, Quiet())
+    recorder = EventLog(store, Quiet())
     for number in range(30):
         recorder.event("warn", f"old {number}")
     server = serve_campaign(store.path, ServiceConfig(), base=tmp_path)
     heard = []
 
     def listen():
-        for event in RemoteControl(server.address, EndpointSecurity(), base=tmp_path).watch(lambda: True):
+        for event in GrpcControl(server.address, EndpointSecurity(), base=tmp_path).watch(
+            lambda: True
+        ):
             heard.append(event["message"])
 
     listener = threading.Thread(target=listen)
@@ -152,14 +172,19 @@ def test_watching_tells_what_was_and_what_comes_and_ends_with_the_campaign(tmp_p
     recorder.event("fault", "new")
     store.event("end", "done", code=0)
     listener.join(10)
-    assert not listener.is_alive() and heard == [f"old {number}" for number in range(20, 30)] + ["new", "done"]
+    assert not listener.is_alive() and heard == [f"old {number}" for number in range(20, 30)] + [
+        "new",
+        "done",
+    ]
     server.stop()
     store.close()
 
 
 def test_the_command_line_reaches_a_campaign_elsewhere(finished, served, files, tmp_path):
     security = tmp_path / "security.yaml"
-    security.write_text(yaml.safe_dump({"ca": str(files / "ca.pem"), "token_file": str(files / "token")}))
+    security.write_text(
+        yaml.safe_dump({"ca": str(files / "ca.pem"), "token_file": str(files / "token")})
+    )
     there = ["--address", served, "--security", str(security)]
 
     def say(*words):
@@ -177,14 +202,19 @@ def test_the_command_line_reaches_a_campaign_elsewhere(finished, served, files, 
     assert "2 prompts wait" in say("add-prompts", str(prompts))
     for words in (["status"], ["status", str(finished.run.dir), *there]):
         result = CliRunner().invoke(app, words)
-        assert isinstance(result.exception, ConfigError) and "which campaign?" in str(result.exception)
+        assert isinstance(result.exception, ConfigError) and "which campaign?" in str(
+            result.exception
+        )
 
 
 def test_verdicts_can_be_given_in_the_terminal(finished):
     run = str(finished.run.dir)
     result = CliRunner().invoke(app, ["label", run, "--count", "4"], input="1\ns\nt\nq\n")
     assert result.exception is None and "2 verdicts wait" in result.output
-    assert [row["verdict"] for row in handed_in(finished.run.dir, "labels")] == ["first", "tie"]
+    assert [row["verdict"] for row in submitted_rows(finished.run.dir, "labels")] == [
+        "first",
+        "tie",
+    ]
 
 
 def test_control_is_served_while_a_campaign_runs_and_only_where_it_is_wanted(finished, capsys):
@@ -192,9 +222,11 @@ def test_control_is_served_while_a_campaign_runs_and_only_where_it_is_wanted(fin
 
     with control_served(finished.run.dir, None, base=finished.run.dir, console=Console()):
         assert capsys.readouterr().out == ""
-    with control_served(finished.run.dir, ServiceConfig(), base=finished.run.dir, console=Console()):
+    with control_served(
+        finished.run.dir, ServiceConfig(), base=finished.run.dir, console=Console()
+    ):
         address = capsys.readouterr().out.split("--address ")[1].strip()
-        there = RemoteControl(address, EndpointSecurity(), base=finished.run.dir)
+        there = GrpcControl(address, EndpointSecurity(), base=finished.run.dir)
         assert there.status().state == "done"
     with pytest.raises(UnreachableError):
         there.status()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_estimate import LLAMA
+from test_memory import LLAMA
 from typer.testing import CliRunner
 
 from launch.cli import app, main
@@ -30,10 +30,19 @@ def check(directory, monkeypatch, *arguments):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_fits_its_gpus(models, monkeypatch, recipe):
-    result = check(models, monkeypatch, recipe, "--no-hardware", "--engine-rate", "2500", "--learner-rate", "8000")
+    result = check(
+        models,
+        monkeypatch,
+        recipe,
+        "--no-hardware",
+        "--engine-rate",
+        "2500",
+        "--learner-rate",
+        "8000",
+    )
     assert result.exit_code == 0, result.output
     for said in (
-        "optimiser steps per round",
+        "optimizer steps per round",
         "placement",
         "GiB per GPU at the peak",
         "of a GPU with 79.00",
@@ -42,12 +51,18 @@ def test_every_recipe_fits_its_gpus(models, monkeypatch, recipe):
     ):
         assert said in result.output, result.output
     assert ("LoRA adapters only" in result.output) == ("lora" in recipe.read_text(encoding="utf-8"))
-    assert "rounds per hour" in result.output and "one checkpoint, and exported models" in result.output
+    assert (
+        "rounds per hour" in result.output
+        and "one checkpoint, and exported models" in result.output
+    )
 
 
 def test_without_the_model_there_is_no_estimate(tmp_path, monkeypatch):
     result = check(tmp_path, monkeypatch, RECIPES[0], "--no-hardware")
-    assert result.exit_code == 0 and "no estimates: models/policy-8b-sft/config.json is not here" in result.output
+    assert (
+        result.exit_code == 0
+        and "no estimates: models/policy-8b-sft/config.json is not here" in result.output
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +73,9 @@ def test_without_the_model_there_is_no_estimate(tmp_path, monkeypatch):
         (["rollout.memory_fraction=0.2"], "and one sequence of 4096 tokens needs more"),
     ],
 )
-def test_what_cannot_fit_is_refused_in_one_line_after_the_tables(models, monkeypatch, capsys, overrides, expected):
+def test_what_cannot_fit_is_refused_in_one_line_after_the_tables(
+    models, monkeypatch, capsys, overrides, expected
+):
     recipe = next(path for path in RECIPES if path.stem.startswith("inpo"))
     monkeypatch.chdir(models)
     monkeypatch.setattr("sys.argv", ["rayhf", "check", str(recipe), *overrides, "--no-hardware"])

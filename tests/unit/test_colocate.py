@@ -1,4 +1,5 @@
-"""Turns on shared GPUs: in which order everybody sleeps and wakes, and that an error leaves no half-made turn behind."""
+"""GpuTimeSharing on shared GPUs: in which order everybody sleeps and wakes, and that an error leaves no
+half-made turn behind."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -6,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from actors.colocate import SharedLearner, SharedRollout, Turns
+from actors.colocate import GpuTimeSharing, SharedLearner, SharedRollout
 from rayhf.errors import WeightSyncError
 
 
 @dataclass
 class Role:
-    """Engines or learners that write down what they do; `fail` makes the next call of that name raise."""
+    """Engines or learners that write down what they do; `fail` makes the next call of that name
+    raise."""
 
     name: str
     log: list
@@ -56,8 +58,14 @@ class Role:
 def shared(*, engines=("engine",), learners=("learner",)):
     log = []
     pools, groups = [Role(name, log) for name in engines], [Role(name, log) for name in learners]
-    turns = Turns(pools, groups)
-    return log, pools, groups, [SharedRollout(p, turns) for p in pools], [SharedLearner(g, turns) for g in groups]
+    turns = GpuTimeSharing(pools, groups)
+    return (
+        log,
+        pools,
+        groups,
+        [SharedRollout(p, turns) for p in pools],
+        [SharedLearner(g, turns) for g in groups],
+    )
 
 
 def test_a_round_changes_turns_twice_and_loads_new_weights_before_the_cache_of_the_next():
@@ -108,12 +116,16 @@ def test_nobody_is_put_to_sleep_at_work():
 
 
 def test_with_two_policies_each_engine_wakes_when_it_is_asked():
-    log, _, _, (one, two), (learner, _) = shared(engines=("one", "two"), learners=("learner", "other"))
+    log, _, _, (one, two), (learner, _) = shared(
+        engines=("one", "two"), learners=("learner", "other")
+    )
 
     async def play():
         await learner.step(None, None)
         await one.update(7)
-        await asyncio.gather(one.generate([], version=7), two.generate([], version=0), two.generate([], version=0))
+        await asyncio.gather(
+            one.generate([], version=7), two.generate([], version=0), two.generate([], version=0)
+        )
         await learner.step(None, None)
 
     asyncio.run(play())

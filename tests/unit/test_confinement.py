@@ -1,4 +1,5 @@
-"""Names lead nowhere: 50 payloads as names in configs, in damaged run directories and in commands; nothing outside is touched."""
+"""Names lead nowhere: 50 payloads as names in configs, in damaged run directories and in commands;
+nothing outside is touched."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from test_controller import make_config, play
 
 from launch.operate import ask, show_audit, show_status
 from launch.submit import plan
-from rayhf.campaign.checkpoints import Checkpoints, Retention, read_checkpoint
-from rayhf.campaign.control import LocalControl
-from rayhf.campaign.files import MANIFEST, _checksum, verify
-from rayhf.campaign.store import RunDir
+from rayhf.control.commands import FileControl
 from rayhf.errors import CheckpointError, ConfigError, RayhfError
+from rayhf.run_dir.checkpoints import Checkpoints, Retention, read_checkpoint
+from rayhf.run_dir.files import MANIFEST, _checksum, verify
+from rayhf.run_dir.store import RunDir
 
 PAYLOADS = [
     "..", ".", "../", "../outside", "../../outside", "../../../../../../etc/passwd", "./../outside", "a/../../outside", "a/b",
@@ -41,7 +42,9 @@ def snapshot(root: Path) -> dict[str, str]:
         if path.is_symlink():
             found[name] = f"-> {os.readlink(path)}"
         else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+            found[name] = (
+                hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+            )
     return found
 
 
@@ -57,7 +60,9 @@ def world(campaign: Path, tmp_path: Path) -> Path:
     """A finished campaign in world/run, and something beside it that must stay as it is."""
     shutil.copytree(campaign, tmp_path / "world/run")
     (tmp_path / "world/outside").mkdir()
-    shutil.copytree(campaign / "checkpoints/iteration-000002", tmp_path / "world/outside/iteration-000002")
+    shutil.copytree(
+        campaign / "checkpoints/iteration-000002", tmp_path / "world/outside/iteration-000002"
+    )
     (tmp_path / "world/outside/secret").write_text("secret")
     return tmp_path / "world"
 
@@ -92,9 +97,9 @@ def test_names_in_a_damaged_campaign_json(payload: str, world: Path) -> None:
     before, console = snapshot(world), Console(width=200, record=True)
     for operation in (
         lambda: RunDir(make_config(world)),
-        lambda: show_status(LocalControl(world / "run"), console),
+        lambda: show_status(FileControl(world / "run"), console),
         lambda: show_audit(world / "run", console, deep=True),
-        lambda: ask(LocalControl(world / "run"), "unpause", console),
+        lambda: ask(FileControl(world / "run"), "unpause", console),
     ):
         with pytest.raises(CheckpointError, match=r"campaign\.json is damaged, checkpoint"):
             operation()
@@ -173,7 +178,7 @@ def test_links_out_of_a_run_directory_are_not_followed(world: Path) -> None:
     thin = Checkpoints(checkpoints, epoch=9, retention=Retention(last=1, every=0, best=False))
     (checkpoints / "iteration-000001").symlink_to(world / "outside/iteration-000002")
     (checkpoints / "iteration-000003").mkdir()
-    thin.thin_out(None)
+    thin.prune(None)
     assert snapshot(world / "outside") == before
 
 
@@ -185,13 +190,23 @@ def test_a_link_among_a_checkpoints_files(world: Path) -> None:
         verify(folder)
 
 
-@pytest.mark.parametrize("payload", [p for p in PAYLOADS if "\x00" not in p], ids=lambda payload: ascii(payload)[:30])
-def test_a_jobs_name_is_a_name(payload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "payload", [p for p in PAYLOADS if "\x00" not in p], ids=lambda payload: ascii(payload)[:30]
+)
+def test_a_jobs_name_is_a_name(
+    payload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import re
 
     from rayhf.config.load import dump_config
 
     (tmp_path / "c.yaml").write_text(dump_config(make_config(tmp_path)))
     monkeypatch.chdir(tmp_path)
-    job = plan(Path("c.yaml"), [f"run.dir={json.dumps('/shared/' + payload)}"], env=(), cpus=None, supervised=False)
+    job = plan(
+        Path("c.yaml"),
+        [f"run.dir={json.dumps('/shared/' + payload)}"],
+        env=(),
+        cpus=None,
+        supervised=False,
+    )
     assert re.fullmatch(r"rayhf-[a-z0-9-]{0,41}[0-9a-f]{8}", job.name), job.name

@@ -9,21 +9,27 @@ from fakes import FakeChat, FakeLearner, FakeReference, FakeRollout, FakeScorer,
 
 from rayhf.algorithms import build_algorithm
 from rayhf.algorithms.base import needs_frozen_reference
-from rayhf.campaign.controller import Controller, Material
-from rayhf.campaign.store import RunDir
+from rayhf.campaign.controller import CampaignData, Controller
 from rayhf.config.load import validate
+from rayhf.data.preferences import encode_pairs, load_pairs
+from rayhf.data.prompts import PromptSet
 from rayhf.errors import CheckpointError, ConfigError, LockedError, ScorerError
-from rayhf.experience import Failed, Invalid
-from rayhf.pairs import encode_pairs, load_pairs
-from rayhf.prompts import PromptSet
 from rayhf.roles import Roles
+from rayhf.run_dir.store import RunDir
+from rayhf.types import Failed, Invalid
 
 
 def make_config(tmp_path, *, algorithm=None, run=None, learner=None, **more):
     return validate(
         {
             "seed": 7,
-            "run": {"dir": str(tmp_path / "run"), "iterations": 4, "eval_every": 2, "checkpoint_every": 2, **(run or {})},
+            "run": {
+                "dir": str(tmp_path / "run"),
+                "iterations": 4,
+                "eval_every": 2,
+                "checkpoint_every": 2,
+                **(run or {}),
+            },
             "policy": {"model": "m"},
             "prompts": {"train": "t", "batch": 4, "task": "toy"},
             "algorithm": algorithm or {"type": "online_dpo", "samples": 4},
@@ -35,7 +41,9 @@ def make_config(tmp_path, *, algorithm=None, run=None, learner=None, **more):
     )
 
 
-def play(config, *, rollout=None, scorer=None, learner=None, critic=None, reference=None, pairs=None):
+def play(
+    config, *, rollout=None, scorer=None, learner=None, critic=None, reference=None, pairs=None
+):
     algorithm = build_algorithm(config.algorithm, max_tokens=8)
     if pairs is not None:
         algorithm.give(encode_pairs(load_pairs(pairs, key="pairs").pairs, FakeChat(), key="pairs"))
@@ -53,7 +61,7 @@ def play(config, *, rollout=None, scorer=None, learner=None, critic=None, refere
             config,
             algorithm=algorithm,
             roles=roles,
-            material=Material(
+            data=CampaignData(
                 chat=FakeChat(),
                 prompts=PromptSet(prompts=tuple(make_prompts(12)), duplicates=0),
                 heldout=tuple(make_prompts(3)),
@@ -68,7 +76,9 @@ def play(config, *, rollout=None, scorer=None, learner=None, critic=None, refere
 
 
 def metrics_of(config):
-    lines = [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()
+    ]
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
@@ -77,14 +87,22 @@ def test_a_campaign_leaves_the_documented_run_directory(tmp_path):
     play(config)
     run = config.run.dir
     assert [m["iteration"] for m in metrics_of(config)] == [0, 1, 2, 3, 4]
-    assert [("eval/toy/sampled" in m) for m in metrics_of(config)] == [True, False, True, False, True]
+    assert [("eval/toy/sampled" in m) for m in metrics_of(config)] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
     samples = pq.read_table(run / "samples/iteration-000003.parquet").to_pylist()
     assert len({(s["prompt_id"], s["sample"]) for s in samples}) == len(samples) == 16
     assert samples[0]["policy_version"] == 2 and samples[0]["outcome"] == "Scored"
     pairs = pq.read_table(run / "pairs/iteration-000003.parquet").to_pylist()
     assert pairs and all(p["scores"][0] > p["scores"][1] and p["margin"] > 0 for p in pairs)
     assert json.loads((run / "campaign.json").read_text())["state"] == "done"
-    assert (run / "policy/config.json").exists() and (run / "checkpoints/iteration-000004/MANIFEST.json").exists()
+    assert (run / "policy/config.json").exists() and (
+        run / "checkpoints/iteration-000004/MANIFEST.json"
+    ).exists()
 
 
 def test_resume_after_a_crash_equals_the_uninterrupted_run(tmp_path):
@@ -118,12 +136,23 @@ def test_staleness_is_bounded_and_weights_change_only_between_explorations(tmp_p
 
 def test_ppo_takes_several_steps_and_trains_the_critic(tmp_path):
     config = make_config(
-        tmp_path, algorithm={"type": "ppo", "samples": 2, "critic_warmup": 1}, learner={"epochs": 2, "prompts_per_step": 2}
+        tmp_path,
+        algorithm={"type": "ppo", "samples": 2, "critic_warmup": 1},
+        learner={"epochs": 2, "prompts_per_step": 2},
     )
     roles = play(config, critic=FakeLearner())
-    assert roles.critic.steps == 4 * 4 and roles.learners["policy"].steps == 3 * 4  # one round only warms the critic up
+    assert (
+        roles.critic.steps == 4 * 4 and roles.learners["policy"].steps == 3 * 4
+    )  # one round only warms the critic up
     row = roles.learners["policy"].batches[0].examples[0].rows[0]
-    assert set(row.tokens) == {"behaviour_logp", "ref_logp", "value", "old_logp", "advantage", "return"}
+    assert set(row.tokens) == {
+        "behavior_logp",
+        "ref_logp",
+        "value",
+        "old_logp",
+        "advantage",
+        "return",
+    }
 
 
 @pytest.mark.parametrize(
@@ -135,7 +164,9 @@ def test_ppo_takes_several_steps_and_trains_the_critic(tmp_path):
     ],
 )
 def test_the_reference_follows_its_schedule(tmp_path, schedule, expected):
-    config = make_config(tmp_path, algorithm={"type": "online_dpo", "samples": 4, "reference": schedule})
+    config = make_config(
+        tmp_path, algorithm={"type": "online_dpo", "samples": 4, "reference": schedule}
+    )
     assert play(config).reference.updates == expected
 
 
@@ -150,13 +181,17 @@ def test_scores_that_are_missing_stop_the_run_and_never_train(tmp_path, outcome)
 def test_another_campaign_is_refused_and_a_locked_one_too(tmp_path):
     config = make_config(tmp_path)
     play(config)
-    with pytest.raises(ConfigError, match=r"holds another campaign: algorithm\.beta was 0\.1, now 0\.2"):
+    with pytest.raises(
+        ConfigError, match=r"holds another campaign: algorithm\.beta was 0\.1, now 0\.2"
+    ):
         RunDir(make_config(tmp_path, algorithm={"type": "online_dpo", "samples": 4, "beta": 0.2}))
     store = RunDir(config)
     with pytest.raises(LockedError, match="in use by host"):
         RunDir(config)
     store.close()
-    RunDir(make_config(tmp_path, run={"iterations": 9})).close()  # going on longer is the same campaign
+    RunDir(
+        make_config(tmp_path, run={"iterations": 9})
+    ).close()  # going on longer is the same campaign
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_used(tmp_path):

@@ -1,4 +1,5 @@
-"""The run directory under attack: kills inside commits, flipped bits, a full disk, two launchers, stale actors."""
+"""The run directory under attack: kills inside commits, flipped bits, a full disk, two launchers,
+stale actors."""
 
 import json
 import random
@@ -13,11 +14,11 @@ from test_controller import make_config, play
 
 from actors.learner import LearnerActor
 from actors.reference import ReferenceActor
-from rayhf.campaign.audit import audit
-from rayhf.campaign.fence import Fence
-from rayhf.campaign.files import seal, verify
-from rayhf.campaign.store import RunDir
 from rayhf.errors import CheckpointError, FencedError, LockedError, StorageError
+from rayhf.monitoring.audit import audit
+from rayhf.run_dir.epoch_guard import EpochGuard
+from rayhf.run_dir.files import seal, verify
+from rayhf.run_dir.store import RunDir
 
 WRITER = Path(__file__).with_name("commit_writer.py")
 """Kills commits and says what was lost; `make chaos` has it do so 200 times."""
@@ -28,7 +29,12 @@ def problems(config):
 
 
 def test_a_kill_inside_a_commit_loses_nothing_that_was_acknowledged(tmp_path):
-    done = subprocess.run([sys.executable, WRITER, tmp_path / "run", "25", "0"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, WRITER, tmp_path / "run", "25", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["inside"] > 0 and found["commits"] > 0, found
@@ -80,7 +86,9 @@ def test_a_checkpoint_that_was_sealed_but_not_acknowledged_is_taken(tmp_path):
     play(config)
     file = config.run.dir / "campaign.json"
     state = json.loads(file.read_text())
-    file.write_text(json.dumps({**state, "iteration": 2, "checkpoint": "iteration-000002", "state": "running"}))
+    file.write_text(
+        json.dumps({**state, "iteration": 2, "checkpoint": "iteration-000002", "state": "running"})
+    )
     store = RunDir(config)
     assert store.latest().iteration == 4
     store.close()
@@ -136,17 +144,17 @@ def test_a_full_disk_leaves_the_last_commit_whole(tmp_path):
 def test_an_actor_of_an_earlier_attempt_may_not_write(tmp_path):
     config = make_config(tmp_path)
     first = RunDir(config)
-    stale = Fence(first.path, first.epoch)
+    stale = EpochGuard(first.path, first.epoch)
     stale.check()
     first.close()
     second = RunDir(config)
     with pytest.raises(FencedError, match="is at epoch 2, this actor belongs to epoch 1"):
         stale.check()
-    Fence(second.path, second.epoch).check()
+    EpochGuard(second.path, second.epoch).check()
     second.close()
     (config.run.dir / "campaign.json").unlink()
     with pytest.raises(FencedError, match="cannot be read"):
-        Fence(second.path, second.epoch).check()
+        EpochGuard(second.path, second.epoch).check()
 
 
 @pytest.mark.parametrize("actor_class", [LearnerActor, ReferenceActor])
@@ -154,7 +162,7 @@ def test_what_a_stale_actor_is_told_to_write_is_not_written(tmp_path, actor_clas
     config, written = make_config(tmp_path), []
     first = RunDir(config)
     actor = actor_class()
-    actor.fence = Fence(first.path, first.epoch)
+    actor.epoch_guard = EpochGuard(first.path, first.epoch)
     actor.engine = SimpleNamespace(save=written.append, export=written.append)
     actor.save(Path("in time"))
     first.close()

@@ -1,4 +1,5 @@
-"""Guards: six ways to go wrong pause soon, twenty healthy campaigns never do, and what is not measured is not judged."""
+"""Guards: six ways to go wrong pause soon, twenty healthy campaigns never do, and what is not
+measured is not judged."""
 
 import math
 import random
@@ -7,10 +8,10 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from rayhf.campaign.guards import Alarm, judge
 from rayhf.config.guards import GuardsConfig
 from rayhf.config.load import dump_config, load_config, validate
 from rayhf.errors import ConfigError
+from rayhf.monitoring.guards import Alarm, check_guards
 
 DEFAULT = GuardsConfig()
 PATIENCE = 5
@@ -40,13 +41,18 @@ def steady(rounds, *, evaluate_every=5, seed=0, rise=0.0, noise=1.0):
             }
         )
         if i % evaluate_every == 0:
-            lines[-1] |= {"eval/t/sampled": 0.3 + 0.8 * gained + 0.02 * noise * rng.gauss(0, 1), "eval/t/reference_kl": 3.0}
+            lines[-1] |= {
+                "eval/t/sampled": 0.3 + 0.8 * gained + 0.02 * noise * rng.gauss(0, 1),
+                "eval/t/reference_kl": 3.0,
+            }
     return lines
 
 
 def replayed(lines, config=DEFAULT):
     """Every alarm, line after line, as a campaign would see them."""
-    return [alarm for end in range(1, len(lines) + 1) for alarm in judge(lines[:end], config)]
+    return [
+        alarm for end in range(1, len(lines) + 1) for alarm in check_guards(lines[:end], config)
+    ]
 
 
 def first_pause(lines, guard, config=DEFAULT):
@@ -102,7 +108,9 @@ def test_the_training_scorer_on_the_held_out_answers_is_asked_where_it_is_known(
         lines[i] |= {"eval/t/sampled": 0.5 - 0.002 * i, "eval/t/reward": 0.3 + 0.01 * i}
     assert first_pause(lines, "reward_gap") == 30
     for i in range(5, 61, 5):
-        lines[i]["eval/t/reward"] = 0.3  # nothing is gained: the policy is worse, but it games nobody
+        lines[i]["eval/t/reward"] = (
+            0.3  # nothing is gained: the policy is worse, but it games nobody
+        )
     assert replayed(lines) == []
 
 
@@ -122,7 +130,9 @@ BAD_ROUNDS = [
 @pytest.mark.parametrize("seed", range(20))
 def test_a_healthy_campaign_never_pauses(seed):
     rng = random.Random(1000 + seed)
-    lines = steady(300, seed=seed, rise=rng.choice([0.0, 0.2, 0.6]), evaluate_every=rng.choice([2, 5, 10]))
+    lines = steady(
+        300, seed=seed, rise=rng.choice([0.0, 0.2, 0.6]), evaluate_every=rng.choice([2, 5, 10])
+    )
     length, kl, narrow = rng.choice([0.7, 1.0, 1.8]), rng.uniform(0, 20), rng.uniform(0.35, 1.1)
     bad = set(rng.sample(range(4, 300, 4), 15))
     for i, line in enumerate(lines[1:], start=1):
@@ -133,7 +143,16 @@ def test_a_healthy_campaign_never_pauses(seed):
         if i in bad:
             name, value = rng.choice(BAD_ROUNDS)
             line |= {name: value} if name in line else {}
-    missing = rng.choice([None, "policy/entropy", "reference/kl", "rollout/mismatch_kl", "scorer/reward_mean", "eval/t/sampled"])
+    missing = rng.choice(
+        [
+            None,
+            "policy/entropy",
+            "reference/kl",
+            "rollout/mismatch_kl",
+            "scorer/reward_mean",
+            "eval/t/sampled",
+        ]
+    )
     lines = [{k: v for k, v in line.items() if k != missing} for line in lines]
     assert [a for a in replayed(lines) if a.level == "pause"] == []
 
@@ -146,7 +165,7 @@ def short(name, *values, **line):
 
 
 def levels(lines, **guards):
-    return {a.guard: a.level for a in judge(lines, GuardsConfig.model_validate(guards))}
+    return {a.guard: a.level for a in check_guards(lines, GuardsConfig.model_validate(guards))}
 
 
 def test_one_outlier_warns_and_two_of_three_rounds_pause():
@@ -170,7 +189,9 @@ def test_a_task_that_truncates_from_the_start_is_left_alone():
     assert levels(short("rollout/truncated", 0.3, 0.3, 0.3, 0.55, 0.55, 0.55)) == {}
     assert levels(short("rollout/truncated", 0.3, 0.3, 0.3, 0.7, 0.7)) == {"truncated": "pause"}
     assert levels(short("rollout/truncated", 0.0, 0.0, 0.0, 0.3, 0.3)) == {"truncated": "warn"}
-    assert levels(short("rollout/truncated", 0.0, 0.0, 0.0, 0.3, 0.3), truncated={"warn": 0.4}) == {}
+    assert (
+        levels(short("rollout/truncated", 0.0, 0.0, 0.0, 0.3, 0.3), truncated={"warn": 0.4}) == {}
+    )
 
 
 def test_length_is_a_ratio_to_at_most_twenty_rounds_ago():
@@ -178,23 +199,36 @@ def test_length_is_a_ratio_to_at_most_twenty_rounds_ago():
     assert levels(short("rollout/length_mean", *[100] * 5, 250, 250)) == {"length": "pause"}
     assert levels(short("rollout/length_mean", *[100] * 5, 49, 49)) == {"length": "warn"}
     assert levels(short("rollout/length_mean", *[100] * 5, 20, 20)) == {"length": "pause"}
-    assert levels(short("rollout/length_mean", *[100 * 1.015**i for i in range(200)])) == {}  # 20 times longer, but in 200 rounds
-    assert levels(short("rollout/length_mean", *[100 * 1.015**i for i in range(200)]), length={"rounds": 60}) == {
-        "length": "pause"
-    }
+    assert (
+        levels(short("rollout/length_mean", *[100 * 1.015**i for i in range(200)])) == {}
+    )  # 20 times longer, but in 200 rounds
+    assert levels(
+        short("rollout/length_mean", *[100 * 1.015**i for i in range(200)]), length={"rounds": 60}
+    ) == {"length": "pause"}
 
 
 def test_a_policy_that_narrows_by_learning_is_not_paused():
     lines = [
-        {"iteration": i, "policy/entropy": 1.0 - 0.03 * i, "scorer/reward_mean": 0.2 + 0.02 * i, "scorer/reward_std": 0.4}
+        {
+            "iteration": i,
+            "policy/entropy": 1.0 - 0.03 * i,
+            "scorer/reward_mean": 0.2 + 0.02 * i,
+            "scorer/reward_std": 0.4,
+        }
         for i in range(30)
     ]
     assert levels(lines) == {"entropy": "warn"}
     assert levels(lines, entropy={"unless_gain": None}) == {"entropy": "pause"}
     assert levels([{**line, "scorer/reward_mean": 0.2} for line in lines]) == {"entropy": "pause"}
-    lost = [{**line, "scorer/reward_mean": 0.9 - 0.02 * max(i - 10, 0) if i > 3 else 0.2} for i, line in enumerate(lines)]
+    lost = [
+        {**line, "scorer/reward_mean": 0.9 - 0.02 * max(i - 10, 0) if i > 3 else 0.2}
+        for i, line in enumerate(lines)
+    ]
     assert levels(lost) == {"entropy": "pause"}
-    assert levels([{**line, "scorer/reward_mean": 0.2, "game/exploitability": 0.1} for line in lines]) == {}
+    assert (
+        levels([{**line, "scorer/reward_mean": 0.2, "game/exploitability": 0.1} for line in lines])
+        == {}
+    )
 
 
 def test_the_policys_own_drift_over_several_steps_is_no_mismatch():
@@ -202,26 +236,40 @@ def test_the_policys_own_drift_over_several_steps_is_no_mismatch():
     assert levels(drifting) == {"mismatch": "pause"}
     assert levels([{**line, "learner/steps": 6} for line in drifting]) == {}
     assert levels([{**line, "staleness/max": 1.0} for line in drifting]) == {}
-    assert levels([{**line, "learner/steps": 6} for line in drifting], mismatch={"drift": 3}) == {"mismatch": "pause"}
+    assert levels([{**line, "learner/steps": 6} for line in drifting], mismatch={"drift": 3}) == {
+        "mismatch": "pause"
+    }
     assert levels(short("rollout/mismatch_kl", 0.0, 0.0, 0.0, -0.2, -0.2)) == {
         "mismatch": "pause"
     }  # k1 over pairs has either sign
 
 
 @pytest.mark.parametrize(
-    "line", [{"ppo/groups_uniform": 0.95}, {"pairs/ties": 19, "pairs/kept": 1}, {"sppo/ties": 8, "sppo/kept": 0}]
+    "line",
+    [
+        {"ppo/groups_uniform": 0.95},
+        {"pairs/ties": 19, "pairs/kept": 1},
+        {"sppo/ties": 8, "sppo/kept": 0},
+    ],
 )
 def test_rounds_that_teach_nothing_pause_after_ten_in_a_row(line):
     lines = [{"iteration": i, **line} for i in range(10)]
     assert levels(lines[:9]) == {"no_signal": "warn"}
     assert levels(lines) == {"no_signal": "pause"}
-    once = {"iteration": 4, "ppo/groups_uniform": 0.1, "pairs/ties": 0, "pairs/kept": 9, "sppo/ties": 0, "sppo/kept": 9}
+    once = {
+        "iteration": 4,
+        "ppo/groups_uniform": 0.1,
+        "pairs/ties": 0,
+        "pairs/kept": 9,
+        "sppo/ties": 0,
+        "sppo/kept": 9,
+    }
     assert levels([*lines[:4], once, *lines[5:]]) == {"no_signal": "warn"}
 
 
 def test_nothing_is_said_of_what_is_missing_or_not_finite():
-    assert judge([], DEFAULT) == []
-    assert judge([{}], DEFAULT) == []
+    assert check_guards([], DEFAULT) == []
+    assert check_guards([{}], DEFAULT) == []
     assert levels(short("reference/kl", 500, 500, math.nan)) == {}
     assert levels(short("reference/kl", 500, math.nan, 500, math.inf, 500)) == {"kl": "pause"}
     assert levels([*short("reference/kl", 500, 500, 500), {"iteration": 3}]) == {}
@@ -232,7 +280,11 @@ def test_nothing_is_said_of_what_is_missing_or_not_finite():
 
 def test_the_first_rounds_themselves_are_not_judged_by_what_they_set():
     for value in (1e-6, 0.5, 0.99):
-        assert levels(short("policy/entropy", value, value)) == levels(short("rollout/truncated", value, value)) == {}
+        assert (
+            levels(short("policy/entropy", value, value))
+            == levels(short("rollout/truncated", value, value))
+            == {}
+        )
     assert replayed(short("rollout/length_mean", 1, 50, 2)) == []
 
 
@@ -248,15 +300,20 @@ def test_only_the_window_and_the_beginning_are_read():
             return lines[index]
 
     lines = steady(2000)
-    assert judge(Counting(), DEFAULT) == judge(lines, DEFAULT)
+    assert check_guards(Counting(), DEFAULT) == check_guards(lines, DEFAULT)
     assert 0 < Counting.read < 300
 
 
 def test_an_alarm_names_metric_value_threshold_and_the_way_on():
-    (alarm,) = judge(short("reference/kl", 120, 120, 123.4), DEFAULT)
+    (alarm,) = check_guards(short("reference/kl", 120, 120, 123.4), DEFAULT)
     assert (alarm.guard, alarm.level, alarm.iteration) == ("kl", "pause", 2)
     assert "\n" not in alarm.message
-    for part in ("reference/kl is 123.4 nats per response", "guards.kl.pause = 100", "learner.lr", "rayhf unpause RUN"):
+    for part in (
+        "reference/kl is 123.4 nats per response",
+        "guards.kl.pause = 100",
+        "learner.lr",
+        "rayhf unpause RUN",
+    ):
         assert part in alarm.message
     with pytest.raises(FrozenInstanceError):
         alarm.level = "warn"
@@ -276,7 +333,9 @@ MINIMAL = {
 
 def test_guards_are_a_section_of_the_campaign(tmp_path):
     assert validate(MINIMAL, source="c").guards == DEFAULT
-    config = validate({**MINIMAL, "guards": {"kl": {"pause": None}, "length": {"rounds": 5}}}, source="c")
+    config = validate(
+        {**MINIMAL, "guards": {"kl": {"pause": None}, "length": {"rounds": 5}}}, source="c"
+    )
     assert (config.guards.kl.pause, config.guards.length.rounds) == (None, 5)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "c.yaml") == config

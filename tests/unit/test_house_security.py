@@ -1,4 +1,5 @@
-"""Rules of the house, read from the syntax trees: nothing is unpickled or evaluated, no shell, no code from model directories."""
+"""Rules of the house, read from the syntax trees: nothing is unpickled or evaluated, no shell, no
+code from model directories."""
 
 from __future__ import annotations
 
@@ -9,10 +10,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(file for room in ("rayhf", "actors", "launch") for file in (ROOT / room).rglob("*.py"))
+FILES = sorted(
+    file for room in ("rayhf", "actors", "launch") for file in (ROOT / room).rglob("*.py")
+)
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-EVALUATES = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "parse_expr", "sympify"}
-UNSAFE_YAML = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all", "yaml.full_load_all"}
+EVALUATES = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "parse_expr",
+    "sympify",
+}
+UNSAFE_YAML = {
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "yaml.load_all",
+    "yaml.unsafe_load_all",
+    "yaml.full_load_all",
+}
 
 
 def name_of(node: ast.expr) -> str:
@@ -27,8 +46,14 @@ def name_of(node: ast.expr) -> str:
 def problems(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            yield from (f"imports {module}" for module in modules if module.split(".")[0] in PICKLES)
+            modules = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
+            yield from (
+                f"imports {module}" for module in modules if module.split(".")[0] in PICKLES
+            )
         if not isinstance(node, ast.Call):
             continue
         name = name_of(node.func)
@@ -43,7 +68,11 @@ def problems(source: str) -> Iterator[str]:
         if keywords.get("trust_remote_code", "False") != "False":
             yield f"{name} trusts a model's code"
         passed_on = "kwargs" in spread and "**WEIGHTS_AS_DATA" in source
-        if name.endswith(".from_pretrained") and not {"AS_DATA", "WEIGHTS_AS_DATA"} & set(spread) and not passed_on:
+        if (
+            name.endswith(".from_pretrained")
+            and not {"AS_DATA", "WEIGHTS_AS_DATA"} & set(spread)
+            and not passed_on
+        ):
             yield f"{name} without AS_DATA"
 
 

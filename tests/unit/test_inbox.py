@@ -8,45 +8,48 @@ import pytest
 from fakes import FakeScorer
 from test_controller import make_config, metrics_of, play
 
-from rayhf.campaign.audit import audit
-from rayhf.campaign.inbox import Inbox, hand_in, handed_in
-from rayhf.campaign.labels import check_label, unsure_pairs
 from rayhf.config.algorithms import TAKES_LABELS
+from rayhf.control.labels import check_label, unsure_pairs
 from rayhf.errors import ConfigError
+from rayhf.monitoring.audit import audit
+from rayhf.run_dir.inbox import Inbox, submit_rows, submitted_rows
 
 
 def test_a_row_is_taken_by_one_round_and_again_by_the_same_round_only(tmp_path):
-    first = hand_in(tmp_path, "labels", [{"n": 1}, {"n": 2}, {"n": 3}], source="a")
+    first = submit_rows(tmp_path, "labels", [{"n": 1}, {"n": 2}, {"n": 3}], source="a")
     inbox = Inbox(tmp_path)
     assert [row["n"] for row in inbox.take("labels", 4, most=2)] == [1, 2]
-    hand_in(tmp_path, "labels", [{"n": 4}], source="b")
+    submit_rows(tmp_path, "labels", [{"n": 4}], source="b")
     again = Inbox(tmp_path)  # another attempt
     assert [row["n"] for row in again.take("labels", 4)] == [1, 2]
     assert [row["n"] for row in again.take("labels", 5)] == [3, 4]
     assert again.take("labels", 6) == [] and again.take("prompts", 4) == []
-    assert len(set(first)) == 3 and handed_in(tmp_path, "labels")[3]["source"] == "b"
+    assert len(set(first)) == 3 and submitted_rows(tmp_path, "labels")[3]["source"] == "b"
 
 
 def test_a_line_torn_by_a_crash_costs_no_other_line(tmp_path):
-    hand_in(tmp_path, "prompts", [{"prompt": "one"}], source="a")
+    submit_rows(tmp_path, "prompts", [{"prompt": "one"}], source="a")
     with (tmp_path / "inbox" / "prompts.jsonl").open("ab") as file:
         file.write(b'{"id": "x", "prompt": "tor')
-    hand_in(tmp_path, "prompts", [{"prompt": "two"}], source="a")
-    assert [row["prompt"] for row in handed_in(tmp_path, "prompts")] == ["one", "two"]
+    submit_rows(tmp_path, "prompts", [{"prompt": "two"}], source="a")
+    assert [row["prompt"] for row in submitted_rows(tmp_path, "prompts")] == ["one", "two"]
 
 
 def _many(run, name):
     for number in range(50):
-        hand_in(run, "labels", [{"n": number}, {"n": number}], source=name)
+        submit_rows(run, "labels", [{"n": number}, {"n": number}], source=name)
 
 
 def test_many_may_hand_in_at_once(tmp_path):
-    writers = [multiprocessing.get_context("fork").Process(target=_many, args=(tmp_path, name)) for name in "abc"]
+    writers = [
+        multiprocessing.get_context("fork").Process(target=_many, args=(tmp_path, name))
+        for name in "abc"
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    rows = handed_in(tmp_path, "labels")
+    rows = submitted_rows(tmp_path, "labels")
     assert len(rows) == 300 and len({row["id"] for row in rows}) == 300
 
 
@@ -54,9 +57,14 @@ def test_prompts_that_were_handed_in_are_asked_in_the_next_round(tmp_path):
     config = make_config(tmp_path, run={"iterations": 2}, rollout={"max_tokens": 8})
     config.run.dir.mkdir()
     long, broken = {"prompt": "x" * 100}, {"prompt": "y", "messages": "both"}
-    hand_in(config.run.dir, "prompts", [{"prompt": "mine", "answer": 3}, long, broken], source="me")
+    submit_rows(
+        config.run.dir, "prompts", [{"prompt": "mine", "answer": 3}, long, broken], source="me"
+    )
     play(config)
-    rounds = [pq.read_table(config.run.dir / f"samples/iteration-{n:06d}.parquet").to_pylist() for n in (1, 2)]
+    rounds = [
+        pq.read_table(config.run.dir / f"samples/iteration-{n:06d}.parquet").to_pylist()
+        for n in (1, 2)
+    ]
     asked = [{row["prompt_id"] for row in rows} for rows in rounds]
     assert [len(prompts) for prompts in asked] == [4, 4]
     mine = [[p for p in prompts if not p.startswith("p")] for prompts in asked]
@@ -73,13 +81,17 @@ def test_peoples_verdicts_are_trained_on_once_with_their_lineage(tmp_path):
     assert newest == sorted(newest) and pairs[0].pair_id.startswith("2/")
     for pair, verdict in zip(pairs, ("first", "second", "tie"), strict=False):
         check_label(config.run.dir, pair.pair_id, verdict)
-        hand_in(config.run.dir, "labels", [{"pair_id": pair.pair_id, "verdict": verdict}], source="ann")
+        submit_rows(
+            config.run.dir, "labels", [{"pair_id": pair.pair_id, "verdict": verdict}], source="ann"
+        )
     assert len(unsure_pairs(config.run.dir, 100)) == 5  # nobody is asked twice
     play(make_config(tmp_path, run={"iterations": 4, "checkpoint_every": 1}))
     lines = metrics_of(config)
     assert [line.get("pairs/human", 0) for line in lines] == [0, 0, 0, 2, 0]
     given = [
-        row for row in pq.read_table(config.run.dir / "pairs/iteration-000003.parquet").to_pylist() if row["samples"] == [-1, -1]
+        row
+        for row in pq.read_table(config.run.dir / "pairs/iteration-000003.parquet").to_pylist()
+        if row["samples"] == [-1, -1]
     ]
     samples = pq.read_table(config.run.dir / "samples/iteration-000002.parquet").to_pylist()
     answers = {(row["prompt_id"], row["text"]): row["token_ids"] for row in samples}
@@ -93,16 +105,19 @@ def test_peoples_verdicts_are_trained_on_once_with_their_lineage(tmp_path):
     assert [f for f in audit(config.run.dir, deep=True) if f.problem] == []
 
 
-@pytest.mark.parametrize("algorithm", [{"type": "hypo", "offline": {"path": "x"}}, {"type": "iterative_dpo", "samples": 4}])
+@pytest.mark.parametrize(
+    "algorithm",
+    [{"type": "hypo", "offline": {"path": "x"}}, {"type": "iterative_dpo", "samples": 4}],
+)
 def test_every_loop_that_trains_on_pairs_takes_labels(tmp_path, algorithm):
     from rayhf.algorithms import build_algorithm
-    from rayhf.algorithms.base import Turn, given_row
-    from rayhf.experience import Example
+    from rayhf.algorithms.base import SelectionContext, given_row
+    from rayhf.types import Example
 
     config = make_config(tmp_path, algorithm=algorithm)
     loop = build_algorithm(config.algorithm, max_tokens=8)
     label = Example(rows=(given_row("p", (1,), (2, 3)), given_row("p", (1,), (4,))))
-    selection = loop.select([], Turn(iteration=1, seed=1, labels=(label,)))
+    selection = loop.select([], SelectionContext(iteration=1, seed=1, labels=(label,)))
     assert config.algorithm.type in TAKES_LABELS and selection.metrics["pairs/human"] == 1
     assert [row.response_ids for row in selection.examples[0].rows] == [(2, 3), (4,)]
 
@@ -128,6 +143,8 @@ def test_scorers_that_compare_say_themselves_how_unsure_they_are(tmp_path):
     for pair in unsure_pairs(config.run.dir, 10):
         _, prompt, i, j = pair.pair_id.split("/")
         assert pair.certainty == abs(wins[prompt, pair.first][int(j)] - 0.5) and i != j
-        others = [abs(w - 0.5) for (p, _), row in wins.items() if p == prompt for w in row if w != 0.5]
+        others = [
+            abs(w - 0.5) for (p, _), row in wins.items() if p == prompt for w in row if w != 0.5
+        ]
         assert pair.certainty <= min(others, default=0.5)
     assert json.loads((config.run.dir / "campaign.json").read_text())["iteration"] == 1

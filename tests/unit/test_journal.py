@@ -1,4 +1,5 @@
-"""A round that was cut short is told again what it was told: nothing is asked twice, and the end is the same."""
+"""A round that was cut short is told again what it was told: nothing is asked twice, and the end is
+the same."""
 
 import gc
 import math
@@ -10,13 +11,30 @@ import pytest
 from fakes import FakeLearner, FakeRollout, FakeScorer
 from test_controller import make_config, metrics_of, play
 
-from rayhf.campaign.journal import Journal
-from rayhf.experience import Compared, Completion, Failed, GenerateRequest, Invalid, Prompt, Sampling, Scored, ScoreRequest
+from rayhf.exploration.journal import Journal
+from rayhf.types import (
+    Compared,
+    Completion,
+    Failed,
+    GenerateRequest,
+    Invalid,
+    Prompt,
+    Sampling,
+    Scored,
+    ScoreRequest,
+)
 
 
 def generation(number=0, seeds=(3, 4), policy="policy", **sampling):
     settings = Sampling(max_tokens=8, **sampling)
-    return GenerateRequest(prompt_id="p", number=number, token_ids=(1, 2), sampling=settings, seeds=seeds, policy=policy)
+    return GenerateRequest(
+        prompt_id="p",
+        number=number,
+        token_ids=(1, 2),
+        sampling=settings,
+        seeds=seeds,
+        policy=policy,
+    )
 
 
 def completions(request, logprob=-0.1):
@@ -69,19 +87,29 @@ def test_what_was_noted_is_appended_together_and_at_the_end(tmp_path):
     journal.close()
     again = Journal(tmp_path / "j")
     assert again.scorer_state == {"seen": 1}
-    assert again.recall("generate", generation(0)) == exact and again.recall("generate", generation(1)) == wide
+    assert (
+        again.recall("generate", generation(0)) == exact
+        and again.recall("generate", generation(1)) == wide
+    )
     assert again.recall("score", judgement()) == (Scored(value=1.0),)
 
 
 def test_a_journal_of_another_format_is_asked_again(tmp_path):
     body = zlib.compress(b'{"making": "", "keys": ["generate p 0 00"], "answers": [[]]}')
-    (tmp_path / "j").write_bytes(struct.pack("<II", len(body), zlib.crc32(body)) + body)  # as the first format had it
+    (tmp_path / "j").write_bytes(
+        struct.pack("<II", len(body), zlib.crc32(body)) + body
+    )  # as the first format had it
     assert len(Journal(tmp_path / "j")) == 0
 
 
 @pytest.mark.parametrize(
     "other",
-    [generation(1), generation(seeds=(3, 5)), generation(policy="refiner"), generation(temperature=0.5)],
+    [
+        generation(1),
+        generation(seeds=(3, 5)),
+        generation(policy="refiner"),
+        generation(temperature=0.5),
+    ],
 )
 def test_another_request_is_not_answered(tmp_path, other):
     journal = Journal(tmp_path / "j")
@@ -92,7 +120,11 @@ def test_another_request_is_not_answered(tmp_path, other):
 
 def test_a_call_with_a_failure_is_to_be_asked_again(tmp_path):
     journal = Journal(tmp_path / "j")
-    journal.record("score", [judgement(0), judgement(1)], [(Scored(value=1.0),) * 2, (Scored(value=1.0), Failed(reason="gone"))])
+    journal.record(
+        "score",
+        [judgement(0), judgement(1)],
+        [(Scored(value=1.0),) * 2, (Scored(value=1.0), Failed(reason="gone"))],
+    )
     journal.record("compare", [judgement(2)], [Failed(reason="gone")])
     journal.close()
     assert len(Journal(tmp_path / "j")) == 0
@@ -141,10 +173,16 @@ class Killed(FakeRollout):
 
 @pytest.mark.parametrize("algorithm", ["online_dpo", "ppo_like_tree"])
 def test_a_killed_round_is_not_explored_twice(tmp_path, algorithm):
-    """Killed at every call in turn, the campaign ends the same, and no wave that was answered is asked again."""
-    settings = {"online_dpo": None, "ppo_like_tree": {"type": "mcts_dpo", "iterations": 3, "step_tokens": 3, "max_steps": 2}}
+    """Killed at every call in turn, the campaign ends the same, and no wave that was answered is
+    asked again."""
+    settings = {
+        "online_dpo": None,
+        "ppo_like_tree": {"type": "mcts_dpo", "iterations": 3, "step_tokens": 3, "max_steps": 2},
+    }
     whole = make_config(
-        tmp_path / "whole", algorithm=settings[algorithm], run={"iterations": 2, "checkpoint_every": 1, "eval_every": 0}
+        tmp_path / "whole",
+        algorithm=settings[algorithm],
+        run={"iterations": 2, "checkpoint_every": 1, "eval_every": 0},
     )
     every = FakeRollout()
     play(whole, rollout=every)
@@ -152,7 +190,9 @@ def test_a_killed_round_is_not_explored_twice(tmp_path, algorithm):
     assert calls > 4
     for at in range(1, calls, 2):
         config = make_config(
-            tmp_path / str(at), algorithm=settings[algorithm], run={"iterations": 2, "checkpoint_every": 1, "eval_every": 0}
+            tmp_path / str(at),
+            algorithm=settings[algorithm],
+            run={"iterations": 2, "checkpoint_every": 1, "eval_every": 0},
         )
         first, second = Killed(at), FakeRollout()
         with pytest.raises(KeyboardInterrupt):
@@ -166,7 +206,8 @@ def test_a_killed_round_is_not_explored_twice(tmp_path, algorithm):
 
 
 def test_a_killed_round_leaves_nothing_that_nobody_waits_for(tmp_path, caplog):
-    """The garbage collector would report it in the middle of something else, whose stack it might not leave as it was."""
+    """The garbage collector would report it in the middle of something else, whose stack it might
+    not leave as it was."""
     with pytest.raises(KeyboardInterrupt):
         play(make_config(tmp_path), rollout=Killed(3))
     gc.collect()

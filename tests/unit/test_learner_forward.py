@@ -1,4 +1,5 @@
-"""The forward pass against the plain formula: full logits, log_softmax, gather; and the learning-rate schedule."""
+"""The forward pass against the plain formula: full logits, log_softmax, gather; and the
+learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 import rayhf.learner.forward as forward
 from rayhf.errors import ConfigError
-from rayhf.experience import Example, Row
 from rayhf.learner.forward import (
     PolicyHead,
     SelectLogSoftmax,
@@ -23,6 +23,7 @@ from rayhf.learner.forward import (
 )
 from rayhf.learner.schedule import lr_factor
 from rayhf.losses.base import Totals
+from rayhf.types import Example, Row
 
 V = 61
 
@@ -116,7 +117,9 @@ def test_select_log_softmax_gradients(entropy: forward.Entropy) -> None:
     mine = torch.autograd.grad(total(logp, h), logits)[0]
     full = torch.log_softmax(logits, -1)
     plain_h = -(full.exp() * full).sum(-1)
-    plain = torch.autograd.grad(total(full.gather(1, target[:, None])[:, 0], plain_h if entropy == "loss" else None), logits)[0]
+    plain = torch.autograd.grad(
+        total(full.gather(1, target[:, None])[:, 0], plain_h if entropy == "loss" else None), logits
+    )[0]
     torch.testing.assert_close(mine, plain)
     if entropy == "off":
         assert h is None
@@ -126,7 +129,8 @@ def test_select_log_softmax_gradients(entropy: forward.Entropy) -> None:
 
 
 def test_value_is_read_before_each_response_token() -> None:
-    """A value may depend on nothing that comes at or after its token: changing token t moves only later values."""
+    """A value may depend on nothing that comes at or after its token: changing token t moves only
+    later values."""
     import transformers
 
     config = make_policy().config
@@ -134,7 +138,10 @@ def test_value_is_read_before_each_response_token() -> None:
     value = ValueHead(transformers.Qwen2ForTokenClassification(config)).eval()
     row = make_rows([(4, 6)])[0]
     changed = Row(
-        prompt_id="c", sample=0, prompt_ids=row.prompt_ids, response_ids=(*row.response_ids[:2], 5, *row.response_ids[3:])
+        prompt_id="c",
+        sample=0,
+        prompt_ids=row.prompt_ids,
+        response_ids=(*row.response_ids[:2], 5, *row.response_ids[3:]),
     )
     a, b = (value(build_inputs([r], "cpu"), 1.0)[0] for r in (row, changed))
     assert torch.equal(a[:3], b[:3])
@@ -148,7 +155,9 @@ def test_micro_batch_lays_rows_end_to_end() -> None:
     assert micro.row_T.tolist() == [0, 0, 1, 1, 1, 1, 2]
     assert micro.length_R.tolist() == [2, 4, 1]
     assert micro.example_R.tolist() == [0, 0, 1]
-    assert micro.tokens["advantage"].tolist() == [float(x) for row in rows for x in row.tokens["advantage"]]
+    assert micro.tokens["advantage"].tolist() == [
+        float(x) for row in rows for x in row.tokens["advantage"]
+    ]
     assert torch.equal(micro.rows["score"].isnan(), torch.tensor([True, False, True]))
     assert micro.rows["score"][1] == 1.0
     assert micro.examples["margin"][0] == 0.5 and micro.examples["margin"][1].isnan()
@@ -156,7 +165,9 @@ def test_micro_batch_lays_rows_end_to_end() -> None:
 
 def test_row_without_prompt_or_response_is_refused() -> None:
     row = Row(prompt_id="q", sample=2, prompt_ids=(), response_ids=(1,))
-    with pytest.raises(ConfigError, match="row of prompt 'q', sample 2: 0 prompt and 1 response tokens"):
+    with pytest.raises(
+        ConfigError, match="row of prompt 'q', sample 2: 0 prompt and 1 response tokens"
+    ):
         build_inputs([row], "cpu")
 
 
@@ -171,13 +182,17 @@ def test_token_batches_keep_to_the_budget() -> None:
     lengths = [5, 50, 7, 7, 120, 6]
     batches = token_batches(lengths, 60)
     assert sorted(i for batch in batches for i in batch) == list(range(6))
-    assert all(len(batch) * max(lengths[i] for i in batch) <= 60 for batch in batches if len(batch) > 1)
+    assert all(
+        len(batch) * max(lengths[i] for i in batch) <= 60 for batch in batches if len(batch) > 1
+    )
     assert [4] in batches, "a row over the budget goes alone: without gradient it still fits"
 
 
 def test_schedule() -> None:
     def factors(kind: str, warmup: float) -> list[float]:
-        return [lr_factor(s, total_steps=10, warmup=warmup, kind=kind, min_lr=0.1) for s in range(12)]  # type: ignore[arg-type]
+        return [
+            lr_factor(s, total_steps=10, warmup=warmup, kind=kind, min_lr=0.1) for s in range(12)
+        ]  # type: ignore[arg-type]
 
     assert factors("constant", 0.0) == [1.0] * 12
     assert factors("constant", 0.2)[:3] == [0.5, 1.0, 1.0]

@@ -1,4 +1,5 @@
-"""The reference engine: what it answers, how it is refreshed, and that a bad snapshot or file changes nothing."""
+"""The reference engine: what it answers, how it is refreshed, and that a bad snapshot or file
+changes nothing."""
 
 from __future__ import annotations
 
@@ -11,12 +12,17 @@ from safetensors.torch import load_file
 
 from rayhf.config.schema import ReferenceConfig
 from rayhf.errors import CheckpointError, WeightSyncError
-from rayhf.experience import Row, WeightBucket
 from rayhf.reference.engine import ReferenceEngine
-from rayhf.rollout.weights import pack_bucket
+from rayhf.types import Row, WeightBucket
+from rayhf.weights.buckets import pack_bucket
 
 ROWS = [
-    Row(prompt_id=f"p{i}", sample=0, prompt_ids=(1, 2 + i), response_ids=tuple((7 * i + k) % 41 for k in range(1 + 3 * i)))
+    Row(
+        prompt_id=f"p{i}",
+        sample=0,
+        prompt_ids=(1, 2 + i),
+        response_ids=tuple((7 * i + k) % 41 for k in range(1 + 3 * i)),
+    )
     for i in range(5)
 ]
 
@@ -28,15 +34,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model")
     config = transformers.LlamaConfig(
-        vocab_size=41, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.3
+        vocab_size=41,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.3,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     return path
 
 
-def snapshot(model: Path, shift: float, dtype: torch.dtype = torch.float32) -> list[tuple[WeightBucket, np.ndarray]]:  # type: ignore[type-arg]
+def snapshot(
+    model: Path, shift: float, dtype: torch.dtype = torch.float32
+) -> list[tuple[WeightBucket, np.ndarray]]:  # type: ignore[type-arg]
     tensors = sorted(load_file(model / "model.safetensors").items())
-    parts = [pack_bucket([(name, t + shift) for name, t in half], dtype) for half in (tensors[:5], tensors[5:])]
+    parts = [
+        pack_bucket([(name, t + shift) for name, t in half], dtype)
+        for half in (tensors[:5], tensors[5:])
+    ]
     return [(bucket, bucket.payload) for bucket in parts]
 
 
@@ -45,7 +61,9 @@ def flat(engine: ReferenceEngine) -> torch.Tensor:
 
 
 def test_answers_do_not_depend_on_the_budget_and_keep_the_order(model: Path) -> None:
-    wide, narrow = (ReferenceEngine(model, ReferenceConfig(token_budget=b), dtype="float32") for b in (4096, 16))
+    wide, narrow = (
+        ReferenceEngine(model, ReferenceConfig(token_budget=b), dtype="float32") for b in (4096, 16)
+    )
     a, b = wide.logprobs(ROWS, 0.7), narrow.logprobs(ROWS, 0.7)
     assert [len(x) for x in a] == [len(row.response_ids) for row in ROWS]
     assert all(x.dtype == np.float32 for x in a)

@@ -1,4 +1,5 @@
-"""Every further loop through the real controller with fake roles: what is trained on, mixed in, dropped, resumed."""
+"""Every further loop through the real controller with fake roles: what is trained on, mixed in,
+dropped, resumed."""
 
 import itertools
 import json
@@ -10,16 +11,18 @@ from fakes import FakeChat, FakeLearner, FakeScorer
 from test_controller import make_config, metrics_of, play
 
 from rayhf.algorithms import build_algorithm
-from rayhf.algorithms.base import Turn, learner_is_reference, needs_frozen_reference
+from rayhf.algorithms.base import SelectionContext, learner_is_reference, needs_frozen_reference
 from rayhf.config.load import validate
+from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.errors import ConfigError
-from rayhf.experience import Compared, Failed, Invalid
-from rayhf.pairs import encode_pairs, load_pairs
+from rayhf.types import Compared, Failed, Invalid
 
 
 def write_pairs(tmp_path, rows=None):
     path = tmp_path / "pairs.jsonl"
-    rows = rows or [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]
+    rows = rows or [
+        {"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -30,7 +33,7 @@ def give(algorithm, path):
 
 
 LOOPS = {
-    "iterative_dpo": {"samples": 4, "earlier": [0.5], "disjoint_rounds": False},
+    "iterative_dpo": {"samples": 4, "earlier": [0.5], "disjoint_iterations": False},
     "sppo": {"samples": 4, "eta": 2.0},
     "inpo": {"samples": 4},
     "hypo": {"samples": 3},
@@ -45,7 +48,11 @@ def config_of(name, tmp_path, **more):
 
 
 def played(config, **roles):
-    return play(config, pairs=config.algorithm.offline.path if config.algorithm.type == "hypo" else None, **roles)
+    return play(
+        config,
+        pairs=config.algorithm.offline.path if config.algorithm.type == "hypo" else None,
+        **roles,
+    )
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -61,11 +68,18 @@ def test_a_crash_and_a_resume_leave_what_an_uninterrupted_run_leaves(tmp_path, n
     assert second.learners["policy"].steps == first.learners["policy"].steps == 4
     for folder in ("samples", "pairs"):
         for file in sorted((whole.run.dir / folder).glob("*.parquet")):
-            assert file.read_bytes() == (broken.run.dir / folder / file.name).read_bytes(), file.name
+            assert file.read_bytes() == (broken.run.dir / folder / file.name).read_bytes(), (
+                file.name
+            )
 
 
 def test_iterative_dpo_mixes_in_earlier_pairs_once_and_given_pairs_in_turn(tmp_path):
-    algorithm = {"type": "iterative_dpo", "samples": 4, "earlier": [1.0, 0.5], "disjoint_rounds": False}
+    algorithm = {
+        "type": "iterative_dpo",
+        "samples": 4,
+        "earlier": [1.0, 0.5],
+        "disjoint_iterations": False,
+    }
     algorithm["offline"] = {"path": str(write_pairs(tmp_path)), "share": 0.5}
     config = make_config(tmp_path, algorithm=algorithm)
     roles = play(config, pairs=tmp_path / "pairs.jsonl")
@@ -76,23 +90,48 @@ def test_iterative_dpo_mixes_in_earlier_pairs_once_and_given_pairs_in_turn(tmp_p
     batches = roles.learners["policy"].batches
     given = [e.rows[0].response_ids for b in batches for e in b.examples if e.scalars["given"]]
     assert len(given) == 8 and len(set(given[:6])) == 6  # nothing twice before everything was seen
-    assert all(math.isnan(e.rows[0].tokens["behaviour_logp"][0]) for b in batches for e in b.examples if e.scalars["given"])
-    fresh = [e for e in batches[1].examples if not e.scalars["rounds_back"] and not e.scalars["given"]]
-    earlier = [e for e in batches[1].examples if e.scalars["rounds_back"]]
-    for before, now in itertools.pairwise(batches):  # what was mixed into a round does not come again as its own
-        own = {e.rows[0].response_ids for e in before.examples if not e.scalars["rounds_back"] and not e.scalars["given"]}
-        assert {e.rows[0].response_ids for e in now.examples if e.scalars["rounds_back"] == 1} <= own
-    assert {e.scalars["rounds_back"] for b in batches[2:] for e in b.examples} == {0.0, 1.0, 2.0}
+    assert all(
+        math.isnan(e.rows[0].tokens["behavior_logp"][0])
+        for b in batches
+        for e in b.examples
+        if e.scalars["given"]
+    )
+    fresh = [
+        e
+        for e in batches[1].examples
+        if not e.scalars["iterations_back"] and not e.scalars["given"]
+    ]
+    earlier = [e for e in batches[1].examples if e.scalars["iterations_back"]]
+    for before, now in itertools.pairwise(
+        batches
+    ):  # what was mixed into a round does not come again as its own
+        own = {
+            e.rows[0].response_ids
+            for e in before.examples
+            if not e.scalars["iterations_back"] and not e.scalars["given"]
+        }
+        assert {
+            e.rows[0].response_ids for e in now.examples if e.scalars["iterations_back"] == 1
+        } <= own
+    assert {e.scalars["iterations_back"] for b in batches[2:] for e in b.examples} == {
+        0.0,
+        1.0,
+        2.0,
+    }
     assert len(fresh) == kept[1] and {e.rows[0].response_ids for e in earlier} <= {
         e.rows[0].response_ids for e in batches[0].examples
     }
 
 
 def test_the_learner_is_its_own_previous_reference(tmp_path):
-    config = make_config(tmp_path, algorithm={"type": "sppo", "samples": 4, "eta": 2.0, "train_on": "all"})
+    config = make_config(
+        tmp_path, algorithm={"type": "sppo", "samples": 4, "eta": 2.0, "train_on": "all"}
+    )
     assert not needs_frozen_reference(build_algorithm(config.algorithm, max_tokens=8))
     roles = play(config, reference=None)
-    rows = [row for batch in roles.learners["policy"].batches for e in batch.examples for row in e.rows]
+    rows = [
+        row for batch in roles.learners["policy"].batches for e in batch.examples for row in e.rows
+    ]
     assert all((row.tokens["ref_logp"] == row.tokens["old_logp"]).all() for row in rows)
     assert {round(row.scalars["target"], 6) for row in rows} != {0.0}
     assert not learner_is_reference(config.algorithm.reference.model_copy(update={"every": 2}))
@@ -100,16 +139,22 @@ def test_the_learner_is_its_own_previous_reference(tmp_path):
 
 @pytest.mark.parametrize("target", ["soft", "single", "hard"])
 def test_sppo_targets(tmp_path, target):
-    config = make_config(tmp_path, algorithm={"type": "sppo", "samples": 4, "eta": 2.0, "target": target})
+    config = make_config(
+        tmp_path, algorithm={"type": "sppo", "samples": 4, "eta": 2.0, "target": target}
+    )
     rows = [e.rows for b in play(config).learners["policy"].batches for e in b.examples]
     for best, worst in rows:
         if target == "single":  # in a cycle the best on the whole may lose to the worst
-            assert best.scalars["target"] == -worst.scalars["target"] and abs(best.scalars["target"]) in (0.0, 0.4)
+            assert best.scalars["target"] == -worst.scalars["target"] and abs(
+                best.scalars["target"]
+            ) in (0.0, 0.4)
             continue
         expected = {"soft": best.scalars["score"] - 0.5, "hard": 0.5}[target]
         assert best.scalars["target"] == pytest.approx(expected) and worst.scalars["target"] < 0
     samples = pq.read_table(config.run.dir / "samples/iteration-000001.parquet").to_pylist()
-    assert all(len(s["wins"]) == 4 and s["score"] == pytest.approx(sum(s["wins"]) / 4) for s in samples)
+    assert all(
+        len(s["wins"]) == 4 and s["score"] == pytest.approx(sum(s["wins"]) / 4) for s in samples
+    )
 
 
 def test_sppo_refuses_targets_that_all_answers_have_not(tmp_path):
@@ -122,7 +167,13 @@ def test_sppo_refuses_targets_that_all_answers_have_not(tmp_path):
 @pytest.mark.parametrize("name", ["sppo", "inpo"])
 def test_an_answer_that_was_not_compared_never_trains(tmp_path, name, outcome):
     config = config_of(
-        name, tmp_path, scorer={"train": [{"type": "rule", "function": "a:b"}], "max_failed": 1.0, "evaluate": None}
+        name,
+        tmp_path,
+        scorer={
+            "train": [{"type": "rule", "function": "a:b"}],
+            "max_failed": 1.0,
+            "evaluate": None,
+        },
     )
     learner = FakeLearner()
 
@@ -132,7 +183,11 @@ def test_an_answer_that_was_not_compared_never_trains(tmp_path, name, outcome):
 
     played(config, scorer=Mute(), learner=learner)
     counted = "scorer/invalid" if isinstance(outcome, Invalid) else "scorer/failed"
-    assert learner.steps == 0 and metrics_of(config)[1][counted] == 16 and metrics_of(config)[1]["learner/steps"] == 0
+    assert (
+        learner.steps == 0
+        and metrics_of(config)[1][counted] == 16
+        and metrics_of(config)[1]["learner/steps"] == 0
+    )
 
 
 def test_ties_are_dropped_and_counted(tmp_path):
@@ -142,7 +197,10 @@ def test_ties_are_dropped_and_counted(tmp_path):
         async def compare(self, requests):
             import numpy as np
 
-            return [Compared(win=np.full((len(r.completions),) * 2, 0.5), source="pairwise") for r in requests]
+            return [
+                Compared(win=np.full((len(r.completions),) * 2, 0.5), source="pairwise")
+                for r in requests
+            ]
 
     learner = FakeLearner()
     played(config, scorer=Even(), learner=learner)
@@ -159,7 +217,7 @@ def test_hypo_takes_pairs_and_samples_in_every_step(tmp_path):
 
 
 def test_disjoint_rounds_are_promised_or_refused(tmp_path):
-    from rayhf.preflight import _check_shards
+    from rayhf.planning.preflight import _check_shards
 
     config = make_config(tmp_path, algorithm={"type": "iterative_dpo"})
     with pytest.raises(ConfigError, match=r"16, but t has 12; expected prompts.batch of at most 3"):
@@ -183,12 +241,21 @@ def test_a_bad_pairs_file_is_refused_by_row(tmp_path, rows, problem):
 
 
 def test_equal_answers_are_left_out_and_counted(tmp_path):
-    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ]
     found = load_pairs(write_pairs(tmp_path, rows), key="k")
     assert len(found.pairs) == 1 and found.identical == 1
     with pytest.raises(ConfigError, match="pair 1 has"):
         encode_pairs(
-            [found.pairs[0].__class__(messages=found.pairs[0].messages, chosen="x" * 99, rejected="c")], FakeChat(), key="k"
+            [
+                found.pairs[0].__class__(
+                    messages=found.pairs[0].messages, chosen="x" * 99, rejected="c"
+                )
+            ],
+            FakeChat(),
+            key="k",
         )
 
 
@@ -206,9 +273,21 @@ def test_type_alone_gives_the_papers_setting():
         ).algorithm
 
     sppo = defaults("sppo")  # Wu et al. 2024: K = 5, eta = 1e3, the previous policy as reference
-    assert (sppo.samples, sppo.eta, sppo.target, sppo.reference.type) == (5, 1000.0, "soft", "previous")
-    iterative = defaults("iterative_dpo")  # RLHFlow: 8 samples, best against worst, moving reference
-    assert (iterative.samples, iterative.pairs, iterative.beta, iterative.reference.type) == (8, "best_worst", 0.1, "previous")
+    assert (sppo.samples, sppo.eta, sppo.target, sppo.reference.type) == (
+        5,
+        1000.0,
+        "soft",
+        "previous",
+    )
+    iterative = defaults(
+        "iterative_dpo"
+    )  # RLHFlow: 8 samples, best against worst, moving reference
+    assert (iterative.samples, iterative.pairs, iterative.beta, iterative.reference.type) == (
+        8,
+        "best_worst",
+        0.1,
+        "previous",
+    )
     inpo = defaults("inpo")  # Zhang et al. 2024
     assert (inpo.samples, inpo.eta) == (8, 0.0075) and inpo.tau == pytest.approx(inpo.eta / 3)
     hypo = defaults("hypo", offline={"path": "p"})
@@ -216,4 +295,4 @@ def test_type_alone_gives_the_papers_setting():
 
 
 def test_an_algorithm_without_earlier_rounds_gets_none():
-    assert list(Turn(iteration=1, seed=0).earlier(0)) == []
+    assert list(SelectionContext(iteration=1, seed=0).earlier(0)) == []

@@ -1,5 +1,5 @@
-"""The policy-gradient and critic losses against the papers' equations in plain float64 Python, and their
-invariances.
+"""The policy-gradient and critic losses against the papers' equations in plain float64 Python, and
+their invariances.
 """
 
 from __future__ import annotations
@@ -32,10 +32,21 @@ from rayhf.losses.value import ValueLoss, explained_variance, value_loss
 Rows = Sequence[Mapping[str, Sequence[float]]]
 """One mapping of token fields per row; `out` is the model's output."""
 
-FIELDS = ("out", "behaviour_logp", "old_logp", "ref_logp", "advantage", "return", "value", "entropy")
+FIELDS = (
+    "out",
+    "behavior_logp",
+    "old_logp",
+    "ref_logp",
+    "advantage",
+    "return",
+    "value",
+    "entropy",
+)
 
 
-def random_rows(seed: int, lengths: Sequence[int], spread: float = 0.4) -> list[dict[str, list[float]]]:
+def random_rows(
+    seed: int, lengths: Sequence[int], spread: float = 0.4
+) -> list[dict[str, list[float]]]:
     rng = random.Random(seed)
     rows = []
     for length in lengths:
@@ -47,15 +58,22 @@ def random_rows(seed: int, lengths: Sequence[int], spread: float = 0.4) -> list[
     return rows
 
 
-def micro_of(rows: Rows, totals: Totals, *, skip: tuple[str, ...] = ()) -> tuple[Tensor, MicroBatch]:
+def micro_of(
+    rows: Rows, totals: Totals, *, skip: tuple[str, ...] = ()
+) -> tuple[Tensor, MicroBatch]:
     """The output tensor (leaf, float64) and the micro-batch holding `rows`, one example each."""
-    flat = {name: torch.tensor([x for row in rows for x in row[name]], dtype=torch.float64) for name in FIELDS}
+    flat = {
+        name: torch.tensor([x for row in rows for x in row[name]], dtype=torch.float64)
+        for name in FIELDS
+    }
     lengths = [len(row["out"]) for row in rows]
     micro = MicroBatch(
         tokens={name: flat[name] for name in FIELDS if name not in ("out", "entropy", *skip)},
         rows={},
         examples={},
-        row_T=torch.tensor([r for r, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64),
+        row_T=torch.tensor(
+            [r for r, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64
+        ),
         length_R=torch.tensor(lengths, dtype=torch.float32),
         example_R=torch.arange(len(rows)),
         totals=totals,
@@ -65,10 +83,16 @@ def micro_of(rows: Rows, totals: Totals, *, skip: tuple[str, ...] = ()) -> tuple
 
 
 def totals_of(rows: Rows) -> Totals:
-    return Totals(tokens=float(sum(len(row["out"]) for row in rows)), rows=float(len(rows)), examples=float(len(rows)))
+    return Totals(
+        tokens=float(sum(len(row["out"]) for row in rows)),
+        rows=float(len(rows)),
+        examples=float(len(rows)),
+    )
 
 
-def mean_of(rows: Rows, value: Callable[[Mapping[str, Sequence[float]], int], float], how: str) -> float:
+def mean_of(
+    rows: Rows, value: Callable[[Mapping[str, Sequence[float]], int], float], how: str
+) -> float:
     """The aggregation modes, spelled out over whole rows."""
     per_row = [[value(row, t) for t in range(len(row["out"]))] for row in rows]
     if how == "token_mean":
@@ -79,11 +103,12 @@ def mean_of(rows: Rows, value: Callable[[Mapping[str, Sequence[float]], int], fl
 
 
 def expected_policy_loss(rows: Rows, loss: PolicyLoss, how: str) -> float:
-    """PPO eq. 7 by cases instead of min: where A >= 0 only the upper bound can bind, where A < 0 only the lower one."""
+    """PPO eq. 7 by cases instead of min: where A >= 0 only the upper bound can bind, where A < 0
+    only the lower one."""
 
     def token(row: Mapping[str, Sequence[float]], t: int) -> float:
         ratio = math.exp(row["out"][t] - row["old_logp"][t])
-        weight = math.exp(row["old_logp"][t] - row["behaviour_logp"][t])
+        weight = math.exp(row["old_logp"][t] - row["behavior_logp"][t])
         weight = 1.0 if loss.importance_cap is None else min(weight, loss.importance_cap)
         advantage = row["advantage"][t]
         if advantage >= 0:
@@ -149,8 +174,8 @@ def test_value_loss_is_the_equation_and_gradchecks(clip: float | None) -> None:
 
 
 def test_value_clipping_takes_the_worse_of_the_two() -> None:
-    """Moving toward the return by more than the clip earns nothing more and has no gradient; moving away always
-    costs.
+    """Moving toward the return by more than the clip earns nothing more and has no gradient; moving
+    away always costs.
     """
     old, target = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
     value = torch.tensor([0.9, -0.9], requires_grad=True)
@@ -170,7 +195,9 @@ def test_explained_variance_from_moments() -> None:
     def variance(xs: list[float]) -> float:
         return sum((x - sum(xs) / len(xs)) ** 2 for x in xs) / len(xs)
 
-    assert explained_variance(metrics) == pytest.approx(1 - variance(error) / variance(target), rel=1e-9)
+    assert explained_variance(metrics) == pytest.approx(
+        1 - variance(error) / variance(target), rel=1e-9
+    )
     constant = {
         "value/return_mean": 3.0,
         "value/return_square": 9.0,
@@ -180,14 +207,21 @@ def test_explained_variance_from_moments() -> None:
     assert explained_variance(constant) == 0.0
 
 
-ALL: list[Loss] = [*LOSSES, PolicyLoss(aggregate="sequence_mean"), PolicyLoss(aggregate="sequence_sum"), ValueLoss()]
+ALL: list[Loss] = [
+    *LOSSES,
+    PolicyLoss(aggregate="sequence_mean"),
+    PolicyLoss(aggregate="sequence_sum"),
+    ValueLoss(),
+]
 
 
 @pytest.mark.parametrize("loss", ALL)
 @pytest.mark.parametrize("skip", [(), ("old_logp",)])
 @given(cuts=st.sets(st.integers(1, 5), max_size=4), seed=st.integers(0, 1000))
 @settings(max_examples=8, deadline=None)
-def test_shares_add_up_whatever_the_sharding(loss: Loss, skip: tuple[str, ...], cuts: set[int], seed: int) -> None:
+def test_shares_add_up_whatever_the_sharding(
+    loss: Loss, skip: tuple[str, ...], cuts: set[int], seed: int
+) -> None:
     rows = random_rows(seed, [3, 0, 5, 1, 2, 4])
     totals = totals_of(rows)
     out, micro = micro_of(rows, totals, skip=skip)
@@ -199,7 +233,9 @@ def test_shares_add_up_whatever_the_sharding(loss: Loss, skip: tuple[str, ...], 
     for result in results:
         result.loss.backward()
     assert sum(r.loss.item() for r in results) == pytest.approx(whole.loss.item(), rel=1e-6)
-    grads = [part_out.grad if part_out.grad is not None else torch.zeros(0) for part_out, _ in parts]
+    grads = [
+        part_out.grad if part_out.grad is not None else torch.zeros(0) for part_out, _ in parts
+    ]
     assert out.grad is not None
     torch.testing.assert_close(torch.cat(grads), out.grad, rtol=1e-6, atol=1e-9)
     for name, value in whole.metrics.items():
@@ -226,7 +262,13 @@ def test_absent_old_logp_is_one_reinforce_step() -> None:
     result.loss.backward()
     assert out.grad is not None
     torch.testing.assert_close(out.grad, -micro.tokens["advantage"] / 5)
-    clipped = {"ppo/clip_low", "ppo/clip_high", "ppo/dual_clip", "ppo/old_kl", "ppo/importance_capped"}
+    clipped = {
+        "ppo/clip_low",
+        "ppo/clip_high",
+        "ppo/dual_clip",
+        "ppo/old_kl",
+        "ppo/importance_capped",
+    }
     assert {result.metrics[name].item() for name in clipped} == {0.0}
 
 
@@ -234,12 +276,14 @@ def test_metrics_name_what_they_measure() -> None:
     rows = random_rows(8, [3, 0, 4])
     out, micro = micro_of(rows, totals_of(rows))
     metrics = PolicyLoss()(out, micro).metrics
-    gaps = [b - o for row in rows for b, o in zip(row["behaviour_logp"], row["out"], strict=True)]
+    gaps = [b - o for row in rows for b, o in zip(row["behavior_logp"], row["out"], strict=True)]
     kl = sum(o - r for row in rows for o, r in zip(row["out"], row["ref_logp"], strict=True))
     assert metrics["rollout/mismatch_kl"].item() == pytest.approx(sum(gaps) / 7)
     assert metrics["rollout/mismatch_abs_max"].item() == pytest.approx(max(map(abs, gaps)))
     assert metrics["reference/kl"].item() == pytest.approx(kl / 3)
-    assert metrics["policy/entropy"].item() == pytest.approx(sum(x for row in rows for x in row["entropy"]) / 7)
+    assert metrics["policy/entropy"].item() == pytest.approx(
+        sum(x for row in rows for x in row["entropy"]) / 7
+    )
     bare = PolicyLoss()(*micro_of(rows, totals_of(rows), skip=("ref_logp", "entropy"))).metrics
     assert "reference/kl" not in bare and "policy/entropy" not in bare
 
@@ -257,36 +301,55 @@ def test_clip_fractions_count_active_bounds_only() -> None:
 def test_importance_weight_is_truncated_detached_and_exactly_one_on_policy() -> None:
     logp = torch.tensor([-0.3, -1.7, -2.0, -500.0], requires_grad=True)
     weight, capped = importance_weight(logp, logp.detach().clone(), 2.0)
-    assert weight.tolist() == [1.0] * 4 and not weight.requires_grad and capped.tolist() == [0.0] * 4
-    behaviour = torch.tensor([-0.3 + math.log(2), -1.7 - math.log(5), -502.0, 0.0])
-    weight, capped = importance_weight(logp, behaviour, 2.0)
-    assert weight.tolist() == pytest.approx([0.5, 2.0, 2.0, 0.0]) and capped.tolist() == [0.0, 1.0, 1.0, 0.0]
-    assert importance_weight(logp, behaviour, None).weight_T.tolist() == [1.0] * 4
+    assert (
+        weight.tolist() == [1.0] * 4 and not weight.requires_grad and capped.tolist() == [0.0] * 4
+    )
+    behavior = torch.tensor([-0.3 + math.log(2), -1.7 - math.log(5), -502.0, 0.0])
+    weight, capped = importance_weight(logp, behavior, 2.0)
+    assert weight.tolist() == pytest.approx([0.5, 2.0, 2.0, 0.0]) and capped.tolist() == [
+        0.0,
+        1.0,
+        1.0,
+        0.0,
+    ]
+    assert importance_weight(logp, behavior, None).weight_T.tolist() == [1.0] * 4
 
 
 def test_kl_estimators_as_values() -> None:
-    logp, ref = torch.tensor([-1.0, -2.0], dtype=torch.float64), torch.tensor([-1.5, -0.5], dtype=torch.float64)
+    logp, ref = (
+        torch.tensor([-1.0, -2.0], dtype=torch.float64),
+        torch.tensor([-1.5, -0.5], dtype=torch.float64),
+    )
     assert kl_estimate(logp, ref, "k1").tolist() == pytest.approx([0.5, -1.5])
     assert kl_estimate(logp, ref, "k2").tolist() == pytest.approx([0.125, 1.125])
-    assert kl_estimate(logp, ref, "k3").tolist() == pytest.approx([math.exp(-0.5) - 0.5, math.exp(1.5) - 2.5])
+    assert kl_estimate(logp, ref, "k3").tolist() == pytest.approx(
+        [math.exp(-0.5) - 0.5, math.exp(1.5) - 2.5]
+    )
 
 
 @pytest.mark.parametrize(("estimator", "direction"), [("k2", "reverse"), ("k3", "forward")])
 def test_expected_gradient_of_kl_losses(estimator: str, direction: str) -> None:
-    """Enumerate a four-token policy: the expectation of the loss's gradient is the gradient of the KL it claims."""
+    """Enumerate a four-token policy: the expectation of the loss's gradient is the gradient of the
+    KL it claims."""
     logits = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([-0.5, 0.4, 0.9, -0.2], dtype=torch.float64).log_softmax(0)
     logp = logits.log_softmax(0)
     expected = (logp.exp().detach() * kl_loss(logp, ref, estimator)).sum()  # type: ignore[arg-type]
     (got,) = torch.autograd.grad(expected, logits, retain_graph=True)
-    true = (logp.exp() * (logp - ref)).sum() if direction == "reverse" else (ref.exp() * (ref - logp)).sum()
+    true = (
+        (logp.exp() * (logp - ref)).sum()
+        if direction == "reverse"
+        else (ref.exp() * (ref - logp)).sum()
+    )
     torch.testing.assert_close(got, torch.autograd.grad(true, logits, retain_graph=True)[0])
     k1 = (logp.exp().detach() * kl_estimate(logp, ref, "k1")).sum()
-    torch.testing.assert_close(torch.autograd.grad(k1, logits)[0], torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.autograd.grad(k1, logits)[0], torch.zeros(4, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("shift", [-500.0, 500.0])
-@pytest.mark.parametrize("name", ["out", "old_logp", "ref_logp", "behaviour_logp"])
+@pytest.mark.parametrize("name", ["out", "old_logp", "ref_logp", "behavior_logp"])
 def test_extreme_log_ratios_stay_finite_in_float32(shift: float, name: str) -> None:
     rows = random_rows(9, [2, 3])
     for row in rows:
@@ -333,9 +396,11 @@ def test_refusals() -> None:
             build()
     rows = random_rows(2, [2])
     with pytest.raises(ValueError, match="ref_logp"):
-        PolicyLoss(kl_estimator="k2", kl_coef=0.1)(*micro_of(rows, totals_of(rows), skip=("ref_logp",)))
-    with pytest.raises(ValueError, match="behaviour_logp"):
-        PolicyLoss()(*micro_of(rows, totals_of(rows), skip=("behaviour_logp",)))
+        PolicyLoss(kl_estimator="k2", kl_coef=0.1)(
+            *micro_of(rows, totals_of(rows), skip=("ref_logp",))
+        )
+    with pytest.raises(ValueError, match="behavior_logp"):
+        PolicyLoss()(*micro_of(rows, totals_of(rows), skip=("behavior_logp",)))
     with pytest.raises(ValueError, match="entropy"):
         PolicyLoss(entropy_coef=0.1)(*micro_of(rows, totals_of(rows), skip=("entropy",)))
     with pytest.raises(ConfigError, match="token_mean"):

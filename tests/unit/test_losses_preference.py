@@ -1,4 +1,5 @@
-"""The preference family against the papers' equations in plain float64 Python, and its invariances."""
+"""The preference family against the papers' equations in plain float64 Python, and its
+invariances."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from rayhf.losses.preference import (
     PREFERENCE_LOSSES,
     REFERENCE_FREE,
     SMOOTHED,
-    Knobs,
+    LossParams,
     PairLogps,
     log_odds,
 )
@@ -84,7 +85,10 @@ def sppo_expected(p: P) -> float:
 
 EXPECTED: dict[str, Callable[[P], float]] = {
     "sigmoid": lambda p: -(1 - p.eps) * math.log(prob(p.u)) - p.eps * math.log(1 - prob(p.u)),
-    "robust": lambda p: ((1 - p.eps) * math.log(1 + math.exp(-p.u)) - p.eps * math.log(1 + math.exp(p.u))) / (1 - 2 * p.eps),
+    "robust": lambda p: (
+        ((1 - p.eps) * math.log(1 + math.exp(-p.u)) - p.eps * math.log(1 + math.exp(p.u)))
+        / (1 - 2 * p.eps)
+    ),
     "hinge": lambda p: 0.0 if p.u > 1 else 1 - p.u,
     "ipo": lambda p: (p.u / p.beta - 0.5 / p.beta) ** 2,
     "exo": exo_expected,
@@ -125,8 +129,8 @@ def logps_of(pairs: Sequence[P], dtype: torch.dtype = torch.float64) -> PairLogp
     )
 
 
-def knobs_of(p: P) -> Knobs:
-    return Knobs(beta=p.beta, label_smoothing=p.eps, simpo_gamma=p.gamma, discopop_tau=p.tau)
+def knobs_of(p: P) -> LossParams:
+    return LossParams(beta=p.beta, label_smoothing=p.eps, simpo_gamma=p.gamma, discopop_tau=p.tau)
 
 
 def test_every_loss_of_the_config_is_here_and_has_an_expectation() -> None:
@@ -134,7 +138,11 @@ def test_every_loss_of_the_config_is_here_and_has_an_expectation() -> None:
 
     from rayhf.config.algorithms import OnlineDPOConfig
 
-    assert set(get_args(OnlineDPOConfig.model_fields["loss"].annotation)) == set(NAMES) == set(EXPECTED)
+    assert (
+        set(get_args(OnlineDPOConfig.model_fields["loss"].annotation))
+        == set(NAMES)
+        == set(EXPECTED)
+    )
     assert {"simpo", "cpo", "orpo"} == REFERENCE_FREE
 
 
@@ -170,10 +178,23 @@ def test_per_pair_loss_gradcheck(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tau", [0.05, 3.0])
-def test_extreme_log_ratios_have_finite_loss_and_gradient(name: str, dtype: torch.dtype, tau: float) -> None:
+def test_extreme_log_ratios_have_finite_loss_and_gradient(
+    name: str, dtype: torch.dtype, tau: float
+) -> None:
     extremes = [-500.0, -30.0, -1e-9, 0.0]
     pairs = [
-        P(w=w, l=l, rw=rw, rl=rl, nw=nw, nl=3, beta=beta, eps=0.1 if name in SMOOTHED else 0.0, gamma=1.0, tau=tau)
+        P(
+            w=w,
+            l=l,
+            rw=rw,
+            rl=rl,
+            nw=nw,
+            nl=3,
+            beta=beta,
+            eps=0.1 if name in SMOOTHED else 0.0,
+            gamma=1.0,
+            tau=tau,
+        )
         for w in extremes
         for l in extremes  # noqa: E741
         for rw, rl in ((0.0, 0.0), (-500.0, 0.0), (0.0, -500.0))
@@ -182,7 +203,9 @@ def test_extreme_log_ratios_have_finite_loss_and_gradient(name: str, dtype: torc
     ]
     logps = logps_of(pairs, dtype)
     for beta in (0.001, 0.1, 1.0):
-        knobs = Knobs(beta=beta, label_smoothing=pairs[0].eps, simpo_gamma=1.0, discopop_tau=tau)
+        knobs = LossParams(
+            beta=beta, label_smoothing=pairs[0].eps, simpo_gamma=1.0, discopop_tau=tau
+        )
         loss = PREFERENCE_LOSSES[name](logps, knobs)
         grads = torch.autograd.grad(loss.sum(), (logps.chosen_P, logps.rejected_P))
         assert bool(loss.isfinite().all()) and all(bool(g.isfinite().all()) for g in grads)
@@ -190,10 +213,11 @@ def test_extreme_log_ratios_have_finite_loss_and_gradient(name: str, dtype: torc
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"apo_down", "exo"}))
 def test_gradient_still_prefers_the_chosen_when_far_on_the_wrong_side(name: str) -> None:
-    """At u = -50 a stable loss must still push up chosen minus rejected; a clamped exponent would have gone silent.
+    """At u = -50 a stable loss must still push up chosen minus rejected; a clamped exponent would
+    have gone silent.
 
-    apo_zero and exo saturate by definition there (their gradient is exponentially small), apo_down lowers the chosen
-    too.
+    apo_zero and exo saturate by definition there (their gradient is exponentially small), apo_down
+    lowers the chosen too.
     """
     pairs = [P(w=-40.0, l=-10.0, rw=0, rl=-20.0, nw=4, nl=4, beta=1.0, eps=0.0, gamma=0.0, tau=3.0)]
     logps = logps_of(pairs)
@@ -205,9 +229,10 @@ def test_gradient_still_prefers_the_chosen_when_far_on_the_wrong_side(name: str)
 def test_identities_between_losses() -> None:
     pairs = random_pairs(3, 20, "simpo")
     logps = logps_of(pairs)
-    plain = PREFERENCE_LOSSES["sigmoid"](logps, Knobs(beta=0.3))
-    torch.testing.assert_close(PREFERENCE_LOSSES["robust"](logps, Knobs(beta=0.3)), plain)
-    # rDPO is unbiased under label flips: (1-e) * loss(pair) + e * loss(flipped pair) = the plain loss.
+    plain = PREFERENCE_LOSSES["sigmoid"](logps, LossParams(beta=0.3))
+    torch.testing.assert_close(PREFERENCE_LOSSES["robust"](logps, LossParams(beta=0.3)), plain)
+    # rDPO is unbiased under label flips: (1-e) * loss(pair) + e * loss(flipped pair) = the plain
+    # loss.
     flipped = PairLogps(
         chosen_P=logps.rejected_P,
         rejected_P=logps.chosen_P,
@@ -216,15 +241,19 @@ def test_identities_between_losses() -> None:
         chosen_length_P=logps.rejected_length_P,
         rejected_length_P=logps.chosen_length_P,
     )
-    robust, knobs = PREFERENCE_LOSSES["robust"], Knobs(beta=0.3, label_smoothing=0.2)
+    robust, knobs = PREFERENCE_LOSSES["robust"], LossParams(beta=0.3, label_smoothing=0.2)
     torch.testing.assert_close(0.8 * robust(logps, knobs) + 0.2 * robust(flipped, knobs), plain)
-    assert bool((PREFERENCE_LOSSES["exo"](logps, Knobs(beta=0.3, label_smoothing=1e-3)) >= 0).all())
+    assert bool(
+        (PREFERENCE_LOSSES["exo"](logps, LossParams(beta=0.3, label_smoothing=1e-3)) >= 0).all()
+    )
 
 
 def test_stationary_points_from_the_papers() -> None:
     def gradient(name: str, d_w: float, d_l: float, beta: float) -> list[float]:
-        logps = logps_of([P(w=d_w, l=d_l, rw=0, rl=0, nw=1, nl=1, beta=beta, eps=0, gamma=0, tau=0.05)])
-        loss = PREFERENCE_LOSSES[name](logps, Knobs(beta=beta))
+        logps = logps_of(
+            [P(w=d_w, l=d_l, rw=0, rl=0, nw=1, nl=1, beta=beta, eps=0, gamma=0, tau=0.05)]
+        )
+        loss = PREFERENCE_LOSSES[name](logps, LossParams(beta=beta))
         grads = torch.autograd.grad(loss.sum(), (logps.chosen_P, logps.rejected_P))
         return [g.item() for g in grads]
 
@@ -237,4 +266,6 @@ def test_stationary_points_from_the_papers() -> None:
 @settings(max_examples=60, deadline=None)
 def test_log_odds_is_stable_over_its_range(q: float) -> None:
     expected = q - (math.log(-math.expm1(q)) if q > -0.1 else math.log1p(-math.exp(q)))
-    assert log_odds(torch.tensor([q], dtype=torch.float64)).item() == pytest.approx(expected, rel=1e-9)
+    assert log_odds(torch.tensor([q], dtype=torch.float64)).item() == pytest.approx(
+        expected, rel=1e-9
+    )

@@ -1,4 +1,5 @@
-"""The preference loss over a micro-batch: weights, sharding, metrics, soft labels; equations are tested beside this."""
+"""The preference loss over a micro-batch: weights, sharding, metrics, soft labels; equations are
+tested beside this."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from rayhf.losses.preference import (
 )
 
 TokenPair = tuple[dict[str, list[float]], dict[str, list[float]]]
-FIELDS = ("out", "behaviour_logp", "old_logp", "ref_logp", "entropy")
+FIELDS = ("out", "behavior_logp", "old_logp", "ref_logp", "entropy")
 
 
 def token_pairs(seed: int, lengths: Sequence[tuple[int, int]]) -> list[TokenPair]:
@@ -33,20 +34,29 @@ def token_pairs(seed: int, lengths: Sequence[tuple[int, int]]) -> list[TokenPair
 
     def row(length: int) -> dict[str, list[float]]:
         base = [-rng.random() * 2 - 0.05 for _ in range(length)]
-        return {name: [x + rng.gauss(0, 0.3) if name != "out" else x for x in base] for name in FIELDS}
+        return {
+            name: [x + rng.gauss(0, 0.3) if name != "out" else x for x in base] for name in FIELDS
+        }
 
     return [(row(a), row(b)) for a, b in lengths]
 
 
-def micro_of(pairs: Sequence[TokenPair], examples: float, *, skip: tuple[str, ...] = ()) -> tuple[Tensor, MicroBatch]:
+def micro_of(
+    pairs: Sequence[TokenPair], examples: float, *, skip: tuple[str, ...] = ()
+) -> tuple[Tensor, MicroBatch]:
     rows = [row for pair in pairs for row in pair]
-    flat = {name: torch.tensor([x for row in rows for x in row[name]], dtype=torch.float64) for name in FIELDS}
+    flat = {
+        name: torch.tensor([x for row in rows for x in row[name]], dtype=torch.float64)
+        for name in FIELDS
+    }
     lengths = [len(row["out"]) for row in rows]
     micro = MicroBatch(
         tokens={name: flat[name] for name in FIELDS if name not in ("out", "entropy", *skip)},
         rows={},
         examples={},
-        row_T=torch.tensor([r for r, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64),
+        row_T=torch.tensor(
+            [r for r, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64
+        ),
         length_R=torch.tensor(lengths, dtype=torch.float32),
         example_R=torch.arange(len(pairs)).repeat_interleave(2),
         totals=Totals(tokens=50.0, rows=2 * examples, examples=examples),
@@ -57,7 +67,14 @@ def micro_of(pairs: Sequence[TokenPair], examples: float, *, skip: tuple[str, ..
 
 def loss_of(name: str, **more: float | None) -> PreferenceLoss:
     eps = 0.1 if name in SMOOTHED else 0.0
-    settings_ = {"beta": 0.3, "label_smoothing": eps, "simpo_gamma": 0.7, "discopop_tau": 0.4, "nll_coef": 0.25, **more}
+    settings_ = {
+        "beta": 0.3,
+        "label_smoothing": eps,
+        "simpo_gamma": 0.7,
+        "discopop_tau": 0.4,
+        "nll_coef": 0.25,
+        **more,
+    }
     return PreferenceLoss(loss=name, **settings_)  # type: ignore[arg-type]
 
 
@@ -88,7 +105,11 @@ def test_preference_loss_is_the_weighted_mean_over_pairs(name: str, cap: float |
     total = 0.0
     for pair in pairs:
         p = P(**{**plain_pair(pair).__dict__, "eps": loss.label_smoothing})
-        tokens = [(o, b) for row in pair for o, b in zip(row["old_logp"], row["behaviour_logp"], strict=True)]
+        tokens = [
+            (o, b)
+            for row in pair
+            for o, b in zip(row["old_logp"], row["behavior_logp"], strict=True)
+        ]
         ratio = math.prod(math.exp(o - b) for o, b in tokens) ** (1 / len(tokens))
         weight = 1.0 if cap is None else min(cap, ratio)
         total += weight * (EXPECTED[name](p) + 0.25 * (-p.w / p.nw))
@@ -101,7 +122,9 @@ def test_preference_loss_is_the_weighted_mean_over_pairs(name: str, cap: float |
 @pytest.mark.parametrize("skip", [(), ("old_logp",)])
 @given(cuts=st.sets(st.integers(1, 3), max_size=3), order=st.permutations(range(4)))
 @settings(max_examples=6, deadline=None)
-def test_sharding_and_order_do_not_matter(name: str, skip: tuple[str, ...], cuts: set[int], order: list[int]) -> None:
+def test_sharding_and_order_do_not_matter(
+    name: str, skip: tuple[str, ...], cuts: set[int], order: list[int]
+) -> None:
     pairs = token_pairs(6, [(3, 2), (0, 4), (5, 5), (2, 0)])
     loss = loss_of(name)
     whole = loss(*micro_of(pairs, 4.0, skip=skip))
@@ -118,19 +141,30 @@ def test_sharding_and_order_do_not_matter(name: str, skip: tuple[str, ...], cuts
 def test_metrics_are_means_over_pairs() -> None:
     pairs = token_pairs(7, LENGTHS)
     plain = [plain_pair(pair) for pair in pairs]
-    metrics = {key: x.item() for key, x in loss_of("sigmoid")(*micro_of(pairs, 4.0)).metrics.items()}
+    metrics = {
+        key: x.item() for key, x in loss_of("sigmoid")(*micro_of(pairs, 4.0)).metrics.items()
+    }
     assert metrics["dpo/chosen_reward"] == pytest.approx(sum(0.3 * (p.w - p.rw) for p in plain) / 4)
-    assert metrics["dpo/rejected_reward"] == pytest.approx(sum(0.3 * (p.l - p.rl) for p in plain) / 4)
+    assert metrics["dpo/rejected_reward"] == pytest.approx(
+        sum(0.3 * (p.l - p.rl) for p in plain) / 4
+    )
     assert metrics["dpo/margin"] == pytest.approx(sum(p.u for p in plain) / 4)
     assert metrics["dpo/accuracy"] == pytest.approx(sum(p.u > 0 for p in plain) / 4)
     assert metrics["reference/kl"] == pytest.approx(sum(p.w - p.rw + p.l - p.rl for p in plain) / 8)
-    assert {"rollout/mismatch_kl", "rollout/mismatch_abs_max", "policy/entropy", "learner/loss"} <= metrics.keys()
+    assert {
+        "rollout/mismatch_kl",
+        "rollout/mismatch_abs_max",
+        "policy/entropy",
+        "learner/loss",
+    } <= metrics.keys()
 
 
 def test_on_policy_weight_is_exactly_one_and_detached() -> None:
     out, micro = micro_of(token_pairs(8, [(300, 7), (0, 0)]), 2.0)
     weight, capped = pair_importance_weight(out, out.detach().clone(), micro, 2.0)
-    assert weight.tolist() == [1.0, 1.0] and capped.tolist() == [0.0, 0.0] and not weight.requires_grad
+    assert (
+        weight.tolist() == [1.0, 1.0] and capped.tolist() == [0.0, 0.0] and not weight.requires_grad
+    )
     weight, capped = pair_importance_weight(out, out.detach() - 500.0, micro, 2.0)
     assert weight.tolist() == [2.0, 1.0] and capped.tolist() == [1.0, 0.0]
 
@@ -151,7 +185,11 @@ def test_empty_responses_are_finite(name: str) -> None:
     out, micro = micro_of(token_pairs(10, [(0, 0), (0, 3), (2, 0)]), 3.0)
     result = loss_of(name)(out, micro)
     result.loss.backward()
-    assert out.grad is not None and bool(out.grad.isfinite().all()) and math.isfinite(result.loss.item())
+    assert (
+        out.grad is not None
+        and bool(out.grad.isfinite().all())
+        and math.isfinite(result.loss.item())
+    )
 
 
 def test_reference_free_losses_run_without_a_reference() -> None:
@@ -179,14 +217,18 @@ def test_refusals() -> None:
         with pytest.raises(ConfigError):
             PreferenceLoss(**wrong)  # type: ignore[arg-type]
     out, micro = micro_of(token_pairs(12, [(1, 1), (1, 1)]), 2.0)
-    shifted = {name: getattr(micro, name) for name in micro.__dataclass_fields__} | {"example_R": torch.tensor([0, 1, 1, 2])}
+    shifted = {name: getattr(micro, name) for name in micro.__dataclass_fields__} | {
+        "example_R": torch.tensor([0, 1, 1, 2])
+    }
     with pytest.raises(ValueError, match="two by two"):
         PreferenceLoss()(out, MicroBatch(**shifted))
 
 
 def with_examples(micro: MicroBatch, smoothing: Sequence[float]) -> MicroBatch:
     values = {name: getattr(micro, name) for name in micro.__dataclass_fields__}
-    return MicroBatch(**values | {"examples": {"label_smoothing": torch.tensor(smoothing, dtype=torch.float32)}})
+    return MicroBatch(
+        **values | {"examples": {"label_smoothing": torch.tensor(smoothing, dtype=torch.float32)}}
+    )
 
 
 def test_soft_labels_are_one_smoothing_per_pair() -> None:
@@ -196,13 +238,17 @@ def test_soft_labels_are_one_smoothing_per_pair() -> None:
     for pair, alpha in zip(pairs, alphas, strict=True):
         p = P(**{**plain_pair(pair).__dict__, "eps": alpha})
         expected += EXPECTED["sigmoid"](p) / 4
-        slopes.append(0.3 * (prob(p.u) - (1 - alpha)) / 4)  # d loss / d (sum of the chosen's log-probs)
+        slopes.append(
+            0.3 * (prob(p.u) - (1 - alpha)) / 4
+        )  # d loss / d (sum of the chosen's log-probs)
     out, micro = micro_of(pairs, 4.0)
     result = PreferenceLoss(beta=0.3, importance_cap=None)(out, with_examples(micro, alphas))
     assert result.loss.item() == pytest.approx(expected, rel=1e-6)
     result.loss.backward()
     assert out.grad is not None
-    for row, (slope, length) in enumerate(zip(twice(slopes), [n for pair in LENGTHS for n in pair], strict=True)):
+    for row, (slope, length) in enumerate(
+        zip(twice(slopes), [n for pair in LENGTHS for n in pair], strict=True)
+    ):
         got = out.grad[micro.row_T == row]
         assert got.tolist() == pytest.approx([slope if row % 2 == 0 else -slope] * length, rel=1e-6)
 
@@ -215,7 +261,9 @@ def twice(values: Sequence[float]) -> list[float]:
 def test_equal_soft_labels_are_label_smoothing() -> None:
     out, micro = micro_of(token_pairs(14, LENGTHS), 4.0)
     same = PreferenceLoss(label_smoothing=0.25)(out, micro).loss
-    assert PreferenceLoss()(out, with_examples(micro, [0.25] * 4)).loss.item() == pytest.approx(same.item(), rel=1e-6)
+    assert PreferenceLoss()(out, with_examples(micro, [0.25] * 4)).loss.item() == pytest.approx(
+        same.item(), rel=1e-6
+    )
 
 
 def test_no_confidence_only_pulls_the_gap_to_zero() -> None:
@@ -224,7 +272,9 @@ def test_no_confidence_only_pulls_the_gap_to_zero() -> None:
     losses = []
     for pair in ((chosen, rejected), (rejected, chosen)):
         out, micro = micro_of([pair], 1.0)
-        losses.append(PreferenceLoss(importance_cap=None)(out, with_examples(micro, [0.5])).loss.item())
+        losses.append(
+            PreferenceLoss(importance_cap=None)(out, with_examples(micro, [0.5])).loss.item()
+        )
     assert losses[0] == pytest.approx(losses[1])
 
 

@@ -25,15 +25,15 @@ from rayhf.losses.reward import (
 )
 
 LOSSES: dict[str, Loss] = {
-    "bradley_terry": BradleyTerryLoss(centring=0.0),
-    "bradley_terry, centred": BradleyTerryLoss(centring=0.3),
-    "margin": BradleyTerryLoss(kind="margin", centring=0.01),
-    "scaled": BradleyTerryLoss(kind="scaled", centring=0.0),
+    "bradley_terry": BradleyTerryLoss(centering=0.0),
+    "bradley_terry, centered": BradleyTerryLoss(centering=0.3),
+    "margin": BradleyTerryLoss(kind="margin", centering=0.01),
+    "scaled": BradleyTerryLoss(kind="scaled", centering=0.0),
     "regression": RegressionLoss(),
     "regression, mixed": RegressionLoss(mix=0.25),
     "pairwise": PairwiseLoss(),
-    "general preference": GeneralPreferenceLoss(temperature=0.7, centring=0.0),
-    "general preference, centred": GeneralPreferenceLoss(temperature=0.7, centring=0.2),
+    "general preference": GeneralPreferenceLoss(temperature=0.7, centering=0.0),
+    "general preference, centered": GeneralPreferenceLoss(temperature=0.7, centering=0.2),
 }
 NAMES = sorted(LOSSES)
 
@@ -51,11 +51,13 @@ def skew(w: Sequence[float], l: Sequence[float]) -> float:  # noqa: E741
     return float(np.asarray(w) @ matrix @ np.asarray(l))
 
 
-def pair_terms(name: str, w: Sequence[float], l: Sequence[float], m: float, a: float, b: float) -> float:  # noqa: E741
+def pair_terms(
+    name: str, w: Sequence[float], l: Sequence[float], m: float, a: float, b: float
+) -> float:  # noqa: E741
     """One pair's part of the mean over pairs, from the papers' formulas."""
     if name == "bradley_terry":
         return -math.log(win(w[0] - l[0]))
-    if name == "bradley_terry, centred":
+    if name == "bradley_terry, centered":
         return math.log(1 + math.exp(l[0] - w[0])) + 0.3 * (w[0] + l[0]) ** 2
     if name == "margin":
         return math.log(1 + math.exp(l[0] + m - w[0])) + 0.01 * (w[0] + l[0]) ** 2
@@ -67,7 +69,9 @@ def pair_terms(name: str, w: Sequence[float], l: Sequence[float], m: float, a: f
         return 0.25 * ((w[0] - a) ** 2 + (l[0] - b) ** 2) / 2 - 0.75 * math.log(win(w[0] - l[0]))
     if name == "pairwise":  # w: log-odds with the chosen first, l: with the rejected first
         return -(math.log(win(w[0])) + math.log(1 - win(l[0]))) / 2
-    centre = 0.2 * sum((a + b) ** 2 for a, b in zip(w, l, strict=True)) if "centred" in name else 0.0
+    centre = (
+        0.2 * sum((a + b) ** 2 for a, b in zip(w, l, strict=True)) if "centered" in name else 0.0
+    )
     return centre - math.log(win(skew(w, l) / 0.7))
 
 
@@ -99,7 +103,11 @@ class Data:
         terms = []
         for p in range(self.pairs):
             w, l = self.output[2 * p], self.output[2 * p + 1]  # noqa: E741
-            terms.append(pair_terms(self.name, w, l, self.margin[p], self.rating[2 * p], self.rating[2 * p + 1]))
+            terms.append(
+                pair_terms(
+                    self.name, w, l, self.margin[p], self.rating[2 * p], self.rating[2 * p + 1]
+                )
+            )
         return sum(terms) / self.pairs
 
 
@@ -132,7 +140,9 @@ def test_sharding_changes_nothing(name: str) -> None:
 def test_the_order_of_pairs_changes_nothing(name: str) -> None:
     data = Data(5, name, 4)
     a = LOSSES[name](*data.micro(range(5), data.totals)).loss.item()
-    assert LOSSES[name](*data.micro([3, 1, 4, 0, 2], data.totals)).loss.item() == pytest.approx(a, rel=1e-12)
+    assert LOSSES[name](*data.micro([3, 1, 4, 0, 2], data.totals)).loss.item() == pytest.approx(
+        a, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,7 +154,11 @@ def test_extreme_outputs_stay_finite(name: str) -> None:
         output_Td = output_Td.detach().float().requires_grad_(True)
         loss = LOSSES[name](output_Td, micro).loss
         loss.backward()  # type: ignore[no-untyped-call]
-        assert math.isfinite(loss.item()) and output_Td.grad is not None and output_Td.grad.isfinite().all()
+        assert (
+            math.isfinite(loss.item())
+            and output_Td.grad is not None
+            and output_Td.grad.isfinite().all()
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -197,7 +211,9 @@ def test_general_preference_is_skew_symmetric(first: list[float], second: list[f
     a, b = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
     assert general_preference_score(a, b).item() == -general_preference_score(b, a).item()
     assert general_preference_score(a, a).item() == 0.0
-    assert general_preference_score(a, b).item() == pytest.approx(skew(first, second), rel=1e-9, abs=1e-6)
+    assert general_preference_score(a, b).item() == pytest.approx(
+        skew(first, second), rel=1e-9, abs=1e-6
+    )
 
 
 def test_general_preference_score_by_hand() -> None:
@@ -218,9 +234,9 @@ def test_one_block_holds_a_cycle() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BradleyTerryLoss(centring=-1.0), "centring: -1.0 must be at least 0"),
+        (lambda: BradleyTerryLoss(centering=-1.0), "centering: -1.0 must be at least 0"),
         (lambda: RegressionLoss(mix=1.5), "mix: 1.5 must be from 0 to 1"),
-        (lambda: GeneralPreferenceLoss(centring=-0.1), "centring: -0.1 must be at least 0"),
+        (lambda: GeneralPreferenceLoss(centering=-0.1), "centering: -0.1 must be at least 0"),
         (lambda: GeneralPreferenceLoss(temperature=0.0), "temperature: 0.0 must be above 0"),
     ],
 )

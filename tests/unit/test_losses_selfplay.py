@@ -1,4 +1,5 @@
-"""SPPO, INPO and HyPO losses against float64 values computed from the papers' equations, and against sharding."""
+"""SPPO, INPO and HyPO losses against float64 values computed from the papers' equations, and
+against sharding."""
 
 import math
 
@@ -9,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayhf.errors import ConfigError
-from rayhf.experience import Example, Row
 from rayhf.learner.forward import build_micro
 from rayhf.losses.base import Totals
 from rayhf.losses.hypo import HyPOLoss, leave_one_out
 from rayhf.losses.selfplay import INPOLoss, SPPOLoss, inpo, sppo
+from rayhf.types import Example, Row
 
 
-def row(logp, *, ref=None, old=None, behaviour=None, target=0.0):
+def row(logp, *, ref=None, old=None, behavior=None, target=0.0):
     n = len(logp)
-    tokens = {"behaviour_logp": logp if behaviour is None else behaviour}
+    tokens = {"behavior_logp": logp if behavior is None else behavior}
     tokens |= {"ref_logp": ref} if ref is not None else {}
     tokens |= {"old_logp": old} if old is not None else {}
     return Row(
@@ -38,7 +39,10 @@ def totals_of(examples):
         for name, value in e.scalars.items():
             sums[name] = sums.get(name, 0.0) + value
     return Totals(
-        tokens=float(sum(len(r.response_ids) for r in rows)), rows=float(len(rows)), examples=float(len(examples)), scalars=sums
+        tokens=float(sum(len(r.response_ids) for r in rows)),
+        rows=float(len(rows)),
+        examples=float(len(examples)),
+        scalars=sums,
     )
 
 
@@ -55,16 +59,23 @@ def run(loss, examples, logps, *, totals=None):
 def test_sppo_is_the_papers_regression_up_to_its_scale():
     eta, ratio, target = 1000.0, 3.25, 0.2
     paper = (ratio - eta * target) ** 2
-    got = sppo(torch.tensor([ratio], dtype=torch.float64), torch.tensor([target], dtype=torch.float64), eta).item()
+    got = sppo(
+        torch.tensor([ratio], dtype=torch.float64), torch.tensor([target], dtype=torch.float64), eta
+    ).item()
     assert got * 2 * eta == pytest.approx(paper, rel=1e-12)
     logps, refs, targets = [[-1.0, -2.0], [-0.5]], [[-1.5, -2.0], [-0.25]], [0.3, -0.1]
-    examples = [Example(rows=(row(lp, ref=rp, target=t),)) for lp, rp, t in zip(logps, refs, targets, strict=True)]
+    examples = [
+        Example(rows=(row(lp, ref=rp, target=t),))
+        for lp, rp, t in zip(logps, refs, targets, strict=True)
+    ]
     result, gradients = run(SPPOLoss(eta=2.0), examples, logps)
     ratios = [sum(lp) - sum(rp) for lp, rp in zip(logps, refs, strict=True)]
     expected = sum((d - 2.0 * t) ** 2 / 4.0 for d, t in zip(ratios, targets, strict=True)) / 2
     assert result.loss.item() == pytest.approx(expected, rel=1e-6)
     # d loss / d logp = (d / eta - target) / rows: of order 1 whatever eta is
-    assert gradients == pytest.approx([(d / 2.0 - t) / 2 for d, t in zip(ratios, targets, strict=True)], rel=1e-5)
+    assert gradients == pytest.approx(
+        [(d / 2.0 - t) / 2 for d, t in zip(ratios, targets, strict=True)], rel=1e-5
+    )
 
 
 def test_an_sppo_step_raises_what_wins_and_lowers_what_loses():
@@ -78,9 +89,16 @@ def test_inpo_is_the_papers_regression_up_to_its_scale():
     gap, ref, old = 1.7, 0.4, 0.9
     h = gap - tau / eta * ref - (eta - tau) / eta * old
     values = [torch.tensor([v], dtype=torch.float64) for v in (gap, ref, old)]
-    assert inpo(*values, eta, tau).item() / eta == pytest.approx((h - 1 / (2 * eta)) ** 2, rel=1e-12)
-    rows = (row([-1.0, -1.0], ref=[-1.0, -1.2], old=[-1.1, -1.0]), row([-3.0], ref=[-2.0], old=[-2.5]))
-    result, gradients = run(INPOLoss(eta=0.5, tau=0.1), [Example(rows=rows)], [[-1.0, -1.0], [-3.0]])
+    assert inpo(*values, eta, tau).item() / eta == pytest.approx(
+        (h - 1 / (2 * eta)) ** 2, rel=1e-12
+    )
+    rows = (
+        row([-1.0, -1.0], ref=[-1.0, -1.2], old=[-1.1, -1.0]),
+        row([-3.0], ref=[-2.0], old=[-2.5]),
+    )
+    result, gradients = run(
+        INPOLoss(eta=0.5, tau=0.1), [Example(rows=rows)], [[-1.0, -1.0], [-3.0]]
+    )
     h = (-2.0 + 3.0) - 0.2 * (-2.2 + 2.0) - 0.8 * (-2.1 + 2.5)
     assert result.loss.item() == pytest.approx((0.5 * h - 0.5) ** 2 / 0.5, rel=1e-5)
     assert gradients == pytest.approx([2 * (0.5 * h - 0.5), -2 * (0.5 * h - 0.5)], rel=1e-5)
@@ -91,12 +109,16 @@ def test_inpo_is_the_papers_regression_up_to_its_scale():
 def hypo_examples(pairs, groups):
     given = [
         Example(
-            rows=tuple(row(lp, ref=rp, behaviour=[math.nan] * len(lp)) for lp, rp in pair), scalars={"pair": 1.0, "online": 0.0}
+            rows=tuple(row(lp, ref=rp, behavior=[math.nan] * len(lp)) for lp, rp in pair),
+            scalars={"pair": 1.0, "online": 0.0},
         )
         for pair in pairs
     ]
     fresh = [
-        Example(rows=tuple(row(lp, ref=rp) for lp, rp in group), scalars={"pair": 0.0, "online": float(len(group))})
+        Example(
+            rows=tuple(row(lp, ref=rp) for lp, rp in group),
+            scalars={"pair": 0.0, "online": float(len(group))},
+        )
         for group in groups
     ]
     return given + fresh, [lp for part in (*pairs, *groups) for lp, _ in part]
@@ -116,9 +138,13 @@ def test_hypo_is_dpo_on_the_pairs_plus_a_leave_one_out_kl_on_the_samples():
     advantages = [c - np.mean(np.delete(costs, i)) for i, c in enumerate(costs)]
     expected = [slope, -slope] + [coef * a / 3 for a in advantages]
     assert gradients == pytest.approx(expected, rel=1e-5)
-    assert result.metrics["hypo/online_kl"].item() == pytest.approx(np.mean([0.5, -1.0, -3.0]), rel=1e-6)
+    assert result.metrics["hypo/online_kl"].item() == pytest.approx(
+        np.mean([0.5, -1.0, -3.0]), rel=1e-6
+    )
     assert result.metrics["reference/kl"].item() == result.metrics["hypo/online_kl"].item()
-    assert result.metrics["hypo/dpo_loss"].item() == pytest.approx(math.log1p(math.exp(-beta * margin)), rel=1e-6)
+    assert result.metrics["hypo/dpo_loss"].item() == pytest.approx(
+        math.log1p(math.exp(-beta * margin)), rel=1e-6
+    )
 
 
 def test_hypo_with_coefficient_zero_is_offline_dpo():
@@ -126,7 +152,11 @@ def test_hypo_with_coefficient_zero_is_offline_dpo():
     _, with_samples = run(HyPOLoss(beta=0.1, kl_coef=0.0, clip=9.0), examples, logps)
     alone, alone_logps = hypo_examples(PAIRS, [])
     _, without = run(HyPOLoss(beta=0.1, kl_coef=0.0, clip=9.0), alone, alone_logps)
-    assert with_samples[:2] == pytest.approx(without, rel=1e-6) and with_samples[2:] == [0.0, 0.0, 0.0]
+    assert with_samples[:2] == pytest.approx(without, rel=1e-6) and with_samples[2:] == [
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_a_hypo_step_adds_up_over_micro_batches():
@@ -150,7 +180,9 @@ def test_leave_one_out_is_order_free_and_sums_to_zero(costs, random):
     def loo(values):
         tensor = torch.tensor(values, dtype=torch.float64)
         return leave_one_out(
-            tensor, torch.zeros(len(values), dtype=torch.int64), torch.tensor([float(len(values))], dtype=torch.float64)
+            tensor,
+            torch.zeros(len(values), dtype=torch.int64),
+            torch.tensor([float(len(values))], dtype=torch.float64),
         )
 
     plain, shuffled = loo(costs), loo([costs[i] for i in order])
@@ -162,7 +194,8 @@ def test_leave_one_out_is_order_free_and_sums_to_zero(costs, random):
 
 
 def test_the_kl_estimator_is_unbiased():
-    """Exact expectation over all pairs of samples of a three-way policy equals the gradient of KL(p || ref)."""
+    """Exact expectation over all pairs of samples of a three-way policy equals the gradient of KL(p
+    || ref)."""
     logits = torch.tensor([0.3, -0.4, 0.1], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
     p = logits.log_softmax(0)
@@ -172,7 +205,9 @@ def test_the_kl_estimator_is_unbiased():
     for i in range(3):
         for j in range(3):
             logits.grad = None
-            advantage = leave_one_out(cost[[i, j]], torch.tensor([0, 0]), torch.tensor([2.0], dtype=torch.float64))
+            advantage = leave_one_out(
+                cost[[i, j]], torch.tensor([0, 0]), torch.tensor([2.0], dtype=torch.float64)
+            )
             (advantage * logits.log_softmax(0)[[i, j]]).mean().backward()
             estimate += p[i].exp().item() * p[j].exp().item() * logits.grad
     assert torch.allclose(estimate, exact, atol=1e-12)

@@ -39,7 +39,9 @@ def micro_of(rows, totals, *, entropy=None, **tokens):
         totals=totals,
         entropy_T=entropy,
     )
-    return torch.tensor([x for row in rows for x in row], dtype=torch.float64, requires_grad=True), micro
+    return torch.tensor(
+        [x for row in rows for x in row], dtype=torch.float64, requires_grad=True
+    ), micro
 
 
 @pytest.mark.parametrize("how", EXPECTED)
@@ -49,7 +51,9 @@ def test_value_is_the_mean_negative_log_likelihood(how):
     assert out.loss.item() == pytest.approx(EXPECTED[how], abs=1e-12)
     assert out.metrics["learner/loss"].item() == pytest.approx(EXPECTED[how], abs=1e-12)
     assert out.metrics["sft/nll"].item() == pytest.approx(EXPECTED["token_mean"], abs=1e-12)
-    assert out.metrics["sft/nll_response"].item() == pytest.approx(EXPECTED["sequence_sum"], abs=1e-12)
+    assert out.metrics["sft/nll_response"].item() == pytest.approx(
+        EXPECTED["sequence_sum"], abs=1e-12
+    )
     assert not any(value.requires_grad for value in out.metrics.values())
 
 
@@ -70,7 +74,7 @@ def test_entropy_is_reported_where_it_was_computed():
 
 def test_who_wrote_the_text_does_not_matter():
     unknown_T = torch.full((6,), torch.nan, dtype=torch.float64)
-    logp_T, micro = micro_of(ROWS, totals_of(ROWS), behaviour_logp=unknown_T)
+    logp_T, micro = micro_of(ROWS, totals_of(ROWS), behavior_logp=unknown_T)
     assert SFTLoss()(logp_T, micro).loss.item() == pytest.approx(EXPECTED["token_mean"])
 
 

@@ -1,4 +1,5 @@
-"""MCTS-DPO over a toy language, through the real exchange: answers are three digits, one a line, and 1, 2, 3 is right.
+"""MCTS-DPO over a toy language, through the real exchange: answers are three digits, one a line,
+and 1, 2, 3 is right.
 
 Two lines end in a line end, the third in the end of the turn.
 """
@@ -13,17 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayhf.algorithms.base import Turn
+from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.mcts_dpo import MCTSDPO, tree_from_group, verdict, worth
-from rayhf.campaign.exchange import Exchange
-from rayhf.campaign.records import sample_table
 from rayhf.config.mcts_dpo import MCTSDPOConfig, OutcomeConfig
 from rayhf.errors import ConfigError
-from rayhf.experience import Completion, Failed, Group, Invalid, Prompt, Sample, Sampling, Scored
+from rayhf.exploration.scheduler import RequestScheduler
+from rayhf.run_dir.tables import sample_table
+from rayhf.types import Completion, Failed, Group, Invalid, Prompt, Sample, Sampling, Scored
 
 NEWLINE, END = 5, 6
 PLAIN = Sampling(max_tokens=20)
-TURN = Turn(iteration=1, seed=3)
+TURN = SelectionContext(iteration=1, seed=3)
 
 
 def text_of(tokens):
@@ -31,10 +32,17 @@ def text_of(tokens):
 
 
 class ToyRollout:
-    """Writes a digit, a line end, ..., and its end of turn after `length` digits. What starts with 900 asks the critic."""
+    """Writes a digit, a line end, ..., and its end of turn after `length` digits. What starts with
+    900 asks the critic."""
 
     def __init__(self, digits=(1, 2, 3), length=3, late=False, says="Yes."):
-        self.digits, self.length, self.late, self.says, self.requests = digits, length, late, says, []
+        self.digits, self.length, self.late, self.says, self.requests = (
+            digits,
+            length,
+            late,
+            says,
+            [],
+        )
 
     async def generate(self, requests, *, version):
         self.requests += requests
@@ -96,7 +104,12 @@ class ToyChat:
 
 def prompts(n=1, answer="123"):
     return [
-        Prompt(prompt_id=f"p{i}", messages=({"role": "user", "content": f"q{i}"},), token_ids=(1, 2 + i % 2), answer=answer)
+        Prompt(
+            prompt_id=f"p{i}",
+            messages=({"role": "user", "content": f"q{i}"},),
+            token_ids=(1, 2 + i % 2),
+            answer=answer,
+        )
         for i in range(n)
     ]
 
@@ -111,19 +124,35 @@ def explore(config, **settings):
     return explored(config, **settings)[0]
 
 
-def explored(config, *, rollout=None, scorer=None, chat=None, n=1, sampling=PLAIN, deterministic=True, answer="123"):
+def explored(
+    config,
+    *,
+    rollout=None,
+    scorer=None,
+    chat=None,
+    n=1,
+    sampling=PLAIN,
+    deterministic=True,
+    answer="123",
+):
     """The groups of n prompts, and the exchange over which they were explored."""
     algorithm = MCTSDPO(config, max_tokens=sampling.max_tokens)
 
     async def go():
-        exchange = Exchange(
+        exchange = RequestScheduler(
             {"policy": rollout or ToyRollout()},
             scorer or ToyScorer(),
             chat=chat or ToyChat(),
             versions={"policy": 0},
             deterministic=deterministic,
         )
-        found = await exchange.run(prompts(n, answer), algorithm.explore, sampling=sampling, seed=5, done=lambda group: None)
+        found = await exchange.run(
+            prompts(n, answer),
+            algorithm.explore,
+            sampling=sampling,
+            seed=5,
+            done=lambda group: None,
+        )
         return found, exchange
 
     return asyncio.run(go())
@@ -132,7 +161,9 @@ def explored(config, *, rollout=None, scorer=None, chat=None, n=1, sampling=PLAI
 def test_the_search_finds_the_right_answer():
     groups = explore(config_of(iterations=30, width=(12,)), n=8)
     assert {g.metrics["mcts/solved"] for g in groups} == {1.0}
-    assert np.mean([g.metrics["mcts/path_correct"] for g in groups]) > 0.8  # a plain answer is right one time in 27
+    assert (
+        np.mean([g.metrics["mcts/path_correct"] for g in groups]) > 0.8
+    )  # a plain answer is right one time in 27
     path = [s for s in groups[0].samples if s.stats.get("chosen")]
     assert [s.completion.text for s in path] == ["1\n", "2\n", "3"]
 
@@ -140,7 +171,12 @@ def test_the_search_finds_the_right_answer():
 @pytest.mark.parametrize("rollouts", [1, 3])
 def test_the_tree_is_in_the_samples(rollouts):
     rollout, scorer = ToyRollout(), ToyScorer()
-    (group,) = explore(config_of(rollouts=rollouts), rollout=rollout, scorer=scorer, sampling=Sampling(max_tokens=9))
+    (group,) = explore(
+        config_of(rollouts=rollouts),
+        rollout=rollout,
+        scorer=scorer,
+        sampling=Sampling(max_tokens=9),
+    )
     steps = [s for s in group.samples if s.kind == "step"]
     ends = [s for s in group.samples if s.kind == "rollout"]
     assert group.samples == (*steps, *ends) and len(steps) == group.metrics["mcts/nodes"]
@@ -149,13 +185,23 @@ def test_the_tree_is_in_the_samples(rollouts):
         expected = (1, 2) if above == () else above.context_ids + above.completion.token_ids
         assert sample.context_ids == expected
     for sample in steps:
-        assert (sample.outcome is not None) == bool(sample.stats["terminal"]) == (END in sample.completion.token_ids)
+        assert (
+            (sample.outcome is not None)
+            == bool(sample.stats["terminal"])
+            == (END in sample.completion.token_ids)
+        )
         assert sample.stats["answered"] == sample.stats["terminal"]
-    assert all(isinstance(s.outcome, Scored) for s in ends) and len(ends) == group.metrics["mcts/rollouts"]
+    assert (
+        all(isinstance(s.outcome, Scored) for s in ends)
+        and len(ends) == group.metrics["mcts/rollouts"]
+    )
     # The scorer saw whole answers only, and each exactly once.
     assert len(scorer.seen) == len(ends) + sum(s.outcome is not None for s in steps)
-    assert all(c.text.count("\n") == 2 and len(c.token_ids) == len(c.logprobs) == 6 for c in scorer.seen)
-    # Every unfinished step is valued by as many completions as it needs, and nobody writes more than a whole answer has left.
+    assert all(
+        c.text.count("\n") == 2 and len(c.token_ids) == len(c.logprobs) == 6 for c in scorer.seen
+    )
+    # Every unfinished step is valued by as many completions as it needs, and nobody writes more
+    # than a whole answer has left.
     valued = Counter(s.parent for s in ends)
     assert all(s.stats["terminal"] or valued[i] >= rollouts for i, s in enumerate(steps))
     assert {r.sampling.max_tokens + len(r.token_ids) - 2 for r in rollout.requests} == {9}
@@ -170,10 +216,16 @@ def test_a_step_is_written_together_with_what_first_values_it():
     for at, step in enumerate(group.samples[:3]):
         mine = [w for w in wholes if w.text.startswith(step.completion.text)]
         ends = [s.completion for s in group.samples if s.kind == "rollout" and s.parent == at]
-        assert [step.completion.token_ids + e.token_ids for e in ends] == [w.token_ids for w in mine]
+        assert [step.completion.token_ids + e.token_ids for e in ends] == [
+            w.token_ids for w in mine
+        ]
         assert [step.completion.logprobs + e.logprobs for e in ends] == [w.logprobs for w in mine]
         assert [step.completion.text + e.text for e in ends] == [w.text for w in mine]
-        assert (step.completion.text[-1], step.completion.finish_reason, ends[0].finish_reason) == ("\n", "stop", "stop")
+        assert (step.completion.text[-1], step.completion.finish_reason, ends[0].finish_reason) == (
+            "\n",
+            "stop",
+            "stop",
+        )
         right = np.mean([1.0 if w.text == "1\n2\n3" else -1.0 for w in mine])
         assert step.stats["estimate"] == pytest.approx(right)
 
@@ -182,7 +234,10 @@ def test_without_completions_a_step_ends_where_it_ends():
     rollout = ToyRollout()
     (group,) = explore(config_of(rollouts=0), rollout=rollout, sampling=Sampling(max_tokens=9))
     assert group.metrics["mcts/rollouts"] == 0 and {s.kind for s in group.samples} == {"step"}
-    assert all(r.sampling.stop == ("\n",) and r.sampling.max_tokens == min(8, 11 - len(r.token_ids)) for r in rollout.requests)
+    assert all(
+        r.sampling.stop == ("\n",) and r.sampling.max_tokens == min(8, 11 - len(r.token_ids))
+        for r in rollout.requests
+    )
 
 
 def test_a_character_that_a_cut_takes_apart_is_lost_and_nothing_is_doubled():
@@ -222,7 +277,10 @@ def test_equal_seeds_give_equal_trees_whatever_arrives_first(parallel):
 def stored(group):
     """The group as it comes back from the samples' Parquet table."""
     table = pa.Table.from_batches(sample_table(1, [group]).to_batches())
-    kinds = {"Scored": lambda r: Scored(value=r["score"]), "Invalid": lambda r: Invalid(reason=r["reason"])}
+    kinds = {
+        "Scored": lambda r: Scored(value=r["score"]),
+        "Invalid": lambda r: Invalid(reason=r["reason"]),
+    }
     samples = [
         Sample(
             completion=Completion(
@@ -261,8 +319,12 @@ def test_a_stored_tree_gives_the_same_pairs(pairs, levels):
     for a, b in zip(first.examples, again.examples, strict=True):
         assert a.scalars == b.scalars
         for x, y in zip(a.rows, b.rows, strict=True):
-            assert (x.prompt_ids, x.response_ids, x.sample) == (y.prompt_ids, y.response_ids, y.sample)
-            assert x.tokens["behaviour_logp"].tolist() == y.tokens["behaviour_logp"].tolist()
+            assert (x.prompt_ids, x.response_ids, x.sample) == (
+                y.prompt_ids,
+                y.response_ids,
+                y.sample,
+            )
+            assert x.tokens["behavior_logp"].tolist() == y.tokens["behavior_logp"].tolist()
     trees = [(tree_from_group(g), tree_from_group(stored(g))) for g in groups]
     for a, b in trees:
         assert [(n.id, n.parent, n.visits, n.q, n.value, n.children) for n in a.nodes] == [
@@ -277,27 +339,52 @@ def test_pairs_are_siblings_and_the_loss_is_over_what_differs():
     assert selection.examples and selection.metrics["mcts/label_smoothing"] > 0
     for example in selection.examples:
         better, worse = (group.samples[row.sample] for row in example.rows)
-        assert better.parent == worse.parent and better.stats["q"] - worse.stats["q"] == example.scalars["margin"] > 0
+        assert (
+            better.parent == worse.parent
+            and better.stats["q"] - worse.stats["q"] == example.scalars["margin"] > 0
+        )
         assert min(better.stats["visits"], worse.stats["visits"]) >= 1
         ratio = better.stats["visits"] / worse.stats["visits"]
         assert example.scalars["label_smoothing"] == pytest.approx(min(0.5, 1 / (ratio + 1)))
         for row, sample in zip(example.rows, (better, worse), strict=True):
-            assert row.prompt_ids + row.response_ids == sample.context_ids + sample.completion.token_ids
-            assert len(row.tokens["behaviour_logp"]) == len(row.response_ids)
+            assert (
+                row.prompt_ids + row.response_ids
+                == sample.context_ids + sample.completion.token_ids
+            )
+            assert len(row.tokens["behavior_logp"]) == len(row.response_ids)
         assert example.rows[0].response_ids[0] != example.rows[1].response_ids[0]
 
 
 def test_a_tree_that_never_answers_is_counted_and_trained_on_nothing():
     rollout = ToyRollout(length=99)
     scorer = ToyScorer(lambda c: Scored(value=float(c.finish_reason == "stop")))
-    groups = explore(config_of(max_steps=16, reroot="step"), rollout=rollout, scorer=scorer, sampling=Sampling(max_tokens=8))
+    groups = explore(
+        config_of(max_steps=16, reroot="step"),
+        rollout=rollout,
+        scorer=scorer,
+        sampling=Sampling(max_tokens=8),
+    )
     metrics = groups[0].metrics
-    assert metrics["mcts/no_answer"] == 1.0 and metrics["mcts/solved"] == 0.0 and metrics["mcts/path_correct"] == 0.0
+    assert (
+        metrics["mcts/no_answer"] == 1.0
+        and metrics["mcts/solved"] == 0.0
+        and metrics["mcts/path_correct"] == 0.0
+    )
     last = [s for s in groups[0].samples if s.stats.get("chosen")][-1]
-    assert last.stats["terminal"] == 1.0 and last.stats["answered"] == 0.0 and isinstance(last.outcome, Scored)
-    assert max(len(c.token_ids) for c in scorer.seen) == 8 and {c.finish_reason for c in scorer.seen} == {"length"}
+    assert (
+        last.stats["terminal"] == 1.0
+        and last.stats["answered"] == 0.0
+        and isinstance(last.outcome, Scored)
+    )
+    assert max(len(c.token_ids) for c in scorer.seen) == 8 and {
+        c.finish_reason for c in scorer.seen
+    } == {"length"}
     selection = MCTSDPO(config_of(), max_tokens=8).select(groups, TURN)
-    assert selection.examples == () and selection.metrics["pairs/ties"] > 0 and "pairs/margin_mean" not in selection.metrics
+    assert (
+        selection.examples == ()
+        and selection.metrics["pairs/ties"] > 0
+        and "pairs/margin_mean" not in selection.metrics
+    )
 
 
 def test_the_models_own_length_ends_an_answer_too():
@@ -310,7 +397,9 @@ def test_the_models_own_length_ends_an_answer_too():
 
 def test_long_steps_are_cut_and_go_on():
     (group,) = explore(config_of(step_tokens=1, depth=6, iterations=20))
-    assert group.metrics["mcts/cut_steps"] > 0 and {len(s.completion.token_ids) for s in group.samples if s.kind == "step"} == {1}
+    assert group.metrics["mcts/cut_steps"] > 0 and {
+        len(s.completion.token_ids) for s in group.samples if s.kind == "step"
+    } == {1}
     path = [s.completion.text for s in group.samples if s.stats.get("chosen")]
     assert len(path) == 6 and path[1] == path[3] == "\n" and path[5] == ""
 
@@ -318,11 +407,19 @@ def test_long_steps_are_cut_and_go_on():
 @pytest.mark.parametrize("outcome", [Invalid(reason="nan"), Failed(reason="late")])
 def test_unscored_answers_are_no_wrong_answers(outcome):
     def half(completion):
-        return outcome if completion.text.startswith("2") else Scored(value=float(completion.text[0] == "1"))
+        return (
+            outcome
+            if completion.text.startswith("2")
+            else Scored(value=float(completion.text[0] == "1"))
+        )
 
     (group,) = explore(config_of(reroot="never"), scorer=ToyScorer(half))
     first = {s.completion.text: s for s in group.samples if s.kind == "step" and s.parent is None}
-    assert "estimate" not in first["2\n"].stats and first["2\n"].stats["visits"] == 0 and first["1\n"].stats["q"] == 1.0
+    assert (
+        "estimate" not in first["2\n"].stats
+        and first["2\n"].stats["visits"] == 0
+        and first["1\n"].stats["q"] == 1.0
+    )
     assert group.metrics["mcts/unscored"] > 0
     (group,) = explore(config_of(), scorer=ToyScorer(lambda c: outcome))
     assert group.metrics["mcts/nodes"] == len([s for s in group.samples if s.kind == "step"]) <= 3
@@ -345,17 +442,30 @@ def test_duplicates_are_counted():
 def test_self_evaluation_adds_the_share_of_yes():
     def nodes(says, **more):
         chat = ToyChat()
-        config = config_of(iterations=1, rollouts=0, reroot="never", self_evaluation={"votes": 3, "weight": 0.5, **more})
+        config = config_of(
+            iterations=1,
+            rollouts=0,
+            reroot="never",
+            self_evaluation={"votes": 3, "weight": 0.5, **more},
+        )
         (group,) = explore(config, chat=chat, rollout=ToyRollout(says=says))
         return group, chat.rendered
 
     group, asked = nodes("Yes, it is")
-    assert {s.stats["estimate"] for s in group.samples} == {0.5} and group.metrics["mcts/rollouts"] == 0
-    assert all("Question: q0" in text and "123" not in text for text in asked) and len(asked) == group.metrics["mcts/nodes"]
+    assert {s.stats["estimate"] for s in group.samples} == {0.5} and group.metrics[
+        "mcts/rollouts"
+    ] == 0
+    assert (
+        all("Question: q0" in text and "123" not in text for text in asked)
+        and len(asked) == group.metrics["mcts/nodes"]
+    )
     assert {s.stats["estimate"] for s in nodes(" no")[0].samples} == {0.0}
     group, _ = nodes("42")
     assert all("estimate" not in s.stats for s in group.samples)
-    assert group.metrics["mcts/mute_votes"] == 3 * group.metrics["mcts/nodes"] and group.metrics["mcts/unscored"] > 0
+    assert (
+        group.metrics["mcts/mute_votes"] == 3 * group.metrics["mcts/nodes"]
+        and group.metrics["mcts/unscored"] > 0
+    )
     template = "{{ question }} {{ work }} {{ answer }}"
     _, asked = nodes("yes", template=template, gold_conditioned_critic=True)
     assert all(text.endswith(" 123") for text in asked)
@@ -364,7 +474,10 @@ def test_self_evaluation_adds_the_share_of_yes():
     with pytest.raises(ConfigError, match="line 1"):
         nodes("yes", template="{{ work")
     with pytest.raises(ConfigError, match="p0 has no answer"):
-        explore(config_of(self_evaluation={"template": template, "gold_conditioned_critic": True}), answer=None)
+        explore(
+            config_of(self_evaluation={"template": template, "gold_conditioned_critic": True}),
+            answer=None,
+        )
 
 
 def test_verdicts():
@@ -376,12 +489,18 @@ def test_gold_steps_enter_only_where_asked_for():
     config = config_of(iterations=20, width=(4,), inject_gold=True)
     (group,) = explore(config, rollout=ToyRollout(digits=(7, 8)), answer="1\n2\n3")
     gold = [s for s in group.samples if s.stats.get("gold")]
-    assert [s.completion.text for s in gold] == ["1\n", "2\n", "3"] and group.metrics["mcts/gold_steps"] == 3
-    assert gold[-1].completion.token_ids == (13, END) and gold[-1].stats["answered"] and gold[0].stats["prior"] == 1.0
+    assert [s.completion.text for s in gold] == ["1\n", "2\n", "3"] and group.metrics[
+        "mcts/gold_steps"
+    ] == 3
+    assert (
+        gold[-1].completion.token_ids == (13, END)
+        and gold[-1].stats["answered"]
+        and gold[0].stats["prior"] == 1.0
+    )
     assert gold[1].context_ids == (1, 2, 11, NEWLINE)
     examples = MCTSDPO(config, max_tokens=20).select([group], TURN).examples
     rows = [row for e in examples for row in e.rows if group.samples[row.sample].stats["gold"]]
-    assert rows and all(np.isnan(row.tokens["behaviour_logp"]).all() for row in rows)
+    assert rows and all(np.isnan(row.tokens["behavior_logp"]).all() for row in rows)
     for answer, inject in (("123", True), (None, True), ("1\n2\n3", False)):
         (group,) = explore(config_of(inject_gold=inject), answer=answer)
         assert group.metrics["mcts/gold_steps"] == 0
@@ -391,24 +510,46 @@ def test_outcomes():
     plain, graded = OutcomeConfig(), OutcomeConfig(threshold=None)
     assert [worth(Scored(value=v), plain) for v in (1.0, 0.5, 0.49, -3.0)] == [1.0, 1.0, -1.0, -1.0]
     assert worth(Scored(value=0.3), graded) == 0.3
-    assert worth(Invalid(reason=""), plain) is None and worth(Failed(reason=""), graded) is None and worth(None, plain) is None
+    assert (
+        worth(Invalid(reason=""), plain) is None
+        and worth(Failed(reason=""), graded) is None
+        and worth(None, plain) is None
+    )
 
 
 # --- the algorithm ---------------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_the_papers():
-    """ALGORITHMS.md A5: K 5, depth 4, breadth 4 then 2, c 1, gamma 1, prior exponent 1.25, outcome +-1, beta 0.1, 8 pairs."""
+    """ALGORITHMS.md A5: K 5, depth 4, breadth 4 then 2, c 1, gamma 1, prior exponent 1.25, outcome
+    +-1, beta 0.1, 8 pairs."""
     config = MCTSDPOConfig()
-    assert (config.iterations, config.depth, config.width, config.exploration, config.gamma) == (5, 4, (4, 2), 1.0, 1.0)
-    assert (config.length_exponent, config.beta, config.max_pairs, config.step_tokens, config.step_stop) == (
+    assert (config.iterations, config.depth, config.width, config.exploration, config.gamma) == (
+        5,
+        4,
+        (4, 2),
+        1.0,
+        1.0,
+    )
+    assert (
+        config.length_exponent,
+        config.beta,
+        config.max_pairs,
+        config.step_tokens,
+        config.step_stop,
+    ) == (
         1.25,
         0.1,
         8,
         128,
         ("\n",),
     )
-    assert (config.outcome.correct, config.outcome.wrong, config.reroot, config.pairs) == (1.0, -1.0, "step", "worst")
+    assert (config.outcome.correct, config.outcome.wrong, config.reroot, config.pairs) == (
+        1.0,
+        -1.0,
+        "step",
+        "worst",
+    )
     assert (config.labels, config.loss, config.reference.type) == ("soft", "sigmoid", "initial")
     assert not config.inject_gold and config.self_evaluation is None
 

@@ -18,12 +18,18 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.operate import exit_codes, show_audit
 from launch.supervise import CRASHES, supervise
-from rayhf.campaign.audit import audit
-from rayhf.campaign.control import LocalControl, read_control, write_control
-from rayhf.campaign.recorder import Recorder
-from rayhf.campaign.status import read_status
-from rayhf.campaign.store import RunDir
-from rayhf.errors import ActorLostError, CheckpointError, ConfigError, InterruptedRunError, PausedError
+from rayhf.control.commands import FileControl, read_control, write_control
+from rayhf.control.status import read_status
+from rayhf.errors import (
+    ActorLostError,
+    CheckpointError,
+    ConfigError,
+    InterruptedRunError,
+    PausedError,
+)
+from rayhf.monitoring.audit import audit
+from rayhf.run_dir.event_log import EventLog
+from rayhf.run_dir.store import RunDir
 
 
 def screen():
@@ -40,15 +46,19 @@ def finished(tmp_path):
 def test_a_finished_campaign(finished):
     status = read_status(finished.run.dir)
     assert (status.state, status.iteration, status.holder, status.fault_count) == ("done", 4, "", 0)
-    assert status.commit.startswith("iteration-000004") and status.versions == {"policy/version": 4.0}
+    assert status.commit.startswith("iteration-000004") and status.versions == {
+        "policy/version": 4.0
+    }
     shown = CliRunner().invoke(app, ["status", str(finished.run.dir)]).output
     assert "DONE" in shown and "4 of 4" in shown
 
 
 def test_status_is_quick_and_imports_nothing_heavy(finished):
-    code = "import sys; from launch.operate import *; from rayhf.campaign.status import read_status; from pathlib import Path;"
+    code = "import sys; from launch.operate import *; from rayhf.control.status import read_status; from pathlib import Path;"
     code += "read_status(Path(sys.argv[1])); print([m for m in ('ray', 'torch', 'vllm', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code, finished.run.dir], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, finished.run.dir], capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -74,32 +84,47 @@ def test_a_campaign_that_went_away_says_what_is_known(tmp_path):
 
 def test_a_stall_is_named(tmp_path):
     store = RunDir(make_config(tmp_path, run={"stall_s": 10}))
-    store.write_progress({"iteration": 1, "phase": "explore", "done": 3, "total": 4, "time": time.time()})
+    store.write_progress(
+        {"iteration": 1, "phase": "explore", "done": 3, "total": 4, "time": time.time()}
+    )
     assert read_status(store.path).state == "running"
     late = read_status(store.path, now=time.time() + 60)
-    assert late.state == "stalled" and late.phase == "round 1, explore 3/4" and "nothing has moved for 60 s" in late.reason
+    assert (
+        late.state == "stalled"
+        and late.phase == "round 1, explore 3/4"
+        and "nothing has moved for 60 s" in late.reason
+    )
     store.close()
 
 
 def test_rounds_that_report_in_turn_are_not_written_down_each_time(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = Recorder(store, Quiet())
+    recorder = EventLog(store, Quiet())
     for done in range(50):
         for iteration in (1, 2):
             recorder.phase(iteration, "explore", done, 50)
     recorder.phase(1, "learn")
     store.close()
-    events = [json.loads(line) for line in (store.attempt / "events.jsonl").read_text().splitlines()]
-    assert [(e["iteration"], e["message"]) for e in events] == [(1, "explore"), (2, "explore"), (1, "learn")]
+    events = [
+        json.loads(line) for line in (store.attempt / "events.jsonl").read_text().splitlines()
+    ]
+    assert [(e["iteration"], e["message"]) for e in events] == [
+        (1, "explore"),
+        (2, "explore"),
+        (1, "learn"),
+    ]
 
 
 def test_who_waits_for_a_scorer_is_paused_and_says_for_what(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = Recorder(store, Quiet())
+    recorder = EventLog(store, Quiet())
     recorder.phase(1, "explore", 3, 4)
     recorder.event("pause", "the scorer is down")
     status = read_status(store.path)
-    assert (status.state, status.reason) == ("paused", "the scorer is down") and "goes on by itself" in status.advice
+    assert (status.state, status.reason) == (
+        "paused",
+        "the scorer is down",
+    ) and "goes on by itself" in status.advice
     recorder.event("unpause", "the scorer is back")
     assert read_status(store.path).state == "running"
     store.close()
@@ -107,23 +132,30 @@ def test_who_waits_for_a_scorer_is_paused_and_says_for_what(tmp_path):
 
 def test_a_campaign_on_another_host_is_known_by_its_heartbeat(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = Recorder(store, Quiet())
+    recorder = EventLog(store, Quiet())
     recorder.phase(1, "explore", 3, 4)
     store.set_state("running")
     store.close()
     (store.path / ".lock").write_text("host elsewhere, pid 7, since then")
     progress = json.loads((store.path / "progress.json").read_text())
-    quiet = {**progress, "time": progress["time"] - 300}  # nothing has moved for a while, but the process is there
+    quiet = {
+        **progress,
+        "time": progress["time"] - 300,
+    }  # nothing has moved for a while, but the process is there
     (store.path / "progress.json").write_text(json.dumps(quiet))
     assert read_status(store.path).state == "running"
-    (store.path / "progress.json").write_text(json.dumps({**quiet, "alive": progress["alive"] - 300}))
+    (store.path / "progress.json").write_text(
+        json.dumps({**quiet, "alive": progress["alive"] - 300})
+    )
     assert read_status(store.path).state == "crashed"
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "pause", "unpause", "stop"])
 def test_what_is_no_run_directory_is_refused(tmp_path, command):
     result = CliRunner().invoke(app, [command, str(tmp_path)])
-    assert isinstance(result.exception, ConfigError) and "not a run directory" in str(result.exception)
+    assert isinstance(result.exception, ConfigError) and "not a run directory" in str(
+        result.exception
+    )
 
 
 class Watching(FakeRollout):
@@ -140,7 +172,10 @@ class Watching(FakeRollout):
 
 
 def test_stop_commits_the_round_and_the_same_command_continues(tmp_path):
-    whole, config = make_config(tmp_path / "whole"), make_config(tmp_path, run={"checkpoint_every": 0})
+    whole, config = (
+        make_config(tmp_path / "whole"),
+        make_config(tmp_path, run={"checkpoint_every": 0}),
+    )
     play(whole)
     with pytest.raises(InterruptedRunError, match="stopped after round 2"):
         play(config, rollout=Watching(config.run.dir, 3, "stop"))
@@ -159,7 +194,7 @@ def test_a_paused_campaign_waits_until_it_may_go_on(tmp_path):
         deadline = time.monotonic() + 30
         while read_status(config.run.dir).state != "paused" and time.monotonic() < deadline:
             time.sleep(0.02)
-        LocalControl(config.run.dir).unpause()
+        FileControl(config.run.dir).unpause()
 
     RunDir(config).close()
     operator = threading.Thread(target=release)
@@ -171,13 +206,17 @@ def test_a_paused_campaign_waits_until_it_may_go_on(tmp_path):
 
 def test_only_a_running_campaign_can_be_asked(finished):
     with pytest.raises(ConfigError, match="is done: there is nothing to pause"):
-        LocalControl(finished.run.dir).ask("pause")
+        FileControl(finished.run.dir).ask("pause")
     with pytest.raises(ConfigError, match="is done, not paused"):
-        LocalControl(finished.run.dir).unpause()
+        FileControl(finished.run.dir).unpause()
 
 
 def test_a_guard_pauses_commits_nothing_more_and_may_be_overruled(tmp_path):
-    config = make_config(tmp_path, run={"iterations": 4, "checkpoint_every": 1}, guards={"length": {"warn": None, "pause": None}})
+    config = make_config(
+        tmp_path,
+        run={"iterations": 4, "checkpoint_every": 1},
+        guards={"length": {"warn": None, "pause": None}},
+    )
     low = {"kl": {"warn": 1e-9, "pause": 1e-8}}
     strict = make_config(tmp_path, run={"iterations": 8, "checkpoint_every": 1}, guards=low)
     play(config)
@@ -194,7 +233,7 @@ def test_a_guard_pauses_commits_nothing_more_and_may_be_overruled(tmp_path):
         with pytest.raises(PausedError, match="rayhf unpause"):
             store.check_paused()
         store.close()
-        LocalControl(config.run.dir).unpause()
+        FileControl(config.run.dir).unpause()
         store = RunDir(strict)
         store.check_paused()
         store.close()
@@ -212,11 +251,16 @@ def test_verify_names_what_is_wrong(finished):
     samples = finished.run.dir / "samples/iteration-000002.parquet"
     table = pq.read_table(samples)
     pq.write_table(table.slice(1), samples)
-    with pytest.raises(CheckpointError, match=r"samples and pairs of round 2: prompt \w+ has the samples \[1, 2, 3\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"samples and pairs of round 2: prompt \w+ has the samples \[1, 2, 3\]",
+    ):
         show_audit(finished.run.dir, screen(), deep=False)
     others = [row for row in table.to_pylist() if row["prompt_id"] != table["prompt_id"][0].as_py()]
     pq.write_table(pa.Table.from_pylist(others, schema=table.schema), samples)
-    with pytest.raises(CheckpointError, match="samples and pairs of round 2: 3 prompts, the round has 4"):
+    with pytest.raises(
+        CheckpointError, match="samples and pairs of round 2: 3 prompts, the round has 4"
+    ):
         show_audit(finished.run.dir, screen(), deep=False)
     pq.write_table(table, samples)
     metrics = finished.run.dir / "metrics.jsonl"
@@ -239,7 +283,10 @@ def run_supervised(tmp_path, monkeypatch, script):
     file = tmp_path / "child.py"
     file.write_text(script)
     real = subprocess.Popen
-    monkeypatch.setattr("launch.supervise.subprocess.Popen", lambda command, **how: real([sys.executable, file], **how))
+    monkeypatch.setattr(
+        "launch.supervise.subprocess.Popen",
+        lambda command, **how: real([sys.executable, file], **how),
+    )
     monkeypatch.setattr("launch.supervise._FIRST_WAIT_S", 0.0)
     monkeypatch.setattr("launch.supervise._MAX_WAIT_S", 0.0)
     return supervise(["run"], tmp_path / "run", screen())
@@ -255,15 +302,15 @@ def test_a_supervised_campaign_is_started_again_until_it_is_done(tmp_path, monke
 
 @pytest.mark.parametrize("code", [2, 4, 5, 9, 12, 75])
 def test_what_cannot_get_better_by_itself_is_not_started_again(tmp_path, monkeypatch, code):
-    script = (
-        "from pathlib import Path; f = Path(__file__).with_name('n'); f.write_text(f.read_text() + 'x' if f.exists() else 'x');"
-    )
+    script = "from pathlib import Path; f = Path(__file__).with_name('n'); f.write_text(f.read_text() + 'x' if f.exists() else 'x');"
     assert run_supervised(tmp_path, monkeypatch, f"{script} exit({code})") == code
     assert (tmp_path / "n").read_text() == "x"
 
 
 def test_a_crash_loop_is_given_up(tmp_path, monkeypatch):
-    with pytest.raises(ActorLostError, match=f"ended {CRASHES + 1} times in a row without a new commit"):
+    with pytest.raises(
+        ActorLostError, match=f"ended {CRASHES + 1} times in a row without a new commit"
+    ):
         run_supervised(tmp_path, monkeypatch, "exit(10)")
 
 
@@ -271,7 +318,12 @@ def test_a_crash_loop_is_given_up(tmp_path, monkeypatch):
 def test_who_has_no_disk_or_no_scorer_waits_for_it_as_long_as_it_takes(tmp_path, monkeypatch, code):
     script = "from pathlib import Path; f = Path(__file__).with_name('n'); n = int(f.read_text()) if f.exists() else 0;"
     assert (
-        run_supervised(tmp_path, monkeypatch, f"{script} f.write_text(str(n + 1)); exit({code} if n < {2 * CRASHES} else 0)") == 0
+        run_supervised(
+            tmp_path,
+            monkeypatch,
+            f"{script} f.write_text(str(n + 1)); exit({code} if n < {2 * CRASHES} else 0)",
+        )
+        == 0
     )
     assert (tmp_path / "n").read_text() == str(2 * CRASHES + 1)
 

@@ -14,25 +14,40 @@ from rayhf.learner.packing import padded_tokens, plan
 Lengths = list[list[int]]
 
 
-@given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=3), max_size=40), st.integers(1, 5), st.integers(150, 400))
-def test_every_example_once_within_budget_and_equal_counts(lengths: Lengths, ranks: int, budget: int) -> None:
+@given(
+    st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=3), max_size=40),
+    st.integers(1, 5),
+    st.integers(150, 400),
+)
+def test_every_example_once_within_budget_and_equal_counts(
+    lengths: Lengths, ranks: int, budget: int
+) -> None:
     plans = plan(lengths, ranks=ranks, budget=budget)
     assert len(plans) == ranks
     assert len({len(micros) for micros in plans}) == 1
-    assert sorted(e for micros in plans for micro in micros for e in micro) == list(range(len(lengths)))
+    assert sorted(e for micros in plans for micro in micros for e in micro) == list(
+        range(len(lengths))
+    )
     assert all(padded_tokens(micro, lengths) <= budget for micros in plans for micro in micros)
     assert plans == plan(lengths, ranks=ranks, budget=budget)
 
 
-@given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=2), min_size=8, max_size=40), st.integers(1, 4))
-def test_a_rank_is_empty_only_when_examples_are_fewer_than_places(lengths: Lengths, ranks: int) -> None:
+@given(
+    st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=2), min_size=8, max_size=40),
+    st.integers(1, 4),
+)
+def test_a_rank_is_empty_only_when_examples_are_fewer_than_places(
+    lengths: Lengths, ranks: int
+) -> None:
     plans = plan(lengths, ranks=ranks, budget=200)
     if any(not micro for micros in plans for micro in micros):
         assert max(len(micro) for micros in plans for micro in micros) == 1
 
 
 def test_example_over_the_budget_is_refused_with_the_number_it_needs() -> None:
-    with pytest.raises(ConfigError, match="example 1 alone has 2 rows of up to 60 tokens; it needs at least 120"):
+    with pytest.raises(
+        ConfigError, match="example 1 alone has 2 rows of up to 60 tokens; it needs at least 120"
+    ):
         plan([[10], [60, 30]], ranks=1, budget=100)
 
 

@@ -4,9 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from actors.placement import Node, bundles, crowded, impossible, members, pack, seats
 from rayhf.config.load import load_config
 from rayhf.errors import ConfigError
+from rayhf.planning.placement import (
+    NodeResources,
+    actor_specs,
+    bundles,
+    crowded,
+    impossible,
+    members,
+    pack,
+)
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 PPO = RECIPES / "ppo_8b_8gpu_separate.yaml"
@@ -17,11 +25,11 @@ TINY = RECIPES.parent / "tiny" / "online_dpo_arithmetic.yaml"
 
 def node(gpus, cpus=64.0, name="10.0.0.1", used=0.0, **custom):
     total = {"GPU": gpus, "CPU": cpus, **custom}
-    return Node(name=name, total=total, free={**total, "GPU": gpus - used})
+    return NodeResources(name=name, total=total, free={**total, "GPU": gpus - used})
 
 
 def placed(path, *overrides, critic=False, reference=True, **more):
-    return seats(load_config(path, overrides), critic=critic, reference=reference, **more)
+    return actor_specs(load_config(path, overrides), critic=critic, reference=reference, **more)
 
 
 def names(group):
@@ -30,7 +38,9 @@ def names(group):
 
 def test_separate_roles_have_their_own_gpus():
     found = placed(PPO, critic=True)
-    assert sum(seat.gpus for seat in found) == 8 and len({seat.bundle for seat in found}) == len(found)
+    assert sum(seat.gpus for seat in found) == 8 and len({seat.bundle for seat in found}) == len(
+        found
+    )
     assert impossible(found, [node(4), node(4, name="10.0.0.2")]) is None
     assert impossible(found, [node(4)]) == (
         "8 GPU requested (rollout 2, learner 2, critic 2, reference 1, scorer 1), 4 available on 1 node(s)"
@@ -41,20 +51,27 @@ def test_colocated_roles_share_every_gpu():
     found = placed(ITERATIVE)
     assert [b["GPU"] for b in bundles(found)] == [1.0] * 8
     for group in members(found):
-        assert {"rollout", "learner"} <= {seat.role for seat in group} and sum(seat.gpus for seat in group) <= 1
+        assert {"rollout", "learner"} <= {seat.role for seat in group} and sum(
+            seat.gpus for seat in group
+        ) <= 1
 
 
 def test_a_full_house_on_the_first_gpu_still_is_one_gpu():
-    """Engine, learner, critic, reference, reward model and an evaluator with one: Ray's shares must add up to at most 1."""
+    """Engine, learner, critic, reference, reward model and an evaluator with one: Ray's shares must
+    add up to at most 1."""
     reward = "{type: reward_model, model: models/reward-8b}"
     overrides = ["cluster.placement=colocate", "run.max_staleness=0", f"scorer.evaluate=[{reward}]"]
     first, *others = members(placed(PPO, *overrides, critic=True))
     assert len(first) == 6 and all(seat.gpus == 0.1666 for seat in first)
-    assert [b["GPU"] for b in bundles(placed(PPO, *overrides, critic=True))] == [1.0] * (1 + len(others))
+    assert [b["GPU"] for b in bundles(placed(PPO, *overrides, critic=True))] == [1.0] * (
+        1 + len(others)
+    )
 
 
 def test_shares_of_a_gpu():
-    found = placed(PPO, "cluster.gpus_per_reference=0.5", "cluster.gpus_per_scorer=0.25", critic=True)
+    found = placed(
+        PPO, "cluster.gpus_per_reference=0.5", "cluster.gpus_per_scorer=0.25", critic=True
+    )
     shares = {seat.name: seat.gpus for seat in found}
     assert (shares["reference"], shares["scorer"]) == (0.5, 0.25)
     wanted = bundles(found)
@@ -66,8 +83,14 @@ def test_shares_of_a_gpu():
 def test_with_shares_of_their_own_small_roles_leave_the_shared_gpus():
     found = placed(ITERATIVE, "cluster.gpus_per_reference=1", "cluster.gpus_per_scorer=0.5")
     *shared, reference, scorer = members(found)
-    assert all(names(group) == [f"rollout engine {i}", f"learner rank {i}"] for i, group in enumerate(shared))
-    assert [(names(g), g[0].gpus) for g in (reference, scorer)] == [(["reference"], 1.0), (["scorer"], 0.5)]
+    assert all(
+        names(group) == [f"rollout engine {i}", f"learner rank {i}"]
+        for i, group in enumerate(shared)
+    )
+    assert [(names(g), g[0].gpus) for g in (reference, scorer)] == [
+        (["reference"], 1.0),
+        (["scorer"], 0.5),
+    ]
     assert [b["GPU"] for b in bundles(found)] == [1.0] * 9 + [0.5]
 
 
@@ -89,8 +112,13 @@ def test_custom_resources_by_pool_pin_roles_to_nodes():
     }
     one, two = node(0, 4, "a", fast=1, judging=2), node(0, 4, "b", slow=1)
     homes = dict(zip(asked, pack(bundles(found), [one, two]), strict=True))
-    assert homes["learner rank 0"] == homes["critic rank 0"] == "b" and homes["rollout engine 0"] == homes["evaluator"] == "a"
-    assert impossible(found, [one]) == ("0.5 slow requested (learner 0.25, critic 0.25), 0 available on 1 node(s)")
+    assert (
+        homes["learner rank 0"] == homes["critic rank 0"] == "b"
+        and homes["rollout engine 0"] == homes["evaluator"] == "a"
+    )
+    assert impossible(found, [one]) == (
+        "0.5 slow requested (learner 0.25, critic 0.25), 0 available on 1 node(s)"
+    )
 
 
 def test_a_bundle_larger_than_any_node_is_found():
@@ -120,13 +148,31 @@ def test_every_policy_has_engines_and_learners_of_its_own():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["rollout.tensor_parallel=2"], r"tensor_parallel is 2, expected 1 \(or placement separate\)"),
+        (
+            ["rollout.tensor_parallel=2"],
+            r"tensor_parallel is 2, expected 1 \(or placement separate\)",
+        ),
         (["run.max_staleness=1"], r"max_staleness is 1, expected 0 \(or placement separate\)"),
-        (["scorer.train=[{type: judge, model: m}]"], "the judge m would take most of a GPU that others use too"),
-        (["cluster.resources={rollout: {GPU: 2}}"], "rollout.GPU is derived; expected custom resources"),
-        (["cluster.resources={rollout: {h100: 1.5}}"], "rollout.h100 is 1.5; Ray counts more than 1 in whole numbers"),
-        (["cluster.gpus_per_scorer=2"], "cluster.gpus_per_scorer: input should be less than or equal to 1, got 2"),
-        (["cluster.resources={engines: {h100: 1}}"], "'rollout', 'learner', 'reference' or 'scorer', got 'engines'"),
+        (
+            ["scorer.train=[{type: judge, model: m}]"],
+            "the judge m would take most of a GPU that others use too",
+        ),
+        (
+            ["cluster.resources={rollout: {GPU: 2}}"],
+            "rollout.GPU is derived; expected custom resources",
+        ),
+        (
+            ["cluster.resources={rollout: {h100: 1.5}}"],
+            "rollout.h100 is 1.5; Ray counts more than 1 in whole numbers",
+        ),
+        (
+            ["cluster.gpus_per_scorer=2"],
+            "cluster.gpus_per_scorer: input should be less than or equal to 1, got 2",
+        ),
+        (
+            ["cluster.resources={engines: {h100: 1}}"],
+            "'rollout', 'learner', 'reference' or 'scorer', got 'engines'",
+        ),
     ],
 )
 def test_placements_that_cannot_work(overrides, expected):

@@ -1,4 +1,5 @@
-"""Preference models: verdict arithmetic, fences, and real tiny classifiers with random weights behind both kinds."""
+"""Preference models: verdict arithmetic, fences, and real tiny classifiers with random weights
+behind both kinds."""
 
 from __future__ import annotations
 
@@ -18,7 +19,6 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification, PreTrain
 
 from rayhf.config.fit import FitConfig
 from rayhf.errors import ConfigError, NumericalError
-from rayhf.experience import Compared, Completion, Failed, Invalid, Message, Prompt, Scored, ScoreRequest
 from rayhf.scorer.fit import calibration_error, mark, measure, pad_id, win_probability
 from rayhf.scorer.preference_model import (
     END,
@@ -34,8 +34,12 @@ from rayhf.scorer.preference_model import (
 from rayhf.scorer.reward_model import RewardModel
 from rayhf.tiny.language_model import ModelSize
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
+from rayhf.types import Compared, Completion, Failed, Invalid, Message, Prompt, Scored, ScoreRequest
 
-KINDS = {"pairwise": {"type": "pairwise"}, "general_preference": {"type": "general_preference", "blocks": 2, "temperature": 0.5}}
+KINDS = {
+    "pairwise": {"type": "pairwise"},
+    "general_preference": {"type": "general_preference", "blocks": 2, "temperature": 0.5},
+}
 
 
 def win(x: float) -> float:
@@ -44,8 +48,12 @@ def win(x: float) -> float:
 
 # ------------------------------------------------------------------------------------------ verdict arithmetic
 
-logits = hnp.arrays(np.float64, st.integers(0, 5).map(lambda k: (k, k)), elements=st.floats(-800, 800))
-embeddings = hnp.arrays(np.float64, st.integers(0, 5).map(lambda k: (k, 4)), elements=st.floats(-30, 30))
+logits = hnp.arrays(
+    np.float64, st.integers(0, 5).map(lambda k: (k, k)), elements=st.floats(-800, 800)
+)
+embeddings = hnp.arrays(
+    np.float64, st.integers(0, 5).map(lambda k: (k, 4)), elements=st.floats(-30, 30)
+)
 
 
 def test_order_averaged_by_hand() -> None:
@@ -64,22 +72,34 @@ def test_skew_symmetric_by_hand() -> None:
 @given(logits)
 def test_order_averaged_chances_add_up(logit: np.ndarray[Any, Any]) -> None:
     found = order_averaged(logit)
-    assert (found + found.T == 1.0).all() and (np.diag(found) == 0.5).all() and ((found >= 0) & (found <= 1)).all()
+    assert (
+        (found + found.T == 1.0).all()
+        and (np.diag(found) == 0.5).all()
+        and ((found >= 0) & (found <= 1)).all()
+    )
 
 
 @settings(deadline=None)
 @given(embeddings, st.floats(0.05, 3))
 def test_skew_symmetric_chances_add_up(embedding: np.ndarray[Any, Any], temperature: float) -> None:
     found = skew_symmetric(embedding, temperature)
-    assert (found + found.T == 1.0).all() and (np.diag(found) == 0.5).all() and ((found >= 0) & (found <= 1)).all()
+    assert (
+        (found + found.T == 1.0).all()
+        and (np.diag(found) == 0.5).all()
+        and ((found >= 0) & (found <= 1)).all()
+    )
 
 
 @settings(deadline=None)
 @given(embeddings, st.randoms())
-def test_the_order_of_answers_permutes_the_matrix(embedding: np.ndarray[Any, Any], rng: Any) -> None:
+def test_the_order_of_answers_permutes_the_matrix(
+    embedding: np.ndarray[Any, Any], rng: Any
+) -> None:
     order = list(range(len(embedding)))
     rng.shuffle(order)
-    np.testing.assert_array_equal(skew_symmetric(embedding[order], 1.0), skew_symmetric(embedding, 1.0)[np.ix_(order, order)])
+    np.testing.assert_array_equal(
+        skew_symmetric(embedding[order], 1.0), skew_symmetric(embedding, 1.0)[np.ix_(order, order)]
+    )
 
 
 def test_one_lost_embedding_loses_its_row_and_column_only() -> None:
@@ -118,14 +138,18 @@ def test_calibration_is_a_share(chances: np.ndarray[Any, Any]) -> None:
 def test_figures() -> None:
     figures = measure(np.array([0.8, 0.4, 0.5, 0.9]))
     assert figures.accuracy == pytest.approx(2.5 / 4)
-    assert figures.likelihood_loss == pytest.approx(-(math.log(0.8) + math.log(0.4) + math.log(0.5) + math.log(0.9)) / 4)
+    assert figures.likelihood_loss == pytest.approx(
+        -(math.log(0.8) + math.log(0.4) + math.log(0.5) + math.log(0.9)) / 4
+    )
     assert math.isfinite(measure(np.array([0.0])).likelihood_loss)
     with pytest.raises(NumericalError, match="1 of 2 held-out pairs"):
         measure(np.array([0.5, np.nan]))
 
 
 def fit_config(objective: dict[str, Any]) -> FitConfig:
-    return FitConfig.model_validate({"model": "m", "train": "a", "test": "b", "output": "o", "objective": objective})
+    return FitConfig.model_validate(
+        {"model": "m", "train": "a", "test": "b", "output": "o", "objective": objective}
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,13 +162,20 @@ def fit_config(objective: dict[str, Any]) -> FitConfig:
 )
 def test_win_probability(objective: dict[str, Any], expected: float) -> None:
     outputs = [np.array([[1.5]], np.float32), np.array([[-0.5]], np.float32)]
-    assert win_probability(fit_config(objective).objective, outputs).tolist() == [pytest.approx(expected)]
+    assert win_probability(fit_config(objective).objective, outputs).tolist() == [
+        pytest.approx(expected)
+    ]
 
 
 def test_win_probability_of_embeddings() -> None:
     objective = fit_config(KINDS["general_preference"]).objective
-    outputs = [np.array([[1.0, 2.0, 0.0, 0.0]], np.float32), np.array([[3.0, 5.0, 1.0, 1.0]], np.float32)]
-    assert win_probability(objective, outputs).tolist() == [pytest.approx(win((2 * 3 - 1 * 5) / 0.5))]
+    outputs = [
+        np.array([[1.0, 2.0, 0.0, 0.0]], np.float32),
+        np.array([[3.0, 5.0, 1.0, 1.0]], np.float32),
+    ]
+    assert win_probability(objective, outputs).tolist() == [
+        pytest.approx(win((2 * 3 - 1 * 5) / 0.5))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ models
@@ -152,7 +183,12 @@ def test_win_probability_of_embeddings() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(["which one is good? this one or that one"] * 3, POLICY_FORMAT, max_vocab=400, max_length=200)
+    return train_tokenizer(
+        ["which one is good? this one or that one"] * 3,
+        POLICY_FORMAT,
+        max_vocab=400,
+        max_length=200,
+    )
 
 
 def build(directory: Path, tokenizer: PreTrainedTokenizerFast, objective: dict[str, Any]) -> Path:
@@ -161,13 +197,19 @@ def build(directory: Path, tokenizer: PreTrainedTokenizerFast, objective: dict[s
     torch.manual_seed(0)
     LlamaForSequenceClassification(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    mark(directory, fit_config(objective), pad_token_id=pad_id(tokenizer, frozenset({tokenizer.eos_token_id})))
+    mark(
+        directory,
+        fit_config(objective),
+        pad_token_id=pad_id(tokenizer, frozenset({tokenizer.eos_token_id})),
+    )
     return directory
 
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
 def directory(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> Path:
     torch.set_num_threads(1)
     return build(tmp_path_factory.mktemp("models") / request.param, tokenizer, KINDS[request.param])
@@ -178,14 +220,25 @@ def model(directory: Path) -> PreferenceModel:
     return PreferenceModel(directory)
 
 
-def ask(*answers: str, messages: tuple[Message, ...] = ({"role": "user", "content": "which one?"},)) -> ScoreRequest:
+def ask(
+    *answers: str, messages: tuple[Message, ...] = ({"role": "user", "content": "which one?"},)
+) -> ScoreRequest:
     completions = tuple(
         Completion(
-            prompt_id="p", index=i, seed=i, text=text, token_ids=(1,), logprobs=(0.0,), finish_reason="stop", policy_version=0
+            prompt_id="p",
+            index=i,
+            seed=i,
+            text=text,
+            token_ids=(1,),
+            logprobs=(0.0,),
+            finish_reason="stop",
+            policy_version=0,
         )
         for i, text in enumerate(answers)
     )
-    return ScoreRequest(prompt=Prompt(prompt_id="p", messages=messages, token_ids=(1,)), completions=completions)
+    return ScoreRequest(
+        prompt=Prompt(prompt_id="p", messages=messages, token_ids=(1,)), completions=completions
+    )
 
 
 def matrix(model: PreferenceModel, request: ScoreRequest) -> np.ndarray[Any, Any]:
@@ -196,7 +249,10 @@ def matrix(model: PreferenceModel, request: ScoreRequest) -> np.ndarray[Any, Any
 
 def test_against_transformers_one_text_at_a_time(directory: Path, model: PreferenceModel) -> None:
     """The classifier as transformers runs it, alone and unpadded, and the formulas by hand."""
-    reader, network = Reader(AutoTokenizer.from_pretrained(directory)), LlamaForSequenceClassification.from_pretrained(directory)
+    reader, network = (
+        Reader(AutoTokenizer.from_pretrained(directory)),
+        LlamaForSequenceClassification.from_pretrained(directory),
+    )
     request = ask("this", "that one is good", "or", "")
     texts, messages = [c.text for c in request.completions], request.prompt.messages
 
@@ -216,7 +272,9 @@ def test_against_transformers_one_text_at_a_time(directory: Path, model: Prefere
                 expected = win((v[1] * u[0] - v[0] * u[1] + v[3] * u[2] - v[2] * u[3]) / 0.5)
             assert found[i, j] == pytest.approx(expected, abs=1e-5)
             assert found[i, j] + found[j, i] == 1.0
-    assert len(set(found[np.triu_indices(4, 1)])) == 6, "all pairs alike: the comparison above would prove nothing"
+    assert len(set(found[np.triu_indices(4, 1)])) == 6, (
+        "all pairs alike: the comparison above would prove nothing"
+    )
 
 
 def test_batches_do_not_mix_answers(directory: Path, model: PreferenceModel) -> None:
@@ -245,13 +303,19 @@ def test_score_is_the_mean_win_against_the_others(model: PreferenceModel) -> Non
     request = ask("this", "that one is good", "or")
     found, outcomes = matrix(model, request), model.score([request])[0]
     for i, outcome in enumerate(outcomes):
-        assert isinstance(outcome, Scored) and outcome.value == pytest.approx((found[i].sum() - 0.5) / 2)
+        assert isinstance(outcome, Scored) and outcome.value == pytest.approx(
+            (found[i].sum() - 0.5) / 2
+        )
 
 
 def test_too_long_has_no_verdict(model: PreferenceModel) -> None:
     request = ask("this", "long " * 300, "that")
     found, outcomes = matrix(model, request), model.score([request])[0]
-    assert np.isnan(found[1, [0, 2]]).all() and np.isnan(found[[0, 2], 1]).all() and 0 < found[0, 2] < 1
+    assert (
+        np.isnan(found[1, [0, 2]]).all()
+        and np.isnan(found[[0, 2], 1]).all()
+        and 0 < found[0, 2] < 1
+    )
     assert isinstance(outcomes[1], Invalid) and "too long" in outcomes[1].reason
     assert isinstance(outcomes[0], Scored) and outcomes[0].value == pytest.approx(found[0, 2])
     nothing = model.compare([ask("long " * 300, "long " * 301)])[0]
@@ -278,9 +342,19 @@ def test_an_output_that_is_not_finite_is_no_verdict(directory: Path) -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.sampled_from(["<", "<<", ">>>", FIRST, SECOND, END, "<|end|>", "<|assistant|>", "a", "\n"]), max_size=8))
-def test_no_answer_can_leave_its_place(tokenizer: PreTrainedTokenizerFast, parts: list[str]) -> None:
-    """Whatever the first answer says, the text has each fence once and as many special tokens as with a harmless answer."""
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<", "<<", ">>>", FIRST, SECOND, END, "<|end|>", "<|assistant|>", "a", "\n"]
+        ),
+        max_size=8,
+    )
+)
+def test_no_answer_can_leave_its_place(
+    tokenizer: PreTrainedTokenizerFast, parts: list[str]
+) -> None:
+    """Whatever the first answer says, the text has each fence once and as many special tokens as
+    with a harmless answer."""
     reader, messages = Reader(tokenizer), ({"role": "user", "content": "q"},)
     hostile, harmless = reader.pair(messages, "".join(parts), "x"), reader.pair(messages, "y", "x")
     assert isinstance(hostile, tuple) and isinstance(harmless, tuple)
@@ -315,18 +389,36 @@ def changed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...,
     ("file", "values", "expected"),
     [
         ("rayhf_scorer.json", {"kind": "pointwise"}, "use type: reward_model"),
-        ("rayhf_scorer.json", {"kind": "best"}, "kind is 'best'; expected pointwise, pairwise or general_preference"),
-        ("rayhf_scorer.json", {"temperature": 0}, "temperature is 0; expected a finite number above 0"),
-        ("rayhf_scorer.json", {"kind": "general_preference"}, "outputs is 1; general_preference has an even number"),
+        (
+            "rayhf_scorer.json",
+            {"kind": "best"},
+            "kind is 'best'; expected pointwise, pairwise or general_preference",
+        ),
+        (
+            "rayhf_scorer.json",
+            {"temperature": 0},
+            "temperature is 0; expected a finite number above 0",
+        ),
+        (
+            "rayhf_scorer.json",
+            {"kind": "general_preference"},
+            "outputs is 1; general_preference has an even number",
+        ),
         (
             "rayhf_scorer.json",
             {"kind": "general_preference", "outputs": 4},
             "config.json says 1 outputs, rayhf_scorer.json says 4",
         ),
-        ("config.json", {"architectures": ["LlamaForCausalLM"]}, "architectures is LlamaForCausalLM"),
+        (
+            "config.json",
+            {"architectures": ["LlamaForCausalLM"]},
+            "architectures is LlamaForCausalLM",
+        ),
     ],
 )
-def test_check_directory_refuses(changed: Callable[..., Path], file: str, values: dict[str, object], expected: str) -> None:
+def test_check_directory_refuses(
+    changed: Callable[..., Path], file: str, values: dict[str, object], expected: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         check_directory(changed(file, **values))
     assert expected in str(error.value) and "\n" not in str(error.value)
@@ -346,12 +438,19 @@ def test_a_longer_limit_than_the_models_is_refused(directory: Path) -> None:
 def test_a_padding_id_that_ends_texts_is_not_taken(tokenizer: PreTrainedTokenizerFast) -> None:
     assert pad_id(tokenizer, frozenset({tokenizer.eos_token_id})) == tokenizer.pad_token_id
     other = pad_id(tokenizer, frozenset({tokenizer.eos_token_id, tokenizer.pad_token_id}))
-    assert other in tokenizer.all_special_ids and other not in (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert other in tokenizer.all_special_ids and other not in (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
 
 
-def test_a_pointwise_fit_is_a_reward_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_pointwise_fit_is_a_reward_model(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     directory = build(tmp_path / "bt", tokenizer, {"type": "bradley_terry"})
-    assert all(isinstance(outcome, Scored) for outcome in RewardModel(directory).score([ask("a", "b")])[0])
+    assert all(
+        isinstance(outcome, Scored) for outcome in RewardModel(directory).score([ask("a", "b")])[0]
+    )
     with pytest.raises(ConfigError, match="use type: reward_model"):
         PreferenceModel(directory)
 
@@ -359,7 +458,9 @@ def test_a_pointwise_fit_is_a_reward_model(tmp_path: Path, tokenizer: PreTrained
 def test_a_model_of_pairs_is_no_reward_model(tmp_path: Path) -> None:
     from rayhf.scorer.reward_model import check_directory as check_reward_model
 
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}')
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}'
+    )
     (tmp_path / "rayhf_scorer.json").write_text('{"kind": "pairwise"}')
     with pytest.raises(ConfigError, match="it is a pairwise model; use type: preference_model"):
         check_reward_model(tmp_path)

@@ -1,19 +1,26 @@
 import pytest
 
+from rayhf.data.prompts import deal, prompt_id, read_rows
 from rayhf.errors import ConfigError
-from rayhf.experience import Prompt
-from rayhf.prompts import deal, prompt_id, read_rows
+from rayhf.types import Prompt
 
 
 def prompts(n):
-    return [Prompt(prompt_id=f"{i:04d}", messages=({"role": "user", "content": str(i)},), token_ids=(i,)) for i in range(n)]
+    return [
+        Prompt(
+            prompt_id=f"{i:04d}", messages=({"role": "user", "content": str(i)},), token_ids=(i,)
+        )
+        for i in range(n)
+    ]
 
 
 def test_every_prompt_once_per_epoch_and_never_twice_in_a_round():
     world = prompts(10)
     rounds = [deal(world, batch=5, iteration=i, seed=3) for i in range(1, 5)]
     for first in (0, 2):
-        assert sorted(p.prompt_id for r in rounds[first : first + 2] for p in r) == [p.prompt_id for p in world]
+        assert sorted(p.prompt_id for r in rounds[first : first + 2] for p in r) == [
+            p.prompt_id for p in world
+        ]
     seen = [{p.prompt_id for p in deal(world, batch=7, iteration=i, seed=3)} for i in range(1, 40)]
     assert {len(ids) for ids in seen} == {7} and set().union(*seen) == {p.prompt_id for p in world}
 

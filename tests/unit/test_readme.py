@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from rayhf.config.load import load_config
-from rayhf.preflight import check_settings
+from rayhf.planning.preflight import check_settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,13 +30,23 @@ def test_commands_exist_and_their_configs_are_valid(command):
 
 
 def test_files_named_in_the_readme_exist():
-    for name in re.findall(r"`((?:rayhf|actors|launch|configs|tests|requirements)/[\w/.]*)`", README):
+    for name in re.findall(
+        r"`((?:rayhf|actors|launch|configs|tests|requirements)/[\w/.]*)`", README
+    ):
         assert (ROOT / name).exists(), name
 
 
 def test_the_exit_codes_are_the_errors_own():
     from rayhf import errors
 
-    codes = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.RayhfError)}
-    table = {int(code) for row in re.findall(r"^\| ([\d /]+) \|", README, re.M) for code in row.split("/")}
+    codes = {
+        e.exit_code
+        for e in vars(errors).values()
+        if isinstance(e, type) and issubclass(e, errors.RayhfError)
+    }
+    table = {
+        int(code)
+        for row in re.findall(r"^\| ([\d /]+) \|", README, re.M)
+        for code in row.split("/")
+    }
     assert codes - {1} == table - {0}

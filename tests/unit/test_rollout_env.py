@@ -27,6 +27,8 @@ def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     check_env("cpu")
     monkeypatch.delenv("TORCHDYNAMO_DISABLE")
-    with pytest.raises(ConfigError, match="TORCHDYNAMO_DISABLE is None, a rollout engine on cpu needs '1'"):
+    with pytest.raises(
+        ConfigError, match="TORCHDYNAMO_DISABLE is None, a rollout engine on cpu needs '1'"
+    ):
         check_env("cpu")
     check_env("gpu")

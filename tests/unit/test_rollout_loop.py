@@ -12,7 +12,8 @@ from rayhf.rollout.loop import EngineLoop, Result, Wave
 
 
 class CountingDriver:
-    """A wave takes as many steps as its version says. `gate` holds every step back until it is set."""
+    """A wave takes as many steps as its version says. `gate` holds every step back until it is
+    set."""
 
     def __init__(self) -> None:
         self.left: dict[Wave, int] = {}

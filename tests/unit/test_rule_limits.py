@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from test_scorer_rule import _running, request
 
-from rayhf.experience import Failed, Outcome, Scored
 from rayhf.scorer.rule import Rule
-from rayhf.scorer.rule_process import Limits
+from rayhf.scorer.rule_process import ProcessLimits
+from rayhf.types import Failed, Outcome, Scored
 
 RULES = """
 import os, resource, socket, sys, time
@@ -44,7 +44,7 @@ def processes(completion, **context):
 def environment(completion, **context):
     return sum("canary" in value for value in os.environ.values())
 
-def neighbours(completion, **context):
+def neighbors(completion, **context):
     return len(open(f"/proc/{os.getppid()}/environ").read())
 
 def dial(completion, **context):
@@ -72,7 +72,13 @@ def ask(tmp_path: Path) -> Iterator[Ask]:
     started: list[Rule] = []
 
     def ask(function: str, text: str = "", **limits: object) -> Outcome:
-        started.append(Rule(f"hostile:{function}", base=tmp_path, limits=Limits(**{"timeout_s": 5.0, **limits})))
+        started.append(
+            Rule(
+                f"hostile:{function}",
+                base=tmp_path,
+                limits=ProcessLimits(**{"timeout_s": 5.0, **limits}),
+            )
+        )
         [(outcome,)] = started[-1].score([request(text)])
         return outcome
 
@@ -122,7 +128,7 @@ def test_no_secret_of_the_environment_is_seen(ask: Ask, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("apart")
 def test_other_processes_cannot_be_read(ask: Ask) -> None:
-    outcome = ask("neighbours")
+    outcome = ask("neighbors")
     assert isinstance(outcome, Failed) and outcome.reason.startswith("PermissionError")
 
 

@@ -1,4 +1,5 @@
-"""What must not grow with the number of engines and prompts, and the simulation in virtual time that measures it."""
+"""What must not grow with the number of engines and prompts, and the simulation in virtual time
+that measures it."""
 
 import asyncio
 import itertools
@@ -11,10 +12,10 @@ from test_controller import make_config, metrics_of, play
 
 from actors.rollout import RolloutPool, _LeastBusy
 from rayhf.algorithms.base import sample_and_score
-from rayhf.campaign import store
-from rayhf.campaign.audit import audit
-from rayhf.campaign.exchange import Exchange
-from rayhf.experience import GenerateRequest, Sampling
+from rayhf.exploration.scheduler import RequestScheduler
+from rayhf.monitoring.audit import audit
+from rayhf.run_dir import store
+from rayhf.types import GenerateRequest, Sampling
 from tests.bench.scale_sim import Case
 from tests.bench.scale_sim import play as simulated
 from tests.bench.simulated import World
@@ -66,9 +67,13 @@ def test_a_simulated_campaign_with_dying_engines_is_whole(tmp_path, staleness):
     case = Case(engines=3, prompts=32, rounds=3, max_staleness=staleness)
     world = World(engines=3, slots=4, tokens=4, life_s=150.0, restart_s=20.0, invalid=0.0)
     found = simulated(case, tmp_path / "run", world)
-    assert found["failures"] > 0 and found["busy_at_update"] == 0 and found["staleness"] == staleness
+    assert (
+        found["failures"] > 0 and found["busy_at_update"] == 0 and found["staleness"] == staleness
+    )
     assert found["over_ideal"] >= 1.0 and 0 < found["busy"] < 1
-    assert [finding.problem for finding in audit(tmp_path / "run", deep=False) if finding.problem] == []
+    assert [
+        finding.problem for finding in audit(tmp_path / "run", deep=False) if finding.problem
+    ] == []
 
 
 def test_the_least_busy_is_the_least_busy():
@@ -117,12 +122,18 @@ class Desk:
 
 
 class Nobody:
-    async def equip(self, actor): ...
+    async def join_engine(self, actor): ...
 
 
 def _asks(pool, numbers, version=0):
     def ask(number):
-        request = GenerateRequest(prompt_id=str(number), number=0, token_ids=(1,), sampling=Sampling(max_tokens=4), seeds=(1, 2))
+        request = GenerateRequest(
+            prompt_id=str(number),
+            number=0,
+            token_ids=(1,),
+            sampling=Sampling(max_tokens=4),
+            seeds=(1, 2),
+        )
         return asyncio.ensure_future(pool.generate([request], version=version))
 
     return [ask(number) for number in numbers]
@@ -139,14 +150,19 @@ def test_single_requests_travel_together_only_where_engines_have_twice_what_they
         pool = RolloutPool(desks, Nobody(), places=4, timeout_s=1.0)
         asked = _asks(pool, range(8))
         await _turns()
-        assert [desk.sizes for desk in desks] == [[1] * 4, [1] * 4]  # two sequences each: twice the four places
+        assert [desk.sizes for desk in desks] == [
+            [1] * 4,
+            [1] * 4,
+        ]  # two sequences each: twice the four places
         asked += [*_asks(pool, range(8, 21)), *_asks(pool, [21], version=1)]
         await _turns()
         assert [desk.sizes[4:] for desk in desks] == [[8], [5, 1]]
         assert [version for desk in desks for _, version, _ in desk.calls[4:]] == [0, 0, 1]
         desks[1].answer(0)
         await _turns()
-        assert [task.done() for task in asked].count(True) == 1  # nobody waits for another who need not
+        assert [task.done() for task in asked].count(
+            True
+        ) == 1  # nobody waits for another who need not
         for desk in desks:
             for number, (_, _, future) in enumerate(desk.calls):
                 if not future.done():
@@ -154,7 +170,10 @@ def test_single_requests_travel_together_only_where_engines_have_twice_what_they
         assert await asyncio.gather(*asked) == [[str(n)] for n in range(22)]
         asked = _asks(pool, range(2))
         await _turns()
-        assert [desk.sizes[-1] for desk in desks] == [1, 1]  # the load is what is under way, not what was
+        assert [desk.sizes[-1] for desk in desks] == [
+            1,
+            1,
+        ]  # the load is what is under way, not what was
 
     asyncio.run(play())
 
@@ -203,7 +222,7 @@ class Counting(FakeRollout):
 def test_only_so_many_prompts_are_explored_at_the_same_time(deterministic):
     async def run(in_flight):
         rollout = Counting()
-        exchange = Exchange(
+        exchange = RequestScheduler(
             {"policy": rollout},
             FakeScorer(),
             chat=FakeChat(),
@@ -237,6 +256,8 @@ def test_a_rounds_tables_are_written_in_parts_and_are_the_same(tmp_path, monkeyp
     play(parts)
     assert metrics_of(whole) == metrics_of(parts)
     for folder in ("samples", "pairs"):
-        one, many = (config.run.dir / folder / "iteration-000001.parquet" for config in (whole, parts))
+        one, many = (
+            config.run.dir / folder / "iteration-000001.parquet" for config in (whole, parts)
+        )
         assert pq.read_table(one).equals(pq.read_table(many))
         assert pq.ParquetFile(many).num_row_groups > pq.ParquetFile(one).num_row_groups == 1

@@ -1,4 +1,5 @@
-"""Several scorers as one, against numbers written out by hand, and what is refused before anything starts."""
+"""Several scorers as one, against numbers written out by hand, and what is refused before anything
+starts."""
 
 from __future__ import annotations
 
@@ -16,23 +17,35 @@ from pydantic import ValidationError
 
 from rayhf.config.scorers import (
     CombineConfig,
-    JudgeScorer,
+    JudgeConfig,
     LogSigmoid,
-    PairwiseRuleScorer,
-    RewardModelScorer,
-    RuleScorer,
+    PairwiseRuleConfig,
+    RewardModelConfig,
+    RuleConfig,
     ScorerEntry,
 )
 from rayhf.errors import CheckpointError, ConfigError
-from rayhf.experience import Compared, Comparison, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 from rayhf.scorer.build import build_scorer, check_entries, check_heldout
 from rayhf.scorer.classifier import pack
 from rayhf.scorer.combine import Combined, Part
+from rayhf.types import (
+    Compared,
+    Comparison,
+    Completion,
+    Failed,
+    Invalid,
+    Outcome,
+    Prompt,
+    Scored,
+    ScoreRequest,
+)
 
 
 def request(text: str, answer: str) -> ScoreRequest:
     """Two completions: the text, and its last character."""
-    prompt = Prompt(prompt_id="p", messages=({"role": "user", "content": "?"},), token_ids=(1,), answer=answer)
+    prompt = Prompt(
+        prompt_id="p", messages=({"role": "user", "content": "?"},), token_ids=(1,), answer=answer
+    )
     return ScoreRequest(
         prompt=prompt,
         completions=tuple(
@@ -68,7 +81,10 @@ class Listed:
         self.scores = list(scores)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        return [tuple(Scored(value=self.scores.pop(0)) for _ in request.completions) for request in requests]
+        return [
+            tuple(Scored(value=self.scores.pop(0)) for _ in request.completions)
+            for request in requests
+        ]
 
     def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
         raise AssertionError("a pointwise part is compared by its scores")
@@ -80,7 +96,11 @@ class Pairwise:
     """An engine with one answer to every comparison."""
 
     def __init__(self, answer: Comparison | list[list[float]]) -> None:
-        self.answer = answer if not isinstance(answer, list) else Compared(win=np.array(answer), source="pairwise")
+        self.answer = (
+            answer
+            if not isinstance(answer, list)
+            else Compared(win=np.array(answer), source="pairwise")
+        )
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         return [(Scored(value=0.25), Scored(value=0.75)) for _ in requests]
@@ -104,7 +124,9 @@ def combined(first: Outcome, second: Outcome) -> Outcome:
 
 
 def test_weighted_sum_with_its_parts() -> None:
-    assert combined(Scored(value=3.0), Scored(value=4.0)) == Scored(value=4.0, parts={"a": 3.0, "b": 4.0})
+    assert combined(Scored(value=3.0), Scored(value=4.0)) == Scored(
+        value=4.0, parts={"a": 3.0, "b": 4.0}
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,7 +173,9 @@ def ensemble(combine: dict[str, Any], *weights: float) -> list[float]:
         ({"type": "uncertainty", "coef": 1.0}, (2, 1, 1), [2.5 - 4.25, 3.0]),
     ],
 )
-def test_ensembles_by_hand(combine: dict[str, Any], weights: tuple[float, ...], wanted: list[float]) -> None:
+def test_ensembles_by_hand(
+    combine: dict[str, Any], weights: tuple[float, ...], wanted: list[float]
+) -> None:
     assert ensemble(combine, *weights) == pytest.approx(wanted)
 
 
@@ -160,7 +184,9 @@ def test_ensembles_by_hand(combine: dict[str, Any], weights: tuple[float, ...], 
     st.sampled_from(["weighted_sum", "mean", "worst", "uncertainty"]),
     st.randoms(),
 )
-def test_the_order_of_an_ensemble_means_nothing(scores: list[float], kind: Any, random: Any) -> None:
+def test_the_order_of_an_ensemble_means_nothing(
+    scores: list[float], kind: Any, random: Any
+) -> None:
     def total(listed: list[tuple[int, float]]) -> float:
         parts = [Part(name=f"m{i}", weight=1.0, engine=Listed(score, score)) for i, score in listed]
         return values_of(Combined(parts, CombineConfig(type=kind)).score([request("text", "4")]))[0]
@@ -182,20 +208,26 @@ def test_log_sigmoid_transform(score: float) -> None:
 
 def test_parts_are_raw_and_nested_ones_keep_their_scorers_name() -> None:
     fixed = Fixed(Scored(value=2.0, parts={"votes": 5.0}))
-    [(outcome, _)] = Combined([Part(name="judge", weight=1.0, engine=fixed, reference=2.0)]).score([request("text", "4")])
-    assert outcome == Scored(value=pytest.approx(math.log(0.5)), parts={"judge": 2.0, "judge/votes": 5.0})
+    [(outcome, _)] = Combined([Part(name="judge", weight=1.0, engine=fixed, reference=2.0)]).score(
+        [request("text", "4")]
+    )
+    assert outcome == Scored(
+        value=pytest.approx(math.log(0.5)), parts={"judge": 2.0, "judge/votes": 5.0}
+    )
 
 
 def test_a_call_counts_before_it_is_normalised_and_the_state_resumes_exactly() -> None:
     def engine(*scores: float) -> Combined:
-        return Combined([Part(name="m", weight=3.0, engine=Listed(*scores), normalise=True)])
+        return Combined([Part(name="m", weight=3.0, engine=Listed(*scores), normalize=True)])
 
     whole = engine(1.0, 3.0, 2.0, 6.0)
     requests = [request("text", "4")]
     first, second = values_of(whole.score(requests)), values_of(whole.score(requests))
     assert first == pytest.approx([-3.0, 3.0])  # mean 2, std 1
     seen = [1.0, 3.0, 2.0, 6.0]
-    assert second == pytest.approx([3 * (score - np.mean(seen)) / np.std(seen) for score in (2.0, 6.0)])
+    assert second == pytest.approx(
+        [3 * (score - np.mean(seen)) / np.std(seen) for score in (2.0, 6.0)]
+    )
     before, after = engine(1.0, 3.0), engine(2.0, 6.0)
     before.score(requests)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
@@ -205,9 +237,13 @@ def test_a_call_counts_before_it_is_normalised_and_the_state_resumes_exactly() -
 
 def test_one_request_of_many_is_normalised_as_if_they_came_together() -> None:
     """All answers of a call are on one scale."""
-    together = Combined([Part(name="m", weight=1.0, engine=Listed(1.0, 3.0, 2.0, 6.0), normalise=True)])
+    together = Combined(
+        [Part(name="m", weight=1.0, engine=Listed(1.0, 3.0, 2.0, 6.0), normalize=True)]
+    )
     rows = together.score([request("text", "4"), request("text", "4")])
-    assert values_of(rows) == pytest.approx([(score - 3) / math.sqrt(3.5) for score in (1.0, 3.0, 2.0, 6.0)])
+    assert values_of(rows) == pytest.approx(
+        [(score - 3) / math.sqrt(3.5) for score in (1.0, 3.0, 2.0, 6.0)]
+    )
 
 
 def test_the_transform_comes_before_the_normaliser_and_missing_scores_do_not_count() -> None:
@@ -215,23 +251,32 @@ def test_the_transform_comes_before_the_normaliser_and_missing_scores_do_not_cou
         def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
             return [(Scored(value=1.0), Invalid(reason="?"))]
 
-    engine = Combined([Part(name="m", weight=1.0, engine=Half(), reference=1.0, normalise=True)])
+    engine = Combined([Part(name="m", weight=1.0, engine=Half(), reference=1.0, normalize=True)])
     [(good, bad)] = engine.score([request("text", "4")])
     assert (good, bad) == (Scored(value=0.0, parts={"m": 1.0}), Invalid(reason="m: ?"))
-    assert engine.state_dict() == {"normalisers": {"m": {"count": 1, "mean": math.log(0.5), "squares": 0.0}}}
+    assert engine.state_dict() == {
+        "normalizers": {"m": {"count": 1, "mean": math.log(0.5), "squares": 0.0}}
+    }
 
 
 def test_a_state_of_other_scorers_is_refused() -> None:
-    engine = Combined([Part(name="m", weight=1.0, engine=Listed(), normalise=True)])
-    with pytest.raises(CheckpointError, match=r"statistics of the scorers \['n'\], the config normalises \['m'\]"):
-        engine.load_state_dict({"normalisers": {"n": {"count": 0, "mean": 0.0, "squares": 0.0}}})
+    engine = Combined([Part(name="m", weight=1.0, engine=Listed(), normalize=True)])
+    with pytest.raises(
+        CheckpointError, match=r"statistics of the scorers \['n'\], the config normalizes \['m'\]"
+    ):
+        engine.load_state_dict({"normalizers": {"n": {"count": 0, "mean": 0.0, "squares": 0.0}}})
     with pytest.raises(CheckpointError, match="statistics of the scorers none"):
         engine.load_state_dict({})
     Combined([Part(name="m", weight=1.0, engine=Listed())]).load_state_dict({})
 
 
 def test_scores_are_compared_by_the_sigmoid_of_their_combined_differences() -> None:
-    engine = Combined([Part(name="a", weight=2.0, engine=Listed(1.0, 0.0)), Part(name="b", weight=-1.0, engine=Listed(0.5, 0.0))])
+    engine = Combined(
+        [
+            Part(name="a", weight=2.0, engine=Listed(1.0, 0.0)),
+            Part(name="b", weight=-1.0, engine=Listed(0.5, 0.0)),
+        ]
+    )
     [compared] = engine.compare([request("text", "4")])
     assert isinstance(compared, Compared) and compared.source == "pointwise"
     assert compared.win[0, 1] == pytest.approx(1 / (1 + math.exp(-1.5)))
@@ -244,7 +289,9 @@ def test_matrices_are_averaged_by_weight() -> None:
     ]
     [compared] = Combined(parts).compare([request("text", "4")])
     assert isinstance(compared, Compared) and compared.source == "pairwise"
-    gap = math.log(1 / (1 + math.e)) - math.log(1 / (1 + math.exp(-1)))  # of log sigmoid(-1) and log sigmoid(1)
+    gap = math.log(1 / (1 + math.e)) - math.log(
+        1 / (1 + math.exp(-1))
+    )  # of log sigmoid(-1) and log sigmoid(1)
     assert compared.win[0, 1] == pytest.approx((3 * 0.9 + 1 / (1 + math.exp(-gap))) / 4)
     assert (compared.win + compared.win.T == 1.0).all()
 
@@ -254,8 +301,14 @@ def test_matrices_are_averaged_by_weight() -> None:
     [
         (Invalid(reason="no verdict"), Invalid(reason="game: no verdict")),
         (Failed(reason="died"), Failed(reason="game: died")),
-        ([[0.5, 0.9]], Failed(reason="game: the scorer's matrix has shape (1, 2), expected (2, 2)")),
-        ([[0.5, math.nan], [math.nan, 0.5]], Invalid(reason="game: the scorer compared no two answers")),
+        (
+            [[0.5, 0.9]],
+            Failed(reason="game: the scorer's matrix has shape (1, 2), expected (2, 2)"),
+        ),
+        (
+            [[0.5, math.nan], [math.nan, 0.5]],
+            Invalid(reason="game: the scorer compared no two answers"),
+        ),
     ],
 )
 def test_a_part_without_a_matrix_is_never_a_half(answer: Any, wanted: Comparison) -> None:
@@ -279,19 +332,31 @@ def test_an_engine_that_answers_wrongly(rows: list[tuple[Outcome, ...]], wanted:
         def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
             return rows
 
-    engine = Combined([Part(name="m", weight=1.0, engine=Wrong(), normalise=True)])
+    engine = Combined([Part(name="m", weight=1.0, engine=Wrong(), normalize=True)])
     assert engine.score([request("text", "4")]) == [(wanted, wanted)]
     assert engine.compare([request("text", "4")]) == [wanted]
-    assert engine.state_dict()["normalisers"]["m"]["count"] == 0
+    assert engine.state_dict()["normalizers"]["m"]["count"] == 0
 
 
 @pytest.mark.parametrize(
     ("entries", "combine", "message"),
     [
-        ([PairwiseRuleScorer(function="m:f")], {"type": "worst"}, "combine.type worst is for scores"),
-        ([PairwiseRuleScorer(function="m:f", weight=-1.0)], {}, "weights are -1; with a pairwise scorer they are shares"),
-        ([RuleScorer(function="m:f", weight=2.0)], {"type": "worst"}, "expected no weights, got 2"),
-        ([RuleScorer(function="m:f", weight=0.0)], {"type": "mean"}, "weights are 0; with combine.type mean they are shares"),
+        (
+            [PairwiseRuleConfig(function="m:f")],
+            {"type": "worst"},
+            "combine.type worst is for scores",
+        ),
+        (
+            [PairwiseRuleConfig(function="m:f", weight=-1.0)],
+            {},
+            "weights are -1; with a pairwise scorer they are shares",
+        ),
+        ([RuleConfig(function="m:f", weight=2.0)], {"type": "worst"}, "expected no weights, got 2"),
+        (
+            [RuleConfig(function="m:f", weight=0.0)],
+            {"type": "mean"},
+            "weights are 0; with combine.type mean they are shares",
+        ),
     ],
 )
 def test_weights_that_mean_nothing_are_refused(
@@ -302,12 +367,17 @@ def test_weights_that_mean_nothing_are_refused(
 
 
 def test_what_cannot_judge_held_out_answers_is_refused() -> None:
-    fine = RuleScorer(function="m:f", transform=LogSigmoid(reference=0.5))
-    check_heldout([fine, JudgeScorer(model=Path("j"))], where="scorer.evaluate")
-    with pytest.raises(ConfigError, match=r"^scorer\.train\[1\]: judge compares answers, and a held-out answer stands alone"):
-        check_heldout([fine, JudgeScorer(model=Path("j"), mode="pairwise")], where="scorer.train")
-    with pytest.raises(ConfigError, match=r"^scorer\.train\[0\]: f is normalised by what was scored before"):
-        check_heldout([RuleScorer(function="m:f", normalise=True)], where="scorer.train")
+    fine = RuleConfig(function="m:f", transform=LogSigmoid(reference=0.5))
+    check_heldout([fine, JudgeConfig(model=Path("j"))], where="scorer.evaluate")
+    with pytest.raises(
+        ConfigError,
+        match=r"^scorer\.train\[1\]: judge compares answers, and a held-out answer stands alone",
+    ):
+        check_heldout([fine, JudgeConfig(model=Path("j"), mode="pairwise")], where="scorer.train")
+    with pytest.raises(
+        ConfigError, match=r"^scorer\.train\[0\]: f is normalized by what was scored before"
+    ):
+        check_heldout([RuleConfig(function="m:f", normalize=True)], where="scorer.train")
 
 
 def test_names_are_unique_and_everything_is_closed() -> None:
@@ -323,8 +393,8 @@ def test_names_are_unique_and_everything_is_closed() -> None:
 def test_rules_of_a_config_are_built_and_summed(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def length(completion, **context): return len(completion)\n")
     entries = [
-        RuleScorer(function="mine:length", weight=0.5),
-        RuleScorer(function="rayhf.scorer.rules:final_number", name="right"),
+        RuleConfig(function="mine:length", weight=0.5),
+        RuleConfig(function="rayhf.scorer.rules:final_number", name="right"),
     ]
     check_entries(entries, tmp_path)
     engine = build_scorer(entries, device="cpu", threads=None, base=tmp_path)
@@ -340,16 +410,21 @@ def test_rules_of_a_config_are_built_and_summed(tmp_path: Path) -> None:
 
 def model_directory(directory: Path, **changes: object) -> Path:
     directory.mkdir()
-    config = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}} | changes
+    config = {
+        "architectures": ["LlamaForSequenceClassification"],
+        "id2label": {"0": "LABEL_0"},
+    } | changes
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
     return directory
 
 
 def test_reward_model_files_are_checked_without_loading(tmp_path: Path) -> None:
-    good = RewardModelScorer(model=model_directory(tmp_path / "good").relative_to(tmp_path))
+    good = RewardModelConfig(model=model_directory(tmp_path / "good").relative_to(tmp_path))
     check_entries([good], tmp_path)
-    with pytest.raises(ConfigError, match=r"scorer\.evaluate: entries 0 and 1 are both named 'reward_model'"):
+    with pytest.raises(
+        ConfigError, match=r"scorer\.evaluate: entries 0 and 1 are both named 'reward_model'"
+    ):
         check_entries([good, good], tmp_path, where="scorer.evaluate")
 
 
@@ -361,27 +436,29 @@ def test_reward_model_files_are_checked_without_loading(tmp_path: Path) -> None:
         ({"id2label": {"0": "a", "1": "b"}}, "it has 2 outputs"),
     ],
 )
-def test_wrong_reward_model_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    entry = RewardModelScorer(model=model_directory(tmp_path / "model", **changes))
+def test_wrong_reward_model_is_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    entry = RewardModelConfig(model=model_directory(tmp_path / "model", **changes))
     with pytest.raises(ConfigError, match=rf"^scorer\.train\[0\]: reward model .*{message}"):
         check_entries([entry], tmp_path)
 
 
 def test_missing_reward_model_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
-        check_entries([RewardModelScorer(model=Path("absent"))], tmp_path)
+        check_entries([RewardModelConfig(model=Path("absent"))], tmp_path)
     model = model_directory(tmp_path / "model")
     (model / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no chat template"):
-        check_entries([RewardModelScorer(model=model)], tmp_path)
+        check_entries([RewardModelConfig(model=model)], tmp_path)
     (model / "tokenizer_config.json").unlink()
     with pytest.raises(ConfigError, match=r"no tokenizer_config\.json"):
-        check_entries([RewardModelScorer(model=model)], tmp_path)
+        check_entries([RewardModelConfig(model=model)], tmp_path)
 
 
 def test_names_fit_metrics(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="at most 64 letters, digits"):
-        RuleScorer(function="rayhf.scorer.rules:exact_match", name="a/b c")
+        RuleConfig(function="rayhf.scorer.rules:exact_match", name="a/b c")
 
 
 def test_pack_covers_every_row_once_within_the_budget() -> None:
@@ -389,5 +466,7 @@ def test_pack_covers_every_row_once_within_the_budget() -> None:
     batches = list(pack(lengths, 20))
     assert sorted(index for batch in batches for index in batch) == list(range(8))
     assert [3] in batches  # longer than the budget: alone
-    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 20 for batch in batches)
+    assert all(
+        len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 20 for batch in batches
+    )
     assert batches == list(pack(list(lengths), 20))

@@ -15,7 +15,9 @@ from rayhf.scorer.constraints import all_constraints, parse_constraints, share_o
 
 
 def holds(answered: str, /, **spec: Any) -> bool:
-    return bool(all_constraints(answered, prompt="", answer=json.dumps([spec]), finish_reason="stop"))
+    return bool(
+        all_constraints(answered, prompt="", answer=json.dumps([spec]), finish_reason="stop")
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,9 @@ def test_counts(kind: str, text: str, count: int) -> None:
     assert holds(text, kind=kind, exactly=count)
     assert not holds(text, kind=kind, exactly=count + 1)
     assert holds(text, kind=kind, min=count) and not holds(text, kind=kind, min=count + 1)
-    assert holds(text, kind=kind, max=count) and (count == 0 or not holds(text, kind=kind, max=count - 1))
+    assert holds(text, kind=kind, max=count) and (
+        count == 0 or not holds(text, kind=kind, max=count - 1)
+    )
     assert holds(text, kind=kind, min=max(0, count - 1), max=count + 1)
 
 
@@ -58,7 +62,11 @@ def test_keyword_and_letter() -> None:
         ({"kind": "lowercase"}, "all of it 1!", "Not all"),
         ({"kind": "uppercase"}, "ALL OF IT 1!", "NOt"),
         ({"kind": "lowercase"}, "a", "123"),
-        ({"kind": "include", "words": ["red", "blue sky"]}, "Red! A blue sky.", "a redder blue sky"),
+        (
+            {"kind": "include", "words": ["red", "blue sky"]},
+            "Red! A blue sky.",
+            "a redder blue sky",
+        ),
         ({"kind": "avoid", "words": ["red", "blue"]}, "reddish", "so Blue"),
         ({"kind": "avoid_characters", "characters": ",;"}, "no comma.", "one, comma"),
         ({"kind": "starts_with", "text": "Dear"}, " dear me", "my dear"),
@@ -77,16 +85,30 @@ def test_yes_or_no(spec: dict[str, Any], kept: str, broken: str) -> None:
 
 
 def test_share_and_all() -> None:
-    answer = json.dumps([{"kind": "lowercase"}, {"kind": "words", "exactly": 2}, {"kind": "include", "words": ["b"]}])
+    answer = json.dumps(
+        [
+            {"kind": "lowercase"},
+            {"kind": "words", "exactly": 2},
+            {"kind": "include", "words": ["b"]},
+        ]
+    )
     for text, kept in (("a b", 3), ("A b", 2), ("A B C", 1), ("A", 0)):
-        assert share_of_constraints(text, prompt="", answer=answer, finish_reason="stop") == pytest.approx(kept / 3)
-        assert all_constraints(text, prompt="", answer=answer, finish_reason="stop") == float(kept == 3)
+        assert share_of_constraints(
+            text, prompt="", answer=answer, finish_reason="stop"
+        ) == pytest.approx(kept / 3)
+        assert all_constraints(text, prompt="", answer=answer, finish_reason="stop") == float(
+            kept == 3
+        )
 
 
-@given(st.text(max_size=60), st.permutations([{"kind": "lowercase"}, {"kind": "words", "max": 3}, {"kind": "quoted"}]))
+@given(
+    st.text(max_size=60),
+    st.permutations([{"kind": "lowercase"}, {"kind": "words", "max": 3}, {"kind": "quoted"}]),
+)
 def test_the_order_of_constraints_means_nothing(text: str, order: list[dict[str, Any]]) -> None:
     forwards, backwards = (
-        share_of_constraints(text, prompt="", answer=json.dumps(listed), finish_reason="stop") for listed in (order, order[::-1])
+        share_of_constraints(text, prompt="", answer=json.dumps(listed), finish_reason="stop")
+        for listed in (order, order[::-1])
     )
     assert forwards == backwards
 
@@ -99,13 +121,19 @@ def test_the_order_of_constraints_means_nothing(text: str, order: list[dict[str,
         ("[]", "at least one constraint"),
         ('{"kind": "words", "min": 1}', "expected a JSON list"),
         ("[3]", r'constraints\[0\]: expected an object with a "kind"'),
-        ('[{"kind": "lowercase"}, {"kind": "word", "min": 1}]', r"constraints\[1\]: unknown kind 'word'; did you mean words"),
+        (
+            '[{"kind": "lowercase"}, {"kind": "word", "min": 1}]',
+            r"constraints\[1\]: unknown kind 'word'; did you mean words",
+        ),
         ('[{"kind": "words", "minimum": 1}]', "words has no parameter 'minimum'; did you mean min"),
         ('[{"kind": "lowercase", "x": 1}]', "lowercase has no parameter 'x'; valid: none"),
         ('[{"kind": "words"}]', "words must have min, max or both, or exactly; got none of them"),
         ('[{"kind": "words", "exactly": 1, "min": 1}]', "got min, exactly"),
         ('[{"kind": "words", "min": 3, "max": 2}]', "min is 3, above max 2"),
-        ('[{"kind": "words", "min": -1}]', "words.min must be a whole number of at least 0, got -1"),
+        (
+            '[{"kind": "words", "min": -1}]',
+            "words.min must be a whole number of at least 0, got -1",
+        ),
         ('[{"kind": "words", "min": 1.5}]', "got 1.5"),
         ('[{"kind": "words", "min": true}]', "got True"),
         ('[{"kind": "include"}]', "include.words must be a list of texts, got None"),
@@ -113,7 +141,10 @@ def test_the_order_of_constraints_means_nothing(text: str, order: list[dict[str,
         ('[{"kind": "include", "words": []}]', "must be a list of texts"),
         ('[{"kind": "include", "words": [1]}]', "must be a list of texts"),
         ('[{"kind": "keyword", "word": " ", "min": 1}]', "keyword.word must be a text"),
-        ('[{"kind": "letter", "letter": "ab", "min": 1}]', "letter.letter must be one letter, got 'ab'"),
+        (
+            '[{"kind": "letter", "letter": "ab", "min": 1}]',
+            "letter.letter must be one letter, got 'ab'",
+        ),
     ],
 )
 def test_malformed_constraints_name_themselves(answer: str | None, message: str) -> None:
@@ -122,15 +153,47 @@ def test_malformed_constraints_name_themselves(answer: str | None, message: str)
     assert "\n" not in str(refused.value)
 
 
-HOSTILE = [".", ". ", '."', "-", "- ", "1. ", "[", "<<", "\n", " ", "\n \t", "a'", "a-", "{", '"', "```", "a"]
+HOSTILE = [
+    ".",
+    ". ",
+    '."',
+    "-",
+    "- ",
+    "1. ",
+    "[",
+    "<<",
+    "\n",
+    " ",
+    "\n \t",
+    "a'",
+    "a-",
+    "{",
+    '"',
+    "```",
+    "a",
+]
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_time_is_linear_in_the_answer(piece: str) -> None:
-    counted = ["words", "sentences", "lines", "paragraphs", "bullets", "numbered", "placeholders", "capital_words"]
+    counted = [
+        "words",
+        "sentences",
+        "lines",
+        "paragraphs",
+        "bullets",
+        "numbered",
+        "placeholders",
+        "capital_words",
+    ]
     answer = json.dumps(
         [{"kind": kind, "min": 0} for kind in counted]
-        + [{"kind": "json"}, {"kind": "quoted"}, {"kind": "title"}, {"kind": "avoid", "words": ["aaab"]}]
+        + [
+            {"kind": "json"},
+            {"kind": "quoted"},
+            {"kind": "title"},
+            {"kind": "avoid", "words": ["aaab"]},
+        ]
         + [{"kind": "keyword", "word": "a-a", "min": 0}]
     )
     text = piece * (600_000 // len(piece)) + "x"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_scorer_pairs import request, win_of
+from test_scorer_comparisons import request, win_of
 
-from rayhf.config.scorers import PairwiseRuleScorer
+from rayhf.config.scorers import PairwiseRuleConfig
 from rayhf.errors import ConfigError
-from rayhf.experience import Failed, Invalid, Outcome, Scored
 from rayhf.scorer.build import build_scorer, check_entries
 from rayhf.scorer.rule import PairwiseRule, check_function
-from rayhf.scorer.rule_process import TWO, Limits
+from rayhf.scorer.rule_process import TWO, ProcessLimits
+from rayhf.types import Failed, Invalid, Outcome, Scored
 
 NAN = float("nan")
 RULES = """
@@ -52,17 +52,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def game(base: Path) -> Iterator[PairwiseRule]:
-    rule = PairwiseRule("games:game", base=base, limits=Limits(timeout_s=0.8))
+    rule = PairwiseRule("games:game", base=base, limits=ProcessLimits(timeout_s=0.8))
     yield rule
     rule.close()
 
 
 def test_a_cycle_stays_a_cycle(game: PairwiseRule) -> None:
-    [compared, other] = game.compare([request("rock", "scissors", "paper"), request("paper", "scissors")])
-    np.testing.assert_allclose(win_of(compared), [[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]])
+    [compared, other] = game.compare(
+        [request("rock", "scissors", "paper"), request("paper", "scissors")]
+    )
+    np.testing.assert_allclose(
+        win_of(compared), [[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]]
+    )
     np.testing.assert_allclose(win_of(other), [[0.5, 0.1], [0.9, 0.5]])
     [outcomes] = game.score([request("rock", "scissors", "paper")])
-    assert [outcome.value for outcome in outcomes if isinstance(outcome, Scored)] == pytest.approx([0.5] * 3)
+    assert [outcome.value for outcome in outcomes if isinstance(outcome, Scored)] == pytest.approx(
+        [0.5] * 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,9 +82,13 @@ def test_a_cycle_stays_a_cycle(game: PairwiseRule) -> None:
         ("sleep", Failed, "no answer within 0.8 s"),
     ],
 )
-def test_a_bad_pair_costs_itself_only(game: PairwiseRule, bad: str, kind: type[Outcome], reason: str) -> None:
+def test_a_bad_pair_costs_itself_only(
+    game: PairwiseRule, bad: str, kind: type[Outcome], reason: str
+) -> None:
     [compared, alone] = game.compare([request("rock", bad, "scissors"), request("rock", bad)])
-    np.testing.assert_allclose(win_of(compared), [[0.5, NAN, 0.9], [NAN, 0.5, NAN], [0.1, NAN, 0.5]])
+    np.testing.assert_allclose(
+        win_of(compared), [[0.5, NAN, 0.9], [NAN, 0.5, NAN], [0.1, NAN, 0.5]]
+    )
     assert isinstance(alone, kind) and not isinstance(alone, Scored)
     assert alone.reason.startswith(reason)
     [outcomes] = game.score([request("rock", bad, "scissors")])
@@ -86,12 +96,16 @@ def test_a_bad_pair_costs_itself_only(game: PairwiseRule, bad: str, kind: type[O
 
 
 def test_a_rule_that_always_hangs_is_given_up(base: Path) -> None:
-    rule = PairwiseRule("games:game", base=base, limits=Limits(timeout_s=0.2))
+    rule = PairwiseRule("games:game", base=base, limits=ProcessLimits(timeout_s=0.2))
     started = time.monotonic()
-    [compared, other] = rule.compare([request("sleep", *(f"text {i}" for i in range(40))), request("rock", "paper")])
+    [compared, other] = rule.compare(
+        [request("sleep", *(f"text {i}" for i in range(40))), request("rock", "paper")]
+    )
     assert time.monotonic() - started < 5
     assert compared == Failed(reason="no answer within 0.2 s")
-    assert isinstance(other, Failed) and other.reason.startswith("not judged, 3 in a row were lost: no answer")
+    assert isinstance(other, Failed) and other.reason.startswith(
+        "not judged, 3 in a row were lost: no answer"
+    )
     assert win_of(rule.compare([request("rock", "paper")])[0])[0, 1] == pytest.approx(0.1)
     rule.close()
 
@@ -113,15 +127,21 @@ def test_context_and_messages(base: Path) -> None:
 
 
 def test_a_rule_for_one_completion_is_refused(base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be called as pointwise\(first, second, \*, prompt, answer\)"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be called as pointwise\(first, second, \*, prompt, answer\)"
+    ):
         check_function("games:pointwise", base=base, signature=TWO)
-    with pytest.raises(ConfigError, match=r"^scorer\.train\[0\]: rule games:pointwise cannot be called"):
-        check_entries([PairwiseRuleScorer(function="games:pointwise")], base)
-    check_entries([PairwiseRuleScorer(function="games:game")], base)
+    with pytest.raises(
+        ConfigError, match=r"^scorer\.train\[0\]: rule games:pointwise cannot be called"
+    ):
+        check_entries([PairwiseRuleConfig(function="games:pointwise")], base)
+    check_entries([PairwiseRuleConfig(function="games:game")], base)
 
 
 def test_built_from_a_config_entry(base: Path) -> None:
-    engine = build_scorer([PairwiseRuleScorer(function="games:game")], device="cpu", threads=None, base=base)
+    engine = build_scorer(
+        [PairwiseRuleConfig(function="games:game")], device="cpu", threads=None, base=base
+    )
     [compared] = engine.compare([request("rock", "paper")])
     [outcomes] = engine.score([request("rock", "paper")])
     engine.close()

@@ -1,4 +1,5 @@
-"""The scorer's actor and its remote end, without Ray: what is asked, how long one waits, and what an entry's files must be."""
+"""The scorer's actor and its remote end, without Ray: what is asked, how long one waits, and what
+an entry's files must be."""
 
 from __future__ import annotations
 
@@ -12,18 +13,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_scorer_pairs import request
+from test_scorer_comparisons import request
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from actors.scorer import RemoteScorer, ScorerActor
-from actors.supervise import Supervised, Whereabouts
-from rayhf.config.scorers import CombineConfig, JudgeScorer, PreferenceModelScorer, RuleScorer, has_model, is_pairwise
+from actors.scorer import ScorerActor, ScorerClient
+from actors.supervise import ProcessInfo, SupervisedActor
+from rayhf.config.scorers import (
+    CombineConfig,
+    JudgeConfig,
+    PreferenceModelConfig,
+    RuleConfig,
+    has_model,
+    is_pairwise,
+)
+from rayhf.data.prompts import disarming, special_tokens
 from rayhf.errors import ActorLostError, ConfigError
-from rayhf.experience import Compared, Scored
-from rayhf.prompts import disarming, special_tokens
 from rayhf.scorer.build import check_entries
 from rayhf.scorer.judge_model import check_judge_directory
+from rayhf.types import Compared, Scored
 
 RULES = "def length(completion, **context): return len(completion)\ndef one(completion, **context): return 1.0\n"
 
@@ -47,25 +55,29 @@ def handle(actor: object) -> Any:
         function: Callable[..., Any] = getattr(actor, name)
         return SimpleNamespace(remote=lambda *arguments: Reference(function(*arguments)))
 
-    return SimpleNamespace(**{name: method(name) for name in ("score", "compare", "state_dict", "load_state_dict")})
+    return SimpleNamespace(
+        **{name: method(name) for name in ("score", "compare", "state_dict", "load_state_dict")}
+    )
 
 
-async def role(actor: SimpleNamespace, *, timeout_s: float) -> RemoteScorer:
+async def role(actor: SimpleNamespace, *, timeout_s: float) -> ScorerClient:
     """Over an actor that is never replaced."""
-    actor.whereabouts = SimpleNamespace(remote=lambda: Reference(Whereabouts("nowhere", 0, 0.0)))
-    member = Supervised("scorer", lambda: actor)
-    scorer = RemoteScorer(member, timeout_s=timeout_s)
+    actor.process_info = SimpleNamespace(remote=lambda: Reference(ProcessInfo("nowhere", 0, 0.0)))
+    member = SupervisedActor("scorer", lambda: actor)
+    scorer = ScorerClient(member, timeout_s=timeout_s)
     await member.start()
     return scorer
 
 
 def test_the_role_answers_every_question(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(RULES)
-    entries = [RuleScorer(function="mine:length", normalise=True), RuleScorer(function="mine:one")]
+    entries = [RuleConfig(function="mine:length", normalize=True), RuleConfig(function="mine:one")]
     actors = []
     for _ in range(2):
         actors.append(ScorerActor())
-        actors[-1].build(entries, combine=CombineConfig(type="worst"), device="cpu", threads=None, base=tmp_path)
+        actors[-1].build(
+            entries, combine=CombineConfig(type="worst"), device="cpu", threads=None, base=tmp_path
+        )
 
     async def journey() -> None:
         scorer, resumed = [await role(handle(actor), timeout_s=5) for actor in actors]
@@ -75,8 +87,15 @@ def test_the_role_answers_every_question(tmp_path: Path) -> None:
             Scored(value=1.0, parts={"length": 3.0, "one": 1.0}),
         )
         await resumed.load_state_dict(json.loads(json.dumps(await scorer.state_dict())))
-        [first], [second] = await scorer.compare([request("a", "aa")]), await resumed.compare([request("a", "aa")])
-        assert isinstance(first, Compared) and isinstance(second, Compared) and first.source == "pointwise"
+        [first], [second] = (
+            await scorer.compare([request("a", "aa")]),
+            await resumed.compare([request("a", "aa")]),
+        )
+        assert (
+            isinstance(first, Compared)
+            and isinstance(second, Compared)
+            and first.source == "pointwise"
+        )
         np.testing.assert_array_equal(first.win, second.win)
         assert await scorer.state_dict() == await resumed.state_dict()
 
@@ -102,18 +121,27 @@ def test_too_late_names_the_phase(ask: Any, phase: str) -> None:
         await ask(await role(actor, timeout_s=0.01))
 
     with pytest.raises(
-        ActorLostError, match=f"scorer was lost 1 times .*; the last time: {phase}: no answer from scorer within 0.01 s"
+        ActorLostError,
+        match=f"scorer was lost 1 times .*; the last time: {phase}: no answer from scorer within 0.01 s",
     ):
         asyncio.run(journey())
 
 
-def judge_directory(directory: Path, *, template: str | None = "{{ messages[0].content }}", length: int | None = 64) -> Path:
+def judge_directory(
+    directory: Path, *, template: str | None = "{{ messages[0].content }}", length: int | None = 64
+) -> Path:
     directory.mkdir()
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "<turn>": 2, "yes": 3}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({"<unk>": 0, "<end>": 1, "<turn>": 2, "yes": 3}, unk_token="<unk>")
+    )
     special = {"unk_token": "<unk>", "eos_token": "<end>", "additional_special_tokens": ["<turn>"]}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special).save_pretrained(directory)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=template, **special
+    ).save_pretrained(directory)
     (directory / "config.json").write_text(
-        json.dumps({"model_type": "qwen2"} | ({"max_position_embeddings": length} if length else {}))
+        json.dumps(
+            {"model_type": "qwen2"} | ({"max_position_embeddings": length} if length else {})
+        )
     )
     (directory / "model.safetensors").write_bytes(b"")
     return directory
@@ -121,7 +149,7 @@ def judge_directory(directory: Path, *, template: str | None = "{{ messages[0].c
 
 def test_judge_files_and_texts_are_checked_early(tmp_path: Path) -> None:
     judge_directory(tmp_path / "judge")
-    good = JudgeScorer(model=Path("judge"), max_tokens=16)
+    good = JudgeConfig(model=Path("judge"), max_tokens=16)
     check_entries([good], tmp_path)
     for changes, message in (
         ({"template": "{{ answr }}"}, "template: there is no 'answr'"),
@@ -136,7 +164,9 @@ def test_judge_files_and_texts_are_checked_early(tmp_path: Path) -> None:
 
 def test_a_judge_needs_a_template_and_a_length(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no chat template"):
-        check_judge_directory(judge_directory(tmp_path / "plain", template=None), max_length=None, max_tokens=8)
+        check_judge_directory(
+            judge_directory(tmp_path / "plain", template=None), max_length=None, max_tokens=8
+        )
     silent = judge_directory(tmp_path / "silent", length=None)
     with pytest.raises(ConfigError, match="does not say how long its sequences may be; set it"):
         check_judge_directory(silent, max_length=None, max_tokens=8)
@@ -153,12 +183,22 @@ def test_special_tokens_in_a_text_are_taken_apart(tmp_path: Path) -> None:
 
 def test_a_preference_model_is_checked_early(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^scorer\.train\[0\]: .*absent"):
-        check_entries([PreferenceModelScorer(model=Path("absent"))], tmp_path)
+        check_entries([PreferenceModelConfig(model=Path("absent"))], tmp_path)
 
 
 def test_kinds_of_entries() -> None:
-    judge = JudgeScorer(model=Path("j"))
-    pairwise = JudgeScorer(model=Path("j"), mode="pairwise")
-    preference, rule = PreferenceModelScorer(model=Path("p")), RuleScorer(function="a:b")
-    assert [is_pairwise(entry) for entry in (judge, pairwise, preference, rule)] == [False, True, True, False]
-    assert [has_model(entry) for entry in (judge, pairwise, preference, rule)] == [True, True, True, False]
+    judge = JudgeConfig(model=Path("j"))
+    pairwise = JudgeConfig(model=Path("j"), mode="pairwise")
+    preference, rule = PreferenceModelConfig(model=Path("p")), RuleConfig(function="a:b")
+    assert [is_pairwise(entry) for entry in (judge, pairwise, preference, rule)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert [has_model(entry) for entry in (judge, pairwise, preference, rule)] == [
+        True,
+        True,
+        True,
+        False,
+    ]

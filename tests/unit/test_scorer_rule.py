@@ -1,4 +1,5 @@
-"""Rule functions in a real child process: whatever one completion does to it, the others are scored."""
+"""Rule functions in a real child process: whatever one completion does to it, the others are
+scored."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from rayhf.errors import ConfigError
-from rayhf.experience import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 from rayhf.scorer.rule import Rule, check_function
-from rayhf.scorer.rule_process import Limits
+from rayhf.scorer.rule_process import ProcessLimits
+from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 
 RULES = """
 import os, re, signal, sys, time
@@ -67,7 +68,9 @@ constant = 3
 """
 
 
-def request(*texts: str, messages: tuple[dict[str, str], ...] = ({"role": "user", "content": "2+2?"},)) -> ScoreRequest:
+def request(
+    *texts: str, messages: tuple[dict[str, str], ...] = ({"role": "user", "content": "2+2?"},)
+) -> ScoreRequest:
     prompt = Prompt(prompt_id="p", messages=messages, token_ids=(1,), answer="4")
     return ScoreRequest(
         prompt=prompt,
@@ -93,7 +96,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def misbehave(base: Path) -> Iterator[Rule]:
-    rule = Rule("my_rules:misbehave", base=base, limits=Limits(timeout_s=0.8))
+    rule = Rule("my_rules:misbehave", base=base, limits=ProcessLimits(timeout_s=0.8))
     yield rule
     rule.close()
 
@@ -120,7 +123,9 @@ def misbehave(base: Path) -> Iterator[Rule]:
         ("worse", Failed, "my_rules.Unprintable: <exception str() failed>"),
     ],
 )
-def test_one_bad_completion_costs_itself_only(misbehave: Rule, bad: str, kind: type[Outcome], reason: str) -> None:
+def test_one_bad_completion_costs_itself_only(
+    misbehave: Rule, bad: str, kind: type[Outcome], reason: str
+) -> None:
     good = Scored(value=0.5)
     (before, outcome, after), (last,) = misbehave.score([request("a", bad, "b"), request("c")])
     assert (before, after, last) == (good, good, good)
@@ -131,7 +136,14 @@ def test_one_bad_completion_costs_itself_only(misbehave: Rule, bad: str, kind: t
 
 def test_bad_ones_in_a_row_and_at_the_end(misbehave: Rule) -> None:
     [outcomes] = misbehave.score([request("exit", "exit", "a", "segfault", "raise", "exit")])
-    assert [type(outcome) for outcome in outcomes] == [Failed, Failed, Scored, Failed, Failed, Failed]
+    assert [type(outcome) for outcome in outcomes] == [
+        Failed,
+        Failed,
+        Scored,
+        Failed,
+        Failed,
+        Failed,
+    ]
     assert misbehave.score([request("a")]) == [(Scored(value=0.5),)]
 
 
@@ -176,9 +188,14 @@ def test_hostile_text_arrives_unharmed(base: Path) -> None:
 def test_thousands_of_scores_come_from_one_child_in_order(base: Path) -> None:
     rule = Rule("my_rules:digest", base=base)
     assert rule._child is not None
-    child, texts = rule._child._process.pid, [[f"answer {i} of {n}" for n in range(4)] for i in range(1250)]
+    child, texts = (
+        rule._child._process.pid,
+        [[f"answer {i} of {n}" for n in range(4)] for i in range(1250)],
+    )
     batches = [rule.score([request(*four) for four in texts]) for _ in range(2)]
-    wanted = [tuple(Scored(value=float(zlib.crc32(text.encode()))) for text in four) for four in texts]
+    wanted = [
+        tuple(Scored(value=float(zlib.crc32(text.encode()))) for text in four) for four in texts
+    ]
     assert batches == [wanted, wanted] and rule._child._process.pid == child
     rule.close()
 
@@ -194,7 +211,9 @@ def test_a_child_that_died_between_two_batches_costs_nothing(base: Path) -> None
 
 def test_a_fresh_child_never_runs_an_edited_rule(tmp_path: Path) -> None:
     file = tmp_path / "edited.py"
-    file.write_text("def score(completion, **context): return 1 if completion != 'x' else __import__('os')._exit(1)\n")
+    file.write_text(
+        "def score(completion, **context): return 1 if completion != 'x' else __import__('os')._exit(1)\n"
+    )
     rule = Rule("edited:score", base=tmp_path)
     file.write_text("def score(completion, **context): return 2\n")
     [(first, _, third)] = rule.score([request("a", "x", "b")])
@@ -210,9 +229,9 @@ def test_the_child_dies_with_its_parent(base: Path) -> None:
         import sys
         from pathlib import Path
         from rayhf.scorer.rule import Rule
-        from rayhf.scorer.rule_process import Limits
+        from rayhf.scorer.rule_process import ProcessLimits
         from test_scorer_rule import request
-        rule = Rule("my_rules:misbehave", base=Path(sys.argv[1]), limits=Limits(timeout_s=60))
+        rule = Rule("my_rules:misbehave", base=Path(sys.argv[1]), limits=ProcessLimits(timeout_s=60))
         print(rule._child._process.pid, flush=True)
         rule.score([request("regex")])
     """)
@@ -259,12 +278,18 @@ def _running(pid: int) -> bool:
     [
         ("my_rules:misbehav", "module my_rules has no function misbehav; did you mean misbehave?"),
         ("my_rule:misbehave", "did you mean my_rules?"),
-        ("my_rules.misbehave", "is not of the form module:function; did you mean my_rules:misbehave?"),
+        (
+            "my_rules.misbehave",
+            "is not of the form module:function; did you mean my_rules:misbehave?",
+        ),
         ("my_rules:", "is not of the form module:function"),
         ("my_rules:old_style", "missing a required argument: 'gold'|too many|unexpected keyword"),
         ("my_rules:later", "coroutine"),
         ("my_rules:constant", "it is a int, not a function"),
-        ("broken:f", "importing broken failed: ModuleNotFoundError: No module named 'not_installed_anywhere'"),
+        (
+            "broken:f",
+            "importing broken failed: ModuleNotFoundError: No module named 'not_installed_anywhere'",
+        ),
         ("syntax:f", "importing syntax failed: .*SyntaxError"),
         ("leaves:f", "importing leaves failed: SystemExit"),
     ],
@@ -298,7 +323,7 @@ def test_no_descriptor_is_left_behind(base: Path) -> None:
 
 
 def test_a_rule_that_always_hangs_does_not_take_its_limit_for_every_completion(base: Path) -> None:
-    rule = Rule("my_rules:misbehave", base=base, limits=Limits(timeout_s=0.3))
+    rule = Rule("my_rules:misbehave", base=base, limits=ProcessLimits(timeout_s=0.3))
     try:
         started = time.monotonic()
         (outcomes,) = rule.score([request(*["sleep"] * 50)])

@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
-from test_scorer_pairs import request
+from test_scorer_comparisons import request
 
-from rayhf.experience import Failed, Scored
 from rayhf.scorer.math_rules import math_equal
 from rayhf.scorer.rule import Rule
-from rayhf.scorer.rule_process import Limits
+from rayhf.scorer.rule_process import ProcessLimits
 from rayhf.scorer.rules import exact_match, final_number, regex_match, regex_search
+from rayhf.types import Failed, Scored
 
 
 def judge(completion: str, answer: str | None) -> float:
@@ -53,7 +53,9 @@ def test_final_number_needs_an_answer(answer: str | None) -> None:
         judge("42", answer)
 
 
-@pytest.mark.parametrize("text", ["9" * 1_000_000, "1," * 500_000, "1,111" * 200_000, "-" * 1_000_000, "1.1" * 300_000])
+@pytest.mark.parametrize(
+    "text", ["9" * 1_000_000, "1," * 500_000, "1,111" * 200_000, "-" * 1_000_000, "1.1" * 300_000]
+)
 def test_final_number_is_linear_in_the_text(text: str) -> None:
     start = time.monotonic()
     judge(text, "5")
@@ -112,7 +114,9 @@ def test_math_equal_needs_an_answer() -> None:
 
 
 def test_math_that_never_ends_is_failed_and_not_wrong(tmp_path: Path) -> None:
-    rule = Rule("rayhf.scorer.math_rules:math_equal", base=tmp_path, limits=Limits(timeout_s=2.0))
+    rule = Rule(
+        "rayhf.scorer.math_rules:math_equal", base=tmp_path, limits=ProcessLimits(timeout_s=2.0)
+    )
     [(slow, right)] = rule.score([request("$9^{9^{9^{9}}}$", "4")])
     rule.close()
     assert isinstance(slow, Failed)

@@ -1,4 +1,5 @@
-"""The search against numbers worked out by hand, and its invariances; the model is a pair of small functions."""
+"""The search against numbers worked out by hand, and its invariances; the model is a pair of small
+functions."""
 
 import asyncio
 import math
@@ -10,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayhf.errors import ConfigError
-from rayhf.experience import Completion
 from rayhf.search.mcts import (
-    Node,
     SearchSettings,
     Step,
     Tree,
+    TreeNode,
     choose,
     descend,
     grow,
@@ -25,6 +25,7 @@ from rayhf.search.mcts import (
     puct,
     search,
 )
+from rayhf.types import Completion
 
 
 def step(text, p=0.5, end=None):
@@ -43,7 +44,8 @@ def step(text, p=0.5, end=None):
 
 
 class World:
-    """text of the path -> its continuations as {text: (p, R, end)}; what is not there continues with nothing."""
+    """text of the path -> its continuations as {text: (p, R, end)}; what is not there continues
+    with nothing."""
 
     def __init__(self, table, delay=None):
         self.table, self.delay, self.expanded = table, delay, []
@@ -83,7 +85,15 @@ def run(world, config=ONE):
 def facts(tree):
     """Everything but the order of making."""
     rows = [
-        ("".join(n.text for n in tree.path(node)), node.visits, node.q, node.value, node.estimate, node.chosen, node.prior)
+        (
+            "".join(n.text for n in tree.path(node)),
+            node.visits,
+            node.q,
+            node.value,
+            node.estimate,
+            node.chosen,
+            node.prior,
+        )
         for node in tree.nodes
     ]
     return sorted(rows, key=lambda row: row[0])
@@ -100,13 +110,14 @@ def test_prior_is_length_normalised():
 
 
 def test_puct_by_hand():
-    a = Node(id=1, parent=0, step=None, depth=1, prior=0.5, q=0.25, visits=3)
-    b = Node(id=2, parent=0, step=None, depth=1, prior=0.8, q=-1.0, visits=0)
+    a = TreeNode(id=1, parent=0, step=None, depth=1, prior=0.5, q=0.25, visits=3)
+    b = TreeNode(id=2, parent=0, step=None, depth=1, prior=0.8, q=-1.0, visits=0)
     config = SearchSettings(exploration=2.0)
     assert parent_visits([a, b]) == 4
     assert puct(a, [a, b], config) == pytest.approx(0.25 + 2 * 0.5 * 2 / 4)
     assert puct(b, [a, b], config) == pytest.approx(-1.0 + 2 * 0.8 * 2 / 1)
-    # Two iterations under way through a: five visits, of which two brought back -1; the parent has six.
+    # Two iterations under way through a: five visits, of which two brought back -1; the parent has
+    # six.
     a.pending = 2
     assert puct(a, [a, b], config) == pytest.approx((3 * 0.25 - 2) / 5 + 2 * 0.5 * math.sqrt(6) / 6)
 
@@ -115,10 +126,17 @@ def test_four_iterations_by_hand():
     world = World(SMALL)
     tree = run(world)
     node = named(tree)
-    # 1 expands the root; 2 goes to A (1 + .5 > -1 + .4) and expands it; 3 and 4 go on to A1, an answer.
+    # 1 expands the root; 2 goes to A (1 + .5 > -1 + .4) and expands it; 3 and 4 go on to A1, an
+    # answer.
     assert [where for where, _ in world.expanded] == ["", "A"]
     assert {name: n.visits for name, n in node.items()} == {"": 0, "A": 3, "B": 0, "A1": 2, "A2": 0}
-    assert {name: n.reward for name, n in node.items()} == {"": 0, "A": 1, "B": -1, "A1": 0, "A2": -1}
+    assert {name: n.reward for name, n in node.items()} == {
+        "": 0,
+        "A": 1,
+        "B": -1,
+        "A1": 0,
+        "A2": -1,
+    }
     assert node["A"].value == pytest.approx((2 * 0 + 1 * -1) / 3)
     assert node["A"].q == pytest.approx(1 - 1 / 3)
     assert node[""].value == pytest.approx((3 * (2 / 3) + 1 * -1) / 4)
@@ -130,8 +148,12 @@ def test_four_iterations_by_hand():
 def test_exploration_leads_to_the_unlikely_value():
     """With c = 0 only Q counts; a large c spreads visits by prior."""
     flat = {"": {"A": (0.9, 0.5, "answer"), "B": (0.3, 0.4, "answer")}}
-    assert [n.visits for n in run(World(flat), replace(ONE, iterations=21, exploration=0.0)).nodes[1:]] == [20, 0]
-    visits = [n.visits for n in run(World(flat), replace(ONE, iterations=201, exploration=50.0)).nodes[1:]]
+    assert [
+        n.visits for n in run(World(flat), replace(ONE, iterations=21, exploration=0.0)).nodes[1:]
+    ] == [20, 0]
+    visits = [
+        n.visits for n in run(World(flat), replace(ONE, iterations=201, exploration=50.0)).nodes[1:]
+    ]
     assert sum(visits) == 200 and visits[0] / visits[1] == pytest.approx(3.0, rel=0.1)
 
 
@@ -144,13 +166,21 @@ def random_world(seed, depth=4):
         for where in level:
             texts = rng.sample("abcdef", rng.randint(2, 4))
             ends = ["answer" if d == depth - 1 or rng.random() < 0.2 else None for _ in texts]
-            table[where] = {t: (rng.uniform(0.1, 0.9), rng.uniform(-1, 1), e) for t, e in zip(texts, ends, strict=True)}
+            table[where] = {
+                t: (rng.uniform(0.1, 0.9), rng.uniform(-1, 1), e)
+                for t, e in zip(texts, ends, strict=True)
+            }
             following += [where + t for t, e in zip(texts, ends, strict=True) if e is None]
         level = following
     return table
 
 
-@given(seed=st.integers(0, 10**6), iterations=st.integers(1, 30), parallel=st.integers(1, 4), depth=st.integers(1, 4))
+@given(
+    seed=st.integers(0, 10**6),
+    iterations=st.integers(1, 30),
+    parallel=st.integers(1, 4),
+    depth=st.integers(1, 4),
+)
 @settings(max_examples=60, deadline=None)
 def test_counts_and_values_fit_together(seed, iterations, parallel, depth):
     config = replace(ONE, iterations=iterations, parallel=parallel, depth=depth)
@@ -171,7 +201,9 @@ def test_counts_and_values_fit_together(seed, iterations, parallel, depth):
 @settings(max_examples=30, deadline=None)
 def test_order_of_siblings_does_not_matter(seed, order):
     table = random_world(seed)
-    shuffled = {where: dict(order.sample(list(steps.items()), len(steps))) for where, steps in table.items()}
+    shuffled = {
+        where: dict(order.sample(list(steps.items()), len(steps))) for where, steps in table.items()
+    }
     config = replace(ONE, iterations=25)
     assert facts(run(World(table), config)) == facts(run(World(shuffled), config))
 
@@ -190,7 +222,10 @@ def test_arrival_order_does_not_matter(reroot, parallel):
 
 
 def test_a_wave_looks_at_different_leaves_and_counts_each_iteration():
-    table = {"": {t: (0.5, 0.1, None) for t in "abc"}, **{t: {"x": (0.5, 0.1, "answer")} for t in "abc"}}
+    table = {
+        "": {t: (0.5, 0.1, None) for t in "abc"},
+        **{t: {"x": (0.5, 0.1, "answer")} for t in "abc"},
+    }
     world = World(table)
     tree = run(world, replace(ONE, iterations=4, parallel=3))
     # The root is expanded alone: a second iteration could only expand it again.
@@ -206,7 +241,11 @@ def test_duplicates_are_left_out_and_counted():
 
     tree = run(Repeating(SMALL), replace(ONE, iterations=1))
     # "A" that ends here is not the "A" that goes on.
-    assert [(n.text, n.terminal) for n in tree.nodes[1:]] == [("A", False), ("B", False), ("A", True)]
+    assert [(n.text, n.terminal) for n in tree.nodes[1:]] == [
+        ("A", False),
+        ("B", False),
+        ("A", True),
+    ]
     assert tree.duplicates == 2
 
 
@@ -235,15 +274,26 @@ def test_rerooting_searches_from_every_step_and_leaves_what_led_to_the_choice():
 
     once, tree = asyncio.run(go())
     path = [n for n in tree.nodes if n.chosen]
-    assert path[-1].terminal and [n.depth for n in path] == list(range(1, len(path) + 1)) and len(path) > 1
-    assert [(n.visits, n.q) for n in tree.children(tree.root)] == [(n.visits, n.q) for n in once.children(once.root)]
+    assert (
+        path[-1].terminal
+        and [n.depth for n in path] == list(range(1, len(path) + 1))
+        and len(path) > 1
+    )
+    assert [(n.visits, n.q) for n in tree.children(tree.root)] == [
+        (n.visits, n.q) for n in once.children(once.root)
+    ]
     assert path[0].text == choose(once, once.root).text
     # The search from the first step adds its own iterations to those that had passed below it.
     before = sum(c.visits for c in once.children(once.nodes[path[0].id]))
     assert sum(c.visits for c in tree.children(path[0])) in (before + 6, before + 5)
-    assert len([n for n in asyncio.run(grow(replace(config, max_steps=1), world.expand, world.evaluate)).nodes]) == len(
-        once.nodes
-    )
+    assert len(
+        [
+            n
+            for n in asyncio.run(
+                grow(replace(config, max_steps=1), world.expand, world.evaluate)
+            ).nodes
+        ]
+    ) == len(once.nodes)
 
 
 def test_one_search_walks_down_by_visits():
@@ -259,17 +309,29 @@ def test_depth_and_width_schedules():
     endless = {"x" * d: {"x": (0.5, 0.0, None)} for d in range(9)}
     world = World(endless)
     tree = run(world, replace(ONE, iterations=9, depth=3, width=(4, 2)))
-    assert world.expanded == [("", 4), ("x", 2), ("xx", 2)] and max(n.depth for n in tree.nodes) == 3
+    assert (
+        world.expanded == [("", 4), ("x", 2), ("xx", 2)] and max(n.depth for n in tree.nodes) == 3
+    )
     # Re-rooted, the limit starts again at each step; max_steps ends what would never end.
     world = World(endless)
-    tree = asyncio.run(grow(replace(ONE, iterations=9, depth=2, reroot="step", max_steps=3), world.expand, world.evaluate))
+    tree = asyncio.run(
+        grow(
+            replace(ONE, iterations=9, depth=2, reroot="step", max_steps=3),
+            world.expand,
+            world.evaluate,
+        )
+    )
     assert max(n.depth for n in tree.nodes) == 4 and not any(n.terminal for n in tree.nodes)
 
 
 def test_nothing_to_say_ends_the_search():
     world = World({})
     tree = asyncio.run(grow(replace(ONE, reroot="step"), world.expand, world.evaluate))
-    assert len(tree.nodes) == 1 and descend(tree, tree.root, ONE) == [tree.root] and world.expanded == [("", 2)]
+    assert (
+        len(tree.nodes) == 1
+        and descend(tree, tree.root, ONE) == [tree.root]
+        and world.expanded == [("", 2)]
+    )
 
 
 @pytest.mark.parametrize(

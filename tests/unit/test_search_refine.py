@@ -1,4 +1,5 @@
-"""The refinement search on toy trees: a text is its path from the root, "r" -> "r0", "r1", "r2" -> "r00" ..."""
+"""The refinement search on toy trees: a text is its path from the root, "r" -> "r0", "r1", "r2" ->
+"r00" ..."""
 
 from __future__ import annotations
 
@@ -9,18 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayhf.search.refine import Draft, RefineLimits, Verdict, refine_search, root_node
+from rayhf.search.refine import Draft, RefineLimits, RefineVerdict, refine_search, root_node
 
-LIMITS = RefineLimits(branch=3, beam=2, depth=3, gate=0.5, max_nodes=1000, refine_retries=2, judge_retries=2)
+LIMITS = RefineLimits(
+    branch=3, beam=2, depth=3, gate=0.5, max_nodes=1000, refine_retries=2, judge_retries=2
+)
 
 
 def votes(yes, total=5):
-    return Verdict(yes=yes, no=total - yes, critique=f"{yes} of {total}")
+    return RefineVerdict(yes=yes, no=total - yes, critique=f"{yes} of {total}")
 
 
 class Toy:
-    """Refiner and judge. `yes` maps texts to votes of five (default 1) or to a list of verdicts, one per round of votes; `says`
-    maps a parent to what its refiner writes, request by request, instead of its children in turn."""
+    """Refiner and judge. `yes` maps texts to votes of five (default 1) or to a list of verdicts,
+    one per round of votes; `says` maps a parent to what its refiner writes, request by request,
+    instead of its children in turn."""
 
     def __init__(self, yes=None, says=None):
         self.yes, self.says = yes or {}, {k: [list(r) for r in v] for k, v in (says or {}).items()}
@@ -50,7 +54,11 @@ class Toy:
 def search(toy, *, order="bfs", root=1, limits=LIMITS, known=None, **changes):
     start = root_node("r", votes(root), source=7)
     limits = replace(limits, **changes)
-    return asyncio.run(refine_search(start, refine=toy.refine, judge=toy.judge, limits=limits, order=order, known=known))
+    return asyncio.run(
+        refine_search(
+            start, refine=toy.refine, judge=toy.judge, limits=limits, order=order, known=known
+        )
+    )
 
 
 def texts(tree):
@@ -62,10 +70,20 @@ def test_breadth_first_by_hand():
     tree = search(toy)
     assert toy.refined == [[("r", 3)], [("r1", 3), ("r2", 3)], [("r22", 3), ("r11", 3)]]
     assert toy.judged[1] == ["r10", "r11", "r12", "r20", "r21", "r22"]
-    assert (len(tree.nodes), tree.tried, tree.malformed, tree.dropped, tree.passed) == (16, 15, 0, 0, False)
+    assert (len(tree.nodes), tree.tried, tree.malformed, tree.dropped, tree.passed) == (
+        16,
+        15,
+        0,
+        0,
+        False,
+    )
     assert tree.nodes[tree.final].text == "r1"  # 0.4 like r2 and r22, and made first
     by_text = {node.text: node for node in tree.nodes}
-    assert by_text["r22"].parent == by_text["r2"].id and by_text["r22"].depth == 2 and by_text["r22"].value == pytest.approx(0.4)
+    assert (
+        by_text["r22"].parent == by_text["r2"].id
+        and by_text["r22"].depth == 2
+        and by_text["r22"].value == pytest.approx(0.4)
+    )
     assert [node.id for node in tree.nodes] == list(range(16)) and by_text["r"].source == 7
 
 
@@ -110,7 +128,7 @@ def test_a_budget_of_the_default_tree_never_binds():
 
 
 def test_the_gate_must_be_passed_not_met():
-    toy = Toy({"r0": [Verdict(yes=2, no=1)], "r00": [Verdict(yes=3, no=1)]})
+    toy = Toy({"r0": [RefineVerdict(yes=2, no=1)], "r00": [RefineVerdict(yes=3, no=1)]})
     tree = search(toy, gate=2 / 3)
     assert tree.nodes[tree.final].text == "r00" and tree.passed
 
@@ -138,7 +156,7 @@ def test_a_text_is_judged_once_and_stands_in_the_beam_once():
 
 
 def test_even_votes_are_asked_for_again_and_then_dropped():
-    even, none = Verdict(yes=2, no=2, unparsable=1), Verdict(yes=0, no=0, unparsable=5)
+    even, none = RefineVerdict(yes=2, no=2, unparsable=1), RefineVerdict(yes=0, no=0, unparsable=5)
     toy = Toy({"r0": [even, none, even], "r1": [even, votes(4)], "r2": [votes(0)]})
     tree = search(toy)
     assert toy.judged == [["r0", "r1", "r2"], ["r0", "r1"], ["r0"]]
@@ -148,7 +166,7 @@ def test_even_votes_are_asked_for_again_and_then_dropped():
 
 @pytest.mark.parametrize("order", ["bfs", "dfs"])
 def test_a_judge_that_never_answers_ends_the_search(order):
-    toy = Toy(dict.fromkeys(["r0", "r1", "r2"], Verdict(yes=0, no=0, unparsable=5)))
+    toy = Toy(dict.fromkeys(["r0", "r1", "r2"], RefineVerdict(yes=0, no=0, unparsable=5)))
     toy._verdict = toy.yes.get
     tree = search(toy, order=order)
     assert (texts(tree), tree.passed, tree.final, tree.dropped) == (["r"], False, 0, 3)
@@ -166,12 +184,22 @@ def test_refinements_without_the_form_are_asked_for_again():
 
 def test_a_search_needs_a_critique_to_start_from():
     with pytest.raises(ValueError, match="2 yes and 2 no"):
-        root_node("r", Verdict(yes=2, no=2), source=0)
+        root_node("r", RefineVerdict(yes=2, no=2), source=0)
 
 
 def test_what_votes_say():
-    assert (Verdict(yes=3, no=1, unparsable=1).value, Verdict(yes=0, no=0, unparsable=5).value) == (0.75, None)
-    assert [Verdict(yes=y, no=n).settled for y, n in ((0, 0), (2, 2), (3, 2))] == [False, False, True]
+    assert (
+        RefineVerdict(yes=3, no=1, unparsable=1).value,
+        RefineVerdict(yes=0, no=0, unparsable=5).value,
+    ) == (
+        0.75,
+        None,
+    )
+    assert [RefineVerdict(yes=y, no=n).settled for y, n in ((0, 0), (2, 2), (3, 2))] == [
+        False,
+        False,
+        True,
+    ]
 
 
 @settings(deadline=None, max_examples=150)
@@ -184,21 +212,32 @@ def test_what_votes_say():
     budget=st.integers(1, 20),
     gate=st.sampled_from([0.0, 0.5, 0.8]),
 )
-def test_whatever_the_votes_the_tree_keeps_its_promises(data, order, branch, beam, depth, budget, gate):
+def test_whatever_the_votes_the_tree_keeps_its_promises(
+    data, order, branch, beam, depth, budget, gate
+):
     table = data.draw(st.lists(st.integers(0, 5), min_size=7, max_size=7))
 
     def toy():
         made = Toy()
-        made._verdict = lambda text: Verdict(yes=table[sum(map(ord, text)) % 7], no=5 - table[sum(map(ord, text)) % 7])
+        made._verdict = lambda text: RefineVerdict(
+            yes=table[sum(map(ord, text)) % 7], no=5 - table[sum(map(ord, text)) % 7]
+        )
         return made
 
     limits = RefineLimits(branch=branch, beam=beam, depth=depth, gate=gate, max_nodes=budget)
-    tree, again = search(toy(), order=order, root=0, limits=limits), search(toy(), order=order, root=0, limits=limits)
+    tree, again = (
+        search(toy(), order=order, root=0, limits=limits),
+        search(toy(), order=order, root=0, limits=limits),
+    )
     assert tree == again
     assert tree.tried <= budget and tree.tried == len(tree.nodes) - 1
     for node in tree.nodes[1:]:
         parent = tree.nodes[node.parent]
-        assert parent.id < node.id and node.depth == parent.depth + 1 <= depth and node.text.startswith(parent.text)
+        assert (
+            parent.id < node.id
+            and node.depth == parent.depth + 1 <= depth
+            and node.text.startswith(parent.text)
+        )
     assert tree.passed == any(node.value > gate for node in tree.nodes)
     assert tree.nodes[tree.final].value == max(node.value for node in tree.nodes)
     if order == "bfs":

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayhf.experience import Completion, Prompt
-from rayhf.search.mcts import Node, Step, Tree
+from rayhf.search.mcts import Step, Tree, TreeNode
 from rayhf.search.siblings import StepPair, pair_rows, soft_label, step_pairs
+from rayhf.types import Completion, Prompt
 
-PROMPT = Prompt(prompt_id="p0", messages=({"role": "user", "content": "?"},), token_ids=(1, 2), answer="123")
+PROMPT = Prompt(
+    prompt_id="p0", messages=({"role": "user", "content": "?"},), token_ids=(1, 2), answer="123"
+)
 
 
 def hand_tree(rows):
@@ -31,7 +33,7 @@ def hand_tree(rows):
         )
         above = tree.nodes[parent]
         tree.nodes.append(
-            Node(
+            TreeNode(
                 id=number,
                 parent=parent,
                 step=Step(completion=completion, end=None),
@@ -52,7 +54,12 @@ def names(found):
 
 
 RNG = np.random.default_rng(0)
-FAMILY = [(0, (3, 4), 0.1, 1, False), (0, (3, 5), 0.7, 6, True), (0, (6,), -0.4, 2, False), (0, (7,), 0.7, 3, False)]
+FAMILY = [
+    (0, (3, 4), 0.1, 1, False),
+    (0, (3, 5), 0.7, 6, True),
+    (0, (6,), -0.4, 2, False),
+    (0, (7,), 0.7, 3, False),
+]
 
 
 def test_pair_rules():
@@ -63,14 +70,25 @@ def test_pair_rules():
     assert [p.label_smoothing for p in every.pairs] == pytest.approx([1 / 7, 2 / 8])
     assert [p.margin for p in every.pairs] == pytest.approx([0.6, 1.1])
     assert names(step_pairs(tree, RNG, rule="all", max_pairs=1)) == [(2, 1)]
-    assert names(step_pairs(tree, RNG, min_margin=1.2)) == [] and step_pairs(tree, RNG, min_margin=1.2).ties == 1
-    assert names(step_pairs(tree, RNG, min_visits=3)) == [] and step_pairs(tree, RNG, min_visits=3).ties == 1
+    assert (
+        names(step_pairs(tree, RNG, min_margin=1.2)) == []
+        and step_pairs(tree, RNG, min_margin=1.2).ties == 1
+    )
+    assert (
+        names(step_pairs(tree, RNG, min_visits=3)) == []
+        and step_pairs(tree, RNG, min_visits=3).ties == 1
+    )
     drawn = Counter(names(step_pairs(tree, RNG, rule="random"))[0] for _ in range(400))
     assert set(drawn) == {(2, 1), (2, 3)} and min(drawn.values()) > 140
 
 
 def test_levels():
-    below = [(2, (8,), 0.3, 1, True), (2, (9,), 0.2, 1, False), (1, (8,), 0.3, 1, False), (1, (9,), 0.5, 1, False)]
+    below = [
+        (2, (8,), 0.3, 1, True),
+        (2, (9,), 0.2, 1, False),
+        (1, (8,), 0.3, 1, False),
+        (1, (9,), 0.5, 1, False),
+    ]
     tree = hand_tree([*FAMILY, *below])
     assert names(step_pairs(tree, RNG)) == [(2, 3), (5, 6)]
     assert names(step_pairs(tree, RNG, levels="all")) == [(2, 3), (8, 7), (5, 6)]
@@ -80,12 +98,18 @@ def test_levels():
 @settings(max_examples=50, deadline=None)
 def test_order_of_siblings_makes_no_other_pairs(seed):
     rng = random.Random(seed)
-    rows = [(0, (i,), rng.choice([-1.0, 0.0, rng.random()]), rng.randint(0, 3) * 10 + i, False) for i in range(6)]
+    rows = [
+        (0, (i,), rng.choice([-1.0, 0.0, rng.random()]), rng.randint(0, 3) * 10 + i, False)
+        for i in range(6)
+    ]
     shuffled = rng.sample(rows, len(rows))
 
     def by_tokens(tree, rule):
         found = step_pairs(tree, RNG, rule=rule)
-        pairs = {(p.better.token_ids, p.worse.token_ids, p.margin, p.label_smoothing) for p in found.pairs}
+        pairs = {
+            (p.better.token_ids, p.worse.token_ids, p.margin, p.label_smoothing)
+            for p in found.pairs
+        }
         return pairs, found.ties, found.unvisited
 
     for rule in ("worst", "all"):
@@ -112,22 +136,39 @@ def test_rounding_is_no_preference():
 
 @pytest.mark.parametrize(
     ("first", "second", "shared"),
-    [((3, 4), (3, 5), 1), ((4,), (5,), 0), ((3, 4, 5), (3, 4), 1), ((3, 4), (3, 4, 5), 1), ((3,), (3, 4), 0)],
+    [
+        ((3, 4), (3, 5), 1),
+        ((4,), (5,), 0),
+        ((3, 4, 5), (3, 4), 1),
+        ((3, 4), (3, 4, 5), 1),
+        ((3,), (3, 4), 0),
+    ],
 )
 def test_rows_begin_where_the_steps_differ(first, second, shared):
-    tree = hand_tree([(0, (8, 9), 0.0, 1, True), (1, first, 1.0, 2, True), (1, second, 0.0, 1, False)])
+    tree = hand_tree(
+        [(0, (8, 9), 0.0, 1, True), (1, first, 1.0, 2, True), (1, second, 0.0, 1, False)]
+    )
     prompt = PROMPT
     pair = StepPair(better=tree.nodes[2], worse=tree.nodes[3], margin=1.0, label_smoothing=0.0)
     better, worse = pair_rows(prompt, tree, pair, merge_chains=False)
     assert better.prompt_ids == worse.prompt_ids == (1, 2, 8, 9, *first[:shared])
     assert (better.response_ids, worse.response_ids) == (first[shared:], second[shared:])
-    assert better.tokens["behaviour_logp"].tolist() == [-float(t) for t in first[shared:]]
+    assert better.tokens["behavior_logp"].tolist() == [-float(t) for t in first[shared:]]
     assert (better.sample, worse.sample) == (1, 2) and better.scalars["score"] == 1.0
 
 
 def test_chains_may_be_merged():
-    tree = hand_tree([(0, (3,), 1.0, 3, True), (0, (4,), 0.0, 1, False), (1, (5,), 1.0, 2, True), (3, (6,), 1.0, 1, True)])
+    tree = hand_tree(
+        [
+            (0, (3,), 1.0, 3, True),
+            (0, (4,), 0.0, 1, False),
+            (1, (5,), 1.0, 2, True),
+            (3, (6,), 1.0, 1, True),
+        ]
+    )
     tree.nodes[2].children = []
     pair = step_pairs(tree, RNG).pairs[0]
-    rows = [pair_rows(PROMPT, tree, pair, merge_chains=merge)[0].response_ids for merge in (False, True)]
+    rows = [
+        pair_rows(PROMPT, tree, pair, merge_chains=merge)[0].response_ids for merge in (False, True)
+    ]
     assert rows == [(3,), (3, 5, 6)]

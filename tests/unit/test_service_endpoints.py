@@ -1,4 +1,5 @@
-"""Services that die, hang and come back: everything is scored by who is left, or Failed, and nobody is asked in vain."""
+"""Services that die, hang and come back: everything is scored by who is left, or Failed, and nobody
+is asked in vain."""
 
 from __future__ import annotations
 
@@ -10,19 +11,19 @@ from serving import HERE, Lengths, port_of, remote, request, scores, serve
 
 from rayhf.config.service import EndpointSecurity
 from rayhf.errors import UnreachableError
-from rayhf.experience import Failed, Scored
-from rayhf.scorer.endpoints import OPENS_AFTER, Endpoints
-from rayhf.scorer.remote import Remote
+from rayhf.scorer.grpc import scorer_pb2 as pb
+from rayhf.scorer.grpc.client import GrpcScorer
+from rayhf.scorer.grpc.endpoints import OPENS_AFTER, Endpoints
+from rayhf.scorer.grpc.messages import SERVICE, encode_request
+from rayhf.scorer.grpc.scorer_pb2_grpc import ScorerStub
 from rayhf.service.client import Client
-from rayhf.service.proto import scorer_pb2 as pb
-from rayhf.service.proto.scorer_pb2_grpc import ScorerStub
-from rayhf.service.scorer_messages import SERVICE, encode_request
+from rayhf.types import Failed, Scored
 
 
 def test_when_one_of_two_dies_on_the_way_everything_is_scored():
     dying, living = Lengths(wait_s=0.01), Lengths(wait_s=0.01)
     first, second = serve(dying, grace_s=0.01), serve(living)
-    far = Remote(remote(first, second, batch=1), base=HERE)
+    far = GrpcScorer(remote(first, second, batch=1), base=HERE)
 
     def kill():
         while dying.calls < 3:
@@ -43,14 +44,16 @@ def test_when_one_of_two_dies_on_the_way_everything_is_scored():
 
 def test_when_all_are_down_nothing_is_made_up_and_when_one_is_back_it_is_asked():
     server = serve(Lengths(), grace_s=0.01)
-    far = Remote(remote(server, batch=1), base=HERE, first_rest_s=0.05)
+    far = GrpcScorer(remote(server, batch=1), base=HERE, first_rest_s=0.05)
     asked = [request("abc", number=n) for n in range(8)]
     try:
         assert scores(far, asked) == [3.0] * 8
         server.stop()
         began = time.monotonic()
         for _ in range(2):
-            assert all(isinstance(o, Failed) and o.transient for row in far.score(asked) for o in row)
+            assert all(
+                isinstance(o, Failed) and o.transient for row in far.score(asked) for o in row
+            )
         assert time.monotonic() - began < 5.0
         server = serve(Lengths(), port=port_of(server))
         while not all(isinstance(o, Scored) for row in far.score(asked) for o in row):
@@ -63,11 +66,15 @@ def test_when_all_are_down_nothing_is_made_up_and_when_one_is_back_it_is_asked()
 
 def test_a_slow_service_costs_its_deadline_and_no_more():
     server = serve(Lengths(wait_s=1.0), grace_s=0.01)
-    far = Remote(remote(server, timeout_s=0.1), base=HERE)
+    far = GrpcScorer(remote(server, timeout_s=0.1), base=HERE)
     try:
         began = time.monotonic()
         [[outcome]] = far.score([request("a")])
-        assert isinstance(outcome, Failed) and outcome.transient and "no answer within 0.1 s" in outcome.reason
+        assert (
+            isinstance(outcome, Failed)
+            and outcome.transient
+            and "no answer within 0.1 s" in outcome.reason
+        )
         assert time.monotonic() - began < 1.5
     finally:
         far.close()
@@ -115,7 +122,9 @@ def test_the_circuit_opens_is_probed_by_health_and_closes():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
     now, asked, up = 0.0, 0, False
-    endpoints = Endpoints([client], service=SERVICE, in_flight=1, first_rest_s=1.0, clock=lambda: now)
+    endpoints = Endpoints(
+        [client], service=SERVICE, in_flight=1, first_rest_s=1.0, clock=lambda: now
+    )
 
     def call(_):
         nonlocal asked
@@ -151,9 +160,17 @@ def test_the_circuit_opens_is_probed_by_health_and_closes():
 
 def test_an_endpoint_is_asked_by_the_least_busy_and_by_no_more_at_a_time_than_allowed():
     clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
-    for in_flight, callers in ((2, 12), (4, 4)):  # as many as may; half of them where all find a place
+    for in_flight, callers in (
+        (2, 12),
+        (4, 4),
+    ):  # as many as may; half of them where all find a place
         endpoints = Endpoints(clients, service=SERVICE, in_flight=in_flight)
-        lock, together, busy, most = threading.Lock(), threading.Barrier(4), dict.fromkeys(clients, 0), set()
+        lock, together, busy, most = (
+            threading.Lock(),
+            threading.Barrier(4),
+            dict.fromkeys(clients, 0),
+            set(),
+        )
 
         def call(client, lock=lock, together=together, busy=busy, most=most):
             with lock:
@@ -165,7 +182,9 @@ def test_an_endpoint_is_asked_by_the_least_busy_and_by_no_more_at_a_time_than_al
             with lock:
                 busy[client] -= 1
 
-        threads = [threading.Thread(target=endpoints.ask, args=(call, set())) for _ in range(callers)]
+        threads = [
+            threading.Thread(target=endpoints.ask, args=(call, set())) for _ in range(callers)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -213,7 +232,10 @@ def test_one_caller_asks_the_health_and_the_others_wait_for_what_it_says():
             endpoints.ask(call, set())
     time.sleep(0.02)
     up.set()
-    threads = [threading.Thread(target=lambda: answers.append(endpoints.ask(call, set()))) for _ in range(5)]
+    threads = [
+        threading.Thread(target=lambda: answers.append(endpoints.ask(call, set())))
+        for _ in range(5)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -14,21 +14,25 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from serving import HERE, Lengths, remote, request, scores, serve
 
-from rayhf.config.scorers import LogSigmoid, PairwiseRuleScorer, RemoteScorer, RuleScorer
+from rayhf.config.scorers import GrpcScorerConfig, LogSigmoid, PairwiseRuleConfig, RuleConfig
 from rayhf.config.serve import ServedScorers
 from rayhf.config.service import EndpointSecurity, ServiceConfig
 from rayhf.errors import ConfigError, UnreachableError
-from rayhf.experience import Compared, Failed, Invalid, Scored
 from rayhf.scorer.build import build_scorer, check_entries
-from rayhf.scorer.remote import Remote, cut
+from rayhf.scorer.grpc import scorer_pb2 as pb
+from rayhf.scorer.grpc.client import GrpcScorer, cut
+from rayhf.scorer.grpc.messages import SERVICE
+from rayhf.scorer.grpc.scorer_pb2_grpc import (
+    ScorerServicer,
+    ScorerStub,
+    add_ScorerServicer_to_server,
+)
 from rayhf.service.client import Client
-from rayhf.service.proto import scorer_pb2 as pb
-from rayhf.service.proto.scorer_pb2_grpc import ScorerServicer, ScorerStub, add_ScorerServicer_to_server
-from rayhf.service.scorer_messages import SERVICE
 from rayhf.service.server import Server
+from rayhf.types import Compared, Failed, Invalid, Scored
 
-RIGHT = RuleScorer(function="rayhf.tiny.arithmetic:correct", name="right")
-BEATS = PairwiseRuleScorer(function="rayhf.tiny.game:beats")
+RIGHT = RuleConfig(function="rayhf.tiny.arithmetic:correct", name="right")
+BEATS = PairwiseRuleConfig(function="rayhf.tiny.game:beats")
 
 
 # ------------------------------------------------------------------------------------------------- the same answers
@@ -37,26 +41,35 @@ BEATS = PairwiseRuleScorer(function="rayhf.tiny.game:beats")
 def both(entries):
     """The scorer beside us, a server of it, and the scorer that asks there."""
     here = build_scorer(entries, device="cpu", threads=None, base=HERE)
-    server = serve(here, pairwise=isinstance(entries[0], PairwiseRuleScorer))
+    server = serve(here, pairwise=isinstance(entries[0], PairwiseRuleConfig))
     there = build_scorer(
-        [remote(server, pairwise=isinstance(entries[0], PairwiseRuleScorer), batch=4)],
+        [remote(server, pairwise=isinstance(entries[0], PairwiseRuleConfig), batch=4)],
         device="cpu", threads=None, base=HERE,
     )  # fmt: skip
     return here, server, there
 
 
 def test_a_rule_says_the_same_behind_the_service():
-    here, server, there = both([RIGHT, RuleScorer(function="rayhf.scorer.rules:final_number", weight=0.25)])
-    asked = [request("1 + 3 = 4", "3", "three", number=n) for n in range(5)] + [request(), request("3", answer=None)]
+    here, server, there = both(
+        [RIGHT, RuleConfig(function="rayhf.scorer.rules:final_number", weight=0.25)]
+    )
+    asked = [request("1 + 3 = 4", "3", "three", number=n) for n in range(5)] + [
+        request(),
+        request("3", answer=None),
+    ]
     try:
         local, answers = here.score(asked), there.score(asked)
-        assert [[type(o) for o in row] for row in local] == [[type(o) for o in row] for row in answers]
+        assert [[type(o) for o in row] for row in local] == [
+            [type(o) for o in row] for row in answers
+        ]
         assert {type(o) for row in local for o in row} == {Scored, Failed}
         for near, far in zip(local, answers, strict=True):
             for one, other in zip(near, far, strict=True):
                 if isinstance(one, Scored):
                     assert other.value == one.value
-                    assert other.parts == {"remote": one.value} | {f"remote/{k}": v for k, v in one.parts.items()}
+                    assert other.parts == {"remote": one.value} | {
+                        f"remote/{k}": v for k, v in one.parts.items()
+                    }
                 else:
                     assert one.reason in other.reason and other.transient == one.transient
         for near, far in zip(here.compare(asked[:5]), there.compare(asked[:5]), strict=True):
@@ -92,11 +105,13 @@ def test_scorers_see_all_that_they_read():
             return super().score(requests)
 
     server = serve(Curious())
-    engine = Remote(remote(server), base=HERE)
+    engine = GrpcScorer(remote(server), base=HERE)
     try:
         engine.score([request("a", answer=None), request("b", answer="", finish_reason="length")])
         first, second = sorted(seen, key=lambda r: r.completions[0].text)
-        assert first.prompt.messages == request("a").prompt.messages and first.prompt.prompt_id == "p0"
+        assert (
+            first.prompt.messages == request("a").prompt.messages and first.prompt.prompt_id == "p0"
+        )
         assert (first.prompt.answer, second.prompt.answer) == (None, "")
         assert [r.completions[0].finish_reason for r in (first, second)] == ["stop", "length"]
     finally:
@@ -105,22 +120,31 @@ def test_scorers_see_all_that_they_read():
 
 
 def test_normalised_entries_are_not_served_but_their_clients_may_be():
-    with pytest.raises(ValidationError, match="entry 1 has normalise"):
-        ServedScorers(train=(RIGHT, RuleScorer(function="a:b", normalise=True)))
-    assert RemoteScorer(endpoints=("localhost:1",), normalise=True).normalise
+    with pytest.raises(ValidationError, match="entry 1 has normalize"):
+        ServedScorers(train=(RIGHT, RuleConfig(function="a:b", normalize=True)))
+    assert GrpcScorerConfig(endpoints=("localhost:1",), normalize=True).normalize
     with pytest.raises(ValidationError, match="a pairwise service gives probabilities"):
-        RemoteScorer(endpoints=("localhost:1",), pairwise=True, transform=LogSigmoid(reference=0.0))
+        GrpcScorerConfig(
+            endpoints=("localhost:1",), pairwise=True, transform=LogSigmoid(reference=0.0)
+        )
     with pytest.raises(ValidationError, match=r"another machine: set security\.ca"):
-        RemoteScorer(endpoints=("localhost:1", "gpu-7:50051"))
+        GrpcScorerConfig(endpoints=("localhost:1", "gpu-7:50051"))
 
 
 # ------------------------------------------------------------------------------------------------- calls
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 300)), max_size=20), st.integers(1, 12), st.integers(400, 2000))
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 300)), max_size=20),
+    st.integers(1, 12),
+    st.integers(400, 2000),
+)
 @settings(deadline=None, max_examples=50)
 def test_calls_hold_every_request_once_in_order_within_the_limits(sizes, completions, max_bytes):
-    requests = [pb.ScoreRequest(completions=[pb.Completion(text="x" * long)] * count) for count, long in sizes]
+    requests = [
+        pb.ScoreRequest(completions=[pb.Completion(text="x" * long)] * count)
+        for count, long in sizes
+    ]
     requests = [r for r in requests if r.ByteSize() < max_bytes - 32]
     calls = list(cut(requests, completions=completions, max_bytes=max_bytes))
     assert [index for call in calls for index in call] == list(range(len(requests)))
@@ -132,14 +156,21 @@ def test_calls_hold_every_request_once_in_order_within_the_limits(sizes, complet
 def test_completions_travel_in_batches_and_text_that_cannot_travel_is_invalid():
     engine = Lengths()
     server = serve(engine)
-    far = Remote(remote(server, batch=6, max_message_mib=1), base=HERE)
+    far = GrpcScorer(remote(server, batch=6, max_message_mib=1), base=HERE)
     try:
-        asked = [request("a", "bb", number=n) for n in range(7)] + [request("\ud800", "b"), request("x" * (1 << 20))]
+        asked = [request("a", "bb", number=n) for n in range(7)] + [
+            request("\ud800", "b"),
+            request("x" * (1 << 20)),
+        ]
         answers = far.score(asked)
         assert answers[:7] == [(Scored(value=1.0), Scored(value=2.0))] * 7 and engine.calls == 3
         assert all(isinstance(o, Invalid) and "UTF-8" in o.reason for o in answers[7])
         [large] = answers[8]
-        assert isinstance(large, Failed) and not large.transient and "a call takes 1,048,560" in large.reason
+        assert (
+            isinstance(large, Failed)
+            and not large.transient
+            and "a call takes 1,048,560" in large.reason
+        )
     finally:
         far.close()
         server.stop()
@@ -154,7 +185,7 @@ def test_a_scorer_with_a_bug_is_failed_for_good(verb):
         compare = score
 
     server = serve(Broken())
-    far = Remote(remote(server), base=HERE)
+    far = GrpcScorer(remote(server), base=HERE)
     try:
         [answer] = getattr(far, verb)([request("a")])
         answer = answer[0] if verb == "score" else answer
@@ -194,10 +225,20 @@ def test_requests_that_no_scorer_could_read_are_refused():
     try:
         no_messages = pb.ScoreRequest(prompt=pb.Prompt(prompt_id="p"), completions=[])
         with pytest.raises(ConfigError, match=r"requests\[0\]: the prompt has no messages"):
-            client.call(ScorerStub(client.channel).Score, pb.ScoreRequests(requests=[no_messages]), timeout_s=5)
-        no_reason = pb.ScoreRequest(prompt=pb.Prompt(messages=[pb.Message(role="user")]), completions=[pb.Completion()])
+            client.call(
+                ScorerStub(client.channel).Score,
+                pb.ScoreRequests(requests=[no_messages]),
+                timeout_s=5,
+            )
+        no_reason = pb.ScoreRequest(
+            prompt=pb.Prompt(messages=[pb.Message(role="user")]), completions=[pb.Completion()]
+        )
         with pytest.raises(ConfigError, match=r"requests\[0\]\.completions\[0\]: finish_reason 0"):
-            client.call(ScorerStub(client.channel).Compare, pb.ScoreRequests(requests=[no_reason]), timeout_s=5)
+            client.call(
+                ScorerStub(client.channel).Compare,
+                pb.ScoreRequests(requests=[no_reason]),
+                timeout_s=5,
+            )
     finally:
         client.close()
         server.stop()
@@ -220,9 +261,15 @@ class Scripted(ScorerServicer):
 
 def asked_of(reply, *, pairwise, completions=2):
     """What the campaign's combined scorer makes of a service's reply to one request."""
-    server = Server(ServiceConfig(), {SERVICE: partial(add_ScorerServicer_to_server, Scripted(reply))}, base=HERE)
+    server = Server(
+        ServiceConfig(),
+        {SERVICE: partial(add_ScorerServicer_to_server, Scripted(reply))},
+        base=HERE,
+    )
     server.start()
-    engine = build_scorer([remote(server, pairwise=pairwise)], device="cpu", threads=None, base=HERE)
+    engine = build_scorer(
+        [remote(server, pairwise=pairwise)], device="cpu", threads=None, base=HERE
+    )
     try:
         asked = [request(*"ab"[:completions])]
         return engine.compare(asked)[0] if pairwise else engine.score(asked)[0]
@@ -232,7 +279,9 @@ def asked_of(reply, *, pairwise, completions=2):
 
 
 def scored(*values, **parts):
-    return pb.Outcomes(outcomes=[pb.Outcome(scored=pb.Scored(value=value, parts=parts)) for value in values])
+    return pb.Outcomes(
+        outcomes=[pb.Outcome(scored=pb.Scored(value=value, parts=parts)) for value in values]
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,7 +296,12 @@ def scored(*values, **parts):
         ([scored(1.0, 2.0)] * 2, [Failed, Failed], "answered 2 of 1 requests"),
         ([pb.Outcomes(outcomes=[pb.Outcome()] * 2)], [Failed, Failed], "an outcome of no kind"),
         (
-            [pb.Outcomes(outcomes=[pb.Outcome(invalid=pb.Invalid(reason="\x1b[31m\nred" + "x" * 9999))] * 2)],
+            [
+                pb.Outcomes(
+                    outcomes=[pb.Outcome(invalid=pb.Invalid(reason="\x1b[31m\nred" + "x" * 9999))]
+                    * 2
+                )
+            ],
             [Invalid, Invalid],
             "remote: ?[31m redxx",
         ),
@@ -294,12 +348,19 @@ def refused(entry, message, error=ConfigError):
 
 
 def test_check_asks_the_services_what_they_serve(caplog):
-    points, pairs, other = serve(Lengths()), serve(Lengths(), names=("pairs",), pairwise=True), serve(Lengths(), names=("other",))
+    points, pairs, other = (
+        serve(Lengths()),
+        serve(Lengths(), names=("pairs",), pairwise=True),
+        serve(Lengths(), names=("other",)),
+    )
     try:
         check_entries([remote(points)], Path())
         check_entries([remote(pairs, pairwise=True)], Path())
         refused(remote(pairs), "serves pairs, which compares answers; expected pairwise: true")
-        refused(remote(points, pairwise=True), "serves lengths, which gives each answer a score; expected pairwise: false")
+        refused(
+            remote(points, pairwise=True),
+            "serves lengths, which gives each answer a score; expected pairwise: false",
+        )
         refused(remote(points, other), "serves lengths, but .* serves other; expected the same")
         other.stop()
         check_entries([remote(points, other)], Path())

@@ -1,4 +1,5 @@
-"""Who is let in: certificates, tokens, limits, and configs that are refused before anything listens."""
+"""Who is let in: certificates, tokens, limits, and configs that are refused before anything
+listens."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from serving import HERE, Lengths, port_of, request, serve
 
 from rayhf.config.service import EndpointSecurity, ServiceConfig, TLSConfig, split_endpoint
 from rayhf.errors import ConfigError, ServiceError, UnreachableError
+from rayhf.scorer.grpc import scorer_pb2 as pb
+from rayhf.scorer.grpc.messages import SERVICE, encode_request
+from rayhf.scorer.grpc.scorer_pb2_grpc import ScorerStub
 from rayhf.service.client import Client
-from rayhf.service.proto import scorer_pb2 as pb
-from rayhf.service.proto.scorer_pb2_grpc import ScorerStub
-from rayhf.service.scorer_messages import SERVICE, encode_request
-from rayhf.service.secrets import read_token
+from rayhf.service.credentials import read_token
 
 TOKEN = "a-canary-of-a-token-0123456789"
 PAST = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
@@ -100,20 +101,29 @@ def test_who_shows_everything_is_heard(world, locked):
         pytest.param(without("certificate", "key"), "unavailable", id="no client certificate"),
         pytest.param(as_("stranger"), "unavailable", id="certificate from another CA"),
         pytest.param(as_("expired"), "unavailable", id="expired client certificate"),
-        pytest.param(GOOD | {"ca": "other_ca.pem"}, "CERTIFICATE_VERIFY_FAILED", id="server from another CA"),
-        pytest.param(without("token_file"), "unauthenticated: this service wants a token", id="no token"),
+        pytest.param(
+            GOOD | {"ca": "other_ca.pem"}, "CERTIFICATE_VERIFY_FAILED", id="server from another CA"
+        ),
+        pytest.param(
+            without("token_file"), "unauthenticated: this service wants a token", id="no token"
+        ),
         pytest.param(GOOD | {"token_file": "wrong_token"}, "unauthenticated", id="wrong token"),
         pytest.param({}, "unavailable", id="plain text to a TLS port"),
         pytest.param({"token_file": "token"}, "unavailable", id="plain text with the token"),
     ],
 )
-def test_who_does_not_is_refused_and_never_reaches_the_scorer(world, locked, caplog, security, message):
+def test_who_does_not_is_refused_and_never_reaches_the_scorer(
+    world, locked, caplog, security, message
+):
     server, engine = locked
     before = engine.calls
     with caplog.at_level(logging.DEBUG), pytest.raises(ServiceError, match=message) as error:
         score(server.address, world, security)
     assert engine.calls == before
-    assert TOKEN not in f"{error.value!r} {error.value.__cause__!r} {caplog.text}" and "\n" not in str(error.value)
+    assert (
+        TOKEN not in f"{error.value!r} {error.value.__cause__!r} {caplog.text}"
+        and "\n" not in str(error.value)
+    )
 
 
 def test_an_expired_server_is_refused(world):
@@ -133,7 +143,9 @@ def test_a_token_counts_on_loopback_too_and_health_needs_none(world):
         with pytest.raises(ServiceError, match="unauthenticated"):
             score(server.address, world, {})
         client.check_health(SERVICE, timeout_s=5)
-        watch = health_pb2_grpc.HealthStub(client.channel).Watch  # a stream would hold one of the places
+        watch = health_pb2_grpc.HealthStub(
+            client.channel
+        ).Watch  # a stream would hold one of the places
         with pytest.raises(ServiceError, match="unauthenticated"):
             list(client.stream(watch, health_pb2.HealthCheckRequest(service=SERVICE), timeout_s=5))
     finally:
@@ -147,7 +159,9 @@ def test_messages_over_the_limit_are_refused_at_both_ends():
     try:
         large = "x" * (17 << 20)
         for limit, who in ((16, "CLIENT"), (32, "SERVER")):
-            with pytest.raises(ServiceError, match=f"resource_exhausted: {who}: .*larger than max") as error:
+            with pytest.raises(
+                ServiceError, match=f"resource_exhausted: {who}: .*larger than max"
+            ) as error:
                 score(server.address, HERE, {}, large, limit=limit)
             assert not isinstance(error.value, UnreachableError)  # asking again would not help
         assert engine.calls == 0
@@ -195,11 +209,17 @@ def test_stopping_lets_calls_under_way_end_and_takes_no_new_ones():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"host": "0.0.0.0"}, "host 0.0.0.0 is reached from other machines: set tls, or host: 127.0.0.1"),
+        (
+            {"host": "0.0.0.0"},
+            "host 0.0.0.0 is reached from other machines: set tls, or host: 127.0.0.1",
+        ),
         ({"host": "::"}, "reached from other machines: set tls"),
         ({"host": "gpu-7"}, "reached from other machines: set tls"),
         ({"host": "0.0.0.0", "token_file": "t"}, "reached from other machines: set tls"),
-        ({"host": "0.0.0.0", "tls": {"certificate": "c", "key": "k"}}, "set tls.client_ca or token_file"),
+        (
+            {"host": "0.0.0.0", "tls": {"certificate": "c", "key": "k"}},
+            "set tls.client_ca or token_file",
+        ),
         ({"port": 65536}, "less than or equal to 65535"),
     ],
 )

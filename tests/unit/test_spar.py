@@ -1,4 +1,5 @@
-"""SPaR with a scripted actor and refiner: what is asked, what is recorded, what is trained on. Token ids are characters."""
+"""SPaR with a scripted actor and refiner: what is asked, what is recorded, what is trained on.
+Token ids are characters."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from rayhf.algorithms.base import Turn
+from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.spar import Dialogue, SPaR
 from rayhf.algorithms.spar_data import judge_accuracy, refiner_examples
 from rayhf.config.spar import RefinerDataConfig, SPaRConfig
-from rayhf.experience import Completion, Failed, Prompt, Sampling, Scored, derive_seed
 from rayhf.learner.forward import build_micro
 from rayhf.losses.base import Totals
+from rayhf.types import Completion, Failed, Prompt, Sampling, Scored, derive_seed
 
 END = 0
 """The end-of-turn token."""
@@ -38,11 +39,16 @@ def ids(text):
 
 
 def make_prompt(text="do it"):
-    return Prompt(prompt_id=text, messages=({"role": "user", "content": text},), token_ids=ids(f"<user>{text}<assistant>"))
+    return Prompt(
+        prompt_id=text,
+        messages=({"role": "user", "content": text},),
+        token_ids=ids(f"<user>{text}<assistant>"),
+    )
 
 
 class FakeExplorer:
-    """`say(policy, context, draw)` writes the text of draw 0, 1, ... of all draws after that context by that policy."""
+    """`say(policy, context, draw)` writes the text of draw 0, 1, ... of all draws after that
+    context by that policy."""
 
     def __init__(self, say, *, outcomes=None, limit=10_000, delay=False):
         self.say, self.outcomes, self.limit, self.delay = say, outcomes or {}, limit, delay
@@ -91,7 +97,8 @@ class FakeExplorer:
 
 
 def scripted(answers, votes, refinements):
-    """Texts by draw: of the actor, of the judge per judged text (in turn), of the refiner per refined text."""
+    """Texts by draw: of the actor, of the judge per judged text (in turn), of the refiner per
+    refined text."""
 
     def say(policy, context, draw):
         if not context:
@@ -109,8 +116,11 @@ def explore(algorithm, explorer, prompt=None):
 
 
 def select(algorithm, *groups, seed=1):
-    selection = algorithm.select(groups, Turn(iteration=1, seed=seed))
-    parts = {name: [e for e in selection.examples if e.objective == name] for name in ("policy", "refiner")}
+    selection = algorithm.select(groups, SelectionContext(iteration=1, seed=seed))
+    parts = {
+        name: [e for e in selection.examples if e.objective == name]
+        for name in ("policy", "refiner")
+    }
     return parts["policy"], parts["refiner"], selection.metrics
 
 
@@ -118,7 +128,16 @@ YES, NO = ["a yes", "b yes", "c yes"], ["a no", "b no", "c no"]
 MOSTLY_NO, MOSTLY_YES = ["a yes", "b no", "c no"], ["a no", "b yes", "c yes"]
 TWO_STEPS = scripted(
     ["good", "bad", "good"],
-    {"good": YES, "bad": MOSTLY_NO, "x": NO, "y": MOSTLY_NO, "z": NO, "fine": MOSTLY_YES, "ok": YES, "w": NO},
+    {
+        "good": YES,
+        "bad": MOSTLY_NO,
+        "x": NO,
+        "y": MOSTLY_NO,
+        "z": NO,
+        "fine": MOSTLY_YES,
+        "ok": YES,
+        "w": NO,
+    },
     {"bad": ["x", "y", "z"], "y": ["fine", "w", "w"], "x": ["w"]},
 )
 
@@ -131,13 +150,23 @@ def test_one_journey_by_hand():
     (pair,) = actor
     chosen, rejected = pair.rows
     assert chosen.prompt_ids == rejected.prompt_ids == group.prompt.token_ids
-    # The original answer is rejected, not the refinement's parent "y"; the refiner's own tokens are chosen, end included.
+    # The original answer is rejected, not the refinement's parent "y"; the refiner's own tokens are
+    # chosen, end included.
     assert (chosen.response_ids, rejected.response_ids) == ((*ids("fine"), END), (*ids("bad"), END))
-    assert np.isnan(chosen.tokens["behaviour_logp"]).all() and rejected.tokens["behaviour_logp"].tolist() == [-1.0] * 4
+    assert (
+        np.isnan(chosen.tokens["behavior_logp"]).all()
+        and rejected.tokens["behavior_logp"].tolist() == [-1.0] * 4
+    )
     assert pair.scalars["margin"] == pytest.approx(1 / 3)
-    assert group.samples[chosen.sample].completion.text == "fine" and group.samples[rejected.sample].completion.text == "bad"
+    assert (
+        group.samples[chosen.sample].completion.text == "fine"
+        and group.samples[rejected.sample].completion.text == "bad"
+    )
 
-    rows = {("".join(map(chr, e.rows[0].prompt_ids)), "".join(map(chr, e.rows[0].response_ids[:-1]))) for e in refiner}
+    rows = {
+        ("".join(map(chr, e.rows[0].prompt_ids)), "".join(map(chr, e.rows[0].response_ids[:-1])))
+        for e in refiner
+    }
     assert rows == {
         ("<user>R do it|y|b no<assistant>", "fine"),
         ("<user>J do it|fine<assistant>", "b yes"),
@@ -145,9 +174,23 @@ def test_one_journey_by_hand():
         ("<user>J do it|bad<assistant>", "b no"),
     }
     counts = {kind: metrics[f"spar/refiner_{kind}"] for kind in RefinerDataConfig.model_fields}
-    assert counts == {"refinements": 1, "tree_yes": 1, "tree_no": 1, "answers_yes": 0, "answers_no": 1}
+    assert counts == {
+        "refinements": 1,
+        "tree_yes": 1,
+        "tree_no": 1,
+        "answers_yes": 0,
+        "answers_no": 1,
+    }
     assert (metrics["pairs/kept"], metrics["spar/searches"], metrics["spar/identical"]) == (1, 1, 0)
-    expected = {"failing": 1 / 3, "ties": 0, "refined": 1, "nodes": 9, "judge_unparsable": 0, "too_long": 0, "value_gain": 1 / 3}
+    expected = {
+        "failing": 1 / 3,
+        "ties": 0,
+        "refined": 1,
+        "nodes": 9,
+        "judge_unparsable": 0,
+        "too_long": 0,
+        "value_gain": 1 / 3,
+    }
     assert {name: group.metrics[f"spar/{name}"] for name in expected} == pytest.approx(expected)
 
 
@@ -159,12 +202,24 @@ def test_the_samples_are_the_tree():
     judged = [samples[s.parent].completion.text for s in samples if s.kind == "judgement"]
     assert judged[:6] == ["good"] * 3 + ["bad"] * 3 and judged.count("w") == 3
     root = next(s for s in samples if "root" in s.stats)
-    assert root.completion.text == "bad" and root.context_ids is None and root.outcome == Scored(value=0.0)
+    assert (
+        root.completion.text == "bad"
+        and root.context_ids is None
+        and root.outcome == Scored(value=0.0)
+    )
     assert (root.stats["votes_yes"], root.stats["votes_no"], root.stats["votes_total"]) == (1, 2, 3)
     assert samples[int(root.stats["critique"])].completion.text == "b no"
     final = samples[int(root.stats["refined"])]
-    assert (final.completion.text, final.kind, final.stats["depth"], final.stats["final"]) == ("fine", "refinement", 2, 1)
-    assert samples[final.parent].completion.text == "y" and samples[samples[final.parent].parent] is root
+    assert (final.completion.text, final.kind, final.stats["depth"], final.stats["final"]) == (
+        "fine",
+        "refinement",
+        2,
+        1,
+    )
+    assert (
+        samples[final.parent].completion.text == "y"
+        and samples[samples[final.parent].parent] is root
+    )
     nodes = sorted(s.stats["node"] for s in samples if s.kind == "refinement")
     assert nodes == list(range(1, 10))
     assert all(s.outcome is None for s in samples if s.kind != "answer")
@@ -176,7 +231,9 @@ def test_trained_texts_follow_exactly_what_the_refiner_read():
         groups = [explore(algorithm, explorer, make_prompt(f"task {i}")) for i in range(20)]
         _, refiner, _ = select(algorithm, *groups)
         read = {context for _, context, _, _ in explorer.asked}
-        assert len(refiner) > 20 and all("".join(map(chr, e.rows[0].prompt_ids)) in read for e in refiner)
+        assert len(refiner) > 20 and all(
+            "".join(map(chr, e.rows[0].prompt_ids)) in read for e in refiner
+        )
 
 
 def _random_refiner(policy, context, draw):
@@ -198,24 +255,36 @@ def test_the_default_dialogue_has_three_turns_and_cuts_the_answer_out():
     explorer = FakeExplorer(say)
     group = explore(algorithm, explorer)
     ((pair,), refiner, metrics) = select(algorithm, group)
-    judge = next(context for _, context, _, _ in explorer.asked if "bad" in context).removesuffix("<assistant>")
+    judge = next(context for _, context, _, _ in explorer.asked if "bad" in context).removesuffix(
+        "<assistant>"
+    )
     refine = next(context for _, context, _, _ in explorer.asked if "[[start]]" in context)
-    assert refine.startswith(f"{judge}<assistant>All is well.\nFinal Judgement (met?): No<user>Going by your judgement")
-    assert pair.rows[0].response_ids == (*ids("better"), END) and pair.rows[0].prompt_ids == group.prompt.token_ids
+    assert refine.startswith(
+        f"{judge}<assistant>All is well.\nFinal Judgement (met?): No<user>Going by your judgement"
+    )
+    assert (
+        pair.rows[0].response_ids == (*ids("better"), END)
+        and pair.rows[0].prompt_ids == group.prompt.token_ids
+    )
     kept = group.samples[pair.rows[0].sample]
     assert kept.kind == "refined" and group.samples[kept.parent].kind == "refinement"
     (example,) = refiner  # the whole refinement is trained on, as it was written
     assert example.rows[0].response_ids == (*ids("x [[start]] better [[end]]"), END)
     assert "".join(map(chr, example.rows[0].prompt_ids)) == refine
-    assert group.metrics["spar/malformed"] == 2 and metrics["spar/refiner_answers_no"] == 0  # unanimous votes teach nothing
+    assert (
+        group.metrics["spar/malformed"] == 2 and metrics["spar/refiner_answers_no"] == 0
+    )  # unanimous votes teach nothing
 
 
 def test_who_is_asked_with_which_settings():
     explorer = FakeExplorer(TWO_STEPS)
-    explore(spar(judge_temperature=0.4, refine_temperature=0.6, refiner={"max_tokens": 5}), explorer)
+    explore(
+        spar(judge_temperature=0.4, refine_temperature=0.6, refiner={"max_tokens": 5}), explorer
+    )
     assert explorer.asked[0][0] == "policy" and explorer.asked[0][3] is None
     seen = {
-        (policy, context[6], sampling.temperature, sampling.max_tokens) for policy, context, _, sampling in explorer.asked[1:]
+        (policy, context[6], sampling.temperature, sampling.max_tokens)
+        for policy, context, _, sampling in explorer.asked[1:]
     }
     assert seen == {("refiner", "J", 0.4, 5), ("refiner", "R", 0.6, 5)}
     shared = spar(refiner={"shared": True})
@@ -231,12 +300,24 @@ def test_policies_objectives_and_losses():
         "policy",
         "refiner",
     )
-    assert (shared.policies, shared.trainee("policy"), shared.trainee("refiner")) == (("policy",), "policy", "policy")
+    assert (shared.policies, shared.trainee("policy"), shared.trainee("refiner")) == (
+        ("policy",),
+        "policy",
+        "policy",
+    )
     loss = separate.loss()
-    assert (loss.loss, loss.beta, loss.nll_coef) == ("sigmoid", 0.1, 0.1) and separate.loss("refiner").needs_reference is False
-    assert (separate.passes("refiner").epochs, separate.passes("refiner").examples_per_step) == (5, 64)
+    assert (loss.loss, loss.beta, loss.nll_coef) == ("sigmoid", 0.1, 0.1) and separate.loss(
+        "refiner"
+    ).needs_reference is False
+    assert (
+        separate.train_schedule("refiner").epochs,
+        separate.train_schedule("refiner").examples_per_step,
+    ) == (
+        5,
+        64,
+    )
     assert separate.other_policy("refiner").lr == 2e-6
-    for call in (separate.passes, separate.other_policy, separate.loss):
+    for call in (separate.train_schedule, separate.other_policy, separate.loss):
         with pytest.raises(KeyError):
             call("critic")
 
@@ -247,11 +328,19 @@ def test_both_objectives_give_finite_losses():
     for name, examples in (("policy", actor), ("refiner", refiner)):
         rows = [row for e in examples for row in e.rows]
         annotated = [
-            replace(e, rows=tuple(r.with_tokens(ref_logp=np.full(len(r.response_ids), -2, np.float32)) for r in e.rows))
+            replace(
+                e,
+                rows=tuple(
+                    r.with_tokens(ref_logp=np.full(len(r.response_ids), -2, np.float32))
+                    for r in e.rows
+                ),
+            )
             for e in examples
         ]
         tokens = sum(len(row.response_ids) for row in rows)
-        _, micro = build_micro(annotated, Totals(tokens=tokens, rows=len(rows), examples=len(examples)), "cpu")
+        _, micro = build_micro(
+            annotated, Totals(tokens=tokens, rows=len(rows), examples=len(examples)), "cpu"
+        )
         out = algorithm.loss(name)(torch.full((tokens,), -2.0, requires_grad=True), micro)
         # At the reference: log 2 for the pair, plus 0.1 times the chosen answer's 2 nats per token.
         expected = math.log(2) + 0.1 * 2 if name == "policy" else 2.0
@@ -261,16 +350,25 @@ def test_both_objectives_give_finite_losses():
 
 def test_a_judge_that_is_never_parsable_trains_nothing():
     algorithm = spar()
-    group = explore(algorithm, FakeExplorer(scripted(["a", "b", "c"], {text: ["hm"] for text in "abc"}, {})))
+    group = explore(
+        algorithm, FakeExplorer(scripted(["a", "b", "c"], {text: ["hm"] for text in "abc"}, {}))
+    )
     actor, refiner, metrics = select(algorithm, group)
     assert actor == refiner == [] and metrics["spar/searches"] == 0
-    assert (group.metrics["spar/ties"], group.metrics["spar/judge_unparsable"], group.metrics["spar/failing"]) == (1, 1, 0)
-    assert "spar/refined" not in group.metrics and not any(s.kind == "refinement" for s in group.samples)
+    assert (
+        group.metrics["spar/ties"],
+        group.metrics["spar/judge_unparsable"],
+        group.metrics["spar/failing"],
+    ) == (1, 1, 0)
+    assert "spar/refined" not in group.metrics and not any(
+        s.kind == "refinement" for s in group.samples
+    )
 
 
 def test_even_votes_discard_an_answer_and_nothing_is_refined_that_passes():
     group = explore(
-        spar(judge_votes=2), FakeExplorer(scripted(["a", "b", "b"], {"a": ["x yes", "x no"], "b": ["yes", "yes"]}, {}))
+        spar(judge_votes=2),
+        FakeExplorer(scripted(["a", "b", "b"], {"a": ["x yes", "x no"], "b": ["yes", "yes"]}, {})),
     )
     assert (group.metrics["spar/ties"], group.metrics["spar/failing"]) == (1 / 3, 0)
     assert "critique" not in group.samples[0].stats and group.samples[0].stats["value"] == 0.5
@@ -280,7 +378,11 @@ def test_even_votes_discard_an_answer_and_nothing_is_refined_that_passes():
 def test_the_root_is_drawn_by_seed_among_the_failing():
     roots = set()
     for i in range(12):
-        explorer = FakeExplorer(scripted(["a", "b", "good"], {"a": NO, "b": NO, "good": YES}, {"a": ["good"], "b": ["good"]}))
+        explorer = FakeExplorer(
+            scripted(
+                ["a", "b", "good"], {"a": NO, "b": NO, "good": YES}, {"a": ["good"], "b": ["good"]}
+            )
+        )
         explorer.derive_seed = lambda *parts, i=i: derive_seed(i, *parts)
         group = explore(spar(), explorer)
         (root,) = [s.completion.text for s in group.samples if "root" in s.stats]
@@ -295,13 +397,21 @@ def test_a_search_that_ends_at_its_root_is_dropped_and_counted():
     group = explore(algorithm, FakeExplorer(scripted(["bad"] * 3, {"bad": MOSTLY_NO}, {})))
     actor, refiner, metrics = select(algorithm, group)
     assert actor == [] and (metrics["spar/identical"], metrics["spar/searches"]) == (1, 1)
-    assert group.metrics["spar/refined"] == 0 and metrics["spar/refiner_refinements"] == 0 and len(refiner) == 1
+    assert (
+        group.metrics["spar/refined"] == 0
+        and metrics["spar/refiner_refinements"] == 0
+        and len(refiner) == 1
+    )
 
 
 def test_a_failed_search_trains_the_refiner_only():
     algorithm = spar(depth=1)
     actor, refiner, metrics = select(algorithm, explore(algorithm, FakeExplorer(TWO_STEPS)))
-    assert actor == [] and metrics["spar/refiner_refinements"] == 0 and metrics["spar/refiner_tree_no"] == 1
+    assert (
+        actor == []
+        and metrics["spar/refiner_refinements"] == 0
+        and metrics["spar/refiner_tree_no"] == 1
+    )
     assert [e.objective for e in refiner] == ["refiner"] * 2
 
 
@@ -309,9 +419,16 @@ def test_without_search_one_refinement_is_judged_once():
     even = scripted(["bad"] * 3, {"bad": NO, "x": ["hm"], "y": YES}, {"bad": ["x", "y"]})
     explorer = FakeExplorer(even)
     group = explore(spar(search="none"), explorer)
-    assert [(context[6], n) for _, context, n, _ in explorer.asked[1:]] == [("J", 3), ("R", 1), ("J", 3)]
+    assert [(context[6], n) for _, context, n, _ in explorer.asked[1:]] == [
+        ("J", 3),
+        ("R", 1),
+        ("J", 3),
+    ]
     assert group.metrics["spar/refined"] == 0 and group.metrics["spar/dropped"] == 1
-    fine = explore(spar(search="none"), FakeExplorer(scripted(["bad"] * 3, {"bad": NO, "y": MOSTLY_YES}, {"bad": ["y"]})))
+    fine = explore(
+        spar(search="none"),
+        FakeExplorer(scripted(["bad"] * 3, {"bad": NO, "y": MOSTLY_YES}, {"bad": ["y"]})),
+    )
     assert fine.metrics["spar/refined"] == 1
 
 
@@ -323,7 +440,9 @@ def test_depth_first_is_another_order():
 
 
 def test_cut_off_texts_have_no_verdict_and_no_answer():
-    words = scripted(["bad"] * 3, {"bad": ["no", "no", "yes"], "x": YES}, {"bad": ["x...", "x", "   "]})
+    words = scripted(
+        ["bad"] * 3, {"bad": ["no", "no", "yes"], "x": YES}, {"bad": ["x...", "x", "   "]}
+    )
     group = explore(spar(refine_retries=0), FakeExplorer(words))
     assert group.metrics["spar/malformed"] == 2 and group.metrics["spar/nodes"] == 1
     dialogue = Dialogue(SPaRConfig.model_validate(SHORT))
@@ -334,39 +453,69 @@ def test_cut_off_texts_have_no_verdict_and_no_answer():
 
 def test_what_is_too_long_is_not_asked_and_is_counted():
     algorithm = spar()
-    explorer = FakeExplorer(scripted(["a", "b" * 30, "c"], {"a": YES, "c": NO}, {}), limit=len("<user>R do it|c|a no<assistant>"))
+    explorer = FakeExplorer(
+        scripted(["a", "b" * 30, "c"], {"a": YES, "c": NO}, {}),
+        limit=len("<user>R do it|c|a no<assistant>"),
+    )
     group = explore(algorithm, explorer)
     actor, _, _ = select(algorithm, group)
-    assert actor == [] and group.metrics["spar/too_long"] >= 2 and group.metrics["spar/ties"] == pytest.approx(1 / 3)
+    assert (
+        actor == []
+        and group.metrics["spar/too_long"] >= 2
+        and group.metrics["spar/ties"] == pytest.approx(1 / 3)
+    )
     assert all(len(context) < explorer.limit for _, context, _, _ in explorer.asked)
 
 
 def test_the_scorer_only_measures():
     algorithm = spar()
     plain = explore(algorithm, FakeExplorer(TWO_STEPS))
-    failed = explore(algorithm, FakeExplorer(TWO_STEPS, outcomes={"good": Failed(reason="down"), "bad": Scored(value=0.0)}))
-    assert [e.rows[0].response_ids for e in algorithm.select([plain], Turn(iteration=1, seed=1)).examples] == [
-        e.rows[0].response_ids for e in algorithm.select([failed], Turn(iteration=1, seed=1)).examples
+    failed = explore(
+        algorithm,
+        FakeExplorer(TWO_STEPS, outcomes={"good": Failed(reason="down"), "bad": Scored(value=0.0)}),
+    )
+    assert [
+        e.rows[0].response_ids
+        for e in algorithm.select([plain], SelectionContext(iteration=1, seed=1)).examples
+    ] == [
+        e.rows[0].response_ids
+        for e in algorithm.select([failed], SelectionContext(iteration=1, seed=1)).examples
     ]
-    truth = explore(algorithm, FakeExplorer(TWO_STEPS, outcomes={"good": Scored(value=0.0), "bad": Scored(value=0.0)}))
+    truth = explore(
+        algorithm,
+        FakeExplorer(TWO_STEPS, outcomes={"good": Scored(value=0.0), "bad": Scored(value=0.0)}),
+    )
     assert judge_accuracy([truth]) == {"spar/judge_accuracy": pytest.approx(1 / 3)}
-    graded = explore(algorithm, FakeExplorer(TWO_STEPS, outcomes={"good": Scored(value=0.7), "bad": Failed(reason="down")}))
+    graded = explore(
+        algorithm,
+        FakeExplorer(TWO_STEPS, outcomes={"good": Scored(value=0.7), "bad": Failed(reason="down")}),
+    )
     assert judge_accuracy([graded]) == {}
 
 
 def test_arrival_order_changes_nothing():
     algorithm = spar()
-    groups = [explore(algorithm, FakeExplorer(_random_refiner, delay=i > 0), make_prompt("task 3")) for i in range(5)]
+    groups = [
+        explore(algorithm, FakeExplorer(_random_refiner, delay=i > 0), make_prompt("task 3"))
+        for i in range(5)
+    ]
     assert len(groups[0].samples) > 20 and all(group == groups[0] for group in groups)
 
 
 def test_caps_draw_by_seed_and_repeats_are_counted():
     algorithm = spar()
-    groups = [explore(algorithm, FakeExplorer(_random_refiner), make_prompt(f"task {i}")) for i in range(60)]
+    groups = [
+        explore(algorithm, FakeExplorer(_random_refiner), make_prompt(f"task {i}"))
+        for i in range(60)
+    ]
     everything = RefinerDataConfig()
     whole, metrics = refiner_examples(groups, everything, seed=1)
     counts = {kind: metrics[f"spar/refiner_{kind}"] for kind in RefinerDataConfig.model_fields}
-    assert min(counts.values()) > 3 and metrics["spar/refiner_capped"] == 0 and sum(counts.values()) == len(whole)
+    assert (
+        min(counts.values()) > 3
+        and metrics["spar/refiner_capped"] == 0
+        and sum(counts.values()) == len(whole)
+    )
     contexts = [e.rows[0].prompt_ids for e in whole]
     assert len(contexts) == len(set(contexts))
 
@@ -374,12 +523,20 @@ def test_caps_draw_by_seed_and_repeats_are_counted():
     drawn, capped = refiner_examples(groups, caps, seed=1)
     assert {kind: capped[f"spar/refiner_{kind}"] for kind in counts} == caps.model_dump()
     assert capped["spar/refiner_capped"] == len(whole) - len(drawn) == len(whole) - 9
-    assert refiner_examples(groups, caps, seed=1)[0][0].rows[0].prompt_ids == drawn[0].rows[0].prompt_ids
-    others = {tuple(e.rows[0].prompt_ids for e in refiner_examples(groups, caps, seed=seed)[0]) for seed in range(5)}
+    assert (
+        refiner_examples(groups, caps, seed=1)[0][0].rows[0].prompt_ids
+        == drawn[0].rows[0].prompt_ids
+    )
+    others = {
+        tuple(e.rows[0].prompt_ids for e in refiner_examples(groups, caps, seed=seed)[0])
+        for seed in range(5)
+    }
     assert len(others) > 1
 
     twice, again = refiner_examples([*groups, *groups], everything, seed=1)
-    assert len(twice) == len(whole) and again["spar/refiner_repeats"] == 2 * metrics["spar/refiner_repeats"] + len(whole)
+    assert len(twice) == len(whole) and again["spar/refiner_repeats"] == 2 * metrics[
+        "spar/refiner_repeats"
+    ] + len(whole)
 
 
 def test_a_tree_teaches_one_judgement_of_each_kind():

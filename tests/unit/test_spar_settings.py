@@ -22,7 +22,10 @@ def test_test_time_refinement_keeps_what_passes_and_replaces_what_fails():
     assert algorithm.at_test_time is not None
     assert asyncio.run(algorithm.refine_for_evaluation(prompt, good, explorer)) is good
     assert asyncio.run(algorithm.refine_for_evaluation(prompt, bad, explorer)).text == "fine"
-    assert asyncio.run(spar(depth=1).refine_for_evaluation(prompt, bad, FakeExplorer(TWO_STEPS))) is bad
+    assert (
+        asyncio.run(spar(depth=1).refine_for_evaluation(prompt, bad, FakeExplorer(TWO_STEPS)))
+        is bad
+    )
     silent = FakeExplorer(lambda policy, context, draw: "hm")
     assert asyncio.run(algorithm.refine_for_evaluation(prompt, bad, silent)) is bad
 
@@ -52,16 +55,25 @@ def test_an_answer_cannot_write_template_code():
 
 def test_an_instruction_of_several_turns_is_one_text():
     turns = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
-    assert instruction_text(turns) == "System: Be brief.\n\nUser: Hi" and instruction_text(turns[1:]) == "Hi"
+    assert (
+        instruction_text(turns) == "System: Be brief.\n\nUser: Hi"
+        and instruction_text(turns[1:]) == "Hi"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"judge_template": "{{ instrution }}"}, "unknown variable instrution; valid: instruction, response"),
+        (
+            {"judge_template": "{{ instrution }}"},
+            "unknown variable instrution; valid: instruction, response",
+        ),
         ({"judge_template": "{{ judgement }}"}, "unknown variable judgement"),
         ({"refine_template": "{{ response"}, "not a Jinja2 template"),
-        ({"refine_template": [{"role": "assistant", "content": "x"}]}, "the last turn must be the user's"),
+        (
+            {"refine_template": [{"role": "assistant", "content": "x"}]},
+            "the last turn must be the user's",
+        ),
         ({"refine_template": [{"role": "usr", "content": "x"}]}, "refine_template.0.role"),
         ({"refine_template": []}, "the last turn must be the user's"),
         ({"verdict_pattern": "yes|no"}, "expected a group"),
@@ -80,17 +92,36 @@ def test_settings_that_cannot_work_are_refused(changes, expected):
 def test_defaults_are_the_source_s_settings():
     """ALGORITHMS.md A4."""
     config = SPaRConfig()
-    assert (config.samples, config.judge_votes, config.judge_temperature, config.refine_temperature) == (5, 5, 0.7, 0.7)
-    assert (config.search, config.branch, config.beam, config.depth, config.gate) == ("bfs", 3, 2, 3, 0.5)
+    assert (
+        config.samples,
+        config.judge_votes,
+        config.judge_temperature,
+        config.refine_temperature,
+    ) == (5, 5, 0.7, 0.7)
+    assert (config.search, config.branch, config.beam, config.depth, config.gate) == (
+        "bfs",
+        3,
+        2,
+        3,
+        0.5,
+    )
     assert (config.judge_retries, config.refine_retries, config.max_nodes) == (3, 3, 15)
     assert (config.beta, config.nll_coef, config.reference.type) == (0.1, 0.1, "previous")
     assert (config.refiner.shared, config.refiner.lr, config.refiner.epochs) == (False, 2e-6, 5)
-    caps = {"refinements": 4000, "tree_yes": 1500, "tree_no": 1000, "answers_yes": 2500, "answers_no": 500}
+    caps = {
+        "refinements": 4000,
+        "tree_yes": 1500,
+        "tree_no": 1000,
+        "answers_yes": 2500,
+        "answers_no": 500,
+    }
     assert config.refiner_data.model_dump() == caps
 
 
 def test_the_tiny_preset_speaks_the_tiny_task_s_language():
-    preset = yaml.safe_load((Path(__file__).parents[2] / "configs/tiny/spar_instructions.yaml").read_text())
+    preset = yaml.safe_load(
+        (Path(__file__).parents[2] / "configs/tiny/spar_instructions.yaml").read_text()
+    )
     config = SPaRConfig.model_validate(preset["algorithm"])
     assert [turn.content for turn in config.judge_template] == [instructions.JUDGE_TEMPLATE]
     assert [turn.content for turn in config.refine_template] == [instructions.REFINE_TEMPLATE]
@@ -99,6 +130,10 @@ def test_the_tiny_preset_speaks_the_tiny_task_s_language():
     for response in ("", "owl fox dog!"):
         said = instructions.judgement(task, response)
         completion = FakeExplorer(None)._completion(0, 0, said)
-        assert dialogue.judge(task.prompt, response)[0]["content"] == instructions.judge_prompt(task, response)
-        assert dialogue.refine(task.prompt, response, said)[0]["content"] == instructions.refine_prompt(task, response, said)
+        assert dialogue.judge(task.prompt, response)[0]["content"] == instructions.judge_prompt(
+            task, response
+        )
+        assert dialogue.refine(task.prompt, response, said)[0][
+            "content"
+        ] == instructions.refine_prompt(task, response, said)
         assert dialogue.verdict(completion) is (instructions.judge_truth(task, response) == "yes")

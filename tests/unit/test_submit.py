@@ -1,4 +1,5 @@
-"""What `rayhf submit` asks of a cluster, and what it refuses to; the templates. A real cluster is in tests/e2e/test_jobs.py."""
+"""What `rayhf submit` asks of a cluster, and what it refuses to; the templates. A real cluster is
+in tests/e2e/test_jobs.py."""
 
 from __future__ import annotations
 
@@ -23,10 +24,16 @@ from test_controller import make_config
 
 from launch import submit
 from launch.cli import app
-from launch.secure import check_server, check_token_file
+from launch.cluster_auth import check_server, check_token_file
 from rayhf.config.load import dump_config, load_config
-from rayhf.errors import ActorLostError, ConfigError, InterruptedRunError, PlacementError, SecurityError
-from rayhf.preflight import check_settings
+from rayhf.errors import (
+    ActorLostError,
+    ConfigError,
+    InterruptedRunError,
+    PlacementError,
+    SecurityError,
+)
+from rayhf.planning.preflight import check_settings
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ROOT / "launch/templates"
@@ -71,17 +78,32 @@ def test_the_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     assert job.environment == {"NCCL_DEBUG": "INFO", "MINE": "a 'quoted' $value"}
     assert re.fullmatch(r"rayhf-ein-lauf-[0-9a-f]{8}", job.name)
-    assert planned("run.dir=/shared/x/../runs/Ein Lauf").name == job.name != planned("run.dir=/shared/other/Ein Lauf").name
+    assert (
+        planned("run.dir=/shared/x/../runs/Ein Lauf").name
+        == job.name
+        != planned("run.dir=/shared/other/Ein Lauf").name
+    )
 
 
 def test_the_line_says_the_same_to_a_shell(here: Path) -> None:
     job = planned(RUN, "tracking.name=it's; touch x", cpus=0.5)
     line = job.line("http://head:8265", f"{job.name}-3")
-    echoed = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
+    echoed = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True
+    )
     words = echoed.stdout.splitlines()
-    assert words[:6] == ["RAY_AUTH_MODE=token", "ray", "job", "submit", "--address", "http://head:8265"]
+    assert words[:6] == [
+        "RAY_AUTH_MODE=token",
+        "ray",
+        "job",
+        "submit",
+        "--address",
+        "http://head:8265",
+    ]
     assert tuple(words[words.index("--") + 1 :]) == job.command and "canary" not in line
-    assert json.loads(words[words.index("--runtime-env-json") + 1])["excludes"] == list(job.excludes)
+    assert json.loads(words[words.index("--runtime-env-json") + 1])["excludes"] == list(
+        job.excludes
+    )
     assert words[words.index("--entrypoint-num-cpus") + 1] == "0.5"
     from ray.dashboard.modules.job.cli import submit as ray_submit
 
@@ -95,12 +117,18 @@ def test_the_line_says_the_same_to_a_shell(here: Path) -> None:
         ({}, ConfigError, "run.dir .* is relative|expected an absolute path"),
         ({"overrides": [RUN, "learner.lrr=1"]}, ConfigError, "did you mean lr"),
         ({"overrides": [RUN, "learner.prompts_per_step=3"]}, ConfigError, "nearest valid values"),
-        ({"overrides": [RUN], "env": ["NOWHERE"]}, ConfigError, "--env NOWHERE: no such variable here"),
+        (
+            {"overrides": [RUN], "env": ["NOWHERE"]},
+            ConfigError,
+            "--env NOWHERE: no such variable here",
+        ),
         ({"overrides": [RUN], "env": ["NAME=VALUE"]}, ConfigError, "no such variable here"),
         ({"overrides": [RUN], "config": "../c.yaml"}, ConfigError, "is not below"),
     ],
 )
-def test_refused_before_anybody_is_asked(here: Path, arguments: dict[str, Any], error: type[Exception], expected: str) -> None:
+def test_refused_before_anybody_is_asked(
+    here: Path, arguments: dict[str, Any], error: type[Exception], expected: str
+) -> None:
     (here.parent / "c.yaml").write_text((here / "configs/c.yaml").read_text())
     text = (here / "configs/c.yaml").read_text()
     (here / "configs/c.yaml").write_text(text.replace(f"dir: {here}/run", "dir: runs/one"))
@@ -111,9 +139,19 @@ def test_refused_before_anybody_is_asked(here: Path, arguments: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    "name", ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD", "db_passwd", "GOOGLE_APPLICATION_CREDENTIALS"]
+    "name",
+    [
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "MY_PASSWORD",
+        "db_passwd",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+    ],
 )
-def test_secrets_are_refused_by_name(here: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_refused_by_name(
+    here: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, "canary")
     with pytest.raises(SecurityError, match=f"--env {name} looks like a secret") as refused:
         planned(RUN, env=[name])
@@ -124,18 +162,29 @@ def test_the_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     job, console = planned(RUN), Console(record=True, width=200)
     file = submit._package(here, here.parent / "a.zip", job, Path("configs/c.yaml"), console)
     with zipfile.ZipFile(file) as archive:
-        assert sorted(archive.namelist()) == [".gitignore", "configs/c.yaml", "data/train.jsonl", "my_rules.py"]
+        assert sorted(archive.namelist()) == [
+            ".gitignore",
+            "configs/c.yaml",
+            "data/train.jsonl",
+            "my_rules.py",
+        ]
     assert "working directory: 4 files, 0.0 MiB" in console.export_text()
     monkeypatch.setattr(submit, "LIMIT_BYTES", 1 << 20)
     (here / "model.safetensors").write_bytes(bytes(3 << 20))
-    with pytest.raises(ConfigError, match=r"has 3 MiB, a job gets at most 1 MiB; the largest: model.safetensors 3 MiB"):
+    with pytest.raises(
+        ConfigError,
+        match=r"has 3 MiB, a job gets at most 1 MiB; the largest: model.safetensors 3 MiB",
+    ):
         submit._package(here, here.parent / "b.zip", job, Path("configs/c.yaml"), console)
     (here / ".rayignore").write_text("model.safetensors\nconfigs\n")
     with pytest.raises(ConfigError, match=r"is left out by .gitignore or .rayignore"):
         submit._package(here, here.parent / "c.zip", job, Path("configs/c.yaml"), console)
 
 
-@pytest.mark.parametrize("address", ["auto", "head:8265", "ray://head:10001", "http://", "http://a b", "https://head/path", ""])
+@pytest.mark.parametrize(
+    "address",
+    ["auto", "head:8265", "ray://head:10001", "http://", "http://a b", "https://head/path", ""],
+)
 def test_an_address_that_is_no_url(address: str) -> None:
     with pytest.raises(ConfigError, match="for example http://HEAD:8265"):
         submit._url(address)
@@ -188,7 +237,9 @@ def server() -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
     thread.join()
 
 
-def test_a_tokenless_cluster(server: tuple[str, list[tuple[int, bytes]]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenless_cluster(
+    server: tuple[str, list[tuple[int, bytes]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, answers = server
     monkeypatch.delenv("RAYHF_INSECURE_CLUSTER", raising=False)
     answers.append((200, b'{"authentication_mode": "token"}'))
@@ -256,9 +307,16 @@ def test_the_kuberay_job() -> None:
     assert cluster["authOptions"] == {"mode": "token"} and job["spec"]["backoffLimit"] > 0
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         pod = group["template"]["spec"]
-        mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
-        assert mounts["shared"] == "/shared" and {volume["name"] for volume in pod["volumes"]} >= mounts.keys()
-    _, verb, config, *overrides = [word for word in shlex.split(job["spec"]["entrypoint"]) if not word.startswith("--")]
+        mounts = {
+            mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]
+        }
+        assert (
+            mounts["shared"] == "/shared"
+            and {volume["name"] for volume in pod["volumes"]} >= mounts.keys()
+        )
+    _, verb, config, *overrides = [
+        word for word in shlex.split(job["spec"]["entrypoint"]) if not word.startswith("--")
+    ]
     recipe = ROOT / "configs/recipes" / Path(config).name
     check_settings(load_config(recipe, overrides))
     assert verb == "run" and load_config(recipe, overrides).run.dir == Path("/shared/runs/one")

@@ -1,4 +1,5 @@
-"""Asking an actor that is watched: every question gets its own answer, and a stall ends them all."""
+"""Asking an actor that is watched: every question gets its own answer, and a stall ends them
+all."""
 
 import asyncio
 import random
@@ -6,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from actors.supervise import Limits, Supervised, Whereabouts
+from actors.supervise import ProcessInfo, SupervisedActor, SupervisionLimits
 from rayhf.errors import ActorLostError, DeadlineError
 
 
@@ -35,7 +36,9 @@ class Actor:
     def _double(self, number):
         ref = Ref()
         if not self.stuck:
-            asyncio.get_running_loop().call_later(random.choice([0.0, 0.0, 0.002]), ref.result.set_result, 2 * number)
+            asyncio.get_running_loop().call_later(
+                random.choice([0.0, 0.0, 0.002]), ref.result.set_result, 2 * number
+            )
         return ref
 
     def _progress(self):
@@ -46,7 +49,7 @@ class Actor:
 
 
 def supervised(actor, *, stall_s=60.0):
-    one = Supervised("engine", None, limits=Limits(stall_s=stall_s, restarts=1))
+    one = SupervisedActor("engine", None, limits=SupervisionLimits(stall_s=stall_s, restarts=1))
     one._actor = actor
     return one
 
@@ -89,13 +92,20 @@ def test_a_question_asked_while_the_last_ones_watch_is_on_its_way_out_is_answere
 def test_every_question_has_its_own_deadline():
     async def play():
         broken = []
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: broken.append(context))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, context: broken.append(context)
+        )
         actor = Actor()
         actor.stuck, one = True, supervised(actor)
         patient = asyncio.ensure_future(double(one, 1))
         started = asyncio.get_running_loop().time()
-        found = await asyncio.gather(*(double(one, i, 0.05 + 5e-6 * i) for i in range(2000)), return_exceptions=True)
-        assert all(isinstance(each, DeadlineError) for each in found) and asyncio.get_running_loop().time() - started < 5
+        found = await asyncio.gather(
+            *(double(one, i, 0.05 + 5e-6 * i) for i in range(2000)), return_exceptions=True
+        )
+        assert (
+            all(isinstance(each, DeadlineError) for each in found)
+            and asyncio.get_running_loop().time() - started < 5
+        )
         assert not broken and not patient.done()
         patient.cancel()
 
@@ -183,7 +193,10 @@ def test_an_actor_that_gets_nowhere_is_noticed_by_all_who_wait():
         one = supervised(actor, stall_s=0.2)
         actor.stuck = True
         answers = await asyncio.gather(*(double(one, n) for n in range(5)), return_exceptions=True)
-        assert all(isinstance(answer, DeadlineError) and "made no progress for 0.2 s" in str(answer) for answer in answers)
+        assert all(
+            isinstance(answer, DeadlineError) and "made no progress for 0.2 s" in str(answer)
+            for answer in answers
+        )
         actor.stuck = False
         assert await double(one, 4) == 8
 
@@ -203,7 +216,8 @@ def test_a_slow_actor_that_gets_on_is_left_alone_until_the_deadline():
 
 
 class Fleet:
-    """Actors one after the other; `double` of the first is never answered, each is built before it is asked."""
+    """Actors one after the other; `double` of the first is never answered, each is built before it
+    is asked."""
 
     def __init__(self):
         self.hired, self.ready = [], []
@@ -211,7 +225,7 @@ class Fleet:
     def create(self):
         actor = Actor()
         actor.stuck = not self.hired
-        actor.whereabouts = Method(lambda: self._done(Whereabouts("nowhere", 0, 0.0)))
+        actor.process_info = Method(lambda: self._done(ProcessInfo("nowhere", 0, 0.0)))
         self.hired.append(actor)
         return actor
 
@@ -226,7 +240,9 @@ class Fleet:
         self.ready.append(actor)
 
 
-def test_a_lost_actor_is_replaced_once_whoever_asks_meanwhile_and_not_before_it_is_ready(monkeypatch):
+def test_a_lost_actor_is_replaced_once_whoever_asks_meanwhile_and_not_before_it_is_ready(
+    monkeypatch,
+):
     async def nowhere(node, function, *arguments):
         return None
 
@@ -235,16 +251,23 @@ def test_a_lost_actor_is_replaced_once_whoever_asks_meanwhile_and_not_before_it_
 
     async def play():
         fleet, heard = Fleet(), []
-        one = Supervised("engine", fleet.create, limits=Limits(stall_s=0.2, restarts=1), report=lambda *said: heard.append(said))
+        one = SupervisedActor(
+            "engine",
+            fleet.create,
+            limits=SupervisionLimits(stall_s=0.2, restarts=1),
+            report=lambda *said: heard.append(said),
+        )
         one.prepare = fleet.prepare
         await one.start()
 
         async def persist(number, after):
             await asyncio.sleep(after)
-            return await one.persist(lambda actor: actor.double.remote(number), phase="test", timeout_s=5.0)
+            return await one.persist(
+                lambda actor: actor.double.remote(number), phase="test", timeout_s=5.0
+            )
 
-        # Some ask before it is found wanting, some while the new one is being made ready: those wait for their deadline here,
-        # where with Ray they would hear of the death.
+        # Some ask before it is found wanting, some while the new one is being made ready: those
+        # wait for their deadline here, where with Ray they would hear of the death.
         answers = await asyncio.gather(*(persist(n, 0.03 * n) for n in range(20)))
         assert answers == [2 * n for n in range(20)]
         assert len(fleet.hired) == 2 and fleet.ready == fleet.hired[1:]
@@ -264,8 +287,10 @@ def test_a_new_actor_that_dies_before_it_is_ready_is_replaced_too(monkeypatch):
 
     async def play(restarts):
         fleet = Fleet()
-        limits = Limits(stall_s=0.1, restarts=restarts)
-        one = Supervised("engine", fleet.create, limits=limits, report=lambda kind, message: heard.append(kind))
+        limits = SupervisionLimits(stall_s=0.1, restarts=restarts)
+        one = SupervisedActor(
+            "engine", fleet.create, limits=limits, report=lambda kind, message: heard.append(kind)
+        )
 
         async def prepare(actor):
             if len(fleet.hired) == 2:
@@ -276,7 +301,9 @@ def test_a_new_actor_that_dies_before_it_is_ready_is_replaced_too(monkeypatch):
         return await one.persist(lambda actor: actor.double.remote(4), phase="test", timeout_s=30.0)
 
     assert asyncio.run(play(2)) == 8 and heard == ["fault", "fault", "recovered"]
-    with pytest.raises(ActorLostError, match=r"lost 2 times .* the last time: sync: a new engine died"):
+    with pytest.raises(
+        ActorLostError, match=r"lost 2 times .* the last time: sync: a new engine died"
+    ):
         asyncio.run(play(1))
 
 
@@ -286,10 +313,17 @@ def test_who_is_lost_too_often_or_not_needed_any_more_is_not_replaced(monkeypatc
 
     async def play():
         fleet = Fleet()
-        one = Supervised("engine", fleet.create, limits=Limits(stall_s=0.1, restarts=9 if retired else 0))
+        one = SupervisedActor(
+            "engine",
+            fleet.create,
+            limits=SupervisionLimits(stall_s=0.1, restarts=9 if retired else 0),
+        )
         await one.start()
         one.retired = retired
-        with pytest.raises(ActorLostError, match=r"engine was lost 1 times .*: engine has work and made no progress"):
+        with pytest.raises(
+            ActorLostError,
+            match=r"engine was lost 1 times .*: engine has work and made no progress",
+        ):
             await one.persist(lambda actor: actor.double.remote(1), phase="test", timeout_s=30.0)
         assert len(fleet.hired) == 1
 

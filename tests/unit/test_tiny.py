@@ -25,11 +25,17 @@ CHAIN = arithmetic.Chain((3, 8, -5))
 
 
 def correct(completion: str, answer: str | None = "6", finish_reason: str = "stop") -> float:
-    return arithmetic.correct(completion, prompt="What is 3+8-5?", answer=answer, finish_reason=finish_reason)
+    return arithmetic.correct(
+        completion, prompt="What is 3+8-5?", answer=answer, finish_reason=finish_reason
+    )
 
 
-def preference(completion: str, prompt: str = "Words about sea, night and garden.", finish_reason: str = "stop") -> float:
-    return words.true_preference(completion, prompt=prompt, answer=None, finish_reason=finish_reason)
+def preference(
+    completion: str, prompt: str = "Words about sea, night and garden.", finish_reason: str = "stop"
+) -> float:
+    return words.true_preference(
+        completion, prompt=prompt, answer=None, finish_reason=finish_reason
+    )
 
 
 def test_a_chain_is_asked_and_worked_step_by_step() -> None:
@@ -38,7 +44,9 @@ def test_a_chain_is_asked_and_worked_step_by_step() -> None:
     assert CHAIN.worked([-2, 1]) == "3+8=9\n9-5=5\nAnswer: 5"
     assert correct(CHAIN.worked([0, 0])) == 1.0
     assert correct(CHAIN.worked([1, 0])) == 0.0
-    assert correct(CHAIN.worked([1, -1])) == 1.0  # two slips that cancel: the answer counts, not the way
+    assert (
+        correct(CHAIN.worked([1, -1])) == 1.0
+    )  # two slips that cancel: the answer counts, not the way
 
 
 def test_questions_differ_and_answers_are_right() -> None:
@@ -69,7 +77,9 @@ def test_slips_come_at_their_rate_and_are_carried_on() -> None:
         assert worked[-1].rpartition("=")[2] == final.removeprefix("Answer: ")
     assert all(
         correct(text, answer=chain.answer) == 1.0
-        for chain, (_, text) in zip(CHAINS, arithmetic.demonstrations(CHAINS, 0, count=200, rate=0.0), strict=False)
+        for chain, (_, text) in zip(
+            CHAINS, arithmetic.demonstrations(CHAINS, 0, count=200, rate=0.0), strict=False
+        )
     )
 
 
@@ -136,7 +146,10 @@ def test_no_word_has_two_meanings() -> None:
         ("wave star rose", "wave star star"),
         ("wave star", "wave star xyzzy"),
         ("wave", ""),
-        ("cold wave dark star wild rose deep tide red", "cold wave dark star wild rose deep tide red moon blue bee green"),
+        (
+            "cold wave dark star wild rose deep tide red",
+            "cold wave dark star wild rose deep tide red moon blue bee green",
+        ),
     ],
 )
 def test_the_true_preference_likes_what_it_says(better: str, worse: str) -> None:
@@ -160,8 +173,13 @@ def test_labels_follow_the_true_preference_with_noise() -> None:
 
 def make_tokenizer(chat: ChatFormat) -> PreTrainedTokenizerFast:
     rng = random.Random(0)
-    texts = [f"{prompt}\n{words.demonstration(prompt, rng)}" for prompt in itertools.islice(words.prompts(0), 2000)]
-    texts += [f"{prompt}\n{text}" for prompt, text in arithmetic.demonstrations(CHAINS, 0, count=500)]
+    texts = [
+        f"{prompt}\n{words.demonstration(prompt, rng)}"
+        for prompt in itertools.islice(words.prompts(0), 2000)
+    ]
+    texts += [
+        f"{prompt}\n{text}" for prompt, text in arithmetic.demonstrations(CHAINS, 0, count=500)
+    ]
     return train_tokenizer(texts, chat, max_vocab=1000, max_length=512)
 
 
@@ -181,7 +199,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     ],
 )
 def test_text_survives_a_round_trip(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True) == text
+    assert (
+        tokenizer.decode(
+            tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True
+        )
+        == text
+    )
 
 
 def test_tokens_are_digits_and_whole_words(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -190,29 +213,44 @@ def test_tokens_are_digits_and_whole_words(tokenizer: PreTrainedTokenizerFast) -
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
 
 
-def test_the_chat_template_renders_all_roles(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    chat = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant", "user")]
-    rendered = "<|system|>SYSTEM<|end|><|user|>USER<|end|><|assistant|>ASSISTANT<|end|><|user|>USER<|end|>"
+def test_the_chat_template_renders_all_roles(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    chat = [
+        {"role": role, "content": role.upper()} for role in ("system", "user", "assistant", "user")
+    ]
+    rendered = (
+        "<|system|>SYSTEM<|end|><|user|>USER<|end|><|assistant|>ASSISTANT<|end|><|user|>USER<|end|>"
+    )
     for one in (tokenizer, reload(tokenizer, tmp_path)):
         assert one.apply_chat_template(chat, tokenize=False) == rendered
-        assert one.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == rendered + "<|assistant|>"
+        assert (
+            one.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            == rendered + "<|assistant|>"
+        )
         assert one(rendered, add_special_tokens=False)["input_ids"].count(one.eos_token_id) == 4
         with pytest.raises(TemplateError, match="got tool"):
             one.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
 
 def reload(tokenizer: PreTrainedTokenizerFast, directory: Path) -> PreTrainedTokenizerFast:
-    """As engines do: AutoTokenizer looks at the model's config too, and for some architectures puts another class in place."""
+    """As engines do: AutoTokenizer looks at the model's config too, and for some architectures puts
+    another class in place."""
     tokenizer.save_pretrained(directory)
     ModelSize().config(tokenizer).save_pretrained(directory)
     return AutoTokenizer.from_pretrained(directory)
 
 
-def test_a_saved_tokenizer_is_read_as_it_was(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_is_read_as_it_was(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     again = reload(tokenizer, tmp_path)
     assert again.get_vocab() == tokenizer.get_vocab()
     assert again.decode(again("e\u0301 a\r\n 's")["input_ids"]) == "e\u0301 a\r\n 's"
-    assert (again.pad_token_id, again.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert (again.pad_token_id, again.eos_token_id) == (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    )
 
 
 def test_the_reward_models_tokenizer_is_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -238,7 +276,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         calls.append((task, seed))
         (directory / "train.jsonl").write_text(f"{task} {seed}\n")
         progress(f"{task}: prompts", 1.0)
-        return {"sizes": {"train": 1}, "measured": {"accuracy": 0.5}, "seconds": 1.0, "cpu_seconds": 1.0}
+        return {
+            "sizes": {"train": 1},
+            "measured": {"accuracy": 0.5},
+            "seconds": 1.0,
+            "cpu_seconds": 1.0,
+        }
 
     monkeypatch.setattr(world, "_make", make)
     return calls
@@ -246,7 +289,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 def test_build_makes_only_what_is_missing(tmp_path: Path, made: list[tuple[str, int]]) -> None:
     stages: list[tuple[str, float]] = []
-    first = world.build(tmp_path, tasks=["words"], progress=lambda stage, done: stages.append((stage, done)))
+    first = world.build(
+        tmp_path, tasks=["words"], progress=lambda stage, done: stages.append((stage, done))
+    )
     assert stages == [("words: prompts", 1.0)]
     assert not first["words"].cached
     both = world.build(tmp_path, tasks=["words", "arithmetic"])
@@ -295,7 +340,9 @@ def test_a_build_that_fails_leaves_what_was_there(
 
 
 def test_build_refuses_what_it_cannot_make(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown task 'poems', expected one of arithmetic, words"):
+    with pytest.raises(
+        ConfigError, match="unknown task 'poems', expected one of arithmetic, words"
+    ):
         world.build(tmp_path, tasks=["poems"])
     with pytest.raises(ConfigError, match="seed: got -1"):
         world.build(tmp_path, seed=-1)

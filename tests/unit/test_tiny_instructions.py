@@ -1,4 +1,5 @@
-"""The task of instructions: its rule against hand-made answers, its demonstrations against its rule; nothing is trained."""
+"""The task of instructions: its rule against hand-made answers, its demonstrations against its
+rule; nothing is trained."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ SHORT = "Write 3 animals, owl first, cat nowhere, ! ends"
 
 
 def satisfied(completion: str, prompt: str = SHORT, finish_reason: str = "stop") -> float:
-    return instructions.satisfied(completion, prompt=prompt, answer=None, finish_reason=finish_reason)
+    return instructions.satisfied(
+        completion, prompt=prompt, answer=None, finish_reason=finish_reason
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,11 +74,16 @@ def test_a_judgement_says_what_holds_and_slips_where_told() -> None:
     one = parse(SHORT)
     notes = "> owl first cat nowhere dog\n3 animals ok\nfirst ok\nnowhere no\nends no\nVerdict: no"
     assert judgement(one, "owl cat dog") == notes
-    assert judgement(one, "fox dog !") == "> fox dog ! ends\n2 animals no\nfirst no\nnowhere ok\nends ok\nVerdict: no"
+    assert (
+        judgement(one, "fox dog !")
+        == "> fox dog ! ends\n2 animals no\nfirst no\nnowhere ok\nends ok\nVerdict: no"
+    )
     assert judgement(one, "owl fox dog !").endswith("ok\nVerdict: yes")
     wrong = "> owl first fox dog ! ends\n3 animals ok\nfirst no\nnowhere ok\nends ok\nVerdict: no"
     assert judgement(one, "owl fox dog !", {"first"}) == wrong
-    assert judgement(one, "owl cat dog", {"without", "mark"}).endswith("first ok\nnowhere ok\nends ok\nVerdict: yes")
+    assert judgement(one, "owl cat dog", {"without", "mark"}).endswith(
+        "first ok\nnowhere ok\nends ok\nVerdict: yes"
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +113,14 @@ def test_instructions_differ_and_are_read_back() -> None:
         assert 2 <= len(one.asked) <= 4
         animals = [value for _, value in one.asked if value in instructions.ANIMALS]
         assert len(set(animals)) == len(animals)
-    assert {kind for one in ASKED for kind in one.kinds} == {"count", "first", "last", "with", "without", "mark"}
+    assert {kind for one in ASKED for kind in one.kinds} == {
+        "count",
+        "first",
+        "last",
+        "with",
+        "without",
+        "mark",
+    }
 
 
 def test_everything_follows_from_the_seed() -> None:
@@ -123,7 +138,11 @@ def test_a_response_breaks_exactly_what_it_is_told_to() -> None:
             slips = set(rng.sample(one.kinds, size))
             draft = compose(one, set(rng.sample(one.kinds, 1)), rng) if rng.random() < 0.5 else ""
             response = compose(one, slips, rng, draft=draft)
-            assert {found.kind for found in check(one, response) if not found.holds} == slips, (one, slips, response)
+            assert {found.kind for found in check(one, response) if not found.holds} == slips, (
+                one,
+                slips,
+                response,
+            )
             words = response.split(" ")
             assert len(set(words)) == len(words)
 
@@ -137,7 +156,9 @@ def test_a_refinement_keeps_what_was_good() -> None:
     repaired = compose(one, set(), rng, draft="owl cat tree hen !")
     assert repaired.startswith("owl hen ")
     assert satisfied(repaired) == 1.0
-    assert compose(parse("Write 4 animals, fox somewhere"), set(), rng, draft="yak fox hen").startswith("yak fox hen ")
+    assert compose(
+        parse("Write 4 animals, fox somewhere"), set(), rng, draft="yak fox hen"
+    ).startswith("yak fox hen ")
 
 
 def test_demonstrations_slip_at_their_rates() -> None:
@@ -145,7 +166,11 @@ def test_demonstrations_slip_at_their_rates() -> None:
     assert [prompt for prompt, _ in rows["act"]] == [one.prompt for one in ASKED]
     kinds = sum(len(one.kinds) for one in ASKED)
     for skill, rate in (("act", instructions.ACT_SLIP), ("refine", instructions.REFINE_SLIP)):
-        broken = sum(not held.holds for one, (_, text) in zip(ASKED, rows[skill], strict=True) for held in check(one, text))
+        broken = sum(
+            not held.holds
+            for one, (_, text) in zip(ASKED, rows[skill], strict=True)
+            for held in check(one, text)
+        )
         assert broken / kinds == pytest.approx(rate, abs=0.015)
     flips = 0
     for one, (prompt, said) in zip(ASKED, rows["judge"], strict=True):
@@ -153,7 +178,9 @@ def test_demonstrations_slip_at_their_rates() -> None:
         *lines, verdict = said.split("\n")
         flips += sum(line != other for line, other in zip(lines, true, strict=False))
         assert lines[0] == true[0]
-        assert verdict == ("Verdict: no" if any(line.endswith(" no") for line in lines[1:]) else "Verdict: yes")
+        assert verdict == (
+            "Verdict: no" if any(line.endswith(" no") for line in lines[1:]) else "Verdict: yes"
+        )
     assert flips / kinds == pytest.approx(instructions.JUDGE_SLIP, abs=0.015)
 
 
@@ -173,10 +200,18 @@ def test_clean_demonstrations_are_right() -> None:
 
 def test_prompts_are_the_templates_rendered() -> None:
     one, response, said = parse(SHORT), "owl & <dog> !", "3 animals ok\nVerdict: no"
-    judge = jinja2.Template(instructions.JUDGE_TEMPLATE).render(instruction=one.prompt, response=response)
+    judge = jinja2.Template(instructions.JUDGE_TEMPLATE).render(
+        instruction=one.prompt, response=response
+    )
     assert instructions.judge_prompt(one, response) == judge == f"Judge: {SHORT}\n> {response}"
-    refine = jinja2.Template(instructions.REFINE_TEMPLATE).render(instruction=one.prompt, response=response, judgement=said)
-    assert instructions.refine_prompt(one, response, said) == refine == f"Refine: {SHORT}\n> {response}\n{said}"
+    refine = jinja2.Template(instructions.REFINE_TEMPLATE).render(
+        instruction=one.prompt, response=response, judgement=said
+    )
+    assert (
+        instructions.refine_prompt(one, response, said)
+        == refine
+        == f"Refine: {SHORT}\n> {response}\n{said}"
+    )
 
 
 def test_judgement_rows_are_balanced_and_true() -> None:
@@ -185,7 +220,12 @@ def test_judgement_rows_are_balanced_and_true() -> None:
     for one, row in zip(ASKED, rows, strict=False):
         response = row["prompt"].removeprefix(f"Judge: {one.prompt}\n> ")
         said = judgement(one, response)
-        assert instructions.verdict_correct(said, prompt=row["prompt"], answer=row["answer"], finish_reason="stop") == 1.0
+        assert (
+            instructions.verdict_correct(
+                said, prompt=row["prompt"], answer=row["answer"], finish_reason="stop"
+            )
+            == 1.0
+        )
 
 
 @pytest.mark.parametrize(
@@ -201,17 +241,23 @@ def test_judgement_rows_are_balanced_and_true() -> None:
         ("", "stop", None),
     ],
 )
-def test_a_verdict_is_the_last_line(completion: str, finish_reason: str, verdict: str | None) -> None:
+def test_a_verdict_is_the_last_line(
+    completion: str, finish_reason: str, verdict: str | None
+) -> None:
     assert instructions.verdict_of(completion, finish_reason) == verdict
     for answer in ("yes", "no"):
-        right = instructions.verdict_correct(completion, prompt="p", answer=answer, finish_reason=finish_reason)
+        right = instructions.verdict_correct(
+            completion, prompt="p", answer=answer, finish_reason=finish_reason
+        )
         assert right == float(verdict == answer)
 
 
 @pytest.mark.parametrize("answer", [None, "", "Yes"])
 def test_a_judgement_without_a_true_verdict_is_refused(answer: str | None) -> None:
     with pytest.raises(ConfigError, match="answer is yes or no"):
-        instructions.verdict_correct("Verdict: yes", prompt="p", answer=answer, finish_reason="stop")
+        instructions.verdict_correct(
+            "Verdict: yes", prompt="p", answer=answer, finish_reason="stop"
+        )
 
 
 def test_the_rule_module_imports_no_torch() -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from launch.tracking import Tracked
+from launch.tracking import WandbObserver
 
 
 class Listener:
@@ -30,7 +30,9 @@ def mirror(script, *arguments):
 def test_a_mirror_that_listens_gets_settings_and_every_round(tmp_path):
     copy = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
     inner = Listener()
-    tracked = Tracked(inner, {"project": "p"}, log=tmp_path / "log", command=mirror(copy, tmp_path / "got"))
+    tracked = WandbObserver(
+        inner, {"project": "p"}, log=tmp_path / "log", command=mirror(copy, tmp_path / "got")
+    )
     for iteration in range(3):
         tracked.metrics({"iteration": float(iteration)})
     tracked.close()
@@ -41,12 +43,17 @@ def test_a_mirror_that_listens_gets_settings_and_every_round(tmp_path):
 
 @pytest.mark.parametrize(
     ("script", "why"),
-    [("import time; time.sleep(600)", "it did not finish in time"), ("exit('no account')", "it ended with 1, see ")],
+    [
+        ("import time; time.sleep(600)", "it did not finish in time"),
+        ("exit('no account')", "it ended with 1, see "),
+    ],
 )
-def test_a_mirror_that_hangs_or_dies_neither_stalls_nor_fails_the_run(monkeypatch, tmp_path, script, why):
+def test_a_mirror_that_hangs_or_dies_neither_stalls_nor_fails_the_run(
+    monkeypatch, tmp_path, script, why
+):
     monkeypatch.setattr("launch.tracking.FINISH_S", 1.0)
     inner = Listener()
-    tracked = Tracked(inner, {}, log=tmp_path / "log", command=mirror(script))
+    tracked = WandbObserver(inner, {}, log=tmp_path / "log", command=mirror(script))
     started = time.monotonic()
     for iteration in range(3000):
         tracked.metrics({"iteration": float(iteration), **{f"metric{i}": 0.0 for i in range(50)}})

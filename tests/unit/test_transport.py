@@ -1,4 +1,5 @@
-"""How weights travel: which way a placement has, what a broadcast refuses, and who is brought up when.
+"""How weights travel: which way a placement has, what a broadcast refuses, and who is brought up
+when.
 
 The groups are real (gloo, threads of this process); only the model is missing, and Ray.
 """
@@ -22,15 +23,25 @@ from hypothesis import strategies as st
 from actors.transport import Broadcast, CudaIpc
 from rayhf.config.load import validate
 from rayhf.errors import ActorLostError, ConfigError, DeadlineError, WeightSyncError
-from rayhf.experience import Probe, WeightBucket, WeightSnapshot
-from rayhf.preflight import check_settings, transport_of
-from rayhf.rollout.channel import Receiver, Sender
-from rayhf.rollout.weights import device_checksum, lay_out, pack_bucket, snapshot_checksum, unpack_bucket
+from rayhf.planning.preflight import check_settings, transport_of
+from rayhf.types import Probe, WeightBucket, WeightSnapshot
+from rayhf.weights.broadcast import Receiver, Sender
+from rayhf.weights.buckets import (
+    device_checksum,
+    lay_out,
+    pack_bucket,
+    snapshot_checksum,
+    unpack_bucket,
+)
 
 CPU = torch.device("cpu")
 SHAPES = ([("a", (3, 5)), ("b", (70_000,))], [("c", (2,))], [("d", (1 << 20,))])
-"""Three buckets: of some rows and a rest for the checksum, of almost nothing, and of more than a socket takes at once."""
-BUCKETS = [WeightBucket(tensors=lay_out(shapes, torch.float32), payload=None, checksum="") for shapes in SHAPES]
+"""Three buckets: of some rows and a rest for the checksum, of almost nothing, and of more than a
+socket takes at once."""
+BUCKETS = [
+    WeightBucket(tensors=lay_out(shapes, torch.float32), payload=None, checksum="")
+    for shapes in SHAPES
+]
 
 
 # ------------------------------------------------------------------------------------------------------- the choice
@@ -63,7 +74,9 @@ GPU, SHARED = {"device": "gpu"}, {"device": "gpu", "placement": "colocate"}
         (SHARED | {"transport": "object_store"}, 1, "object_store"),
     ],
 )
-def test_the_way_follows_from_the_placement(cluster: dict[str, Any], engines: int, expected: str) -> None:
+def test_the_way_follows_from_the_placement(
+    cluster: dict[str, Any], engines: int, expected: str
+) -> None:
     assert transport_of(config(cluster, rollout={"engines": engines})) == expected
 
 
@@ -75,13 +88,31 @@ def test_the_way_follows_from_the_placement(cluster: dict[str, Any], engines: in
             1,
             r"a device for everyone.*expected cuda_ipc, object_store or auto",
         ),
-        ({"placement": "colocate", "transport": "broadcast"}, 1, "broadcast needs a device for everyone"),
-        ({"transport": "cuda_ipc"}, 1, r"cuda_ipc needs GPUs that engines and learners share; cluster.device is cpu"),
-        (GPU | {"transport": "cuda_ipc"}, 1, "cluster.placement separate; expected broadcast, object_store or auto"),
-        (SHARED | {"transport": "cuda_ipc"}, 2, r"rollout.engines is 2, expected learner.ranks 1 \(or transport object_store\)"),
+        (
+            {"placement": "colocate", "transport": "broadcast"},
+            1,
+            "broadcast needs a device for everyone",
+        ),
+        (
+            {"transport": "cuda_ipc"},
+            1,
+            r"cuda_ipc needs GPUs that engines and learners share; cluster.device is cpu",
+        ),
+        (
+            GPU | {"transport": "cuda_ipc"},
+            1,
+            "cluster.placement separate; expected broadcast, object_store or auto",
+        ),
+        (
+            SHARED | {"transport": "cuda_ipc"},
+            2,
+            r"rollout.engines is 2, expected learner.ranks 1 \(or transport object_store\)",
+        ),
     ],
 )
-def test_a_way_that_a_placement_does_not_have_is_refused(cluster: dict[str, Any], engines: int, message: str) -> None:
+def test_a_way_that_a_placement_does_not_have_is_refused(
+    cluster: dict[str, Any], engines: int, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         check_settings(config(cluster, rollout={"engines": engines}))
     assert "\n" not in str(error.value)
@@ -99,13 +130,17 @@ def test_any_flipped_bit_and_any_swapped_words_change_the_checksum(words: int, d
     position = data.draw(st.integers(0, 8 * words - 1))
     flat[position] ^= 1 << data.draw(st.integers(0, 7))
     assert int(device_checksum(flat)) != before
-    first, second = data.draw(st.lists(st.integers(0, words - 1), min_size=2, max_size=2, unique=True))
+    first, second = data.draw(
+        st.lists(st.integers(0, words - 1), min_size=2, max_size=2, unique=True)
+    )
     before, whole = int(device_checksum(flat)), flat.view(torch.int64)
     whole[[first, second]] = whole[[second, first]]
     assert int(device_checksum(flat)) != before
 
 
-@pytest.mark.parametrize(("first", "second"), [(0, 1), (7, 4096 + 7), (5, 4096 * 5), (4096 * 2, 4096 * 2 + 1)])
+@pytest.mark.parametrize(
+    ("first", "second"), [(0, 1), (7, 4096 + 7), (5, 4096 * 5), (4096 * 2, 4096 * 2 + 1)]
+)
 def test_neighbours_in_a_row_or_a_column_cannot_change_places(first: int, second: int) -> None:
     flat = torch.arange(5 * 4096 + 9).view(torch.uint8)
     before, words = int(device_checksum(flat)), flat.view(torch.int64)
@@ -114,14 +149,24 @@ def test_neighbours_in_a_row_or_a_column_cannot_change_places(first: int, second
 
 
 def test_zeros_are_counted() -> None:
-    assert len({int(device_checksum(torch.zeros(8 * n, dtype=torch.uint8))) for n in (0, 1, 4096, 4097, 8192)}) == 5
+    assert (
+        len(
+            {
+                int(device_checksum(torch.zeros(8 * n, dtype=torch.uint8)))
+                for n in (0, 1, 4096, 4097, 8192)
+            }
+        )
+        == 5
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the channel
 
 
 @contextmanager
-def group(receivers: int, *, sender: type[Sender] = Sender, timeout_s: float = 20.0) -> Iterator[tuple[Any, list[Receiver]]]:
+def group(
+    receivers: int, *, sender: type[Sender] = Sender, timeout_s: float = 20.0
+) -> Iterator[tuple[Any, list[Receiver]]]:
     one = sender("127.0.0.1", members=1 + receivers, timeout_s=timeout_s, device=CPU)
     with ThreadPoolExecutor() as pool:
         others = [pool.submit(Receiver, one.meeting, rank, CPU) for rank in range(1, receivers + 1)]
@@ -161,7 +206,10 @@ def test_everybody_gets_what_was_sent_again_and_again() -> None:
                 buckets, found = result.result(20)
                 assert buckets == sealed and all(bucket.checksum for bucket in buckets)
                 assert list(found) == ["a", "b", "c", "d"]
-                assert all(torch.equal(tensor, mine) for tensor, mine in zip(expected, found.values(), strict=True))
+                assert all(
+                    torch.equal(tensor, mine)
+                    for tensor, mine in zip(expected, found.values(), strict=True)
+                )
 
 
 class Damaging(Sender):
@@ -176,7 +224,10 @@ def test_a_damaged_bucket_is_refused() -> None:
     with group(1, sender=Damaging) as (sender, (receiver,)), ThreadPoolExecutor() as pool:
         result = pool.submit(receive, receiver, 1)
         pool.submit(send, sender, 1)
-        with pytest.raises(WeightSyncError, match=r"bucket 2 of 3 of weights 1: received checksum \w{16}, the learner sent"):
+        with pytest.raises(
+            WeightSyncError,
+            match=r"bucket 2 of 3 of weights 1: received checksum \w{16}, the learner sent",
+        ):
             result.result(20)
 
 
@@ -184,14 +235,19 @@ def test_buckets_of_another_version_are_refused() -> None:
     with group(1, timeout_s=2.0) as (sender, (receiver,)), ThreadPoolExecutor() as pool:
         result = pool.submit(receive, receiver, 2)
         pool.submit(send, sender, 1)
-        with pytest.raises(WeightSyncError, match="bucket 1 of 3 of weights 2: what arrived is bucket 1 of weights 1"):
+        with pytest.raises(
+            WeightSyncError,
+            match="bucket 1 of 3 of weights 2: what arrived is bucket 1 of weights 1",
+        ):
             result.result(20)
 
 
 def test_who_is_gone_or_silent_is_missed_in_time() -> None:
     with group(1, timeout_s=1.0) as (sender, (receiver,)):
         started = time.monotonic()
-        with pytest.raises(DeadlineError, match=r"weights by broadcast, receiving: .*(Timed out|timeout)"):
+        with pytest.raises(
+            DeadlineError, match=r"weights by broadcast, receiving: .*(Timed out|timeout)"
+        ):
             receive(receiver, 1)
         assert time.monotonic() - started < 10
     with group(2) as (sender, (receiver, other)), ThreadPoolExecutor() as pool:
@@ -220,12 +276,15 @@ def remote(function: Callable[..., Any]) -> Any:
 
 
 class Engine:
-    """Supervised, and the actor, and the engine in it."""
+    """SupervisedActor, and the actor, and the engine in it."""
 
     def __init__(self, name: str, workers: int = 1) -> None:
         self.name, self.workers, self.version, self.joined = name, workers, 0, 0
         self.actor: Any = SimpleNamespace(
-            join_broadcast=remote(self.join), update=remote(self.update), progress=remote(lambda: 1), lost=False
+            join_broadcast=remote(self.join),
+            update=remote(self.update),
+            progress=remote(lambda: 1),
+            lost=False,
         )
         self.prepare: Any = None
 
@@ -239,11 +298,16 @@ class Engine:
     def join(self, meeting: Any, first: int) -> None:
         self.joined += 1
         ranks = range(first, first + self.workers)
-        self.receivers = [future.result(20) for future in [POOL.submit(Receiver, meeting, rank, CPU) for rank in ranks]]
+        self.receivers = [
+            future.result(20)
+            for future in [POOL.submit(Receiver, meeting, rank, CPU) for rank in ranks]
+        ]
 
     def update(self, snapshot: WeightSnapshot, *payloads: Any) -> Any:
         if snapshot.transport == "broadcast":
-            received = [POOL.submit(receive, receiver, snapshot.version) for receiver in self.receivers]
+            received = [
+                POOL.submit(receive, receiver, snapshot.version) for receiver in self.receivers
+            ]
             (checksum,) = {snapshot_checksum(each.result(20)[0]) for each in received}
         else:
             checksum = snapshot.checksum
@@ -253,19 +317,30 @@ class Engine:
 
 
 class Learner:
-    """LearnerGroup with a real sender on rank 0; rank 1 only gathers. `lies`: about the checksums."""
+    """LearnerGroup with a real sender on rank 0; rank 1 only gathers. `lies`: about the
+    checksums."""
 
     def __init__(self) -> None:
-        self.names, self.holds, self.lies, self.stored = ["learner rank 0", "learner rank 1"], None, False, 0
+        self.names, self.holds, self.lies, self.stored = (
+            ["learner rank 0", "learner rank 1"],
+            None,
+            False,
+            0,
+        )
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
         self.holds, self.stored = version, self.stored + stored
         buckets, way = tuple(BUCKETS), "object_store" if stored else "broadcast"
         if stored:
-            buckets = tuple(pack_bucket([(s.name, torch.ones(s.shape)) for s in b.tensors], torch.float32) for b in BUCKETS)
+            buckets = tuple(
+                pack_bucket([(s.name, torch.ones(s.shape)) for s in b.tensors], torch.float32)
+                for b in BUCKETS
+            )
         probe = Probe(token_ids=(), logprobs=())
         checksum = snapshot_checksum(buckets)
-        return WeightSnapshot(version=version, buckets=buckets, checksum=checksum, probe=probe, transport=way)  # type: ignore[arg-type]
+        return WeightSnapshot(
+            version=version, buckets=buckets, checksum=checksum, probe=probe, transport=way
+        )  # type: ignore[arg-type]
 
     async def open_broadcast(self, members: int, timeout_s: float) -> Any:
         self.sender = Sender("127.0.0.1", members=members, timeout_s=timeout_s, device=CPU)
@@ -283,10 +358,13 @@ class Learner:
 
 
 def play(journey: Callable[[Any, Learner, list[Engine]], Any]) -> None:
-    learner, engines = Learner(), [Engine("rollout engine 0", workers=2), Engine("rollout engine 1", workers=2)]
+    learner, engines = (
+        Learner(),
+        [Engine("rollout engine 0", workers=2), Engine("rollout engine 1", workers=2)],
+    )
     way = Broadcast(learner, engines, workers=2, timeout_s=20.0)  # type: ignore[arg-type]
     for engine in engines:
-        engine.prepare = way.equip
+        engine.prepare = way.join_engine
     asyncio.run(journey(way, learner, engines))
 
 
@@ -302,19 +380,21 @@ def test_every_worker_of_every_engine_gets_each_version() -> None:
 
 def test_an_engine_that_was_lost_is_brought_up_alone_while_the_learner_has_its_weights() -> None:
     async def journey(way: Broadcast, learner: Learner, engines: list[Engine]) -> None:
-        await way.equip(engines[0].actor)
-        assert engines[0].version == 0 and learner.stored == 0  # nothing was delivered: it has what it started with
+        await way.join_engine(engines[0].actor)
+        assert (
+            engines[0].version == 0 and learner.stored == 0
+        )  # nothing was delivered: it has what it started with
         await way.deliver(await learner.publish(1))
         for engine in engines:
             engine.version = 0
-            await way.equip(engine.actor)
+            await way.join_engine(engine.actor)
             assert engine.version == 1
         assert learner.stored == 1  # one copy for both
         learner.holds = None
         await way.deliver(await learner.publish(2))
         learner.holds = None  # a step later
         with pytest.raises(ActorLostError, match="weights 2 were broadcast and are gone"):
-            await way.equip(engines[0].actor)
+            await way.join_engine(engines[0].actor)
 
     play(journey)
 
@@ -337,7 +417,7 @@ def test_a_reference_that_moves_makes_everybody_take_the_weights_from_the_object
         assert [(engine.version, engine.joined) for engine in engines] == [(1, 0), (1, 0)]
         learner.holds = None
         engines[0].version = 0
-        await way.equip(engines[0].actor)
+        await way.join_engine(engines[0].actor)
         assert engines[0].version == 1
 
     play(journey)
@@ -346,7 +426,10 @@ def test_a_reference_that_moves_makes_everybody_take_the_weights_from_the_object
 def test_an_engine_that_confirms_another_checksum_is_refused() -> None:
     async def journey(way: Broadcast, learner: Learner, engines: list[Engine]) -> None:
         learner.lies = True
-        with pytest.raises(WeightSyncError, match=r"engine 0 confirmed weights 1 with checksum .*, the learner sent weights 1"):
+        with pytest.raises(
+            WeightSyncError,
+            match=r"engine 0 confirmed weights 1 with checksum .*, the learner sent weights 1",
+        ):
             await way.deliver(await learner.publish(1))
 
     play(journey)
@@ -368,10 +451,15 @@ def test_each_engine_gets_the_handles_of_its_own_gpu() -> None:
         engines = [Neighbour("engine 0"), Neighbour("engine 1")]
         way = CudaIpc(SimpleNamespace(release=release), engines, timeout_s=20.0)  # type: ignore[arg-type]
         snapshot = await Learner().publish(3)
-        buckets = tuple(replace(b, payload=(f"{i} on GPU 0", f"{i} on GPU 1")) for i, b in enumerate(snapshot.buckets))
+        buckets = tuple(
+            replace(b, payload=(f"{i} on GPU 0", f"{i} on GPU 1"))
+            for i, b in enumerate(snapshot.buckets)
+        )
         await way.deliver(replace(snapshot, buckets=buckets, transport="cuda_ipc"))
-        assert taken == {f"engine {gpu}": tuple(f"{i} on GPU {gpu}" for i in range(3)) for gpu in (0, 1)} and released == [2]
+        assert taken == {
+            f"engine {gpu}": tuple(f"{i} on GPU {gpu}" for i in range(3)) for gpu in (0, 1)
+        } and released == [2]
         with pytest.raises(ActorLostError, match="weights 3 went from GPU to GPU"):
-            await way.equip(engines[0].actor)
+            await way.join_engine(engines[0].actor)
 
     asyncio.run(journey())

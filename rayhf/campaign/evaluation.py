@@ -1,0 +1,126 @@
+"""Held-out evaluation: every prompt answered once at temperature 1 and once greedily, judged, with
+its KL to the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rayhf.algorithms.base import make_row
+from rayhf.errors import ScorerError
+from rayhf.roles import Reference, Rollout, Scorer
+from rayhf.types import (
+    Completion,
+    GenerateRequest,
+    Group,
+    Outcome,
+    Prompt,
+    Sample,
+    Sampling,
+    Scored,
+    ScoreRequest,
+    derive_seed,
+)
+
+
+async def evaluate(
+    prompts: Sequence[Prompt],
+    *,
+    rollout: Rollout,
+    scorer: Scorer,
+    reward: Scorer | None,
+    reference: Reference | None,
+    version: int,
+    sampling: Sampling,
+    seed: int,
+    task: str,
+    improve: Callable[[Sequence[Completion]], Awaitable[list[Completion]]] | None = None,
+) -> dict[str, float]:
+    """eval/<task>/{sampled,greedy} from `scorer`; eval/<task>/reward from the training scorer where
+    it is another one; eval/<task>/{length,truncated} in tokens and as a share, and
+    eval/<task>/reference_kl in nats per response, of the samples; eval/<task>/refined is the score
+    of the samples after `improve`.
+
+    The same prompts and seeds every time, so that evaluations differ by the policy only. Raises
+    ScorerError when no held-out completion could be scored.
+    """
+    plain = replace(sampling, temperature=1.0, top_p=1.0, top_k=0)
+    sampled = await _complete(prompts, rollout, version, plain, seed)
+    greedy = await _complete(prompts, rollout, version, replace(plain, temperature=0.0), seed)
+    metrics = {
+        "sampled": await _mean(prompts, sampled, scorer),
+        "greedy": await _mean(prompts, greedy, scorer),
+        "length": float(np.mean([len(c.token_ids) for c in sampled])),
+        "truncated": float(np.mean([c.finish_reason == "length" for c in sampled])),
+    }
+    if improve is not None:
+        metrics["refined"] = await _mean(prompts, await improve(sampled), scorer)
+    if reward is not None:
+        metrics["reward"] = await _mean(prompts, sampled, reward)
+    if reference is not None:
+        metrics["reference_kl"] = await _kl(prompts, sampled, reference)
+    return {f"eval/{task}/{name}": value for name, value in metrics.items()}
+
+
+async def _complete(
+    prompts: Sequence[Prompt], rollout: Rollout, version: int, sampling: Sampling, seed: int
+) -> list[Completion]:
+    requests = [
+        GenerateRequest(
+            prompt_id=p.prompt_id,
+            number=0,
+            token_ids=p.token_ids,
+            sampling=sampling,
+            seeds=(derive_seed(seed, "evaluate", p.prompt_id),),
+        )
+        for p in prompts
+    ]
+    return [completions[0] for completions in await rollout.generate(requests, version=version)]
+
+
+async def _mean(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], scorer: Scorer
+) -> float:
+    """Mean over the scored ones; a completion that cannot be judged is left out, never counted as
+    0."""
+    requests = [
+        ScoreRequest(prompt=p, completions=(c,)) for p, c in zip(prompts, completions, strict=True)
+    ]
+    outcomes: list[Outcome] = [
+        outcome for answer in await scorer.score(requests) for outcome in answer
+    ]
+    values = [o.value for o in outcomes if isinstance(o, Scored)]
+    if not values:
+        reason = next(
+            (o.reason for o in outcomes if not isinstance(o, Scored)), "no held-out prompts"
+        )
+        raise ScorerError(
+            f"evaluation: none of {len(outcomes)} held-out completions could be scored; the first: {reason}"
+        )
+    return float(np.mean(values))
+
+
+async def _kl(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], reference: Reference
+) -> float:
+    """Mean over responses of log p_policy - log p_reference: an unbiased estimate of the sequence
+    KL, as they were sampled."""
+    rows = [
+        make_row(
+            Group(prompt=p, samples=(Sample(completion=c, outcome=Scored(value=0.0)),)),
+            0,
+            score=0.0,
+        )
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    frozen = await reference.logprobs(rows, temperature=1.0)
+    return float(
+        np.mean(
+            [
+                row.tokens["behavior_logp"].sum() - ref.sum()
+                for row, ref in zip(rows, frozen, strict=True)
+            ]
+        )
+    )

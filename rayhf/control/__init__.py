@@ -1,0 +1,1 @@
+"""What an operator does to a campaign: status, commands and labels, over files or gRPC."""

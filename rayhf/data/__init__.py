@@ -1,0 +1,1 @@
+"""Prompts and preference pairs: sources, readers, chat templates."""

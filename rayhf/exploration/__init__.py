@@ -1,0 +1,1 @@
+"""Many coroutines over engines that batch: the request scheduler and the journal."""

@@ -1,0 +1,1 @@
+"""Model directories: where a model's files are and what they say of its architecture."""

@@ -1,0 +1,1 @@
+"""Guards, audit and observers of a running campaign."""

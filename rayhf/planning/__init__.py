@@ -1,0 +1,1 @@
+"""Refuse a bad run before it starts, and print the plan: placement, memory, pace."""

@@ -1,0 +1,284 @@
+"""Refuse a bad run before anything starts, and derive everything the config leaves open.
+
+In: a valid config. Out: `Prepared`, what the composition root needs. Reads files, starts no engine
+and no cluster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayhf.algorithms import build_algorithm
+from rayhf.algorithms.base import Algorithm
+from rayhf.campaign.controller import CampaignData
+from rayhf.config.algorithms import IterativeDPOConfig, PPOConfig
+from rayhf.config.schema import CampaignConfig
+from rayhf.data.preferences import encode_pairs, load_pairs
+from rayhf.data.prompts import Chat, PromptSet, load_prompts
+from rayhf.errors import ConfigError
+from rayhf.models.source import (
+    load_tokenizer,
+    model_length,
+    read_model_config,
+    tokenizer_fingerprint,
+)
+from rayhf.tiny.exploitability import Game
+from rayhf.types import Prompt, TransportName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+GAME_PROMPTS = 16
+"""Held-out prompts on which a game's exploitability is measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derived:
+    """What follows from the config alone; the plan that `rayhf check` prints."""
+
+    samples_per_round: int
+    steps_per_round: int
+    total_steps: int
+    """Optimizer steps of the whole campaign: the length of the learning-rate schedule."""
+
+    def table(self, config: CampaignConfig) -> list[tuple[str, str]]:
+        return [
+            ("prompts per round", f"{config.prompts.batch}"),
+            ("responses per round", f"{self.samples_per_round}"),
+            ("tokens per round", f"at most {self.samples_per_round * config.rollout.max_tokens:,}"),
+            ("optimizer steps per round", f"{self.steps_per_round}"),
+            ("rounds", f"{config.run.iterations}"),
+            ("optimizer steps", f"{self.total_steps}"),
+            (
+                "staleness",
+                f"{config.run.max_staleness} round(s)"
+                + (" (on-policy)" if config.run.max_staleness == 0 else ""),
+            ),
+            ("weights travel by", transport_of(config)),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run that may start."""
+
+    config: CampaignConfig
+    algorithm: Algorithm
+    derived: Derived
+    data: CampaignData
+    max_length: int
+    """Prompt plus response, in tokens."""
+
+
+def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
+    """Batch arithmetic. Raises ConfigError for what does not divide, naming the values that
+    would."""
+    batch, per_step = config.prompts.batch, config.learner.prompts_per_step or config.prompts.batch
+    if batch % per_step:
+        divisors = [d for d in range(1, batch + 1) if batch % d == 0]
+        near = sorted(sorted(divisors, key=lambda d: abs(d - per_step))[:3])
+        raise ConfigError(
+            f"learner.prompts_per_step is {per_step}, which does not divide prompts.batch {batch}; "
+            f"nearest valid values: {', '.join(map(str, near))}"
+        )
+    steps = config.learner.epochs * (batch // per_step)
+    return Derived(
+        samples_per_round=batch * algorithm.samples,
+        steps_per_round=steps,
+        total_steps=steps * config.run.iterations,
+    )
+
+
+def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
+    """Everything that can be judged without files or hardware."""
+    algorithm = build_algorithm(config.algorithm, max_tokens=config.rollout.max_tokens)
+    _check_algorithm(config)
+    transport_of(config)
+    return algorithm, derive(config, algorithm)
+
+
+def transport_of(config: CampaignConfig) -> TransportName:
+    """How the campaign's weights travel. Raises ConfigError for a way that its placement does not
+    have."""
+    wanted, cluster = config.cluster.transport, config.cluster
+    shares, gpu = cluster.placement == "colocate", cluster.device == "gpu"
+    beside = config.rollout.engines == config.learner.ranks
+    if wanted == "auto":
+        if not gpu:
+            return "object_store"
+        return ("cuda_ipc" if beside else "object_store") if shares else "broadcast"
+    if wanted == "broadcast" and shares:
+        raise ConfigError(
+            "cluster.transport broadcast needs a device for everyone, and with cluster.placement colocate engines and learners "
+            "share them; expected cuda_ipc, object_store or auto"
+        )
+    if wanted == "cuda_ipc" and not (gpu and shares):
+        raise ConfigError(
+            f"cluster.transport cuda_ipc needs GPUs that engines and learners share; cluster.device is {cluster.device}, "
+            f"cluster.placement {cluster.placement}; expected broadcast, object_store or auto"
+        )
+    if wanted == "cuda_ipc" and not beside:
+        raise ConfigError(
+            f"cluster.transport cuda_ipc needs a learner rank beside every engine; rollout.engines is {config.rollout.engines}, "
+            f"expected learner.ranks {config.learner.ranks} (or transport object_store)"
+        )
+    return wanted
+
+
+def _check_algorithm(config: CampaignConfig) -> None:
+    algorithm = config.algorithm
+    if not isinstance(algorithm, PPOConfig):
+        return
+    if algorithm.advantage in ("grpo", "rloo") and algorithm.samples < 2:
+        raise ConfigError(
+            f"algorithm.samples is {algorithm.samples}; {algorithm.advantage} compares responses to one prompt, "
+            "expected at least 2"
+        )
+    if algorithm.kl.where == "loss" and algorithm.kl.estimator == "k1":
+        raise ConfigError(
+            "algorithm.kl.estimator k1 has no useful gradient as a loss; expected k2 or k3, or kl.where reward"
+        )
+    if algorithm.overlong_buffer > config.rollout.max_tokens:
+        raise ConfigError(
+            f"algorithm.overlong_buffer is {algorithm.overlong_buffer}; expected at most rollout.max_tokens "
+            f"{config.rollout.max_tokens}"
+        )
+
+
+def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
+    """Check models, tokenizers, prompts and scorers. Relative paths start at `base`. Raises
+    ConfigError."""
+    from rayhf.scorer.build import check_entries, check_heldout
+
+    algorithm, derived = check_settings(config)
+    max_length = _check_models(config, algorithm, base)
+    tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
+    prompts = _load(config, base / config.prompts.train, tokenizer, "prompts.train", max_length)
+    if len(prompts.prompts) < config.prompts.batch:
+        raise ConfigError(
+            f"prompts.batch is {config.prompts.batch}, but {config.prompts.train} has only {len(prompts.prompts)} different "
+            f"prompts; expected at most {len(prompts.prompts)}"
+        )
+    _check_shards(config, len(prompts.prompts))
+    chat = Chat(tokenizer, max_length=max_length)
+    heldout: tuple[Prompt, ...] = ()
+    if config.prompts.heldout is not None:
+        loaded = _load(
+            config, base / config.prompts.heldout, tokenizer, "prompts.heldout", max_length
+        )
+        heldout = loaded.prompts[: config.run.eval_prompts]
+    check_entries(config.scorer.train, base, combine=config.scorer.combine)
+    if heldout:
+        judged = config.scorer.evaluate or config.scorer.train
+        check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
+    if config.scorer.evaluate is not None:
+        check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
+    eval_suites = {}
+    for task, eval_suite in config.evaluations.items():
+        where = f"evaluations.{task}"
+        check_entries(eval_suite.scorer, base, where=f"{where}.scorer")
+        check_heldout(eval_suite.scorer, where=f"{where}.scorer")
+        loaded = _load(config, base / eval_suite.prompts, tokenizer, f"{where}.prompts", max_length)
+        eval_suites[task] = loaded.prompts[: config.run.eval_prompts]
+    pairs = None
+    if algorithm.pair_file is not None:
+        found = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
+        algorithm.give(encode_pairs(found.pairs, chat, key="algorithm.offline.path"))
+        pairs = found.fingerprint
+    game = None
+    if config.prompts.game is not None:
+        players = heldout[:GAME_PROMPTS] or prompts.prompts[:GAME_PROMPTS]
+        game = Game(base / config.prompts.game, players, chat, key="prompts.game")
+    data = CampaignData(
+        chat=chat,
+        prompts=prompts,
+        heldout=heldout,
+        eval_suites=eval_suites,
+        game=game,
+        pairs=pairs,
+    )
+    return Prepared(
+        config=config,
+        algorithm=algorithm,
+        derived=derived,
+        data=data,
+        max_length=max_length,
+    )
+
+
+def _check_shards(config: CampaignConfig, prompts: int) -> None:
+    """Refuse a campaign whose rounds would share prompts where the algorithm promises that they do
+    not."""
+    needed = config.run.iterations * config.prompts.batch
+    if (
+        isinstance(config.algorithm, IterativeDPOConfig)
+        and config.algorithm.disjoint_iterations
+        and needed > prompts
+    ):
+        raise ConfigError(
+            f"algorithm.disjoint_iterations: {config.run.iterations} rounds of {config.prompts.batch} prompts need {needed}, but "
+            f"{config.prompts.train} has {prompts}; expected prompts.batch of at most {prompts // config.run.iterations}, or "
+            "disjoint_iterations: false"
+        )
+
+
+def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> int:
+    """Every model directory; returns the longest sequence they all take."""
+    policy = base / config.policy.model
+    settings = read_model_config(policy, key="policy.model")
+    limit = model_length(settings)
+    length = config.policy.max_length or limit
+    if length is None:
+        raise ConfigError(
+            f"policy.max_length: {policy} does not say how long its sequences may be; set it"
+        )
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"policy.max_length is {length}, but the model was made for at most {limit} tokens"
+        )
+    if config.rollout.max_tokens >= length:
+        raise ConfigError(
+            f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together may have {length} tokens; "
+            f"expected less than {length}"
+        )
+    others = [
+        ("reference.model", config.reference.model),
+        ("learner.critic_model", config.learner.critic_model),
+    ]
+    others += [
+        (f"algorithm.{name}.model", algorithm.other_policy(name).model)
+        for name in algorithm.policies[1:]
+    ]
+    for key, other in others:
+        if other is None:
+            continue
+        read_model_config(base / other, key=key)
+        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(base / other)
+        if mine != theirs:
+            raise ConfigError(
+                f"{key}: the tokenizer of {other} ({theirs}) differs from the one of policy.model "
+                f"{config.policy.model} ({mine}); "
+                "both score the same token ids, so they must be equal"
+            )
+    return length
+
+
+def _load(
+    config: CampaignConfig,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    max_length: int,
+) -> PromptSet:
+    return load_prompts(
+        path, tokenizer, key=key, max_prompt_tokens=max_length - config.rollout.max_tokens
+    )
+
+
+def overlap(prepared: Prepared) -> int:
+    """How many held-out prompts are also trained on."""
+    data = prepared.data
+    return len({p.prompt_id for p in data.prompts.prompts} & {p.prompt_id for p in data.heldout})

@@ -1,0 +1,140 @@
+"""A round's samples and training examples as tables, and examples back from them.
+
+samples   one row per completion, also the inner ones of a search: `parent`, `kind`, `context_ids`
+          and `stats` are its tree
+pairs     one row per training example, with indices into the round's samples of its prompt; what
+          was given (a pair file, a refined text) rather than sampled has index -1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayhf.types import Example, Failed, Group, Invalid, Row, Scored
+
+SAMPLES = pa.schema(
+    [
+        ("iteration", pa.int32()),
+        ("prompt_id", pa.string()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("sample", pa.int32()),
+        ("kind", pa.string()),
+        ("parent", pa.int32()),
+        ("text", pa.string()),
+        ("context_ids", pa.list_(pa.int32())),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("score", pa.float64()),
+        ("scores", pa.map_(pa.string(), pa.float64())),
+        ("outcome", pa.string()),
+        ("reason", pa.string()),
+        ("wins", pa.list_(pa.float64())),
+        ("stats", pa.map_(pa.string(), pa.float64())),
+        ("policy_version", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("seed", pa.int64()),
+    ]
+)
+EXAMPLES = pa.schema(
+    [
+        ("iteration", pa.int32()),
+        ("prompt_id", pa.string()),
+        ("objective", pa.string()),
+        ("samples", pa.list_(pa.int32())),
+        ("prompt_ids", pa.list_(pa.list_(pa.int32()))),
+        ("response_ids", pa.list_(pa.list_(pa.int32()))),
+        ("behavior_logp", pa.list_(pa.list_(pa.float32()))),
+        ("scores", pa.list_(pa.float64())),
+        ("margin", pa.float64()),
+        ("scalars", pa.map_(pa.string(), pa.float64())),
+    ]
+)
+
+
+def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
+    """One row per sample, column by column: a dictionary per row costs several times as much."""
+    owners = [group for group in groups for _ in group.samples]
+    samples = [sample for group in groups for sample in group.samples]
+    numbers = [number for group in groups for number in range(len(group.samples))]
+    completions = [sample.completion for sample in samples]
+    outcomes = [sample.outcome for sample in samples]
+    columns = {
+        "iteration": [iteration] * len(samples),
+        "prompt_id": [group.prompt.prompt_id for group in owners],
+        "messages": [group.prompt.messages for group in owners],
+        "sample": numbers,
+        "kind": [sample.kind for sample in samples],
+        "parent": [sample.parent for sample in samples],
+        "text": [c.text for c in completions],
+        "context_ids": [
+            g.prompt.token_ids if s.context_ids is None else s.context_ids
+            for g, s in zip(owners, samples, strict=True)
+        ],
+        "token_ids": [c.token_ids for c in completions],
+        "logprobs": [c.logprobs for c in completions],
+        "score": [outcome.value if isinstance(outcome, Scored) else None for outcome in outcomes],
+        "scores": [
+            list(outcome.parts.items()) if isinstance(outcome, Scored) else []
+            for outcome in outcomes
+        ],
+        "outcome": [None if outcome is None else type(outcome).__name__ for outcome in outcomes],
+        "reason": [
+            outcome.reason if isinstance(outcome, Invalid | Failed) else None
+            for outcome in outcomes
+        ],
+        "wins": [
+            g.compared.win[n].tolist() if g.compared else None
+            for g, n in zip(owners, numbers, strict=True)
+        ],
+        "stats": [list(sample.stats.items()) for sample in samples],
+        "policy_version": [c.policy_version for c in completions],
+        "finish_reason": [c.finish_reason for c in completions],
+        "seed": [c.seed for c in completions],
+    }
+    return pa.Table.from_pydict(columns, schema=SAMPLES)
+
+
+def example_table(iteration: int, examples: Sequence[Example]) -> pa.Table:
+    """One row per example, column by column."""
+    columns = {
+        "iteration": [iteration] * len(examples),
+        "prompt_id": [e.rows[0].prompt_id for e in examples],
+        "objective": [e.objective for e in examples],
+        "samples": [[row.sample for row in e.rows] for e in examples],
+        "prompt_ids": [[row.prompt_ids for row in e.rows] for e in examples],
+        "response_ids": [[row.response_ids for row in e.rows] for e in examples],
+        "behavior_logp": [[row.tokens["behavior_logp"] for row in e.rows] for e in examples],
+        "scores": [[row.scalars.get("score") for row in e.rows] for e in examples],
+        "margin": [e.scalars.get("margin") for e in examples],
+        "scalars": [list(e.scalars.items()) for e in examples],
+    }
+    return pa.Table.from_pydict(columns, schema=EXAMPLES)
+
+
+def read_examples(pairs: Path) -> list[Example]:
+    """The examples of the objective "policy" whose rows were all sampled, as they were selected."""
+    found = []
+    for record in pq.read_table(pairs).to_pylist():
+        if record["objective"] != "policy" or min(record["samples"]) < 0:
+            continue
+        columns = ("samples", "prompt_ids", "response_ids", "behavior_logp", "scores")
+        rows = tuple(
+            Row(
+                prompt_id=record["prompt_id"],
+                sample=sample,
+                prompt_ids=tuple(prompt_ids),
+                response_ids=tuple(response_ids),
+                tokens={"behavior_logp": np.asarray(logp, dtype=np.float32)},
+                scalars={"score": score},
+            )
+            for sample, prompt_ids, response_ids, logp, score in zip(
+                *(record[c] for c in columns), strict=True
+            )
+        )
+        found.append(Example(rows=rows, scalars=dict(record["scalars"])))
+    return found

@@ -1,1 +1,0 @@
-"""The messages (*.proto) and what protoc makes of them (`make proto`)."""

@@ -1,0 +1,1 @@
+"""How a policy gets from learner to engines: buckets, checksums, LoRA, broadcast, CUDA IPC."""

@@ -1,0 +1,302 @@
+"""Estimates against arithmetic done by hand for Llama 3.1 8B; no weights, no engine."""
+
+import json
+
+import pytest
+
+from rayhf.config.load import validate
+from rayhf.config.schema import LearnerConfig, LoraConfig, ReferenceConfig, RolloutConfig, RunConfig
+from rayhf.errors import ConfigError, PlacementError
+from rayhf.planning.memory import (
+    GIB,
+    Disk,
+    disk,
+    engine_memory,
+    learner_memory,
+    logits_bytes,
+    read_shape,
+    reference_memory,
+    seconds_per_round,
+    sequences_in_cache,
+)
+from rayhf.planning.placement import actor_specs
+from rayhf.planning.plan import Plan, check_disk, check_gpus
+from rayhf.planning.preflight import check_settings
+
+P = 8_030_261_248
+"""Llama 3.1 8B's parameters."""
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("llama")
+    (directory / "config.json").write_text(json.dumps(LLAMA))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def shape(model):
+    return read_shape(model, key="policy.model")
+
+
+def learner(shape, *, lora=None, critic=False, **config):
+    settings = {
+        "dtype": "bfloat16",
+        "zero_stage": 3,
+        "ranks": 8,
+        "token_budget": 16384,
+        "activation_checkpointing": True,
+    }
+    return learner_memory(
+        shape, LearnerConfig(**{**settings, **config}), device="gpu", lora=lora, critic=critic
+    )
+
+
+def test_a_model_is_counted_without_its_weights(shape):
+    assert shape.parameters == P
+    assert (shape.layers, shape.hidden, shape.kv_heads, shape.head_dim, shape.vocabulary) == (
+        32,
+        4096,
+        8,
+        128,
+        128256,
+    )
+    # Per layer rank x (in + out) of q, k, v, o, gate, up, down.
+    per_rank = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 14336) * 3
+    assert shape.adapters(LoraConfig(rank=16)) == 16 * 32 * per_rank == 41_943_040
+    assert shape.adapters(LoraConfig(rank=16, target_modules=("q_proj", "v_proj"))) == 16 * 32 * (
+        8192 + 5120
+    )
+
+
+def test_zero_3_on_eight_gpus(shape):
+    """2 + 4 + 12 bytes of P / 8, and what DeepSpeed gathers: a billion parameters and half a
+    billion gradients in bfloat16."""
+    memory = learner(shape)
+    assert (
+        memory.weights == P * 2 / 8
+        and memory.gradients == P * 4 / 8
+        and memory.optimizer == P * 12 / 8
+    )
+    assert memory.buffers == 2 * 1.5e9
+    # Kept: 32 inputs of 4,096 bfloat16 numbers and one layer; a layer: two norms of 8 x 4,096
+    # bytes, in bfloat16 twice 4,096 of q and attention, twice 1,024 of k and v, 4 x 14,336 of the
+    # MLP, 32 float32 sums. Passing: 3 x 4,096 + 3 x 14,336.
+    layer = 2 * 8 * 4096 + 2 * (2 * 4096 + 2 * 1024 + 4 * 14336) + 4 * 32
+    assert memory.activations == 16384 * (32 * 8192 + layer + 5 * 8192 + 2 * (3 * 4096 + 3 * 14336))
+    assert (
+        memory.logits == (1 << 27) * 10
+    )  # 1,046 tokens at a time: logits, float32 logits, float32 gradient
+    assert 31 * GIB < memory.total < 33 * GIB
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "gradients", "optimizer"),
+    [
+        ({"zero_stage": 2}, 2 * P, P / 2, 12 * P / 8),
+        ({"zero_stage": 1}, 2 * P, 6 * P, 12 * P / 8),
+        ({"zero_stage": 0}, 2 * P, 6 * P, 12 * P / 8),  # runs as 1
+        ({"zero_stage": 0, "dtype": "float32"}, 4 * P, 4 * P, 8 * P),
+        ({"zero_stage": 2, "dtype": "float32"}, 4 * P, P / 2, 12 * P / 8),
+        ({"zero_stage": 3, "dtype": "float32"}, P / 2, P / 2, 8 * P / 8),
+        ({"zero_stage": 3, "offload": True}, P / 4, 2 * 5e8, 0),
+    ],
+)
+def test_stages_and_dtypes(shape, config, weights, gradients, optimizer):
+    memory = learner(shape, **config)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (weights, gradients, optimizer)
+
+
+def test_only_adapters_have_gradients_and_moments(shape):
+    lora = LoraConfig(rank=16)
+    memory = learner(shape, lora=lora, ranks=1, zero_stage=2)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (
+        2 * P,
+        4 * 41_943_040,
+        12 * 41_943_040,
+    )
+
+
+def test_a_critic_has_no_logits_and_checkpointing_keeps_little(shape):
+    assert learner(shape, critic=True).logits == 0
+    assert learner(shape, critic=True).weights == (P - 128256 * 4096 + 4096) * 2 / 8
+    assert (
+        learner(shape, activation_checkpointing=False).activations > 9 * learner(shape).activations
+    )
+
+
+def test_a_step_that_copies_more_than_activations_take_is_the_peak(shape):
+    """Stage 2 copies its gradients once more when activations are gone, where they are the model's
+    own."""
+    memory = learner(shape, zero_stage=2, ranks=1, token_budget=256, dtype="float32")
+    assert memory.activations + memory.logits + memory.buffers == 4 * P
+
+
+def test_logits_are_never_more_than_a_piece(shape):
+    assert logits_bytes(shape, "float32", 100, backward=True) == 100 * 128256 * 8
+    assert logits_bytes(shape, "float32", 10**6, backward=True) == (1 << 27) * 8
+    assert logits_bytes(shape, "float32", 10**6, backward=True, entropy=True) == (1 << 27) * 12
+
+
+def test_an_engine_gets_what_is_left_for_its_cache(shape):
+    config = RolloutConfig(memory_fraction=0.9)
+    memory = engine_memory(shape, config, dtype="bfloat16", device="gpu", gpu_bytes=80 * GIB)
+    assert memory.total == pytest.approx(72 * GIB) and memory.weights == 2 * P
+    # A token's keys and values: 2 x 32 layers x 8 heads x 128 x 2 bytes.
+    fitting = sequences_in_cache(
+        shape, memory.cache, dtype="bfloat16", length=4096, tensor_parallel=1
+    )
+    assert fitting == pytest.approx(memory.cache / (131072 * 4096)) and 100 < fitting < 110
+    halves = engine_memory(
+        shape, config.model_copy(update={"tensor_parallel": 2}), dtype="bfloat16", device="gpu"
+    )
+    assert halves.weights == P and halves.cache == 0  # of an unknown GPU
+
+
+def test_the_reference(shape):
+    memory = reference_memory(
+        shape, ReferenceConfig(token_budget=8192), dtype="bfloat16", device="gpu"
+    )
+    assert (
+        memory.weights == 2 * P
+        and memory.logits == (1 << 27) * 10
+        and memory.optimizer == memory.gradients == 0
+    )
+
+
+def test_disk():
+    run = RunConfig(dir="r", iterations=100, checkpoint_every=10, keep_checkpoints=2, keep_every=20)
+    found = disk(
+        run,
+        trained=[1000, 500],
+        reference=100.0,
+        exported=2000.0,
+        responses=8,
+        tokens=10,
+        length=30,
+    )
+    assert found == Disk(
+        checkpoint=12 * 1500 + 100,
+        kept=2 + 5 + 1,
+        policies=2000.0,
+        samples=8 * (2 * (120 + 80) + 200),
+        rounds=110,
+    )
+    assert found.total == 9 * 18100 + 4000 + 110 * 4800
+    few = run.model_copy(update={"iterations": 10, "keep_every": 0})
+    assert (
+        disk(few, trained=[1], reference=0, exported=0, responses=1, tokens=1, length=2).kept == 1
+    )
+
+
+def campaign(model, **sections):
+    data = {
+        "run": {"dir": "r", "iterations": 3},
+        "policy": {"model": str(model), "max_length": 4096},
+        "prompts": {"train": "t", "batch": 64},
+        "algorithm": {"type": "online_dpo"},
+        "scorer": {"train": [{"type": "reward_model", "model": str(model), "dtype": "bfloat16"}]},
+        "learner": {"ranks": 8, "zero_stage": 3, "activation_checkpointing": True},
+        "rollout": {"engines": 8, "memory_fraction": 0.5},
+        "cluster": {"device": "gpu", "placement": "colocate"},
+    }
+    for name, value in sections.items():
+        data[name] = {**data[name], **value}
+    config = validate(data, source="test")
+    algorithm, derived = check_settings(config)
+    plan = Plan(config, algorithm, derived, base=model)
+    return plan, actor_specs(config, critic=False, reference=True)
+
+
+def test_turns_are_checked_one_by_one(model):
+    """GPU 0 has an engine (half of 80 GiB), learner rank 0 (32), the reference (19) and the reward
+    model (16)."""
+    plan, found = campaign(model)
+    (tight,) = check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)
+    assert (
+        tight.startswith("a shared GPU needs about 77.")
+        and "GiB while engines work, and there are 80.0" in tight
+    )
+    plan, found = campaign(model, rollout={"memory_fraction": 0.6})
+    with pytest.raises(
+        PlacementError,
+        match=r"about 8\d\.\d GiB while engines work, and there are 80\.0 \(rollout engine 0 48\.0",
+    ):
+        check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)
+    plan, found = campaign(model)
+    with pytest.raises(PlacementError, match=r"new weights 15\.0"):
+        check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True, published=plan.weights())
+    plan, found = campaign(model, learner={"ranks": 3})
+    with pytest.raises(PlacementError, match=r"while learners work, and there are 80\.0"):
+        check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)
+
+
+def test_with_lora_only_adapters_travel_and_whole_weights_when_the_reference_moves(model):
+    lora = {"lora": {"rank": 16}}
+    plan, _ = campaign(model, policy=lora)
+    assert (plan.weights(), plan.weights(whole=True), plan.moves) == (2 * 41_943_040, 2 * P, False)
+    plan, _ = campaign(
+        model,
+        policy=lora,
+        learner={"dtype": "float32"},
+        algorithm={"reference": {"type": "previous", "every": 2}},
+    )
+    assert (plan.weights(), plan.moves) == (4 * 41_943_040, True)
+    plan, _ = campaign(model)
+    assert plan.weights() == plan.weights(whole=True) == 2 * P
+
+
+def test_what_does_not_fit_a_gpu_or_its_share_is_refused(model):
+    alone = {"device": "gpu", "placement": "separate"}
+    plan, found = campaign(model, cluster=alone, learner={"ranks": 1})
+    with pytest.raises(
+        PlacementError,
+        match=r"learner rank 0 needs about 1\d\d\.\d GiB on a GPU, and there are 80.0 \(weights 15.0, gra",
+    ):
+        check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=False)
+    plan, found = campaign(model, cluster={**alone, "gpus_per_scorer": 0.125})
+    with pytest.raises(
+        PlacementError,
+        match=r"scorer needs about 16\.\d GiB on its share of a GPU, and there are 10\.0",
+    ):
+        check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=False)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path):
+    run = tmp_path / "runs" / "one"
+    small = Disk(checkpoint=1e3, kept=1, policies=1e3, samples=1.0, rounds=1)
+    assert "GiB free" in check_disk(small, run) and "short" not in check_disk(small, run)
+    assert "GiB short in the end" in check_disk(
+        Disk(checkpoint=1e3, kept=10**12, policies=1e3, samples=1.0, rounds=1), run
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"one checkpoint and the exported policy take about 931322\d+\.\d GiB, .* are free",
+    ):
+        check_disk(Disk(checkpoint=1e21, kept=1, policies=1e3, samples=1.0, rounds=1), run)
+
+
+def test_a_round_s_seconds_from_stated_rates(model):
+    plan, _ = campaign(model)
+    seconds = seconds_per_round(plan.config, responses=512, writes=1000.0, learns=None)
+    assert seconds == {"rollout": 512 * 1024 / (8 * 1000.0)}
+    both = seconds_per_round(plan.config, responses=512, writes=1000.0, learns=500.0)
+    assert both["learner"] == 512 * 1024 / (8 * 500.0)
+
+
+def test_a_model_that_cannot_be_estimated_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "perceptron"}')
+    with pytest.raises(ConfigError, match=r"policy\.model: .*no estimate from its config\.json"):
+        read_shape(tmp_path, key="policy.model")
