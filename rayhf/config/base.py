@@ -27,3 +27,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+class PluginConfig(Section):
+    """Settings of something that is found by its `type` (rayhf/config/registry.py).
+
+    Subclasses give `type` a default, so that the class alone is a complete setting.
+    """
+
+    type: str = ""
+    """A built-in name, a name that an installed package adds, or package.module:Class."""

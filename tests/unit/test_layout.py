@@ -25,7 +25,7 @@ ALLOWED = {
 }
 HEAVY = {
     "vllm": {"rayhf/rollout"},
-    "deepspeed": {"rayhf/learner"},
+    "deepspeed": {"rayhf/learner", "rayhf/weights"},
     "wandb": {"launch/tracking.py"},
     "grpc": {"rayhf/service", "rayhf/scorer/grpc", "rayhf/control"},
 }

@@ -1,0 +1,238 @@
+"""Find the class behind a config's `type`, for everything that can be plugged in.
+
+A `type` is a built-in name (the tables at the end of this file), a name that an installed package
+adds through an entry point, or an import path `package.module:Class`. The class brings its config:
+a `Section` subclass in its attribute `Config`. Classes are imported when a config names them, and
+not before, so that reading a config stays cheap.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pydantic_core import PydanticCustomError
+
+from rayhf.config.base import PluginConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row of `rayhf list`."""
+
+    name: str
+    target: str
+    """package.module:Class."""
+    package: str
+    """The installed distribution it comes from."""
+
+
+class Registry:
+    """The names of one kind of plugin.
+
+    Args:
+        kind: singular noun for messages, for example "algorithm".
+        group: entry-point group in which installed packages add names.
+        builtin: name -> "package.module:Class".
+    """
+
+    def __init__(self, kind: str, group: str, builtin: Mapping[str, str]) -> None:
+        self.kind = kind
+        self.group = group
+        self.builtin = builtin
+
+    def entries(self) -> list[Entry]:
+        """Return the built-in entries in their order, then those of installed packages by name."""
+        rows = [Entry(name, target, "rayhf") for name, target in self.builtin.items()]
+        for name, point in sorted(_installed(self.group).items()):
+            if name not in self.builtin:
+                rows.append(Entry(name, point.value, point.dist.name if point.dist else "?"))
+        return rows
+
+    def resolve(self, name: str) -> type[Any]:
+        """Import the class that `name` stands for.
+
+        Raises ValueError with one sentence: unknown name and the nearest valid one, a module that
+        cannot be imported, or a class without a `Config`.
+        """
+        target = self.builtin.get(name)
+        if target is None and name in (installed := _installed(self.group)):
+            target = installed[name].value
+        if target is None:
+            if ":" not in name:
+                raise ValueError(self._unknown(name))
+            target = name
+        return _import_plugin(target, self.kind)
+
+    def config_type(self, name: str) -> type[PluginConfig]:
+        """Return the config class of the plugin that `name` stands for. Raises as `resolve`."""
+        config: type[PluginConfig] = self.resolve(name).Config
+        return config
+
+    def build(self, config: PluginConfig, *args: Any, **kwargs: Any) -> Any:
+        """Return the plugin of `config`: its class, called with the config and further arguments."""
+        return self.resolve(config.type)(config, *args, **kwargs)
+
+    def parse(self, value: object) -> object:
+        """Validate a config value as the `Config` of the class that its `type` names.
+
+        A string is short for `{type: string}`. Used as a pydantic validator; raises
+        PydanticCustomError for a type that cannot be resolved and ValidationError for its settings.
+        """
+        if isinstance(value, PluginConfig):
+            return value
+        if isinstance(value, str):
+            value = {"type": value}
+        if not isinstance(value, Mapping):
+            raise _refusal(f"expected a mapping with a `type`, for example {self._example()}")
+        name = value.get("type")
+        if not isinstance(name, str):
+            raise _refusal(f"`type` is missing; valid: {', '.join(self._names())}")
+        try:
+            config = self.config_type(name)
+        except ValueError as error:
+            raise _refusal(str(error), key="type") from None
+        return config.model_validate(value)
+
+    def _names(self) -> list[str]:
+        return [entry.name for entry in self.entries()]
+
+    def _example(self) -> str:
+        return f"{{type: {next(iter(self.builtin), 'package.module:Class')}}}"
+
+    def _unknown(self, name: str) -> str:
+        names = self._names()
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(names)}"
+        return (
+            f"{name!r} is not a known {self.kind}; {hint} "
+            "(or an import path of your own, package.module:Class)"
+        )
+
+
+def _refusal(message: str, key: str = "") -> PydanticCustomError:
+    return PydanticCustomError("plugin", "{message}", {"message": message, "key": key})
+
+
+@cache
+def _installed(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def _import_plugin(target: str, kind: str) -> type[Any]:
+    """Import `package.module:Class` and check that it is a plugin. Raises ValueError."""
+    module_name, _, class_name = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{target}: no module named {error.name!r}; "
+            "it must be importable from where the command is given"
+        ) from None
+    except Exception as error:  # noqa: BLE001  a foreign module may raise anything while it is imported
+        raise ValueError(
+            f"{target}: importing {module_name} failed ({type(error).__name__}: {error})"
+        ) from None
+    plugin = getattr(module, class_name, None)
+    if plugin is None:
+        classes = [name for name, _ in inspect.getmembers(module, inspect.isclass)]
+        near = difflib.get_close_matches(class_name, classes, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{target}: {module_name} has no class {class_name!r}{hint}")
+    config = getattr(plugin, "Config", None)
+    if not (
+        isinstance(plugin, type) and isinstance(config, type) and issubclass(config, PluginConfig)
+    ):
+        raise ValueError(
+            f"{target} is not a {kind}: expected a class whose attribute Config "
+            "is a subclass of rayhf.PluginConfig"
+        )
+    return plugin
+
+
+def summary(plugin: type[Any]) -> str:
+    """Return the first sentence of a plugin's docstring, for `rayhf list`."""
+    text = inspect.getdoc(plugin) or ""
+    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".") + "."
+
+
+ALGORITHMS = Registry(
+    "algorithm",
+    "rayhf.algorithms",
+    {
+        "ppo": "rayhf.algorithms.ppo:PPO",
+        "grpo": "rayhf.algorithms.grpo:GRPO",
+        "rloo": "rayhf.algorithms.rloo:RLOO",
+        "reinforce++": "rayhf.algorithms.reinforce_plus_plus:ReinforcePlusPlus",
+        "online_dpo": "rayhf.algorithms.online_dpo:OnlineDPO",
+        "iterative_dpo": "rayhf.algorithms.iterative_dpo:IterativeDPO",
+        "sppo": "rayhf.algorithms.sppo:SPPO",
+        "inpo": "rayhf.algorithms.inpo:INPO",
+        "hypo": "rayhf.algorithms.hypo:HyPO",
+        "mcts_dpo": "rayhf.algorithms.mcts_dpo:MCTSDPO",
+        "spar": "rayhf.algorithms.spar:SPaR",
+    },
+)
+
+LOSSES = Registry(
+    "loss",
+    "rayhf.losses",
+    {
+        "sigmoid": "rayhf.losses.preference:Sigmoid",
+        "ipo": "rayhf.losses.preference:IPO",
+        "hinge": "rayhf.losses.preference:Hinge",
+        "robust": "rayhf.losses.preference:Robust",
+        "simpo": "rayhf.losses.preference:SimPO",
+        "cpo": "rayhf.losses.preference:CPO",
+        "orpo": "rayhf.losses.preference:ORPO",
+        "exo": "rayhf.losses.preference:EXO",
+        "nca": "rayhf.losses.preference:NCA",
+        "apo_zero": "rayhf.losses.preference:APOZero",
+        "apo_down": "rayhf.losses.preference:APODown",
+        "sppo_hard": "rayhf.losses.preference:SPPOHard",
+        "discopop": "rayhf.losses.preference:DiscoPOP",
+        "clipped": "rayhf.losses.policy:ClippedSurrogate",
+    },
+)
+
+SCORERS = Registry(
+    "scorer",
+    "rayhf.scorers",
+    {
+        "rule": "rayhf.scorer.rule:Rule",
+        "pairwise_rule": "rayhf.scorer.rule:PairwiseRule",
+        "reward_model": "rayhf.scorer.reward_model:RewardModel",
+        "preference_model": "rayhf.scorer.preference_model:PreferenceModel",
+        "judge": "rayhf.scorer.judge:Judge",
+        "grpc": "rayhf.scorer.grpc.client:GrpcScorer",
+    },
+)
+
+SOURCES = Registry("prompt source", "rayhf.sources", {"file": "rayhf.data.readers:FileSource"})
+
+TRACKERS = Registry("tracker", "rayhf.trackers", {"wandb": "rayhf.monitoring.wandb:WandbTracker"})
+
+EVALUATIONS = Registry(
+    "evaluation",
+    "rayhf.evaluations",
+    {
+        "scored": "rayhf.campaign.evaluation:ScoredEvaluation",
+        "exploitability": "rayhf.tiny.exploitability:Exploitability",
+    },
+)
+
+REGISTRIES: Mapping[str, Registry] = {
+    "algorithms": ALGORITHMS,
+    "losses": LOSSES,
+    "scorers": SCORERS,
+    "sources": SOURCES,
+    "trackers": TRACKERS,
+    "evaluations": EVALUATIONS,
+}
+"""By the plural that `rayhf list` takes."""
