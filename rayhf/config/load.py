@@ -1,18 +1,22 @@
-"""YAML file + dotted overrides -> a config, or a ConfigError of one line that names the key and the
-nearest valid one."""
+"""Reading of configs: a YAML file and dotted overrides.
+
+Out: a validated config, or a ConfigError of one line that names the key and the nearest valid one.
+"""
 
 from __future__ import annotations
 
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rayhf.config.registry import Registry
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
 
@@ -20,12 +24,15 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> CampaignConfig:
-    """A campaign's config."""
+    """Read a campaign's config. Raises ConfigError."""
     return load_section(path, overrides, CampaignConfig)
 
 
 def load_section(path: Path, overrides: Sequence[str], root: type[S]) -> S:
-    """Read `path`, apply `key=value` overrides (values are YAML), and validate as `root`."""
+    """Read `path`, apply `key=value` overrides (values are YAML), and validate as `root`.
+
+    Raises ConfigError.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -51,6 +58,7 @@ def load_section(path: Path, overrides: Sequence[str], root: type[S]) -> S:
 
 
 def validate(data: dict[str, Any], *, source: str) -> CampaignConfig:
+    """Validate a campaign's config that comes as data. Raises ConfigError naming `source`."""
     return _validate(data, source, CampaignConfig)
 
 
@@ -58,11 +66,11 @@ def _validate(data: dict[str, Any], source: str, root: type[S]) -> S:
     try:
         return root.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"config {source}: {_describe(error, root)}") from None
+        raise ConfigError(f"config {source}: {_describe(error, root, data)}") from None
 
 
 def dump_config(config: CampaignConfig) -> str:
-    """The resolved config as YAML that `load_config` reads back."""
+    """Return the resolved config as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -98,30 +106,35 @@ def _child(node: Any, part: str, where: str, *, create: bool) -> Any:
         raise ConfigError(f"override {where}: {node!r} is a value, not a section")
     if create and node.get(part) is None:
         node[part] = {}
+    if create and isinstance(node[part], str):  # `loss: ipo` is short for `loss: {type: ipo}`
+        node[part] = {"type": node[part]}
     return node[part]
 
 
-def _describe(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first problem in full, and how many more there are."""
+def _describe(error: ValidationError, root: type[BaseModel], data: object) -> str:
+    """Return the first problem in full, and how many more there are."""
     problems = error.errors(include_url=False)
-    # A misspelled key usually also leaves a required one missing: the misspelling is the cause, so it
-    # is shown first.
+    # A misspelled key usually also leaves a required one missing: the misspelling is the cause, so
+    # it is shown first.
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
-    location = [part for part in first["loc"] if not _is_tag(part, first["loc"], root)]
-    key = ".".join(str(part) for part in location)
+    location, section = _locate(first["loc"], root, data)
+    key = ".".join(map(str, location))
     if first["type"] == "extra_forbidden":
-        valid = _valid_keys(first["loc"][:-1], root)
-        text = f"unknown key {key}{_nearest(str(first['loc'][-1]), valid)}"
+        valid = sorted(section.model_fields) if section else []
+        text = f"unknown key {key}{_nearest(str(location[-1]), valid)}"
     elif first["type"] == "missing":
         text = f"{key} is missing"
+    elif first["type"] == "plugin":
+        inner = first["ctx"]["key"]
+        text = f"{key}{f'.{inner}' if inner else ''}: {first['msg']}"
     else:
         text = f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return " ".join((text + more).split())
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -134,46 +147,81 @@ def _nearest(word: str, valid: Iterable[str]) -> str:
     return f"; valid: {', '.join(valid)}" if valid else ""
 
 
-def _models(annotation: Any) -> dict[str | None, type[BaseModel]]:
-    """The sections an annotation can hold, by their `type` tag (None where there is just one)."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        tag = annotation.model_fields.get("type")
-        return {tag.default if tag else None: annotation}
-    found: dict[str | None, type[BaseModel]] = {}
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        for argument in typing.get_args(annotation):
-            found.update(_models(argument))
-    return found
+def _locate(
+    loc: Sequence[str | int], root: type[BaseModel], data: object
+) -> tuple[list[str | int], type[BaseModel] | None]:
+    """Follow an error's location through the data.
 
-
-def _walk(loc: Sequence[str | int], root: type[BaseModel]) -> dict[str | None, type[BaseModel]]:
-    """The sections a location of an error leads to."""
-    models: dict[str | None, type[BaseModel]] = {None: root}
-    for part in loc:
-        if isinstance(part, int):
+    Returns the location as the user wrote it (pydantic puts the tags of unions into it), and the
+    section that holds its last key, None where the last key lies in a plain mapping.
+    """
+    written: list[str | int] = []
+    section: type[BaseModel] | None = root
+    inside: list[Any] = []
+    """What the value at the current location may be, where that is not one section."""
+    for position, part in enumerate(loc):
+        if section is None and part in (tags := _tags(inside)):
+            section = tags[str(part)]
             continue
-        if part in models and part is not None:
-            models = {part: models[part]}
-            continue
-        nested: dict[str | None, type[BaseModel]] = {}
-        for model in models.values():
-            if part in model.model_fields:
-                nested.update(_models(model.model_fields[part].annotation))
-        models = nested
-    return models
+        written.append(part)
+        if position == len(loc) - 1:
+            break
+        if section is not None:
+            field = section.model_fields.get(str(part))
+            inside = [] if field is None else [*_parts(field.annotation), *field.metadata]
+        else:  # an item of a container: a tuple or a mapping
+            inside = [piece for kind in inside for piece in _items(kind)]
+        data = _item(data, part)
+        section = _section_of(inside, data)
+    return written, section
 
 
-def _valid_keys(loc: Sequence[str | int], root: type[BaseModel]) -> list[str]:
-    return sorted({name for model in _walk(loc, root).values() for name in model.model_fields})
+def _item(data: object, part: str | int) -> object:
+    if isinstance(data, Mapping):
+        return data.get(part)
+    if isinstance(data, Sequence) and not isinstance(data, str) and isinstance(part, int):
+        return data[part] if part < len(data) else None
+    return None
 
 
-def _is_tag(part: str | int, loc: Sequence[str | int], root: type[BaseModel]) -> bool:
-    """pydantic puts a union's tag into the location; users wrote no such key."""
-    position = list(loc).index(part)
-    before = loc[:position]
-    return (
-        isinstance(part, str)
-        and position > 0
-        and part in _walk(before, root)
-        and part not in _valid_keys(before, root)
-    )
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield the members of a union and the metadata of annotated types, not items of containers."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        yield from annotation.__metadata__
+        yield from _parts(annotation.__origin__)
+    elif origin in (typing.Union, types.UnionType):
+        for member in typing.get_args(annotation):
+            yield from _parts(member)
+    else:
+        yield annotation
+
+
+def _items(kind: Any) -> Iterator[Any]:
+    """Yield what an item of a container may be."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is dict:
+        yield from _parts(arguments[1])
+    elif typing.get_origin(kind) in (tuple, list):
+        yield from _parts(arguments[0])
+
+
+def _tags(candidates: Iterable[Any]) -> dict[str, type[BaseModel]]:
+    """Return the sections among `candidates` by the default of their `type`."""
+    sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+    return {
+        str(section.model_fields["type"].default): section
+        for section in sections
+        if "type" in section.model_fields
+    }
+
+
+def _section_of(candidates: Sequence[Any], data: object) -> type[BaseModel] | None:
+    """Return the section that `data` was validated as, where that is beyond doubt."""
+    name = data.get("type") if isinstance(data, Mapping) else data
+    for candidate in candidates:
+        if isinstance(candidate, Registry) and isinstance(name, str):
+            with suppress(ValueError):  # then the type is the problem, not one of its keys
+                return candidate.config_type(name)
+    sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+    return sections[0] if len(sections) == 1 and isinstance(data, Mapping) else None

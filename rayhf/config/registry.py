@@ -17,7 +17,8 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from pydantic_core import PydanticCustomError
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from rayhf.config.base import PluginConfig
 
@@ -79,11 +80,27 @@ class Registry:
         """Return the plugin of `config`: its class, called with the config and further arguments."""
         return self.resolve(config.type)(config, *args, **kwargs)
 
-    def parse(self, value: object) -> object:
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Validate and serialize a field annotated with this registry by its plugin's config.
+
+        Usage: `Annotated[PluginConfig, ALGORITHMS]`, or a subclass of PluginConfig that all
+        plugins' configs share.
+        """
+        return core_schema.no_info_before_validator_function(
+            self._parse,
+            core_schema.is_instance_schema(source),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda config, info: config.model_dump(mode=info.mode), info_arg=True
+            ),
+        )
+
+    def _parse(self, value: object) -> object:
         """Validate a config value as the `Config` of the class that its `type` names.
 
-        A string is short for `{type: string}`. Used as a pydantic validator; raises
-        PydanticCustomError for a type that cannot be resolved and ValidationError for its settings.
+        A string is short for `{type: string}`. Raises PydanticCustomError for a type that cannot be
+        resolved and ValidationError for wrong settings.
         """
         if isinstance(value, PluginConfig):
             return value
