@@ -23,7 +23,6 @@ from rayhf.campaign.persistence import check_data, load_roles, provenance, save_
 from rayhf.campaign.training import Trainer
 from rayhf.config.algorithms import EmaReference, InitialReference
 from rayhf.config.schema import CampaignConfig
-from rayhf.config.scorers import is_pairwise
 from rayhf.data.prompts import Chat, PromptSet, deal, parse_prompt
 from rayhf.errors import ConfigError, InterruptedRunError, PausedError
 from rayhf.exploration.journal import Journal
@@ -378,7 +377,7 @@ class Controller:
     @property
     def _scores_alone(self) -> bool:
         """A pairwise scorer compares answers to one prompt; a held-out answer stands alone."""
-        return not any(is_pairwise(entry) for entry in self.config.scorer.train)
+        return not any(entry.is_pairwise for entry in self.config.scorer.train)
 
     async def _measure_game(self) -> dict[str, float]:
         """The policy's exact distribution over the game's answers, from the learner's log-probs."""

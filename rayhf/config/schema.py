@@ -26,7 +26,7 @@ from rayhf.config.algorithms import (
 from rayhf.config.base import Name, Section
 from rayhf.config.guards import GuardsConfig
 from rayhf.config.mcts_dpo import MCTSDPOConfig
-from rayhf.config.scorers import ScorerConfig, ScorerEntry
+from rayhf.config.scorers import ScorerConfig, ScorerEntries
 from rayhf.config.service import ServiceConfig
 from rayhf.config.spar import SPaRConfig
 
@@ -256,7 +256,7 @@ class EvaluationConfig(Section):
 
     prompts: Path
     """Like prompts.heldout."""
-    scorer: tuple[ScorerEntry, ...] = Field(min_length=1)
+    scorer: ScorerEntries
     policy: Name = "policy"
     """Which of the campaign's policies answers, for algorithms that train several; the only one
     where there is one."""

@@ -170,7 +170,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
             config, base / config.prompts.heldout, tokenizer, "prompts.heldout", max_length
         )
         heldout = loaded.prompts[: config.run.eval_prompts]
-    check_entries(config.scorer.train, base, combine=config.scorer.combine)
+    check_entries(config.scorer.train, base)
     if heldout:
         judged = config.scorer.evaluate or config.scorer.train
         check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
