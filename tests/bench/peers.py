@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.workload import Spec, reward
-from tests.unit.fakes import Quiet
+from tests.unit.fakes import SilentObserver
 
 LR = 1e-6  # so small that the lengths stay what the model was built for
 KL = 0.01
@@ -74,7 +74,7 @@ def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
 async def _assembled(prepared: Any, store: Any) -> Any:
     from launch.assemble import ActorSet
 
-    return await ActorSet(prepared, store, Quiet(), base=Path.cwd()).assemble()
+    return await ActorSet(prepared, store, SilentObserver(), base=Path.cwd()).assemble()
 
 
 def rayhf(turns: Turns) -> None:
@@ -85,7 +85,7 @@ def rayhf(turns: Turns) -> None:
     from rayhf.planning.preflight import prepare
     from rayhf.run_dir.store import RunDir
 
-    class Stepper(Quiet):
+    class Stepper(SilentObserver):
         """The controller's observer: a round's metrics end a turn."""
 
         def metrics(self, metrics: Mapping[str, float]) -> None:

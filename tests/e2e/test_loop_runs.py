@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_campaign import metrics, run, samples, start, wait_for
+from campaign_runs import metrics, run, samples, start, wait_for
 from world import make_world, teach_to_end, write_config
 
 pytestmark = pytest.mark.timeout(1200)

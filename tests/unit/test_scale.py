@@ -7,8 +7,8 @@ import random
 
 import pyarrow.parquet as pq
 import pytest
+from campaigns import make_config, metrics_of, play
 from fakes import FakeChat, FakeRollout, FakeScorer, make_prompts
-from test_controller import make_config, metrics_of, play
 
 from actors.rollout import RolloutPool, _LeastBusy
 from rayhf.algorithms.base import sample_and_score

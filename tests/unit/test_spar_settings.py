@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import ValidationError
-from test_spar import SHORT, TWO_STEPS, FakeExplorer, make_prompt, spar
+from scripted_spar import SHORT, TWO_STEPS, FakeExplorer, make_prompt, spar
 
 from rayhf.algorithms.spar import Dialogue, instruction_text
 from rayhf.config.spar import SPaRConfig

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from campaigns import make_config
 from ray.job_submission import JobDetails
 from rich.console import Console
-from test_controller import make_config
 
 from launch import submit
 from launch.cli import app
