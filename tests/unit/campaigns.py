@@ -1,7 +1,11 @@
-"""Campaigns with fake roles: their config, one run of the controller, the metrics that are left."""
+"""Campaigns with fake roles: config, one run of the controller, and its metrics."""
+
+from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
+from typing import Any
 
 from fakes import (
     FakeChat,
@@ -17,18 +21,27 @@ from rayhf.algorithms import build_algorithm
 from rayhf.algorithms.base import needs_frozen_reference
 from rayhf.campaign.controller import CampaignData, Controller
 from rayhf.config.load import validate
+from rayhf.config.schema import CampaignConfig
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.prompts import PromptSet
-from rayhf.roles import Roles
+from rayhf.roles import Learner, Reference, Roles, Rollout, Scorer
 from rayhf.run_dir.store import RunDir
 
 
-def make_config(tmp_path, *, algorithm=None, run=None, learner=None, **more):
+def make_config(
+    directory: Path,
+    *,
+    algorithm: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
+    learner: dict[str, Any] | None = None,
+    **sections: Any,
+) -> CampaignConfig:
+    """Four iterations of four prompts in `directory`/run; `sections` replace whole sections."""
     return validate(
         {
             "seed": 7,
             "run": {
-                "dir": str(tmp_path / "run"),
+                "dir": str(directory / "run"),
                 "iterations": 4,
                 "eval_every": 2,
                 "checkpoint_every": 2,
@@ -39,15 +52,23 @@ def make_config(tmp_path, *, algorithm=None, run=None, learner=None, **more):
             "algorithm": algorithm or {"type": "online_dpo", "samples": 4},
             "scorer": {"train": [{"type": "rule", "function": "a:b"}]},
             "learner": learner or {},
-            **more,
+            **sections,
         },
         source="test",
     )
 
 
 def play(
-    config, *, rollout=None, scorer=None, learner=None, critic=None, reference=None, pairs=None
-):
+    config: CampaignConfig,
+    *,
+    rollout: Rollout | None = None,
+    scorer: Scorer | None = None,
+    learner: Learner | None = None,
+    critic: Learner | None = None,
+    reference: Reference | None = None,
+    pairs: Path | None = None,
+) -> Roles:
+    """Run the campaign to its end; return its roles."""
     algorithm = build_algorithm(config.algorithm, max_tokens=8)
     if pairs is not None:
         algorithm.give(encode_pairs(load_pairs(pairs, key="pairs").pairs, FakeChat(), key="pairs"))
@@ -79,7 +100,8 @@ def play(
     return roles
 
 
-def metrics_of(config):
+def metrics_of(config: CampaignConfig) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without durations."""
     lines = [
         json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()
     ]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from rayhf.types import Compared, Completion, FloatArray, Message, Prompt, Scored, ScoreRequest
+import numpy as np
+import numpy.typing as npt
+
+from rayhf.types import Compared, Completion, Message, Prompt, Scored, ScoreRequest
 
 
 def request(
@@ -39,7 +42,7 @@ def request(
     return ScoreRequest(prompt=prompt, completions=tuple(completions))
 
 
-def win_of(comparison: object) -> FloatArray:
+def win_of(comparison: object) -> npt.NDArray[np.float64]:
     assert isinstance(comparison, Compared), comparison
     return comparison.win
 
