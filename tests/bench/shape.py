@@ -233,7 +233,7 @@ def needs_one_line(registry: Registry) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("revision", nargs="?", default=BEFORE)
     parser.add_argument("--record", action="store_true", help="write the table into RESULTS.md")
     arguments = parser.parse_args()
