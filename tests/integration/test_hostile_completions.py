@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from hostile import MARK, benign, hostile
-from test_scorer_rule import request
+from score_requests import request
 
 from rayhf.scorer.rule import Rule
 from rayhf.scorer.rule_process import ProcessLimits
-from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.types import Failed, Invalid, Outcome, Scored
 
 ALL = json.dumps(
     [
@@ -42,10 +42,7 @@ RULES = {
 
 
 def judged(rule: Rule, texts: list[str], answer: str) -> list[Outcome]:
-    asked = request(*texts)
-    prompt = Prompt(prompt_id="p", messages=asked.prompt.messages, token_ids=(1,), answer=answer)
-    completions: tuple[Completion, ...] = asked.completions
-    [outcomes] = rule.score([ScoreRequest(prompt=prompt, completions=completions)])
+    [outcomes] = rule.score([request(*texts, answer=answer)])
     return list(outcomes)
 
 

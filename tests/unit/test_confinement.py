@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from campaigns import make_config, play
 from rich.console import Console
-from test_controller import make_config, play
 
 from launch.operate import ask, show_audit, show_status
 from launch.submit import plan

@@ -157,7 +157,7 @@ def test_a_healthy_campaign_never_pauses(seed):
     assert [a for a in replayed(lines) if a.level == "pause"] == []
 
 
-# ---------------------------------------------------------------- thresholds and windows
+# --------------------------------------------------------------------------- thresholds and windows
 
 
 def short(name, *values, **line):
@@ -320,7 +320,7 @@ def test_an_alarm_names_metric_value_threshold_and_the_way_on():
     assert alarm == Alarm("kl", "pause", 2, alarm.message)
 
 
-# ---------------------------------------------------------------- config
+# ------------------------------------------------------------------------------------------- config
 
 MINIMAL = {
     "run": {"dir": "r", "iterations": 3},

@@ -5,8 +5,8 @@ import multiprocessing
 
 import pyarrow.parquet as pq
 import pytest
+from campaigns import make_config, metrics_of, play
 from fakes import FakeScorer
-from test_controller import make_config, metrics_of, play
 
 from rayhf.config.algorithms import TAKES_LABELS
 from rayhf.control.labels import check_label, unsure_pairs

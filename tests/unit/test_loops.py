@@ -7,8 +7,8 @@ import math
 
 import pyarrow.parquet as pq
 import pytest
+from campaigns import make_config, metrics_of, play
 from fakes import FakeChat, FakeLearner, FakeScorer
-from test_controller import make_config, metrics_of, play
 
 from rayhf.algorithms import build_algorithm
 from rayhf.algorithms.base import SelectionContext, learner_is_reference, needs_frozen_reference

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_losses_preference import EXPECTED, NAMES, P, prob
+from preference_formulas import EXPECTED, NAMES, P, prob
 from torch import Tensor
 
 from rayhf.errors import ConfigError

@@ -175,7 +175,7 @@ def test_accuracy_counts_a_tie_as_half() -> None:
     assert metrics["scorer/margin"].item() == pytest.approx((1 + 0 - 4) / 3)
 
 
-# ------------------------------------------------------------------------------------------- the pairwise loss
+# -------------------------------------------------------------------------------- the pairwise loss
 
 
 @settings(deadline=None)
@@ -200,7 +200,7 @@ def test_pairwise_identical_answers_learn_one_half() -> None:
     assert logit.grad is not None and logit.grad.item() == pytest.approx(win(0.7) - 0.5)
 
 
-# ---------------------------------------------------------------------------------------- general preference
+# ------------------------------------------------------------------------------- general preference
 
 embedding = st.lists(st.floats(-1e3, 1e3, width=32), min_size=6, max_size=6)
 
@@ -228,7 +228,7 @@ def test_one_block_holds_a_cycle() -> None:
     assert (score[0, 1] > 0) == (score[1, 2] > 0) == (score[2, 0] > 0)
 
 
-# --------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def win(x: float) -> float:
     return math.exp(x) / (1.0 + math.exp(x))
 
 
-# ------------------------------------------------------------------------------------------ verdict arithmetic
+# ------------------------------------------------------------------------------- verdict arithmetic
 
 logits = hnp.arrays(
     np.float64, st.integers(0, 5).map(lambda k: (k, k)), elements=st.floats(-800, 800)
@@ -118,7 +118,7 @@ def test_sigmoid_far_out() -> None:
     assert found[0] == 0.0 and found[1] == 0.5 and found[2] == 1.0 and math.isnan(found[3])
 
 
-# ----------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def test_calibration_by_hand() -> None:
@@ -178,7 +178,7 @@ def test_win_probability_of_embeddings() -> None:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------- models
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +338,7 @@ def test_an_output_that_is_not_finite_is_no_verdict(directory: Path) -> None:
     assert all(isinstance(outcome, Invalid) for outcome in outcomes)
 
 
-# ------------------------------------------------------------------------------------------------------ fences
+# ------------------------------------------------------------------------------------------- fences
 
 
 @settings(deadline=None)
@@ -369,7 +369,7 @@ def test_harmless_answers_are_shown_as_they_are(tokenizer: PreTrainedTokenizerFa
     assert Reader(tokenizer).fenced(text) == text
 
 
-# ------------------------------------------------------------------------------------------------- directories
+# -------------------------------------------------------------------------------------- directories
 
 
 @pytest.fixture

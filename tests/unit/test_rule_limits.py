@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_scorer_rule import _running, request
+from score_requests import request
+from waiting import is_running, wait_until
 
 from rayhf.scorer.rule import Rule
 from rayhf.scorer.rule_process import ProcessLimits
@@ -112,10 +113,8 @@ def test_processes_are_ended_also_those_that_left_the_session(ask: Ask, tmp_path
     assert ask("processes", timeout_s=2.0) == Failed(reason="no answer within 2 s")
     started = [int(line) for line in (tmp_path / "pids").read_text().split()]
     assert len(started) == 12
-    deadline = time.monotonic() + 5  # what was killed has yet to be buried by its new parent
-    while (left := list(filter(_running, started))) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert left == []
+    # Killed processes have yet to be reaped by their new parent.
+    wait_until(lambda: not any(map(is_running, started)))
 
 
 def test_no_secret_of_the_environment_is_seen(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from campaigns import make_config, play
 from rich.console import Console
-from test_controller import make_config, play
 
 from launch import cli
 from launch.operate import label, show_audit, show_status, watch

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from score_requests import request, scored, win_of
 
 from rayhf.scorer.comparisons import (
     check_comparisons,
@@ -17,37 +18,9 @@ from rayhf.scorer.comparisons import (
     compare_scores,
     mean_wins,
 )
-from rayhf.types import Compared, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.types import Compared, Failed, Invalid, Outcome, Scored
 
 NAN = math.nan
-
-
-def request(*texts: str, prompt_id: str = "p", question: str = "2+2?") -> ScoreRequest:
-    prompt = Prompt(
-        prompt_id=prompt_id,
-        messages=({"role": "user", "content": question},),
-        token_ids=(1,),
-        answer="4",
-    )
-    return ScoreRequest(
-        prompt=prompt,
-        completions=tuple(
-            Completion(
-                prompt_id=prompt_id, index=index, seed=index, text=text, token_ids=(1,), logprobs=(0.0,),
-                finish_reason="stop", policy_version=0,
-            )
-            for index, text in enumerate(texts)
-        ),
-    )  # fmt: skip
-
-
-def win_of(comparison: object) -> np.ndarray:
-    assert isinstance(comparison, Compared), comparison
-    return comparison.win
-
-
-def scored(*values: float) -> tuple[Scored, ...]:
-    return tuple(Scored(value=value) for value in values)
 
 
 def test_differences_of_scores_by_hand() -> None:

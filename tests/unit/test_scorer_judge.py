@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from test_scorer_comparisons import request, scored, win_of
+from score_requests import request, scored, win_of
 
 from rayhf.config.scorers import JudgeConfig
 from rayhf.errors import ConfigError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_scorer_comparisons import request, win_of
+from score_requests import request, win_of
 
 from rayhf.config.scorers import PairwiseRuleConfig
 from rayhf.errors import ConfigError

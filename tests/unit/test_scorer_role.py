@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_scorer_comparisons import request
+from score_requests import request
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 

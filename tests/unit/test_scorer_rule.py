@@ -13,12 +13,15 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from score_requests import request
+from waiting import is_running, wait_until
 
 from rayhf.errors import ConfigError
 from rayhf.scorer.rule import Rule, check_function
 from rayhf.scorer.rule_process import ProcessLimits
-from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.types import Failed, Invalid, Outcome, Scored
 
 RULES = """
 import os, re, signal, sys, time
@@ -66,22 +69,6 @@ async def later(completion, *, prompt, answer, finish_reason): return 1.0
 
 constant = 3
 """
-
-
-def request(
-    *texts: str, messages: tuple[dict[str, str], ...] = ({"role": "user", "content": "2+2?"},)
-) -> ScoreRequest:
-    prompt = Prompt(prompt_id="p", messages=messages, token_ids=(1,), answer="4")
-    return ScoreRequest(
-        prompt=prompt,
-        completions=tuple(
-            Completion(
-                prompt_id="p", index=index, seed=index, text=text, token_ids=(1,), logprobs=(0.0,),
-                finish_reason="length", policy_version=0,
-            )
-            for index, text in enumerate(texts)
-        ),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +156,9 @@ def test_context_of_the_completion(base: Path) -> None:
     messages = tuple({"role": role, "content": content} for role, content in turns)
     for function, value in (("context", 4.0), ("everything", 4.0)):
         rule = Rule(f"my_rules:{function}", base=base)
-        assert rule.score([request("text", messages=messages)]) == [(Scored(value=value),)]
+        assert rule.score([request("text", messages=messages, finish_reason="length")]) == [
+            (Scored(value=value),)
+        ]
         rule.close()
 
 
@@ -230,7 +219,7 @@ def test_the_child_dies_with_its_parent(base: Path) -> None:
         from pathlib import Path
         from rayhf.scorer.rule import Rule
         from rayhf.scorer.rule_process import ProcessLimits
-        from test_scorer_rule import request
+        from score_requests import request
         rule = Rule("my_rules:misbehave", base=Path(sys.argv[1]), limits=ProcessLimits(timeout_s=60))
         print(rule._child._process.pid, flush=True)
         rule.score([request("regex")])
@@ -242,15 +231,13 @@ def test_the_child_dies_with_its_parent(base: Path) -> None:
     )  # fmt: skip
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
-    time.sleep(0.3)
-    assert _running(child)
+    times = psutil.Process(child).cpu_times
+    before = times().user
+    wait_until(lambda: times().user > before + 0.1)  # the regular expression has begun
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 5
-    while _running(child) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not _running(child)
+    wait_until(lambda: not is_running(child))
 
 
 def test_close_ends_what_the_rule_started(tmp_path: Path) -> None:
@@ -260,17 +247,9 @@ def test_close_ends_what_the_rule_started(tmp_path: Path) -> None:
     rule = Rule("starts:score", base=tmp_path)
     [(outcome,)] = rule.score([request("a")])
     assert isinstance(outcome, Scored)
-    assert _running(int(outcome.value))
+    assert is_running(int(outcome.value))
     rule.close()
-    time.sleep(0.1)
-    assert not _running(int(outcome.value))
-
-
-def _running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    wait_until(lambda: not is_running(int(outcome.value)))
 
 
 @pytest.mark.parametrize(

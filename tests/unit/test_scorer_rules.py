@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_scorer_comparisons import request
+from score_requests import request
 
 from rayhf.scorer.math_rules import math_equal
 from rayhf.scorer.rule import Rule

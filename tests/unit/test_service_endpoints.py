@@ -101,7 +101,7 @@ def test_calls_whose_client_has_gone_do_not_reach_the_scorer():
     try:
         first = threading.Thread(target=ask, args=(30,))
         first.start()
-        assert engine.asked.wait(10)
+        assert engine.called.wait(10)
         for _ in range(3):
             with pytest.raises(UnreachableError, match=r"no answer within 0\.1 s"):
                 ask(0.1)

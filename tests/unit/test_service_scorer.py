@@ -35,7 +35,7 @@ RIGHT = RuleConfig(function="rayhf.tiny.arithmetic:correct", name="right")
 BEATS = PairwiseRuleConfig(function="rayhf.tiny.game:beats")
 
 
-# ------------------------------------------------------------------------------------------------- the same answers
+# --------------------------------------------------------------------------------- the same answers
 
 
 def both(entries):
@@ -131,7 +131,7 @@ def test_normalised_entries_are_not_served_but_their_clients_may_be():
         GrpcScorerConfig(endpoints=("localhost:1", "gpu-7:50051"))
 
 
-# ------------------------------------------------------------------------------------------------- calls
+# -------------------------------------------------------------------------------------------- calls
 
 
 @given(
@@ -244,7 +244,7 @@ def test_requests_that_no_scorer_could_read_are_refused():
         server.stop()
 
 
-# ------------------------------------------------------------------------------------------------- what is not a score
+# ------------------------------------------------------------------------------ what is not a score
 
 
 class Scripted(ScorerServicer):
@@ -338,7 +338,7 @@ def test_replies_that_are_no_comparisons(answers, kind, reason):
     assert type(comparison) is kind and reason in getattr(comparison, "reason", "")
 
 
-# ------------------------------------------------------------------------------------------------- before it starts
+# --------------------------------------------------------------------------------- before it starts
 
 
 def refused(entry, message, error=ConfigError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import ValidationError
-from test_spar import SHORT, TWO_STEPS, FakeExplorer, make_prompt, spar
+from scripted_spar import SHORT, TWO_STEPS, ScriptedContext, make_completion, make_prompt, spar
 
 from rayhf.algorithms.spar import Dialogue, instruction_text
 from rayhf.config.spar import SPaRConfig
@@ -17,16 +17,16 @@ from rayhf.tiny import instructions
 
 def test_test_time_refinement_keeps_what_passes_and_replaces_what_fails():
     algorithm, prompt = spar(test_time_refine=True), make_prompt()
-    explorer = FakeExplorer(TWO_STEPS)
-    good, bad = (explorer._completion(0, 0, text) for text in ("good", "bad"))
+    explorer = ScriptedContext(TWO_STEPS)
+    good, bad = (make_completion(text) for text in ("good", "bad"))
     assert algorithm.at_test_time is not None
     assert asyncio.run(algorithm.refine_for_evaluation(prompt, good, explorer)) is good
     assert asyncio.run(algorithm.refine_for_evaluation(prompt, bad, explorer)).text == "fine"
     assert (
-        asyncio.run(spar(depth=1).refine_for_evaluation(prompt, bad, FakeExplorer(TWO_STEPS)))
+        asyncio.run(spar(depth=1).refine_for_evaluation(prompt, bad, ScriptedContext(TWO_STEPS)))
         is bad
     )
-    silent = FakeExplorer(lambda policy, context, draw: "hm")
+    silent = ScriptedContext(lambda policy, context, draw: "hm")
     assert asyncio.run(algorithm.refine_for_evaluation(prompt, bad, silent)) is bad
 
 
@@ -45,7 +45,7 @@ def test_test_time_refinement_keeps_what_passes_and_replaces_what_fails():
 )
 def test_verdicts_of_the_default_form(text, expected):
     dialogue = Dialogue(SPaRConfig())
-    assert dialogue.verdict(FakeExplorer(None)._completion(0, 0, text)) is expected
+    assert dialogue.verdict(make_completion(text)) is expected
 
 
 def test_an_answer_cannot_write_template_code():
@@ -129,7 +129,7 @@ def test_the_tiny_preset_speaks_the_tiny_task_s_language():
     dialogue, task = Dialogue(config), next(instructions.instructions(0))
     for response in ("", "owl fox dog!"):
         said = instructions.judgement(task, response)
-        completion = FakeExplorer(None)._completion(0, 0, said)
+        completion = make_completion(said)
         assert dialogue.judge(task.prompt, response)[0]["content"] == instructions.judge_prompt(
             task, response
         )

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from campaigns import make_config
 from ray.job_submission import JobDetails
 from rich.console import Console
-from test_controller import make_config
 
 from launch import submit
 from launch.cli import app
@@ -210,7 +210,7 @@ def test_exit_codes(facts: dict[str, Any], expected: Any) -> None:
             submit._exit_code("one", info)
 
 
-# ------------------------------------------------------------------------------------------------ tokenless clusters
+# ------------------------------------------------------------------------------- tokenless clusters
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_a_token_that_others_can_read(tmp_path: Path, monkeypatch: pytest.Monkey
     check_token_file()
 
 
-# ----------------------------------------------------------------------------------------------------------- templates
+# ---------------------------------------------------------------------------------------- templates
 
 
 def commands(text: str) -> list[list[str]]:
