@@ -83,7 +83,7 @@ class BaseScorer(ABC, Generic[C]):
         self.setup = setup
 
     @classmethod
-    def check(cls, config: C, base: Path) -> None:  # noqa: B027 - optional
+    def check(cls, config: C, base: Path) -> None:
         """Refuse settings that cannot work, before anything starts; load no weights.
 
         Relative paths start at `base`. Raises ConfigError, or UnreachableError for services that do
@@ -98,7 +98,7 @@ class BaseScorer(ABC, Generic[C]):
     def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
         """Return, for each request, the win probabilities among its completions."""
 
-    def close(self) -> None:  # noqa: B027 - optional
+    def close(self) -> None:
         """Release processes and memory."""
 
 

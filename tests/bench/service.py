@@ -26,10 +26,11 @@ from pathlib import Path
 
 import trustme
 
-from rayhf.config.scorers import GrpcScorerConfig, RuleConfig
 from rayhf.config.service import NO_SECURITY, EndpointSecurity
 from rayhf.scorer.build import build_scorer
-from rayhf.scorer.combine import ScorerEngine
+from rayhf.scorer.grpc.client import GrpcScorerConfig
+from rayhf.scorer.protocol import ScorerEngine, ScorerSetup
+from rayhf.scorer.rule import RuleConfig
 from rayhf.types import Completion, Prompt, Scored, ScoreRequest
 from tests.bench.results import put_section
 
@@ -147,7 +148,7 @@ def rows(seconds: float) -> Iterator[str]:
     """Yield the table, line by line as it is measured."""
 
     def build(entry: RuleConfig | GrpcScorerConfig) -> ScorerEngine:
-        return build_scorer([entry], device="cpu", threads=None, base=ROOT)
+        return build_scorer([entry], ScorerSetup(base=ROOT))
 
     def remote(
         address: str, security: EndpointSecurity = NO_SECURITY

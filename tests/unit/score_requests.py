@@ -1,13 +1,16 @@
-"""Requests to a scorer, and its responses."""
+"""Requests to a scorer, its responses, and rules to send them to."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from rayhf.scorer.protocol import ScorerSetup
+from rayhf.scorer.rule import Rule, RuleConfig
 from rayhf.types import Compared, Completion, Message, Prompt, Scored, ScoreRequest
 
 
@@ -49,3 +52,7 @@ def win_of(comparison: object) -> npt.NDArray[np.float64]:
 
 def scored(*values: float) -> tuple[Scored, ...]:
     return tuple(Scored(value=value) for value in values)
+
+
+def make_rule(function: str, base: Path, **settings: Any) -> Rule:
+    return Rule(RuleConfig(function=function, **settings), ScorerSetup(base=base))

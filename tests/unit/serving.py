@@ -11,14 +11,15 @@ from typing import Any, Literal
 import numpy as np
 import score_requests
 
-from rayhf.config.scorers import GrpcScorerConfig
 from rayhf.config.service import ServiceConfig
-from rayhf.scorer.combine import ScorerEngine
+from rayhf.scorer.grpc.client import GrpcScorerConfig
 from rayhf.scorer.grpc.server import scorer_server
+from rayhf.scorer.protocol import ScorerEngine, ScorerSetup
 from rayhf.service.server import Server
 from rayhf.types import Compared, Comparison, Outcome, Scored, ScoreRequest
 
 HERE = Path()
+SETUP = ScorerSetup(base=HERE)
 
 
 def request(
@@ -84,7 +85,7 @@ def port_of(server: Server) -> int:
     return int(server.address.rpartition(":")[2])
 
 
-def remote(*servers: Server, **changes: Any) -> GrpcScorerConfig:
+def grpc_entry(*servers: Server, **changes: Any) -> GrpcScorerConfig:
     """The config of a scorer that calls these servers."""
     return GrpcScorerConfig(
         endpoints=tuple(server.address for server in servers), **{"timeout_s": 5.0, **changes}
