@@ -61,8 +61,14 @@ _HEAVY = [
 ]
 
 _WRAPPERS = (
-    "{}", "The answer is \\boxed{{{}}}", "${}$", "```python\n{}\n```\n4", '{{"answer": "{}"}}', "4\n\n{}", "<<{}>> is it.",
-)  # fmt: skip
+    "{}",
+    "The answer is \\boxed{{{}}}",
+    "${}$",
+    "```python\n{}\n```\n4",
+    '{{"answer": "{}"}}',
+    "4\n\n{}",
+    "<<{}>> is it.",
+)
 
 
 def hostile(count: int) -> list[str]:
