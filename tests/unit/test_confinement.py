@@ -23,11 +23,13 @@ from rayhf.run_dir.files import MANIFEST, _checksum, verify
 from rayhf.run_dir.store import RunDir
 
 PAYLOADS = [
-    "..", ".", "../", "../outside", "../../outside", "../../../../../../etc/passwd", "./../outside", "a/../../outside", "a/b",
-    "/etc/passwd", "/", "//etc/passwd", "/tmp", "/proc/self/environ", "~", "~root", "~/.ray/auth_token", "$HOME", "${HOME}/x",
-    "..\\outside", "C:\\Windows", "\\\\server\\share", "..%2foutside", "%2e%2e%2foutside", "..%c0%afoutside", "..%00",
-    "\x00", "a\x00b", "iteration-000002\x00/../../outside", "\n", "a\n../outside", "a\r\nb", "\t", " ", "", " ..", ".. ",
-    "\uff0e\uff0e\uff0foutside", "\u2024\u2024/outside", "\u2025/outside", "\u2215etc\u2215passwd", "\u202e../",
+    "..", ".", "../", "../outside", "../../outside", "../../../../../../etc/passwd",
+    "./../outside", "a/../../outside", "a/b", "/etc/passwd", "/", "//etc/passwd", "/tmp",
+    "/proc/self/environ", "~", "~root", "~/.ray/auth_token", "$HOME", "${HOME}/x", "..\\outside",
+    "C:\\Windows", "\\\\server\\share", "..%2foutside", "%2e%2e%2foutside", "..%c0%afoutside",
+    "..%00", "\x00", "a\x00b", "iteration-000002\x00/../../outside", "\n", "a\n../outside",
+    "a\r\nb", "\t", " ", "", " ..", ".. ", "\uff0e\uff0e\uff0foutside",
+    "\u2024\u2024/outside", "\u2025/outside", "\u2215etc\u2215passwd", "\u202e../",
     "..\u200b/outside", ".hidden", "a" * 65, "a" * 5000, "../" * 500,
     "iteration-000002/../../outside", "iteration-../outside", "\x1b[2J..", "file:///etc/passwd",
     "`touch x`", "$(touch x)", "|touch x",
@@ -111,9 +113,11 @@ def test_names_in_a_damaged_campaign_json(payload: str, world: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"epoch": "../1"}, {"epoch": -1}, {"iteration": 1e400}, {"iteration": "2"}, {"iteration": True}, {"iteration": 10**13},
-        {"best": {"iteration": "../../outside", "score": 1.0}}, {"best": {"iteration": 2}}, {"best": "x"},
-        {"manifest": "../" * 22}, {"state": "../outside"}, {"guards": "kl"}, {"guards": [{}]}, {"reason": ["x"]},
+        {"epoch": "../1"}, {"epoch": -1}, {"iteration": 1e400}, {"iteration": "2"},
+        {"iteration": True}, {"iteration": 10**13},
+        {"best": {"iteration": "../../outside", "score": 1.0}}, {"best": {"iteration": 2}},
+        {"best": "x"}, {"manifest": "../" * 22}, {"state": "../outside"}, {"guards": "kl"},
+        {"guards": [{}]}, {"reason": ["x"]},
     ],
     ids=str,
 )  # fmt: skip
@@ -146,8 +150,9 @@ def test_names_in_a_manifest(payload: str, world: Path) -> None:
 @pytest.mark.parametrize(
     "facts",
     [
-        {}, {"files": []}, {"files": {"state.json": []}}, {"files": {"state.json": {"bytes": 1}}}, {"files": "x"},
-        {"iteration": "../x"}, {"iteration": 2},
+        {}, {"files": []}, {"files": {"state.json": []}},
+        {"files": {"state.json": {"bytes": 1}}}, {"files": "x"}, {"iteration": "../x"},
+        {"iteration": 2},
     ],
     ids=str,
 )  # fmt: skip
