@@ -304,7 +304,7 @@ CLAIMS = {
         ),
     ),
     "iterative": Claim(
-        title="iterative DPO: the true preference rises in each of three rounds",
+        title="iterative DPO: the true preference rises in each of three iterations",
         bar="rises in each iteration with at least one reference choice",
         cases=tuple(
             Case(
