@@ -177,7 +177,7 @@ CLAIMS = {
                     # loses, as SPPO's rule does.
                     "scorer.train=[{type: reward_model, model: SCORERS/bradley_terry_game}, "
                     "{type: rule, function: 'rayhf.tiny.game:legal', weight: 10.0}]",
-                    "algorithm={type: online_dpo, samples: 8, beta: 0.1}",
+                    "algorithm={type: online_dpo, samples: 8}",
                     # With SPPO's learning rate DPO stops playing moves within two iterations.
                     "learner.lr=3e-4",
                     "learner.epochs=2",

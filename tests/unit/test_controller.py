@@ -112,9 +112,13 @@ def test_another_campaign_is_refused_and_a_locked_one_too(tmp_path):
     config = make_config(tmp_path)
     play(config)
     with pytest.raises(
-        ConfigError, match=r"holds another campaign: algorithm\.beta was 0\.1, now 0\.2"
+        ConfigError, match=r"holds another campaign: algorithm\.loss\.beta was 0\.1, now 0\.2"
     ):
-        RunDir(make_config(tmp_path, algorithm={"type": "online_dpo", "samples": 4, "beta": 0.2}))
+        RunDir(
+            make_config(
+                tmp_path, algorithm={"type": "online_dpo", "samples": 4, "loss": {"beta": 0.2}}
+            )
+        )
     store = RunDir(config)
     with pytest.raises(LockedError, match="in use by host"):
         RunDir(config)
