@@ -74,7 +74,7 @@ def damage(run: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_there_are_fifty() -> None:
+def test_at_least_fifty_payloads() -> None:
     assert len(set(PAYLOADS)) >= 50
 
 
@@ -94,7 +94,7 @@ def test_names_in_a_config(payload: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: ascii(payload)[:30])
-def test_names_in_a_damaged_campaign_json(payload: str, world: Path) -> None:
+def test_names_in_campaign_json(payload: str, world: Path) -> None:
     damage(world / "run", checkpoint=payload, state="paused", guards=["kl"])
     before, console = snapshot(world), Console(width=200, record=True)
     for operation in (
@@ -121,7 +121,7 @@ def test_names_in_a_damaged_campaign_json(payload: str, world: Path) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_other_values_in_a_damaged_campaign_json(changes: dict[str, Any], world: Path) -> None:
+def test_wrong_values_in_campaign_json(changes: dict[str, Any], world: Path) -> None:
     damage(world / "run", **changes)
     with pytest.raises(CheckpointError, match=r"campaign\.json is damaged"):
         RunDir(make_config(world))
@@ -156,7 +156,7 @@ def test_names_in_a_manifest(payload: str, world: Path) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_manifest_of_another_shape(facts: dict[str, Any], world: Path) -> None:
+def test_malformed_manifest(facts: dict[str, Any], world: Path) -> None:
     folder = world / "run/checkpoints/iteration-000004"
     if "iteration" in facts:
         facts = {**json.loads((folder / MANIFEST).read_text()), **facts}
@@ -166,7 +166,7 @@ def test_a_manifest_of_another_shape(facts: dict[str, Any], world: Path) -> None
         read_checkpoint(folder)
 
 
-def test_links_out_of_a_run_directory_are_not_followed(world: Path) -> None:
+def test_links_out_of_the_run_directory_are_not_followed(world: Path) -> None:
     checkpoints, before = world / "run/checkpoints", snapshot(world / "outside")
     for name in ("iteration-000004", "iteration-000002"):
         shutil.rmtree(checkpoints / name)
@@ -187,7 +187,7 @@ def test_links_out_of_a_run_directory_are_not_followed(world: Path) -> None:
     assert snapshot(world / "outside") == before
 
 
-def test_a_link_among_a_checkpoints_files(world: Path) -> None:
+def test_link_among_checkpoint_files(world: Path) -> None:
     folder = world / "run/checkpoints/iteration-000004"
     shutil.move(folder / "state.json", world / "state.json")
     (folder / "state.json").symlink_to(world / "state.json")
@@ -198,7 +198,7 @@ def test_a_link_among_a_checkpoints_files(world: Path) -> None:
 @pytest.mark.parametrize(
     "payload", [p for p in PAYLOADS if "\x00" not in p], ids=lambda payload: ascii(payload)[:30]
 )
-def test_a_jobs_name_is_a_name(
+def test_job_names_are_sanitized(
     payload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import re

@@ -82,7 +82,7 @@ PATHOLOGIES = {
 
 @pytest.mark.parametrize("guard", PATHOLOGIES)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_metric_that_runs_away_pauses_soon_after_its_threshold(guard, seed):
+def test_diverging_metric_pauses_soon_after_its_threshold(guard, seed):
     name, curve, beyond = PATHOLOGIES[guard]
     crossing = 20 + next(t for t in range(1, 61) if beyond(curve(t)))
     lines = spoiled(name, curve, seed=seed)
@@ -92,7 +92,7 @@ def test_a_metric_that_runs_away_pauses_soon_after_its_threshold(guard, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_reward_up_and_held_out_down_pauses_within_five_evaluations_of_the_peak(seed):
+def test_reward_up_and_held_out_down_pauses(seed):
     rng, lines = random.Random(seed), steady(200, seed=seed, rise=0.5)
     for i in range(101, 201):
         lines[i]["scorer/reward_mean"] = 0.75 + 0.003 * (i - 100) + 0.02 * rng.gauss(0, 1)
@@ -101,7 +101,7 @@ def test_reward_up_and_held_out_down_pauses_within_five_evaluations_of_the_peak(
     assert 100 < first_pause(lines, "reward_gap") <= 100 + 5 * PATIENCE
 
 
-def test_the_training_scorer_on_the_held_out_answers_is_asked_where_it_is_known():
+def test_training_scorer_on_held_out_samples_is_preferred():
     lines = steady(60, noise=0.0)
     for i in range(5, 61, 5):
         lines[i] |= {"eval/t/sampled": 0.5 - 0.002 * i, "eval/t/reward": 0.3 + 0.01 * i}
@@ -127,7 +127,7 @@ BAD_ROUNDS = [
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_healthy_campaign_never_pauses(seed):
+def test_healthy_campaign_never_pauses(seed):
     rng = random.Random(1000 + seed)
     lines = steady(
         300, seed=seed, rise=rng.choice([0.0, 0.2, 0.6]), evaluate_every=rng.choice([2, 5, 10])
@@ -167,7 +167,7 @@ def levels(lines, **guards):
     return {a.guard: a.level for a in check_guards(lines, GuardsConfig.model_validate(guards))}
 
 
-def test_one_outlier_warns_and_two_of_three_rounds_pause():
+def test_one_outlier_warns_and_two_of_three_pause():
     assert levels(short("reference/kl", 1, 1, 500)) == {"kl": "warn"}
     assert levels(short("reference/kl", 500, 1, 500)) == {"kl": "pause"}
     assert levels(short("reference/kl", 500, 500, 1)) == {}  # it has recovered
@@ -175,7 +175,7 @@ def test_one_outlier_warns_and_two_of_three_rounds_pause():
     assert levels(short("eval/t/reference_kl", 500, 500, 500)) == {"kl": "pause"}
 
 
-def test_null_switches_a_threshold_off():
+def test_null_disables_a_threshold():
     lines = short("reference/kl", 500, 500, 500)
     assert levels(lines, kl={"pause": None}) == {"kl": "warn"}
     assert levels(lines, kl={"warn": None}) == {"kl": "pause"}
@@ -183,7 +183,7 @@ def test_null_switches_a_threshold_off():
     assert levels(lines, kl={"warn": 600, "pause": 1000}) == {}
 
 
-def test_a_task_that_truncates_from_the_start_is_left_alone():
+def test_truncation_from_the_start_does_not_pause():
     assert levels(short("rollout/truncated", 0.6, 0.7, 0.6, 0.8, 0.9, 0.9)) == {}
     assert levels(short("rollout/truncated", 0.3, 0.3, 0.3, 0.55, 0.55, 0.55)) == {}
     assert levels(short("rollout/truncated", 0.3, 0.3, 0.3, 0.7, 0.7)) == {"truncated": "pause"}
@@ -193,7 +193,7 @@ def test_a_task_that_truncates_from_the_start_is_left_alone():
     )
 
 
-def test_length_is_a_ratio_to_at_most_twenty_rounds_ago():
+def test_length_is_compared_over_twenty_iterations():
     assert levels(short("rollout/length_mean", *[100] * 5, 160)) == {"length": "warn"}
     assert levels(short("rollout/length_mean", *[100] * 5, 250, 250)) == {"length": "pause"}
     assert levels(short("rollout/length_mean", *[100] * 5, 49, 49)) == {"length": "warn"}
@@ -207,7 +207,7 @@ def test_length_is_a_ratio_to_at_most_twenty_rounds_ago():
     ) == {"length": "pause"}
 
 
-def test_a_policy_that_narrows_by_learning_is_not_paused():
+def test_falling_entropy_of_a_learning_policy_does_not_pause():
     lines = [
         {
             "iteration": i,
@@ -229,7 +229,7 @@ def test_a_policy_that_narrows_by_learning_is_not_paused():
     assert check_guards(stuck, DEFAULT, muted={"entropy"}) == []
 
 
-def test_the_policys_own_drift_over_several_steps_is_no_mismatch():
+def test_drift_over_several_steps_is_no_mismatch():
     drifting = short("rollout/mismatch_kl", 0.03, 0.04, 0.03, 0.2, 0.2)
     assert levels(drifting) == {"mismatch": "pause"}
     assert levels([{**line, "learner/steps": 6} for line in drifting]) == {}
@@ -242,7 +242,7 @@ def test_the_policys_own_drift_over_several_steps_is_no_mismatch():
     }  # k1 over pairs has either sign
 
 
-def test_rounds_that_teach_nothing_pause_after_ten_in_a_row():
+def test_ten_iterations_without_signal_pause():
     lines = [{"iteration": i, "selection/no_signal": 0.95} for i in range(10)]
     assert levels(lines[:9]) == {"no_signal": "warn"}
     assert levels(lines) == {"no_signal": "pause"}
@@ -250,7 +250,7 @@ def test_rounds_that_teach_nothing_pause_after_ten_in_a_row():
     assert levels([*lines[:4], once, *lines[5:]]) == {"no_signal": "warn"}
 
 
-def test_nothing_is_said_of_what_is_missing_or_not_finite():
+def test_missing_and_non_finite_metrics_are_ignored():
     assert check_guards([], DEFAULT) == []
     assert check_guards([{}], DEFAULT) == []
     assert levels(short("reference/kl", 500, 500, math.nan)) == {}
@@ -261,7 +261,7 @@ def test_nothing_is_said_of_what_is_missing_or_not_finite():
         assert replayed(broken) == []
 
 
-def test_the_first_rounds_themselves_are_not_judged_by_what_they_set():
+def test_iterations_of_the_baseline_are_not_checked_against_it():
     for value in (1e-6, 0.5, 0.99):
         assert (
             levels(short("policy/entropy", value, value))
@@ -271,7 +271,7 @@ def test_the_first_rounds_themselves_are_not_judged_by_what_they_set():
     assert replayed(short("rollout/length_mean", 1, 50, 2)) == []
 
 
-def test_only_the_window_and_the_beginning_are_read():
+def test_only_window_and_beginning_are_read():
     class Counting(Sequence):  # iterates, either way, by its items
         read = 0
 
@@ -287,7 +287,7 @@ def test_only_the_window_and_the_beginning_are_read():
     assert 0 < Counting.read < 300
 
 
-def test_an_alarm_names_metric_value_threshold_and_the_way_on():
+def test_alarm_names_metric_value_threshold_and_remedy():
     (alarm,) = check_guards(short("reference/kl", 120, 120, 123.4), DEFAULT)
     assert (alarm.guard, alarm.level, alarm.iteration) == ("kl", "pause", 2)
     assert "\n" not in alarm.message
@@ -337,6 +337,6 @@ def test_guards_are_a_section_of_the_campaign(tmp_path):
         {"kll": {}},
     ],
 )
-def test_thresholds_that_make_no_sense_are_refused(guards):
+def test_invalid_thresholds_are_refused(guards):
     with pytest.raises(ConfigError, match="guards"):
         validate({**MINIMAL, "guards": guards}, source="c")

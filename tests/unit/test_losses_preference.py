@@ -57,7 +57,7 @@ def test_every_loss_has_an_expectation() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_per_pair_loss_is_the_papers_equation(name: str) -> None:
+def test_per_pair_loss_equals_the_papers_equation(name: str) -> None:
     pairs = random_pairs(1, 40, name)
     got = loss_of(name, pairs[0]).per_pair(logps_of(pairs))
     assert got.shape == (40,)
@@ -118,7 +118,7 @@ def test_extreme_log_ratios_have_finite_loss_and_gradient(
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"apo_down", "exo"}))
-def test_gradient_still_prefers_the_chosen_when_far_on_the_wrong_side(name: str) -> None:
+def test_gradient_prefers_chosen_even_far_on_the_wrong_side(name: str) -> None:
     """At u = -50 a stable loss must still push up chosen minus rejected; a clamped exponent would
     have gone silent.
 

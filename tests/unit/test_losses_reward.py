@@ -127,7 +127,7 @@ def test_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sharding_changes_nothing(name: str) -> None:
+def test_sharding_does_not_change_the_loss(name: str) -> None:
     data = Data(6, name, 3)
     whole = LOSSES[name](*data.micro(range(6), data.totals))
     parts = [LOSSES[name](*data.micro(p, data.totals)) for p in ([0], [1, 2], [3, 4, 5])]
@@ -137,7 +137,7 @@ def test_sharding_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_order_of_pairs_changes_nothing(name: str) -> None:
+def test_order_of_pairs_does_not_matter(name: str) -> None:
     data = Data(5, name, 4)
     a = LOSSES[name](*data.micro(range(5), data.totals)).loss.item()
     assert LOSSES[name](*data.micro([3, 1, 4, 0, 2], data.totals)).loss.item() == pytest.approx(
@@ -162,7 +162,7 @@ def test_extreme_outputs_stay_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_picklable_and_reads_no_entropy(name: str) -> None:
+def test_picklable_without_entropy(name: str) -> None:
     assert pickle.loads(pickle.dumps(LOSSES[name])) == LOSSES[name]
     assert LOSSES[name].entropy == "off"
 
@@ -191,7 +191,7 @@ def test_pairwise_treats_both_orders_alike(logits: list[float]) -> None:
     assert a.metrics["scorer/accuracy"].item() == b.metrics["scorer/accuracy"].item()
 
 
-def test_pairwise_identical_answers_learn_one_half() -> None:
+def test_pairwise_identical_completions_learn_one_half() -> None:
     """The same text in both orders has one log-odds: the loss is least at 0."""
     logit = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     data = Data(1, "pairwise", 0)
@@ -216,12 +216,12 @@ def test_general_preference_is_skew_symmetric(first: list[float], second: list[f
     )
 
 
-def test_general_preference_score_by_hand() -> None:
+def test_general_preference_score_example() -> None:
     a, b = torch.tensor([1.0, 2.0, 0.0, 1.0]), torch.tensor([3.0, 4.0, 5.0, 0.0])
     assert general_preference_score(a, b).item() == 2 * 3 - 1 * 4 + 1 * 5 - 0 * 0
 
 
-def test_one_block_holds_a_cycle() -> None:
+def test_one_block_represents_a_cycle() -> None:
     angles = torch.tensor([0.0, 2.0, 4.0]) * math.pi / 3
     v = torch.stack([angles.cos(), angles.sin()], -1)
     score = general_preference_score(v[:, None], v[None, :])
@@ -240,12 +240,12 @@ def test_one_block_holds_a_cycle() -> None:
         (lambda: GeneralPreferenceLoss(temperature=0.0), "temperature: 0.0 must be above 0"),
     ],
 )
-def test_refuses_settings(make: Callable[[], Loss], message: str) -> None:
+def test_wrong_settings_are_refused(make: Callable[[], Loss], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 
 
-def test_refuses_another_head() -> None:
+def test_wrong_head_is_refused() -> None:
     data = Data(2, "general preference", 0)
     output_Td, micro = data.micro(range(2), data.totals)
     with pytest.raises(ValueError, match="reads one output per text, the score head has 4"):
@@ -256,7 +256,7 @@ def test_refuses_another_head() -> None:
         PairwiseLoss()(output_Td[:3], micro)
 
 
-def test_names_the_number_that_is_missing() -> None:
+def test_missing_value_is_named() -> None:
     data = Data(1, "margin", 0)
     output_Td, micro = data.micro([0], data.totals)
     bare = replace(micro, rows={}, examples={})

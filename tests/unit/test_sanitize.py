@@ -30,7 +30,7 @@ def shown(console):
     return console.file.getvalue()
 
 
-def test_plain_spells_out_and_keeps_the_rest():
+def test_control_characters_are_escaped():
     assert plain("a\x1b[31m\rb\x9b\u202e\ud800") == "a\\x1b[31m\\rb\\x9b\\u202e\\ud800"
     assert plain("Grüße, 漢字 😀\n\ttab") == "Grüße, 漢字 😀\n\ttab"
     assert not STEERING & set(plain(HOSTILE))
@@ -105,7 +105,7 @@ def test_a_directorys_name_in_the_summary(tmp_path):
     assert "\x1b" not in shown(console) and "[bold]run[bold]" in shown(console)
 
 
-def test_the_line_of_an_error(monkeypatch, capsys):
+def test_error_line(monkeypatch, capsys):
     for error, code in ((ScorerError(f"a rule said {HOSTILE}"), 9), (ValueError(HOSTILE), 1)):
 
         def fail(error=error):
