@@ -1,5 +1,4 @@
-"""Credit assignment against the equations in plain Python, and the properties that every group must
-have."""
+"""Advantages and pair selection against the equations in plain Python, and their invariances."""
 
 from __future__ import annotations
 
@@ -114,7 +113,8 @@ def test_ties_and_single_samples_have_no_advantage(advantage) -> None:  # type: 
     assert advantage([]).tolist() == []
     assert advantage([7.0]).tolist() == [0.0]
     assert advantage([1e6 + 0.1] * 3).tolist() == pytest.approx([0.0] * 3, abs=1e-9)
-    # Here the mean of equal numbers is off by a rounding, which a standard deviation would blow up.
+    # The mean of equal numbers is off by a rounding error, which a division by the standard
+    # deviation would amplify.
     assert credit.grpo([1e9 + 0.3] * 3).tolist() == [0.0] * 3
 
 

@@ -14,7 +14,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yam
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The models that the recipes name, without weights."""
+    """Write the config.json files of the recipes' models."""
     directory = tmp_path_factory.mktemp("recipes")
     for name in ("policy-8b-sft", "reward-8b", "general-preference-8b"):
         (directory / "models" / name).mkdir(parents=True)

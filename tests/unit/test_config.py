@@ -1,4 +1,4 @@
-"""Strict configs: every typo has an answer."""
+"""Strict configs: typos and contradictions are refused with the nearest valid key or value."""
 
 import copy
 
@@ -147,7 +147,7 @@ def test_unreadable_files_are_refused(tmp_path, content, expected):
 
 
 def test_defaults_are_those_of_their_source():
-    """The numbers that a bare `type` stands for; the sources are beside the fields."""
+    """The sources are stated in the fields' docstrings."""
     ppo, dpo = PPOConfig(), OnlineDPOConfig()
     assert (ppo.gamma, ppo.lam, ppo.loss.clip_low, ppo.loss.clip_high, ppo.value_clip) == (
         1.0,

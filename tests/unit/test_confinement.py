@@ -1,5 +1,4 @@
-"""Names lead nowhere: 50 payloads as names in configs, in damaged run directories and in commands;
-nothing outside is touched."""
+"""Malicious names in configs, run directories and commands touch no file outside."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ PAYLOADS = [
 
 
 def snapshot(root: Path) -> dict[str, str]:
-    """Everything below `root`: what it is, and its content."""
+    """Return the type and content of everything below `root`."""
     found = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
@@ -59,7 +58,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(campaign: Path, tmp_path: Path) -> Path:
-    """A finished campaign in world/run, and something beside it that must stay as it is."""
+    """A finished campaign in world/run, and files beside it that must not change."""
     shutil.copytree(campaign, tmp_path / "world/run")
     (tmp_path / "world/outside").mkdir()
     shutil.copytree(
@@ -129,7 +128,7 @@ def test_wrong_values_in_campaign_json(changes: dict[str, Any], world: Path) -> 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: ascii(payload)[:30])
 def test_names_in_a_manifest(payload: str, world: Path) -> None:
-    """Also in one that is consistent with itself."""
+    """The manifest's own checksum is valid."""
     before = snapshot(world / "outside")
     folder = world / "run/checkpoints/iteration-000004"
     original = (folder / MANIFEST).read_text()

@@ -1,4 +1,4 @@
-"""The loop with fake roles: schedules, staleness, failures, resume."""
+"""The controller with fake roles: schedules, staleness, failures, resume."""
 
 import json
 
@@ -71,9 +71,9 @@ def test_ppo_takes_several_steps_and_trains_the_critic(tmp_path):
         learner={"epochs": 2, "prompts_per_step": 2},
     )
     roles = play(config, critic=FakeLearner())
-    assert (
-        roles.critic.steps == 4 * 4 and roles.learners["policy"].steps == 3 * 4
-    )  # one round only warms the critic up
+    # One iteration only warms up the critic.
+    assert roles.critic.steps == 4 * 4
+    assert roles.learners["policy"].steps == 3 * 4
     row = roles.learners["policy"].batches[0].examples[0].rows[0]
     assert set(row.tokens) == {
         "behavior_logp",

@@ -1,5 +1,4 @@
-"""Guards: six ways to go wrong pause soon, twenty healthy campaigns never do, and what is not
-measured is not judged."""
+"""Guards: six kinds of failure pause soon, healthy campaigns never, missing metrics are ignored."""
 
 import math
 import random
@@ -15,14 +14,14 @@ from rayhf.monitoring.guards import Alarm, check_guards
 
 DEFAULT = GuardsConfig()
 PATIENCE = 5
-"""Rounds (or evaluations) from a noise-free curve's crossing of its threshold to the pause."""
+"""Iterations (or evaluations) from the crossing of the threshold, without noise, to the pause."""
 
 
-def steady(rounds, *, evaluate_every=5, seed=0, rise=0.0, noise=1.0):
-    """A campaign with every metric, that stands still or whose rewards rise."""
+def steady(iterations, *, evaluate_every=5, seed=0, rise=0.0, noise=1.0):
+    """Make the metrics of a campaign that is constant or whose rewards rise."""
     rng = random.Random(seed)
     lines = [{"iteration": 0, "eval/t/sampled": 0.3, "eval/t/reference_kl": 0.0}]
-    for i in range(1, rounds + 1):
+    for i in range(1, iterations + 1):
         gained = rise * (1 - math.exp(-i / 40))
         lines.append(
             {
@@ -48,23 +47,23 @@ def steady(rounds, *, evaluate_every=5, seed=0, rise=0.0, noise=1.0):
 
 
 def replayed(lines, config=DEFAULT):
-    """Every alarm, line after line, as a campaign would see them."""
+    """Return every alarm, line by line, as in a campaign."""
     return [
         alarm for end in range(1, len(lines) + 1) for alarm in check_guards(lines[:end], config)
     ]
 
 
 def first_pause(lines, guard, config=DEFAULT):
-    """The round of the first pause, which must be `guard`'s."""
+    """Return the iteration of the first pause, which must be `guard`'s."""
     pauses = [alarm for alarm in replayed(lines, config) if alarm.level == "pause"]
     assert pauses and pauses[0].guard == guard, pauses[:3]
     return pauses[0].iteration
 
 
-def spoiled(name, curve, *, rounds=80, since=20, seed=1, **line):
-    """A steady campaign whose metric becomes curve(rounds since `since`), times some noise."""
-    rng, lines = random.Random(seed), steady(rounds, seed=seed)
-    for i in range(1, rounds + 1):
+def spoiled(name, curve, *, iterations=80, since=20, seed=1, **line):
+    """Make a constant campaign whose metric becomes curve(iterations since `since`), with noise."""
+    rng, lines = random.Random(seed), steady(iterations, seed=seed)
+    for i in range(1, iterations + 1):
         lines[i] |= line
         if i > since:
             lines[i][name] = curve(i - since) * (1 + 0.03 * rng.gauss(0, 1))
@@ -123,7 +122,7 @@ BAD_ROUNDS = [
     ("pairs/kept", 0.0),
     ("eval/t/sampled", 0.0),
 ]
-"""One round of one metric, as a bad batch gives."""
+"""One metric in one iteration, as after a bad batch."""
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -200,7 +199,7 @@ def test_length_is_compared_over_twenty_iterations():
     assert levels(short("rollout/length_mean", *[100] * 5, 20, 20)) == {"length": "pause"}
     assert (
         levels(short("rollout/length_mean", *[100 * 1.015**i for i in range(200)])) == {}
-    )  # 20 times longer, but in 200 rounds
+    )  # 20 times longer, but in 200 iterations
     assert levels(
         short("rollout/length_mean", *[100 * 1.015**i for i in range(200)]),
         length={"iterations": 60},

@@ -1,5 +1,4 @@
-"""Every further loop through the real controller with fake roles: what is trained on, mixed in,
-dropped, resumed."""
+"""Preference and self-play algorithms through the real controller with fake roles."""
 
 import itertools
 import json

@@ -196,7 +196,7 @@ def test_value_loss_equals_its_equation(clip: float | None) -> None:
 
 
 def test_value_clipping_takes_the_larger_error() -> None:
-    """Moving toward the return by more than the clip earns nothing more and has no gradient; moving
+    """Moving toward the return by more than the clip gains nothing and has no gradient; moving
     away always costs.
     """
     old, target = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])

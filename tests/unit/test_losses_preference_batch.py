@@ -1,5 +1,7 @@
-"""The preference loss over a micro-batch: weights, sharding, metrics, soft labels; equations are
-tested beside this."""
+"""The preference loss over a micro-batch: weights, sharding, metrics, soft labels.
+
+The equations are tested in test_losses_preference.py.
+"""
 
 from __future__ import annotations
 
@@ -254,7 +256,7 @@ def test_soft_labels_are_one_smoothing_per_pair() -> None:
 
 
 def twice(values: Sequence[float]) -> list[float]:
-    """Each value for the two rows of its pair."""
+    """Repeat each value for the two rows of its pair."""
     return [value for value in values for _ in range(2)]
 
 
@@ -267,7 +269,7 @@ def test_equal_soft_labels_are_label_smoothing() -> None:
 
 
 def test_label_of_one_half_pulls_the_margin_to_zero() -> None:
-    """alpha = 1/2: chosen and rejected may change places."""
+    """With alpha = 1/2 chosen and rejected are interchangeable."""
     chosen, rejected = token_pairs(15, [(3, 2)])[0]
     losses = []
     for pair in ((chosen, rejected), (rejected, chosen)):

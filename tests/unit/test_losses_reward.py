@@ -181,7 +181,7 @@ def test_accuracy_counts_a_tie_as_half() -> None:
 @settings(deadline=None)
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=2))
 def test_pairwise_treats_both_orders_alike(logits: list[float]) -> None:
-    """Turning every label round is turning every text round: the log-odds change sign and place."""
+    """Swapping every label equals swapping every pair: the log-odds change sign."""
     data = Data(1, "pairwise", 0)
     data.output = np.array(logits)[:, None]
     a = PairwiseLoss()(*data.micro([0], data.totals))

@@ -1,4 +1,4 @@
-"""MCTS-DPO over a toy language, through the real exchange: answers are three digits, one a line,
+"""MCTS-DPO over a toy language with the real scheduler: answers are three digits, one per line,
 and 1, 2, 3 is right.
 
 Two lines end in a line end, the third in the end of the turn.

@@ -1,4 +1,4 @@
-"""The README's commands name configs and keys that exist, and its files are there."""
+"""The README's commands, config keys and files exist."""
 
 import re
 import shlex

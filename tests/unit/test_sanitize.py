@@ -1,4 +1,4 @@
-"""What models, scorers and files wrote does not steer a terminal, wherever it is shown."""
+"""Texts of models, scorers and files cannot send control sequences to a terminal."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def test_events_in_the_live_view():
 
 @pytest.fixture
 def hostile_run(tmp_path):
-    """A run directory whose every text is hostile."""
+    """A run directory in which every text has control sequences."""
     config = make_config(tmp_path)
     play(config)
     store = RunDir(config)
@@ -74,7 +74,7 @@ def test_status_and_verify(hostile_run):
 
 
 class Campaign(FileControl):
-    """With an event and a pair of its own."""
+    """A campaign with a hostile event and a hostile pair."""
 
     def watch(self, going):
         yield {"time": "2026-11-21T12:00:00", "kind": "fault", "message": HOSTILE}

@@ -1,5 +1,4 @@
-"""SPaR with a scripted actor and refiner: what is asked, what is recorded, what is trained on.
-Token ids are characters."""
+"""SPaR with a scripted actor and refiner: requests, samples, training data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SPaR's texts, verdicts and settings, and refinement at test time."""
+"""SPaR's templates, verdicts and settings, and refinement at test time."""
 
 from __future__ import annotations
 
@@ -87,7 +87,6 @@ def test_invalid_settings_are_refused(changes, expected):
 
 
 def test_defaults_are_those_of_the_source():
-    """ALGORITHMS.md A4."""
     config = SPaRConfig()
     assert (
         config.samples,
