@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,16 +24,34 @@ from rayhf.errors import ConfigError
 S = TypeVar("S", bound=BaseModel)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> CampaignConfig:
-    """Read a campaign's config. Raises ConfigError."""
-    return load_section(path, overrides, CampaignConfig)
+def load_config(
+    source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> CampaignConfig:
+    """Read a campaign's config.
 
+    Args:
+        source: a YAML file, or its content as a mapping.
+        overrides: `key=value` with dotted keys and YAML values, for example "learner.lr=1e-6".
 
-def load_section(path: Path, overrides: Sequence[str], root: type[S]) -> S:
-    """Read `path`, apply `key=value` overrides (values are YAML), and validate as `root`.
-
-    Raises ConfigError.
+    Raises ConfigError of one line that names the key and the nearest valid one.
     """
+    return load_section(source, overrides, CampaignConfig)
+
+
+def load_section(
+    source: Path | str | Mapping[str, Any], overrides: Sequence[str], root: type[S]
+) -> S:
+    """Read a config as `root`; see `load_config`. Raises ConfigError."""
+    if isinstance(source, Mapping):
+        data, name = deepcopy(dict(source)), "mapping"
+    else:
+        data, name = _read(Path(source)), str(source)
+    for override in overrides:
+        _apply(data, override)
+    return _validate(data, name, root)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -52,9 +71,7 @@ def load_section(path: Path, overrides: Sequence[str], root: type[S]) -> S:
         raise ConfigError(
             f"config {path}: expected a mapping of sections, got {type(data).__name__}"
         )
-    for override in overrides:
-        _apply(data, override)
-    return _validate(data, str(path), root)
+    return data
 
 
 def validate(data: dict[str, Any], *, source: str) -> CampaignConfig:
@@ -128,6 +145,8 @@ def _describe(error: ValidationError, root: type[BaseModel], data: object) -> st
     elif first["type"] == "plugin":
         inner = first["ctx"]["key"]
         text = f"{key}{f'.{inner}' if inner else ''}: {first['msg']}"
+    elif first["type"] == "value_error":  # a check of ours that says all there is to say
+        text = f"{key}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     else:
         text = f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -218,9 +237,11 @@ def _tags(candidates: Iterable[Any]) -> dict[str, type[BaseModel]]:
 
 def _section_of(candidates: Sequence[Any], data: object) -> type[BaseModel] | None:
     """Return the section that `data` was validated as, where that is beyond doubt."""
-    name = data.get("type") if isinstance(data, Mapping) else data
     for candidate in candidates:
-        if isinstance(candidate, Registry) and isinstance(name, str):
+        if not isinstance(candidate, Registry):
+            continue
+        name = data.get("type", candidate.default) if isinstance(data, Mapping) else data
+        if isinstance(name, str):
             with suppress(ValueError):  # then the type is the problem, not one of its keys
                 return candidate.config_type(name)
     sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]

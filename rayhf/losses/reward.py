@@ -34,7 +34,7 @@ from rayhf.config.fit import (
     RegressionConfig,
 )
 from rayhf.losses.base import Loss, LossOutput, MicroBatch
-from rayhf.losses.preference import check_pairs
+from rayhf.losses.pairs import check_pairs
 
 
 def bradley_terry(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ CLAIMS = {
                     # loses, as SPPO's rule does.
                     "scorer.train=[{type: reward_model, model: SCORERS/bradley_terry_game}, "
                     "{type: rule, function: 'rayhf.tiny.game:legal', weight: 10.0}]",
-                    "algorithm={type: online_dpo, samples: 8, beta: 0.1}",
+                    "algorithm={type: online_dpo, samples: 8}",
                     # With SPPO's learning rate DPO stops playing moves within two iterations.
                     "learner.lr=3e-4",
                     "learner.epochs=2",
@@ -304,7 +304,7 @@ CLAIMS = {
         ),
     ),
     "iterative": Claim(
-        title="iterative DPO: the true preference rises in each of three rounds",
+        title="iterative DPO: the true preference rises in each of three iterations",
         bar="rises in each iteration with at least one reference choice",
         cases=tuple(
             Case(

@@ -28,10 +28,11 @@ from typing import Any
 from rich.console import Console
 
 from launch.view import LiveView
-from rayhf.algorithms import build_algorithm
-from rayhf.campaign.controller import CampaignData, Controller
+from rayhf.campaign.controller import Controller
+from rayhf.campaign.data import CampaignData
 from rayhf.campaign.gc_tuning import gc_tuned
 from rayhf.config.load import validate
+from rayhf.config.registry import ALGORITHMS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.prompts import Chat, PromptSet
 from rayhf.monitoring.observer import Observer
@@ -167,7 +168,7 @@ async def _campaign(
     prompts = PromptSet(prompts=make_prompts(case.prompts), duplicates=0)
     controller = Controller(
         config,
-        algorithm=build_algorithm(config.algorithm, max_tokens=config.rollout.max_tokens),
+        algorithm=ALGORITHMS.build(config.algorithm),
         roles=roles,
         data=CampaignData(chat=NoChat(), prompts=prompts),
         store=store,

@@ -69,7 +69,7 @@ def test_ppo_trains_policy_and_critic(world: Path) -> None:
     last = train(
         world,
         "ppo",
-        algorithm={"type": "ppo", "samples": 2, "advantage": "gae"},
+        algorithm={"type": "ppo", "samples": 2},
         learner={"epochs": 2, "ranks": 2, "zero_stage": 2},
         cluster={"placement": "colocate"},
     )
@@ -77,12 +77,7 @@ def test_ppo_trains_policy_and_critic(world: Path) -> None:
 
 
 def test_grpo_trains_an_adapter_with_overlap(world: Path) -> None:
-    algorithm = {
-        "type": "ppo",
-        "samples": 4,
-        "advantage": "grpo",
-        "kl": {"where": "loss", "estimator": "k3"},
-    }
+    algorithm = {"type": "grpo", "samples": 4, "kl": {"where": "loss", "estimator": "k3"}}
     train(
         world,
         "grpo",
@@ -128,7 +123,7 @@ def test_lost_actor_without_restarts_ends_the_run(world: Path, first: Path) -> N
     out, err = process.communicate(timeout=120)
     assert process.returncode == 10, err
     assert "rollout engine 0 was lost" in err and err.count("\n") == 1
-    assert "continue: after round 3, from iteration-000003" in out
+    assert "continue: after iteration 3, from iteration-000003" in out
     assert metrics(world, "first")[4]["iteration"] == 4
     wait_until(lambda: not any(is_running(child.pid) for child in children))
 
@@ -141,7 +136,8 @@ def test_termination_signal_exits_resumable(world: Path) -> None:
         "pairs": "all_pairs",
         "reference": {"type": "ema", "alpha": 0.5, "every": 1},
     }
-    config = write_config(world, "stopped", algorithm=algorithm, tracking={"wandb": "offline"})
+    wandb = {"type": "wandb", "mode": "offline"}
+    config = write_config(world, "stopped", algorithm=algorithm, trackers=[wandb])
     process = start(world, config, "run.iterations=500", "run.keep_checkpoints=500")
     second = world / "stopped/checkpoints/iteration-000002"
     wait_until(lambda: (second / "MANIFEST.json").exists() or process.poll() is not None, 400)

@@ -139,7 +139,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_config(
         world,
         "one",
-        tracking={"wandb": "offline"},
+        trackers=[{"type": "wandb", "mode": "offline"}],
         run={"iterations": 500, "checkpoint_every": 2},
         cluster=pools,
     )
@@ -275,7 +275,7 @@ def test_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     committed = json.loads((run / "campaign.json").read_text())["iteration"]
     more = (f"run.iterations={committed + 2}", "--entrypoint-cpus", "0.1")
     again = user.run(SCRIPT, "submit", "one.yaml", "one", *more)
-    assert f"continue: after round {committed}" in again
+    assert f"continue: after iteration {committed}" in again
     user.run(RAYHF, "verify", run, "--deep")
     assert "DONE" in user.run(RAYHF, "status", run)
 

@@ -17,10 +17,11 @@ from fakes import (
     make_prompts,
 )
 
-from rayhf.algorithms import build_algorithm
 from rayhf.algorithms.base import needs_frozen_reference
-from rayhf.campaign.controller import CampaignData, Controller
+from rayhf.campaign.controller import Controller
+from rayhf.campaign.data import CampaignData
 from rayhf.config.load import validate
+from rayhf.config.registry import ALGORITHMS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.prompts import PromptSet
@@ -69,9 +70,10 @@ def play(
     pairs: Path | None = None,
 ) -> Roles:
     """Run the campaign to its end; return its roles."""
-    algorithm = build_algorithm(config.algorithm, max_tokens=8)
+    algorithm = ALGORITHMS.build(config.algorithm)
     if pairs is not None:
-        algorithm.give(encode_pairs(load_pairs(pairs, key="pairs").pairs, FakeChat(), key="pairs"))
+        encoded = encode_pairs(load_pairs(pairs, key="pairs").pairs, FakeChat(), key="pairs")
+        algorithm.set_pairs(encoded)
     roles = Roles(
         rollouts={"policy": rollout or FakeRollout()},
         scorer=scorer or FakeScorer(),

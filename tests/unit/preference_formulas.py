@@ -6,12 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rayhf.losses.preference import (
-    PREFERENCE_LOSSES,
-)
-
-NAMES = sorted(PREFERENCE_LOSSES)
-
 
 @dataclass(frozen=True)
 class P:

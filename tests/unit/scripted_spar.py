@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.spar import SPaR
-from rayhf.config.spar import SPaRConfig
+from rayhf.algorithms.spar_config import SPaRConfig
 from rayhf.types import (
     Comparison,
     Completion,
@@ -158,7 +158,8 @@ def select(
     algorithm: SPaR, *groups: Group, seed: int = 1
 ) -> tuple[list[Example], list[Example], Mapping[str, float]]:
     """The actor's examples, the refiner's examples, the metrics."""
-    selection = algorithm.select(groups, SelectionContext(iteration=1, seed=seed))
+    context = SelectionContext(iteration=1, seed=seed, sampling=Sampling(max_tokens=8))
+    selection = algorithm.select(groups, context)
     actor = [e for e in selection.examples if e.objective == "policy"]
     refiner = [e for e in selection.examples if e.objective == "refiner"]
     return actor, refiner, selection.metrics

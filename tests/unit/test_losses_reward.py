@@ -138,7 +138,7 @@ def test_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sharding_changes_nothing(name: str) -> None:
+def test_sharding_does_not_change_the_loss(name: str) -> None:
     data = Data(6, name, 3)
     whole = LOSSES[name](*data.micro(range(6), data.totals))
     parts = [LOSSES[name](*data.micro(p, data.totals)) for p in ([0], [1, 2], [3, 4, 5])]
@@ -148,7 +148,7 @@ def test_sharding_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_order_of_pairs_changes_nothing(name: str) -> None:
+def test_order_of_pairs_does_not_matter(name: str) -> None:
     data = Data(5, name, 4)
     a = LOSSES[name](*data.micro(range(5), data.totals)).loss.item()
     assert LOSSES[name](*data.micro([3, 1, 4, 0, 2], data.totals)).loss.item() == pytest.approx(
@@ -173,7 +173,7 @@ def test_extreme_outputs_stay_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_picklable_and_reads_no_entropy(name: str) -> None:
+def test_picklable_without_entropy(name: str) -> None:
     assert pickle.loads(pickle.dumps(LOSSES[name])) == LOSSES[name]
     assert LOSSES[name].entropy == "off"
 
@@ -192,7 +192,7 @@ def test_accuracy_counts_a_tie_as_half() -> None:
 @settings(deadline=None)
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=2))
 def test_pairwise_treats_both_orders_alike(logits: list[float]) -> None:
-    """Turning every label round is turning every text round: the log-odds change sign and place."""
+    """Swapping every label equals swapping every pair: the log-odds change sign."""
     data = Data(1, "pairwise", 0)
     data.output = np.array(logits)[:, None]
     a = LOSSES["pairwise"](*data.micro([0], data.totals))
@@ -227,12 +227,12 @@ def test_general_preference_is_skew_symmetric(first: list[float], second: list[f
     )
 
 
-def test_general_preference_score_by_hand() -> None:
+def test_general_preference_score_example() -> None:
     a, b = torch.tensor([1.0, 2.0, 0.0, 1.0]), torch.tensor([3.0, 4.0, 5.0, 0.0])
     assert general_preference_score(a, b).item() == 2 * 3 - 1 * 4 + 1 * 5 - 0 * 0
 
 
-def test_one_block_holds_a_cycle() -> None:
+def test_one_block_represents_a_cycle() -> None:
     angles = torch.tensor([0.0, 2.0, 4.0]) * math.pi / 3
     v = torch.stack([angles.cos(), angles.sin()], -1)
     score = general_preference_score(v[:, None], v[None, :])
@@ -256,7 +256,7 @@ def test_refuses_settings(config: type[ObjectiveConfig], settings: dict[str, flo
         config.model_validate(settings)
 
 
-def test_refuses_another_head() -> None:
+def test_wrong_head_is_refused() -> None:
     data = Data(2, "general preference", 0)
     output_Td, micro = data.micro(range(2), data.totals)
     with pytest.raises(ValueError, match="reads one output per text, the score head has 4"):
@@ -267,7 +267,7 @@ def test_refuses_another_head() -> None:
         LOSSES["pairwise"](output_Td[:3], micro)
 
 
-def test_names_the_number_that_is_missing() -> None:
+def test_missing_value_is_named() -> None:
     data = Data(1, "margin", 0)
     output_Td, micro = data.micro([0], data.totals)
     bare = replace(micro, rows={}, examples={})

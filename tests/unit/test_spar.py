@@ -1,5 +1,4 @@
-"""SPaR with a scripted actor and refiner: what is asked, what is recorded, what is trained on.
-Token ids are characters."""
+"""SPaR with a scripted actor and refiner: requests, samples, training data."""
 
 from __future__ import annotations
 
@@ -30,14 +29,14 @@ from scripted_spar import (
 
 from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.spar import Dialogue, SPaR
+from rayhf.algorithms.spar_config import RefinerDataConfig, SPaRConfig
 from rayhf.algorithms.spar_data import judge_accuracy, refiner_examples
-from rayhf.config.spar import RefinerDataConfig, SPaRConfig
 from rayhf.learner.forward import build_micro
 from rayhf.losses.base import Totals
-from rayhf.types import Failed, Scored, derive_seed
+from rayhf.types import Failed, Sampling, Scored, derive_seed
 
 
-def test_one_journey_by_hand():
+def test_one_exploration_by_hand():
     algorithm, explorer = spar(), ScriptedContext(TWO_STEPS)
     group = explore(algorithm, explorer)
     actor, refiner, metrics = select(algorithm, group)
@@ -89,7 +88,7 @@ def test_one_journey_by_hand():
     assert {name: group.metrics[f"spar/{name}"] for name in expected} == pytest.approx(expected)
 
 
-def test_the_samples_are_the_tree():
+def test_samples_contain_the_tree():
     group = explore(spar(), ScriptedContext(TWO_STEPS))
     samples = group.samples
     assert [s.completion.text for s in samples if s.kind == "answer"] == ["good", "bad", "good"]
@@ -120,7 +119,7 @@ def test_the_samples_are_the_tree():
     assert all(s.outcome is None for s in samples if s.kind != "answer")
 
 
-def test_trained_texts_follow_exactly_what_the_refiner_read():
+def test_trained_texts_follow_the_refiners_context():
     for changes in ({}, {"refine_template": SPaRConfig().refine_template}):
         algorithm, explorer = spar(**changes), ScriptedContext(_random_refiner)
         groups = [explore(algorithm, explorer, make_prompt(f"task {i}")) for i in range(20)]
@@ -138,7 +137,7 @@ def _random_refiner(policy, context, draw):
     return rng.choice(["so yes", "so no", "so no", "hm"])
 
 
-def test_the_default_dialogue_has_three_turns_and_cuts_the_answer_out():
+def test_default_dialogue_has_three_turns_and_extracts_answer():
     def say(policy, context, draw):
         if not context:
             return "bad"
@@ -171,7 +170,7 @@ def test_the_default_dialogue_has_three_turns_and_cuts_the_answer_out():
     )  # unanimous votes teach nothing
 
 
-def test_who_is_asked_with_which_settings():
+def test_requests_have_the_settings_of_their_policy():
     explorer = ScriptedContext(TWO_STEPS)
     explore(
         spar(judge_temperature=0.4, refine_temperature=0.6, refiner={"max_tokens": 5}), explorer
@@ -190,20 +189,22 @@ def test_who_is_asked_with_which_settings():
 
 def test_policies_objectives_and_losses():
     separate, shared = spar(), spar(refiner={"shared": True})
-    assert (separate.policies, separate.trainee("policy"), separate.trainee("refiner")) == (
+    assert (
+        separate.policies,
+        separate.trained_policy("policy"),
+        separate.trained_policy("refiner"),
+    ) == (
         ("policy", "refiner"),
         "policy",
         "refiner",
     )
-    assert (shared.policies, shared.trainee("policy"), shared.trainee("refiner")) == (
+    assert (shared.policies, shared.trained_policy("policy"), shared.trained_policy("refiner")) == (
         ("policy",),
         "policy",
         "policy",
     )
     loss = separate.loss()
-    assert (loss.loss, loss.beta, loss.nll_coef) == ("sigmoid", 0.1, 0.1) and separate.loss(
-        "refiner"
-    ).needs_reference is False
+    assert (loss.config.type, loss.config.beta, loss.nll_coef) == ("sigmoid", 0.1, 0.1)
     assert (
         separate.train_schedule("refiner").epochs,
         separate.train_schedule("refiner").examples_per_step,
@@ -243,7 +244,7 @@ def test_both_objectives_give_finite_losses():
         assert all(math.isfinite(value.item()) for value in out.metrics.values())
 
 
-def test_a_judge_that_is_never_parsable_trains_nothing():
+def test_unparsable_judge_trains_nothing():
     algorithm = spar()
     group = explore(
         algorithm, ScriptedContext(scripted(["a", "b", "c"], {text: ["hm"] for text in "abc"}, {}))
@@ -260,7 +261,7 @@ def test_a_judge_that_is_never_parsable_trains_nothing():
     )
 
 
-def test_even_votes_discard_an_answer_and_nothing_is_refined_that_passes():
+def test_tied_votes_discard_and_passing_answers_are_not_refined():
     group = explore(
         spar(judge_votes=2),
         ScriptedContext(
@@ -272,7 +273,7 @@ def test_even_votes_discard_an_answer_and_nothing_is_refined_that_passes():
     assert not any("root" in s.stats for s in group.samples)
 
 
-def test_the_root_is_drawn_by_seed_among_the_failing():
+def test_root_is_drawn_by_seed_among_failing_answers():
     roots = set()
     for i in range(12):
         explorer = ScriptedContext(
@@ -289,7 +290,7 @@ def test_the_root_is_drawn_by_seed_among_the_failing():
     assert sum(s.kind == "judgement" for s in group.samples) == 9
 
 
-def test_a_search_that_ends_at_its_root_is_dropped_and_counted():
+def test_search_without_refinement_is_dropped_and_counted():
     algorithm = spar(gate=0.2)
     group = explore(algorithm, ScriptedContext(scripted(["bad"] * 3, {"bad": MOSTLY_NO}, {})))
     actor, refiner, metrics = select(algorithm, group)
@@ -301,7 +302,7 @@ def test_a_search_that_ends_at_its_root_is_dropped_and_counted():
     )
 
 
-def test_a_failed_search_trains_the_refiner_only():
+def test_failed_search_trains_only_the_refiner():
     algorithm = spar(depth=1)
     actor, refiner, metrics = select(algorithm, explore(algorithm, ScriptedContext(TWO_STEPS)))
     assert (
@@ -329,7 +330,7 @@ def test_without_search_one_refinement_is_judged_once():
     assert fine.metrics["spar/refined"] == 1
 
 
-def test_depth_first_is_another_order():
+def test_depth_first_search_has_another_order():
     explorer = ScriptedContext(TWO_STEPS)
     explore(spar(search="dfs"), explorer)
     refined = [
@@ -338,7 +339,7 @@ def test_depth_first_is_another_order():
     assert refined == ["bad", "y"]
 
 
-def test_cut_off_texts_have_no_verdict_and_no_answer():
+def test_truncated_texts_have_no_verdict_and_no_answer():
     words = scripted(
         ["bad"] * 3, {"bad": ["no", "no", "yes"], "x": YES}, {"bad": ["x...", "x", "   "]}
     )
@@ -350,7 +351,7 @@ def test_cut_off_texts_have_no_verdict_and_no_answer():
     assert dialogue.verdict(replace(cut, text="it is yes", finish_reason="stop")) is True
 
 
-def test_what_is_too_long_is_not_asked_and_is_counted():
+def test_too_long_contexts_are_skipped_and_counted():
     algorithm = spar()
     explorer = ScriptedContext(
         scripted(["a", "b" * 30, "c"], {"a": YES, "c": NO}, {}),
@@ -366,7 +367,7 @@ def test_what_is_too_long_is_not_asked_and_is_counted():
     assert all(len(context) < explorer.limit for _, context, _, _ in explorer.sampled)
 
 
-def test_the_scorer_only_measures():
+def test_scorer_does_not_affect_training():
     algorithm = spar()
     plain = explore(algorithm, ScriptedContext(TWO_STEPS))
     failed = explore(
@@ -377,10 +378,14 @@ def test_the_scorer_only_measures():
     )
     assert [
         e.rows[0].response_ids
-        for e in algorithm.select([plain], SelectionContext(iteration=1, seed=1)).examples
+        for e in algorithm.select(
+            [plain], SelectionContext(iteration=1, seed=1, sampling=Sampling(max_tokens=8))
+        ).examples
     ] == [
         e.rows[0].response_ids
-        for e in algorithm.select([failed], SelectionContext(iteration=1, seed=1)).examples
+        for e in algorithm.select(
+            [failed], SelectionContext(iteration=1, seed=1, sampling=Sampling(max_tokens=8))
+        ).examples
     ]
     truth = explore(
         algorithm,
@@ -396,7 +401,7 @@ def test_the_scorer_only_measures():
     assert judge_accuracy([graded]) == {}
 
 
-def test_arrival_order_changes_nothing():
+def test_arrival_order_does_not_matter():
     algorithm = spar()
     groups = [
         explore(algorithm, ScriptedContext(_random_refiner, delay=i > 0), make_prompt("task 3"))
@@ -442,7 +447,7 @@ def test_caps_draw_by_seed_and_repeats_are_counted():
     ] + len(whole)
 
 
-def test_a_tree_teaches_one_judgement_of_each_kind():
+def test_tree_gives_one_judgement_of_each_verdict():
     divided = ["a yes", "b no", "c no"]
     votes = {"bad": NO, "x": divided, "y": divided, "z": divided}
     words = scripted(["bad"] * 3, votes, {text: ["x", "y", "z"] for text in ("bad", "x", "y")})

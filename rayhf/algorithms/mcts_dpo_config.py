@@ -4,12 +4,29 @@ choice."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+import jinja2
+import jinja2.meta
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from rayhf.config.algorithms import ImportanceConfig, InitialReference, ReferenceSchedule
+from rayhf.config.algorithms import (
+    AlgorithmConfig,
+    ImportanceConfig,
+    InitialReference,
+    ReferenceSchedule,
+)
 from rayhf.config.base import Section
+from rayhf.config.registry import LOSSES
+from rayhf.losses.pairs import PairLossConfig
+from rayhf.losses.preference import SigmoidConfig
 
 SELF_EVALUATION_TEMPLATE = """\
 Here is a question and a worked answer, which may be unfinished. The answer stands between the two marks; whatever it says \
@@ -35,6 +52,12 @@ class OutcomeConfig(Section):
     wrong: float = -1.0
     """Paper."""
 
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if not self.wrong < self.correct:
+            raise ValueError(f"wrong: {self.wrong:g} must be below correct {self.correct:g}")
+        return self
+
 
 class SelfEvaluationConfig(Section):
     """The policy as its own critic: the share of yes among its verdicts is added to R (paper: its
@@ -56,11 +79,26 @@ class SelfEvaluationConfig(Section):
     the solution before it, as the authors' code always does (their self-evaluation is not one); use
     it to reproduce them, not to claim self-evaluation."""
 
+    @model_validator(mode="after")
+    def _check_template(self) -> Self:
+        try:
+            names = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(self.template))
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"template: line {error.lineno}: {error.message}") from None
+        known = {"question", "work"} | ({"answer"} if self.gold_conditioned_critic else set())
+        if unknown := sorted(names - known):
+            leak = " (the reference answer is a leak: gold_conditioned_critic must allow it)"
+            raise ValueError(
+                f"template uses {', '.join(unknown)}; expected only {', '.join(sorted(known))}"
+                f"{leak if 'answer' in unknown else ''}"
+            )
+        return self
 
-class MCTSDPOConfig(Section):
+
+class MCTSDPOConfig(AlgorithmConfig):
     """Preferences between sibling steps of a Monte Carlo tree, trained with DPO."""
 
-    type: Literal["mcts_dpo"] = "mcts_dpo"
+    type: str = "mcts_dpo"
 
     iterations: PositiveInt = 5
     """Of the search, per root (paper: K = 5; code: 64)."""
@@ -124,10 +162,18 @@ class MCTSDPOConfig(Section):
     """soft: label smoothing 1 / (N_better / N_worse + 1), at most 1/2 (paper; code clips). Needs
     loss sigmoid."""
 
-    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """Paper; ipo is in the code, hinge is ours."""
-    beta: PositiveFloat = 0.1
-    """Scripts of the code."""
+    loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
+    """Paper: sigmoid; beta 0.1 is from the code's scripts, which also have ipo."""
     reference: ReferenceSchedule = InitialReference()
     """Code: the initial policy, for the whole run."""
     importance: ImportanceConfig = ImportanceConfig()
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        loss = LOSSES.resolve(self.loss.type)
+        if self.labels == "soft" and not loss.accepts_soft_labels:
+            raise ValueError(
+                f"labels: soft needs a loss that accepts them, for example sigmoid, got "
+                f"{self.loss.type}; set labels to hard"
+            )
+        return self

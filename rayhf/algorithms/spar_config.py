@@ -22,8 +22,11 @@ from pydantic import (
     model_validator,
 )
 
-from rayhf.config.algorithms import PreviousReference, ReferenceSchedule
+from rayhf.config.algorithms import AlgorithmConfig, PreviousReference, ReferenceSchedule
 from rayhf.config.base import Section
+from rayhf.config.registry import LOSSES
+from rayhf.losses.pairs import PairLossConfig
+from rayhf.losses.preference import SigmoidConfig
 
 JUDGE_REQUEST = """\
 You check whether an answer does what its instruction asks. Take the requirements of the instruction one by one and say of each \
@@ -107,11 +110,10 @@ class RefinerDataConfig(Section):
     """Judgements of the actor's answers, majority no but not all."""
 
 
-class SPaRConfig(Section):
-    """Self-play with tree-search refinement: an actor answers, a refiner judges and rewrites, both
-    learn."""
+class SPaRConfig(AlgorithmConfig):
+    """Self-play with tree-search refinement (Cheng et al. 2024)."""
 
-    type: Literal["spar"] = "spar"
+    type: str = "spar"
     samples: PositiveInt = 5
     """Answers per prompt. (The source samples them with temperature 0.9 and top_p 0.9:
     rollout.*.)"""
@@ -139,7 +141,8 @@ class SPaRConfig(Section):
     max_nodes: PositiveInt = 15
     """Refinements per search. Ours: what bfs needs with branch 3, beam 2, depth 3 (the source's
     1000 never binds)."""
-    beta: PositiveFloat = 0.1
+    loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
+    """The actor's preference loss (the source: DPO with beta 0.1)."""
     nll_coef: NonNegativeFloat = 0.1
     """Weight of the chosen answer's negative log-likelihood, a mean per token."""
     reference: ReferenceSchedule = PreviousReference()
