@@ -191,7 +191,7 @@ def _mirrored(win_KK: Matrix) -> Matrix:
 
 
 class PreferenceModel(PairwiseScorer[PreferenceModelConfig]):
-    """A frozen preference model, pairwise or general_preference.
+    """A fitted model that compares completions, and may hold cycles.
 
     Raises ConfigError as check does, and for weights that do not fit.
     """

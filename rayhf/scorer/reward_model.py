@@ -44,7 +44,7 @@ class RewardModelConfig(ClassifierEntryConfig, PointwiseEntryConfig):
 
 
 class RewardModel(PointwiseScorer[RewardModelConfig]):
-    """A frozen reward model.
+    """A sequence classifier with one output, the score.
 
     Raises ConfigError for a model that has not exactly one output, lacks weights for its head, has
     no chat template, does not embed all of its tokenizer's ids, or whose scores depend on padding.
