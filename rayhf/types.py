@@ -9,7 +9,8 @@ something returns a new object.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -214,6 +215,45 @@ class Row:
             tokens={**self.tokens, **named},
             scalars=self.scalars,
         )
+
+
+GIVEN = -1
+"""`Row.sample` of a row whose response is not one of its group's samples."""
+
+
+def make_row(group: Group, index: int, *, score: float) -> Row:
+    """Return the training row of one sample, with its behavior log-probs."""
+    sample = group.samples[index]
+    completion = sample.completion
+    return Row(
+        prompt_id=group.prompt.prompt_id,
+        sample=index,
+        prompt_ids=group.prompt.token_ids if sample.context_ids is None else sample.context_ids,
+        response_ids=completion.token_ids,
+        tokens={"behavior_logp": np.asarray(completion.logprobs, dtype=np.float32)},
+        scalars={"score": score, "truncated": float(completion.finish_reason == "length")},
+    )
+
+
+def given_row(
+    prompt_id: str,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    *,
+    score: float = math.nan,
+) -> Row:
+    """Return the training row of a response that no policy of this campaign sampled.
+
+    Its behavior log-probs are unknown: NaN.
+    """
+    return Row(
+        prompt_id=prompt_id,
+        sample=GIVEN,
+        prompt_ids=tuple(prompt_ids),
+        response_ids=tuple(response_ids),
+        tokens={"behavior_logp": np.full(len(response_ids), np.nan, dtype=np.float32)},
+        scalars={"score": score, "truncated": 0.0},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,6 @@ loss       what the learner minimizes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +28,9 @@ from rayhf.types import (
     Invalid,
     Outcome,
     Prompt,
-    Row,
     Sample,
     Scored,
 )
-
-GIVEN = -1
-"""Row.sample of an answer that is not one of its round's samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,36 +258,3 @@ def learner_is_reference(schedule: ReferenceSchedule | None) -> bool:
 def needs_frozen_reference(algorithm: Algorithm) -> bool:
     """Whether the campaign has a reference role."""
     return algorithm.reference is not None and not learner_is_reference(algorithm.reference)
-
-
-def make_row(group: Group, index: int, *, score: float) -> Row:
-    """The training row of one sample, with its behavior log-probs."""
-    sample = group.samples[index]
-    completion = sample.completion
-    return Row(
-        prompt_id=group.prompt.prompt_id,
-        sample=index,
-        prompt_ids=group.prompt.token_ids if sample.context_ids is None else sample.context_ids,
-        response_ids=completion.token_ids,
-        tokens={"behavior_logp": np.asarray(completion.logprobs, dtype=np.float32)},
-        scalars={"score": score, "truncated": float(completion.finish_reason == "length")},
-    )
-
-
-def given_row(
-    prompt_id: str,
-    prompt_ids: Sequence[int],
-    response_ids: Sequence[int],
-    *,
-    score: float = math.nan,
-) -> Row:
-    """A row that no sampling policy of this campaign wrote as it stands: its behavior log-probs
-    are unknown (NaN)."""
-    return Row(
-        prompt_id=prompt_id,
-        sample=GIVEN,
-        prompt_ids=tuple(prompt_ids),
-        response_ids=tuple(response_ids),
-        tokens={"behavior_logp": np.full(len(response_ids), np.nan, dtype=np.float32)},
-        scalars={"score": score, "truncated": 0.0},
-    )

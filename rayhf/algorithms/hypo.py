@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rayhf.algorithms.base import Selection, SelectionContext, Stateless, make_row, sample_and_score
+from rayhf.algorithms.base import Selection, SelectionContext, Stateless, sample_and_score
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import HyPOConfig, InitialReference, ReferenceSchedule
 from rayhf.data.preferences import deal_pairs
 from rayhf.losses.base import Loss
 from rayhf.losses.hypo import HyPOLoss
-from rayhf.types import Example, Group, Prompt, Scored
+from rayhf.types import Example, Group, Prompt, Scored, make_row
 
 
 class HyPO(Stateless):

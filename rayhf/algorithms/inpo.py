@@ -10,20 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayhf.algorithms.base import (
-    Selection,
-    SelectionContext,
-    Stateless,
-    make_row,
-    sample_and_compare,
-    scored,
-)
+from rayhf.algorithms.base import Selection, SelectionContext, Stateless, sample_and_compare, scored
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.pair_selection import best_worst
 from rayhf.config.algorithms import INPOConfig, ReferenceSchedule
 from rayhf.losses.base import Loss
 from rayhf.losses.selfplay import INPOLoss
-from rayhf.types import Example, Group, Prompt
+from rayhf.types import Example, Group, Prompt, make_row
 
 
 class INPO(Stateless):

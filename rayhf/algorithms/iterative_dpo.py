@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rayhf.algorithms.base import GIVEN, Selection, SelectionContext
+from rayhf.algorithms.base import Selection, SelectionContext
 from rayhf.algorithms.online_dpo import OnlineDPO, Rng
 from rayhf.algorithms.pair_selection import (
     PairSelection,
@@ -24,7 +24,7 @@ from rayhf.algorithms.pair_selection import (
 )
 from rayhf.config.algorithms import IterativeDPOConfig
 from rayhf.data.preferences import deal_pairs
-from rayhf.types import Example, Group, derive_seed
+from rayhf.types import GIVEN, Example, Group, derive_seed
 
 
 class IterativeDPO(OnlineDPO):

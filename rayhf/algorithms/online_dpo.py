@@ -13,20 +13,13 @@ from functools import partial
 import numpy as np
 
 from rayhf.algorithms.advantages import missing_eos_penalty
-from rayhf.algorithms.base import (
-    Selection,
-    SelectionContext,
-    Stateless,
-    make_row,
-    sample_and_score,
-    scored,
-)
+from rayhf.algorithms.base import Selection, SelectionContext, Stateless, sample_and_score, scored
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.pair_selection import PairSelection, all_pairs, best_random, best_worst
 from rayhf.config.algorithms import IterativeDPOConfig, OnlineDPOConfig, ReferenceSchedule
 from rayhf.losses.base import Loss
 from rayhf.losses.preference import PreferenceLoss
-from rayhf.types import Example, Group, Prompt, derive_seed
+from rayhf.types import Example, Group, Prompt, derive_seed, make_row
 
 Rng = Callable[[], np.random.Generator]
 """Most rules draw nothing, and a generator costs more than their pairs."""

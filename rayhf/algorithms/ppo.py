@@ -28,20 +28,13 @@ from rayhf.algorithms.advantages import (
     token_rewards,
     whiten,
 )
-from rayhf.algorithms.base import (
-    Selection,
-    SelectionContext,
-    Stateless,
-    make_row,
-    sample_and_score,
-    scored,
-)
+from rayhf.algorithms.base import Selection, SelectionContext, Stateless, sample_and_score, scored
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import InitialReference, PPOConfig, ReferenceSchedule
 from rayhf.losses.base import Loss
 from rayhf.losses.policy import PolicyLoss
 from rayhf.losses.value import ValueLoss
-from rayhf.types import Example, Group, Prompt, Row
+from rayhf.types import Example, Group, Prompt, Row, make_row
 
 
 class PPO(Stateless):

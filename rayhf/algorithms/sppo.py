@@ -13,20 +13,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from rayhf.algorithms.base import (
-    Selection,
-    SelectionContext,
-    Stateless,
-    make_row,
-    sample_and_compare,
-    scored,
-)
+from rayhf.algorithms.base import Selection, SelectionContext, Stateless, sample_and_compare, scored
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import ReferenceSchedule, SPPOConfig
 from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss
 from rayhf.losses.selfplay import SPPOLoss
-from rayhf.types import Example, Group, Prompt
+from rayhf.types import Example, Group, Prompt, make_row
 
 
 class SPPO(Stateless):

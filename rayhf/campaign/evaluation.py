@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from rayhf.algorithms.base import make_row
 from rayhf.errors import ScorerError
 from rayhf.roles import Reference, Rollout, Scorer
 from rayhf.types import (
@@ -22,6 +21,7 @@ from rayhf.types import (
     Scored,
     ScoreRequest,
     derive_seed,
+    make_row,
 )
 
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayhf.algorithms.base import given_row
 from rayhf.data.prompts import Chat, deal, parse_messages, prompt_id, read_rows
 from rayhf.errors import ConfigError
-from rayhf.types import Example, Message
+from rayhf.types import Example, Message, given_row
 
 _DEALING_SEED = 20240503
 """Any number: it fixes the order in which given pairs are dealt."""

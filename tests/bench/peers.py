@@ -123,11 +123,19 @@ def agreement(turns: Turns) -> None:
     import numpy as np
 
     from launch.local import ray_cluster
-    from rayhf.algorithms.base import make_row
     from rayhf.config.load import validate
     from rayhf.planning.preflight import prepare
     from rayhf.run_dir.store import RunDir
-    from rayhf.types import Batch, Example, GenerateRequest, Group, Sample, Sampling, Scored
+    from rayhf.types import (
+        Batch,
+        Example,
+        GenerateRequest,
+        Group,
+        Sample,
+        Sampling,
+        Scored,
+        make_row,
+    )
 
     spec = turns.spec
     data = campaign(spec, Path(f"run-{os.getpid()}"))

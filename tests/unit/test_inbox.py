@@ -111,8 +111,8 @@ def test_peoples_verdicts_are_trained_on_once_with_their_lineage(tmp_path):
 )
 def test_every_loop_that_trains_on_pairs_takes_labels(tmp_path, algorithm):
     from rayhf.algorithms import build_algorithm
-    from rayhf.algorithms.base import SelectionContext, given_row
-    from rayhf.types import Example
+    from rayhf.algorithms.base import SelectionContext
+    from rayhf.types import Example, given_row
 
     config = make_config(tmp_path, algorithm=algorithm)
     loop = build_algorithm(config.algorithm, max_tokens=8)
