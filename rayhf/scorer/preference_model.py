@@ -43,6 +43,7 @@ from rayhf.types import (
     Outcome,
     Scored,
     ScoreRequest,
+    win_rates,
 )
 
 SCORER_FILE = "rayhf_scorer.json"
@@ -52,6 +53,9 @@ Kind = Literal["pointwise", "pairwise", "general_preference"]
 Matrix = npt.NDArray[np.float64]
 Row = tuple[int, ...]
 Problem = Invalid | Failed
+_ALONE = Invalid(
+    reason="there is no other answer to compare with; a preference model needs at least two"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,8 +279,13 @@ class PreferenceModel:
         """
         results: list[tuple[Outcome, ...]] = []
         for win, problems in self._judge(requests):
-            others = np.where(np.eye(len(win), dtype=bool), np.nan, win)
-            results.append(tuple(_mean_win(others[i], problems.get(i)) for i in range(len(win))))
+            rates = win_rates(win, include_self=False)
+            results.append(
+                tuple(
+                    Scored(value=float(rate)) if np.isfinite(rate) else problems.get(i, _ALONE)
+                    for i, rate in enumerate(rates)
+                )
+            )
         return results
 
     def close(self) -> None:
@@ -367,12 +376,3 @@ class PreferenceModel:
             output = model.score(hidden[torch.arange(len(rows), device=device), last])
         result: Matrix = output.double().cpu().numpy()
         return result
-
-
-def _mean_win(win: Matrix, problem: Problem | None) -> Outcome:
-    known = win[np.isfinite(win)]
-    if known.size:
-        return Scored(value=float(known.mean()))
-    return problem or Invalid(
-        reason="there is no other answer to compare with; a preference model needs at least two"
-    )
