@@ -1,18 +1,19 @@
-"""The refinement search on toy trees: a text is its path from the root, "r" -> "r0", "r1", "r2" ->
-"r00" ..."""
+"""Refinement search on toy trees.
+
+A text is its path from the root: "r" -> "r0", "r1", "r2" -> "r00" ...
+"""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayhf.search.refine import Draft, RefineLimits, RefineVerdict, refine_search, root_node
+from rayhf.search.refine import Draft, RefineSettings, RefineVerdict, refine_search, root_node
 
-LIMITS = RefineLimits(
+SETTINGS = RefineSettings(
     branch=3, beam=2, depth=3, gate=0.5, max_nodes=1000, refine_retries=2, judge_retries=2
 )
 
@@ -51,13 +52,11 @@ class Toy:
         return said.pop(0) if isinstance(said, list) else votes(said)
 
 
-def search(toy, *, order="bfs", root=1, limits=LIMITS, known=None, **changes):
+def search(toy, *, root=1, known=None, **changes):
     start = root_node("r", votes(root), source=7)
-    limits = replace(limits, **changes)
+    settings = RefineSettings.model_validate(SETTINGS.model_dump() | changes)
     return asyncio.run(
-        refine_search(
-            start, refine=toy.refine, judge=toy.judge, limits=limits, order=order, known=known
-        )
+        refine_search(start, refine=toy.refine, judge=toy.judge, settings=settings, known=known)
     )
 
 
@@ -96,12 +95,12 @@ def test_a_level_is_judged_whole_and_its_best_passes():
 
 def test_depth_first_follows_the_best_and_comes_back():
     toy = Toy({"r2": 2, "r21": 2, "r120": 4})
-    tree = search(toy, order="dfs")
+    tree = search(toy, search="dfs")
     expanded = [batch[0][0] for batch in toy.refined]
     assert expanded == ["r", "r2", "r21", "r20", "r0", "r00", "r01"]
     assert not tree.passed and tree.nodes[tree.final].text == "r2"
     toy = Toy({"r2": 2, "r0": 2, "r012": 3})
-    tree = search(toy, order="dfs")
+    tree = search(toy, search="dfs")
     assert [batch[0][0] for batch in toy.refined] == ["r", "r0", "r00", "r01"]
     assert tree.passed and tree.nodes[tree.final].text == "r012" and tree.tried == 12
 
@@ -118,13 +117,13 @@ def test_depth_first_follows_the_best_and_comes_back():
 )
 def test_the_budget_counts_refinements_and_favours_the_better_parent(order, budget, asked):
     toy = Toy()
-    tree = search(toy, order=order, max_nodes=budget)
+    tree = search(toy, search=order, max_nodes=budget)
     assert toy.refined == asked
     assert tree.tried == budget and len(tree.nodes) == budget + 1
 
 
 def test_a_budget_of_the_default_tree_never_binds():
-    assert texts(search(Toy())) == texts(search(Toy(), max_nodes=RefineLimits().max_nodes))
+    assert texts(search(Toy())) == texts(search(Toy(), max_nodes=RefineSettings().max_nodes))
 
 
 def test_the_gate_must_be_passed_not_met():
@@ -136,7 +135,7 @@ def test_the_gate_must_be_passed_not_met():
 @pytest.mark.parametrize("order", ["bfs", "dfs"])
 def test_a_root_that_passes_is_its_own_answer(order):
     toy = Toy()
-    tree = search(toy, order=order, root=2, gate=0.3)
+    tree = search(toy, search=order, root=2, gate=0.3)
     assert (tree.passed, tree.final, tree.tried, toy.refined, toy.judged) == (True, 0, 0, [], [])
 
 
@@ -168,9 +167,9 @@ def test_even_votes_are_asked_for_again_and_then_dropped():
 def test_a_judge_that_never_answers_ends_the_search(order):
     toy = Toy(dict.fromkeys(["r0", "r1", "r2"], RefineVerdict(yes=0, no=0, unparsable=5)))
     toy._verdict = toy.yes.get
-    tree = search(toy, order=order)
+    tree = search(toy, search=order)
     assert (texts(tree), tree.passed, tree.final, tree.dropped) == (["r"], False, 0, 3)
-    assert len(toy.judged) == 1 + LIMITS.judge_retries and len(toy.refined) == 1
+    assert len(toy.judged) == 1 + SETTINGS.judge_retries and len(toy.refined) == 1
 
 
 def test_refinements_without_the_form_are_asked_for_again():
@@ -224,12 +223,10 @@ def test_whatever_the_votes_the_tree_keeps_its_promises(
         )
         return made
 
-    limits = RefineLimits(branch=branch, beam=beam, depth=depth, gate=gate, max_nodes=budget)
-    tree, again = (
-        search(toy(), order=order, root=0, limits=limits),
-        search(toy(), order=order, root=0, limits=limits),
-    )
-    assert tree == again
+    limits = {"branch": branch, "beam": beam, "depth": depth, "gate": gate, "max_nodes": budget}
+    retries = {"refine_retries": 3, "judge_retries": 3}
+    tree = search(toy(), search=order, root=0, **limits, **retries)
+    assert tree == search(toy(), search=order, root=0, **limits, **retries)
     assert tree.tried <= budget and tree.tried == len(tree.nodes) - 1
     for node in tree.nodes[1:]:
         parent = tree.nodes[node.parent]
