@@ -13,7 +13,7 @@ from dataclasses import replace
 from rayhf.algorithms.base import Selection, SelectionContext, Stateless, sample_and_score
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import HyPOConfig, InitialReference, ReferenceSchedule
-from rayhf.data.preferences import deal_pairs
+from rayhf.data.preferences import iteration_pairs
 from rayhf.losses.base import Loss
 from rayhf.losses.hypo import HyPOLoss
 from rayhf.types import Example, Group, Prompt, Scored, make_row
@@ -40,7 +40,7 @@ class HyPO(Stateless):
         return await sample_and_score(prompt, context, self.config.samples)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
-        given = deal_pairs(
+        given = iteration_pairs(
             self._given,
             share=self.config.offline.share,
             prompts=len(groups),

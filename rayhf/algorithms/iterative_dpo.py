@@ -23,7 +23,7 @@ from rayhf.algorithms.pair_selection import (
     rso_accept,
 )
 from rayhf.config.algorithms import IterativeDPOConfig
-from rayhf.data.preferences import deal_pairs
+from rayhf.data.preferences import iteration_pairs
 from rayhf.types import GIVEN, Example, Group, derive_seed
 
 
@@ -75,7 +75,7 @@ class IterativeDPO(OnlineDPO):
             )
             earlier += [_mark(e, iterations_back=back) for e in drawn]
         offline = self.iterative.offline
-        given = deal_pairs(
+        given = iteration_pairs(
             self._given,
             share=offline.share if offline else 0.0,
             prompts=len(groups),

@@ -24,7 +24,8 @@ from rayhf.campaign.training import Trainer
 from rayhf.config.algorithms import EmaReference, InitialReference
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import is_pairwise
-from rayhf.data.prompts import Chat, PromptSet, deal, parse_prompt
+from rayhf.data.chat import Chat
+from rayhf.data.prompts import PromptSet, iteration_batch, parse_prompt
 from rayhf.errors import ConfigError, InterruptedRunError, PausedError
 from rayhf.exploration.journal import Journal
 from rayhf.exploration.metrics import FailureBudget, exploration_metrics
@@ -221,7 +222,7 @@ class Controller:
     def _prompts_of(self, iteration: int) -> list[Prompt]:
         """The round's prompts: those that people handed in take the places of dealt ones."""
         batch = self.config.prompts.batch
-        dealt = deal(
+        dealt = iteration_batch(
             self.data.prompts.prompts, batch=batch, iteration=iteration, seed=self.config.seed
         )
         added: dict[str, Prompt] = {}
@@ -432,7 +433,7 @@ class Controller:
             self.store.rewind(-1)
             return
         state = checkpoint.state
-        check_data(state, self.config, prompts=self.data.prompts.fingerprint, pairs=self.data.pairs)
+        check_data(state, prompts=self.data.prompts.fingerprint, pairs=self.data.pairs)
         self.store.rewind(checkpoint.iteration)
         self.iteration = int(state["iteration"])
         self.versions = {policy: int(version) for policy, version in state["versions"].items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,9 +24,10 @@ from rayhf.config.algorithms import (
     PPOConfig,
     SPPOConfig,
 )
-from rayhf.config.base import Name, Section
+from rayhf.config.base import Name, PluginConfig, Section
 from rayhf.config.guards import GuardsConfig
 from rayhf.config.mcts_dpo import MCTSDPOConfig
+from rayhf.config.registry import SOURCES
 from rayhf.config.scorers import ScorerConfig, ScorerEntry
 from rayhf.config.service import ServiceConfig
 from rayhf.config.spar import SPaRConfig
@@ -97,15 +99,26 @@ class PolicyConfig(Section):
     """Prompt plus response, in tokens. Default: the model's own limit."""
 
 
+def _file_of_path(value: object) -> object:
+    return {"type": "file", "path": value} if isinstance(value, str | Path) else value
+
+
+PromptSource = Annotated[PluginConfig, SOURCES, BeforeValidator(_file_of_path)]
+"""A path, short for `{type: file, path: ...}`, or the `type` and settings of another source."""
+
+
 class PromptsConfig(Section):
-    train: Path
-    """JSONL or Parquet with `prompt` (string) or `messages` (list of role/content), optional
-    `answer`."""
-    heldout: Path | None = None
+    """What the policy is prompted with."""
+
+    train: PromptSource
+    """Training prompts: the path of a JSONL or Parquet file with `prompt` (string) or `messages`
+    (list of role/content) and optional `answer`, or a source with its `type` and settings."""
+    heldout: PromptSource | None = None
+    """Evaluation prompts, like train. Default: no evaluation."""
     task: Name = "heldout"
     """Name of the held-out task in metrics: eval/<task>/..."""
     batch: PositiveInt = 64
-    """Prompts per round: the one batch unit."""
+    """Prompts per iteration: the one batch unit."""
     game: Path | None = None
     """A game file: {"answers": [...], "preference": [[P(i beats j)]]}. The policy's exact
     exploitability on held-out prompts is then measured after every round."""
@@ -254,8 +267,8 @@ class ClusterConfig(Section):
 class EvaluationConfig(Section):
     """A further held-out evaluation, under its own task name."""
 
-    prompts: Path
-    """Like prompts.heldout."""
+    prompts: PromptSource
+    """Evaluation prompts, like prompts.train."""
     scorer: tuple[ScorerEntry, ...] = Field(min_length=1)
     policy: Name = "policy"
     """Which of the campaign's policies answers, for algorithms that train several; the only one

@@ -7,6 +7,7 @@ and no cluster.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,12 @@ from rayhf.algorithms import build_algorithm
 from rayhf.algorithms.base import Algorithm
 from rayhf.campaign.controller import CampaignData
 from rayhf.config.algorithms import IterativeDPOConfig, PPOConfig
+from rayhf.config.base import PluginConfig
 from rayhf.config.schema import CampaignConfig
+from rayhf.data.chat import Chat
 from rayhf.data.preferences import encode_pairs, load_pairs
-from rayhf.data.prompts import Chat, PromptSet, load_prompts
+from rayhf.data.prompts import PromptSet, load_prompts
+from rayhf.data.readers import open_source
 from rayhf.errors import ConfigError
 from rayhf.models.source import (
     load_tokenizer,
@@ -156,19 +160,18 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     algorithm, derived = check_settings(config)
     max_length = _check_models(config, algorithm, base)
     tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
-    prompts = _load(config, base / config.prompts.train, tokenizer, "prompts.train", max_length)
+    load = partial(_load, config, tokenizer=tokenizer, max_length=max_length, base=base)
+    prompts = load(config.prompts.train, key="prompts.train")
     if len(prompts.prompts) < config.prompts.batch:
         raise ConfigError(
-            f"prompts.batch is {config.prompts.batch}, but {config.prompts.train} has only {len(prompts.prompts)} different "
+            f"prompts.batch is {config.prompts.batch}, but {prompts.label} has only {len(prompts.prompts)} different "
             f"prompts; expected at most {len(prompts.prompts)}"
         )
     _check_shards(config, len(prompts.prompts))
     chat = Chat(tokenizer, max_length=max_length)
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
-        loaded = _load(
-            config, base / config.prompts.heldout, tokenizer, "prompts.heldout", max_length
-        )
+        loaded = load(config.prompts.heldout, key="prompts.heldout")
         heldout = loaded.prompts[: config.run.eval_prompts]
     check_entries(config.scorer.train, base, combine=config.scorer.combine)
     if heldout:
@@ -181,7 +184,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         where = f"evaluations.{task}"
         check_entries(eval_suite.scorer, base, where=f"{where}.scorer")
         check_heldout(eval_suite.scorer, where=f"{where}.scorer")
-        loaded = _load(config, base / eval_suite.prompts, tokenizer, f"{where}.prompts", max_length)
+        loaded = load(eval_suite.prompts, key=f"{where}.prompts")
         eval_suites[task] = loaded.prompts[: config.run.eval_prompts]
     pairs = None
     if algorithm.pair_file is not None:
@@ -220,7 +223,7 @@ def _check_shards(config: CampaignConfig, prompts: int) -> None:
     ):
         raise ConfigError(
             f"algorithm.disjoint_iterations: {config.run.iterations} rounds of {config.prompts.batch} prompts need {needed}, but "
-            f"{config.prompts.train} has {prompts}; expected prompts.batch of at most {prompts // config.run.iterations}, or "
+            f"prompts.train has {prompts}; expected prompts.batch of at most {prompts // config.run.iterations}, or "
             "disjoint_iterations: false"
         )
 
@@ -268,13 +271,18 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
 
 def _load(
     config: CampaignConfig,
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    source: PluginConfig,
+    *,
     key: str,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    base: Path,
 ) -> PromptSet:
     return load_prompts(
-        path, tokenizer, key=key, max_prompt_tokens=max_length - config.rollout.max_tokens
+        open_source(source, base=base, key=key),
+        tokenizer,
+        key=key,
+        max_prompt_tokens=max_length - config.rollout.max_tokens,
     )
 
 

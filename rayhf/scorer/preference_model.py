@@ -30,7 +30,7 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 
-from rayhf.data.prompts import disarming, special_tokens
+from rayhf.data.chat import special_token_escaper, special_tokens
 from rayhf.errors import ConfigError
 from rayhf.models.source import refuse_own_code
 from rayhf.scorer.classifier import load_classifier, one_line, pack, read_json
@@ -143,7 +143,7 @@ class Reader:
     """Conversations as token ids, the same way in training and in serving."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._disarm = tokenizer, disarming(tokenizer)
+        self._tokenizer, self._disarm = tokenizer, special_token_escaper(tokenizer)
         self._forbidden = re.compile(
             "|".join([*map(re.escape, special_tokens(tokenizer)), "<(?=<<)"])
         )
