@@ -1,8 +1,7 @@
-"""The recipe of the arithmetic task: prompts, a policy that learned the steps and then learned to
-slip, its accuracy.
+"""Recipe of the arithmetic task: prompts, a policy trained to work in steps, its accuracy.
 
-In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and what was
-measured. Two phases of supervised training: clean demonstrations first, because noise makes the
+In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and measured
+figures. Supervised training has two phases: clean demonstrations first, because noise makes the
 facts slow to learn, and then demonstrations with slips, which set how often the policy errs when
 sampled. Greedy decoding stays far better.
 """
@@ -19,7 +18,8 @@ from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 from rayhf.tiny.world import write_rows
 
 HELDOUT, TRAIN, DEMONSTRATED = 500, 4000, 8000
-"""Questions. Demonstrations cover the training prompts and as many again, never a held-out one."""
+"""Number of questions. Demonstrations cover the training prompts and as many others, never a
+held-out one."""
 SIZE = ModelSize(hidden=160, layers=3, intermediate=448)
 CLEAN = Phase(steps=800, batch=32, lr=2.5e-3, lr_end=8e-4)
 SLIPPING = Phase(steps=150, batch=32, lr=1e-3, lr_end=1e-4)
@@ -29,7 +29,7 @@ MAX_TOKENS = 48
 def make(
     directory: Path, seed: int, progress: Callable[[str, float], None]
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns (sizes, measured)."""
+    """Build the task into `directory`; return (sizes, measured figures)."""
     progress("prompts", 0.0)
     stream = arithmetic.chains(seed)
     heldout = list(islice(stream, HELDOUT))

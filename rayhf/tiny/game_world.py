@@ -1,8 +1,7 @@
-"""The recipe of the game task: prompts, a policy that plays the opening distribution, the game
-file, pairs with labels.
+"""Recipe of the game task: prompts, a policy that plays OPENING, the game file, labeled pairs.
 
 In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, game.json, and
-what was measured.
+measured figures.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ MAX_TOKENS = 8
 def make(
     directory: Path, seed: int, progress: Callable[[str, float], None]
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns (sizes, measured)."""
+    """Build the task into `directory`; return (sizes, measured figures)."""
     progress("prompts", 0.0)
     every = list(game.prompts(seed))
     heldout, shown = every[:HELDOUT], every[HELDOUT : HELDOUT + TRAIN]

@@ -1,9 +1,9 @@
-"""The recipe of the words task: prompts, a mediocre policy, pairs of its samples, a reward model on
-the pairs.
+"""Recipe of the words task: prompts, a mediocre policy, pairs of its samples, a reward model.
 
-In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and what was
-measured. Clean demonstrations come first: what belongs to a topic is slow to learn from mediocre
-ones alone. The true preference draws the pairs' labels and measures; it trains nothing.
+In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and measured
+figures. Clean demonstrations come first, because the words of a topic are slow to learn from
+mediocre ones alone. The true preference is used to draw the labels of the pairs and to measure; no
+model is trained on it directly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_TOKENS = 32
 def make(
     directory: Path, seed: int, progress: Callable[[str, float], None]
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns (sizes, measured)."""
+    """Build the task into `directory`; return (sizes, measured figures)."""
     progress("prompts", 0.0)
     stream = words.prompts(seed)
     heldout, shown = list(islice(stream, HELDOUT)), list(islice(stream, TRAIN))
@@ -142,8 +142,7 @@ def make(
 def label(
     prompts: Sequence[str], drafts: Sequence[Sequence[tuple[str, str]]], rng: random.Random
 ) -> tuple[list[PreferencePair], list[bool]]:
-    """Noisy labels for two drafts of each prompt, and whether each label agrees with the true
-    preference."""
+    """Return a labeled pair per prompt, and whether each label agrees with the true preference."""
     pairs, agreed = [], []
     for prompt, first, second in zip(prompts, *drafts, strict=True):
         values = [

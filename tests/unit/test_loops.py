@@ -220,7 +220,9 @@ def test_disjoint_rounds_are_promised_or_refused(tmp_path):
     from rayhf.planning.preflight import _check_shards
 
     config = make_config(tmp_path, algorithm={"type": "iterative_dpo"})
-    with pytest.raises(ConfigError, match=r"16, but prompts.train has 12; expected prompts.batch of at most 3"):
+    with pytest.raises(
+        ConfigError, match=r"16, but prompts.train has 12; expected prompts.batch of at most 3"
+    ):
         _check_shards(config, 12)
     _check_shards(config, 16)
 

@@ -1,5 +1,7 @@
-"""The task of instructions: its rule against hand-made answers, its demonstrations against its
-rule; nothing is trained."""
+"""The instructions task: its rules on hand-made responses, its demonstrations against its rules.
+
+Nothing is trained.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import jinja2
 import pytest
@@ -60,17 +63,17 @@ def test_each_constraint_is_checked_on_its_own(completion: str, broken: str) -> 
     assert instructions.judge_truth(parse(FULL), completion) == ("no" if broken else "yes")
 
 
-def test_what_is_not_asked_for_is_free() -> None:
+def test_the_rest_of_a_response_is_free() -> None:
     assert satisfied("owl fox dog", "Write 3 animals") == 1.0
     assert satisfied("owl fox owl ?", "Write 3 animals") == 1.0
 
 
-def test_truncation_costs_everything() -> None:
+def test_a_truncated_response_scores_zero() -> None:
     assert satisfied("owl fox dog !") == 1.0
     assert satisfied("owl fox dog !", finish_reason="length") == 0.0
 
 
-def test_a_judgement_says_what_holds_and_slips_where_told() -> None:
+def test_a_judgement_states_what_holds_and_slips_as_requested() -> None:
     one = parse(SHORT)
     notes = "> owl first cat nowhere dog\n3 animals ok\nfirst ok\nnowhere no\nends no\nVerdict: no"
     assert judgement(one, "owl cat dog") == notes
@@ -101,12 +104,12 @@ def test_a_judgement_says_what_holds_and_slips_where_told() -> None:
         "Judge: Write 3 animals",
     ],
 )
-def test_what_is_no_instruction_is_refused(prompt: str) -> None:
+def test_a_prompt_that_is_no_instruction_is_refused(prompt: str) -> None:
     with pytest.raises(ConfigError, match="is no instruction, expected one like"):
         satisfied("owl fox dog", prompt)
 
 
-def test_instructions_differ_and_are_read_back() -> None:
+def test_instructions_differ_and_can_be_parsed() -> None:
     assert len({one.prompt for one in ASKED}) == len(ASKED)
     for one in ASKED:
         assert parse(one.prompt) == one
@@ -126,12 +129,13 @@ def test_instructions_differ_and_are_read_back() -> None:
 def test_everything_follows_from_the_seed() -> None:
     assert list(itertools.islice(instructions.instructions(0), 50)) == ASKED[:50]
     assert list(itertools.islice(instructions.instructions(1), 50)) != ASKED[:50]
-    for make in (lambda seed: instructions.demonstrations(ASKED[:50], seed, slipping=True),
-                 lambda seed: instructions.judgement_rows(ASKED[:50], seed)):  # fmt: skip
-        assert make(0) == make(0) != make(1)
+    demonstrate = partial(instructions.demonstrations, ASKED[:50], slipping=True)
+    assert demonstrate(0) == demonstrate(0) != demonstrate(1)
+    judge = partial(instructions.judgement_rows, ASKED[:50])
+    assert judge(0) == judge(0) != judge(1)
 
 
-def test_a_response_breaks_exactly_what_it_is_told_to() -> None:
+def test_a_response_breaks_exactly_the_requested_constraints() -> None:
     rng = random.Random(0)
     for one in [*ASKED[:1000], parse(FULL)]:
         for size in range(len(one.kinds) + 1):
@@ -147,7 +151,7 @@ def test_a_response_breaks_exactly_what_it_is_told_to() -> None:
             assert len(set(words)) == len(words)
 
 
-def test_a_refinement_keeps_what_was_good() -> None:
+def test_a_refinement_keeps_the_valid_animals() -> None:
     rng = random.Random(0)
     one = parse(SHORT)
     assert compose(one, set(), rng, draft="owl hen yak") == "owl hen yak !"
@@ -161,7 +165,7 @@ def test_a_refinement_keeps_what_was_good() -> None:
     ).startswith("yak fox hen ")
 
 
-def test_demonstrations_slip_at_their_rates() -> None:
+def test_demonstrations_have_their_rates_of_slips() -> None:
     rows = instructions.demonstrations(ASKED, 0, slipping=True)
     assert [prompt for prompt, _ in rows["act"]] == [one.prompt for one in ASKED]
     kinds = sum(len(one.kinds) for one in ASKED)
@@ -184,7 +188,7 @@ def test_demonstrations_slip_at_their_rates() -> None:
     assert flips / kinds == pytest.approx(instructions.JUDGE_SLIP, abs=0.015)
 
 
-def test_clean_demonstrations_are_right() -> None:
+def test_clean_demonstrations_are_correct() -> None:
     rows = instructions.demonstrations(ASKED[:500], 0, slipping=False)
     for one, acted, refined in zip(ASKED[:500], rows["act"], rows["refine"], strict=True):
         assert satisfied(acted[1], one.prompt) == satisfied(refined[1], one.prompt) == 1.0
@@ -261,7 +265,10 @@ def test_a_judgement_without_a_true_verdict_is_refused(answer: str | None) -> No
 
 
 def test_the_rule_module_imports_no_torch() -> None:
-    code = "import sys, rayhf.tiny.instructions; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, rayhf.tiny.instructions; "
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
