@@ -50,7 +50,8 @@ class Chain:
 
         With zeros it is correct.
         """
-        lines, total = [], self.terms[0]
+        lines = []
+        total = self.terms[0]
         for term, slip in zip(self.terms[1:], slips, strict=True):
             result = total + term + slip
             lines.append(f"{total}{term:+d}={result}")
@@ -87,8 +88,8 @@ def demonstrations(
     The slips differ between repetitions of a question.
     """
     rng = random.Random(f"arithmetic demonstrations {seed} {rate}")
-    picked = (questions[index % len(questions)] for index in range(count))
-    return [(chain.prompt, chain.worked(draw_slips(chain, rng, rate=rate))) for chain in picked]
+    repeated = (questions[index % len(questions)] for index in range(count))
+    return [(chain.prompt, chain.worked(draw_slips(chain, rng, rate=rate))) for chain in repeated]
 
 
 def correct(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:

@@ -31,15 +31,15 @@ _PLAYERS = ("Ann", "Ben", "Cem", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivo", "J
 
 def prompts(seed: int) -> Iterator[str]:
     """Yield every prompt once, in an order that depends on the seed."""
-    every = [
+    questions = [
         f"{one} plays {two} in the {place}. Your move?"
         for one in _PLAYERS
         for two in _PLAYERS
         if one != two
         for place in _PLACES
     ]
-    random.Random(f"game prompts {seed}").shuffle(every)
-    yield from every
+    random.Random(f"game prompts {seed}").shuffle(questions)
+    yield from questions
 
 
 def beats(first: str, second: str, *, prompt: str, answer: str | None) -> float:
@@ -47,12 +47,12 @@ def beats(first: str, second: str, *, prompt: str, answer: str | None) -> float:
 
     A text that is not a move loses to every move; two such texts draw.
     """
-    kinds = [
+    moves = [
         ANSWERS.index(text.strip()) if text.strip() in ANSWERS else None for text in (first, second)
     ]
-    if kinds[0] is None or kinds[1] is None:
-        return 0.5 + 0.5 * ((kinds[0] is not None) - (kinds[1] is not None))
-    return PREFERENCE[kinds[0]][kinds[1]]
+    if moves[0] is None or moves[1] is None:
+        return 0.5 + 0.5 * ((moves[0] is not None) - (moves[1] is not None))
+    return PREFERENCE[moves[0]][moves[1]]
 
 
 def legal(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
@@ -65,10 +65,11 @@ def draw_pairs(questions: list[str], seed: int) -> list[dict[str, str]]:
     if not questions:
         raise ConfigError("game: no questions to draw pairs for")
     rng = random.Random(f"game pairs {seed}")
-    kinds, weights = list(PAIR_WEIGHTS), list(PAIR_WEIGHTS.values())
+    comparisons = list(PAIR_WEIGHTS)
+    weights = list(PAIR_WEIGHTS.values())
     rows = []
     for question in questions:
-        better, worse = rng.choices(kinds, weights)[0]
+        better, worse = rng.choices(comparisons, weights)[0]
         if rng.random() >= PREFERENCE[better][worse]:
             better, worse = worse, better
         rows.append({"prompt": question, "chosen": ANSWERS[better], "rejected": ANSWERS[worse]})

@@ -69,7 +69,7 @@ _PHRASES = {
     "mark": "{} ends",
 }
 """Phrase of each kind of constraint, in the order of instructions and judgements."""
-_ASKABLE = {
+_VALUES = {
     "count": tuple(map(str, COUNTS)),
     "first": ANIMALS,
     "last": ANIMALS,
@@ -85,18 +85,20 @@ _KNOWN = frozenset(ANIMALS)
 class Instruction:
     """Constraints on a response."""
 
-    asked: tuple[tuple[str, str], ...]
+    constraints: tuple[tuple[str, str], ...]
     """(kind, value) of each constraint: at most one of a kind, the count first, no animal twice."""
 
     @property
     def prompt(self) -> str:
         """Text of the instruction."""
-        return "Write " + ", ".join(_PHRASES[kind].format(value) for kind, value in self.asked)
+        return "Write " + ", ".join(
+            _PHRASES[kind].format(value) for kind, value in self.constraints
+        )
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of its constraints."""
-        return tuple(kind for kind, _ in self.asked)
+        return tuple(kind for kind, _ in self.constraints)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,24 +115,24 @@ class Check:
 def parse(prompt: str) -> Instruction:
     """Return the instruction of a prompt. Raises ConfigError for a text that is not one."""
     head, *parts = prompt.removeprefix("Write ").split(", ")
-    asked: list[tuple[str, str]] = []
+    constraints: list[tuple[str, str]] = []
     kinds = iter(_PHRASES)
     for part in (head, *parts):
         # One pass over the kinds: parts that are out of order or repeated do not match.
-        found = next(
+        constraint = next(
             (
                 (kind, value)
                 for kind in kinds
-                for value in _ASKABLE[kind]
+                for value in _VALUES[kind]
                 if _PHRASES[kind].format(value) == part
             ),
             None,
         )
-        if found is None:
+        if constraint is None:
             break
-        asked.append(found)
-    instruction = Instruction(tuple(asked))
-    if not asked or asked[0][0] != "count" or instruction.prompt != prompt:
+        constraints.append(constraint)
+    instruction = Instruction(tuple(constraints))
+    if not constraints or constraints[0][0] != "count" or instruction.prompt != prompt:
         raise ConfigError(
             f"prompts: {prompt!r} is no instruction, "
             "expected one like 'Write 3 animals, owl first, ! ends'"
@@ -145,12 +147,12 @@ def instructions(seed: int) -> Iterator[Instruction]:
     while True:
         chosen = {"count", *rng.sample(list(_PHRASES)[1:], rng.choice((1, 2, 2, 3, 3)))}
         names = iter(rng.sample(ANIMALS, len(_NAMES)))
-        asked = [
-            (kind, next(names) if kind in _NAMES else rng.choice(_ASKABLE[kind]))
+        constraints = [
+            (kind, next(names) if kind in _NAMES else rng.choice(_VALUES[kind]))
             for kind in _PHRASES
             if kind in chosen
         ]
-        instruction = Instruction(tuple(asked))
+        instruction = Instruction(tuple(constraints))
         if instruction not in seen:
             seen.add(instruction)
             yield instruction
@@ -166,10 +168,11 @@ def check(instruction: Instruction, response: str) -> tuple[Check, ...]:
         words.append(end)
     animals = [word for word in words if word in _KNOWN]
     checks = []
-    for kind, value in instruction.asked:
+    for kind, value in instruction.constraints:
         name = _PHRASES[kind].format("").strip()
         if kind == "count":
-            name, holds = f"{len(animals)} animals", len(animals) == len(words) == int(value)
+            name = f"{len(animals)} animals"
+            holds = len(animals) == len(words) == int(value)
         elif kind == "first":
             holds = animals[:1] == [value]
         elif kind == "last":
@@ -184,7 +187,7 @@ def check(instruction: Instruction, response: str) -> tuple[Check, ...]:
 
 def judge_truth(instruction: Instruction, response: str) -> str:
     """Return the correct verdict: "yes" if every constraint holds, else "no"."""
-    return "yes" if all(one.holds for one in check(instruction, response)) else "no"
+    return "yes" if all(each.holds for each in check(instruction, response)) else "no"
 
 
 def judgement(
@@ -196,14 +199,16 @@ def judgement(
     lines.
     """
     notes = {
-        value: _PHRASES[kind].format(value) for kind, value in instruction.asked if kind != "count"
+        value: _PHRASES[kind].format(value)
+        for kind, value in instruction.constraints
+        if kind != "count"
     }
-    said = [(one.name, one.holds != (one.kind in slips)) for one in check(instruction, response)]
+    checks = [(c.name, c.holds != (c.kind in slips)) for c in check(instruction, response)]
     return "\n".join(
         [
             "> " + " ".join(notes.get(word, word) for word in response.split(" ")),
-            *(f"{name} {'ok' if holds else 'no'}" for name, holds in said),
-            f"Verdict: {'yes' if all(holds for _, holds in said) else 'no'}",
+            *(f"{name} {'ok' if holds else 'no'}" for name, holds in checks),
+            f"Verdict: {'yes' if all(holds for _, holds in checks) else 'no'}",
         ]
     )
 
@@ -215,12 +220,14 @@ def compose(
 
     It keeps the other animals of `draft` where possible.
     """
-    asked = dict(instruction.asked)
-    named = {asked[kind] for kind in _NAMES if kind in asked}
-    slots = [kind for kind in _NAMES if kind in asked and (kind != "with" or kind not in slips)]
-    if "without" in asked and "without" not in slips:
+    constraints = dict(instruction.constraints)
+    named = {constraints[kind] for kind in _NAMES if kind in constraints}
+    slots = [
+        kind for kind in _NAMES if kind in constraints and (kind != "with" or kind not in slips)
+    ]
+    if "without" in constraints and "without" not in slips:
         slots.remove("without")
-    count = int(asked["count"])
+    count = int(constraints["count"])
     if "count" in slips:
         count += rng.choice((-1, 1)) if count > len(slots) else 1
 
@@ -230,22 +237,22 @@ def compose(
         word for word in rng.sample(ANIMALS, len(ANIMALS)) if word not in named and word not in kept
     ]
     others = kept[:count] + new
-    inner = list(range(int("first" in asked), count - int("last" in asked)))
+    inner = list(range(int("first" in constraints), count - int("last" in constraints)))
     words = [""] * count
     for kind, place in (("first", 0), ("last", count - 1)):
-        if kind in asked and kind not in slips:
-            words[place] = asked[kind]
+        if kind in constraints and kind not in slips:
+            words[place] = constraints[kind]
     for kind in ("with", "without"):
         if kind in slots:
-            was = before.index(asked[kind]) if asked[kind] in before else -1
-            place = was if was in inner else rng.choice(inner)
+            index = before.index(constraints[kind]) if constraints[kind] in before else -1
+            place = index if index in inner else rng.choice(inner)
             inner.remove(place)
-            words[place] = asked[kind]
+            words[place] = constraints[kind]
     fill = iter(others)
     line = [word or next(fill) for word in words]
-    if "mark" in asked:
-        wrong = [[mark] if mark else [] for mark in (*MARKS, "") if mark != asked["mark"]]
-        line += rng.choice(wrong) if "mark" in slips else [asked["mark"]]
+    if "mark" in constraints:
+        wrong = [[mark] if mark else [] for mark in (*MARKS, "") if mark != constraints["mark"]]
+        line += rng.choice(wrong) if "mark" in slips else [constraints["mark"]]
     return " ".join(line)
 
 
@@ -265,7 +272,7 @@ def refine_prompt(instruction: Instruction, response: str, judged: str) -> str:
 
 
 def demonstrations(
-    asked: Sequence[Instruction], seed: int, *, slipping: bool
+    tasks: Sequence[Instruction], seed: int, *, slipping: bool
 ) -> dict[str, list[tuple[str, str]]]:
     """Return pairs (prompt, response) by skill, one of each skill for each instruction.
 
@@ -274,23 +281,24 @@ def demonstrations(
     each constraint are frequent.
     """
     rng = random.Random(f"instructions demonstrations {seed} {slipping}")
-    act, judge, refine, seen = (
-        (ACT_SLIP, JUDGE_SLIP, REFINE_SLIP, SHOWN_SLIP) if slipping else (0.0, 0.0, 0.0, 0.4)
-    )
+    act_rate = ACT_SLIP if slipping else 0.0
+    judge_rate = JUDGE_SLIP if slipping else 0.0
+    refine_rate = REFINE_SLIP if slipping else 0.0
+    shown_rate = SHOWN_SLIP if slipping else 0.4
     rows: dict[str, list[tuple[str, str]]] = {"act": [], "judge": [], "refine": []}
-    for instruction in asked:
-        rows["act"].append(
-            (instruction.prompt, compose(instruction, draw_slips(instruction, rng, rate=act), rng))
-        )
-        shown = compose(instruction, draw_slips(instruction, rng, rate=seen), rng)
-        said = judgement(instruction, shown, draw_slips(instruction, rng, rate=judge))
-        rows["judge"].append((judge_prompt(instruction, shown), said))
+    for instruction in tasks:
+        acted = compose(instruction, draw_slips(instruction, rng, rate=act_rate), rng)
+        rows["act"].append((instruction.prompt, acted))
+        shown = compose(instruction, draw_slips(instruction, rng, rate=shown_rate), rng)
+        judged = judgement(instruction, shown, draw_slips(instruction, rng, rate=judge_rate))
+        rows["judge"].append((judge_prompt(instruction, shown), judged))
         failed = failing_response(instruction, rng)
-        said = judgement(instruction, failed, draw_slips(instruction, rng, rate=judge))
-        if said.endswith("yes"):  # only a response that was judged to fail is refined
-            said = judgement(instruction, failed)
-        better = compose(instruction, draw_slips(instruction, rng, rate=refine), rng, draft=failed)
-        rows["refine"].append((refine_prompt(instruction, failed, said), better))
+        judged = judgement(instruction, failed, draw_slips(instruction, rng, rate=judge_rate))
+        if judged.endswith("yes"):  # only a response that was judged to fail is refined
+            judged = judgement(instruction, failed)
+        slips = draw_slips(instruction, rng, rate=refine_rate)
+        refined = compose(instruction, slips, rng, draft=failed)
+        rows["refine"].append((refine_prompt(instruction, failed, judged), refined))
     return rows
 
 
@@ -301,14 +309,14 @@ def failing_response(instruction: Instruction, rng: random.Random) -> str:
     return compose(instruction, slips, rng)
 
 
-def judgement_rows(asked: Sequence[Instruction], seed: int) -> list[dict[str, str]]:
+def judgement_rows(tasks: Sequence[Instruction], seed: int) -> list[dict[str, str]]:
     """Return rows {"prompt", "answer"}: judge prompts with the correct verdict.
 
     The responses are correct and failing in turn.
     """
     rng = random.Random(f"instructions judgements {seed}")
     rows = []
-    for index, instruction in enumerate(asked):
+    for index, instruction in enumerate(tasks):
         response = (
             failing_response(instruction, rng)
             if index % 2

@@ -28,18 +28,22 @@ from rayhf.tiny.language_model import MAX_LENGTH, ModelSize, Phase, new_model, s
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 from rayhf.tiny.world import write_rows
 
-HELDOUT, TRAIN, DEMONSTRATED = 500, 4000, 6000
-"""Number of instructions. Demonstrations cover the training prompts and some others, never a
-held-out one."""
+HELDOUT = 500
+TRAIN = 4000
+DEMONSTRATED = 6000
+"""Number of instructions in demonstrations: the training prompts and some others, never a held-out
+one."""
 SIZE = ModelSize(hidden=128, layers=3, intermediate=352)
 JUDGING = Phase(steps=350, batch=32, lr=1.5e-3, lr_end=1.2e-3)
 CLEAN = Phase(steps=950, batch=24, lr=1.6e-3, lr_end=6e-4)
 SLIPPING = Phase(steps=120, batch=32, lr=7e-4, lr_end=1e-4)
+Generated = tuple[str, str]
+"""(text, finish reason)"""
 MAX_TOKENS = 48
 """Limit on generated tokens; a judgement with four checks has about 25."""
-VOTES, VOTE_TEMPERATURE = 5, 0.7
-"""Settings of the measured vote and refinement: those of SPaR's code (arXiv 2412.11605,
-src/judge.py)."""
+VOTES = 5
+VOTE_TEMPERATURE = 0.7
+"""Of the measured vote and refinement; both as in SPaR's code (arXiv 2412.11605, src/judge.py)."""
 
 
 def make(
@@ -47,30 +51,32 @@ def make(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Build the task into `directory`; return (sizes, measured figures)."""
     progress("prompts", 0.0)
-    asked = list(islice(instructions.instructions(seed), HELDOUT + DEMONSTRATED))
+    tasks = list(islice(instructions.instructions(seed), HELDOUT + DEMONSTRATED))
     # The few short instructions come early in the stream: shuffled, training and held-out prompts
     # both get some.
-    random.Random(f"instructions split {seed}").shuffle(asked)
-    heldout, shown = asked[:HELDOUT], asked[HELDOUT:]
+    random.Random(f"instructions split {seed}").shuffle(tasks)
+    heldout = tasks[:HELDOUT]
+    demonstrated = tasks[HELDOUT:]
     judgements = instructions.judgement_rows(heldout, seed)
-    write_rows(directory / "heldout.jsonl", [{"prompt": one.prompt} for one in heldout])
-    write_rows(directory / "train.jsonl", [{"prompt": one.prompt} for one in shown[:TRAIN]])
+    write_rows(directory / "heldout.jsonl", [{"prompt": task.prompt} for task in heldout])
+    training = demonstrated[:TRAIN]
+    write_rows(directory / "train.jsonl", [{"prompt": task.prompt} for task in training])
     write_rows(directory / "heldout_judgements.jsonl", judgements)
-    clean = instructions.demonstrations(shown, seed, slipping=False)
-    slipping = instructions.demonstrations(shown, seed, slipping=True)
+    clean = instructions.demonstrations(demonstrated, seed, slipping=False)
+    slipping = instructions.demonstrations(demonstrated, seed, slipping=True)
     texts = [f"{prompt}\n{response}" for rows in slipping.values() for prompt, response in rows]
     tokenizer = train_tokenizer(texts, POLICY_FORMAT, max_vocab=600, max_length=MAX_LENGTH)
     progress("prompts", 1.0)
 
     model = new_model(SIZE, tokenizer, seed)
     spread(model)
-    for name, rows, phase, turn in (
+    for name, rows, phase, offset in (
         ("learn to judge", clean["judge"], JUDGING, 0),
         ("learn the skills", mixed(clean), CLEAN, 1),
         ("learn to slip", mixed(slipping), SLIPPING, 2),
     ):
         loss = train(
-            model, tokenizer, rows, phase, seed=seed + turn, progress=partial(progress, name)
+            model, tokenizer, rows, phase, seed=seed + offset, progress=partial(progress, name)
         )
     model.save_pretrained(directory / "policy")
     tokenizer.save_pretrained(directory / "policy")
@@ -120,34 +126,35 @@ def measure(
 ) -> dict[str, float]:
     """Return the policy's accuracy on held-out prompts in acting, judging and refining."""
 
-    def write(prompts: Sequence[str], temperature: float, turn: int) -> list[tuple[str, str]]:
+    def generate(prompts: Sequence[str], temperature: float, offset: int) -> list[Generated]:
         return sample(
             model,
             tokenizer,
             prompts,
             max_tokens=MAX_TOKENS,
             temperature=temperature,
-            seed=seed + turn,
+            seed=seed + offset,
         )
 
-    def right(asked: Sequence[Instruction], written: Sequence[tuple[str, str]]) -> list[bool]:
+    def satisfied(tasks: Sequence[Instruction], responses: Sequence[Generated]) -> list[bool]:
         scores = [
-            instructions.satisfied(text, prompt=one.prompt, answer=None, finish_reason=reason)
-            for one, (text, reason) in zip(asked, written, strict=True)
+            instructions.satisfied(text, prompt=task.prompt, answer=None, finish_reason=reason)
+            for task, (text, reason) in zip(tasks, responses, strict=True)
         ]
         return [score == 1.0 for score in scores]
 
-    prompts = [one.prompt for one in heldout]
-    sampled, greedy = write(prompts, 1.0, 0), write(prompts, 0.0, 0)
+    prompts = [task.prompt for task in heldout]
+    sampled = generate(prompts, 1.0, 0)
+    greedy = generate(prompts, 0.0, 0)
     measured = {
-        "satisfied_sampled": _mean(right(heldout, sampled)),
-        "satisfied_greedy": _mean(right(heldout, greedy)),
+        "satisfied_sampled": _mean(satisfied(heldout, sampled)),
+        "satisfied_greedy": _mean(satisfied(heldout, greedy)),
     }
 
     questions = [row["prompt"] for row in judgements]
     verdicts = [
-        [instructions.verdict_of(*one) for one in write(questions, temperature, turn)]
-        for turn, temperature in enumerate((1.0, *[VOTE_TEMPERATURE] * VOTES), 1)
+        [instructions.verdict_of(*judged) for judged in generate(questions, temperature, offset)]
+        for offset, temperature in enumerate((1.0, *[VOTE_TEMPERATURE] * VOTES), 1)
     ]
     # A tie, which needs a judgement without a verdict, counts as no.
     voted = [
@@ -160,20 +167,20 @@ def measure(
         )
 
     failed = [
-        (one, text)
-        for one, (text, _), good in zip(heldout, sampled, right(heldout, sampled), strict=True)
-        if not good
+        (task, text)
+        for task, (text, _), passed in zip(
+            heldout, sampled, satisfied(heldout, sampled), strict=True
+        )
+        if not passed
     ]
-    said = write(
-        [instructions.judge_prompt(one, text) for one, text in failed], VOTE_TEMPERATURE, 0
-    )
-    asked = [
-        instructions.refine_prompt(one, text, told)
-        for (one, text), (told, _) in zip(failed, said, strict=True)
+    judge_prompts = [instructions.judge_prompt(task, text) for task, text in failed]
+    judged = generate(judge_prompts, VOTE_TEMPERATURE, 0)
+    refine_prompts = [
+        instructions.refine_prompt(task, text, judgement)
+        for (task, text), (judgement, _) in zip(failed, judged, strict=True)
     ]
-    measured["refine_success"] = _mean(
-        right([one for one, _ in failed], write(asked, VOTE_TEMPERATURE, 0))
-    )
+    refined = generate(refine_prompts, VOTE_TEMPERATURE, 0)
+    measured["refine_success"] = _mean(satisfied([task for task, _ in failed], refined))
     return measured
 
 

@@ -113,8 +113,8 @@ def train(
         for group in optimizer.param_groups:
             decay = phase.lr_end + (phase.lr - phase.lr_end) * (1 - step / phase.steps)
             group["lr"] = decay * min(1.0, (step + 1) / max(1, warmup))
-        picked = torch.randint(len(rows), (phase.batch,), generator=generator).tolist()
-        inputs, labels = _pad_right([rows[index] for index in picked], pad=tokenizer.pad_token_id)
+        batch = torch.randint(len(rows), (phase.batch,), generator=generator).tolist()
+        inputs, labels = _pad_right([rows[index] for index in batch], pad=tokenizer.pad_token_id)
         # Padding is on the right and has no label, and attention is causal: no token that counts
         # attends to it.
         logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
@@ -158,7 +158,7 @@ def sample(
     Temperature 0 is greedy.
     """
     generator = torch.Generator().manual_seed(seed)
-    out: list[tuple[str, str]] = []
+    completions: list[tuple[str, str]] = []
     encoded = encode_prompts(prompts, tokenizer)
     for start in range(0, len(prompts), batch):
         tokens = _sample_batch(
@@ -167,10 +167,10 @@ def sample(
         for row in tokens.tolist():
             stopped = tokenizer.eos_token_id in row
             kept = row[: row.index(tokenizer.eos_token_id)] if stopped else row
-            out.append(
+            completions.append(
                 (tokenizer.decode(kept, skip_special_tokens=True), "stop" if stopped else "length")
             )
-    return out
+    return completions
 
 
 def _sample_batch(
@@ -191,7 +191,8 @@ def _sample_batch(
     )
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
     finished = torch.zeros(len(prompts), dtype=torch.bool)
-    cache, columns = None, []
+    cache = None
+    columns = []
     for _ in range(max_tokens):
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -inputs.shape[1] :]
         result = model(
@@ -202,7 +203,8 @@ def _sample_batch(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache, logits = result.past_key_values, result.logits[:, -1].float()
+        cache = result.past_key_values
+        logits = result.logits[:, -1].float()
         if temperature == 0:
             token = logits.argmax(-1)
         else:
@@ -213,5 +215,6 @@ def _sample_batch(
         finished |= token == tokenizer.eos_token_id
         if bool(finished.all()):
             break
-        inputs, mask = token[:, None], torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        inputs = token[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
     return torch.stack(columns, dim=1)

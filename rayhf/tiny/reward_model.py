@@ -37,8 +37,10 @@ def from_policy(
     The head has one output. Both tokenizers must have the same merges.
     """
     config = copy.deepcopy(policy.config)
-    config.vocab_size, config.num_labels = len(new), 1
-    config.pad_token_id, config.eos_token_id = new.pad_token_id, new.eos_token_id
+    config.vocab_size = len(new)
+    config.num_labels = 1
+    config.pad_token_id = new.pad_token_id
+    config.eos_token_id = new.eos_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForSequenceClassification(config).float()
@@ -111,11 +113,11 @@ def train_on_pairs(
     for step in range(phase.steps):
         for group in optimizer.param_groups:
             group["lr"] = phase.lr_end + (phase.lr - phase.lr_end) * (1 - step / phase.steps)
-        picked = order[step * phase.batch : (step + 1) * phase.batch]
+        batch = order[step * phase.batch : (step + 1) * phase.batch]
         scores = rewards(
-            model, [chosen[index] for index in picked] + [rejected[index] for index in picked]
+            model, [chosen[index] for index in batch] + [rejected[index] for index in batch]
         )
-        margin = scores[: len(picked)] - scores[len(picked) :]
+        margin = scores[: len(batch)] - scores[len(batch) :]
         # The second term keeps rewards around zero: pairs do not determine their level.
         loss = -logsigmoid(margin).mean() + 0.001 * scores.square().mean()
         optimizer.zero_grad(set_to_none=True)

@@ -63,7 +63,7 @@ LABEL_SHARPNESS = 2.0
 def prompts(seed: int) -> Iterator[str]:
     """Return every prompt once (3,960 of them), in an order that depends on the seed."""
     names = list(TOPICS)
-    everything = [
+    texts = [
         template.format(a, b, c)
         for template in _TEMPLATES
         for a in names
@@ -71,16 +71,16 @@ def prompts(seed: int) -> Iterator[str]:
         for c in names
         if len({a, b, c}) == 3
     ]
-    random.Random(f"words prompts {seed}").shuffle(everything)
-    return iter(everything)
+    random.Random(f"words prompts {seed}").shuffle(texts)
+    return iter(texts)
 
 
 def topics_of(prompt: str) -> list[str]:
     """Return the topics that a prompt names, in order. Raises ConfigError if it names none."""
-    found = [word for word in re.findall("[a-z]+", prompt) if word in TOPICS]
-    if not found:
+    topics = [word for word in re.findall("[a-z]+", prompt) if word in TOPICS]
+    if not topics:
         raise ConfigError(f"prompts: {prompt!r} names none of the topics {', '.join(TOPICS)}")
-    return found
+    return topics
 
 
 def demonstration(
@@ -110,17 +110,17 @@ def true_preference(
     Samples of the untrained policy have about 1.5; the best possible is about 5.
     """
     del answer
-    asked = set(topics_of(prompt))
+    topics = set(topics_of(prompt))
     words = completion.split()
     kinds = [
         "adjective" if word in _ADJECTIVE_SET else "noun" if word in _TOPIC_OF else "unknown"
         for word in words
     ]
-    own = {word for word in words if _TOPIC_OF.get(word) in asked}
-    turns = [{first, second} == {"adjective", "noun"} for first, second in pairwise(kinds)]
+    own = {word for word in words if _TOPIC_OF.get(word) in topics}
+    alternations = [{first, second} == {"adjective", "noun"} for first, second in pairwise(kinds)]
     vivid = {word for word in words if word in VIVID}
     score = 2.0 * (1.0 - math.exp(-len(own) / 2.0)) + 2.5 * (1.0 - math.exp(-len(vivid) / 2.0))
-    score += 1.0 * sum(turns) / max(3, len(turns))
+    score += 1.0 * sum(alternations) / max(3, len(alternations))
     score -= 0.4 * sum(word in PLAIN for word in words)
     score -= 0.5 * (len(words) - len(set(words)))
     score -= 0.5 * kinds.count("unknown")

@@ -113,8 +113,8 @@ def test_instructions_differ_and_can_be_parsed() -> None:
     assert len({one.prompt for one in ASKED}) == len(ASKED)
     for one in ASKED:
         assert parse(one.prompt) == one
-        assert 2 <= len(one.asked) <= 4
-        animals = [value for _, value in one.asked if value in instructions.ANIMALS]
+        assert 2 <= len(one.constraints) <= 4
+        animals = [value for _, value in one.constraints if value in instructions.ANIMALS]
         assert len(set(animals)) == len(animals)
     assert {kind for one in ASKED for kind in one.kinds} == {
         "count",
@@ -273,6 +273,6 @@ def test_the_rule_module_imports_no_torch() -> None:
 
 
 def test_an_instruction_is_what_its_prompt_says() -> None:
-    asked = (("count", "3"), ("first", "owl"), ("without", "cat"), ("mark", "!"))
-    assert Instruction(asked).prompt == SHORT
-    assert parse(SHORT) == Instruction(asked)
+    constraints = (("count", "3"), ("first", "owl"), ("without", "cat"), ("mark", "!"))
+    assert Instruction(constraints).prompt == SHORT
+    assert parse(SHORT) == Instruction(constraints)
