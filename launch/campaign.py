@@ -18,8 +18,8 @@ from actors.placement_group import nodes_now
 from launch.assemble import ActorSet, actor_specs_of
 from launch.local import ray_cluster
 from launch.serve import control_served
-from launch.tracking import tracked
 from launch.view import LiveView, placement_table, summary
+from rayhf.algorithms.base import load_state, state_of
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.gc_tuning import gc_tuned
 from rayhf.config.schema import CampaignConfig
@@ -31,6 +31,7 @@ from rayhf.errors import (
     StorageError,
 )
 from rayhf.monitoring.observer import Observer
+from rayhf.monitoring.tracking import tracked
 from rayhf.planning.placement import ActorSpec
 from rayhf.planning.preflight import Prepared, overlap, prepare
 from rayhf.run_dir.event_log import EventLog
@@ -42,7 +43,6 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
     """Start or continue the campaign in `run.dir`. Raises the errors of rayhf.errors."""
     base = Path.cwd()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    build_tiny(config, console)
     prepared = prepare(config, base=base)
     if shared := overlap(prepared):
         console.print(
@@ -56,12 +56,11 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
             )
             return
         store.check_paused()
+        specs = actor_specs_of(config, prepared.algorithm)
         with (
             control_served(store.path, config.service, base=base, console=console),
-            ray_cluster(
-                config.cluster.address, cpus=sum(seat.cpus for seat in actor_specs_of(prepared))
-            ),
-            _room_shown(actor_specs_of(prepared), console),
+            ray_cluster(config.cluster.address, cpus=sum(spec.cpus for spec in specs)),
+            _placement_shown(specs, console),
             LiveView(console, iterations=config.run.iterations, task=config.prompts.task) as view,
             tracked(recorder := EventLog(store, view), config, logs=store.attempt) as observer,
         ):
@@ -81,25 +80,13 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
 
 
 @contextmanager
-def _room_shown(found: Sequence[ActorSpec], console: Console) -> Iterator[None]:
-    """Where somebody has no place: who that is, and what each node has. The error itself is one
-    line."""
+def _placement_shown(specs: Sequence[ActorSpec], console: Console) -> Iterator[None]:
+    """Print a table of nodes and actors where an actor has no place; the error is one line."""
     try:
         yield
     except PlacementError:
-        console.print(placement_table(found, nodes_now()))
+        console.print(placement_table(specs, nodes_now()))
         raise
-
-
-def build_tiny(config: CampaignConfig, console: Console) -> None:
-    """The tiny world a preset points into, where it is missing."""
-    if config.tiny is None:
-        return
-    from launch.tiny import build_with_progress
-
-    build_with_progress(
-        config.tiny.dir, tasks=config.tiny.tasks, seed=config.tiny.seed, console=console
-    )
 
 
 async def _play(
@@ -128,10 +115,7 @@ async def _play(
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, end, name)
     heart = asyncio.create_task(beat, name="heartbeat")
-    pristine = (
-        prepared.algorithm.state_dict(),
-        prepared.data.game.state_dict() if prepared.data.game else {},
-    )
+    initial = deepcopy((state_of(prepared.algorithm), prepared.data.evaluation_state()))
     restarts, committed = 0, store.state["iteration"]
     try:
         while True:
@@ -150,10 +134,11 @@ async def _play(
                 restarts += 1
                 if restarts > prepared.config.run.restarts or store.state["state"] == "new":
                     raise
-                observer.event("fault", f"everybody starts again from round {committed}: {error}")
-                prepared.algorithm.load_state_dict(deepcopy(pristine[0]))
-                if prepared.data.game is not None:
-                    prepared.data.game.load_state_dict(deepcopy(pristine[1]))
+                observer.event(
+                    "fault", f"restarting all actors from iteration {committed}: {error}"
+                )
+                load_state(prepared.algorithm, deepcopy(initial[0]))
+                prepared.data.load_evaluation_state(deepcopy(initial[1]))
     except asyncio.CancelledError:
         raise InterruptedRunError(
             f"interrupted; {store.path} is committed up to round {store.state['iteration']}, the same command continues"

@@ -54,12 +54,6 @@ def fit_scorer(config: FitConfig, console: Console) -> None:
     base = Path.cwd()
     output = base / config.output
     _check_output(output)
-    if config.tiny is not None:
-        from launch.tiny import build_with_progress
-
-        build_with_progress(
-            config.tiny.dir, tasks=config.tiny.tasks, seed=config.tiny.seed, console=console
-        )
     plan = prepare_fit(config, base=base)
     for name, part in (("train", plan.train), ("test", plan.test)):
         without = (

@@ -16,10 +16,13 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import JsonValue
 
 FloatArray = npt.NDArray[np.float32]
 Message = Mapping[str, str]
 """{"role": ..., "content": ...}, as chat templates expect it."""
+JsonObject = Mapping[str, JsonValue]
+"""State of a component, as a checkpoint's JSON holds it."""
 TransportName = Literal["object_store", "broadcast", "cuda_ipc"]
 """How weights get from the learner to the engines: through Ray's object store; from device to
 device through a process group; by copying out of a neighbor's memory on the same GPU."""

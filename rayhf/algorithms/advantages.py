@@ -15,13 +15,14 @@ response may be empty.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from rayhf.errors import ConfigError
+from rayhf.types import JsonObject
 
 Array = npt.NDArray[np.float64]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -225,9 +226,9 @@ class AdaptiveKL:
         self.coef *= 1.0 + error * min(responses / self.horizon, 1.0)
         return self.coef
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> JsonObject:
         """Only what changes; target and horizon belong to the config."""
         return {"coef": self.coef}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.coef = float(finite([state["coef"]], "coef")[0])
+    def load_state_dict(self, state: JsonObject) -> None:
+        self.coef = float(finite([float(str(state["coef"]))], "coef")[0])

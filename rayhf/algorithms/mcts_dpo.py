@@ -22,17 +22,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import jinja2
-import jinja2.meta
 import jinja2.sandbox
 import numpy as np
 
-from rayhf.algorithms.base import Selection, SelectionContext, Stateless
+from rayhf.algorithms.base import AlgorithmBase, Selection, SelectionContext, tie_share
 from rayhf.algorithms.context import ExplorationContext
+from rayhf.algorithms.mcts_dpo_config import (
+    MCTSDPOConfig,
+    OutcomeConfig,
+    SelfEvaluationConfig,
+)
 from rayhf.config.algorithms import ReferenceSchedule
-from rayhf.config.mcts_dpo import MCTSDPOConfig, OutcomeConfig, SelfEvaluationConfig
+from rayhf.config.registry import LOSSES
 from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss
-from rayhf.losses.preference import PreferenceLoss
+from rayhf.losses.pairs import PairLoss, PairLossConfig
 from rayhf.search.mcts import (
     End,
     Step,
@@ -78,25 +82,8 @@ def verdict(text: str) -> bool | None:
 
 
 def critic_template(config: SelfEvaluationConfig) -> jinja2.Template:
-    """Raises ConfigError for a template that does not parse, or that asks for what it may not
-    see."""
+    """Return the critic's template. Sandboxed, because it meets text that a model wrote."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-    try:
-        asked = jinja2.meta.find_undeclared_variables(environment.parse(config.template))
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(
-            f"algorithm.self_evaluation.template: line {error.lineno}: {error.message}"
-        ) from None
-    known = {"question", "work"} | ({"answer"} if config.gold_conditioned_critic else set())
-    if unknown := sorted(asked - known):
-        hint = (
-            " (the reference answer is a leak: gold_conditioned_critic must allow it)"
-            if "answer" in unknown
-            else ""
-        )
-        raise ConfigError(
-            f"algorithm.self_evaluation.template uses {', '.join(unknown)}; expected only {', '.join(sorted(known))}{hint}"
-        )
     return environment.from_string(config.template)
 
 
@@ -414,17 +401,12 @@ def tree_from_group(group: Group) -> Tree:
 # --- the algorithm ---------------------------------------------------------------------------------------------------
 
 
-class MCTSDPO(Stateless):
-    def __init__(self, config: MCTSDPOConfig, *, max_tokens: int) -> None:
-        """Raises ConfigError for settings that contradict each other."""
-        if config.labels == "soft" and config.loss != "sigmoid":
-            raise ConfigError(
-                f"algorithm.labels: soft needs loss sigmoid, got {config.loss}; set labels to hard"
-            )
-        if not config.outcome.wrong < config.outcome.correct:
-            raise ConfigError(
-                f"algorithm.outcome.wrong: {config.outcome.wrong:g} must be below outcome.correct {config.outcome.correct:g}"
-            )
+class MCTSDPO(AlgorithmBase):
+    """MCTS-DPO: preferences between sibling steps of a Monte Carlo tree (Xie et al. 2024)."""
+
+    Config = MCTSDPOConfig
+
+    def __init__(self, config: MCTSDPOConfig) -> None:
         self.config = config
         self.samples = config.iterations * max(config.width) * max(1, config.rollouts)
         """Judged answers of one full search; a campaign that re-roots judges more, one with short
@@ -432,8 +414,8 @@ class MCTSDPO(Stateless):
         self._template = (
             critic_template(config.self_evaluation) if config.self_evaluation is not None else None
         )
-        self._loss = PreferenceLoss(
-            loss=config.loss, beta=config.beta, importance_cap=config.importance.cap
+        self._loss: PairLoss[PairLossConfig] = LOSSES.build(
+            config.loss, importance_cap=config.importance.cap
         )
         self.reference: ReferenceSchedule | None = config.reference
 
@@ -469,7 +451,8 @@ class MCTSDPO(Stateless):
             )
             smoothing = [example.scalars.get("label_smoothing", 0.0) for example in examples]
             metrics["mcts/label_smoothing"] = float(np.mean(smoothing))
-        return Selection(examples=tuple(examples), metrics=metrics)
+        no_signal = tie_share(len(examples), ties)
+        return Selection(examples=tuple(examples), metrics=metrics, no_signal=no_signal)
 
     def loss(self, objective: str = "policy") -> Loss:
         return self._loss

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayhf.algorithms.base import Algorithm
-from rayhf.config.algorithms import EmaReference, PreviousReference
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import CheckpointError
 from rayhf.roles import Roles
@@ -41,8 +40,10 @@ def _members(roles: Roles, algorithm: Algorithm) -> dict[str, Stateful]:
     }
     if roles.critic is not None:
         members["critic"] = roles.critic
-    if roles.reference is not None and isinstance(
-        algorithm.reference, PreviousReference | EmaReference
+    if (
+        roles.reference is not None
+        and algorithm.reference is not None
+        and algorithm.reference.moves
     ):
         members["reference"] = roles.reference
     return members

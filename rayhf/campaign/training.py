@@ -1,9 +1,7 @@
-"""From a round's groups to optimizer steps: select, annotate, credit, step; for every objective of
-the algorithm.
+"""From an iteration's groups to optimizer steps: select, annotate, credit, step.
 
-Who waits for whom: annotations (reference, critic, the learner before its first step) run side by
-side; then credit; then the steps of one objective after the other, in the order of the algorithm's
-policies.
+Synchronization: annotations (reference, critic, the learner before its first step) run side by
+side; then credit; then the steps of one objective after the other, "policy" first.
 """
 
 from __future__ import annotations
@@ -16,30 +14,36 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rayhf.algorithms.base import Algorithm, SelectionContext, learner_is_reference
-from rayhf.config.algorithms import TAKES_LABELS
+from rayhf.algorithms.base import (
+    Algorithm,
+    SelectionContext,
+    TakesLabels,
+    TrainsCritic,
+    TrainsSeveralPolicies,
+    trained_policy,
+)
 from rayhf.config.schema import CampaignConfig
 from rayhf.control.labels import labeled_examples
 from rayhf.losses.value import explained_variance
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Roles
 from rayhf.run_dir.store import RunDir
-from rayhf.types import Batch, Example, Group, derive_seed
+from rayhf.types import Batch, Example, Group, Sampling, derive_seed
 
 Timed = Callable[[str], AbstractAsyncContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectedExamples:
-    """A round as it is learned."""
+    """An iteration as it is learned."""
 
     examples: tuple[Example, ...]
     prompt_ids: tuple[str, ...]
-    """Of all the round's prompts, also those that gave no example."""
+    """All prompts of the iteration, also those that gave no example."""
 
 
 class Trainer:
-    """The learning half of every round."""
+    """The learning half of every iteration."""
 
     def __init__(
         self,
@@ -49,30 +53,32 @@ class Trainer:
         roles: Roles,
         store: RunDir,
         observer: Observer,
+        sampling: Sampling,
         timed: Timed,
     ) -> None:
-        self.config, self.algorithm, self.roles, self.store, self.observer = (
-            config,
-            algorithm,
-            roles,
-            store,
-            observer,
-        )
+        self.config = config
+        self.algorithm = algorithm
+        self.roles = roles
+        self.store = store
+        self.observer = observer
+        self.sampling = sampling
         self._timed = timed
 
     async def select(
         self, iteration: int, groups: Sequence[Group], metrics: dict[str, float]
     ) -> SelectedExamples:
-        """What is worth training on, written down; what was kept and dropped goes into
-        `metrics`."""
-        turn = SelectionContext(
+        """Select what is worth training on and write it down; adds counts to `metrics`."""
+        context = SelectionContext(
             iteration=iteration,
             seed=derive_seed(self.config.seed, "select", iteration),
+            sampling=self.sampling,
             earlier=self.store.read_examples,
-            labels=self._labels(iteration) if self.config.algorithm.type in TAKES_LABELS else (),
+            labels=self._labels(iteration) if isinstance(self.algorithm, TakesLabels) else (),
         )
-        selection = self.algorithm.select(groups, turn)
+        selection = self.algorithm.select(groups, context)
         metrics |= selection.metrics
+        if selection.no_signal is not None:
+            metrics["selection/no_signal"] = selection.no_signal
         await self.store.write_examples(iteration, selection.examples)
         return SelectedExamples(
             examples=selection.examples,
@@ -94,7 +100,7 @@ class Trainer:
                 trains = await self._learn_policy(iteration, selected.prompt_ids, examples, metrics)
             else:
                 trains = await self._learn_other(iteration, objective, examples, metrics)
-            changed |= {self.algorithm.trainee(objective)} if trains else set()
+            changed |= {trained_policy(self.algorithm, objective)} if trains else set()
         return changed
 
     def _labels(self, iteration: int) -> tuple[Example, ...]:
@@ -109,7 +115,9 @@ class Trainer:
     ) -> bool:
         credited, credit_metrics = self.algorithm.credit(await self._annotate(iteration, examples))
         metrics |= credit_metrics
-        trains = self.algorithm.trains_policy(iteration)
+        trains = not isinstance(self.algorithm, TrainsCritic) or self.algorithm.trains_policy(
+            iteration
+        )
         batches = self._batches(iteration, prompt_ids, credited)
         steps: list[dict[str, float]] = []
         async with self._timed("learner"):
@@ -124,8 +132,9 @@ class Trainer:
         self, iteration: int, objective: str, examples: Sequence[Example], metrics: dict[str, float]
     ) -> bool:
         """A further objective, by its own schedule; its metrics stand under its name."""
+        assert isinstance(self.algorithm, TrainsSeveralPolicies)
         schedule = self.algorithm.train_schedule(objective)
-        learner: Learner = self.roles.learners[self.algorithm.trainee(objective)]
+        learner: Learner = self.roles.learners[self.algorithm.trained_policy(objective)]
         steps: list[dict[str, float]] = []
         async with self._timed("learner"):
             for epoch in range(schedule.epochs):
@@ -148,14 +157,13 @@ class Trainer:
         return bool(steps)
 
     async def _step(self, batch: Batch, trains_policy: bool) -> dict[str, float]:
-        critic, critic_loss = self.roles.critic, self.algorithm.critic_loss()
         work = (
             [self.roles.learners["policy"].step(batch, self.algorithm.loss())]
             if trains_policy
             else []
         )
-        if critic is not None and critic_loss is not None:
-            work.append(critic.step(batch, critic_loss))
+        if self.roles.critic is not None and isinstance(self.algorithm, TrainsCritic):
+            work.append(self.roles.critic.step(batch, self.algorithm.critic_loss()))
         policy, *value = (
             await asyncio.gather(*work) if trains_policy else ({}, *await asyncio.gather(*work))
         )
@@ -173,14 +181,15 @@ class Trainer:
         rows = [row for example in examples for row in example.rows]
         temperature = self.config.rollout.temperature
         names, work = [], []
-        own = learner_is_reference(self.algorithm.reference)
+        schedule = self.algorithm.reference
+        own = schedule is not None and schedule.is_learner
         if self.roles.reference is not None:
             names.append("ref_logp")
             work.append(self.roles.reference.logprobs(rows, temperature=temperature))
         if self.roles.critic is not None:
             names.append("value")
             work.append(self.roles.critic.outputs(rows, temperature=1.0))
-        if own or self._steps_per_round > 1 or self.algorithm.needs_old_logp:
+        if own or self._steps_per_iteration > 1 or self.algorithm.needs_old_logp:
             names.append("old_logp")
             work.append(self.roles.learners["policy"].outputs(rows, temperature=temperature))
         if not work:
@@ -199,7 +208,7 @@ class Trainer:
         return [replace(e, rows=tuple(next(annotated) for _ in e.rows)) for e in examples]
 
     @property
-    def _steps_per_round(self) -> int:
+    def _steps_per_iteration(self) -> int:
         learner = self.config.learner
         return learner.epochs * (
             self.config.prompts.batch // (learner.prompts_per_step or self.config.prompts.batch)
@@ -211,10 +220,10 @@ class Trainer:
         """One batch per optimizer step: prompts in a seeded order, all examples of a prompt
         together.
 
-        A round has the same number of steps whatever was dropped or mixed in: prompts that are not
-        the round's own (earlier rounds, given pairs) are spread over its steps.
+        An iteration has the same number of steps whatever was dropped or mixed in: prompts that are
+        not its own (earlier iterations, given pairs) are spread over its steps.
         """
-        steps = self._steps_per_round // self.config.learner.epochs
+        steps = self._steps_per_iteration // self.config.learner.epochs
         order = list(dict.fromkeys([*prompt_ids, *(e.rows[0].prompt_id for e in examples)]))
         batches = []
         for epoch in range(self.config.learner.epochs):
@@ -241,7 +250,7 @@ class Trainer:
 
 
 def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over a round's optimizer steps; maxima of names that end in _max."""
+    """Return means over an iteration's optimizer steps; maxima of names that end in _max."""
     names = sorted({name for step in steps for name in step})
     values = {name: [step[name] for step in steps if name in step] for name in names}
     return {

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from rayhf.config.base import Section
-from rayhf.config.schema import ClusterConfig, Fraction, LearnerConfig, LoraConfig, TinyConfig
+from rayhf.config.schema import ClusterConfig, Fraction, LearnerConfig, LoraConfig
 
 UNREAD = {
     "epochs": "use epochs",
@@ -117,7 +117,6 @@ class FitConfig(Section):
     """Held-out pairs of the same form; only `chosen` over `rejected` is read of them."""
     output: Path
     """Directory to write; must not exist or be empty."""
-    tiny: TinyConfig | None = None
     objective: Objective
     epochs: PositiveInt = 1
     """Passes over the training pairs."""

@@ -127,6 +127,8 @@ def _describe(error: ValidationError, root: type[BaseModel], data: object) -> st
     elif first["type"] == "plugin":
         inner = first["ctx"]["key"]
         text = f"{key}{f'.{inner}' if inner else ''}: {first['msg']}"
+    elif first["type"] == "value_error":  # a check of ours that says all there is to say
+        text = f"{key}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     else:
         text = f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -209,9 +211,11 @@ def _tags(candidates: Iterable[Any]) -> dict[str, type[BaseModel]]:
 
 def _section_of(candidates: Sequence[Any], data: object) -> type[BaseModel] | None:
     """Return the section that `data` was validated as, where that is beyond doubt."""
-    name = data.get("type") if isinstance(data, Mapping) else data
     for candidate in candidates:
-        if isinstance(candidate, Registry) and isinstance(name, str):
+        if not isinstance(candidate, Registry):
+            continue
+        name = data.get("type", candidate.default) if isinstance(data, Mapping) else data
+        if isinstance(name, str):
             with suppress(ValueError):  # then the type is the problem, not one of its keys
                 return candidate.config_type(name)
     sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]

@@ -12,7 +12,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -41,12 +41,20 @@ class Registry:
         kind: singular noun for messages, for example "algorithm".
         group: entry-point group in which installed packages add names.
         builtin: name -> "package.module:Class".
+        default: name that stands where a config gives no `type`.
     """
 
-    def __init__(self, kind: str, group: str, builtin: Mapping[str, str]) -> None:
+    def __init__(
+        self, kind: str, group: str, builtin: Mapping[str, str], default: str | None = None
+    ) -> None:
         self.kind = kind
         self.group = group
         self.builtin = builtin
+        self.default = default
+
+    def defaulting(self, name: str) -> Registry:
+        """Return the same registry for a field in which `name` stands where there is no `type`."""
+        return Registry(self.kind, self.group, self.builtin, default=name)
 
     def entries(self) -> list[Entry]:
         """Return the built-in entries in their order, then those of installed packages by name."""
@@ -90,7 +98,7 @@ class Registry:
         """
         return core_schema.no_info_before_validator_function(
             self._parse,
-            core_schema.is_instance_schema(source),
+            core_schema.no_info_plain_validator_function(partial(self._check_family, source)),
             serialization=core_schema.plain_serializer_function_ser_schema(
                 lambda config, info: config.model_dump(mode=info.mode), info_arg=True
             ),
@@ -108,7 +116,7 @@ class Registry:
             value = {"type": value}
         if not isinstance(value, Mapping):
             raise _refusal(f"expected a mapping with a `type`, for example {self._example()}")
-        name = value.get("type")
+        name = value.get("type", self.default)
         if not isinstance(name, str):
             raise _refusal(f"`type` is missing; valid: {', '.join(self._names())}")
         try:
@@ -116,6 +124,16 @@ class Registry:
         except ValueError as error:
             raise _refusal(str(error), key="type") from None
         return config.model_validate(value)
+
+    def _check_family(self, family: type[PluginConfig], config: PluginConfig) -> PluginConfig:
+        """Refuse a plugin whose config is not of the class that the field is annotated with."""
+        if isinstance(config, family):
+            return config
+        names = [name for name in self.builtin if issubclass(self.resolve(name).Config, family)]
+        raise _refusal(
+            f"{config.type!r} is a {self.kind} of another family; valid: {', '.join(names)}",
+            key="type",
+        )
 
     def _names(self) -> list[str]:
         return [entry.name for entry in self.entries()]
@@ -235,9 +253,10 @@ EVALUATIONS = Registry(
     "evaluation",
     "rayhf.evaluations",
     {
-        "scored": "rayhf.campaign.evaluation:ScoredEvaluation",
+        "scored": "rayhf.evaluation.scored:ScoredEvaluation",
         "exploitability": "rayhf.tiny.exploitability:Exploitability",
     },
+    default="scored",
 )
 
 REGISTRIES: Mapping[str, Registry] = {

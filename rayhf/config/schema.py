@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -16,21 +15,15 @@ from pydantic import (
     field_validator,
 )
 
-from rayhf.config.algorithms import (
-    HyPOConfig,
-    INPOConfig,
-    IterativeDPOConfig,
-    OnlineDPOConfig,
-    PPOConfig,
-    SPPOConfig,
-)
-from rayhf.config.base import Name, PluginConfig, Section
+from rayhf.config.algorithms import AlgorithmConfig
+from rayhf.config.base import Name, Section
+from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.guards import GuardsConfig
-from rayhf.config.mcts_dpo import MCTSDPOConfig
-from rayhf.config.registry import SOURCES
+from rayhf.config.registry import ALGORITHMS, EVALUATIONS, TRACKERS
 from rayhf.config.scorers import ScorerConfig, ScorerEntry
 from rayhf.config.service import ServiceConfig
-from rayhf.config.spar import SPaRConfig
+from rayhf.config.sources import PromptSource
+from rayhf.config.trackers import TrackerConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -99,17 +92,7 @@ class PolicyConfig(Section):
     """Prompt plus response, in tokens. Default: the model's own limit."""
 
 
-def _file_of_path(value: object) -> object:
-    return {"type": "file", "path": value} if isinstance(value, str | Path) else value
-
-
-PromptSource = Annotated[PluginConfig, SOURCES, BeforeValidator(_file_of_path)]
-"""A path, short for `{type: file, path: ...}`, or the `type` and settings of another source."""
-
-
 class PromptsConfig(Section):
-    """What the policy is prompted with."""
-
     train: PromptSource
     """Training prompts: the path of a JSONL or Parquet file with `prompt` (string) or `messages`
     (list of role/content) and optional `answer`, or a source with its `type` and settings."""
@@ -119,17 +102,6 @@ class PromptsConfig(Section):
     """Name of the held-out task in metrics: eval/<task>/..."""
     batch: PositiveInt = 64
     """Prompts per iteration: the one batch unit."""
-    game: Path | None = None
-    """A game file: {"answers": [...], "preference": [[P(i beats j)]]}. The policy's exact
-    exploitability on held-out prompts is then measured after every round."""
-
-
-class TinyConfig(Section):
-    """The tiny world that this config's paths point into; built when missing."""
-
-    dir: Path
-    tasks: tuple[Literal["arithmetic", "words", "instructions", "game"], ...]
-    seed: int = 0
 
 
 class RolloutConfig(Section):
@@ -264,52 +236,33 @@ class ClusterConfig(Section):
         return resources
 
 
-class EvaluationConfig(Section):
-    """A further held-out evaluation, under its own task name."""
-
-    prompts: PromptSource
-    """Evaluation prompts, like prompts.train."""
-    scorer: tuple[ScorerEntry, ...] = Field(min_length=1)
-    policy: Name = "policy"
-    """Which of the campaign's policies answers, for algorithms that train several; the only one
-    where there is one."""
-
-
-class TrackingConfig(Section):
-    wandb: Literal["off", "offline", "online"] = "off"
-    project: str = "rayhf"
-    name: str | None = None
-
-
-AlgorithmConfig = Annotated[
-    PPOConfig
-    | OnlineDPOConfig
-    | IterativeDPOConfig
-    | SPPOConfig
-    | INPOConfig
-    | HyPOConfig
-    | MCTSDPOConfig
-    | SPaRConfig,
-    Field(discriminator="type"),
-]
-
-
 class CampaignConfig(Section):
     seed: NonNegativeInt = 0
     run: RunConfig
     policy: PolicyConfig
     prompts: PromptsConfig
-    tiny: TinyConfig | None = None
-    evaluations: dict[Name, EvaluationConfig] = Field(default_factory=dict)
-    """By task name; eval/<task>/... with `run.eval_every`."""
-    algorithm: AlgorithmConfig
+    evaluations: dict[Name, Annotated[EvaluationConfig, EVALUATIONS]] = Field(default_factory=dict)
+    """Further evaluations by task name."""
+    algorithm: Annotated[AlgorithmConfig, ALGORITHMS]
     rollout: RolloutConfig = RolloutConfig()
     scorer: ScorerConfig
     reference: ReferenceConfig = ReferenceConfig()
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    trackers: tuple[Annotated[TrackerConfig, TRACKERS], ...] = ()
+    """Where metrics are mirrored, for example [wandb]; metrics.jsonl is always written."""
     guards: GuardsConfig = GuardsConfig()
     service: ServiceConfig | None = None
     """Serve the campaign's control over gRPC while it runs: status, watch, pause, stop, prompts and
     human preferences in."""
+
+    @property
+    def evaluator_scorers(self) -> dict[str | None, tuple[ScorerEntry, ...]]:
+        """Scorers of evaluations, one actor each: by task; None is the held-out evaluation's own."""
+        scorers: dict[str | None, tuple[ScorerEntry, ...]] = {}
+        if self.scorer.evaluate is not None:
+            scorers[None] = self.scorer.evaluate
+        for task, evaluation in self.evaluations.items():
+            if evaluation.scorers:
+                scorers[task] = evaluation.scorers
+        return scorers

@@ -1,12 +1,12 @@
 """The policy-gradient loss of PPO and of its critic-free relatives (GRPO, RLOO, REINFORCE++).
 
 In: log-probs of the response tokens with gradient, and a MicroBatch whose tokens carry
-  behavior_logp  under the weights that wrote the tokens (rollout engine), always;
-  advantage       what credit.py made of scores, KL and values, always;
-  old_logp        under the learner at the start of the round. Absent = the round has exactly one
-                  optimizer step: old is the current policy, and the ratio is 1 with gradient;
-  ref_logp        under the reference, where a KL term needs it or reference/kl is wanted.
-Out: LossOutput, this micro-batch's share. Nobody waits for anybody here: these are pure functions.
+  behavior_logp   under the weights that generated the tokens (rollout engine), always;
+  advantage       from algorithms/advantages.py, always;
+  old_logp        under the learner at the start of the iteration. Absent = the iteration has exactly
+                  one optimizer step: old is the current policy, and the ratio is 1 with gradient;
+  ref_logp        under the reference, where a KL term or the metric reference/kl needs it.
+Out: LossOutput, this micro-batch's share.
 
 Two different ratios, never mixed: rho = exp(logp - old_logp) carries the gradient and is clipped
 (PPO's trust region); w = exp(old_logp - behavior_logp) carries none and is truncated (rollout
@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from rayhf.config.base import PluginConfig
 from rayhf.errors import ConfigError
 from rayhf.losses.base import LossOutput, MicroBatch, sum_rows
 
@@ -53,10 +55,10 @@ def need(micro: MicroBatch, name: str) -> Tensor:
     return micro.tokens[name]
 
 
-def known(behaviour_logp_T: Tensor, logp_T: Tensor) -> Tensor:
+def known(behavior_logp_T: Tensor, logp_T: Tensor) -> Tensor:
     """Behaviour log-probs, with the learner's own where they are unknown (NaN: answers that were
     given, not sampled)."""
-    return torch.where(behaviour_logp_T.isnan(), logp_T.detach(), behaviour_logp_T)
+    return torch.where(behavior_logp_T.isnan(), logp_T.detach(), behavior_logp_T)
 
 
 def aggregate(values_T: Tensor, micro: MicroBatch, how: Aggregate) -> Tensor:
@@ -120,29 +122,20 @@ class Importance(NamedTuple):
     capped_T: Tensor
 
 
-def check_cap(cap: float | None) -> None:
-    """ConfigError unless on-policy weights of exactly 1 pass untouched."""
-    if cap is not None and not cap >= 1.0:
-        raise ConfigError(
-            f"importance.cap: {cap} would shrink on-policy weights; it must be at least 1.0, or null for off"
-        )
-
-
-def importance_weight(logp_T: Tensor, behaviour_logp_T: Tensor, cap: float | None) -> Importance:
+def importance_weight(logp_T: Tensor, behavior_logp_T: Tensor, cap: float | None) -> Importance:
     """min(cap, exp(logp - behavior_logp)) per token: (T,). Truncated importance sampling (Ionides
     2008; for the rollout-learner mismatch Yao et al. 2025).
 
     `logp_T` is the learner's log-prob (old_logp, or the current one, detached here). Equal
     log-probs give exactly 1. `cap` None turns the correction off: all ones.
     """
-    check_cap(cap)
     if cap is None:
         return Importance(torch.ones_like(logp_T).detach(), torch.zeros_like(logp_T).detach())
-    ratio_T = safe_exp((logp_T - known(behaviour_logp_T, logp_T)).detach())
+    ratio_T = safe_exp((logp_T - known(behavior_logp_T, logp_T)).detach())
     return Importance(ratio_T.clamp(max=cap), (ratio_T > cap).to(ratio_T.dtype))
 
 
-class ClippedSurrogate(NamedTuple):
+class SurrogateTerms(NamedTuple):
     """Per-token loss with gradient; the rest are 1.0 or 0.0, without."""
 
     loss_T: Tensor
@@ -161,7 +154,7 @@ def ppo_clip_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
-) -> ClippedSurrogate:
+) -> SurrogateTerms:
     """-w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A), rho = exp(logp - old_logp).
     Schulman et al. 2017, eq. 7.
 
@@ -180,7 +173,7 @@ def ppo_clip_loss(
         surrogate_T = torch.where(dual_T, floor_T, surrogate_T)
     active_T = bounded_T < plain_T
     dtype = plain_T.dtype
-    return ClippedSurrogate(
+    return SurrogateTerms(
         -weight_T * surrogate_T,
         (active_T & (advantage_T < 0)).to(dtype),
         (active_T & (advantage_T > 0)).to(dtype),
@@ -223,40 +216,55 @@ def entropy_bonus(micro: MicroBatch, coef: float, how: Aggregate) -> Tensor:
     return -coef * aggregate(micro.entropy_T, micro, how)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyLoss:
-    """Clipped surrogate + KL term - entropy bonus, all aggregated alike. Plain numbers:
-    picklable."""
+class PolicyLossConfig(PluginConfig):
+    """What every policy-gradient loss has."""
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
     aggregate: Aggregate = "token_mean"
-    kl_coef: float = 0.0
-    """Only read where kl_estimator is set."""
-    kl_estimator: KLEstimator | None = None
-    """None: no KL in the loss (it is on the reward, or off). k1 is refused, see kl_loss."""
-    entropy_coef: float = 0.0
-    importance_cap: float | None = 2.0
+    """Over the whole optimizer step: per token, mean of per-response means, or mean of per-response
+    sums."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
 
-    def __post_init__(self) -> None:
-        check_cap(self.importance_cap)
-        if not self.clip_low > 0.0:
-            raise ConfigError(f"clip_low: {self.clip_low} must be above 0; try 0.2")
-        if not self.clip_high > 0.0:
-            raise ConfigError(f"clip_high: {self.clip_high} must be above 0; try 0.2")
-        if self.dual_clip is not None and not self.dual_clip > 1.0:
-            raise ConfigError(
-                f"dual_clip: {self.dual_clip} must be above 1; try 3.0, or null for off"
-            )
-        if self.kl_estimator is not None:
-            kl_loss(torch.zeros(1), torch.zeros(1), self.kl_estimator)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KLTerm:
+    """KL penalty as a term of the loss."""
+
+    coef: float
+    estimator: KLEstimator
+
+
+class ClippedSurrogateConfig(PolicyLossConfig):
+    """PPO's trust region (Schulman et al. 2017)."""
+
+    type: str = "clipped"
+    clip_low: PositiveFloat = 0.2
+    """Lower bound of the ratio is 1 - clip_low (PPO: 0.2)."""
+    clip_high: PositiveFloat = 0.2
+    """Upper bound of the ratio is 1 + clip_high (PPO: 0.2; DAPO: 0.28)."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound c for negative advantages (Ye et al. 2020); null is off."""
+
+
+@dataclass(frozen=True)
+class ClippedSurrogate:
+    """Clipped surrogate + KL term - entropy bonus, all aggregated alike. Picklable."""
+
+    Config: ClassVar[type[PolicyLossConfig]] = ClippedSurrogateConfig
+
+    config: ClippedSurrogateConfig
+    importance_cap: float | None = 2.0
+    """Upper truncation of the importance weight; None turns the correction off."""
+    kl: KLTerm | None = None
+    """None: no KL in the loss (it is on the reward, or off)."""
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
-        return "loss" if self.entropy_coef else "metric"
+        """Whether entropy_T is computed, and whether it carries gradient."""
+        return "loss" if self.config.entropy_coef else "metric"
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
+        """Return this micro-batch's share. Raises ValueError for fields that are missing."""
         old_T = micro.tokens["old_logp"] if "old_logp" in micro.tokens else output_T.detach()
         weight_T, capped_T = importance_weight(
             old_T, need(micro, "behavior_logp"), self.importance_cap
@@ -266,22 +274,23 @@ class PolicyLoss:
             old_T,
             need(micro, "advantage"),
             weight_T,
-            self.clip_low,
-            self.clip_high,
-            self.dual_clip,
+            self.config.clip_low,
+            self.config.clip_high,
+            self.config.dual_clip,
         )
-        loss = aggregate(clipped.loss_T, micro, self.aggregate)
+        how = self.config.aggregate
+        loss = aggregate(clipped.loss_T, micro, how)
         metrics = self._metrics(output_T, old_T, weight_T, capped_T, clipped, micro)
         metrics["ppo/surrogate"] = loss.detach()
-        if self.kl_estimator is not None:
+        if self.kl is not None:
             # The same weights: the expectation is over the learner's tokens, the batch holds the
             # rollout's.
-            kl_T = weight_T * kl_loss(output_T, need(micro, "ref_logp"), self.kl_estimator)
-            kl = aggregate(kl_T, micro, self.aggregate)
+            kl_T = weight_T * kl_loss(output_T, need(micro, "ref_logp"), self.kl.estimator)
+            kl = aggregate(kl_T, micro, how)
             metrics["ppo/kl_loss"] = kl.detach()
-            loss = loss + self.kl_coef * kl
-        if self.entropy_coef:
-            loss = loss + entropy_bonus(micro, self.entropy_coef, self.aggregate)
+            loss = loss + self.kl.coef * kl
+        if self.config.entropy_coef:
+            loss = loss + entropy_bonus(micro, self.config.entropy_coef, how)
         metrics["learner/loss"] = loss.detach()
         return LossOutput(loss=loss, metrics=metrics)
 
@@ -291,7 +300,7 @@ class PolicyLoss:
         old_T: Tensor,
         weight_T: Tensor,
         capped_T: Tensor,
-        clipped: ClippedSurrogate,
+        clipped: SurrogateTerms,
         micro: MicroBatch,
     ) -> dict[str, Tensor]:
         """Fractions of tokens and means over tokens, as shares of the step."""

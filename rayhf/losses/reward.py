@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 
 from rayhf.errors import ConfigError
 from rayhf.losses.base import LossOutput, MicroBatch
-from rayhf.losses.preference import check_pairs
+from rayhf.losses.pairs import check_pairs
 
 BradleyTerryKind = Literal["plain", "margin", "scaled"]
 

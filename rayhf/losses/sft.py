@@ -1,4 +1,4 @@
-"""SupervisedActor fine-tuning: negative log-likelihood of the response tokens, nothing of the prompt.
+"""Supervised fine-tuning: negative log-likelihood of the response tokens, nothing of the prompt.
 
 In: log-probs of the response tokens with gradient. No token field is needed: whoever wrote the
 texts, they are taken as right. Out: LossOutput, this micro-batch's share. T response tokens, R
@@ -28,10 +28,6 @@ class SFTLoss:
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
         return "metric"
-
-    @property
-    def needs_reference(self) -> bool:
-        return False
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
         """Metrics: learner/loss; sft/nll, mean over tokens, nats; sft/nll_response, mean over

@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rayhf.errors import ConfigError
 from rayhf.losses.base import LossOutput, MicroBatch
 from rayhf.losses.policy import aggregate, need
 
@@ -49,12 +48,6 @@ class ValueLoss:
     """Clipped (or, with None, plain) squared error. Plain numbers: picklable."""
 
     value_clip: float | None = 0.2
-
-    def __post_init__(self) -> None:
-        if self.value_clip is not None and not self.value_clip > 0.0:
-            raise ConfigError(
-                f"value_clip: {self.value_clip} must be above 0; try 0.2, or null for off"
-            )
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:

@@ -1,17 +1,18 @@
-"""Judges a campaign by its own metrics, as config/guards.py says: a function of the lines so far
-and of nothing else, so that a resumed campaign judges like one that never stopped.
+"""Judge a campaign by its own metrics, as config/guards.py says.
 
-A guard speaks only in a round whose line brings its metric. It warns by that value alone. It pauses
-when that value and the median of the metric's last 3 are beyond the threshold: one outlier never
-pauses, two of three rounds do, and a run that has recovered does not. (reward_gap and no_signal
-have rules of their own, over more values.) "First rounds" is the median of the metric's first 3
-values. Cost: the lines of the window and of the beginning, however long the history is.
+A function of the lines so far and of nothing else, so that a resumed campaign is judged like one
+that never stopped. A guard speaks only in an iteration whose line brings its metric. It warns by
+that value alone. It pauses when that value and the median of the metric's last 3 are beyond the
+threshold: one outlier never pauses, two of three iterations do, and a run that has recovered does
+not. (reward_gap and no_signal have rules of their own, over more values.) "First iterations" is the
+median of the metric's first 3 values. Cost: the lines of the window and of the beginning, however
+long the history is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice, pairwise
 from statistics import median
@@ -27,7 +28,7 @@ Verdict = tuple[Level, str] | None
 
 FEW = 3
 """Values in a median."""
-GAIN_ROUNDS = 20
+GAIN_ITERATIONS = 20
 """Within which a policy that narrows must not have lost what it gained."""
 BEGINNING = 1000
 """Lines in which the first values are looked for: later ones are not the beginning of anything."""
@@ -43,13 +44,20 @@ class Alarm:
     """One line: metric, value, threshold, and what to do next."""
 
 
-def check_guards(history: History, config: GuardsConfig) -> list[Alarm]:
-    """The alarms about the last line, at most one per guard, the worst. `history`: one line per
-    round, as in metrics.jsonl."""
+def check_guards(
+    history: History, config: GuardsConfig, *, muted: Collection[str] = ()
+) -> list[Alarm]:
+    """Return the alarms about the last line, at most one per guard, the worst.
+
+    Args:
+        history: one line per iteration, as in metrics.jsonl.
+        config: the thresholds.
+        muted: guards that do not apply, by their keys in the config.
+    """
     if not history:
         return []
     iteration = int(history[-1].get("iteration", len(history) - 1))
-    found = {
+    verdicts = {
         "kl": _kl(history, config),
         "entropy": _entropy(history, config.entropy),
         "truncated": _truncated(history, config),
@@ -58,8 +66,12 @@ def check_guards(history: History, config: GuardsConfig) -> list[Alarm]:
         "mismatch": _mismatch(history, config),
         "no_signal": _no_signal(history, config),
     }
-    way_on = {"warn": "", "pause": ", or `rayhf unpause RUN` to go on"}
-    return [Alarm(guard, v[0], iteration, v[1] + way_on[v[0]]) for guard, v in found.items() if v]
+    advice = {"warn": "", "pause": ", or `rayhf unpause RUN` to continue"}
+    return [
+        Alarm(guard, verdict[0], iteration, verdict[1] + advice[verdict[0]])
+        for guard, verdict in verdicts.items()
+        if verdict and guard not in muted
+    ]
 
 
 # ---------------------------------------------------------------- reading the history
@@ -91,17 +103,19 @@ def _reader(name: str) -> Callable[[Line], float | None]:
 
 
 def _level(
-    values: Sequence[float], warn: float | None, pause: float | None, *, rounds: int = 2
+    values: Sequence[float], warn: float | None, pause: float | None, *, beyond: int = 2
 ) -> Level | None:
-    """`values` are newest last. A pause needs the last one and `rounds` of them beyond it, of FEW
-    (or as many as are needed)."""
-    window = values[-max(FEW, rounds) :]
-    enough = len(values) >= max(FEW, rounds)
+    """Return the level of `values`, newest last.
+
+    A pause needs the last one and `beyond` of them above it, of FEW (or as many as are needed).
+    """
+    window = values[-max(FEW, beyond) :]
+    enough = len(values) >= max(FEW, beyond)
     if (
         pause is not None
         and enough
         and values[-1] > pause
-        and sum(v > pause for v in window) >= rounds
+        and sum(v > pause for v in window) >= beyond
     ):
         return "pause"
     return "warn" if warn is not None and values and values[-1] > warn else None
@@ -136,15 +150,13 @@ def _kl(history: History, config: GuardsConfig) -> Verdict:
         return level and (
             level,
             f"{name} is {values[-1]:.4g} nats per response, above guards.kl.{level} = {getattr(limits, level):g}: "
-            "lower learner.lr, or raise algorithm.beta or algorithm.kl.coef",
+            "lower learner.lr, or raise algorithm.loss.beta or algorithm.kl.coef",
         )
 
     return _worst(verdict(name) for name in sorted(names, reverse=True))
 
 
 def _entropy(history: History, limits: EntropyGuard) -> Verdict:
-    if "game/exploitability" in history[-1]:
-        return None
     read = _reader("policy/entropy")
     values, start = _last(history, read, FEW), _first(history, read)
     if start is None or start <= 0:
@@ -154,9 +166,9 @@ def _entropy(history: History, limits: EntropyGuard) -> Verdict:
         level = "warn" if limits.warn is not None else None
     return level and (
         level,
-        f"policy/entropy is {values[-1]:.4g} nats per token, {values[-1] / start:.0%} of the first rounds' {start:.4g}, below "
+        f"policy/entropy is {values[-1]:.4g} nats per token, {values[-1] / start:.0%} of the first iterations' {start:.4g}, below "
         f"guards.entropy.{level} = {getattr(limits, level):g}: lower learner.lr, raise rollout.temperature, or raise "
-        "algorithm.beta or algorithm.entropy_coef",
+        "algorithm.loss.beta or algorithm.loss.entropy_coef",
     )
 
 
@@ -164,7 +176,7 @@ def _pays(history: History, gain: float | None) -> bool:
     """Whether the training reward stands above that of the first rounds, and is not being lost."""
     read = _reader("scorer/reward_mean")
     start, spread = _first(history, read), _first(history, _reader("scorer/reward_std"))
-    values = _last(history, read, GAIN_ROUNDS + FEW - 1)
+    values = _last(history, read, GAIN_ITERATIONS + FEW - 1)
     if gain is None or start is None or not values:
         return False
     now, before, margin = median(values[-FEW:]), median(values[:FEW]), gain * (spread or 0.0)
@@ -179,13 +191,13 @@ def _truncated(history: History, config: GuardsConfig) -> Verdict:
     level = _level(values, _at_least(2 * start, limits.warn), _at_least(2 * start, limits.pause))
     return level and (
         level,
-        f"rollout/truncated is {values[-1]:.0%} of the answers, above guards.truncated.{level} = {getattr(limits, level):g} "
-        f"and twice the first rounds' {start:.0%}: raise rollout.max_tokens, or let the reward count against length",
+        f"rollout/truncated is {values[-1]:.0%} of the completions, above guards.truncated.{level} = {getattr(limits, level):g} "
+        f"and twice the first iterations' {start:.0%}: raise rollout.max_tokens, or let the reward count against length",
     )
 
 
 def _length(history: History, limits: LengthGuard) -> Verdict:
-    values = _last(history, _reader("rollout/length_mean"), limits.rounds + FEW - 1)
+    values = _last(history, _reader("rollout/length_mean"), limits.iterations + FEW - 1)
     if len(values) <= FEW or (before := median(values[:FEW])) <= 0:
         return None
     ratios = [v / before for v in values[-FEW:]]
@@ -198,9 +210,9 @@ def _length(history: History, limits: LengthGuard) -> Verdict:
         return None
     key = level if grown else f"{level}_shrunk"
     return level, (
-        f"rollout/length_mean is {values[-1]:.4g} tokens, {ratios[-1]:.2f} times that of up to {limits.rounds} "
+        f"rollout/length_mean is {values[-1]:.4g} tokens, {ratios[-1]:.2f} times that of up to {limits.iterations} "
         f"rounds before, {'above' if grown else 'below'} guards.length.{key} = {getattr(limits, key):g}: look at the samples for "
-        "padding or empty answers, and let the reward count against it"
+        "padding or empty completions, and let the reward count against it"
     )
 
 
@@ -216,7 +228,7 @@ def _reward_gap(history: History, limits: RewardGapGuard) -> Verdict:
             level,
             f"{task}/sampled falls over the last guards.reward_gap.{level} = {count} evaluations, to "
             f"{history[-1][f'{task}/sampled']:.4g}, while the training reward rises: the scorer is being "
-            "gamed; look at the samples, go back to an earlier checkpoint, and lower learner.lr or raise algorithm.beta or "
+            "gamed; look at the samples, return to an earlier checkpoint, and lower learner.lr or raise algorithm.loss.beta or "
             "algorithm.kl.coef",
         )
         for level, count in levels
@@ -279,7 +291,9 @@ def _mismatch(history: History, config: GuardsConfig) -> Verdict:
         floor = limits.drift * start
     level = _level(values, _at_least(floor, limits.warn), _at_least(floor, limits.pause))
     raised = (
-        f" and {limits.drift:g} times the first rounds' {floor / limits.drift:.2g}" if floor else ""
+        f" and {limits.drift:g} times the first iterations' {floor / limits.drift:.2g}"
+        if floor
+        else ""
     )
     return level and (
         level,
@@ -291,20 +305,10 @@ def _mismatch(history: History, config: GuardsConfig) -> Verdict:
 
 def _no_signal(history: History, config: GuardsConfig) -> Verdict:
     limits = config.no_signal
-    values = _last(history, _share_without_signal, max(FEW, limits.rounds))
-    level = _level(values, limits.warn, limits.pause, rounds=limits.rounds)
+    values = _last(history, _reader("selection/no_signal"), max(FEW, limits.iterations))
+    level = _level(values, limits.warn, limits.pause, beyond=limits.iterations)
     return level and (
         level,
-        f"{values[-1]:.0%} of the groups or pairs teach nothing (all answers score alike), above guards.no_signal.{level} = "
+        f"{values[-1]:.0%} of the groups or pairs teach nothing (all completions score alike), above guards.no_signal.{level} = "
         f"{getattr(limits, level):g}: raise rollout.temperature or algorithm.samples, or take harder or easier prompts",
     )
-
-
-def _share_without_signal(line: Line) -> float | None:
-    if (uniform := _value(line, "ppo/groups_uniform")) is not None:
-        return uniform
-    for kind in ("pairs", "sppo"):
-        ties, kept = _value(line, f"{kind}/ties"), _value(line, f"{kind}/kept")
-        if ties is not None and kept is not None and ties + kept > 0:
-            return ties / (ties + kept)
-    return None

@@ -73,7 +73,7 @@ def actor_specs(
             f"rollout {other}": config.rollout.engines,
             f"learner {other}": config.learner.ranks,
         }
-    evaluators = int(config.scorer.evaluate is not None) + len(config.evaluations)
+    evaluators = len(config.evaluator_scorers)
     counts |= {"reference": int(reference), "scorer": 1, "evaluator": evaluators}
     places = [(role, index) for role, count in counts.items() for index in range(count)]
     gpu = config.cluster.device == "gpu"
@@ -174,8 +174,7 @@ def entries_of(config: CampaignConfig, role: str) -> tuple[ScorerEntry, ...]:
         return config.scorer.train
     if role != "evaluator":
         return ()
-    further = (entry for eval_suite in config.evaluations.values() for entry in eval_suite.scorer)
-    return (*(config.scorer.evaluate or ()), *further)
+    return tuple(entry for entries in config.evaluator_scorers.values() for entry in entries)
 
 
 def members(found: Sequence[ActorSpec]) -> list[list[ActorSpec]]:

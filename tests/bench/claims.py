@@ -169,7 +169,7 @@ CLAIMS = {
                     # model has only seen moves.
                     "scorer.train=[{type: reward_model, model: SCORERS/bradley_terry_game}, "
                     "{type: rule, function: 'rayhf.tiny.game:legal', weight: 10.0}]",
-                    "algorithm={type: online_dpo, samples: 8, beta: 0.1}",
+                    "algorithm={type: online_dpo, samples: 8}",
                     # With SPPO's rate DPO leaves the game in two rounds.
                     "learner.lr=3e-4",
                     "learner.epochs=2",

@@ -53,10 +53,10 @@ class Turns:
 
 def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
     """The config of a rayhf campaign that does a case's work."""
-    algorithm: dict[str, Any] = {"type": "online_dpo", "samples": spec.samples, "beta": 0.1}
+    algorithm: dict[str, Any] = {"type": "online_dpo", "samples": spec.samples}
     if spec.algorithm == "grpo":
         kl = {"coef": KL, "estimator": "k3", "where": "loss"}
-        algorithm = {"type": "ppo", "advantage": "grpo", "samples": spec.samples, "kl": kl}
+        algorithm = {"type": "grpo", "samples": spec.samples, "kl": kl}
     run = {"dir": str(directory), "iterations": 10_000, "eval_every": 0, "checkpoint_every": 0}
     budget = spec.micro * (16 + spec.max_tokens)
     return {

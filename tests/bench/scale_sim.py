@@ -26,10 +26,10 @@ from typing import Any
 from rich.console import Console
 
 from launch.view import LiveView
-from rayhf.algorithms import build_algorithm
 from rayhf.campaign.controller import CampaignData, Controller
 from rayhf.campaign.gc_tuning import gc_tuned
 from rayhf.config.load import validate
+from rayhf.config.registry import ALGORITHMS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.prompts import PromptSet
 from rayhf.roles import Roles
@@ -160,7 +160,7 @@ async def _campaign(
     )
     controller = Controller(
         config,
-        algorithm=build_algorithm(config.algorithm, max_tokens=config.rollout.max_tokens),
+        algorithm=ALGORITHMS.build(config.algorithm),
         roles=roles,
         data=material,
         store=store,

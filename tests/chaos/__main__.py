@@ -41,7 +41,7 @@ console = Console(width=160)
 
 LOOPS: dict[str, dict[str, Any]] = {
     "online_dpo": {"type": "online_dpo", "samples": 4},
-    "ppo": {"type": "ppo", "samples": 2, "advantage": "gae"},
+    "ppo": {"type": "ppo", "samples": 2},
     "mcts_dpo": {"type": "mcts_dpo", "iterations": 4, "parallel": 2, "width": [3, 2]},
 }
 STRIKES = {"online_dpo": (8, 8, 4, 4), "ppo": (6, 6, 3, 3), "mcts_dpo": (6, 6, 3, 3)}

@@ -106,7 +106,7 @@ def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
     [
         (
             "ppo",
-            {"type": "ppo", "samples": 2, "advantage": "gae"},
+            {"type": "ppo", "samples": 2},
             {
                 "learner": {"epochs": 2, "ranks": 2, "zero_stage": 2},
                 "cluster": {"placement": "colocate"},
@@ -115,9 +115,8 @@ def test_the_run_directory_and_its_metrics(world: Path, first: Path) -> None:
         (
             "grpo",
             {
-                "type": "ppo",
+                "type": "grpo",
                 "samples": 4,
-                "advantage": "grpo",
                 "kl": {"where": "loss", "estimator": "k3"},
             },
             {
@@ -180,7 +179,7 @@ def test_a_finished_campaign_goes_on_and_an_actor_that_may_not_be_replaced_is_na
         process.returncode == 10 and "rollout engine 0 was lost" in err and err.count("\n") == 1
     ), err
     assert (
-        "continue: after round 3, from iteration-000003" in out
+        "continue: after iteration 3, from iteration-000003" in out
         and metrics(world, "first")[4]["iteration"] == 4
     )
     wait_for(
@@ -198,7 +197,9 @@ def test_ctrl_c_exits_resumable(world: Path) -> None:
         "pairs": "all_pairs",
         "reference": {"type": "ema", "alpha": 0.5, "every": 1},
     }
-    config = write_config(world, "stopped", algorithm=moving, tracking={"wandb": "offline"})
+    config = write_config(
+        world, "stopped", algorithm=moving, trackers=[{"type": "wandb", "mode": "offline"}]
+    )
     process = start(world, config, "run.iterations=500", "run.keep_checkpoints=500")
     second = world / "stopped/checkpoints/iteration-000002"
     wait_for(lambda: (second / "MANIFEST.json").exists() or process.poll() is not None)

@@ -144,7 +144,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_config(
         world,
         "one",
-        tracking={"wandb": "offline"},
+        trackers=[{"type": "wandb", "mode": "offline"}],
         run={"iterations": 500, "checkpoint_every": 2},
         cluster=pools,
     )
@@ -292,7 +292,7 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
         "--entrypoint-cpus",
         "0.1",
     )
-    assert f"continue: after round {committed}" in again
+    assert f"continue: after iteration {committed}" in again
     user.run(RAYHF, "verify", run, "--deep")
     assert "DONE" in user.run(RAYHF, "status", run)
 

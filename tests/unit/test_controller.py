@@ -7,10 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from fakes import FakeChat, FakeLearner, FakeReference, FakeRollout, FakeScorer, Quiet, make_prompts
 
-from rayhf.algorithms import build_algorithm
 from rayhf.algorithms.base import needs_frozen_reference
-from rayhf.campaign.controller import CampaignData, Controller
+from rayhf.campaign.controller import Controller
+from rayhf.campaign.data import CampaignData
 from rayhf.config.load import validate
+from rayhf.config.registry import ALGORITHMS
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.prompts import PromptSet
 from rayhf.errors import CheckpointError, ConfigError, LockedError, ScorerError
@@ -44,9 +45,11 @@ def make_config(tmp_path, *, algorithm=None, run=None, learner=None, **more):
 def play(
     config, *, rollout=None, scorer=None, learner=None, critic=None, reference=None, pairs=None
 ):
-    algorithm = build_algorithm(config.algorithm, max_tokens=8)
+    algorithm = ALGORITHMS.build(config.algorithm)
     if pairs is not None:
-        algorithm.give(encode_pairs(load_pairs(pairs, key="pairs").pairs, FakeChat(), key="pairs"))
+        algorithm.set_pairs(
+            encode_pairs(load_pairs(pairs, key="pairs").pairs, FakeChat(), key="pairs")
+        )
     roles = Roles(
         rollouts={"policy": rollout or FakeRollout()},
         scorer=scorer or FakeScorer(),
@@ -182,9 +185,13 @@ def test_another_campaign_is_refused_and_a_locked_one_too(tmp_path):
     config = make_config(tmp_path)
     play(config)
     with pytest.raises(
-        ConfigError, match=r"holds another campaign: algorithm\.beta was 0\.1, now 0\.2"
+        ConfigError, match=r"holds another campaign: algorithm\.loss\.beta was 0\.1, now 0\.2"
     ):
-        RunDir(make_config(tmp_path, algorithm={"type": "online_dpo", "samples": 4, "beta": 0.2}))
+        RunDir(
+            make_config(
+                tmp_path, algorithm={"type": "online_dpo", "samples": 4, "loss": {"beta": 0.2}}
+            )
+        )
     store = RunDir(config)
     with pytest.raises(LockedError, match="in use by host"):
         RunDir(config)

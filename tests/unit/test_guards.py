@@ -31,8 +31,7 @@ def steady(rounds, *, evaluate_every=5, seed=0, rise=0.0, noise=1.0):
                 "rollout/truncated": abs(0.02 * noise * rng.gauss(0, 1)),
                 "scorer/reward_mean": 0.3 + gained + 0.02 * noise * rng.gauss(0, 1),
                 "scorer/reward_std": 0.45,
-                "pairs/kept": 50.0,
-                "pairs/ties": 14.0,
+                "selection/no_signal": 14 / 64,
                 "learner/steps": 1,
                 "staleness/max": 0.0,
                 "policy/entropy": 0.8 * (1 + 0.05 * noise * rng.gauss(0, 1)),
@@ -203,7 +202,8 @@ def test_length_is_a_ratio_to_at_most_twenty_rounds_ago():
         levels(short("rollout/length_mean", *[100 * 1.015**i for i in range(200)])) == {}
     )  # 20 times longer, but in 200 rounds
     assert levels(
-        short("rollout/length_mean", *[100 * 1.015**i for i in range(200)]), length={"rounds": 60}
+        short("rollout/length_mean", *[100 * 1.015**i for i in range(200)]),
+        length={"iterations": 60},
     ) == {"length": "pause"}
 
 
@@ -225,10 +225,8 @@ def test_a_policy_that_narrows_by_learning_is_not_paused():
         for i, line in enumerate(lines)
     ]
     assert levels(lost) == {"entropy": "pause"}
-    assert (
-        levels([{**line, "scorer/reward_mean": 0.2, "game/exploitability": 0.1} for line in lines])
-        == {}
-    )
+    stuck = [{**line, "scorer/reward_mean": 0.2} for line in lines]
+    assert check_guards(stuck, DEFAULT, muted={"entropy"}) == []
 
 
 def test_the_policys_own_drift_over_several_steps_is_no_mismatch():
@@ -244,26 +242,11 @@ def test_the_policys_own_drift_over_several_steps_is_no_mismatch():
     }  # k1 over pairs has either sign
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        {"ppo/groups_uniform": 0.95},
-        {"pairs/ties": 19, "pairs/kept": 1},
-        {"sppo/ties": 8, "sppo/kept": 0},
-    ],
-)
-def test_rounds_that_teach_nothing_pause_after_ten_in_a_row(line):
-    lines = [{"iteration": i, **line} for i in range(10)]
+def test_rounds_that_teach_nothing_pause_after_ten_in_a_row():
+    lines = [{"iteration": i, "selection/no_signal": 0.95} for i in range(10)]
     assert levels(lines[:9]) == {"no_signal": "warn"}
     assert levels(lines) == {"no_signal": "pause"}
-    once = {
-        "iteration": 4,
-        "ppo/groups_uniform": 0.1,
-        "pairs/ties": 0,
-        "pairs/kept": 9,
-        "sppo/ties": 0,
-        "sppo/kept": 9,
-    }
+    once = {"iteration": 4, "selection/no_signal": 0.1}
     assert levels([*lines[:4], once, *lines[5:]]) == {"no_signal": "warn"}
 
 
@@ -334,9 +317,9 @@ MINIMAL = {
 def test_guards_are_a_section_of_the_campaign(tmp_path):
     assert validate(MINIMAL, source="c").guards == DEFAULT
     config = validate(
-        {**MINIMAL, "guards": {"kl": {"pause": None}, "length": {"rounds": 5}}}, source="c"
+        {**MINIMAL, "guards": {"kl": {"pause": None}, "length": {"iterations": 5}}}, source="c"
     )
-    assert (config.guards.kl.pause, config.guards.length.rounds) == (None, 5)
+    assert (config.guards.kl.pause, config.guards.length.iterations) == (None, 5)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "c.yaml") == config
 

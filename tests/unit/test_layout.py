@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from rayhf.config import algorithms, mcts_dpo, schema, scorers, serve, service, spar
+from rayhf.config import algorithms, schema, scorers, serve, service
 from rayhf.config.base import Section
 from rayhf.config.fit import FitConfig
 from rayhf.config.load import load_config, load_section
+from rayhf.config.registry import REGISTRIES
 from rayhf.config.serve import ServeScorerConfig
 from rayhf.planning.preflight import check_settings
 
@@ -26,7 +27,7 @@ ALLOWED = {
 HEAVY = {
     "vllm": {"rayhf/rollout"},
     "deepspeed": {"rayhf/learner", "rayhf/weights"},
-    "wandb": {"launch/tracking.py"},
+    "wandb": {"rayhf/monitoring/wandb.py"},
     "grpc": {"rayhf/service", "rayhf/scorer/grpc", "rayhf/control"},
 }
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
@@ -100,12 +101,15 @@ def test_every_config_key_is_read_somewhere():
             r"self\.\w+", "\n".join(f.read_text() for f in (ROOT / "rayhf/config").glob("*.py"))
         )
     )
-    sections = [
+    modules = [algorithms, schema, scorers, serve, service]
+    for registry in REGISTRIES.values():
+        modules += [sys.modules[registry.config_type(n).__module__] for n in registry.builtin]
+    sections = {
         c
-        for m in (schema, algorithms, mcts_dpo, scorers, serve, service, spar)
-        for c in vars(m).values()
+        for module in modules
+        for c in vars(module).values()
         if isinstance(c, type) and issubclass(c, Section)
-    ]
+    }
     unread = {
         f"{c.__name__}.{name}"
         for c in sections

@@ -10,12 +10,12 @@ import pytest
 from fakes import FakeChat, FakeLearner, FakeScorer
 from test_controller import make_config, metrics_of, play
 
-from rayhf.algorithms import build_algorithm
-from rayhf.algorithms.base import SelectionContext, learner_is_reference, needs_frozen_reference
+from rayhf.algorithms.base import SelectionContext, needs_frozen_reference
 from rayhf.config.load import validate
+from rayhf.config.registry import ALGORITHMS
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.errors import ConfigError
-from rayhf.types import Compared, Failed, Invalid
+from rayhf.types import Compared, Failed, Invalid, Sampling
 
 
 def write_pairs(tmp_path, rows=None):
@@ -127,14 +127,14 @@ def test_the_learner_is_its_own_previous_reference(tmp_path):
     config = make_config(
         tmp_path, algorithm={"type": "sppo", "samples": 4, "eta": 2.0, "train_on": "all"}
     )
-    assert not needs_frozen_reference(build_algorithm(config.algorithm, max_tokens=8))
+    assert not needs_frozen_reference(ALGORITHMS.build(config.algorithm))
     roles = play(config, reference=None)
     rows = [
         row for batch in roles.learners["policy"].batches for e in batch.examples for row in e.rows
     ]
     assert all((row.tokens["ref_logp"] == row.tokens["old_logp"]).all() for row in rows)
     assert {round(row.scalars["target"], 6) for row in rows} != {0.0}
-    assert not learner_is_reference(config.algorithm.reference.model_copy(update={"every": 2}))
+    assert not config.algorithm.reference.model_copy(update={"every": 2}).is_learner
 
 
 @pytest.mark.parametrize("target", ["soft", "single", "hard"])
@@ -158,9 +158,9 @@ def test_sppo_targets(tmp_path, target):
 
 
 def test_sppo_refuses_targets_that_all_answers_have_not(tmp_path):
-    config = make_config(tmp_path, algorithm={"type": "sppo", "target": "hard", "train_on": "all"})
+    algorithm = {"type": "sppo", "target": "hard", "train_on": "all"}
     with pytest.raises(ConfigError, match="target hard"):
-        build_algorithm(config.algorithm, max_tokens=8)
+        make_config(tmp_path, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("outcome", [Invalid(reason="no verdict"), Failed(reason="too late")])
@@ -217,14 +217,10 @@ def test_hypo_takes_pairs_and_samples_in_every_step(tmp_path):
 
 
 def test_disjoint_rounds_are_promised_or_refused(tmp_path):
-    from rayhf.planning.preflight import _check_shards
-
     config = make_config(tmp_path, algorithm={"type": "iterative_dpo"})
-    with pytest.raises(
-        ConfigError, match=r"16, but prompts.train has 12; expected prompts.batch of at most 3"
-    ):
-        _check_shards(config, 12)
-    _check_shards(config, 16)
+    with pytest.raises(ConfigError, match=r"16, but prompts.train has 12; expected"):
+        config.algorithm.check_prompts(config, 12)
+    config.algorithm.check_prompts(config, 16)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +280,7 @@ def test_type_alone_gives_the_papers_setting():
     iterative = defaults(
         "iterative_dpo"
     )  # RLHFlow: 8 samples, best against worst, moving reference
-    assert (iterative.samples, iterative.pairs, iterative.beta, iterative.reference.type) == (
+    assert (iterative.samples, iterative.pairs, iterative.loss.beta, iterative.reference.type) == (
         8,
         "best_worst",
         0.1,
@@ -297,4 +293,7 @@ def test_type_alone_gives_the_papers_setting():
 
 
 def test_an_algorithm_without_earlier_rounds_gets_none():
-    assert list(SelectionContext(iteration=1, seed=0).earlier(0)) == []
+    assert (
+        list(SelectionContext(iteration=1, seed=0, sampling=Sampling(max_tokens=8)).earlier(0))
+        == []
+    )

@@ -9,17 +9,26 @@ import math
 import pickle
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
+from rayhf.algorithms.policy_gradient import KLConfig
+from rayhf.algorithms.ppo import PPOConfig
+from rayhf.config.algorithms import ImportanceConfig
 from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss, MicroBatch, Totals
 from rayhf.losses.policy import (
-    PolicyLoss,
+    ClippedSurrogate,
+    ClippedSurrogateConfig,
+    KLEstimator,
+    KLTerm,
     aggregate,
     importance_weight,
     kl_estimate,
@@ -102,7 +111,18 @@ def mean_of(
     return math.fsum(math.fsum(row) / len(row) for row in per_row if row) / len(rows)
 
 
-def expected_policy_loss(rows: Rows, loss: PolicyLoss, how: str) -> float:
+def policy_loss(
+    *,
+    importance_cap: float | None = 2.0,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator | None = None,
+    **settings: Any,
+) -> ClippedSurrogate:
+    kl = None if kl_estimator is None else KLTerm(coef=kl_coef, estimator=kl_estimator)
+    return ClippedSurrogate(ClippedSurrogateConfig(**settings), importance_cap, kl)
+
+
+def expected_policy_loss(rows: Rows, loss: ClippedSurrogate, how: str) -> float:
     """PPO eq. 7 by cases instead of min: where A >= 0 only the upper bound can bind, where A < 0
     only the lower one."""
 
@@ -112,34 +132,36 @@ def expected_policy_loss(rows: Rows, loss: PolicyLoss, how: str) -> float:
         weight = 1.0 if loss.importance_cap is None else min(weight, loss.importance_cap)
         advantage = row["advantage"][t]
         if advantage >= 0:
-            gain = advantage * min(ratio, 1 + loss.clip_high)
+            gain = advantage * min(ratio, 1 + loss.config.clip_high)
         else:
-            pushed = max(ratio, 1 - loss.clip_low)
-            gain = advantage * (pushed if loss.dual_clip is None else min(pushed, loss.dual_clip))
-        cost = -weight * gain - loss.entropy_coef * row["entropy"][t]
-        if loss.kl_estimator is not None:
+            pushed = max(ratio, 1 - loss.config.clip_low)
+            gain = advantage * (
+                pushed if loss.config.dual_clip is None else min(pushed, loss.config.dual_clip)
+            )
+        cost = -weight * gain - loss.config.entropy_coef * row["entropy"][t]
+        if loss.kl is not None:
             gap = row["out"][t] - row["ref_logp"][t]
-            kl = {"k2": gap * gap / 2, "k3": math.expm1(-gap) + gap}[loss.kl_estimator]
-            cost += weight * loss.kl_coef * kl
+            kl = {"k2": gap * gap / 2, "k3": math.expm1(-gap) + gap}[loss.kl.estimator]
+            cost += weight * loss.kl.coef * kl
         return cost
 
     return mean_of(rows, token, how)
 
 
-LOSSES: list[PolicyLoss] = [
-    PolicyLoss(),
-    PolicyLoss(importance_cap=None, clip_low=0.1, clip_high=0.3),
-    PolicyLoss(importance_cap=1.1, dual_clip=1.5),
-    PolicyLoss(kl_coef=0.3, kl_estimator="k2", entropy_coef=0.2),
-    PolicyLoss(kl_coef=0.3, kl_estimator="k3", dual_clip=2.0),
+LOSSES: list[ClippedSurrogate] = [
+    policy_loss(),
+    policy_loss(importance_cap=None, clip_low=0.1, clip_high=0.3),
+    policy_loss(importance_cap=1.1, dual_clip=1.5),
+    policy_loss(kl_coef=0.3, kl_estimator="k2", entropy_coef=0.2),
+    policy_loss(kl_coef=0.3, kl_estimator="k3", dual_clip=2.0),
 ]
 
 
 @pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "sequence_sum"])
 @pytest.mark.parametrize("index", range(len(LOSSES)))
 def test_policy_loss_is_the_papers_equation(index: int, how: str) -> None:
-    settings_ = {name: getattr(LOSSES[index], name) for name in LOSSES[index].__dataclass_fields__}
-    loss = PolicyLoss(**{**settings_, "aggregate": how})
+    config = LOSSES[index].config.model_copy(update={"aggregate": how})
+    loss = replace(LOSSES[index], config=config)
     rows = random_rows(index, [5, 1, 0, 7, 3], spread=0.5)
     out, micro = micro_of(rows, totals_of(rows))
     result = loss(out, micro)
@@ -149,7 +171,7 @@ def test_policy_loss_is_the_papers_equation(index: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_policy_loss_gradcheck(loss: PolicyLoss) -> None:
+def test_policy_loss_gradcheck(loss: ClippedSurrogate) -> None:
     rows = random_rows(3, [4, 2, 3])
     out, micro = micro_of(rows, totals_of(rows))
     assert torch.autograd.gradcheck(lambda x: loss(x, micro).loss, (out,))
@@ -209,8 +231,8 @@ def test_explained_variance_from_moments() -> None:
 
 ALL: list[Loss] = [
     *LOSSES,
-    PolicyLoss(aggregate="sequence_mean"),
-    PolicyLoss(aggregate="sequence_sum"),
+    policy_loss(aggregate="sequence_mean"),
+    policy_loss(aggregate="sequence_sum"),
     ValueLoss(),
 ]
 
@@ -248,7 +270,7 @@ def test_shares_add_up_whatever_the_sharding(
 @settings(max_examples=10, deadline=None)
 def test_order_of_examples_does_not_matter(order: list[int]) -> None:
     rows = random_rows(11, [2, 4, 0, 3, 1])
-    loss = PolicyLoss(kl_coef=0.1, kl_estimator="k2")
+    loss = policy_loss(kl_coef=0.1, kl_estimator="k2")
     plain = loss(*micro_of(rows, totals_of(rows)))
     shuffled = loss(*micro_of([rows[i] for i in order], totals_of(rows)))
     assert shuffled.loss.item() == pytest.approx(plain.loss.item(), rel=1e-9)
@@ -258,7 +280,7 @@ def test_absent_old_logp_is_one_reinforce_step() -> None:
     """Ratio 1, nothing clipped, gradient -w * A / tokens: REINFORCE."""
     rows = random_rows(7, [3, 2])
     out, micro = micro_of(rows, totals_of(rows), skip=("old_logp",))
-    result = PolicyLoss(importance_cap=None)(out, micro)
+    result = policy_loss(importance_cap=None)(out, micro)
     result.loss.backward()
     assert out.grad is not None
     torch.testing.assert_close(out.grad, -micro.tokens["advantage"] / 5)
@@ -275,7 +297,7 @@ def test_absent_old_logp_is_one_reinforce_step() -> None:
 def test_metrics_name_what_they_measure() -> None:
     rows = random_rows(8, [3, 0, 4])
     out, micro = micro_of(rows, totals_of(rows))
-    metrics = PolicyLoss()(out, micro).metrics
+    metrics = policy_loss()(out, micro).metrics
     gaps = [b - o for row in rows for b, o in zip(row["behavior_logp"], row["out"], strict=True)]
     kl = sum(o - r for row in rows for o, r in zip(row["out"], row["ref_logp"], strict=True))
     assert metrics["rollout/mismatch_kl"].item() == pytest.approx(sum(gaps) / 7)
@@ -284,7 +306,7 @@ def test_metrics_name_what_they_measure() -> None:
     assert metrics["policy/entropy"].item() == pytest.approx(
         sum(x for row in rows for x in row["entropy"]) / 7
     )
-    bare = PolicyLoss()(*micro_of(rows, totals_of(rows), skip=("ref_logp", "entropy"))).metrics
+    bare = policy_loss()(*micro_of(rows, totals_of(rows), skip=("ref_logp", "entropy"))).metrics
     assert "reference/kl" not in bare and "policy/entropy" not in bare
 
 
@@ -385,30 +407,35 @@ def test_empty_responses_and_micro_batches() -> None:
 
 def test_refusals() -> None:
     for build in (
-        lambda: PolicyLoss(kl_estimator="k1", kl_coef=0.1),
-        lambda: PolicyLoss(importance_cap=0.5),
-        lambda: PolicyLoss(dual_clip=1.0),
-        lambda: PolicyLoss(clip_low=0.0),
-        lambda: ValueLoss(value_clip=0.0),
+        lambda: kl_loss(torch.zeros(1), torch.zeros(1), "k1"),
         lambda: kl_estimate(torch.zeros(1), torch.zeros(1), "k4"),  # type: ignore[arg-type]
     ):
         with pytest.raises(ConfigError):
             build()
+    for wrong in (
+        lambda: policy_loss(dual_clip=1.0),
+        lambda: policy_loss(clip_low=0.0),
+        lambda: PPOConfig(value_clip=0.0),
+        lambda: ImportanceConfig(cap=0.5),
+        lambda: KLConfig(where="loss", estimator="k1"),
+    ):
+        with pytest.raises(ValidationError):
+            wrong()
     rows = random_rows(2, [2])
     with pytest.raises(ValueError, match="ref_logp"):
-        PolicyLoss(kl_estimator="k2", kl_coef=0.1)(
+        policy_loss(kl_estimator="k2", kl_coef=0.1)(
             *micro_of(rows, totals_of(rows), skip=("ref_logp",))
         )
     with pytest.raises(ValueError, match="behavior_logp"):
-        PolicyLoss()(*micro_of(rows, totals_of(rows), skip=("behavior_logp",)))
+        policy_loss()(*micro_of(rows, totals_of(rows), skip=("behavior_logp",)))
     with pytest.raises(ValueError, match="entropy"):
-        PolicyLoss(entropy_coef=0.1)(*micro_of(rows, totals_of(rows), skip=("entropy",)))
+        policy_loss(entropy_coef=0.1)(*micro_of(rows, totals_of(rows), skip=("entropy",)))
     with pytest.raises(ConfigError, match="token_mean"):
         aggregate(torch.zeros(2), micro_of(rows, totals_of(rows))[1], "mean")  # type: ignore[arg-type]
 
 
 def test_losses_are_picklable_and_say_whether_they_need_entropy() -> None:
-    assert pickle.loads(pickle.dumps(PolicyLoss(dual_clip=3.0))) == PolicyLoss(dual_clip=3.0)
+    assert pickle.loads(pickle.dumps(policy_loss(dual_clip=3.0))) == policy_loss(dual_clip=3.0)
     assert pickle.loads(pickle.dumps(ValueLoss())) == ValueLoss()
-    assert PolicyLoss().entropy == "metric" and PolicyLoss(entropy_coef=0.1).entropy == "loss"
+    assert policy_loss().entropy == "metric" and policy_loss(entropy_coef=0.1).entropy == "loss"
     assert ValueLoss().entropy == "off"

@@ -66,7 +66,7 @@ def test_gradient_pulls_every_token_up_alike():
 def test_entropy_is_reported_where_it_was_computed():
     loss = SFTLoss()
     entropy_T = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
-    assert loss.entropy == "metric" and not loss.needs_reference
+    assert loss.entropy == "metric"
     with_it = loss(*micro_of(ROWS, totals_of(ROWS), entropy=entropy_T)).metrics
     assert with_it["policy/entropy"].item() == pytest.approx(3.5)
     assert "policy/entropy" not in loss(*micro_of(ROWS, totals_of(ROWS))).metrics

@@ -13,10 +13,11 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.mcts_dpo import MCTSDPO, tree_from_group, verdict, worth
-from rayhf.config.mcts_dpo import MCTSDPOConfig, OutcomeConfig
+from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig, OutcomeConfig
 from rayhf.errors import ConfigError
 from rayhf.exploration.scheduler import RequestScheduler
 from rayhf.run_dir.tables import sample_table
@@ -24,7 +25,7 @@ from rayhf.types import Completion, Failed, Group, Invalid, Prompt, Sample, Samp
 
 NEWLINE, END = 5, 6
 PLAIN = Sampling(max_tokens=20)
-TURN = SelectionContext(iteration=1, seed=3)
+TURN = SelectionContext(iteration=1, seed=3, sampling=Sampling(max_tokens=8))
 
 
 def text_of(tokens):
@@ -136,7 +137,7 @@ def explored(
     answer="123",
 ):
     """The groups of n prompts, and the exchange over which they were explored."""
-    algorithm = MCTSDPO(config, max_tokens=sampling.max_tokens)
+    algorithm = MCTSDPO(config)
 
     async def go():
         exchange = RequestScheduler(
@@ -313,7 +314,7 @@ def test_a_stored_tree_gives_the_same_pairs(pairs, levels):
 
     config = config_of(pairs=pairs, levels=levels)
     groups = explore(config, n=4, scorer=ToyScorer(unclear))
-    algorithm = MCTSDPO(config, max_tokens=20)
+    algorithm = MCTSDPO(config)
     first, again = (algorithm.select(gs, TURN) for gs in (groups, [stored(g) for g in groups]))
     assert first.metrics == again.metrics and first.metrics["pairs/kept"] > 3
     for a, b in zip(first.examples, again.examples, strict=True):
@@ -335,7 +336,7 @@ def test_a_stored_tree_gives_the_same_pairs(pairs, levels):
 def test_pairs_are_siblings_and_the_loss_is_over_what_differs():
     config = config_of(iterations=30, pairs="all", max_pairs=50)
     (group,) = explore(config)
-    selection = MCTSDPO(config, max_tokens=20).select([group], TURN)
+    selection = MCTSDPO(config).select([group], TURN)
     assert selection.examples and selection.metrics["mcts/label_smoothing"] > 0
     for example in selection.examples:
         better, worse = (group.samples[row.sample] for row in example.rows)
@@ -379,7 +380,7 @@ def test_a_tree_that_never_answers_is_counted_and_trained_on_nothing():
     assert max(len(c.token_ids) for c in scorer.seen) == 8 and {
         c.finish_reason for c in scorer.seen
     } == {"length"}
-    selection = MCTSDPO(config_of(), max_tokens=8).select(groups, TURN)
+    selection = MCTSDPO(config_of()).select(groups, TURN)
     assert (
         selection.examples == ()
         and selection.metrics["pairs/ties"] > 0
@@ -423,13 +424,13 @@ def test_unscored_answers_are_no_wrong_answers(outcome):
     assert group.metrics["mcts/unscored"] > 0
     (group,) = explore(config_of(), scorer=ToyScorer(lambda c: outcome))
     assert group.metrics["mcts/nodes"] == len([s for s in group.samples if s.kind == "step"]) <= 3
-    assert MCTSDPO(config_of(), max_tokens=20).select([group], TURN).examples == ()
+    assert MCTSDPO(config_of()).select([group], TURN).examples == ()
 
 
 def test_all_ties_train_nothing():
     groups = explore(config_of(), n=2, scorer=ToyScorer(lambda c: Scored(value=1.0)))
     for rule in ("worst", "random", "all"):
-        selection = MCTSDPO(config_of(pairs=rule), max_tokens=20).select(groups, TURN)
+        selection = MCTSDPO(config_of(pairs=rule)).select(groups, TURN)
         assert selection.examples == () and selection.metrics["pairs/ties"] > 0
 
 
@@ -469,9 +470,9 @@ def test_self_evaluation_adds_the_share_of_yes():
     template = "{{ question }} {{ work }} {{ answer }}"
     _, asked = nodes("yes", template=template, gold_conditioned_critic=True)
     assert all(text.endswith(" 123") for text in asked)
-    with pytest.raises(ConfigError, match="leak"):
+    with pytest.raises(ValidationError, match="leak"):
         nodes("yes", template=template)
-    with pytest.raises(ConfigError, match="line 1"):
+    with pytest.raises(ValidationError, match="line 1"):
         nodes("yes", template="{{ work")
     with pytest.raises(ConfigError, match="p0 has no answer"):
         explore(
@@ -498,7 +499,7 @@ def test_gold_steps_enter_only_where_asked_for():
         and gold[0].stats["prior"] == 1.0
     )
     assert gold[1].context_ids == (1, 2, 11, NEWLINE)
-    examples = MCTSDPO(config, max_tokens=20).select([group], TURN).examples
+    examples = MCTSDPO(config).select([group], TURN).examples
     rows = [row for e in examples for row in e.rows if group.samples[row.sample].stats["gold"]]
     assert rows and all(np.isnan(row.tokens["behavior_logp"]).all() for row in rows)
     for answer, inject in (("123", True), (None, True), ("1\n2\n3", False)):
@@ -521,7 +522,7 @@ def test_outcomes():
 
 
 def test_defaults_are_the_papers():
-    """ALGORITHMS.md A5: K 5, depth 4, breadth 4 then 2, c 1, gamma 1, prior exponent 1.25, outcome
+    """K 5, depth 4, breadth 4 then 2, c 1, gamma 1, prior exponent 1.25, outcome
     +-1, beta 0.1, 8 pairs."""
     config = MCTSDPOConfig()
     assert (config.iterations, config.depth, config.width, config.exploration, config.gamma) == (
@@ -533,7 +534,7 @@ def test_defaults_are_the_papers():
     )
     assert (
         config.length_exponent,
-        config.beta,
+        config.loss.beta,
         config.max_pairs,
         config.step_tokens,
         config.step_stop,
@@ -550,18 +551,25 @@ def test_defaults_are_the_papers():
         "step",
         "worst",
     )
-    assert (config.labels, config.loss, config.reference.type) == ("soft", "sigmoid", "initial")
+    assert (config.labels, config.loss.type, config.reference.type) == (
+        "soft",
+        "sigmoid",
+        "initial",
+    )
     assert not config.inject_gold and config.self_evaluation is None
 
 
 def test_hard_labels_and_other_losses():
     config = config_of(labels="hard", loss="ipo")
-    selection = MCTSDPO(config, max_tokens=20).select(explore(config), TURN)
+    selection = MCTSDPO(config).select(explore(config), TURN)
     assert selection.examples and all(set(e.scalars) == {"margin"} for e in selection.examples)
-    with pytest.raises(ConfigError, match="labels: soft needs loss sigmoid, got ipo"):
-        MCTSDPO(config_of(loss="ipo"), max_tokens=20)
-    with pytest.raises(ConfigError, match=r"outcome\.wrong"):
-        MCTSDPO(config_of(outcome={"correct": 0.0, "wrong": 0.0}), max_tokens=20)
+    with pytest.raises(
+        ValidationError,
+        match="labels: soft needs a loss that accepts them, for example sigmoid, got ipo",
+    ):
+        MCTSDPO(config_of(loss="ipo"))
+    with pytest.raises(ValidationError, match="wrong: 0 must be below correct"):
+        MCTSDPO(config_of(outcome={"correct": 0.0, "wrong": 0.0}))
 
 
 def test_samples_out_of_order_are_refused():
@@ -571,5 +579,5 @@ def test_samples_out_of_order_are_refused():
 
 
 def test_no_groups():
-    selection = MCTSDPO(config_of(), max_tokens=20).select([], TURN)
+    selection = MCTSDPO(config_of()).select([], TURN)
     assert selection.examples == () and all(math.isfinite(v) for v in selection.metrics.values())

@@ -177,7 +177,7 @@ def test_stop_commits_the_round_and_the_same_command_continues(tmp_path):
         make_config(tmp_path, run={"checkpoint_every": 0}),
     )
     play(whole)
-    with pytest.raises(InterruptedRunError, match="stopped after round 2"):
+    with pytest.raises(InterruptedRunError, match="stopped after iteration 2"):
         play(config, rollout=Watching(config.run.dir, 3, "stop"))
     assert read_status(config.run.dir).iteration == 2
     write_control(config.run.dir, "run")

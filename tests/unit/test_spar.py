@@ -14,8 +14,8 @@ import torch
 
 from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.spar import Dialogue, SPaR
+from rayhf.algorithms.spar_config import RefinerDataConfig, SPaRConfig
 from rayhf.algorithms.spar_data import judge_accuracy, refiner_examples
-from rayhf.config.spar import RefinerDataConfig, SPaRConfig
 from rayhf.learner.forward import build_micro
 from rayhf.losses.base import Totals
 from rayhf.types import Completion, Failed, Prompt, Sampling, Scored, derive_seed
@@ -116,7 +116,9 @@ def explore(algorithm, explorer, prompt=None):
 
 
 def select(algorithm, *groups, seed=1):
-    selection = algorithm.select(groups, SelectionContext(iteration=1, seed=seed))
+    selection = algorithm.select(
+        groups, SelectionContext(iteration=1, seed=seed, sampling=Sampling(max_tokens=8))
+    )
     parts = {
         name: [e for e in selection.examples if e.objective == name]
         for name in ("policy", "refiner")
@@ -295,20 +297,22 @@ def test_who_is_asked_with_which_settings():
 
 def test_policies_objectives_and_losses():
     separate, shared = spar(), spar(refiner={"shared": True})
-    assert (separate.policies, separate.trainee("policy"), separate.trainee("refiner")) == (
+    assert (
+        separate.policies,
+        separate.trained_policy("policy"),
+        separate.trained_policy("refiner"),
+    ) == (
         ("policy", "refiner"),
         "policy",
         "refiner",
     )
-    assert (shared.policies, shared.trainee("policy"), shared.trainee("refiner")) == (
+    assert (shared.policies, shared.trained_policy("policy"), shared.trained_policy("refiner")) == (
         ("policy",),
         "policy",
         "policy",
     )
     loss = separate.loss()
-    assert (loss.loss, loss.beta, loss.nll_coef) == ("sigmoid", 0.1, 0.1) and separate.loss(
-        "refiner"
-    ).needs_reference is False
+    assert (loss.config.type, loss.config.beta, loss.nll_coef) == ("sigmoid", 0.1, 0.1)
     assert (
         separate.train_schedule("refiner").epochs,
         separate.train_schedule("refiner").examples_per_step,
@@ -476,10 +480,14 @@ def test_the_scorer_only_measures():
     )
     assert [
         e.rows[0].response_ids
-        for e in algorithm.select([plain], SelectionContext(iteration=1, seed=1)).examples
+        for e in algorithm.select(
+            [plain], SelectionContext(iteration=1, seed=1, sampling=Sampling(max_tokens=8))
+        ).examples
     ] == [
         e.rows[0].response_ids
-        for e in algorithm.select([failed], SelectionContext(iteration=1, seed=1)).examples
+        for e in algorithm.select(
+            [failed], SelectionContext(iteration=1, seed=1, sampling=Sampling(max_tokens=8))
+        ).examples
     ]
     truth = explore(
         algorithm,

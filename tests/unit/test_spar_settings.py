@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from test_spar import SHORT, TWO_STEPS, FakeExplorer, make_prompt, spar
 
 from rayhf.algorithms.spar import Dialogue, instruction_text
-from rayhf.config.spar import SPaRConfig
+from rayhf.algorithms.spar_config import SPaRConfig
 from rayhf.tiny import instructions
 
 
@@ -20,14 +20,11 @@ def test_test_time_refinement_keeps_what_passes_and_replaces_what_fails():
     explorer = FakeExplorer(TWO_STEPS)
     good, bad = (explorer._completion(0, 0, text) for text in ("good", "bad"))
     assert algorithm.at_test_time is not None
-    assert asyncio.run(algorithm.refine_for_evaluation(prompt, good, explorer)) is good
-    assert asyncio.run(algorithm.refine_for_evaluation(prompt, bad, explorer)).text == "fine"
-    assert (
-        asyncio.run(spar(depth=1).refine_for_evaluation(prompt, bad, FakeExplorer(TWO_STEPS)))
-        is bad
-    )
+    assert asyncio.run(algorithm.improve(prompt, good, explorer)) is good
+    assert asyncio.run(algorithm.improve(prompt, bad, explorer)).text == "fine"
+    assert asyncio.run(spar(depth=1).improve(prompt, bad, FakeExplorer(TWO_STEPS))) is bad
     silent = FakeExplorer(lambda policy, context, draw: "hm")
-    assert asyncio.run(algorithm.refine_for_evaluation(prompt, bad, silent)) is bad
+    assert asyncio.run(algorithm.improve(prompt, bad, silent)) is bad
 
 
 @pytest.mark.parametrize(
@@ -106,7 +103,7 @@ def test_defaults_are_the_source_s_settings():
         0.5,
     )
     assert (config.judge_retries, config.refine_retries, config.max_nodes) == (3, 3, 15)
-    assert (config.beta, config.nll_coef, config.reference.type) == (0.1, 0.1, "previous")
+    assert (config.loss.beta, config.nll_coef, config.reference.type) == (0.1, 0.1, "previous")
     assert (config.refiner.shared, config.refiner.lr, config.refiner.epochs) == (False, 2e-6, 5)
     caps = {
         "refinements": 4000,

@@ -4,12 +4,28 @@ choice."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+import jinja2
+import jinja2.meta
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from rayhf.config.algorithms import ImportanceConfig, InitialReference, ReferenceSchedule
+from rayhf.config.algorithms import (
+    AlgorithmConfig,
+    ImportanceConfig,
+    InitialReference,
+    ReferenceSchedule,
+)
 from rayhf.config.base import Section
+from rayhf.config.registry import LOSSES
+from rayhf.losses.pairs import PairLossConfig
+from rayhf.losses.preference import SigmoidConfig
 from rayhf.search.mcts import MCTSSettings
 from rayhf.search.siblings import StepPairSettings
 
@@ -37,6 +53,12 @@ class OutcomeConfig(Section):
     wrong: float = -1.0
     """Paper."""
 
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if not self.wrong < self.correct:
+            raise ValueError(f"wrong: {self.wrong:g} must be below correct {self.correct:g}")
+        return self
+
 
 class SelfEvaluationConfig(Section):
     """The policy as its own critic: the share of yes among its verdicts is added to R (paper: its
@@ -58,11 +80,26 @@ class SelfEvaluationConfig(Section):
     the solution before it, as the authors' code always does (their self-evaluation is not one); use
     it to reproduce them, not to claim self-evaluation."""
 
+    @model_validator(mode="after")
+    def _check_template(self) -> Self:
+        try:
+            names = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(self.template))
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"template: line {error.lineno}: {error.message}") from None
+        known = {"question", "work"} | ({"answer"} if self.gold_conditioned_critic else set())
+        if unknown := sorted(names - known):
+            leak = " (the reference answer is a leak: gold_conditioned_critic must allow it)"
+            raise ValueError(
+                f"template uses {', '.join(unknown)}; expected only {', '.join(sorted(known))}"
+                f"{leak if 'answer' in unknown else ''}"
+            )
+        return self
 
-class MCTSDPOConfig(StepPairSettings, MCTSSettings):
+
+class MCTSDPOConfig(StepPairSettings, MCTSSettings, AlgorithmConfig):
     """Preferences between sibling steps of a Monte Carlo tree, trained with DPO."""
 
-    type: Literal["mcts_dpo"] = "mcts_dpo"
+    type: str = "mcts_dpo"
 
     step_stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=("\n",), min_length=1
@@ -84,15 +121,23 @@ class MCTSDPOConfig(StepPairSettings, MCTSSettings):
     (it holds a step_stop). The policy is then trained on, and after, text it did not write; the
     authors' code does so unless told otherwise."""
 
-    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """Paper; ipo is in the code, hinge is ours."""
-    beta: PositiveFloat = 0.1
-    """Scripts of the code."""
+    loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
+    """Paper: sigmoid; beta 0.1 is from the code's scripts, which also have ipo."""
     reference: ReferenceSchedule = InitialReference()
     """Code: the initial policy, for the whole run."""
     importance: ImportanceConfig = ImportanceConfig()
 
     @property
     def virtual_loss(self) -> float:
-        """The outcome of a wrong answer."""
+        """Outcome of a wrong answer."""
         return self.outcome.wrong
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        loss = LOSSES.resolve(self.loss.type)
+        if self.labels == "soft" and not loss.accepts_soft_labels:
+            raise ValueError(
+                f"labels: soft needs a loss that accepts them, for example sigmoid, got "
+                f"{self.loss.type}; set labels to hard"
+            )
+        return self

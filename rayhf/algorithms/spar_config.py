@@ -21,8 +21,11 @@ from pydantic import (
     model_validator,
 )
 
-from rayhf.config.algorithms import PreviousReference, ReferenceSchedule
+from rayhf.config.algorithms import AlgorithmConfig, PreviousReference, ReferenceSchedule
 from rayhf.config.base import Section
+from rayhf.config.registry import LOSSES
+from rayhf.losses.pairs import PairLossConfig
+from rayhf.losses.preference import SigmoidConfig
 from rayhf.search.refine import RefineSettings
 
 JUDGE_REQUEST = """\
@@ -107,11 +110,10 @@ class RefinerDataConfig(Section):
     """Judgements of the actor's answers, majority no but not all."""
 
 
-class SPaRConfig(RefineSettings):
-    """Self-play with tree-search refinement: an actor answers, a refiner judges and rewrites, both
-    learn."""
+class SPaRConfig(RefineSettings, AlgorithmConfig):
+    """Self-play with tree-search refinement (Cheng et al. 2024)."""
 
-    type: Literal["spar"] = "spar"
+    type: str = "spar"
     samples: PositiveInt = 5
     """Answers per prompt. (The source samples them with temperature 0.9 and top_p 0.9:
     rollout.*.)"""
@@ -119,7 +121,8 @@ class SPaRConfig(RefineSettings):
     """Judgements per text; the majority decides."""
     judge_temperature: PositiveFloat = 0.7
     refine_temperature: PositiveFloat = 0.7
-    beta: PositiveFloat = 0.1
+    loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
+    """The actor's preference loss (the source: DPO with beta 0.1)."""
     nll_coef: NonNegativeFloat = 0.1
     """Weight of the chosen answer's negative log-likelihood, a mean per token."""
     reference: ReferenceSchedule = PreviousReference()

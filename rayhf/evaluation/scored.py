@@ -1,5 +1,7 @@
-"""Held-out evaluation: every prompt answered once at temperature 1 and once greedily, judged, with
-its KL to the reference."""
+"""Held-out evaluation by scorers: every prompt answered once at temperature 1 and once greedily.
+
+Used for prompts.heldout (`evaluate`) and for further evaluations of type scored.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from pydantic import Field
 
+from rayhf.config.base import Name
+from rayhf.config.evaluations import EvaluationConfig
+from rayhf.config.scorers import ScorerEntry
+from rayhf.config.sources import PromptSource
 from rayhf.errors import ScorerError
+from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
 from rayhf.roles import Reference, Rollout, Scorer
 from rayhf.types import (
     Completion,
@@ -25,6 +33,53 @@ from rayhf.types import (
 )
 
 
+class ScoredEvaluationConfig(EvaluationConfig):
+    """Held-out prompts and the scorers that judge their completions."""
+
+    type: str = "scored"
+    prompts: PromptSource
+    """Evaluation prompts, like prompts.train."""
+    scorer: tuple[ScorerEntry, ...] = Field(min_length=1)
+    """They give scores; a weighted sum of them is the figure."""
+    policy: Name = "policy"
+    """Which of the campaign's policies answers, for algorithms that train several; the only one
+    where there is one."""
+
+    @property
+    def scorers(self) -> tuple[ScorerEntry, ...]:
+        """Scorers of its own, which the launcher starts as one more scorer actor."""
+        return self.scorer
+
+
+class ScoredEvaluation:
+    """Held-out prompts judged by scorers: eval/<task>/sampled, greedy, length, truncated."""
+
+    Config = ScoredEvaluationConfig
+    muted_guards: frozenset[str] = frozenset()
+
+    def __init__(self, config: ScoredEvaluationConfig, setup: EvaluationSetup) -> None:
+        self._config = config
+        self._task = setup.task
+        self._prompts = setup.load_prompts(config.prompts, f"evaluations.{setup.task}.prompts")
+
+    async def measure(self, context: EvaluationContext) -> dict[str, float]:
+        """Return `evaluate`'s metrics under the task's name."""
+        # Where one model plays all parts, it answers for each of them.
+        policy = self._config.policy if self._config.policy in context.versions else "policy"
+        assert context.scorer is not None  # its config names scorers
+        return await evaluate(
+            self._prompts,
+            rollout=context.roles.rollouts[policy],
+            scorer=context.scorer,
+            reward=None,
+            reference=None,
+            version=context.versions[policy],
+            sampling=context.sampling,
+            seed=context.seed,
+            task=self._task,
+        )
+
+
 async def evaluate(
     prompts: Sequence[Prompt],
     *,
@@ -38,8 +93,10 @@ async def evaluate(
     task: str,
     improve: Callable[[Sequence[Completion]], Awaitable[list[Completion]]] | None = None,
 ) -> dict[str, float]:
-    """eval/<task>/{sampled,greedy} from `scorer`; eval/<task>/reward from the training scorer where
-    it is another one; eval/<task>/{length,truncated} in tokens and as a share, and
+    """Return the metrics of one held-out task.
+
+    eval/<task>/{sampled,greedy} from `scorer`; eval/<task>/reward from the training scorer where it
+    is another one; eval/<task>/{length,truncated} in tokens and as a share, and
     eval/<task>/reference_kl in nats per response, of the samples; eval/<task>/refined is the score
     of the samples after `improve`.
 
@@ -83,8 +140,7 @@ async def _complete(
 async def _mean(
     prompts: Sequence[Prompt], completions: Sequence[Completion], scorer: Scorer
 ) -> float:
-    """Mean over the scored ones; a completion that cannot be judged is left out, never counted as
-    0."""
+    """Return the mean score; a completion that cannot be judged is left out, never counted as 0."""
     requests = [
         ScoreRequest(prompt=p, completions=(c,)) for p, c in zip(prompts, completions, strict=True)
     ]
@@ -105,8 +161,10 @@ async def _mean(
 async def _kl(
     prompts: Sequence[Prompt], completions: Sequence[Completion], reference: Reference
 ) -> float:
-    """Mean over responses of log p_policy - log p_reference: an unbiased estimate of the sequence
-    KL, as they were sampled."""
+    """Return the mean over responses of log p_policy - log p_reference.
+
+    An unbiased estimate of the sequence KL, as they were sampled.
+    """
     rows = [
         make_row(
             Group(prompt=p, samples=(Sample(completion=c, outcome=Scored(value=0.0)),)),
