@@ -26,12 +26,12 @@ class Toy:
     """Refiner and judge.
 
     `yes` maps texts to votes of five (default 1) or to a list of verdicts, one per request for
-    votes; `says` maps a parent to the refinements of each request, instead of its children in turn.
+    votes; `drafts` maps a parent to the refinements of each request, which replace its children.
     """
 
-    def __init__(self, yes=None, says=None):
+    def __init__(self, yes=None, drafts=None):
         self.yes = yes or {}
-        self.says = {k: [list(r) for r in v] for k, v in (says or {}).items()}
+        self.drafts = {k: [list(r) for r in v] for k, v in (drafts or {}).items()}
         self.refined = []
         self.judged = []
         self.made = {}
@@ -41,8 +41,8 @@ class Toy:
         return [self._drafts(node, n) for node, n in requests]
 
     def _drafts(self, node, n):
-        if node.text in self.says:
-            texts = self.says[node.text].pop(0) if self.says[node.text] else [None] * n
+        if node.text in self.drafts:
+            texts = self.drafts[node.text].pop(0) if self.drafts[node.text] else [None] * n
             return [Draft(text=text, source=0) for text in texts]
         first = self.made.get(node.text, 0)
         self.made[node.text] = first + n
@@ -151,7 +151,7 @@ def test_the_fallback_may_be_the_root():
 
 
 def test_a_text_is_judged_once_and_is_in_the_beam_once():
-    toy = Toy(says={"r": [["a", "a", "r"], ["b", "c", "c"]], "a": [["b", "a", "r"]]})
+    toy = Toy(drafts={"r": [["a", "a", "r"], ["b", "c", "c"]], "a": [["b", "a", "r"]]})
     tree = search(toy, depth=2, known={"b": votes(2)})
     assert toy.refined == [[("r", 3)], [("a", 3), ("r", 3)]]
     assert toy.judged == [["a"], ["c"]]
@@ -179,11 +179,11 @@ def test_a_judge_without_verdicts_ends_the_search(order):
 
 
 def test_refinements_of_the_wrong_form_are_requested_again():
-    toy = Toy({"a": 1, "b": 4}, says={"r": [[None, "a", None], [None, "b"]]})
+    toy = Toy({"a": 1, "b": 4}, drafts={"r": [[None, "a", None], [None, "b"]]})
     tree = search(toy)
     assert toy.refined == [[("r", 3)], [("r", 2)], [("r", 1)]]
     assert tree.nodes[tree.final].text == "b" and (tree.tried, tree.malformed) == (2, 4)
-    never = search(Toy(says={"r": []}))
+    never = search(Toy(drafts={"r": []}))
     assert (texts(never), never.passed, never.malformed, never.tried) == (["r"], False, 9, 0)
 
 

@@ -177,9 +177,9 @@ def test_demonstrations_have_their_rates_of_slips() -> None:
         )
         assert broken / kinds == pytest.approx(rate, abs=0.015)
     flips = 0
-    for one, (prompt, said) in zip(ASKED, rows["judge"], strict=True):
+    for one, (prompt, judged) in zip(ASKED, rows["judge"], strict=True):
         true = judgement(one, prompt.rpartition("\n> ")[2]).split("\n")
-        *lines, verdict = said.split("\n")
+        *lines, verdict = judged.split("\n")
         flips += sum(line != other for line, other in zip(lines, true, strict=False))
         assert lines[0] == true[0]
         assert verdict == (
@@ -196,25 +196,27 @@ def test_clean_demonstrations_are_correct() -> None:
         assert refined[0] == instructions.refine_prompt(one, failed, judgement(one, failed))
         assert instructions.judge_truth(one, failed) == "no"
     verdicts: Counter[str] = Counter()
-    for one, (prompt, said) in zip(ASKED[:500], rows["judge"], strict=True):
-        assert said == judgement(one, prompt.rpartition("\n> ")[2])
-        verdicts[said.rpartition(" ")[2]] += 1
+    for one, (prompt, judged) in zip(ASKED[:500], rows["judge"], strict=True):
+        assert judged == judgement(one, prompt.rpartition("\n> ")[2])
+        verdicts[judged.rpartition(" ")[2]] += 1
     assert min(verdicts.values()) > 75
 
 
 def test_prompts_are_the_templates_rendered() -> None:
-    one, response, said = parse(SHORT), "owl & <dog> !", "3 animals ok\nVerdict: no"
+    one = parse(SHORT)
+    response = "owl & <dog> !"
+    judged = "3 animals ok\nVerdict: no"
     judge = jinja2.Template(instructions.JUDGE_TEMPLATE).render(
         instruction=one.prompt, response=response
     )
     assert instructions.judge_prompt(one, response) == judge == f"Judge: {SHORT}\n> {response}"
     refine = jinja2.Template(instructions.REFINE_TEMPLATE).render(
-        instruction=one.prompt, response=response, judgement=said
+        instruction=one.prompt, response=response, judgement=judged
     )
     assert (
-        instructions.refine_prompt(one, response, said)
+        instructions.refine_prompt(one, response, judged)
         == refine
-        == f"Refine: {SHORT}\n> {response}\n{said}"
+        == f"Refine: {SHORT}\n> {response}\n{judged}"
     )
 
 
@@ -223,10 +225,10 @@ def test_judgement_rows_are_balanced_and_true() -> None:
     assert Counter(row["answer"] for row in rows) == {"yes": 100, "no": 100}
     for one, row in zip(ASKED, rows, strict=False):
         response = row["prompt"].removeprefix(f"Judge: {one.prompt}\n> ")
-        said = judgement(one, response)
+        judged = judgement(one, response)
         assert (
             instructions.verdict_correct(
-                said, prompt=row["prompt"], answer=row["answer"], finish_reason="stop"
+                judged, prompt=row["prompt"], answer=row["answer"], finish_reason="stop"
             )
             == 1.0
         )
