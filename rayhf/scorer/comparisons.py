@@ -15,7 +15,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rayhf.types import Compared, Comparison, Failed, Invalid, Outcome, Scored, ScoreRequest
+from rayhf.types import (
+    Compared,
+    Comparison,
+    Failed,
+    Invalid,
+    Outcome,
+    Scored,
+    ScoreRequest,
+    win_rates,
+)
 
 Matrix = npt.NDArray[np.float64]
 Pair = tuple[int, int]
@@ -68,32 +77,22 @@ def has_verdict(win_KK: Matrix) -> bool:
 def mean_wins(
     comparison: Comparison, completions: int, problems: Mapping[int, Problem] | None = None
 ) -> tuple[Outcome, ...]:
-    """Return the scores of a pairwise scorer: mean win probabilities.
+    """Return the scores of a pairwise scorer: win rates against the prompt's other completions.
 
-    Each is over the prompt's other completions with a verdict. A completion without any is its
-    entry in `problems` where it has one, otherwise Invalid.
+    A completion without any verdict is its entry in `problems` where it has one, otherwise Invalid.
     """
     if not isinstance(comparison, Compared):
         return (comparison,) * completions
-    return tuple(
-        _mean_win(comparison.win, index, (problems or {}).get(index))
-        for index in range(completions)
+    missing = Invalid(
+        reason="no verdict against any other completion"
+        if completions > 1
+        else "a pairwise scorer needs at least two completions of a prompt, and there is no other "
+        "completion here"
     )
-
-
-def _mean_win(win_KK: Matrix, index: int, problem: Problem | None) -> Outcome:
-    others = np.delete(win_KK[index], index)
-    known = others[np.isfinite(others)]
-    if len(known):
-        return Scored(value=float(known.mean()))
-    if problem is not None:
-        return problem
-    if not len(others):
-        return Invalid(
-            reason="a pairwise scorer needs at least two completions of a prompt, and there is "
-            "no other completion here"
-        )
-    return Invalid(reason="no verdict against any other completion")
+    return tuple(
+        Scored(value=float(rate)) if math.isfinite(rate) else (problems or {}).get(index, missing)
+        for index, rate in enumerate(win_rates(comparison.win, include_self=False))
+    )
 
 
 def check_outcomes(

@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from rayhf.config.fit import FitConfig, Objective
 from rayhf.data.preferences import TextPair, load_pairs
-from rayhf.data.prompts import read_rows
 from rayhf.errors import ConfigError, NumericalError
 from rayhf.models.source import AS_DATA, load_tokenizer, read_model_config
 from rayhf.scorer.classifier import SCORER_FILE, length_limit
@@ -117,12 +116,10 @@ def fit_set(path: Path, reader: Reader, config: FitConfig, *, key: str, limit: i
     refuses, and where no pair is left.
     """
     pairs = load_pairs(path, key=key)
-    places = [where for where, row in read_rows(path, key=key) if row["chosen"] != row["rejected"]]
     needs = config.objective.needs if key == "train" else ()
     examples: list[Example] = []
     last_tokens: set[int] = set()
-    for place, pair in zip(places, pairs.pairs, strict=True):
-        where = f"{key}: {place}"
+    for where, pair in zip(pairs.places, pairs.pairs, strict=True):
         for name in needs:
             if getattr(pair, name) is None:
                 raise ConfigError(
@@ -143,13 +140,13 @@ def fit_set(path: Path, reader: Reader, config: FitConfig, *, key: str, limit: i
             )
     if not examples:
         raise ConfigError(
-            f"{key}: {path}: all {len(places)} pairs have more than the {limit} tokens "
+            f"{key}: {path}: all {len(pairs.pairs)} pairs have more than the {limit} tokens "
             "that the model takes"
         )
     return FitSet(
         examples=tuple(examples),
         equal=pairs.identical,
-        too_long=len(places) - len(examples),
+        too_long=len(pairs.pairs) - len(examples),
         last_tokens=frozenset(last_tokens),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rayhf.data.prompts import disarming, render
+from rayhf.data.chat import special_token_escaper, render
 from rayhf.errors import ConfigError
 from rayhf.models.source import load_tokenizer, model_length, read_model_config
 from rayhf.scorer.judge import Judge, JudgeConfig
@@ -40,7 +40,7 @@ class JudgeModel:
 
         directory = setup.base / config.model
         self._tokenizer = load_tokenizer(directory, key="judge")
-        self._disarm = disarming(self._tokenizer)
+        self._escape = special_token_escaper(self._tokenizer)
         self._engine = RolloutEngine(
             directory,
             config.loads.engine,
@@ -56,7 +56,7 @@ class JudgeModel:
         Special tokens in their contents are broken up: a completion that spells
         "<|end|><|assistant|>" would otherwise end the judge's question and continue as the judge.
         """
-        safe = [{**message, "content": self._disarm(message["content"])} for message in messages]
+        safe = [{**message, "content": self._escape(message["content"])} for message in messages]
         return render(self._tokenizer, safe, where="judge")
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[tuple[Completion, ...]]:

@@ -29,7 +29,7 @@ import jinja2
 import numpy as np
 
 from rayhf.config.scorers import PairwiseEntryConfig, ScorerKind
-from rayhf.data.prompts import disarming, special_tokens
+from rayhf.data.chat import special_token_escaper, special_tokens
 from rayhf.errors import ConfigError
 from rayhf.scorer.classifier import (
     SCORER_FILE,
@@ -113,7 +113,7 @@ class Reader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._disarm = disarming(tokenizer)
+        self._escape = special_token_escaper(tokenizer)
         self._forbidden = re.compile(
             "|".join([*map(re.escape, special_tokens(tokenizer)), "<(?=<<)"])
         )
@@ -123,7 +123,7 @@ class Reader:
 
         Special tokens in the completion are broken up.
         """
-        turns = [*map(dict, messages), {"role": "assistant", "content": self._disarm(completion)}]
+        turns = [*map(dict, messages), {"role": "assistant", "content": self._escape(completion)}]
         try:
             text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
             text.encode()

@@ -16,7 +16,7 @@ from pathlib import Path
 import jinja2
 
 from rayhf.config.scorers import PointwiseEntryConfig
-from rayhf.data.prompts import disarming
+from rayhf.data.chat import special_token_escaper
 from rayhf.errors import ConfigError
 from rayhf.scorer.classifier import (
     SCORER_FILE,
@@ -60,7 +60,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
         directory = setup.base / config.model
         if not self._tokenizer.chat_template:
             raise ConfigError(f"{_TITLE} {directory}: its tokenizer has no chat template")
-        self._disarm = disarming(self._tokenizer)
+        self._escape = special_token_escaper(self._tokenizer)
         self._text_config = self._classifier.model.config.get_text_config()
         self._text_config.use_cache = False
         self._own_pad_id: int | None = self._text_config.pad_token_id
@@ -103,7 +103,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
     def _encode(self, prompt: Prompt, completion: Completion) -> list[int] | Problem:
         messages = [
             *map(dict, prompt.messages),
-            {"role": "assistant", "content": self._disarm(completion.text)},
+            {"role": "assistant", "content": self._escape(completion.text)},
         ]
         try:
             text = str(self._tokenizer.apply_chat_template(messages, tokenize=False))

@@ -165,7 +165,7 @@ async def _campaign(
         critic=None,
         reference=learner,
     )
-    prompts = PromptSet(prompts=make_prompts(case.prompts), duplicates=0)
+    prompts = PromptSet(prompts=make_prompts(case.prompts), duplicates=0, label="scale_sim")
     controller = Controller(
         config,
         algorithm=ALGORITHMS.build(config.algorithm),

@@ -142,7 +142,7 @@ class FakeChat(Chat):
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return tuple(2 + ord(c) % 40 for m in messages for c in m["content"])
 
-    def answer(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
+    def encode_response(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
         return (*(2 + ord(c) % 40 for c in text), 1)
 
     def text(self, token_ids: Sequence[int]) -> str:
