@@ -34,7 +34,8 @@ from rayhf.campaign.gc_tuning import gc_tuned
 from rayhf.config.load import validate
 from rayhf.config.registry import ALGORITHMS
 from rayhf.config.schema import CampaignConfig
-from rayhf.data.prompts import Chat, PromptSet
+from rayhf.data.chat import Chat
+from rayhf.data.prompts import PromptSet
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
 from rayhf.run_dir.event_log import EventLog

@@ -266,3 +266,13 @@ def test_a_token_budget_below_one_pair_is_refused(short: Path) -> None:
         r"learner.token_budget is 16, but train: .*train.jsonl row 1 needs \d+ padded tokens",
         message,
     )
+
+
+def test_missing_files_of_the_tiny_presets_say_how_to_build_them(short: Path) -> None:
+    tiny = short / ".tiny" / "game"
+    hint = "; `rayhf tiny .tiny` builds the tiny presets' files"
+    objective = {"type": "pairwise"}
+    assert refuse(make_config(short, "o", objective, model=tiny / "policy")).endswith(hint)
+    assert refuse(make_config(short, "o", objective, train=tiny / "pairs.jsonl")).endswith(hint)
+    elsewhere = refuse(make_config(short, "o", objective, train=short / "pairs.jsonl"))
+    assert "no such file" in elsewhere and "rayhf tiny" not in elsewhere

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rayhf.data.prompts import Chat
+from rayhf.data.chat import Chat
 from rayhf.errors import StaleWeightsError
 from rayhf.losses.base import Loss
 from rayhf.monitoring.observer import Observer
