@@ -220,7 +220,7 @@ def short(world: Path, tmp_path: Path) -> Iterator[Path]:
         (
             [{"prompt": "q", "chosen": "a", "rejected": "a"}] * 2,
             "pairwise",
-            "all 2 rows have equal answers",
+            "all 2 rows have equal texts",
         ),
         (
             [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a"}],
