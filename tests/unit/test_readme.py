@@ -222,7 +222,5 @@ def test_the_table_of_guards_has_their_thresholds():
     guards = GuardsConfig()
     assert [name for name, *_ in rows] == list(GuardsConfig.model_fields)
     for name, warn, pause in rows:
-        assert (float(warn), float(pause)) == (
-            getattr(guards, name).warn,
-            getattr(guards, name).pause,
-        )
+        guard = getattr(guards, name)
+        assert (float(warn), float(pause)) == (guard.warn, guard.pause), name
