@@ -81,16 +81,14 @@ def provenance(config: CampaignConfig, *, prompts: str, pairs: str | None) -> di
     }
 
 
-def check_data(
-    state: Mapping[str, Any], config: CampaignConfig, *, prompts: str, pairs: str | None
-) -> None:
+def check_data(state: Mapping[str, Any], *, prompts: str, pairs: str | None) -> None:
     """Raises CheckpointError where the campaign's data is not what it was started with."""
     for name, now, what in (
-        ("prompts", prompts, str(config.prompts.train)),
+        ("prompts", prompts, "the source of prompts.train"),
         ("pairs", pairs, "the file of given pairs"),
     ):
         if state[name] != now:
             raise CheckpointError(
-                f"{what} is not the file this campaign was started with (its {name} changed); restore it, "
+                f"{what} is not what this campaign was started with (its {name} changed); restore it, "
                 "or choose another run.dir"
             )
