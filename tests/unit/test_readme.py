@@ -43,28 +43,27 @@ BASE = yaml.safe_load((ROOT / "configs/tiny/online_dpo_arithmetic.yaml").read_te
 
 
 def blocks(language):
-    """All code blocks of a language, as (page, text)."""
+    """All code blocks of a language."""
     return [
-        (name, match[2])
-        for name, text in TEXT.items()
-        for match in BLOCK.finditer(text)
-        if match[1] == language
+        match[2] for text in TEXT.values() for match in BLOCK.finditer(text) if match[1] == language
     ]
 
 
 def command_lines():
-    """Every `rayhf ...` line of a code block, without redirection, as (page, words)."""
-    for name, text in blocks("sh"):
-        for line in text.replace("\\\n", " ").splitlines():
+    """Every `rayhf ...` line of a code block, without redirection."""
+    for name, text in TEXT.items():
+        scripts = "".join(match[2] for match in BLOCK.finditer(text) if match[1] == "sh")
+        for line in scripts.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if "rayhf" in words:
                 words = words[words.index("rayhf") + 1 :]
-                yield name, words[: words.index(">")] if ">" in words else words
+                words = words[: words.index(">")] if ">" in words else words
+                yield pytest.param(words, id=f"{name}: rayhf {' '.join(words)}")
 
 
 def module_blocks():
     """Code blocks that begin with the name of their file, as (file, text)."""
-    named = ((re.match(r"# (\w+\.py)\n", text), text) for _, text in blocks("python"))
+    named = ((re.match(r"# (\w+\.py)\n", text), text) for text in blocks("python"))
     return [(match[1], text) for match, text in named if match]
 
 
@@ -89,8 +88,8 @@ def test_generated_pages_are_up_to_date():
         assert page.read_text(encoding="utf-8") == text, "python -m tests.docs"
 
 
-@pytest.mark.parametrize(("name", "words"), command_lines())
-def test_commands_exist_and_their_configs_are_valid(name, words):
+@pytest.mark.parametrize("words", command_lines())
+def test_commands_exist_and_their_configs_are_valid(words):
     verb, *arguments = words
     given = COMMANDS[verb].make_context(verb, arguments).params
     if verb == "list":
@@ -132,8 +131,8 @@ def test_presets_of_the_table_exist():
     assert names == loops
 
 
-@pytest.mark.parametrize(("name", "text"), blocks("yaml"))
-def test_configs_are_valid(modules, name, text):
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_configs_are_valid(modules, text):
     data = yaml.safe_load(text)
     if text.startswith("# rayhf serve-scorer"):
         load_section(data, (), ServeScorerConfig)
@@ -142,12 +141,12 @@ def test_configs_are_valid(modules, name, text):
 
 
 def test_rows_are_json():
-    rows = [json.loads(line) for _, text in blocks("json") for line in text.splitlines()]
+    rows = [json.loads(line) for text in blocks("json") for line in text.splitlines()]
     assert rows and all("prompt" in row or "messages" in row for row in rows)
 
 
-@pytest.mark.parametrize(("name", "text"), blocks("python"))
-def test_python_uses_names_that_exist(name, text):
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_uses_names_that_exist(text):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "rayhf":
             assert node.attr in rayhf.__all__
