@@ -188,9 +188,8 @@ def _import_plugin(target: str, kind: str) -> type[Any]:
 
 
 def summary(plugin: type[Any]) -> str:
-    """Return the first sentence of a plugin's docstring, for `rayhf list`."""
-    text = inspect.getdoc(plugin) or ""
-    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".") + "."
+    """Return the summary of a plugin's docstring, for `rayhf list`."""
+    return " ".join((inspect.getdoc(plugin) or "").split("\n\n")[0].split())
 
 
 ALGORITHMS = Registry(
