@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Iterator, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
@@ -39,7 +40,25 @@ from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.store import RunDir
 
 
-def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> None:
+class Interrupt:
+    """A way to interrupt a campaign from another thread."""
+
+    def __init__(self) -> None:
+        self._cancel: Callable[[], object] | None = None
+
+    def bind(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
+        """Say what to cancel; called by the campaign once its loop runs."""
+        self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
+
+    def request(self) -> None:
+        """Cancel the campaign; nothing happens before it runs."""
+        if self._cancel is not None:
+            self._cancel()
+
+
+def run_campaign(
+    config: CampaignConfig, console: Console, lock: RunLock, *, interrupt: Interrupt | None = None
+) -> None:
     """Start or continue the campaign in `run.dir`. Raises the errors of rayhf.errors."""
     base = Path.cwd()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
@@ -64,7 +83,16 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
             LiveView(console, iterations=config.run.iterations, task=config.prompts.task) as view,
             tracked(recorder := EventLog(store, view), config, logs=store.attempt) as observer,
         ):
-            asyncio.run(_play(prepared, store, observer, recorder.beat(), base=base))
+            asyncio.run(
+                _play(
+                    prepared,
+                    store,
+                    observer,
+                    recorder.beat(),
+                    base=base,
+                    interrupt=interrupt or Interrupt(),
+                )
+            )
         console.print(summary(config.run.dir, config.prompts.task))
         say(f"policy: {config.run.dir / 'policy'}")
     except BaseException as error:
@@ -96,6 +124,7 @@ async def _play(
     beat: Coroutine[Any, Any, None],
     *,
     base: Path,
+    interrupt: Interrupt,
 ) -> None:
     """Assemble and run, until done or told to stop. `beat` says that we are alive.
 
@@ -103,7 +132,8 @@ async def _play(
     passes its limit, everybody is dismissed and the campaign starts again from its last commit,
     with what the journal knows: at most run.restarts times without a new commit in between.
     """
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
     assert task is not None
     told: list[int] = []
 
@@ -112,8 +142,10 @@ async def _play(
             task.cancel()
         told.append(number)
 
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, end, name)
+    interrupt.bind(loop, task)
+    if threading.current_thread() is threading.main_thread():
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, end, name)
     heart = asyncio.create_task(beat, name="heartbeat")
     initial = deepcopy((state_of(prepared.algorithm), prepared.data.evaluation_state()))
     restarts, committed = 0, store.state["iteration"]

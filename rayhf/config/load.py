@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,16 +24,34 @@ from rayhf.errors import ConfigError
 S = TypeVar("S", bound=BaseModel)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> CampaignConfig:
-    """Read a campaign's config. Raises ConfigError."""
-    return load_section(path, overrides, CampaignConfig)
+def load_config(
+    source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> CampaignConfig:
+    """Read a campaign's config.
 
+    Args:
+        source: a YAML file, or its content as a mapping.
+        overrides: `key=value` with dotted keys and YAML values, for example "learner.lr=1e-6".
 
-def load_section(path: Path, overrides: Sequence[str], root: type[S]) -> S:
-    """Read `path`, apply `key=value` overrides (values are YAML), and validate as `root`.
-
-    Raises ConfigError.
+    Raises ConfigError of one line that names the key and the nearest valid one.
     """
+    return load_section(source, overrides, CampaignConfig)
+
+
+def load_section(
+    source: Path | str | Mapping[str, Any], overrides: Sequence[str], root: type[S]
+) -> S:
+    """Read a config as `root`; see `load_config`. Raises ConfigError."""
+    if isinstance(source, Mapping):
+        data, name = deepcopy(dict(source)), "mapping"
+    else:
+        data, name = _read(Path(source)), str(source)
+    for override in overrides:
+        _apply(data, override)
+    return _validate(data, name, root)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -52,9 +71,7 @@ def load_section(path: Path, overrides: Sequence[str], root: type[S]) -> S:
         raise ConfigError(
             f"config {path}: expected a mapping of sections, got {type(data).__name__}"
         )
-    for override in overrides:
-        _apply(data, override)
-    return _validate(data, str(path), root)
+    return data
 
 
 def validate(data: dict[str, Any], *, source: str) -> CampaignConfig:

@@ -9,6 +9,7 @@ thread feeds it from a bounded queue; what does not fit is left out and counted.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -79,9 +80,15 @@ class TrackerObserver:
         self._exited = False
         with log.open("ab") as file:
             # Not in the current directory: Ray may unpack a job's directory anew while the job
-            # starts, and then the current one no longer exists.
+            # starts, and then the current one no longer exists. The module path stays this
+            # process's: the tracker may be a class of the user's.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=file, stderr=file, cwd=log.parent
+                command,
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                cwd=log.parent,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self._lines.put(dict(settings))
         self._feeder = threading.Thread(target=self._feed, name=f"{name} tracker", daemon=True)
