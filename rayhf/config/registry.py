@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -193,8 +194,9 @@ def _import_plugin(target: str, kind: str) -> type[Any]:
 
 def summary(plugin: type[Any]) -> str:
     """Return the first sentence of a plugin's docstring, for `rayhf list`."""
-    text = inspect.getdoc(plugin) or ""
-    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".") + "."
+    paragraph = " ".join((inspect.getdoc(plugin) or "").split("\n\n")[0].split())
+    # A sentence ends where a capital letter follows: "et al. 2024" does not end one.
+    return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0].rstrip(".") + "."
 
 
 ALGORITHMS = Registry(
