@@ -160,7 +160,8 @@ class CPOConfig(PairLossConfig):
 class CPO(PairLoss[CPOConfig]):
     """CPO (Xu et al. 2024): -log S(beta * (lp_chosen - lp_rejected)) + NLL(chosen).
 
-    With the paper's uniform prior: reference-free. The NLL is a mean per token, as in the authors' code.
+    With the paper's uniform prior: reference-free. The NLL is a mean per token, as in the authors'
+    code.
     """
 
     Config = CPOConfig
@@ -219,7 +220,7 @@ class EXOConfig(PairLossConfig):
 
 
 class EXO(PairLoss[EXOConfig]):
-    """EXO for pairs (Ji et al. 2024, section 3.2): KL(q || p), q = (S(u), S(-u)), p = (1 - e, e)."""
+    """EXO for pairs (Ji et al. 2024, section 3.2): KL((S(u), S(-u)) || (1 - e, e))."""
 
     Config = EXOConfig
 
@@ -242,7 +243,8 @@ class NCAConfig(PairLossConfig):
 class NCA(PairLoss[NCAConfig]):
     """NCA for pairs (Chen et al. 2024, section 4.1): -log S(c) - (log S(-c) + log S(-r)) / 2.
 
-    c and r are beta * d of the chosen and the rejected response. The chosen response's part is least at c = ln 2, so its likelihood does not run away.
+    c and r are beta * d of the chosen and the rejected response. The chosen response's part has its
+    minimum at c = ln 2, which bounds the growth of its likelihood.
     """
 
     Config = NCAConfig
