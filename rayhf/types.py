@@ -144,6 +144,30 @@ class Compared:
 Comparison = Compared | Invalid | Failed
 
 
+def win_rates(win: npt.NDArray[np.float64], *, include_self: bool) -> npt.NDArray[np.float64]:
+    """Return each completion's mean win probability over its known opponents: (K, K) -> (K,).
+
+    `include_self` counts a completion among its own opponents, with the 1/2 of the diagonal. Then
+    the rate estimates P(completion beats the current policy) with the K completions as the policy's
+    sample (SPPO, Wu et al. 2024, section 4), and rates have mean 1/2 where no pair is unknown.
+    Without it, the rate is the score that a pairwise scorer gives a completion among the others.
+
+    NaN for a completion that was compared with no other one; a single completion that is included
+    in its own opponents has 1/2. Raises ValueError for a matrix that is not square.
+    """
+    matrix = np.asarray(win, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"the win matrix has shape {matrix.shape}, a square was expected")
+    known = np.isfinite(matrix)
+    others = known & ~np.eye(len(matrix), dtype=bool)
+    opponents = known if include_self else others
+    rates: npt.NDArray[np.float64] = np.full(len(matrix), np.nan)
+    for i, row in enumerate(matrix):
+        if others[i].any() or (include_self and len(matrix) == 1):
+            rates[i] = row[opponents[i]].mean()
+    return rates
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
     """Completions of one prompt to be scored.

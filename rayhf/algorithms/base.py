@@ -20,7 +20,6 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from rayhf.algorithms.context import ExplorationContext
-from rayhf.algorithms.pair_selection import win_rates
 from rayhf.config.algorithms import AlgorithmConfig, ReferenceSchedule
 from rayhf.losses.base import Loss
 from rayhf.types import (
@@ -35,6 +34,7 @@ from rayhf.types import (
     Sample,
     Sampling,
     Scored,
+    win_rates,
 )
 
 
@@ -284,7 +284,7 @@ async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int
     comparison = await context.compare(completions)
     outcomes: list[Outcome]
     if isinstance(comparison, Compared):
-        rates = win_rates(comparison.win)
+        rates = win_rates(comparison.win, include_self=True)
         missing = Invalid(reason="the scorer had no verdict on it")
         outcomes = [Scored(value=float(rate)) if np.isfinite(rate) else missing for rate in rates]
     else:

@@ -23,7 +23,7 @@ from rayhf.config.algorithms import (
     OfflineConfig,
     ReferenceSchedule,
 )
-from rayhf.data.preferences import deal_pairs
+from rayhf.data.preferences import iteration_pairs
 from rayhf.losses.base import Loss
 from rayhf.losses.hypo import HyPOLoss, HyPOLossConfig
 from rayhf.types import Example, Group, Prompt, Scored, make_row
@@ -67,7 +67,7 @@ class HyPO(AlgorithmBase):
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
         """Take the iteration's given pairs, the labeled ones, and all fresh samples."""
-        given = deal_pairs(
+        given = iteration_pairs(
             self._given,
             share=self.config.offline.share,
             prompts=len(groups),

@@ -27,7 +27,7 @@ from rayhf.algorithms.pair_selection import (
 )
 from rayhf.config.algorithms import OfflineConfig, PreviousReference, ReferenceSchedule
 from rayhf.config.schema import CampaignConfig
-from rayhf.data.preferences import deal_pairs
+from rayhf.data.preferences import iteration_pairs
 from rayhf.errors import ConfigError
 from rayhf.types import GIVEN, Example, Group, derive_seed
 
@@ -69,7 +69,7 @@ class IterativeDPOConfig(PairedConfig):
         if self.disjoint_iterations and iterations * batch > prompts:
             raise ConfigError(
                 f"algorithm.disjoint_iterations: {iterations} iterations of {batch} prompts need "
-                f"{iterations * batch}, but {campaign.prompts.train} has {prompts}; expected "
+                f"{iterations * batch}, but prompts.train has {prompts}; expected "
                 f"prompts.batch of at most {prompts // iterations}, or disjoint_iterations: false"
             )
 
@@ -136,7 +136,7 @@ class IterativeDPO(PairedAlgorithm):
             )
             earlier += [_mark(example, iterations_back=back) for example in drawn]
         offline = self.config.offline
-        given = deal_pairs(
+        given = iteration_pairs(
             self._given,
             share=offline.share if offline else 0.0,
             prompts=len(groups),

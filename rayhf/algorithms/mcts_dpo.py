@@ -39,7 +39,6 @@ from rayhf.losses.base import Loss
 from rayhf.losses.pairs import PairLoss, PairLossConfig
 from rayhf.search.mcts import (
     End,
-    SearchSettings,
     Step,
     Tree,
     TreeNode,
@@ -145,7 +144,7 @@ class _Exploration:
             logprobs=whole.logprobs[:size],
             finish_reason="stop" if stepped(size) else "length",
         )
-        onward = replace(
+        rollout = replace(
             whole,
             # Where a cut takes a character apart, neither half has it.
             text=whole.text[len(text) :]
@@ -154,7 +153,7 @@ class _Exploration:
             token_ids=whole.token_ids[size:],
             logprobs=whole.logprobs[size:],
         )
-        return Step(completion=step, end=self._end(step, written), onward=onward)
+        return Step(completion=step, end=self._end(step, written), rollout=rollout)
 
     async def evaluate(self, tree: Tree, node: TreeNode) -> float | None:
         """R = outcome + confidence (paper, section 2.1). None, and counted, where one of the two is
@@ -180,7 +179,7 @@ class _Exploration:
             return 0.0
         written = tuple(token for part in parts for token in part.token_ids)
         sampling = replace(self.context.sampling, max_tokens=self._left(written))
-        ends = list(node.onward)
+        ends = list(node.rollouts)
         if (missing := self.config.rollouts - len(ends)) > 0:
             ends += await self.context.sample(missing, prefix=written, sampling=sampling)
         outcomes = await self.context.score(
@@ -409,18 +408,6 @@ class MCTSDPO(AlgorithmBase):
 
     def __init__(self, config: MCTSDPOConfig) -> None:
         self.config = config
-        self.search = SearchSettings(
-            iterations=config.iterations,
-            depth=config.depth,
-            width=config.width,
-            exploration=config.exploration,
-            gamma=config.gamma,
-            length_exponent=config.length_exponent,
-            reroot=config.reroot,
-            max_steps=config.max_steps,
-            parallel=config.parallel,
-            virtual_loss=config.outcome.wrong,
-        )
         self.samples = config.iterations * max(config.width) * max(1, config.rollouts)
         """Judged answers of one full search; a campaign that re-roots judges more, one with short
         answers fewer."""
@@ -434,7 +421,7 @@ class MCTSDPO(AlgorithmBase):
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
         work = _Exploration(self.config, self._template, prompt, context)
-        return work.group(await grow(self.search, work.expand, work.evaluate))
+        return work.group(await grow(self.config, work.expand, work.evaluate))
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
         config = self.config
@@ -445,16 +432,7 @@ class MCTSDPO(AlgorithmBase):
             rng = np.random.default_rng(
                 derive_seed(context.seed, group.prompt.prompt_id, "siblings")
             )
-            found = step_pairs(
-                tree,
-                rng,
-                levels=config.levels,
-                rule=config.pairs,
-                labels=config.labels,
-                min_margin=config.min_margin,
-                min_visits=config.min_visits,
-                max_pairs=config.max_pairs,
-            )
+            found = step_pairs(tree, rng, config)
             ties, unvisited = ties + found.ties, unvisited + found.unvisited
             for pair in found.pairs:
                 scalars = {"margin": pair.margin}

@@ -191,23 +191,3 @@ def adjacent_pairs(
         found += [pair] if pair else []
         ties += pair is None
     return PairSelection(pairs=tuple(found), ties=ties)
-
-
-def win_rates(win: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """P(answer i beats the current policy), estimated by the K answers as its sample: (K, K) ->
-    (K,).
-
-    The mean of row i over all K opponents, itself included with 1/2 (Wu et al. 2024, section 4).
-    Unknown entries (NaN) are left out; an answer that was compared with none but itself has no
-    rate: NaN. With nothing unknown, rates have mean 1/2.
-    """
-    matrix = np.asarray(win, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"the win matrix has shape {matrix.shape}, a square was expected")
-    known = np.isfinite(matrix)
-    rates: npt.NDArray[np.float64] = np.full(len(matrix), np.nan)
-    for i, row in enumerate(matrix):
-        others = known[i].sum() - known[i, i]
-        if others > 0 or len(matrix) == 1:
-            rates[i] = row[known[i]].mean()
-    return rates

@@ -24,7 +24,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -45,7 +44,6 @@ from rayhf.losses.base import Loss
 from rayhf.losses.sft import SFTLoss
 from rayhf.search.refine import (
     Draft,
-    RefineLimits,
     RefineNode,
     RefineTree,
     RefineVerdict,
@@ -366,13 +364,11 @@ class _Play:
         """
         text = root.text or ""
         start = root_node(text, known[text], root.source)
-        order: Literal["bfs", "dfs"] = "dfs" if self._config.search == "dfs" else "bfs"
         tree = await refine_search(
             start,
             refine=self.refine,
             judge=self.judge,
-            limits=_limits(self._config),
-            order=order,
+            settings=self._config,
             known=known,
         )
         self.note(root.source, root=1.0)
@@ -409,29 +405,6 @@ class _Play:
                 )
             )
         self.note(root, refined=kept)
-
-
-def _limits(config: SPaRConfig) -> RefineLimits:
-    if config.search == "none":
-        once = RefineLimits(
-            branch=1,
-            beam=1,
-            depth=1,
-            gate=config.gate,
-            max_nodes=1,
-            refine_retries=0,
-            judge_retries=0,
-        )
-        return once
-    return RefineLimits(
-        branch=config.branch,
-        beam=config.beam,
-        depth=config.depth,
-        gate=config.gate,
-        max_nodes=config.max_nodes,
-        refine_retries=config.refine_retries,
-        judge_retries=config.judge_retries,
-    )
 
 
 def _search_metrics(tree: RefineTree) -> dict[str, float]:

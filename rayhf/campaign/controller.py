@@ -268,7 +268,7 @@ class Controller:
             self.store.rewind(-1)
             return
         state = checkpoint.state
-        check_data(state, self.config, prompts=self.data.prompts.fingerprint, pairs=self.data.pairs)
+        check_data(state, prompts=self.data.prompts.fingerprint, pairs=self.data.pairs)
         self.store.rewind(checkpoint.iteration)
         self.iteration = int(state["iteration"])
         self.versions.update({p: int(version) for p, version in state["versions"].items()})

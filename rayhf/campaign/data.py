@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rayhf.data.prompts import Chat, PromptSet
+from rayhf.data.chat import Chat
+from rayhf.data.prompts import PromptSet
 from rayhf.evaluation.base import Evaluation, KeepsEvaluationState
 from rayhf.types import JsonObject, Prompt
 

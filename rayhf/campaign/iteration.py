@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rayhf.algorithms.base import Algorithm
 from rayhf.campaign.data import CampaignData
 from rayhf.config.schema import CampaignConfig
-from rayhf.data.prompts import deal, parse_prompt
+from rayhf.data.prompts import iteration_batch, parse_prompt
 from rayhf.errors import ConfigError
 from rayhf.exploration.journal import Journal
 from rayhf.exploration.metrics import FailureBudget
@@ -78,7 +78,7 @@ class IterationExplorer:
     def prompts_of(self, iteration: int) -> Sequence[Prompt]:
         """Return the iteration's prompts; prompts added at run time replace those of the set."""
         batch = self.config.prompts.batch
-        dealt = deal(
+        dealt = iteration_batch(
             self.data.prompts.prompts, batch=batch, iteration=iteration, seed=self.config.seed
         )
         added: dict[str, Prompt] = {}

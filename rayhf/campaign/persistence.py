@@ -88,16 +88,14 @@ def provenance(config: CampaignConfig, *, prompts: str, pairs: str | None) -> di
     }
 
 
-def check_data(
-    state: Mapping[str, Any], config: CampaignConfig, *, prompts: str, pairs: str | None
-) -> None:
+def check_data(state: Mapping[str, Any], *, prompts: str, pairs: str | None) -> None:
     """Check that the data is what the campaign was started with. Raises CheckpointError."""
-    for name, fingerprint, file in (
-        ("prompts", prompts, str(config.prompts.train)),
+    for name, fingerprint, source in (
+        ("prompts", prompts, "the source of prompts.train"),
         ("pairs", pairs, "the file of offline pairs"),
     ):
         if state[name] != fingerprint:
             raise CheckpointError(
-                f"{file} is not the file this campaign was started with (its {name} changed); "
+                f"{source} is not what this campaign was started with (its {name} changed); "
                 "restore it, or choose another run.dir"
             )

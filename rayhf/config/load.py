@@ -5,7 +5,6 @@ Out: a validated config, or a ConfigError of one line that names the key and the
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from rayhf.config.registry import Registry
 from rayhf.config.schema import CampaignConfig
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, nearest
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -56,7 +55,7 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         known = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
-        raise ConfigError(f"config {path}: no such file{_nearest(str(path), known)}") from None
+        raise ConfigError(f"config {path}: no such file{nearest(str(path), known)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: cannot be read ({error})") from None
     try:
@@ -139,7 +138,7 @@ def _describe(error: ValidationError, root: type[BaseModel], data: object) -> st
     key = ".".join(map(str, location))
     if first["type"] == "extra_forbidden":
         valid = sorted(section.model_fields) if section else []
-        text = f"unknown key {key}{_nearest(str(location[-1]), valid)}"
+        text = f"unknown key {key}{nearest(str(location[-1]), valid)}"
     elif first["type"] == "missing":
         text = f"{key} is missing"
     elif first["type"] == "plugin":
@@ -156,14 +155,6 @@ def _describe(error: ValidationError, root: type[BaseModel], data: object) -> st
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _nearest(word: str, valid: Iterable[str]) -> str:
-    valid = list(valid)
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; valid: {', '.join(valid)}" if valid else ""
 
 
 def _locate(

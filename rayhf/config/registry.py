@@ -8,7 +8,6 @@ them, so that reading a config stays cheap.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -22,6 +21,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from rayhf.config.base import PluginConfig
+from rayhf.errors import did_you_mean, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +143,8 @@ class Registry:
         return f"{{type: {next(iter(self.builtin), 'package.module:Class')}}}"
 
     def _unknown(self, name: str) -> str:
-        names = self._names()
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(names)}"
         return (
-            f"{name!r} is not a known {self.kind}; {hint} "
+            f"{name!r} is not a known {self.kind}{nearest(name, self._names())} "
             "(or an import path of your own, package.module:Class)"
         )
 
@@ -178,8 +175,7 @@ def _import_plugin(target: str, kind: str) -> type[Any]:
     plugin = getattr(module, class_name, None)
     if plugin is None:
         classes = [name for name, _ in inspect.getmembers(module, inspect.isclass)]
-        near = difflib.get_close_matches(class_name, classes, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(class_name, classes)
         raise ValueError(f"{target}: {module_name} has no class {class_name!r}{hint}")
     config = getattr(plugin, "Config", None)
     if not (

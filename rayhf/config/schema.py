@@ -24,6 +24,7 @@ from rayhf.config.guards import GuardsConfig
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS, TRACKERS
 from rayhf.config.scorers import ScorerConfig, ScorerEntry
 from rayhf.config.service import ServiceConfig
+from rayhf.config.sources import PromptSource
 from rayhf.config.trackers import TrackerConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -106,14 +107,15 @@ class PolicyConfig(Section):
 class PromptsConfig(Section):
     """Training and held-out prompts."""
 
-    train: Path
-    """JSONL or Parquet with `prompt` (string) or `messages` (list of role/content), optional
-    `answer`."""
-    heldout: Path | None = None
+    train: PromptSource
+    """Training prompts: the path of a JSONL or Parquet file with `prompt` (string) or `messages`
+    (list of role/content) and optional `answer`, or a source with its `type` and settings."""
+    heldout: PromptSource | None = None
+    """Evaluation prompts, like train. Default: no evaluation."""
     task: Name = "heldout"
     """Name of the held-out task in metrics: eval/<task>/..."""
     batch: PositiveInt = 64
-    """Prompts per round: the one batch unit."""
+    """Prompts per iteration: the one batch unit."""
 
 
 class RolloutConfig(Section):

@@ -1,8 +1,8 @@
 """Protocol of evaluations, and the inputs they receive.
 
 An evaluation is constructed before the campaign starts, where it reads and checks its files
-(`EvaluationSetup`), and measures the policy whenever it is due (`EvaluationContext`). It has no side
-effects: the next iteration must be the same with and without it.
+(`EvaluationSetup`), and measures the policy whenever it is due (`EvaluationContext`). It has no
+side effects: the next iteration must be the same with and without it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
+from rayhf.config.base import PluginConfig
 from rayhf.config.evaluations import EvaluationConfig
-from rayhf.data.prompts import Chat
+from rayhf.data.chat import Chat
 from rayhf.roles import Roles, Scorer
 from rayhf.types import JsonObject, Prompt, Sampling
 
@@ -29,8 +30,8 @@ class EvaluationSetup:
     chat: Chat
     heldout: tuple[Prompt, ...]
     """The campaign's held-out prompts, or its training prompts where there are none."""
-    load_prompts: Callable[[Path, str], tuple[Prompt, ...]]
-    """(path, config key) -> rendered prompts, at most run.eval_prompts. Raises ConfigError."""
+    load_prompts: Callable[[PluginConfig, str], tuple[Prompt, ...]]
+    """(source, config key) -> rendered prompts, at most run.eval_prompts. Raises ConfigError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

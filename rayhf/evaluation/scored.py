@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from pydantic import Field
@@ -15,6 +14,7 @@ from pydantic import Field
 from rayhf.config.base import Name
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.scorers import ScorerEntry
+from rayhf.config.sources import PromptSource
 from rayhf.errors import ScorerError
 from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
 from rayhf.roles import Reference, Rollout, Scorer
@@ -37,8 +37,8 @@ class ScoredEvaluationConfig(EvaluationConfig):
     """Further held-out prompts and their scorers."""
 
     type: str = "scored"
-    prompts: Path
-    """Prompts to evaluate on, like prompts.heldout."""
+    prompts: PromptSource
+    """Evaluation prompts, like prompts.train."""
     scorer: tuple[ScorerEntry, ...] = Field(min_length=1)
     """Scorers of the completions; the metric is the weighted sum of their scores."""
     policy: Name = "policy"
@@ -59,9 +59,7 @@ class ScoredEvaluation:
     def __init__(self, config: ScoredEvaluationConfig, setup: EvaluationSetup) -> None:
         self._config = config
         self._task = setup.task
-        self._prompts = setup.load_prompts(
-            setup.base / config.prompts, f"evaluations.{setup.task}.prompts"
-        )
+        self._prompts = setup.load_prompts(config.prompts, f"evaluations.{setup.task}.prompts")
 
     async def measure(self, context: EvaluationContext) -> dict[str, float]:
         """Return `evaluate`'s metrics under the task's name."""
@@ -177,7 +175,6 @@ async def _kl(
     ]
     frozen = await reference.logprobs(rows, temperature=1.0)
     ratios = [
-        row.tokens["behavior_logp"].sum() - ref.sum()
-        for row, ref in zip(rows, frozen, strict=True)
+        row.tokens["behavior_logp"].sum() - ref.sum() for row, ref in zip(rows, frozen, strict=True)
     ]
     return float(np.mean(ratios))

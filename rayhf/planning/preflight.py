@@ -7,15 +7,19 @@ and no cluster.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayhf.algorithms.base import Algorithm, TakesOfflinePairs, TrainsSeveralPolicies
 from rayhf.campaign.data import CampaignData
+from rayhf.config.base import PluginConfig
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
+from rayhf.data.chat import Chat
 from rayhf.data.preferences import encode_pairs, load_pairs
-from rayhf.data.prompts import Chat, PromptSet, load_prompts
+from rayhf.data.prompts import PromptSet, load_prompts
+from rayhf.data.readers import open_source
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import Evaluation, EvaluationSetup
 from rayhf.models.source import (
@@ -131,19 +135,18 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     algorithm, derived = check_settings(config)
     max_length = _check_models(config, algorithm, base)
     tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
-    prompts = _load(config, base / config.prompts.train, tokenizer, "prompts.train", max_length)
+    load = partial(_load, config, tokenizer=tokenizer, max_length=max_length, base=base)
+    prompts = load(config.prompts.train, key="prompts.train")
     if len(prompts.prompts) < config.prompts.batch:
         raise ConfigError(
-            f"prompts.batch is {config.prompts.batch}, but {config.prompts.train} has only {len(prompts.prompts)} different "
+            f"prompts.batch is {config.prompts.batch}, but {prompts.label} has only {len(prompts.prompts)} different "
             f"prompts; expected at most {len(prompts.prompts)}"
         )
     config.algorithm.check_prompts(config, len(prompts.prompts))
     chat = Chat(tokenizer, max_length=max_length)
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
-        loaded = _load(
-            config, base / config.prompts.heldout, tokenizer, "prompts.heldout", max_length
-        )
+        loaded = load(config.prompts.heldout, key="prompts.heldout")
         heldout = loaded.prompts[: config.run.eval_prompts]
     check_entries(config.scorer.train, base, combine=config.scorer.combine)
     if heldout:
@@ -156,9 +159,8 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         check_entries(evaluation.scorers, base, where=f"{where}.scorer")
         check_heldout(evaluation.scorers, where=f"{where}.scorer")
 
-    def load_evaluation_prompts(path: Path, key: str) -> tuple[Prompt, ...]:
-        loaded = _load(config, path, tokenizer, key, max_length)
-        return loaded.prompts[: config.run.eval_prompts]
+    def load_evaluation_prompts(source: PluginConfig, key: str) -> tuple[Prompt, ...]:
+        return load(source, key=key).prompts[: config.run.eval_prompts]
 
     evaluations: dict[str, Evaluation] = {
         task: EVALUATIONS.build(
@@ -234,13 +236,18 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
 
 def _load(
     config: CampaignConfig,
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    source: PluginConfig,
+    *,
     key: str,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    base: Path,
 ) -> PromptSet:
     return load_prompts(
-        path, tokenizer, key=key, max_prompt_tokens=max_length - config.rollout.max_tokens
+        open_source(source, base=base, key=key),
+        tokenizer,
+        key=key,
+        max_prompt_tokens=max_length - config.rollout.max_tokens,
     )
 
 

@@ -15,7 +15,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rayhf.types import Compared, Comparison, Failed, Invalid, Outcome, Scored, ScoreRequest
+from rayhf.types import (
+    Compared,
+    Comparison,
+    Failed,
+    Invalid,
+    Outcome,
+    Scored,
+    ScoreRequest,
+    win_rates,
+)
 
 Matrix = npt.NDArray[np.float64]
 Pair = tuple[int, int]
@@ -61,24 +70,21 @@ def knows_a_pair(win_KK: Matrix) -> bool:
 
 
 def mean_wins(comparison: Comparison, answers: int) -> tuple[Outcome, ...]:
-    """The score that a pairwise scorer gives an answer: its mean win probability against the
-    prompt's other answers it was compared with. Invalid for an answer that stands alone or was
-    compared with none."""
+    """Return the score of each answer: its win rate against the prompt's other answers.
+
+    Invalid for an answer that stands alone or was compared with no other one.
+    """
     if not isinstance(comparison, Compared):
         return (comparison,) * answers
-    return tuple(_mean_win(comparison.win, index) for index in range(answers))
-
-
-def _mean_win(win_KK: Matrix, index: int) -> Outcome:
-    against = np.delete(win_KK[index], index)
-    if not len(against):
-        return Invalid(
-            reason="a pairwise scorer compares answers to the same prompt, and this one stands alone"
-        )
-    known = against[np.isfinite(against)]
-    if not len(known):
-        return Invalid(reason="no verdict against any other answer")
-    return Scored(value=float(known.mean()))
+    missing = Invalid(
+        reason="a pairwise scorer compares answers to the same prompt, and this one stands alone"
+        if answers == 1
+        else "no verdict against any other answer"
+    )
+    return tuple(
+        Scored(value=float(rate)) if np.isfinite(rate) else missing
+        for rate in win_rates(comparison.win, include_self=False)
+    )
 
 
 def check_outcomes(

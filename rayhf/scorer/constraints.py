@@ -19,15 +19,14 @@ Yes or no:
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, nearest
 
 _WORD = re.compile(r"\w+(?:['’\-]\w+)*")
 # A run of marks is looked at once, from its start: "....." would else cost the square of its
@@ -202,14 +201,15 @@ def _parse(index: int, entry: Any) -> Constraint:
     if not isinstance(kind, str):
         raise ConfigError(f'{where}: expected an object with a "kind", got {entry!r:.60}')
     if kind not in _KINDS:
-        raise ConfigError(f"{where}: unknown kind {kind!r}{_nearest(kind, list(_KINDS))}")
+        raise ConfigError(f"{where}: unknown kind {kind!r}{nearest(kind, _KINDS)}")
     spec = {key: value for key, value in entry.items() if key != "kind"}
     checked = _KINDS[kind]
     counted = isinstance(checked, _Counted)
     valid = [*checked.needs, *(_COUNT if counted else ())]
     for key in spec:
         if key not in valid:
-            raise ConfigError(f"{where}: {kind} has no parameter {key!r}{_nearest(key, valid)}")
+            hint = nearest(key, valid) or "; valid: none"
+            raise ConfigError(f"{where}: {kind} has no parameter {key!r}{hint}")
     for key in checked.needs:
         _check_text(
             f"{where}: {kind}.{key}",
@@ -247,10 +247,3 @@ def _check_count(where: str, spec: Mapping[str, Any]) -> None:
         )
     if spec.get("min", 0) > spec.get("max", spec.get("min", 0)):
         raise ConfigError(f"{where}: min is {spec['min']}, above max {spec['max']}")
-
-
-def _nearest(word: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; valid: {', '.join(valid) or 'none'}"

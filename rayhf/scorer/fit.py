@@ -34,7 +34,6 @@ from rayhf.config.fit import (
     RegressionObjective,
 )
 from rayhf.data.preferences import TextPair, load_pairs
-from rayhf.data.prompts import read_rows
 from rayhf.errors import ConfigError, NumericalError
 from rayhf.models.source import AS_DATA, load_tokenizer, read_model_config
 from rayhf.scorer.classifier import length_limit
@@ -178,12 +177,10 @@ def fit_set(path: Path, reader: Reader, config: FitConfig, *, key: str, limit: i
     refuses, and where nothing is left to use.
     """
     pairs = load_pairs(path, key=key)
-    places = [where for where, row in read_rows(path, key=key) if row["chosen"] != row["rejected"]]
     wanted = needed_numbers(config.objective) if key == "train" else ()
     examples: list[Example] = []
     last: set[int] = set()
-    for where, pair in zip(places, pairs.pairs, strict=True):
-        where = f"{key}: {where}"
+    for where, pair in zip(pairs.places, pairs.pairs, strict=True):
         for name in wanted:
             if getattr(pair, name) is None:
                 raise ConfigError(
@@ -201,12 +198,12 @@ def fit_set(path: Path, reader: Reader, config: FitConfig, *, key: str, limit: i
             )
     if not examples:
         raise ConfigError(
-            f"{key}: {path}: all {len(places)} pairs have more than the {limit} tokens that the model takes"
+            f"{key}: {path}: all {len(pairs.pairs)} pairs have more than the {limit} tokens that the model takes"
         )
     return FitSet(
         examples=tuple(examples),
         equal=pairs.identical,
-        too_long=len(places) - len(examples),
+        too_long=len(pairs.pairs) - len(examples),
         last_tokens=frozenset(last),
     )
 

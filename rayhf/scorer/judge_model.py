@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rayhf.config.schema import RolloutConfig
 from rayhf.config.scorers import Dtype
-from rayhf.data.prompts import disarming, render
+from rayhf.data.chat import render, special_token_escaper
 from rayhf.errors import ConfigError
 from rayhf.models.source import load_tokenizer, model_length, read_model_config
 from rayhf.types import Completion, GenerateRequest, Message
@@ -46,7 +46,7 @@ class JudgeModel:
         from rayhf.rollout.engine import RolloutEngine
 
         self._tokenizer = load_tokenizer(directory, key="judge")
-        self._disarm = disarming(self._tokenizer)
+        self._disarm = special_token_escaper(self._tokenizer)
         self._engine = RolloutEngine(
             directory,
             RolloutConfig(max_tokens=max_tokens, kv_cache_gib=kv_cache_gib),

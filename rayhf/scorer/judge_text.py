@@ -9,16 +9,15 @@ Verdicts are read from the judge's own output and from nowhere else.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jinja2
 import jinja2.meta
 import jinja2.sandbox
 
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, nearest
 from rayhf.types import Prompt, derive_seed
 
 LOWEST, HIGHEST = 1.0, 10.0
@@ -186,7 +185,7 @@ def _compile(mode: str, template: str | None) -> jinja2.Template:
     for name in sorted(used):
         if name not in valid:
             raise ConfigError(
-                f"template: there is no {name!r} in mode {mode}{_nearest(name, valid)}"
+                f"template: there is no {name!r} in mode {mode}{nearest(name, valid)}"
             )
     missing = [name for name in MODES[mode].shown if name not in used]
     if missing:
@@ -205,7 +204,7 @@ def _pattern(mode: str, pattern: str | None) -> re.Pattern[str]:
     names, valid = list(compiled.groupindex), sorted(MODES[mode].groups)
     for name in names:
         if name not in valid:
-            raise ConfigError(f"verdict: mode {mode} has no group {name!r}{_nearest(name, valid)}")
+            raise ConfigError(f"verdict: mode {mode} has no group {name!r}{nearest(name, valid)}")
     missing = sorted(MODES[mode].needed - set(names))
     if names and missing:
         raise ConfigError(
@@ -224,8 +223,3 @@ def check_texts(mode: str, *, template: str | None, verdict: str | None) -> None
     groups mean something."""
     _compile(mode, template)
     _pattern(mode, verdict)
-
-
-def _nearest(word: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"

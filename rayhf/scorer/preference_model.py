@@ -30,7 +30,7 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 
-from rayhf.data.prompts import disarming, special_tokens
+from rayhf.data.chat import special_token_escaper, special_tokens
 from rayhf.errors import ConfigError
 from rayhf.models.source import refuse_own_code
 from rayhf.scorer.classifier import load_classifier, one_line, pack, read_json
@@ -43,6 +43,7 @@ from rayhf.types import (
     Outcome,
     Scored,
     ScoreRequest,
+    win_rates,
 )
 
 SCORER_FILE = "rayhf_scorer.json"
@@ -52,6 +53,9 @@ Kind = Literal["pointwise", "pairwise", "general_preference"]
 Matrix = npt.NDArray[np.float64]
 Row = tuple[int, ...]
 Problem = Invalid | Failed
+_ALONE = Invalid(
+    reason="there is no other answer to compare with; a preference model needs at least two"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +143,7 @@ class Reader:
     """Conversations as token ids, the same way in training and in serving."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._disarm = tokenizer, disarming(tokenizer)
+        self._tokenizer, self._disarm = tokenizer, special_token_escaper(tokenizer)
         self._forbidden = re.compile(
             "|".join([*map(re.escape, special_tokens(tokenizer)), "<(?=<<)"])
         )
@@ -275,8 +279,13 @@ class PreferenceModel:
         """
         results: list[tuple[Outcome, ...]] = []
         for win, problems in self._judge(requests):
-            others = np.where(np.eye(len(win), dtype=bool), np.nan, win)
-            results.append(tuple(_mean_win(others[i], problems.get(i)) for i in range(len(win))))
+            rates = win_rates(win, include_self=False)
+            results.append(
+                tuple(
+                    Scored(value=float(rate)) if np.isfinite(rate) else problems.get(i, _ALONE)
+                    for i, rate in enumerate(rates)
+                )
+            )
         return results
 
     def close(self) -> None:
@@ -367,12 +376,3 @@ class PreferenceModel:
             output = model.score(hidden[torch.arange(len(rows), device=device), last])
         result: Matrix = output.double().cpu().numpy()
         return result
-
-
-def _mean_win(win: Matrix, problem: Problem | None) -> Outcome:
-    known = win[np.isfinite(win)]
-    if known.size:
-        return Scored(value=float(known.mean()))
-    return problem or Invalid(
-        reason="there is no other answer to compare with; a preference model needs at least two"
-    )

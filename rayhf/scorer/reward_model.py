@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jinja2
 
-from rayhf.data.prompts import disarming
+from rayhf.data.chat import special_token_escaper
 from rayhf.errors import ConfigError
 from rayhf.models.source import refuse_own_code
 from rayhf.scorer.classifier import load_classifier, one_line, pack, read_json
@@ -74,7 +74,7 @@ class RewardModel:
         self._tokenizer, self._token_budget = self._classifier.tokenizer, token_budget
         if not self._tokenizer.chat_template:
             raise ConfigError(_no_template(directory))
-        self._disarm = disarming(self._tokenizer)
+        self._disarm = special_token_escaper(self._tokenizer)
         self._text_config = self._classifier.model.config.get_text_config()
         self._text_config.use_cache = False
         self._own_pad_id: int | None = self._text_config.pad_token_id

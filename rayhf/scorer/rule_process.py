@@ -13,7 +13,6 @@ may.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -29,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, did_you_mean
 
 _CHILD = Path(__file__).with_name("rule_child.py")
 _SPEC = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")
@@ -256,17 +255,12 @@ def _refusal(function: str, signature: Signature, base: Path, answer: dict[str, 
     module, name = parse_function(function)
     if answer["refused"] == "no module":
         modules = [file.stem for file in base.glob("*.py")]
-        return f"rule {function}: there is no module {module} in {base} or on sys.path{_nearest(module, modules)}"
+        return f"rule {function}: there is no module {module} in {base} or on sys.path{did_you_mean(module, modules)}"
     if answer["refused"] == "no function":
-        return f"rule {function}: module {module} has no function {name}{_nearest(name, answer['names'])}"
+        return f"rule {function}: module {module} has no function {name}{did_you_mean(name, answer['names'])}"
     if answer["refused"] == "import":
         return f"rule {function}: importing {module} failed: {answer['reason']}"
     return f"rule {function} cannot be called as {name}({signature}): {answer['reason']}"
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _parse(line: bytes) -> Any:

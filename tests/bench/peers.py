@@ -301,13 +301,13 @@ def vllm(turns: Turns) -> None:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from rayhf.data.prompts import deal, load_prompts
+    from rayhf.data.prompts import iteration_batch, load_prompts
+    from rayhf.data.readers import FileSource, FileSourceConfig
 
     spec = turns.spec
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
-    prompts = load_prompts(
-        Path(spec.train), tokenizer, key="prompts.train", max_prompt_tokens=256
-    ).prompts
+    source = FileSource(FileSourceConfig(path=Path(spec.train)), base=Path())
+    prompts = load_prompts(source, tokenizer, key="prompts.train", max_prompt_tokens=256).prompts
     llm = LLM(
         spec.model,
         dtype=spec.dtype,
@@ -324,7 +324,7 @@ def vllm(turns: Turns) -> None:
     number = 0
     while True:
         number += 1
-        dealt = deal(prompts, batch=spec.prompts, iteration=number, seed=0)
+        dealt = iteration_batch(prompts, batch=spec.prompts, iteration=number, seed=0)
         inputs = [
             {"prompt_token_ids": list(p.token_ids)} for p in dealt for _ in range(spec.samples)
         ]

@@ -155,7 +155,8 @@ async def _campaign(
         reference=learner,
     )
     material: Any = CampaignData(
-        chat=Chat(), prompts=PromptSet(prompts=make_prompts(case.prompts), duplicates=0)
+        chat=Chat(),
+        prompts=PromptSet(prompts=make_prompts(case.prompts), duplicates=0, label="scale_sim"),
     )
     controller = Controller(
         config,

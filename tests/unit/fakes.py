@@ -105,7 +105,7 @@ class FakeChat:
     def render(self, messages):
         return tuple(2 + ord(c) % 40 for m in messages for c in m["content"])
 
-    def answer(self, messages, text):
+    def encode_response(self, messages, text):
         return (*(2 + ord(c) % 40 for c in text), 1)
 
     def text(self, token_ids):

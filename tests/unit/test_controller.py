@@ -66,7 +66,7 @@ def play(
             roles=roles,
             data=CampaignData(
                 chat=FakeChat(),
-                prompts=PromptSet(prompts=tuple(make_prompts(12)), duplicates=0),
+                prompts=PromptSet(prompts=tuple(make_prompts(12)), duplicates=0, label="test"),
                 heldout=tuple(make_prompts(3)),
             ),
             store=store,

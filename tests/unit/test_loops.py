@@ -218,7 +218,7 @@ def test_hypo_takes_pairs_and_samples_in_every_step(tmp_path):
 
 def test_disjoint_rounds_are_promised_or_refused(tmp_path):
     config = make_config(tmp_path, algorithm={"type": "iterative_dpo"})
-    with pytest.raises(ConfigError, match=r"16, but t has 12; expected prompts.batch of at most 3"):
+    with pytest.raises(ConfigError, match=r"16, but prompts.train has 12; expected"):
         config.algorithm.check_prompts(config, 12)
     config.algorithm.check_prompts(config, 16)
 
@@ -230,7 +230,7 @@ def test_disjoint_rounds_are_promised_or_refused(tmp_path):
         ([{"chosen": "b", "rejected": "c"}], "expected either `prompt`"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1}], "margin"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "x"}], "finite number"),
-        ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "equal answers"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "equal texts"),
     ],
 )
 def test_a_bad_pairs_file_is_refused_by_row(tmp_path, rows, problem):

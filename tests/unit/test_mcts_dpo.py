@@ -99,7 +99,7 @@ class ToyChat:
     def text(self, token_ids):
         return text_of(token_ids)
 
-    def answer(self, messages, text):
+    def encode_response(self, messages, text):
         return (*(NEWLINE if c == "\n" else 10 + int(c) for c in text), END)
 
 
