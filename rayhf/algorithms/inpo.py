@@ -37,22 +37,22 @@ class INPOConfig(AlgorithmConfig):
     eta: PositiveFloat = 0.0075
     """Step size (the source's setting)."""
     tau: NonNegativeFloat = 0.0025
-    """Pull towards the fixed reference; eta / 3 in the source."""
+    """Strength of the pull toward the fixed reference; eta / 3 in the source."""
     min_margin: NonNegativeFloat = 0.0
-    """Pairs whose win probabilities differ by this or less are ties."""
+    """Difference of win probabilities up to which a pair is a tie."""
     reference: ReferenceSchedule = InitialReference()
 
     @model_validator(mode="after")
     def _check_tau(self) -> Self:
         if self.tau > self.eta:
             raise ValueError(
-                f"tau: {self.tau} must lie between 0 and eta ({self.eta}); try {self.eta / 3:g}"
+                f"tau: {self.tau} must be between 0 and eta ({self.eta}); try {self.eta / 3:g}"
             )
         return self
 
 
 class INPO(AlgorithmBase):
-    """INPO: best against worst with two references, towards a Nash policy (Zhang et al. 2024)."""
+    """INPO: best-worst pairs with two references, toward a Nash policy (Zhang et al. 2024)."""
 
     Config = INPOConfig
     needs_old_logp = True

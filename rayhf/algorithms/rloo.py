@@ -28,7 +28,7 @@ class RLOOConfig(PolicyGradientConfig):
 
     type: str = "rloo"
     samples: Annotated[int, Field(ge=2)] = 2
-    """Responses per prompt, each the others' baseline (the paper has 2 and 4)."""
+    """Completions per prompt, each the others' baseline (the paper has 2 and 4)."""
     kl: RLOOKLConfig = RLOOKLConfig()
 
 

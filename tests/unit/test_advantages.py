@@ -228,7 +228,7 @@ def test_identical_answers_are_ties_whatever_their_scores() -> None:
     assert {
         pairing.best_random(scores, rng(s), answers=answers).pairs[0].rejected for s in range(20)
     } == {2}
-    with pytest.raises(ValueError, match="2 answers for 3 scores"):
+    with pytest.raises(ValueError, match="2 completions for 3 scores"):
         pairing.best_worst(scores, answers=[1, 2])
 
 
