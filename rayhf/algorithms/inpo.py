@@ -41,6 +41,7 @@ class INPOConfig(AlgorithmConfig):
     min_margin: NonNegativeFloat = 0.0
     """Difference of win probabilities up to which a pair is a tie."""
     reference: ReferenceSchedule = InitialReference()
+    """Schedule of the fixed reference."""
 
     @model_validator(mode="after")
     def _check_tau(self) -> Self:
@@ -85,12 +86,10 @@ class INPO(AlgorithmBase):
                 examples.append(Example(rows=rows, scalars={"margin": pair.margin}))
         metrics = {"pairs/kept": float(len(examples)), "pairs/ties": float(ties)}
         if examples:
-            metrics["pairs/margin_mean"] = float(
-                np.mean([example.scalars["margin"] for example in examples])
-            )
-        return Selection(
-            examples=tuple(examples), metrics=metrics, no_signal=tie_share(len(examples), ties)
-        )
+            margins = [example.scalars["margin"] for example in examples]
+            metrics["pairs/margin_mean"] = float(np.mean(margins))
+        no_signal = tie_share(len(examples), ties)
+        return Selection(examples=tuple(examples), metrics=metrics, no_signal=no_signal)
 
     def loss(self, objective: str = "policy") -> Loss:
         """Return INPO's squared error."""

@@ -17,7 +17,7 @@ from rayhf.types import Row
 
 
 class RLOOKLConfig(KLConfig):
-    """KL penalty to the initial policy; a response's whole penalty is part of its score."""
+    """KL penalty to the initial policy; a completion's whole penalty is part of its score."""
 
     coef: NonNegativeFloat = 0.05
     """TRL's coefficient."""
