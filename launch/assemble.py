@@ -33,7 +33,7 @@ from rayhf.algorithms.base import (
     policies_of,
 )
 from rayhf.config.schema import CampaignConfig
-from rayhf.config.scorers import JudgeConfig, ScorerEntry
+from rayhf.config.scorers import ScorerEntryConfig
 from rayhf.monitoring.observer import Observer
 from rayhf.planning.placement import ActorSpec, actor_specs, entries_of, role_of
 from rayhf.planning.preflight import Prepared, transport_of
@@ -41,6 +41,7 @@ from rayhf.roles import Learner, Roles, Rollout, Scorer
 from rayhf.rollout.env import engine_env
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.store import RunDir
+from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.retrying import RetryingScorer
 
 _SAY_S = 5.0
@@ -75,7 +76,7 @@ def environment(config: CampaignConfig, role: str, *, critic: bool) -> dict[str,
     if role_of(role) == "rollout":
         return engine_env(config.cluster.device, threads)
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    if any(isinstance(entry, JudgeConfig) for entry in entries_of(config, role)):
+    if any(entry.runs_engine for entry in entries_of(config, role)):
         env |= engine_env(config.cluster.device, threads)
     if config.cluster.device == "cpu":
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
@@ -304,15 +305,14 @@ class ActorSet:
         return self._create(role, RemoteRollout, build, max_concurrency=100_000)
 
     def _scorers(
-        self, role: str, lists: Sequence[Sequence[ScorerEntry]], settings: Mapping[str, Any]
+        self, role: str, lists: Sequence[Sequence[ScorerEntryConfig]], settings: Mapping[str, Any]
     ) -> list[SupervisedActor]:
         device = self.device if any(s.gpus for s in self.specs if s.role == role) else "cpu"
+        threads = threads_of(self.config, role, critic=self.trains_critic)
+        setup = ScorerSetup(base=self.base, device=device, threads=threads)
 
         def build(actor: Any, number: int) -> ray.ObjectRef:
-            threads = threads_of(self.config, role, critic=self.trains_critic)
-            return actor.build.remote(
-                lists[number], device=device, threads=threads, base=self.base, **settings
-            )
+            return actor.build.remote(lists[number], setup, **settings)
 
         return self._create(role, RemoteScorerActor, build)
 

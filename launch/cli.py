@@ -326,8 +326,7 @@ def fit_scorer(config: Config, overrides: Overrides = None) -> None:
 
 @app.command("serve-scorer")
 def serve_scorer(config: Config, overrides: Overrides = None) -> None:
-    """Serve scorers over gRPC until told to stop; campaigns reach them with a scorer of type
-    remote."""
+    """Serve scorers over gRPC until SIGTERM; campaigns reach them with a scorer of type grpc."""
     from launch import serve
     from rayhf.config.load import load_section
     from rayhf.config.serve import ServeScorerConfig

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from rayhf.config.evaluations import EvaluationConfig as EvaluationConfig
     from rayhf.config.load import load_config as load_config
     from rayhf.config.schema import CampaignConfig as CampaignConfig
+    from rayhf.config.scorers import PairwiseEntryConfig as PairwiseEntryConfig
+    from rayhf.config.scorers import PointwiseEntryConfig as PointwiseEntryConfig
     from rayhf.config.trackers import TrackerConfig as TrackerConfig
     from rayhf.evaluation.base import Evaluation as Evaluation
     from rayhf.evaluation.base import EvaluationContext as EvaluationContext
@@ -54,6 +56,9 @@ if TYPE_CHECKING:
     from rayhf.roles import Reference as Reference
     from rayhf.roles import Rollout as Rollout
     from rayhf.roles import Scorer as Scorer
+    from rayhf.scorer.protocol import PairwiseScorer as PairwiseScorer
+    from rayhf.scorer.protocol import PointwiseScorer as PointwiseScorer
+    from rayhf.scorer.protocol import ScorerSetup as ScorerSetup
     from rayhf.types import Compared as Compared
     from rayhf.types import Completion as Completion
     from rayhf.types import Example as Example
@@ -91,12 +96,14 @@ _HOMES = {
     "rayhf.config.evaluations": ("EvaluationConfig",),
     "rayhf.config.load": ("load_config",),
     "rayhf.config.schema": ("CampaignConfig",),
+    "rayhf.config.scorers": ("PairwiseEntryConfig", "PointwiseEntryConfig"),
     "rayhf.config.trackers": ("TrackerConfig",),
     "rayhf.evaluation.base": ("Evaluation", "EvaluationContext", "EvaluationSetup"),
     "rayhf.losses.base": ("Loss", "LossOutput", "MicroBatch"),
     "rayhf.losses.pairs": ("PairLogps", "PairLoss", "PairLossConfig"),
     "rayhf.monitoring.tracking": ("TrackedRun", "Tracker"),
     "rayhf.roles": ("Learner", "Reference", "Rollout", "Scorer"),
+    "rayhf.scorer.protocol": ("PairwiseScorer", "PointwiseScorer", "ScorerSetup"),
     "rayhf.types": (
         "Compared",
         "Completion",

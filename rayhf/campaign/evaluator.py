@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from rayhf.algorithms.base import Algorithm, WorksAtTestTime
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.campaign.iteration import IterationExplorer
-from rayhf.config.scorers import is_pairwise
 from rayhf.evaluation.base import EvaluationContext
 from rayhf.evaluation.scored import evaluate
 from rayhf.types import Completion, Group, Prompt, Sample, derive_seed
@@ -102,7 +101,7 @@ class Evaluator:
     @property
     def _scores_alone(self) -> bool:
         """Whether the training scorer can score a completion without others of its prompt."""
-        return not any(is_pairwise(entry) for entry in self._config.scorer.train)
+        return not any(entry.is_pairwise for entry in self._config.scorer.train)
 
 
 def _at_test_time(algorithm: Algorithm) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import NonNegativeInt
 
 from rayhf.config.base import PluginConfig
-from rayhf.config.scorers import ScorerEntry
+from rayhf.config.scorers import ScorerEntryConfig
 
 
 class EvaluationConfig(PluginConfig):
@@ -16,6 +16,6 @@ class EvaluationConfig(PluginConfig):
     run.eval_every."""
 
     @property
-    def scorers(self) -> tuple[ScorerEntry, ...]:
+    def scorers(self) -> tuple[ScorerEntryConfig, ...]:
         """Its own scorers, for which the launcher starts another scorer actor."""
         return ()

@@ -22,7 +22,7 @@ from rayhf.config.base import Name, Section
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.guards import GuardsConfig
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS, TRACKERS
-from rayhf.config.scorers import ScorerConfig, ScorerEntry
+from rayhf.config.scorers import ScorerConfig, ScorerEntryConfig
 from rayhf.config.service import ServiceConfig
 from rayhf.config.sources import PromptSource
 from rayhf.config.trackers import TrackerConfig
@@ -294,9 +294,9 @@ class CampaignConfig(Section):
     human preferences. Default: none."""
 
     @property
-    def evaluator_scorers(self) -> dict[str | None, tuple[ScorerEntry, ...]]:
+    def evaluator_scorers(self) -> dict[str | None, tuple[ScorerEntryConfig, ...]]:
         """Scorers of evaluations by task, one actor each; None is the held-out evaluation."""
-        scorers: dict[str | None, tuple[ScorerEntry, ...]] = {}
+        scorers: dict[str | None, tuple[ScorerEntryConfig, ...]] = {}
         if self.scorer.evaluate is not None:
             scorers[None] = self.scorer.evaluate
         for task, evaluation in self.evaluations.items():

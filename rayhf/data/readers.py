@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 from rayhf.config.base import PluginConfig
 from rayhf.config.registry import SOURCES
 from rayhf.errors import ConfigError
+from rayhf.models.source import tiny_hint
 
 Row = Mapping[str, object]
 
@@ -70,7 +71,9 @@ class FileSource:
         """
         path = self._path
         if not path.is_file():
-            raise ConfigError(f"no such file {path}; expected a .jsonl or .parquet file")
+            raise ConfigError(
+                f"no such file {path}; expected a .jsonl or .parquet file{tiny_hint(path)}"
+            )
         if path.suffix == ".parquet":
             return _read_parquet(path)
         if path.suffix in (".jsonl", ".json"):

@@ -9,11 +9,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from pydantic import Field
 
 from rayhf.config.base import Name
 from rayhf.config.evaluations import EvaluationConfig
-from rayhf.config.scorers import ScorerEntry
+from rayhf.config.scorers import ScorerEntries, ScorerEntryConfig
 from rayhf.config.sources import PromptSource
 from rayhf.errors import ScorerError
 from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
@@ -39,13 +38,13 @@ class ScoredEvaluationConfig(EvaluationConfig):
     type: str = "scored"
     prompts: PromptSource
     """Evaluation prompts, like prompts.train."""
-    scorer: tuple[ScorerEntry, ...] = Field(min_length=1)
+    scorer: ScorerEntries
     """Scorers of the completions; the metric is the weighted sum of their scores."""
     policy: Name = "policy"
     """Policy to evaluate, for algorithms that train several; otherwise the only one."""
 
     @property
-    def scorers(self) -> tuple[ScorerEntry, ...]:
+    def scorers(self) -> tuple[ScorerEntryConfig, ...]:
         """Its own scorers, for which the launcher starts another scorer actor."""
         return self.scorer
 

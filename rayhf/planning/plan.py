@@ -21,8 +21,8 @@ from rayhf.algorithms.base import (
     TrainsSeveralPolicies,
     policies_of,
 )
-from rayhf.config.schema import CampaignConfig, RolloutConfig
-from rayhf.config.scorers import JudgeConfig, PreferenceModelConfig, RewardModelConfig, ScorerEntry
+from rayhf.config.schema import CampaignConfig
+from rayhf.config.scorers import ClassifierModel, EngineModel, ScorerEntryConfig
 from rayhf.errors import ConfigError, PlacementError
 from rayhf.models.source import model_length
 from rayhf.planning import memory as estimate
@@ -118,26 +118,24 @@ class Plan:
             framework=estimate.FRAMEWORK[device]["scorer"] if spec.gpus or device == "cpu" else 0.0,
         )
 
-    def _entries(self, spec: ActorSpec) -> Sequence[ScorerEntry]:
+    def _entries(self, spec: ActorSpec) -> Sequence[ScorerEntryConfig]:
         config = self.config
         if spec.role == "scorer":
             return config.scorer.train
         return list(config.evaluator_scorers.values())[spec.index]
 
-    def _entry_memory(self, entry: ScorerEntry, gpu_bytes: float | None) -> Memory:
-        if isinstance(entry, JudgeConfig):
-            engine = RolloutConfig(max_tokens=entry.max_tokens, kv_cache_gib=entry.kv_cache_gib)
-            return estimate.engine_memory(
-                self._shape(entry.model),
-                engine,
-                dtype=entry.dtype,
-                device=self.config.cluster.device,
-                gpu_bytes=gpu_bytes,
-            )
-        if isinstance(entry, RewardModelConfig | PreferenceModelConfig):
-            return estimate.classifier_memory(
-                self._shape(entry.model), entry.token_budget, dtype=entry.dtype
-            )
+    def _entry_memory(self, entry: ScorerEntryConfig, gpu_bytes: float | None) -> Memory:
+        match entry.loads:
+            case EngineModel(model=model, dtype=dtype, engine=engine):
+                return estimate.engine_memory(
+                    self._shape(model),
+                    engine,
+                    dtype=dtype,
+                    device=self.config.cluster.device,
+                    gpu_bytes=gpu_bytes,
+                )
+            case ClassifierModel(model=model, dtype=dtype, token_budget=token_budget):
+                return estimate.classifier_memory(self._shape(model), token_budget, dtype=dtype)
         return Memory()
 
     def weights(self, *, whole: bool = False) -> float:

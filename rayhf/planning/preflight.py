@@ -148,7 +148,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     if config.prompts.heldout is not None:
         loaded = load(config.prompts.heldout, key="prompts.heldout")
         heldout = loaded.prompts[: config.run.eval_prompts]
-    check_entries(config.scorer.train, base, combine=config.scorer.combine)
+    check_entries(config.scorer.train, base)
     if heldout:
         judged = config.scorer.evaluate or config.scorer.train
         check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")

@@ -1,4 +1,4 @@
-"""Strict configs: every typo has an answer."""
+"""Strict configs: typos and contradictions are refused with the nearest valid key or value."""
 
 import copy
 
@@ -28,7 +28,7 @@ def with_(**sections):
     return data
 
 
-def test_dump_and_load_agree(tmp_path):
+def test_dumped_config_loads_equal(tmp_path):
     config = validate(MINIMAL, source="test")
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "c.yaml") == config
@@ -66,7 +66,7 @@ def test_dump_and_load_agree(tmp_path):
         ({"algorithm": {"type": "a.b:C"}}, "algorithm.type: a.b:C: no module named 'a'"),
     ],
 )
-def test_refusals_name_the_key_and_the_nearest(section, expected):
+def test_refusals_name_key_and_nearest_valid_one(section, expected):
     with pytest.raises(ConfigError) as error:
         validate(with_(**section), source="c.yaml")
     assert expected in str(error.value) and "\n" not in str(error.value)
@@ -97,7 +97,7 @@ def test_refusals_name_the_key_and_the_nearest(section, expected):
         ),
     ],
 )
-def test_settings_that_contradict_each_other(section, expected):
+def test_contradicting_settings_are_refused(section, expected):
     with pytest.raises(ConfigError, match=expected):
         check_settings(validate(with_(**section), source="c.yaml"))
 
@@ -111,7 +111,7 @@ def test_settings_that_contradict_each_other(section, expected):
         (["prompts=: :"], "not valid YAML"),
     ],
 )
-def test_overrides_are_checked(tmp_path, overrides, expected):
+def test_overrides_are_validated(tmp_path, overrides, expected):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
     with pytest.raises(ConfigError, match=expected):
         load_config(tmp_path / "c.yaml", overrides)
@@ -137,7 +137,7 @@ def test_overrides_reach_lists_and_new_sections(tmp_path):
         ("", "expected a mapping, got|mapping"),
     ],
 )
-def test_unreadable_files(tmp_path, content, expected):
+def test_unreadable_files_are_refused(tmp_path, content, expected):
     path = tmp_path / "c.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=expected):
@@ -146,8 +146,8 @@ def test_unreadable_files(tmp_path, content, expected):
         load_config(tmp_path / "d.yaml")
 
 
-def test_defaults_are_their_sources_settings():
-    """The numbers that a bare `type` stands for; the sources are beside the fields."""
+def test_defaults_are_those_of_their_source():
+    """The sources are stated in the fields' docstrings."""
     ppo, dpo = PPOConfig(), OnlineDPOConfig()
     assert (ppo.gamma, ppo.lam, ppo.loss.clip_low, ppo.loss.clip_high, ppo.value_clip) == (
         1.0,

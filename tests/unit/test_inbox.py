@@ -5,8 +5,8 @@ import multiprocessing
 
 import pyarrow.parquet as pq
 import pytest
+from campaigns import make_config, metrics_of, play
 from fakes import FakeScorer
-from test_controller import make_config, metrics_of, play
 
 from rayhf.algorithms.base import SelectionContext, TakesLabels
 from rayhf.config.registry import ALGORITHMS

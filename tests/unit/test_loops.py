@@ -1,5 +1,4 @@
-"""Every further loop through the real controller with fake roles: what is trained on, mixed in,
-dropped, resumed."""
+"""Preference and self-play algorithms through the real controller with fake roles."""
 
 import itertools
 import json
@@ -7,8 +6,8 @@ import math
 
 import pyarrow.parquet as pq
 import pytest
+from campaigns import make_config, metrics_of, play
 from fakes import FakeChat, FakeLearner, FakeScorer
-from test_controller import make_config, metrics_of, play
 
 from rayhf.algorithms.base import SelectionContext, needs_frozen_reference
 from rayhf.config.load import validate
@@ -56,7 +55,7 @@ def played(config, **roles):
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_crash_and_a_resume_leave_what_an_uninterrupted_run_leaves(tmp_path, name):
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     whole, broken = config_of(name, tmp_path / "a"), config_of(name, tmp_path / "b")
@@ -73,7 +72,7 @@ def test_a_crash_and_a_resume_leave_what_an_uninterrupted_run_leaves(tmp_path, n
             )
 
 
-def test_iterative_dpo_mixes_in_earlier_pairs_once_and_given_pairs_in_turn(tmp_path):
+def test_iterative_dpo_mixes_in_earlier_and_given_pairs(tmp_path):
     algorithm = {
         "type": "iterative_dpo",
         "samples": 4,
@@ -123,7 +122,7 @@ def test_iterative_dpo_mixes_in_earlier_pairs_once_and_given_pairs_in_turn(tmp_p
     }
 
 
-def test_the_learner_is_its_own_previous_reference(tmp_path):
+def test_learner_is_its_own_previous_reference(tmp_path):
     config = make_config(
         tmp_path, algorithm={"type": "sppo", "samples": 4, "eta": 2.0, "train_on": "all"}
     )
@@ -157,7 +156,7 @@ def test_sppo_targets(tmp_path, target):
     )
 
 
-def test_sppo_refuses_targets_that_all_answers_have_not(tmp_path):
+def test_sppo_refuses_targets_that_completions_lack(tmp_path):
     algorithm = {"type": "sppo", "target": "hard", "train_on": "all"}
     with pytest.raises(ConfigError, match="target hard"):
         make_config(tmp_path, algorithm=algorithm)
@@ -165,7 +164,7 @@ def test_sppo_refuses_targets_that_all_answers_have_not(tmp_path):
 
 @pytest.mark.parametrize("outcome", [Invalid(reason="no verdict"), Failed(reason="too late")])
 @pytest.mark.parametrize("name", ["sppo", "inpo"])
-def test_an_answer_that_was_not_compared_never_trains(tmp_path, name, outcome):
+def test_completion_without_comparison_never_trains(tmp_path, name, outcome):
     config = config_of(
         name,
         tmp_path,
@@ -216,7 +215,7 @@ def test_hypo_takes_pairs_and_samples_in_every_step(tmp_path):
         assert all(len(e.rows) == (2 if e.scalars["pair"] else 3) for e in batch.examples)
 
 
-def test_disjoint_rounds_are_promised_or_refused(tmp_path):
+def test_disjoint_iterations_are_guaranteed_or_refused(tmp_path):
     config = make_config(tmp_path, algorithm={"type": "iterative_dpo"})
     with pytest.raises(ConfigError, match=r"16, but prompts.train has 12; expected"):
         config.algorithm.check_prompts(config, 12)
@@ -233,12 +232,12 @@ def test_disjoint_rounds_are_promised_or_refused(tmp_path):
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "equal texts"),
     ],
 )
-def test_a_bad_pairs_file_is_refused_by_row(tmp_path, rows, problem):
+def test_bad_pairs_file_is_refused_by_row(tmp_path, rows, problem):
     with pytest.raises(ConfigError, match=problem):
         load_pairs(write_pairs(tmp_path, rows), key="algorithm.offline.path")
 
 
-def test_equal_answers_are_left_out_and_counted(tmp_path):
+def test_equal_completions_are_dropped_and_counted(tmp_path):
     rows = [
         {"prompt": "a", "chosen": "b", "rejected": "b"},
         {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -292,7 +291,7 @@ def test_type_alone_gives_the_papers_setting():
     assert (hypo.samples, hypo.beta) == (2, 0.1)
 
 
-def test_an_algorithm_without_earlier_rounds_gets_none():
+def test_algorithm_without_earlier_iterations_gets_none():
     assert (
         list(SelectionContext(iteration=1, seed=0, sampling=Sampling(max_tokens=8)).earlier(0))
         == []

@@ -159,7 +159,7 @@ LOSSES: list[ClippedSurrogate] = [
 
 @pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "sequence_sum"])
 @pytest.mark.parametrize("index", range(len(LOSSES)))
-def test_policy_loss_is_the_papers_equation(index: int, how: str) -> None:
+def test_policy_loss_equals_the_papers_equation(index: int, how: str) -> None:
     config = LOSSES[index].config.model_copy(update={"aggregate": how})
     loss = replace(LOSSES[index], config=config)
     rows = random_rows(index, [5, 1, 0, 7, 3], spread=0.5)
@@ -178,7 +178,7 @@ def test_policy_loss_gradcheck(loss: ClippedSurrogate) -> None:
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
-def test_value_loss_is_the_equation_and_gradchecks(clip: float | None) -> None:
+def test_value_loss_equals_its_equation(clip: float | None) -> None:
     rows = random_rows(4, [4, 0, 3])
     out, micro = micro_of(rows, totals_of(rows))
 
@@ -195,8 +195,8 @@ def test_value_loss_is_the_equation_and_gradchecks(clip: float | None) -> None:
     assert torch.autograd.gradcheck(lambda x: ValueLoss(value_clip=clip)(x, micro).loss, (out,))
 
 
-def test_value_clipping_takes_the_worse_of_the_two() -> None:
-    """Moving toward the return by more than the clip earns nothing more and has no gradient; moving
+def test_value_clipping_takes_the_larger_error() -> None:
+    """Moving toward the return by more than the clip gains nothing and has no gradient; moving
     away always costs.
     """
     old, target = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
@@ -241,7 +241,7 @@ ALL: list[Loss] = [
 @pytest.mark.parametrize("skip", [(), ("old_logp",)])
 @given(cuts=st.sets(st.integers(1, 5), max_size=4), seed=st.integers(0, 1000))
 @settings(max_examples=8, deadline=None)
-def test_shares_add_up_whatever_the_sharding(
+def test_sharding_does_not_change_the_loss(
     loss: Loss, skip: tuple[str, ...], cuts: set[int], seed: int
 ) -> None:
     rows = random_rows(seed, [3, 0, 5, 1, 2, 4])
@@ -276,7 +276,7 @@ def test_order_of_examples_does_not_matter(order: list[int]) -> None:
     assert shuffled.loss.item() == pytest.approx(plain.loss.item(), rel=1e-9)
 
 
-def test_absent_old_logp_is_one_reinforce_step() -> None:
+def test_missing_old_logp_is_a_reinforce_step() -> None:
     """Ratio 1, nothing clipped, gradient -w * A / tokens: REINFORCE."""
     rows = random_rows(7, [3, 2])
     out, micro = micro_of(rows, totals_of(rows), skip=("old_logp",))
@@ -294,7 +294,7 @@ def test_absent_old_logp_is_one_reinforce_step() -> None:
     assert {result.metrics[name].item() for name in clipped} == {0.0}
 
 
-def test_metrics_name_what_they_measure() -> None:
+def test_metrics_have_their_documented_values() -> None:
     rows = random_rows(8, [3, 0, 4])
     out, micro = micro_of(rows, totals_of(rows))
     metrics = policy_loss()(out, micro).metrics
@@ -320,7 +320,7 @@ def test_clip_fractions_count_active_bounds_only() -> None:
     assert clipped.loss_T.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8, -1.0, 3.0])
 
 
-def test_importance_weight_is_truncated_detached_and_exactly_one_on_policy() -> None:
+def test_importance_weight_is_truncated_detached_and_1_on_policy() -> None:
     logp = torch.tensor([-0.3, -1.7, -2.0, -500.0], requires_grad=True)
     weight, capped = importance_weight(logp, logp.detach().clone(), 2.0)
     assert (
@@ -337,7 +337,7 @@ def test_importance_weight_is_truncated_detached_and_exactly_one_on_policy() -> 
     assert importance_weight(logp, behavior, None).weight_T.tolist() == [1.0] * 4
 
 
-def test_kl_estimators_as_values() -> None:
+def test_kl_estimator_values() -> None:
     logp, ref = (
         torch.tensor([-1.0, -2.0], dtype=torch.float64),
         torch.tensor([-1.5, -0.5], dtype=torch.float64),
@@ -350,7 +350,7 @@ def test_kl_estimators_as_values() -> None:
 
 
 @pytest.mark.parametrize(("estimator", "direction"), [("k2", "reverse"), ("k3", "forward")])
-def test_expected_gradient_of_kl_losses(estimator: str, direction: str) -> None:
+def test_kl_losses_have_the_expected_gradient(estimator: str, direction: str) -> None:
     """Enumerate a four-token policy: the expectation of the loss's gradient is the gradient of the
     KL it claims."""
     logits = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
@@ -385,7 +385,7 @@ def test_extreme_log_ratios_stay_finite_in_float32(shift: float, name: str) -> N
         assert all(bool(metric.isfinite()) for metric in result.metrics.values())
 
 
-def test_safe_exp_is_smooth_and_keeps_the_gradients_sign() -> None:
+def test_safe_exp_is_smooth_and_monotonic() -> None:
     x = torch.tensor([19.999, 20.0, 20.001, 500.0], dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(safe_exp(x).sum(), x)
     assert grad.tolist() == pytest.approx([math.exp(19.999), *[math.exp(20)] * 3])
@@ -434,7 +434,7 @@ def test_refusals() -> None:
         aggregate(torch.zeros(2), micro_of(rows, totals_of(rows))[1], "mean")  # type: ignore[arg-type]
 
 
-def test_losses_are_picklable_and_say_whether_they_need_entropy() -> None:
+def test_losses_are_picklable_and_declare_entropy() -> None:
     assert pickle.loads(pickle.dumps(policy_loss(dual_clip=3.0))) == policy_loss(dual_clip=3.0)
     assert pickle.loads(pickle.dumps(ValueLoss())) == ValueLoss()
     assert policy_loss().entropy == "metric" and policy_loss(entropy_coef=0.1).entropy == "loss"

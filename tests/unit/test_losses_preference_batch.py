@@ -1,5 +1,7 @@
-"""The preference loss over a micro-batch: weights, sharding, metrics, soft labels; equations are
-tested beside this."""
+"""The preference loss over a micro-batch: weights, sharding, metrics, soft labels.
+
+The equations are tested in test_losses_preference.py.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preference_formulas import EXPECTED, P, prob
 from preference_losses import NAMES, REFERENCE_FREE, SMOOTHED, build
 from pydantic import ValidationError
-from test_losses_preference import EXPECTED, P, prob
 from torch import Tensor
 
 from rayhf.config.algorithms import ImportanceConfig
@@ -97,7 +99,7 @@ def plain_pair(pair: TokenPair) -> P:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("cap", [None, 1.05, 2.0])
-def test_preference_loss_is_the_weighted_mean_over_pairs(name: str, cap: float | None) -> None:
+def test_preference_loss_is_the_weighted_mean_of_pairs(name: str, cap: float | None) -> None:
     pairs = token_pairs(5, LENGTHS)
     loss = loss_of(name, importance_cap=cap)
     total = 0.0
@@ -167,7 +169,7 @@ def test_on_policy_weight_is_exactly_one_and_detached() -> None:
     assert weight.tolist() == [2.0, 1.0] and capped.tolist() == [1.0, 0.0]
 
 
-def test_identical_answers_have_no_gap_and_cancel() -> None:
+def test_identical_completions_have_no_margin() -> None:
     row = token_pairs(9, [(4, 4)])[0][0]
     out, micro = micro_of([(row, row)], 1.0)
     result = build("sigmoid", importance_cap=None)(out, micro)
@@ -254,7 +256,7 @@ def test_soft_labels_are_one_smoothing_per_pair() -> None:
 
 
 def twice(values: Sequence[float]) -> list[float]:
-    """Each value for the two rows of its pair."""
+    """Repeat each value for the two rows of its pair."""
     return [value for value in values for _ in range(2)]
 
 
@@ -266,8 +268,8 @@ def test_equal_soft_labels_are_label_smoothing() -> None:
     )
 
 
-def test_no_confidence_only_pulls_the_gap_to_zero() -> None:
-    """alpha = 1/2: chosen and rejected may change places."""
+def test_label_of_one_half_pulls_the_margin_to_zero() -> None:
+    """With alpha = 1/2 chosen and rejected are interchangeable."""
     chosen, rejected = token_pairs(15, [(3, 2)])[0]
     losses = []
     for pair in ((chosen, rejected), (rejected, chosen)):

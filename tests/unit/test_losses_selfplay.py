@@ -57,7 +57,7 @@ def run(loss, examples, logps, *, totals=None):
     return result, [g[0].item() if len(g) else 0.0 for g in output.grad.split(sizes)]
 
 
-def test_sppo_is_the_papers_regression_up_to_its_scale():
+def test_sppo_equals_the_papers_regression_up_to_scale():
     eta, ratio, target = 1000.0, 3.25, 0.2
     paper = (ratio - eta * target) ** 2
     got = sppo(
@@ -79,13 +79,13 @@ def test_sppo_is_the_papers_regression_up_to_its_scale():
     )
 
 
-def test_an_sppo_step_raises_what_wins_and_lowers_what_loses():
+def test_sppo_step_raises_winners_and_lowers_losers():
     examples = [Example(rows=(row([-1.0], ref=[-1.0], target=t),)) for t in (0.3, -0.3, 0.0)]
     _, gradients = run(SPPOLoss(eta=1000.0), examples, [[-1.0]] * 3)
     assert gradients[0] < 0 < gradients[1] and gradients[2] == 0.0
 
 
-def test_inpo_is_the_papers_regression_up_to_its_scale():
+def test_inpo_equals_the_papers_regression_up_to_scale():
     eta, tau = 0.0075, 0.0025
     gap, ref, old = 1.7, 0.4, 0.9
     h = gap - tau / eta * ref - (eta - tau) / eta * old
@@ -129,7 +129,7 @@ PAIRS = [(([-1.0, -1.0], [-1.5, -1.2]), ([-2.0], [-1.0]))]
 GROUPS = [(([-0.5], [-1.0]), ([-1.0, -2.0], [-1.0, -1.0]), ([-4.0], [-1.0]))]
 
 
-def test_hypo_is_dpo_on_the_pairs_plus_a_leave_one_out_kl_on_the_samples():
+def test_hypo_is_offline_dpo_plus_online_leave_one_out_kl():
     beta, coef = 0.5, 0.3
     examples, logps = hypo_examples(PAIRS, GROUPS)
     result, gradients = run(
@@ -164,7 +164,7 @@ def test_hypo_with_coefficient_zero_is_offline_dpo():
     ]
 
 
-def test_a_hypo_step_adds_up_over_micro_batches():
+def test_hypo_step_adds_up_over_micro_batches():
     examples, logps = hypo_examples(PAIRS * 2, GROUPS * 2)
     loss, totals = HyPOLoss(HyPOLossConfig(beta=0.2, kl_coef=0.5, clip=9.0)), totals_of(examples)
     whole, _ = run(loss, examples, logps)
@@ -178,7 +178,7 @@ def test_a_hypo_step_adds_up_over_micro_batches():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=6), st.randoms())
-def test_leave_one_out_is_order_free_and_sums_to_zero(costs, random):
+def test_leave_one_out_ignores_order_and_sums_to_zero(costs, random):
     order = list(range(len(costs)))
     random.shuffle(order)
 
@@ -198,7 +198,7 @@ def test_leave_one_out_is_order_free_and_sums_to_zero(costs, random):
         assert plain.item() == costs[0]
 
 
-def test_the_kl_estimator_is_unbiased():
+def test_kl_estimator_is_unbiased():
     """Exact expectation over all pairs of samples of a three-way policy equals the gradient of KL(p
     || ref)."""
     logits = torch.tensor([0.3, -0.4, 0.1], dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""MCTS-DPO over a toy language, through the real exchange: answers are three digits, one a line,
+"""MCTS-DPO over a toy language with the real scheduler: answers are three digits, one per line,
 and 1, 2, 3 is right.
 
 Two lines end in a line end, the third in the end of the turn.
@@ -159,7 +159,7 @@ def explored(
     return asyncio.run(go())
 
 
-def test_the_search_finds_the_right_answer():
+def test_search_finds_the_right_answer():
     groups = explore(config_of(iterations=30, width=(12,)), n=8)
     assert {g.metrics["mcts/solved"] for g in groups} == {1.0}
     assert (
@@ -170,7 +170,7 @@ def test_the_search_finds_the_right_answer():
 
 
 @pytest.mark.parametrize("rollouts", [1, 3])
-def test_the_tree_is_in_the_samples(rollouts):
+def test_samples_contain_the_tree(rollouts):
     rollout, scorer = ToyRollout(), ToyScorer()
     (group,) = explore(
         config_of(rollouts=rollouts),
@@ -208,7 +208,7 @@ def test_the_tree_is_in_the_samples(rollouts):
     assert {r.sampling.max_tokens + len(r.token_ids) - 2 for r in rollout.requests} == {9}
 
 
-def test_a_step_is_written_together_with_what_first_values_it():
+def test_step_is_generated_together_with_its_first_completion():
     rollout = ToyRollout()
     (group,) = explore(config_of(iterations=1, width=(30,), reroot="never"), rollout=rollout)
     (request,) = rollout.requests
@@ -231,7 +231,7 @@ def test_a_step_is_written_together_with_what_first_values_it():
         assert step.stats["estimate"] == pytest.approx(right)
 
 
-def test_without_completions_a_step_ends_where_it_ends():
+def test_without_completions_a_step_ends_by_itself():
     rollout = ToyRollout()
     (group,) = explore(config_of(rollouts=0), rollout=rollout, sampling=Sampling(max_tokens=9))
     assert group.metrics["mcts/rollouts"] == 0 and {s.kind for s in group.samples} == {"step"}
@@ -241,7 +241,7 @@ def test_without_completions_a_step_ends_where_it_ends():
     )
 
 
-def test_a_character_that_a_cut_takes_apart_is_lost_and_nothing_is_doubled():
+def test_split_character_is_dropped_and_nothing_is_repeated():
     class Bytes(ToyChat):
         def text(self, token_ids):
             return bytes(token_ids).decode(errors="replace")
@@ -268,7 +268,7 @@ def test_a_character_that_a_cut_takes_apart_is_lost_and_nothing_is_doubled():
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
-def test_equal_seeds_give_equal_trees_whatever_arrives_first(parallel):
+def test_equal_seeds_give_equal_trees_in_any_arrival_order(parallel):
     config = config_of(parallel=parallel, rollouts=2, self_evaluation={"votes": 2})
     waves = explore(config, n=3)
     for _ in range(2):
@@ -307,7 +307,7 @@ def stored(group):
 
 @pytest.mark.parametrize("pairs", ["worst", "random", "all"])
 @pytest.mark.parametrize("levels", ["path", "all"])
-def test_a_stored_tree_gives_the_same_pairs(pairs, levels):
+def test_stored_tree_gives_the_same_pairs(pairs, levels):
     def unclear(completion):
         right = completion.text.split("\n")[:2] == ["1", "2"]
         return Invalid(reason="?") if completion.text[0] == "4" else Scored(value=float(right))
@@ -333,7 +333,7 @@ def test_a_stored_tree_gives_the_same_pairs(pairs, levels):
         ]
 
 
-def test_pairs_are_siblings_and_the_loss_is_over_what_differs():
+def test_pairs_are_siblings_and_loss_covers_the_difference():
     config = config_of(iterations=30, pairs="all", max_pairs=50)
     (group,) = explore(config)
     selection = MCTSDPO(config).select([group], TURN)
@@ -356,7 +356,7 @@ def test_pairs_are_siblings_and_the_loss_is_over_what_differs():
         assert example.rows[0].response_ids[0] != example.rows[1].response_ids[0]
 
 
-def test_a_tree_that_never_answers_is_counted_and_trained_on_nothing():
+def test_tree_without_answers_is_counted_and_not_trained_on():
     rollout = ToyRollout(length=99)
     scorer = ToyScorer(lambda c: Scored(value=float(c.finish_reason == "stop")))
     groups = explore(
@@ -388,7 +388,7 @@ def test_a_tree_that_never_answers_is_counted_and_trained_on_nothing():
     )
 
 
-def test_the_models_own_length_ends_an_answer_too():
+def test_model_length_ends_an_answer():
     chat = ToyChat()
     chat.max_length = 6
     (group,) = explore(config_of(step_tokens=3), chat=chat, rollout=ToyRollout(length=99))
@@ -396,7 +396,7 @@ def test_the_models_own_length_ends_an_answer_too():
     assert group.metrics["mcts/no_answer"] == 1.0
 
 
-def test_long_steps_are_cut_and_go_on():
+def test_long_steps_are_split():
     (group,) = explore(config_of(step_tokens=1, depth=6, iterations=20))
     assert group.metrics["mcts/cut_steps"] > 0 and {
         len(s.completion.token_ids) for s in group.samples if s.kind == "step"
@@ -406,7 +406,7 @@ def test_long_steps_are_cut_and_go_on():
 
 
 @pytest.mark.parametrize("outcome", [Invalid(reason="nan"), Failed(reason="late")])
-def test_unscored_answers_are_no_wrong_answers(outcome):
+def test_unscored_answers_are_not_wrong_answers(outcome):
     def half(completion):
         return (
             outcome
@@ -486,7 +486,7 @@ def test_verdicts():
     assert [verdict(text) for text in ("yesterday", "", "maybe yes", "1")] == [None] * 4
 
 
-def test_gold_steps_enter_only_where_asked_for():
+def test_gold_steps_are_added_only_if_configured():
     config = config_of(iterations=20, width=(4,), inject_gold=True)
     (group,) = explore(config, rollout=ToyRollout(digits=(7, 8)), answer="1\n2\n3")
     gold = [s for s in group.samples if s.stats.get("gold")]
@@ -521,7 +521,7 @@ def test_outcomes():
 # --- the algorithm ---------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_those_of_the_paper():
     """K 5, depth 4, breadth 4 then 2, c 1, gamma 1, prior exponent 1.25, outcome
     +-1, beta 0.1, 8 pairs."""
     config = MCTSDPOConfig()

@@ -1,4 +1,4 @@
-"""The README's commands name configs and keys that exist, and its files are there."""
+"""The README's commands, config keys and files exist."""
 
 import re
 import shlex
@@ -16,12 +16,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("#")[0] for line in re.findall(r"^(?:.* -- )?(rayhf .*)$", README, re.M)]
 
 
-def test_there_are_commands():
+def test_readme_has_commands():
     assert len(COMMANDS) >= 8
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_exist_and_their_configs_are_valid(command):
+def test_commands_exist_and_configs_are_valid(command):
     _, verb, *words = shlex.split(command)
     assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
     if verb in ("run", "check"):
@@ -29,14 +29,14 @@ def test_commands_exist_and_their_configs_are_valid(command):
         check_settings(load_config(ROOT / path, overrides))
 
 
-def test_files_named_in_the_readme_exist():
+def test_files_in_the_readme_exist():
     for name in re.findall(
         r"`((?:rayhf|actors|launch|configs|tests|requirements)/[\w/.]*)`", README
     ):
         assert (ROOT / name).exists(), name
 
 
-def test_the_exit_codes_are_the_errors_own():
+def test_exit_codes_are_those_of_the_errors():
     from rayhf import errors
 
     codes = {

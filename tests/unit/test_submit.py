@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from campaigns import make_config
 from ray.job_submission import JobDetails
 from rich.console import Console
-from test_controller import make_config
 
 from launch import submit
 from launch.cli import app
@@ -72,7 +72,7 @@ def planned(*overrides: str, config: str = "configs/c.yaml", **more: Any) -> sub
     return submit.plan(Path(config), overrides, **settings)
 
 
-def test_the_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submitted_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("MINE", "a 'quoted' $value")
     monkeypatch.setenv("WANDB_API_KEY", "canary")
@@ -89,7 +89,7 @@ def test_the_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_the_line_says_the_same_to_a_shell(here: Path) -> None:
+def test_printed_command_equals_the_job(here: Path) -> None:
     job = planned(RUN, TRACKERS, cpus=0.5)
     line = job.line("http://head:8265", f"{job.name}-3")
     echoed = subprocess.run(
@@ -130,7 +130,7 @@ def test_the_line_says_the_same_to_a_shell(here: Path) -> None:
         ({"overrides": [RUN], "config": "../c.yaml"}, ConfigError, "is not below"),
     ],
 )
-def test_refused_before_anybody_is_asked(
+def test_refused_before_any_request(
     here: Path, arguments: dict[str, Any], error: type[Exception], expected: str
 ) -> None:
     (here.parent / "c.yaml").write_text((here / "configs/c.yaml").read_text())
@@ -162,7 +162,7 @@ def test_secrets_are_refused_by_name(
     assert "canary" not in str(refused.value)
 
 
-def test_the_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, console = planned(RUN), Console(record=True, width=200)
     file = submit._package(here, here.parent / "a.zip", job, Path("configs/c.yaml"), console)
     with zipfile.ZipFile(file) as archive:
@@ -189,7 +189,7 @@ def test_the_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     "address",
     ["auto", "head:8265", "ray://head:10001", "http://", "http://a b", "https://head/path", ""],
 )
-def test_an_address_that_is_no_url(address: str) -> None:
+def test_malformed_address(address: str) -> None:
     with pytest.raises(ConfigError, match="for example http://HEAD:8265"):
         submit._url(address)
 
@@ -214,7 +214,7 @@ def test_exit_codes(facts: dict[str, Any], expected: Any) -> None:
             submit._exit_code("one", info)
 
 
-# ------------------------------------------------------------------------------------------------ tokenless clusters
+# ------------------------------------------------------------------------------- tokenless clusters
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def server() -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
     thread.join()
 
 
-def test_a_tokenless_cluster(
+def test_cluster_without_token(
     server: tuple[str, list[tuple[int, bytes]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, answers = server
@@ -263,7 +263,7 @@ def test_a_tokenless_cluster(
         check_server("http://127.0.0.1:9")
 
 
-def test_a_token_that_others_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "token"
     file.write_text("canary")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
@@ -280,7 +280,7 @@ def test_a_token_that_others_can_read(tmp_path: Path, monkeypatch: pytest.Monkey
     check_token_file()
 
 
-# ----------------------------------------------------------------------------------------------------------- templates
+# ---------------------------------------------------------------------------------------- templates
 
 
 def commands(text: str) -> list[list[str]]:
@@ -304,7 +304,7 @@ def test_templates(file: Path) -> None:
     assert re.search(r"run\.dir=\"?(/shared/|\$SHARED/|\$run\b)", text)
 
 
-def test_the_kuberay_job() -> None:
+def test_kuberay_job() -> None:
     job = yaml.safe_load((TEMPLATES / "kuberay_rayjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     cluster = job["spec"]["rayClusterSpec"]

@@ -27,7 +27,7 @@ def mirror(script, *arguments):
     return [sys.executable, "-c", script, *map(str, arguments)]
 
 
-def test_a_mirror_that_listens_gets_settings_and_every_round(tmp_path):
+def test_tracker_receives_settings_and_every_iteration(tmp_path):
     copy = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
     inner = Listener()
     tracked = TrackerObserver(
@@ -52,9 +52,7 @@ def test_a_mirror_that_listens_gets_settings_and_every_round(tmp_path):
         ("exit('no account')", "its process exited with 1, see "),
     ],
 )
-def test_a_mirror_that_hangs_or_dies_neither_stalls_nor_fails_the_run(
-    monkeypatch, tmp_path, script, why
-):
+def test_hanging_or_crashing_tracker_does_not_affect_the_run(monkeypatch, tmp_path, script, why):
     monkeypatch.setattr("rayhf.monitoring.tracking.FINISH_S", 1.0)
     inner = Listener()
     tracked = TrackerObserver(inner, {}, name="wandb", log=tmp_path / "log", command=mirror(script))
