@@ -1,1 +1,1 @@
-"""The algorithms: one file per loop, with its config. The protocols are in base.py."""
+"""Algorithms: one file per loop, with its config; the protocols are in base.py."""

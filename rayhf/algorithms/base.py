@@ -1,13 +1,13 @@
-"""What an algorithm is: four questions, declared facts, and optional capabilities.
+"""Protocols of algorithms: four methods, declared facts, and optional capabilities.
 
-explore    one prompt -> what was generated and judged (a coroutine; thousands are in flight)
-select     an iteration's groups -> the examples worth training on, and what was dropped
-credit     examples, annotated by reference, critic and learner -> examples with what each token
-           deserves
-loss       what the learner minimizes
+explore    one prompt -> its completions and scores (a coroutine; thousands are in flight)
+select     an iteration's groups -> the examples to train on, and counts of what was dropped
+credit     examples with log-probs and values from reference, critic and learner -> the same with
+           an advantage per token
+loss       the function that the learner minimizes
 
 The controller and the planner know an algorithm by these protocols only. A new one subclasses
-`AlgorithmBase`, adds the capabilities it has, and brings its config in `Config`.
+`AlgorithmBase`, implements the capabilities it has, and names its config class in `Config`.
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ from rayhf.types import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """What an iteration will train on."""
+    """The examples that an iteration trains on."""
 
     examples: tuple[Example, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What was kept and dropped, counted."""
+    """Counts of what was kept and dropped."""
     no_signal: float | None = None
-    """Share of the groups or pairs that teach nothing because all their completions score alike;
-    the guard `no_signal` watches it."""
+    """Share of the groups or pairs without signal, because all their completions score alike; the
+    guard `no_signal` checks it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionContext:
-    """Which iteration is being selected for."""
+    """Inputs of a selection besides the groups."""
 
     iteration: int
-    """From 1."""
+    """Number of the iteration, from 1."""
     seed: int
-    """For whatever a selection draws."""
+    """Seed for random selections."""
     sampling: Sampling
-    """How the completions were drawn."""
+    """Sampling parameters of the completions."""
     earlier: Callable[[int], Sequence[Example]] = lambda iteration: ()
-    """The policy's examples of an earlier iteration, as they were selected then; none for an
-    iteration before the first."""
+    """Returns the policy's examples of an earlier iteration, as they were selected then; none for
+    an iteration before the first."""
     labels: Sequence[Example] = ()
-    """(preferred, other) pairs labeled by people since the iteration before; only for an algorithm
-    that TakesLabels."""
+    """(chosen, rejected) pairs labeled by people since the previous iteration; only for an
+    algorithm that TakesLabels."""
 
 
 class Algorithm(Protocol):
@@ -75,45 +75,45 @@ class Algorithm(Protocol):
 
     @property
     def samples(self) -> int:
-        """Completions per prompt, for the plan."""
+        """Number of completions per prompt, for the plan."""
         ...
 
     @property
     def reference(self) -> ReferenceSchedule | None:
-        """Which policy the reference is; None when no frozen log-probs are needed."""
+        """Schedule of the reference; None where no frozen log-probs are needed."""
         ...
 
     @property
     def needs_old_logp(self) -> bool:
-        """Whether the loss reads the policy as it was before the iteration's first step.
+        """Whether the loss reads log-probs from before the iteration's first optimizer step.
 
-        The controller adds old_logp in any case where an iteration has several optimizer steps.
+        Where an iteration has several steps, the controller adds old_logp in any case.
         """
         ...
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
-        """Generate and judge completions of one prompt."""
+        """Generate and score completions of one prompt."""
         ...
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
-        """Choose the examples worth training on."""
+        """Select the examples to train on."""
         ...
 
     def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
-        """Say what each token deserves. Returns examples and metrics.
+        """Assign credit to each token. Returns examples and metrics.
 
         Rows carry ref_logp where there is a reference, value where there is a critic, and old_logp
-        where the iteration takes more than one optimizer step.
+        where the iteration has more than one optimizer step.
         """
         ...
 
     def loss(self, objective: str = "policy") -> Loss:
-        """Return what the learner minimizes over the examples of `objective`."""
+        """Return the loss over the examples of `objective`."""
         ...
 
 
 class AlgorithmBase:
-    """Defaults of an algorithm that trains on its samples as they are selected."""
+    """Base class of algorithms that train on their selected examples without further credit."""
 
     reference: ReferenceSchedule | None = None
     needs_old_logp = False
@@ -128,10 +128,10 @@ class AlgorithmBase:
 
 @runtime_checkable
 class TrainsCritic(Protocol):
-    """Trains a learner with a value head beside the policy; rows then carry its `value`."""
+    """Trains a critic beside the policy; rows then carry its `value`."""
 
     def critic_loss(self) -> Loss:
-        """Return what the critic minimizes."""
+        """Return the critic's loss."""
         ...
 
     def trains_policy(self, iteration: int) -> bool:
@@ -141,7 +141,7 @@ class TrainsCritic(Protocol):
 
 @runtime_checkable
 class TakesOfflinePairs(Protocol):
-    """Trains on given preference pairs."""
+    """Trains on preference pairs from a file."""
 
     @property
     def pair_file(self) -> Path | None:
@@ -155,14 +155,14 @@ class TakesOfflinePairs(Protocol):
 
 @runtime_checkable
 class TakesLabels(Protocol):
-    """Trains on pairs that people judged: chosen over rejected, whatever "better" means."""
+    """Trains on (chosen, rejected) pairs that people labeled."""
 
     takes_labels: ClassVar[Literal[True]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSchedule:
-    """How an objective other than "policy" goes over its examples; its logits are at temperature 1."""
+    """Optimizer steps of an objective other than "policy", at temperature 1."""
 
     epochs: int
     examples_per_step: int
@@ -170,16 +170,16 @@ class TrainSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherPolicy:
-    """A policy besides the campaign's own."""
+    """Initial model and learning rate of a policy other than "policy"."""
 
     model: Path | None
-    """None: it starts from policy.model."""
+    """Initial model; None: policy.model."""
     lr: float
 
 
 @runtime_checkable
 class TrainsSeveralPolicies(Protocol):
-    """Has further objectives, and perhaps further policies that generate and learn."""
+    """Has further objectives, and possibly further policies."""
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -191,21 +191,21 @@ class TrainsSeveralPolicies(Protocol):
         ...
 
     def train_schedule(self, objective: str) -> TrainSchedule:
-        """Return the schedule of every objective but "policy", which follows the learner section."""
+        """Return the schedule of an objective other than "policy" (which has the learner's)."""
         ...
 
     def other_policy(self, name: str) -> OtherPolicy:
-        """Return the start of every policy but "policy"."""
+        """Return the settings of a policy other than "policy"."""
         ...
 
 
 @runtime_checkable
 class WorksAtTestTime(Protocol):
-    """Improves held-out completions before they count as eval/<task>/refined."""
+    """Improves held-out completions, which are then scored as eval/<task>/refined."""
 
     @property
     def at_test_time(self) -> bool:
-        """Whether the config asks for it."""
+        """Whether the config turns it on."""
         ...
 
     async def improve(
@@ -217,10 +217,10 @@ class WorksAtTestTime(Protocol):
 
 @runtime_checkable
 class KeepsState(Protocol):
-    """Learns something from iteration to iteration that a checkpoint must hold."""
+    """Has state that changes from iteration to iteration and that checkpoints must hold."""
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Take in the iteration's metrics (adaptive coefficients)."""
+        """Update the state from the iteration's metrics (adaptive coefficients)."""
         ...
 
     def state_dict(self) -> JsonObject:
@@ -228,12 +228,12 @@ class KeepsState(Protocol):
         ...
 
     def load_state_dict(self, state: JsonObject) -> None:
-        """Put a state back."""
+        """Restore what `state_dict` returned."""
         ...
 
 
 def policies_of(algorithm: Algorithm) -> tuple[str, ...]:
-    """Return the names of the policies that generate and learn; the first is "policy"."""
+    """Return the names of the policies; the first is "policy"."""
     return algorithm.policies if isinstance(algorithm, TrainsSeveralPolicies) else ("policy",)
 
 
@@ -245,20 +245,20 @@ def trained_policy(algorithm: Algorithm, objective: str) -> str:
 
 
 def state_of(algorithm: Algorithm) -> JsonObject:
-    """Return the algorithm's state; empty where it keeps none."""
+    """Return the algorithm's state; empty where it has none."""
     return algorithm.state_dict() if isinstance(algorithm, KeepsState) else {}
 
 
 def load_state(algorithm: Algorithm, state: JsonObject) -> None:
-    """Put back what `state_of` returned. Raises ValueError for a state nobody can take."""
+    """Restore what `state_of` returned. Raises ValueError where the algorithm has no state."""
     if isinstance(algorithm, KeepsState):
         algorithm.load_state_dict(state)
     elif state:
-        raise ValueError(f"{type(algorithm).__name__} keeps no state, got {sorted(state)}")
+        raise ValueError(f"{type(algorithm).__name__} has no state, got {sorted(state)}")
 
 
 def needs_frozen_reference(algorithm: Algorithm) -> bool:
-    """Whether the campaign has a reference role."""
+    """Whether the algorithm needs a reference role."""
     return algorithm.reference is not None and not algorithm.reference.is_learner
 
 
@@ -278,7 +278,7 @@ async def sample_and_score(prompt: Prompt, context: ExplorationContext, n: int) 
 async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int) -> Group:
     """Draw n completions and compare each with every other; a score is a win rate against all.
 
-    Where the scorer could not compare, every sample carries its reason.
+    Where the scorer could not compare them, every sample's outcome is the reason.
     """
     completions = await context.sample(n)
     comparison = await context.compare(completions)
@@ -289,22 +289,20 @@ async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int
         outcomes = [Scored(value=float(rate)) if np.isfinite(rate) else missing for rate in rates]
     else:
         outcomes = [comparison for _ in completions]
+    compared = comparison if isinstance(comparison, Compared) else None
+    pointwise = compared is not None and compared.source == "pointwise"
     return Group(
         prompt=prompt,
         samples=tuple(
             Sample(completion=c, outcome=o) for c, o in zip(completions, outcomes, strict=True)
         ),
-        compared=comparison if isinstance(comparison, Compared) else None,
-        metrics={
-            "scorer/pointwise": float(
-                isinstance(comparison, Compared) and comparison.source == "pointwise"
-            )
-        },
+        compared=compared,
+        metrics={"scorer/pointwise": float(pointwise)},
     )
 
 
 def scored(group: Group) -> list[tuple[int, Sample, float]]:
-    """Return (index, sample, score) of the samples with a score; no others reach the learner."""
+    """Return (index, sample, score) of every sample that has a score."""
     return [
         (i, s, s.outcome.value)
         for i, s in enumerate(group.samples)
@@ -313,5 +311,5 @@ def scored(group: Group) -> list[tuple[int, Sample, float]]:
 
 
 def tie_share(kept: float, ties: float) -> float | None:
-    """Return the share of ties among pairs, as `Selection.no_signal`."""
+    """Return the share of ties among pairs, for `Selection.no_signal`."""
     return ties / (kept + ties) if kept + ties > 0 else None

@@ -25,7 +25,7 @@ class GRPOKLConfig(KLConfig):
     estimator: KLEstimator = "k3"
     """DeepSeekMath's estimator."""
     where: Literal["reward", "loss"] = "loss"
-    """A term of the loss in DeepSeekMath."""
+    """In DeepSeekMath it is a term of the loss."""
 
 
 class GRPOConfig(PolicyGradientConfig):
@@ -33,7 +33,7 @@ class GRPOConfig(PolicyGradientConfig):
 
     type: str = "grpo"
     samples: Annotated[int, Field(ge=2)] = 8
-    """Responses per prompt, which are compared with each other (ours; DeepSeekMath has 64)."""
+    """Completions per prompt, the group that normalizes scores (ours; DeepSeekMath has 64)."""
     kl: GRPOKLConfig = GRPOKLConfig()
 
 

@@ -1,7 +1,7 @@
-"""HyPO: DPO on given pairs and a KL penalty on fresh samples, together in every optimizer step.
+"""HyPO: DPO on offline pairs and a KL penalty on fresh samples, together in every optimizer step.
 
 Song et al. 2024 (2406.01462). Fresh samples are scored only for the metric scorer/reward_mean: no
-score trains anything. Metrics to watch: hypo/online_kl against hypo/dpo_accuracy; kl_coef 0 is
+score affects training. Metrics to watch: hypo/online_kl against hypo/dpo_accuracy; kl_coef 0 is
 offline DPO.
 """
 
@@ -30,7 +30,7 @@ from rayhf.types import Example, Group, Prompt, Scored, make_row
 
 
 class HyPOConfig(HyPOLossConfig, AlgorithmConfig):
-    """Hybrid preference optimization (Song et al. 2024); the numbers are ours."""
+    """Hybrid preference optimization (Song et al. 2024); the defaults are ours."""
 
     type: str = "hypo"
     offline: OfflineConfig
@@ -54,11 +54,11 @@ class HyPO(AlgorithmBase):
 
     @property
     def pair_file(self) -> Path | None:
-        """File of given pairs."""
+        """File of offline pairs."""
         return self.config.offline.path
 
     def set_pairs(self, pairs: Sequence[Example]) -> None:
-        """Receive the given pairs, encoded."""
+        """Receive the encoded offline pairs."""
         self._given = tuple(_as_pair(pair) for pair in pairs)
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
@@ -66,7 +66,7 @@ class HyPO(AlgorithmBase):
         return await sample_and_score(prompt, context, self.samples)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
-        """Take the iteration's given pairs, the labeled ones, and all fresh samples."""
+        """Return the iteration's offline pairs, the labeled ones, and all fresh samples."""
         given = iteration_pairs(
             self._given,
             share=self.config.offline.share,
@@ -83,9 +83,9 @@ class HyPO(AlgorithmBase):
             for group in groups
         ]
         labeled = [_as_pair(label) for label in context.labels]
-        metrics = {"pairs/given": float(len(given))} | (
-            {"pairs/human": float(len(labeled))} if labeled else {}
-        )
+        metrics = {"pairs/given": float(len(given))}
+        if labeled:
+            metrics["pairs/human"] = float(len(labeled))
         return Selection(examples=(*given, *labeled, *fresh), metrics=metrics)
 
     def loss(self, objective: str = "policy") -> Loss:

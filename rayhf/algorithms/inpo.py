@@ -37,22 +37,23 @@ class INPOConfig(AlgorithmConfig):
     eta: PositiveFloat = 0.0075
     """Step size (the source's setting)."""
     tau: NonNegativeFloat = 0.0025
-    """Pull towards the fixed reference; eta / 3 in the source."""
+    """Strength of the pull toward the fixed reference; eta / 3 in the source."""
     min_margin: NonNegativeFloat = 0.0
-    """Pairs whose win probabilities differ by this or less are ties."""
+    """Difference of win probabilities up to which a pair is a tie."""
     reference: ReferenceSchedule = InitialReference()
+    """Schedule of the fixed reference."""
 
     @model_validator(mode="after")
     def _check_tau(self) -> Self:
         if self.tau > self.eta:
             raise ValueError(
-                f"tau: {self.tau} must lie between 0 and eta ({self.eta}); try {self.eta / 3:g}"
+                f"tau: {self.tau} must be between 0 and eta ({self.eta}); try {self.eta / 3:g}"
             )
         return self
 
 
 class INPO(AlgorithmBase):
-    """INPO: best against worst with two references, towards a Nash policy (Zhang et al. 2024)."""
+    """INPO: best-worst pairs with two references, toward a Nash policy (Zhang et al. 2024)."""
 
     Config = INPOConfig
     needs_old_logp = True
@@ -85,12 +86,10 @@ class INPO(AlgorithmBase):
                 examples.append(Example(rows=rows, scalars={"margin": pair.margin}))
         metrics = {"pairs/kept": float(len(examples)), "pairs/ties": float(ties)}
         if examples:
-            metrics["pairs/margin_mean"] = float(
-                np.mean([example.scalars["margin"] for example in examples])
-            )
-        return Selection(
-            examples=tuple(examples), metrics=metrics, no_signal=tie_share(len(examples), ties)
-        )
+            margins = [example.scalars["margin"] for example in examples]
+            metrics["pairs/margin_mean"] = float(np.mean(margins))
+        no_signal = tie_share(len(examples), ties)
+        return Selection(examples=tuple(examples), metrics=metrics, no_signal=no_signal)
 
     def loss(self, objective: str = "policy") -> Loss:
         """Return INPO's squared error."""

@@ -1,8 +1,8 @@
 """Iterative DPO: online DPO in few, large iterations.
 
-Dong et al. 2024 (RLHFlow). More ways to pair, and earlier iterations' pairs and given pairs mixed
-in. Metrics to watch: pairs/length_gap (best-of-n pairs drift towards length), pairs/earlier,
-pairs/given.
+Dong et al. 2024 (RLHFlow). It has more pairing rules than online DPO, and can mix in pairs of
+earlier iterations and offline pairs. Metrics to watch: pairs/length_gap (best-of-n pairs drift
+toward length), pairs/earlier, pairs/given.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ class IterativeDPOConfig(PairedConfig):
     pairs: Literal[
         "best_worst", "best_random", "best_second", "all_pairs", "length_penalized", "rso"
     ] = "best_worst"
-    """length_penalized: best against worst of score - length_penalty * tokens. rso: rejection
-    sampling (Liu et al. 2023), then pairs of the accepted."""
+    """Pairing rule. length_penalized: best against worst by score - length_penalty * tokens. rso:
+    statistical rejection sampling (Liu et al. 2023), then pairs of the accepted completions."""
     length_penalty: NonNegativeFloat = 0.001
-    """Score per token, for length_penalized. RLHFlow's is per character."""
+    """Penalty per token, for length_penalized (RLHFlow's is per character)."""
     rso_temperature: PositiveFloat = 0.5
-    """Temperature of the acceptance exp((score - best) / temperature) (Liu et al. 2023), in units
-    of the score. Our default."""
+    """Temperature of the acceptance probability exp((score - best) / temperature) (Liu et al.
+    2023), in units of the score (ours)."""
     rso_keep: Annotated[int, Field(ge=2)] = 4
-    """Completions accepted per prompt."""
+    """Number of completions accepted per prompt."""
     reference: ReferenceSchedule = PreviousReference()
-    """Not used by reference-free losses."""
+    """Schedule of the reference; reference-free losses ignore it."""
     disjoint_iterations: bool = True
-    """Refuse a campaign with more prompts in its iterations than the file has."""
+    """Require that no prompt is used in two iterations."""
     earlier: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
-    """Pairs of iterations t-1, t-2, ... mixed in, as shares of this iteration's pairs (DNO, Rosset
+    """Pairs of iterations t-1, t-2, ... to mix in, as shares of this iteration's pairs (DNO, Rosset
     et al. 2024: at most 0.3, 0.15)."""
     offline: OfflineConfig | None = None
-    """Given pairs mixed into every iteration."""
+    """Offline pairs to mix into every iteration."""
 
     def check_prompts(self, campaign: CampaignConfig, prompts: int) -> None:
         """Refuse iterations that would share prompts. Raises ConfigError."""
@@ -86,11 +86,11 @@ class IterativeDPO(PairedAlgorithm):
 
     @property
     def pair_file(self) -> Path | None:
-        """File of given pairs."""
+        """File of offline pairs."""
         return self.config.offline.path if self.config.offline else None
 
     def set_pairs(self, pairs: Sequence[Example]) -> None:
-        """Receive the given pairs, encoded."""
+        """Receive the encoded offline pairs."""
         self._given = tuple(
             replace(pair, scalars={"margin": pair.scalars.get("margin", np.nan)}) for pair in pairs
         )
@@ -118,22 +118,19 @@ class IterativeDPO(PairedAlgorithm):
         return paired(config.pairs, scores, completions, rng, margin)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
-        """Pair the fresh samples; mix in earlier iterations' pairs and given ones."""
+        """Pair the fresh samples; mix in pairs of earlier iterations and offline pairs."""
         fresh = super().select(groups, context)
         earlier: list[Example] = []
         for back, share in enumerate(self.config.earlier, start=1):
-            # Pairs that were themselves mixed in do not come a second time: they belong to an
-            # iteration before that one.
+            # Pairs that were mixed into that iteration are not drawn again: they belong to an
+            # iteration before it.
             own = [
                 example
                 for example in context.earlier(context.iteration - back)
                 if not example.scalars.get("iterations_back")
             ]
-            drawn = _draw(
-                own,
-                round(share * fresh.metrics["pairs/kept"]),
-                derive_seed(context.seed, "earlier", back),
-            )
+            count = round(share * fresh.metrics["pairs/kept"])
+            drawn = _draw(own, count, derive_seed(context.seed, "earlier", back))
             earlier += [_mark(example, iterations_back=back) for example in drawn]
         offline = self.config.offline
         given = iteration_pairs(
@@ -157,9 +154,9 @@ def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
 
 
 def _mark(example: Example, *, iterations_back: int = 0) -> Example:
-    """Add the origin of an example, so that its sample indices can be followed.
+    """Record where an example comes from: this iteration, an earlier one, or the file of pairs.
 
-    They point into the samples of this or an earlier iteration, or into a file of pairs.
+    Its rows' sample indices refer to the samples of that iteration.
     """
     scalars = {
         "margin": example.scalars["margin"],

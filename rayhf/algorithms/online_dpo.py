@@ -1,4 +1,4 @@
-"""Online DPO: k fresh samples per prompt, scored; better over worse; a loss of the DPO family.
+"""Online DPO: k scored samples per prompt, paired by score, and a loss of the DPO family.
 
 Guo et al. 2024 (OAIF) with the best-of-n pairs of RLHFlow (Dong et al. 2024). Ties are dropped and
 counted: an equal score is no preference.
@@ -38,25 +38,26 @@ from rayhf.losses.preference import SigmoidConfig
 from rayhf.types import Example, Group, Prompt, derive_seed, make_row
 
 Rng = Callable[[], np.random.Generator]
-"""Most rules draw nothing, and a generator costs more than their pairs."""
+"""Makes a random generator on demand: most rules draw nothing, and making one costs more than they
+do."""
 
 
 class PairedConfig(AlgorithmConfig):
-    """k samples per prompt, pairs of them, and a loss of the DPO family."""
+    """Settings of algorithms that train on pairs of a prompt's samples."""
 
     samples: Annotated[int, Field(ge=2)] = 8
-    """Responses per prompt (RLHFlow uses 8)."""
+    """Completions per prompt (RLHFlow uses 8)."""
     min_margin: NonNegativeFloat = 0.0
-    """Pairs whose scores differ by this or less are ties: dropped and counted."""
+    """Difference of scores up to which a pair is a tie; ties are dropped and counted."""
     loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
     """A preference loss."""
     nll_coef: NonNegativeFloat = 0.0
     """Weight of the chosen completion's negative log-likelihood, mean per token (Pang et al.
     2024)."""
     missing_eos_penalty: NonNegativeFloat = 0.0
-    """Subtracted from the score of a response that was cut off (finish_reason "length")."""
+    """Penalty on the score of a truncated completion (finish_reason "length")."""
     reference: ReferenceSchedule = InitialReference()
-    """Not used by reference-free losses."""
+    """Schedule of the reference; reference-free losses ignore it."""
     importance: ImportanceConfig = ImportanceConfig()
 
 
@@ -65,7 +66,7 @@ class OnlineDPOConfig(PairedConfig):
 
     type: str = "online_dpo"
     pairs: Literal["best_worst", "all_pairs", "best_random"] = "best_worst"
-    """Which of a prompt's samples become pairs (RLHFlow: best against worst)."""
+    """Pairing rule (RLHFlow: best against worst)."""
 
 
 class PairedAlgorithm(AlgorithmBase):
@@ -113,13 +114,11 @@ class PairedAlgorithm(AlgorithmBase):
         metrics = {"pairs/kept": float(len(examples)), "pairs/ties": float(ties)}
         no_signal = tie_share(len(examples), ties)
         if examples:
-            metrics["pairs/margin_mean"] = float(
-                np.mean([example.scalars["margin"] for example in examples])
-            )
+            margins = [example.scalars["margin"] for example in examples]
             lengths = [[len(row.response_ids) for row in example.rows] for example in examples]
-            metrics["pairs/length_gap"] = float(
-                np.mean([chosen - rejected for chosen, rejected in lengths])
-            )
+            gaps = [chosen - rejected for chosen, rejected in lengths]
+            metrics["pairs/margin_mean"] = float(np.mean(margins))
+            metrics["pairs/length_gap"] = float(np.mean(gaps))
         if context.labels:
             metrics["pairs/human"] = float(len(context.labels))
             examples += [replace(label, scalars={"margin": np.nan}) for label in context.labels]
@@ -127,7 +126,7 @@ class PairedAlgorithm(AlgorithmBase):
 
     @property
     def pairing(self) -> str:
-        """Name of the rule that makes the pairs; part of the seed of whatever it draws."""
+        """Name of the pairing rule; part of the seed of its random draws."""
         raise NotImplementedError
 
     def pairs(
@@ -138,7 +137,7 @@ class PairedAlgorithm(AlgorithmBase):
         Args:
             scores: one per completion.
             completions: their token ids; equal ones make no pair.
-            rng: makes this prompt's own random generator.
+            rng: makes the random generator of this prompt.
         """
         raise NotImplementedError
 
@@ -158,7 +157,7 @@ class OnlineDPO(PairedAlgorithm):
 
     @property
     def pairing(self) -> str:
-        """Name of the rule that makes the pairs."""
+        """Name of the pairing rule."""
         return self.config.pairs
 
     def pairs(

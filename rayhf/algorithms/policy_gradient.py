@@ -1,7 +1,7 @@
 """Base of the policy-gradient family: PPO, GRPO, RLOO, REINFORCE++.
 
-One iteration: n samples per prompt, scored; token rewards are the score at the last token minus the
-KL penalty; advantages (what the subclasses differ in); a policy-gradient loss.
+One iteration: n scored samples per prompt; token rewards, which are the score at the last token
+minus the KL penalty; advantages, in which the subclasses differ; a policy-gradient loss.
 """
 
 from __future__ import annotations
@@ -41,22 +41,23 @@ from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss
 from rayhf.losses.policy import ClippedSurrogateConfig, KLEstimator, KLTerm, PolicyLossConfig
-from rayhf.types import Example, Group, JsonObject, Prompt, Row, make_row
+from rayhf.types import Completion, Example, Group, JsonObject, Prompt, Row, make_row
 
 
 class KLConfig(Section):
     """KL penalty to the initial policy."""
 
     coef: NonNegativeFloat = 0.01
-    """OpenRLHF's default."""
+    """Coefficient of the penalty (OpenRLHF's default); 0 is off."""
     estimator: KLEstimator = "k1"
-    """Schulman's estimators."""
+    """Per-token estimator (Schulman 2020)."""
     where: Literal["reward", "loss"] = "reward"
-    """A penalty on each token's reward, or a term of the loss."""
+    """Where it is added: to each token's reward, or to the loss."""
     target: PositiveFloat | None = None
-    """Adaptive coefficient (Ziegler et al. 2019): aim at this KL per response, in nats."""
+    """Target KL per completion of the adaptive coefficient (Ziegler et al. 2019), in nats. Default:
+    a fixed coefficient."""
     horizon: PositiveInt = 10000
-    """Responses, for the adaptive coefficient."""
+    """Time constant of the adaptive coefficient, in completions."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -65,29 +66,29 @@ class KLConfig(Section):
                 "estimator k1 has no useful gradient as a loss; expected k2 or k3, or where: reward"
             )
         if self.target is not None and self.coef == 0:
-            raise ValueError("an adaptive coefficient starts above 0; coef is 0")
+            raise ValueError("an adaptive coefficient must start above 0; coef is 0")
         return self
 
 
 class PolicyGradientConfig(AlgorithmConfig):
-    """What the whole family has."""
+    """Settings of the whole family."""
 
     samples: PositiveInt = 1
-    """Responses per prompt."""
+    """Completions per prompt."""
     loss: Annotated[PolicyLossConfig, LOSSES.defaulting("clipped")] = ClippedSurrogateConfig()
     """A policy-gradient loss."""
     kl: KLConfig = KLConfig()
     reward_clip: PositiveFloat | None = 10.0
-    """Scores are clipped to +- this (OpenRLHF)."""
+    """Largest absolute score; larger ones are clipped (OpenRLHF). null is off."""
     missing_eos_penalty: NonNegativeFloat = 0.0
-    """Subtracted from the score of a response that was cut off (finish_reason "length")."""
+    """Penalty on the score of a truncated completion (finish_reason "length")."""
     overlong_buffer: NonNegativeInt = 0
-    """Tokens before the limit over which the length penalty grows (DAPO); 0 is off."""
+    """Tokens before rollout.max_tokens over which the length penalty grows (DAPO); 0 is off."""
     overlong_penalty: NonNegativeFloat = 1.0
-    """The penalty at the limit."""
+    """Length penalty at rollout.max_tokens."""
     drop_uniform_groups: bool = False
-    """Leave out prompts whose responses all have one score: they carry no advantage (DAPO's dynamic
-    sampling)."""
+    """Drop prompts whose completions all have the same score: they have no advantage (DAPO's
+    dynamic sampling)."""
     importance: ImportanceConfig = ImportanceConfig()
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
@@ -100,15 +101,10 @@ class PolicyGradientConfig(AlgorithmConfig):
 
 
 class PolicyGradient(AlgorithmBase):
-    """Base class; subclasses turn scores and KL penalties into advantages.
-
-    Args:
-        config: the subclass's config.
-        default_reference: the reference where a KL penalty is asked for.
-    """
+    """Base class; subclasses turn scores and KL penalties into advantages."""
 
     min_group: ClassVar[int] = 1
-    """Scored responses that a prompt's group needs."""
+    """Smallest number of scored completions in a prompt's group."""
 
     def __init__(self, config: PolicyGradientConfig) -> None:
         self.config = config
@@ -118,7 +114,7 @@ class PolicyGradient(AlgorithmBase):
         self._adaptive_kl = (
             AdaptiveKL(kl.coef, kl.target, kl.horizon) if kl.target is not None else None
         )
-        self._responses = 0
+        self._completions = 0
 
     @property
     def kl_coef(self) -> float:
@@ -130,22 +126,15 @@ class PolicyGradient(AlgorithmBase):
         return await sample_and_score(prompt, context, self.samples)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
-        """Make one example per scored response; groups that are too small are dropped."""
+        """Make one example per scored completion; groups that are too small are dropped."""
         examples: list[Example] = []
         small = 0
         uniform = 0
+        max_tokens = context.sampling.max_tokens
         for group in groups:
             usable = [
-                (
-                    i,
-                    self._shape(
-                        s.completion.finish_reason,
-                        len(s.completion.token_ids),
-                        score,
-                        context.sampling.max_tokens,
-                    ),
-                )
-                for i, s, score in scored(group)
+                (i, self._shape_score(sample.completion, score, max_tokens))
+                for i, sample, score in scored(group)
             ]
             if len({score for _, score in usable}) == 1 and len(usable) > 1:
                 uniform += 1
@@ -155,7 +144,7 @@ class PolicyGradient(AlgorithmBase):
                 small += 1
                 continue
             examples += [Example(rows=(make_row(group, i, score=score),)) for i, score in usable]
-        self._responses = len(examples)
+        self._completions = len(examples)
         uniform_share = uniform / max(len(groups), 1)
         return Selection(
             examples=tuple(examples),
@@ -163,15 +152,16 @@ class PolicyGradient(AlgorithmBase):
             no_signal=uniform_share,
         )
 
-    def _shape(self, finish_reason: str, length: int, score: float, max_tokens: int) -> float:
+    def _shape_score(self, completion: Completion, score: float, max_tokens: int) -> float:
+        """Clip a score and subtract the penalties on truncation and length."""
         config = self.config
         if config.reward_clip is not None:
             score = float(np.clip(score, -config.reward_clip, config.reward_clip))
         score -= missing_eos_penalty(
-            truncated=finish_reason == "length", penalty=config.missing_eos_penalty
+            truncated=completion.finish_reason == "length", penalty=config.missing_eos_penalty
         )
         return score - overlong_penalty(
-            length,
+            len(completion.token_ids),
             max_tokens=max_tokens,
             buffer=config.overlong_buffer,
             penalty=config.overlong_penalty,
@@ -183,10 +173,11 @@ class PolicyGradient(AlgorithmBase):
         kl = [self._kl(row) for row in rows]
         in_reward = self.kl_coef if self.config.kl.where == "reward" else 0.0
         metrics = {"ppo/kl_coef": self.kl_coef} if self.reference else {}
-        credited = self.advantages(rows, kl, in_reward)
-        return [
-            replace(example, rows=(row,)) for example, row in zip(examples, credited, strict=True)
-        ], metrics
+        advantages = self.advantages(rows, kl, in_reward)
+        credited = [
+            replace(example, rows=(row,)) for example, row in zip(examples, advantages, strict=True)
+        ]
+        return credited, metrics
 
     def advantages(self, rows: list[Row], kl: list[Array], kl_coef: float) -> list[Row]:
         """Return the rows with `advantage`.
@@ -199,7 +190,7 @@ class PolicyGradient(AlgorithmBase):
         raise NotImplementedError
 
     def _kl(self, row: Row) -> Array:
-        """Return the per-token penalty, by the learner's own log-probs where it recomputed them."""
+        """Return the KL per token, with the learner's own log-probs where it computed them."""
         logp = row.tokens.get("old_logp", row.tokens["behavior_logp"])
         return kl_penalty(logp, row.tokens.get("ref_logp", logp), self.config.kl.estimator)
 
@@ -217,14 +208,14 @@ class PolicyGradient(AlgorithmBase):
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Adapt the KL coefficient to the iteration's KL."""
         if self._adaptive_kl and "reference/kl" in metrics:
-            self._adaptive_kl.update(metrics["reference/kl"], self._responses)
+            self._adaptive_kl.update(metrics["reference/kl"], self._completions)
 
     def state_dict(self) -> JsonObject:
         """Return the adaptive coefficient."""
         return self._adaptive_kl.state_dict() if self._adaptive_kl else {}
 
     def load_state_dict(self, state: JsonObject) -> None:
-        """Put the adaptive coefficient back."""
+        """Restore the adaptive coefficient."""
         if self._adaptive_kl:
             self._adaptive_kl.load_state_dict(state)
 
@@ -232,7 +223,7 @@ class PolicyGradient(AlgorithmBase):
 def group_advantages(
     rows: list[Row], kl: list[Array], kl_coef: float, estimate: Callable[[list[float]], Array]
 ) -> list[Row]:
-    """Return the rows with the advantage that `estimate` finds within each prompt's group.
+    """Return the rows with the advantage that `estimate` computes within each prompt's group.
 
     The score of a row is its `score` minus the summed penalty.
     """

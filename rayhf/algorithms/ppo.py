@@ -19,16 +19,17 @@ class PPOConfig(PolicyGradientConfig):
 
     type: str = "ppo"
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount."""
+    """Discount per token."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
     """GAE lambda (Huang et al. 2024, "N+ implementation details")."""
     value_clip: PositiveFloat | None = 0.2
-    """Values may move this far from those that the advantages were computed with; null is off."""
+    """How far values may move from those that the advantages were computed with; null is off."""
     whiten_advantages: bool = True
+    """Normalize advantages over the iteration to mean 0 and standard deviation 1."""
     whiten_rewards: bool = False
     """Divide token rewards by their standard deviation, keeping the mean."""
     critic_warmup: NonNegativeInt = 0
-    """Iterations in which only the critic learns."""
+    """Iterations at the start in which only the critic is trained."""
 
     def for_calibration(self) -> Self:
         """Return the setting without warm-up."""

@@ -17,7 +17,7 @@ class ReinforcePlusPlusConfig(PolicyGradientConfig):
 
     type: str = "reinforce++"
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount."""
+    """Discount per token."""
     whiten_rewards: bool = False
     """Divide token rewards by their standard deviation, keeping the mean."""
 

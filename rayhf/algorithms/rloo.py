@@ -17,7 +17,7 @@ from rayhf.types import Row
 
 
 class RLOOKLConfig(KLConfig):
-    """KL penalty to the initial policy; a response's whole penalty is part of its score."""
+    """KL penalty to the initial policy; a completion's whole penalty is part of its score."""
 
     coef: NonNegativeFloat = 0.05
     """TRL's coefficient."""
@@ -28,7 +28,7 @@ class RLOOConfig(PolicyGradientConfig):
 
     type: str = "rloo"
     samples: Annotated[int, Field(ge=2)] = 2
-    """Responses per prompt, each the others' baseline (the paper has 2 and 4)."""
+    """Completions per prompt, each the others' baseline (the paper has 2 and 4)."""
     kl: RLOOKLConfig = RLOOKLConfig()
 
 

@@ -1,9 +1,10 @@
-"""The one loop of every algorithm: explore, score, credit, learn, sync, evaluate, checkpoint.
+"""The one loop of every algorithm: explore, select, credit, train, sync, evaluate, checkpoint.
 
-Synchronization: iteration i is learned when its exploration is done; weights go to the engines when
-no exploration is in flight; exploration of iteration i + max_staleness may start when iteration i
-is about to be learned. With max_staleness 0 the phases follow each other and the run is strictly
-on-policy; with 1, generation overlaps learning, and so on. There is no second, asynchronous loop.
+Synchronization: training on iteration i starts when its exploration has finished; weights are sent
+to the engines when no exploration is in flight; exploration of iteration i + max_staleness may
+start just before training on iteration i. With max_staleness 0 the phases follow each other and the
+run is strictly on-policy; with 1, generation overlaps training, and so on. There is no second,
+asynchronous loop.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ class Controller:
         await self.store.write_samples(iteration, explored.groups)
         selected = await self._trainer.select(iteration, explored.groups, metrics)
         seconds = explored.seconds
-        # The groups are most of an iteration's memory: free them before the iteration is learned
-        # and the next one is explored.
+        # The groups are most of an iteration's memory: free them before training, while the next
+        # iteration may already be exploring.
         del explored
         changed = await self._trainer.learn(iteration, selected, metrics)
         for policy in changed:
@@ -141,7 +142,7 @@ class Controller:
             await self._apply_operator_request()
 
     def _start_explorations(self, iteration: int) -> None:
-        """Start this iteration's exploration, and those that may run ahead of it."""
+        """Start the explorations of this iteration and of those that may run ahead of it."""
         newest = min(iteration + self.config.run.max_staleness, self.config.run.iterations)
         for ahead in range(iteration, newest + 1):
             if ahead not in self._explorations:
@@ -150,7 +151,7 @@ class Controller:
                 )
 
     def _apply_guards(self) -> None:
-        """Report what looks unhealthy.
+        """Report the guards' alarms.
 
         Raises PausedError where a guard pauses the campaign: the iteration is then not committed,
         so that the last healthy commit stays the newest.
@@ -169,7 +170,7 @@ class Controller:
             raise PausedError(f"paused by guard {stop[0].guard}: {stop[0].message}")
 
     async def _apply_operator_request(self) -> None:
-        """Stay paused as long as the operator wants, or stop; everything is committed."""
+        """Pause until the operator resumes the campaign, or stop it; everything is committed."""
         if self.store.wanted() == "pause":
             self.store.set_state("paused", reason="requested by `rayhf pause`")
             self.observer.event(
@@ -247,7 +248,7 @@ class Controller:
         self.observer.phase(iteration, "checkpoint")
         directory = self.store.checkpoints.begin()
         await save_roles(directory, self.roles, self.algorithm)
-        # Exported before the commit: a finished campaign has its policy.
+        # Exported before the commit, so that a finished campaign always has its policy.
         for policy, learner in self.roles.learners.items():
             exported = self.store.policy_directory(policy)
             await learner.export(exported)

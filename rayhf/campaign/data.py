@@ -1,4 +1,4 @@
-"""What a campaign reads, prepared before anything starts."""
+"""Input data of a campaign, prepared before any actor starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rayhf.types import JsonObject, Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CampaignData:
-    """Rendered prompts, evaluations, and the fingerprint of given pairs."""
+    """Rendered prompts, evaluations, and the fingerprint of offline pairs."""
 
     chat: Chat
     prompts: PromptSet
@@ -21,10 +21,10 @@ class CampaignData:
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     """The config's further evaluations, by task."""
     pairs: str | None = None
-    """Fingerprint of the given pairs, which the algorithm has."""
+    """Fingerprint of the offline pairs; the algorithm holds the pairs themselves."""
 
     def evaluation_state(self) -> dict[str, JsonObject]:
-        """Return what the evaluations have accumulated, by task."""
+        """Return the state that evaluations have accumulated, by task."""
         return {
             task: evaluation.state_dict()
             for task, evaluation in self.evaluations.items()
@@ -32,7 +32,7 @@ class CampaignData:
         }
 
     def load_evaluation_state(self, state: Mapping[str, JsonObject]) -> None:
-        """Put back what `evaluation_state` returned."""
+        """Restore what `evaluation_state` returned."""
         for task, evaluation in self.evaluations.items():
             if isinstance(evaluation, KeepsEvaluationState):
                 evaluation.load_state_dict(state[task])

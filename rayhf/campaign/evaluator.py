@@ -1,4 +1,4 @@
-"""When and how a campaign is evaluated: the held-out prompts, and the config's evaluations."""
+"""Evaluation schedule of a campaign: the held-out prompts and the config's further evaluations."""
 
 from __future__ import annotations
 
@@ -39,10 +39,9 @@ class Evaluator:
 
         Args:
             tasks: see `due`.
-            restore_scorer: put the training scorer's state back afterwards. An evaluation must not
-                move a running normalizer: the next iteration scores as if nobody had looked. Where
-                that iteration is being scored already (staleness), putting the old state back would
-                lose what it has added.
+            restore_scorer: restore the training scorer's state afterwards, so that an evaluation
+                does not move a running normalizer. Must be off while the next iteration is already
+                being scored (staleness): restoring the old state would lose its updates.
         """
         before = await self._roles.scorer.state_dict() if restore_scorer else None
         metrics: dict[str, float] = {}
@@ -78,7 +77,7 @@ class Evaluator:
         return await self._data.evaluations[task].measure(context)
 
     async def _improve(self, completions: Sequence[Completion]) -> list[Completion]:
-        """Return held-out completions after the algorithm's test-time work on them."""
+        """Return held-out completions after the algorithm has refined them at test time."""
         algorithm = self._explorer.algorithm
         assert isinstance(algorithm, WorksAtTestTime)
         prompts = self._data.heldout
@@ -101,7 +100,7 @@ class Evaluator:
 
     @property
     def _scores_alone(self) -> bool:
-        """Whether the training scorer can score a completion without others to the same prompt."""
+        """Whether the training scorer can score a completion without others of its prompt."""
         return not any(entry.is_pairwise for entry in self._config.scorer.train)
 
 

@@ -22,7 +22,7 @@ from rayhf.types import Group, Prompt, Sampling, derive_seed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExploredIteration:
-    """An explored iteration on its way to the learner."""
+    """Result of one iteration's exploration."""
 
     groups: list[Group]
     tokens: Mapping[str, float]
@@ -32,11 +32,11 @@ class ExploredIteration:
 
 
 class IterationExplorer:
-    """Explores iterations; several may be under way at once (staleness).
+    """Explores iterations; several may be in flight at once (staleness).
 
     Args:
-        versions: by policy, the weights that must generate. The controller's own mapping: it changes
-            when new weights are sent.
+        versions: by policy, the version of the weights that must generate. This is the controller's
+            own mapping, which it updates when it sends new weights.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class IterationExplorer:
         )
 
     def prompts_of(self, iteration: int) -> Sequence[Prompt]:
-        """Return the iteration's prompts: added ones take the places of the training set's."""
+        """Return the iteration's prompts; prompts added at run time replace those of the set."""
         batch = self.config.prompts.batch
         dealt = iteration_batch(
             self.data.prompts.prompts, batch=batch, iteration=iteration, seed=self.config.seed
@@ -87,7 +87,7 @@ class IterationExplorer:
             try:
                 prompt = parse_prompt(row, self.data.chat, max_prompt_tokens=room)
             except ConfigError as error:
-                self.observer.event("warn", f"left out: {error}")
+                self.observer.event("warn", f"skipped an added prompt: {error}")
             else:
                 added[prompt.prompt_id] = prompt
         rest = (prompt for prompt in dealt if prompt.prompt_id not in added)
@@ -96,7 +96,7 @@ class IterationExplorer:
     async def explore(self, iteration: int) -> ExploredIteration:
         """Explore every prompt of the iteration.
 
-        Raises ScorerError when too many completions could not be scored, and the errors of roles.
+        Raises ScorerError when too many completions could not be scored, and any error of a role.
         """
         prompts = self.prompts_of(iteration)
         journal = self.store.journal(iteration)

@@ -1,6 +1,6 @@
-"""What the configs of algorithms share: their base class, reference schedules, given pairs.
+"""Config parts that algorithms share: base class, reference schedules, importance, offline pairs.
 
-The config of one algorithm stands beside its code (rayhf/algorithms/*.py).
+The config of each algorithm is beside its code (rayhf/algorithms/*.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class AlgorithmConfig(PluginConfig):
-    """Settings of an algorithm: `type` alone gives its source's setting."""
+    """Settings of an algorithm; the defaults are those of its source."""
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
         """Refuse settings of other sections that contradict these. Raises ConfigError."""
@@ -31,7 +31,7 @@ class AlgorithmConfig(PluginConfig):
 
 
 class InitialReference(Section):
-    """The policy the campaign started from, for the whole campaign."""
+    """Reference fixed at the campaign's initial policy."""
 
     type: Literal["initial"] = "initial"
 
@@ -51,12 +51,12 @@ class InitialReference(Section):
         return False
 
     def mix(self, iteration: int) -> float | None:
-        """Return the share of the new weights that the reference takes; None: it stays."""
+        """Return the share of the new weights that the reference takes; None: it keeps its own."""
         return None
 
 
 class PreviousReference(Section):
-    """The policy as it was at the last refresh."""
+    """Reference replaced by the current policy every `every` iterations."""
 
     type: Literal["previous"] = "previous"
     every: PositiveInt = 1
@@ -78,14 +78,14 @@ class PreviousReference(Section):
         return False
 
     def mix(self, iteration: int) -> float | None:
-        """Return the share of the new weights that the reference takes; None: it stays."""
+        """Return the share of the new weights that the reference takes; None: it keeps its own."""
         return None if iteration % self.every else 1.0
 
 
 class EmaReference(Section):
-    """reference <- alpha * policy + (1 - alpha) * reference.
+    """Moving average of the policy (Gorbatovski et al. 2024, TR-DPO, eq. 3).
 
-    Gorbatovski et al. 2024 (TR-DPO), eq. 3.
+    reference <- alpha * policy + (1 - alpha) * reference.
     """
 
     type: Literal["ema"] = "ema"
@@ -110,7 +110,7 @@ class EmaReference(Section):
         return True
 
     def mix(self, iteration: int) -> float | None:
-        """Return the share of the new weights that the reference takes; None: it stays."""
+        """Return the share of the new weights that the reference takes; None: it keeps its own."""
         return None if iteration % self.every else self.alpha
 
 
@@ -122,7 +122,7 @@ ReferenceSchedule = Annotated[
 class ImportanceConfig(Section):
     """Truncated importance weights exp(log p_learner - log p_rollout).
 
-    They correct for the rollout-learner mismatch and for staleness.
+    They correct for staleness and for the mismatch between rollout engine and learner.
     """
 
     cap: Annotated[float, Field(ge=1)] | None = 2.0
@@ -136,4 +136,4 @@ class OfflineConfig(Section):
     path: Path
     """JSONL or Parquet with `prompt` or `messages`, `chosen`, `rejected`."""
     share: PositiveFloat = 1.0
-    """Given pairs per iteration, as a share of prompts.batch."""
+    """Offline pairs per iteration, as a share of prompts.batch."""

@@ -1,4 +1,4 @@
-"""What the configs of evaluations share; the config of one evaluation stands beside its code."""
+"""Base config of evaluations; the config of each evaluation is beside its code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rayhf.config.scorers import ScorerEntryConfig
 
 
 class EvaluationConfig(PluginConfig):
-    """A further evaluation, under its own task name."""
+    """A further evaluation with its own task name."""
 
     every: NonNegativeInt | None = None
     """Iterations between evaluations; also before the first and after the last iteration. Default:
@@ -17,5 +17,5 @@ class EvaluationConfig(PluginConfig):
 
     @property
     def scorers(self) -> tuple[ScorerEntryConfig, ...]:
-        """Scorers of its own, which the launcher starts as one more scorer actor."""
+        """Its own scorers, for which the launcher starts another scorer actor."""
         return ()

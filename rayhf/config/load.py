@@ -1,4 +1,4 @@
-"""Reading of configs: a YAML file and dotted overrides.
+"""Load configs from a YAML file and dotted overrides.
 
 Out: a validated config, or a ConfigError of one line that names the key and the nearest valid one.
 """
@@ -130,8 +130,8 @@ def _child(node: Any, part: str, where: str, *, create: bool) -> Any:
 def _describe(error: ValidationError, root: type[BaseModel], data: object) -> str:
     """Return the first problem in full, and how many more there are."""
     problems = error.errors(include_url=False)
-    # A misspelled key usually also leaves a required one missing: the misspelling is the cause, so
-    # it is shown first.
+    # A misspelled key often also leaves a required one missing: the misspelling is the cause, so it
+    # is shown first.
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
     location, section = _locate(first["loc"], root, data)
@@ -144,7 +144,7 @@ def _describe(error: ValidationError, root: type[BaseModel], data: object) -> st
     elif first["type"] == "plugin":
         inner = first["ctx"]["key"]
         text = f"{key}{f'.{inner}' if inner else ''}: {first['msg']}"
-    elif first["type"] == "value_error":  # a check of ours that says all there is to say
+    elif first["type"] == "value_error":  # one of our own checks: its message is complete
         text = f"{key}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     else:
         text = f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
@@ -162,13 +162,13 @@ def _locate(
 ) -> tuple[list[str | int], type[BaseModel] | None]:
     """Follow an error's location through the data.
 
-    Returns the location as the user wrote it (pydantic puts the tags of unions into it), and the
-    section that holds its last key, None where the last key lies in a plain mapping.
+    Returns the location as the user wrote it (pydantic adds the tags of unions to it), and the
+    section that holds its last key: None where that is in a plain mapping.
     """
     written: list[str | int] = []
     section: type[BaseModel] | None = root
     inside: list[Any] = []
-    """What the value at the current location may be, where that is not one section."""
+    """Possible types of the value at the current location, where that is not one section."""
     for position, part in enumerate(loc):
         if section is None and part in (tags := _tags(inside)):
             section = tags[str(part)]
@@ -208,7 +208,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 def _items(kind: Any) -> Iterator[Any]:
-    """Yield what an item of a container may be."""
+    """Yield the possible types of a container's items."""
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is dict:
         yield from _parts(arguments[1])
@@ -227,13 +227,13 @@ def _tags(candidates: Iterable[Any]) -> dict[str, type[BaseModel]]:
 
 
 def _section_of(candidates: Sequence[Any], data: object) -> type[BaseModel] | None:
-    """Return the section that `data` was validated as, where that is beyond doubt."""
+    """Return the section that `data` was validated as, where there is only one candidate."""
     for candidate in candidates:
         if not isinstance(candidate, Registry):
             continue
         name = data.get("type", candidate.default) if isinstance(data, Mapping) else data
         if isinstance(name, str):
-            with suppress(ValueError):  # then the type is the problem, not one of its keys
+            with suppress(ValueError):  # an unknown type is reported as such, not as a key
                 return candidate.config_type(name)
     sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
     return sections[0] if len(sections) == 1 and isinstance(data, Mapping) else None

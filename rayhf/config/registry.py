@@ -1,15 +1,16 @@
-"""Find the class behind a config's `type`, for everything that can be plugged in.
+"""Plugin registry: from a config's `type` to the class behind it.
 
 A `type` is a built-in name (the tables at the end of this file), a name that an installed package
 adds through an entry point, or an import path `package.module:Class`. The class brings its config:
-a `Section` subclass in its attribute `Config`. Classes are imported when a config names them, and
-not before, so that reading a config stays cheap.
+a `PluginConfig` subclass in its attribute `Config`. Classes are imported only when a config names
+them, so that reading a config stays cheap.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -31,17 +32,17 @@ class Entry:
     target: str
     """package.module:Class."""
     package: str
-    """The installed distribution it comes from."""
+    """Installed distribution that provides it."""
 
 
 class Registry:
-    """The names of one kind of plugin.
+    """Names of one kind of plugin.
 
     Args:
         kind: singular noun for messages, for example "algorithm".
         group: entry-point group in which installed packages add names.
         builtin: name -> "package.module:Class".
-        default: name that stands where a config gives no `type`.
+        default: name used where a config gives no `type`.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Registry:
         self.default = default
 
     def defaulting(self, name: str) -> Registry:
-        """Return the same registry for a field in which `name` stands where there is no `type`."""
+        """Return the same registry with `name` as the default `type`."""
         return Registry(self.kind, self.group, self.builtin, default=name)
 
     def entries(self) -> list[Entry]:
@@ -65,10 +66,10 @@ class Registry:
         return rows
 
     def resolve(self, name: str) -> type[Any]:
-        """Import the class that `name` stands for.
+        """Import the class that `name` refers to.
 
-        Raises ValueError with one sentence: unknown name and the nearest valid one, a module that
-        cannot be imported, or a class without a `Config`.
+        Raises ValueError for an unknown name (naming the nearest valid one), a module that cannot
+        be imported, or a class without a `Config`.
         """
         target = self.builtin.get(name)
         if target is None and name in (installed := _installed(self.group)):
@@ -80,20 +81,20 @@ class Registry:
         return _import_plugin(target, self.kind)
 
     def config_type(self, name: str) -> type[PluginConfig]:
-        """Return the config class of the plugin that `name` stands for. Raises as `resolve`."""
+        """Return the config class of the plugin that `name` refers to. Raises like `resolve`."""
         config: type[PluginConfig] = self.resolve(name).Config
         return config
 
     def build(self, config: PluginConfig, *args: Any, **kwargs: Any) -> Any:
-        """Return the plugin of `config`: its class, called with the config and further arguments."""
+        """Construct the plugin of `config`: its class is called with the config and `args`."""
         return self.resolve(config.type)(config, *args, **kwargs)
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        """Validate and serialize a field annotated with this registry by its plugin's config.
+        """Return the schema of a field annotated with this registry: its plugin's config.
 
-        Usage: `Annotated[PluginConfig, ALGORITHMS]`, or a subclass of PluginConfig that all
+        Usage: `Annotated[PluginConfig, ALGORITHMS]`, or with a subclass of PluginConfig that all
         plugins' configs share.
         """
         return core_schema.no_info_before_validator_function(
@@ -108,7 +109,7 @@ class Registry:
         """Validate a config value as the `Config` of the class that its `type` names.
 
         A string is short for `{type: string}`. Raises PydanticCustomError for a type that cannot be
-        resolved and ValidationError for wrong settings.
+        resolved and ValidationError for invalid settings.
         """
         if isinstance(value, PluginConfig):
             return value
@@ -126,7 +127,7 @@ class Registry:
         return config.model_validate(value)
 
     def _check_family(self, family: type[PluginConfig], config: PluginConfig) -> PluginConfig:
-        """Refuse a plugin whose config is not of the class that the field is annotated with."""
+        """Refuse a plugin whose config is not a subclass of the field's annotation."""
         if isinstance(config, family):
             return config
         names = [name for name in self.builtin if issubclass(self.resolve(name).Config, family)]
@@ -165,9 +166,9 @@ def _import_plugin(target: str, kind: str) -> type[Any]:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{target}: no module named {error.name!r}; "
-            "it must be importable from where the command is given"
+            "it must be importable from the directory in which the command runs"
         ) from None
-    except Exception as error:  # noqa: BLE001  a foreign module may raise anything while it is imported
+    except Exception as error:  # noqa: BLE001  importing foreign code may raise anything
         raise ValueError(
             f"{target}: importing {module_name} failed ({type(error).__name__}: {error})"
         ) from None
@@ -189,8 +190,9 @@ def _import_plugin(target: str, kind: str) -> type[Any]:
 
 def summary(plugin: type[Any]) -> str:
     """Return the first sentence of a plugin's docstring, for `rayhf list`."""
-    text = inspect.getdoc(plugin) or ""
-    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".") + "."
+    paragraph = " ".join((inspect.getdoc(plugin) or "").split("\n\n")[0].split())
+    # A sentence ends where a capital letter follows: "et al. 2024" does not end one.
+    return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0].rstrip(".") + "."
 
 
 ALGORITHMS = Registry(
@@ -267,4 +269,4 @@ REGISTRIES: Mapping[str, Registry] = {
     "trackers": TRACKERS,
     "evaluations": EVALUATIONS,
 }
-"""By the plural that `rayhf list` takes."""
+"""Registries by the plural that `rayhf list` takes."""

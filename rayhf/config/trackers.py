@@ -1,4 +1,4 @@
-"""What the configs of trackers share; the config of one tracker stands beside its code."""
+"""Base config of trackers; the config of each tracker is beside its code."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from rayhf.config.base import PluginConfig
 
 
 class TrackerConfig(PluginConfig):
-    """A mirror of metrics.jsonl elsewhere; the file stays the record."""
+    """Where metrics are sent in addition to metrics.jsonl, which is always written."""

@@ -1,8 +1,8 @@
-"""What an evaluation is: the protocol that the controller knows, and what it is given.
+"""Protocol of evaluations, and the inputs they receive.
 
-An evaluation is built before the campaign starts (`EvaluationSetup`: it reads and checks its files
-there) and measures the policy when it is due (`EvaluationContext`). It changes nothing: the next
-iteration must be the same as if nobody had looked.
+An evaluation is constructed before the campaign starts, where it reads and checks its files
+(`EvaluationSetup`), and measures the policy whenever it is due (`EvaluationContext`). It has no
+side effects: the next iteration must be the same with and without it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from rayhf.types import JsonObject, Prompt, Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSetup:
-    """What an evaluation is built from. Relative paths start at `base`."""
+    """Inputs of an evaluation's constructor."""
 
     task: str
     """Its key under `evaluations`, and the name of its metrics."""
     base: Path
+    """Directory to which relative paths refer."""
     chat: Chat
     heldout: tuple[Prompt, ...]
     """The campaign's held-out prompts, or its training prompts where there are none."""
@@ -35,14 +36,14 @@ class EvaluationSetup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationContext:
-    """What an evaluation may use when it measures."""
+    """Inputs of one measurement."""
 
     roles: Roles
     versions: Mapping[str, int]
-    """Weights that each policy's engines hold."""
+    """Version of the weights that each policy's engines hold."""
     sampling: Sampling
     seed: int
-    """The campaign's: the same prompts and seeds every time."""
+    """The campaign's seed: the same prompts and seeds every time."""
     scorer: Scorer | None
     """The evaluation's own scorer, where its config names scorers."""
 
@@ -52,7 +53,7 @@ class Evaluation(Protocol):
 
     Config: ClassVar[type[EvaluationConfig]]
     muted_guards: ClassVar[frozenset[str]]
-    """Guards that must not judge a campaign with this evaluation, by their keys in the config."""
+    """Guards that do not apply to a campaign with this evaluation, by their keys in the config."""
 
     async def measure(self, context: EvaluationContext) -> dict[str, float]:
         """Return metrics by their whole names."""
@@ -61,12 +62,12 @@ class Evaluation(Protocol):
 
 @runtime_checkable
 class KeepsEvaluationState(Protocol):
-    """Accumulates something over the campaign that a checkpoint must hold."""
+    """Accumulates state over the campaign, which checkpoints must hold."""
 
     def state_dict(self) -> JsonObject:
         """Return the state as JSON values."""
         ...
 
     def load_state_dict(self, state: JsonObject) -> None:
-        """Put a state back."""
+        """Restore what `state_dict` returned."""
         ...

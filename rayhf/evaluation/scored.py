@@ -1,4 +1,4 @@
-"""Held-out evaluation by scorers: every prompt answered once at temperature 1 and once greedily.
+"""Held-out evaluation by scorers: one completion per prompt at temperature 1 and one greedy.
 
 Used for prompts.heldout (`evaluate`) and for further evaluations of type scored.
 """
@@ -33,25 +33,24 @@ from rayhf.types import (
 
 
 class ScoredEvaluationConfig(EvaluationConfig):
-    """Held-out prompts and the scorers that judge their completions."""
+    """Further held-out prompts and their scorers."""
 
     type: str = "scored"
     prompts: PromptSource
     """Evaluation prompts, like prompts.train."""
     scorer: ScorerEntries
-    """They give scores; a weighted sum of them is the figure."""
+    """Scorers of the completions; the metric is the weighted sum of their scores."""
     policy: Name = "policy"
-    """Which of the campaign's policies answers, for algorithms that train several; the only one
-    where there is one."""
+    """Policy to evaluate, for algorithms that train several; otherwise the only one."""
 
     @property
     def scorers(self) -> tuple[ScorerEntryConfig, ...]:
-        """Scorers of its own, which the launcher starts as one more scorer actor."""
+        """Its own scorers, for which the launcher starts another scorer actor."""
         return self.scorer
 
 
 class ScoredEvaluation:
-    """Held-out prompts judged by scorers: eval/<task>/sampled, greedy, length, truncated."""
+    """Mean score on held-out prompts: eval/<task>/sampled, greedy, length, truncated."""
 
     Config = ScoredEvaluationConfig
     muted_guards: frozenset[str] = frozenset()
@@ -63,7 +62,7 @@ class ScoredEvaluation:
 
     async def measure(self, context: EvaluationContext) -> dict[str, float]:
         """Return `evaluate`'s metrics under the task's name."""
-        # Where one model plays all parts, it answers for each of them.
+        # Where one model is trained for all objectives, it is evaluated in place of each policy.
         policy = self._config.policy if self._config.policy in context.versions else "policy"
         assert context.scorer is not None  # its config names scorers
         return await evaluate(
@@ -95,11 +94,11 @@ async def evaluate(
     """Return the metrics of one held-out task.
 
     eval/<task>/{sampled,greedy} from `scorer`; eval/<task>/reward from the training scorer where it
-    is another one; eval/<task>/{length,truncated} in tokens and as a share, and
-    eval/<task>/reference_kl in nats per response, of the samples; eval/<task>/refined is the score
-    of the samples after `improve`.
+    is another one; of the samples eval/<task>/length in tokens, eval/<task>/truncated as a share,
+    and eval/<task>/reference_kl in nats per response; eval/<task>/refined is the score of the
+    samples after `improve`.
 
-    The same prompts and seeds every time, so that evaluations differ by the policy only. Raises
+    Prompts and seeds are the same every time, so that evaluations differ by the policy only. Raises
     ScorerError when no held-out completion could be scored.
     """
     plain = replace(sampling, temperature=1.0, top_p=1.0, top_k=0)
@@ -139,12 +138,12 @@ async def _complete(
 async def _mean(
     prompts: Sequence[Prompt], completions: Sequence[Completion], scorer: Scorer
 ) -> float:
-    """Return the mean score; a completion that cannot be judged is left out, never counted as 0."""
+    """Return the mean score; a completion that could not be scored is skipped, not counted as 0."""
     requests = [
         ScoreRequest(prompt=p, completions=(c,)) for p, c in zip(prompts, completions, strict=True)
     ]
     outcomes: list[Outcome] = [
-        outcome for answer in await scorer.score(requests) for outcome in answer
+        outcome for response in await scorer.score(requests) for outcome in response
     ]
     values = [o.value for o in outcomes if isinstance(o, Scored)]
     if not values:
@@ -152,7 +151,8 @@ async def _mean(
             (o.reason for o in outcomes if not isinstance(o, Scored)), "no held-out prompts"
         )
         raise ScorerError(
-            f"evaluation: none of {len(outcomes)} held-out completions could be scored; the first: {reason}"
+            f"evaluation: none of {len(outcomes)} held-out completions could be scored; "
+            f"the first: {reason}"
         )
     return float(np.mean(values))
 
@@ -160,9 +160,9 @@ async def _mean(
 async def _kl(
     prompts: Sequence[Prompt], completions: Sequence[Completion], reference: Reference
 ) -> float:
-    """Return the mean over responses of log p_policy - log p_reference.
+    """Return the mean over completions of log p_policy - log p_reference.
 
-    An unbiased estimate of the sequence KL, as they were sampled.
+    An unbiased estimate of the sequence KL, because the policy sampled them.
     """
     rows = [
         make_row(
@@ -173,11 +173,7 @@ async def _kl(
         for p, c in zip(prompts, completions, strict=True)
     ]
     frozen = await reference.logprobs(rows, temperature=1.0)
-    return float(
-        np.mean(
-            [
-                row.tokens["behavior_logp"].sum() - ref.sum()
-                for row, ref in zip(rows, frozen, strict=True)
-            ]
-        )
-    )
+    ratios = [
+        row.tokens["behavior_logp"].sum() - ref.sum() for row, ref in zip(rows, frozen, strict=True)
+    ]
+    return float(np.mean(ratios))

@@ -1,14 +1,14 @@
 """Base of the preference losses: pairs (chosen, rejected) of a micro-batch as sequence log-probs.
 
-In: log-probs of the response tokens with gradient, and a MicroBatch of pairs (rows 2p and 2p + 1
-are the chosen and the rejected completion of pair p) whose tokens carry behavior_logp (always),
-ref_logp (unless the loss is reference-free) and old_logp (optional, as in policy.py); whose
-examples may carry label_smoothing (soft labels, for losses that accept them). Out: LossOutput, this
+In: log-probs of the response tokens with gradient, and a MicroBatch of pairs: rows 2p and 2p + 1
+are the chosen and the rejected response of pair p. Its tokens carry behavior_logp (always),
+ref_logp (unless the loss is reference-free) and old_logp (optional, as in policy.py); its examples
+may carry label_smoothing (soft labels, for losses that accept them). Out: LossOutput, this
 micro-batch's share of the mean over the step's pairs.
 
-A loss of your own is a subclass of PairLoss with one method, `per_pair`, and a config class.
-Shapes: P pairs, T response tokens, R = 2P rows. An empty response has log-prob 0 and counts as one
-token long where a mean is taken.
+A new loss subclasses PairLoss with one method, `per_pair`, and a config class. Shapes: P pairs,
+T response tokens, R = 2P rows. An empty response has log-prob 0 and counts as one token long where
+a mean is taken.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from rayhf.config.base import PluginConfig
 from rayhf.losses.base import LossOutput, MicroBatch, sum_rows
-from rayhf.losses.policy import MAX_EXPONENT, known, need, policy_metrics
+from rayhf.losses.policy import MAX_EXPONENT, fill_unknown, need, policy_metrics
 
 
 class PairLossConfig(PluginConfig):
-    """What every preference loss has."""
+    """Settings that every preference loss has."""
 
     beta: PositiveFloat = 0.1
-    """Strength of the pull towards the reference (TRL's and RLHFlow's default)."""
+    """Strength of the pull toward the reference (TRL's and RLHFlow's default)."""
 
 
 C = TypeVar("C", bound=PairLossConfig)
@@ -53,12 +53,12 @@ class PairLogps:
 
     @property
     def chosen_ratio_P(self) -> Tensor:
-        """Log-ratio d of the chosen completion to the reference."""
+        """Log-ratio d of the chosen response to the reference."""
         return self.chosen_P - self.ref_chosen_P
 
     @property
     def rejected_ratio_P(self) -> Tensor:
-        """Log-ratio d of the rejected completion to the reference."""
+        """Log-ratio d of the rejected response to the reference."""
         return self.rejected_P - self.ref_rejected_P
 
     @property
@@ -68,17 +68,17 @@ class PairLogps:
 
     @property
     def chosen_mean_P(self) -> Tensor:
-        """Mean token log-prob of the chosen completion."""
+        """Mean token log-prob of the chosen response."""
         return self.chosen_P / self.chosen_length_P.clamp(min=1.0)
 
     @property
     def rejected_mean_P(self) -> Tensor:
-        """Mean token log-prob of the rejected completion."""
+        """Mean token log-prob of the rejected response."""
         return self.rejected_P / self.rejected_length_P.clamp(min=1.0)
 
 
 def nll(pairs: PairLogps) -> Tensor:
-    """Return the chosen completion's negative log-likelihood, mean per token: (P,).
+    """Return the chosen response's negative log-likelihood, mean per token: (P,).
 
     Pang et al. 2024 (iterative reasoning preference optimization).
     """
@@ -87,13 +87,14 @@ def nll(pairs: PairLogps) -> Tensor:
 
 @dataclass(frozen=True)
 class PairLoss(Generic[C]):
-    """Mean over pairs of weight * (per_pair + nll_coef * NLL(chosen)). Picklable.
+    """Mean over pairs of weight * (per_pair + nll_coef * NLL(chosen)); picklable.
 
     The weight is the truncated importance weight of the pair (`pair_importance_weight`).
     """
 
     Config: ClassVar[type[PairLossConfig]] = PairLossConfig
     needs_reference: ClassVar[bool] = True
+    """Whether the loss reads ref_logp."""
     accepts_soft_labels: ClassVar[bool] = False
     """Whether examples may carry a label_smoothing each."""
     entropy: ClassVar[Literal["off", "metric", "loss"]] = "metric"
@@ -102,8 +103,8 @@ class PairLoss(Generic[C]):
     importance_cap: float | None = 2.0
     """Upper truncation of the importance weight; None turns the correction off."""
     nll_coef: float = 0.0
-    """Weight of the chosen completion's negative log-likelihood, mean per token (Pang et al. 2024);
-    on top of the one that cpo and orpo contain."""
+    """Weight of the chosen response's negative log-likelihood, mean per token (Pang et al. 2024);
+    added to the one that cpo and orpo contain."""
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
         """Return the loss of each pair: (P,)."""
@@ -115,7 +116,7 @@ class PairLoss(Generic[C]):
         return beta * pairs.chosen_ratio_P, beta * pairs.rejected_ratio_P
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
-        """Return this micro-batch's share. Raises ValueError for fields that are missing."""
+        """Return this micro-batch's share. Raises ValueError for missing fields."""
         ref_T = need(micro, "ref_logp") if self.needs_reference else None
         pairs = pair_logps(output_T, ref_T, micro, self._label_smoothing(micro))
         old_T = micro.tokens["old_logp"] if "old_logp" in micro.tokens else output_T.detach()
@@ -153,7 +154,7 @@ class PairLoss(Generic[C]):
                 "the examples carry a label_smoothing each, which the loss "
                 f"{self.config.type or type(self).__name__} does not accept; expected sigmoid"
             )
-        # NaN (an example without a label) fails, too.
+        # NaN (an example without a label) is refused too.
         if not bool(((smoothing_P >= 0.0) & (smoothing_P <= 0.5)).all()):
             raise ValueError(
                 f"label_smoothing per example must be from 0 to 0.5, got {smoothing_P.tolist()}"
@@ -193,7 +194,7 @@ def pair_logps(
 
 
 class PairImportance(NamedTuple):
-    """Weights without gradient, and which of them were truncated (1.0 or 0.0)."""
+    """Importance weights without gradient, and whether each was truncated (1.0 or 0.0)."""
 
     weight_P: Tensor
     capped_P: Tensor
@@ -209,10 +210,10 @@ def pair_importance_weight(
     variance grows exponentially with length: after truncation it is the cap or nothing. The mean
     per token (the geometric mean ratio, as in GSPO, Zheng et al. 2025) is monotone in the exact
     weight, keeps its on-policy value, and has a scale that does not depend on length. Biased, low
-    variance. Tokens of unknown behavior (NaN: given completions) count as on-policy.
+    variance. Tokens with unknown behavior log-probs (NaN: not sampled here) count as on-policy.
     """
     check_pairs(micro)
-    gap_R = sum_rows((logp_T - known(behavior_logp_T, logp_T)).detach(), micro)
+    gap_R = sum_rows((logp_T - fill_unknown(behavior_logp_T, logp_T)).detach(), micro)
     if cap is None:
         return PairImportance(torch.ones_like(gap_R[0::2]), torch.zeros_like(gap_R[0::2]))
     length_P = (micro.length_R[0::2] + micro.length_R[1::2]).clamp(min=1.0)

@@ -3,14 +3,15 @@
 In: log-probs of the response tokens with gradient, and a MicroBatch whose tokens carry
   behavior_logp   under the weights that generated the tokens (rollout engine), always;
   advantage       from algorithms/advantages.py, always;
-  old_logp        under the learner at the start of the iteration. Absent = the iteration has exactly
-                  one optimizer step: old is the current policy, and the ratio is 1 with gradient;
+  old_logp        under the learner at the start of the iteration. Absent where the iteration has
+                  exactly one optimizer step: old is then the current policy, and the ratio is 1
+                  with gradient;
   ref_logp        under the reference, where a KL term or the metric reference/kl needs it.
 Out: LossOutput, this micro-batch's share.
 
-Two different ratios, never mixed: rho = exp(logp - old_logp) carries the gradient and is clipped
-(PPO's trust region); w = exp(old_logp - behavior_logp) carries none and is truncated (rollout
-engine and staleness against the learner).
+Two different ratios: rho = exp(logp - old_logp) carries the gradient and is clipped (PPO's trust
+region); w = exp(old_logp - behavior_logp) carries none and is truncated (it corrects for staleness
+and for the mismatch between rollout engine and learner).
 
 Log-probs are float32 or wider, in nats, temperature applied. T response tokens, R rows.
 """
@@ -33,21 +34,21 @@ Aggregate = Literal["token_mean", "sequence_mean", "sequence_sum"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 MAX_EXPONENT = 20.0
-"""Nats. exp(20) is about 5e8: beyond it a ratio says only "broken"."""
+"""Nats. exp(20) is about 5e8: a larger ratio carries no information but that training broke."""
 
 
 def safe_exp(x: Tensor) -> Tensor:
-    """exp(x) up to MAX_EXPONENT and its tangent line beyond: finite in float32, and value and
-    gradient keep their signs.
+    """Return exp(x) up to MAX_EXPONENT and its tangent line beyond.
 
-    A plain clamp would drop the gradient of exp and, in k3, leave one of the wrong sign.
+    Value and gradient are finite in float32 and keep their signs. A plain clamp would drop the
+    gradient of exp and, in k3, leave one of the wrong sign.
     """
     bounded = x.clamp(max=MAX_EXPONENT)
     return bounded.exp() * (1.0 + (x - bounded))
 
 
 def need(micro: MicroBatch, name: str) -> Tensor:
-    """The token field `name` of shape (T,); ValueError names what is missing."""
+    """Return the token field `name`, of shape (T,). Raises ValueError where it is missing."""
     if name not in micro.tokens:
         raise ValueError(
             f"the loss needs the token field {name!r}; the batch has {sorted(micro.tokens)}"
@@ -55,19 +56,18 @@ def need(micro: MicroBatch, name: str) -> Tensor:
     return micro.tokens[name]
 
 
-def known(behavior_logp_T: Tensor, logp_T: Tensor) -> Tensor:
-    """Behaviour log-probs, with the learner's own where they are unknown (NaN: answers that were
-    given, not sampled)."""
+def fill_unknown(behavior_logp_T: Tensor, logp_T: Tensor) -> Tensor:
+    """Return behavior log-probs, with the learner's own in place of NaN (not sampled here)."""
     return torch.where(behavior_logp_T.isnan(), logp_T.detach(), behavior_logp_T)
 
 
 def aggregate(values_T: Tensor, micro: MicroBatch, how: Aggregate) -> Tensor:
-    """This micro-batch's share of the step's scalar; shares add up to the whole-step value,
-    whatever the sharding.
+    """Return this micro-batch's share of the step's scalar.
 
-    token_mean: sum / tokens of the step. sequence_mean: sum over rows of the row's token mean /
-    rows of the step. sequence_sum: sum over rows of the row's sum / rows of the step. An empty
-    response adds 0 and still counts as a row.
+    Shares add up to the whole step's value, however it is sharded. token_mean: sum / tokens of the
+    step. sequence_mean: sum over rows of the row's token mean / rows of the step. sequence_sum: sum
+    over rows of the row's sum / rows of the step. An empty response adds 0 and still counts as a
+    row. Raises ConfigError for an unknown `how`.
     """
     if how == "token_mean":
         return values_T.sum() / max(micro.totals.tokens, 1.0)
@@ -82,12 +82,11 @@ def aggregate(values_T: Tensor, micro: MicroBatch, how: Aggregate) -> Tensor:
 
 
 def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tensor:
-    """Per-token estimate of KL(policy || reference) in nats, as a value: (T,). Schulman 2020,
-    "Approximating KL divergence".
+    """Return a per-token estimate of KL(policy || reference) in nats, as a value: (T,).
 
-    With g = logp - ref_logp on tokens of the policy: k1 = g (unbiased, any sign), k2 = g^2/2
-    (biased, not negative), k3 = exp(-g) - 1 + g (unbiased, not negative; exp continues as its
-    tangent beyond MAX_EXPONENT).
+    Schulman 2020, "Approximating KL divergence". With g = logp - ref_logp on tokens of the policy:
+    k1 = g (unbiased, any sign), k2 = g^2/2 (biased, not negative), k3 = exp(-g) - 1 + g (unbiased,
+    not negative; exp continues as its tangent beyond MAX_EXPONENT).
     """
     gap_T = logp_T - ref_logp_T
     if estimator == "k1":
@@ -100,13 +99,13 @@ def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> T
 
 
 def kl_loss(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tensor:
-    """Per-token KL term to be minimized, on tokens of the policy: (T,).
+    """Return the per-token KL term to be minimized, on tokens of the policy: (T,).
 
     k2's gradient is g * grad(logp), the unbiased gradient of the reverse KL(policy || reference):
     use this one. k3's gradient is (1 - exp(-g)) * grad(logp), in expectation the gradient of the
     forward KL(reference || policy): close to k2's near the reference, much stronger where the
-    policy has dropped what the reference does. k1's gradient is grad(logp), zero in expectation, so
-    it is refused: ConfigError.
+    policy avoids tokens that the reference prefers. k1's gradient is grad(logp), zero in
+    expectation. Raises ConfigError for k1.
     """
     if estimator == "k1":
         raise ConfigError(
@@ -116,34 +115,35 @@ def kl_loss(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tenso
 
 
 class Importance(NamedTuple):
-    """Weights without gradient, and which of them were truncated (1.0 or 0.0)."""
+    """Importance weights without gradient, and whether each was truncated (1.0 or 0.0)."""
 
     weight_T: Tensor
     capped_T: Tensor
 
 
 def importance_weight(logp_T: Tensor, behavior_logp_T: Tensor, cap: float | None) -> Importance:
-    """min(cap, exp(logp - behavior_logp)) per token: (T,). Truncated importance sampling (Ionides
-    2008; for the rollout-learner mismatch Yao et al. 2025).
+    """Return min(cap, exp(logp - behavior_logp)) per token: (T,).
 
+    Truncated importance sampling (Ionides 2008; for the rollout-learner mismatch Yao et al. 2025).
     `logp_T` is the learner's log-prob (old_logp, or the current one, detached here). Equal
     log-probs give exactly 1. `cap` None turns the correction off: all ones.
     """
     if cap is None:
         return Importance(torch.ones_like(logp_T).detach(), torch.zeros_like(logp_T).detach())
-    ratio_T = safe_exp((logp_T - known(behavior_logp_T, logp_T)).detach())
+    ratio_T = safe_exp((logp_T - fill_unknown(behavior_logp_T, logp_T)).detach())
     return Importance(ratio_T.clamp(max=cap), (ratio_T > cap).to(ratio_T.dtype))
 
 
 class SurrogateTerms(NamedTuple):
-    """Per-token loss with gradient; the rest are 1.0 or 0.0, without."""
+    """Per-token loss with gradient, and which bounds are active (1.0 or 0.0, without gradient)."""
 
     loss_T: Tensor
     clip_low_T: Tensor
-    """The lower bound is active: a bad token that is already rare enough."""
+    """Lower bound: the advantage is negative and the token already rare enough."""
     clip_high_T: Tensor
-    """The upper bound is active: a good token that is already likely enough."""
+    """Upper bound: the advantage is positive and the token already likely enough."""
     dual_clip_T: Tensor
+    """Bound on the cost of a token with a negative advantage."""
 
 
 def ppo_clip_loss(
@@ -155,11 +155,11 @@ def ppo_clip_loss(
     clip_high: float,
     dual_clip: float | None,
 ) -> SurrogateTerms:
-    """-w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A), rho = exp(logp - old_logp).
-    Schulman et al. 2017, eq. 7.
+    """Return PPO's clipped loss per token: (T,). Schulman et al. 2017, eq. 7.
 
-    `dual_clip` c > 1 bounds what a token with A < 0 may cost: the surrogate is at least c * A (Ye
-    et al. 2020). Without it the loss is unbounded for A < 0 and rho -> infinity; rho grows linearly
+    -w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A) with rho = exp(logp - old_logp).
+    `dual_clip` c > 1 bounds the cost of a token with A < 0: the surrogate is at least c * A (Ye et
+    al. 2020). Without it the loss is unbounded for A < 0 and rho -> infinity; rho grows linearly
     beyond exp(MAX_EXPONENT), so that loss and gradient stay finite and point the right way.
     """
     ratio_T = safe_exp(logp_T - old_logp_T)
@@ -182,8 +182,7 @@ def ppo_clip_loss(
 
 
 def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
-    """What every loss on a policy reports, as shares of the step: mismatch with the rollout, KL to
-    the reference, entropy.
+    """Return the metrics that every loss on a policy reports, as shares of the step.
 
     rollout/mismatch_kl: mean over tokens of behavior_logp - logp, the k1 estimate of KL(rollout ||
     learner), nats per token. rollout/mismatch_abs_max: the largest absolute gap of a token.
@@ -191,7 +190,7 @@ def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
     policy/entropy: mean over tokens, nats.
     """
     logp_T = logp_T.detach()
-    gap_T = known(need(micro, "behavior_logp"), logp_T) - logp_T
+    gap_T = fill_unknown(need(micro, "behavior_logp"), logp_T) - logp_T
     metrics = {
         "rollout/mismatch_kl": aggregate(gap_T, micro, "token_mean"),
         "rollout/mismatch_abs_max": gap_T.abs().max() if gap_T.numel() else gap_T.sum(),
@@ -206,8 +205,9 @@ def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
 
 
 def entropy_bonus(micro: MicroBatch, coef: float, how: Aggregate) -> Tensor:
-    """-coef * aggregated entropy, this micro-batch's share; ValueError where the learner did not
-    compute the entropy.
+    """Return this micro-batch's share of -coef * aggregated entropy.
+
+    Raises ValueError where the learner did not compute the entropy.
     """
     if micro.entropy_T is None:
         raise ValueError(
@@ -217,10 +217,10 @@ def entropy_bonus(micro: MicroBatch, coef: float, how: Aggregate) -> Tensor:
 
 
 class PolicyLossConfig(PluginConfig):
-    """What every policy-gradient loss has."""
+    """Settings that every policy-gradient loss has."""
 
     aggregate: Aggregate = "token_mean"
-    """Over the whole optimizer step: per token, mean of per-response means, or mean of per-response
+    """Mean over the whole optimizer step: of tokens, of per-response means, or of per-response
     sums."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
@@ -235,7 +235,7 @@ class KLTerm:
 
 
 class ClippedSurrogateConfig(PolicyLossConfig):
-    """PPO's trust region (Schulman et al. 2017)."""
+    """Bounds of PPO's trust region (Schulman et al. 2017)."""
 
     type: str = "clipped"
     clip_low: PositiveFloat = 0.2
@@ -248,7 +248,7 @@ class ClippedSurrogateConfig(PolicyLossConfig):
 
 @dataclass(frozen=True)
 class ClippedSurrogate:
-    """Clipped surrogate + KL term - entropy bonus, all aggregated alike. Picklable."""
+    """PPO's clipped surrogate + KL term - entropy bonus, all aggregated alike; picklable."""
 
     Config: ClassVar[type[PolicyLossConfig]] = ClippedSurrogateConfig
 
@@ -264,7 +264,7 @@ class ClippedSurrogate:
         return "loss" if self.config.entropy_coef else "metric"
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
-        """Return this micro-batch's share. Raises ValueError for fields that are missing."""
+        """Return this micro-batch's share. Raises ValueError for missing fields."""
         old_T = micro.tokens["old_logp"] if "old_logp" in micro.tokens else output_T.detach()
         weight_T, capped_T = importance_weight(
             old_T, need(micro, "behavior_logp"), self.importance_cap
@@ -283,8 +283,8 @@ class ClippedSurrogate:
         metrics = self._metrics(output_T, old_T, weight_T, capped_T, clipped, micro)
         metrics["ppo/surrogate"] = loss.detach()
         if self.kl is not None:
-            # The same weights: the expectation is over the learner's tokens, the batch holds the
-            # rollout's.
+            # Weighted too: the KL is an expectation over the learner's tokens, but the batch holds
+            # the rollout's.
             kl_T = weight_T * kl_loss(output_T, need(micro, "ref_logp"), self.kl.estimator)
             kl = aggregate(kl_T, micro, how)
             metrics["ppo/kl_loss"] = kl.detach()
@@ -303,7 +303,7 @@ class ClippedSurrogate:
         clipped: SurrogateTerms,
         micro: MicroBatch,
     ) -> dict[str, Tensor]:
-        """Fractions of tokens and means over tokens, as shares of the step."""
+        """Return fractions of tokens and means over tokens, as shares of the step."""
         means_T: Mapping[str, Tensor] = {
             "ppo/clip_low": clipped.clip_low_T,
             "ppo/clip_high": clipped.clip_high_T,

@@ -6,7 +6,7 @@ term divide by the response's length. All losses and gradients are finite for lo
 those that are unbounded by definition grow at most quadratically (ipo, sppo_hard) or linearly (the
 others), robust also downwards.
 
-A table in rayhf/config/registry.py gives each class the name under which `algorithm.loss` finds it.
+The table LOSSES in rayhf/config/registry.py gives each class its name in `algorithm.loss`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rayhf.losses.pairs import PairLogps, PairLoss, PairLossConfig, nll
 from rayhf.losses.policy import safe_exp
 
 LOG_ODDS_MARGIN = 1e-6
-"""orpo: a mean token log-prob nearer to 0 than this (probability 1) counts as this far away in
-log(1 - p)."""
+"""ORPO: in log(1 - p), a mean token log-prob closer to 0 (probability 1) than this counts as this
+far away."""
 
 
 class SigmoidConfig(PairLossConfig):
@@ -32,11 +32,11 @@ class SigmoidConfig(PairLossConfig):
 
     type: str = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share e of labels that are taken to be flipped."""
+    """Assumed share e of flipped labels."""
 
 
 class Sigmoid(PairLoss[SigmoidConfig]):
-    """-(1 - e) log S(u) - e log S(-u): DPO (Rafailov et al. 2023, eq. 7) and cDPO.
+    """DPO (Rafailov et al. 2023, eq. 7) and cDPO: -(1 - e) log S(u) - e log S(-u).
 
     cDPO is e > 0 (Mitchell 2023). e may differ between pairs (soft labels, Xie et al. 2024), where
     the config's is 0; at e = 1/2 the loss only pulls u to 0.
@@ -46,6 +46,7 @@ class Sigmoid(PairLoss[SigmoidConfig]):
     accepts_soft_labels = True
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         logits_P = self.config.beta * pairs.gap_P
         smoothing: float | Tensor = self.config.label_smoothing
         if pairs.label_smoothing_P is not None:
@@ -65,7 +66,7 @@ class IPOConfig(PairLossConfig):
 
 
 class IPO(PairLoss[IPOConfig]):
-    """(D - 1 / (2 beta))^2 on sequence sums: IPO (Azar et al. 2023, eq. 17, beta as tau).
+    """IPO (Azar et al. 2023, eq. 17, beta as tau): (D - 1 / (2 beta))^2 on sequence sums.
 
     D is the paper's, not divided by lengths: a beta tuned for a length-normalized IPO does not
     carry over.
@@ -74,6 +75,7 @@ class IPO(PairLoss[IPOConfig]):
     Config = IPOConfig
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         target = 1.0 / (2.0 * self.config.beta)
         return (pairs.gap_P - target).square()
 
@@ -85,27 +87,28 @@ class HingeConfig(PairLossConfig):
 
 
 class Hinge(PairLoss[HingeConfig]):
-    """max(0, 1 - u): SLiC (Zhao et al. 2023, section 2) on log-ratios, as in RSO (Liu et al. 2023).
+    """SLiC (Zhao et al. 2023, section 2) on log-ratios: max(0, 1 - u).
 
-    RSO's gamma is beta.
+    As in RSO (Liu et al. 2023), whose gamma is beta.
     """
 
     Config = HingeConfig
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         return (1.0 - self.config.beta * pairs.gap_P).clamp(min=0.0)
 
 
 class RobustConfig(PairLossConfig):
-    """Robust DPO."""
+    """Robust DPO (rDPO)."""
 
     type: str = "robust"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Rate e of flipped labels."""
+    """Assumed share e of flipped labels."""
 
 
 class Robust(PairLoss[RobustConfig]):
-    """(-(1 - e) log S(u) + e log S(-u)) / (1 - 2e): rDPO (Chowdhury et al. 2024, section 3.1).
+    """rDPO (Chowdhury et al. 2024, section 3.1): (-(1 - e) log S(u) + e log S(-u)) / (1 - 2e).
 
     Unbiased under random flips. Unbounded below for e > 0 (slope -e * beta / (1 - 2e)).
     """
@@ -113,6 +116,7 @@ class Robust(PairLoss[RobustConfig]):
     Config = RobustConfig
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         logits_P = self.config.beta * pairs.gap_P
         flip = self.config.label_smoothing
         kept_P = -(1.0 - flip) * logsigmoid(logits_P)
@@ -128,7 +132,7 @@ class SimPOConfig(PairLossConfig):
 
 
 class SimPO(PairLoss[SimPOConfig]):
-    """-log S(beta * (mean_chosen - mean_rejected) - gamma): SimPO (Meng et al. 2024, eq. 6).
+    """SimPO (Meng et al. 2024, eq. 6): -log S(beta * (mean_chosen - mean_rejected) - gamma).
 
     Reference-free.
     """
@@ -137,10 +141,12 @@ class SimPO(PairLoss[SimPOConfig]):
     needs_reference: ClassVar[bool] = False
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         gap_P = pairs.chosen_mean_P - pairs.rejected_mean_P
         return -logsigmoid(self.config.beta * gap_P - self.config.gamma)
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """Return beta times the mean log-probs."""
         beta = self.config.beta
         return beta * pairs.chosen_mean_P, beta * pairs.rejected_mean_P
 
@@ -152,15 +158,17 @@ class CPOConfig(PairLossConfig):
 
 
 class CPO(PairLoss[CPOConfig]):
-    """-log S(beta * (lp_c - lp_r)) + NLL(chosen): CPO (Xu et al. 2024, with its uniform prior).
+    """CPO (Xu et al. 2024): -log S(beta * (lp_chosen - lp_rejected)) + NLL(chosen).
 
-    Reference-free. The NLL is a mean per token, as in the authors' code.
+    With the paper's uniform prior: reference-free. The NLL is a mean per token, as in the authors'
+    code.
     """
 
     Config = CPOConfig
     needs_reference: ClassVar[bool] = False
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         return -logsigmoid(self.config.beta * (pairs.chosen_P - pairs.rejected_P)) + nll(pairs)
 
 
@@ -171,7 +179,7 @@ class ORPOConfig(PairLossConfig):
 
 
 class ORPO(PairLoss[ORPOConfig]):
-    """NLL(chosen) - beta * log S(log-odds chosen - log-odds rejected): ORPO (Hong et al. 2024).
+    """ORPO (Hong et al. 2024): NLL(chosen) - beta * log S(log-odds chosen - log-odds rejected).
 
     Reference-free.
     """
@@ -180,10 +188,12 @@ class ORPO(PairLoss[ORPOConfig]):
     needs_reference: ClassVar[bool] = False
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         odds_P = log_odds(pairs.chosen_mean_P) - log_odds(pairs.rejected_mean_P)
         return nll(pairs) - self.config.beta * logsigmoid(odds_P)
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """Return beta times the mean log-probs."""
         beta = self.config.beta
         return beta * pairs.chosen_mean_P, beta * pairs.rejected_mean_P
 
@@ -194,8 +204,8 @@ def log_odds(mean_logp_P: Tensor) -> Tensor:
     Near p = 1 the true slope 1 / (1 - p) is unbounded; see LOG_ODDS_MARGIN.
     """
     safe_P = mean_logp_P.clamp(max=-LOG_ODDS_MARGIN)
-    # log(1 - e^x): log(-expm1(x)) keeps digits near 0, log1p(-e^x) far from it; each branch is
-    # finite on all of safe_P.
+    # For log(1 - e^x), log(-expm1(x)) is accurate near 0 and log1p(-e^x) far from it; both branches
+    # are finite on all of safe_P, so that torch.where has no NaN gradient.
     near_zero_P = (-torch.expm1(safe_P)).log()
     far_P = torch.log1p(-safe_P.exp())
     return mean_logp_P - torch.where(safe_P > -math.log(2.0), near_zero_P, far_P)
@@ -206,15 +216,16 @@ class EXOConfig(PairLossConfig):
 
     type: str = "exo"
     label_smoothing: Annotated[float, Field(gt=0, lt=0.5)] = 0.001
-    """e; the loss is infinite at 0 (TRL uses 0.001)."""
+    """Assumed share e of flipped labels (TRL's default); the loss is infinite at 0."""
 
 
 class EXO(PairLoss[EXOConfig]):
-    """KL(q || p), q = (S(u), S(-u)), p = (1 - e, e): EXO for pairs (Ji et al. 2024, section 3.2)."""
+    """EXO for pairs (Ji et al. 2024, section 3.2): KL((S(u), S(-u)) || (1 - e, e))."""
 
     Config = EXOConfig
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         logits_P = self.config.beta * pairs.gap_P
         log_right = math.log1p(-self.config.label_smoothing)
         log_wrong = math.log(self.config.label_smoothing)
@@ -230,14 +241,16 @@ class NCAConfig(PairLossConfig):
 
 
 class NCA(PairLoss[NCAConfig]):
-    """-log S(r_c) - (log S(-r_c) + log S(-r_r)) / 2, r = beta * d: NCA (Chen et al. 2024, sec. 4.1).
+    """NCA for pairs (Chen et al. 2024, section 4.1): -log S(c) - (log S(-c) + log S(-r)) / 2.
 
-    The chosen completion's part is least at r_c = ln 2, so its likelihood does not run away.
+    c and r are beta * d of the chosen and the rejected response. The chosen response's part has its
+    minimum at c = ln 2, which bounds the growth of its likelihood.
     """
 
     Config = NCAConfig
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         chosen_P, rejected_P = self.rewards(pairs)
         return -logsigmoid(chosen_P) - 0.5 * logsigmoid(-chosen_P) - 0.5 * logsigmoid(-rejected_P)
 
@@ -249,14 +262,15 @@ class APOZeroConfig(PairLossConfig):
 
 
 class APOZero(PairLoss[APOZeroConfig]):
-    """(1 - S(r_c)) + S(r_r): chosen up, rejected down (D'Oosterlinck et al. 2024, section 4).
+    """APO-zero (D'Oosterlinck et al. 2024, section 4): (1 - S(c)) + S(r), between 0 and 2.
 
-    Between 0 and 2.
+    c and r are beta * d of the chosen and the rejected response: chosen up, rejected down.
     """
 
     Config = APOZeroConfig
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         chosen_P, rejected_P = self.rewards(pairs)
         return (-chosen_P).sigmoid() + rejected_P.sigmoid()
 
@@ -268,14 +282,15 @@ class APODownConfig(PairLossConfig):
 
 
 class APODown(PairLoss[APODownConfig]):
-    """S(r_c) + (1 - S(u)): both down, rejected more (D'Oosterlinck et al. 2024, section 4).
+    """APO-down (D'Oosterlinck et al. 2024, section 4): S(c) + (1 - S(u)), between 0 and 2.
 
-    Between 0 and 2.
+    c is beta * d of the chosen response: both down, rejected more.
     """
 
     Config = APODownConfig
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         beta = self.config.beta
         return (beta * pairs.chosen_ratio_P).sigmoid() + (-beta * pairs.gap_P).sigmoid()
 
@@ -287,16 +302,18 @@ class SPPOHardConfig(PairLossConfig):
 
 
 class SPPOHard(PairLoss[SPPOHardConfig]):
-    """(beta * d_chosen - 1/2)^2 + (beta * d_rejected + 1/2)^2: SPPO with win probabilities 1 and 0.
+    """SPPO on pairs (Wu et al. 2024, section 3), with win probabilities 1 and 0.
 
-    Wu et al. 2024, section 3. The paper's (d - eta * (P - 1/2))^2 is eta^2 times this with eta = 1
-    / beta: same minimizer, gradient of order beta instead of eta, so that it neither needs nor
-    depends on gradient clipping. (The paper's eta is 1000: beta 0.001.)
+    (beta * d_chosen - 1/2)^2 + (beta * d_rejected + 1/2)^2. With eta = 1 / beta, the paper's
+    (d - eta * (P - 1/2))^2 is eta^2 times this: same minimizer, but the gradient is of order beta
+    instead of eta, so that it neither needs nor depends on gradient clipping. (The paper's eta is
+    1000: beta 0.001.)
     """
 
     Config = SPPOHardConfig
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         chosen_P, rejected_P = self.rewards(pairs)
         return (chosen_P - 0.5).square() + (rejected_P + 0.5).square()
 
@@ -306,11 +323,11 @@ class DiscoPOPConfig(PairLossConfig):
 
     type: str = "discopop"
     tau: PositiveFloat = 0.05
-    """Temperature of the mixture (the paper's)."""
+    """Temperature of the mixture (the paper's value)."""
 
 
 class DiscoPOP(PairLoss[DiscoPOPConfig]):
-    """(1 - m) * -log S(u) + m * exp(-u), m = S(u / tau): DiscoPOP (Lu et al. 2024, section 3).
+    """DiscoPOP (Lu et al. 2024, section 3): (1 - m) * -log S(u) + m * exp(-u), m = S(u / tau).
 
     exp(-u) alone overflows where m vanishes; their product is exp(log m - u), which goes to 0 there
     for tau < 1. For tau > 1 it is unbounded by definition and continues as a tangent beyond
@@ -320,6 +337,7 @@ class DiscoPOP(PairLoss[DiscoPOPConfig]):
     Config = DiscoPOPConfig
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair."""
         logits_P = self.config.beta * pairs.gap_P
         scaled_P = logits_P / self.config.tau
         logistic_P = (-scaled_P).sigmoid() * -logsigmoid(logits_P)

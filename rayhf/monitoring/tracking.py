@@ -1,9 +1,9 @@
-"""Trackers: mirrors of metrics.jsonl elsewhere, which can neither stall nor fail a run.
+"""Send metrics to trackers in a way that can neither stall nor fail a run.
 
-Each tracker runs in a process of its own (`python -m rayhf.monitoring.tracking`), which reads one
-JSON object per line: first its config and what it may know of the run, then a line per iteration. A
-thread feeds it from a bounded queue; what does not fit is left out and counted. At the end it has
-`FINISH_S` seconds, then it is killed. What it prints is in the attempt's <type>.log.
+Each tracker runs in its own process (`python -m rayhf.monitoring.tracking`), which reads one JSON
+object per line: first its config and a description of the run, then one line per iteration. A
+thread feeds it from a bounded queue; iterations that do not fit are dropped and counted. At the end
+it has `FINISH_S` seconds, then it is killed. Its output is in the attempt's <type>.log.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ COMMAND = (sys.executable, "-m", "rayhf.monitoring.tracking")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackedRun:
-    """What a tracker may know of the run."""
+    """Description of the run for trackers."""
 
     name: str
-    """Of the run directory."""
+    """Name of the run directory."""
     directory: str
-    """The run directory, absolute: the tracker's own files go there."""
+    """Absolute path of the run directory, for the tracker's own files."""
     config: JsonObject
     """The campaign's resolved config."""
 
@@ -51,7 +51,7 @@ class Tracker(Protocol):
     Config: ClassVar[type[TrackerConfig]]
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Take one iteration's metrics; `iteration` is among them."""
+        """Log one iteration's metrics; `iteration` is among them."""
         ...
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class Tracker(Protocol):
 
 
 class TrackerObserver:
-    """Forwards everything to another observer, and metrics to one tracker's process too."""
+    """Observer that forwards to another observer, and sends metrics to a tracker's process."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class TrackerObserver:
         self._inner.phase(iteration, name, done, total)
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
-        """Forward, and queue for the tracker; never waits."""
+        """Forward, and queue for the tracker without waiting."""
         self._inner.metrics(metrics)
         if not self._exited and self._process.poll() is not None:
             self._exited = True
@@ -118,7 +118,7 @@ class TrackerObserver:
         self._inner.event(kind, message)
 
     def close(self) -> None:
-        """Give the tracker its time to finish; report what is missing there."""
+        """Wait until the tracker has finished, at most FINISH_S; report an incomplete upload."""
         deadline = time.monotonic() + FINISH_S
         try:
             self._lines.put(None, timeout=FINISH_S / 2)
@@ -132,7 +132,7 @@ class TrackerObserver:
             why = "it did not finish in time" if code is None else self._end(code)
             self._inner.event(
                 "warn",
-                f"{self._name} upload is incomplete ({why}, {self.dropped} iterations left out); "
+                f"{self._name} upload is incomplete ({why}, {self.dropped} iterations dropped); "
                 "metrics.jsonl is complete",
             )
 
@@ -147,7 +147,7 @@ class TrackerObserver:
                 pipe.write(json.dumps(line).encode() + b"\n")
                 pipe.flush()
             pipe.close()
-        except OSError:  # the process is gone: `close` reports it
+        except OSError:  # the process has exited, which `metrics` or `close` reports
             while self._lines.get() is not None:
                 self.dropped += 1
 
@@ -176,7 +176,7 @@ def tracked(observer: Observer, config: CampaignConfig, *, logs: Path) -> Iterat
 
 def _run_tracker() -> None:
     """Run one tracker: settings first, then a line per iteration, until the pipe is closed."""
-    # A signal to the whole process group is meant for the campaign, which closes the pipe.
+    # Signals to the whole process group are for the campaign, which then closes the pipe.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())

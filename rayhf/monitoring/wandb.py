@@ -1,4 +1,4 @@
-"""Weights & Biases as a tracker. Offline needs no account."""
+"""Weights & Biases as a tracker; offline mode needs no account."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from rayhf.monitoring.tracking import TrackedRun
 
 
 class WandbConfig(TrackerConfig):
-    """Where the run appears in wandb."""
+    """Project and name of the run in wandb."""
 
     type: str = "wandb"
     mode: Literal["offline", "online"] = "online"
-    """offline: files in the run directory, for `wandb sync` later."""
+    """Upload mode. offline: files in the run directory, for a later `wandb sync`."""
     project: str = "rayhf"
+    """Project name."""
     name: str | None = None
-    """Default: the run directory's name."""
+    """Name of the run. Default: the run directory's name."""
 
 
 class WandbTracker:
-    """Weights & Biases: one run per campaign, its steps are iterations."""
+    """Weights & Biases, with one run per campaign and one step per iteration."""
 
     Config = WandbConfig
 

@@ -220,16 +220,20 @@ def test_pair_margins_ignore_order(scores: list[float], data: st.DataObject) -> 
 
 def test_identical_completions_are_ties() -> None:
     scores, answers = [1.0, 0.0, 0.5], [(1, 2), (1, 2), (3,)]
-    assert pairing.best_worst(scores, answers=answers) == pairing.PairSelection(pairs=(), ties=1)
+    assert pairing.best_worst(scores, completions=answers) == pairing.PairSelection(
+        pairs=(), ties=1
+    )
     got = [
-        (pair.chosen, pair.rejected) for pair in pairing.all_pairs(scores, answers=answers).pairs
+        (pair.chosen, pair.rejected)
+        for pair in pairing.all_pairs(scores, completions=answers).pairs
     ]
-    assert got == [(0, 2), (2, 1)] and pairing.all_pairs(scores, answers=answers).ties == 1
+    assert got == [(0, 2), (2, 1)] and pairing.all_pairs(scores, completions=answers).ties == 1
     assert {
-        pairing.best_random(scores, rng(s), answers=answers).pairs[0].rejected for s in range(20)
+        pairing.best_random(scores, rng(s), completions=answers).pairs[0].rejected
+        for s in range(20)
     } == {2}
-    with pytest.raises(ValueError, match="2 answers for 3 scores"):
-        pairing.best_worst(scores, answers=[1, 2])
+    with pytest.raises(ValueError, match="2 completions for 3 scores"):
+        pairing.best_worst(scores, completions=[1, 2])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

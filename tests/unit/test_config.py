@@ -93,7 +93,7 @@ def test_refusals_name_key_and_nearest_valid_one(section, expected):
         ),
         (
             {"algorithm": {"type": "ppo", "kl": {"target": 6.0, "coef": 0}}},
-            "an adaptive coefficient starts above 0",
+            "an adaptive coefficient must start above 0",
         ),
     ],
 )

@@ -15,7 +15,7 @@ def test_best_second_skips_copies_of_the_best():
     assert pairing.best_second([1.0, 3.0, 2.0]).pairs == (
         pairing.ScoredPair(chosen=1, rejected=2, margin=1.0),
     )
-    same = pairing.best_second([1.0, 3.0, 2.9], answers=["a", "b", "b"])
+    same = pairing.best_second([1.0, 3.0, 2.9], completions=["a", "b", "b"])
     assert same.pairs == (pairing.ScoredPair(chosen=1, rejected=0, margin=2.0),)
     assert pairing.best_second([1.0, 1.0]).ties == 1 and pairing.best_second([1.0]).ties == 0
 
