@@ -49,10 +49,12 @@ chaos: $(READY)
 
 # Three seeds of every tiny preset; about an hour on two cores.
 learn: $(READY)
+	$(BIN)/rayhf tiny .tiny
 	$(BIN)/python -m tests.bench.learning
 
 # Each paper's claim in miniature, three seeds; hours on two cores.
 claims: $(READY)
+	$(BIN)/rayhf tiny .tiny
 	$(BIN)/python -m tests.bench.claims
 
 # The Python of the gRPC messages, beside the .proto files; a test compares.
