@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SCORER_FILE = "rayhf_scorer.json"
-"""What `rayhf fit-scorer` says of a model, beside its config.json."""
+"""Facts that `rayhf fit-scorer` writes beside a model's config.json."""
 _UNBOUNDED = 10**9
 """Tokenizers without a limit say 10**30."""
 

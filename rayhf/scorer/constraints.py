@@ -194,13 +194,13 @@ def parse_constraints(answer: str | None) -> tuple[Constraint, ...]:
     """
     if answer is None:
         raise ConfigError(
-            "constraints: the prompt has no answer; expected a JSON list of constraints"
+            "constraints: the prompt has no reference answer; expected a JSON list of constraints"
         )
     try:
         listed = json.loads(answer)
     except ValueError as error:
         raise ConfigError(
-            f"constraints: the answer is not JSON ({error}): {answer!r:.60}"
+            f"constraints: the reference answer is not JSON ({error}): {answer!r:.60}"
         ) from None
     if not isinstance(listed, list) or not listed:
         raise ConfigError(

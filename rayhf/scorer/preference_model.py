@@ -226,8 +226,8 @@ class PreferenceModel(PairwiseScorer[PreferenceModelConfig]):
         outputs = check_classifier(directory, title=_TITLE)
         if outputs != facts.outputs:
             raise ConfigError(
-                f"{_TITLE} {directory}: config.json says {outputs} outputs, "
-                f"{SCORER_FILE} says {facts.outputs}"
+                f"{_TITLE} {directory}: config.json has {outputs} outputs, "
+                f"{SCORER_FILE} has {facts.outputs}"
             )
 
     def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
@@ -245,7 +245,7 @@ class PreferenceModel(PairwiseScorer[PreferenceModelConfig]):
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         """Return each completion's mean win probability against the request's others.
 
-        It says how good a completion is among these only.
+        The score is relative to these completions only.
         """
         return [
             mean_wins(Compared(win=win_KK, source="pairwise"), len(win_KK), problems)

@@ -97,7 +97,7 @@ def _call(
     except MemoryError as error:
         return "broken", describe(error)
     except (ConnectionError, TimeoutError) as error:
-        # A service that the rule calls is unreachable: that says nothing about the completion.
+        # A service that the rule calls is unreachable, whatever the completion.
         return "unreachable", describe(error)
     except BaseException as error:  # noqa: BLE001 - foreign code may raise anything, SystemExit too
         return "failed", describe(error)

@@ -52,8 +52,7 @@ reads it from a file."""
 _COOKIE = "RAYHF_RULE"
 """Environment variable that marks everything a rule started."""
 _SWEEPS = 10
-"""Searches for processes that a rule left behind: one forked during a search is found by the
-next."""
+"""Searches for processes that a rule left behind: the next search sees one forked meanwhile."""
 _RESPONSE_BYTES = 1 << 20
 """Limit on one response."""
 

@@ -416,7 +416,7 @@ def changed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...,
         (
             "rayhf_scorer.json",
             {"kind": "general_preference", "outputs": 4},
-            "config.json says 1 outputs, rayhf_scorer.json says 4",
+            "config.json has 1 outputs, rayhf_scorer.json has 4",
         ),
         (
             "config.json",

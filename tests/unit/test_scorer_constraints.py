@@ -1,4 +1,4 @@
-"""Each constraint on texts that keep it and texts that break it."""
+"""Each constraint on texts that follow it and texts that break it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_order_of_constraints_means_nothing(text: str, order: list[dict[str,
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (None, "the prompt has no answer"),
+        (None, "the prompt has no reference answer"),
         ("words", "is not JSON"),
         ("[]", "at least one constraint"),
         ('{"kind": "words", "min": 1}', "expected a JSON list"),

@@ -6,7 +6,7 @@ a row gets no calls (its circuit is open); after a while one caller probes its h
 resume where it is serving. A refused call is a reply, not a failure of the endpoint.
 
 Synchronization: a caller waits while every endpoint with a closed circuit is busy. When every
-circuit is open nobody waits: the last error is raised at once.
+circuit is open no caller waits: the last error is raised at once.
 """
 
 from __future__ import annotations
