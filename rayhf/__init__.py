@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from rayhf.config.schema import CampaignConfig as CampaignConfig
     from rayhf.config.scorers import PairwiseEntryConfig as PairwiseEntryConfig
     from rayhf.config.scorers import PointwiseEntryConfig as PointwiseEntryConfig
-    from rayhf.config.scorers import PairwiseEntryConfig as PairwiseEntryConfig
-    from rayhf.config.scorers import PointwiseEntryConfig as PointwiseEntryConfig
     from rayhf.config.trackers import TrackerConfig as TrackerConfig
     from rayhf.data.readers import Source as Source
     from rayhf.evaluation.base import Evaluation as Evaluation
@@ -59,9 +57,6 @@ if TYPE_CHECKING:
     from rayhf.roles import Reference as Reference
     from rayhf.roles import Rollout as Rollout
     from rayhf.roles import Scorer as Scorer
-    from rayhf.scorer.protocol import PairwiseScorer as PairwiseScorer
-    from rayhf.scorer.protocol import PointwiseScorer as PointwiseScorer
-    from rayhf.scorer.protocol import ScorerSetup as ScorerSetup
     from rayhf.scorer.protocol import PairwiseScorer as PairwiseScorer
     from rayhf.scorer.protocol import PointwiseScorer as PointwiseScorer
     from rayhf.scorer.protocol import ScorerSetup as ScorerSetup
@@ -105,15 +100,13 @@ _HOMES = {
     "rayhf.config.load": ("load_config",),
     "rayhf.config.schema": ("CampaignConfig",),
     "rayhf.config.scorers": ("PairwiseEntryConfig", "PointwiseEntryConfig"),
-    "rayhf.config.scorers": ("PairwiseEntryConfig", "PointwiseEntryConfig"),
-    "rayhf.data.readers": ("Source",),
     "rayhf.config.trackers": ("TrackerConfig",),
+    "rayhf.data.readers": ("Source",),
     "rayhf.evaluation.base": ("Evaluation", "EvaluationContext", "EvaluationSetup"),
     "rayhf.losses.base": ("Loss", "LossOutput", "MicroBatch"),
     "rayhf.losses.pairs": ("PairLogps", "PairLoss", "PairLossConfig"),
     "rayhf.monitoring.tracking": ("TrackedRun", "Tracker"),
     "rayhf.roles": ("Learner", "Reference", "Rollout", "Scorer"),
-    "rayhf.scorer.protocol": ("PairwiseScorer", "PointwiseScorer", "ScorerSetup"),
     "rayhf.scorer.protocol": ("PairwiseScorer", "PointwiseScorer", "ScorerSetup"),
     "rayhf.types": (
         "Compared",
@@ -136,7 +129,7 @@ _HOMES = {
 }
 # By name and not by import statement: this file stands above all rooms, and every room imports it.
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = ["__version__", *sorted(_HOME_OF)]  # noqa: PLE0604  the names above
+__all__ = ["__version__", *sorted(_HOME_OF)]
 
 
 def __getattr__(name: str) -> object:

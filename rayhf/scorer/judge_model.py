@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rayhf.data.chat import special_token_escaper, render
+from rayhf.data.chat import render, special_token_escaper
 from rayhf.errors import ConfigError
 from rayhf.models.source import load_tokenizer, model_length, read_model_config
 from rayhf.scorer.judge import Judge, JudgeConfig
