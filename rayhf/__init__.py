@@ -100,8 +100,8 @@ _HOMES = {
     "rayhf.config.load": ("load_config",),
     "rayhf.config.schema": ("CampaignConfig",),
     "rayhf.config.scorers": ("PairwiseEntryConfig", "PointwiseEntryConfig"),
-    "rayhf.data.readers": ("Source",),
     "rayhf.config.trackers": ("TrackerConfig",),
+    "rayhf.data.readers": ("Source",),
     "rayhf.evaluation.base": ("Evaluation", "EvaluationContext", "EvaluationSetup"),
     "rayhf.losses.base": ("Loss", "LossOutput", "MicroBatch"),
     "rayhf.losses.pairs": ("PairLogps", "PairLoss", "PairLossConfig"),
@@ -129,7 +129,7 @@ _HOMES = {
 }
 # By name and not by import statement: this file stands above all rooms, and every room imports it.
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = ["__version__", *sorted(_HOME_OF)]  # noqa: PLE0604  the names above
+__all__ = ["__version__", *sorted(_HOME_OF)]
 
 
 def __getattr__(name: str) -> object:

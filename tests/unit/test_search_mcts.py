@@ -231,7 +231,7 @@ def test_arrival_order_does_not_matter(reroot, parallel):
 
 def test_a_wave_expands_different_leaves_and_counts_each_iteration():
     table = {
-        "": {t: (0.5, 0.1, None) for t in "abc"},
+        "": dict.fromkeys("abc", (0.5, 0.1, None)),
         **{t: {"x": (0.5, 0.1, "answer")} for t in "abc"},
     }
     world = World(table)
@@ -295,12 +295,7 @@ def test_rerooting_searches_from_every_step_and_keeps_the_statistics_above_it():
     before = sum(c.visits for c in once.children(once.nodes[path[0].id]))
     assert sum(c.visits for c in tree.children(path[0])) in (before + 6, before + 5)
     assert len(
-        [
-            n
-            for n in asyncio.run(
-                grow(changed(config, max_steps=1), world.expand, world.evaluate)
-            ).nodes
-        ]
+        list(asyncio.run(grow(changed(config, max_steps=1), world.expand, world.evaluate)).nodes)
     ) == len(once.nodes)
 
 

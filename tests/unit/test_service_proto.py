@@ -15,7 +15,7 @@ def test_generated_code_is_fresh(tmp_path, monkeypatch):
     sources = [str(path) for path in SOURCES]
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     assert protoc.main(["protoc", "-I", ".", *outputs, *sources]) == 0
-    files = [path for path in tmp_path.rglob("*_pb2*")]
+    files = list(tmp_path.rglob("*_pb2*"))
     written = {path.name: path.read_text() for path in files}
     kept = {path.name: (ROOT / path.relative_to(tmp_path)).read_text() for path in files}
     assert written == kept, "run `make proto`"

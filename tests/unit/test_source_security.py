@@ -1,4 +1,4 @@
-"""The source code neither unpickles nor evaluates anything, starts no shell, trusts no model code."""
+"""The source neither unpickles nor evaluates anything, starts no shell, trusts no model code."""
 
 from __future__ import annotations
 

@@ -350,7 +350,7 @@ class Learner:
         return remote(self.sender.join).remote()
 
     def send(self, version: int) -> list[Any]:
-        return [remote(self._send).remote(version), remote(lambda: []).remote()]
+        return [remote(self._send).remote(version), remote(list).remote()]
 
     def _send(self, version: int) -> list[WeightBucket]:
         sealed = send(self.sender, version)
