@@ -16,8 +16,10 @@ import pytest
 from pydantic import ValidationError
 
 from rayhf.algorithms.base import SelectionContext
-from rayhf.algorithms.mcts_dpo import MCTSDPO, tree_from_group, verdict, worth
+from rayhf.algorithms.mcts_dpo import MCTSDPO
 from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig, OutcomeConfig
+from rayhf.algorithms.mcts_samples import tree_from_group
+from rayhf.algorithms.mcts_search import outcome_value, parse_verdict
 from rayhf.errors import ConfigError
 from rayhf.exploration.scheduler import RequestScheduler
 from rayhf.run_dir.tables import sample_table
@@ -474,7 +476,7 @@ def test_self_evaluation_adds_the_share_of_yes():
         nodes("yes", template=template)
     with pytest.raises(ValidationError, match="line 1"):
         nodes("yes", template="{{ work")
-    with pytest.raises(ConfigError, match="p0 has no answer"):
+    with pytest.raises(ConfigError, match="p0 has no reference answer"):
         explore(
             config_of(self_evaluation={"template": template, "gold_conditioned_critic": True}),
             answer=None,
@@ -482,8 +484,8 @@ def test_self_evaluation_adds_the_share_of_yes():
 
 
 def test_verdicts():
-    assert verdict("Yes") is True and verdict(' "no"') is False
-    assert [verdict(text) for text in ("yesterday", "", "maybe yes", "1")] == [None] * 4
+    assert parse_verdict("Yes") is True and parse_verdict(' "no"') is False
+    assert [parse_verdict(text) for text in ("yesterday", "", "maybe yes", "1")] == [None] * 4
 
 
 def test_gold_steps_are_added_only_if_configured():
@@ -509,12 +511,17 @@ def test_gold_steps_are_added_only_if_configured():
 
 def test_outcomes():
     plain, graded = OutcomeConfig(), OutcomeConfig(threshold=None)
-    assert [worth(Scored(value=v), plain) for v in (1.0, 0.5, 0.49, -3.0)] == [1.0, 1.0, -1.0, -1.0]
-    assert worth(Scored(value=0.3), graded) == 0.3
+    assert [outcome_value(Scored(value=v), plain) for v in (1.0, 0.5, 0.49, -3.0)] == [
+        1.0,
+        1.0,
+        -1.0,
+        -1.0,
+    ]
+    assert outcome_value(Scored(value=0.3), graded) == 0.3
     assert (
-        worth(Invalid(reason=""), plain) is None
-        and worth(Failed(reason=""), graded) is None
-        and worth(None, plain) is None
+        outcome_value(Invalid(reason=""), plain) is None
+        and outcome_value(Failed(reason=""), graded) is None
+        and outcome_value(None, plain) is None
     )
 
 
