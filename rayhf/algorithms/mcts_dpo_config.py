@@ -1,7 +1,7 @@
 """Settings of MCTS-DPO (Xie et al. 2024, 2405.00451).
 
-Sources of the defaults: "paper" is its text (v2, as reported in summaries of it), "code" is
-YuxiXie/MCTS-DPO at fb23437, "ours" is a choice of this project.
+Sources of the defaults: "paper" is the text of arXiv 2405.00451 (v2), "code" is YuxiXie/MCTS-DPO at
+fb23437, "ours" is a choice of this project.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class OutcomeConfig(Section):
     """The outcome part of R, from the score of a finished completion."""
 
     threshold: float | None = 0.5
-    """Smallest score of a correct completion, for 0/1 verifiers (ours). null: the score itself is
-    the outcome, for graded scorers."""
+    """Smallest score of a correct completion, for 0/1 verifiers. null: the score itself is the
+    outcome, for graded scorers (ours)."""
     correct: float = 1.0
     """Outcome of a correct completion (paper)."""
     wrong: float = -1.0
