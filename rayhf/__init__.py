@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from rayhf.config.schema import CampaignConfig as CampaignConfig
     from rayhf.config.scorers import PairwiseEntryConfig as PairwiseEntryConfig
     from rayhf.config.scorers import PointwiseEntryConfig as PointwiseEntryConfig
+    from rayhf.config.scorers import PairwiseEntryConfig as PairwiseEntryConfig
+    from rayhf.config.scorers import PointwiseEntryConfig as PointwiseEntryConfig
     from rayhf.config.trackers import TrackerConfig as TrackerConfig
+    from rayhf.data.readers import Source as Source
     from rayhf.evaluation.base import Evaluation as Evaluation
     from rayhf.evaluation.base import EvaluationContext as EvaluationContext
     from rayhf.evaluation.base import EvaluationSetup as EvaluationSetup
@@ -59,10 +62,14 @@ if TYPE_CHECKING:
     from rayhf.scorer.protocol import PairwiseScorer as PairwiseScorer
     from rayhf.scorer.protocol import PointwiseScorer as PointwiseScorer
     from rayhf.scorer.protocol import ScorerSetup as ScorerSetup
+    from rayhf.scorer.protocol import PairwiseScorer as PairwiseScorer
+    from rayhf.scorer.protocol import PointwiseScorer as PointwiseScorer
+    from rayhf.scorer.protocol import ScorerSetup as ScorerSetup
     from rayhf.types import Compared as Compared
     from rayhf.types import Completion as Completion
     from rayhf.types import Example as Example
     from rayhf.types import Failed as Failed
+    from rayhf.types import GenerateRequest as GenerateRequest
     from rayhf.types import Group as Group
     from rayhf.types import Invalid as Invalid
     from rayhf.types import Outcome as Outcome
@@ -72,6 +79,7 @@ if TYPE_CHECKING:
     from rayhf.types import Sampling as Sampling
     from rayhf.types import Scored as Scored
     from rayhf.types import ScoreRequest as ScoreRequest
+    from rayhf.types import given_row as given_row
     from rayhf.types import make_row as make_row
 
 _HOMES = {
@@ -97,6 +105,8 @@ _HOMES = {
     "rayhf.config.load": ("load_config",),
     "rayhf.config.schema": ("CampaignConfig",),
     "rayhf.config.scorers": ("PairwiseEntryConfig", "PointwiseEntryConfig"),
+    "rayhf.config.scorers": ("PairwiseEntryConfig", "PointwiseEntryConfig"),
+    "rayhf.data.readers": ("Source",),
     "rayhf.config.trackers": ("TrackerConfig",),
     "rayhf.evaluation.base": ("Evaluation", "EvaluationContext", "EvaluationSetup"),
     "rayhf.losses.base": ("Loss", "LossOutput", "MicroBatch"),
@@ -104,11 +114,13 @@ _HOMES = {
     "rayhf.monitoring.tracking": ("TrackedRun", "Tracker"),
     "rayhf.roles": ("Learner", "Reference", "Rollout", "Scorer"),
     "rayhf.scorer.protocol": ("PairwiseScorer", "PointwiseScorer", "ScorerSetup"),
+    "rayhf.scorer.protocol": ("PairwiseScorer", "PointwiseScorer", "ScorerSetup"),
     "rayhf.types": (
         "Compared",
         "Completion",
         "Example",
         "Failed",
+        "GenerateRequest",
         "Group",
         "Invalid",
         "Outcome",
@@ -118,6 +130,7 @@ _HOMES = {
         "Sampling",
         "ScoreRequest",
         "Scored",
+        "given_row",
         "make_row",
     ),
 }

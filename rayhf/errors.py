@@ -77,7 +77,7 @@ class CheckpointError(RayhfError):
 class SecurityError(RayhfError):
     exit_code = 6
     meaning = "the cluster lets anybody in, or a secret would be where others can read it; nothing was sent"
-    remedy = "start the cluster with RAY_AUTH_MODE=token, keep the token in a file of mode 600 (README, On a cluster)"
+    remedy = "start the cluster with RAY_AUTH_MODE=token, keep the token in a file of mode 600 (docs/security.md)"
 
 
 class NumericalError(RayhfError):

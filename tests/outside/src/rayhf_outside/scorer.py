@@ -8,7 +8,7 @@ from typing import Literal
 import rayhf
 
 
-class ParityConfig(rayhf.PointwiseScorerConfig):
+class ParityConfig(rayhf.PointwiseEntryConfig):
     """Which tokens count."""
 
     type: str = "rayhf_outside.scorer:Parity"
