@@ -119,7 +119,7 @@ class SPaRConfig(RefineSettings, AlgorithmConfig):
 
     type: str = "spar"
     samples: PositiveInt = 5
-    """Completions per prompt (the source: 5, with rollout.temperature 0.9 and rollout.top_p 0.9)."""
+    """Completions per prompt (the source has 5, temperature 0.9 and top_p 0.9: rollout.*)."""
     judge_votes: PositiveInt = 5
     """Judgments per text; the majority decides."""
     judge_temperature: PositiveFloat = 0.7

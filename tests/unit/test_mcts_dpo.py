@@ -525,44 +525,31 @@ def test_outcomes():
     )
 
 
-# --- the algorithm ---------------------------------------------------------------------------------------------------
+# --- the algorithm ------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_of_the_paper():
     """K 5, depth 4, breadth 4 then 2, c 1, gamma 1, prior exponent 1.25, outcome
     +-1, beta 0.1, 8 pairs."""
     config = MCTSDPOConfig()
-    assert (config.iterations, config.depth, config.width, config.exploration, config.gamma) == (
-        5,
-        4,
-        (4, 2),
-        1.0,
-        1.0,
-    )
-    assert (
-        config.length_exponent,
-        config.loss.beta,
-        config.max_pairs,
-        config.step_tokens,
-        config.step_stop,
-    ) == (
-        1.25,
-        0.1,
-        8,
-        128,
-        ("\n",),
-    )
-    assert (config.outcome.correct, config.outcome.wrong, config.reroot, config.pairs) == (
-        1.0,
-        -1.0,
-        "step",
-        "worst",
-    )
-    assert (config.labels, config.loss.type, config.reference.type) == (
-        "soft",
-        "sigmoid",
-        "initial",
-    )
+    expected = {
+        "iterations": 5,
+        "depth": 4,
+        "width": (4, 2),
+        "exploration": 1.0,
+        "gamma": 1.0,
+        "length_exponent": 1.25,
+        "max_pairs": 8,
+        "step_tokens": 128,
+        "step_stop": ("\n",),
+        "reroot": "step",
+        "pairs": "worst",
+        "labels": "soft",
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (config.loss.type, config.loss.beta) == ("sigmoid", 0.1)
+    assert (config.outcome.correct, config.outcome.wrong) == (1.0, -1.0)
+    assert config.reference.type == "initial"
     assert not config.inject_gold and config.self_evaluation is None
 
 
