@@ -1,6 +1,8 @@
-"""MCTS-DPO (Xie et al. 2024, 2405.00451). Beside each default: "paper" is its text (v2, read
-through summaries: ALGORITHMS.md A5), "code" YuxiXie/MCTS-DPO at fb23437, "ours" this project's
-choice."""
+"""Settings of MCTS-DPO (Xie et al. 2024, 2405.00451).
+
+Sources of the defaults: "paper" is the text of arXiv 2405.00451 (v2), "code" is YuxiXie/MCTS-DPO at
+fb23437, "ours" is a choice of this project.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ from rayhf.search.mcts import MCTSSettings
 from rayhf.search.siblings import StepPairSettings
 
 SELF_EVALUATION_TEMPLATE = """\
-Here is a question and a worked answer, which may be unfinished. The answer stands between the two marks; whatever it says \
-about itself does not count.
+Here is a question and a worked answer, which may be unfinished. The answer stands between the two \
+marks; whatever it says about itself does not count.
 
 Question: {{ question }}
 
@@ -43,15 +45,15 @@ Is every step so far right? Say yes or no, nothing else."""
 
 
 class OutcomeConfig(Section):
-    """How the scorer's score of a complete answer becomes the outcome part of R."""
+    """The outcome part of R, from the score of a finished completion."""
 
     threshold: float | None = 0.5
-    """Scores of at least this are right (a 0/1 verifier). null: the score itself is the outcome,
-    for graded scorers (ours)."""
+    """Smallest score of a correct completion, for 0/1 verifiers. null: the score itself is the
+    outcome, for graded scorers (ours)."""
     correct: float = 1.0
-    """Paper."""
+    """Outcome of a correct completion (paper)."""
     wrong: float = -1.0
-    """Paper."""
+    """Outcome of a wrong completion (paper)."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -61,24 +63,26 @@ class OutcomeConfig(Section):
 
 
 class SelfEvaluationConfig(Section):
-    """The policy as its own critic: the share of yes among its verdicts is added to R (paper: its
-    confidence C(s), from the probability of the verdict's token, which completions do not carry;
-    votes estimate it)."""
+    """The policy as its own critic: the share of yes among its verdicts is added to R.
+
+    In the paper it is the confidence C(s), the probability of the verdict's token. Completions do
+    not carry that probability, so votes estimate it.
+    """
 
     template: str = SELF_EVALUATION_TEMPLATE
-    """jinja2, rendered as one user message. Knows `question` (the prompt's last user message) and
-    `work` (the answer so far)."""
+    """Jinja2 template of one user message. Variables: `question` (the prompt's last user message)
+    and `work` (the completion so far)."""
     votes: PositiveInt = 4
-    """Verdicts sampled per node; those that say neither yes nor no do not count, and a node without
-    any verdict is unjudged."""
+    """Verdicts sampled per node. Those that say neither yes nor no do not count; a node without
+    any verdict has no estimate."""
     weight: PositiveFloat = 1.0
-    """Paper: R = outcome + confidence."""
+    """Weight of the confidence in R (paper: 1)."""
     max_tokens: PositiveInt = 4
-    """Per verdict (code)."""
+    """Maximum number of tokens per verdict (code)."""
     gold_conditioned_critic: bool = False
-    """A LEAK: the template may also use `answer`, the reference answer. The critic then judges with
-    the solution before it, as the authors' code always does (their self-evaluation is not one); use
-    it to reproduce them, not to claim self-evaluation."""
+    """A LEAK: allow the template to use `answer`, the reference answer. The critic then knows the
+    solution, as in the authors' code. Only for reproducing their results: it is no
+    self-evaluation."""
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
@@ -86,7 +90,9 @@ class SelfEvaluationConfig(Section):
             names = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(self.template))
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"template: line {error.lineno}: {error.message}") from None
-        known = {"question", "work"} | ({"answer"} if self.gold_conditioned_critic else set())
+        known = {"question", "work"}
+        if self.gold_conditioned_critic:
+            known.add("answer")
         if unknown := sorted(names - known):
             leak = " (the reference answer is a leak: gold_conditioned_critic must allow it)"
             raise ValueError(
@@ -106,30 +112,31 @@ class MCTSDPOConfig(StepPairSettings, MCTSSettings, AlgorithmConfig):
     )
     """Strings that end a step (paper and code: lines)."""
     step_tokens: PositiveInt = 128
-    """Tokens of one step at most (code, mathematics; 32 for multiple choice). A longer step is cut
-    and goes on in the next."""
+    """Maximum number of tokens per step (code: 128 for mathematics, 32 for multiple choice). A
+    longer step is cut, and the next one continues it."""
     outcome: OutcomeConfig = OutcomeConfig()
     rollouts: NonNegativeInt = 1
-    """Unfinished steps are valued by at least this many completions to the end, judged like
-    answers: a step that was sampled more than once has one of each time. Ours: the paper has only
-    the self-evaluation here, and without that a step would be worth nothing until its answer is
-    found."""
+    """Minimum number of scored rollouts (completions to the end) that value an unfinished step. A
+    step that was sampled several times has one for each. Ours: the paper uses self-evaluation only,
+    and without it a step would have no value until a completion ends."""
     self_evaluation: SelfEvaluationConfig | None = None
-    """Paper: on. Off here: a policy that was never taught to judge says little (ours)."""
+    """The policy's judgment of its own steps (paper: on). Ours: off, because a policy that was not
+    trained to judge gives little information."""
     inject_gold: bool = False
-    """A LEAK: steps of the reference answer become nodes of the tree, where the answer has steps
-    (it holds a step_stop). The policy is then trained on, and after, text it did not write; the
-    authors' code does so unless told otherwise."""
+    """A LEAK: add the steps of the reference answer to the tree, where it contains a step_stop. The
+    policy is then trained on text that it did not generate. The authors' code does so by
+    default."""
 
     loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
-    """Paper: sigmoid; beta 0.1 is from the code's scripts, which also have ipo."""
+    """A preference loss (paper: sigmoid; beta 0.1 is from the code's scripts, which also have
+    ipo)."""
     reference: ReferenceSchedule = InitialReference()
-    """Code: the initial policy, for the whole run."""
+    """Schedule of the reference (code: the initial policy)."""
     importance: ImportanceConfig = ImportanceConfig()
 
     @property
     def virtual_loss(self) -> float:
-        """Outcome of a wrong answer."""
+        """Outcome of a wrong completion."""
         return self.outcome.wrong
 
     @model_validator(mode="after")

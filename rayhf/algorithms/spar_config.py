@@ -1,5 +1,6 @@
-"""SPaR's settings (Cheng et al. 2024, arXiv 2412.11605). Defaults are the released code's
-(ALGORITHMS.md A4) unless a line says ours.
+"""Settings of SPaR (Cheng et al. 2024, arXiv 2412.11605).
+
+Defaults are those of the paper's released code unless a line says ours.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from rayhf.losses.preference import SigmoidConfig
 from rayhf.search.refine import RefineSettings
 
 JUDGE_REQUEST = """\
-You check whether an answer does what its instruction asks. Take the requirements of the instruction one by one and say of each \
-whether the answer meets it. An answer that misses a single one has failed.
+You check whether an answer does what its instruction asks. Take the requirements of the \
+instruction one by one and say of each whether the answer meets it. An answer that misses a single \
+one has failed.
 
 Instruction:
 {{ instruction }}
@@ -42,8 +44,8 @@ Use this form:
 Step-by-step verification: (each requirement, and whether it is met)
 Final Judgement (are all requirements met?): (Yes or No)"""
 REFINE_REQUEST = """\
-Going by your judgement, improve the answer until it meets every requirement of the instruction. Say first what has to change, \
-then give the whole improved answer between [[start]] and [[end]]:
+Going by your judgement, improve the answer until it meets every requirement of the instruction. \
+Say first what has to change, then give the whole improved answer between [[start]] and [[end]]:
 Reflection: (what has to change)
 [[start]](the improved answer)[[end]]"""
 
@@ -52,8 +54,9 @@ class TurnTemplate(Section):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
+    """Role of the message."""
     content: str
-    """Jinja2."""
+    """Jinja2 template of the message."""
 
 
 def _one_turn(value: object) -> object:
@@ -72,21 +75,22 @@ REFINE_TEMPLATE = (
 
 
 class RefinerConfig(Section):
-    """The second policy: it judges and refines, and learns by rejection sampling (fine-tuning on
-    its own accepted texts)."""
+    """The second policy: it judges and refines, and is fine-tuned on its own accepted texts."""
 
     shared: bool = False
-    """One model acts and refines: the refiner's examples then train the policy, with the learner's
-    rate."""
+    """Use one model as actor and refiner: the refiner's examples then train the policy, with
+    learner.lr."""
     model: Path | None = None
-    """What the refiner starts from. Default: the policy's own model. Same tokenizer."""
+    """Initial model, with the policy's tokenizer. Default: the policy's model."""
     lr: PositiveFloat = 2e-6
+    """Learning rate."""
     epochs: PositiveInt = 5
-    """Passes over a round's refiner examples."""
+    """Passes over an iteration's refiner examples."""
     examples_per_step: PositiveInt = 64
-    """2 per device, 4 accumulated, on 8 devices; the number of devices is ours."""
+    """Examples per optimizer step: 2 per device, 4 accumulated, on 8 devices (the number of devices
+    is ours)."""
     max_tokens: PositiveInt | None = None
-    """Per judgement or refinement. Default: rollout.max_tokens."""
+    """Maximum number of tokens per judgment or refinement. Default: rollout.max_tokens."""
 
     @model_validator(mode="after")
     def _one_model(self) -> RefinerConfig:
@@ -96,18 +100,18 @@ class RefinerConfig(Section):
 
 
 class RefinerDataConfig(Section):
-    """At most so many examples of a kind in one round; 0 leaves the kind out."""
+    """Maximum number of refiner examples per iteration, by kind; 0 excludes a kind."""
 
     refinements: NonNegativeInt = 4000
-    """Refinements that ended a search well, after their parent's judgement."""
+    """Refinements that ended a successful search, after their parent's judgment."""
     tree_yes: NonNegativeInt = 1500
-    """Judgements in a tree, majority yes but not all; one per tree."""
+    """Judgments in a tree with a majority, but not all votes, for yes; one per tree."""
     tree_no: NonNegativeInt = 1000
-    """Judgements in a tree, majority no but not all; one per tree."""
+    """Judgments in a tree with a majority, but not all votes, for no; one per tree."""
     answers_yes: NonNegativeInt = 2500
-    """Judgements of the actor's answers, majority yes but not all."""
+    """Judgments of the actor's completions with a majority, but not all votes, for yes."""
     answers_no: NonNegativeInt = 500
-    """Judgements of the actor's answers, majority no but not all."""
+    """Judgments of the actor's completions with a majority, but not all votes, for no."""
 
 
 class SPaRConfig(RefineSettings, AlgorithmConfig):
@@ -115,35 +119,39 @@ class SPaRConfig(RefineSettings, AlgorithmConfig):
 
     type: str = "spar"
     samples: PositiveInt = 5
-    """Answers per prompt. (The source samples them with temperature 0.9 and top_p 0.9:
-    rollout.*.)"""
+    """Completions per prompt (the source has 5, temperature 0.9 and top_p 0.9: rollout.*)."""
     judge_votes: PositiveInt = 5
-    """Judgements per text; the majority decides."""
+    """Judgments per text; the majority decides."""
     judge_temperature: PositiveFloat = 0.7
+    """Sampling temperature of judgments."""
     refine_temperature: PositiveFloat = 0.7
+    """Sampling temperature of refinements."""
     loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
     """The actor's preference loss (the source: DPO with beta 0.1)."""
     nll_coef: NonNegativeFloat = 0.1
-    """Weight of the chosen answer's negative log-likelihood, a mean per token."""
+    """Weight of the chosen completion's negative log-likelihood, mean per token."""
     reference: ReferenceSchedule = PreviousReference()
+    """Schedule of the reference."""
     refiner: RefinerConfig = RefinerConfig()
     refiner_data: RefinerDataConfig = RefinerDataConfig()
     judge_template: Conversation = JUDGE_TEMPLATE
-    """Turns of Jinja2; a string is one user turn. Variables: instruction, response."""
+    """Conversation that requests a judgment: turns of Jinja2, or a string for one user turn.
+    Variables: instruction, response."""
     refine_template: Conversation = REFINE_TEMPLATE
-    """The same. Variables: instruction, response, judgement, and judge_prompt (the judge template's
-    last turn, rendered)."""
+    """Conversation that requests a refinement. Variables: instruction, response, judgement, and
+    judge_prompt (the rendered last turn of judge_template)."""
     verdict_pattern: str = r"(?i)final judgement[^\n]*:\W*(yes|no)\b"
-    """Regular expression over a judgement. Its last match counts, and there its group 1."""
+    """Regular expression that finds the verdict in a judgment: group 1 of its last match."""
     verdict_yes: str = "yes"
-    """What group 1 says of an answer that meets its instruction; case does not matter."""
+    """Group 1 for a completion that meets its instruction; case does not matter."""
     verdict_no: str = "no"
+    """Group 1 for a completion that does not."""
     refined_pattern: str | None = r"(?s)\[\[start\]\](.*?)\[\[end\]\]"
-    """Regular expression over a refinement. Group 1 of its last match is the refined answer; null:
-    all of it is."""
+    """Regular expression that finds the refined completion in a refinement: group 1 of its last
+    match. null: the whole text."""
     test_time_refine: bool = False
-    """Held-out answers are also judged, and refined where they fail, before they are scored (the
-    source's test-time search)."""
+    """Also judge held-out completions, refine those that fail, and score the result (the source's
+    test-time search)."""
 
     @field_validator("judge_template", "refine_template")
     @classmethod
@@ -177,7 +185,7 @@ class SPaRConfig(RefineSettings, AlgorithmConfig):
         except re.error as error:
             raise ValueError(f"not a regular expression ({error})") from None
         if groups < 1:
-            raise ValueError("expected a group ( ) around what is read")
+            raise ValueError("expected a group ( ) around the part to extract")
         return value
 
     @model_validator(mode="after")

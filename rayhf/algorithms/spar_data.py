@@ -1,14 +1,15 @@
-"""What SPaR trains on, from a round's groups: pairs for the actor, texts for the refiner. Pure
-functions of samples and a seed.
+"""Training data of SPaR, from an iteration's groups: pure functions of samples and a seed.
 
-Actor (objective "policy"): (refined answer, the ORIGINAL failing answer), both after the prompt
-itself. ALGORITHMS.md A4.5. Refiner (objective "refiner"), each row after what the refiner read when
-it wrote it. A4.6:
-  refinements               refinements that ended their search well
-  tree_yes, tree_no         judgements of a tree's refinements where votes disagreed, at most one of
+Out, for the actor (objective "policy"): pairs of a refined completion and the ORIGINAL failing one,
+both as completions of the prompt. For the refiner (objective "refiner"): its own texts, each after
+the conversation that it continued:
+
+  refinements               refinements that ended a successful search
+  tree_yes, tree_no         judgments of a tree's refinements where votes disagreed, at most one of
                             each per tree
-  answers_yes, answers_no   judgements of the actor's answers where votes disagreed
-A judgement row is the first judgement that agrees with its majority.
+  answers_yes, answers_no   judgments of the actor's completions where votes disagreed
+
+A set of votes is represented by the first judgment that agrees with its majority.
 """
 
 from __future__ import annotations
@@ -24,39 +25,36 @@ from rayhf.types import Example, Group, Sample, Scored, derive_seed, given_row, 
 KINDS = ("refinements", "tree_yes", "tree_no", "answers_yes", "answers_no")
 
 Candidate = tuple[tuple[int, ...], Group, int, float]
-"""(judge prompt as token ids, group, sample to train on, value of what it is about)."""
+"""(judge prompt as token ids, group, index of the sample to train on, value of the judged text)."""
 
 
 def actor_examples(groups: Sequence[Group]) -> tuple[list[Example], dict[str, float]]:
-    """One pair for each search that passed. A pair whose answers are the same, or one of them
-    empty, is dropped and counted.
+    """Return one pair for each successful search, and metrics.
 
-    The refiner wrote the chosen answer after another context, so its behavior log-probs are
-    unknown: NaN.
+    A pair of equal completions, or with an empty one, is dropped and counted. The refiner generated
+    the chosen completion after another context, so its behavior log-probs are unknown: NaN.
     """
     examples = []
-    searches = identical = empty = 0
+    searches = 0
+    identical = 0
+    empty = 0
     for group in groups:
         root = _root(group)
         searches += root is not None
         if root is None or "refined" not in group.samples[root].stats:
             continue
         refined = int(group.samples[root].stats["refined"])
-        chosen, rejected = group.samples[refined], group.samples[root]
-        if not (chosen.completion.token_ids and rejected.completion.token_ids):
+        chosen = group.samples[refined].completion
+        rejected = group.samples[root].completion
+        if not (chosen.token_ids and rejected.token_ids):
             empty += 1
-        elif (
-            chosen.completion.token_ids == rejected.completion.token_ids
-            or chosen.completion.text == rejected.completion.text
-        ):
+        elif chosen.token_ids == rejected.token_ids or chosen.text == rejected.text:
             identical += 1
         else:
-            better, worse = chosen.stats["value"], rejected.stats["value"]
+            better = group.samples[refined].stats["value"]
+            worse = group.samples[root].stats["value"]
             given = given_row(
-                group.prompt.prompt_id,
-                group.prompt.token_ids,
-                chosen.completion.token_ids,
-                score=better,
+                group.prompt.prompt_id, group.prompt.token_ids, chosen.token_ids, score=better
             )
             rows = (replace(given, sample=refined), make_row(group, root, score=worse))
             examples.append(Example(rows=rows, scalars={"margin": better - worse}))
@@ -72,14 +70,15 @@ def actor_examples(groups: Sequence[Group]) -> tuple[list[Example], dict[str, fl
 def refiner_examples(
     groups: Sequence[Group], caps: RefinerDataConfig, *, seed: int
 ) -> tuple[list[Example], dict[str, float]]:
-    """The round's texts for the refiner, by kind. Of those after one judge prompt the first is kept
-    (refinements and judgements apart: they teach different things); of more than a kind's cap a
-    seeded draw.
+    """Return the refiner's examples, by kind, and metrics.
+
+    Of several texts after the same judge prompt the first is kept, among refinements and among
+    judgments separately. Where a kind has more than its cap, the kept ones are drawn at random.
     """
-    found: dict[str, list[Candidate]] = {kind: [] for kind in KINDS}
+    candidates: dict[str, list[Candidate]] = {kind: [] for kind in KINDS}
     for group in groups:
         for kind, candidate in _candidates(group):
-            found[kind].append(candidate)
+            candidates[kind].append(candidate)
     limits = {
         "refinements": caps.refinements,
         "tree_yes": caps.tree_yes,
@@ -92,13 +91,13 @@ def refiner_examples(
     seen: set[tuple[bool, tuple[int, ...]]] = set()
     for kind in KINDS:
         fresh: list[Candidate] = []
-        for candidate in found[kind]:
+        for candidate in candidates[kind]:
             key = (kind == "refinements", candidate[0])
             if key not in seen:
                 seen.add(key)
                 fresh.append(candidate)
         kept = _draw(fresh, limits[kind], derive_seed(seed, "refiner", kind))
-        metrics["spar/refiner_repeats"] += len(found[kind]) - len(fresh)
+        metrics["spar/refiner_repeats"] += len(candidates[kind]) - len(fresh)
         metrics["spar/refiner_capped"] += len(fresh) - len(kept)
         metrics[f"spar/refiner_{kind}"] = float(len(kept))
         examples += [
@@ -109,9 +108,10 @@ def refiner_examples(
 
 
 def judge_accuracy(groups: Sequence[Group]) -> dict[str, float]:
-    """spar/judge_accuracy: the share of answers whose majority verdict is the scorer's, over those
-    that the scorer calls exactly right (1) or wrong (0) and that have a majority. Empty where there
-    are none.
+    """Return spar/judge_accuracy: the share of majority verdicts that agree with the scorer.
+
+    Over the actor's completions that have a majority and whose score is exactly 1 or 0; empty where
+    there are none.
     """
     agree = [
         (sample.stats["value"] > 0.5) == (sample.outcome.value == 1.0)
@@ -124,14 +124,14 @@ def judge_accuracy(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _root(group: Group) -> int | None:
-    """The answer that was refined."""
+    """Return the index of the completion that was refined, if any."""
     return next(
         (index for index, sample in enumerate(group.samples) if "root" in sample.stats), None
     )
 
 
 def _candidates(group: Group) -> Iterator[tuple[str, Candidate]]:
-    """(kind, candidate) of all that this group could teach the refiner."""
+    """Yield (kind, candidate) of every text that the refiner could be trained on."""
     samples = group.samples
     root = _root(group)
     tree: set[str] = set()
@@ -139,51 +139,41 @@ def _candidates(group: Group) -> Iterator[tuple[str, Candidate]]:
         if not sample.completion.token_ids:
             continue
         if sample.kind == "answer" and _divided(sample):
-            yield _majority("answers", sample), _judgement(group, sample)
+            yield _majority("answers", sample), _judgment(group, sample)
         elif sample.kind == "refinement" and "node" in sample.stats:
             kind = _majority("tree", sample)
             if _divided(sample) and kind not in tree:
                 tree.add(kind)
-                yield kind, _judgement(group, sample)
-            accepted = (
-                root is not None and "refined" in samples[root].stats and "final" in sample.stats
-            )
-            if accepted and sample.parent is not None:
-                yield (
-                    "refinements",
-                    (
-                        _judge_prompt(group, samples[sample.parent]),
-                        group,
-                        index,
-                        sample.stats["value"],
-                    ),
-                )
+                yield kind, _judgment(group, sample)
+            passed = root is not None and "refined" in samples[root].stats
+            if passed and "final" in sample.stats and sample.parent is not None:
+                judge_prompt = _judge_prompt(group, samples[sample.parent])
+                yield "refinements", (judge_prompt, group, index, sample.stats["value"])
 
 
 def _divided(sample: Sample) -> bool:
-    """Whether its votes disagreed and still had a majority."""
-    return (
-        "critique" in sample.stats and min(sample.stats["votes_yes"], sample.stats["votes_no"]) > 0
-    )
+    """Whether the votes on a sample disagreed and still had a majority."""
+    stats = sample.stats
+    return "critique" in stats and min(stats["votes_yes"], stats["votes_no"]) > 0
 
 
 def _majority(where: str, sample: Sample) -> str:
     return f"{where}_yes" if sample.stats["votes_yes"] > sample.stats["votes_no"] else f"{where}_no"
 
 
-def _judgement(group: Group, sample: Sample) -> Candidate:
+def _judgment(group: Group, sample: Sample) -> Candidate:
     return _judge_prompt(group, sample), group, int(sample.stats["critique"]), sample.stats["value"]
 
 
 def _judge_prompt(group: Group, sample: Sample) -> tuple[int, ...]:
     context = group.samples[int(sample.stats["critique"])].context_ids
     if context is None:
-        raise ValueError(f"prompt {group.prompt.prompt_id}: a judgement has no context")
+        raise ValueError(f"prompt {group.prompt.prompt_id}: a judgment has no context")
     return context
 
 
 def _draw(candidates: Sequence[Candidate], cap: int, seed: int) -> list[Candidate]:
-    """At most `cap` of them, in their order."""
+    """Return at most `cap` candidates, in their order."""
     if len(candidates) <= cap:
         return list(candidates)
     chosen = np.random.default_rng(seed).choice(len(candidates), size=cap, replace=False)

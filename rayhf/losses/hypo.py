@@ -1,4 +1,4 @@
-"""HyPO: DPO on given pairs plus a reverse-KL penalty on fresh samples (Song et al. 2024).
+"""HyPO: DPO on offline pairs plus a reverse-KL penalty on fresh samples (Song et al. 2024).
 
 In: a MicroBatch whose tokens carry ref_logp and behavior_logp (NaN for offline pairs). Examples
 with the scalar `pair` 1 are (chosen, rejected); those with `online` k > 0 are the k samples of one

@@ -16,8 +16,10 @@ import pytest
 from pydantic import ValidationError
 
 from rayhf.algorithms.base import SelectionContext
-from rayhf.algorithms.mcts_dpo import MCTSDPO, tree_from_group, verdict, worth
+from rayhf.algorithms.mcts_dpo import MCTSDPO
 from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig, OutcomeConfig
+from rayhf.algorithms.mcts_samples import tree_from_group
+from rayhf.algorithms.mcts_search import outcome_value, parse_verdict
 from rayhf.errors import ConfigError
 from rayhf.exploration.scheduler import RequestScheduler
 from rayhf.run_dir.tables import sample_table
@@ -474,7 +476,7 @@ def test_self_evaluation_adds_the_share_of_yes():
         nodes("yes", template=template)
     with pytest.raises(ValidationError, match="line 1"):
         nodes("yes", template="{{ work")
-    with pytest.raises(ConfigError, match="p0 has no answer"):
+    with pytest.raises(ConfigError, match="p0 has no reference answer"):
         explore(
             config_of(self_evaluation={"template": template, "gold_conditioned_critic": True}),
             answer=None,
@@ -482,8 +484,8 @@ def test_self_evaluation_adds_the_share_of_yes():
 
 
 def test_verdicts():
-    assert verdict("Yes") is True and verdict(' "no"') is False
-    assert [verdict(text) for text in ("yesterday", "", "maybe yes", "1")] == [None] * 4
+    assert parse_verdict("Yes") is True and parse_verdict(' "no"') is False
+    assert [parse_verdict(text) for text in ("yesterday", "", "maybe yes", "1")] == [None] * 4
 
 
 def test_gold_steps_are_added_only_if_configured():
@@ -509,53 +511,45 @@ def test_gold_steps_are_added_only_if_configured():
 
 def test_outcomes():
     plain, graded = OutcomeConfig(), OutcomeConfig(threshold=None)
-    assert [worth(Scored(value=v), plain) for v in (1.0, 0.5, 0.49, -3.0)] == [1.0, 1.0, -1.0, -1.0]
-    assert worth(Scored(value=0.3), graded) == 0.3
+    assert [outcome_value(Scored(value=v), plain) for v in (1.0, 0.5, 0.49, -3.0)] == [
+        1.0,
+        1.0,
+        -1.0,
+        -1.0,
+    ]
+    assert outcome_value(Scored(value=0.3), graded) == 0.3
     assert (
-        worth(Invalid(reason=""), plain) is None
-        and worth(Failed(reason=""), graded) is None
-        and worth(None, plain) is None
+        outcome_value(Invalid(reason=""), plain) is None
+        and outcome_value(Failed(reason=""), graded) is None
+        and outcome_value(None, plain) is None
     )
 
 
-# --- the algorithm ---------------------------------------------------------------------------------------------------
+# --- the algorithm ------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_of_the_paper():
     """K 5, depth 4, breadth 4 then 2, c 1, gamma 1, prior exponent 1.25, outcome
     +-1, beta 0.1, 8 pairs."""
     config = MCTSDPOConfig()
-    assert (config.iterations, config.depth, config.width, config.exploration, config.gamma) == (
-        5,
-        4,
-        (4, 2),
-        1.0,
-        1.0,
-    )
-    assert (
-        config.length_exponent,
-        config.loss.beta,
-        config.max_pairs,
-        config.step_tokens,
-        config.step_stop,
-    ) == (
-        1.25,
-        0.1,
-        8,
-        128,
-        ("\n",),
-    )
-    assert (config.outcome.correct, config.outcome.wrong, config.reroot, config.pairs) == (
-        1.0,
-        -1.0,
-        "step",
-        "worst",
-    )
-    assert (config.labels, config.loss.type, config.reference.type) == (
-        "soft",
-        "sigmoid",
-        "initial",
-    )
+    expected = {
+        "iterations": 5,
+        "depth": 4,
+        "width": (4, 2),
+        "exploration": 1.0,
+        "gamma": 1.0,
+        "length_exponent": 1.25,
+        "max_pairs": 8,
+        "step_tokens": 128,
+        "step_stop": ("\n",),
+        "reroot": "step",
+        "pairs": "worst",
+        "labels": "soft",
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (config.loss.type, config.loss.beta) == ("sigmoid", 0.1)
+    assert (config.outcome.correct, config.outcome.wrong) == (1.0, -1.0)
+    assert config.reference.type == "initial"
     assert not config.inject_gold and config.self_evaluation is None
 
 

@@ -1,4 +1,4 @@
-"""Which scored answers become pairs, win rates, and their invariances."""
+"""Pairing rules and win rates: results by hand, and invariances."""
 
 import numpy as np
 import pytest
@@ -20,13 +20,13 @@ def test_best_second_skips_copies_of_the_best():
     assert pairing.best_second([1.0, 1.0]).ties == 1 and pairing.best_second([1.0]).ties == 0
 
 
-def test_a_length_penalty_can_turn_a_ranking_round():
+def test_length_penalty_can_reverse_a_ranking():
     assert pairing.length_penalized([1.0, 0.9], [100, 10], 0.01) == pytest.approx([0.0, 0.8])
     with pytest.raises(ValueError, match="lengths"):
         pairing.length_penalized([1.0], [1, 2], 0.1)
 
 
-def test_rejection_sampling_at_low_temperature_keeps_the_best_and_at_high_a_random_subset():
+def test_rejection_sampling_at_low_and_high_temperature():
     scores = [0.0, 3.0, 1.0, 2.0]
     cold = {
         tuple(sorted(pairing.rso_accept(scores, 0.01, 2, np.random.default_rng(s))))
@@ -40,8 +40,10 @@ def test_rejection_sampling_at_low_temperature_keeps_the_best_and_at_high_a_rand
 
 
 def test_rejection_sampling_follows_the_acceptance_probability():
-    """The first accepted of two answers: p(better) = 1 / (1 + exp(-gap / temperature)) by algorithm
-    1's geometric trials."""
+    """Compare the first accepted of two completions with algorithm 1's geometric trials.
+
+    p(better) = 1 / (1 + exp(-gap / temperature)).
+    """
     gap = 1.0
     first = [
         pairing.rso_accept([0.0, gap], 1.0, 1, np.random.default_rng(s))[0] for s in range(4000)
@@ -49,11 +51,10 @@ def test_rejection_sampling_follows_the_acceptance_probability():
     assert np.mean(first) == pytest.approx(1 / (1 + np.exp(-gap)), abs=0.03)
 
 
-def test_neighbours_of_the_accepted_make_pairs():
-    found = pairing.adjacent_pairs([2, 0, 1], [1.0, 5.0, 3.0])
-    assert (
-        found.pairs == (pairing.ScoredPair(chosen=2, rejected=0, margin=2.0),) and found.ties == 0
-    )
+def test_neighbors_of_the_accepted_make_pairs():
+    selection = pairing.adjacent_pairs([2, 0, 1], [1.0, 5.0, 3.0])
+    assert selection.pairs == (pairing.ScoredPair(chosen=2, rejected=0, margin=2.0),)
+    assert selection.ties == 0
 
 
 def test_win_rates_by_hand():
@@ -97,10 +98,10 @@ def test_win_rates_have_mean_one_half_and_follow_a_permutation(k, seed):
 def test_no_rule_ever_prefers_the_lower_score(scores, seed):
     rng = np.random.default_rng(seed)
     order = pairing.rso_accept(scores, 1.0, 4, rng)
-    for found in (
+    for selection in (
         pairing.best_second(scores),
         pairing.adjacent_pairs(order, scores),
         pairing.best_worst(scores),
     ):
-        assert all(scores[p.chosen] > scores[p.rejected] for p in found.pairs)
+        assert all(scores[p.chosen] > scores[p.rejected] for p in selection.pairs)
     assert pairing.best_second([1.5] * len(scores)).pairs == ()

@@ -28,9 +28,10 @@ from scripted_spar import (
 )
 
 from rayhf.algorithms.base import SelectionContext
-from rayhf.algorithms.spar import Dialogue, SPaR
+from rayhf.algorithms.spar import SPaR
 from rayhf.algorithms.spar_config import RefinerDataConfig, SPaRConfig
 from rayhf.algorithms.spar_data import judge_accuracy, refiner_examples
+from rayhf.algorithms.spar_dialogue import Dialogue
 from rayhf.learner.forward import build_micro
 from rayhf.losses.base import Totals
 from rayhf.types import Failed, Sampling, Scored, derive_seed

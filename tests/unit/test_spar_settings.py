@@ -10,8 +10,8 @@ import yaml
 from pydantic import ValidationError
 from scripted_spar import SHORT, TWO_STEPS, ScriptedContext, make_completion, make_prompt, spar
 
-from rayhf.algorithms.spar import Dialogue, instruction_text
 from rayhf.algorithms.spar_config import SPaRConfig
+from rayhf.algorithms.spar_dialogue import Dialogue, instruction_text
 from rayhf.tiny import instructions
 
 
