@@ -1,12 +1,13 @@
-"""Text from elsewhere, safe to print: what a model, a scorer or a file wrote must not steer a
-terminal."""
+"""Text of models, scorers and files, made safe to print: it must not control a terminal."""
 
 from __future__ import annotations
 
 
 def plain(text: str) -> str:
-    """`text` with every character spelled out that is neither printable nor a line break or tab: an
-    escape becomes \\x1b."""
+    """Return `text` with every character escaped that is not printable, a line break or a tab.
+
+    An escape character becomes \\x1b.
+    """
     if text.isprintable():
         return text
     return "".join(

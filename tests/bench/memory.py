@@ -27,12 +27,11 @@ from rayhf.config.schema import LearnerConfig, ReferenceConfig, RolloutConfig
 from rayhf.planning.memory import (
     GIB,
     Memory,
-    Shape,
     engine_memory,
     learner_memory,
-    read_shape,
     reference_memory,
 )
+from rayhf.planning.shape import Shape, read_shape
 from tests.bench.results import put_section
 
 LENGTH = 256

@@ -13,14 +13,15 @@ from typing import Any
 
 import ray
 
+from actors.process import process_info
 from actors.rollout import RolloutPool
-from actors.supervise import SupervisedActor, SupervisionLimits, process_info
+from actors.supervise import SupervisedActor, SupervisionLimits
 from actors.transport import ObjectStore
 from rayhf.types import Completion, GenerateRequest, Sampling
 
 IN_FLIGHT = 512
 CALLS = 4096
-PLACES = 1 << 20
+MAX_NUM_SEQS = 1 << 20
 """Of the actor: every request that comes alone is a call of its own."""
 
 
@@ -75,7 +76,8 @@ async def cost_us(length: int, samples: int, hand: int) -> float:
         "engine", lambda: create(length), limits=SupervisionLimits(stall_s=300.0, restarts=0)
     )
     await one.start()
-    pool = RolloutPool([one], ObjectStore([one], timeout_s=600.0), places=PLACES, timeout_s=600.0)
+    transport = ObjectStore([one], timeout_s=600.0)
+    pool = RolloutPool([one], transport, max_num_seqs=MAX_NUM_SEQS, timeout_s=600.0)
     waiting = iter(range(CALLS // hand))
 
     async def ask() -> None:

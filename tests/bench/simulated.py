@@ -26,7 +26,8 @@ import numpy as np
 import ray
 
 from actors.rollout import RolloutPool
-from actors.supervise import ProcessInfo, SupervisedActor, SupervisionLimits
+from actors.supervise import SupervisedActor, SupervisionLimits
+from actors.process import ProcessInfo
 from actors.transport import ObjectStore
 from rayhf.errors import StaleWeightsError
 from rayhf.types import (
@@ -291,11 +292,8 @@ class Engine:
         return self._soon(None, self.world.sync_s)
 
 
-class Crew(SupervisedActor):
-    """Real supervision of engines that have no process to end."""
-
-    async def _end(self, actor: Any, where: ProcessInfo | None, *, stacks: bool) -> None:
-        return None
+async def no_process(actor: Any, process: Any, *, graceful: bool, stacks: Any) -> None:
+    """Nothing to terminate: the engines have no processes."""
 
 
 async def engines(world: World, meter: Meter) -> RolloutPool:
@@ -310,12 +308,15 @@ async def engines(world: World, meter: Meter) -> RolloutPool:
         await asyncio.sleep(world.restart_s)
 
     limits = SupervisionLimits(stall_s=300.0, restarts=1_000)
-    crew = [
-        Crew(f"rollout engine {i}", partial(create, i), built, limits=limits)
+    members = [
+        SupervisedActor(
+            f"rollout engine {i}", partial(create, i), built, limits=limits, terminate=no_process
+        )
         for i in range(world.engines)
     ]
-    await asyncio.gather(*(one.start() for one in crew))
-    return RolloutPool(crew, ObjectStore(crew, timeout_s=1e6), places=world.slots, timeout_s=1e6)
+    await asyncio.gather(*(one.start() for one in members))
+    transport = ObjectStore(members, timeout_s=1e6)
+    return RolloutPool(members, transport, max_num_seqs=world.slots, timeout_s=1e6)
 
 
 class SimScorer:

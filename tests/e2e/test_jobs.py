@@ -278,7 +278,7 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     assert (
         "working directory: " in shown
         and "ray job submit --address" in shown
-        and "round   1/500" in shown
+        and "iteration   1/500" in shown
     )
     assert "rayhf: " in shown and "stopped after round" in shown
 
@@ -312,7 +312,7 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     time.sleep(2.0)  # its log is being read
     left.send_signal(signal.SIGINT)
     shown = user.finish(left, 130)
-    assert "the job goes on. `rayhf stop " in shown
+    assert "the job continues. `rayhf stop " in shown
     user.run("bash", "-c", re.search(r"`(RAY_AUTH_MODE=token ray job stop [^`]*)`", shown)[1])
     jobs = cluster.get("/api/jobs/")
     assert sorted(job["status"] for job in jobs) == [
@@ -363,7 +363,7 @@ def test_a_cluster_that_asks_nobody(tmp_path: Path, world: Path) -> None:
 
         wait_for("the head does not answer", answers)
         started = time.monotonic()
-        assert "asks nobody for a token" in user.run(
+        assert "has no token authentication" in user.run(
             RAYHF, "submit", "one.yaml", run, "--address", nodes.url, code=6
         )
         assert time.monotonic() - started < 30
@@ -376,7 +376,7 @@ def test_a_cluster_that_asks_nobody(tmp_path: Path, world: Path) -> None:
             code=6,
             RAY_AUTH_TOKEN="some" * 8,
         )
-        assert "asks nobody for a token" in joined
+        assert "has no token authentication" in joined
         assert not (tmp_path / "run/metrics.jsonl").exists()
     finally:
         nodes.close()

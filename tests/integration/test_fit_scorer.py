@@ -159,7 +159,7 @@ def test_pairwise_holds_the_cycle(world: Path) -> None:
         metrics["test_pairs"],
         metrics["steps"],
     ) == (1500, 2, 300, 200)
-    assert "2 with equal answers" in printed and "held-out accuracy" in printed
+    assert "2 with equal completions" in printed and "held-out accuracy" in printed
     check_cycle(settings.output)
     assert "exists and is not an empty directory" in refuse(settings)
 

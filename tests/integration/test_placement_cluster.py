@@ -47,7 +47,7 @@ def seat(name: str, bundle: int, cpus: float = 0.25, **resources: float) -> Acto
 
 def take(room: PlacementGroup, limit_s: float) -> list[str]:
     said: list[str] = []
-    asyncio.run(room.take(limit_s=limit_s, report=said.append))
+    asyncio.run(room.reserve(limit_s=limit_s, report=said.append))
     return said
 
 
@@ -105,8 +105,8 @@ def test_seats_are_held_where_their_resources_are_and_given_back(cluster: Any) -
         PlacementError,
         match=r"scorer needs 1 scale and 0.25 CPU .* has left 0 scale and [\d.]+ CPU$",
     ):
-        asyncio.run(rival.take(limit_s=6.0, report=said.append))
+        asyncio.run(rival.reserve(limit_s=6.0, report=said.append))
     assert said and said[0].startswith("waiting for room: scorer needs 1 scale")
-    room.leave()
+    room.release()
     take(PlacementGroup([seat("scorer", 0, scale=1)], grouped=True), 20.0)
     assert len({node.name for node in nodes_now()}) == 2

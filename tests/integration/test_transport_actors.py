@@ -18,15 +18,15 @@ import pytest
 import ray
 import torch
 
-from actors.learner import LearnerGroup, RemoteLearner
+from actors.environment import process_env
+from actors.learner import LearnerActor, LearnerClient
 from actors.rollout import RolloutActor, RolloutPool
-from actors.supervise import Limits, SupervisedActor
-from actors.transport import transport
+from actors.supervise import SupervisedActor, SupervisionLimits
+from actors.transport import make_transport
 from launch.local import ray_cluster
 from rayhf.config.schema import LearnerConfig, LoraConfig, RolloutConfig
 from rayhf.errors import ActorLostError
 from rayhf.losses.sft import SFTLoss
-from rayhf.rollout.env import engine_env
 from rayhf.tiny.language_model import ModelSize, new_model
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 from rayhf.types import (
@@ -77,35 +77,39 @@ class Stage:
             LearnerConfig(dtype="float32", zero_stage=3, bucket_mib=1, threads=1),
         )
         remote = ray.remote(Mortal).options(
-            num_cpus=0.25, max_concurrency=100, runtime_env={"env_vars": engine_env("cpu", 1)}
+            num_cpus=0.25,
+            max_concurrency=100,
+            runtime_env={"env_vars": process_env("cpu", 1, vllm=True)},
         )
         settings = {"dtype": "float32", "max_length": 128, "seed": 0, "device": "cpu"}
 
         async def build(actor: Any) -> None:
             await asyncio.wrap_future(actor.build.remote(model, rollout, **settings).future())
 
-        limits = Limits(stall_s=TIMEOUT_S, restarts=3)
+        limits = SupervisionLimits(stall_s=TIMEOUT_S, restarts=3)
         self.engine = SupervisedActor(
             "rollout engine 0", remote.remote, build, limits=limits, report=self.report
         )
-        env = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        rank = RemoteLearner.options(num_cpus=0.25, runtime_env={"env_vars": env})
+        env = process_env("cpu", 1, vllm=False)
+        rank = ray.remote(LearnerActor).options(num_cpus=0.25, runtime_env={"env_vars": env})
         self._ranks, self._settings = (
             [SupervisedActor(f"learner rank {i}", rank.remote) for i in range(2)],
             learner,
         )
-        self._places = rollout.max_num_seqs
+        self._max_num_seqs = rollout.max_num_seqs
         self.travel(way)
         self._begin = partial(self.learner.start, model, lr=1e-2, total_steps=10, lora=lora)
         self._actors = [self.engine, *self._ranks]
 
     def travel(self, way: TransportName) -> None:
         """From now on weights go this way, between the same actors."""
-        self.learner = LearnerGroup(
+        self.learner = LearnerClient(
             self._ranks, self._settings, sync_dtype="float32", timeout_s=TIMEOUT_S, transport=way
         )
-        carrier = transport(way, self.learner, [self.engine], workers=1, timeout_s=TIMEOUT_S)
-        self.pool = RolloutPool([self.engine], carrier, places=self._places, timeout_s=TIMEOUT_S)
+        carrier = make_transport(way, self.learner, [self.engine], workers=1, timeout_s=TIMEOUT_S)
+        self.pool = RolloutPool(
+            [self.engine], carrier, max_num_seqs=self._max_num_seqs, timeout_s=TIMEOUT_S
+        )
 
     async def start(self) -> None:
         await asyncio.gather(self.engine.start(), self._begin())

@@ -7,21 +7,20 @@ import pytest
 from rayhf.config.load import validate
 from rayhf.config.schema import LearnerConfig, LoraConfig, ReferenceConfig, RolloutConfig, RunConfig
 from rayhf.errors import ConfigError, PlacementError
+from rayhf.planning.disk import Disk, disk
 from rayhf.planning.memory import (
     GIB,
-    Disk,
-    disk,
     engine_memory,
     learner_memory,
     logits_bytes,
-    read_shape,
     reference_memory,
-    seconds_per_round,
     sequences_in_cache,
 )
+from rayhf.planning.pace import seconds_per_iteration
 from rayhf.planning.placement import actor_specs
 from rayhf.planning.plan import Plan, check_disk, check_gpus
 from rayhf.planning.preflight import check_settings
+from rayhf.planning.shape import read_shape
 
 P = 8_030_261_248
 """Llama 3.1 8B's parameters."""
@@ -183,7 +182,7 @@ def test_disk():
         trained=[1000, 500],
         reference=100.0,
         exported=2000.0,
-        responses=8,
+        samples=8,
         tokens=10,
         length=30,
     )
@@ -192,13 +191,11 @@ def test_disk():
         kept=2 + 5 + 1,
         policies=2000.0,
         samples=8 * (2 * (120 + 80) + 200),
-        rounds=110,
+        iterations=110,
     )
     assert found.total == 9 * 18100 + 4000 + 110 * 4800
     few = run.model_copy(update={"iterations": 10, "keep_every": 0})
-    assert (
-        disk(few, trained=[1], reference=0, exported=0, responses=1, tokens=1, length=2).kept == 1
-    )
+    assert disk(few, trained=[1], reference=0, exported=0, samples=1, tokens=1, length=2).kept == 1
 
 
 def campaign(model, **sections):
@@ -227,19 +224,19 @@ def test_turns_are_checked_one_by_one(model):
     (tight,) = check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)
     assert (
         tight.startswith("a shared GPU needs about 77.")
-        and "GiB while engines work, and there are 80.0" in tight
+        and "GiB while engines run, and there are 80.0" in tight
     )
     plan, found = campaign(model, rollout={"memory_fraction": 0.6})
     with pytest.raises(
         PlacementError,
-        match=r"about 8\d\.\d GiB while engines work, and there are 80\.0 \(rollout engine 0 48\.0",
+        match=r"about 8\d\.\d GiB while engines run, and there are 80\.0 \(rollout engine 0 48\.0",
     ):
         check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)
     plan, found = campaign(model)
     with pytest.raises(PlacementError, match=r"new weights 15\.0"):
         check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True, published=plan.weights())
     plan, found = campaign(model, learner={"ranks": 3})
-    with pytest.raises(PlacementError, match=r"while learners work, and there are 80\.0"):
+    with pytest.raises(PlacementError, match=r"while learners run, and there are 80\.0"):
         check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)
 
 
@@ -276,23 +273,23 @@ def test_what_does_not_fit_a_gpu_or_its_share_is_refused(model):
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path):
     run = tmp_path / "runs" / "one"
-    small = Disk(checkpoint=1e3, kept=1, policies=1e3, samples=1.0, rounds=1)
-    assert "GiB free" in check_disk(small, run) and "short" not in check_disk(small, run)
-    assert "GiB short in the end" in check_disk(
-        Disk(checkpoint=1e3, kept=10**12, policies=1e3, samples=1.0, rounds=1), run
+    small = Disk(checkpoint=1e3, kept=1, policies=1e3, samples=1.0, iterations=1)
+    assert "GiB free" in check_disk(small, run) and "too little" not in check_disk(small, run)
+    assert "GiB too little in the end" in check_disk(
+        Disk(checkpoint=1e3, kept=10**12, policies=1e3, samples=1.0, iterations=1), run
     )
     with pytest.raises(
         ConfigError,
         match=r"one checkpoint and the exported policy take about 931322\d+\.\d GiB, .* are free",
     ):
-        check_disk(Disk(checkpoint=1e21, kept=1, policies=1e3, samples=1.0, rounds=1), run)
+        check_disk(Disk(checkpoint=1e21, kept=1, policies=1e3, samples=1.0, iterations=1), run)
 
 
 def test_a_round_s_seconds_from_stated_rates(model):
     plan, _ = campaign(model)
-    seconds = seconds_per_round(plan.config, responses=512, writes=1000.0, learns=None)
+    seconds = seconds_per_iteration(plan.config, samples=512, engine_rate=1000.0, learner_rate=None)
     assert seconds == {"rollout": 512 * 1024 / (8 * 1000.0)}
-    both = seconds_per_round(plan.config, responses=512, writes=1000.0, learns=500.0)
+    both = seconds_per_iteration(plan.config, samples=512, engine_rate=1000.0, learner_rate=500.0)
     assert both["learner"] == 512 * 1024 / (8 * 500.0)
 
 

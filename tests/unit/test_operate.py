@@ -309,7 +309,7 @@ def test_what_cannot_get_better_by_itself_is_not_started_again(tmp_path, monkeyp
 
 def test_a_crash_loop_is_given_up(tmp_path, monkeypatch):
     with pytest.raises(
-        ActorLostError, match=f"ended {CRASHES + 1} times in a row without a new commit"
+        ActorLostError, match=f"crashed {CRASHES + 1} times in a row without a new commit"
     ):
         run_supervised(tmp_path, monkeypatch, "exit(10)")
 

@@ -135,7 +135,7 @@ def test_who_has_no_place_while_others_use_the_nodes():
     assert impossible(found, nodes) is None
     assert crowded(found, nodes) == (
         "critic rank 0 needs 1 GPU and 1 CPU on one node; the best one, 10.0.0.1, has left 0 GPU and 61 CPU; "
-        "4 of 8 bundles have no place"
+        "4 of 8 bundles have no room"
     )
 
 
@@ -155,7 +155,7 @@ def test_every_policy_has_engines_and_learners_of_its_own():
         (["run.max_staleness=1"], r"max_staleness is 1, expected 0 \(or placement separate\)"),
         (
             ["scorer.train=[{type: judge, model: m}]"],
-            "the judge m would take most of a GPU that others use too",
+            "the judge m would take most of a GPU that it shares",
         ),
         (
             ["cluster.resources={rollout: {GPU: 2}}"],

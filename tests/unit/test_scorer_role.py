@@ -17,8 +17,9 @@ from test_scorer_comparisons import request
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from actors.process import ProcessInfo
 from actors.scorer import ScorerActor, ScorerClient
-from actors.supervise import ProcessInfo, SupervisedActor
+from actors.supervise import SupervisedActor
 from rayhf.config.scorers import (
     CombineConfig,
     JudgeConfig,
@@ -122,7 +123,7 @@ def test_too_late_names_the_phase(ask: Any, phase: str) -> None:
 
     with pytest.raises(
         ActorLostError,
-        match=f"scorer was lost 1 times .*; the last time: {phase}: no answer from scorer within 0.01 s",
+        match=f"scorer was lost 1 times .*; the last error: {phase}: no response from scorer within 0.01 s",
     ):
         asyncio.run(journey())
 

@@ -87,7 +87,7 @@ def test_the_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_line_says_the_same_to_a_shell(here: Path) -> None:
     job = planned(RUN, "tracking.name=it's; touch x", cpus=0.5)
-    line = job.line("http://head:8265", f"{job.name}-3")
+    line = job.command_line("http://head:8265", f"{job.name}-3")
     echoed = subprocess.run(
         ["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True
     )
@@ -246,16 +246,16 @@ def test_a_tokenless_cluster(
     check_server(url)
     for bad in ((200, b'{"authentication_mode": "disabled"}'), (404, b""), (200, b"{}")):
         answers.append(bad)
-        with pytest.raises(SecurityError, match="asks nobody for a token"):
+        with pytest.raises(SecurityError, match="has no token authentication"):
             check_server(url)
     for odd in (b"no json", b"[]", b"\xff"):
         answers.append((200, odd))
-        with pytest.raises(PlacementError, match="no Ray job server answers there"):
+        with pytest.raises(PlacementError, match="no Ray job server responds there"):
             check_server(url)
     monkeypatch.setenv("RAYHF_INSECURE_CLUSTER", "1")
     check_server(url)
     monkeypatch.delenv("RAYHF_INSECURE_CLUSTER")
-    with pytest.raises(PlacementError, match="no Ray job server answers there"):
+    with pytest.raises(PlacementError, match="no Ray job server responds there"):
         check_server("http://127.0.0.1:9")
 
 

@@ -317,11 +317,11 @@ class Engine:
 
 
 class Learner:
-    """LearnerGroup with a real sender on rank 0; rank 1 only gathers. `lies`: about the
+    """LearnerClient with a real sender on rank 0; rank 1 only gathers. `lies`: about the
     checksums."""
 
     def __init__(self) -> None:
-        self.names, self.holds, self.lies, self.stored = (
+        self.names, self.published_version, self.lies, self.stored = (
             ["learner rank 0", "learner rank 1"],
             None,
             False,
@@ -329,7 +329,7 @@ class Learner:
         )
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
-        self.holds, self.stored = version, self.stored + stored
+        self.published_version, self.stored = version, self.stored + stored
         buckets, way = tuple(BUCKETS), "object_store" if stored else "broadcast"
         if stored:
             buckets = tuple(
@@ -390,10 +390,12 @@ def test_an_engine_that_was_lost_is_brought_up_alone_while_the_learner_has_its_w
             await way.join_engine(engine.actor)
             assert engine.version == 1
         assert learner.stored == 1  # one copy for both
-        learner.holds = None
+        learner.published_version = None
         await way.deliver(await learner.publish(2))
-        learner.holds = None  # a step later
-        with pytest.raises(ActorLostError, match="weights 2 were broadcast and are gone"):
+        learner.published_version = None  # a step later
+        with pytest.raises(
+            ActorLostError, match="weights 2 were broadcast and do not exist any more"
+        ):
             await way.join_engine(engines[0].actor)
 
     play(journey)
@@ -402,7 +404,7 @@ def test_an_engine_that_was_lost_is_brought_up_alone_while_the_learner_has_its_w
 def test_who_died_before_a_broadcast_gets_it_with_everybody_else_in_a_new_group() -> None:
     async def journey(way: Broadcast, learner: Learner, engines: list[Engine]) -> None:
         await way.deliver(await learner.publish(1))
-        learner.holds = None
+        learner.published_version = None
         engines[1].actor.lost = True
         await way.deliver(await learner.publish(2))
         assert [engine.version for engine in engines] == [2, 2]
@@ -415,7 +417,7 @@ def test_a_reference_that_moves_makes_everybody_take_the_weights_from_the_object
     async def journey(way: Broadcast, learner: Learner, engines: list[Engine]) -> None:
         await way.deliver(await learner.publish(1, stored=True))
         assert [(engine.version, engine.joined) for engine in engines] == [(1, 0), (1, 0)]
-        learner.holds = None
+        learner.published_version = None
         engines[0].version = 0
         await way.join_engine(engines[0].actor)
         assert engines[0].version == 1
@@ -459,7 +461,7 @@ def test_each_engine_gets_the_handles_of_its_own_gpu() -> None:
         assert taken == {
             f"engine {gpu}": tuple(f"{i} on GPU {gpu}" for i in range(3)) for gpu in (0, 1)
         } and released == [2]
-        with pytest.raises(ActorLostError, match="weights 3 went from GPU to GPU"):
+        with pytest.raises(ActorLostError, match="weights 3 were copied from GPU to GPU"):
             await way.join_engine(engines[0].actor)
 
     asyncio.run(journey())
