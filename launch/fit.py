@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from launch.local import ray_cluster
+from launch.sanitize import print_plain
 from rayhf.config.fit import FitConfig
 from rayhf.errors import ConfigError, InterruptedRunError
 from rayhf.planning.placement import ActorSpec
@@ -66,7 +67,7 @@ def fit_scorer(config: FitConfig, console: Console) -> None:
         )
     plan = prepare_fit(config, base=base)
     for name, pairs in (("train", plan.train), ("test", plan.test)):
-        console.print(_pairs_line(name, pairs), markup=False, highlight=False)
+        print_plain(console, _pairs_line(name, pairs))
     started = time.monotonic()
     with _temporary_directory(output) as temporary:
         with (
@@ -81,7 +82,7 @@ def fit_scorer(config: FitConfig, console: Console) -> None:
         write_json(temporary / "metrics.json", metrics)
         seal(temporary, output, {"what": "scorer", "objective": config.objective.type})
     console.print(_table(config, figures, train_loss=train_loss, seconds=seconds))
-    console.print(f"scorer: {config.output}", markup=False, highlight=False)
+    print_plain(console, f"scorer: {config.output}")
 
 
 def _pairs_line(name: str, pairs: FitSet) -> str:
@@ -287,6 +288,6 @@ def _progress(plan: FitPlan, console: Console) -> Iterator[Report]:
             text = f"loss {metrics['learner/loss']:.4f}  accuracy {metrics['scorer/accuracy']:.3f}"
             progress.update(line, description=text, completed=step)
             if step % every == 0 and not console.is_terminal:
-                console.print(f"step {step}/{plan.steps}  {text}", markup=False, highlight=False)
+                print_plain(console, f"step {step}/{plan.steps}  {text}")
 
         yield report

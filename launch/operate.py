@@ -21,7 +21,7 @@ from rich.prompt import Prompt
 from rich.table import Table
 from rich.text import Text
 
-from launch.sanitize import plain
+from launch.sanitize import plain, print_plain
 from rayhf import errors
 from rayhf.config.load import load_section
 from rayhf.config.service import NO_SECURITY, EndpointSecurity
@@ -104,7 +104,7 @@ def watch(control: Control, console: Console) -> None:
     """Print events as they happen, until the campaign ends or Ctrl-C."""
     try:
         for event in control.watch(lambda: True):
-            _print(console, f"{event['time'][11:19]} {event['kind']:<9} {event['message']}")
+            print_plain(console, f"{event['time'][11:19]} {event['kind']:<9} {event['message']}")
     except KeyboardInterrupt:
         return
 
@@ -112,7 +112,7 @@ def watch(control: Control, console: Console) -> None:
 def add_prompts(control: Control, file: Path, console: Console) -> None:
     """Submit the prompts of a file."""
     rows = [row for _, row in read_rows(file, key="FILE")]
-    _print(console, control.add_prompts(rows, source=getpass.getuser()))
+    print_plain(console, control.add_prompts(rows, source=getpass.getuser()))
 
 
 def show_pairs(control: Control, count: int, console: Console) -> None:
@@ -125,7 +125,7 @@ def show_pairs(control: Control, count: int, console: Console) -> None:
             "second": pair.second,
             "certainty": pair.certainty,
         }
-        _print(console, json.dumps(row))
+        print_plain(console, json.dumps(row))
 
 
 def label(control: Control, console: Console, *, file: Path | None, count: int) -> None:
@@ -135,9 +135,9 @@ def label(control: Control, console: Console, *, file: Path | None, count: int) 
     else:
         labels = list(_prompt_for_labels(control.pairs(count), console))
     if labels:
-        _print(console, control.label(labels, source=getpass.getuser()))
+        print_plain(console, control.label(labels, source=getpass.getuser()))
     else:
-        _print(console, "no verdicts were given")
+        print_plain(console, "no verdicts were given")
 
 
 def _label(row: Mapping[str, Any], where: str) -> dict[str, str]:
@@ -171,11 +171,7 @@ def _prompt_for_labels(
 
 def command(control: Control, name: Command, console: Console) -> None:
     """Send a command, and print what will happen."""
-    _print(console, control.unpause() if name == "unpause" else control.ask(name))
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
+    print_plain(console, control.unpause() if name == "unpause" else control.ask(name))
 
 
 def show_audit(run: Path, console: Console, *, deep: bool) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from actors.environment import process_env
+from launch.sanitize import print_plain
 from rayhf.config.load import load_config
 from rayhf.config.scorers import JudgeConfig, is_pairwise
 from rayhf.config.serve import ServeScorerConfig
@@ -60,7 +61,7 @@ def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
             broken=broken,
         )
         server.start()
-        _print(console, f"serving {', '.join(names)} at {server.address}")
+        print_plain(console, f"serving {', '.join(names)} at {server.address}")
         stop.wait()
         server.stop()
         if fatal:
@@ -99,15 +100,11 @@ def control_served(
     from rayhf.control.grpc_server import serve_campaign
 
     server = serve_campaign(run, config, base=base)
-    _print(console, f"control of {run}: --address {server.address}")
+    print_plain(console, f"control of {run}: --address {server.address}")
     try:
         yield
     finally:
         server.stop()
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _stop_event() -> threading.Event:

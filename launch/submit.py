@@ -30,7 +30,7 @@ from rich.console import Console
 
 from actors.ray_internals import create_package
 from launch.cluster_auth import check_server, check_token_file, insecure, refusal
-from launch.sanitize import plain
+from launch.sanitize import plain, print_plain
 from rayhf.config.load import load_config
 from rayhf.errors import (
     ActorLostError,
@@ -125,23 +125,19 @@ def submit(
             raise LockedError(
                 f"{job.run} was submitted at the same time by another user, as job {submission_id}"
             ) from None
-    _print(console, f"submitted {submission_id}, the same as")
-    _print(console, job.command_line(url, submission_id))
+    print_plain(console, f"submitted {submission_id}, the same as")
+    print_plain(console, job.command_line(url, submission_id))
     if not follow:
         return 0
     try:
         return _exit_code(submission_id, _follow(client, submission_id, console))
     except KeyboardInterrupt:
-        _print(
+        print_plain(
             console,
             f"\nthe job continues. `rayhf stop {job.run}` stops it after its iteration, "
             f"`{_mode()}ray job stop {submission_id} --address {url}` at once",
         )
         return DETACHED
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def plan(
@@ -271,7 +267,7 @@ def _package(directory: Path, file: Path, job: Job, config: Path, console: Conso
         raise ConfigError(
             f"config {config} is left out by .gitignore or .rayignore: the job would not find it"
         )
-    _print(console, f"working directory: {len(entries)} files, {size / 2**20:,.1f} MiB")
+    print_plain(console, f"working directory: {len(entries)} files, {size / 2**20:,.1f} MiB")
     return file
 
 

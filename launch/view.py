@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from launch.sanitize import plain
+from launch.sanitize import plain, print_plain
 from rayhf.planning.placement import ActorSpec, NodeResources, amounts, bundles, members, pack
 
 _SILENT = ("commit",)
@@ -77,15 +77,11 @@ class LiveView:
         )
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
-        line = iteration_line(metrics, self._iterations, self._task)
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_plain(self._console, iteration_line(metrics, self._iterations, self._task))
 
     def event(self, kind: str, message: str) -> None:
         if kind not in _SILENT:
-            line = plain(f"{kind}: {message}")
-            self._console.print(
-                line, style=_STYLES.get(kind), markup=False, highlight=False, soft_wrap=True
-            )
+            print_plain(self._console, f"{kind}: {message}", style=_STYLES.get(kind))
 
 
 def iteration_line(metrics: Mapping[str, float], iterations: int, task: str) -> str:

@@ -2,8 +2,8 @@
 # A campaign on its own Ray cluster, as a Slurm job: sbatch slurm.sh CONFIG NAME [KEY=VALUE ...]
 #
 # SHARED is a directory that every node sees; the run directory is SHARED/runs/NAME. Five minutes
-# before the time limit the campaign stops after its iteration; then, or when a node is lost, the job
-# is requeued and continues.
+# before the time limit the campaign stops after its iteration; then, or when a node is lost, the
+# job is requeued and continues.
 #SBATCH --job-name=rayhf
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import mmap
+import re
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,20 @@ from ray._private.runtime_env import packaging
 from ray._private.state import available_resources_per_node
 
 from actors.ray_internals import LOCAL_ENV, create_package
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_no_other_file_uses_private_parts() -> None:
+    private = re.compile(r"\bray\._\w|_raylet|GcsClient")
+    users = {
+        str(file.relative_to(ROOT))
+        for room in ("rayhf", "actors", "launch")
+        for file in (ROOT / room).rglob("*.py")
+        if private.search(file.read_text())
+    }
+    assert users == {"actors/ray_internals.py"}
 
 
 def test_free_resources_takes_no_arguments() -> None:

@@ -1,5 +1,4 @@
-"""What `rayhf submit` asks of a cluster, and what it refuses to; the templates. A real cluster is
-in tests/e2e/test_jobs.py."""
+"""`rayhf submit`: the job, refusals and templates; tests/e2e/test_jobs.py has a real cluster."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ RUN = "run.dir=/shared/runs/Ein Lauf"
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a config, some files to take along, and some to leave behind."""
+    """Make a working directory with a config, files to package and files to leave out."""
     for name in (
         "my_rules.py",
         "data/train.jsonl",
@@ -68,14 +67,15 @@ def planned(*overrides: str, config: str = "configs/c.yaml", **more: Any) -> sub
     return submit.plan(Path(config), overrides, **settings)
 
 
-def test_the_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("MINE", "a 'quoted' $value")
     monkeypatch.setenv("WANDB_API_KEY", "canary")
     job = planned(RUN, "tracking.name=it's; touch x", env=["MINE"], supervised=True, cpus=1)
     assert job.command == (
-        "rayhf", "run", "configs/c.yaml", RUN, "tracking.name=it's; touch x", "cluster.address=auto", "--supervise",
-    )  # fmt: skip
+        *("rayhf", "run", "configs/c.yaml"),
+        *(RUN, "tracking.name=it's; touch x", "cluster.address=auto", "--supervise"),
+    )
     assert job.environment == {"NCCL_DEBUG": "INFO", "MINE": "a 'quoted' $value"}
     assert re.fullmatch(r"rayhf-ein-lauf-[0-9a-f]{8}", job.name)
     assert (
@@ -85,7 +85,7 @@ def test_the_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_the_line_says_the_same_to_a_shell(here: Path) -> None:
+def test_command_line_survives_a_shell(here: Path) -> None:
     job = planned(RUN, "tracking.name=it's; touch x", cpus=0.5)
     line = job.command_line("http://head:8265", f"{job.name}-3")
     echoed = subprocess.run(
@@ -126,7 +126,7 @@ def test_the_line_says_the_same_to_a_shell(here: Path) -> None:
         ({"overrides": [RUN], "config": "../c.yaml"}, ConfigError, "is not below"),
     ],
 )
-def test_refused_before_anybody_is_asked(
+def test_refusal_before_any_request(
     here: Path, arguments: dict[str, Any], error: type[Exception], expected: str
 ) -> None:
     (here.parent / "c.yaml").write_text((here / "configs/c.yaml").read_text())
@@ -158,7 +158,7 @@ def test_secrets_are_refused_by_name(
     assert "canary" not in str(refused.value)
 
 
-def test_the_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, console = planned(RUN), Console(record=True, width=200)
     file = submit._package(here, here.parent / "a.zip", job, Path("configs/c.yaml"), console)
     with zipfile.ZipFile(file) as archive:
@@ -185,7 +185,7 @@ def test_the_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     "address",
     ["auto", "head:8265", "ray://head:10001", "http://", "http://a b", "https://head/path", ""],
 )
-def test_an_address_that_is_no_url(address: str) -> None:
+def test_address_that_is_no_url(address: str) -> None:
     with pytest.raises(ConfigError, match="for example http://HEAD:8265"):
         submit._url(address)
 
@@ -210,12 +210,12 @@ def test_exit_codes(facts: dict[str, Any], expected: Any) -> None:
             submit._exit_code("one", info)
 
 
-# ------------------------------------------------------------------------------------------------ tokenless clusters
+# ------------------------------------------------------------ clusters without token authentication
 
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
-    """A real HTTP server that answers with what is put into the list."""
+    """Start an HTTP server that responds with the last entry of the list."""
     answers: list[tuple[int, bytes]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -237,7 +237,7 @@ def server() -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
     thread.join()
 
 
-def test_a_tokenless_cluster(
+def test_cluster_without_token_authentication(
     server: tuple[str, list[tuple[int, bytes]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, answers = server
@@ -259,7 +259,7 @@ def test_a_tokenless_cluster(
         check_server("http://127.0.0.1:9")
 
 
-def test_a_token_that_others_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_file_that_others_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "token"
     file.write_text("canary")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
@@ -276,11 +276,11 @@ def test_a_token_that_others_can_read(tmp_path: Path, monkeypatch: pytest.Monkey
     check_token_file()
 
 
-# ----------------------------------------------------------------------------------------------------------- templates
+# ---------------------------------------------------------------------------------------- templates
 
 
 def commands(text: str) -> list[list[str]]:
-    """The `rayhf` commands of a script or a manifest, with every variable replaced by a word."""
+    """Return the `rayhf` commands of a script, with every variable replaced by a word."""
     joined = re.sub(r"\\\n\s*", " ", text)
     lines = re.findall(r"rayhf (?:run|submit|stop) [^\n;&|']*", joined)
     return [shlex.split(re.sub(r"\$\{?[\w@]+\}?", "word=1", line)) for line in lines]
@@ -302,7 +302,7 @@ def test_templates(file: Path) -> None:
     assert re.search(r"run\.dir=\"?(/shared/|\$SHARED/|\$run\b)", text)
 
 
-def test_the_kuberay_job() -> None:
+def test_kuberay_job() -> None:
     job = yaml.safe_load((TEMPLATES / "kuberay_rayjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
