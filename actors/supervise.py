@@ -64,8 +64,8 @@ class SupervisedActor:
 
     Args:
         name: for messages.
-        create: returns a new actor's handle; the actor has a method `process_info` and, for `call`
-            and `persist`, `progress`.
+        create: returns a new actor's handle; the actor has the methods `process_info` and, for `persist`,
+            `progress`.
         build: makes a new actor able to work.
         report: receives an event for each restart.
         diagnosis: directory for the stacks of lost actors.
@@ -118,10 +118,6 @@ class SupervisedActor:
         if self._current is not None:
             current = self._current
             await self._end(current.watched.handle, current.process, stacks=stacks)
-
-    async def call(self, call: Call, *, phase: str, timeout_s: float) -> Any:
-        """Return the result of `call(actor)`. Raise as `WatchedActor.call`."""
-        return await self._running.watched.call(call, phase=phase, timeout_s=timeout_s)
 
     async def persist(self, call: Call, *, phase: str, timeout_s: float) -> Any:
         """Return the result of `call(actor)`, from a replacement where the actor is lost.

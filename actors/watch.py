@@ -15,8 +15,7 @@ from __future__ import annotations
 import asyncio
 import math
 from asyncio import AbstractEventLoop
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,18 +32,6 @@ _MIN_POLL_S = 0.1
 _GRID_S = 0.05
 
 
-@dataclass(eq=False, slots=True)
-class _PendingCall:
-    """A call that has not returned."""
-
-    phase: str
-    timeout_s: float
-    deadline: float
-    """On the loop's clock."""
-    error: BaseException | None = None
-    """Reason why its future was canceled."""
-
-
 class PendingCalls:
     """Calls to one actor that have not returned, on one event loop.
 
@@ -55,34 +42,35 @@ class PendingCalls:
     def __init__(self, name: str, loop: AbstractEventLoop) -> None:
         self._name = name
         self._loop = loop
-        self._calls: dict[asyncio.Future[Any], _PendingCall] = {}
+        self.deadlines: dict[asyncio.Future[Any], float] = {}
+        """Deadline of each call, by its future, on the loop's clock."""
+        self._errors: dict[asyncio.Future[Any], BaseException | None] = {}
+        """Reasons why futures were canceled; None: the call is late."""
         self._timer: asyncio.TimerHandle | None = None
-
-    def __len__(self) -> int:
-        return len(self._calls)
 
     async def wait(self, reply: asyncio.Future[Any], *, phase: str, timeout_s: float) -> Any:
         """Return the result of a call. Raise DeadlineError when late, or the error of `fail`."""
         task = asyncio.current_task()
         assert task is not None
         cancellations = task.cancelling()
-        call = _PendingCall(phase, timeout_s, self._loop.time() + timeout_s)
-        self._calls[reply] = call
-        if self._timer is None or call.deadline < self._timer.when():
-            self._set_timer(call.deadline)
+        deadline = self._loop.time() + timeout_s
+        self.deadlines[reply] = deadline
+        if self._timer is None or deadline < self._timer.when():
+            self._set_timer(deadline)
         try:
             return await result_of(reply, name=self._name, phase=phase)
         except asyncio.CancelledError:
-            if call.error is None or task.cancelling() > cancellations:
+            if reply not in self._errors or task.cancelling() > cancellations:
                 raise  # the waiting task itself was canceled
-            raise call.error from None
+            late = late_error(name=self._name, phase=phase, timeout_s=timeout_s)
+            raise (self._errors[reply] or late) from None
         finally:
-            del self._calls[reply]
+            del self.deadlines[reply]
+            self._errors.pop(reply, None)
 
     def fail(self, error: BaseException) -> None:
         """Raise `error` in every pending call."""
-        for reply, call in self._calls.items():
-            _cancel(reply, call, error)
+        self._cancel(self.deadlines, error)
 
     def _set_timer(self, deadline: float | None) -> None:
         if self._timer is not None:
@@ -91,17 +79,13 @@ class PendingCalls:
 
     def _expire(self) -> None:
         now = self._loop.time()
-        for reply, call in self._calls.items():
-            if call.deadline <= now:
-                error = late_error(name=self._name, phase=call.phase, timeout_s=call.timeout_s)
-                _cancel(reply, call, error)
-        deadlines = (call.deadline for call in self._calls.values() if call.deadline > now)
-        self._set_timer(min(deadlines, default=None))
+        self._cancel([reply for reply, due in self.deadlines.items() if due <= now], None)
+        self._set_timer(min((due for due in self.deadlines.values() if due > now), default=None))
 
-
-def _cancel(reply: asyncio.Future[Any], call: _PendingCall, error: BaseException) -> None:
-    if reply.cancel():  # False where the result has arrived and its task has not run since
-        call.error = error
+    def _cancel(self, replies: Iterable[asyncio.Future[Any]], error: BaseException | None) -> None:
+        for reply in replies:
+            if reply.cancel():  # False where the result is here and its task has not run since
+                self._errors[reply] = error
 
 
 class ProgressWatch:
@@ -139,7 +123,7 @@ class ProgressWatch:
 
         Not a task per actor, but a timer: there may be thousands of actors, with one call each.
         """
-        if not self._calls or not self._scheduled:
+        if not self._calls.deadlines or not self._scheduled:
             self._reset()
         if not self._scheduled:
             self._schedule(self._interval)
@@ -159,7 +143,7 @@ class ProgressWatch:
 
     def _tick(self) -> None:
         self._scheduled = False
-        if not self._calls:
+        if not self._calls.deadlines:
             return
         left = self._since + self._stall_s - self._loop.time()
         if self._poll is not None and not self._poll.done() and left <= 0:
@@ -215,8 +199,8 @@ class WatchedActor:
         self._stall_s = stall_s
         self._loop: AbstractEventLoop | None = None
 
-    async def call(self, call: Call, *, phase: str, timeout_s: float) -> Any:
-        """Return the result of `call(handle)`.
+    def call(self, call: Call, *, phase: str, timeout_s: float) -> Awaitable[Any]:
+        """Return the result of `call(handle)`, to be awaited at once.
 
         Raises ActorLostError or DeadlineError as soon as it is clear that there will be none.
         """
@@ -225,7 +209,7 @@ class WatchedActor:
             self._bind(loop)
         reply = asyncio.wrap_future(call(self.handle).future(), loop=loop)
         self._watch.start()
-        return await self._calls.wait(reply, phase=phase, timeout_s=timeout_s)
+        return self._calls.wait(reply, phase=phase, timeout_s=timeout_s)
 
     def _bind(self, loop: AbstractEventLoop) -> None:
         """Use timers of this loop from now on."""

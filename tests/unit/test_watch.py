@@ -16,8 +16,10 @@ def watched(actor, *, stall_s=60.0):
     return WatchedActor("engine", actor, stall_s=stall_s)
 
 
-def double(one, number, timeout_s=30.0):
-    return one.call(lambda actor: actor.double.remote(number), phase="test", timeout_s=timeout_s)
+async def double(one, number, timeout_s=30.0):
+    return await one.call(
+        lambda actor: actor.double.remote(number), phase="test", timeout_s=timeout_s
+    )
 
 
 def stuck_actor():
