@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,7 +19,8 @@ from actors.process import ReportsProcess
 from actors.remote import wait
 from actors.supervise import SupervisedActor
 from actors.watch import Call
-from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntry
+from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
+from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Comparison, Outcome, ScoreRequest
 
 CONCURRENCY_GROUPS = {"watch": 1}
@@ -32,18 +32,14 @@ class ScorerActor(ReportsProcess):
 
     def build(
         self,
-        entries: Sequence[ScorerEntry],
+        entries: Sequence[ScorerEntryConfig],
+        setup: ScorerSetup,
         *,
         combine: CombineConfig = WEIGHTED_SUM,
-        device: str,
-        threads: int | None,
-        base: Path,
     ) -> None:
         from rayhf.scorer.build import build_scorer
 
-        self.engine = build_scorer(
-            entries, combine=combine, device=device, threads=threads, base=base
-        )
+        self.engine = build_scorer(entries, setup, combine=combine)
 
     @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
     def progress(self) -> float:

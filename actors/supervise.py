@@ -64,8 +64,8 @@ class SupervisedActor:
 
     Args:
         name: for messages.
-        create: returns a new actor's handle; the actor has the methods `process_info` and, for `persist`,
-            `progress`.
+        create: returns a new actor's handle; the actor has methods `process_info` and, for
+            `persist`, `progress`.
         build: makes a new actor able to work.
         report: receives an event for each restart.
         diagnosis: directory for the stacks of lost actors.

@@ -35,10 +35,8 @@ from rayhf.scorer.fit import (
     Figures,
     FitPlan,
     FitSet,
-    loss_of,
     mark,
     measure,
-    outputs_of,
     prepare_fit,
     win_probability,
 )
@@ -59,12 +57,6 @@ def fit_scorer(config: FitConfig, console: Console) -> None:
     base = Path.cwd()
     output = base / config.output
     _check_output(output)
-    if config.tiny is not None:
-        from launch.tiny import build_with_progress
-
-        build_with_progress(
-            config.tiny.dir, tasks=config.tiny.tasks, seed=config.tiny.seed, console=console
-        )
     plan = prepare_fit(config, base=base)
     for name, pairs in (("train", plan.train), ("test", plan.test)):
         print_plain(console, _pairs_line(name, pairs))
@@ -113,7 +105,9 @@ async def _fit(
 
 async def _train(config: FitConfig, plan: FitPlan, learner: LearnerClient, report: Report) -> float:
     """Train for all epochs; return the mean loss of the last one."""
-    loss = loss_of(config.objective)
+    from rayhf.losses.reward import reward_loss
+
+    loss = reward_loss(config.objective)
     step = 0
     total = 0.0
     for epoch in range(config.epochs):
@@ -167,7 +161,7 @@ async def _start_learner(config: FitConfig, plan: FitPlan, base: Path) -> Learne
     await learner.start(
         base / config.model,
         head="score",
-        head_size=outputs_of(config.objective),
+        head_size=config.objective.outputs,
         lr=config.learner.lr,
         total_steps=plan.steps,
         lora=config.lora,
@@ -259,7 +253,7 @@ def _metrics(
 
 
 def _table(config: FitConfig, figures: Figures, *, train_loss: float, seconds: float) -> Table:
-    table = Table("what", "value", title=f"{config.objective.type}: {config.output.name}")
+    table = Table("figure", "value", title=f"{config.objective.type}: {config.output.name}")
     table.columns[1].justify = "right"
     table.add_row("held-out accuracy", f"{figures.accuracy:.3f}")
     table.add_row("held-out calibration error (ECE, 15 bins)", f"{figures.calibration_error:.3f}")

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 def plain(text: str) -> str:
-    """Return `text` with every character escaped that is not printable, a line break or a tab.
+    r"""Return `text` with every character escaped that is not printable, a line break or a tab.
 
-    An escape character becomes \\x1b.
+    An escape character becomes \x1b.
     """
     if text.isprintable():
         return text

@@ -14,37 +14,39 @@ from rich.console import Console
 from actors.environment import process_env
 from launch.sanitize import print_plain
 from rayhf.config.load import load_config
-from rayhf.config.scorers import JudgeConfig, is_pairwise
 from rayhf.config.serve import ServeScorerConfig
 from rayhf.config.service import ServiceConfig
 from rayhf.control.status import read_status
 from rayhf.errors import ScorerError
+from rayhf.scorer.protocol import ScorerSetup
 
 
 def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
     """Build the scorers, print their address, and serve until SIGTERM or Ctrl-C.
 
-    Raises ConfigError, and ScorerError where the scorers are broken and the process must be
-    restarted.
+    Calls in flight may finish. Raises ConfigError, and ScorerError where the scorers are broken and
+    the process must be restarted.
     """
     base = Path.cwd()
     scorers = config.scorer
     threads = scorers.threads
     if config.device == "cpu":
         threads = threads or len(os.sched_getaffinity(0))
-    judges = any(isinstance(entry, JudgeConfig) for entry in scorers.train)
-    os.environ.update(process_env(config.device, threads, vllm=judges))
+    engines = any(entry.runs_engine for entry in scorers.train)
+    os.environ.update(process_env(config.device, threads, vllm=engines))
     # Imported only now: torch and vLLM read the environment when they are imported.
-    from rayhf.scorer.build import build_scorer, check_entries, entry_name
+    from rayhf.scorer.build import build_scorer, check_entries
     from rayhf.scorer.grpc.server import scorer_server
 
-    check_entries(scorers.train, base, combine=scorers.combine)
+    check_entries(scorers.train, base)
     device = "cuda" if config.device == "gpu" else "cpu"
     engine = build_scorer(
-        scorers.train, combine=scorers.combine, device=device, threads=threads, base=base
+        scorers.train,
+        ScorerSetup(base=base, device=device, threads=threads),
+        combine=scorers.combine,
     )
     try:
-        names = [entry_name(entry) for entry in scorers.train]
+        names = [entry.resolved_name for entry in scorers.train]
         stop = _stop_event()
         fatal: list[Exception] = []
 
@@ -56,7 +58,7 @@ def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
             engine,
             config.service,
             names=names,
-            pairwise=any(map(is_pairwise, scorers.train)),
+            pairwise=any(entry.is_pairwise for entry in scorers.train),
             base=base,
             broken=broken,
         )
@@ -66,8 +68,7 @@ def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
         server.stop()
         if fatal:
             raise ScorerError(
-                f"{', '.join(names)} fails on requests that it could score before: "
-                f"{_first_line(fatal[0])}"
+                f"{', '.join(names)} fails on a call that succeeded before: {_first_line(fatal[0])}"
             )
     finally:
         engine.close()

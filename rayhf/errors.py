@@ -27,6 +27,8 @@ RayhfError                      1   base of the others, for `except` at the comm
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from typing import ClassVar
 
 
@@ -80,8 +82,8 @@ class SecurityError(RayhfError):
         "the cluster has no token authentication, or others could read a secret; nothing was sent"
     )
     remedy = (
-        "start the cluster with RAY_AUTH_MODE=token, keep the token in a file of mode 600 (README, "
-        "On a cluster)"
+        "start the cluster with RAY_AUTH_MODE=token, keep the token in a file of mode 600 "
+        "(docs/security.md)"
     )
 
 
@@ -161,3 +163,14 @@ class InterruptedRunError(RayhfError):
     exit_code = 75
     meaning = "interrupted by SIGTERM, Ctrl-C or `rayhf stop`"
     remedy = "the same command continues"
+
+
+def did_you_mean(word: str, valid: Collection[str]) -> str:
+    """Return "; did you mean X?" for the valid word nearest to `word`, "" if none is near."""
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def nearest(word: str, valid: Collection[str]) -> str:
+    """Return the end of a message that refuses `word`: the nearest valid word, or else all."""
+    return did_you_mean(word, valid) or (f"; valid: {', '.join(valid)}" if valid else "")

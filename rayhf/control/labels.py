@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from rayhf.errors import ConfigError
 from rayhf.run_dir.files import storage_errors
 from rayhf.run_dir.inbox import submitted_rows
-from rayhf.types import Example, Message
+from rayhf.types import Example, Message, given_row
 
 VERDICTS = ("first", "second", "tie")
 _ROUNDS_BACK = 5
@@ -107,10 +107,6 @@ def labeled_examples(run: Path, labels: Sequence[Mapping[str, Any]]) -> tuple[Ex
     The rows are given ones: their lineage is the inbox, and their answers may be older than an
     importance weight can mend.
     """
-    from rayhf.algorithms.base import (
-        given_row,  # imports torch, which whoever only looks at pairs need not wait for
-    )
-
     examples = []
     for label in labels:
         if label["verdict"] == "tie":

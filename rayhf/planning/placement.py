@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rayhf.config.schema import CampaignConfig, Pool
-from rayhf.config.scorers import JudgeConfig, ScorerEntry, has_model
+from rayhf.config.scorers import EngineModel, ScorerEntryConfig
 from rayhf.errors import ConfigError
 
 Amounts = dict[str, float]
@@ -103,8 +103,12 @@ def _counts(
     for other in policies[1:]:  # each further policy has engines and a learner of its own
         counts[f"rollout {other}"] = engines
         counts[f"learner {other}"] = ranks
-    evaluators = int(config.scorer.evaluate is not None) + len(config.evaluations)
-    return {**counts, "reference": int(reference), "scorer": 1, "evaluator": evaluators}
+    return {
+        **counts,
+        "reference": int(reference),
+        "scorer": 1,
+        "evaluator": len(config.evaluator_scorers),
+    }
 
 
 def _check(config: CampaignConfig) -> None:
@@ -127,9 +131,9 @@ def _check(config: CampaignConfig) -> None:
     shared = cluster.placement == "colocate" or (cluster.gpus_per_scorer or 1.0) < 1
     for role in ("scorer", "evaluator"):
         judges = [
-            entry
+            entry.loads
             for entry in entries_of(config, role)
-            if isinstance(entry, JudgeConfig) and entry.kv_cache_gib is None
+            if isinstance(entry.loads, EngineModel) and entry.loads.engine.kv_cache_gib is None
         ]
         if cluster.device == "gpu" and judges and shared:
             raise ConfigError(
@@ -153,7 +157,7 @@ def _gpus(config: CampaignConfig, role: str) -> float:
     if pool == "rollout":
         return float(config.rollout.tensor_parallel)
     if pool == "scorer":
-        needed = any(map(has_model, entries_of(config, role)))
+        needed = any(entry.uses_gpu for entry in entries_of(config, role))
         return (config.cluster.gpus_per_scorer or 1.0) * needed
     return config.cluster.gpus_per_reference or 1.0 if pool == "reference" else 1.0
 
@@ -176,14 +180,13 @@ def _name(role: str, index: int, count: int) -> str:
     return f"{role} {unit} {index}"
 
 
-def entries_of(config: CampaignConfig, role: str) -> tuple[ScorerEntry, ...]:
+def entries_of(config: CampaignConfig, role: str) -> tuple[ScorerEntryConfig, ...]:
     """Return the scorers of all actors of a role; none for roles other than scorer, evaluator."""
     if role == "scorer":
         return config.scorer.train
     if role != "evaluator":
         return ()
-    further = (entry for eval_suite in config.evaluations.values() for entry in eval_suite.scorer)
-    return (*(config.scorer.evaluate or ()), *further)
+    return tuple(entry for entries in config.evaluator_scorers.values() for entry in entries)
 
 
 def members(specs: Sequence[ActorSpec]) -> list[list[ActorSpec]]:

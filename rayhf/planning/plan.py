@@ -14,10 +14,9 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Literal
 
-from rayhf.algorithms.base import Algorithm, needs_frozen_reference
-from rayhf.config.algorithms import EmaReference, InitialReference
-from rayhf.config.schema import CampaignConfig, RolloutConfig
-from rayhf.config.scorers import JudgeConfig, PreferenceModelConfig, RewardModelConfig, ScorerEntry
+from rayhf.algorithms.base import Algorithm, TrainsCritic, TrainsSeveralPolicies, policies_of
+from rayhf.config.schema import CampaignConfig
+from rayhf.config.scorers import ClassifierModel, EngineModel, ScorerEntryConfig
 from rayhf.errors import ConfigError, PlacementError
 from rayhf.models.source import model_length
 from rayhf.planning import memory as estimate
@@ -72,8 +71,9 @@ class Plan:
 
     def model_of(self, policy: str) -> Path:
         """Return the model that a policy starts from."""
-        other = None if policy == "policy" else self.algorithm.other_policy(policy).model
-        return other or self.config.policy.model
+        if policy != "policy" and isinstance(self.algorithm, TrainsSeveralPolicies):
+            return self.algorithm.other_policy(policy).model or self.config.policy.model
+        return self.config.policy.model
 
     # ------------------------------------------------------------------------------------- memory
 
@@ -119,28 +119,24 @@ class Plan:
             framework=estimate.FRAMEWORK[device]["scorer"] if spec.gpus or device == "cpu" else 0.0,
         )
 
-    def _entries(self, spec: ActorSpec) -> Sequence[ScorerEntry]:
+    def _entries(self, spec: ActorSpec) -> Sequence[ScorerEntryConfig]:
         """Return the scorers of one actor."""
-        config = self.config
         if spec.role == "scorer":
-            return config.scorer.train
-        own = [config.scorer.evaluate] if config.scorer.evaluate is not None else []
-        return [*own, *(each.scorer for each in config.evaluations.values())][spec.index]
+            return self.config.scorer.train
+        return list(self.config.evaluator_scorers.values())[spec.index]
 
-    def _entry_memory(self, entry: ScorerEntry, gpu_bytes: float | None) -> Memory:
-        if isinstance(entry, JudgeConfig):
-            engine = RolloutConfig(max_tokens=entry.max_tokens, kv_cache_gib=entry.kv_cache_gib)
-            return estimate.engine_memory(
-                self._shape(entry.model),
-                engine,
-                dtype=entry.dtype,
-                device=self.config.cluster.device,
-                gpu_bytes=gpu_bytes,
-            )
-        if isinstance(entry, RewardModelConfig | PreferenceModelConfig):
-            return estimate.classifier_memory(
-                self._shape(entry.model), entry.token_budget, dtype=entry.dtype
-            )
+    def _entry_memory(self, entry: ScorerEntryConfig, gpu_bytes: float | None) -> Memory:
+        match entry.loads:
+            case EngineModel(model=model, dtype=dtype, engine=engine):
+                return estimate.engine_memory(
+                    self._shape(model),
+                    engine,
+                    dtype=dtype,
+                    device=self.config.cluster.device,
+                    gpu_bytes=gpu_bytes,
+                )
+            case ClassifierModel(model=model, dtype=dtype, token_budget=token_budget):
+                return estimate.classifier_memory(self._shape(model), token_budget, dtype=dtype)
         return Memory()
 
     def weights(self, *, whole: bool = False) -> float:
@@ -148,7 +144,7 @@ class Plan:
 
         With LoRA the adapters, unless `whole`.
         """
-        shapes = [self._shape(self.model_of(policy)) for policy in self.algorithm.policies]
+        shapes = [self._shape(self.model_of(policy)) for policy in policies_of(self.algorithm)]
         lora = self.config.policy.lora
         if lora and not whole:
             adapters = sum(shape.adapters(lora) for shape in shapes)
@@ -158,9 +154,8 @@ class Plan:
     @property
     def moves(self) -> bool:
         """Whether there is a reference that follows the policy."""
-        return needs_frozen_reference(self.algorithm) and not isinstance(
-            self.algorithm.reference, InitialReference
-        )
+        schedule = self.algorithm.reference
+        return schedule is not None and schedule.moves and not schedule.is_learner
 
     def sequences(self, memory: Memory) -> float:
         """Return how many sequences of maximum length an engine holds."""
@@ -177,14 +172,15 @@ class Plan:
     def disk(self) -> Disk:
         config = self.config
         algorithm = self.algorithm
-        policies = [self._shape(self.model_of(policy)) for policy in algorithm.policies]
+        policies = [self._shape(self.model_of(policy)) for policy in policies_of(algorithm)]
         lora = config.policy.lora
         trained = [shape.adapters(lora) if lora else shape.parameters for shape in policies]
-        if algorithm.critic:
+        if isinstance(algorithm, TrainsCritic):
             trained.append(self._shape(config.learner.critic_model or config.policy.model).body)
         reference = 0.0
         if self.moves:
-            float32 = isinstance(algorithm.reference, EmaReference)
+            assert algorithm.reference is not None
+            float32 = algorithm.reference.averages
             reference = policies[0].parameters * (4.0 if float32 else BYTES[config.policy.dtype])
         exported = sum(shape.parameters for shape in policies) * BYTES[config.learner.dtype]
         return disk(

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from llama import LLAMA
+from llama_config import LLAMA
 from typer.testing import CliRunner
 
 from launch.cli import app, main

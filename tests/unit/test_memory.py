@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from llama import LLAMA, P
+from llama_config import LLAMA
 
 from rayhf.config.load import validate
 from rayhf.config.schema import LearnerConfig, LoraConfig, ReferenceConfig, RolloutConfig, RunConfig
@@ -22,6 +22,9 @@ from rayhf.planning.placement import actor_specs
 from rayhf.planning.plan import Plan, check_disk, check_gpus
 from rayhf.planning.preflight import check_settings
 from rayhf.planning.shape import read_shape
+
+P = 8_030_261_248
+"""Parameters of Llama 3.1 8B."""
 
 
 @pytest.fixture(scope="module")

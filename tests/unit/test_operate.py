@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
-from fakes import FakeRollout, Quiet
+from campaigns import make_config, metrics_of, play
+from fakes import FakeRollout, SilentObserver
 from rich.console import Console
-from test_controller import make_config, metrics_of, play
 from typer.testing import CliRunner
 
 from launch.cli import app
@@ -98,7 +98,7 @@ def test_status_of_a_stalled_campaign(tmp_path):
 
 def test_alternating_phases_of_two_iterations_are_logged_once(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = EventLog(store, Quiet())
+    recorder = EventLog(store, SilentObserver())
     for done in range(50):
         for iteration in (1, 2):
             recorder.phase(iteration, "explore", done, 50)
@@ -116,7 +116,7 @@ def test_alternating_phases_of_two_iterations_are_logged_once(tmp_path):
 
 def test_status_of_a_campaign_that_waits_for_a_scorer(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = EventLog(store, Quiet())
+    recorder = EventLog(store, SilentObserver())
     recorder.phase(1, "explore", 3, 4)
     recorder.event("pause", "the scorer is down")
     status = read_status(store.path)
@@ -131,7 +131,7 @@ def test_status_of_a_campaign_that_waits_for_a_scorer(tmp_path):
 
 def test_status_on_another_host_follows_the_heartbeat(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = EventLog(store, Quiet())
+    recorder = EventLog(store, SilentObserver())
     recorder.phase(1, "explore", 3, 4)
     store.set_state("running")
     store.close()
@@ -176,7 +176,7 @@ def test_stop_commits_the_iteration_and_the_same_command_continues(tmp_path):
         make_config(tmp_path, run={"checkpoint_every": 0}),
     )
     play(whole)
-    with pytest.raises(InterruptedRunError, match="stopped after round 2"):
+    with pytest.raises(InterruptedRunError, match="stopped after iteration 2"):
         play(config, rollout=Commanding(config.run.dir, 3, "stop"))
     assert read_status(config.run.dir).iteration == 2
     write_control(config.run.dir, "run")

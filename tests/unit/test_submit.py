@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from campaigns import make_config
 from ray.job_submission import JobDetails
 from rich.console import Console
-from test_controller import make_config
 
 from launch import submit
 from launch.cli import app
@@ -62,6 +62,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+TRACKERS = """trackers=[{type: wandb, name: "it's; touch x"}]"""
+"""An override that a shell must not interpret."""
+
+
 def planned(*overrides: str, config: str = "configs/c.yaml", **more: Any) -> submit.Job:
     settings = {"env": (), "cpus": None, "supervised": False, **more}
     return submit.plan(Path(config), overrides, **settings)
@@ -71,10 +75,10 @@ def test_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("MINE", "a 'quoted' $value")
     monkeypatch.setenv("WANDB_API_KEY", "canary")
-    job = planned(RUN, "tracking.name=it's; touch x", env=["MINE"], supervised=True, cpus=1)
+    job = planned(RUN, TRACKERS, env=["MINE"], supervised=True, cpus=1)
     assert job.command == (
         *("rayhf", "run", "configs/c.yaml"),
-        *(RUN, "tracking.name=it's; touch x", "cluster.address=auto", "--supervise"),
+        *(RUN, TRACKERS, "cluster.address=auto", "--supervise"),
     )
     assert job.environment == {"NCCL_DEBUG": "INFO", "MINE": "a 'quoted' $value"}
     assert re.fullmatch(r"rayhf-ein-lauf-[0-9a-f]{8}", job.name)
@@ -86,7 +90,7 @@ def test_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_command_line_survives_a_shell(here: Path) -> None:
-    job = planned(RUN, "tracking.name=it's; touch x", cpus=0.5)
+    job = planned(RUN, TRACKERS, cpus=0.5)
     line = job.command_line("http://head:8265", f"{job.name}-3")
     echoed = subprocess.run(
         ["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True

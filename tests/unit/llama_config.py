@@ -1,7 +1,5 @@
-"""Llama 3.1 8B, as its config.json describes it."""
+"""The config.json of Llama 3.1 8B."""
 
-P = 8_030_261_248
-"""Parameters of Llama 3.1 8B."""
 LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
