@@ -15,7 +15,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -97,7 +96,7 @@ class PlacementGroup:
         return impossible(self._specs, nodes) or crowded(self._specs, nodes)
 
     def create(
-        self, actor_class: type, spec: ActorSpec, env: Mapping[str, str], **options: Any
+        self, actor_class: type, spec: ActorSpec, env: Mapping[str, str], **options: object
     ) -> ActorHandle:
         """Create an actor on its resources.
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import psutil
 import ray
@@ -89,7 +89,7 @@ async def terminate(
         ray.kill(actor, no_restart=True)
 
 
-async def _on_node(node: str, function: Callable[..., None], *arguments: Any) -> None:
+async def _on_node(node: str, function: Callable[..., None], *arguments: object) -> None:
     """Run `function` on a node, for at most some seconds; do nothing where the node is gone."""
     if node == ray.get_runtime_context().get_node_id():
         await asyncio.to_thread(function, *arguments)

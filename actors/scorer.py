@@ -23,6 +23,8 @@ from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Comparison, Outcome, ScoreRequest
 
+State = dict[str, Any]
+"""State of a scorer (running normalizers), as JSON values."""
 CONCURRENCY_GROUPS = {"watch": 1}
 """Option of `ray.remote` for ScorerActor: a poll of its progress must not wait for a long call."""
 
@@ -49,17 +51,15 @@ class ScorerActor(ReportsProcess):
         """
         return time.monotonic()
 
-    def score(
-        self, requests: Sequence[ScoreRequest]
-    ) -> tuple[list[tuple[Outcome, ...]], dict[str, Any]]:
+    def score(self, requests: Sequence[ScoreRequest]) -> tuple[list[tuple[Outcome, ...]], State]:
         """Return the outcomes, and the scorer's state after them."""
         return self.engine.score(requests), self.engine.state_dict()
 
-    def compare(self, requests: Sequence[ScoreRequest]) -> tuple[list[Comparison], dict[str, Any]]:
+    def compare(self, requests: Sequence[ScoreRequest]) -> tuple[list[Comparison], State]:
         """Return the comparisons, and the scorer's state after them."""
         return self.engine.compare(requests), self.engine.state_dict()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         return self.engine.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ class ScorerClient:
     def __init__(self, member: SupervisedActor, *, timeout_s: float) -> None:
         self._member = member
         self._timeout_s = timeout_s
-        self._state: dict[str, Any] | None = None
+        self._state: State | None = None
         """The scorer's state after its last response, with which it arrived."""
         member.prepare = self._restore
 
@@ -88,7 +88,7 @@ class ScorerClient:
         )
         return list(comparisons)
 
-    async def state_dict(self) -> dict[str, Any]:
+    async def state_dict(self) -> State:
         if self._state is None:
             self._state = await self._persist(lambda actor: actor.state_dict.remote(), "state")
         return dict(self._state or {})

@@ -25,6 +25,8 @@ from ray.actor import ActorHandle
 from actors.remote import late_error, result_of, translate_error
 from rayhf.errors import DeadlineError
 
+Reply = asyncio.Future[Any]
+"""Future of a remote call's result."""
 Call = Callable[[ActorHandle], ray.ObjectRef]
 """Calls a method of an actor."""
 _MAX_POLL_S = 10.0
@@ -42,13 +44,13 @@ class PendingCalls:
     def __init__(self, name: str, loop: AbstractEventLoop) -> None:
         self._name = name
         self._loop = loop
-        self.deadlines: dict[asyncio.Future[Any], float] = {}
+        self.deadlines: dict[Reply, float] = {}
         """Deadline of each call, by its future, on the loop's clock."""
-        self._errors: dict[asyncio.Future[Any], BaseException | None] = {}
+        self._errors: dict[Reply, BaseException | None] = {}
         """Reasons why futures were canceled; None: the call is late."""
         self._timer: asyncio.TimerHandle | None = None
 
-    async def wait(self, reply: asyncio.Future[Any], *, phase: str, timeout_s: float) -> Any:
+    async def wait(self, reply: Reply, *, phase: str, timeout_s: float) -> Any:
         """Return the result of a call. Raise DeadlineError when late, or the error of `fail`."""
         task = asyncio.current_task()
         assert task is not None
@@ -82,7 +84,7 @@ class PendingCalls:
         self._cancel([reply for reply, due in self.deadlines.items() if due <= now], None)
         self._set_timer(min((due for due in self.deadlines.values() if due > now), default=None))
 
-    def _cancel(self, replies: Iterable[asyncio.Future[Any]], error: BaseException | None) -> None:
+    def _cancel(self, replies: Iterable[Reply], error: BaseException | None) -> None:
         for reply in replies:
             if reply.cancel():  # False where the result is here and its task has not run since
                 self._errors[reply] = error
@@ -111,9 +113,9 @@ class ProgressWatch:
         self._loop = loop
         self._scheduled = False
         """The next tick is due."""
-        self._poll: asyncio.Future[Any] | None = None
+        self._poll: Reply | None = None
         """A poll that has not returned."""
-        self._progress: Any = None
+        self._progress: float | None = None
         """Result of the last poll."""
         self._since = 0.0
         """Time at which the actor was first seen at this progress, or got work."""
@@ -162,7 +164,7 @@ class ProgressWatch:
         self._poll = asyncio.wrap_future(reply, loop=self._loop)
         self._poll.add_done_callback(self._polled)
 
-    def _polled(self, poll: asyncio.Future[Any]) -> None:
+    def _polled(self, poll: Reply) -> None:
         error = asyncio.CancelledError() if poll.cancelled() else poll.exception()
         if poll is not self._poll:
             return  # it was sent for calls that have returned since

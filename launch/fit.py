@@ -14,12 +14,12 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -197,7 +197,7 @@ def _threads(config: FitConfig) -> int:
 
 
 async def _until_signaled(
-    work: Coroutine[Any, Any, tuple[Figures, float]],
+    work: Awaitable[tuple[Figures, float]],
 ) -> tuple[Figures, float]:
     """Run to the end, or until SIGTERM or SIGINT."""
     task = asyncio.current_task()
@@ -236,9 +236,9 @@ def _temporary_directory(output: Path) -> Iterator[Path]:
 
 def _metrics(
     config: FitConfig, plan: FitPlan, figures: Figures, *, train_loss: float, seconds: float
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the content of metrics.json."""
-    metrics: dict[str, Any] = {
+    metrics: dict[str, object] = {
         **asdict(figures),
         "train_loss": train_loss,
         "seconds": seconds,

@@ -11,7 +11,7 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -140,13 +140,15 @@ def label(control: Control, console: Console, *, file: Path | None, count: int) 
         print_plain(console, "no verdicts were given")
 
 
-def _label(row: Mapping[str, Any], where: str) -> dict[str, str]:
-    if not all(isinstance(row.get(key), str) for key in ("pair_id", "verdict")):
+def _label(row: Mapping[str, object], where: str) -> dict[str, str]:
+    pair_id = row.get("pair_id")
+    verdict = row.get("verdict")
+    if not isinstance(pair_id, str) or not isinstance(verdict, str):
         raise ConfigError(
             f"{where}: expected `pair_id` and `verdict` (first, second or tie), got keys "
             f"{', '.join(sorted(row))}"
         )
-    return {"pair_id": row["pair_id"], "verdict": row["verdict"]}
+    return {"pair_id": pair_id, "verdict": verdict}
 
 
 def _prompt_for_labels(

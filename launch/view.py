@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -151,7 +150,7 @@ def _add_row(table: Table, label: str, *values: float | None) -> None:
         table.add_row(label, *("" if value is None else f"{value:.3f}" for value in values))
 
 
-def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+def _mean(lines: Sequence[Mapping[str, float]], name: str) -> float | None:
     values = [float(line[name]) for line in lines if name in line]
     return sum(values) / len(values) if values else None
 
