@@ -1,2 +1,1 @@
-"""Where it runs: Ray actors, thin shells around the engines of rayhf, and the clients that make
-them look like roles."""
+"""Ray actors around the engines of rayhf, the clients that make them roles, and supervision."""

@@ -1,12 +1,16 @@
-"""The learner role: one DeepSpeed engine per rank in actors, and the group that deals out a batch.
+"""The learner role: DeepSpeed engines in actors, one per rank, and the client in front of them.
 
-The group plans every rank's micro-batches in one place, so that all ranks take the same number of
-steps through the model (their collectives meet in each), and all ranks are called together.
+In: batches and rows. Out: metrics, log-probs or values, weight snapshots.
+
+Synchronization: all ranks are called together. The client plans the micro-batches of every rank, so
+that all take the same number of steps through the model: their collectives meet in each.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,15 +18,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.actor import ActorHandle
 
+from actors.process import ReportsProcess
 from actors.remote import wait, wait_all
-from actors.supervise import ProcessInfo, SupervisedActor, process_info
+from actors.supervise import SupervisedActor
 from rayhf.config.schema import LearnerConfig
 from rayhf.errors import ActorLostError
 from rayhf.learner.packing import plan
 from rayhf.losses.base import Loss, Totals
 from rayhf.run_dir.epoch_guard import EpochGuard
-from rayhf.types import Batch, Example, FloatArray, Row, TransportName, WeightBucket, WeightSnapshot
+from rayhf.types import (
+    Batch,
+    Example,
+    FloatArray,
+    Probe,
+    Row,
+    TransportName,
+    WeightBucket,
+    WeightSnapshot,
+)
 from rayhf.weights.buckets import snapshot_checksum
 
 if TYPE_CHECKING:
@@ -31,36 +46,33 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _collectives() -> Iterator[None]:
-    """A collective that breaks or times out means that another rank is gone: nothing is wrong with
-    this one."""
+    """Raise ActorLostError for a collective that breaks or times out.
+
+    It means that another rank is gone; nothing is wrong with this one.
+    """
     try:
         yield
     except RuntimeError as error:
-        text = str(error) or type(error).__name__
-        if type(error).__name__.startswith("Dist") or any(
-            mark in text for mark in ("gloo", "NCCL", "Connection closed by peer")
-        ):
+        name = type(error).__name__
+        text = str(error) or name
+        marks = ("gloo", "NCCL", "Connection closed by peer")
+        if name.startswith("Dist") or any(mark in text for mark in marks):
             raise ActorLostError(
-                f"the learner's ranks lost each other ({text.splitlines()[0][:200]})"
+                f"the learner's ranks lost their connection ({text.splitlines()[0][:200]})"
             ) from error
         raise
 
 
-class LearnerActor:
-    """A shell around one rank's LearnerEngine."""
+class LearnerActor(ReportsProcess):
+    """Ray actor around one rank's LearnerEngine."""
 
     _sender: Sender | None = None
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 can be met: its node's address and a free port."""
-        import socket
-
+        """Return this node's address and a free port, at which the ranks find each other."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
-
-    def process_info(self) -> ProcessInfo:
-        return process_info()
 
     def build(
         self,
@@ -70,11 +82,12 @@ class LearnerActor:
         epoch_guard: EpochGuard | None = None,
         **settings: Any,
     ) -> None:
-        """A `epoch_guard` guards what is written into a run directory."""
+        """Build the engine; `epoch_guard` checks each write into a run directory."""
         from rayhf.learner.engine import LearnerEngine
         from rayhf.learner.weight_sender import IpcSender
 
-        self.epoch_guard, self._ipc_sender = epoch_guard, IpcSender()
+        self.epoch_guard = epoch_guard
+        self._ipc_sender = IpcSender()
         self.engine = LearnerEngine(model, config, **settings)
 
     def step(
@@ -89,7 +102,7 @@ class LearnerActor:
 
     def publish(
         self, version: int, dtype: str, bucket_bytes: int, transport: TransportName, whole: bool
-    ) -> tuple[list[WeightBucket], Any]:
+    ) -> tuple[list[WeightBucket], Probe]:
         from rayhf.learner.weight_sender import announce
 
         with _collectives():
@@ -101,7 +114,7 @@ class LearnerActor:
         return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in buckets], probe
 
     def open_broadcast(self, members: int, timeout_s: float) -> Rendezvous:
-        """Begin a new group, of which this rank is the sender."""
+        """Open a new process group, of which this rank is the sender."""
         from rayhf.weights.broadcast import Sender
 
         if self._sender is not None:
@@ -146,8 +159,16 @@ class LearnerActor:
         self.engine.wake()
 
 
-class LearnerGroup:
-    """Learner over one or more data-parallel ranks."""
+class LearnerClient:
+    """Learner over one or more data-parallel ranks.
+
+    Args:
+        ranks: their actors, rank 0 first.
+        config: of the learner.
+        sync_dtype: dtype in which weights are sent, that of the rollout engines.
+        timeout_s: limit on every call.
+        transport: the usual way of weights to the engines.
+    """
 
     def __init__(
         self,
@@ -158,46 +179,52 @@ class LearnerGroup:
         timeout_s: float,
         transport: TransportName = "object_store",
     ) -> None:
-        """`sync_dtype`: the engines' dtype, in which weights travel."""
-        self._ranks, self._config, self._timeout_s = ranks, config, timeout_s
-        self._transport, self._wire = transport, (sync_dtype, config.bucket_mib << 20)
+        self._ranks = ranks
+        self._config = config
+        self._timeout_s = timeout_s
+        self._transport = transport
+        self._format = (sync_dtype, config.bucket_mib << 20)
         self.names = [rank.name for rank in ranks]
-        self.holds: int | None = None
-        """The version that was published last, until the next step changes the weights."""
+        self.published_version: int | None = None
+        """Version that was published last, until the next step changes the weights."""
 
     @property
-    def _actors(self) -> list[Any]:
+    def _actors(self) -> list[ActorHandle]:
         return [rank.actor for rank in self._ranks]
 
     async def start(self, model: Path, **settings: Any) -> None:
-        """Start every rank's engine; they meet at rank 0."""
+        """Start every rank's engine; they find each other at rank 0."""
         await asyncio.gather(*(rank.start() for rank in self._ranks))
         master = await wait(
             self._actors[0].address.remote(),
-            who=self.names[0],
+            name=self.names[0],
             phase="start",
             timeout_s=self._timeout_s,
         )
-        world = len(self._ranks)
-        for one in self._ranks:
-            one.stage = "building"
+        for rank in self._ranks:
+            rank.stage = "building"
         calls = [
             actor.build.remote(
-                model, self._config, rank=rank, world=world, master=master, **settings
+                model,
+                self._config,
+                rank=rank,
+                world=len(self._ranks),
+                master=master,
+                **settings,
             )
             for rank, actor in enumerate(self._actors)
         ]
         await self._all("start", calls)
-        for one in self._ranks:
-            one.stage = "ready"
+        for rank in self._ranks:
+            rank.stage = "ready"
 
     async def _all(self, phase: str, calls: list[ray.ObjectRef]) -> list[Any]:
-        return await wait_all(calls, who=self.names, phase=phase, timeout_s=self._timeout_s)
+        return await wait_all(calls, names=self.names, phase=phase, timeout_s=self._timeout_s)
 
     async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        self.holds = None
+        self.published_version = None
         lengths = [[len(row) for row in example.rows] for example in batch.examples]
-        hands = plan(lengths, ranks=len(self._actors), budget=self._config.token_budget)
+        shares = plan(lengths, ranks=len(self._ranks), budget=self._config.token_budget)
         rows = [row for example in batch.examples for row in example.rows]
         totals = Totals(
             tokens=float(sum(len(row.response_ids) for row in rows)),
@@ -212,100 +239,98 @@ class LearnerGroup:
                 loss,
                 batch.temperature,
             )
-            for actor, micros in zip(self._actors, hands, strict=True)
+            for actor, micros in zip(self._actors, shares, strict=True)
         ]
         metrics: dict[str, float] = (await self._all("learn", calls))[0]
         return metrics
 
     async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
-        world = len(self._actors)
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-        hands = [order[rank::world] for rank in range(world)]  # like lengths on every rank
+        world = len(self._ranks)
+        longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+        shares = [longest_first[rank::world] for rank in range(world)]  # alike in length
         calls = [
-            a.outputs.remote([rows[i] for i in h], temperature)
-            for a, h in zip(self._actors, hands, strict=True)
+            actor.outputs.remote([rows[i] for i in share], temperature)
+            for actor, share in zip(self._actors, shares, strict=True)
         ]
         results: dict[int, FloatArray] = {}
-        for hand, answer in zip(hands, await self._all("log-probs", calls), strict=True):
-            results |= dict(zip(hand, answer, strict=True))
+        for share, outputs in zip(shares, await self._all("log-probs", calls), strict=True):
+            results |= dict(zip(share, outputs, strict=True))
         return [results[i] for i in range(len(rows))]
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
-        """`stored`: whole and in the object store, whatever the way and also with LoRA: a reference
-        may fetch them, too."""
-        transport = "object_store" if stored else self._transport
-        self.holds = version
-        answers = await self._all(
-            "sync",
-            [
-                actor.publish.remote(version, *self._wire, transport, stored)
-                for actor in self._actors
-            ],
-        )
-        buckets, probe = answers[0]
-        if transport == "cuda_ipc":
-            handles = zip(
-                *([bucket.payload for bucket in found] for found, _ in answers), strict=True
-            )
+        """Return the current weights, ready to be sent.
+
+        `stored`: whole weights in the object store, also with LoRA and whatever the transport,
+        since a reference fetches them too.
+        """
+        transport: TransportName = "object_store" if stored else self._transport
+        self.published_version = version
+        calls = [
+            actor.publish.remote(version, *self._format, transport, stored)
+            for actor in self._actors
+        ]
+        published = await self._all("sync", calls)
+        buckets, probe = published[0]
+        if transport == "cuda_ipc":  # each engine opens the handles of its own GPU
+            payloads = [[bucket.payload for bucket in of_rank] for of_rank, _ in published]
             buckets = [
-                replace(bucket, payload=each) for bucket, each in zip(buckets, handles, strict=True)
+                replace(bucket, payload=tuple(handles))
+                for bucket, *handles in zip(buckets, *payloads, strict=True)
             ]
-        checksum = snapshot_checksum(buckets)
         return WeightSnapshot(
             version=version,
             buckets=tuple(buckets),
-            checksum=checksum,
+            checksum=snapshot_checksum(buckets),
             probe=probe,
             transport=transport,
         )
 
     async def open_broadcast(self, members: int, timeout_s: float) -> Rendezvous:
-        """A new group for broadcasts, of `members` including rank 0, and where the others meet
-        it."""
+        """Open a process group of `members`, rank 0 included; return where the others join it."""
         call = self._actors[0].open_broadcast.remote(members, timeout_s)
-        meeting: Rendezvous = await wait(
-            call, who=self.names[0], phase="sync", timeout_s=self._timeout_s
+        rendezvous: Rendezvous = await wait(
+            call, name=self.names[0], phase="sync", timeout_s=self._timeout_s
         )
-        return meeting
+        return rendezvous
 
     def join_broadcast(self) -> ray.ObjectRef:
-        """The sender's call, to be waited for together with the receivers'."""
+        """Call the sender; to be waited for together with the receivers' calls."""
         return self._actors[0].join_broadcast.remote()
 
     def send(self, version: int) -> list[ray.ObjectRef]:
-        """Every rank's call, to be waited for together with the receivers'; the first answers with
-        the sealed buckets."""
-        return [actor.send.remote(version, *self._wire) for actor in self._actors]
+        """Call every rank; to be waited for together with the receivers' calls.
+
+        The first call returns the buckets with their checksums.
+        """
+        return [actor.send.remote(version, *self._format) for actor in self._actors]
 
     async def release(self) -> None:
-        """Give back the memory of what was published on the device."""
+        """Free the memory of what was published on the device."""
         await self._all("sync", [actor.release.remote() for actor in self._actors])
 
     async def save(self, directory: Path) -> None:
         await self._all("checkpoint", [actor.save.remote(directory) for actor in self._actors])
 
     async def load(self, directory: Path) -> None:
-        self.holds = None
+        self.published_version = None
         await self._all("restore", [actor.load.remote(directory) for actor in self._actors])
 
     async def export(self, directory: Path) -> None:
         await self._all("export", [actor.export.remote(directory) for actor in self._actors])
 
     async def sleep(self) -> None:
-        """Every rank gives its GPU up; its state waits in host memory."""
+        """Free every rank's GPU and keep its state in host memory."""
         await self._all("sleep", [actor.sleep.remote() for actor in self._actors])
 
     async def wake(self) -> None:
-        """Every rank takes its GPU again."""
+        """Bring every rank's state back to its GPU."""
         await self._all("wake", [actor.wake.remote() for actor in self._actors])
 
 
 def _sums(examples: Sequence[Example]) -> dict[str, float]:
+    """Return the sum of each named scalar over examples; NaN counts as 0."""
     sums: dict[str, float] = {}
     for example in examples:
         for name, value in example.scalars.items():
-            sums[name] = sums.get(name, 0.0) + (value if value == value else 0.0)
+            sums[name] = sums.get(name, 0.0) + (0.0 if math.isnan(value) else value)
     return sums
-
-
-RemoteLearner = ray.remote(LearnerActor)

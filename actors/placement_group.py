@@ -1,8 +1,11 @@
-"""PlacementGroup for a campaign in a Ray cluster: a placement group that holds every spec before any model
-loads.
+"""A campaign's share of a Ray cluster: a placement group that holds all actors.
 
-Who waits for whom: `take` waits for the cluster, at most so long, and says every few seconds what
-is missing. A cluster that was started here for this campaign has room or never will.
+Its resources are reserved before any model loads.
+
+In: actor specs. Out: scheduled actors.
+
+Synchronization: `reserve` waits for the cluster, up to a limit, and reports every few seconds what
+is missing. A cluster that was started here for this campaign has room at once or never.
 """
 
 from __future__ import annotations
@@ -11,85 +14,113 @@ import asyncio
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import ray
-from ray._private.state import (
-    available_resources_per_node,  # a developer API that has no public name
-)
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup as RayPlacementGroup
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
 )
 
+from actors.ray_internals import free_resources
 from rayhf.errors import PlacementError
 from rayhf.planning.placement import ActorSpec, NodeResources, bundles, crowded, impossible
 
 _POLL_S = 0.5
-_SAY_S = 5.0
-_ASK_S = 30.0
+_REPORT_S = 5.0
+_QUERY_S = 30.0
 
 
 def nodes_now() -> list[NodeResources]:
-    """The nodes that are alive, with what each has and what is free there."""
+    """Return the live nodes with their total and free resources."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    free = available_resources_per_node()
-    addresses = Counter(node["NodeManagerAddress"] for node in alive)
-    return [
-        NodeResources(
-            name=address
-            if addresses[address := node["NodeManagerAddress"]] == 1
-            else f"{address}/{node['NodeID'][:6]}",
-            total=node["Resources"],
-            free=free.get(node["NodeID"], {}),
+    free = free_resources()
+    count = Counter(node["NodeManagerAddress"] for node in alive)
+    nodes = []
+    for node in alive:
+        address = node["NodeManagerAddress"]
+        name = address if count[address] == 1 else f"{address}/{node['NodeID'][:6]}"
+        nodes.append(
+            NodeResources(name=name, total=node["Resources"], free=free.get(node["NodeID"], {}))
         )
-        for node in alive
-    ]
+    return nodes
 
 
 class PlacementGroup:
-    """What a campaign holds of a cluster. `grouped`: others may use the cluster, or it decides who
-    sits on which GPU."""
+    """Resources of a cluster that a campaign holds, and the actors on them.
 
-    def __init__(self, found: Sequence[ActorSpec], *, grouped: bool) -> None:
-        self._seats, self._grouped = found, grouped
-        self._group: Any = None
-        self._ready: Any = None
+    Args:
+        specs: the campaign's actors.
+        grouped: reserve the resources: others use the cluster too, or actors share GPUs.
+    """
 
-    async def take(self, *, limit_s: float, report: Callable[[str], None]) -> None:
-        """Hold every spec. Raises PlacementError, naming what was asked for and what is there,
-        after `limit_s` seconds."""
-        started = said = time.monotonic()
+    def __init__(self, specs: Sequence[ActorSpec], *, grouped: bool) -> None:
+        self._specs = specs
+        self._grouped = grouped
+        self._group: RayPlacementGroup | None = None
+        self._ready: ray.ObjectRef | None = None
+
+    async def reserve(self, *, limit_s: float, report: Callable[[str], None]) -> None:
+        """Hold the resources of every actor.
+
+        Raises PlacementError, naming what was requested and what is available, after `limit_s`
+        seconds.
+        """
+        started = time.monotonic()
+        reported = started
         if self._grouped and limit_s > 0:
-            # Asked for at once, and also where it cannot be had yet: an autoscaler acts on what is
-            # pending.
-            self._group = ray.util.placement_group(bundles(self._seats), strategy="PACK")
+            # Requested also where there is no room yet: an autoscaler acts on pending requests.
+            self._group = ray.util.placement_group(bundles(self._specs), strategy="PACK")
             self._ready = self._group.ready()
-        while not self._taken():
+        while not self._reserved():
             now = time.monotonic()
             if now - started >= limit_s:
-                why = self._why()
-                self.leave()
-                raise PlacementError(
-                    f"no room in the cluster{f' after {limit_s:g} s' if limit_s else ''}: {why}"
-                )
-            if now - said >= _SAY_S:
-                report(f"waiting for room: {self._why()}")
-                said = now
+                shortage = self._shortage()
+                self.release()
+                waited = f" after {limit_s:g} s" if limit_s else ""
+                raise PlacementError(f"no room in the cluster{waited}: {shortage}")
+            if now - reported >= _REPORT_S:
+                report(f"waiting for room: {self._shortage()}")
+                reported = now
             await asyncio.sleep(_POLL_S)
 
-    def _taken(self) -> bool:
+    def _reserved(self) -> bool:
         if self._group is None:
-            return impossible(self._seats, nodes_now()) is None
+            return impossible(self._specs, nodes_now()) is None
         return bool(ray.wait([self._ready], timeout=0)[0])
 
-    def _why(self) -> str:
+    def _shortage(self) -> str:
         nodes = nodes_now()
-        return impossible(self._seats, nodes) or crowded(self._seats, nodes)
+        return impossible(self._specs, nodes) or crowded(self._specs, nodes)
 
-    def strategy(self, spec: ActorSpec) -> dict[str, Any]:
-        """Options that put an actor into its spec's bundle."""
+    def create(
+        self, actor_class: type, spec: ActorSpec, env: Mapping[str, str], **options: object
+    ) -> ActorHandle:
+        """Create an actor on its resources.
+
+        Args:
+            actor_class: the plain class.
+            spec: one of the specs that were reserved.
+            env: environment variables of the actor's process.
+            options: further ones of `ray.remote`.
+        """
+        # Ray must not restart anything by itself: a replacement has to be built and synced first.
+        remote = ray.remote(
+            num_cpus=spec.cpus,
+            num_gpus=spec.gpus,
+            resources=dict(spec.resources),
+            runtime_env={"env_vars": dict(env)},
+            max_restarts=0,
+            max_task_retries=0,
+            **self.strategy(spec),
+            **options,
+        )
+        return remote(actor_class).remote()
+
+    def strategy(self, spec: ActorSpec) -> dict[str, PlacementGroupSchedulingStrategy]:
+        """Return the options that put an actor into its bundle."""
         if self._group is None:
             return {}
         return {
@@ -98,39 +129,40 @@ class PlacementGroup:
             )
         }
 
-    def leave(self) -> None:
-        """Safe to call twice."""
+    def release(self) -> None:
+        """Give the resources back; safe to call twice."""
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
             self._group = None
 
 
 def smallest_gpu() -> float | None:
-    """Memory of the smallest GPU in the cluster in bytes, as nvidia-smi says on each node; None
-    where none says."""
-    ask = ray.remote(num_cpus=0)(_gpu_bytes)
+    """Return the memory of the cluster's smallest GPU in bytes; None where no node knows.
+
+    Each node asks its own nvidia-smi.
+    """
+    query = ray.remote(num_cpus=0)(_gpu_bytes)
     nodes = [
         node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")
     ]
+    if not nodes:
+        return None
     calls = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        query.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
         for node in nodes
     ]
-    answered, _ = ray.wait(calls, num_returns=len(calls), timeout=_ASK_S) if calls else ([], [])
-    found = [amount for amounts in ray.get(answered) for amount in amounts]
-    return min(found, default=None)
+    finished, _ = ray.wait(calls, num_returns=len(calls), timeout=_QUERY_S)
+    return min((size for sizes in ray.get(finished) for size in sizes), default=None)
 
 
 def _gpu_bytes() -> list[float]:
-    """Of this node's GPUs."""
+    """Return the memory of each GPU of this node."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(
-            command, capture_output=True, text=True, timeout=_ASK_S, check=True
-        ).stdout
-    except (
-        OSError,
-        subprocess.SubprocessError,
-    ):  # another vendor's; cluster.gpu_memory_gib says it then
-        return []
-    return [float(line) * 2**20 for line in said.splitlines() if line.strip().isdigit()]
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=_QUERY_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []  # another vendor's GPUs: set cluster.gpu_memory_gib instead
+    lines = result.stdout.splitlines()
+    return [float(line) * 2**20 for line in lines if line.strip().isdigit()]

@@ -1,9 +1,11 @@
-"""The reference role: frozen log-probs."""
+"""The reference role: log-probs under frozen weights, in one actor.
+
+In: rows, and weight snapshots where the reference follows the policy. Out: log-probs in nats.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from actors.process import ReportsProcess
 from actors.remote import wait
-from actors.supervise import ProcessInfo, SupervisedActor, process_info
+from actors.supervise import SupervisedActor
+from actors.transport import without_payloads
 from rayhf.config.schema import ReferenceConfig
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.types import FloatArray, Row, WeightSnapshot
 
 
-class ReferenceActor:
-    """A shell around one ReferenceEngine."""
-
-    def process_info(self) -> ProcessInfo:
-        return process_info()
+class ReferenceActor(ReportsProcess):
+    """Ray actor around one ReferenceEngine."""
 
     def build(
         self,
@@ -55,32 +56,29 @@ class ReferenceActor:
 
 
 class ReferenceClient:
-    """Reference over one actor."""
+    """Reference over one actor, which is never replaced."""
 
     def __init__(self, member: SupervisedActor, *, timeout_s: float) -> None:
-        self._actor, self._name, self._timeout_s = member.actor, member.name, timeout_s
+        self._actor = member.actor
+        self._name = member.name
+        self._timeout_s = timeout_s
 
-    async def _call(self, phase: str, call: ray.ObjectRef) -> Any:
-        return await wait(call, who=self._name, phase=phase, timeout_s=self._timeout_s)
+    async def _wait(self, phase: str, call: ray.ObjectRef) -> Any:
+        return await wait(call, name=self._name, phase=phase, timeout_s=self._timeout_s)
 
     async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
-        answer: list[FloatArray] = await self._call(
+        logprobs: list[FloatArray] = await self._wait(
             "reference", self._actor.logprobs.remote(list(rows), temperature)
         )
-        return answer
+        return logprobs
 
     async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:
         payloads = [bucket.payload for bucket in snapshot.buckets]
-        light = replace(
-            snapshot, buckets=tuple(replace(bucket, payload=None) for bucket in snapshot.buckets)
-        )
-        await self._call("reference update", self._actor.update.remote(light, mix, *payloads))
+        call = self._actor.update.remote(without_payloads(snapshot), mix, *payloads)
+        await self._wait("reference update", call)
 
     async def save(self, directory: Path) -> None:
-        await self._call("checkpoint", self._actor.save.remote(directory))
+        await self._wait("checkpoint", self._actor.save.remote(directory))
 
     async def load(self, directory: Path) -> None:
-        await self._call("restore", self._actor.load.remote(directory))
-
-
-RemoteReferenceActor = ray.remote(ReferenceActor)
+        await self._wait("restore", self._actor.load.remote(directory))

@@ -1,5 +1,9 @@
-"""The one seam between Ray's world and ours: calls with a deadline, and Ray's errors translated to
-ours."""
+"""Calls to Ray actors with a deadline, and the translation of Ray's errors to rayhf's.
+
+In: object references of remote calls. Out: their results, or an error of rayhf.errors.
+
+Synchronization: `wait` waits for one call, `wait_all` for calls that belong together.
+"""
 
 from __future__ import annotations
 
@@ -13,59 +17,71 @@ from ray.exceptions import RayError, RayTaskError
 from rayhf.errors import ActorLostError, DeadlineError, RayhfError
 
 _GRACE_S = 10.0
+_CAUSE_WORDS = ("exit", "killed", "died", "Error", "unavailable")
 
 
-async def wait(reference: ray.ObjectRef, *, who: str, phase: str, timeout_s: float) -> Any:
-    """The result of a remote call. Raises DeadlineError after `timeout_s` seconds, and what
-    `answer` raises."""
+async def wait(reference: ray.ObjectRef, *, name: str, phase: str, timeout_s: float) -> Any:
+    """Return the result of a remote call.
+
+    Args:
+        reference: of the call.
+        name: the actor that runs it, for messages.
+        phase: what the campaign is doing, for messages.
+
+    Raises DeadlineError after `timeout_s` seconds, and what `result_of` raises.
+    """
     try:
         async with asyncio.timeout(timeout_s):
-            return await answer(asyncio.wrap_future(reference.future()), who=who, phase=phase)
+            return await result_of(asyncio.wrap_future(reference.future()), name=name, phase=phase)
     except TimeoutError:
-        raise DeadlineError(f"{phase}: no answer from {who} within {timeout_s:g} s") from None
+        raise late_error(name=name, phase=phase, timeout_s=timeout_s) from None
 
 
-async def answer(reply: asyncio.Future[Any], *, who: str, phase: str) -> Any:
-    """The result of a remote call, its future on this loop, however long it takes.
+def late_error(*, name: str, phase: str, timeout_s: float) -> DeadlineError:
+    """Return the error of a call that passed its deadline."""
+    return DeadlineError(f"{phase}: no response from {name} within {timeout_s:g} s")
 
-    Raises ActorLostError where the actor's process died (or whatever else of Ray's went away with a
-    process or a node), and whatever rayhf error the actor raised. Any other exception of an actor
-    is a bug and comes through as it is.
+
+async def result_of(reply: asyncio.Future[Any], *, name: str, phase: str) -> Any:
+    """Return the result of a remote call, given its future on this loop, however long it takes.
+
+    Raises ActorLostError where the actor's process died (or anything else of Ray's was lost with a
+    process or a node), and any rayhf error that the actor raised. Every other exception of an actor
+    is a bug and passes through unchanged.
     """
     try:
         return await reply
     except RayError as error:
-        found = translated(error, who=who, phase=phase)
-        raise found from found.__cause__
+        translated = translate_error(error, name=name, phase=phase)
+        raise translated from translated.__cause__
 
 
-def translated(error: BaseException, *, who: str, phase: str) -> BaseException:
-    """What a call that failed with `error` means here; see `answer`."""
+def translate_error(error: BaseException, *, name: str, phase: str) -> BaseException:
+    """Return the error that stands for `error` outside of Ray; see `result_of`."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RayhfError):
         return cause
     if not isinstance(cause, RayError):
         return error
-    what = (
-        "died" if cause is error else "could not get what it needs"
-    )  # the latter was lost with its owner
-    lost = ActorLostError(f"{phase}: {who} {what} ({_first_line(cause)})")
+    # A RayError inside of a task's error: an object that the call needed was lost with its owner.
+    event = "died" if cause is error else "could not fetch an argument of the call"
+    lost = ActorLostError(f"{phase}: {name} {event} ({_cause_line(cause)})")
     lost.__cause__ = error
     return lost
 
 
 async def wait_all(
-    references: Sequence[ray.ObjectRef], *, who: Sequence[str], phase: str, timeout_s: float
+    references: Sequence[ray.ObjectRef], *, names: Sequence[str], phase: str, timeout_s: float
 ) -> list[Any]:
-    """Results of calls that belong together (the ranks of a group).
+    """Return the results of calls that belong together (the ranks of one learner), in order.
 
-    When one fails, the others usually fail in its wake, or never answer: after `_GRACE_S` more
-    seconds nobody waits for them. The error raised is a lost actor or one of our own types rather
-    than a broken connection, whichever rank it came from.
+    When one call fails, the others usually fail as a consequence or never return: they get
+    `_GRACE_S` more seconds. Of all errors the one raised is the most telling: a lost actor or one
+    of rayhf's own types rather than a broken connection, whichever rank it came from.
     """
     tasks = [
-        asyncio.ensure_future(wait(r, who=w, phase=phase, timeout_s=timeout_s))
-        for r, w in zip(references, who, strict=True)
+        asyncio.ensure_future(wait(reference, name=name, phase=phase, timeout_s=timeout_s))
+        for reference, name in zip(references, names, strict=True)
     ]
     try:
         _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -75,13 +91,14 @@ async def wait_all(
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-    errors = [r for r in results if isinstance(r, BaseException)]
+    errors = [result for result in results if isinstance(result, BaseException)]
     if errors:
-        raise min(errors, key=_how_telling)
+        raise min(errors, key=_distance_from_cause)
     return list(results)
 
 
-def _how_telling(error: BaseException) -> int:
+def _distance_from_cause(error: BaseException) -> int:
+    """Return how far an error is from the cause of a joint failure: 0 is nearest."""
     if isinstance(error, ActorLostError):
         return 0
     if isinstance(error, RayhfError) and not isinstance(error, DeadlineError):
@@ -89,12 +106,8 @@ def _how_telling(error: BaseException) -> int:
     return 3 if isinstance(error, asyncio.CancelledError) else 2
 
 
-def _first_line(error: BaseException) -> str:
-    """What Ray says of a death, in one line: the cause is in the last lines, not in the first."""
+def _cause_line(error: BaseException) -> str:
+    """Return the one line of Ray's multi-line message that names a cause, else its first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [
-        line
-        for line in lines
-        if any(word in line for word in ("exit", "killed", "died", "Error", "unavailable"))
-    ]
-    return (telling or lines or [type(error).__name__])[0][:300]
+    causes = [line for line in lines if any(word in line for word in _CAUSE_WORDS)]
+    return (causes or lines or [type(error).__name__])[0][:300]

@@ -1,29 +1,38 @@
-"""The rollout role: vLLM engines in actors, and the pool that spreads requests over them."""
+"""The rollout role: vLLM engines in actors, and the pool that spreads requests over them.
+
+In: requests for completions of one weight version, and weight snapshots. Out: completions.
+
+Synchronization: `generate` waits for the engines that got its requests. A lost engine is replaced
+and gets the requests of its pending calls again; `update` waits for every engine.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import ray
-
-from actors.supervise import ProcessInfo, SupervisedActor, process_info
+from actors.process import ReportsProcess
+from actors.supervise import SupervisedActor
 from actors.transport import Transport
+from actors.watch import Call
 from rayhf.config.schema import Dtype, RolloutConfig
+from rayhf.rollout.env import Device
 from rayhf.types import Completion, GenerateRequest, WeightSnapshot
 
 if TYPE_CHECKING:
     from rayhf.rollout.engine import UpdateReport
     from rayhf.weights.broadcast import Rendezvous
 
+Completions = tuple[Completion, ...]
+"""Of one request, one per seed."""
 
-class RolloutActor:
-    """A shell around one RolloutEngine; its environment variables are set before this process
-    starts."""
+
+class RolloutActor(ReportsProcess):
+    """Ray actor around one RolloutEngine, whose process has the variables of `engine_env`."""
 
     def build(
         self,
@@ -33,7 +42,7 @@ class RolloutActor:
         dtype: Dtype,
         max_length: int,
         seed: int,
-        device: Literal["cpu", "gpu"],
+        device: Device,
         sleeps: bool = False,
     ) -> None:
         from rayhf.rollout.engine import RolloutEngine
@@ -50,18 +59,15 @@ class RolloutActor:
 
     async def generate(
         self, requests: Sequence[GenerateRequest], version: int
-    ) -> list[tuple[Completion, ...]]:
+    ) -> list[Completions]:
         return await asyncio.wrap_future(self.engine.submit(requests, version=version))
 
     async def progress(self) -> int:
-        """Grows with everything the engine does."""
+        """Return a count that grows with everything the engine does."""
         return self.engine.stats().progress
 
-    def process_info(self) -> ProcessInfo:
-        return process_info()
-
-    async def join_broadcast(self, meeting: Rendezvous, first: int) -> None:
-        await asyncio.to_thread(self.engine.join_broadcast, meeting, first)
+    async def join_broadcast(self, rendezvous: Rendezvous, first_rank: int) -> None:
+        await asyncio.to_thread(self.engine.join_broadcast, rendezvous, first_rank)
 
     async def update(self, snapshot: WeightSnapshot, *payloads: Any) -> UpdateReport:
         return await asyncio.to_thread(self.engine.update, snapshot, payloads)
@@ -73,64 +79,69 @@ class RolloutActor:
         await asyncio.to_thread(self.engine.wake)
 
 
-class _LeastBusy:
-    """Who has the least to do, without looking at everybody: there may be thousands."""
+class LeastLoaded:
+    """Load of each of many engines, and the one with the least, without a look at all of them."""
 
-    def __init__(self, members: int) -> None:
-        self._load = [0] * members
-        self._order = [(0, number) for number in range(members)]
-        """A heap. An entry whose load is not the member's any more counts for nothing; every member
-        has one that counts."""
+    def __init__(self, engines: int) -> None:
+        self._load = [0] * engines
+        self._heap = [(0, number) for number in range(engines)]
+        """Entries (load, engine). An outdated load does not count; every engine has an entry that
+        does."""
 
     def least(self) -> int:
-        """The smallest load."""
-        while self._order[0][0] != self._load[self._order[0][1]]:
-            heapq.heappop(self._order)
-        return self._order[0][0]
+        """Return the smallest load."""
+        while self._heap[0][0] != self._load[self._heap[0][1]]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0]
 
     def choose(self) -> int:
-        """The member with the smallest load, the first among equals; `add` must follow."""
+        """Return the engine with the smallest load, the first of equals; `add` must follow."""
         self.least()
-        return heapq.heappop(self._order)[1]
+        return heapq.heappop(self._heap)[1]
 
-    def add(self, number: int, work: int) -> None:
-        self._load[number] += work
-        heapq.heappush(self._order, (self._load[number], number))
-        if len(self._order) > 4 * len(self._load):
-            self._order = sorted((load, number) for number, load in enumerate(self._load))
+    def add(self, engine: int, work: int) -> None:
+        self._load[engine] += work
+        heapq.heappush(self._heap, (self._load[engine], engine))
+        if len(self._heap) > 4 * len(self._load):
+            self._heap = sorted((load, number) for number, load in enumerate(self._load))
 
 
-_HAND = 8
-"""Single requests that travel together at most."""
-_FULL = 2
-"""Times an engine's places."""
+_MAX_COALESCED = 8
+"""Maximum number of single requests in one call."""
+_SATURATED = 2
+"""Load above which single requests are coalesced, in multiples of an engine's max_num_seqs."""
 
 
 @dataclass(eq=False, slots=True)
 class _Single:
-    """A request that came alone, and waits for company."""
+    """A request that came alone and is sent together with others."""
 
     request: GenerateRequest
     version: int
-    answer: asyncio.Future[tuple[Completion, ...]]
-    hand: Sequence[_Single] = ()
-    """Those it travels with, itself too."""
+    result: asyncio.Future[Completions]
+    others: Sequence[_Single] = ()
+    """Requests of the same call, this one included."""
     call: asyncio.Task[None] | None = None
 
 
 class RolloutPool:
-    """Rollout over one or more engines; an engine that is lost is replaced, and what it was asked
-    is asked again as a whole.
+    """Rollout over one or more engines.
 
-    A call costs the caller more than what is in it. A single request is a call of its own where an
-    engine has a place for it or soon will: its answer must wait for no other. Where every engine
-    has so much to do that a request would wait for long, those that come in the same turn of the
-    loop travel together, `_HAND` at most, and come back together. Nothing is held back, so no
-    engine idles for it: up to half of what such calls are counted for may be written and wait for
-    the rest, hence `_FULL`.
+    An engine that is lost is replaced, and each of its pending calls is repeated as a whole: its
+    requests shared the engine's batches, and with them their last bits.
+
+    A call costs the controller more than what is in it. A single request is a call of its own where
+    an engine has room for it or soon will: its result must not wait for another's. Where every
+    engine has so much work that a request would wait anyway, the requests of one turn of the event
+    loop are coalesced, at most `_MAX_COALESCED` per call, and return together. No request is held
+    back for that, so no engine idles; but up to half of what a call is counted for may be finished
+    and wait for the rest, hence `_SATURATED`.
 
     Args:
-        places: sequences that one engine writes at the same time.
+        engines: the engines' actors.
+        transport: way of new weights to the engines.
+        max_num_seqs: sequences that one engine generates at a time.
+        timeout_s: limit on every call.
     """
 
     def __init__(
@@ -138,127 +149,137 @@ class RolloutPool:
         engines: Sequence[SupervisedActor],
         transport: Transport,
         *,
-        places: int,
+        max_num_seqs: int,
         timeout_s: float,
     ) -> None:
-        self._engines, self._transport, self._timeout_s = engines, transport, timeout_s
-        self._busy, self._full = _LeastBusy(len(engines)), _FULL * places
+        self._engines = engines
+        self._transport = transport
+        self._timeout_s = timeout_s
+        self._loads = LeastLoaded(len(engines))
+        self._saturated = _SATURATED * max_num_seqs
         self._singles: list[_Single] = []
+        """Requests to be coalesced in this turn of the event loop."""
         for engine in engines:
             engine.prepare = transport.join_engine
 
     async def generate(
         self, requests: Sequence[GenerateRequest], *, version: int
-    ) -> list[tuple[Completion, ...]]:
-        """One request goes to the least busy engine; several are dealt out in turn, so that equal
-        calls are dealt equally."""
+    ) -> list[Completions]:
+        """Complete every request, in order.
+
+        One request goes to the least loaded engine; several are dealt out in a fixed order, so that
+        equal calls are dealt equally.
+        """
         if len(requests) == 1:
-            if self._busy.least() >= self._full:
-                return [await self._join(requests[0], version)]
-            return await self._ask(self._busy.choose(), requests, version)
-        hands = [
-            requests[i :: len(self._engines)] for i in range(min(len(self._engines), len(requests)))
-        ]
+            if self._loads.least() >= self._saturated:
+                return [await self._coalesce(requests[0], version)]
+            return await self._generate(self._loads.choose(), requests, version)
+        count = len(self._engines)
+        shares = [requests[i::count] for i in range(min(count, len(requests)))]
         answers = await asyncio.gather(
-            *(self._ask(i, hand, version) for i, hand in enumerate(hands))
+            *(self._generate(i, share, version) for i, share in enumerate(shares))
         )
-        results: list[tuple[Completion, ...]] = [()] * len(requests)
-        for i, answer in enumerate(answers):
-            results[i :: len(self._engines)] = answer
+        results: list[Completions] = [()] * len(requests)
+        for i, completions in enumerate(answers):
+            results[i::count] = completions
         return results
 
-    async def _join(self, request: GenerateRequest, version: int) -> tuple[Completion, ...]:
-        """The answer to one request that travels with others."""
-        loop = asyncio.get_running_loop()
-        single = _Single(request, version, loop.create_future())
-        if not self._singles:
-            loop.call_soon(self._send)  # after all who were woken together
-        self._singles.append(single)
-        try:
-            return await single.answer
-        except asyncio.CancelledError:
-            if single.call is not None and all(other.answer.cancelled() for other in single.hand):
-                single.call.cancel()  # nobody waits for it
-            raise
-
-    def _send(self) -> None:
-        """What gathered, by its version, each hand to whoever is the least busy then."""
-        singles, self._singles = self._singles, []
-        for version in dict.fromkeys(single.version for single in singles):
-            waiting = [
-                single
-                for single in singles
-                if single.version == version and not single.answer.done()
-            ]
-            for start in range(0, len(waiting), _HAND):
-                hand = waiting[start : start + _HAND]
-                self._busy.add(
-                    number := self._busy.choose(), work := _work(single.request for single in hand)
-                )
-                call = asyncio.create_task(self._carry(number, hand, version, work))
-                for single in hand:
-                    single.hand, single.call = hand, call
-
-    async def _carry(self, number: int, hand: Sequence[_Single], version: int, work: int) -> None:
-        """Whatever goes wrong goes to those who wait."""
-        try:
-            answers = await self._persist(number, [single.request for single in hand], version)
-        except Exception as error:  # noqa: BLE001  passed on, not swallowed
-            for single in hand:
-                if not single.answer.done():
-                    single.answer.set_exception(error)
-        else:
-            for single, answer in zip(hand, answers, strict=True):
-                if not single.answer.done():  # whoever asked may have been cancelled
-                    single.answer.set_result(answer)
-        finally:
-            self._busy.add(number, -work)
-            for single in hand:
-                single.hand, single.call = (
-                    (),
-                    None,
-                )  # or they would keep each other, and their answers, until the collector came
-
-    async def _ask(
-        self, number: int, requests: Sequence[GenerateRequest], version: int
-    ) -> list[tuple[Completion, ...]]:
-        """A hand is repeated whole: its requests shared the engine's batches, and with them their
-        last bits."""
+    async def _generate(
+        self, engine: int, requests: Sequence[GenerateRequest], version: int
+    ) -> list[Completions]:
         work = _work(requests)
-        self._busy.add(number, work)
+        self._loads.add(engine, work)
         try:
-            return await self._persist(number, requests, version)
+            return await self._call(engine, requests, version)
         finally:
-            self._busy.add(number, -work)
+            self._loads.add(engine, -work)
 
-    async def _persist(
-        self, number: int, requests: Sequence[GenerateRequest], version: int
-    ) -> list[tuple[Completion, ...]]:
-        answer: list[tuple[Completion, ...]] = await self._engines[number].persist(
+    async def _call(
+        self, engine: int, requests: Sequence[GenerateRequest], version: int
+    ) -> list[Completions]:
+        results: list[Completions] = await self._engines[engine].persist(
             lambda actor: actor.generate.remote(list(requests), version),
             phase="generate",
             timeout_s=self._timeout_s,
         )
-        return answer
+        return results
+
+    # ------------------------------------------------------------------------------ coalescing
+
+    async def _coalesce(self, request: GenerateRequest, version: int) -> Completions:
+        """Return the result of one request that is sent together with others."""
+        loop = asyncio.get_running_loop()
+        single = _Single(request, version, loop.create_future())
+        if not self._singles:
+            loop.call_soon(self._send_singles)  # after all tasks that woke in this turn
+        self._singles.append(single)
+        try:
+            return await single.result
+        except asyncio.CancelledError:
+            if single.call is not None and all(other.result.cancelled() for other in single.others):
+                single.call.cancel()  # no request of the call is waited for any more
+            raise
+
+    def _send_singles(self) -> None:
+        """Send the collected requests, by version, each call to the engine with the least load."""
+        singles = self._singles
+        self._singles = []
+        for version in dict.fromkeys(single.version for single in singles):
+            waiting = [
+                single
+                for single in singles
+                if single.version == version and not single.result.done()
+            ]
+            for start in range(0, len(waiting), _MAX_COALESCED):
+                together = waiting[start : start + _MAX_COALESCED]
+                work = _work(single.request for single in together)
+                engine = self._loads.choose()
+                self._loads.add(engine, work)
+                call = asyncio.create_task(self._call_singles(engine, together, version, work))
+                for single in together:
+                    single.others = together
+                    single.call = call
+
+    async def _call_singles(
+        self, engine: int, singles: Sequence[_Single], version: int, work: int
+    ) -> None:
+        """Call an engine, and pass its results or its error on to each request."""
+        try:
+            results = await self._call(engine, [single.request for single in singles], version)
+        except Exception as error:  # noqa: BLE001  passed on to the requests
+            for single in singles:
+                if not single.result.done():
+                    single.result.set_exception(error)
+        else:
+            for single, completions in zip(singles, results, strict=True):
+                if not single.result.done():  # the request may have been canceled
+                    single.result.set_result(completions)
+        finally:
+            self._loads.add(engine, -work)
+            for single in singles:
+                # Cycles would keep the results alive until the garbage collector runs.
+                single.others = ()
+                single.call = None
+
+    # ---------------------------------------------------------------------- weights and memory
 
     async def update(self, snapshot: WeightSnapshot) -> None:
         await self._transport.deliver(snapshot)
 
     async def sleep(self) -> None:
-        """Every engine gives its GPU up. Its weights stay in host memory unless they are in the
-        object store anyway."""
+        """Free every engine's GPU; keep its weights in host memory unless they are stored."""
         keep = self._transport.stored is None
-        await self._everyone("sleep", lambda actor: actor.sleep.remote(keep))
+        await self._all("sleep", lambda actor: actor.sleep.remote(keep))
 
     async def wake(self) -> None:
-        """Every engine writes again, with the weights it had."""
-        if self._transport.stored is None:
-            await self._everyone("wake", lambda actor: actor.wake.remote())
+        """Let every engine generate again, with the weights that it had."""
+        stored = self._transport.stored
+        if stored is None:
+            await self._all("wake", lambda actor: actor.wake.remote())
         else:
-            light, payloads = self._transport.stored
-            await self._everyone("wake", lambda actor: actor.update.remote(light, *payloads))
+            await self._all("wake", stored.update)
 
-    async def _everyone(self, phase: str, call: Callable[[Any], Any]) -> None:
+    async def _all(self, phase: str, call: Call) -> None:
         await asyncio.gather(
             *(
                 engine.persist(call, phase=phase, timeout_s=self._timeout_s)
@@ -268,8 +289,5 @@ class RolloutPool:
 
 
 def _work(requests: Iterable[GenerateRequest]) -> int:
-    """Sequences to write."""
+    """Return the number of sequences to generate."""
     return sum(len(request.seeds) for request in requests)
-
-
-RemoteRollout = ray.remote(RolloutActor)

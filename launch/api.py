@@ -59,7 +59,7 @@ def run(config: CampaignConfig, *, console: Console | None = None) -> RunResult:
 
 
 def _call(work: Callable[[], None], interrupt: Interrupt) -> None:
-    """Call `work`; in a thread of its own where this one already runs an event loop (a notebook)."""
+    """Call `work`, in a new thread where this one already runs an event loop (a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

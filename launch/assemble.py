@@ -17,14 +17,15 @@ from typing import Any
 import ray
 
 from actors.colocate import GpuTimeSharing, SharedLearner, SharedRollout
-from actors.learner import LearnerGroup, RemoteLearner
+from actors.environment import process_env
+from actors.learner import LearnerActor, LearnerClient
 from actors.placement_group import PlacementGroup
-from actors.reference import ReferenceClient, RemoteReferenceActor
+from actors.reference import ReferenceActor, ReferenceClient
 from actors.remote import wait
-from actors.rollout import RemoteRollout, RolloutPool
-from actors.scorer import RemoteScorerActor, ScorerClient
+from actors.rollout import RolloutActor, RolloutPool
+from actors.scorer import CONCURRENCY_GROUPS, ScorerActor, ScorerClient
 from actors.supervise import SupervisedActor, SupervisionLimits
-from actors.transport import Transport, transport
+from actors.transport import Transport, make_transport
 from rayhf.algorithms.base import (
     Algorithm,
     TrainsCritic,
@@ -38,7 +39,6 @@ from rayhf.monitoring.observer import Observer
 from rayhf.planning.placement import ActorSpec, actor_specs, entries_of, role_of
 from rayhf.planning.preflight import Prepared, transport_of
 from rayhf.roles import Learner, Roles, Rollout, Scorer
-from rayhf.rollout.env import engine_env
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.store import RunDir
 from rayhf.scorer.protocol import ScorerSetup
@@ -71,16 +71,13 @@ def threads_of(config: CampaignConfig, role: str, *, critic: bool) -> int | None
 
 
 def environment(config: CampaignConfig, role: str, *, critic: bool) -> dict[str, str]:
-    """Environment variables of an actor's process, set before it imports anything."""
-    threads = threads_of(config, role, critic=critic)
-    if role_of(role) == "rollout":
-        return engine_env(config.cluster.device, threads)
-    env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    if any(entry.runs_engine for entry in entries_of(config, role)):
-        env |= engine_env(config.cluster.device, threads)
-    if config.cluster.device == "cpu":
-        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    return env
+    """Return the environment variables of an actor's process."""
+    return process_env(
+        config.cluster.device,
+        threads_of(config, role, critic=critic),
+        vllm=role_of(role) == "rollout"
+        or any(entry.runs_engine for entry in entries_of(config, role)),
+    )
 
 
 def actor_specs_of(config: CampaignConfig, algorithm: Algorithm) -> list[ActorSpec]:
@@ -135,7 +132,7 @@ class ActorSet:
             if cluster.address == "local"
             else cluster.placement_timeout_s
         )
-        await self.placement_group.take(
+        await self.placement_group.reserve(
             limit_s=limit_s, report=partial(self.observer.event, "warn")
         )
         announcer = asyncio.create_task(self._announce(), name="who is missing")
@@ -162,7 +159,7 @@ class ActorSet:
             policy: RolloutPool(
                 group,
                 self._transport(learners[policy], group),
-                places=config.rollout.max_num_seqs,
+                max_num_seqs=config.rollout.max_num_seqs,
                 timeout_s=timeout_s,
             )
             for policy, group in engines.items()
@@ -205,8 +202,8 @@ class ActorSet:
     def _shared(
         self,
         pools: Mapping[str, RolloutPool],
-        learners: Mapping[str, LearnerGroup],
-        critic: LearnerGroup | None,
+        learners: Mapping[str, LearnerClient],
+        critic: LearnerClient | None,
     ) -> tuple[Mapping[str, Rollout], Mapping[str, Learner], Learner | None]:
         """Whoever shares GPUs takes turns on them."""
         if not self.shares:
@@ -228,7 +225,7 @@ class ActorSet:
         await asyncio.gather(
             *(one.kill(stacks=stacks) for one in self.actors), return_exceptions=True
         )  # as many as can be
-        self.placement_group.leave()
+        self.placement_group.release()
 
     def _start_of(self, policy: str) -> tuple[Path, float]:
         """The model that a policy starts from, and its learning rate."""
@@ -240,23 +237,15 @@ class ActorSet:
         return other.model or self.config.policy.model, other.lr
 
     def _create(
-        self, role: str, remote: Any, build: Build | None, **options: Any
+        self, role: str, actor_class: type, build: Build | None, **options: Any
     ) -> list[SupervisedActor]:
         """One member of the actors for every spec of a role; `build` gets the new actor and the
         spec's number."""
         specs = [spec for spec in self.specs if spec.role == role]
 
         def create(spec: ActorSpec) -> Any:
-            return remote.options(
-                num_cpus=spec.cpus,
-                num_gpus=spec.gpus,
-                resources=dict(spec.resources),
-                runtime_env={"env_vars": environment(self.config, role, critic=self.trains_critic)},
-                max_restarts=0,
-                max_task_retries=0,
-                **self.placement_group.strategy(spec),
-                **options,
-            ).remote()
+            env = environment(self.config, role, critic=self.trains_critic)
+            return self.placement_group.create(actor_class, spec, env, **options)
 
         run = self.config.run
 
@@ -264,7 +253,7 @@ class ActorSet:
             if build is not None:
                 await wait(
                     build(actor, number),
-                    who=specs[number].name,
+                    name=specs[number].name,
                     phase="start",
                     timeout_s=run.start_timeout_s,
                 )
@@ -302,7 +291,7 @@ class ActorSet:
                 sleeps=self.shares,
             )
 
-        return self._create(role, RemoteRollout, build, max_concurrency=100_000)
+        return self._create(role, RolloutActor, build, max_concurrency=100_000)
 
     def _scorers(
         self, role: str, lists: Sequence[Sequence[ScorerEntryConfig]], settings: Mapping[str, Any]
@@ -314,7 +303,7 @@ class ActorSet:
         def build(actor: Any, number: int) -> ray.ObjectRef:
             return actor.build.remote(lists[number], setup, **settings)
 
-        return self._create(role, RemoteScorerActor, build)
+        return self._create(role, ScorerActor, build, concurrency_groups=CONCURRENCY_GROUPS)
 
     def _retrying(self, actor: SupervisedActor) -> Scorer:
         scorer = ScorerClient(actor, timeout_s=self.config.run.timeout_s)
@@ -339,12 +328,12 @@ class ActorSet:
                 epoch_guard=self.epoch_guard,
             )
 
-        return self._create("reference", RemoteReferenceActor, build)
+        return self._create("reference", ReferenceActor, build)
 
-    def _learner(self, role: str) -> LearnerGroup:
+    def _learner(self, role: str) -> LearnerClient:
         run = self.config.run
-        ranks = self._create(role, RemoteLearner, None)
-        return LearnerGroup(
+        ranks = self._create(role, LearnerActor, None)
+        return LearnerClient(
             ranks,
             self.config.learner,
             sync_dtype=self.config.policy.dtype,
@@ -352,14 +341,14 @@ class ActorSet:
             transport=transport_of(self.config),
         )
 
-    def _transport(self, learner: LearnerGroup, engines: Sequence[SupervisedActor]) -> Transport:
+    def _transport(self, learner: LearnerClient, engines: Sequence[SupervisedActor]) -> Transport:
         workers, timeout_s = self.config.rollout.tensor_parallel, self.config.run.timeout_s
-        return transport(
+        return make_transport(
             transport_of(self.config), learner, engines, workers=workers, timeout_s=timeout_s
         )
 
     async def _start_learner(
-        self, group: LearnerGroup, start: tuple[Path, float], *, critic: bool = False
+        self, group: LearnerClient, start: tuple[Path, float], *, critic: bool = False
     ) -> None:
         config = self.config
         model, lr = start

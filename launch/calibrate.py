@@ -1,8 +1,7 @@
-"""`rayhf check --calibrate`: two rounds of the campaign in a directory of their own, without
-evaluation, and their pace.
+"""`rayhf check --calibrate`: run two iterations of a campaign and report their pace.
 
-The first round warms everything up; the second is reported. It takes the actors' start, two rounds
-and one checkpoint.
+They run in a directory of their own, without evaluation. The first iteration warms everything up,
+the second is reported. Takes the start of all actors, two iterations and one checkpoint.
 """
 
 from __future__ import annotations
@@ -18,43 +17,42 @@ from launch.campaign import run_campaign
 from rayhf.config.schema import CampaignConfig
 from rayhf.run_dir.lock import RunLock
 
-_ROUNDS = 2
+_ITERATIONS = 2
 
 
 def calibrate(config: CampaignConfig) -> list[tuple[str, str]]:
-    """Rows for a table: seconds per phase, rounds per hour, the campaign's hours. Raises what the
-    campaign raises."""
-    beside = config.run.dir.absolute().parent
-    beside.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=f".calibration-{config.run.dir.name}-", dir=beside))
+    """Return rows for a table: seconds per phase, iterations per hour, hours of the campaign.
+
+    Raises as the campaign.
+    """
+    parent = config.run.dir.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f".calibration-{config.run.dir.name}-", dir=parent))
     try:
         run_campaign(_short(config, directory), Console(quiet=True), RunLock(directory))
         lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    last = json.loads(lines[-1])
-    seconds = last["time/iteration_s"]
+    metrics = json.loads(lines[-1])
+    seconds = metrics["time/iteration_s"]
     rows = [
         (name.removeprefix("time/").removesuffix("_s"), f"{value:,.1f} s")
-        for name, value in last.items()
+        for name, value in metrics.items()
         if name.startswith("time/")
     ]
-    if last.get("time/rollout_s"):
-        rate = last["rollout/tokens"] / last["time/rollout_s"] / config.rollout.engines
-        rows.append(("one engine writes", f"{rate:,.0f} tokens per second"))
-    rows.append(("rounds per hour", f"{3600 / seconds:,.1f}"))
-    rows.append(
-        (
-            f"{config.run.iterations} rounds, without evaluations",
-            f"{config.run.iterations * seconds / 3600:,.1f} h",
-        )
-    )
+    if metrics.get("time/rollout_s"):
+        rate = metrics["rollout/tokens"] / metrics["time/rollout_s"] / config.rollout.engines
+        rows.append(("one engine generates", f"{rate:,.0f} tokens per second"))
+    rows.append(("iterations per hour", f"{3600 / seconds:,.1f}"))
+    hours = config.run.iterations * seconds / 3600
+    rows.append((f"{config.run.iterations} iterations, without evaluations", f"{hours:,.1f} h"))
     return rows
 
 
 def _short(config: CampaignConfig, directory: Path) -> CampaignConfig:
+    """Return the config of two iterations with no evaluation, tracking or service."""
     run = config.run.model_copy(
-        update={"dir": directory, "iterations": _ROUNDS, "eval_every": 0, "checkpoint_every": 0}
+        update={"dir": directory, "iterations": _ITERATIONS, "eval_every": 0, "checkpoint_every": 0}
     )
     return config.model_copy(
         update={

@@ -19,7 +19,8 @@ from launch.local import ray_cluster
 from launch.view import placement_table
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
-from rayhf.planning.memory import GIB, Memory, seconds_per_round
+from rayhf.planning.memory import GIB, Memory
+from rayhf.planning.pace import seconds_per_iteration
 from rayhf.planning.placement import (
     ActorSpec,
     NodeResources,
@@ -178,11 +179,11 @@ def _sync(plan: Plan) -> str:
 
 
 def _pace_rows(plan: Plan, pace: Pace) -> Rows:
-    seconds = seconds_per_round(
+    seconds = seconds_per_iteration(
         plan.config,
-        responses=plan.derived.samples_per_round,
-        writes=pace.writes,
-        learns=pace.learns,
+        samples=plan.derived.samples_per_round,
+        engine_rate=pace.writes,
+        learner_rate=pace.learns,
     )
     if not seconds:
         return []

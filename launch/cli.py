@@ -1,5 +1,8 @@
-"""The command line. Exit 0 only when the work was done; 2 for refused input, with one line; other
-codes in rayhf.errors."""
+"""Command line of rayhf: online preference learning on Ray.
+
+Exits with 0 only when the work was done, with 2 and one line for refused input; `rayhf explain`
+lists the other exit codes.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from launch.cluster_auth import INSECURE, settle
+from launch.cluster_auth import INSECURE, set_auth_mode
 from launch.sanitize import plain
 from rayhf import __version__
 from rayhf.errors import ConfigError, RayhfError
@@ -27,26 +30,29 @@ app = typer.Typer(
 )
 console = Console()
 
-Config = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
+Config = Annotated[Path, typer.Argument(help="YAML file; see configs/.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example learner.lr=1e-6")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides, like learner.lr=1e-6."),
 ]
-
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 RunOrNone = Annotated[
-    Path | None, typer.Argument(metavar="[RUN]", help="A run directory; or --address.")
+    Path | None, typer.Argument(metavar="[RUN]", help="Run directory, unless --address is given.")
 ]
 Address = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", help="Where a campaign serves its control.")
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Address of a campaign that serves its control."),
 ]
 Security = Annotated[
     Path | None,
-    typer.Option(metavar="YAML", help="With --address: ca, certificate, key, token_file."),
+    typer.Option(
+        metavar="YAML", help="File with ca, certificate, key and token_file for --address."
+    ),
 ]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         console.print(f"rayhf {__version__}", highlight=False)
         raise typer.Exit
 
@@ -54,19 +60,19 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks.")] = False,
     insecure_cluster: Annotated[
         bool,
         typer.Option(
             "--insecure-cluster",
             envvar=INSECURE,
-            help="Use clusters that ask nobody for a token, too.",
+            help="Also use clusters without token authentication.",
         ),
     ] = False,
 ) -> None:
-    settle(insecure=insecure_cluster)
+    set_auth_mode(insecure=insecure_cluster)
     if debug:
         os.environ["RAYHF_DEBUG"] = "1"
 
@@ -79,7 +85,7 @@ def run(
         bool,
         typer.Option(
             "--supervise",
-            help="Start it again when it dies, until it is done; at most 5 times without a commit.",
+            help="Restart the campaign when it crashes; at most 5 times without a new commit.",
         ),
     ] = False,
 ) -> None:
@@ -89,9 +95,7 @@ def run(
 
     loaded = load_config(config, overrides or ())
     if not supervised:
-        lock = RunLock(
-            loaded.run.dir
-        )  # before the heavy imports: a second launcher is refused at once
+        lock = RunLock(loaded.run.dir)  # a second launcher is refused before the slow imports
         try:
             from launch.campaign import run_campaign
 
@@ -109,23 +113,23 @@ def submit(
     config: Config,
     address: Annotated[
         str,
-        typer.Option(metavar="URL", help="The cluster's job server, for example http://HEAD:8265"),
+        typer.Option(metavar="URL", help="Job server of the cluster, like http://HEAD:8265."),
     ],
     overrides: Overrides = None,
     follow: Annotated[
         bool,
-        typer.Option("--follow", help="Show its log until it is over, and end with its exit code."),
+        typer.Option("--follow", help="Print the job's log and exit with its exit code."),
     ] = False,
     env: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Give it this environment variable, too."),
+        typer.Option(metavar="NAME", help="Environment variable to pass to the job; repeatable."),
     ] = None,
     entrypoint_cpus: Annotated[
         float | None,
         typer.Option(
             metavar="N",
             min=0.01,
-            help="Run it on any node that has N CPUs to spare, not on the head.",
+            help="Run the command on any node with N free CPUs instead of the head.",
         ),
     ] = None,
     supervised: Annotated[bool, typer.Option("--supervise", help="As for `rayhf run`.")] = False,
@@ -149,8 +153,7 @@ def submit(
 
 @app.command()
 def status(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
-    """How a campaign is doing: state, round, phase, health, faults, what to do next. From files
-    alone."""
+    """Print a campaign's state, iteration, phase, health and faults, and what to do next."""
     from launch.operate import control_of, show_status
 
     show_status(control_of(run_dir, address, security), console)
@@ -158,7 +161,7 @@ def status(run_dir: RunOrNone = None, address: Address = None, security: Securit
 
 @app.command()
 def watch(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
-    """What a campaign's event log says, as it happens, until the campaign ends."""
+    """Print a campaign's events as they happen, until it ends."""
     from launch import operate
 
     operate.watch(operate.control_of(run_dir, address, security), console)
@@ -169,7 +172,7 @@ def verify(
     run_dir: RunDirectory,
     deep: Annotated[bool, typer.Option(help="Also read every tensor.")] = False,
 ) -> None:
-    """Check that everything committed is there as it was written, and every sample exactly once."""
+    """Check that all committed files are as they were written, with every sample exactly once."""
     from launch.operate import show_audit
 
     show_audit(run_dir, console, deep=deep)
@@ -177,38 +180,43 @@ def verify(
 
 @app.command()
 def pause(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
-    """Pause a running campaign after its round; its actors stay up."""
-    _ask("pause", run_dir, address, security)
+    """Pause a running campaign after its iteration; its actors keep running."""
+    _send("pause", run_dir, address, security)
 
 
 @app.command()
 def unpause(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
-    """Let a paused campaign go on; a guard that paused it only warns from now on."""
-    _ask("unpause", run_dir, address, security)
+    """Resume a paused campaign; a guard that paused it only warns from now on."""
+    _send("unpause", run_dir, address, security)
 
 
 @app.command()
 def stop(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
-    """Stop a running campaign after its round; the same `rayhf run` command continues it."""
-    _ask("stop", run_dir, address, security)
+    """Stop a running campaign after its iteration; the same `rayhf run` command continues it."""
+    _send("stop", run_dir, address, security)
 
 
-def _ask(wanted: str, run_dir: Path | None, address: str | None, security: Path | None) -> None:
-    from launch.operate import ask, control_of
+def _send(
+    name: Literal["pause", "unpause", "stop"],
+    run_dir: Path | None,
+    address: str | None,
+    security: Path | None,
+) -> None:
+    from launch.operate import command, control_of
 
-    ask(control_of(run_dir, address, security), wanted, console)
+    command(control_of(run_dir, address, security), name, console)
 
 
 @app.command("add-prompts")
 def add_prompts(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="JSONL or Parquet, like prompts.train.")
+        Path, typer.Argument(metavar="FILE", help="JSONL or Parquet file, like prompts.train.")
     ],
     run_dir: RunOrNone = None,
     address: Address = None,
     security: Security = None,
 ) -> None:
-    """Hand in prompts; each takes a place in a campaign's next round, once."""
+    """Submit prompts; each is used once, in a campaign's next iteration."""
     from launch import operate
 
     operate.add_prompts(operate.control_of(run_dir, address, security), file, console)
@@ -217,11 +225,11 @@ def add_prompts(
 @app.command()
 def pairs(
     run_dir: RunOrNone = None,
-    count: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    count: Annotated[int, typer.Option(min=1, help="Maximum number of pairs.")] = 20,
     address: Address = None,
     security: Security = None,
 ) -> None:
-    """The pairs of answers that the scorers are least sure about, one JSON object per line."""
+    """Print the pairs of completions that the scorers are least certain about, as JSON lines."""
     from launch.operate import control_of, show_pairs
 
     show_pairs(control_of(run_dir, address, security), count, console)
@@ -232,13 +240,16 @@ def label(
     run_dir: RunOrNone = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="JSONL of pair_id and verdict (first, second, tie); else you are asked."),
+        typer.Option(
+            help="JSONL file of pair_id and verdict (first, second or tie); prompts interactively "
+            "if omitted."
+        ),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Ask about at most so many.")] = 20,
+    count: Annotated[int, typer.Option(min=1, help="Maximum number of pairs to prompt for.")] = 20,
     address: Address = None,
     security: Security = None,
 ) -> None:
-    """Judge pairs of answers; the verdicts are trained on in the campaign's next round."""
+    """Label pairs of completions; the campaign trains on the verdicts in its next iteration."""
     from launch import operate
 
     operate.label(operate.control_of(run_dir, address, security), console, file=file, count=count)
@@ -246,8 +257,10 @@ def label(
 
 @app.command("serve-campaign")
 def serve_campaign(run_dir: RunDirectory, overrides: Overrides = None) -> None:
-    """Serve a campaign's control over gRPC, also while it does not run. KEY=VALUE are those of the
-    config's `service` section."""
+    """Serve a campaign's control over gRPC, even while it is not running.
+
+    KEY=VALUE sets keys of the config's `service` section.
+    """
     from launch.serve import serve_run
 
     serve_run(run_dir, overrides or (), console)
@@ -255,11 +268,9 @@ def serve_campaign(run_dir: RunDirectory, overrides: Overrides = None) -> None:
 
 @app.command()
 def explain(
-    code: Annotated[
-        int | None, typer.Argument(help="An exit code; all of them by default.")
-    ] = None,
+    code: Annotated[int | None, typer.Argument(help="Exit code; all of them by default.")] = None,
 ) -> None:
-    """What an exit code of rayhf means, and what to do."""
+    """Explain what an exit code of rayhf means, and what to do."""
     from launch.operate import explain
 
     explain(code, console)
@@ -272,28 +283,27 @@ def check(
     hardware: Annotated[
         bool,
         typer.Option(
-            help="Also check what only the machine itself has: models, prompts, scorers, GPUs."
+            help="Also check what only this machine knows: models, prompts, scorers, GPUs."
         ),
     ] = True,
     engine_rate: Annotated[
-        float | None, typer.Option(min=1e-3, help="Tokens per second that one engine writes.")
+        float | None, typer.Option(min=1e-3, help="Tokens per second that one engine generates.")
     ] = None,
     learner_rate: Annotated[
         float | None,
         typer.Option(min=1e-3, help="Tokens per second that one learner rank trains on."),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Play two rounds and report their pace.")
+        bool, typer.Option("--calibrate", help="Run two iterations and report their pace.")
     ] = False,
 ) -> None:
-    """Refuse a bad run before anything starts, and print the plan: batches, placement, memory,
-    disk, pace."""
+    """Check a config, and print the plan: batches, placement, memory, disk, pace."""
     from launch.check import Pace, check_config
     from rayhf.config.load import load_config
 
     if calibrate and not hardware:
         raise ConfigError(
-            "--calibrate plays two rounds and needs the hardware; leave --no-hardware out"
+            "--calibrate runs two iterations and needs the hardware; leave out --no-hardware"
         )
     pace = Pace(writes=engine_rate, learns=learner_rate, calibrate=calibrate)
     check_config(load_config(config, overrides or ()), console, hardware=hardware, pace=pace)
@@ -316,7 +326,7 @@ def list_(
 
 @app.command("fit-scorer")
 def fit_scorer(config: Config, overrides: Overrides = None) -> None:
-    """Train a scorer on preference pairs and write a directory that serves as one."""
+    """Train a scorer on preference pairs and write its model directory."""
     from launch import fit
     from rayhf.config.fit import FitConfig
     from rayhf.config.load import load_section
@@ -326,7 +336,7 @@ def fit_scorer(config: Config, overrides: Overrides = None) -> None:
 
 @app.command("serve-scorer")
 def serve_scorer(config: Config, overrides: Overrides = None) -> None:
-    """Serve scorers over gRPC until SIGTERM; campaigns reach them with a scorer of type grpc."""
+    """Serve scorers over gRPC, for campaigns with a scorer of type grpc."""
     from launch import serve
     from rayhf.config.load import load_section
     from rayhf.config.serve import ServeScorerConfig
@@ -337,11 +347,11 @@ def serve_scorer(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def tiny(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to build; kept and reused.")
+        Path, typer.Argument(metavar="DIR", help="Directory to build in; kept and reused.")
     ],
     task: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Build only this task; may be repeated."),
+        typer.Option(metavar="NAME", help="Build only this task; repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
@@ -361,14 +371,15 @@ def export(
     run_dir: RunDirectory,
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="Where to put the Hugging Face model; must not exist."),
+        typer.Argument(metavar="DIR", help="New directory for the Hugging Face model."),
     ],
 ) -> None:
-    """Copy a campaign's latest policy: a Hugging Face model directory (safetensors, tokenizer)."""
+    """Copy a campaign's latest policy as a Hugging Face model (safetensors, tokenizer)."""
     policy = run_dir / "policy"
     if not (policy / "config.json").is_file():
         raise ConfigError(
-            f"{run_dir} has no exported policy yet; expected {policy} (written with every checkpoint)"
+            f"{run_dir} has no exported policy yet; expected {policy} (written with every "
+            "checkpoint)"
         )
     if directory.exists():
         raise ConfigError(f"{directory} exists; expected a new directory")
@@ -383,9 +394,9 @@ def export(
 
 
 def main() -> None:
-    """Run a command; turn errors into one line and an exit code."""
-    # A config may name classes of modules that lie where the command is given, as with `python -m`.
-    # Last on the path: nothing there can stand in for an installed package.
+    """Run a command; print an error as one line and exit with its code."""
+    # A config may name classes of modules in the working directory, as with `python -m`. Last on
+    # the path: nothing there can replace an installed package.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -393,17 +404,21 @@ def main() -> None:
     except RayhfError as error:
         if os.environ.get("RAYHF_DEBUG"):
             raise
-        print(f"rayhf: {plain(' '.join(str(error).split()))}", file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+        _fail(f"rayhf: {plain(' '.join(str(error).split()))}", error.exit_code)
     except Exception as error:
         if os.environ.get("RAYHF_DEBUG"):
             raise
-        first = plain((str(error).strip().splitlines() or [""])[0][:500])
-        print(
-            f"rayhf: unexpected {type(error).__name__}: {first} (rayhf --debug ... shows the traceback)",
-            file=sys.stderr,
-        )  # noqa: T201
-        sys.exit(1)
+        line = plain((str(error).strip().splitlines() or [""])[0][:500])
+        _fail(
+            f"rayhf: unexpected {type(error).__name__}: {line} "
+            "(rayhf --debug ... shows the traceback)",
+            1,
+        )
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    print(line, file=sys.stderr)  # noqa: T201
+    sys.exit(code)
 
 
 if __name__ == "__main__":

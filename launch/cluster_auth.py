@@ -1,9 +1,8 @@
-"""Whether a Ray cluster asks everybody for its token: whoever reaches one that does not can run
-code there.
+"""Check that a Ray cluster requires a token; without one, anyone can run code there.
 
 In: the URL of a job server, or the address of a head. Out: nothing, or SecurityError within
-TIMEOUT_S; `rayhf --insecure-cluster` skips all of it. Tokens are no encryption: Ray's ports belong
-into a private network in any case.
+TIMEOUT_S seconds; `rayhf --insecure-cluster` skips all checks. Tokens are no encryption: Ray's
+ports belong in a private network in any case.
 """
 
 from __future__ import annotations
@@ -20,93 +19,91 @@ from rayhf.errors import PlacementError, SecurityError
 
 TIMEOUT_S = 10.0
 INSECURE = "RAYHF_INSECURE_CLUSTER"
-_WAY_OUT = "start it with RAY_AUTH_MODE=token, or say `rayhf --insecure-cluster ...`"
-_PROBE = """
-import sys
-from ray._raylet import GcsClient
-from ray.exceptions import AuthenticationError
-try:
-    GcsClient(address=sys.argv[1]).get_all_node_info(timeout=5)
-    print("open")
-except AuthenticationError:
-    print("token")
-"""
+_ADVICE = "start it with RAY_AUTH_MODE=token, or use `rayhf --insecure-cluster ...`"
 
 
-def settle(*, insecure: bool) -> None:
-    """For this process and its children, before any imports Ray, which reads its mode at import."""
+def set_auth_mode(*, insecure: bool) -> None:
+    """Set this process's and its children's mode, before any imports Ray, which reads it then."""
     os.environ[INSECURE] = "1" if insecure else "0"
     if not insecure:
         os.environ["RAY_AUTH_MODE"] = "token"
-
-
-def refusal(message: str) -> str:
-    """What Ray says of a token that is missing or wrong, in its first sentence, and what to do."""
-    return f"{message.splitlines()[0].split('. ')[0].rstrip('.')}; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 
 
 def insecure() -> bool:
     return os.environ.get(INSECURE) == "1"
 
 
+def refusal(message: str) -> str:
+    """Return the first sentence of Ray's error about a missing or wrong token, and what to do."""
+    sentence = message.splitlines()[0].split(". ")[0].rstrip(".")
+    return f"{sentence}; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+
+
 def check_token_file() -> None:
-    """Raises SecurityError for a token of ours that others can read. (Ray itself writes
-    ~/.ray/auth_token readable by all.)"""
+    """Raise SecurityError for a token file of ours that other users can read.
+
+    Ray itself writes ~/.ray/auth_token readable by all.
+    """
     if insecure() or os.environ.get("RAY_AUTH_TOKEN"):
         return
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
-        return  # Ray says what is missing
-    if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+        return  # Ray's own error says what is missing
+    if status.st_uid == os.geteuid() and status.st_mode & 0o077:
         raise SecurityError(
-            f"{file} holds a cluster's token and has mode {found.st_mode & 0o777:o}: chmod 600 {file}"
+            f"{file} holds a cluster's token and has mode {status.st_mode & 0o777:o}: "
+            f"chmod 600 {file}"
         )
 
 
 def check_server(url: str) -> None:
-    """Ask a job server how it treats strangers, as one. Raises PlacementError where there is
-    none."""
+    """Query a job server's authentication mode, without a token.
+
+    Raises SecurityError unless it requires tokens, PlacementError where there is no server.
+    """
     if insecure():
         return
     try:
-        with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=TIMEOUT_S) as answer:
-            mode = json.loads(answer.read(1 << 16)).get("authentication_mode")
+        with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=TIMEOUT_S) as reply:
+            mode = json.loads(reply.read(1 << 16)).get("authentication_mode")
     except urllib.error.HTTPError as error:
         mode = f"unknown (HTTP {error.code})"
     except (OSError, ValueError, AttributeError) as error:
         raise PlacementError(
-            f"--address {url}: no Ray job server answers there ({getattr(error, 'reason', error)})"
+            f"--address {url}: no Ray job server responds there ({getattr(error, 'reason', error)})"
         ) from None
     if mode != "token":
         raise SecurityError(
-            f"the cluster at {url} asks nobody for a token (authentication mode: {mode}); {_WAY_OUT}"
+            f"the cluster at {url} has no token authentication (its mode: {mode}); {_ADVICE}"
         )
 
 
 def check_head(address: str) -> None:
-    """Try to look around a cluster without its token, from a process that has none."""
+    """Send a request to a cluster from a process without its token.
+
+    Raises SecurityError unless the cluster refuses it.
+    """
     if insecure():
         return
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")
-    }
-    environment |= {"RAY_AUTH_MODE": "disabled"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    env["RAY_AUTH_MODE"] = "disabled"
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROBE, address],
-            env=environment,
+        probe = subprocess.run(
+            [sys.executable, "-m", "actors.ray_internals", address],
+            env=env,
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
+            check=False,
         )
-        answer = done.stdout.strip() or (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        access = probe.stdout.strip() or (probe.stderr.strip().splitlines() or ["no response"])[-1]
     except subprocess.TimeoutExpired:
-        answer = "no answer"
-    if answer == "open":
-        raise SecurityError(f"the cluster at {address} asks nobody for a token; {_WAY_OUT}")
-    if answer != "token":
+        access = "no response"
+    if access == "open":
+        raise SecurityError(f"the cluster at {address} has no token authentication; {_ADVICE}")
+    if access != "token":
         raise SecurityError(
-            f"whether the cluster at {address} asks for a token could not be found out ({answer}); {_WAY_OUT}"
+            f"cannot tell whether the cluster at {address} requires a token ({access}); {_ADVICE}"
         )

@@ -1,8 +1,8 @@
-"""`rayhf fit-scorer`: train a scorer on preference pairs and write a directory that serves as one.
+"""`rayhf fit-scorer`: train a scorer on preference pairs with the learner's ranks.
 
-In: a valid config. Out: the directory, with held-out figures in its metrics.json. Everything is
-written beside the output and moved there at the end, so that the output is a whole scorer or not
-there.
+In: a config of pairs, a model and an objective. Out: a directory that serves as a scorer, with its
+held-out figures in metrics.json. All files are written beside the output and moved there at the
+end: the output is a complete scorer or does not exist.
 """
 
 from __future__ import annotations
@@ -19,25 +19,34 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from launch.local import ray_cluster
+from launch.sanitize import print_plain
 from rayhf.config.fit import FitConfig
 from rayhf.errors import ConfigError, InterruptedRunError
+from rayhf.planning.placement import ActorSpec
 from rayhf.run_dir.files import seal, storage_errors, write_json
-from rayhf.scorer.fit import Figures, FitPlan, mark, measure, prepare_fit, win_probability
+from rayhf.scorer.fit import (
+    Figures,
+    FitPlan,
+    FitSet,
+    mark,
+    measure,
+    prepare_fit,
+    win_probability,
+)
 from rayhf.types import Batch, Example, FloatArray, derive_seed
 
 if TYPE_CHECKING:
-    from actors.learner import LearnerGroup
+    from actors.learner import LearnerClient
 
-T = TypeVar("T")
 Report = Callable[[int, dict[str, float]], None]
-"""Called after every optimizer step with its number from 1 and its metrics."""
+"""Called after every optimizer step with its number, from 1, and its metrics."""
 
 
 def fit_scorer(config: FitConfig, console: Console) -> None:
@@ -49,66 +58,73 @@ def fit_scorer(config: FitConfig, console: Console) -> None:
     output = base / config.output
     _check_output(output)
     plan = prepare_fit(config, base=base)
-    for name, part in (("train", plan.train), ("test", plan.test)):
-        line = f"{name}: {len(part.examples):,} pairs"
-        if part.equal + part.too_long:
-            line += f"; left out: {part.equal} with equal completions, {part.too_long} too long"
-        console.print(line, markup=False, highlight=False)
+    for name, pairs in (("train", plan.train), ("test", plan.test)):
+        print_plain(console, _pairs_line(name, pairs))
     started = time.monotonic()
-    with _workplace(output) as temporary:
+    with _temporary_directory(output) as temporary:
         with (
             ray_cluster(config.cluster.address, cpus=_cpus(config) * config.learner.ranks),
             _progress(plan, console) as report,
         ):
             figures, train_loss = asyncio.run(
-                _until_signal(_fit(config, plan, base, temporary, report))
+                _until_signaled(_fit(config, plan, base, temporary, report))
             )
         seconds = time.monotonic() - started
-        content = _content(config, plan, figures, train_loss=train_loss, seconds=seconds)
-        write_json(temporary / "metrics.json", content)
+        metrics = _metrics(config, plan, figures, train_loss=train_loss, seconds=seconds)
+        write_json(temporary / "metrics.json", metrics)
         seal(temporary, output, {"what": "scorer", "objective": config.objective.type})
     console.print(_table(config, figures, train_loss=train_loss, seconds=seconds))
-    console.print(f"scorer: {config.output}", markup=False, highlight=False)
+    print_plain(console, f"scorer: {config.output}")
+
+
+def _pairs_line(name: str, pairs: FitSet) -> str:
+    line = f"{name}: {len(pairs.examples):,} pairs"
+    if not pairs.equal + pairs.too_long:
+        return line
+    return f"{line}; left out: {pairs.equal} with equal completions, {pairs.too_long} too long"
 
 
 async def _fit(
     config: FitConfig, plan: FitPlan, base: Path, directory: Path, report: Report
 ) -> tuple[Figures, float]:
-    """Train, measure, and export to `directory`.
+    """Train, measure and export to `directory`.
 
     Returns held-out figures and the mean loss of the last epoch.
     """
-    from rayhf.losses.reward import reward_loss
-
-    learner = await _learner(config, plan, base)
-    loss = reward_loss(config.objective)
-    step = 0
-    epoch_loss = 0.0
-    for epoch in range(config.epochs):
-        epoch_loss = 0.0
-        for examples in deal_pairs(
-            plan.train.examples, batch=config.batch, seed=derive_seed(config.seed, "fit", epoch)
-        ):
-            metrics = await learner.step(Batch(examples=examples), loss)
-            step += 1
-            epoch_loss += metrics["learner/loss"] * len(examples)
-            report(step, metrics)
+    learner = await _start_learner(config, plan, base)
+    train_loss = await _train(config, plan, learner, report)
     outputs: list[FloatArray] = []
-    # In slices, because each call has a deadline.
-    for start in range(0, len(plan.test.examples), config.batch):
-        held_out = plan.test.examples[start : start + config.batch]
-        rows = [row for example in held_out for row in example.rows]
+    for start in range(0, len(plan.test.examples), config.batch):  # one deadline per slice
+        examples = plan.test.examples[start : start + config.batch]
+        rows = [row for example in examples for row in example.rows]
         outputs += await learner.outputs(rows, temperature=1.0)
     await learner.export(directory)
     mark(directory, config, pad_token_id=plan.pad_id)
-    figures = measure(win_probability(config.objective, outputs))
-    return figures, epoch_loss / len(plan.train.examples)
+    return measure(win_probability(config.objective, outputs)), train_loss
+
+
+async def _train(config: FitConfig, plan: FitPlan, learner: LearnerClient, report: Report) -> float:
+    """Train for all epochs; return the mean loss of the last one."""
+    from rayhf.losses.reward import reward_loss
+
+    loss = reward_loss(config.objective)
+    step = 0
+    total = 0.0
+    for epoch in range(config.epochs):
+        total = 0.0
+        seed = derive_seed(config.seed, "fit", epoch)
+        for examples in deal_pairs(plan.train.examples, batch=config.batch, seed=seed):
+            metrics = await learner.step(Batch(examples=examples), loss)
+            step += 1
+            total += metrics["learner/loss"] * len(examples)
+            report(step, metrics)
+    return total / len(plan.train.examples)
 
 
 def deal_pairs(
     examples: Sequence[Example], *, batch: int, seed: int
 ) -> Iterator[tuple[Example, ...]]:
-    """Yield the batches of one epoch: a seeded permutation in slices of `batch`.
+    """Yield one epoch: a seeded permutation in slices of `batch`.
 
     The last one may be smaller: no pair is left out.
     """
@@ -118,47 +134,29 @@ def deal_pairs(
         yield tuple(examples[index] for index in order[start : start + batch])
 
 
-async def _learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerGroup:
-    """Place and start the ranks. Raises PlacementError where the cluster is too small."""
-    from actors.learner import LearnerGroup, RemoteLearner
+async def _start_learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerClient:
+    """Place and start the ranks. Raise PlacementError where the cluster is too small."""
+    from actors.environment import process_env
+    from actors.learner import LearnerActor, LearnerClient
     from actors.placement_group import PlacementGroup
     from actors.supervise import SupervisedActor
-    from rayhf.planning.placement import ActorSpec
 
-    cluster, gpu = config.cluster, config.cluster.device == "gpu"
-    places = [
-        ActorSpec(
-            role="learner",
-            index=rank,
-            name=f"scorer learner rank {rank}",
-            cpus=_cpus(config),
-            gpus=float(gpu),
-            resources=cluster.resources.get("learner", {}),
-            bundle=rank,
-        )
-        for rank in range(config.learner.ranks)
-    ]
-    room = PlacementGroup(places, grouped=gpu or cluster.address != "local")
+    cluster = config.cluster
+    specs = _rank_specs(config)
+    placement_group = PlacementGroup(
+        specs, grouped=cluster.device == "gpu" or cluster.address != "local"
+    )
     limit_s = 0.0 if cluster.address == "local" else cluster.placement_timeout_s
-    await room.take(limit_s=limit_s, report=logging.getLogger(__name__).warning)
-    options = {
-        "runtime_env": {"env_vars": _environment(config)},
-        "max_restarts": 0,
-        "max_task_retries": 0,
-    }
-
-    def create(seat: ActorSpec) -> Any:
-        return RemoteLearner.options(
-            num_cpus=seat.cpus,
-            num_gpus=seat.gpus,
-            resources=dict(seat.resources),
-            **room.strategy(seat),
-            **options,
-        ).remote()
-
-    ranks = [SupervisedActor(seat.name, partial(create, seat)) for seat in places]
-    learner = LearnerGroup(
-        ranks, config.learner, sync_dtype="float32", timeout_s=config.learner.collective_timeout_s
+    await placement_group.reserve(limit_s=limit_s, report=logging.getLogger(__name__).warning)
+    env = process_env(cluster.device, _threads(config), vllm=False)
+    learner = LearnerClient(
+        [
+            SupervisedActor(spec.name, partial(placement_group.create, LearnerActor, spec, env))
+            for spec in specs
+        ],
+        config.learner,
+        sync_dtype="float32",
+        timeout_s=config.learner.collective_timeout_s,
     )
     await learner.start(
         base / config.model,
@@ -167,36 +165,45 @@ async def _learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerGroup
         lr=config.learner.lr,
         total_steps=plan.steps,
         lora=config.lora,
-        device="cuda" if gpu else "cpu",
+        device="cuda" if cluster.device == "gpu" else "cpu",
         seed=config.seed,
     )
     return learner
 
 
+def _rank_specs(config: FitConfig) -> list[ActorSpec]:
+    return [
+        ActorSpec(
+            role="learner",
+            index=rank,
+            name=f"scorer learner rank {rank}",
+            cpus=_cpus(config),
+            gpus=1.0 if config.cluster.device == "gpu" else 0.0,
+            resources=config.cluster.resources.get("learner", {}),
+            bundle=rank,
+        )
+        for rank in range(config.learner.ranks)
+    ]
+
+
 def _cpus(config: FitConfig) -> float:
-    """Return the CPUs that Ray reserves for one rank."""
+    """Return the CPUs of one rank, as Ray counts them."""
     return 1.0 if config.cluster.device == "gpu" else 0.25
 
 
-def _environment(config: FitConfig) -> dict[str, str]:
-    """Return the environment variables of a rank's process, set before it imports anything.
-
-    On CPU the ranks share the cores.
-    """
-    env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    if config.cluster.device == "cpu":
-        threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.ranks)
-        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    return env
+def _threads(config: FitConfig) -> int:
+    """Return the CPU threads of one rank: by default ranks share the cores."""
+    return config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.ranks)
 
 
-async def _until_signal(work: Awaitable[T]) -> T:
-    """Run until done, or until SIGTERM or Ctrl-C."""
-    loop = asyncio.get_running_loop()
+async def _until_signaled(
+    work: Awaitable[tuple[Figures, float]],
+) -> tuple[Figures, float]:
+    """Run to the end, or until SIGTERM or SIGINT."""
     task = asyncio.current_task()
     assert task is not None
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, task.cancel)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         return await work
     except asyncio.CancelledError:
@@ -205,7 +212,7 @@ async def _until_signal(work: Awaitable[T]) -> T:
         ) from None
 
 
-# --- output ---------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- output
 
 
 def _check_output(output: Path) -> None:
@@ -216,8 +223,8 @@ def _check_output(output: Path) -> None:
 
 
 @contextmanager
-def _workplace(output: Path) -> Iterator[Path]:
-    """Create a directory beside `output`; it is removed at the end unless it was moved."""
+def _temporary_directory(output: Path) -> Iterator[Path]:
+    """Make a directory beside `output`; remove it at the end unless it was moved."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     with storage_errors("write", output):
         temporary.mkdir(parents=True)
@@ -227,27 +234,22 @@ def _workplace(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _content(
+def _metrics(
     config: FitConfig, plan: FitPlan, figures: Figures, *, train_loss: float, seconds: float
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the content of metrics.json."""
-    counts = {
-        f"{name}_{what}": value
-        for name, part in (("train", plan.train), ("test", plan.test))
-        for what, value in (
-            ("pairs", len(part.examples)),
-            ("equal", part.equal),
-            ("too_long", part.too_long),
-        )
-    }
-    return {
+    metrics: dict[str, object] = {
         **asdict(figures),
         "train_loss": train_loss,
         "seconds": seconds,
         "steps": plan.steps,
-        **counts,
-        "config": config.model_dump(mode="json"),
     }
+    for name, pairs in (("train", plan.train), ("test", plan.test)):
+        metrics[f"{name}_pairs"] = len(pairs.examples)
+        metrics[f"{name}_equal"] = pairs.equal
+        metrics[f"{name}_too_long"] = pairs.too_long
+    metrics["config"] = config.model_dump(mode="json")
+    return metrics
 
 
 def _table(config: FitConfig, figures: Figures, *, train_loss: float, seconds: float) -> Table:
@@ -263,7 +265,7 @@ def _table(config: FitConfig, figures: Figures, *, train_loss: float, seconds: f
 
 @contextmanager
 def _progress(plan: FitPlan, console: Console) -> Iterator[Report]:
-    """Show a live line in a terminal, ten plain lines elsewhere."""
+    """Show progress: a live line in a terminal, ten plain lines elsewhere."""
     columns = (
         TextColumn("{task.description:<32}"),
         BarColumn(bar_width=24),
@@ -280,6 +282,6 @@ def _progress(plan: FitPlan, console: Console) -> Iterator[Report]:
             text = f"loss {metrics['learner/loss']:.4f}  accuracy {metrics['scorer/accuracy']:.3f}"
             progress.update(line, description=text, completed=step)
             if step % every == 0 and not console.is_terminal:
-                console.print(f"step {step}/{plan.steps}  {text}", markup=False, highlight=False)
+                print_plain(console, f"step {step}/{plan.steps}  {text}")
 
         yield report

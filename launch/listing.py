@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-
 from rich.console import Console
 from rich.table import Table
 
 from rayhf.config.registry import REGISTRIES, Registry, summary
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, nearest
 from rayhf.monitoring.catalog import METRICS
 
 KINDS = (*REGISTRIES, "metrics")
@@ -21,9 +19,7 @@ def show(kind: str, console: Console) -> None:
     elif kind in REGISTRIES:
         console.print(_plugins(kind, REGISTRIES[kind]))
     else:
-        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(KINDS)}"
-        raise ConfigError(f"rayhf list: {kind!r} is not a table; {hint}")
+        raise ConfigError(f"rayhf list: {kind!r} is not a table{nearest(kind, KINDS)}")
 
 
 def _plugins(kind: str, registry: Registry) -> Table:

@@ -1,4 +1,4 @@
-"""Ray, started here or joined."""
+"""Ray clusters: started on this machine, or joined."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from actors.ray_internals import LOCAL_ENV
 from launch.cluster_auth import check_head, check_token_file, refusal
 from rayhf.errors import PlacementError, SecurityError
 
@@ -18,22 +19,23 @@ _TOKEN = secrets.token_hex(32)
 
 @contextmanager
 def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
-    """A Ray connection for the time of the block.
+    """Connect to a Ray cluster for the duration of the block.
 
-    "local" starts a cluster of its own, with a fresh token that lives in this process's environment
-    only (Ray would write one to the home directory, readable by all). Anything else joins a running
-    cluster. Raises PlacementError where there is none, SecurityError where it asks nobody for a
-    token, or has another one than we.
+    Args:
+        address: "local" starts a cluster with a new token, which only exists in this process's
+            environment: Ray would write one to the home directory, readable by all users. Any other
+            address joins a running cluster.
+        cpus: that a local cluster must offer at least.
+
+    Raises PlacementError where there is no cluster, SecurityError where it needs no token or
+    another one than ours.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address == "local":
-        # Every actor has an environment of its own, so the workers Ray starts ahead would only take
-        # time from them.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        # Where there is a token and nobody has chosen, ray.init switches authentication on, also in
-        # a Ray imported long before.
+        for name, value in LOCAL_ENV.items():
+            os.environ.setdefault(name, value)
+        # With a token and no mode, ray.init switches authentication on, even when Ray was imported
+        # long before.
         os.environ.pop("RAY_AUTH_MODE", None)
         os.environ["RAY_AUTH_TOKEN"] = _TOKEN
     else:
@@ -53,7 +55,7 @@ def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise PlacementError(
-            f"cluster.address {address}: no Ray cluster answers there ({error})"
+            f"cluster.address {address}: no Ray cluster responds there ({error})"
         ) from None
     except ray.exceptions.AuthenticationError as error:
         raise SecurityError(f"cluster.address {address}: {refusal(error.message)}") from None

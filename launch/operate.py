@@ -1,8 +1,7 @@
-"""An operator's commands on a campaign: look, watch, check, pause, let go on, stop, hand things in.
-None of them needs Ray.
+"""Commands on a campaign: status, watch, verify, pause, unpause, stop, prompts, labels.
 
-The campaign is a run directory at hand, or one elsewhere that serves its control over gRPC
-(rayhf.control.commands).
+In: a run directory at hand, or the address of a campaign elsewhere that serves its control over
+gRPC (rayhf/control/commands.py). Out: text on the console. None of the commands needs Ray.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,7 +21,7 @@ from rich.prompt import Prompt
 from rich.table import Table
 from rich.text import Text
 
-from launch.sanitize import plain
+from launch.sanitize import plain, print_plain
 from rayhf import errors
 from rayhf.config.load import load_section
 from rayhf.config.service import NO_SECURITY, EndpointSecurity
@@ -33,6 +32,7 @@ from rayhf.data.readers import read_rows
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.monitoring.audit import audit
 
+Command = Literal["pause", "unpause", "stop"]
 _STYLES = {
     "running": "green",
     "done": "green",
@@ -40,14 +40,18 @@ _STYLES = {
     "paused": "yellow",
     "stopped": "yellow",
 }
+_VERDICTS = {"1": "first", "2": "second", "t": "tie"}
 
 
 def control_of(run: Path | None, address: str | None, security: Path | None) -> Control:
-    """The campaign that is meant: RUN, or --address with --security. Raises ConfigError for both
-    and for neither."""
+    """Return the control of a campaign: of RUN, or of --address with --security.
+
+    Raises ConfigError for both and for neither.
+    """
     if (run is None) == (address is None):
         raise ConfigError(
-            "which campaign? expected a run directory, or --address HOST:PORT of one elsewhere, and not both"
+            "which campaign? expected a run directory, or --address HOST:PORT of a campaign "
+            "elsewhere, and not both"
         )
     if run is not None:
         if security is not None:
@@ -55,184 +59,176 @@ def control_of(run: Path | None, address: str | None, security: Path | None) -> 
         return FileControl(run)
     from rayhf.control.grpc_client import GrpcControl
 
-    shown = NO_SECURITY if security is None else load_section(security, (), EndpointSecurity)
-    return GrpcControl(str(address), shown, base=Path.cwd())
+    settings = NO_SECURITY if security is None else load_section(security, (), EndpointSecurity)
+    return GrpcControl(str(address), settings, base=Path.cwd())
 
 
 def show_status(control: Control, console: Console) -> None:
-    """A page that fits a terminal."""
+    """Print a campaign's state, small enough for one screen."""
     status = control.status()
     table = Table(
         title=f"{escape(plain(status.run.name))}: {status.state.upper()}",
         show_header=False,
         title_style=_STYLES.get(status.state, "red"),
     )
-    for label, value in _lines(status):
+    for label, value in _status_rows(status):
         if value:
             table.add_row(label, escape(plain(value)))
     console.print(table)
 
 
-def _lines(status: Status) -> list[tuple[str, str]]:
+def _status_rows(status: Status) -> list[tuple[str, str]]:
     age = status.progress_age_s
-    eta = f", about {status.eta_s / 60:.0f} min to go" if status.eta_s is not None else ""
+    eta = f", about {status.eta_s / 60:.0f} min left" if status.eta_s is not None else ""
+    versions = [
+        f"{name.removesuffix('/version')} version {value:.0f}"
+        for name, value in status.versions.items()
+    ]
+    active = status.state in ("running", "stalled", "paused")
     return [
-        ("why", status.reason),
-        ("rounds", f"{status.iteration} of {status.iterations} committed{eta}"),
-        ("now", status.phase if status.state in ("running", "stalled", "paused") else ""),
+        ("reason", status.reason),
+        ("iterations", f"{status.iteration} of {status.iterations} committed{eta}"),
+        ("phase", status.phase if active else ""),
         ("last progress", f"{age:.0f} s ago" if age is not None else "never"),
-        ("held by", status.holder),
+        ("locked by", status.holder),
         ("attempt", str(status.epoch)),
-        (
-            "weights",
-            ", ".join(
-                f"{name.removesuffix('/version')} version {value:.0f}"
-                for name, value in status.versions.items()
-            ),
-        ),
+        ("weights", ", ".join(versions)),
         ("last commit", status.commit),
         ("health", ", ".join(f"{name} {value:.3g}" for name, value in status.health.items())),
         (f"faults in 24 h: {status.fault_count}", "\n".join(status.faults)),
-        ("next", status.advice),
+        ("next step", status.advice),
     ]
 
 
 def watch(control: Control, console: Console) -> None:
-    """Print events as they come, until the campaign ends or somebody presses Ctrl-C."""
+    """Print events as they happen, until the campaign ends or Ctrl-C."""
     try:
         for event in control.watch(lambda: True):
-            _say(console, f"{event['time'][11:19]} {event['kind']:<9} {event['message']}")
+            print_plain(console, f"{event['time'][11:19]} {event['kind']:<9} {event['message']}")
     except KeyboardInterrupt:
         return
 
 
 def add_prompts(control: Control, file: Path, console: Console) -> None:
+    """Submit the prompts of a file."""
     rows = [row for _, row in read_rows(file, key="FILE")]
-    _say(console, control.add_prompts(rows, source=getpass.getuser()))
+    print_plain(console, control.add_prompts(rows, source=getpass.getuser()))
 
 
 def show_pairs(control: Control, count: int, console: Console) -> None:
-    """One JSON object per line, for a labelling tool; `label --file` takes its verdicts back."""
+    """Print one JSON object per pair, for a labeling tool; `label --file` takes its verdicts."""
     for pair in control.pairs(count):
         row = {
             "pair_id": pair.pair_id,
             "messages": list(pair.messages),
             "first": pair.first,
             "second": pair.second,
+            "certainty": pair.certainty,
         }
-        _say(console, json.dumps(row | {"certainty": pair.certainty}))
+        print_plain(console, json.dumps(row))
 
 
 def label(control: Control, console: Console, *, file: Path | None, count: int) -> None:
-    """Hand in a file's verdicts, or ask for them here, pair by pair."""
+    """Submit the verdicts of a file, or prompt for them pair by pair."""
     if file is not None:
         labels = [_label(row, where) for where, row in read_rows(file, key="--file")]
     else:
-        labels = list(_asked(control.pairs(count), console))
-    _say(
-        console, control.label(labels, source=getpass.getuser()) if labels else "nothing was judged"
-    )
+        labels = list(_prompt_for_labels(control.pairs(count), console))
+    if labels:
+        print_plain(console, control.label(labels, source=getpass.getuser()))
+    else:
+        print_plain(console, "no verdicts were given")
 
 
-def _label(row: Mapping[str, Any], where: str) -> dict[str, str]:
-    if not all(isinstance(row.get(key), str) for key in ("pair_id", "verdict")):
+def _label(row: Mapping[str, object], where: str) -> dict[str, str]:
+    pair_id = row.get("pair_id")
+    verdict = row.get("verdict")
+    if not isinstance(pair_id, str) or not isinstance(verdict, str):
         raise ConfigError(
-            f"{where}: expected `pair_id` and `verdict` (first, second or tie), got keys {', '.join(sorted(row))}"
+            f"{where}: expected `pair_id` and `verdict` (first, second or tie), got keys "
+            f"{', '.join(sorted(row))}"
         )
-    return {"pair_id": row["pair_id"], "verdict": row["verdict"]}
+    return {"pair_id": pair_id, "verdict": verdict}
 
 
-def _asked(pairs: Iterable[UncertainPair], console: Console) -> Iterable[dict[str, str]]:
+def _prompt_for_labels(
+    pairs: Iterable[UncertainPair], console: Console
+) -> Iterable[dict[str, str]]:
     for pair in pairs:
         for message in pair.messages:
-            console.print(
-                Panel(Text(plain(message["content"])), title=escape(plain(message["role"])))
-            )
-        console.print(
-            Panel(Text(plain(pair.first)), title="1"), Panel(Text(plain(pair.second)), title="2")
-        )
-        said = Prompt.ask(
+            title = escape(plain(message["role"]))
+            console.print(Panel(Text(plain(message["content"])), title=title))
+        console.print(Panel(Text(plain(pair.first)), title="1"))
+        console.print(Panel(Text(plain(pair.second)), title="2"))
+        choice = Prompt.ask(
             "better: 1, 2, t(ie), s(kip), q(uit)",
-            choices=["1", "2", "t", "s", "q"],
+            choices=[*_VERDICTS, "s", "q"],
             console=console,
         )
-        if said == "q":
+        if choice == "q":
             return
-        if said != "s":
-            yield {
-                "pair_id": pair.pair_id,
-                "verdict": {"1": "first", "2": "second", "t": "tie"}[said],
-            }
+        if choice in _VERDICTS:
+            yield {"pair_id": pair.pair_id, "verdict": _VERDICTS[choice]}
 
 
-def ask(control: Control, wanted: str, console: Console) -> None:
-    """pause, unpause or stop."""
-    _say(
-        console,
-        control.unpause()
-        if wanted == "unpause"
-        else control.ask("pause" if wanted == "pause" else "stop"),
-    )
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
+def command(control: Control, name: Command, console: Console) -> None:
+    """Send a command, and print what will happen."""
+    print_plain(console, control.unpause() if name == "unpause" else control.ask(name))
 
 
 def show_audit(run: Path, console: Console, *, deep: bool) -> None:
-    """What was looked at, and what is wrong. Raises CheckpointError where anything is."""
+    """Print what was checked and what is wrong. Raise CheckpointError where anything is."""
     table = Table("what", "finding", title=f"verify {escape(plain(str(run)))}")
     sound = 0
     problems: list[str] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         line = progress.add_task("verify", total=None)
         for finding in audit(run, deep=deep):
-            what, problem = escape(plain(finding.what)), escape(plain(finding.problem))
+            what = escape(plain(finding.what))
             progress.update(line, description=what, advance=1)
             if finding.problem:
                 problems.append(f"{finding.what}: {finding.problem}")
-                table.add_row(what, problem, style="red")
+                table.add_row(what, escape(plain(finding.problem)), style="red")
             else:
                 sound += 1
-    table.add_row(
-        f"{sound} other{'s' if sound != 1 else ''}" if problems else f"all {sound}",
-        "as they were written",
-    )
+    rest = f"{sound} other{'s' if sound != 1 else ''}" if problems else f"all {sound}"
+    table.add_row(rest, "as they were written")
     console.print(table)
     if problems:
         raise CheckpointError(
-            f"{run}: {len(problems)} of {len(problems) + sound} findings are bad; the first: {problems[0]}"
+            f"{run}: {len(problems)} of {len(problems) + sound} checks failed; the first: "
+            f"{problems[0]}"
         )
 
 
 def explain(code: int | None, console: Console) -> None:
-    """What an exit code means and what to do; all of them where none is named. Raises ConfigError
-    for one that is not ours."""
+    """Print what an exit code means and what to do; all of them by default.
+
+    Raises ConfigError for a code that rayhf does not use.
+    """
     table = Table("exit code", "error", "meaning", "what to do")
     rows = [row for row in exit_codes() if code is None or row[0] == code]
     if not rows:
         known = ", ".join(str(number) for number in sorted({row[0] for row in exit_codes()}))
-        raise ConfigError(f"rayhf never ends with {code} by itself; its exit codes are {known}")
+        raise ConfigError(f"rayhf does not exit with {code}; its exit codes are {known}")
     for number, name, meaning, remedy in rows:
         table.add_row(str(number), name, meaning, remedy)
     console.print(table)
 
 
 def exit_codes() -> list[tuple[int, str, str, str]]:
-    """(code, class, meaning, remedy) of every way a command may end."""
-    found = [(0, "", "the work was done", "")]
-    for name, each in inspect.getmembers(errors, inspect.isclass):
-        if issubclass(each, errors.RayhfError):
-            found.append((each.exit_code, name, each.meaning, each.remedy))
-    found.append(
+    """Return (code, error class, meaning, remedy) for every way in which a command may end."""
+    codes = [
+        (0, "", "the work was done", ""),
         (
             130,
             "",
-            "`rayhf submit --follow` was left with Ctrl-C; the job goes on",
+            "`rayhf submit --follow` was left with Ctrl-C; the job continues",
             "`rayhf stop RUN` stops it",
-        )
-    )
-    found.append(
-        (143, "", "ended by SIGTERM before anything could be said", "the same command continues")
-    )
-    return sorted(found, key=lambda row: (row[0], row[1]))
+        ),
+        (143, "", "ended by SIGTERM before it could report anything", "the same command continues"),
+    ]
+    for name, each in inspect.getmembers(errors, inspect.isclass):
+        if issubclass(each, errors.RayhfError):
+            codes.append((each.exit_code, name, each.meaning, each.remedy))
+    return sorted(codes, key=lambda row: row[:2])

@@ -1,9 +1,11 @@
-"""`rayhf submit`: a campaign as a job of a Ray cluster, with `ray job submit`'s own means.
+"""`rayhf submit`: run a campaign as a job of a Ray cluster, with the means of `ray job submit`.
 
 In: a config below the current directory, and the URL of the cluster's job server. Out: a job that
-does `rayhf run`. It gets this directory, without what runs and tools leave in it, and an allow-list
-of our environment: what a job is given, everybody on the cluster can read. Who waits: with --follow
-we wait for the job, show its log, and end with its exit code; it waits for nobody.
+runs `rayhf run`. It gets this directory, without the files that runs and tools leave in it, and an
+allow-list of our environment variables: everyone on the cluster can read a job's environment.
+
+Synchronization: with --follow we wait for the job, print its log, and exit with its code. The job
+waits for nothing here.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from actors.ray_internals import create_package
 from launch.cluster_auth import check_server, check_token_file, insecure, refusal
-from launch.sanitize import plain
+from launch.sanitize import plain, print_plain
 from rayhf.config.load import load_config
 from rayhf.errors import (
     ActorLostError,
@@ -42,18 +45,17 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 ALLOWED = ("HF_HUB_OFFLINE", "NCCL_DEBUG", "RAYHF_DEBUG")
-"""Environment variables that a job gets without being asked for. None is a secret, and none names a
-place on this machine."""
+"""Environment variables that every job gets. None is a secret or names a place on this machine."""
 EXCLUDED = (
-    "runs", ".git", ".venv", "venv", ".tiny", "wandb", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info",
-    ".env", ".env.*", ".netrc", ".ssh", ".aws", "*.pem", "*.key", "auth_token",
+    "runs", ".git", ".venv", "venv", ".tiny", "wandb", "__pycache__", ".*_cache", ".hypothesis",
+    "*.egg-info", ".env", ".env.*", ".netrc", ".ssh", ".aws", "*.pem", "*.key", "auth_token",
 )  # fmt: skip
-"""What stays here, besides what .gitignore and .rayignore say: what runs and tools leave behind,
-and where secrets are kept."""
+"""Files that stay here, besides those of .gitignore and .rayignore: output of runs and tools, and
+usual places of secrets."""
 LIMIT_BYTES = 100 << 20
-"""Of a working directory: Ray's job server takes no more."""
-LEFT = 130
-"""Our exit code after Ctrl-C: the job goes on."""
+"""Maximum size of a working directory that Ray's job server accepts."""
+DETACHED = 130
+"""Our exit code after Ctrl-C: the job continues."""
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 _SILENCE_S = 60.0
 _POLL_S = 1.0
@@ -61,39 +63,28 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is asked of the cluster."""
+    """A job to submit."""
 
     name: str
-    """The submission id without its number: the run directory's name, and a hash of its whole
-    path."""
+    """Submission id without its number: the run directory's name, and a hash of its whole path."""
     run: Path
     command: tuple[str, ...]
     environment: dict[str, str]
     excludes: tuple[str, ...]
     cpus: float | None
-    """Of the node that the command runs on; None: the head, whatever it has."""
+    """CPUs of the node that runs the command; None: the head, whatever it has."""
 
-    def line(self, url: str, submission_id: str) -> str:
-        """The `ray job submit` line that does the same."""
+    def command_line(self, url: str, submission_id: str) -> str:
+        """Return the `ray job submit` line that does the same."""
         runtime_env = {"excludes": list(self.excludes), "env_vars": self.environment}
-        words = [
-            "ray",
-            "job",
-            "submit",
-            "--address",
-            url,
-            "--submission-id",
-            submission_id,
-            "--working-dir",
-            ".",
-        ]
-        words += ["--runtime-env-json", json.dumps(runtime_env)]
+        words = ["ray", "job", "submit", "--address", url, "--submission-id", submission_id]
+        words += ["--working-dir", ".", "--runtime-env-json", json.dumps(runtime_env)]
         words += [] if self.cpus is None else ["--entrypoint-num-cpus", f"{self.cpus:g}"]
         return _mode() + shlex.join([*words, "--", *self.command])
 
 
 def _mode() -> str:
-    """What Ray's own commands need to be told."""
+    """Return the prefix that Ray's own commands need."""
     return "" if insecure() else "RAY_AUTH_MODE=token "
 
 
@@ -108,8 +99,10 @@ def submit(
     follow: bool,
     console: Console,
 ) -> int:
-    """Submit; with `follow`, the job's exit code. Raises the errors of rayhf.errors, and then
-    nothing was submitted."""
+    """Submit a job and return 0; with `follow`, wait for it and return its exit code.
+
+    Raises the errors of rayhf.errors; then nothing was submitted.
+    """
     job = plan(config, overrides, env=env, cpus=cpus, supervised=supervised)
     url = _url(address)
     check_token_file()
@@ -130,21 +123,21 @@ def submit(
             if "already exists" not in str(error):
                 raise
             raise LockedError(
-                f"{job.run} was submitted by somebody else just now, as job {submission_id}"
+                f"{job.run} was submitted at the same time by another user, as job {submission_id}"
             ) from None
-    console.print(f"submitted {submission_id}, the same as", markup=False, highlight=False)
-    console.print(job.line(url, submission_id), markup=False, highlight=False, soft_wrap=True)
+    print_plain(console, f"submitted {submission_id}, the same as")
+    print_plain(console, job.command_line(url, submission_id))
     if not follow:
         return 0
     try:
         return _exit_code(submission_id, _follow(client, submission_id, console))
     except KeyboardInterrupt:
-        console.print(
-            f"\nthe job goes on. `rayhf stop {job.run}` stops it after its round, "
+        print_plain(
+            console,
+            f"\nthe job continues. `rayhf stop {job.run}` stops it after its iteration, "
             f"`{_mode()}ray job stop {submission_id} --address {url}` at once",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        return LEFT
+        )
+        return DETACHED
 
 
 def plan(
@@ -155,60 +148,62 @@ def plan(
     cpus: float | None,
     supervised: bool,
 ) -> Job:
-    """What to ask for. Raises ConfigError for what would be refused on the cluster, and for what
-    would not be found there."""
+    """Return the job.
+
+    Raises ConfigError for a config that would be refused on the cluster, and for files that would
+    not exist there.
+    """
     from rayhf.planning.preflight import check_settings
 
     loaded = load_config(config, overrides)
     check_settings(loaded)
-    run = loaded.run.dir
-    if not run.is_absolute():
+    if not loaded.run.dir.is_absolute():
         raise ConfigError(
-            f"run.dir {run} is relative, and a job's own directory goes away with it; expected an absolute path that every node "
-            f"sees, for example run.dir=/shared/{run}"
+            f"run.dir {loaded.run.dir} is relative, and a job's own directory is deleted with it; "
+            "expected an absolute path that every node sees, for example "
+            f"run.dir=/shared/{loaded.run.dir}"
         )
     here = Path.cwd().resolve()
     try:
         inside = config.resolve().relative_to(here)
     except ValueError:
         raise ConfigError(
-            f"config {config} is not below {here}, the directory that the job gets; start above it"
+            f"config {config} is not below {here}, the directory that the job gets; run this "
+            "command in a directory above it"
         ) from None
-    command = [
-        "rayhf",
-        *(["--insecure-cluster"] if insecure() else []),
-        "run",
-        str(inside),
-        *overrides,
-    ]
+    command = ["rayhf", *(["--insecure-cluster"] if insecure() else [])]
+    command += ["run", str(inside), *overrides]
     command += ["cluster.address=auto"] if loaded.cluster.address != "auto" else []
     command += ["--supervise"] if supervised else []
-    runs = sorted(
-        file.parent for depth in (1, 2, 3) for file in here.glob("*/" * depth + "campaign.json")
-    )
-    run = Path(os.path.normpath(run))
+    run = Path(os.path.normpath(loaded.run.dir))
     slug = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:40]
     return Job(
         name=f"rayhf-{slug}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}",
         run=run,
         command=tuple(command),
         environment=_environment(env),
-        excludes=(*EXCLUDED, *(f"/{each.relative_to(here)}" for each in runs)),
+        excludes=(*EXCLUDED, *_run_directories(here)),
         cpus=cpus,
     )
 
 
-def _environment(wanted: Sequence[str]) -> dict[str, str]:
-    """The allowed variables that are set here, and those asked for."""
-    for name in wanted:
+def _run_directories(here: Path) -> list[str]:
+    """Return the run directories up to three levels below `here`, as patterns of .gitignore."""
+    states = [file for depth in (1, 2, 3) for file in here.glob("*/" * depth + "campaign.json")]
+    return [f"/{run.relative_to(here)}" for run in sorted(file.parent for file in states)]
+
+
+def _environment(requested: Sequence[str]) -> dict[str, str]:
+    """Return the job's variables: the allowed ones that are set here, and `requested`."""
+    for name in requested:
         if _SECRET.search(name):
             raise SecurityError(
-                f"--env {name} looks like a secret, and everybody on the cluster can read a job's environment; put it into a "
-                "file, or into the environment of the nodes"
+                f"--env {name} looks like a secret, and everyone on the cluster can read a job's "
+                "environment; put it into a file, or into the environment of the nodes"
             )
         if name not in os.environ:
             raise ConfigError(f"--env {name}: no such variable here")
-    return {name: os.environ[name] for name in (*ALLOWED, *wanted) if name in os.environ}
+    return {name: os.environ[name] for name in (*ALLOWED, *requested) if name in os.environ}
 
 
 def _url(address: str) -> str:
@@ -220,7 +215,7 @@ def _url(address: str) -> str:
 
 
 def _connect(url: str) -> JobSubmissionClient:
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would take them for --address
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would prefer them to --address
         os.environ.pop(name, None)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -233,107 +228,112 @@ def _connect(url: str) -> JobSubmissionClient:
 
 
 def _next_id(client: JobSubmissionClient, job: Job) -> str:
-    """A cluster takes an id once. Raises LockedError where a job of this run is not over."""
+    """Return a submission id that the cluster has not seen.
+
+    Raises LockedError where a job of this run is not over.
+    """
     numbers = [0]
     for other in client.list_jobs():
-        found = re.fullmatch(rf"{re.escape(job.name)}-(\d+)", other.submission_id or "")
-        if found is None:
+        match = re.fullmatch(rf"{re.escape(job.name)}-(\d+)", other.submission_id or "")
+        if match is None:
             continue
         if not other.status.is_terminal():
             raise LockedError(
-                f"{job.run} is job {other.submission_id} already ({other.status}); stop it, or let it"
+                f"{job.run} is job {other.submission_id} already ({other.status}); stop that job, "
+                "or wait for it"
             )
-        numbers.append(int(found[1]))
+        numbers.append(int(match[1]))
     return f"{job.name}-{max(numbers) + 1}"
 
 
 def _package(directory: Path, file: Path, job: Job, config: Path, console: Console) -> Path:
-    """Zip the working directory as Ray would. Raises ConfigError where it is too large, or lacks
-    the config."""
-    from ray._private.runtime_env.packaging import create_package
-
-    quiet = logging.getLogger(__name__)
-    create_package(
-        str(directory), file, include_gitignore=True, excludes=list(job.excludes), logger=quiet
-    )
+    """Zip the working directory. Raise ConfigError where it is too large, or lacks the config."""
+    create_package(directory, file, excludes=job.excludes)
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     size = file.stat().st_size
     if size > LIMIT_BYTES:
-        largest = sorted(entries, key=lambda entry: -entry.file_size)[:3]
-        named = ", ".join(
-            f"{entry.filename} {entry.file_size / 2**20:,.0f} MiB" for entry in largest
+        largest = ", ".join(
+            f"{entry.filename} {entry.file_size / 2**20:,.0f} MiB"
+            for entry in sorted(entries, key=lambda entry: -entry.file_size)[:3]
         )
         raise ConfigError(
-            f"{directory} has {size / 2**20:,.0f} MiB, a job gets at most {LIMIT_BYTES >> 20} MiB; the largest: {named}. Name "
-            "them in .rayignore, and give models and data as absolute paths that every node sees"
+            f"{directory} has {size / 2**20:,.0f} MiB, a job gets at most {LIMIT_BYTES >> 20} MiB; "
+            f"the largest: {largest}. Name them in .rayignore, and give models and data as "
+            "absolute paths that every node sees"
         )
-    if str(config.resolve().relative_to(directory.resolve())) not in {
-        entry.filename for entry in entries
-    }:
+    inside = str(config.resolve().relative_to(directory.resolve()))
+    if inside not in {entry.filename for entry in entries}:
         raise ConfigError(
             f"config {config} is left out by .gitignore or .rayignore: the job would not find it"
         )
-    console.print(
-        f"working directory: {len(entries)} files, {size / 2**20:,.1f} MiB",
-        markup=False,
-        highlight=False,
-    )
+    print_plain(console, f"working directory: {len(entries)} files, {size / 2**20:,.1f} MiB")
     return file
 
 
-# ------------------------------------------------------------------------------------------------------- following
+# -------------------------------------------------------------------------------------- following
 
 
 def _follow(client: JobSubmissionClient, submission_id: str, console: Console) -> JobDetails:
-    """Show the log until the job is over, through broken connections. Raises DeadlineError where
-    nobody answers any more."""
+    """Print the log until the job is over, through broken connections.
+
+    Raises DeadlineError where the job server does not respond any more.
+    """
     from aiohttp import ClientError
 
-    shown, heard = [0], time.monotonic()
+    heartbeat = time.monotonic()
+    log = _Log(console)
     while True:
-        with contextlib.suppress(
-            RuntimeError, ClientError, OSError
-        ):  # the next look shows what was missed
-            asyncio.run(_tail(client, submission_id, shown, console))
+        with contextlib.suppress(RuntimeError, ClientError, OSError):  # the next tail catches up
+            asyncio.run(log.tail(client, submission_id))
         try:
-            info = client.get_job_info(submission_id)
-            heard = time.monotonic()
-            if info.status.is_terminal():
-                return info
+            details = client.get_job_info(submission_id)
+            heartbeat = time.monotonic()
+            if details.status.is_terminal():
+                return details
         except (RuntimeError, OSError) as error:
-            if time.monotonic() - heard > _SILENCE_S:
+            if time.monotonic() - heartbeat > _SILENCE_S:
                 raise DeadlineError(
-                    f"submit: no answer from the job server for {_SILENCE_S:g} s ({error}); job {submission_id} may go on"
+                    f"submit: no response from the job server for {_SILENCE_S:g} s ({error}); "
+                    f"job {submission_id} may still run"
                 ) from None
         time.sleep(_POLL_S)
 
 
-async def _tail(
-    client: JobSubmissionClient, submission_id: str, shown: list[int], console: Console
-) -> None:
-    """The log from its beginning, but what was `shown`."""
-    seen = 0
-    async for chunk in client.tail_job_logs(submission_id):
-        new = chunk[max(0, shown[0] - seen) :]
-        seen += len(chunk)
-        shown[0] = max(shown[0], seen)
-        console.out(plain(new), end="", highlight=False)
+class _Log:
+    """A job's log on a console."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._printed = 0
+        """Number of characters."""
+
+    async def tail(self, client: JobSubmissionClient, submission_id: str) -> None:
+        """Read the log from its beginning; print what was not printed before."""
+        read = 0
+        async for chunk in client.tail_job_logs(submission_id):
+            new = chunk[max(0, self._printed - read) :]
+            read += len(chunk)
+            self._printed = max(self._printed, read)
+            self._console.out(plain(new), end="", highlight=False)
 
 
-def _exit_code(submission_id: str, info: Any) -> int:
-    """The job's. Raises InterruptedRunError for a job that was stopped, ActorLostError for one that
-    was lost."""
+def _exit_code(submission_id: str, details: JobDetails) -> int:
+    """Return the job's exit code.
+
+    Raises InterruptedRunError for a job that was stopped, ActorLostError for one that was lost.
+    """
     from ray.job_submission import JobStatus
 
-    if info.status == JobStatus.STOPPED:
+    if details.status == JobStatus.STOPPED:
         raise InterruptedRunError(
             f"job {submission_id} was stopped; submit it again and it continues"
         )
-    code: int | None = info.driver_exit_code
+    code: int | None = details.driver_exit_code
     if code is None:
-        why = " ".join(str(info.message).split())[:300]
+        reason = " ".join(str(details.message).split())[:300]
         raise ActorLostError(
-            f"job {submission_id} ended without an exit code ({why}); submit it again and it continues"
+            f"job {submission_id} ended without an exit code ({reason}); submit it again and it "
+            "continues"
         )
     return code if code >= 0 else 128 - code

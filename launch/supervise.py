@@ -1,10 +1,9 @@
-"""`rayhf run --supervise`: runs the campaign in a child process and starts it again when it dies,
-until it is done.
+"""`rayhf run --supervise`: run the campaign in a child process, and restart it until it is done.
 
 For machines without a scheduler that does this. A child that was refused (bad config, locked,
-paused, no valid checkpoint) is not started again; one that keeps dying without a new commit is
-given up; one whose disk is full, or whose scorer services are all away, is started again every
-minute.
+paused, no valid checkpoint) is not restarted. One that crashes again and again without a new commit
+is given up. One whose disk is full, or whose scorer services are all unreachable, is restarted
+every minute.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from rayhf.errors import (
 )
 
 CRASHES = 5
-"""Deaths in a row without a new commit."""
+"""Maximum number of crashes in a row without a new commit."""
 _FINAL = {
     error.exit_code
     for error in (
@@ -48,29 +47,34 @@ _FINAL = {
         ScorerError,
     )
 }
-_ELSEWHERE = {error.exit_code for error in (StorageError, ServiceError)}
-"""Somebody else will mend it: it costs nothing to ask again."""
-_FIRST_WAIT_S, _MAX_WAIT_S = 1.0, 60.0
+"""A restart would end the same way."""
+_EXTERNAL = {error.exit_code for error in (StorageError, ServiceError)}
+"""The cause lies outside of the campaign and may go away: these restarts are not counted."""
+_FIRST_WAIT_S = 1.0
+_MAX_WAIT_S = 60.0
 _PR_SET_PDEATHSIG = 1
 
 
 def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
-    """The last child's exit code. `arguments` are those of `rayhf`.
+    """Run `rayhf` with `arguments`, restart it when it crashes, and return the last exit code.
 
-    Raises ActorLostError where it is given up, InterruptedRunError where it is told to stop between
-    two lives.
+    Raises ActorLostError where it crashes too often, InterruptedRunError for a signal that arrives
+    between two children.
     """
-    told: list[int] = []
+    signals: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         if child is None:
-            raise InterruptedRunError(f"{run}: told to stop; the same command continues")
-        told.append(number)
+            raise InterruptedRunError(f"{run}: interrupted; the same command continues")
+        signals.append(number)
         child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    crashes, committed = 0, _committed(run)
+    handlers = {
+        number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    crashes = 0
+    committed = _committed(run)
     try:
         while True:
             child = subprocess.Popen(
@@ -78,43 +82,53 @@ def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
             )
             code = child.wait()
             child = None
-            if code == 0 or code in _FINAL or told or _stopped(code):
-                return code if code >= 0 else InterruptedRunError.exit_code if told else 1
-            now = _committed(run)
-            crashes, committed = (1, now) if now > committed else (crashes + 1, committed)
-            why = f"signal {-code}" if code < 0 else f"exit code {code}"
-            if code in _ELSEWHERE:
+            if code in (0, InterruptedRunError.exit_code) or code in _FINAL or signals:
+                return _exit_code(code, interrupted=bool(signals))
+            newest = _committed(run)
+            crashes = 1 if newest > committed else crashes + 1
+            committed = max(committed, newest)
+            if code in _EXTERNAL:
                 crashes = 0
+            cause = f"signal {-code}" if code < 0 else f"exit code {code}"
             if crashes > CRASHES:
                 raise ActorLostError(
-                    f"{run} ended {crashes} times in a row without a new commit, the last time with {why}; given up"
+                    f"{run} crashed {crashes} times in a row without a new commit, the last time "
+                    f"with {cause}; not restarting it"
                 )
-            wait_s = (
-                min(_MAX_WAIT_S, _FIRST_WAIT_S * 2.0 ** (crashes - 1)) if crashes else _MAX_WAIT_S
-            )
+            wait_s = _wait_s(crashes)
             console.print(
-                f"the campaign ended with {why} after round {now}; it is started again in {wait_s:g} s",
+                f"the campaign ended with {cause} after iteration {newest}; restarting it in "
+                f"{wait_s:g} s",
                 style="yellow",
             )
             time.sleep(wait_s)
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
+def _exit_code(code: int, *, interrupted: bool) -> int:
+    if code >= 0:
+        return code
+    return InterruptedRunError.exit_code if interrupted else 1
+
+
+def _wait_s(crashes: int) -> float:
+    """Return the time until the next start: longer after every crash; at most a minute."""
+    return min(_MAX_WAIT_S, _FIRST_WAIT_S * 2.0 ** (crashes - 1)) if crashes else _MAX_WAIT_S
+
+
 def _end_with_parent() -> None:
-    """In the child, before it runs: Linux sends it SIGTERM when its parent dies, however that dies.
-    A second start of the same command would otherwise meet a campaign that nobody supervises."""
+    """Let Linux send this process SIGTERM when its parent dies, however that dies.
+
+    The campaign would otherwise outlive its supervisor and lock out the next one.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _stopped(code: int) -> bool:
-    """`rayhf stop`, or a scheduler that told the child itself."""
-    return code == InterruptedRunError.exit_code
-
-
 def _committed(run: Path) -> int:
+    """Return the number of committed iterations; -1 without a run directory."""
     try:
         return read_status(run).iteration
-    except RayhfError:  # no run directory yet
+    except RayhfError:
         return -1

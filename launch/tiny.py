@@ -1,4 +1,4 @@
-"""`rayhf tiny`: builds the tiny world with a progress bar, and shows what was built."""
+"""`rayhf tiny`: build the tiny world with a progress bar, and show what was built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def build_with_progress(
     directory: Path, *, tasks: Sequence[str], seed: int, console: Console
 ) -> dict[str, TaskInfo]:
-    """Build what is missing; quick when nothing is."""
+    """Build the parts that are missing; return in no time when none is."""
     from rayhf.tiny import build
 
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
@@ -37,7 +37,7 @@ def build_with_progress(
 
 
 def tiny_table(built: dict[str, TaskInfo]) -> Table:
-    """Sizes and measured figures of what is there."""
+    """Return a table of sizes and measured figures."""
     table = Table("task", "what", "value", title="tiny world")
     for task, info in built.items():
         rows = [(name, f"{size:,}") for name, size in info.sizes.items()]

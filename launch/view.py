@@ -1,5 +1,4 @@
-"""What a person sees of a campaign: who sits where, a live line in a terminal, plain lines
-elsewhere, a table at the end."""
+"""Console output of a campaign: placement, progress, and a table at the end."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from launch.sanitize import plain
+from launch.sanitize import plain, print_plain
 from rayhf.planning.placement import ActorSpec, NodeResources, amounts, bundles, members, pack
 
 _SILENT = ("commit",)
@@ -31,13 +29,15 @@ PHASES = ("rollout", "scorer", "reference", "learner", "sync", "evaluate")
 
 
 class LiveView:
-    """An Observer on a rich console."""
+    """Observer that prints to a console."""
 
     def __init__(self, console: Console, *, iterations: int, task: str) -> None:
-        self._console, self._iterations, self._task = console, iterations, task
+        self._console = console
+        self._iterations = iterations
+        self._task = task
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("round {task.fields[round]}/{task.fields[rounds]}"),
+            TextColumn("iteration {task.fields[iteration]}/{task.fields[iterations]}"),
             TextColumn("{task.description:<10}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -54,41 +54,39 @@ class LiveView:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
 
     def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
         if self._progress.disable:
             return
-        fields: dict[str, Any] = {"round": iteration, "rounds": self._iterations}
         if self._line is None:
-            self._line = self._progress.add_task(name, total=total or None, **fields)
+            self._line = self._progress.add_task(
+                name, total=total or None, iteration=iteration, iterations=self._iterations
+            )
         self._progress.update(
-            self._line, description=name, completed=done, total=total or None, **fields
+            self._line,
+            description=name,
+            completed=done,
+            total=total or None,
+            iteration=iteration,
         )
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
-        self._console.print(
-            round_line(metrics, self._iterations, self._task),
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        print_plain(self._console, iteration_line(metrics, self._iterations, self._task))
 
     def event(self, kind: str, message: str) -> None:
         if kind not in _SILENT:
-            line = plain(f"{kind}: {message}")
-            self._console.print(
-                line, style=_STYLES.get(kind), markup=False, highlight=False, soft_wrap=True
-            )
+            print_plain(self._console, f"{kind}: {message}", style=_STYLES.get(kind))
 
 
-def round_line(metrics: Mapping[str, float], iterations: int, task: str) -> str:
-    """One round in one line."""
-    parts = [f"round {int(metrics['iteration']):>{len(str(iterations))}}/{iterations}"]
+def iteration_line(metrics: Mapping[str, float], iterations: int, task: str) -> str:
+    """Return the most important metrics of one iteration in one line."""
+    width = len(str(iterations))
+    parts = [f"iteration {int(metrics['iteration']):>{width}}/{iterations}"]
     for label, name, form in (
         ("reward", "scorer/reward_mean", ".3f"),
         ("length", "rollout/length_mean", ".1f"),
@@ -98,85 +96,78 @@ def round_line(metrics: Mapping[str, float], iterations: int, task: str) -> str:
     ):
         if name in metrics:
             parts.append(f"{label} {metrics[name]:{form}}")
-    evaluated = {
-        name: metrics[f"eval/{task}/{name}"]
+    evaluated = [
+        f"{name} {metrics[f'eval/{task}/{name}']:.3f}"
         for name in ("sampled", "greedy")
         if f"eval/{task}/{name}" in metrics
-    }
+    ]
     if evaluated:
-        parts.append(
-            "| held-out " + " ".join(f"{name} {value:.3f}" for name, value in evaluated.items())
-        )
+        parts.append(f"| held-out {' '.join(evaluated)}")
     return "  ".join(parts)
 
 
 def summary(run: Path, task: str) -> Table:
-    """Before and after, and where the time went, from metrics.jsonl alone."""
-    lines = [
-        json.loads(line)
-        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    """Return a table of metrics before and after, and of time per phase, from metrics.jsonl."""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
-    rounds = [line for line in lines if line["iteration"] > 0]
-    table = Table(title=f"{escape(plain(run.name))}: before and after {len(rounds)} rounds")
-    for column, justify in (("", "left"), ("before", "right"), ("after", "right")):
-        table.add_column(column, justify="left" if justify == "left" else "right")
-    for label, name in (
-        ("held-out, temperature 1", "sampled"),
-        ("held-out, greedy", "greedy"),
-        ("held-out, training reward", "reward"),
-        ("KL to the reference, nats per response", "reference_kl"),
-        ("length, tokens", "length"),
-        ("truncated", "truncated"),
-    ):
-        if evaluated:
-            _row(
-                table,
-                label,
-                *(line.get(f"eval/{task}/{name}") for line in (evaluated[0], evaluated[-1])),
-            )
-    if rounds:
-        _row(
+    iterations = [line for line in lines if line["iteration"] > 0]
+    title = f"{escape(plain(run.name))}: before and after {len(iterations)} iterations"
+    table = Table(title=title)
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    if evaluated:
+        for label, name in (
+            ("held-out, temperature 1", "sampled"),
+            ("held-out, greedy", "greedy"),
+            ("held-out, training reward", "reward"),
+            ("KL to the reference, nats per response", "reference_kl"),
+            ("length, tokens", "length"),
+            ("truncated", "truncated"),
+        ):
+            key = f"eval/{task}/{name}"
+            _add_row(table, label, evaluated[0].get(key), evaluated[-1].get(key))
+    if iterations:
+        _add_row(
             table,
-            "training reward per round",
-            rounds[0].get("scorer/reward_mean"),
-            _mean(rounds[-5:], "scorer/reward_mean"),
+            "training reward per iteration",
+            iterations[0].get("scorer/reward_mean"),
+            _mean(iterations[-5:], "scorer/reward_mean"),
         )
         table.add_section()
         for phase in PHASES:
-            total = sum(line.get(f"time/{phase}_s", 0.0) for line in rounds)
-            if total:
-                table.add_row(f"{phase}, seconds in all", "", f"{total:.1f}")
-        table.add_row(
-            "rounds, seconds in all", "", f"{sum(line['time/iteration_s'] for line in rounds):.1f}"
-        )
+            seconds = sum(line.get(f"time/{phase}_s", 0.0) for line in iterations)
+            if seconds:
+                table.add_row(f"{phase}, total seconds", "", f"{seconds:.1f}")
+        seconds = sum(line["time/iteration_s"] for line in iterations)
+        table.add_row("iterations, total seconds", "", f"{seconds:.1f}")
     return table
 
 
-def _row(table: Table, label: str, *values: float | None) -> None:
+def _add_row(table: Table, label: str, *values: float | None) -> None:
     if any(value is not None for value in values):
         table.add_row(label, *("" if value is None else f"{value:.3f}" for value in values))
 
 
-def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+def _mean(lines: Sequence[Mapping[str, float]], name: str) -> float | None:
     values = [float(line[name]) for line in lines if name in line]
     return sum(values) / len(values) if values else None
 
 
-def placement_table(found: Sequence[ActorSpec], nodes: Sequence[NodeResources]) -> Table:
-    """Who would sit on which node, and who has no place; without nodes, who sits in which
-    bundle."""
-    wanted, groups = bundles(found), members(found)
-    kinds = list(dict.fromkeys(kind for bundle in wanted for kind in bundle))
+def placement_table(specs: Sequence[ActorSpec], nodes: Sequence[NodeResources]) -> Table:
+    """Return a table of actors per node, and of those without room; without nodes, per bundle."""
+    requests = bundles(specs)
+    groups = members(specs)
     if not nodes:
         table = Table("bundle", "requested", "actors", title="placement")
-        for number, (bundle, group) in enumerate(zip(wanted, groups, strict=True)):
-            table.add_row(str(number), escape(amounts(bundle)), _who(group))
+        for number, (bundle, group) in enumerate(zip(requests, groups, strict=True)):
+            table.add_row(str(number), escape(amounts(bundle)), _names(group))
         return table
-    table = Table(
-        "node", *(f"{escape(kind)} free / all" for kind in kinds), "actors", title="placement"
-    )
-    homes = pack(wanted, nodes)
+    resources = list(dict.fromkeys(name for bundle in requests for name in bundle))
+    columns = [f"{escape(name)} free / all" for name in resources]
+    table = Table("node", *columns, "actors", title="placement")
+    homes = pack(requests, nodes)
     for node in nodes:
         here = [
             spec
@@ -184,20 +175,16 @@ def placement_table(found: Sequence[ActorSpec], nodes: Sequence[NodeResources]) 
             if home == node.name
             for spec in group
         ]
-        room = [f"{node.free.get(kind, 0.0):g} / {node.total.get(kind, 0.0):g}" for kind in kinds]
-        table.add_row(node.name, *room, _who(here))
-    for bundle, group, home in zip(wanted, groups, homes, strict=True):
+        cells = [f"{node.free.get(r, 0.0):g} / {node.total.get(r, 0.0):g}" for r in resources]
+        table.add_row(node.name, *cells, _names(here))
+    for bundle, group, home in zip(requests, groups, homes, strict=True):
         if home is None:
-            table.add_row(
-                "no place for",
-                *(f"{bundle.get(kind, 0.0):g}" for kind in kinds),
-                _who(group),
-                style="red",
-            )
+            cells = [f"{bundle.get(name, 0.0):g}" for name in resources]
+            table.add_row("no room for", *cells, _names(group), style="red")
     return table
 
 
-def _who(group: Sequence[ActorSpec]) -> str:
+def _names(group: Sequence[ActorSpec]) -> str:
     return ", ".join(
         f"{spec.name} ({spec.gpus:g} GPU)" if spec.gpus else spec.name for spec in group
     )

@@ -1,8 +1,7 @@
-"""What everybody will need, for `rayhf check`: each actor's memory, the run directory's bytes, and
-what that cannot be.
+"""The plan that `rayhf check` prints: each actor's memory, the run directory's bytes, and refusals.
 
-In: a config, its specs and the models' config.json files. Out: rows for tables, and PlacementError
-or ConfigError.
+In: a config, its actor specs and the models' config.json files. Out: numbers for tables, and
+PlacementError or ConfigError for what cannot fit.
 """
 
 from __future__ import annotations
@@ -15,53 +14,54 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Literal
 
-from rayhf.algorithms.base import (
-    Algorithm,
-    TrainsCritic,
-    TrainsSeveralPolicies,
-    policies_of,
-)
+from rayhf.algorithms.base import Algorithm, TrainsCritic, TrainsSeveralPolicies, policies_of
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import ClassifierModel, EngineModel, ScorerEntryConfig
 from rayhf.errors import ConfigError, PlacementError
 from rayhf.models.source import model_length
 from rayhf.planning import memory as estimate
-from rayhf.planning.memory import BYTES, GIB, Disk, Memory, Shape
+from rayhf.planning.disk import Disk, disk
+from rayhf.planning.memory import GIB, Memory
 from rayhf.planning.placement import ActorSpec, members, role_of
 from rayhf.planning.preflight import Derived
+from rayhf.planning.shape import BYTES, Shape, read_shape
 
 ShapeOf = Callable[[Path], Shape]
 _TIGHT = 0.9
-"""Of a GPU. Estimates are not better than that."""
-_LESS = {
-    "learner": "more learner.ranks, zero_stage 3, offload, activation_checkpointing, policy.lora, or a smaller token_budget",
+"""Share of a GPU above which an estimate is too inaccurate to be sure."""
+_ADVICE = {
+    "learner": "more learner.ranks, zero_stage 3, offload, activation_checkpointing, policy.lora, "
+    "or a smaller token_budget",
     "rollout": "a smaller rollout.memory_fraction or kv_cache_gib, or more tensor_parallel",
     "reference": "a smaller reference.token_budget, or a larger cluster.gpus_per_reference",
     "scorer": "a smaller token_budget, or a larger cluster.gpus_per_scorer",
 }
+_POOLS = {"critic": "learner", "evaluator": "scorer"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """One actor's memory."""
+    """Memory of one actor."""
 
     spec: ActorSpec
     memory: Memory
 
 
 class Plan:
-    """The estimates of one campaign. Raises ConfigError where a model has no config.json to
-    estimate from."""
+    """Estimates for one campaign. Raises ConfigError where a model lacks a config.json."""
 
     def __init__(
         self, config: CampaignConfig, algorithm: Algorithm, derived: Derived, *, base: Path
     ) -> None:
-        self.config, self.algorithm, self.derived, self.base = config, algorithm, derived, base
-        self._shape: ShapeOf = cache(lambda model: estimate.read_shape(base / model, key="model"))
+        self.config = config
+        self.algorithm = algorithm
+        self.derived = derived
+        self.base = base
+        self._shape: ShapeOf = cache(lambda model: read_shape(base / model, key="model"))
 
     @cached_property
     def length(self) -> int:
-        """Prompt plus response, in tokens."""
+        """Maximum tokens of a prompt with its completion."""
         text = (self.base / self.config.policy.model / "config.json").read_text(encoding="utf-8")
         return (
             self.config.policy.max_length
@@ -70,38 +70,40 @@ class Plan:
         )
 
     def model_of(self, policy: str) -> Path:
-        """What a policy starts from."""
+        """Return the model that a policy starts from."""
         if policy != "policy" and isinstance(self.algorithm, TrainsSeveralPolicies):
             return self.algorithm.other_policy(policy).model or self.config.policy.model
         return self.config.policy.model
 
-    # ------------------------------------------------------------------------------------------------------ memory
+    # ------------------------------------------------------------------------------------- memory
 
-    def needs(self, found: Sequence[ActorSpec], gpu_bytes: float | None) -> list[Need]:
-        """`gpu_bytes`: of one GPU; None on CPU, and where nobody knows it."""
-        return [Need(spec=spec, memory=self._memory(spec, gpu_bytes)) for spec in found]
+    def needs(self, specs: Sequence[ActorSpec], gpu_bytes: float | None) -> list[Need]:
+        """Return the memory of each actor.
+
+        `gpu_bytes`: memory of one GPU; None on CPU, and where it is unknown.
+        """
+        return [Need(spec=spec, memory=self._memory(spec, gpu_bytes)) for spec in specs]
 
     def _memory(self, spec: ActorSpec, gpu_bytes: float | None) -> Memory:
-        config, kind = self.config, role_of(spec.role)
+        config = self.config
         device = config.cluster.device
-        policy = spec.role.removeprefix(kind).strip() or "policy"
-        if kind == "rollout":
+        dtype = config.policy.dtype
+        role = role_of(spec.role)
+        policy = spec.role.removeprefix(role).strip() or "policy"
+        if role == "rollout":
             shape = self._shape(self.model_of(policy))
             return estimate.engine_memory(
-                shape, config.rollout, dtype=config.policy.dtype, device=device, gpu_bytes=gpu_bytes
+                shape, config.rollout, dtype=dtype, device=device, gpu_bytes=gpu_bytes
             )
-        if kind == "reference":
+        if role == "reference":
             shape = self._shape(config.reference.model or config.policy.model)
-            return estimate.reference_memory(
-                shape, config.reference, dtype=config.policy.dtype, device=device
-            )
-        if kind in ("scorer", "evaluator"):
+            return estimate.reference_memory(shape, config.reference, dtype=dtype, device=device)
+        if role in ("scorer", "evaluator"):
             return self._scorer_memory(spec, gpu_bytes)
         memory = partial(estimate.learner_memory, config=config.learner, device=device)
-        if kind == "critic":
-            return memory(
-                self._shape(config.learner.critic_model or config.policy.model), critic=True
-            )
+        if role == "critic":
+            shape = self._shape(config.learner.critic_model or config.policy.model)
+            return memory(shape, critic=True)
         entropy = self.algorithm.loss().entropy != "off"
         return memory(self._shape(self.model_of(policy)), lora=config.policy.lora, entropy=entropy)
 
@@ -110,19 +112,18 @@ class Plan:
         parts = [self._entry_memory(entry, gpu_bytes) for entry in self._entries(spec)]
         return Memory(
             weights=sum(part.weights for part in parts),
-            activations=max(
-                (part.activations for part in parts), default=0.0
-            ),  # one after the other
+            # The models run one after the other.
+            activations=max((part.activations for part in parts), default=0.0),
             logits=max((part.logits for part in parts), default=0.0),
             cache=sum(part.cache for part in parts),
             framework=estimate.FRAMEWORK[device]["scorer"] if spec.gpus or device == "cpu" else 0.0,
         )
 
     def _entries(self, spec: ActorSpec) -> Sequence[ScorerEntryConfig]:
-        config = self.config
+        """Return the scorers of one actor."""
         if spec.role == "scorer":
-            return config.scorer.train
-        return list(config.evaluator_scorers.values())[spec.index]
+            return self.config.scorer.train
+        return list(self.config.evaluator_scorers.values())[spec.index]
 
     def _entry_memory(self, entry: ScorerEntryConfig, gpu_bytes: float | None) -> Memory:
         match entry.loads:
@@ -139,25 +140,25 @@ class Plan:
         return Memory()
 
     def weights(self, *, whole: bool = False) -> float:
-        """Bytes that travel to every engine in a sync: with LoRA the adapters, unless `whole`."""
-        models, lora = (
-            [self._shape(self.model_of(policy)) for policy in policies_of(self.algorithm)],
-            self.config.policy.lora,
-        )
+        """Return the bytes that every engine gets in a sync.
+
+        With LoRA the adapters, unless `whole`.
+        """
+        shapes = [self._shape(self.model_of(policy)) for policy in policies_of(self.algorithm)]
+        lora = self.config.policy.lora
         if lora and not whole:
-            return float(
-                sum(shape.adapters(lora) for shape in models) * BYTES[self.config.learner.dtype]
-            )
-        return float(sum(shape.parameters for shape in models) * BYTES[self.config.policy.dtype])
+            adapters = sum(shape.adapters(lora) for shape in shapes)
+            return float(adapters * BYTES[self.config.learner.dtype])
+        return float(sum(shape.parameters for shape in shapes) * BYTES[self.config.policy.dtype])
 
     @property
     def moves(self) -> bool:
-        """There is a reference that follows the policy."""
+        """Whether there is a reference that follows the policy."""
         schedule = self.algorithm.reference
         return schedule is not None and schedule.moves and not schedule.is_learner
 
     def sequences(self, memory: Memory) -> float:
-        """Of the longest length that an engine can hold at once."""
+        """Return how many sequences of maximum length an engine holds."""
         return estimate.sequences_in_cache(
             self._shape(self.config.policy.model),
             memory.cache,
@@ -166,10 +167,11 @@ class Plan:
             tensor_parallel=self.config.rollout.tensor_parallel,
         )
 
-    # -------------------------------------------------------------------------------------------------------- disk
+    # --------------------------------------------------------------------------------------- disk
 
     def disk(self) -> Disk:
-        config, algorithm = self.config, self.algorithm
+        config = self.config
+        algorithm = self.algorithm
         policies = [self._shape(self.model_of(policy)) for policy in policies_of(algorithm)]
         lora = config.policy.lora
         trained = [shape.adapters(lora) if lora else shape.parameters for shape in policies]
@@ -180,24 +182,26 @@ class Plan:
             assert algorithm.reference is not None
             float32 = algorithm.reference.averages
             reference = policies[0].parameters * (4.0 if float32 else BYTES[config.policy.dtype])
-        return estimate.disk(
+        exported = sum(shape.parameters for shape in policies) * BYTES[config.learner.dtype]
+        return disk(
             config.run,
             trained=trained,
             reference=reference,
-            exported=float(
-                sum(shape.parameters for shape in policies) * BYTES[config.learner.dtype]
-            ),
-            responses=self.derived.samples_per_round,
+            exported=float(exported),
+            samples=self.derived.samples_per_round,
             tokens=config.rollout.max_tokens,
             length=self.length,
         )
 
 
+# ---------------------------------------------------------------------------------------- refusals
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Load:
-    """What lies on one GPU at one time, or on somebody's share of one; in bytes."""
+    """Bytes on one GPU at one time, or on one actor's share of it."""
 
-    who: str
+    user: str
     when: str
     parts: Mapping[str, float]
     limit: float
@@ -208,31 +212,37 @@ class _Load:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        return f"{self.who} needs about {_gib(self.total)} GiB{self.when}, and there are {_gib(self.limit)}"
+        return (
+            f"{self.user} needs about {_gib(self.total)} GiB{self.when}, and there are "
+            f"{_gib(self.limit)}"
+        )
 
 
 def check_gpus(
     needs: Sequence[Need], gpu_bytes: float, *, colocate: bool, published: float = 0.0
 ) -> list[str]:
-    """Who comes close to the limit. Raises PlacementError where an estimate is more than a GPU, or
-    a share of one, has.
+    """Return a sentence about each actor that comes close to the limit.
 
-    `published`: bytes of new weights that lie on a shared GPU until its engine has loaded them
-    (transport cuda_ipc).
+    Args:
+        needs: the actors' memory.
+        gpu_bytes: memory of one GPU.
+        colocate: engines and learners run alternately on shared GPUs.
+        published: bytes of new weights on a shared GPU until its engine has loaded them (transport
+            cuda_ipc).
+
+    Raises PlacementError where an estimate is more than a GPU, or a share of one, has.
     """
-    by_name = {need.spec.name: need.memory for need in needs}
-    groups = [
-        [spec for spec in group if spec.gpus] for group in members([need.spec for need in needs])
-    ]
+    memory = {need.spec.name: need.memory for need in needs}
     loads: list[_Load] = []
-    for group in groups:
+    for actors in members([need.spec for need in needs]):
+        group = [spec for spec in actors if spec.gpus]
         if colocate and len(group) > 1:
-            loads += [
-                _turn(group, by_name, gpu_bytes, "engines", {"new weights": published}),
-                _turn(group, by_name, gpu_bytes, "learners", {}),
-            ]
+            loads.append(
+                _shared_load(group, memory, gpu_bytes, "engines", {"new weights": published})
+            )
+            loads.append(_shared_load(group, memory, gpu_bytes, "learners", {}))
         else:
-            loads += [_alone(spec, by_name[spec.name], gpu_bytes) for spec in group]
+            loads += [_single_load(spec, memory[spec.name], gpu_bytes) for spec in group]
     for load in loads:
         if load.total > load.limit:
             parts = ", ".join(
@@ -244,71 +254,77 @@ def check_gpus(
     return list(dict.fromkeys(str(load) for load in loads if load.total > _TIGHT * load.limit))
 
 
-def _turn(
+def _shared_load(
     group: Sequence[ActorSpec],
-    by_name: Mapping[str, Memory],
+    memory: Mapping[str, Memory],
     gpu_bytes: float,
     side: Literal["engines", "learners"],
     further: Mapping[str, float],
 ) -> _Load:
-    """A shared GPU while it is one side's turn: of the other side only the framework is left."""
+    """Return the load of a shared GPU while one side runs.
+
+    Of the other side only the framework is left. `further`: bytes beside the actors' own.
+    """
     asleep = ("learner", "critic") if side == "engines" else ("rollout",)
     parts = {
-        spec.name: by_name[spec.name].framework
+        spec.name: memory[spec.name].framework
         if role_of(spec.role) in asleep
-        else by_name[spec.name].total
+        else memory[spec.name].total
         for spec in group
     }
+    less = "a lower rollout.memory_fraction" if side == "engines" else _ADVICE["learner"]
     return _Load(
-        who="a shared GPU",
-        when=f" while {side} work",
+        user="a shared GPU",
+        when=f" while {side} run",
         parts={**parts, **further},
         limit=gpu_bytes,
-        advice=("a lower rollout.memory_fraction" if side == "engines" else _LESS["learner"])
-        + ", or cluster.gpus_per_reference and gpus_per_scorer, which place the small roles elsewhere",
+        advice=f"{less}, or cluster.gpus_per_reference and gpus_per_scorer, which place the small "
+        "roles elsewhere",
     )
 
 
-def _alone(spec: ActorSpec, memory: Memory, gpu_bytes: float) -> _Load:
-    kind = {"critic": "learner", "evaluator": "scorer"}.get(role_of(spec.role), role_of(spec.role))
+def _single_load(spec: ActorSpec, memory: Memory, gpu_bytes: float) -> _Load:
+    role = role_of(spec.role)
     return _Load(
-        who=spec.name,
+        user=spec.name,
         when=" on its share of a GPU" if spec.gpus < 1 else " on a GPU",
         parts={field.name: getattr(memory, field.name) for field in fields(memory)},
         limit=gpu_bytes * min(1.0, spec.gpus),
-        advice=_LESS[kind],
+        advice=_ADVICE[_POOLS.get(role, role)],
     )
 
 
 def check_cache(plan: Plan, needs: Sequence[Need]) -> None:
-    """Raises PlacementError where an engine's cache does not hold one sequence."""
+    """Raise PlacementError where an engine's cache does not hold one sequence."""
     for need in needs:
         if role_of(need.spec.role) == "rollout" and plan.sequences(need.memory) < 1:
             raise PlacementError(
-                f"memory: {need.spec.name} has about {_gib(max(0.0, need.memory.cache))} GiB for keys and values, and one "
-                f"sequence of {plan.length} tokens needs more; expected a larger rollout.memory_fraction or kv_cache_gib, more "
-                "tensor_parallel, or a smaller policy.max_length"
+                f"memory: {need.spec.name} has about {_gib(max(0.0, need.memory.cache))} GiB for "
+                f"keys and values, and one sequence of {plan.length} tokens needs more; expected a "
+                "larger rollout.memory_fraction or kv_cache_gib, more tensor_parallel, or a "
+                "smaller policy.max_length"
             )
 
 
 def check_disk(disk: Disk, run: Path) -> str:
-    """What is free there, in words. Raises ConfigError where not even one checkpoint fits."""
+    """Return a text about the free space. Raise ConfigError where not one checkpoint fits."""
     place = run.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < disk.checkpoint + disk.policies:
         raise ConfigError(
-            f"run.dir {run}: one checkpoint and the exported policy take about {_gib(disk.checkpoint + disk.policies)} GiB, "
-            f"{_gib(free)} are free there; expected a run.dir with more room"
+            f"run.dir {run}: one checkpoint and the exported policy take about "
+            f"{_gib(disk.checkpoint + disk.policies)} GiB, {_gib(free)} are free there; expected a "
+            "run.dir with more room"
         )
-    used = (
-        sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) if run.exists() else 0
-    )
-    short = disk.total - used - free
-    return f"{_gib(free)} GiB free" + (
-        f"; {_gib(short)} GiB short in the end: lower run.keep_every" if short > 0 else ""
-    )
+    files = run.rglob("*") if run.exists() else ()
+    used = sum(file.stat().st_size for file in files if file.is_file())
+    missing = disk.total - used - free
+    text = f"{_gib(free)} GiB free"
+    if missing > 0:
+        text += f"; {_gib(missing)} GiB too little in the end: lower run.keep_every"
+    return text
 
 
 def _gib(amount: float) -> str:

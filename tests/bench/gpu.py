@@ -46,7 +46,8 @@ from typing import Any
 import numpy as np
 
 from rayhf.config.schema import LearnerConfig
-from rayhf.planning.memory import GIB, Shape, learner_memory, read_shape
+from rayhf.planning.memory import GIB, learner_memory
+from rayhf.planning.shape import Shape, read_shape
 from rayhf.types import Example, Row
 from tests.bench.random_llama import Size, make_rows, micro_batches, write_model
 from tests.bench.results import put_section

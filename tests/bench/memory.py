@@ -31,12 +31,11 @@ from rayhf.losses.base import LossOutput, MicroBatch, Totals
 from rayhf.planning.memory import (
     GIB,
     Memory,
-    Shape,
     engine_memory,
     learner_memory,
-    read_shape,
     reference_memory,
 )
+from rayhf.planning.shape import Shape, read_shape
 from rayhf.types import Example, GenerateRequest, Row, Sampling
 from tests.bench.results import put_section
 

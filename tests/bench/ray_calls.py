@@ -15,14 +15,15 @@ from typing import Any
 
 import ray
 
+from actors.process import process_info
 from actors.rollout import RolloutPool
-from actors.supervise import SupervisedActor, SupervisionLimits, process_info
+from actors.supervise import SupervisedActor, SupervisionLimits
 from actors.transport import ObjectStore
 from rayhf.types import Completion, GenerateRequest, Sampling
 
 IN_FLIGHT = 512
 CALLS = 4096
-PLACES = 1 << 20
+MAX_NUM_SEQS = 1 << 20
 """Of the actor: so many that every call is sent at once."""
 
 
@@ -77,9 +78,8 @@ async def cost_us(length: int, samples: int, per_call: int) -> float:
         "engine", lambda: create(length), limits=SupervisionLimits(stall_s=300.0, restarts=0)
     )
     await actor.start()
-    pool = RolloutPool(
-        [actor], ObjectStore([actor], timeout_s=600.0), places=PLACES, timeout_s=600.0
-    )
+    transport = ObjectStore([actor], timeout_s=600.0)
+    pool = RolloutPool([actor], transport, max_num_seqs=MAX_NUM_SEQS, timeout_s=600.0)
     waiting = iter(range(CALLS // per_call))
 
     async def call() -> None:

@@ -19,13 +19,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
+from actors.process import ProcessInfo
 from actors.rollout import RolloutPool
-from actors.supervise import ProcessInfo, SupervisedActor, SupervisionLimits
+from actors.supervise import SupervisedActor, SupervisionLimits
 from actors.transport import ObjectStore
 from rayhf.errors import StaleWeightsError
 from rayhf.types import (
@@ -301,11 +303,10 @@ class Engine:
         return self._respond(None, self.world.sync_s)
 
 
-class SupervisedEngine(SupervisedActor):
-    """Real supervision of an engine that has no process to kill."""
-
-    async def _end(self, actor: Any, where: ProcessInfo | None, *, stacks: bool) -> None:
-        return None
+async def no_process(
+    actor: Any, process: ProcessInfo | None, *, graceful: bool, stacks: Path | None
+) -> None:
+    """Terminate nothing: the engines have no processes."""
 
 
 async def engines(world: World, meter: Meter) -> RolloutPool:
@@ -321,12 +322,14 @@ async def engines(world: World, meter: Meter) -> RolloutPool:
 
     limits = SupervisionLimits(stall_s=300.0, restarts=1_000)
     actors = [
-        SupervisedEngine(f"rollout engine {i}", partial(create, i), build, limits=limits)
+        SupervisedActor(
+            f"rollout engine {i}", partial(create, i), build, limits=limits, terminate=no_process
+        )
         for i in range(world.engines)
     ]
     await asyncio.gather(*(actor.start() for actor in actors))
     transport = ObjectStore(actors, timeout_s=1e6)
-    return RolloutPool(actors, transport, places=world.slots, timeout_s=1e6)
+    return RolloutPool(actors, transport, max_num_seqs=world.slots, timeout_s=1e6)
 
 
 class SimScorer:

@@ -65,7 +65,7 @@ def refuse(
             "cluster.resources={rollout: {moon: 1}}",
             "1 moon requested (rollout 1), 0 available on 1 node(s)",
         ),
-        ("cluster.address=10.255.255.1:1", "no Ray cluster answers there"),
+        ("cluster.address=10.255.255.1:1", "no Ray cluster responds there"),
         ("scorer.train.0.function=my_rules:evven", "did you mean even?"),
         ("scorer.train.0.function=nothing:here", "there is no module nothing"),
         ("scorer.train=[{type: reward_model, model: policy}]", "scorer.train[0]"),

@@ -269,7 +269,7 @@ def test_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     assert "stops when round" in user.run(RAYHF, "stop", *control.options)
     shown = user.finish(followed, 75)
     assert "working directory: " in shown and "ray job submit --address" in shown
-    assert "round   1/500" in shown
+    assert "iteration   1/500" in shown
     assert "rayhf: " in shown and "stopped after round" in shown
 
     committed = json.loads((run / "campaign.json").read_text())["iteration"]
@@ -292,7 +292,7 @@ def test_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     user.read_until(follower, "start: waiting for")
     follower.send_signal(signal.SIGINT)
     shown = user.finish(follower, 130)
-    assert "the job goes on. `rayhf stop " in shown
+    assert "the job continues. `rayhf stop " in shown
     user.run("bash", "-c", re.search(r"`(RAY_AUTH_MODE=token ray job stop [^`]*)`", shown)[1])
     jobs = cluster.get("/api/jobs/")
     statuses = sorted(job["status"] for job in jobs)
@@ -326,9 +326,9 @@ def test_cluster_without_token_authentication(tmp_path: Path, world: Path) -> No
         user = Session(nodes, world)
         run = f"run.dir={tmp_path}/run"
         submit = (RAYHF, "submit", "one.yaml", run, "--address", nodes.url)
-        assert "asks nobody for a token" in user.finish(user.start(*submit), 6, seconds=30)
+        assert "has no token authentication" in user.finish(user.start(*submit), 6, seconds=30)
         join = (RAYHF, "run", "one.yaml", run, f"cluster.address=127.0.0.1:{nodes.port}")
-        assert "asks nobody for a token" in user.run(*join, code=6, RAY_AUTH_TOKEN="some" * 8)
+        assert "has no token authentication" in user.run(*join, code=6, RAY_AUTH_TOKEN="some" * 8)
         assert not (tmp_path / "run/metrics.jsonl").exists()
     finally:
         nodes.close()

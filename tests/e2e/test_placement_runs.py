@@ -32,15 +32,15 @@ def test_missing_resource_is_named_after_a_table_of_nodes(world: Path) -> None:
         error
         == "rayhf: no room in the cluster: 2 moon requested (learner 2), 0 available on 1 node(s)\n"
     )
-    assert "no place for" in said and "moon free / all" in said
+    assert "no room for" in said and "moon free / all" in said
 
 
 def test_calibration_measures_the_pace(world: Path) -> None:
     config = write_config(world, "paced", run={"iterations": 50})
     said, _ = rayhf(world, "check", config, "--calibrate")
     assert (
-        "rounds per hour" in said
-        and "one engine writes" in said
-        and "50 rounds, without evaluations" in said
+        "iterations per hour" in said
+        and "one engine generates" in said
+        and "50 iterations, without evaluations" in said
     )
     assert not (world / "paced").exists() and not list(world.glob(".calibration-*"))

@@ -24,8 +24,7 @@ def cluster() -> Iterator[Any]:
 
     from launch import local
 
-    # A process knows one token in its life, and learns of it in its first ray.init, here or in
-    # another test.
+    # A process has one token in its life, from its first ray.init, here or in another test.
     with local.ray_cluster("local", cpus=1):
         os.environ["RAY_AUTH_MODE"] = "token"
     cluster = Cluster(
@@ -39,50 +38,50 @@ def cluster() -> Iterator[Any]:
     del os.environ["RAY_AUTH_MODE"]
 
 
-def seat(name: str, bundle: int, cpus: float = 0.25, **resources: float) -> ActorSpec:
+def spec(name: str, bundle: int, cpus: float = 0.25, **resources: float) -> ActorSpec:
     return ActorSpec(
         role=name, index=0, name=name, cpus=cpus, gpus=0.0, resources=resources, bundle=bundle
     )
 
 
-def take(room: PlacementGroup, limit_s: float) -> list[str]:
-    said: list[str] = []
-    asyncio.run(room.take(limit_s=limit_s, report=said.append))
-    return said
+def reserve(group: PlacementGroup, limit_s: float) -> list[str]:
+    reports: list[str] = []
+    asyncio.run(group.reserve(limit_s=limit_s, report=reports.append))
+    return reports
 
 
 @pytest.mark.parametrize(
-    ("actor_specs", "expected"),
+    ("specs", "expected"),
     [
-        ([seat("scorer", 0, moon=1)], "1 moon requested (scorer 1), 0 available on 2 node(s)"),
+        ([spec("scorer", 0, moon=1)], "1 moon requested (scorer 1), 0 available on 2 node(s)"),
         (
-            [seat("scorer", 0, cpus=100), seat("judge", 1)],
+            [spec("scorer", 0, cpus=100), spec("judge", 1)],
             "100.25 CPU requested (scorer 100, judge 0.25), 5 available on 2 node(s)",
         ),
-        ([seat("scorer", 0, cpus=4)], "scorer needs 4 CPU on one node; the best one, "),
+        ([spec("scorer", 0, cpus=4)], "scorer needs 4 CPU on one node; the best one, "),
     ],
 )
-def test_what_can_never_be_placed_is_refused_in_time_naming_what_is_there(
-    cluster: Any, actor_specs: list[ActorSpec], expected: str
+def test_actors_that_can_never_be_placed_are_refused_in_time(
+    cluster: Any, specs: list[ActorSpec], expected: str
 ) -> None:
     started = time.monotonic()
     with pytest.raises(PlacementError) as error:
-        take(PlacementGroup(actor_specs, grouped=True), 2.0)
+        reserve(PlacementGroup(specs, grouped=True), 2.0)
     assert expected in str(error.value) and "no room in the cluster after 2 s" in str(error.value)
     assert time.monotonic() - started < 10
-    with pytest.raises(PlacementError):  # where nobody will add a node, at once
-        take(PlacementGroup(actor_specs, grouped=False), 0.0)
+    with pytest.raises(PlacementError):  # at once where no node can be added
+        reserve(PlacementGroup(specs, grouped=False), 0.0)
     assert "\n" not in str(error.value)
 
 
-def test_seats_are_held_where_their_resources_are_and_given_back(cluster: Any) -> None:
-    actor_specs = [
-        seat("learner", 0, cpus=1),
-        seat("rollout", 1, cpus=1, scale=1),
-        replace(seat("reference", 1), index=1),
+def test_resources_are_reserved_and_released(cluster: Any) -> None:
+    specs = [
+        spec("learner", 0, cpus=1),
+        spec("rollout", 1, cpus=1, scale=1),
+        replace(spec("reference", 1), index=1),
     ]
-    room = PlacementGroup(actor_specs, grouped=True)
-    take(room, 20.0)
+    group = PlacementGroup(specs, grouped=True)
+    reserve(group, 20.0)
 
     @ray.remote
     def node() -> str:
@@ -91,22 +90,22 @@ def test_seats_are_held_where_their_resources_are_and_given_back(cluster: Any) -
     homes = {
         one.name: ray.get(
             node.options(
-                num_cpus=one.cpus, resources=dict(one.resources), **room.strategy(one)
+                num_cpus=one.cpus, resources=dict(one.resources), **group.strategy(one)
             ).remote(),
             timeout=60,
         )
-        for one in actor_specs
+        for one in specs
     }
     (scale,) = [n["NodeID"] for n in ray.nodes() if "scale" in n["Resources"]]
     assert homes["rollout"] == homes["reference"] == scale
-    said: list[str] = []
-    rival = PlacementGroup([seat("scorer", 0, scale=1)], grouped=True)
+    reports: list[str] = []
+    rival = PlacementGroup([spec("scorer", 0, scale=1)], grouped=True)
     with pytest.raises(
         PlacementError,
         match=r"scorer needs 1 scale and 0.25 CPU .* has left 0 scale and [\d.]+ CPU$",
     ):
-        asyncio.run(rival.take(limit_s=6.0, report=said.append))
-    assert said and said[0].startswith("waiting for room: scorer needs 1 scale")
-    room.leave()
-    take(PlacementGroup([seat("scorer", 0, scale=1)], grouped=True), 20.0)
+        asyncio.run(rival.reserve(limit_s=6.0, report=reports.append))
+    assert reports and reports[0].startswith("waiting for room: scorer needs 1 scale")
+    group.release()
+    reserve(PlacementGroup([spec("scorer", 0, scale=1)], grouped=True), 20.0)
     assert len({node.name for node in nodes_now()}) == 2

@@ -1,5 +1,6 @@
-"""Weights between real actors: a learner of two ranks (ZeRO-3) and a vLLM engine, by broadcast, and
-what happens when the engine dies; with LoRA also through the object store.
+"""Weight sync between real actors: a learner of two ranks (ZeRO-3) and a vLLM engine.
+
+By broadcast, also when the engine dies, and with LoRA through the object store.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import pytest
 import ray
 import torch
 
-from actors.learner import LearnerGroup, RemoteLearner
+from actors.environment import process_env
+from actors.learner import LearnerActor, LearnerClient
 from actors.rollout import RolloutActor, RolloutPool
-from actors.supervise import Limits, SupervisedActor
-from actors.transport import transport
+from actors.supervise import SupervisedActor, SupervisionLimits
+from actors.transport import make_transport
 from launch.local import ray_cluster
 from rayhf.config.schema import LearnerConfig, LoraConfig, RolloutConfig
 from rayhf.errors import ActorLostError
 from rayhf.losses.sft import SFTLoss
-from rayhf.rollout.env import engine_env
 from rayhf.tiny.language_model import ModelSize, new_model
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 from rayhf.types import (
@@ -42,14 +43,14 @@ from rayhf.weights import broadcast as channel
 from rayhf.weights.lora import is_factor
 
 SIZE = ModelSize(hidden=256, layers=4, intermediate=512)
-"""About ten buckets of a MiB: more than sockets hold, so that a sender notices who has gone."""
+"""About ten buckets of a MiB: more than sockets hold, so that a sender notices a lost receiver."""
 TIMEOUT_S = 60.0
 FATAL = 99
 ROW = Row(prompt_id="p", sample=0, prompt_ids=(5, 6, 7), response_ids=(8, 9, 10, 11))
 
 
 class Mortal(RolloutActor):
-    """Dies in the middle of weights FATAL."""
+    """RolloutActor that dies in the middle of weights FATAL."""
 
     async def update(self, snapshot: WeightSnapshot, *payloads: Any) -> Any:
         if snapshot.version == FATAL:
@@ -66,10 +67,10 @@ class Mortal(RolloutActor):
 
 
 class Stage:
-    """One engine, its learner, and a loop to play on."""
+    """One engine and its learner."""
 
     def __init__(
-        self, model: Path, way: TransportName = "broadcast", lora: LoraConfig | None = None
+        self, model: Path, transport: TransportName = "broadcast", lora: LoraConfig | None = None
     ) -> None:
         self.events: list[tuple[str, str]] = []
         rollout, learner = (
@@ -77,35 +78,43 @@ class Stage:
             LearnerConfig(dtype="float32", zero_stage=3, bucket_mib=1, threads=1),
         )
         remote = ray.remote(Mortal).options(
-            num_cpus=0.25, max_concurrency=100, runtime_env={"env_vars": engine_env("cpu", 1)}
+            num_cpus=0.25,
+            max_concurrency=100,
+            runtime_env={"env_vars": process_env("cpu", 1, vllm=True)},
         )
         settings = {"dtype": "float32", "max_length": 128, "seed": 0, "device": "cpu"}
 
         async def build(actor: Any) -> None:
             await asyncio.wrap_future(actor.build.remote(model, rollout, **settings).future())
 
-        limits = Limits(stall_s=TIMEOUT_S, restarts=3)
+        limits = SupervisionLimits(stall_s=TIMEOUT_S, restarts=3)
         self.engine = SupervisedActor(
             "rollout engine 0", remote.remote, build, limits=limits, report=self.report
         )
-        env = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        rank = RemoteLearner.options(num_cpus=0.25, runtime_env={"env_vars": env})
+        env = process_env("cpu", 1, vllm=False)
+        rank = ray.remote(LearnerActor).options(num_cpus=0.25, runtime_env={"env_vars": env})
         self._ranks, self._settings = (
             [SupervisedActor(f"learner rank {i}", rank.remote) for i in range(2)],
             learner,
         )
-        self._places = rollout.max_num_seqs
-        self.travel(way)
+        self._max_num_seqs = rollout.max_num_seqs
+        self.use(transport)
         self._begin = partial(self.learner.start, model, lr=1e-2, total_steps=10, lora=lora)
         self._actors = [self.engine, *self._ranks]
 
-    def travel(self, way: TransportName) -> None:
-        """From now on weights go this way, between the same actors."""
-        self.learner = LearnerGroup(
-            self._ranks, self._settings, sync_dtype="float32", timeout_s=TIMEOUT_S, transport=way
+    def use(self, transport: TransportName) -> None:
+        """Sync with this transport from now on, between the same actors."""
+        self.learner = LearnerClient(
+            self._ranks,
+            self._settings,
+            sync_dtype="float32",
+            timeout_s=TIMEOUT_S,
+            transport=transport,
         )
-        carrier = transport(way, self.learner, [self.engine], workers=1, timeout_s=TIMEOUT_S)
-        self.pool = RolloutPool([self.engine], carrier, places=self._places, timeout_s=TIMEOUT_S)
+        way = make_transport(transport, self.learner, [self.engine], workers=1, timeout_s=TIMEOUT_S)
+        self.pool = RolloutPool(
+            [self.engine], way, max_num_seqs=self._max_num_seqs, timeout_s=TIMEOUT_S
+        )
 
     async def start(self) -> None:
         await asyncio.gather(self.engine.start(), self._begin())
@@ -123,25 +132,25 @@ class Stage:
     def report(self, kind: str, message: str) -> None:
         self.events.append((kind, message))
 
-    async def learn_and_deliver(self, version: int, *, stored: bool = False) -> WeightSnapshot:
+    async def train_and_deliver(self, version: int, *, stored: bool = False) -> WeightSnapshot:
         await self.learner.step(Batch(examples=(Example(rows=(ROW,)),)), SFTLoss())
         snapshot = await self.learner.publish(version, stored=stored)
         await self.pool.update(snapshot)
         return snapshot
 
-    async def write(self, version: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """A greedy answer, and its log-probs; the learner must agree."""
+    async def generate(self, version: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Return a completion and its log-probs, with which the learner must agree."""
         sampling = Sampling(max_tokens=8, temperature=1.0)
         request = GenerateRequest(
             prompt_id="p", number=0, token_ids=(5, 6, 7), sampling=sampling, seeds=(1,)
         )
-        ((answer,),) = await self.pool.generate([request], version=version)
-        row = Row(prompt_id="p", sample=0, prompt_ids=(5, 6, 7), response_ids=answer.token_ids)
+        ((completion,),) = await self.pool.generate([request], version=version)
+        row = Row(prompt_id="p", sample=0, prompt_ids=(5, 6, 7), response_ids=completion.token_ids)
         (expected,) = await self.learner.outputs([row], temperature=1.0)
-        assert answer.policy_version == version and list(answer.logprobs) == pytest.approx(
+        assert completion.policy_version == version and list(completion.logprobs) == pytest.approx(
             expected.tolist(), abs=1e-4
         )
-        return answer.token_ids, answer.logprobs
+        return completion.token_ids, completion.logprobs
 
 
 @pytest.fixture(scope="module")
@@ -169,27 +178,27 @@ def stage(ground: tuple[asyncio.Runner, Path]) -> Iterator[tuple[asyncio.Runner,
     one.end()
 
 
-def test_a_lost_engine_is_brought_up_from_the_learner_and_takes_part_in_the_next_broadcast(
+def test_replaced_engine_gets_weights_from_the_learner_and_joins_the_next_broadcast(
     stage: tuple[asyncio.Runner, Stage],
 ) -> None:
-    async def journey(one: Stage) -> None:
-        first = await one.write(0)
-        snapshot = await one.learn_and_deliver(1)
+    async def scenario(one: Stage) -> None:
+        first = await one.generate(0)
+        snapshot = await one.train_and_deliver(1)
         assert snapshot.transport == "broadcast" and len(snapshot.buckets) > 5
         assert all(bucket.payload is None for bucket in snapshot.buckets)
-        second = await one.write(1)
+        second = await one.generate(1)
         assert first[1] != second[1]
         await one.kill_engine()
-        assert await one.write(1) == second
-        await one.learn_and_deliver(2)
-        assert (await one.write(2))[1] != second[1]
+        assert await one.generate(1) == second
+        await one.train_and_deliver(2)
+        assert (await one.generate(2))[1] != second[1]
         assert [kind for kind, _ in one.events] == ["fault", "recovered"]
 
     runner, one = stage
-    runner.run(journey(one))
+    runner.run(scenario(one))
 
 
-def test_an_engine_that_dies_in_the_middle_is_named_in_time(
+def test_engine_that_dies_in_a_broadcast_is_named_in_time(
     stage: tuple[asyncio.Runner, Stage],
 ) -> None:
     runner, one = stage
@@ -198,40 +207,42 @@ def test_an_engine_that_dies_in_the_middle_is_named_in_time(
         ActorLostError,
         match=r"sync: rollout engine 0 died|weights by broadcast, sending: .*[Cc]onnection",
     ):
-        runner.run(one.learn_and_deliver(FATAL))
+        runner.run(one.train_and_deliver(FATAL))
     assert time.monotonic() - started < TIMEOUT_S
 
 
 @pytest.mark.timeout(600)
-def test_with_lora_only_adapters_travel(ground: tuple[asyncio.Runner, Path]) -> None:
-    async def journey(one: Stage, way: TransportName, last: int) -> None:
-        one.travel(way)
-        first = await one.write(last)
-        snapshot = await one.learn_and_deliver(last + 1)
+def test_with_lora_only_adapters_are_sent(ground: tuple[asyncio.Runner, Path]) -> None:
+    async def scenario(one: Stage, transport: TransportName, last: int) -> None:
+        one.use(transport)
+        first = await one.generate(last)
+        snapshot = await one.train_and_deliver(last + 1)
         names = [spec.name for bucket in snapshot.buckets for spec in bucket.tensors]
-        assert snapshot.transport == way and len(names) == 4 * 7 * 2 and all(map(is_factor, names))
-        second = await one.write(last + 1)
+        assert (
+            snapshot.transport == transport
+            and len(names) == 4 * 7 * 2
+            and all(map(is_factor, names))
+        )
+        second = await one.generate(last + 1)
         assert first[1] != second[1]
         await one.kill_engine()
-        assert await one.write(last + 1) == second
-        whole = await one.learn_and_deliver(
-            last + 2, stored=True
-        )  # a round in which the reference moves
+        assert await one.generate(last + 1) == second
+        whole = await one.train_and_deliver(last + 2, stored=True)  # the reference moves
         assert whole.transport == "object_store" and len(whole.buckets) > 5
-        assert (await one.write(last + 2))[1] != second[1]
-        await one.learn_and_deliver(last + 3)
-        await one.write(last + 3)
+        assert (await one.generate(last + 2))[1] != second[1]
+        await one.train_and_deliver(last + 3)
+        await one.generate(last + 3)
         assert [kind for kind, _ in one.events] == ["fault", "recovered"]
         one.events.clear()
 
-    async def journeys(one: Stage) -> None:
+    async def scenarios(one: Stage) -> None:
         await one.start()
-        await journey(one, "object_store", 0)
-        await journey(one, "broadcast", 3)
+        await scenario(one, "object_store", 0)
+        await scenario(one, "broadcast", 3)
 
     runner, directory = ground
     one = Stage(directory, "object_store", LoraConfig(rank=4, alpha=16))
     try:
-        runner.run(journeys(one))
+        runner.run(scenarios(one))
     finally:
         one.end()

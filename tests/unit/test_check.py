@@ -14,7 +14,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yam
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Write the config.json files of the recipes' models."""
+    """Models of the recipes, without weights."""
     directory = tmp_path_factory.mktemp("recipes")
     for name in ("policy-8b-sft", "reward-8b", "general-preference-8b"):
         (directory / "models" / name).mkdir(parents=True)
@@ -41,7 +41,7 @@ def test_every_recipe_fits_its_gpus(models, monkeypatch, recipe):
         "8000",
     )
     assert result.exit_code == 0, result.output
-    for said in (
+    for text in (
         "optimizer steps per round",
         "placement",
         "GiB per GPU at the peak",
@@ -49,7 +49,7 @@ def test_every_recipe_fits_its_gpus(models, monkeypatch, recipe):
         "learner rank",
         "cache",
     ):
-        assert said in result.output, result.output
+        assert text in result.output, result.output
     assert ("LoRA adapters only" in result.output) == ("lora" in recipe.read_text(encoding="utf-8"))
     assert (
         "rounds per hour" in result.output
@@ -57,7 +57,7 @@ def test_every_recipe_fits_its_gpus(models, monkeypatch, recipe):
     )
 
 
-def test_without_a_model_there_is_no_estimate(tmp_path, monkeypatch):
+def test_no_estimate_without_the_model(tmp_path, monkeypatch):
     result = check(tmp_path, monkeypatch, RECIPES[0], "--no-hardware")
     assert (
         result.exit_code == 0
@@ -73,15 +73,13 @@ def test_without_a_model_there_is_no_estimate(tmp_path, monkeypatch):
         (["rollout.memory_fraction=0.2"], "and one sequence of 4096 tokens needs more"),
     ],
 )
-def test_plan_that_does_not_fit_is_refused_after_the_tables(
-    models, monkeypatch, capsys, overrides, expected
-):
+def test_refusal_is_one_line_after_the_tables(models, monkeypatch, capsys, overrides, expected):
     recipe = next(path for path in RECIPES if path.stem.startswith("inpo"))
     monkeypatch.chdir(models)
     monkeypatch.setattr("sys.argv", ["rayhf", "check", str(recipe), *overrides, "--no-hardware"])
     monkeypatch.delenv("RAYHF_DEBUG", raising=False)
     with pytest.raises(SystemExit) as stop:
         main()
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and expected in said.err and said.err.count("\n") == 1
-    assert "placement" in said.out and "at the peak" in said.out
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and expected in output.err and output.err.count("\n") == 1
+    assert "placement" in output.out and "at the peak" in output.out

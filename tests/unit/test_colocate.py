@@ -1,5 +1,4 @@
-"""GpuTimeSharing on shared GPUs: in which order everybody sleeps and wakes, and that an error leaves no
-half-made turn behind."""
+"""Time-sharing of GPUs: the order of sleep and wake, and changes of owner that fail."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -13,65 +12,60 @@ from rayhf.errors import WeightSyncError
 
 @dataclass
 class Role:
-    """Engines or learners that write down what they do; `fail` makes the next call of that name
-    raise."""
+    """Engines or learners that log their calls; `fail` names calls that raise once."""
 
     name: str
     log: list
     fail: set = field(default_factory=set)
     gate: asyncio.Event | None = None
 
-    def _do(self, what):
-        self.log.append(f"{self.name} {what}")
-        if what in self.fail:
-            self.fail.discard(what)
-            raise WeightSyncError(f"{self.name} could not {what}")
+    def _log(self, call):
+        self.log.append(f"{self.name} {call}")
+        if call in self.fail:
+            self.fail.discard(call)
+            raise WeightSyncError(f"{self.name} could not {call}")
 
     async def sleep(self):
-        self._do("sleep")
+        self._log("sleep")
 
     async def wake(self):
-        self._do("wake")
+        self._log("wake")
 
     async def generate(self, requests, *, version):
-        self._do("generate")
+        self._log("generate")
         if self.gate is not None:
             await self.gate.wait()
-        self.log.append(f"{self.name} wrote")
+        self.log.append(f"{self.name} generated")
         return [()]
 
     async def update(self, snapshot):
-        self._do(f"update {snapshot}")
+        self._log(f"update {snapshot}")
 
     async def step(self, batch, loss):
-        self._do("step")
+        self._log("step")
         return {}
 
     async def publish(self, version, *, stored=False):
-        self._do("publish for the store" if stored else "publish")
+        self._log("publish for the store" if stored else "publish")
         return version
 
     async def save(self, directory):
-        self._do("save")
+        self._log("save")
 
 
 def shared(*, engines=("engine",), learners=("learner",)):
     log = []
-    pools, groups = [Role(name, log) for name in engines], [Role(name, log) for name in learners]
-    turns = GpuTimeSharing(pools, groups)
-    return (
-        log,
-        pools,
-        groups,
-        [SharedRollout(p, turns) for p in pools],
-        [SharedLearner(g, turns) for g in groups],
-    )
+    pools = [Role(name, log) for name in engines]
+    clients = [Role(name, log) for name in learners]
+    gpus = GpuTimeSharing(pools, clients)
+    rollouts = [SharedRollout(pool, gpus) for pool in pools]
+    return log, pools, clients, rollouts, [SharedLearner(client, gpus) for client in clients]
 
 
-def test_a_round_changes_turns_twice_and_loads_new_weights_before_the_cache_of_the_next():
+def test_iteration_changes_owner_twice_and_updates_before_the_cache_exists():
     log, _, _, (rollout,), (learner, critic) = shared(learners=("learner", "critic"))
 
-    async def play():
+    async def run():
         await rollout.generate([], version=0)
         await rollout.generate([], version=0)
         await asyncio.gather(learner.step(None, None), critic.step(None, None))
@@ -79,48 +73,48 @@ def test_a_round_changes_turns_twice_and_loads_new_weights_before_the_cache_of_t
         await rollout.generate([], version=1)
         await learner.save(Path())
 
-    asyncio.run(play())
+    asyncio.run(run())
     assert log == [
         *("learner sleep", "critic sleep", "engine wake"),
-        *("engine generate", "engine wrote", "engine generate", "engine wrote"),
+        *("engine generate", "engine generated", "engine generate", "engine generated"),
         *("engine sleep", "learner wake", "critic wake"),
         *("learner step", "critic step", "learner publish"),
-        *("learner sleep", "critic sleep", "engine update 1"),  # the update is what wakes it
-        *("engine generate", "engine wrote"),
+        *("learner sleep", "critic sleep", "engine update 1"),  # the update wakes it
+        *("engine generate", "engine generated"),
         *("engine sleep", "learner wake", "critic wake", "learner save"),
     ]
 
 
-def test_a_reference_that_moves_finds_the_weights_in_the_store():
+def test_publish_for_a_reference_that_moves_is_stored():
     log, _, _, _, (learner,) = shared()
     asyncio.run(learner.publish(1, stored=True))
     assert log == ["learner publish for the store"]
 
 
-def test_nobody_is_put_to_sleep_at_work():
+def test_change_of_owner_waits_for_running_calls():
     log, (pool,), _, (rollout,), (learner,) = shared()
 
-    async def play():
+    async def run():
         pool.gate = asyncio.Event()
-        writing = asyncio.create_task(rollout.generate([], version=0))
+        generating = asyncio.create_task(rollout.generate([], version=0))
         await asyncio.sleep(0)
-        learning = asyncio.create_task(learner.step(None, None))
+        training = asyncio.create_task(learner.step(None, None))
         for _ in range(5):
             await asyncio.sleep(0)
         assert "engine sleep" not in log and "engine generate" in log
         pool.gate.set()
-        await asyncio.gather(writing, learning)
+        await asyncio.gather(generating, training)
 
-    asyncio.run(play())
-    assert log[-4:] == ["engine wrote", "engine sleep", "learner wake", "learner step"]
+    asyncio.run(run())
+    assert log[-4:] == ["engine generated", "engine sleep", "learner wake", "learner step"]
 
 
-def test_with_two_policies_each_engine_wakes_when_it_is_asked():
+def test_each_of_two_engines_wakes_at_its_first_call():
     log, _, _, (one, two), (learner, _) = shared(
         engines=("one", "two"), learners=("learner", "other")
     )
 
-    async def play():
+    async def run():
         await learner.step(None, None)
         await one.update(7)
         await asyncio.gather(
@@ -128,40 +122,40 @@ def test_with_two_policies_each_engine_wakes_when_it_is_asked():
         )
         await learner.step(None, None)
 
-    asyncio.run(play())
-    assert [line for line in log if "wrote" not in line] == [
+    asyncio.run(run())
+    assert [line for line in log if "generated" not in line] == [
         *("learner step", "learner sleep", "other sleep", "one update 7"),
         *("one generate", "two wake", "two generate", "two generate"),
         *("one sleep", "two sleep", "learner wake", "other wake", "learner step"),
     ]
 
 
-@pytest.mark.parametrize("where", ["learner sleep", "engine wake"])
-def test_an_engine_s_turn_that_fails_is_made_again(where):
-    log, (pool,), (group,), (rollout,), _ = shared()
-    who, what = where.split()
-    {"learner": group, "engine": pool}[who].fail.add(what)
+@pytest.mark.parametrize("failing", ["learner sleep", "engine wake"])
+def test_failed_change_to_engines_is_repeated(failing):
+    log, (pool,), (client,), (rollout,), _ = shared()
+    name, call = failing.split()
+    {"learner": client, "engine": pool}[name].fail.add(call)
 
-    async def play():
-        with pytest.raises(WeightSyncError, match=f"{who} could not {what}"):
+    async def run():
+        with pytest.raises(WeightSyncError, match=f"{name} could not {call}"):
             await rollout.generate([], version=0)
         assert "engine generate" not in log
         log.clear()
         await rollout.generate([], version=0)
 
-    asyncio.run(play())
-    again = ["learner sleep"] if who == "learner" else []
-    assert log == [*again, "engine wake", "engine generate", "engine wrote"]
+    asyncio.run(run())
+    again = ["learner sleep"] if name == "learner" else []
+    assert log == [*again, "engine wake", "engine generate", "engine generated"]
 
 
-@pytest.mark.parametrize("where", ["engine sleep", "learner wake"])
-def test_a_learner_s_turn_that_fails_does_not_let_the_other_side_think_it_is_awake(where):
-    log, (pool,), (group,), (rollout,), (learner,) = shared()
-    who, what = where.split()
+@pytest.mark.parametrize("failing", ["engine sleep", "learner wake"])
+def test_failed_change_to_learners_leaves_engines_asleep(failing):
+    log, (pool,), (client,), (rollout,), (learner,) = shared()
+    name, call = failing.split()
 
-    async def play():
+    async def run():
         await rollout.generate([], version=0)
-        {"learner": group, "engine": pool}[who].fail.add(what)
+        {"learner": client, "engine": pool}[name].fail.add(call)
         with pytest.raises(WeightSyncError):
             await learner.step(None, None)
         assert "learner step" not in log
@@ -169,27 +163,27 @@ def test_a_learner_s_turn_that_fails_does_not_let_the_other_side_think_it_is_awa
         await rollout.generate([], version=0)
         await learner.step(None, None)
 
-    asyncio.run(play())
+    asyncio.run(run())
     assert log == [
-        *("learner sleep", "engine wake", "engine generate", "engine wrote"),
+        *("learner sleep", "engine wake", "engine generate", "engine generated"),
         *("engine sleep", "learner wake", "learner step"),
     ]
 
 
-def test_work_that_fails_or_is_cancelled_gives_its_turn_up():
-    log, (pool,), (group,), (rollout,), (learner,) = shared()
+def test_failed_and_canceled_calls_release_the_gpus():
+    log, (pool,), (client,), (rollout,), (learner,) = shared()
 
-    async def play():
-        group.fail.add("step")
+    async def run():
+        client.fail.add("step")
         with pytest.raises(WeightSyncError):
             await learner.step(None, None)
         pool.gate = asyncio.Event()
-        writing = asyncio.create_task(rollout.generate([], version=0))
+        generating = asyncio.create_task(rollout.generate([], version=0))
         while "engine generate" not in log:
             await asyncio.sleep(0)
-        writing.cancel()
-        await asyncio.gather(writing, return_exceptions=True)
+        generating.cancel()
+        await asyncio.gather(generating, return_exceptions=True)
         await learner.step(None, None)
 
-    asyncio.run(asyncio.wait_for(play(), 5))
+    asyncio.run(asyncio.wait_for(run(), 5))
     assert log[-1] == "learner step"

@@ -1,4 +1,4 @@
-"""Estimates against arithmetic done by hand for Llama 3.1 8B; no weights, no engine."""
+"""Estimates of memory, disk and pace against arithmetic by hand for Llama 3.1 8B."""
 
 import json
 
@@ -8,24 +8,23 @@ from llama_config import LLAMA
 from rayhf.config.load import validate
 from rayhf.config.schema import LearnerConfig, LoraConfig, ReferenceConfig, RolloutConfig, RunConfig
 from rayhf.errors import ConfigError, PlacementError
+from rayhf.planning.disk import Disk, disk
 from rayhf.planning.memory import (
     GIB,
-    Disk,
-    disk,
     engine_memory,
     learner_memory,
     logits_bytes,
-    read_shape,
     reference_memory,
-    seconds_per_round,
     sequences_in_cache,
 )
+from rayhf.planning.pace import seconds_per_iteration
 from rayhf.planning.placement import actor_specs
 from rayhf.planning.plan import Plan, check_disk, check_gpus
 from rayhf.planning.preflight import check_settings
+from rayhf.planning.shape import read_shape
 
 P = 8_030_261_248
-"""Llama 3.1 8B's parameters."""
+"""Parameters of Llama 3.1 8B."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def learner(shape, *, lora=None, critic=False, **config):
     )
 
 
-def test_a_model_is_counted_without_its_weights(shape):
+def test_shape_is_read_without_weights(shape):
     assert shape.parameters == P
     assert (shape.layers, shape.hidden, shape.kv_heads, shape.head_dim, shape.vocabulary) == (
         32,
@@ -71,8 +70,10 @@ def test_a_model_is_counted_without_its_weights(shape):
 
 
 def test_zero_3_on_eight_gpus(shape):
-    """2 + 4 + 12 bytes of P / 8, and what DeepSpeed gathers: a billion parameters and half a
-    billion gradients in bfloat16."""
+    """2 + 4 + 12 bytes of P / 8, and DeepSpeed's buffers in bfloat16.
+
+    It gathers a billion parameters and half a billion gradients.
+    """
     memory = learner(shape)
     assert (
         memory.weights == P * 2 / 8
@@ -108,7 +109,7 @@ def test_stages_and_dtypes(shape, config, weights, gradients, optimizer):
     assert (memory.weights, memory.gradients, memory.optimizer) == (weights, gradients, optimizer)
 
 
-def test_only_adapters_have_gradients_and_moments(shape):
+def test_with_lora_only_adapters_have_gradients_and_moments(shape):
     lora = LoraConfig(rank=16)
     memory = learner(shape, lora=lora, ranks=1, zero_stage=2)
     assert (memory.weights, memory.gradients, memory.optimizer) == (
@@ -118,7 +119,7 @@ def test_only_adapters_have_gradients_and_moments(shape):
     )
 
 
-def test_a_critic_has_no_logits_and_checkpointing_keeps_little(shape):
+def test_critic_has_no_logits_and_checkpointing_keeps_little(shape):
     assert learner(shape, critic=True).logits == 0
     assert learner(shape, critic=True).weights == (P - 128256 * 4096 + 4096) * 2 / 8
     assert (
@@ -126,20 +127,19 @@ def test_a_critic_has_no_logits_and_checkpointing_keeps_little(shape):
     )
 
 
-def test_a_step_that_copies_more_than_activations_take_is_the_peak(shape):
-    """Stage 2 copies its gradients once more when activations are gone, where they are the model's
-    own."""
+def test_peak_is_a_step_that_copies_more_than_the_activations(shape):
+    """Stage 2 copies float32 gradients once more after the activations are freed."""
     memory = learner(shape, zero_stage=2, ranks=1, token_budget=256, dtype="float32")
     assert memory.activations + memory.logits + memory.buffers == 4 * P
 
 
-def test_logits_are_never_more_than_a_piece(shape):
+def test_logits_have_a_maximum(shape):
     assert logits_bytes(shape, "float32", 100, backward=True) == 100 * 128256 * 8
     assert logits_bytes(shape, "float32", 10**6, backward=True) == (1 << 27) * 8
     assert logits_bytes(shape, "float32", 10**6, backward=True, entropy=True) == (1 << 27) * 12
 
 
-def test_an_engine_gets_what_is_left_for_its_cache(shape):
+def test_engine_cache_gets_the_rest_of_the_gpu(shape):
     config = RolloutConfig(memory_fraction=0.9)
     memory = engine_memory(shape, config, dtype="bfloat16", device="gpu", gpu_bytes=80 * GIB)
     assert memory.total == pytest.approx(72 * GIB) and memory.weights == 2 * P
@@ -151,10 +151,10 @@ def test_an_engine_gets_what_is_left_for_its_cache(shape):
     halves = engine_memory(
         shape, config.model_copy(update={"tensor_parallel": 2}), dtype="bfloat16", device="gpu"
     )
-    assert halves.weights == P and halves.cache == 0  # of an unknown GPU
+    assert halves.weights == P and halves.cache == 0  # the GPU is unknown
 
 
-def test_the_reference(shape):
+def test_reference(shape):
     memory = reference_memory(
         shape, ReferenceConfig(token_budget=8192), dtype="bfloat16", device="gpu"
     )
@@ -167,27 +167,25 @@ def test_the_reference(shape):
 
 def test_disk():
     run = RunConfig(dir="r", iterations=100, checkpoint_every=10, keep_checkpoints=2, keep_every=20)
-    found = disk(
+    size = disk(
         run,
         trained=[1000, 500],
         reference=100.0,
         exported=2000.0,
-        responses=8,
+        samples=8,
         tokens=10,
         length=30,
     )
-    assert found == Disk(
+    assert size == Disk(
         checkpoint=12 * 1500 + 100,
         kept=2 + 5 + 1,
         policies=2000.0,
         samples=8 * (2 * (120 + 80) + 200),
-        rounds=110,
+        iterations=110,
     )
-    assert found.total == 9 * 18100 + 4000 + 110 * 4800
+    assert size.total == 9 * 18100 + 4000 + 110 * 4800
     few = run.model_copy(update={"iterations": 10, "keep_every": 0})
-    assert (
-        disk(few, trained=[1], reference=0, exported=0, responses=1, tokens=1, length=2).kept == 1
-    )
+    assert disk(few, trained=[1], reference=0, exported=0, samples=1, tokens=1, length=2).kept == 1
 
 
 def campaign(model, **sections):
@@ -209,30 +207,29 @@ def campaign(model, **sections):
     return plan, actor_specs(config, critic=False, reference=True)
 
 
-def test_turns_are_checked_one_by_one(model):
-    """GPU 0 has an engine (half of 80 GiB), learner rank 0 (32), the reference (19) and the reward
-    model (16)."""
-    plan, found = campaign(model)
-    (tight,) = check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)
+def test_shared_gpus_are_checked_for_each_side(model):
+    """GPU 0 has an engine (40 GiB), learner rank 0 (32), the reference (19), the scorer (16)."""
+    plan, specs = campaign(model)
+    (tight,) = check_gpus(plan.needs(specs, 80 * GIB), 80 * GIB, colocate=True)
     assert (
         tight.startswith("a shared GPU needs about 77.")
-        and "GiB while engines work, and there are 80.0" in tight
+        and "GiB while engines run, and there are 80.0" in tight
     )
-    plan, found = campaign(model, rollout={"memory_fraction": 0.6})
+    plan, specs = campaign(model, rollout={"memory_fraction": 0.6})
     with pytest.raises(
         PlacementError,
-        match=r"about 8\d\.\d GiB while engines work, and there are 80\.0 \(rollout engine 0 48\.0",
+        match=r"about 8\d\.\d GiB while engines run, and there are 80\.0 \(rollout engine 0 48\.0",
     ):
-        check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)
-    plan, found = campaign(model)
+        check_gpus(plan.needs(specs, 80 * GIB), 80 * GIB, colocate=True)
+    plan, specs = campaign(model)
     with pytest.raises(PlacementError, match=r"new weights 15\.0"):
-        check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True, published=plan.weights())
-    plan, found = campaign(model, learner={"ranks": 3})
-    with pytest.raises(PlacementError, match=r"while learners work, and there are 80\.0"):
-        check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=True)
+        check_gpus(plan.needs(specs, 80 * GIB), 80 * GIB, colocate=True, published=plan.weights())
+    plan, specs = campaign(model, learner={"ranks": 3})
+    with pytest.raises(PlacementError, match=r"while learners run, and there are 80\.0"):
+        check_gpus(plan.needs(specs, 80 * GIB), 80 * GIB, colocate=True)
 
 
-def test_with_lora_only_adapters_travel_and_whole_weights_when_the_reference_moves(model):
+def test_sync_sends_adapters_or_whole_weights_for_a_reference_that_moves(model):
     lora = {"lora": {"rank": 16}}
     plan, _ = campaign(model, policy=lora)
     assert (plan.weights(), plan.weights(whole=True), plan.moves) == (2 * 41_943_040, 2 * P, False)
@@ -247,45 +244,46 @@ def test_with_lora_only_adapters_travel_and_whole_weights_when_the_reference_mov
     assert plan.weights() == plan.weights(whole=True) == 2 * P
 
 
-def test_what_does_not_fit_a_gpu_or_its_share_is_refused(model):
+def test_actor_that_does_not_fit_a_gpu_or_its_share_is_refused(model):
     alone = {"device": "gpu", "placement": "separate"}
-    plan, found = campaign(model, cluster=alone, learner={"ranks": 1})
+    plan, specs = campaign(model, cluster=alone, learner={"ranks": 1})
     with pytest.raises(
         PlacementError,
-        match=r"learner rank 0 needs about 1\d\d\.\d GiB on a GPU, and there are 80.0 \(weights 15.0, gra",
+        match=r"learner rank 0 needs about 1\d\d\.\d GiB on a GPU, and there are 80.0 "
+        r"\(weights 15.0, gra",
     ):
-        check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=False)
-    plan, found = campaign(model, cluster={**alone, "gpus_per_scorer": 0.125})
+        check_gpus(plan.needs(specs, 80 * GIB), 80 * GIB, colocate=False)
+    plan, specs = campaign(model, cluster={**alone, "gpus_per_scorer": 0.125})
     with pytest.raises(
         PlacementError,
         match=r"scorer needs about 16\.\d GiB on its share of a GPU, and there are 10\.0",
     ):
-        check_gpus(plan.needs(found, 80 * GIB), 80 * GIB, colocate=False)
+        check_gpus(plan.needs(specs, 80 * GIB), 80 * GIB, colocate=False)
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path):
+def test_disk_without_room_for_a_checkpoint_is_refused(tmp_path):
     run = tmp_path / "runs" / "one"
-    small = Disk(checkpoint=1e3, kept=1, policies=1e3, samples=1.0, rounds=1)
-    assert "GiB free" in check_disk(small, run) and "short" not in check_disk(small, run)
-    assert "GiB short in the end" in check_disk(
-        Disk(checkpoint=1e3, kept=10**12, policies=1e3, samples=1.0, rounds=1), run
+    small = Disk(checkpoint=1e3, kept=1, policies=1e3, samples=1.0, iterations=1)
+    assert "GiB free" in check_disk(small, run) and "too little" not in check_disk(small, run)
+    assert "GiB too little in the end" in check_disk(
+        Disk(checkpoint=1e3, kept=10**12, policies=1e3, samples=1.0, iterations=1), run
     )
     with pytest.raises(
         ConfigError,
         match=r"one checkpoint and the exported policy take about 931322\d+\.\d GiB, .* are free",
     ):
-        check_disk(Disk(checkpoint=1e21, kept=1, policies=1e3, samples=1.0, rounds=1), run)
+        check_disk(Disk(checkpoint=1e21, kept=1, policies=1e3, samples=1.0, iterations=1), run)
 
 
-def test_a_round_s_seconds_from_stated_rates(model):
+def test_seconds_of_an_iteration_from_stated_rates(model):
     plan, _ = campaign(model)
-    seconds = seconds_per_round(plan.config, responses=512, writes=1000.0, learns=None)
+    seconds = seconds_per_iteration(plan.config, samples=512, engine_rate=1000.0, learner_rate=None)
     assert seconds == {"rollout": 512 * 1024 / (8 * 1000.0)}
-    both = seconds_per_round(plan.config, responses=512, writes=1000.0, learns=500.0)
+    both = seconds_per_iteration(plan.config, samples=512, engine_rate=1000.0, learner_rate=500.0)
     assert both["learner"] == 512 * 1024 / (8 * 500.0)
 
 
-def test_a_model_that_cannot_be_estimated_is_named(tmp_path):
+def test_model_without_an_estimate_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "perceptron"}')
     with pytest.raises(ConfigError, match=r"policy\.model: .*no estimate from its config\.json"):
         read_shape(tmp_path, key="policy.model")

@@ -1,4 +1,4 @@
-"""Who sits where, and refusals before anything starts."""
+"""Placement of actors on nodes, and refusals before anything starts."""
 
 from pathlib import Path
 
@@ -33,56 +33,58 @@ def placed(path, *overrides, critic=False, reference=True, **more):
 
 
 def names(group):
-    return [seat.name for seat in group]
+    return [spec.name for spec in group]
 
 
 def test_separate_roles_have_their_own_gpus():
-    found = placed(PPO, critic=True)
-    assert sum(seat.gpus for seat in found) == 8 and len({seat.bundle for seat in found}) == len(
-        found
-    )
-    assert impossible(found, [node(4), node(4, name="10.0.0.2")]) is None
-    assert impossible(found, [node(4)]) == (
-        "8 GPU requested (rollout 2, learner 2, critic 2, reference 1, scorer 1), 4 available on 1 node(s)"
+    specs = placed(PPO, critic=True)
+    assert sum(spec.gpus for spec in specs) == 8
+    assert len({spec.bundle for spec in specs}) == len(specs)
+    assert impossible(specs, [node(4), node(4, name="10.0.0.2")]) is None
+    assert impossible(specs, [node(4)]) == (
+        "8 GPU requested (rollout 2, learner 2, critic 2, reference 1, scorer 1), 4 available "
+        "on 1 node(s)"
     )
 
 
 def test_colocated_roles_share_every_gpu():
-    found = placed(ITERATIVE)
-    assert [b["GPU"] for b in bundles(found)] == [1.0] * 8
-    for group in members(found):
-        assert {"rollout", "learner"} <= {seat.role for seat in group} and sum(
-            seat.gpus for seat in group
+    specs = placed(ITERATIVE)
+    assert [b["GPU"] for b in bundles(specs)] == [1.0] * 8
+    for group in members(specs):
+        assert {"rollout", "learner"} <= {spec.role for spec in group} and sum(
+            spec.gpus for spec in group
         ) <= 1
 
 
-def test_a_full_house_on_the_first_gpu_still_is_one_gpu():
-    """Engine, learner, critic, reference, reward model and an evaluator with one: Ray's shares must
-    add up to at most 1."""
+def test_shares_of_six_actors_add_up_to_one_gpu():
+    """Ray's shares must add up to at most 1.
+
+    Engine, learner, critic, reference, reward model, and an evaluator with one.
+    """
     reward = "{type: reward_model, model: models/reward-8b}"
     overrides = ["cluster.placement=colocate", "run.max_staleness=0", f"scorer.evaluate=[{reward}]"]
     first, *others = members(placed(PPO, *overrides, critic=True))
-    assert len(first) == 6 and all(seat.gpus == 0.1666 for seat in first)
+    assert len(first) == 6 and all(spec.gpus == 0.1666 for spec in first)
     assert [b["GPU"] for b in bundles(placed(PPO, *overrides, critic=True))] == [1.0] * (
         1 + len(others)
     )
 
 
 def test_shares_of_a_gpu():
-    found = placed(
+    specs = placed(
         PPO, "cluster.gpus_per_reference=0.5", "cluster.gpus_per_scorer=0.25", critic=True
     )
-    shares = {seat.name: seat.gpus for seat in found}
+    shares = {spec.name: spec.gpus for spec in specs}
     assert (shares["reference"], shares["scorer"]) == (0.5, 0.25)
-    wanted = bundles(found)
-    assert sorted(b["GPU"] for b in wanted) == [0.25, 0.5, 1, 1, 1, 1, 1, 1]
-    assert None not in pack(wanted, [node(6), node(1, name="10.0.0.2")])  # both shares on one GPU
-    assert impossible(found, [node(6)]) is not None
+    requests = bundles(specs)
+    assert sorted(b["GPU"] for b in requests) == [0.25, 0.5, 1, 1, 1, 1, 1, 1]
+    assert None not in pack(requests, [node(6), node(1, name="10.0.0.2")])  # both shares on one GPU
+    assert impossible(specs, [node(6)]) is not None
 
 
-def test_with_shares_of_their_own_small_roles_leave_the_shared_gpus():
-    found = placed(ITERATIVE, "cluster.gpus_per_reference=1", "cluster.gpus_per_scorer=0.5")
-    *shared, reference, scorer = members(found)
+def test_roles_with_gpus_of_their_own_leave_the_shared_gpus():
+    specs = placed(ITERATIVE, "cluster.gpus_per_reference=1", "cluster.gpus_per_scorer=0.5")
+    *shared, reference, scorer = members(specs)
     assert all(
         names(group) == [f"rollout engine {i}", f"learner rank {i}"]
         for i, group in enumerate(shared)
@@ -91,18 +93,18 @@ def test_with_shares_of_their_own_small_roles_leave_the_shared_gpus():
         (["reference"], 1.0),
         (["scorer"], 0.5),
     ]
-    assert [b["GPU"] for b in bundles(found)] == [1.0] * 9 + [0.5]
+    assert [b["GPU"] for b in bundles(specs)] == [1.0] * 9 + [0.5]
 
 
-def test_custom_resources_by_pool_pin_roles_to_nodes():
-    """Also on CPU. The critic belongs to the learner's pool, evaluators to the scorer's."""
+def test_custom_resources_pin_pools_to_nodes():
+    """Also on CPU. The critic is in the learner's pool, evaluators are in the scorer's."""
     overrides = [
         "cluster.resources={rollout: {fast: 1}, learner: {slow: 0.25}, scorer: {judging: 1}}",
         "scorer.evaluate=[{type: rule, function: 'a:b'}]",
     ]
-    found = placed(TINY, *overrides, critic=True)
-    asked = {seat.name: dict(seat.resources) for seat in found}
-    assert asked == {
+    specs = placed(TINY, *overrides, critic=True)
+    resources = {spec.name: dict(spec.resources) for spec in specs}
+    assert resources == {
         "rollout engine 0": {"fast": 1},
         "learner rank 0": {"slow": 0.25},
         "critic rank 0": {"slow": 0.25},
@@ -111,38 +113,39 @@ def test_custom_resources_by_pool_pin_roles_to_nodes():
         "evaluator": {"judging": 1},
     }
     one, two = node(0, 4, "a", fast=1, judging=2), node(0, 4, "b", slow=1)
-    homes = dict(zip(asked, pack(bundles(found), [one, two]), strict=True))
+    homes = dict(zip(resources, pack(bundles(specs), [one, two]), strict=True))
     assert (
         homes["learner rank 0"] == homes["critic rank 0"] == "b"
         and homes["rollout engine 0"] == homes["evaluator"] == "a"
     )
-    assert impossible(found, [one]) == (
+    assert impossible(specs, [one]) == (
         "0.5 slow requested (learner 0.25, critic 0.25), 0 available on 1 node(s)"
     )
 
 
-def test_a_bundle_larger_than_any_node_is_found():
-    found = placed(PPO, "rollout.tensor_parallel=4", "rollout.engines=1", critic=True)
+def test_bundle_larger_than_any_node():
+    specs = placed(PPO, "rollout.tensor_parallel=4", "rollout.engines=1", critic=True)
     nodes = [node(2, name=f"10.0.0.{i}") for i in range(6)]
-    assert impossible(found, nodes) == (
-        "rollout engine 0 needs 4 GPU and 1 CPU on one node; the best one, 10.0.0.0, has 2 GPU and 64 CPU"
+    assert impossible(specs, nodes) == (
+        "rollout engine 0 needs 4 GPU and 1 CPU on one node; the best one, 10.0.0.0, has 2 GPU "
+        "and 64 CPU"
     )
 
 
-def test_who_has_no_place_while_others_use_the_nodes():
-    found = placed(PPO, critic=True)
+def test_bundle_without_room_among_free_resources():
+    specs = placed(PPO, critic=True)
     nodes = [node(4, used=1), node(4, name="10.0.0.2", used=3)]
-    assert impossible(found, nodes) is None
-    assert crowded(found, nodes) == (
-        "critic rank 0 needs 1 GPU and 1 CPU on one node; the best one, 10.0.0.1, has left 0 GPU and 61 CPU; "
-        "4 of 8 bundles have no place"
+    assert impossible(specs, nodes) is None
+    assert crowded(specs, nodes) == (
+        "critic rank 0 needs 1 GPU and 1 CPU on one node; the best one, 10.0.0.1, has left 0 GPU "
+        "and 61 CPU; 4 of 8 bundles have no room"
     )
 
 
-def test_every_policy_has_engines_and_learners_of_its_own():
-    found = placed(RECIPES / "spar_8b_8gpu_separate.yaml", policies=("policy", "refiner"))
-    assert {"rollout refiner engine 0", "learner refiner rank 1"} <= set(names(found))
-    assert sum(seat.gpus for seat in found) == 7
+def test_every_policy_has_engines_and_learners():
+    specs = placed(RECIPES / "spar_8b_8gpu_separate.yaml", policies=("policy", "refiner"))
+    assert {"rollout refiner engine 0", "learner refiner rank 1"} <= set(names(specs))
+    assert sum(spec.gpus for spec in specs) == 7
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_every_policy_has_engines_and_learners_of_its_own():
         (["run.max_staleness=1"], r"max_staleness is 1, expected 0 \(or placement separate\)"),
         (
             ["scorer.train=[{type: judge, model: m}]"],
-            "the judge m would take most of a GPU that others use too",
+            "the judge m would take most of a GPU that it shares",
         ),
         (
             ["cluster.resources={rollout: {GPU: 2}}"],

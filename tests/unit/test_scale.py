@@ -10,7 +10,7 @@ import pytest
 from campaigns import make_config, metrics_of, play
 from fakes import FakeChat, FakeRollout, FakeScorer, make_prompts
 
-from actors.rollout import RolloutPool, _LeastBusy
+from actors.rollout import LeastLoaded, RolloutPool
 from rayhf.algorithms.base import sample_and_score
 from rayhf.exploration.scheduler import RequestScheduler
 from rayhf.monitoring.audit import audit
@@ -76,7 +76,7 @@ def test_a_simulated_campaign_with_dying_engines_is_whole(tmp_path, staleness):
 
 
 def test_the_least_busy_is_the_least_busy():
-    rng, load, busy = random.Random(0), [0] * 7, _LeastBusy(7)
+    rng, load, busy = random.Random(0), [0] * 7, LeastLoaded(7)
     under_way = []
     for _ in range(2000):
         if under_way and rng.random() < 0.5:
@@ -89,7 +89,7 @@ def test_the_least_busy_is_the_least_busy():
             load[number] += work
             busy.add(number, work)
             under_way.append((number, work))
-    assert len(busy._order) <= 4 * 7
+    assert len(busy._heap) <= 4 * 7
 
 
 class Desk:
@@ -146,7 +146,7 @@ async def _turns():
 def test_single_requests_travel_together_only_where_engines_have_twice_what_they_can_write():
     async def play():
         desks = [Desk(), Desk()]
-        pool = RolloutPool(desks, Nobody(), places=4, timeout_s=1.0)
+        pool = RolloutPool(desks, Nobody(), max_num_seqs=4, timeout_s=1.0)
         asked = _asks(pool, range(8))
         await _turns()
         assert [desk.sizes for desk in desks] == [
@@ -180,7 +180,7 @@ def test_single_requests_travel_together_only_where_engines_have_twice_what_they
 def test_a_hand_of_requests_fails_as_one_and_is_given_up_when_nobody_waits_for_it_any_more():
     async def play():
         desk = Desk()
-        pool = RolloutPool([desk], Nobody(), places=1, timeout_s=1.0)
+        pool = RolloutPool([desk], Nobody(), max_num_seqs=1, timeout_s=1.0)
         first = _asks(pool, range(1))
         await _turns()
         asked = _asks(pool, range(1, 4))
@@ -199,7 +199,7 @@ def test_a_hand_of_requests_fails_as_one_and_is_given_up_when_nobody_waits_for_i
         await _turns()
         assert desk.sizes == [1, 3, 2] and desk.calls[2][2].cancelled()
         desk.answer(0)
-        assert await first[0] == ["0"] and pool._busy.least() == 0
+        assert await first[0] == ["0"] and pool._loads.least() == 0
 
     asyncio.run(play())
 

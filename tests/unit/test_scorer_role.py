@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_actor import FakeRef, finished, no_process
 from score_requests import request
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from actors.process import ProcessInfo
 from actors.scorer import ScorerActor, ScorerClient
-from actors.supervise import ProcessInfo, SupervisedActor
+from actors.supervise import SupervisedActor
 from rayhf.config.scorers import CombineConfig
 from rayhf.data.chat import special_token_escaper, special_tokens
 from rayhf.errors import ActorLostError, ConfigError
@@ -35,40 +36,29 @@ def one(completion, **context): return 1.0
 """
 
 
-class Reference:
-    """An ObjectRef: a result that is ready, or never arrives."""
-
-    def __init__(self, *result: Any) -> None:
-        self._future: Future[Any] = Future()
-        if result:
-            self._future.set_result(result[0])
-
-    def future(self) -> Future[Any]:
-        return self._future
-
-
 def handle(actor: object) -> Any:
     """An actor handle whose methods run at once."""
 
     def method(name: str) -> Any:
         function: Callable[..., Any] = getattr(actor, name)
-        return SimpleNamespace(remote=lambda *arguments: Reference(function(*arguments)))
+        return SimpleNamespace(remote=lambda *arguments: finished(function(*arguments)))
 
     return SimpleNamespace(
         **{name: method(name) for name in ("score", "compare", "state_dict", "load_state_dict")}
     )
 
 
-async def role(actor: SimpleNamespace, *, timeout_s: float) -> ScorerClient:
-    """Over an actor that is never replaced."""
-    actor.process_info = SimpleNamespace(remote=lambda: Reference(ProcessInfo("nowhere", 0, 0.0)))
-    member = SupervisedActor("scorer", lambda: actor)
+async def client(actor: SimpleNamespace, *, timeout_s: float) -> ScorerClient:
+    """Return the client of an actor that is never restarted."""
+    info = ProcessInfo("node", 0, 0.0)
+    actor.process_info = SimpleNamespace(remote=lambda: finished(info))
+    member = SupervisedActor("scorer", lambda: actor, terminate=no_process)
     scorer = ScorerClient(member, timeout_s=timeout_s)
     await member.start()
     return scorer
 
 
-def test_the_role_answers_every_question(tmp_path: Path) -> None:
+def test_client_scores_compares_and_restores_its_state(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(RULES)
     entries = [RuleConfig(function="mine:length", normalize=True), RuleConfig(function="mine:one")]
     actors = []
@@ -76,8 +66,8 @@ def test_the_role_answers_every_question(tmp_path: Path) -> None:
         actors.append(ScorerActor())
         actors[-1].build(entries, ScorerSetup(base=tmp_path), combine=CombineConfig(type="worst"))
 
-    async def journey() -> None:
-        scorer, resumed = [await role(handle(actor), timeout_s=5) for actor in actors]
+    async def scenario() -> None:
+        scorer, resumed = [await client(handle(actor), timeout_s=5) for actor in actors]
         [outcomes] = await scorer.score([request("a", "aaa")])
         assert outcomes == (
             Scored(value=-1.0, parts={"length": 1.0, "one": 1.0}),
@@ -96,13 +86,13 @@ def test_the_role_answers_every_question(tmp_path: Path) -> None:
         np.testing.assert_array_equal(first.win, second.win)
         assert await scorer.state_dict() == await resumed.state_dict()
 
-    asyncio.run(journey())
+    asyncio.run(scenario())
     for actor in actors:
         actor.engine.close()
 
 
 @pytest.mark.parametrize(
-    ("ask", "phase"),
+    ("call", "phase"),
     [
         (lambda scorer: scorer.score([request("a")]), "score"),
         (lambda scorer: scorer.compare([request("a")]), "compare"),
@@ -110,19 +100,19 @@ def test_the_role_answers_every_question(tmp_path: Path) -> None:
         (lambda scorer: scorer.load_state_dict({}), "state"),
     ],
 )
-def test_too_late_names_the_phase(ask: Any, phase: str) -> None:
-    never = SimpleNamespace(remote=lambda *arguments: Reference())
+def test_late_call_names_its_phase(call: Any, phase: str) -> None:
+    never = SimpleNamespace(remote=lambda *arguments: FakeRef())
     actor = SimpleNamespace(score=never, compare=never, state_dict=never, load_state_dict=never)
 
-    async def journey() -> None:
-        await ask(await role(actor, timeout_s=0.01))
+    async def scenario() -> None:
+        await call(await client(actor, timeout_s=0.01))
 
     with pytest.raises(
         ActorLostError,
-        match="scorer was lost 1 times .*; the last time: "
-        f"{phase}: no answer from scorer within 0.01 s",
+        match="scorer was lost 1 times .*; the last error: "
+        f"{phase}: no response from scorer within 0.01 s",
     ):
-        asyncio.run(journey())
+        asyncio.run(scenario())
 
 
 def judge_directory(

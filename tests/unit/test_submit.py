@@ -1,5 +1,4 @@
-"""What `rayhf submit` asks of a cluster, and what it refuses to; the templates. A real cluster is
-in tests/e2e/test_jobs.py."""
+"""`rayhf submit`: the job, refusals and templates; tests/e2e/test_jobs.py has a real cluster."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ RUN = "run.dir=/shared/runs/Ein Lauf"
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a config, some files to take along, and some to leave behind."""
+    """Make a working directory with a config, files to package and files to leave out."""
     for name in (
         "my_rules.py",
         "data/train.jsonl",
@@ -64,7 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 TRACKERS = """trackers=[{type: wandb, name: "it's; touch x"}]"""
-"""An override that a shell must not read."""
+"""An override that a shell must not interpret."""
 
 
 def planned(*overrides: str, config: str = "configs/c.yaml", **more: Any) -> submit.Job:
@@ -72,14 +71,15 @@ def planned(*overrides: str, config: str = "configs/c.yaml", **more: Any) -> sub
     return submit.plan(Path(config), overrides, **settings)
 
 
-def test_submitted_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("MINE", "a 'quoted' $value")
     monkeypatch.setenv("WANDB_API_KEY", "canary")
     job = planned(RUN, TRACKERS, env=["MINE"], supervised=True, cpus=1)
     assert job.command == (
-        "rayhf", "run", "configs/c.yaml", RUN, TRACKERS, "cluster.address=auto", "--supervise",
-    )  # fmt: skip
+        *("rayhf", "run", "configs/c.yaml"),
+        *(RUN, TRACKERS, "cluster.address=auto", "--supervise"),
+    )
     assert job.environment == {"NCCL_DEBUG": "INFO", "MINE": "a 'quoted' $value"}
     assert re.fullmatch(r"rayhf-ein-lauf-[0-9a-f]{8}", job.name)
     assert (
@@ -89,9 +89,9 @@ def test_submitted_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_printed_command_equals_the_job(here: Path) -> None:
+def test_command_line_survives_a_shell(here: Path) -> None:
     job = planned(RUN, TRACKERS, cpus=0.5)
-    line = job.line("http://head:8265", f"{job.name}-3")
+    line = job.command_line("http://head:8265", f"{job.name}-3")
     echoed = subprocess.run(
         ["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True
     )
@@ -130,7 +130,7 @@ def test_printed_command_equals_the_job(here: Path) -> None:
         ({"overrides": [RUN], "config": "../c.yaml"}, ConfigError, "is not below"),
     ],
 )
-def test_refused_before_any_request(
+def test_refusal_before_any_request(
     here: Path, arguments: dict[str, Any], error: type[Exception], expected: str
 ) -> None:
     (here.parent / "c.yaml").write_text((here / "configs/c.yaml").read_text())
@@ -189,7 +189,7 @@ def test_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "address",
     ["auto", "head:8265", "ray://head:10001", "http://", "http://a b", "https://head/path", ""],
 )
-def test_malformed_address(address: str) -> None:
+def test_address_that_is_no_url(address: str) -> None:
     with pytest.raises(ConfigError, match="for example http://HEAD:8265"):
         submit._url(address)
 
@@ -214,12 +214,12 @@ def test_exit_codes(facts: dict[str, Any], expected: Any) -> None:
             submit._exit_code("one", info)
 
 
-# ------------------------------------------------------------------------------- tokenless clusters
+# ------------------------------------------------------------ clusters without token authentication
 
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
-    """A real HTTP server that answers with what is put into the list."""
+    """Start an HTTP server that responds with the last entry of the list."""
     answers: list[tuple[int, bytes]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -241,7 +241,7 @@ def server() -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
     thread.join()
 
 
-def test_cluster_without_token(
+def test_cluster_without_token_authentication(
     server: tuple[str, list[tuple[int, bytes]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, answers = server
@@ -250,20 +250,20 @@ def test_cluster_without_token(
     check_server(url)
     for bad in ((200, b'{"authentication_mode": "disabled"}'), (404, b""), (200, b"{}")):
         answers.append(bad)
-        with pytest.raises(SecurityError, match="asks nobody for a token"):
+        with pytest.raises(SecurityError, match="has no token authentication"):
             check_server(url)
     for odd in (b"no json", b"[]", b"\xff"):
         answers.append((200, odd))
-        with pytest.raises(PlacementError, match="no Ray job server answers there"):
+        with pytest.raises(PlacementError, match="no Ray job server responds there"):
             check_server(url)
     monkeypatch.setenv("RAYHF_INSECURE_CLUSTER", "1")
     check_server(url)
     monkeypatch.delenv("RAYHF_INSECURE_CLUSTER")
-    with pytest.raises(PlacementError, match="no Ray job server answers there"):
+    with pytest.raises(PlacementError, match="no Ray job server responds there"):
         check_server("http://127.0.0.1:9")
 
 
-def test_token_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_file_that_others_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "token"
     file.write_text("canary")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
@@ -284,7 +284,7 @@ def test_token_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def commands(text: str) -> list[list[str]]:
-    """The `rayhf` commands of a script or a manifest, with every variable replaced by a word."""
+    """Return the `rayhf` commands of a script, with every variable replaced by a word."""
     joined = re.sub(r"\\\n\s*", " ", text)
     lines = re.findall(r"rayhf (?:run|submit|stop) [^\n;&|']*", joined)
     return [shlex.split(re.sub(r"\$\{?[\w@]+\}?", "word=1", line)) for line in lines]
@@ -296,9 +296,11 @@ def test_templates(file: Path) -> None:
     if file.suffix == ".sh":
         subprocess.run(["bash", "-n", file], check=True)
         assert os.access(file, os.X_OK)
-    found, group = commands(text), typer.main.get_command(app)
-    assert found
-    for _, verb, *arguments in found:
+    job = yaml.safe_load(text) if file.suffix == ".yaml" else None
+    lines = commands(job["spec"]["entrypoint"] if job else text)
+    group = typer.main.get_command(app)
+    assert lines
+    for _, verb, *arguments in lines:
         group.commands[verb].make_context(verb, arguments)  # raises click's UsageError
     assert "token" in text and "0.0.0.0" not in text and "--supervise" in text
     assert re.search(r"run\.dir=\"?(/shared/|\$SHARED/|\$run\b)", text)

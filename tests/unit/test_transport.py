@@ -1,7 +1,6 @@
-"""How weights travel: which way a placement has, what a broadcast refuses, and who is brought up
-when.
+"""Weight transports: the choice by placement, what a broadcast refuses, and replaced engines.
 
-The groups are real (gloo, threads of this process); only the model is missing, and Ray.
+The process groups are real (gloo, threads of this process); the model and Ray are not there.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from actors.transport import Broadcast, CudaIpc
 from rayhf.config.load import validate
 from rayhf.errors import ActorLostError, ConfigError, DeadlineError, WeightSyncError
 from rayhf.planning.preflight import check_settings, transport_of
-from rayhf.types import Probe, WeightBucket, WeightSnapshot
+from rayhf.types import Probe, TransportName, WeightBucket, WeightSnapshot
 from rayhf.weights.broadcast import Receiver, Sender
 from rayhf.weights.buckets import (
     device_checksum,
@@ -36,8 +35,8 @@ from rayhf.weights.buckets import (
 
 CPU = torch.device("cpu")
 SHAPES = ([("a", (3, 5)), ("b", (70_000,))], [("c", (2,))], [("d", (1 << 20,))])
-"""Three buckets: of some rows and a rest for the checksum, of almost nothing, and of more than a
-socket takes at once."""
+"""Three buckets: some rows of the checksum and a rest, almost nothing, and more than a socket
+holds."""
 BUCKETS = [
     WeightBucket(tensors=lay_out(shapes, torch.float32), payload=None, checksum="")
     for shapes in SHAPES
@@ -74,7 +73,7 @@ GPU, SHARED = {"device": "gpu"}, {"device": "gpu", "placement": "colocate"}
         (SHARED | {"transport": "object_store"}, 1, "object_store"),
     ],
 )
-def test_the_way_follows_from_the_placement(
+def test_transport_follows_from_the_placement(
     cluster: dict[str, Any], engines: int, expected: str
 ) -> None:
     assert transport_of(config(cluster, rollout={"engines": engines})) == expected
@@ -110,7 +109,7 @@ def test_the_way_follows_from_the_placement(
         ),
     ],
 )
-def test_a_way_that_a_placement_does_not_have_is_refused(
+def test_transport_that_a_placement_lacks_is_refused(
     cluster: dict[str, Any], engines: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as error:
@@ -123,7 +122,7 @@ def test_a_way_that_a_placement_does_not_have_is_refused(
 
 @settings(deadline=None)
 @given(words=st.integers(2, 20_000), data=st.data())
-def test_any_flipped_bit_and_any_swapped_words_change_the_checksum(words: int, data: Any) -> None:
+def test_checksum_changes_with_any_flipped_bit_and_any_swapped_words(words: int, data: Any) -> None:
     generator = torch.Generator().manual_seed(words)
     flat = torch.randint(0, 256, (8 * words,), dtype=torch.uint8, generator=generator)
     before = int(device_checksum(flat))
@@ -141,14 +140,16 @@ def test_any_flipped_bit_and_any_swapped_words_change_the_checksum(words: int, d
 @pytest.mark.parametrize(
     ("first", "second"), [(0, 1), (7, 4096 + 7), (5, 4096 * 5), (4096 * 2, 4096 * 2 + 1)]
 )
-def test_neighbours_in_a_row_or_a_column_cannot_change_places(first: int, second: int) -> None:
+def test_checksum_changes_with_swapped_neighbors_in_a_row_or_column(
+    first: int, second: int
+) -> None:
     flat = torch.arange(5 * 4096 + 9).view(torch.uint8)
     before, words = int(device_checksum(flat)), flat.view(torch.int64)
     words[[first, second]] = words[[second, first]]
     assert int(device_checksum(flat)) != before
 
 
-def test_zeros_are_counted() -> None:
+def test_checksum_depends_on_the_number_of_zeros() -> None:
     assert (
         len(
             {
@@ -196,7 +197,7 @@ def receive(receiver: Receiver, version: int) -> tuple[list[WeightBucket], dict[
     return buckets, found
 
 
-def test_everybody_gets_what_was_sent_again_and_again() -> None:
+def test_all_receivers_get_each_version() -> None:
     with group(2) as (sender, receivers), ThreadPoolExecutor() as pool:
         for version in (1, 2):
             results = [pool.submit(receive, receiver, version) for receiver in receivers]
@@ -213,14 +214,14 @@ def test_everybody_gets_what_was_sent_again_and_again() -> None:
 
 
 class Damaging(Sender):
-    """One bit of the second bucket changes on its way."""
+    """Sender that flips one bit of the second bucket."""
 
     def _launch(self, flat: torch.Tensor) -> Any:
         flat[3] ^= 16 * (len(self._sealed) == 2)
         return super()._launch(flat)
 
 
-def test_a_damaged_bucket_is_refused() -> None:
+def test_damaged_bucket_is_refused() -> None:
     with group(1, sender=Damaging) as (sender, (receiver,)), ThreadPoolExecutor() as pool:
         result = pool.submit(receive, receiver, 1)
         pool.submit(send, sender, 1)
@@ -242,7 +243,7 @@ def test_buckets_of_another_version_are_refused() -> None:
             result.result(20)
 
 
-def test_who_is_gone_or_silent_is_missed_in_time() -> None:
+def test_lost_and_silent_members_are_noticed_in_time() -> None:
     with group(1, timeout_s=1.0) as (sender, (receiver,)):
         started = time.monotonic()
         with pytest.raises(
@@ -266,7 +267,7 @@ POOL = ThreadPoolExecutor(16)
 
 
 def remote(function: Callable[..., Any]) -> Any:
-    """A method of an actor's handle: it runs beside, and its reference holds the answer."""
+    """Return a method of an actor's handle, which runs in a thread."""
 
     def call(*arguments: Any) -> Any:
         future: Future[Any] = POOL.submit(function, *arguments)
@@ -276,7 +277,7 @@ def remote(function: Callable[..., Any]) -> Any:
 
 
 class Engine:
-    """SupervisedActor, and the actor, and the engine in it."""
+    """Fake of a SupervisedActor, its actor, and the engine in it."""
 
     def __init__(self, name: str, workers: int = 1) -> None:
         self.name, self.workers, self.version, self.joined = name, workers, 0, 0
@@ -317,20 +318,23 @@ class Engine:
 
 
 class Learner:
-    """LearnerGroup with a real sender on rank 0; rank 1 only gathers. `lies`: about the
-    checksums."""
+    """Fake LearnerClient with a real sender on rank 0; rank 1 only gathers.
+
+    `wrong_checksums`: report them.
+    """
 
     def __init__(self) -> None:
-        self.names, self.holds, self.lies, self.stored = (
-            ["learner rank 0", "learner rank 1"],
-            None,
-            False,
-            0,
-        )
+        self.names = ["learner rank 0", "learner rank 1"]
+        self.published_version: int | None = None
+        self.wrong_checksums = False
+        self.stored = 0
+        """Number of snapshots published to the object store."""
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
-        self.holds, self.stored = version, self.stored + stored
-        buckets, way = tuple(BUCKETS), "object_store" if stored else "broadcast"
+        self.published_version = version
+        self.stored += stored
+        buckets = tuple(BUCKETS)
+        name: TransportName = "object_store" if stored else "broadcast"
         if stored:
             buckets = tuple(
                 pack_bucket([(s.name, torch.ones(s.shape)) for s in b.tensors], torch.float32)
@@ -339,8 +343,8 @@ class Learner:
         probe = Probe(token_ids=(), logprobs=())
         checksum = snapshot_checksum(buckets)
         return WeightSnapshot(
-            version=version, buckets=buckets, checksum=checksum, probe=probe, transport=way
-        )  # type: ignore[arg-type]
+            version=version, buckets=buckets, checksum=checksum, probe=probe, transport=name
+        )
 
     async def open_broadcast(self, members: int, timeout_s: float) -> Any:
         self.sender = Sender("127.0.0.1", members=members, timeout_s=timeout_s, device=CPU)
@@ -354,92 +358,94 @@ class Learner:
 
     def _send(self, version: int) -> list[WeightBucket]:
         sealed = send(self.sender, version)
-        return [replace(bucket, checksum="0" * 16) for bucket in sealed] if self.lies else sealed
+        return (
+            [replace(bucket, checksum="0" * 16) for bucket in sealed]
+            if self.wrong_checksums
+            else sealed
+        )
 
 
-def play(journey: Callable[[Any, Learner, list[Engine]], Any]) -> None:
-    learner, engines = (
-        Learner(),
-        [Engine("rollout engine 0", workers=2), Engine("rollout engine 1", workers=2)],
-    )
-    way = Broadcast(learner, engines, workers=2, timeout_s=20.0)  # type: ignore[arg-type]
+def run(scenario: Callable[[Any, Learner, list[Engine]], Any]) -> None:
+    learner = Learner()
+    engines = [Engine("rollout engine 0", workers=2), Engine("rollout engine 1", workers=2)]
+    broadcast = Broadcast(learner, engines, workers=2, timeout_s=20.0)  # type: ignore[arg-type]
     for engine in engines:
-        engine.prepare = way.join_engine
-    asyncio.run(journey(way, learner, engines))
+        engine.prepare = broadcast.join_engine
+    asyncio.run(scenario(broadcast, learner, engines))
 
 
 def test_every_worker_of_every_engine_gets_each_version() -> None:
-    async def journey(way: Broadcast, learner: Learner, engines: list[Engine]) -> None:
+    async def scenario(broadcast: Broadcast, learner: Learner, engines: list[Engine]) -> None:
         for version in (1, 2):
-            await way.deliver(await learner.publish(version))
+            await broadcast.deliver(await learner.publish(version))
             assert [engine.version for engine in engines] == [version] * 2
         assert [engine.joined for engine in engines] == [1, 1] and learner.stored == 0
 
-    play(journey)
+    run(scenario)
 
 
-def test_an_engine_that_was_lost_is_brought_up_alone_while_the_learner_has_its_weights() -> None:
-    async def journey(way: Broadcast, learner: Learner, engines: list[Engine]) -> None:
-        await way.join_engine(engines[0].actor)
-        assert (
-            engines[0].version == 0 and learner.stored == 0
-        )  # nothing was delivered: it has what it started with
-        await way.deliver(await learner.publish(1))
+def test_replaced_engine_gets_weights_while_the_learner_has_them() -> None:
+    async def scenario(broadcast: Broadcast, learner: Learner, engines: list[Engine]) -> None:
+        await broadcast.join_engine(engines[0].actor)
+        assert engines[0].version == 0 and learner.stored == 0  # nothing was delivered yet
+        await broadcast.deliver(await learner.publish(1))
         for engine in engines:
             engine.version = 0
-            await way.join_engine(engine.actor)
+            await broadcast.join_engine(engine.actor)
             assert engine.version == 1
-        assert learner.stored == 1  # one copy for both
-        learner.holds = None
-        await way.deliver(await learner.publish(2))
-        learner.holds = None  # a step later
-        with pytest.raises(ActorLostError, match="weights 2 were broadcast and are gone"):
-            await way.join_engine(engines[0].actor)
+        assert learner.stored == 1  # one copy serves both
+        learner.published_version = None
+        await broadcast.deliver(await learner.publish(2))
+        learner.published_version = None  # a step later
+        with pytest.raises(
+            ActorLostError, match="weights 2 were broadcast and do not exist any more"
+        ):
+            await broadcast.join_engine(engines[0].actor)
 
-    play(journey)
+    run(scenario)
 
 
-def test_who_died_before_a_broadcast_gets_it_with_everybody_else_in_a_new_group() -> None:
-    async def journey(way: Broadcast, learner: Learner, engines: list[Engine]) -> None:
-        await way.deliver(await learner.publish(1))
-        learner.holds = None
+def test_engine_that_died_before_a_broadcast_joins_a_new_group() -> None:
+    async def scenario(broadcast: Broadcast, learner: Learner, engines: list[Engine]) -> None:
+        await broadcast.deliver(await learner.publish(1))
+        learner.published_version = None
         engines[1].actor.lost = True
-        await way.deliver(await learner.publish(2))
+        await broadcast.deliver(await learner.publish(2))
         assert [engine.version for engine in engines] == [2, 2]
         assert [engine.joined for engine in engines] == [2, 2] and learner.stored == 0
 
-    play(journey)
+    run(scenario)
 
 
-def test_a_reference_that_moves_makes_everybody_take_the_weights_from_the_object_store() -> None:
-    async def journey(way: Broadcast, learner: Learner, engines: list[Engine]) -> None:
-        await way.deliver(await learner.publish(1, stored=True))
+def test_stored_snapshot_is_fetched_from_the_object_store() -> None:
+    async def scenario(broadcast: Broadcast, learner: Learner, engines: list[Engine]) -> None:
+        await broadcast.deliver(await learner.publish(1, stored=True))
         assert [(engine.version, engine.joined) for engine in engines] == [(1, 0), (1, 0)]
-        learner.holds = None
+        learner.published_version = None
         engines[0].version = 0
-        await way.join_engine(engines[0].actor)
+        await broadcast.join_engine(engines[0].actor)
         assert engines[0].version == 1
 
-    play(journey)
+    run(scenario)
 
 
-def test_an_engine_that_confirms_another_checksum_is_refused() -> None:
-    async def journey(way: Broadcast, learner: Learner, engines: list[Engine]) -> None:
-        learner.lies = True
+def test_engine_that_confirms_another_checksum_is_refused() -> None:
+    async def scenario(broadcast: Broadcast, learner: Learner, engines: list[Engine]) -> None:
+        learner.wrong_checksums = True
         with pytest.raises(
             WeightSyncError,
             match=r"engine 0 confirmed weights 1 with checksum .*, the learner sent weights 1",
         ):
-            await way.deliver(await learner.publish(1))
+            await broadcast.deliver(await learner.publish(1))
 
-    play(journey)
+    run(scenario)
 
 
 def test_each_engine_gets_the_handles_of_its_own_gpu() -> None:
     taken: dict[str, tuple[Any, ...]] = {}
     released: list[int] = []
 
-    class Neighbour(Engine):
+    class SharingEngine(Engine):
         def update(self, snapshot: WeightSnapshot, *payloads: Any) -> None:
             assert all(bucket.payload is None for bucket in snapshot.buckets) and not released
             taken[self.name] = payloads
@@ -447,19 +453,19 @@ def test_each_engine_gets_the_handles_of_its_own_gpu() -> None:
     async def release() -> None:
         released.append(len(taken))
 
-    async def journey() -> None:
-        engines = [Neighbour("engine 0"), Neighbour("engine 1")]
-        way = CudaIpc(SimpleNamespace(release=release), engines, timeout_s=20.0)  # type: ignore[arg-type]
+    async def scenario() -> None:
+        engines = [SharingEngine("engine 0"), SharingEngine("engine 1")]
+        transport = CudaIpc(SimpleNamespace(release=release), engines, timeout_s=20.0)  # type: ignore[arg-type]
         snapshot = await Learner().publish(3)
         buckets = tuple(
             replace(b, payload=(f"{i} on GPU 0", f"{i} on GPU 1"))
             for i, b in enumerate(snapshot.buckets)
         )
-        await way.deliver(replace(snapshot, buckets=buckets, transport="cuda_ipc"))
+        await transport.deliver(replace(snapshot, buckets=buckets, transport="cuda_ipc"))
         assert taken == {
             f"engine {gpu}": tuple(f"{i} on GPU {gpu}" for i in range(3)) for gpu in (0, 1)
         } and released == [2]
-        with pytest.raises(ActorLostError, match="weights 3 went from GPU to GPU"):
-            await way.join_engine(engines[0].actor)
+        with pytest.raises(ActorLostError, match="weights 3 were copied from GPU to GPU"):
+            await transport.join_engine(engines[0].actor)
 
-    asyncio.run(journey())
+    asyncio.run(scenario())

@@ -1,0 +1,33 @@
+"""Environment variables of a process that runs models.
+
+In: the device, a number of threads, and whether vLLM runs in it. Out: variables for a Ray
+runtime_env or os.environ, to be set before the process imports anything.
+"""
+
+from __future__ import annotations
+
+from rayhf.rollout.env import Device, engine_env
+
+
+def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str, str]:
+    """Return the variables of an actor's or a service's process.
+
+    Args:
+        device: of its models.
+        threads: CPU threads; None leaves them to the libraries.
+        vllm: the process runs a vLLM engine.
+    """
+    env = {
+        # Models are local directories: no process looks anything up.
+        "HF_HUB_OFFLINE": "1",
+        # A tokenizer's threads would compete with the model's.
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
+    if device == "cpu":
+        env["DS_ACCELERATOR"] = "cpu"
+        if threads is not None:
+            env["OMP_NUM_THREADS"] = str(threads)
+    if vllm:
+        env |= engine_env(device, threads)
+    return env
