@@ -45,7 +45,7 @@ class RolloutActor:
             max_length=max_length,
             seed=seed,
             device=device,
-            sleeps=sleeps,
+            sleep_mode=sleeps,
         )
 
     async def generate(

@@ -62,7 +62,7 @@ HEAP_ENGINE = 1.1
 """CPU: what oneDNN and malloc hold beside an engine's activations. Of those; fitted
 (tests/bench/RESULTS.md)."""
 LOGITS = 1 << 27
-"""rayhf.learner.forward.LOGITS_LIMIT; that file imports torch."""
+"""rayhf.models.forward.LOGITS_LIMIT; that file imports torch."""
 CPU_CACHE = GIB / 4
 """rayhf.rollout.vllm_driver.CPU_KV_CACHE_GIB; that file imports vLLM."""
 ENGINE_TOKENS = 16384

@@ -4,7 +4,6 @@ preference models are made of."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,19 +87,6 @@ def length_limit(model_config: Any, tokenizer: Any) -> int:
     return min(
         [int(limit) for limit in limits if limit and limit > 0] + [_UNBOUNDED]
     )  # XLNet says -1
-
-
-def pack(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Indices in batches of at most token_budget padded tokens, longest first; a longer row goes
-    alone."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def read_json(file: Path) -> dict[str, Any]:

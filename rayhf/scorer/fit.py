@@ -231,7 +231,7 @@ def _readable(row: Row | Problem, where: str) -> Row:
 
 
 def _example(pair: TextPair, texts: tuple[Row, Row], where: str, wanted: Sequence[str]) -> Example:
-    from rayhf.learner.forward import scored_row
+    from rayhf.models.forward import scored_row
 
     ratings = [pair.score_chosen, pair.score_rejected] if "score_chosen" in wanted else [None, None]
     rows = [

@@ -32,8 +32,9 @@ import numpy.typing as npt
 
 from rayhf.data.prompts import disarming, special_tokens
 from rayhf.errors import ConfigError
+from rayhf.models.packing import pack_rows
 from rayhf.models.source import refuse_own_code
-from rayhf.scorer.classifier import load_classifier, one_line, pack, read_json
+from rayhf.scorer.classifier import load_classifier, one_line, read_json
 from rayhf.types import (
     Compared,
     Comparison,
@@ -348,25 +349,21 @@ class PreferenceModel:
         """(d,) for each different row."""
         unique = list(dict.fromkeys(rows))
         outputs: dict[Row, Matrix] = {}
-        for batch in pack([len(row) for row in unique], self._token_budget):
+        for batch in pack_rows([len(row) for row in unique], self._token_budget):
             picked = [unique[index] for index in batch]
             outputs |= dict(zip(picked, self._forward(picked), strict=True))
         return outputs
 
     def _forward(self, rows: Sequence[Row]) -> Matrix:
-        """(rows, d), read at each row's last token. Attention is causal, so padding on the right is
-        never seen."""
+        """Return the outputs at each row's last token, as the learner reads them: (rows, d)."""
         import torch
 
-        width, model, device = max(map(len, rows)), self._classifier.model, self._classifier.device
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        from rayhf.models.forward import score_texts
+
         with torch.inference_mode():
-            body = getattr(model, model.base_model_prefix)
-            hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-            output = model.score(hidden[torch.arange(len(rows), device=device), last])
-        result: Matrix = output.double().cpu().numpy()
-        return result
+            output_Rd = score_texts(self._classifier.model, rows, self._classifier.device)
+        outputs: Matrix = output_Rd.double().cpu().numpy()
+        return outputs
 
 
 def _mean_win(win: Matrix, problem: Problem | None) -> Outcome:

@@ -18,8 +18,9 @@ import jinja2
 
 from rayhf.data.prompts import disarming
 from rayhf.errors import ConfigError
+from rayhf.models.packing import pack_rows
 from rayhf.models.source import refuse_own_code
-from rayhf.scorer.classifier import load_classifier, one_line, pack, read_json
+from rayhf.scorer.classifier import load_classifier, one_line, read_json
 from rayhf.scorer.comparisons import compare_scores
 from rayhf.types import (
     Comparison,
@@ -125,7 +126,7 @@ class RewardModel:
 
     def _score_rows(self, rows: Sequence[list[int]]) -> list[float]:
         values = [math.nan] * len(rows)
-        for batch in pack([len(row) for row in rows], self._token_budget):
+        for batch in pack_rows([len(row) for row in rows], self._token_budget):
             for index, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
                 values[index] = value
         return values

@@ -16,7 +16,7 @@ from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.spar import Dialogue, SPaR
 from rayhf.algorithms.spar_data import judge_accuracy, refiner_examples
 from rayhf.config.spar import RefinerDataConfig, SPaRConfig
-from rayhf.learner.forward import build_micro
+from rayhf.learner.micro_batch import build_micro_batch
 from rayhf.losses.base import Totals
 from rayhf.types import Completion, Failed, Prompt, Sampling, Scored, derive_seed
 
@@ -338,7 +338,7 @@ def test_both_objectives_give_finite_losses():
             for e in examples
         ]
         tokens = sum(len(row.response_ids) for row in rows)
-        _, micro = build_micro(
+        _, micro = build_micro_batch(
             annotated, Totals(tokens=tokens, rows=len(rows), examples=len(examples)), "cpu"
         )
         out = algorithm.loss(name)(torch.full((tokens,), -2.0, requires_grad=True), micro)

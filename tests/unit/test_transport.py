@@ -27,8 +27,8 @@ from rayhf.planning.preflight import check_settings, transport_of
 from rayhf.types import Probe, WeightBucket, WeightSnapshot
 from rayhf.weights.broadcast import Receiver, Sender
 from rayhf.weights.buckets import (
+    bucket_layout,
     device_checksum,
-    lay_out,
     pack_bucket,
     snapshot_checksum,
     unpack_bucket,
@@ -39,7 +39,7 @@ SHAPES = ([("a", (3, 5)), ("b", (70_000,))], [("c", (2,))], [("d", (1 << 20,))])
 """Three buckets: of some rows and a rest for the checksum, of almost nothing, and of more than a
 socket takes at once."""
 BUCKETS = [
-    WeightBucket(tensors=lay_out(shapes, torch.float32), payload=None, checksum="")
+    WeightBucket(tensors=bucket_layout(shapes, torch.float32), payload=None, checksum="")
     for shapes in SHAPES
 ]
 
@@ -169,7 +169,7 @@ def group(
 ) -> Iterator[tuple[Any, list[Receiver]]]:
     one = sender("127.0.0.1", members=1 + receivers, timeout_s=timeout_s, device=CPU)
     with ThreadPoolExecutor() as pool:
-        others = [pool.submit(Receiver, one.meeting, rank, CPU) for rank in range(1, receivers + 1)]
+        others = [pool.submit(Receiver, one.rendezvous, rank, CPU) for rank in range(1, receivers + 1)]
         one.join()
         joined = [other.result(20) for other in others]
     yield one, joined
@@ -190,7 +190,7 @@ def send(sender: Sender, version: int) -> list[WeightBucket]:
 
 def receive(receiver: Receiver, version: int) -> tuple[list[WeightBucket], dict[str, torch.Tensor]]:
     buckets, found = [], {}
-    for bucket, flat in receiver.arrivals(version, BUCKETS):
+    for bucket, flat in receiver.receive(version, BUCKETS):
         buckets.append(bucket)
         found |= {name: tensor.clone() for name, tensor in unpack_bucket(bucket, flat)}
     return buckets, found
@@ -215,9 +215,12 @@ def test_everybody_gets_what_was_sent_again_and_again() -> None:
 class Damaging(Sender):
     """One bit of the second bucket changes on its way."""
 
-    def _launch(self, flat: torch.Tensor) -> Any:
-        flat[3] ^= 16 * (len(self._sealed) == 2)
-        return super()._launch(flat)
+    sent = 0
+
+    def transmit(self, flat: torch.Tensor) -> Any:
+        self.sent += 1
+        flat[3] ^= 16 * (self.sent == 2)
+        return super().transmit(flat)
 
 
 def test_a_damaged_bucket_is_refused() -> None:
@@ -237,7 +240,7 @@ def test_buckets_of_another_version_are_refused() -> None:
         pool.submit(send, sender, 1)
         with pytest.raises(
             WeightSyncError,
-            match="bucket 1 of 3 of weights 2: what arrived is bucket 1 of weights 1",
+            match="bucket 1 of 3 of weights 2: received bucket 1 of weights 1 instead",
         ):
             result.result(20)
 
@@ -255,7 +258,7 @@ def test_who_is_gone_or_silent_is_missed_in_time() -> None:
         with pytest.raises(ActorLostError, match="weights by broadcast, sending: "):
             send(sender, 1)
     started = time.monotonic()
-    with pytest.raises(DeadlineError, match="meeting the others: wait timeout"):
+    with pytest.raises(DeadlineError, match="waiting for all members: wait timeout"):
         Sender("127.0.0.1", members=2, timeout_s=1.0, device=CPU).join()
     assert time.monotonic() - started < 10
 
@@ -344,7 +347,7 @@ class Learner:
 
     async def open_broadcast(self, members: int, timeout_s: float) -> Any:
         self.sender = Sender("127.0.0.1", members=members, timeout_s=timeout_s, device=CPU)
-        return self.sender.meeting
+        return self.sender.rendezvous
 
     def join_broadcast(self) -> Any:
         return remote(self.sender.join).remote()
