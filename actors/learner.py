@@ -197,7 +197,9 @@ class LearnerGroup:
     async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:
         self.holds = None
         lengths = [[len(row) for row in example.rows] for example in batch.examples]
-        hands = plan_micro_batches(lengths, ranks=len(self._actors), budget=self._config.token_budget)
+        hands = plan_micro_batches(
+            lengths, ranks=len(self._actors), budget=self._config.token_budget
+        )
         rows = [row for example in batch.examples for row in example.rows]
         totals = Totals(
             tokens=float(sum(len(row.response_ids) for row in rows)),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rayhf.config.algorithms import TAKES_LABELS
+from rayhf.config.registry import ALGORITHMS
 from rayhf.errors import ConfigError
 from rayhf.run_dir.state import read_state
 
@@ -119,7 +119,7 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
         holder=holder,
         epoch=int(campaign["epoch"]),
         algorithm=config["algorithm"]["type"],
-        takes_labels=config["algorithm"]["type"] in TAKES_LABELS,
+        takes_labels=hasattr(ALGORITHMS.resolve(config["algorithm"]["type"]), "takes_labels"),
         iteration=int(campaign["iteration"]),
         iterations=iterations,
         phase=f"round {progress['iteration']}, {phase}" if "iteration" in progress else "",

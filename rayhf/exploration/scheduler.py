@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import Any
 
 from rayhf.algorithms.context import ExplorationContext
-from rayhf.data.prompts import Chat
+from rayhf.data.chat import Chat
 from rayhf.exploration.journal import Journal
 from rayhf.roles import Rollout, Scorer
 from rayhf.types import (
@@ -100,7 +100,7 @@ class PromptContext:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of `text` as an answer, end-of-turn token included."""
-        return self._scheduler.chat.answer(self._prompt.messages, text)
+        return self._scheduler.chat.encode_response(self._prompt.messages, text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a part of a completion."""

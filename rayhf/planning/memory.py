@@ -186,7 +186,7 @@ def logits_bytes(
     shape: Shape, dtype: Dtype, tokens: int, *, backward: bool, entropy: bool = False
 ) -> float:
     """Of the language-model head, which runs on at most LOGITS elements at a time
-    (rayhf/learner/forward.py).
+    (rayhf/models/forward.py).
 
     Forward: the logits, in bfloat16 also in float32, and one float32 tensor inside logsumexp; for
     the entropy two. Backward: the logits and their float32 gradient, in bfloat16 that gradient

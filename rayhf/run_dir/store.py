@@ -356,7 +356,7 @@ def _making_of(config: CampaignConfig) -> str:
     and for how long."""
     decides = config.model_dump(
         mode="json",
-        exclude={"run", "cluster", "tracking", "guards", "tiny", "evaluations", "service"},
+        exclude={"run", "cluster", "trackers", "guards", "evaluations", "service"},
     )
     if config.learner.schedule != "constant":
         decides["iterations"] = config.run.iterations

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from alone import alone, process
-from test_gpu_learner import LARGE, start, train
+from gpu_learner import LARGE, start, train
 
 from rayhf.types import WeightSnapshot
 from tests.bench.random_llama import write_model

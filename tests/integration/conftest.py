@@ -66,7 +66,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def shared(start: Start) -> tuple[RolloutEngine, Qwen2ForCausalLM]:
-    """An engine that keeps version 0 throughout."""
+    """Return an engine that keeps version 0 throughout, and its model."""
     return start()
 
 

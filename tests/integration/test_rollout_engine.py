@@ -142,7 +142,7 @@ def test_equal_waves_are_equal_and_other_waves_do_not_matter(engine: RolloutEngi
 
 
 def test_a_wave_may_exceed_one_prefill_step(engine: RolloutEngine) -> None:
-    """vLLM 0.32 on CPU crashes when a seeded request's prompt is prefilled in parts."""
+    """On CPU vLLM 0.32 crashes when a seeded request's prompt is prefilled in parts."""
     wave = [
         make_request((3 + i % 26, 4 + i // 26, *LONG), number=i, seeds=(i,), max_tokens=2)
         for i in range(130)
@@ -227,7 +227,7 @@ def test_closed_engine_says_so(start: Start) -> None:
 
 
 def test_an_engine_that_slept_generates_the_same(start: Start) -> None:
-    """vLLM's CPU worker keeps its memory; scheduler, tags and order of calls are the real ones."""
+    """The CPU worker keeps its memory; scheduler, tags and order of calls are the real ones."""
     engine, model = start()
     before = engine.generate([make_request()], version=0)
     engine.sleep(keep_weights=True)

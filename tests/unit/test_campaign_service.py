@@ -7,8 +7,8 @@ import time
 import pytest
 import trustme
 import yaml
-from fakes import Quiet
-from test_controller import make_config, metrics_of, play
+from campaigns import make_config, metrics_of, play
+from fakes import SilentObserver
 from typer.testing import CliRunner
 
 from launch.cli import app
@@ -153,7 +153,7 @@ def test_a_stranger_hears_nothing(finished, served, files, tmp_path):
 
 def test_watching_tells_what_was_and_what_comes_and_ends_with_the_campaign(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = EventLog(store, Quiet())
+    recorder = EventLog(store, SilentObserver())
     for number in range(30):
         recorder.event("warn", f"old {number}")
     server = serve_campaign(store.path, ServiceConfig(), base=tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_controller import make_config, play
+from campaigns import make_config, play
 
 from actors.learner import LearnerActor
 from actors.reference import ReferenceActor

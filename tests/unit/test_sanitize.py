@@ -1,4 +1,4 @@
-"""What models, scorers and files wrote does not steer a terminal, wherever it is shown."""
+"""Texts of models, scorers and files cannot send control sequences to a terminal."""
 
 import io
 import json
@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from campaigns import make_config, play
 from rich.console import Console
-from test_controller import make_config, play
 
 from launch import cli
 from launch.operate import label, show_audit, show_status, watch
@@ -30,7 +30,7 @@ def shown(console):
     return console.file.getvalue()
 
 
-def test_plain_spells_out_and_keeps_the_rest():
+def test_control_characters_are_escaped():
     assert plain("a\x1b[31m\rb\x9b\u202e\ud800") == "a\\x1b[31m\\rb\\x9b\\u202e\\ud800"
     assert plain("Grüße, 漢字 😀\n\ttab") == "Grüße, 漢字 😀\n\ttab"
     assert not STEERING & set(plain(HOSTILE))
@@ -46,7 +46,7 @@ def test_events_in_the_live_view():
 
 @pytest.fixture
 def hostile_run(tmp_path):
-    """A run directory whose every text is hostile."""
+    """A run directory in which every text has control sequences."""
     config = make_config(tmp_path)
     play(config)
     store = RunDir(config)
@@ -74,7 +74,7 @@ def test_status_and_verify(hostile_run):
 
 
 class Campaign(FileControl):
-    """With an event and a pair of its own."""
+    """A campaign with a hostile event and a hostile pair."""
 
     def watch(self, going):
         yield {"time": "2026-11-21T12:00:00", "kind": "fault", "message": HOSTILE}
@@ -105,7 +105,7 @@ def test_a_directorys_name_in_the_summary(tmp_path):
     assert "\x1b" not in shown(console) and "[bold]run[bold]" in shown(console)
 
 
-def test_the_line_of_an_error(monkeypatch, capsys):
+def test_error_line(monkeypatch, capsys):
     for error, code in ((ScorerError(f"a rule said {HOSTILE}"), 9), (ValueError(HOSTILE), 1)):
 
         def fail(error=error):

@@ -7,8 +7,8 @@ import random
 
 import pyarrow.parquet as pq
 import pytest
+from campaigns import make_config, metrics_of, play
 from fakes import FakeChat, FakeRollout, FakeScorer, make_prompts
-from test_controller import make_config, metrics_of, play
 
 from actors.rollout import RolloutPool, _LeastBusy
 from rayhf.algorithms.base import sample_and_score
@@ -16,8 +16,7 @@ from rayhf.exploration.scheduler import RequestScheduler
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir import store
 from rayhf.types import GenerateRequest, Sampling
-from tests.bench.scale_sim import Case
-from tests.bench.scale_sim import play as simulated
+from tests.bench.scale_sim import Case, measure
 from tests.bench.simulated import World
 from tests.bench.virtual import simulate
 
@@ -58,15 +57,15 @@ def test_who_waits_for_nobody_is_told():
     async def work():
         await asyncio.get_running_loop().create_future()
 
-    with pytest.raises(RuntimeError, match="everybody waits for ever"):
+    with pytest.raises(RuntimeError, match="deadlock"):
         simulate(work())
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_simulated_campaign_with_dying_engines_is_whole(tmp_path, staleness):
-    case = Case(engines=3, prompts=32, rounds=3, max_staleness=staleness)
+    case = Case(engines=3, prompts=32, iterations=3, max_staleness=staleness)
     world = World(engines=3, slots=4, tokens=4, life_s=150.0, restart_s=20.0, invalid=0.0)
-    found = simulated(case, tmp_path / "run", world)
+    found = measure(case, tmp_path / "run", world)
     assert (
         found["failures"] > 0 and found["busy_at_update"] == 0 and found["staleness"] == staleness
     )

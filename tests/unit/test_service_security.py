@@ -86,7 +86,7 @@ def score(address, base, security, text="four", *, limit=16, timeout_s=5.0):
     try:
         asked = pb.ScoreRequests(requests=[encode_request(request(text))])
         reply = client.call(ScorerStub(client.channel).Score, asked, timeout_s=timeout_s)
-        return reply.answers[0].outcomes[0].scored.value
+        return reply.results[0].outcomes[0].scored.value
     finally:
         client.close()
 
@@ -175,7 +175,7 @@ def test_more_calls_than_places_are_refused_at_once():
     try:
         first = threading.Thread(target=score, args=(server.address, HERE, {}))
         first.start()
-        assert engine.asked.wait(5)
+        assert engine.called.wait(5)
         with pytest.raises(UnreachableError, match="resource_exhausted"):
             score(server.address, HERE, {}, timeout_s=0.4)
         first.join()
@@ -198,7 +198,7 @@ def test_stopping_lets_calls_under_way_end_and_takes_no_new_ones():
     server = serve(engine)
     call = threading.Thread(target=lambda: scores.append(score(server.address, HERE, {})))
     call.start()
-    assert engine.asked.wait(5)
+    assert engine.called.wait(5)
     server.stop()
     call.join()
     assert scores == [4.0]

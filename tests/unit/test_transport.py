@@ -44,7 +44,7 @@ BUCKETS = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------------- the choice
+# --------------------------------------------------------------------------------------- the choice
 
 
 def config(cluster: dict[str, Any], **sections: Any) -> Any:
@@ -118,7 +118,7 @@ def test_a_way_that_a_placement_does_not_have_is_refused(
     assert "\n" not in str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------------- the checksum
+# ------------------------------------------------------------------------------------- the checksum
 
 
 @settings(deadline=None)
@@ -160,7 +160,7 @@ def test_zeros_are_counted() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the channel
+# -------------------------------------------------------------------------------------- the channel
 
 
 @contextmanager
@@ -169,7 +169,9 @@ def group(
 ) -> Iterator[tuple[Any, list[Receiver]]]:
     one = sender("127.0.0.1", members=1 + receivers, timeout_s=timeout_s, device=CPU)
     with ThreadPoolExecutor() as pool:
-        others = [pool.submit(Receiver, one.rendezvous, rank, CPU) for rank in range(1, receivers + 1)]
+        others = [
+            pool.submit(Receiver, one.rendezvous, rank, CPU) for rank in range(1, receivers + 1)
+        ]
         one.join()
         joined = [other.result(20) for other in others]
     yield one, joined
@@ -263,7 +265,7 @@ def test_who_is_gone_or_silent_is_missed_in_time() -> None:
     assert time.monotonic() - started < 10
 
 
-# --------------------------------------------------------------------------------------------------------- the role
+# ----------------------------------------------------------------------------------------- the role
 
 POOL = ThreadPoolExecutor(16)
 
@@ -353,7 +355,7 @@ class Learner:
         return remote(self.sender.join).remote()
 
     def send(self, version: int) -> list[Any]:
-        return [remote(self._send).remote(version), remote(lambda: []).remote()]
+        return [remote(self._send).remote(version), remote(list).remote()]
 
     def _send(self, version: int) -> list[WeightBucket]:
         sealed = send(self.sender, version)

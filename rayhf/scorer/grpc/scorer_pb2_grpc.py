@@ -55,7 +55,7 @@ class ScorerServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """What is served: the same answer as long as the server lives.
+        """What is served: the same reply as long as the server runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
