@@ -15,7 +15,7 @@ Three things go wrong without this file:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm import LLM
@@ -93,12 +93,8 @@ def repack_tied_head(model: torch.nn.Module) -> None:
     Only CPU kernels (`cpu_linear`) keep a packed copy of the head's weight.
     """
     head = getattr(model, "lm_head", None)
-    config: Any = model.config
-    if (
-        head is None
-        or not hasattr(head, "cpu_linear")
-        or not getattr(config, "tie_word_embeddings", False)
-    ):
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if head is None or not hasattr(head, "cpu_linear") or not tied:
         return
     embedding = next(
         (module for name, module in model.named_modules() if name.endswith("embed_tokens")), None

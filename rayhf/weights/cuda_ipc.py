@@ -2,7 +2,7 @@
 
 In: a bucket's bytes on the learner's device. Out: a picklable handle, and the same bytes in another
 process. CUDA only. The learner keeps the bytes until every engine has confirmed; where an engine
-dies before it opened them, they stay allocated until the learner's process ends.
+crashes before it opened them, they stay allocated until the learner's process ends.
 
 This is the only file that uses torch.multiprocessing.reductions, read from torch 2.13;
 tests/unit/test_weights_cuda_ipc.py fails where its signature changes.

@@ -1,4 +1,4 @@
-"""A training model's parameters as others know them: whole, under Hugging Face names, LoRA merged.
+"""A training model's parameters for other components: whole, with Hugging Face names, LoRA merged.
 
 In: a Hugging Face model, possibly inside PEFT and sharded by ZeRO-3. Out: bucket after bucket of
 (name, tensor), of all parameters or of what LoRA trains only; or a model directory.

@@ -18,7 +18,10 @@ from rayhf.errors import ConfigError
 from rayhf.learner.build import load_model
 from rayhf.models.source import load_tokenizer, read_model_config
 from rayhf.reference.engine import ReferenceEngine
-from rayhf.scorer import preference_model, reward_model
+from rayhf.scorer.classifier import SCORER_FILE
+from rayhf.scorer.preference_model import PreferenceModel
+from rayhf.scorer.protocol import ScorerSetup
+from rayhf.scorer.reward_model import RewardModel
 
 SCORER_FACTS = {
     "kind": "general_preference",
@@ -91,17 +94,19 @@ def test_preflight_gives_the_reason_in_one_line(
         )
 
 
-@pytest.mark.parametrize("scorer", [reward_model.RewardModel, preference_model.PreferenceModel])
-def test_scorers_refuse_it_before_loading(scorer: type, plain_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scorer", [RewardModel, PreferenceModel])
+def test_scorers_refuse_it_before_loading(
+    scorer: type[RewardModel] | type[PreferenceModel], plain_model: Path, tmp_path: Path
+) -> None:
     path = own_code(plain_model, tmp_path / "needed", model_type="own")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(
         json.dumps({**config, "architectures": ["OwnForSequenceClassification"], "num_labels": 1})
     )
-    if scorer is preference_model.PreferenceModel:
-        (path / preference_model.SCORER_FILE).write_text(json.dumps(SCORER_FACTS))
+    if scorer is PreferenceModel:
+        (path / SCORER_FILE).write_text(json.dumps(SCORER_FACTS))
     with pytest.raises(ConfigError, match="brings code of its own"):
-        scorer(path)
+        scorer(scorer.Config(model=path), ScorerSetup(base=tmp_path))
     assert not (tmp_path / "mark").exists()
 
 
