@@ -20,7 +20,7 @@ import torch
 
 from actors.learner import LearnerGroup, RemoteLearner
 from actors.rollout import RolloutActor, RolloutPool
-from actors.supervise import Limits, SupervisedActor
+from actors.supervise import SupervisedActor, SupervisionLimits
 from actors.transport import transport
 from launch.local import ray_cluster
 from rayhf.config.schema import LearnerConfig, LoraConfig, RolloutConfig
@@ -84,7 +84,7 @@ class Stage:
         async def build(actor: Any) -> None:
             await asyncio.wrap_future(actor.build.remote(model, rollout, **settings).future())
 
-        limits = Limits(stall_s=TIMEOUT_S, restarts=3)
+        limits = SupervisionLimits(stall_s=TIMEOUT_S, restarts=3)
         self.engine = SupervisedActor(
             "rollout engine 0", remote.remote, build, limits=limits, report=self.report
         )
