@@ -25,7 +25,7 @@ from actors.remote import wait, wait_all
 from actors.supervise import SupervisedActor
 from rayhf.config.schema import LearnerConfig
 from rayhf.errors import ActorLostError
-from rayhf.learner.packing import plan
+from rayhf.learner.packing import plan_micro_batches
 from rayhf.losses.base import Loss, Totals
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.types import (
@@ -110,7 +110,7 @@ class LearnerActor(ReportsProcess):
                 return announce(self.engine, dtype, bucket_bytes)
             if transport == "cuda_ipc":
                 return self._ipc_sender.publish(self.engine, dtype, bucket_bytes)
-            buckets, probe = self.engine.publish(version, dtype, bucket_bytes, whole=whole)
+            buckets, probe = self.engine.publish(dtype, bucket_bytes, whole=whole)
         return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in buckets], probe
 
     def open_broadcast(self, members: int, timeout_s: float) -> Rendezvous:
@@ -121,7 +121,7 @@ class LearnerActor(ReportsProcess):
             self._sender.close()
         host = ray.util.get_node_ip_address()
         self._sender = Sender(host, members=members, timeout_s=timeout_s, device=self.engine.device)
-        return self._sender.meeting
+        return self._sender.rendezvous
 
     def join_broadcast(self) -> None:
         assert self._sender is not None
@@ -224,7 +224,9 @@ class LearnerClient:
     async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:
         self.published_version = None
         lengths = [[len(row) for row in example.rows] for example in batch.examples]
-        shares = plan(lengths, ranks=len(self._ranks), budget=self._config.token_budget)
+        shares = plan_micro_batches(
+            lengths, ranks=len(self._ranks), budget=self._config.token_budget
+        )
         rows = [row for example in batch.examples for row in example.rows]
         totals = Totals(
             tokens=float(sum(len(row.response_ids) for row in rows)),

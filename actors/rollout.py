@@ -54,7 +54,7 @@ class RolloutActor(ReportsProcess):
             max_length=max_length,
             seed=seed,
             device=device,
-            sleeps=sleeps,
+            sleep_mode=sleeps,
         )
 
     async def generate(

@@ -1,2 +1,10 @@
-"""The learner role: pack examples into micro-batches, run the model, step with DeepSpeed, publish
-the weights."""
+"""The learner role: DeepSpeed behind a synchronous engine, on one rank or several.
+
+packing.py        which examples go through the model together, on which rank
+micro_batch.py    examples as tensors for the model and the loss
+build.py          a model directory and a config to a DeepSpeed engine
+engine.py         LearnerEngine, what an actor wraps
+checkpoint.py     checkpoints that any number of ranks can continue
+offload.py        tensors out of GPU memory and back
+weight_sender.py  weights by broadcast or by CUDA IPC
+"""

@@ -14,11 +14,10 @@ def lr_factor(
     kind: Literal["constant", "linear", "cosine"],
     min_lr: float,
 ) -> float:
-    """The share of the peak learning rate that optimizer step `step` (from 0) uses.
+    """Return the fraction of the peak learning rate at optimizer step `step`, counted from 0.
 
-    Rises linearly over the first `warmup` share of `total_steps`, without a step at zero; then
-    stays, or falls to `min_lr` (a share of the peak) at the last step; beyond `total_steps` it
-    stays where it is.
+    Rises linearly over the first `warmup` fraction of `total_steps`, never zero; then stays, or
+    falls to `min_lr` (a fraction of the peak) at the last step, and remains there afterwards.
     """
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:

@@ -1,7 +1,7 @@
 """Losses that train scorers on preference pairs, from the outputs of the learner's "score" head.
 
 In: output_Td of shape (T, d), one line per row (a row to score has one response token, see
-learner.forward.scored_row, so T = R), and a MicroBatch of pairs: rows 2p and 2p + 1 belong to pair
+models.forward.scored_row, so T = R), and a MicroBatch of pairs: rows 2p and 2p + 1 belong to pair
 p. What the two rows hold depends on the loss:
   Bradley-Terry, regression   d = 1   (chosen, rejected), each text by itself: its score r
   pairwise                    d = 1   the same two completions in both orders, (chosen first,

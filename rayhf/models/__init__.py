@@ -1,1 +1,1 @@
-"""Model directories: where a model's files are and what they say of its architecture."""
+"""Model directories, what they say of an architecture, and the forward pass over a model."""

@@ -1,7 +1,8 @@
-"""Checks of a user's model directory, made before anything starts; and how every file of one is
-loaded, everywhere.
+"""Checks of a user's model directory before anything starts, and how its files are loaded.
 
-A model directory is data: code that comes with it is never run, and weights are safetensors.
+In: a Hugging Face model directory. Out: its config.json, its tokenizer, facts about it; ConfigError
+where it cannot be used. A model directory is data: code that it contains is never run, and weights
+are safetensors.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AS_DATA: Final = {"local_files_only": True, "trust_remote_code": False}
-"""For from_pretrained of configs and tokenizers."""
+"""Arguments of from_pretrained for configs and tokenizers."""
 WEIGHTS_AS_DATA: Final = {**AS_DATA, "use_safetensors": True}
-"""For from_pretrained of models."""
+"""Arguments of from_pretrained for models."""
+ModelConfig = Mapping[str, Any]
+"""The content of a config.json."""
 
 
-def read_model_config(path: Path, *, key: str) -> dict[str, Any]:
-    """The model's config.json. Raises ConfigError where the directory is no Hugging Face model."""
+def read_model_config(path: Path, *, key: str) -> ModelConfig:
+    """Return the model's config.json.
+
+    Raises ConfigError where the directory is not a Hugging Face model.
+    """
     if not path.is_dir():
         raise ConfigError(
             f"{key}: no such model directory {path}; expected a Hugging Face model "
@@ -36,7 +42,7 @@ def read_model_config(path: Path, *, key: str) -> dict[str, Any]:
             f"{key}: {path} has no config.json; expected a Hugging Face model directory"
         )
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config: ModelConfig = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{key}: {file} is not valid JSON ({error})") from None
     if not list(path.glob("*.safetensors")):
@@ -52,23 +58,27 @@ def tiny_hint(path: Path) -> str:
     return ""
 
 
-def refuse_own_code(path: Path, config: Mapping[str, Any], *, key: str) -> None:
-    """Raises ConfigError for a model that only its own code can load. Where transformers has its
-    type, such code is ignored."""
+def refuse_own_code(path: Path, config: ModelConfig, *, key: str) -> None:
+    """Raise ConfigError for a model that only its own code can load.
+
+    Where transformers implements the model's type, code in the directory is ignored.
+    """
     if "auto_map" not in config:
         return
     from transformers import CONFIG_MAPPING
 
     if config.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError(
-            f"{key}: {path} brings code of its own (auto_map in config.json), which is never run; expected a model_type that "
-            f"transformers has, got {config.get('model_type')!r}"
+            f"{key}: {path} brings code of its own (auto_map in config.json), which is never run; "
+            f"expected a model_type that transformers has, got {config.get('model_type')!r}"
         )
 
 
 def load_tokenizer(path: Path, *, key: str) -> PreTrainedTokenizerBase:
-    """The directory's tokenizer. Raises ConfigError where there is none, or it has no chat
-    template."""
+    """Load the directory's tokenizer.
+
+    Raises ConfigError where there is none, or it has no chat template.
+    """
     from transformers import AutoTokenizer
 
     if not ((path / "tokenizer.json").is_file() or (path / "tokenizer_config.json").is_file()):
@@ -81,19 +91,20 @@ def load_tokenizer(path: Path, *, key: str) -> PreTrainedTokenizerBase:
         ) from None
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"{key}: the tokenizer of {path} has no chat template; add chat_template.jinja or a chat_template entry"
+            f"{key}: the tokenizer of {path} has no chat template; add chat_template.jinja or a "
+            "chat_template entry"
         )
     return tokenizer
 
 
-def model_length(config: dict[str, Any]) -> int | None:
-    """The longest sequence the model was made for, in tokens."""
+def model_length(config: ModelConfig) -> int | None:
+    """Return the longest sequence that the model supports, in tokens."""
     value = config.get("max_position_embeddings")
     return int(value) if value else None
 
 
 def tokenizer_fingerprint(path: Path) -> str:
-    """Hash of what decides token ids: vocabulary, merges, special tokens."""
+    """Return a hash of the files that decide token ids: vocabulary, merges, special tokens."""
     file = path / "tokenizer.json"
     data = (
         file.read_bytes()

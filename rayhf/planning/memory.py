@@ -55,7 +55,7 @@ HEAP_GATHERED = 1.05
 HEAP_ENGINE = 1.1
 """CPU: memory that oneDNN and malloc hold, as a share of an engine's activations; fitted."""
 LOGITS = 1 << 27
-"""Elements of rayhf.learner.forward.LOGITS_LIMIT; that file imports torch."""
+"""Elements of rayhf.models.forward.LOGITS_LIMIT; that file imports torch."""
 CPU_CACHE = GIB / 4
 """Bytes of rayhf.rollout.vllm_driver.CPU_KV_CACHE_GIB; that file imports vLLM."""
 ENGINE_TOKENS = 16384

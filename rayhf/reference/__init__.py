@@ -1,2 +1,1 @@
-"""The reference role: frozen log-probs, refreshed from weight snapshots where the algorithm asks
-for it."""
+"""The reference role: frozen log-probs, refreshed from weight snapshots."""

@@ -1,22 +1,23 @@
-"""Frozen log-probs: one model, no gradient, refreshed from weight snapshots where the algorithm's
-schedule asks for it.
+"""Frozen log-probs: one model without gradient, refreshed from weight snapshots.
 
-In: rows and a temperature. Out: one float32 array of log-probs per row, by the same forward pass as
-the learner's. Nobody is waited for: every method is local to this process.
+In: rows and a temperature; buckets of weights where the algorithm's schedule refreshes the
+reference. Out: one float32 array of log-probs per row, by the same forward pass as the learner's.
+
+Synchronization: none, every method is local to this process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayhf.config.schema import ReferenceConfig
 from rayhf.errors import CheckpointError
-from rayhf.learner.forward import PolicyHead, build_inputs, prepare_config, token_batches
+from rayhf.models.forward import PolicyHead, build_inputs, prepare_config
+from rayhf.models.packing import pack_rows
 from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA
 from rayhf.types import FloatArray, Row, WeightBucket
 from rayhf.weights.buckets import Payload, check_complete, unpack_bucket, verify_bucket
@@ -25,8 +26,14 @@ FILE = "reference.safetensors"
 
 
 class ReferenceEngine:
-    """The reference policy in `dtype` ("float32" or "bfloat16") on `device` ("cpu" or
-    "cuda[:index]")."""
+    """The reference policy on one device.
+
+    Args:
+        model: Hugging Face model directory.
+        config: settings of the section `reference`.
+        dtype: "float32" or "bfloat16".
+        device: "cpu" or "cuda[:index]".
+    """
 
     def __init__(
         self, model: Path, config: ReferenceConfig, *, dtype: str, device: str = "cpu"
@@ -37,42 +44,43 @@ class ReferenceEngine:
         transformers.logging.disable_progress_bar()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.config, self.device = config, torch.device(device)
+        self.config = config
+        self.device = torch.device(device)
         model_config = transformers.AutoConfig.from_pretrained(str(model), **AS_DATA)
         prepare_config(model_config, attention="sdpa")
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        causal: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
             str(model),
             config=model_config,
             dtype=getattr(torch, dtype),
             attn_implementation="sdpa",
             **WEIGHTS_AS_DATA,
         )
-        self.policy = PolicyHead(loaded.to(self.device)).eval().requires_grad_(False)
-        self.weights: dict[str, Tensor] = dict(loaded.named_parameters())
+        self.policy = PolicyHead(causal.to(self.device)).eval().requires_grad_(False)
+        self.weights: dict[str, Tensor] = dict(causal.named_parameters())
         self.average: dict[str, Tensor] = {}
-        """Float32 copy in host memory, where a moving average began: in bfloat16 small steps would
-        round away."""
+        """Float32 copy in host memory, once a moving average began: in bfloat16, small steps would
+        round to nothing."""
 
     @torch.inference_mode()
     def logprobs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
-        """Log-probs of each row's response tokens at this temperature, in nats: float32 of shape
-        (len(response_ids),)."""
+        """Return the log-probs of each row's response tokens at this temperature, in nats.
+
+        float32 arrays of shape (len(response_ids),).
+        """
         results: dict[int, FloatArray] = {}
-        for batch in token_batches([len(row) for row in rows], self.config.token_budget):
-            logp_T, _ = self.policy(
-                build_inputs([rows[i] for i in batch], self.device), temperature
-            )
+        for batch in pack_rows([len(row) for row in rows], self.config.token_budget):
+            inputs = build_inputs([rows[i] for i in batch], self.device)
+            logp_T, _ = self.policy(inputs, temperature)
             parts = torch.split(logp_T.cpu(), [len(rows[i].response_ids) for i in batch])
             results.update((i, part.numpy().copy()) for i, part in zip(batch, parts, strict=True))
         return [results[i] for i in range(len(rows))]
 
     @torch.no_grad()
     def update(self, buckets: Sequence[tuple[WeightBucket, Payload]], mix: float) -> None:
-        """reference <- mix * snapshot + (1 - mix) * reference; mix 1 replaces it (TR-DPO,
-        Gorbatovski et al. 2024, eq. 2-3).
+        """Set reference <- mix * snapshot + (1 - mix) * reference; mix 1 replaces it.
 
-        Raises WeightSyncError, before anything changes, where a bucket is damaged or parameters are
-        missing or unknown.
+        TR-DPO, Gorbatovski et al. 2024, eq. 2-3. Raises WeightSyncError, before anything changes,
+        where a bucket is damaged or parameters are missing or unknown.
         """
         check_complete(
             {name: tuple(p.shape) for name, p in self.weights.items()},
@@ -101,8 +109,10 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Continue from `save`. Raises CheckpointError where the file is missing, unreadable or of
-        another model."""
+        """Continue from `save`.
+
+        Raises CheckpointError where the file is missing, unreadable or of another model.
+        """
         from safetensors import SafetensorError, safe_open
 
         try:

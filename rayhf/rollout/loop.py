@@ -1,10 +1,12 @@
-"""The one thread that owns an engine.
+"""The one thread that owns an engine, and the queue in front of it.
 
-In: waves (requests that enter together) and exclusive calls, from any thread. Out: a future for
-each. They are taken in the order they came. A wave enters between two engine steps, whole, and runs
-beside the waves that are already running (continuous batching). An exclusive call (new weights, a
-probe) waits until nothing runs, and whatever came after it waits for it. When a step raises, every
-future gets the error and the loop is broken for good.
+In: waves (requests that enter the engine together) and exclusive calls, from any thread. Out: a
+future for each. They are processed in order of arrival. A wave enters between two engine steps,
+whole, and runs beside the waves that are already running (continuous batching).
+
+Synchronization: an exclusive call (new weights, a probe) waits until nothing runs, and everything
+behind it in the queue waits for it. When a step raises, every future gets the error and the loop is
+broken for good.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from rayhf.errors import ActorLostError, DeadlineError, RayhfError
 from rayhf.types import Completion, GenerateRequest
 
 Result = list[tuple[Completion, ...]]
+"""The completions of each of a wave's requests."""
 
 
 @dataclass(eq=False)
@@ -29,45 +32,51 @@ class Wave:
 
     requests: Sequence[GenerateRequest]
     version: int
+    """The weights that must generate."""
     future: Future[Result] = field(default_factory=Future)
 
 
 class Driver(Protocol):
-    """An engine as the loop sees it. Called from the loop's thread only."""
+    """An engine as the loop sees it; called from the loop's thread only."""
 
     def admit(self, wave: Wave) -> None:
-        """Take a wave in whole, or raise and take nothing."""
+        """Start all requests of a wave, or raise and start none."""
         ...
 
     def step(self) -> list[tuple[Wave, Result | RayhfError]]:
-        """One engine step; the waves it finished. Raising breaks the loop."""
+        """Take one engine step and return the waves it finished. Raising breaks the loop."""
         ...
 
     def cancel(self) -> None:
-        """Forget every running wave."""
+        """Drop every running wave."""
         ...
 
     def close(self) -> None: ...
 
 
 D = TypeVar("D", bound=Driver)
+T = TypeVar("T")
 
 
 @dataclass
 class _Call(Generic[D]):
-    function: Callable[[D], Any]
+    """A function that runs while nothing else does."""
+
+    function: Callable[[D], object]
     future: Future[Any]
 
 
 class EngineLoop(Generic[D]):
-    """Runs a driver on a thread of its own. `build` is called on that thread; its error is raised
-    here."""
+    """A thread that runs a driver.
+
+    `build` is called on that thread; its error is raised in the constructor.
+    """
 
     def __init__(self, build: Callable[[], D]) -> None:
         self.steps = 0
         self.busy_s = 0.0
         self.progress = 0
-        """Grows whenever the engine did anything: a watchdog's heartbeat."""
+        """Grows whenever the engine did anything: the heartbeat that a watchdog reads."""
         self._queue: deque[Wave | _Call[D]] = deque()
         self._running: set[Wave] = set()
         self._condition = threading.Condition()
@@ -83,7 +92,7 @@ class EngineLoop(Generic[D]):
 
     @property
     def in_flight(self) -> int:
-        """Waves that run or wait."""
+        """Running and queued waves."""
         with self._condition:
             return len(self._running) + sum(isinstance(item, Wave) for item in self._queue)
 
@@ -91,15 +100,17 @@ class EngineLoop(Generic[D]):
         self._put(wave)
         return wave.future
 
-    def call(self, function: Callable[[D], Any]) -> Future[Any]:
-        """Run `function(driver)` when nothing else runs; its error is the future's."""
-        future: Future[Any] = Future()
+    def call(self, function: Callable[[D], T]) -> Future[T]:
+        """Run `function(driver)` while nothing else runs; its error is the future's."""
+        future: Future[T] = Future()
         self._put(_Call(function, future))
         return future
 
     def abort(self, reason: str) -> int:
-        """Fail every wave that runs or waits with RayhfError; the engine stays usable. Returns how
-        many there were."""
+        """Fail every running and queued wave with RayhfError; the engine stays usable.
+
+        Returns how many there were.
+        """
         done: Future[int] = Future()
         with self._condition:
             self._check_open()
@@ -108,8 +119,10 @@ class EngineLoop(Generic[D]):
         return done.result()
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """Fail whatever runs or waits, stop the thread and close the driver. Raises DeadlineError
-        if a step hangs."""
+        """Fail all waves and calls, stop the thread and close the driver.
+
+        Raises DeadlineError where a step does not return.
+        """
         with self._condition:
             self._closing = True
             self._condition.notify()
@@ -131,19 +144,21 @@ class EngineLoop(Generic[D]):
         if self._closing:
             raise RayhfError("the rollout engine is closed")
 
+    # ----------------------------------------------------------------------- on the loop's thread
+
     def _run(self, build: Callable[[], D], ready: Future[None]) -> None:
         try:
             driver = build()
-        except Exception as error:  # noqa: BLE001 - relayed to the constructor
+        except Exception as error:  # noqa: BLE001 - raised again by the constructor
             self._broken = RayhfError(f"the rollout engine did not start: {error}")
             ready.set_exception(error)
             return
         ready.set_result(None)
         try:
-            while self._turn(driver):
+            while self._iterate(driver):
                 pass
             self._fail_all(RayhfError("the rollout engine was closed"))
-        except Exception as error:  # noqa: BLE001 - a foreign engine may raise anything; every caller is told
+        except Exception as error:  # noqa: BLE001 - vLLM may raise anything; every caller gets it
             failure = ActorLostError(
                 f"the rollout engine failed in a step: {type(error).__name__}: {error}"
             )
@@ -154,8 +169,8 @@ class EngineLoop(Generic[D]):
         finally:
             driver.close()
 
-    def _turn(self, driver: D) -> bool:
-        """Wait for work, take in what may enter, step once. False when the loop shall end."""
+    def _iterate(self, driver: D) -> bool:
+        """Wait for work, admit what may enter, and take one step. Returns False when closing."""
         with self._condition:
             self._condition.wait_for(
                 lambda: self._queue or self._running or self._abort or self._closing
@@ -164,7 +179,7 @@ class EngineLoop(Generic[D]):
                 return False
         if self._abort is not None:
             self._abort_waves(driver)
-        self._take_in(driver)
+        self._process_queue(driver)
         if self._running:
             started = time.perf_counter()
             finished = driver.step()
@@ -173,10 +188,11 @@ class EngineLoop(Generic[D]):
             self.progress += 1
             for wave, result in finished:
                 self._running.remove(wave)
-                _settle(wave.future, result)
+                _resolve(wave.future, result)
         return True
 
-    def _take_in(self, driver: D) -> None:
+    def _process_queue(self, driver: D) -> None:
+        """Admit waves and run calls, in order, up to a call that has to wait for running waves."""
         while True:
             with self._condition:
                 if not self._queue or (isinstance(self._queue[0], _Call) and self._running):
@@ -191,18 +207,19 @@ class EngineLoop(Generic[D]):
                     self._running.add(item)
                 else:
                     item.future.set_result(item.function(driver))
-            except Exception as error:  # noqa: BLE001 - relayed to whoever asked
+            except Exception as error:  # noqa: BLE001 - raised again by the caller's future
                 item.future.set_exception(error)
 
     def _abort_waves(self, driver: D) -> None:
         with self._condition:
             assert self._abort is not None
-            (reason, done), self._abort = self._abort, None
-            waiting = [item for item in self._queue if isinstance(item, Wave)]
+            reason, done = self._abort
+            self._abort = None
+            queued = [item for item in self._queue if isinstance(item, Wave)]
             self._queue = deque(item for item in self._queue if not isinstance(item, Wave))
         aborted = [
             *self._running,
-            *(wave for wave in waiting if wave.future.set_running_or_notify_cancel()),
+            *(wave for wave in queued if wave.future.set_running_or_notify_cancel()),
         ]
         self._running.clear()
         driver.cancel()
@@ -212,20 +229,21 @@ class EngineLoop(Generic[D]):
 
     def _fail_all(self, error: RayhfError) -> None:
         with self._condition:
-            waiting = [item.future for item in self._queue]
+            queued = [item.future for item in self._queue]
             self._queue.clear()
-            abort, self._abort = self._abort, None
+            abort = self._abort
+            self._abort = None
         for wave in self._running:
             wave.future.set_exception(error)
         self._running.clear()
-        for future in waiting:
+        for future in queued:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
         if abort is not None:
             abort[1].set_exception(error)
 
 
-def _settle(future: Future[Result], result: Result | RayhfError) -> None:
+def _resolve(future: Future[Result], result: Result | RayhfError) -> None:
     if isinstance(result, RayhfError):
         future.set_exception(result)
     else:

@@ -1,36 +1,41 @@
-"""vLLM behind the loop: waves become vLLM requests, one per seed; finished requests become
-completions.
+"""vLLM behind the loop: waves become vLLM requests, one per seed; finished requests, completions.
 
 In: waves, snapshots and probes, on the loop's thread only. Out: completions with the log-probs of
-the distribution that was sampled from. This is the file that imports vLLM and translates its
-errors.
+the distribution that was sampled from. vLLM's errors are translated here.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from rayhf.config.schema import RolloutConfig
 from rayhf.errors import ConfigError, NumericalError, RayhfError, StaleWeightsError, WeightSyncError
+from rayhf.rollout import vllm_internals
 from rayhf.rollout.env import Device
 from rayhf.rollout.loop import Result, Wave
+from rayhf.rollout.vllm_internals import BucketBytes
 from rayhf.rollout.vllm_worker import BACKEND
 from rayhf.types import Completion, GenerateRequest, Probe, Sampling, WeightSnapshot
 from rayhf.weights.broadcast import Rendezvous
 from rayhf.weights.buckets import checkpoint_shapes, snapshot_checksum
 
+if TYPE_CHECKING:
+    from vllm.logprobs import FlatLogprobs
+
 CPU_KV_CACHE_GIB = 0.25
 CPU_BATCHED_TOKENS = 16384
-_UNCHECKED = 0.01
-"""Of a GPU's memory."""
+_UNCHECKED_FRACTION = 0.01
+"""A fraction of GPU memory so small that vLLM's check at the start passes."""
 
 
 @dataclass(eq=False)
@@ -41,6 +46,7 @@ class _Running:
     outputs: list[list[RequestOutput | None]]
     """One slot per request and seed."""
     missing: int
+    """Empty slots."""
     ids: list[str] = field(default_factory=list)
 
 
@@ -56,7 +62,7 @@ class VllmDriver:
         max_length: int,
         seed: int,
         device: Device,
-        sleeps: bool,
+        sleep_mode: bool,
     ) -> None:
         self.llm = _build(
             model,
@@ -65,47 +71,49 @@ class VllmDriver:
             max_length=max_length,
             seed=seed,
             device=device,
-            sleeps=sleeps,
+            sleep_mode=sleep_mode,
         )
         self._engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer()
-        self.vocab_size: int = self._engine.model_config.get_vocab_size()
+        self.vocab_size = vllm_internals.vocabulary_size(self.llm)
         self.stop_token_ids = stop_token_ids(model, self.tokenizer.eos_token_id)
-        hf_config = self._engine.model_config.hf_text_config
-        self.shapes = checkpoint_shapes(
-            model, tied=bool(getattr(hf_config, "tie_word_embeddings", False))
-        )
+        self.shapes = checkpoint_shapes(model, tied=vllm_internals.has_tied_embeddings(self.llm))
         self.tokens = 0
+        """Generated tokens."""
         self.version = 0
         self.damage: str | None = None
-        """Why the weights are undefined; None while they are fine."""
-        self.asleep: Literal["no", "keeping", "empty"] = "no"
-        """keeping: the weights wait in host memory; empty: it has none until the next load."""
+        """Why the weights are undefined; None while they are usable."""
+        self.sleep_state: Literal["awake", "weights_kept", "weights_discarded"] = "awake"
+        """Whether the weights of a sleeping engine are in host memory or nowhere."""
         self._requests: dict[str, tuple[_Running, int, int]] = {}
+        """By request id: its wave, and its slot there."""
         self._count = 0
-        init = {"names": frozenset(self.shapes), "directory": model}
-        self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init})
+        vllm_internals.init_weight_transfer(self.llm, frozenset(self.shapes), model)
 
-    def held_version(self) -> int:
-        """Raises WeightSyncError where the weights are undefined or asleep."""
-        self.check_sound()
-        if self.asleep != "no":
+    def usable_version(self) -> int:
+        """Return the weights' version. Raises WeightSyncError if they are undefined or asleep."""
+        self.check_usable()
+        if self.sleep_state != "awake":
             raise WeightSyncError("this rollout engine is asleep; wake it first")
         return self.version
 
-    def check_sound(self) -> None:
-        """Raises WeightSyncError where the weights are undefined."""
+    def check_usable(self) -> None:
+        """Raise WeightSyncError where the weights are undefined."""
         if self.damage is not None:
             raise WeightSyncError(
                 f"this rollout engine holds no usable weights: {self.damage}; start a new one"
             )
 
+    # --------------------------------------------------------------------------------- generation
+
     def admit(self, wave: Wave) -> None:
-        """Add every request of the wave, in order; lengths and token ids were checked before it was
-        queued."""
-        if wave.version != self.held_version():
+        """Add every request of the wave, in order.
+
+        Lengths and token ids were checked before the wave was queued.
+        """
+        if wave.version != self.usable_version():
             raise StaleWeightsError(
-                f"asked to write with weights {wave.version}, this engine holds weights {self.version}"
+                f"requests need weights {wave.version}, this engine holds weights {self.version}"
             )
         running = _Running(wave, [[None] * len(request.seeds) for request in wave.requests], 0)
         for row, request in enumerate(wave.requests):
@@ -122,6 +130,7 @@ class VllmDriver:
         running.missing = len(running.ids)
 
     def step(self) -> list[tuple[Wave, Result | RayhfError]]:
+        """Take one engine step and return the waves it finished."""
         finished: list[tuple[Wave, Result | RayhfError]] = []
         for output in self._engine.step():
             running, row, index = self._requests.pop(output.request_id)
@@ -133,61 +142,19 @@ class VllmDriver:
         return finished
 
     def cancel(self) -> None:
+        """Drop every running request."""
         self._engine.abort_request(list(self._requests))
         self._requests.clear()
 
     def close(self) -> None:
-        self._engine.engine_core.shutdown()
+        """Stop the engine."""
+        vllm_internals.shut_down(self.llm)
 
-    def reset_prefix_cache(self) -> None:
-        """Forget cached keys and values. Raises WeightSyncError where vLLM declines (it returns
-        False)."""
-        if not self.llm.reset_prefix_cache():
-            raise WeightSyncError("vLLM did not reset its prefix cache: requests are running")
+    def probe_logprobs(self, probe: Probe) -> npt.NDArray[np.float64]:
+        """Return the engine's log-probs of the probe's tokens at temperature 1.
 
-    def sleep(self, *, keep_weights: bool) -> None:
-        """Give the GPU's memory back: keys and values are forgotten, weights go to host memory or
-        are forgotten too.
-
-        vLLM calls that level 1 and 2. Nothing may be running.
+        Shape (len(token_ids) - 1,). Nothing may be running.
         """
-        self.llm.sleep(level=1 if keep_weights else 2)
-        self.asleep = "keeping" if keep_weights else "empty"
-
-    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Take memory again for one part; the engine is awake once it has both. Nothing where it is
-        awake."""
-        if self.asleep != "no" and self.llm.wake_up(tags=[part]):
-            self.asleep = "no"
-
-    def join_broadcast(self, meeting: Rendezvous, first: int) -> None:
-        """All workers join the learner's group, from place `first` on."""
-        self.llm.collective_rpc("join_broadcast", args=(meeting, first))
-
-    def load(self, snapshot: WeightSnapshot, payloads: list[Any]) -> str:
-        """One update session; the checksum of what was loaded. The weights are undefined if this
-        raises."""
-        rpc, checksum = self.llm.collective_rpc, snapshot.checksum
-        rpc("start_weight_update")
-        if snapshot.transport == "broadcast":
-            received = rpc("receive_broadcast", args=(snapshot.version, snapshot.buckets))
-            checksum = snapshot_checksum(received[0])
-            if any(snapshot_checksum(buckets) != checksum for buckets in received):
-                raise WeightSyncError(
-                    f"this engine's workers received different weights {snapshot.version}"
-                )
-        else:
-            for bucket, payload in zip(snapshot.buckets, payloads, strict=True):
-                rpc(
-                    "update_weights", kwargs={"update_info": {"bucket": bucket, "payload": payload}}
-                )
-        rpc("finish_weight_update")
-        self.reset_prefix_cache()
-        return checksum
-
-    def probe_logprobs(self, probe: Probe) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Log-probs of the probe's tokens under the engine, temperature 1, shape (len(token_ids) -
-        1,)."""
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -197,11 +164,12 @@ class VllmDriver:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._engine.add_request("probe", {"prompt_token_ids": list(probe.token_ids)}, params)
-        outputs: list[Any] = []
+        outputs: list[RequestOutput] = []
         while self._engine.has_unfinished_requests():
             outputs += self._engine.step()
+        logprobs = cast("FlatLogprobs", outputs[0].prompt_logprobs)
         # The first position has no log-prob, every other one has one value: its own token's.
-        return np.asarray(outputs[0].prompt_logprobs.logprobs, dtype=np.float64)
+        return np.asarray(logprobs.logprobs, dtype=np.float64)
 
     def _params(self, sampling: Sampling, seed: int) -> SamplingParams:
         return SamplingParams(
@@ -239,19 +207,75 @@ class VllmDriver:
                 completion = _completion(request, index, output, next(texts), self.version)
                 if not all(map(math.isfinite, completion.logprobs)):
                     return NumericalError(
-                        f"weights of version {self.version} give a non-finite log-prob for prompt {request.prompt_id}"
+                        f"weights of version {self.version} give a non-finite log-prob for prompt "
+                        f"{request.prompt_id}"
                     )
                 completions.append(completion)
             result.append(tuple(completions))
         return result
+
+    # ------------------------------------------------------------------------------------- memory
+
+    def reset_prefix_cache(self) -> None:
+        """Discard cached keys and values.
+
+        Raises WeightSyncError where vLLM declines (it returns False).
+        """
+        if not self.llm.reset_prefix_cache():
+            raise WeightSyncError("vLLM did not reset its prefix cache: requests are running")
+
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Free the GPU's memory: discard keys and values, move weights to host memory.
+
+        Without `keep_weights` the weights are discarded as well. vLLM calls that level 1 and 2.
+        Nothing may be running.
+        """
+        self.llm.sleep(level=1 if keep_weights else 2)
+        self.sleep_state = "weights_kept" if keep_weights else "weights_discarded"
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Allocate memory for one part; the engine is awake once it has both.
+
+        Does nothing where it is awake.
+        """
+        if self.sleep_state != "awake" and self.llm.wake_up(tags=[part]):
+            self.sleep_state = "awake"
+
+    # ------------------------------------------------------------------------------------ weights
+
+    def join_broadcast(self, rendezvous: Rendezvous, first_rank: int) -> None:
+        """Make all workers join the learner's group, with ranks from `first_rank` on."""
+        self.llm.collective_rpc("join_broadcast", args=(rendezvous, first_rank))
+
+    def load(self, snapshot: WeightSnapshot, payloads: Sequence[BucketBytes]) -> str:
+        """Run one weight update and return the checksum of what was loaded.
+
+        The weights are undefined if this raises.
+        """
+        checksum = snapshot.checksum
+        vllm_internals.start_update(self.llm)
+        if snapshot.transport == "broadcast":
+            received = self.llm.collective_rpc(
+                "receive_broadcast", args=(snapshot.version, snapshot.buckets)
+            )
+            checksum = snapshot_checksum(received[0])
+            if any(snapshot_checksum(buckets) != checksum for buckets in received):
+                raise WeightSyncError(
+                    f"this engine's workers received different weights {snapshot.version}"
+                )
+        else:
+            for bucket, payload in zip(snapshot.buckets, payloads, strict=True):
+                vllm_internals.load_bucket(self.llm, bucket, payload)
+        vllm_internals.finish_update(self.llm)
+        self.reset_prefix_cache()
+        return checksum
 
 
 def _completion(
     request: GenerateRequest, index: int, output: RequestOutput, text: str, version: int
 ) -> Completion:
     row = output.outputs[0]
-    reason: Any = row.finish_reason
-    logprobs: Any = row.logprobs
+    reason = row.finish_reason
     if reason not in ("stop", "length"):
         raise RayhfError(
             f"vLLM ended prompt {request.prompt_id} with {reason!r}, expected 'stop' or 'length'"
@@ -262,15 +286,17 @@ def _completion(
         seed=request.seeds[index],
         text=text,
         token_ids=tuple(row.token_ids),
-        logprobs=tuple(logprobs.logprobs),
+        logprobs=tuple(cast("FlatLogprobs", row.logprobs).logprobs),
         finish_reason=reason,
         policy_version=version,
     )
 
 
 def stop_token_ids(model: Path, eos_token_id: int | None) -> list[int]:
-    """End-of-turn tokens: the tokenizer's and those of generation_config.json (a chat model often
-    has several)."""
+    """Return the end-of-turn tokens of the tokenizer and of generation_config.json.
+
+    A chat model often has several.
+    """
     ids = set() if eos_token_id is None else {eos_token_id}
     file = model / "generation_config.json"
     if file.exists():
@@ -278,9 +304,13 @@ def stop_token_ids(model: Path, eos_token_id: int | None) -> list[int]:
         ids.update([listed] if isinstance(listed, int) else listed or [])
     if not ids:
         raise ConfigError(
-            f"policy.model: neither the tokenizer nor generation_config.json of {model} names an EOS token"
+            "policy.model: neither the tokenizer nor generation_config.json of "
+            f"{model} names an EOS token"
         )
     return sorted(ids)
+
+
+# ------------------------------------------------------------------------------- settings of vLLM
 
 
 def _build(
@@ -291,7 +321,7 @@ def _build(
     max_length: int,
     seed: int,
     device: Device,
-    sleeps: bool,
+    sleep_mode: bool,
 ) -> LLM:
     kv_cache_gib = config.kv_cache_gib or (CPU_KV_CACHE_GIB if device == "cpu" else None)
     eager = config.enforce_eager if config.enforce_eager is not None else device == "cpu"
@@ -311,39 +341,50 @@ def _build(
         "weight_transfer_config": {"backend": BACKEND},
         # Temperature, top-k and top-p applied: the distribution that was sampled from.
         "logprobs_mode": "processed_logprobs",
-        # Sampling comes from the request alone, not from defaults that ship with a checkpoint.
+        # Sampling is set by the request alone, not by defaults that ship with a checkpoint.
         "generation_config": "vllm",
         "enable_prefix_caching": config.prefix_caching is not False,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
     if device == "cpu":
-        # A prompt that is prefilled in parts makes vLLM 0.32 rewind the generators of seeded
-        # requests, which CPU generators cannot: the engine would die. So prompts go in whole, and
-        # the step must have room for the longest. What is cached comes in whole blocks: the
-        # smallest that the CPU kernels take, at the same speed as vLLM's 128.
-        settings |= {
-            "block_size": 32,
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(max_length, CPU_BATCHED_TOKENS),
-        }
+        settings |= _cpu_settings(max_length)
     else:
-        settings |= {
-            # With a cache of a given size this decides nothing, but vLLM would still want so much
-            # to be free at the start.
-            "gpu_memory_utilization": config.memory_fraction
-            if kv_cache_gib is None
-            else _UNCHECKED,
-            "tensor_parallel_size": config.tensor_parallel,
-            "enable_sleep_mode": sleeps,
-        }
-        if config.tensor_parallel > 1:
-            # Left alone, vLLM would see Ray's placement group and ask it for workers in a bundle
-            # that this actor fills.
-            settings["distributed_executor_backend"] = "mp"
+        settings |= _gpu_settings(config, kv_cache_gib, sleep_mode=sleep_mode)
     try:
         return LLM(str(model), **settings)
     except ValueError as error:
         raise ConfigError(
             f"vLLM refuses {model} with the settings of section rollout: {error}"
         ) from error
+
+
+def _cpu_settings(max_length: int) -> dict[str, Any]:
+    # A prompt that is prefilled in parts makes vLLM 0.32 rewind the generators of seeded requests,
+    # which CPU generators cannot: the engine would crash. So prompts enter whole, and a step must
+    # have room for the longest. Prefixes are cached in whole blocks: 32 tokens is the smallest size
+    # that the CPU kernels support, as fast as vLLM's 128.
+    return {
+        "block_size": 32,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_length, CPU_BATCHED_TOKENS),
+    }
+
+
+def _gpu_settings(
+    config: RolloutConfig, kv_cache_gib: float | None, *, sleep_mode: bool
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        # With a cache of a given size this decides nothing, but vLLM would still require this
+        # fraction to be free at the start.
+        "gpu_memory_utilization": config.memory_fraction
+        if kv_cache_gib is None
+        else _UNCHECKED_FRACTION,
+        "tensor_parallel_size": config.tensor_parallel,
+        "enable_sleep_mode": sleep_mode,
+    }
+    if config.tensor_parallel > 1:
+        # By default vLLM would detect Ray's placement group and request workers in a bundle that
+        # this actor fills.
+        settings["distributed_executor_backend"] = "mp"
+    return settings

@@ -7,7 +7,6 @@ In: a Hugging Face model directory with its own tokenizer and chat template. Out
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,21 +115,6 @@ def length_limit(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerB
     limits = [getattr(model_config, "max_position_embeddings", None), tokenizer.model_max_length]
     # XLNet says -1.
     return min([int(limit) for limit in limits if limit and limit > 0] + [_UNBOUNDED])
-
-
-def pack(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Yield indices in batches of at most token_budget padded tokens, longest first.
-
-    A longer row has a batch of its own.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def check_classifier(directory: Path, *, title: str) -> int:

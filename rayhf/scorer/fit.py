@@ -3,7 +3,7 @@
 launch/fit.py drives the learner in between:
 
 pairs file -> examples (equal completions dropped): two rows of a score head per pair
-              (learner.forward.scored_row)
+              (models.forward.scored_row)
 the learner's outputs on held-out pairs -> win_probability: P(chosen beats rejected)
               -> measure: accuracy, calibration, likelihood
 mark(directory) -> what makes an exported model serve as a scorer
@@ -175,7 +175,7 @@ def _required(row: TokenIds | Problem, where: str) -> TokenIds:
 def _example(
     pair: TextPair, texts: tuple[TokenIds, TokenIds], where: str, needs: Sequence[str]
 ) -> Example:
-    from rayhf.learner.forward import scored_row
+    from rayhf.models.forward import scored_row
 
     ratings = [pair.score_chosen, pair.score_rejected] if "score_chosen" in needs else [None, None]
     rows = [

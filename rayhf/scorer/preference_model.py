@@ -31,13 +31,13 @@ import numpy as np
 from rayhf.config.scorers import PairwiseEntryConfig, ScorerKind
 from rayhf.data.chat import special_token_escaper, special_tokens
 from rayhf.errors import ConfigError
+from rayhf.models.packing import pack_rows
 from rayhf.scorer.classifier import (
     SCORER_FILE,
     ClassifierEntryConfig,
     check_classifier,
     load_classifier,
     one_line,
-    pack,
     read_json,
 )
 from rayhf.scorer.comparisons import Matrix, Problem, has_verdict, mean_wins
@@ -318,26 +318,18 @@ class PreferenceModel(PairwiseScorer[PreferenceModelConfig]):
         """Return the output, shape (d,), of each different row."""
         unique = list(dict.fromkeys(rows))
         outputs: dict[TokenIds, Matrix] = {}
-        for batch in pack([len(row) for row in unique], self.config.token_budget):
+        for batch in pack_rows([len(row) for row in unique], self.config.token_budget):
             picked = [unique[index] for index in batch]
             outputs |= dict(zip(picked, self._forward(picked), strict=True))
         return outputs
 
     def _forward(self, rows: Sequence[TokenIds]) -> Matrix:
-        """Return outputs (rows, d), read at each row's last token.
-
-        Attention is causal, so padding on the right is never seen.
-        """
+        """Return the outputs at each row's last token, as the learner reads them: (rows, d)."""
         import torch
 
-        width = max(map(len, rows))
-        model = self._classifier.model
-        device = self._classifier.device
-        ids_RT = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-        last_R = torch.tensor([len(row) - 1 for row in rows], device=device)
+        from rayhf.models.forward import score_texts
+
         with torch.inference_mode():
-            body = getattr(model, model.base_model_prefix)
-            hidden = body(input_ids=ids_RT, use_cache=False).last_hidden_state
-            output = model.score(hidden[torch.arange(len(rows), device=device), last_R])
-        result: Matrix = output.double().cpu().numpy()
-        return result
+            output_Rd = score_texts(self._classifier.model, rows, self._classifier.device)
+        outputs: Matrix = output_Rd.double().cpu().numpy()
+        return outputs

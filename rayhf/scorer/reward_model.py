@@ -18,13 +18,13 @@ import jinja2
 from rayhf.config.scorers import PointwiseEntryConfig
 from rayhf.data.chat import special_token_escaper
 from rayhf.errors import ConfigError
+from rayhf.models.packing import pack_rows
 from rayhf.scorer.classifier import (
     SCORER_FILE,
     ClassifierEntryConfig,
     check_classifier,
     load_classifier,
     one_line,
-    pack,
     read_json,
 )
 from rayhf.scorer.comparisons import Problem
@@ -122,7 +122,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
 
     def _score_rows(self, rows: Sequence[list[int]]) -> list[float]:
         values = [math.nan] * len(rows)
-        for batch in pack([len(row) for row in rows], self.config.token_budget):
+        for batch in pack_rows([len(row) for row in rows], self.config.token_budget):
             for index, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
                 values[index] = value
         return values

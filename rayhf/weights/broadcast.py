@@ -1,16 +1,17 @@
-"""Weights by broadcast: a process group of their own. Rank 0 is the learner's sender, the others
-are the workers of all engines.
+"""Weight sync by broadcast: a process group of the learner's sender and the workers of all engines.
 
-In on one side: tensors. Out on the other: the buckets they were packed into, on the receiver's
-device, each checked against the seal that it carries. NCCL between GPUs, gloo between CPUs, and
-nothing else differs; torch's default group is not touched, since DeepSpeed and vLLM each have
-theirs.
+In, at rank 0: tensors. Out, at every other rank: the buckets they were packed into, on the
+receiver's device, each checked against the seal that follows its bytes. NCCL between GPUs, gloo
+between CPUs; nothing else differs. torch's default group is not touched, since DeepSpeed and vLLM
+each have theirs.
 
-Who waits for whom: opening waits for nobody, joining for all members. A bucket is on its way while
-the sender gathers and packs the next, and arrives while the receiver loads the one before. Every
-wait ends after `timeout_s`: with gloo as an error here; with NCCL torch's watchdog ends the
-process, which its supervisor sees. Like every torch process group this one trusts the network
-between its members.
+Synchronization: opening a group waits for no one, joining waits for all members. A bucket is sent
+while the sender gathers and packs the next one, and received while the receiver loads the previous
+one. Every wait ends after `timeout_s`: with gloo as an error here; with NCCL torch's watchdog ends
+the process, and its supervisor restarts it. Like every torch process group this one trusts the
+network between its members.
+
+This is the only file that creates torch's process groups directly, read from torch 2.13.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -28,16 +29,19 @@ from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, St
 
 from rayhf.errors import ActorLostError, DeadlineError, WeightSyncError
 from rayhf.types import TensorSpec, WeightBucket
-from rayhf.weights.buckets import device_checksum, fill, hexadecimal, nbytes_of
+from rayhf.weights.buckets import bucket_nbytes, device_checksum, fill_bucket, format_checksum
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Work
 
 SEAL_BYTES = 16
-"""Behind a bucket's tensors: its checksum, and which bucket of which version it is."""
-_MOST_BUCKETS = 1 << 20
+"""After a bucket's tensors: its checksum, and its number and weight version."""
+_MAX_BUCKETS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where the members of one group find each other."""
+    """Where the members of one group connect."""
 
     host: str
     port: int
@@ -46,154 +50,180 @@ class Rendezvous:
 
 
 class Sender:
-    """Rank 0 of one group. Raises ActorLostError where a member is gone, DeadlineError where one
-    does not get on."""
+    """Rank 0 of one group.
+
+    Methods raise ActorLostError where a member is gone, DeadlineError where one is too slow.
+    """
 
     def __init__(self, host: str, *, members: int, timeout_s: float, device: torch.device) -> None:
-        """`host`: this machine's address, as the other members see it."""
+        """Open the group; `host` is this machine's address as the other members see it."""
         timeout = timedelta(seconds=timeout_s)
         self._store = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
-        self.meeting = Rendezvous(host, self._store.port, members, timeout_s)
+        self.rendezvous = Rendezvous(host, self._store.port, members, timeout_s)
         self._device = device
-        self._group: Any = None
-        self._flying: tuple[Any, Tensor] | None = None
+        self._group: ProcessGroup | None = None
+        self._in_flight: tuple[Work, Tensor] | None = None
+        """The last broadcast, and its bytes, which must live until it is done."""
         self._sealed: list[tuple[tuple[TensorSpec, ...], Tensor]] = []
+        """Layouts and checksums of the buckets sent so far."""
 
     def join(self) -> None:
         """Wait for all members."""
-        self._group = _join(self._store, self.meeting, 0, self._device)
+        self._group = _join(self._store, self.rendezvous, 0, self._device)
 
     def close(self) -> None:
-        """Leave the group, also where others are gone. Safe to call twice."""
-        self._flying = None  # gloo closes its connections when nobody holds the group any more
+        """Leave the group, also where other members are gone. Safe to call twice."""
+        # gloo closes its connections once nothing refers to the group any more.
+        self._in_flight = None
         if self._group is not None:
             self._group.abort()
         self._group = None
 
     def send(self, version: int, specs: tuple[TensorSpec, ...], tensors: Iterable[Tensor]) -> None:
-        """Pack one bucket and let it go; the tensors are free again when this returns."""
-        flat = torch.zeros(nbytes_of(specs) + SEAL_BYTES, dtype=torch.uint8, device=self._device)
-        fill(flat, specs, tensors)
+        """Pack one bucket and start sending it; the tensors may change once this returns."""
+        flat = torch.zeros(
+            bucket_nbytes(specs) + SEAL_BYTES, dtype=torch.uint8, device=self._device
+        )
+        fill_bucket(flat, specs, tensors)
         self._sealed.append((specs, _seal(flat, version, len(self._sealed))))
-        self._land()
-        self._flying = self._launch(flat), flat
+        self._wait()
+        self._in_flight = self.transmit(flat), flat
 
-    def finish(self) -> list[WeightBucket]:
-        """Wait until the last one is away; what was sent since the last time, with checksums and
-        without bytes."""
-        self._land()
-        sealed, self._sealed = self._sealed, []
-        return [
-            WeightBucket(tensors=specs, payload=None, checksum=hexadecimal(int(total)))
-            for specs, total in sealed
-        ]
-
-    def _launch(self, flat: Tensor) -> Any:
-        with _translated("sending"):
+    def transmit(self, flat: Tensor) -> Work:
+        """Start the broadcast of one sealed bucket."""
+        with _torch_errors("sending"):
             return _broadcast(self._group, flat)
 
-    def _land(self) -> None:
-        if self._flying is not None:
-            with _translated("sending"):
-                self._flying[0].wait()
-            self._flying = None
+    def finish(self) -> list[WeightBucket]:
+        """Wait for the last bucket.
+
+        Returns the buckets sent since the previous call, with checksums and without bytes.
+        """
+        self._wait()
+        sealed = self._sealed
+        self._sealed = []
+        return [
+            WeightBucket(tensors=specs, payload=None, checksum=format_checksum(int(checksum)))
+            for specs, checksum in sealed
+        ]
+
+    def _wait(self) -> None:
+        if self._in_flight is not None:
+            with _torch_errors("sending"):
+                self._in_flight[0].wait()
+            self._in_flight = None
 
 
 class Receiver:
-    """One worker's place in a group. Joins when it is made; raises as Sender does, and where the
-    sender is gone."""
+    """One worker's membership in a group, which it joins when constructed.
 
-    def __init__(self, meeting: Rendezvous, rank: int, device: torch.device) -> None:
-        with _translated("meeting the learner"):
-            timeout = timedelta(seconds=meeting.timeout_s)
-            store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timeout)
+    Raises ActorLostError where the sender or a member is gone, DeadlineError where one is too slow.
+    """
+
+    def __init__(self, rendezvous: Rendezvous, rank: int, device: torch.device) -> None:
+        with _torch_errors("connecting to the learner"):
+            timeout = timedelta(seconds=rendezvous.timeout_s)
+            store = TCPStore(rendezvous.host, rendezvous.port, is_master=False, timeout=timeout)
         self._device = device
-        self._group = _join(store, meeting, rank, device)
+        self._group: ProcessGroup | None = _join(store, rendezvous, rank, device)
 
     def close(self) -> None:
-        """Leave the group, also where others are gone. Safe to call twice."""
+        """Leave the group, also where other members are gone. Safe to call twice."""
         if self._group is not None:
             self._group.abort()
         self._group = None
 
-    def arrivals(
+    def receive(
         self, version: int, buckets: Sequence[WeightBucket]
     ) -> Iterator[tuple[WeightBucket, Tensor]]:
-        """Each announced bucket with its checksum, and its bytes. Raises WeightSyncError for one
-        that is not what was sealed."""
-        coming = [self._expect(buckets[0])]
-        for number, bucket in enumerate(buckets):
-            coming += [self._expect(following) for following in buckets[number + 1 : number + 2]]
-            work, flat = coming.pop(0)
-            with _translated("receiving"):
-                work.wait()
-            yield (
-                replace(bucket, checksum=_check_seal(flat, version, number, len(buckets))),
-                flat[:-SEAL_BYTES],
-            )
+        """Yield each announced bucket with its checksum, and its bytes on the device.
 
-    def _expect(self, bucket: WeightBucket) -> tuple[Any, Tensor]:
-        flat = torch.empty(
-            nbytes_of(bucket.tensors) + SEAL_BYTES, dtype=torch.uint8, device=self._device
-        )
-        with _translated("receiving"):
+        Raises WeightSyncError for bytes that do not match their seal.
+        """
+        pending = [self._start_receiving(buckets[0])]
+        for number, bucket in enumerate(buckets):
+            pending += [self._start_receiving(b) for b in buckets[number + 1 : number + 2]]
+            work, flat = pending.pop(0)
+            with _torch_errors("receiving"):
+                work.wait()
+            checksum = check_seal(flat, version, number, len(buckets))
+            yield replace(bucket, checksum=checksum), flat[:-SEAL_BYTES]
+
+    def _start_receiving(self, bucket: WeightBucket) -> tuple[Work, Tensor]:
+        nbytes = bucket_nbytes(bucket.tensors) + SEAL_BYTES
+        flat = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        with _torch_errors("receiving"):
             return _broadcast(self._group, flat), flat
 
 
-def _join(store: Store, meeting: Rendezvous, rank: int, device: torch.device) -> Any:
+def _join(store: Store, rendezvous: Rendezvous, rank: int, device: torch.device) -> ProcessGroup:
+    """Return the group of one backend, without torch's wrapper around several backends.
+
+    Waits for all members.
+    """
     import torch.distributed.distributed_c10d as c10d
 
-    timeout = timedelta(seconds=meeting.timeout_s)
+    timeout = timedelta(seconds=rendezvous.timeout_s)
     store = PrefixStore("weights", store)
-    with _translated("meeting the others"):
+    with _torch_errors("waiting for all members"):
         if device.type == "cpu":
-            return c10d.ProcessGroupGloo(store, rank, meeting.members, timeout)
+            gloo = c10d.ProcessGroupGloo(store, rank, rendezvous.members, timeout)
+            return cast("ProcessGroup", gloo)
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return c10d.ProcessGroupNCCL(store, rank, meeting.members, options)
+        nccl = c10d.ProcessGroupNCCL(store, rank, rendezvous.members, options)
+        return cast("ProcessGroup", nccl)
 
 
-def _broadcast(group: Any, flat: Tensor) -> Any:
+def _broadcast(group: ProcessGroup | None, flat: Tensor) -> Work:
+    assert group is not None, "join first"
     options = BroadcastOptions()
-    options.rootRank, options.rootTensor = 0, 0
+    options.rootRank = 0
+    options.rootTensor = 0
     options.asyncOp = True  # NCCL would otherwise run on the stream that gathers, packs and loads
     return group.broadcast([flat], options)
 
 
 def _stamp(version: int, number: int) -> int:
-    return version * _MOST_BUCKETS + number
+    return version * _MAX_BUCKETS + number
 
 
 def _seal(flat: Tensor, version: int, number: int) -> Tensor:
-    """Write the seal into the buffer's end; the checksum, still on the device."""
-    total = device_checksum(flat[:-SEAL_BYTES])
+    """Write the seal at the buffer's end and return the checksum, still on the device."""
+    checksum = device_checksum(flat[:-SEAL_BYTES])
     seal = flat[-SEAL_BYTES:].view(torch.int64)
-    seal[0], seal[1] = total, _stamp(version, number)
-    return total
+    seal[0] = checksum
+    seal[1] = _stamp(version, number)
+    return checksum
 
 
-def _check_seal(flat: Tensor, version: int, number: int, of: int) -> str:
-    found = int(device_checksum(flat[:-SEAL_BYTES]))
+def check_seal(flat: Tensor, version: int, number: int, total: int) -> str:
+    """Return the checksum of bucket `number` (from 0) of `total`.
+
+    Raises WeightSyncError where it is not the sealed one, or the seal is another bucket's.
+    """
+    received = int(device_checksum(flat[:-SEAL_BYTES]))
     sent, stamp = flat[-SEAL_BYTES:].view(torch.int64).tolist()
-    where = f"weight bucket {number + 1} of {of} of weights {version}"
-    if found != sent:
+    where = f"weight bucket {number + 1} of {total} of weights {version}"
+    if received != sent:
         raise WeightSyncError(
-            f"{where}: received checksum {hexadecimal(found)}, the learner sent {hexadecimal(sent)}"
+            f"{where}: received checksum {format_checksum(received)}, "
+            f"the learner sent {format_checksum(sent)}"
         )
     if stamp != _stamp(version, number):
-        was = f"bucket {stamp % _MOST_BUCKETS + 1} of weights {stamp // _MOST_BUCKETS}"
-        raise WeightSyncError(f"{where}: what arrived is {was}")
-    return hexadecimal(found)
+        other = f"bucket {stamp % _MAX_BUCKETS + 1} of weights {stamp // _MAX_BUCKETS}"
+        raise WeightSyncError(f"{where}: received {other} instead")
+    return format_checksum(received)
 
 
 @contextmanager
-def _translated(doing: str) -> Iterator[None]:
-    """torch raises RuntimeErrors, whatever happened to a connection."""
+def _torch_errors(activity: str) -> Iterator[None]:
+    """Translate torch's errors: it raises RuntimeError whatever happened to a connection."""
     try:
         yield
     except RuntimeError as error:
         line = (str(error) or type(error).__name__).splitlines()[0][:200]
         late = "timed out" in line.lower() or "timeout" in line.lower()
         raise (DeadlineError if late else ActorLostError)(
-            f"weights by broadcast, {doing}: {line}"
+            f"weights by broadcast, {activity}: {line}"
         ) from error

@@ -1,5 +1,4 @@
-"""Parameters in flat, checksummed uint8 buckets: packed by the learner, checked and unpacked by
-every rollout engine.
+"""Parameters in flat, checksummed uint8 buckets: packed by the learner, unpacked by the engines.
 
 In: (name, tensor) pairs. Out: a WeightBucket whose payload any transport can carry, and views into
 a received payload. Every tensor starts at a multiple of 16 bytes, so a view in its own dtype needs
@@ -25,73 +24,82 @@ from rayhf.types import TensorSpec, WeightBucket
 ALIGNMENT = 16
 Payload = npt.NDArray[np.uint8]
 _COLUMNS = 4096
-_MIX, _STIR = -7046029254386353131, -4658895280553007687
-"""Odd numbers (of splitmix64, signed) that spread small ones over 64 bits."""
+_MIX = -7046029254386353131
+_STIR = -4658895280553007687
+"""Odd multipliers of splitmix64, signed: they spread small integers over 64 bits."""
 
 
 def pack_bucket(
     named_tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
 ) -> WeightBucket:
-    """Copy tensors (on any device, of any dtype) into one buffer as `dtype`. Padding is zero, so
-    equal weights give equal checksums."""
+    """Copy tensors of any device and dtype into one host buffer as `dtype`.
+
+    Padding is zero, so equal weights give equal checksums.
+    """
     tensors = list(named_tensors)
-    specs = lay_out([(name, tuple(tensor.shape)) for name, tensor in tensors], dtype)
-    payload = np.zeros(nbytes_of(specs), dtype=np.uint8)
-    fill(torch.from_numpy(payload), specs, (tensor for _, tensor in tensors))
+    specs = bucket_layout([(name, tuple(tensor.shape)) for name, tensor in tensors], dtype)
+    payload = np.zeros(bucket_nbytes(specs), dtype=np.uint8)
+    fill_bucket(torch.from_numpy(payload), specs, (tensor for _, tensor in tensors))
     return WeightBucket(tensors=specs, payload=payload, checksum=checksum(payload))
 
 
-def lay_out(
+def bucket_layout(
     shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype
 ) -> tuple[TensorSpec, ...]:
-    """Where parameters of these names and shapes lie in a bucket."""
+    """Return the positions in a bucket of parameters of these names and shapes."""
     specs: list[TensorSpec] = []
     for name, shape in shapes:
         spec = TensorSpec(
             name=name,
             dtype=str(dtype).removeprefix("torch."),
             shape=shape,
-            offset=nbytes_of(specs[-1:]),
+            offset=bucket_nbytes(specs[-1:]),
         )
         specs.append(spec)
     return tuple(specs)
 
 
-def nbytes_of(specs: Sequence[TensorSpec]) -> int:
-    """Bytes of a bucket that ends with the last of these tensors, padding included."""
+def bucket_nbytes(specs: Sequence[TensorSpec]) -> int:
+    """Return the bytes of a bucket that ends with the last of these tensors, padding included."""
     return specs[-1].offset + -(-_nbytes(specs[-1]) // ALIGNMENT) * ALIGNMENT if specs else 0
 
 
-def fill(flat: torch.Tensor, specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor]) -> None:
+def fill_bucket(
+    flat: torch.Tensor, specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor]
+) -> None:
     """Copy the tensors to their places in `flat`, a uint8 tensor on any device."""
     for spec, tensor in zip(specs, tensors, strict=True):
         _view(flat, spec).copy_(tensor.detach())
 
 
 def checksum(payload: Payload) -> str:
-    """XXH3 (128 bit) of the bytes: it guards against damage and mix-ups, not against an
-    attacker."""
+    """Return the XXH3 (128 bit) of the bytes.
+
+    It protects against damage and mix-ups, not against an attacker.
+    """
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(payload).data)
 
 
 def device_checksum(flat: torch.Tensor) -> torch.Tensor:
-    """64 bits of a uint8 tensor, whose size is a multiple of 8, as an int64 scalar on its device;
-    nothing is waited for.
+    """Return a 64-bit checksum of a uint8 tensor as an int64 scalar on its device.
 
-    Its 64-bit words stand in rows, and each is multiplied by a number of its row's plus one of its
-    column's, modulo 2**64. The sum is odd, so one word that changed always shows; it differs from
-    place to place, so words that changed places show, too. Like the other checksum it guards
-    against damage and mix-ups, not against an attacker.
+    The tensor's size is a multiple of 8. Nothing waits for the device. The tensor's 64-bit words
+    are arranged in rows, and each is multiplied by a number of its row plus one of its column,
+    modulo 2**64. That sum is odd, so a single changed word always changes the checksum; it differs
+    from position to position, so swapped words do too. Like XXH3 here, it protects against damage
+    and mix-ups, not against an attacker.
     """
     words = flat.view(torch.int64)
     whole = words.numel() // _COLUMNS * _COLUMNS
-    rows, rest = words[:whole].view(-1, _COLUMNS), words[whole:]
+    rows = words[:whole].view(-1, _COLUMNS)
+    rest = words[whole:]
     mixed = torch.arange(1, _COLUMNS + len(rows) + 1, device=flat.device) * _MIX
     mixed = (mixed ^ mixed >> 29) * _STIR
     mixed ^= mixed >> 32
-    column, row = mixed[:_COLUMNS], mixed[_COLUMNS:]
-    # Two plain sums over the bytes and no copy of them: the factors are applied to rows' and
-    # columns' sums.
+    column = mixed[:_COLUMNS]
+    row = mixed[_COLUMNS:]
+    # Applying the factors to the sums of rows and columns needs two plain sums over the words and
+    # no copy of them.
     total = (
         (rows.sum(1) * (row | 1)).sum()
         + (rows.sum(0) * (column & -2)).sum()
@@ -100,18 +108,18 @@ def device_checksum(flat: torch.Tensor) -> torch.Tensor:
     return total + words.numel()
 
 
-def hexadecimal(word: int) -> str:
-    """A device's checksum as text."""
+def format_checksum(word: int) -> str:
+    """Format a device checksum."""
     return f"{word % 2**64:016x}"
 
 
 def snapshot_checksum(buckets: Sequence[WeightBucket]) -> str:
-    """Over the bucket checksums, in order."""
+    """Return the checksum over the bucket checksums, in order."""
     return xxhash.xxh3_128_hexdigest("\n".join(bucket.checksum for bucket in buckets).encode())
 
 
 def verify_bucket(bucket: WeightBucket, payload: Payload) -> None:
-    """Raise WeightSyncError unless `payload` is the bucket's bytes, whole and undamaged."""
+    """Raise WeightSyncError unless `payload` is the bucket's bytes, complete and undamaged."""
     if payload.dtype != np.uint8 or payload.ndim != 1:
         raise WeightSyncError(
             f"{_label(bucket)}: payload is {payload.dtype} {payload.shape}, expected flat uint8"
@@ -121,22 +129,23 @@ def verify_bucket(bucket: WeightBucket, payload: Payload) -> None:
         raise WeightSyncError(
             f"{_label(bucket)}: payload has {payload.size} bytes, its tensors need {end}"
         )
-    found = checksum(payload)
-    if found != bucket.checksum:
+    received = checksum(payload)
+    if received != bucket.checksum:
         raise WeightSyncError(
-            f"{_label(bucket)}: received checksum {found}, the learner sent {bucket.checksum}"
+            f"{_label(bucket)}: received checksum {received}, the learner sent {bucket.checksum}"
         )
 
 
 def unpack_bucket(
     bucket: WeightBucket, payload: Payload | torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Views into `payload`, in the order they were packed. Read only: the bytes may be shared with
-    other processes."""
+    """Yield (name, view into `payload`) in packing order.
+
+    Read the views only: the bytes may be shared with other processes.
+    """
     if not isinstance(payload, torch.Tensor):
         with warnings.catch_warnings():
-            # A transport's array is not writable and torch warns about it; nobody writes to these
-            # views.
+            # torch warns that a transport's array is not writable; these views are never written.
             warnings.filterwarnings("ignore", message=".*not writable.*")
             payload = torch.from_numpy(payload)
     for spec in bucket.tensors:
@@ -146,16 +155,14 @@ def unpack_bucket(
 def check_complete(
     expected: Mapping[str, tuple[int, ...]], buckets: Iterable[WeightBucket]
 ) -> None:
-    """Raise WeightSyncError unless the buckets hold exactly the expected parameters, once each and
-    in shape."""
-    received = sent_shapes(buckets)
-    missing, unexpected = (
-        sorted(expected.keys() - received.keys()),
-        sorted(received.keys() - expected.keys()),
-    )
+    """Raise WeightSyncError unless the buckets hold each expected parameter once, in its shape."""
+    received = shapes_by_name(buckets)
+    missing = sorted(expected.keys() - received.keys())
+    unexpected = sorted(received.keys() - expected.keys())
     if missing or unexpected:
         raise WeightSyncError(
-            f"the weights do not match the model: missing {_some(missing)}; unexpected {_some(unexpected)}"
+            f"the weights do not match the model: missing {_some(missing)}; "
+            f"unexpected {_some(unexpected)}"
         )
     for name, shape in received.items():
         if shape != expected[name]:
@@ -164,9 +171,8 @@ def check_complete(
             )
 
 
-def sent_shapes(buckets: Iterable[WeightBucket]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what the buckets hold. Raises WeightSyncError where something is there
-    twice."""
+def shapes_by_name(buckets: Iterable[WeightBucket]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in the buckets by name. Raises WeightSyncError where a name repeats."""
     shapes: dict[str, tuple[int, ...]] = {}
     for bucket in buckets:
         for spec in bucket.tensors:
@@ -177,7 +183,7 @@ def sent_shapes(buckets: Iterable[WeightBucket]) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint_shapes(model: Path, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters of a Hugging Face directory (safetensors).
+    """Return the shapes of a Hugging Face directory's parameters (safetensors) by name.
 
     `tied`: the output head is the embedding; some checkpoints store it again, a learner never sends
     it.
@@ -194,7 +200,7 @@ def checkpoint_shapes(model: Path, *, tied: bool) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="numpy") as handle:
             names = handle.keys()  # the handle itself is not iterable
             for name in names:
-                # Old checkpoints store this buffer of the rotary embedding; it is no parameter.
+                # Old checkpoints store this buffer of the rotary embedding as well.
                 if not name.endswith("rotary_emb.inv_freq"):
                     shapes[name] = tuple(handle.get_slice(name).get_shape())
     if tied:
@@ -203,8 +209,10 @@ def checkpoint_shapes(model: Path, *, tied: bool) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint_tensors(model: Path, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters of these names of a Hugging Face directory. Files are mapped: bytes are read
-    when they are copied."""
+    """Yield a Hugging Face directory's parameters of these names.
+
+    Files are mapped: bytes are read when a tensor is copied.
+    """
     from safetensors import safe_open
 
     for file in sorted(model.glob("*.safetensors")):
@@ -223,7 +231,8 @@ def _dtype(spec: TensorSpec) -> torch.dtype:
     dtype = getattr(torch, spec.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise WeightSyncError(
-            f"parameter {spec.name} has dtype {spec.dtype!r}, expected a torch dtype such as 'float32'"
+            f"parameter {spec.name} has dtype {spec.dtype!r}, expected a torch dtype such as "
+            "'float32'"
         )
     return dtype
 

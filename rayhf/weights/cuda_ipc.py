@@ -1,55 +1,59 @@
-"""Weights that stay on their GPU: the engine that shares it opens the learner's memory and loads
-from there. CUDA only.
+"""Weights that stay on their GPU: an engine on the learner's GPU loads from the learner's memory.
 
-In: a bucket's bytes on the learner's device. Out: a handle that may travel by any way, and the same
-bytes in another process. The learner keeps them until every engine has confirmed; an engine that
-was lost before it opened them leaves them taken until the learner's process ends. Written against
-torch 2.13's `torch.multiprocessing.reductions`.
+In: a bucket's bytes on the learner's device. Out: a picklable handle, and the same bytes in another
+process. CUDA only. The learner keeps the bytes until every engine has confirmed; where an engine
+crashes before it opened them, they stay allocated until the learner's process ends.
+
+This is the only file that uses torch.multiprocessing.reductions, read from torch 2.13;
+tests/unit/test_weights_cuda_ipc.py fails where its signature changes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayhf.errors import WeightSyncError
 
-_DEVICE_ARGUMENT = 6
-"""Of `rebuild_cuda_tensor`: the device's index, which each process counts for itself."""
+DEVICE_ARGUMENT = 6
+"""Position among the arguments of `rebuild_cuda_tensor` of the device's index, which each process
+counts for itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class IpcExport:
-    """Somebody else's memory."""
+    """A handle to another process's GPU memory."""
 
     gpu: str
-    arguments: tuple[Any, ...]
+    """UUID of the GPU."""
+    arguments: tuple[object, ...]
+    """Arguments of torch's `rebuild_cuda_tensor`."""
 
 
 def export(flat: Tensor) -> IpcExport:
-    """Once for each process that will open it."""
+    """Export a tensor; call it once for each process that will open the handle."""
     from torch.multiprocessing.reductions import reduce_tensor
 
-    return IpcExport(_identity(flat.device), reduce_tensor(flat)[1])  # type: ignore[no-untyped-call]
+    return IpcExport(_gpu_uuid(flat.device), reduce_tensor(flat)[1])  # type: ignore[no-untyped-call]
 
 
-def opened(handle: IpcExport, device: torch.device) -> Tensor:
-    """The bytes, where they are. Raises WeightSyncError on another GPU."""
+def open_export(handle: IpcExport, device: torch.device) -> Tensor:
+    """Return the exported tensor without copying it. Raises WeightSyncError on another GPU."""
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-    here = _identity(device)
-    if here != handle.gpu:
+    gpu = _gpu_uuid(device)
+    if gpu != handle.gpu:
         raise WeightSyncError(
-            f"the weights lie on GPU {handle.gpu}, this engine is on GPU {here}: cuda_ipc needs both on one"
+            f"the weights are on GPU {handle.gpu}, this engine is on GPU {gpu}: cuda_ipc needs "
+            "both on one"
         )
     arguments = list(handle.arguments)
-    arguments[_DEVICE_ARGUMENT] = device.index or 0
+    arguments[DEVICE_ARGUMENT] = device.index or 0
     tensor: Tensor = rebuild_cuda_tensor(*arguments)  # type: ignore[no-untyped-call]
     return tensor
 
 
-def _identity(device: torch.device) -> str:
+def _gpu_uuid(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)

@@ -1,8 +1,10 @@
-"""The learner's weights on their way out, bucket by bucket: whole parameters under their Hugging
-Face names, LoRA merged; or only what LoRA trains, for those who have the rest.
+"""A training model's parameters for other components: whole, with Hugging Face names, LoRA merged.
 
-Every rank walks the buckets in lockstep, since ZeRO-3 gathers each parameter from all of them; only
-rank 0 sees tensors.
+In: a Hugging Face model, possibly inside PEFT and sharded by ZeRO-3. Out: bucket after bucket of
+(name, tensor), of all parameters or of what LoRA trains only; or a model directory.
+
+Synchronization: all ranks walk the buckets in lockstep, since ZeRO-3 gathers each parameter from
+all of them; only rank 0 gets tensors.
 """
 
 from __future__ import annotations
@@ -14,15 +16,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from rayhf.learner.forward import base_model
-from rayhf.weights.lora import A, B, merged
+from rayhf.models.peft import base_model
+from rayhf.weights.deepspeed_internals import whole_shape
+from rayhf.weights.lora import LORA_A, LORA_B, merge
 
-SHARD_BYTES = 4 << 30
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
+
+FILE_BYTES = 4 << 30
 """Largest file of an exported model."""
 
 COMPANIONS = (
@@ -35,16 +42,17 @@ COMPANIONS = (
     "chat_template*",
     "generation_config.json",
 )
-"""What belongs to a model directory besides weights and config.json."""
+"""Files of a model directory besides weights and config.json."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One tensor as the outside knows it."""
+    """One exported tensor: its name and shape, and how to compute it."""
 
     name: str
+    """Hugging Face parameter name, with a suffix for a factor of an adapter."""
     shape: tuple[int, ...]
-    needs: list[nn.Parameter]
+    parameters: list[nn.Parameter]
     """Parameters that must be whole before `value` is called."""
     value: Callable[[], Tensor]
 
@@ -54,7 +62,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class _Factor:
-    """One of an adapter's two matrices, as it takes part in the product."""
+    """One of an adapter's two matrices, scaled and oriented as in the product B @ A."""
 
     parameter: nn.Parameter
     scale: float
@@ -62,7 +70,7 @@ class _Factor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = _shape(self.parameter)
+        shape = whole_shape(self.parameter)
         return shape[::-1] if self.transposed else shape
 
     def value(self) -> Tensor:
@@ -70,35 +78,35 @@ class _Factor:
         return tensor.T if self.transposed else tensor
 
 
-def weights_of(model: nn.Module) -> list[Weight]:
-    """All parameters in the model's order, adapters merged. A tied head is not there: it is the
-    embedding."""
+def all_weights(model: nn.Module) -> list[Weight]:
+    """Return all parameters in the model's order, adapters merged.
+
+    A tied output head is not among them: it is the embedding.
+    """
     return [
         Weight(
             name,
-            _shape(parameter),
+            whole_shape(parameter),
             [parameter, *(factor.parameter for factor in factors)],
-            partial(_value, parameter, factors),
+            partial(_merged_value, parameter, factors),
         )
         for name, parameter, factors in _parameters(model)
     ]
 
 
-def trained_of(model: nn.Module) -> list[Weight]:
-    """What training changes: both factors of each adapter, and parameters that are trained
-    themselves."""
+def trained_weights(model: nn.Module) -> list[Weight]:
+    """Return what LoRA training changes: the adapters' factors, and parameters trained directly."""
     weights: list[Weight] = []
     for name, parameter, factors in _parameters(model):
         if not factors and parameter.requires_grad:
-            weights.append(Weight(name, _shape(parameter), [parameter], parameter.detach))
-        for suffix, factor in zip((A, B), factors, strict=False):
+            weights.append(Weight(name, whole_shape(parameter), [parameter], parameter.detach))
+        for suffix, factor in zip((LORA_A, LORA_B), factors, strict=False):
             weights.append(Weight(name + suffix, factor.shape, [factor.parameter], factor.value))
     return weights
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Sequence[_Factor]]]:
-    """Every parameter of the model as it was before it got adapters, and the factors A and B of its
-    own."""
+    """Yield every parameter of the base model under its name there, and its adapter's factors."""
     base = base_model(model)
     adapted = {
         id(layer.base_layer.weight): layer for layer in base.modules() if hasattr(layer, "lora_A")
@@ -113,52 +121,55 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Sequence[
             )
 
 
-def _factors(layer: Any) -> Sequence[_Factor]:
-    """Of a PEFT layer: it adds scale * B @ A, or that transposed where it is an embedding or keeps
-    its weight transposed."""
+def _factors(layer: LoraLayer) -> Sequence[_Factor]:
+    """Return the factors A and B of a PEFT layer.
+
+    The layer adds scale * B @ A, or its transpose where it is an embedding or stores its weight
+    transposed.
+    """
     (name,) = layer.active_adapters
-    scale, plain = layer.scaling[name], name in layer.lora_A
-    a = layer.lora_A[name].weight if plain else layer.lora_embedding_A[name]
-    b = layer.lora_B[name].weight if plain else layer.lora_embedding_B[name]
-    transposed = not plain or bool(layer.fan_in_fan_out)
-    first, second = _Factor(a, 1.0, transposed), _Factor(b, scale, transposed)
+    is_linear = name in layer.lora_A
+    a = layer.lora_A[name].weight if is_linear else layer.lora_embedding_A[name]
+    b = layer.lora_B[name].weight if is_linear else layer.lora_embedding_B[name]
+    transposed = not is_linear or bool(layer.fan_in_fan_out)
+    first = _Factor(a, 1.0, transposed)
+    second = _Factor(b, layer.scaling[name], transposed)
     return (second, first) if transposed else (first, second)
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Also of one that ZeRO-3 has cut."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _value(parameter: nn.Parameter, factors: Sequence[_Factor]) -> Tensor:
+def _merged_value(parameter: nn.Parameter, factors: Sequence[_Factor]) -> Tensor:
     weight: Tensor = parameter.detach()
-    return merged(weight, *(factor.value() for factor in factors)) if factors else weight
+    return merge(weight, *(factor.value() for factor in factors)) if factors else weight
 
 
-def buckets_of(weights: Sequence[Weight], *, limit_bytes: int, itemsize: int) -> list[list[Weight]]:
-    """Cut the weights, in order, into buckets of at most `limit_bytes` (or one weight)."""
+def split_into_buckets(
+    weights: Sequence[Weight], *, limit_bytes: int, itemsize: int
+) -> list[list[Weight]]:
+    """Split the weights, in order, into buckets of at most `limit_bytes`, or of one weight."""
     buckets: list[list[Weight]] = []
     size = 0
     for weight in weights:
-        need = weight.numel() * itemsize
-        if not buckets or size + need > limit_bytes:
+        nbytes = weight.numel() * itemsize
+        if not buckets or size + nbytes > limit_bytes:
             buckets.append([])
             size = 0
         buckets[-1].append(weight)
-        size += need
+        size += nbytes
     return buckets
 
 
-def gathered(
+def gather_buckets(
     buckets: Sequence[Sequence[Weight]], *, sharded: bool, rank: int
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """For each bucket the whole tensors where `rank` is 0, nothing elsewhere; valid until the next
-    bucket is asked for."""
+    """Yield each bucket's whole tensors where `rank` is 0, and an empty list elsewhere.
+
+    Tensors are valid until the next bucket is requested.
+    """
     import deepspeed
 
     for bucket in buckets:
-        needs = [parameter for weight in bucket for parameter in weight.needs]
-        with deepspeed.zero.GatheredParameters(needs, enabled=sharded), torch.no_grad():
+        parameters = [parameter for weight in bucket for parameter in weight.parameters]
+        with deepspeed.zero.GatheredParameters(parameters, enabled=sharded), torch.no_grad():
             yield [(weight.name, weight.value()) for weight in bucket] if rank == 0 else []
 
 
@@ -166,35 +177,38 @@ def export_model(
     model: nn.Module, directory: Path, *, source: Path, sharded: bool, rank: int
 ) -> None:
     """Write a Hugging Face model directory: safetensors, config and the source's tokenizer files.
-    All ranks take part."""
+
+    All ranks take part; rank 0 writes.
+    """
     from safetensors.torch import save_file
 
-    base: Any = base_model(model)
-    buckets = buckets_of(weights_of(model), limit_bytes=SHARD_BYTES, itemsize=4)
+    base = base_model(model)
+    buckets = split_into_buckets(all_weights(model), limit_bytes=FILE_BYTES, itemsize=4)
     if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
-    index: dict[str, str] = {}
+    files: dict[str, str] = {}
     size = 0
-    for number, tensors in enumerate(gathered(buckets, sharded=sharded, rank=rank), start=1):
+    for number, tensors in enumerate(gather_buckets(buckets, sharded=sharded, rank=rank), start=1):
         if rank != 0:
             continue
-        one = len(buckets) == 1
         file = (
-            "model.safetensors" if one else f"model-{number:05d}-of-{len(buckets):05d}.safetensors"
+            "model.safetensors"
+            if len(buckets) == 1
+            else f"model-{number:05d}-of-{len(buckets):05d}.safetensors"
         )
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors},
             directory / file,
             {"format": "pt"},
         )
-        index.update({name: file for name, _ in tensors})
+        files.update({name: file for name, _ in tensors})
         size += sum(tensor.nbytes for _, tensor in tensors)
     if rank != 0:
         return
     if len(buckets) > 1:
-        content = {"metadata": {"total_size": size}, "weight_map": index}
+        index = {"metadata": {"total_size": size}, "weight_map": files}
         (directory / "model.safetensors.index.json").write_text(
-            json.dumps(content, indent=2), encoding="utf-8"
+            json.dumps(index, indent=2), encoding="utf-8"
         )
     _write_config(base, directory, source)
     for pattern in COMPANIONS:
@@ -203,8 +217,8 @@ def export_model(
                 shutil.copyfile(path, directory / path.name)
 
 
-def _write_config(base: Any, directory: Path, source: Path) -> None:
-    """The source's config.json, changed only where the exported model differs from it."""
+def _write_config(base: PreTrainedModel, directory: Path, source: Path) -> None:
+    """Write the source's config.json, changed only where the exported model differs from it."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["architectures"] = [type(base).__name__]
     config.pop("torch_dtype", None)
@@ -214,11 +228,10 @@ def _write_config(base: Any, directory: Path, source: Path) -> None:
             ["SCORE"] if base.num_labels == 1 else [f"SCORE_{i}" for i in range(base.num_labels)]
         )
         config.pop("num_labels", None)
-        config["id2label"], config["label2id"] = (
-            dict(enumerate(labels)),
-            {label: i for i, label in enumerate(labels)},
-        )
+        config["id2label"] = dict(enumerate(labels))
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
     elif hasattr(base, "score"):
-        config["id2label"], config["label2id"] = {"0": "VALUE"}, {"VALUE": 0}
+        config["id2label"] = {"0": "VALUE"}
+        config["label2id"] = {"VALUE": 0}
         config["classifier_dropout"] = 0.0
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rayhf.learner.packing import plan
+from rayhf.learner.packing import plan_micro_batches
 from rayhf.types import Row
 
 MICROS = 4
@@ -43,7 +43,7 @@ def write_model(size: Size, directory: Path, *, seed: int, device: str) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rayhf.weights.export import Weight, buckets_of, weights_of
+    from rayhf.weights.export import Weight, all_weights, split_into_buckets
 
     config = LlamaConfig(
         vocab_size=size.vocabulary,
@@ -68,7 +68,7 @@ def write_model(size: Size, directory: Path, *, seed: int, device: str) -> None:
         return values.cpu()
 
     config.save_pretrained(directory)
-    shards = buckets_of(weights_of(model), limit_bytes=SHARD, itemsize=2)
+    shards = split_into_buckets(all_weights(model), limit_bytes=SHARD, itemsize=2)
     file_of: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -99,5 +99,5 @@ def make_rows(size: Size, seed: int) -> list[Row]:
 
 def micro_batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
     """Pack rows as the learner does on a single rank."""
-    (packed,) = plan([[len(row)] for row in rows], ranks=1, budget=budget)
+    (packed,) = plan_micro_batches([[len(row)] for row in rows], ranks=1, budget=budget)
     return [[rows[i] for i in micro] for micro in packed]

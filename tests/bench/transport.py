@@ -21,7 +21,7 @@ import torch
 
 from rayhf.types import WeightBucket
 from rayhf.weights.broadcast import Receiver, Rendezvous, Sender
-from rayhf.weights.buckets import lay_out, pack_bucket, unpack_bucket, verify_bucket
+from rayhf.weights.buckets import bucket_layout, pack_bucket, unpack_bucket, verify_bucket
 from tests.bench.results import put_section
 
 MB = 10**6
@@ -55,10 +55,10 @@ class Learner:
         """Open a process group of two; return its rendezvous and the layout of what is sent."""
         self.sender = Sender("127.0.0.1", members=2, timeout_s=300, device=torch.device("cpu"))
         self.layouts = [
-            lay_out([(name, tuple(t.shape)) for name, t in named], torch.float32)
+            bucket_layout([(name, tuple(t.shape)) for name, t in named], torch.float32)
             for named in self.buckets
         ]
-        return self.sender.meeting, [
+        return self.sender.rendezvous, [
             WeightBucket(tensors=specs, payload=None, checksum="") for specs in self.layouts
         ]
 
@@ -96,7 +96,7 @@ class Engine:
         self.receiver = Receiver(meeting, 1, torch.device("cpu"))
 
     def receive_broadcast(self, layouts: list[WeightBucket]) -> None:
-        for bucket, flat in self.receiver.arrivals(1, layouts):
+        for bucket, flat in self.receiver.receive(1, layouts):
             for name, tensor in unpack_bucket(bucket, flat):
                 self.weights[name].copy_(tensor)
 

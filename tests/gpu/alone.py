@@ -1,5 +1,8 @@
-"""A process of its own for what a test does on the GPU: DeepSpeed and vLLM choose their device when
-they are imported, and a process gives back all that it took only when it ends."""
+"""A new process for a test's work on the GPU.
+
+DeepSpeed and vLLM choose their device at import, and a process frees all its GPU memory only when
+it ends.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,20 @@ from rayhf.rollout.env import engine_env
 
 @contextmanager
 def process() -> Iterator[Callable[..., Any]]:
-    """Call functions in one new process, one after the other."""
+    """Yield a function that calls functions in one new process, one after the other."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_prepare) as pool:
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
 def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Call one function in a new process."""
     with process() as call:
         return call(function, *args)
 
 
 def _prepare() -> None:
-    """Other tests may have set up this environment for engines on CPU."""
+    """Undo what other tests may have set for engines on CPU."""
     for name in ("DS_ACCELERATOR", *engine_env("cpu")):
         os.environ.pop(name, None)
     os.environ.update(engine_env("gpu"))

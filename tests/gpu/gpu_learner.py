@@ -19,8 +19,6 @@ SMALL = Size(
     longest=64,
     budget=256,
 )
-
-
 LARGE = Size(
     hidden=1024,
     intermediate=2816,
@@ -32,7 +30,7 @@ LARGE = Size(
     longest=256,
     budget=2048,
 )
-"""156 M parameters: 2.3 GiB of weights and states, beside which CUDA's own memory is little."""
+"""156 M parameters: 2.3 GiB of weights and states, much more than CUDA's own memory."""
 
 
 def start(model: Path, device: str, **config: Any) -> Any:
@@ -46,8 +44,8 @@ def start(model: Path, device: str, **config: Any) -> Any:
     return LearnerEngine(model, settings, lr=1e-3, total_steps=1000, master=master, device=device)
 
 
-def learn(engine: Any, size: Size, steps: int) -> list[float]:
-    """Losses of steps over the same rows."""
+def train(engine: Any, size: Size, steps: int) -> list[float]:
+    """Return the losses of steps over the same rows."""
     from rayhf.losses.base import Totals
     from rayhf.losses.sft import SFTLoss
     from rayhf.types import Example

@@ -1,5 +1,7 @@
-"""A neighbor's memory on the same GPU. Not run yet: no GPU was at hand; written against torch
-2.13."""
+"""Another process's memory on the same GPU.
+
+Not run on a GPU yet; written against torch 2.13.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +13,21 @@ import torch
 
 from rayhf.errors import WeightSyncError
 from rayhf.weights.buckets import device_checksum
-from rayhf.weights.cuda_ipc import IpcExport, export, opened
+from rayhf.weights.cuda_ipc import IpcExport, export, open_export
 
 pytestmark = pytest.mark.gpu
 
 
-def look(handle: IpcExport) -> int:
-    return int(device_checksum(opened(handle, torch.device("cuda:0"))))
+def checksum(handle: IpcExport) -> int:
+    return int(device_checksum(open_export(handle, torch.device("cuda:0"))))
 
 
-def test_another_process_reads_what_lies_on_the_gpu_and_lets_it_go() -> None:
+def test_another_process_reads_exported_memory_and_frees_it() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as neighbor:
         for _ in range(3):
             flat = torch.randint(0, 256, (256 << 20,), dtype=torch.uint8, device="cuda")
-            assert neighbor.submit(look, export(flat)).result(120) == int(device_checksum(flat))
+            assert neighbor.submit(checksum, export(flat)).result(120) == int(device_checksum(flat))
             del flat
             torch.cuda.ipc_collect()
     torch.cuda.empty_cache()
@@ -34,4 +36,4 @@ def test_another_process_reads_what_lies_on_the_gpu_and_lets_it_go() -> None:
 
 def test_another_gpus_memory_is_refused() -> None:
     with pytest.raises(WeightSyncError, match="this engine is on GPU"):
-        opened(IpcExport("GPU-elsewhere", ()), torch.device("cuda:0"))
+        open_export(IpcExport("GPU-elsewhere", ()), torch.device("cuda:0"))

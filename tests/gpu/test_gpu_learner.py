@@ -1,8 +1,7 @@
-"""The learner on one CUDA device: it learns, computes what it computes on CPU, and leaves the
-device when it sleeps.
+"""The learner on one CUDA device: it learns, agrees with the CPU, and frees the device in sleep.
 
-Not run on a GPU yet: none was at hand. Written against torch 2.13 and deepspeed 0.19.8; what does
-not ask for CUDA's memory was run with device "cpu".
+Not run on a GPU yet; written against torch 2.13 and deepspeed 0.19.8. Everything that does not read
+CUDA's memory counters was run with device "cpu".
 """
 
 from __future__ import annotations
@@ -13,17 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 from alone import alone
-from gpu_learner import LARGE, SMALL, learn, start
+from gpu_learner import LARGE, SMALL, start, train
 
 from tests.bench.random_llama import make_rows, write_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-MEAN, LARGEST = 1e-5, 1e-3
-"""Float32 log-probs of two devices may be so far apart, in nats; two implementations on CPU differ
-by about 1e-6 on average."""
+MEAN = 1e-5
+LARGEST = 1e-3
+"""Limits on the gap between float32 log-probs of two devices, in nats; two implementations on CPU
+differ by about 1e-6 on average."""
 MEAN_BFLOAT16 = 0.05
-"""On CPU bfloat16 is 0.01 away from float32 with these weights."""
+"""Limit for bfloat16; on CPU it differs from float32 by 0.01 with these weights."""
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(model: Path, device: str) -> list[float]:
     engine = start(model, device, dtype="bfloat16", zero_stage=2, activation_checkpointing=True)
-    return learn(engine, SMALL, 10)
+    return train(engine, SMALL, 10)
 
 
 def test_bfloat16_with_zero_2_and_checkpointing_learns(small: Path) -> None:
-    found = alone(losses, small, "cuda")
-    assert found[-1] < found[0] - 0.2, found
+    nll = alone(losses, small, "cuda")
+    assert nll[-1] < nll[0] - 0.2, nll
 
 
 def logprobs(model: Path, device: str, dtype: str) -> Any:
@@ -63,26 +63,26 @@ def test_log_probs_are_those_of_the_cpu(small: Path) -> None:
 
 
 def sleep(model: Path, config: dict[str, Any]) -> tuple[float, float]:
-    """The share of its memory that a sleeping learner keeps, and how much of it the device has
-    back."""
+    """Return the fractions of its memory that a sleeping learner keeps, and that the device got."""
     import torch
 
     engine = start(model, "cuda", **config)
-    first = learn(engine, LARGE, 2)
+    first = train(engine, LARGE, 2)
     rows = make_rows(LARGE, seed=2)[:4]
     expected = engine.outputs(rows, 1.0)
     torch.cuda.empty_cache()
-    before, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    before = torch.cuda.memory_allocated()
+    free = torch.cuda.mem_get_info()[0]
     engine.sleep()
-    asleep, given = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0] - free
+    asleep = torch.cuda.memory_allocated()
+    freed = torch.cuda.mem_get_info()[0] - free
     engine.wake()
     assert torch.cuda.memory_allocated() >= 0.95 * before
-    for mine, theirs in zip(engine.outputs(rows, 1.0), expected, strict=True):
-        np.testing.assert_array_equal(
-            mine, theirs
-        )  # the same bits: a forward pass on the same device, nothing was lost
-    assert learn(engine, LARGE, 1)[0] < first[0]
-    return asleep / before, given / before
+    for actual, wanted in zip(engine.outputs(rows, 1.0), expected, strict=True):
+        # The same bits: nothing was lost, and a forward pass on one device is reproducible.
+        np.testing.assert_array_equal(actual, wanted)
+    assert train(engine, LARGE, 1)[0] < first[0]
+    return asleep / before, freed / before
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def sleep(model: Path, config: dict[str, Any]) -> tuple[float, float]:
         {"zero_stage": 3, "dtype": "bfloat16"},
     ],
 )
-def test_a_sleeping_learner_gives_its_memory_back(large: Path, config: dict[str, Any]) -> None:
-    kept, given = alone(sleep, large, {**config, "token_budget": LARGE.budget})
+def test_a_sleeping_learner_frees_its_memory(large: Path, config: dict[str, Any]) -> None:
+    kept, freed = alone(sleep, large, {**config, "token_budget": LARGE.budget})
     assert kept < 0.05, kept
-    assert given > 0.9, given
+    assert freed > 0.9, freed

@@ -1,7 +1,6 @@
-"""A vLLM engine on one CUDA device: it sleeps and wakes, takes new weights from host memory, and
-from a learner on the same GPU.
+"""A vLLM engine on one CUDA device: sleep mode, and weights from host memory or the same GPU.
 
-Not run on a GPU yet: none was at hand. Written against vllm 0.32 and torch 2.13.
+Not run on a GPU yet; written against vllm 0.32 and torch 2.13.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 from alone import alone, process
-from gpu_learner import LARGE, learn, start
+from gpu_learner import LARGE, start, train
 
 from rayhf.types import WeightSnapshot
 from tests.bench.random_llama import write_model
@@ -22,10 +21,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
 CACHE_GIB = 1.0
 GAP = 0.1
-"""Mean distance of an engine's bfloat16 log-probs from the learner's, in nats; between other
-weights it is about 1."""
+"""Limit on the mean gap between an engine's bfloat16 log-probs and the learner's, in nats; with
+other weights it is about 1."""
 _KEPT: dict[str, Any] = {}
-"""What a process of `process()` holds from one call to the next."""
+"""Objects that a process of `process()` keeps from one call to the next."""
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +44,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learner(model: Path) -> Any:
-    """One whose weights are elsewhere than the directory's."""
+    """Return a learner whose weights differ from the directory's."""
     engine = start(model, "cuda", dtype="bfloat16", token_budget=LARGE.budget)
-    learn(engine, LARGE, 4)
+    train(engine, LARGE, 4)
     return engine
 
 
-def snapshot(found: tuple[list[Any], Any], transport: Any) -> tuple[WeightSnapshot, list[Any]]:
-    """Weights 1 as they travel: what they are, and the bytes or handles."""
+def snapshot(published: tuple[list[Any], Any], transport: Any) -> tuple[WeightSnapshot, list[Any]]:
+    """Return weights 1 as they are sent: a snapshot without bytes, and the bytes or handles."""
     from rayhf.weights.buckets import snapshot_checksum
 
-    buckets, probe = found
+    buckets, probe = published
     bare = tuple(replace(bucket, payload=None) for bucket in buckets)
     described = WeightSnapshot(
         version=1, buckets=bare, checksum=snapshot_checksum(bare), probe=probe, transport=transport
@@ -64,7 +63,7 @@ def snapshot(found: tuple[list[Any], Any], transport: Any) -> tuple[WeightSnapsh
 
 
 def publish(model: Path) -> tuple[WeightSnapshot, list[Any]]:
-    return snapshot(learner(model).publish(1, "bfloat16", 64 << 20), "object_store")
+    return snapshot(learner(model).publish("bfloat16", 64 << 20), "object_store")
 
 
 def rollout(model: Path) -> Any:
@@ -75,12 +74,18 @@ def rollout(model: Path) -> Any:
         max_tokens=24, max_num_seqs=16, kv_cache_gib=CACHE_GIB, mismatch_limit=GAP
     )
     return RolloutEngine(
-        model, config, dtype="bfloat16", max_length=LARGE.longest, seed=0, device="gpu", sleeps=True
+        model,
+        config,
+        dtype="bfloat16",
+        max_length=LARGE.longest,
+        seed=0,
+        device="gpu",
+        sleep_mode=True,
     )
 
 
-def write(engine: Any, version: int) -> list[int]:
-    """A greedy answer, from a cold cache."""
+def generate(engine: Any, version: int) -> list[int]:
+    """Return a greedy completion, with an empty cache."""
     from rayhf.types import GenerateRequest, Sampling
 
     engine.reset_prefix_cache()
@@ -91,11 +96,13 @@ def write(engine: Any, version: int) -> list[int]:
     return list(engine.generate([request], version=version)[0][0].token_ids)
 
 
-def turns(
+def sleep_and_update(
     model: Path, described: WeightSnapshot, payloads: list[Any]
 ) -> tuple[float, float, float]:
-    """Sleep with and without weights. GiB that the first and second sleep gave back, and the
-    update's mean gap."""
+    """Sleep with and without keeping weights, then update.
+
+    Returns the GiB that the first and the second sleep freed, and the update's mean gap.
+    """
     import torch
 
     from rayhf.errors import WeightSyncError
@@ -104,13 +111,14 @@ def turns(
         return float(torch.cuda.mem_get_info()[0]) / 2**30
 
     engine = rollout(model)
-    first, awake = write(engine, 0), free()
+    first = generate(engine, 0)
+    awake = free()
     engine.sleep(keep_weights=True)
     light = free() - awake
     with pytest.raises(WeightSyncError, match="asleep"):
-        write(engine, 0)
+        generate(engine, 0)
     engine.wake()
-    assert write(engine, 0) == first
+    assert generate(engine, 0) == first
     awake = free()
     engine.sleep(keep_weights=False)
     deep = free() - awake
@@ -118,37 +126,37 @@ def turns(
         engine.wake()
     report = engine.update(described, payloads)
     assert report.version == 1 and report.checksum == described.checksum
-    assert write(engine, 1) != first
+    assert generate(engine, 1) != first
     engine.close()
     return light, deep, report.gap.mean
 
 
 def test_an_engine_sleeps_wakes_and_takes_weights(model: Path) -> None:
     described, payloads = alone(publish, model)
-    light, deep, gap = alone(turns, model, described, payloads)
+    light, deep, gap = alone(sleep_and_update, model, described, payloads)
     weights = sum(payload.nbytes for payload in payloads) / 2**30
     assert min(light, deep) > 0.9 * (CACHE_GIB + weights), (light, deep)
     assert gap < GAP
 
 
 def hold(model: Path) -> tuple[WeightSnapshot, list[Any]]:
-    """Publish on the GPU, and keep what was published."""
-    from rayhf.learner.weight_sender import Held
+    """Publish on the GPU, and keep the memory."""
+    from rayhf.learner.weight_sender import IpcSender
 
-    _KEPT.update(engine=learner(model), held=Held())
-    return snapshot(_KEPT["held"].publish(_KEPT["engine"], "bfloat16", 64 << 20), "cuda_ipc")
+    _KEPT.update(engine=learner(model), sender=IpcSender())
+    return snapshot(_KEPT["sender"].publish(_KEPT["engine"], "bfloat16", 64 << 20), "cuda_ipc")
 
 
-def let_go() -> int:
-    """Bytes of the learner's process that the published weights took."""
+def release() -> int:
+    """Free the published weights and return their bytes in the learner's process."""
     import torch
 
     before = torch.cuda.memory_allocated()
-    _KEPT["held"].release()
+    _KEPT["sender"].release()
     return int(before - torch.cuda.memory_allocated())
 
 
-def take(model: Path, described: WeightSnapshot, handles: list[Any]) -> float:
+def update(model: Path, described: WeightSnapshot, handles: list[Any]) -> float:
     _KEPT["engine"] = engine = rollout(model)
     engine.sleep(keep_weights=False)
     return float(engine.update(described, handles).gap.mean)
@@ -159,10 +167,10 @@ def close() -> None:
 
 
 def test_an_engine_loads_from_the_learner_on_its_gpu(model: Path) -> None:
-    with process() as learning, process() as writing:
+    with process() as learning, process() as generating:
         described, handles = learning(hold, model)
-        assert writing(take, model, described, handles) < GAP
-        assert learning(let_go) > 0.9 * 2 * 156e6, (
-            "the learner cannot have its memory back while the engine lives"
+        assert generating(update, model, described, handles) < GAP
+        assert learning(release) > 0.9 * 2 * 156e6, (
+            "the learner's memory is not freed while the engine lives"
         )
-        writing(close)
+        generating(close)

@@ -50,10 +50,9 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts engines, which end with the module."""
-    from engines import (
-        build,  # sets the process up for engines, and the learners' tests shall not be
-    )
+    """Return a function that starts engines; they are closed after the module."""
+    # Imported here: it prepares the process for vLLM, which the learner's tests must not have.
+    from engines import build
 
     with ExitStack() as ends:
 
@@ -67,7 +66,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def shared(start: Start) -> tuple[RolloutEngine, Qwen2ForCausalLM]:
-    """An engine that keeps version 0 throughout."""
+    """Return an engine that keeps version 0 throughout, and its model."""
     return start()
 
 

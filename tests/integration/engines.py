@@ -1,5 +1,4 @@
-"""Real engines over models of toy size, and what transformers says of the same weights. For the
-tests of this folder."""
+"""Real engines over tiny models, and what transformers computes with the same weights."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ def make_model(
         initializer_range=0.1,
     )
     model = Qwen2ForCausalLM(config).to(dtype).eval()
-    # As chat models have it: the tokenizer names one end, the generation config a second one.
+    # Like a chat model: the tokenizer names one end token, the generation config a second one.
     model.generation_config = GenerationConfig(eos_token_id=[END, TURN])
     model.save_pretrained(directory)
     tokenizer = Tokenizer(
@@ -71,7 +70,7 @@ def perturb(model: Qwen2ForCausalLM, seed: int) -> None:
 def logprobs_of(
     model: Qwen2ForCausalLM, token_ids: tuple[int, ...], temperature: float = 1.0
 ) -> torch.Tensor:
-    """Log-probs of every next token, shape (len(token_ids) - 1, vocabulary)."""
+    """Return the log-probs of every next token, shape (len(token_ids) - 1, vocabulary)."""
     with torch.no_grad():
         logits = model(torch.tensor([token_ids])).logits[0, :-1].float()
     return (logits / temperature).log_softmax(-1)
@@ -92,14 +91,14 @@ def snapshot_of(model: Qwen2ForCausalLM, version: int, *, buckets: int = 3) -> W
 
 
 def payloads_of(snapshot: WeightSnapshot) -> list[np.ndarray]:
-    """As a transport delivers them: arrays that nobody may write to."""
+    """Return read-only arrays, as a transport delivers them."""
     payloads = [bucket.payload.copy() for bucket in snapshot.buckets]
     for payload in payloads:
         payload.flags.writeable = False
     return payloads
 
 
-def ask(
+def make_request(
     token_ids: tuple[int, ...] = (5, 6, 7),
     *,
     seeds: tuple[int, ...] = (1, 2, 3, 4),

@@ -1,5 +1,4 @@
-"""A learner's ranks: processes that are handed functions. Importing DeepSpeed is slow, so they live
-for many tests."""
+"""A learner's ranks: processes that many tests share, because importing DeepSpeed is slow."""
 
 from __future__ import annotations
 
@@ -14,10 +13,10 @@ import numpy as np
 import torch
 
 from rayhf.config.schema import LearnerConfig, LoraConfig
-from rayhf.learner.forward import scored_row
-from rayhf.learner.packing import plan
+from rayhf.learner.packing import plan_micro_batches
 from rayhf.losses.base import LossOutput, MicroBatch, Totals
 from rayhf.losses.reward import BradleyTerryLoss
+from rayhf.models.forward import scored_row
 from rayhf.types import Example, Row
 
 VOCABULARY = 97
@@ -26,7 +25,7 @@ LR = 1e-3
 
 @dataclass(frozen=True)
 class WeightedLogp:
-    """-sum(advantage * log p) / tokens, minus a little entropy."""
+    """-sum(advantage * log p) / tokens, minus 0.01 of the entropy."""
 
     entropy: Literal["off", "metric", "loss"] = "loss"
 
@@ -99,25 +98,26 @@ def make_examples(count: int, seed: int = 0) -> list[Example]:
 
 
 class Ranks:
-    """`world` processes; `call` runs one function on all of them and returns their results by
-    rank."""
+    """`world` processes; `call` runs one function on all of them."""
 
     def __init__(self, world: int) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.master = ("127.0.0.1", probe.getsockname()[1])
         context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
+        self.pipes = []
+        self.processes = []
         for rank in range(world):
-            mine, theirs = context.Pipe()
+            parent, child = context.Pipe()
             process = context.Process(
-                target=serve, args=(theirs, rank, world, self.master), daemon=True
+                target=serve, args=(child, rank, world, self.master), daemon=True
             )
             process.start()
-            self.pipes.append(mine)
+            self.pipes.append(parent)
             self.processes.append(process)
 
     def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return the results by rank."""
         for pipe in self.pipes:
             pipe.send((function, args))
         results = []
@@ -188,9 +188,8 @@ def advance(
         totals = Totals(
             tokens=sum(len(r.response_ids) for r in rows), rows=len(rows), examples=len(examples)
         )
-        plans = plan(
-            [[len(r) for r in e.rows] for e in examples], ranks=engine.world, budget=budget
-        )
+        lengths = [[len(r) for r in e.rows] for e in examples]
+        plans = plan_micro_batches(lengths, ranks=engine.world, budget=budget)
         results.append(
             engine.step(
                 [[examples[i] for i in m] for m in plans[engine.rank]], totals, loss, temperature
@@ -200,10 +199,10 @@ def advance(
 
 
 def weights(engine: Any) -> dict[str, np.ndarray[Any, Any]]:
-    from rayhf.weights.export import buckets_of, gathered, weights_of
+    from rayhf.weights.export import all_weights, gather_buckets, split_into_buckets
 
-    plan = buckets_of(weights_of(engine.model), limit_bytes=1 << 20, itemsize=4)
-    parts = gathered(plan, sharded=engine.stage == 3, rank=engine.rank)
+    plan = split_into_buckets(all_weights(engine.model), limit_bytes=1 << 20, itemsize=4)
+    parts = gather_buckets(plan, sharded=engine.stage == 3, rank=engine.rank)
     return {name: tensor.float().numpy().copy() for part in parts for name, tensor in part}
 
 
@@ -218,7 +217,7 @@ def train(
 
 
 def relative(result: Any, expected: Any) -> float:
-    """Largest difference between two runs' weights, relative to how far training moved them."""
+    """Return the distance of two runs' weights, relative to how far training moved them."""
     moved = np.sqrt(sum(np.square(expected[2][n] - expected[1][n]).sum() for n in expected[1]))
-    apart = np.sqrt(sum(np.square(expected[2][n] - result[2][n]).sum() for n in expected[1]))
-    return float(apart / moved)
+    distance = np.sqrt(sum(np.square(expected[2][n] - result[2][n]).sum() for n in expected[1]))
+    return float(distance / moved)

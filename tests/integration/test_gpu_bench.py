@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from rayhf.learner.forward import PolicyHead, build_inputs
+from rayhf.models.forward import PolicyHead, build_inputs
 from rayhf.planning.shape import read_shape
 from tests.bench import gpu
 from tests.bench.random_llama import make_rows, micro_batches, write_model

@@ -1,5 +1,4 @@
-"""Real DeepSpeed on CPU: resume is exact, a checkpoint fits any number of ranks, a damaged one
-changes nothing."""
+"""Real DeepSpeed on CPU: resume is exact, and a damaged checkpoint is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +32,8 @@ def resume(
     second.load(directory)
     assert second.steps == 5
     assert advance(second, range(5, 10), 100, WeightedLogp()) == losses[5:]
-    a, b = weights(whole), weights(second)
+    a = weights(whole)
+    b = weights(second)
     return all(np.array_equal(a[name], b[name]) for name in a)
 
 
@@ -66,20 +66,25 @@ def write(
     lora: LoraConfig | None,
     config: Any,
 ) -> Any:
-    """Three steps, a checkpoint in many small files, two more steps: these steps' metrics, the
-    weights before and after all, and the state at the checkpoint."""
+    """Take three steps, save many small files, take two more steps.
+
+    Returns the last steps' metrics, the weights before and after all, and the state at the save.
+    """
     from rayhf.learner import checkpoint
 
     engine = start(keywords, model, head=head, lora=lora, **config)
-    before, loss = weights(engine), WeightedLogp() if head == "policy" else SquaredError()
+    before = weights(engine)
+    loss = WeightedLogp() if head == "policy" else SquaredError()
     advance(engine, range(3), 100, loss)
-    checkpoint.save(engine.engine, directory, engine._kind(), steps=engine.steps, share_bytes=8_000)
+    checkpoint.save(
+        engine.engine, directory, engine.identity(), steps=engine.steps, share_bytes=8_000
+    )
     state = masters(engine)
     return advance(engine, range(3, 5), 100, loss), before, weights(engine), state
 
 
 def masters(engine: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """Masters and moments as torch's optimizer or DeepSpeed's own helpers show them."""
+    """Return masters and moments as torch's optimizer or DeepSpeed's own helpers have them."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     result = {}
@@ -110,8 +115,7 @@ def read(
     lora: LoraConfig | None,
     config: Any,
 ) -> Any:
-    """What `write` did after its checkpoint, in a learner that starts from it (and first saves it
-    again)."""
+    """Load the checkpoint, save it again, and take the same two steps as `write`."""
     engine = start(keywords, model, head=head, lora=lora, **config)
     before = weights(engine)
     engine.load(directory)
@@ -125,14 +129,16 @@ def read(
 
 
 def saved(directory: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Everything trained that a checkpoint holds."""
+    """Return all tensors of a checkpoint but the random states."""
     from safetensors.numpy import load_file
 
     files = [*directory.glob("weights-*"), *directory.glob("optimizer-*")]
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-FLOAT32, DECAYED, BFLOAT16 = {"dtype": "float32"}, {"weight_decay": 0.1}, {"dtype": "bfloat16"}
+FLOAT32 = {"dtype": "float32"}
+DECAYED = {"weight_decay": 0.1}
+BFLOAT16 = {"dtype": "bfloat16"}
 ADAPTED = LoraConfig(rank=2, alpha=4)
 
 
@@ -179,7 +185,8 @@ def test_a_checkpoint_fits_any_ranks_and_stage(
     result = ranks[after[0]].call(
         read, tied_llama, tmp_path / "a", tmp_path / "b", head, lora, settings[1]
     )[0]
-    first, second = saved(tmp_path / "a"), saved(tmp_path / "b")
+    first = saved(tmp_path / "a")
+    second = saved(tmp_path / "b")
     assert (
         len(list((tmp_path / "a").glob("weights-*")))
         > len(list((tmp_path / "b").glob("weights-*")))
@@ -196,14 +203,15 @@ def test_a_checkpoint_fits_any_ranks_and_stage(
         assert all(np.array_equal(result[2][name], expected[2][name]) for name in expected[2])
     else:
         tolerance = 1e-5 if before[2] == after[2] != BFLOAT16 else 2e-2
-        for mine, theirs in zip(result[0], expected[0], strict=True):
-            assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+        for actual, wanted in zip(result[0], expected[0], strict=True):
+            assert actual == pytest.approx(wanted, rel=tolerance, abs=tolerance)
         assert relative(result, expected) < (1e-5 if tolerance == 1e-5 else 0.2)
 
 
 def refuse(keywords: dict[str, Any], model: Path, other: Path, directory: Path) -> None:
     start(keywords, model, zero_stage=0).save(directory)
-    index, file = directory / "learner.json", directory / "weights-00000.safetensors"
+    index = directory / "learner.json"
+    file = directory / "weights-00000.safetensors"
     found = sorted(path.name for path in directory.parent.rglob("*") if path.is_file())
     assert found == [
         "learner.json",
@@ -217,13 +225,15 @@ def refuse(keywords: dict[str, Any], model: Path, other: Path, directory: Path) 
         start(keywords, model, lora=ADAPTED).load(directory)
     with pytest.raises(
         CheckpointError,
-        match=r"another model: it has model\.lm_head\.weight with shape None, this learner \(97, 32\)",
+        match=r"another model: it has model\.lm_head\.weight with shape None, "
+        r"this learner \(97, 32\)",
     ):
         start(keywords, other).load(directory)
     engine = start(keywords, model, zero_stage=2)
     advance(engine, range(1), 100, WeightedLogp())
     before = weights(engine)
-    content, tensors = index.read_text(), file.read_bytes()
+    content = index.read_text()
+    tensors = file.read_bytes()
     changed = json.loads(content)
     name = next(iter(changed["parameters"]))
     changed["parameters"][name]["shape"] = [96, 32]

@@ -1,5 +1,4 @@
-"""Real DeepSpeed on CPU: sharding does not change the result, and what is published is what was
-trained."""
+"""Real DeepSpeed on CPU: sharding changes no result, and published weights are the trained ones."""
 
 from __future__ import annotations
 
@@ -44,13 +43,13 @@ def test_ranks_and_micro_batches_and_stages_do_not_change_the_result(
             train, tied_llama, 100, head, {"zero_stage": stage}
         )[0]
     for name, run in runs.items():
-        for mine, theirs in zip(run[0], expected[0], strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6), name
+        for actual, wanted in zip(run[0], expected[0], strict=True):
+            assert actual == pytest.approx(wanted, rel=1e-5, abs=1e-6), name
         assert relative(run, expected) < 1e-5, (name, relative(run, expected))
 
 
 def overflowing_ranks(keywords: dict[str, Any], model: Path) -> list[dict[str, float]]:
-    """One example for two ranks: the second rank has nothing to do."""
+    """Train on one example with two ranks: the second rank has no work."""
     engine = start(keywords, model, zero_stage=2)
     example = make_examples(1)[0]
     totals = Totals(tokens=sum(len(r.response_ids) for r in example.rows), rows=2, examples=1)
@@ -61,8 +60,8 @@ def overflowing_ranks(keywords: dict[str, Any], model: Path) -> list[dict[str, f
 def test_a_rank_without_work_takes_part(one: Ranks, two: Ranks, tied: Path) -> None:
     first, second = two.call(overflowing_ranks, tied)
     assert first == second
-    for mine, theirs in zip(first, one.call(overflowing_ranks, tied)[0], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5)
+    for actual, wanted in zip(first, one.call(overflowing_ranks, tied)[0], strict=True):
+        assert actual == pytest.approx(wanted, rel=1e-5)
 
 
 def poison(keywords: dict[str, Any], model: Path, stage: int, dtype: str) -> None:
@@ -98,29 +97,31 @@ def test_one_ranks_nan_stops_every_rank_and_leaves_no_trace(
 def sleep(
     keywords: dict[str, Any], model: Path, config: dict[str, Any], lora: LoraConfig | None
 ) -> float:
-    """Train with and without pauses, in which the tensors are elsewhere. The share of their bytes
-    that stayed."""
-    from rayhf.learner.offload import _storages
+    """Train with and without sleeping between steps.
+
+    Returns the largest share of the tensors' bytes that stayed on the device.
+    """
+    from rayhf.weights.deepspeed_internals import device_storages
 
     straight = start(keywords, model, lora=lora, **config)
     losses = advance(straight, range(4), 100, WeightedLogp())
     paused = start(keywords, model, lora=lora, **config)
     shares = []
     for step in range(4):
-        paused.wake()  # it is awake: nothing happens
+        paused.wake()  # already awake
         assert (
             advance(paused, range(step, step + 1), 100, WeightedLogp()) == losses[step : step + 1]
         )
-        before = sum(storage.nbytes() for storage in _storages(paused.engine))
+        before = sum(storage.nbytes() for storage in device_storages(paused.engine))
         paused.sleep()
         paused.sleep()
-        if config[
-            "zero_stage"
-        ]:  # at stage 0 on CPU the weights lie in the file's memory, which cannot be emptied
+        # At stage 0 on CPU the weights are in a mapped file, which cannot be emptied.
+        if config["zero_stage"]:
             assert not paused.model.lm_head.weight.untyped_storage().nbytes()
-        shares.append(sum(storage.nbytes() for storage in _storages(paused.engine)) / before)
+        shares.append(sum(storage.nbytes() for storage in device_storages(paused.engine)) / before)
         paused.wake()
-    a, b = weights(straight), weights(paused)
+    a = weights(straight)
+    b = weights(paused)
     assert all(np.array_equal(a[name], b[name]) for name in a)
     return max(shares)
 
@@ -145,15 +146,14 @@ def test_a_learner_that_slept_continues_with_the_same_bits(
 
 
 def evaluate(keywords: dict[str, Any], model: Path, stage: int) -> None:
-    """Ranks bring different numbers of rows; log-probs with and without gradient are the same
-    bits."""
+    """Evaluate different numbers of rows per rank; gradients do not change a bit of log-probs."""
     engine = start(keywords, model, zero_stage=stage, token_budget=60)
     rows = [row for example in make_examples(4) for row in example.rows][
         : 8 if engine.rank == 0 else 3
     ]
     outputs = engine.outputs(rows, 0.7)
     assert [len(o) for o in outputs] == [len(r.response_ids) for r in rows]
-    from rayhf.learner.forward import build_inputs
+    from rayhf.models.forward import build_inputs
 
     inputs = build_inputs(rows[:3], "cpu")
     engine.engine.train()
@@ -181,8 +181,8 @@ def publish(
     advance(engine, range(3), 100, WeightedLogp())
     before = weights(engine)
     engine.export(directory)
-    buckets, probe = engine.publish(3, "float32", 20_000, whole=True)
-    adapters, _ = engine.publish(3, "float32", 20_000)
+    buckets, probe = engine.publish("float32", 20_000, whole=True)
+    adapters, _ = engine.publish("float32", 20_000)
     assert all(np.array_equal(before[n], v) for n, v in weights(engine).items()), (
         "publishing changed the training weights"
     )
@@ -195,10 +195,9 @@ def publish(
 
 
 def check_adapted(adapters: Any, buckets: Any, model: Path) -> None:
-    """What an engine makes of the adapters and the initial directory is, bit by bit, what is
-    published whole."""
+    """Check that adapters merged with the initial directory are bit by bit the whole weights."""
     from rayhf.weights.buckets import unpack_bucket
-    from rayhf.weights.lora import with_base
+    from rayhf.weights.lora import merge_with_directory
 
     whole, factors = (
         dict(pair for b in bs for pair in unpack_bucket(b, b.payload)) for bs in (buckets, adapters)
@@ -207,16 +206,17 @@ def check_adapted(adapters: Any, buckets: Any, model: Path) -> None:
         len(factors) == 2 * 2 * 7
         and sum(b.payload.nbytes for b in adapters) < sum(b.payload.nbytes for b in buckets) / 2
     )
-    found = dict(with_base(model, whole.keys(), factors, device=torch.device("cpu")))
-    assert found.keys() == whole.keys() and all(
-        torch.equal(found[name], whole[name]) for name in whole
-    )
+    merged = dict(merge_with_directory(model, whole.keys(), factors, device=torch.device("cpu")))
+    assert merged.keys() == whole.keys()
+    assert all(torch.equal(merged[name], whole[name]) for name in whole)
 
 
 def check_published(buckets: Any, probe: Any, model: Path, directory: Path, *, tied: bool) -> float:
-    """A reference that starts from the *initial* model and takes the buckets must agree with the
-    probe, and so must the exported directory. Returns the distance between the two, and checks the
-    initial model is elsewhere."""
+    """Return how far a reference with the published weights is from the probe.
+
+    It starts from the *initial* model and takes the buckets; the exported directory must agree with
+    it, the initial model must not.
+    """
     from rayhf.reference.engine import ReferenceEngine
 
     assert len(buckets) > 1
@@ -262,8 +262,7 @@ def test_published_weights_are_the_trained_ones(
 
 
 def bfloat16(keywords: dict[str, Any], model: Path) -> list[float]:
-    """Rotary frequencies stay float32, whatever DeepSpeed casts; small updates survive in the
-    float32 masters."""
+    """Rotary frequencies stay float32; float32 masters keep small updates."""
     losses = []
     for stage in (1, 2, 3):
         engine = start(keywords, model, zero_stage=stage, dtype="bfloat16")
@@ -298,7 +297,7 @@ def test_activation_checkpointing_changes_nothing(one: Ranks, tied: Path) -> Non
 
 
 def value_lora(keywords: dict[str, Any], model: Path) -> tuple[float, float, float]:
-    """A critic starts at exactly zero, learns, and with LoRA trains its whole head."""
+    """Train a critic with LoRA: it starts at exactly zero, and its whole head is trained."""
     engine = start(keywords, model, head="value", lora=LoraConfig(rank=2, alpha=4), zero_stage=2)
     rows = [row for example in make_examples(2) for row in example.rows]
     first = max(float(np.abs(values).max()) for values in engine.outputs(rows, 1.0))

@@ -1,5 +1,4 @@
-"""A model directory that brings code along, and vLLM: the code never runs. Other loaders:
-tests/unit/test_own_code.py."""
+"""vLLM never runs the code of a model directory. Other loaders: tests/unit/test_own_code.py."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Adapters into a real vLLM engine: it computes, bit by bit, what it computes with the weights that
-the learner merged."""
+"""Adapters sent to a real vLLM engine: same bits as with the weights that the learner merged."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ import torch
 from engines import (
     LONG,
     MAX_LENGTH,
-    ask,
     make_model,
+    make_request,
     mean_gap,
     payloads_of,
     snapshot_of,
@@ -27,7 +26,7 @@ from rayhf.errors import WeightSyncError
 from rayhf.rollout.engine import RolloutEngine
 from rayhf.types import WeightSnapshot
 from rayhf.weights.buckets import pack_bucket, snapshot_checksum
-from rayhf.weights.export import Weight, trained_of, weights_of
+from rayhf.weights.export import Weight, all_weights, trained_weights
 
 
 def snapshot(model: Any, version: int, weights: Sequence[Weight]) -> WeightSnapshot:
@@ -57,29 +56,25 @@ def test_an_engine_merges_to_the_learners_bits(tmp_path: Path, tied: bool, targe
     )
     for version in (1, 2):
         move(model, version)
-        adapters, whole = (
-            snapshot(model, version, trained_of(model)),
-            snapshot(model, version, weights_of(model)),
-        )
+        adapters = snapshot(model, version, trained_weights(model))
+        whole = snapshot(model, version, all_weights(model))
         assert adapters.buckets[0].payload.nbytes < whole.buckets[0].payload.nbytes / 4
         report = engine.update(adapters, payloads_of(adapters))
-        assert (report.version, report.checksum) == (
-            version,
-            adapters.checksum,
-        ) and report.gap.mean < 1e-4
-        (answers,) = engine.generate([ask(LONG)], version=version)
-        assert mean_gap(model, ask(LONG), answers) <= 1e-4
-    # As in a round in which the reference moves: merged by the learner.
+        assert (report.version, report.checksum) == (version, adapters.checksum)
+        assert report.gap.mean < 1e-4
+        (completions,) = engine.generate([make_request(LONG)], version=version)
+        assert mean_gap(model, make_request(LONG), completions) <= 1e-4
+    # As in an iteration that updates the reference: merged by the learner.
     engine.update(whole, payloads_of(whole))
-    assert engine.generate([ask(LONG)], version=2) == [answers]
-    # Its weights are gone, and it has whole ones before: it starts from the directory again.
+    assert engine.generate([make_request(LONG)], version=2) == [completions]
+    # After its weights were discarded it starts from the directory again.
     engine.sleep(keep_weights=False)
     engine.update(adapters, payloads_of(adapters))
-    assert engine.generate([ask(LONG)], version=2) == [answers]
+    assert engine.generate([make_request(LONG)], version=2) == [completions]
     with pytest.raises(
         WeightSyncError,
         match=r"weights 2 stay in place: adapter of model.layers.0.self_attn.q_proj.weight: fac",
     ):
         engine.update(*without_one(adapters))
-    assert engine.generate([ask(LONG)], version=2) == [answers]
+    assert engine.generate([make_request(LONG)], version=2) == [completions]
     engine.close()

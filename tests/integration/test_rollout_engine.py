@@ -13,8 +13,8 @@ from engines import (
     TURN,
     WORDS,
     Start,
-    ask,
     logprobs_of,
+    make_request,
     mean_gap,
     payloads_of,
     perturb,
@@ -30,7 +30,8 @@ from rayhf.types import Completion, GenerateRequest, Sampling
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_logprobs_are_the_learners_before_and_after_updates(start: Start, tied: bool) -> None:
     engine, model = start(tied=tied)
-    short, long = ask(), ask(LONG)
+    short = make_request()
+    long = make_request(LONG)
     for version in range(4):
         if version:
             perturb(model, version)
@@ -54,24 +55,24 @@ def test_bfloat16_engine_takes_weights(start: Start) -> None:
     perturb(model, 1)
     snapshot = snapshot_of(model, 1)
     assert engine.update(snapshot, payloads_of(snapshot)).gap.mean < 0.1
-    (completions,) = engine.generate([ask(LONG)], version=1)
-    assert mean_gap(model, ask(LONG), completions) < 0.1
+    (completions,) = engine.generate([make_request(LONG)], version=1)
+    assert mean_gap(model, make_request(LONG), completions) < 0.1
 
 
 def test_logprobs_follow_temperature(shared: tuple[RolloutEngine, Qwen2ForCausalLM]) -> None:
     engine, model = shared
-    request = ask(temperature=0.6, seeds=tuple(range(8)))
+    request = make_request(temperature=0.6, seeds=tuple(range(8)))
     (completions,) = engine.generate([request], version=0)
     assert mean_gap(model, request, completions) <= 1e-4
     assert mean_gap(model, replace(request, sampling=Sampling(max_tokens=24)), completions) > 0.1
 
 
 @pytest.mark.parametrize("limits", [{"top_k": 5}, {"top_p": 0.5}])
-def test_logprobs_are_renormalised_over_what_may_be_sampled(
+def test_logprobs_are_renormalized_over_the_allowed_tokens(
     shared: tuple[RolloutEngine, Qwen2ForCausalLM], limits: dict[str, Any]
 ) -> None:
     engine, model = shared
-    request = ask(seeds=tuple(range(8)), **limits)
+    request = make_request(seeds=tuple(range(8)), **limits)
     (completions,) = engine.generate([request], version=0)
     for completion in completions:
         rows = logprobs_of(model, request.token_ids + completion.token_ids)[
@@ -91,13 +92,13 @@ def test_logprobs_are_renormalised_over_what_may_be_sampled(
 
 def test_greedy_takes_the_best_token(shared: tuple[RolloutEngine, Qwen2ForCausalLM]) -> None:
     engine, model = shared
-    ((completion,),) = engine.generate([ask(seeds=(1,), temperature=0.0)], version=0)
+    ((completion,),) = engine.generate([make_request(seeds=(1,), temperature=0.0)], version=0)
     best = logprobs_of(model, (5, 6, 7, *completion.token_ids))[2:].argmax(-1)
     assert tuple(best.tolist()) == completion.token_ids
 
 
 def test_finish_reason_comes_from_the_engine(engine: RolloutEngine) -> None:
-    (completions,) = engine.generate([ask(seeds=tuple(range(64)))], version=0)
+    (completions,) = engine.generate([make_request(seeds=tuple(range(64)))], version=0)
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
     ends = set()
     for completion in completions:
@@ -115,7 +116,9 @@ def test_finish_reason_comes_from_the_engine(engine: RolloutEngine) -> None:
 
 
 def test_stop_string_is_part_of_the_completion(engine: RolloutEngine) -> None:
-    (completions,) = engine.generate([ask(seeds=tuple(range(32)), stop=("q", "zz"))], version=0)
+    (completions,) = engine.generate(
+        [make_request(seeds=tuple(range(32)), stop=("q", "zz"))], version=0
+    )
     stopped = [completion for completion in completions if "q" in completion.text]
     assert stopped
     for completion in stopped:
@@ -125,11 +128,11 @@ def test_stop_string_is_part_of_the_completion(engine: RolloutEngine) -> None:
         assert len(completion.logprobs) == len(completion.token_ids)
 
 
-def test_equal_waves_are_equal_and_neighbours_do_not_matter(engine: RolloutEngine) -> None:
-    wave = [ask((5 + i, 6, 7), number=i, seeds=(i, 100 + i)) for i in range(12)]
+def test_equal_waves_are_equal_and_other_waves_do_not_matter(engine: RolloutEngine) -> None:
+    wave = [make_request((5 + i, 6, 7), number=i, seeds=(i, 100 + i)) for i in range(12)]
     first = engine.generate(wave, version=0)
     assert engine.generate(wave, version=0) == first
-    crowd = [ask((9, 9, 9 + i), seeds=(i, 50 + i)) for i in range(10)]
+    crowd = [make_request((9, 9, 9 + i), seeds=(i, 50 + i)) for i in range(10)]
     crowded = engine.generate([*crowd, *wave], version=0)[len(crowd) :]
     for alone, among in zip(first, crowded, strict=True):
         for a, b in zip(alone, among, strict=True):
@@ -139,9 +142,9 @@ def test_equal_waves_are_equal_and_neighbours_do_not_matter(engine: RolloutEngin
 
 
 def test_a_wave_may_exceed_one_prefill_step(engine: RolloutEngine) -> None:
-    """vLLM 0.32 on CPU dies when a seeded request's prompt is prefilled in parts."""
+    """On CPU vLLM 0.32 crashes when a seeded request's prompt is prefilled in parts."""
     wave = [
-        ask((3 + i % 26, 4 + i // 26, *LONG), number=i, seeds=(i,), max_tokens=2)
+        make_request((3 + i % 26, 4 + i // 26, *LONG), number=i, seeds=(i,), max_tokens=2)
         for i in range(130)
     ]
     assert sum(len(request.token_ids) for request in wave) > 16384
@@ -151,9 +154,9 @@ def test_a_wave_may_exceed_one_prefill_step(engine: RolloutEngine) -> None:
 def test_waves_run_side_by_side(engine: RolloutEngine) -> None:
     steps = engine.stats().steps
     order: list[str] = []
-    long = engine.submit([ask(seeds=tuple(range(40)), max_tokens=200)], version=0)
+    long = engine.submit([make_request(seeds=tuple(range(40)), max_tokens=200)], version=0)
     long.add_done_callback(lambda _: order.append("long"))
-    short = [engine.submit([ask(seeds=(i,), max_tokens=4)], version=0) for i in range(5)]
+    short = [engine.submit([make_request(seeds=(i,), max_tokens=4)], version=0) for i in range(5)]
     for future in short:
         future.add_done_callback(lambda _: order.append("short"))
     results = [future.result(timeout=60) for future in (long, *short)]
@@ -170,7 +173,7 @@ def test_callers_on_many_threads(engine: RolloutEngine) -> None:
     results: dict[int, list[tuple[Completion, ...]]] = {}
 
     def call(i: int) -> None:
-        results[i] = engine.generate([ask((5 + i, 6), seeds=(i,))], version=0)
+        results[i] = engine.generate([make_request((5 + i, 6), seeds=(i,))], version=0)
 
     threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
     for thread in threads:
@@ -182,19 +185,19 @@ def test_callers_on_many_threads(engine: RolloutEngine) -> None:
 
 def test_stale_version_is_refused(engine: RolloutEngine) -> None:
     with pytest.raises(StaleWeightsError, match="weights 3, this engine holds weights 0"):
-        engine.generate([ask()], version=3)
+        engine.generate([make_request()], version=3)
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
         (
-            ask(LONG, max_tokens=200),
+            make_request(LONG, max_tokens=200),
             "141 tokens and max_tokens 200 do not fit policy.max_length 256",
         ),
-        (ask(()), "0 tokens"),
-        (ask((5, 999)), "token 999 is not in 0..28"),
-        (ask(temperature=0.001), "temperature 0.001"),
+        (make_request(()), "0 tokens"),
+        (make_request((5, 999)), "token 999 is not in 0..28"),
+        (make_request(temperature=0.001), "temperature 0.001"),
     ],
 )
 def test_requests_that_cannot_be_served_are_refused(
@@ -205,46 +208,44 @@ def test_requests_that_cannot_be_served_are_refused(
 
 
 def test_abort_leaves_the_engine_usable(engine: RolloutEngine) -> None:
-    running = engine.submit([ask(seeds=tuple(range(64)), max_tokens=250)], version=0)
+    running = engine.submit([make_request(seeds=tuple(range(64)), max_tokens=250)], version=0)
     engine.abort("the user stopped the run")
     with pytest.raises(RayhfError, match="the user stopped the run"):
         running.result(timeout=60)
-    assert len(engine.generate([ask()], version=0)[0]) == 4
+    assert len(engine.generate([make_request()], version=0)[0]) == 4
 
 
 def test_closed_engine_says_so(start: Start) -> None:
     engine, _ = start()
-    running = engine.submit([ask(seeds=tuple(range(64)), max_tokens=250)], version=0)
+    running = engine.submit([make_request(seeds=tuple(range(64)), max_tokens=250)], version=0)
     engine.close()
     with pytest.raises(RayhfError, match="closed"):
         running.result(timeout=10)
     with pytest.raises(RayhfError, match="closed"):
-        engine.generate([ask()], version=0)
+        engine.generate([make_request()], version=0)
     engine.close()
 
 
-def test_an_engine_that_slept_writes_what_it_wrote(start: Start) -> None:
-    """vLLM's CPU worker keeps its memory, but the scheduler, the tags and the order of calls are
-    the real ones."""
+def test_an_engine_that_slept_generates_the_same(start: Start) -> None:
+    """The CPU worker keeps its memory; scheduler, tags and order of calls are the real ones."""
     engine, model = start()
-    before = engine.generate([ask()], version=0)
+    before = engine.generate([make_request()], version=0)
     engine.sleep(keep_weights=True)
     engine.sleep(keep_weights=True)
     with pytest.raises(WeightSyncError, match="asleep; wake it first"):
-        engine.generate([ask()], version=0)
+        engine.generate([make_request()], version=0)
     engine.wake()
     engine.wake()
-    assert engine.generate([ask()], version=0) == before
+    assert engine.generate([make_request()], version=0) == before
     engine.sleep(keep_weights=False)
-    with pytest.raises(WeightSyncError, match="gave its weights up"):
+    with pytest.raises(WeightSyncError, match="discarded its weights"):
         engine.wake()
     perturb(model, 1)
     snapshot = snapshot_of(model, 1)
     damaged = replace(snapshot, checksum="no")
     with pytest.raises(WeightSyncError, match="the snapshot says no"):
         engine.update(damaged, payloads_of(damaged))
-    assert (
-        engine.update(snapshot, payloads_of(snapshot)).gap.mean < 1e-4
-    )  # the probe ran: it is awake
-    (completions,) = engine.generate([ask()], version=1)
-    assert mean_gap(model, ask(), completions) <= 1e-4
+    report = engine.update(snapshot, payloads_of(snapshot))
+    assert report.gap.mean < 1e-4  # the probe ran: it is awake
+    (completions,) = engine.generate([make_request()], version=1)
+    assert mean_gap(model, make_request(), completions) <= 1e-4

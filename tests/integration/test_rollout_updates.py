@@ -1,4 +1,4 @@
-"""New weights for a real vLLM engine: they are the learner's, or it writes nothing."""
+"""New weights for a real vLLM engine: they are the learner's, or it generates nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from engines import (
     LONG,
     Start,
-    ask,
+    make_request,
     mean_gap,
     payloads_of,
     perturb,
@@ -34,12 +34,12 @@ def test_an_update_waits_for_running_waves(start: Start) -> None:
     engine, model = start()
     perturb(model, 1)
     snapshot = snapshot_of(model, 1)
-    running = engine.submit([ask(seeds=tuple(range(8)), max_tokens=100)], version=0)
+    running = engine.submit([make_request(seeds=tuple(range(8)), max_tokens=100)], version=0)
     engine.update(snapshot, payloads_of(snapshot))
     assert running.done()
     assert {completion.policy_version for completion in running.result()[0]} == {0}
     with pytest.raises(StaleWeightsError, match="weights 0, this engine holds weights 1"):
-        engine.generate([ask()], version=0)
+        engine.generate([make_request()], version=0)
 
 
 def corrupted(snapshot: WeightSnapshot) -> tuple[WeightSnapshot, list[np.ndarray]]:
@@ -74,16 +74,16 @@ def test_bad_snapshots_are_refused_before_the_engine_is_touched(
     message: str,
 ) -> None:
     engine, model = shared
-    before = engine.generate([ask()], version=0)
+    before = engine.generate([make_request()], version=0)
     with pytest.raises(
         WeightSyncError, match="weights 7 refused, weights 0 stay in place: " + message
     ):
         engine.update(*damage(snapshot_of(model, 7)))
     assert engine.weight_version == 0
-    assert engine.generate([ask()], version=0) == before
+    assert engine.generate([make_request()], version=0) == before
 
 
-def test_weights_that_are_not_the_learners_make_the_engine_unusable(start: Start) -> None:
+def test_weights_that_differ_from_the_learners_make_the_engine_unusable(start: Start) -> None:
     engine, model = start()
     snapshot = snapshot_of(model, 1)
     perturb(model, 1)
@@ -91,12 +91,12 @@ def test_weights_that_are_not_the_learners_make_the_engine_unusable(start: Start
     with pytest.raises(WeightSyncError, match=r"differ by [\d.]+ nats on average \(limit 0.001\)"):
         engine.update(sabotaged, payloads_of(sabotaged))
     with pytest.raises(WeightSyncError, match="holds no usable weights"):
-        engine.generate([ask()], version=1)
+        engine.generate([make_request()], version=1)
     with pytest.raises(WeightSyncError, match="holds no usable weights"):
         engine.update(snapshot, payloads_of(snapshot))
 
 
-def test_the_worker_itself_notices_an_incomplete_update(
+def test_the_worker_itself_detects_an_incomplete_update(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, model = start()
@@ -107,7 +107,7 @@ def test_the_worker_itself_notices_an_incomplete_update(
     ):
         engine.update(*without_one(snapshot_of(model, 1)))
     with pytest.raises(WeightSyncError, match="holds no usable weights"):
-        engine.generate([ask()], version=0)
+        engine.generate([make_request()], version=0)
 
 
 def announced(snapshot: WeightSnapshot) -> WeightSnapshot:
@@ -123,18 +123,21 @@ def broadcast(
     sender: type[Sender] = Sender,
     buckets: int = 3,
 ) -> tuple[str, Future[UpdateReport]]:
-    """Join, announce three buckets, send so many: their checksum, and what the engine says."""
-    one = sender("127.0.0.1", members=2, timeout_s=20.0, device=torch.device("cpu"))
-    snapshot, parameters = snapshot_of(model, version), dict(model.named_parameters())
+    """Announce three buckets and send `buckets`; return their checksum and the engine's report."""
+    learner = sender("127.0.0.1", members=2, timeout_s=20.0, device=torch.device("cpu"))
+    snapshot = snapshot_of(model, version)
+    parameters = dict(model.named_parameters())
     with ThreadPoolExecutor() as pool:
-        joined = pool.submit(engine.join_broadcast, one.meeting, 1)
-        one.join()
+        joined = pool.submit(engine.join_broadcast, learner.rendezvous, 1)
+        learner.join()
         joined.result(20)
         report = pool.submit(engine.update, announced(snapshot))
         for bucket in snapshot.buckets[:buckets]:
-            one.send(version, bucket.tensors, (parameters[spec.name] for spec in bucket.tensors))
-        checksum = snapshot_checksum(one.finish())
-        one.close()
+            learner.send(
+                version, bucket.tensors, (parameters[spec.name] for spec in bucket.tensors)
+            )
+        checksum = snapshot_checksum(learner.finish())
+        learner.close()
     return checksum, report
 
 
@@ -146,14 +149,19 @@ def test_weights_by_broadcast_are_the_learners(start: Start, tied: bool) -> None
         checksum, report = broadcast(engine, model, version=version)
         assert report.result().version == version and report.result().checksum == checksum
         assert report.result().gap.mean < 1e-4 and engine.fingerprint() == (version, checksum)
-        (completions,) = engine.generate([ask(LONG)], version=version)
-        assert mean_gap(model, ask(LONG), completions) <= 1e-4
+        (completions,) = engine.generate([make_request(LONG)], version=version)
+        assert mean_gap(model, make_request(LONG), completions) <= 1e-4
 
 
 class Damaging(Sender):
-    def _launch(self, flat: torch.Tensor) -> Any:
-        flat[100] ^= len(self._sealed) == 2
-        return super()._launch(flat)
+    """Flips a bit of the second bucket."""
+
+    sent = 0
+
+    def transmit(self, flat: torch.Tensor) -> Any:
+        self.sent += 1
+        flat[100] ^= self.sent == 2
+        return super().transmit(flat)
 
 
 def test_a_damaged_broadcast_makes_the_engine_unusable(start: Start) -> None:
@@ -165,13 +173,13 @@ def test_a_damaged_broadcast_makes_the_engine_unusable(start: Start) -> None:
     ):
         report.result()
     with pytest.raises(WeightSyncError, match="holds no usable weights"):
-        engine.generate([ask()], version=0)
+        engine.generate([make_request()], version=0)
 
 
-def test_a_broadcast_that_breaks_off_is_nobodys_bad_weights(start: Start) -> None:
+def test_a_broken_broadcast_is_not_reported_as_bad_weights(start: Start) -> None:
     engine, model = start()
     _, report = broadcast(engine, model, buckets=2)
     with pytest.raises(ActorLostError, match="weights by broadcast, receiving: "):
         report.result()
     with pytest.raises(WeightSyncError, match="the update from weights 0 to 1 did not finish"):
-        engine.generate([ask()], version=0)
+        engine.generate([make_request()], version=0)

@@ -54,7 +54,7 @@ class Mortal(RolloutActor):
 
     async def update(self, snapshot: WeightSnapshot, *payloads: Any) -> Any:
         if snapshot.version == FATAL:
-            check, seen = channel._check_seal, []
+            check, seen = channel.check_seal, []
 
             def dying(flat: torch.Tensor, *where: int) -> str:
                 seen.append(where)
@@ -62,7 +62,7 @@ class Mortal(RolloutActor):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return check(flat, *where)
 
-            channel._check_seal = dying
+            channel.check_seal = dying
         return await super().update(snapshot, *payloads)
 
 

@@ -14,8 +14,6 @@ from pathlib import Path
 Path({mark!r}).touch()
 from transformers import {kind} as {name}
 """
-
-
 CLASSES = {
     "AutoConfig": ("configuration_own.OwnConfig", "Qwen2Config"),
     "AutoModelForCausalLM": ("modeling_own.OwnModel", "Qwen2ForCausalLM"),
@@ -39,8 +37,10 @@ def make_plain(directory: Path) -> Path:
 
 
 def own_code(plain_model: Path, directory: Path, *, model_type: str | None) -> Path:
-    """A copy with code for every class; `model_type` None keeps one that transformers has
-    itself."""
+    """Return a copy with code for every class.
+
+    `model_type` None keeps one that transformers implements.
+    """
     shutil.copytree(plain_model, directory)
     mark = str(directory.parent / "mark")
     for target, kind in CLASSES.values():

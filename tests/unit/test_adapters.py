@@ -1,5 +1,4 @@
-"""LoRA on its way: what an engine makes of factors and its directory is what the learner has, bit
-by bit; and PEFT agrees."""
+"""LoRA weight sync: an engine merges to the learner's bits, and PEFT agrees."""
 
 from __future__ import annotations
 
@@ -17,8 +16,15 @@ import transformers
 
 from rayhf.errors import WeightSyncError
 from rayhf.weights.buckets import checkpoint_shapes, pack_bucket, unpack_bucket
-from rayhf.weights.export import buckets_of, trained_of, weights_of
-from rayhf.weights.lora import A, B, check_adapters, is_factor, merged, with_base
+from rayhf.weights.export import all_weights, split_into_buckets, trained_weights
+from rayhf.weights.lora import (
+    LORA_A,
+    LORA_B,
+    check_adapters,
+    is_factor,
+    merge,
+    merge_with_directory,
+)
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -42,8 +48,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 
 def adapted(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
-    """Saved in float32, loaded in `dtype` as a learner does it, and moved away from where it
-    began."""
+    """Return a model with adapters that differs from the directory it was loaded from."""
     torch.manual_seed(0)
     name, settings = MODELS[kind]
     config = getattr(transformers, f"{name}Config")(**SIZES, **settings)
@@ -61,13 +66,13 @@ def adapted(directory: Path, kind: str, *, dtype: torch.dtype = torch.float32, *
     return model
 
 
-def received(
+def sync(
     directory: Path, model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, torch.Tensor]:
-    """Packed, checked, unpacked and merged."""
-    weights = trained_of(model)
+    """Pack, check, unpack and merge as learner and engine do."""
+    weights = trained_weights(model)
     dtype = next(model.parameters()).dtype
-    cut = buckets_of(weights, limit_bytes=300, itemsize=dtype.itemsize)
+    cut = split_into_buckets(weights, limit_bytes=300, itemsize=dtype.itemsize)
     buckets = [
         pack_bucket([(weight.name, weight.value()) for weight in bucket], dtype) for bucket in cut
     ]
@@ -80,7 +85,9 @@ def received(
     }
     whole = {name: tensor for name, tensor in sent.items() if not is_factor(name)}
     factors = {name: tensor for name, tensor in sent.items() if is_factor(name)}
-    return whole | dict(with_base(directory, shapes.keys() - whole.keys(), factors, device=CPU))
+    return whole | dict(
+        merge_with_directory(directory, shapes.keys() - whole.keys(), factors, device=CPU)
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,17 +107,17 @@ def test_factors_and_the_directory_give_the_learners_weights(
 ) -> None:
     model = adapted(tmp_path, kind, dtype=dtype, **lora)
     shapes = checkpoint_shapes(tmp_path, tied=kind != "llama")
-    found = received(tmp_path, model, shapes)
-    mine = {weight.name: weight.value() for weight in weights_of(model)}
-    assert found.keys() == mine.keys() == shapes.keys()
-    assert all(torch.equal(found[name], mine[name]) and found[name].dtype == dtype for name in mine)
-    theirs = dict(
-        model.merge_and_unload().named_parameters()
-    )  # PEFT's own arithmetic, which rounds in between
-    apart = max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
-    assert apart < (1e-6 if dtype == torch.float32 else 1e-2)
-    start = {weight.name: weight.value() for weight in weights_of(load(tmp_path, dtype))}
-    moved = {name for name in mine if not torch.equal(start[name], mine[name])}
+    received = sync(tmp_path, model, shapes)
+    sent = {weight.name: weight.value() for weight in all_weights(model)}
+    assert received.keys() == sent.keys() == shapes.keys()
+    for name, tensor in sent.items():
+        assert torch.equal(received[name], tensor) and received[name].dtype == dtype
+    # PEFT's own arithmetic, which rounds in between.
+    by_peft = dict(model.merge_and_unload().named_parameters())
+    gap = max(float((sent[name] - by_peft[name]).abs().max()) for name in sent)
+    assert gap < (1e-6 if dtype == torch.float32 else 1e-2)
+    start = {weight.name: weight.value() for weight in all_weights(load(tmp_path, dtype))}
+    moved = {name for name in sent if not torch.equal(start[name], sent[name])}
     assert moved and (lora["target_modules"] != "all-linear" or len(moved) == 14)
 
 
@@ -118,16 +125,16 @@ def load(directory: Path, dtype: torch.dtype) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 
 
-def test_only_adapters_travel(tmp_path: Path) -> None:
+def test_only_adapters_are_sent(tmp_path: Path) -> None:
     model = adapted(tmp_path, "llama", target_modules=["q_proj"])
     names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
-    assert [weight.name for weight in trained_of(model)] == [
-        name + factor for name in names for factor in (A, B)
+    assert [weight.name for weight in trained_weights(model)] == [
+        name + factor for name in names for factor in (LORA_A, LORA_B)
     ]
 
 
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
-    """In a process of its own: one that ran an engine does not take another number of threads."""
+    """Runs in a new process: one that ran an engine cannot change its number of threads."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(merge_with, (1, 2, 4)))
     assert all(np.array_equal(result, results[0]) for result in results)
@@ -143,7 +150,7 @@ def base_and_factors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def merge_with(threads: int) -> np.ndarray:
     torch.set_num_threads(threads)
     assert torch.get_num_threads() == threads
-    return merged(*base_and_factors()).numpy()
+    return merge(*base_and_factors()).numpy()
 
 
 EXPECTED = {"v": (3,), "w": (4, 5)}
@@ -152,18 +159,24 @@ EXPECTED = {"v": (3,), "w": (4, 5)}
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
-        ({"w" + A: (2, 5)}, r"adapter of w: factors of shapes none and \(2, 5\) have no product"),
         (
-            {"w" + A: (2, 5), "w" + B: (4, 3)},
+            {"w" + LORA_A: (2, 5)},
+            r"adapter of w: factors of shapes none and \(2, 5\) have no product",
+        ),
+        (
+            {"w" + LORA_A: (2, 5), "w" + LORA_B: (4, 3)},
             r"adapter of w: factors of shapes \(4, 3\) and \(2, 5\) have no product",
         ),
         (
-            {"w" + A: (2, 4), "w" + B: (5, 2)},
+            {"w" + LORA_A: (2, 4), "w" + LORA_B: (5, 2)},
             r"w was sent with shape \(5, 4\), the model has \(4, 5\)",
         ),
-        ({"u" + A: (2, 5), "u" + B: (4, 2)}, r"u was sent with shape \(4, 5\), the model has None"),
         (
-            {"w" + A: (2, 5), "w" + B: (4, 2), "v": (4,)},
+            {"u" + LORA_A: (2, 5), "u" + LORA_B: (4, 2)},
+            r"u was sent with shape \(4, 5\), the model has None",
+        ),
+        (
+            {"w" + LORA_A: (2, 5), "w" + LORA_B: (4, 2), "v": (4,)},
             r"v was sent with shape \(4,\), the model has \(3,\)",
         ),
     ],
@@ -172,7 +185,11 @@ def test_adapters_that_do_not_fit_are_refused(
     sent: dict[str, tuple[int, ...]], message: str
 ) -> None:
     good = pack_bucket(
-        [("w" + A, torch.zeros(2, 5)), ("w" + B, torch.zeros(4, 2)), ("v", torch.zeros(3))],
+        [
+            ("w" + LORA_A, torch.zeros(2, 5)),
+            ("w" + LORA_B, torch.zeros(4, 2)),
+            ("v", torch.zeros(3)),
+        ],
         torch.float32,
     )
     check_adapters(EXPECTED, [good])

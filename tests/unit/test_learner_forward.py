@@ -1,5 +1,4 @@
-"""The forward pass against the plain formula: full logits, log_softmax, gather; and the
-learning-rate schedule."""
+"""The forward pass against full logits, log_softmax and gather; and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,19 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rayhf.learner.forward as forward
+import rayhf.models.forward as forward
 from rayhf.errors import ConfigError
-from rayhf.learner.forward import (
+from rayhf.learner.micro_batch import build_micro_batch
+from rayhf.learner.schedule import lr_factor
+from rayhf.losses.base import Totals
+from rayhf.models.forward import (
     PolicyHead,
     SelectLogSoftmax,
     ValueHead,
     build_inputs,
-    build_micro,
     prepare_config,
-    token_batches,
 )
-from rayhf.learner.schedule import lr_factor
-from rayhf.losses.base import Totals
 from rayhf.types import Example, Row
 
 V = 61
@@ -65,7 +63,7 @@ def make_rows(lengths: list[tuple[int, int]]) -> list[Row]:
 
 
 def plain_logprobs(model: nn.Module, row: Row, temperature: float) -> Tensor:
-    """One row at a time, no padding, all logits."""
+    """Return one row's log-probs from all its logits, without padding."""
     ids = torch.tensor([row.prompt_ids + row.response_ids])
     logp = torch.log_softmax(model(input_ids=ids).logits[0].float() / temperature, dim=-1)
     start = len(row.prompt_ids) - 1
@@ -89,8 +87,8 @@ def test_logprobs_and_gradients_match_the_plain_formula(
     gradient = torch.autograd.grad((result * weight).sum(), list(model.parameters()))
     assert entropy is None
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-    for mine, theirs in zip(gradient, expected_gradient, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for actual, wanted in zip(gradient, expected_gradient, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_logprobs_are_bitwise_equal_with_and_without_gradient_in_train_and_eval_mode() -> None:
@@ -114,13 +112,13 @@ def test_select_log_softmax_gradients(entropy: forward.Entropy) -> None:
         return (logp * a).sum() + ((h * b).sum() if h is not None and h.requires_grad else 0.0)
 
     logp, h = SelectLogSoftmax.apply(logits, target, entropy)
-    mine = torch.autograd.grad(total(logp, h), logits)[0]
+    actual = torch.autograd.grad(total(logp, h), logits)[0]
     full = torch.log_softmax(logits, -1)
     plain_h = -(full.exp() * full).sum(-1)
     plain = torch.autograd.grad(
         total(full.gather(1, target[:, None])[:, 0], plain_h if entropy == "loss" else None), logits
     )[0]
-    torch.testing.assert_close(mine, plain)
+    torch.testing.assert_close(actual, plain)
     if entropy == "off":
         assert h is None
     else:
@@ -129,8 +127,7 @@ def test_select_log_softmax_gradients(entropy: forward.Entropy) -> None:
 
 
 def test_value_is_read_before_each_response_token() -> None:
-    """A value may depend on nothing that comes at or after its token: changing token t moves only
-    later values."""
+    """Changing token t changes later values only."""
     import transformers
 
     config = make_policy().config
@@ -148,10 +145,10 @@ def test_value_is_read_before_each_response_token() -> None:
     assert not torch.isclose(a[3:], b[3:]).any()
 
 
-def test_micro_batch_lays_rows_end_to_end() -> None:
+def test_micro_batch_concatenates_rows() -> None:
     rows = make_rows([(3, 2), (1, 4), (2, 1)])
     examples = [Example(rows=(rows[0], rows[1]), scalars={"margin": 0.5}), Example(rows=(rows[2],))]
-    _, micro = build_micro(examples, Totals(tokens=7, rows=3, examples=2), "cpu")
+    _, micro = build_micro_batch(examples, Totals(tokens=7, rows=3, examples=2), "cpu")
     assert micro.row_T.tolist() == [0, 0, 1, 1, 1, 1, 2]
     assert micro.length_R.tolist() == [2, 4, 1]
     assert micro.example_R.tolist() == [0, 0, 1]
@@ -176,16 +173,6 @@ def test_model_that_rescales_its_logits_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="final_logit_softcapping=30"):
         prepare_config(transformers.Gemma2Config(), attention="sdpa")
-
-
-def test_token_batches_keep_to_the_budget() -> None:
-    lengths = [5, 50, 7, 7, 120, 6]
-    batches = token_batches(lengths, 60)
-    assert sorted(i for batch in batches for i in batch) == list(range(6))
-    assert all(
-        len(batch) * max(lengths[i] for i in batch) <= 60 for batch in batches if len(batch) > 1
-    )
-    assert [4] in batches, "a row over the budget goes alone: without gradient it still fits"
 
 
 def test_schedule() -> None:

@@ -1,5 +1,4 @@
-"""The reference engine: what it answers, how it is refreshed, and that a bad snapshot or file
-changes nothing."""
+"""The reference engine: log-probs, updates, and that a bad snapshot or file changes nothing."""
 
 from __future__ import annotations
 
@@ -60,11 +59,11 @@ def flat(engine: ReferenceEngine) -> torch.Tensor:
     return torch.cat([engine.weights[name].float().flatten() for name in sorted(engine.weights)])
 
 
-def test_answers_do_not_depend_on_the_budget_and_keep_the_order(model: Path) -> None:
-    wide, narrow = (
-        ReferenceEngine(model, ReferenceConfig(token_budget=b), dtype="float32") for b in (4096, 16)
-    )
-    a, b = wide.logprobs(ROWS, 0.7), narrow.logprobs(ROWS, 0.7)
+def test_logprobs_do_not_depend_on_the_budget_and_keep_the_order(model: Path) -> None:
+    wide = ReferenceEngine(model, ReferenceConfig(token_budget=4096), dtype="float32")
+    narrow = ReferenceEngine(model, ReferenceConfig(token_budget=16), dtype="float32")
+    a = wide.logprobs(ROWS, 0.7)
+    b = narrow.logprobs(ROWS, 0.7)
     assert [len(x) for x in a] == [len(row.response_ids) for row in ROWS]
     assert all(x.dtype == np.float32 for x in a)
     for x, y in zip(a, b, strict=True):
@@ -83,7 +82,7 @@ def test_update_replaces_or_mixes(model: Path) -> None:
     torch.testing.assert_close(flat(engine), start - 1.0)
 
 
-def test_small_steps_of_a_bfloat16_average_do_not_round_away(model: Path, tmp_path: Path) -> None:
+def test_small_steps_of_a_bfloat16_average_are_kept(model: Path, tmp_path: Path) -> None:
     engine = ReferenceEngine(model, ReferenceConfig(), dtype="bfloat16")
     start = flat(engine)
     for _ in range(300):
@@ -98,7 +97,7 @@ def test_small_steps_of_a_bfloat16_average_do_not_round_away(model: Path, tmp_pa
     assert all(torch.equal(engine.average[name], other.average[name]) for name in engine.average)
 
 
-def test_save_and_load_give_the_same_answers(model: Path, tmp_path: Path) -> None:
+def test_save_and_load_give_the_same_logprobs(model: Path, tmp_path: Path) -> None:
     engine = ReferenceEngine(model, ReferenceConfig(), dtype="float32")
     engine.update(snapshot(model, 0.1), 1.0)
     engine.save(tmp_path)

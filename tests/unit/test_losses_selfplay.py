@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from rayhf.algorithms.inpo import INPOConfig
-from rayhf.learner.forward import build_micro
+from rayhf.learner.micro_batch import build_micro_batch
 from rayhf.losses.base import Totals
 from rayhf.losses.hypo import HyPOLoss, HyPOLossConfig, leave_one_out
 from rayhf.losses.selfplay import INPOLoss, SPPOLoss, inpo, sppo
@@ -49,7 +49,7 @@ def totals_of(examples):
 
 def run(loss, examples, logps, *, totals=None):
     """Loss and gradient per row, on one micro-batch."""
-    _, micro = build_micro(examples, totals or totals_of(examples), "cpu")
+    _, micro = build_micro_batch(examples, totals or totals_of(examples), "cpu")
     output = torch.tensor(np.concatenate(logps), dtype=torch.float32, requires_grad=True)
     result = loss(output, micro)
     result.loss.backward()

@@ -1,4 +1,4 @@
-"""A model directory that brings code along: the code never runs, whoever loads the model."""
+"""Code in a model directory never runs, whichever role loads the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from rayhf.errors import ConfigError
 from rayhf.learner.build import load_model
 from rayhf.models.source import load_tokenizer, read_model_config
 from rayhf.reference.engine import ReferenceEngine
-from rayhf.scorer import preference_model, reward_model
+from rayhf.scorer.classifier import SCORER_FILE
+from rayhf.scorer.preference_model import PreferenceModel
+from rayhf.scorer.protocol import ScorerSetup
+from rayhf.scorer.reward_model import RewardModel
 
 SCORER_FACTS = {
     "kind": "general_preference",
@@ -42,14 +45,14 @@ LOADERS: dict[str, Callable[[Path], object]] = {
         LearnerConfig(dtype="float32"),
         head="policy",
         lora=None,
-        zero={"zero_optimization": {"stage": 0}},
+        settings={"zero_optimization": {"stage": 0}},
     ),
     "critic": lambda path: load_model(
         path,
         LearnerConfig(dtype="float32"),
         head="value",
         lora=None,
-        zero={"zero_optimization": {"stage": 0}},
+        settings={"zero_optimization": {"stage": 0}},
     ),
     "reference": lambda path: ReferenceEngine(path, ReferenceConfig(), dtype="float32"),
 }
@@ -57,7 +60,7 @@ LOADERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_own_code_is_never_run(loader: str, plain_model: Path, tmp_path: Path) -> None:
-    """Refused where it would be needed, ignored where it is not."""
+    """The model is refused where its code is needed; the code is ignored where it is not."""
     with pytest.raises((ConfigError, ValueError, OSError)):
         LOADERS[loader](own_code(plain_model, tmp_path / "needed", model_type="own"))
     assert LOADERS[loader](own_code(plain_model, tmp_path / "ignored", model_type=None)) is not None
@@ -65,10 +68,12 @@ def test_own_code_is_never_run(loader: str, plain_model: Path, tmp_path: Path) -
 
 
 def test_the_mark_would_be_made(plain_model: Path, tmp_path: Path) -> None:
-    """The code is found and works, for whoever trusts it: in a process of its own, whose
-    transformers it changes."""
+    """The code works where it is trusted, in a new process since it changes transformers."""
     path = own_code(plain_model, tmp_path / "needed", model_type="own")
-    trusting = "import sys, transformers; transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)"
+    trusting = (
+        "import sys, transformers; "
+        "transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)"
+    )
     cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run(
         [sys.executable, "-c", trusting, path], env={**os.environ, **cache}, check=True, timeout=120
@@ -77,7 +82,9 @@ def test_the_mark_would_be_made(plain_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loader", ["preflight", "tokenizer"])
-def test_preflight_says_why_in_one_line(loader: str, plain_model: Path, tmp_path: Path) -> None:
+def test_preflight_gives_the_reason_in_one_line(
+    loader: str, plain_model: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"policy\.model: ") as refused:
         LOADERS[loader](own_code(plain_model, tmp_path / "needed", model_type="own"))
     assert "\n" not in str(refused.value)
@@ -87,19 +94,19 @@ def test_preflight_says_why_in_one_line(loader: str, plain_model: Path, tmp_path
         )
 
 
-@pytest.mark.parametrize("scorer", [reward_model.RewardModel, preference_model.PreferenceModel])
-def test_scorers_refuse_it_before_they_load(
-    scorer: type, plain_model: Path, tmp_path: Path
+@pytest.mark.parametrize("scorer", [RewardModel, PreferenceModel])
+def test_scorers_refuse_it_before_loading(
+    scorer: type[RewardModel] | type[PreferenceModel], plain_model: Path, tmp_path: Path
 ) -> None:
     path = own_code(plain_model, tmp_path / "needed", model_type="own")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(
         json.dumps({**config, "architectures": ["OwnForSequenceClassification"], "num_labels": 1})
     )
-    if scorer is preference_model.PreferenceModel:
-        (path / preference_model.SCORER_FILE).write_text(json.dumps(SCORER_FACTS))
+    if scorer is PreferenceModel:
+        (path / SCORER_FILE).write_text(json.dumps(SCORER_FACTS))
     with pytest.raises(ConfigError, match="brings code of its own"):
-        scorer(path)
+        scorer(scorer.Config(model=path), ScorerSetup(base=tmp_path))
     assert not (tmp_path / "mark").exists()
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayhf.errors import ConfigError
-from rayhf.learner.packing import padded_tokens, plan
+from rayhf.learner.packing import padded_tokens, plan_micro_batches
+from rayhf.models.packing import pack_rows
 
 Lengths = list[list[int]]
 
@@ -22,24 +23,24 @@ Lengths = list[list[int]]
 def test_every_example_once_within_budget_and_equal_counts(
     lengths: Lengths, ranks: int, budget: int
 ) -> None:
-    plans = plan(lengths, ranks=ranks, budget=budget)
+    plans = plan_micro_batches(lengths, ranks=ranks, budget=budget)
     assert len(plans) == ranks
     assert len({len(micros) for micros in plans}) == 1
     assert sorted(e for micros in plans for micro in micros for e in micro) == list(
         range(len(lengths))
     )
     assert all(padded_tokens(micro, lengths) <= budget for micros in plans for micro in micros)
-    assert plans == plan(lengths, ranks=ranks, budget=budget)
+    assert plans == plan_micro_batches(lengths, ranks=ranks, budget=budget)
 
 
 @given(
     st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=2), min_size=8, max_size=40),
     st.integers(1, 4),
 )
-def test_a_rank_is_empty_only_when_examples_are_fewer_than_places(
+def test_a_rank_is_empty_only_when_no_micro_batch_can_be_split(
     lengths: Lengths, ranks: int
 ) -> None:
-    plans = plan(lengths, ranks=ranks, budget=200)
+    plans = plan_micro_batches(lengths, ranks=ranks, budget=200)
     if any(not micro for micros in plans for micro in micros):
         assert max(len(micro) for micros in plans for micro in micros) == 1
 
@@ -48,34 +49,46 @@ def test_example_over_the_budget_is_refused_with_the_number_it_needs() -> None:
     with pytest.raises(
         ConfigError, match="example 1 alone has 2 rows of up to 60 tokens; it needs at least 120"
     ):
-        plan([[10], [60, 30]], ranks=1, budget=100)
+        plan_micro_batches([[10], [60, 30]], ranks=1, budget=100)
 
 
 def test_example_without_rows_is_refused() -> None:
     with pytest.raises(ConfigError, match="example 0 has no rows"):
-        plan([[]], ranks=1, budget=100)
+        plan_micro_batches([[]], ranks=1, budget=100)
 
 
 def test_no_examples_means_no_micro_batches() -> None:
-    assert plan([], ranks=3, budget=100) == [[], [], []]
+    assert plan_micro_batches([], ranks=3, budget=100) == [[], [], []]
 
 
 def test_fewer_examples_than_ranks_leaves_empty_micro_batches() -> None:
-    assert plan([[5], [7]], ranks=4, budget=100) == [[[1]], [[0]], [[]], [[]]]
+    assert plan_micro_batches([[5], [7]], ranks=4, budget=100) == [[[1]], [[0]], [[]], [[]]]
 
 
-def test_one_micro_batch_is_split_so_that_every_rank_works() -> None:
-    plans = plan([[10]] * 8, ranks=4, budget=1000)
+def test_one_micro_batch_is_split_over_the_ranks() -> None:
+    plans = plan_micro_batches([[10]] * 8, ranks=4, budget=1000)
     assert [len(micros[0]) for micros in plans] == [2, 2, 2, 2]
 
 
 def test_padding_is_small_and_ranks_are_balanced_on_long_tailed_lengths() -> None:
     rng = random.Random(0)
     lengths = [[16 + min(1000, int(rng.expovariate(1 / 200)))] for _ in range(512)]
-    plans = plan(lengths, ranks=4, budget=8192)
+    plans = plan_micro_batches(lengths, ranks=4, budget=8192)
     work = [sum(padded_tokens(micro, lengths) for micro in micros) for micros in plans]
     assert sum(work) < 1.15 * sum(sum(rows) for rows in lengths)
     assert max(work) < 1.05 * min(work)
     for micros in zip(*plans, strict=True):
         costs = [padded_tokens(micro, lengths) for micro in micros]
         assert max(costs) < 1.25 * min(costs) or max(costs) - min(costs) < 2048
+
+
+def test_rows_are_packed_within_the_budget() -> None:
+    lengths = [5, 50, 7, 7, 120, 6]
+    batches = pack_rows(lengths, 60)
+    assert sorted(i for batch in batches for i in batch) == list(range(6))
+    assert all(
+        len(batch) * max(lengths[i] for i in batch) <= 60 for batch in batches if len(batch) > 1
+    )
+    assert [4] in batches, (
+        "a row over the budget gets its own batch: without gradient it still fits"
+    )

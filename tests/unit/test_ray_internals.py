@@ -15,7 +15,6 @@ from ray._private.state import available_resources_per_node
 
 from actors.ray_internals import LOCAL_ENV, create_package
 
-
 ROOT = Path(__file__).parents[2]
 
 

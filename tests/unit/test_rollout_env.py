@@ -8,14 +8,14 @@ from rayhf.errors import ConfigError
 from rayhf.rollout.env import check_env, engine_env
 
 
-def test_compilation_is_switched_off_on_cpu_only() -> None:
+def test_compilation_is_disabled_on_cpu_only() -> None:
     assert engine_env("cpu", 2)["TORCHDYNAMO_DISABLE"] == "1"
     assert engine_env("cpu", 2)["OMP_NUM_THREADS"] == "2"
     assert not {"TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS"} & engine_env("gpu", 2).keys()
     assert engine_env("gpu")["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
-def test_the_users_log_level_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_log_level_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
     assert engine_env("cpu")["VLLM_LOGGING_LEVEL"] == "ERROR"
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")

@@ -1,4 +1,4 @@
-"""The engine's thread with a driver that counts instead of writing."""
+"""The engine's thread, with a driver that counts instead of generating."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from rayhf.rollout.loop import EngineLoop, Result, Wave
 
 
 class CountingDriver:
-    """A wave takes as many steps as its version says. `gate` holds every step back until it is
-    set."""
+    """A driver whose waves take as many steps as their version; steps block until `gate` is set."""
 
     def __init__(self) -> None:
         self.left: dict[Wave, int] = {}
@@ -62,7 +61,7 @@ def test_waves_share_steps() -> None:
     loop.close()
 
 
-def test_a_call_waits_for_what_came_before_and_holds_what_comes_after() -> None:
+def test_a_call_waits_for_earlier_waves_and_blocks_later_ones() -> None:
     loop, driver = start()
     driver.gate.clear()
     loop.submit(Wave([], 3))
@@ -75,9 +74,10 @@ def test_a_call_waits_for_what_came_before_and_holds_what_comes_after() -> None:
     loop.close()
 
 
-def test_a_refused_wave_hurts_nobody_else() -> None:
+def test_a_refused_wave_affects_no_other() -> None:
     loop, _ = start()
-    refused, fine = loop.submit(Wave([], -1)), loop.submit(Wave([], 1))
+    refused = loop.submit(Wave([], -1))
+    fine = loop.submit(Wave([], 1))
     with pytest.raises(RayhfError, match="negative"):
         refused.result(10)
     assert fine.result(10) == []
@@ -89,7 +89,8 @@ def test_a_refused_wave_hurts_nobody_else() -> None:
 def test_a_failing_step_fails_everything_and_every_later_caller() -> None:
     loop, driver = start()
     driver.gate.clear()
-    running, waiting = loop.submit(Wave([], 3)), loop.call(lambda _: None)
+    running = loop.submit(Wave([], 3))
+    waiting = loop.call(lambda _: None)
     driver.failure = ValueError("out of blocks")
     driver.gate.set()
     for future in (running, waiting):
@@ -101,7 +102,7 @@ def test_a_failing_step_fails_everything_and_every_later_caller() -> None:
     assert driver.log[-1] == "close"
 
 
-def test_abort_fails_running_and_waiting_waves_but_no_calls() -> None:
+def test_abort_fails_running_and_queued_waves_but_no_calls() -> None:
     loop, driver = start()
     driver.gate.clear()
     running = loop.submit(Wave([], 1000))
@@ -130,7 +131,7 @@ def test_a_cancelled_wave_never_enters() -> None:
     loop.close()
 
 
-def test_close_fails_what_is_left_and_can_be_repeated() -> None:
+def test_close_fails_running_waves_and_can_be_repeated() -> None:
     loop, driver = start()
     running = loop.submit(Wave([], 10**9))
     loop.close()

@@ -32,7 +32,7 @@ from rayhf.algorithms.spar import SPaR
 from rayhf.algorithms.spar_config import RefinerDataConfig, SPaRConfig
 from rayhf.algorithms.spar_data import judge_accuracy, refiner_examples
 from rayhf.algorithms.spar_dialogue import Dialogue
-from rayhf.learner.forward import build_micro
+from rayhf.learner.micro_batch import build_micro_batch
 from rayhf.losses.base import Totals
 from rayhf.types import Failed, Sampling, Scored, derive_seed
 
@@ -235,7 +235,7 @@ def test_both_objectives_give_finite_losses():
             for e in examples
         ]
         tokens = sum(len(row.response_ids) for row in rows)
-        _, micro = build_micro(
+        _, micro = build_micro_batch(
             annotated, Totals(tokens=tokens, rows=len(rows), examples=len(examples)), "cpu"
         )
         out = algorithm.loss(name)(torch.full((tokens,), -2.0, requires_grad=True), micro)

@@ -26,8 +26,8 @@ from rayhf.planning.preflight import check_settings, transport_of
 from rayhf.types import Probe, TransportName, WeightBucket, WeightSnapshot
 from rayhf.weights.broadcast import Receiver, Sender
 from rayhf.weights.buckets import (
+    bucket_layout,
     device_checksum,
-    lay_out,
     pack_bucket,
     snapshot_checksum,
     unpack_bucket,
@@ -38,7 +38,7 @@ SHAPES = ([("a", (3, 5)), ("b", (70_000,))], [("c", (2,))], [("d", (1 << 20,))])
 """Three buckets: some rows of the checksum and a rest, almost nothing, and more than a socket
 holds."""
 BUCKETS = [
-    WeightBucket(tensors=lay_out(shapes, torch.float32), payload=None, checksum="")
+    WeightBucket(tensors=bucket_layout(shapes, torch.float32), payload=None, checksum="")
     for shapes in SHAPES
 ]
 
@@ -170,7 +170,9 @@ def group(
 ) -> Iterator[tuple[Any, list[Receiver]]]:
     one = sender("127.0.0.1", members=1 + receivers, timeout_s=timeout_s, device=CPU)
     with ThreadPoolExecutor() as pool:
-        others = [pool.submit(Receiver, one.meeting, rank, CPU) for rank in range(1, receivers + 1)]
+        others = [
+            pool.submit(Receiver, one.rendezvous, rank, CPU) for rank in range(1, receivers + 1)
+        ]
         one.join()
         joined = [other.result(20) for other in others]
     yield one, joined
@@ -191,7 +193,7 @@ def send(sender: Sender, version: int) -> list[WeightBucket]:
 
 def receive(receiver: Receiver, version: int) -> tuple[list[WeightBucket], dict[str, torch.Tensor]]:
     buckets, found = [], {}
-    for bucket, flat in receiver.arrivals(version, BUCKETS):
+    for bucket, flat in receiver.receive(version, BUCKETS):
         buckets.append(bucket)
         found |= {name: tensor.clone() for name, tensor in unpack_bucket(bucket, flat)}
     return buckets, found
@@ -216,9 +218,12 @@ def test_all_receivers_get_each_version() -> None:
 class Damaging(Sender):
     """Sender that flips one bit of the second bucket."""
 
-    def _launch(self, flat: torch.Tensor) -> Any:
-        flat[3] ^= 16 * (len(self._sealed) == 2)
-        return super()._launch(flat)
+    sent = 0
+
+    def transmit(self, flat: torch.Tensor) -> Any:
+        self.sent += 1
+        flat[3] ^= 16 * (self.sent == 2)
+        return super().transmit(flat)
 
 
 def test_damaged_bucket_is_refused() -> None:
@@ -238,7 +243,7 @@ def test_buckets_of_another_version_are_refused() -> None:
         pool.submit(send, sender, 1)
         with pytest.raises(
             WeightSyncError,
-            match="bucket 1 of 3 of weights 2: what arrived is bucket 1 of weights 1",
+            match="bucket 1 of 3 of weights 2: received bucket 1 of weights 1 instead",
         ):
             result.result(20)
 
@@ -256,7 +261,7 @@ def test_lost_and_silent_members_are_noticed_in_time() -> None:
         with pytest.raises(ActorLostError, match="weights by broadcast, sending: "):
             send(sender, 1)
     started = time.monotonic()
-    with pytest.raises(DeadlineError, match="meeting the others: wait timeout"):
+    with pytest.raises(DeadlineError, match="waiting for all members: wait timeout"):
         Sender("127.0.0.1", members=2, timeout_s=1.0, device=CPU).join()
     assert time.monotonic() - started < 10
 
@@ -348,7 +353,7 @@ class Learner:
 
     async def open_broadcast(self, members: int, timeout_s: float) -> Any:
         self.sender = Sender("127.0.0.1", members=members, timeout_s=timeout_s, device=CPU)
-        return self.sender.meeting
+        return self.sender.rendezvous
 
     def join_broadcast(self) -> Any:
         return remote(self.sender.join).remote()

@@ -1,4 +1,4 @@
-"""Buckets: what is packed comes out again, and what is damaged does not."""
+"""Buckets: packed tensors are unpacked unchanged, and damage is detected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1
 
 
 @given(shapes=SHAPES, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_tensors_come_out_as_they_went_in(
+def test_unpacked_tensors_equal_packed_ones(
     shapes: list[tuple[int, ...]], dtype: torch.dtype
 ) -> None:
     tensors = {f"p{i}": torch.randn(shape) for i, shape in enumerate(shapes)}
@@ -60,7 +60,7 @@ def test_equal_weights_have_equal_checksums() -> None:
 
 
 @pytest.mark.parametrize("position", [0, 13, -1])
-def test_one_flipped_bit_is_found(position: int) -> None:
+def test_one_flipped_bit_is_detected(position: int) -> None:
     bucket = pack_bucket([("first", torch.ones(3)), ("last", torch.ones(2))], torch.float32)
     payload = bucket.payload.copy()
     payload[position] ^= 1
@@ -99,7 +99,7 @@ def test_names_and_shapes_must_be_the_models(
         check_complete(EXPECTED, [bucket])
 
 
-def test_a_parameter_may_come_only_once() -> None:
+def test_a_parameter_may_be_sent_only_once() -> None:
     bucket = pack_bucket([("a", torch.zeros(3)), ("b", torch.zeros(2, 2))], torch.float32)
     check_complete(EXPECTED, [bucket])
     with pytest.raises(WeightSyncError, match="b was sent twice"):

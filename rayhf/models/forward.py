@@ -1,0 +1,260 @@
+"""The forward pass that learner, reference and preference models share: rows in, numbers out.
+
+rows -> Inputs (padded token ids, the positions that predict response tokens, the tokens to predict)
+     -> PolicyHead: log-probs and entropy of the response tokens, shape (T,)
+     -> ValueHead: values before the response tokens, shape (T,)
+     -> ScoreHead: d outputs for a whole text, shape (T, d); see scored_row.
+
+The response tokens of all rows are concatenated without padding. Rows are padded on the right and
+attention is causal, so no real token ever attends to padding: no attention mask is needed, and
+position ids are the plain 0, 1, 2 ... The last token of a row predicts no trained token, so it is
+not fed. The language-model head runs only at the positions that predict response tokens.
+
+Shapes: B rows of a micro-batch, S padded length, T response tokens, H hidden size, V vocabulary, d
+outputs of a score head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rayhf.errors import ConfigError
+from rayhf.models.peft import base_model
+from rayhf.types import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Entropy = Literal["off", "metric", "loss"]
+HeadOutput = tuple[Tensor, Tensor | None]
+"""A head's values, and the entropy_T of a policy where it was requested."""
+
+LOGITS_LIMIT = 1 << 27
+"""Most logits (T x V) in memory at once: 512 MiB in float32. Longer inputs are split."""
+
+
+# ----------------------------------------------------------------------------------------- inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Model inputs of one micro-batch."""
+
+    ids_BS: Tensor
+    """int64, padded with 0 on the right, without the last token of the longest row."""
+    predict_T: Tensor
+    """int64 index into the flattened (B*S,) positions that predict the response tokens."""
+    target_T: Tensor
+    """int64, the response tokens."""
+
+
+def build_inputs(rows: Sequence[Row], device: torch.device | str) -> Inputs:
+    """Pad rows into model inputs.
+
+    Without rows there is one dummy position, so that an empty micro-batch still runs every
+    collective. Raises ConfigError for a row without prompt or response.
+    """
+    if not rows:
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        return Inputs(torch.zeros(1, 1, dtype=torch.int64, device=device), zero, zero.clone())
+    for row in rows:
+        if not row.prompt_ids or not row.response_ids:
+            raise ConfigError(
+                f"row of prompt {row.prompt_id!r}, sample {row.sample}: {len(row.prompt_ids)} "
+                f"prompt and {len(row.response_ids)} response tokens; expected at least one of each"
+            )
+    length = max(len(row) for row in rows) - 1
+    ids_BS = np.zeros((len(rows), length), dtype=np.int64)
+    predict: list[npt.NDArray[np.int64]] = []
+    for b, row in enumerate(rows):
+        ids_BS[b, : len(row) - 1] = (row.prompt_ids + row.response_ids)[:-1]
+        first = b * length + len(row.prompt_ids) - 1
+        predict.append(np.arange(first, first + len(row.response_ids)))
+    target_T = np.concatenate([np.asarray(row.response_ids, dtype=np.int64) for row in rows])
+    tensors = [
+        torch.from_numpy(array).to(device) for array in (ids_BS, np.concatenate(predict), target_T)
+    ]
+    return Inputs(*tensors)
+
+
+def scored_row(
+    token_ids: Sequence[int],
+    *,
+    prompt_id: str,
+    sample: int,
+    scalars: Mapping[str, float] | None = None,
+) -> Row:
+    """Return a whole text as a Row for a ScoreHead.
+
+    A head reads at the position that predicts a response token. The whole text is the prompt, so
+    the head reads at the text's last token; the one response token is never fed.
+    """
+    return Row(
+        prompt_id=prompt_id,
+        sample=sample,
+        prompt_ids=tuple(token_ids),
+        response_ids=(0,),
+        scalars=scalars or {},
+    )
+
+
+def prepare_config(config: PreTrainedConfig, *, attention: str) -> None:
+    """Set up a transformers config for this forward pass.
+
+    Dropout is turned off: a second pass must give the same numbers. Raises ConfigError for a model
+    that computes its logits in a way this forward pass does not.
+    """
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"policy.model: {config.model_type} rescales its logits "
+                f"({name}={getattr(config, name)}), which the learner does not compute; expected a "
+                "model whose logits are lm_head(hidden), such as qwen2, qwen3, llama or mistral"
+            )
+    for name, value in vars(config).items():
+        if (name.endswith(("dropout", "_pdrop", "dropout_prob", "dropout_rate"))) and isinstance(
+            value, float
+        ):
+            setattr(config, name, 0.0)
+    config.use_cache = False
+    config._attn_implementation = attention
+
+
+# ------------------------------------------------------------------------------------------ heads
+
+
+class SelectLogSoftmax(torch.autograd.Function):
+    """Log-prob and entropy of chosen tokens without storing a (T, V) log-softmax.
+
+    (logits_TV, target_T) -> (log p(target)_T, entropy_T). Backward uses d logp_t/d z_v = 1[v = t] -
+    p_v and d H/d z_v = -p_v (log p_v + H). Arithmetic is in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, target_T: Tensor, entropy: Entropy) -> HeadOutput:
+        z_TV = logits_TV.float()
+        lse_T = torch.logsumexp(z_TV, dim=-1)
+        logp_T = z_TV.gather(1, target_T[:, None]).squeeze(1) - lse_T
+        entropy_T = None
+        if entropy != "off":
+            entropy_T = lse_T - (torch.exp(z_TV - lse_T[:, None]) * z_TV).sum(-1)
+            if entropy == "metric":
+                ctx.mark_non_differentiable(entropy_T)
+        ctx.save_for_backward(logits_TV, target_T, lse_T, entropy_T if entropy == "loss" else None)
+        return logp_T, entropy_T
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logp_T: Tensor, grad_entropy_T: Tensor | None
+    ) -> tuple[Tensor, None, None]:
+        logits_TV, target_T, lse_T, entropy_T = ctx.saved_tensors
+        grad_TV = logits_TV.float() - lse_T[:, None]
+        if entropy_T is None:
+            grad_TV.exp_().mul_(-grad_logp_T[:, None])
+        else:
+            assert grad_entropy_T is not None
+            p_TV = grad_TV.exp()
+            grad_TV.add_(entropy_T[:, None]).mul_(-grad_entropy_T[:, None]).sub_(
+                grad_logp_T[:, None]
+            ).mul_(p_TV)
+        grad_TV.scatter_add_(1, target_T[:, None], grad_logp_T[:, None])
+        return grad_TV.to(logits_TV.dtype), None, None
+
+
+class PolicyHead(nn.Module):
+    """A Hugging Face causal language model, or PEFT around one, that returns log-probs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs, temperature: float, entropy: Entropy = "off") -> HeadOutput:
+        """Return (log p(target)_T, entropy_T) at this temperature, float32, in nats."""
+        causal = base_model(self.model)
+        hidden_TH = _hidden(causal, inputs)
+        head = causal.get_output_embeddings()
+
+        def select(hidden_TH: Tensor, target_T: Tensor) -> HeadOutput:
+            logits_TV = head(hidden_TH)
+            if temperature != 1:
+                logits_TV = logits_TV.float() / temperature
+            selected: HeadOutput = SelectLogSoftmax.apply(logits_TV, target_T, entropy)  # type: ignore[no-untyped-call]
+            return selected
+
+        piece: int = max(1, LOGITS_LIMIT // int(causal.config.vocab_size))
+        if len(hidden_TH) <= piece:
+            return select(hidden_TH, inputs.target_T)
+        # Recomputing each piece's logits in backward keeps only one piece in memory at a time.
+        run = (
+            (lambda h, t: checkpoint(select, h, t, use_reentrant=False))
+            if torch.is_grad_enabled()
+            else select
+        )
+        parts = [
+            run(h, t)
+            for h, t in zip(
+                torch.split(hidden_TH, piece), torch.split(inputs.target_T, piece), strict=True
+            )
+        ]
+        logp_T = torch.cat([logp for logp, _ in parts])
+        return logp_T, None if entropy == "off" else torch.cat(
+            [e for _, e in parts if e is not None]
+        )
+
+
+class ValueHead(nn.Module):
+    """A Hugging Face token classifier with one label that returns values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs, temperature: float, entropy: Entropy = "off") -> HeadOutput:
+        """Return (value_T, None), float32.
+
+        value[t] is read at position prompt_len - 1 + t, before response token t is known.
+        """
+        classifier = base_model(self.model)
+        value_T: Tensor = classifier.score(_hidden(classifier, inputs)).float().squeeze(-1)
+        return value_T, None
+
+
+class ScoreHead(nn.Module):
+    """A Hugging Face sequence classifier with d labels, read at each text's last token.
+
+    The model's padding token plays no part, unlike in transformers' own forward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs, temperature: float, entropy: Entropy = "off") -> HeadOutput:
+        """Return (output_Td, None), float32; for rows of `scored_row` T is the number of rows."""
+        classifier = base_model(self.model)
+        output_Td: Tensor = classifier.score(_hidden(classifier, inputs)).float()
+        return output_Td, None
+
+
+def score_texts(
+    classifier: nn.Module, texts: Sequence[Sequence[int]], device: torch.device
+) -> Tensor:
+    """Return a causal sequence classifier's outputs at each text's last token: float32 (R, d)."""
+    rows = [scored_row(ids, prompt_id="text", sample=i) for i, ids in enumerate(texts)]
+    output_Rd: Tensor = ScoreHead(classifier)(build_inputs(rows, device), 1.0)[0]
+    return output_Rd
+
+
+def _hidden(model: PreTrainedModel, inputs: Inputs) -> Tensor:
+    """Return the last hidden states at the predicting positions: (T, H)."""
+    body = getattr(model, model.base_model_prefix)
+    hidden_BSH: Tensor = body(input_ids=inputs.ids_BS, use_cache=False).last_hidden_state
+    return hidden_BSH.flatten(0, 1).index_select(0, inputs.predict_T)

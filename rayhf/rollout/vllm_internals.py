@@ -1,0 +1,108 @@
+"""vLLM's internals that rayhf relies on, all in this file; read from vllm 0.32.
+
+Out for the driver: facts of a loaded engine, and the calls of a weight update. Out for the worker:
+the reload of a model's layers. tests/integration/test_rollout_internals.py fails where another
+version of vLLM lacks one of these names or gives it another signature.
+
+Three things go wrong without this file:
+1. CPU kernels repack weights after loading, so `model.load_weights` alone fails: the layerwise
+   reload restores the original layout and repacks at the end.
+2. With tied embeddings, the CPU output head keeps a packed copy that the reload does not know
+   (`repack_tied_head`).
+3. The prefix cache holds keys and values of the old weights: the driver resets it afterwards.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from vllm import LLM
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from rayhf.errors import WeightSyncError
+from rayhf.types import WeightBucket
+from rayhf.weights.buckets import Payload
+from rayhf.weights.cuda_ipc import IpcExport
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+BucketBytes = Payload | torch.Tensor | IpcExport
+"""A bucket's bytes in host memory or on the engine's device, or a handle to them on that device."""
+
+
+# --------------------------------------------------------------------------------- for the driver
+
+
+def vocabulary_size(llm: LLM) -> int:
+    return int(llm.llm_engine.model_config.get_vocab_size())
+
+
+def has_tied_embeddings(llm: LLM) -> bool:
+    """Return whether the output head is the input embedding."""
+    hf_config = llm.llm_engine.model_config.hf_text_config
+    return bool(getattr(hf_config, "tie_word_embeddings", False))
+
+
+def shut_down(llm: LLM) -> None:
+    """Stop the in-process engine; LLM itself has no method for it."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+def init_weight_transfer(llm: LLM, names: frozenset[str], directory: Path) -> None:
+    """Set up BucketTransfer on all workers; every update must load the parameters `names`."""
+    info = {"names": names, "directory": directory}
+    llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
+
+
+def start_update(llm: LLM) -> None:
+    llm.collective_rpc("start_weight_update")
+
+
+def load_bucket(llm: LLM, bucket: WeightBucket, payload: BucketBytes) -> None:
+    info = {"bucket": bucket, "payload": payload}
+    llm.collective_rpc("update_weights", kwargs={"update_info": info})
+
+
+def finish_update(llm: LLM) -> None:
+    llm.collective_rpc("finish_weight_update")
+
+
+# --------------------------------------------------------------------------------- for the worker
+
+
+def start_reload(model: torch.nn.Module) -> None:
+    """Restore the layers' checkpoint layout; they take weights until `finish_reload`."""
+    initialize_layerwise_reload(model)
+
+
+def finish_reload(model: torch.nn.Module, model_config: ModelConfig) -> None:
+    """Convert the loaded layers to the layout that the kernels use."""
+    finalize_layerwise_reload(model, model_config)
+    repack_tied_head(model)
+
+
+def repack_tied_head(model: torch.nn.Module) -> None:
+    """Give a tied output head the new embedding.
+
+    Only CPU kernels (`cpu_linear`) keep a packed copy of the head's weight.
+    """
+    head = getattr(model, "lm_head", None)
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if head is None or not hasattr(head, "cpu_linear") or not tied:
+        return
+    embedding = next(
+        (module for name, module in model.named_modules() if name.endswith("embed_tokens")), None
+    )
+    if embedding is None:
+        raise WeightSyncError(
+            f"{type(model).__name__}: tied output head, but no module named embed_tokens"
+        )
+    if head is not embedding:
+        head.weight = embedding.weight
+        head.quant_method.process_weights_after_loading(head)

@@ -1,0 +1,58 @@
+"""vLLM's internals have the names and signatures that rayhf.rollout.vllm_internals relies on.
+
+That they behave as expected is what test_rollout_updates.py and test_rollout_adapters.py show.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+
+import pytest
+
+from rayhf.rollout.env import engine_env
+
+os.environ.update(engine_env("cpu", 1))
+
+from vllm import LLM
+from vllm.distributed.weight_transfer import WeightTransferEngine
+from vllm.logprobs import FlatLogprobs
+from vllm.model_executor.model_loader import reload
+from vllm.v1.engine.core_client import InprocClient
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from rayhf.rollout.vllm_worker import BucketTransfer
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (CPUWorker.init_weight_transfer_engine, ["self", "init_info"]),
+        (CPUWorker.start_weight_update, ["self"]),
+        (CPUWorker.update_weights, ["self", "update_info"]),
+        (CPUWorker.finish_weight_update, ["self"]),
+        (WeightTransferEngine.receive_weights, ["self", "update_info"]),
+        (reload.initialize_layerwise_reload, ["model"]),
+        (reload.finalize_layerwise_processing, ["model", "model_config"]),
+        (LLMEngine.step, ["self"]),
+        (LLMEngine.has_unfinished_requests, ["self"]),
+        (LLM.reset_prefix_cache, ["self", "reset_running_requests", "reset_connector"]),
+    ],
+)
+def test_signatures(function: Callable[..., object], parameters: list[str]) -> None:
+    assert list(inspect.signature(function).parameters) == parameters
+
+
+def test_every_abstract_method_of_a_transfer_is_implemented() -> None:
+    assert not BucketTransfer.__abstractmethods__
+
+
+def test_attributes_are_there() -> None:
+    assert callable(InprocClient.shutdown) and callable(LLM.collective_rpc)
+    assert list(inspect.signature(LLMEngine.abort_request).parameters)[:2] == [
+        "self",
+        "request_ids",
+    ]
+    assert "logprobs" in FlatLogprobs.__dataclass_fields__
