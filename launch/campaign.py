@@ -22,6 +22,7 @@ from launch.tracking import tracked
 from launch.view import LiveView, placement_table, summary
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.gc_tuning import gc_tuned
+from rayhf.config.algorithms import TAKES_LABELS
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import (
     ActorLostError,
@@ -30,10 +31,10 @@ from rayhf.errors import (
     PlacementError,
     StorageError,
 )
+from rayhf.monitoring.event_log import EventLog
 from rayhf.monitoring.observer import Observer
 from rayhf.planning.placement import ActorSpec
 from rayhf.planning.preflight import Prepared, overlap, prepare
-from rayhf.run_dir.event_log import EventLog
 from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.store import RunDir
 
@@ -48,11 +49,11 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
         console.print(
             f"warning: {shared} held-out prompts are also training prompts", style="yellow"
         )
-    store = RunDir(config, lock)
+    store = RunDir(config, lock, takes_labels=config.algorithm.type in TAKES_LABELS)
     try:
-        if store.state["iteration"] >= config.run.iterations:
+        if store.state.iteration >= config.run.iterations:
             say(
-                f"{config.run.dir} already has {store.state['iteration']} of {config.run.iterations} rounds: nothing to do"
+                f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} rounds: nothing to do"
             )
             return
         store.check_paused()
@@ -132,7 +133,7 @@ async def _play(
         prepared.algorithm.state_dict(),
         prepared.data.game.state_dict() if prepared.data.game else {},
     )
-    restarts, committed = 0, store.state["iteration"]
+    restarts, committed = 0, store.state.iteration
     try:
         while True:
             try:
@@ -141,14 +142,14 @@ async def _play(
                     store,
                     observer,
                     base=base,
-                    again=restarts > 0 or store.state["checkpoint"] is not None,
+                    again=restarts > 0 or store.state.checkpoint is not None,
                 )
                 return
             except (ActorLostError, DeadlineError) as error:
-                if store.state["iteration"] > committed:
-                    restarts, committed = 0, store.state["iteration"]
+                if store.state.iteration > committed:
+                    restarts, committed = 0, store.state.iteration
                 restarts += 1
-                if restarts > prepared.config.run.restarts or store.state["state"] == "new":
+                if restarts > prepared.config.run.restarts or store.state.state == "new":
                     raise
                 observer.event("fault", f"everybody starts again from round {committed}: {error}")
                 prepared.algorithm.load_state_dict(deepcopy(pristine[0]))
@@ -156,7 +157,7 @@ async def _play(
                     prepared.data.game.load_state_dict(deepcopy(pristine[1]))
     except asyncio.CancelledError:
         raise InterruptedRunError(
-            f"interrupted; {store.path} is committed up to round {store.state['iteration']}, the same command continues"
+            f"interrupted; {store.path} is committed up to round {store.state.iteration}, the same command continues"
         ) from None
     finally:
         heart.cancel()
@@ -169,7 +170,7 @@ async def _one_life(
     prepared: Prepared, store: RunDir, observer: Observer, *, base: Path, again: bool
 ) -> None:
     """From hiring everybody to dismissing them."""
-    observer.phase(store.state["iteration"], "start actors")
+    observer.phase(store.state.iteration, "start actors")
     actors = ActorSet(prepared, store, observer, base=base)
     lost = False
     try:

@@ -101,7 +101,7 @@ def watch(control: Control, console: Console) -> None:
     """Print events as they come, until the campaign ends or somebody presses Ctrl-C."""
     try:
         for event in control.watch(lambda: True):
-            _say(console, f"{event['time'][11:19]} {event['kind']:<9} {event['message']}")
+            _say(console, f"{event.time[11:19]} {event.kind:<9} {event.message}")
     except KeyboardInterrupt:
         return
 
@@ -113,7 +113,7 @@ def add_prompts(control: Control, file: Path, console: Console) -> None:
 
 def show_pairs(control: Control, count: int, console: Console) -> None:
     """One JSON object per line, for a labelling tool; `label --file` takes its verdicts back."""
-    for pair in control.pairs(count):
+    for pair in control.uncertain_pairs(count):
         row = {
             "pair_id": pair.pair_id,
             "messages": list(pair.messages),
@@ -128,7 +128,7 @@ def label(control: Control, console: Console, *, file: Path | None, count: int) 
     if file is not None:
         labels = [_label(row, where) for where, row in read_rows(file, key="--file")]
     else:
-        labels = list(_asked(control.pairs(count), console))
+        labels = list(_asked(control.uncertain_pairs(count), console))
     _say(
         console, control.label(labels, source=getpass.getuser()) if labels else "nothing was judged"
     )
@@ -171,7 +171,7 @@ def ask(control: Control, wanted: str, console: Console) -> None:
         console,
         control.unpause()
         if wanted == "unpause"
-        else control.ask("pause" if wanted == "pause" else "stop"),
+        else control.request("pause" if wanted == "pause" else "stop"),
     )
 
 

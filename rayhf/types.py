@@ -16,8 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import JsonValue
 
 FloatArray = npt.NDArray[np.float32]
+JsonObject = dict[str, JsonValue]
+"""A JSON object as Python values: what checkpoints and service messages store."""
 Message = Mapping[str, str]
 """{"role": ..., "content": ...}, as chat templates expect it."""
 TransportName = Literal["object_store", "broadcast", "cuda_ipc"]
@@ -267,6 +270,8 @@ class Example:
     objective: str = "policy"
     """Which of the algorithm's objectives it serves: examples of one objective share a loss, a
     learner and batches."""
+    iterations_back: int = 0
+    """How many iterations ago its samples were drawn: 0 is this one."""
 
     def __len__(self) -> int:
         """Tokens to compute."""

@@ -66,7 +66,7 @@ class IterativeDPO(OnlineDPO):
             own = [
                 e
                 for e in context.earlier(context.iteration - back)
-                if not e.scalars.get("iterations_back")
+                if not e.iterations_back
             ]
             drawn = _draw(
                 own,
@@ -95,9 +95,5 @@ def _mark(example: Example, *, iterations_back: int = 0) -> Example:
     """With its origin, so that its sample indices can be followed: into which round's samples, or
     into a pairs file."""
     given = float(example.rows[0].sample == GIVEN)
-    scalars = {
-        "margin": example.scalars["margin"],
-        "iterations_back": float(iterations_back),
-        "given": given,
-    }
-    return replace(example, scalars=scalars)
+    scalars = {"margin": example.scalars["margin"], "given": given}
+    return replace(example, scalars=scalars, iterations_back=iterations_back)

@@ -19,19 +19,21 @@ from typing import Any
 from rayhf.algorithms.base import Algorithm
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.campaign.evaluation import evaluate
-from rayhf.campaign.persistence import check_data, load_roles, provenance, save_roles
+from rayhf.campaign.persistence import check_data, installed_packages, load_roles, save_roles
 from rayhf.campaign.training import Trainer
 from rayhf.config.algorithms import EmaReference, InitialReference
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import is_pairwise
 from rayhf.data.prompts import Chat, PromptSet, deal, parse_prompt
 from rayhf.errors import ConfigError, InterruptedRunError, PausedError
+from rayhf.exploration.build import build_scheduler
 from rayhf.exploration.journal import Journal
 from rayhf.exploration.metrics import FailureBudget, exploration_metrics
 from rayhf.exploration.scheduler import IN_FLIGHT, RequestScheduler
 from rayhf.monitoring.guards import check_guards
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
+from rayhf.run_dir.state import CheckpointState
 from rayhf.run_dir.store import RunDir
 from rayhf.tiny.exploitability import Game
 from rayhf.types import Completion, Group, Prompt, Sample, Sampling, WeightSnapshot, derive_seed
@@ -162,17 +164,17 @@ class Controller:
         metrics["time/iteration_s"] = time.monotonic() - started
         self._report(metrics)
         self._apply_guards()
-        wanted = self.store.wanted()
-        if due or wanted != "run":
+        request = self.store.requested()
+        if due or request != "run":
             await self._checkpoint(iteration, metrics)
-        if wanted != "run" and iteration < last:
+        if request != "run" and iteration < last:
             await self._apply_operator_requests()
 
     def _apply_guards(self) -> None:
         """Say what looks unhealthy. Raises PausedError where a guard says that it must not go on
         like this: the round is then not committed, so that the last healthy commit stays the
         newest."""
-        accepted = self.store.state["accepted"]
+        accepted = self.store.state.accepted
         alarms = check_guards(self.store.history, self.config.guards)
         for alarm in alarms:
             if (alarm.guard, alarm.level) not in self._alarmed:
@@ -188,17 +190,17 @@ class Controller:
     async def _apply_operator_requests(self) -> None:
         """Between two rounds, everything committed: stay paused as long as the operator wants, or
         stop."""
-        if self.store.wanted() == "pause":
+        if self.store.requested() == "pause":
             self.store.set_state("paused", reason="asked for by `rayhf pause`")
             self.observer.event(
                 "pause",
                 f"paused after round {self.iteration}; `rayhf unpause {self.store.path}` goes on",
             )
-            while self.store.wanted() == "pause":
+            while self.store.requested() == "pause":
                 self.observer.phase(self.iteration, "paused")
                 await asyncio.sleep(_POLL_S)
-        if self.store.wanted() == "stop":
-            self.store.heard()
+        if self.store.requested() == "stop":
+            self.store.acknowledge()
             raise InterruptedRunError(
                 f"stopped after round {self.iteration} by `rayhf stop`; the same command continues"
             )
@@ -207,7 +209,7 @@ class Controller:
 
     def _scheduler(self, journal: Journal | None = None) -> RequestScheduler:
         rollout = self.config.rollout
-        return RequestScheduler(
+        return build_scheduler(
             self.roles.rollouts,
             self.roles.scorer,
             chat=self.data.chat,
@@ -226,7 +228,7 @@ class Controller:
         )
         added: dict[str, Prompt] = {}
         room = self.data.chat.max_length - self.sampling.max_tokens
-        for row in self.store.inbox.take("prompts", iteration, most=batch):
+        for row in self.store.inbox.take("prompts", iteration, limit=batch):
             try:
                 prompt = parse_prompt(row, self.data.chat, max_prompt_tokens=room)
             except ConfigError as error:
@@ -239,7 +241,7 @@ class Controller:
 
     async def _explore(self, iteration: int) -> ExploredIteration:
         prompts = self._prompts_of(iteration)
-        journal = self.store.journal(iteration)
+        journal = Journal(self.store.journal_file(iteration), config_hash=self.store.config_hash)
         scheduler = self._scheduler(journal)
         budget = FailureBudget(
             limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples
@@ -249,7 +251,7 @@ class Controller:
         def done(group: Group) -> None:
             nonlocal finished
             finished += 1
-            budget.hear(group)
+            budget.count(group)
             self.observer.phase(iteration, "explore", finished, len(prompts))
 
         self.observer.phase(iteration, "explore", 0, len(prompts))
@@ -267,8 +269,8 @@ class Controller:
         finally:
             journal.close()
         tokens = {
-            "rollout/tokens": float(scheduler.written),
-            "rollout/context_tokens": float(scheduler.read),
+            "rollout/tokens": float(scheduler.generated_tokens),
+            "rollout/context_tokens": float(scheduler.prompt_tokens),
         }
         return ExploredIteration(
             groups=groups,
@@ -395,15 +397,19 @@ class Controller:
 
     # --------------------------------------------------------------- checkpoints
 
-    async def _state(self) -> dict[str, Any]:
-        return {
-            "iteration": self.iteration,
-            "versions": self.versions,
-            "algorithm": self.algorithm.state_dict(),
-            "scorer": await self.roles.scorer.state_dict(),
-            "game": self.data.game.state_dict() if self.data.game else {},
-            **provenance(self.config, prompts=self.data.prompts.fingerprint, pairs=self.data.pairs),
-        }
+    async def _state(self) -> CheckpointState:
+        game = self.data.game
+        return CheckpointState(
+            iteration=self.iteration,
+            versions=self.versions,
+            algorithm=self.algorithm.state_dict(),
+            scorer=await self.roles.scorer.state_dict(),
+            evaluations={"game": game.state_dict()} if game else {},
+            prompts=self.data.prompts.fingerprint,
+            pairs=self.data.pairs,
+            config=self.config.model_dump(mode="json"),
+            packages=installed_packages(),
+        )
 
     async def _checkpoint(self, iteration: int, metrics: Mapping[str, float]) -> None:
         self.observer.phase(iteration, "checkpoint")
@@ -418,9 +424,11 @@ class Controller:
             self.store.publish_policy(exported, policy)
         finished = iteration >= self.config.run.iterations
         score = metrics.get(f"eval/{self.config.prompts.task}/sampled")
-        state = "done" if finished else "running"
         self.store.commit(
-            directory, iteration, await self._state(), campaign_state=state, score=score
+            directory,
+            await self._state(),
+            campaign_state="done" if finished else "running",
+            score=score,
         )
         self.observer.event("commit", f"round {iteration} is committed")
 
@@ -434,16 +442,16 @@ class Controller:
         state = checkpoint.state
         check_data(state, self.config, prompts=self.data.prompts.fingerprint, pairs=self.data.pairs)
         self.store.rewind(checkpoint.iteration)
-        self.iteration = int(state["iteration"])
-        self.versions = {policy: int(version) for policy, version in state["versions"].items()}
+        self.iteration = state.iteration
+        self.versions = dict(state.versions)
         if self.iteration >= self.config.run.iterations:
             self.store.set_state("done")
             return
         self.observer.phase(self.iteration, "restore")
-        self.algorithm.load_state_dict(state["algorithm"])
-        await self.roles.scorer.load_state_dict(state["scorer"])
+        self.algorithm.load_state_dict(state.algorithm)
+        await self.roles.scorer.load_state_dict(state.scorer)
         if self.data.game is not None:
-            self.data.game.load_state_dict(state["game"])
+            self.data.game.load_state_dict(state.evaluations["game"])
         await load_roles(checkpoint.directory, self.roles, self.algorithm)
         for policy, version in self.versions.items():
             if version:

@@ -4,16 +4,16 @@ as JSON."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rayhf.algorithms.base import Algorithm
 from rayhf.config.algorithms import EmaReference, PreviousReference
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import CheckpointError
 from rayhf.roles import Roles
+from rayhf.run_dir.state import CheckpointState
 
 _PACKAGES = (
     "rayhf",
@@ -64,31 +64,24 @@ async def load_roles(directory: Path, roles: Roles, algorithm: Algorithm) -> Non
     )
 
 
-def provenance(config: CampaignConfig, *, prompts: str, pairs: str | None) -> dict[str, Any]:
-    """What the campaign was made with: fingerprints of its data, its config, and versions for
-    whoever wants to do it again."""
-    versions = {
+def installed_packages() -> dict[str, str]:
+    """Return the versions of the packages that decide results, for reproduction."""
+    return {
         dist.metadata["Name"]: dist.version
         for name in _PACKAGES
         for dist in distributions(name=name)
     }
-    return {
-        "prompts": prompts,
-        "pairs": pairs,
-        "config": config.model_dump(mode="json"),
-        "packages": versions,
-    }
 
 
 def check_data(
-    state: Mapping[str, Any], config: CampaignConfig, *, prompts: str, pairs: str | None
+    state: CheckpointState, config: CampaignConfig, *, prompts: str, pairs: str | None
 ) -> None:
     """Raises CheckpointError where the campaign's data is not what it was started with."""
-    for name, now, what in (
-        ("prompts", prompts, str(config.prompts.train)),
-        ("pairs", pairs, "the file of given pairs"),
+    for name, before, now, what in (
+        ("prompts", state.prompts, prompts, str(config.prompts.train)),
+        ("pairs", state.pairs, pairs, "the file of given pairs"),
     ):
-        if state[name] != now:
+        if before != now:
             raise CheckpointError(
                 f"{what} is not the file this campaign was started with (its {name} changed); restore it, "
                 "or choose another run.dir"

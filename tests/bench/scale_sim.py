@@ -33,7 +33,7 @@ from rayhf.config.load import validate
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.prompts import PromptSet
 from rayhf.roles import Roles
-from rayhf.run_dir.event_log import EventLog
+from rayhf.monitoring.event_log import EventLog
 from rayhf.run_dir.store import RunDir
 from rayhf.scorer.retrying import RetryingScorer
 from rayhf.types import Prompt

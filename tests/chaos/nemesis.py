@@ -163,7 +163,7 @@ def fingerprint(run: Path) -> dict[str, str]:
     """Of everything that must be equal in equal campaigns: samples, pairs, metrics (times aside)
     and weights."""
     found = {}
-    for file in sorted([*run.glob("samples/*.parquet"), *run.glob("pairs/*.parquet")]):
+    for file in sorted([*run.glob("samples/*.parquet"), *run.glob("examples/*.parquet")]):
         found[str(file.relative_to(run))] = hashlib.sha256(
             repr(pq.read_table(file).to_pylist()).encode()
         ).hexdigest()

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from fakes import checkpoint_state
+
 from rayhf.config.load import validate
 from rayhf.errors import CheckpointError
 from rayhf.run_dir.files import verify
@@ -44,9 +46,7 @@ def commit_for_ever(run, pipe):
         for number in range(4):
             (temporary / f"shard-{number}").write_bytes(os.urandom(50_000))
         store.append_metrics({"iteration": float(iteration)})
-        store.commit(
-            temporary, iteration, {"iteration": iteration}, campaign_state="running", score=None
-        )
+        store.commit(temporary, checkpoint_state(iteration), campaign_state="running", score=None)
         os.write(pipe, f"{iteration}\n".encode())
 
 

@@ -9,6 +9,7 @@ import random
 import numpy as np
 
 from rayhf.errors import StaleWeightsError
+from rayhf.run_dir.state import CheckpointState
 from rayhf.types import Compared, Completion, Probe, Prompt, Scored, WeightSnapshot
 
 
@@ -22,6 +23,20 @@ def make_prompts(n: int) -> list[Prompt]:
         )
         for i in range(n)
     ]
+
+
+def checkpoint_state(iteration: int, **packages: str) -> CheckpointState:
+    """Return a controller's state without content."""
+    return CheckpointState(
+        iteration=iteration,
+        versions={},
+        algorithm={},
+        scorer={},
+        prompts="",
+        pairs=None,
+        config={},
+        packages=packages,
+    )
 
 
 class FakeRollout:

@@ -10,6 +10,7 @@ from fakes import FakeChat, FakeLearner, FakeReference, FakeRollout, FakeScorer,
 from rayhf.algorithms import build_algorithm
 from rayhf.algorithms.base import needs_frozen_reference
 from rayhf.campaign.controller import CampaignData, Controller
+from rayhf.config.algorithms import TAKES_LABELS
 from rayhf.config.load import validate
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.prompts import PromptSet
@@ -55,7 +56,7 @@ def play(
         critic=critic,
         reference=reference or (FakeReference() if needs_frozen_reference(algorithm) else None),
     )
-    store = RunDir(config)
+    store = RunDir(config, takes_labels=config.algorithm.type in TAKES_LABELS)
     try:
         controller = Controller(
             config,
@@ -97,7 +98,7 @@ def test_a_campaign_leaves_the_documented_run_directory(tmp_path):
     samples = pq.read_table(run / "samples/iteration-000003.parquet").to_pylist()
     assert len({(s["prompt_id"], s["sample"]) for s in samples}) == len(samples) == 16
     assert samples[0]["policy_version"] == 2 and samples[0]["outcome"] == "Scored"
-    pairs = pq.read_table(run / "pairs/iteration-000003.parquet").to_pylist()
+    pairs = pq.read_table(run / "examples/iteration-000003.parquet").to_pylist()
     assert pairs and all(p["scores"][0] > p["scores"][1] and p["margin"] > 0 for p in pairs)
     assert json.loads((run / "campaign.json").read_text())["state"] == "done"
     assert (run / "policy/config.json").exists() and (

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fakes import checkpoint_state
 from test_controller import make_config, play
 
 from actors.learner import LearnerActor
@@ -18,6 +19,7 @@ from rayhf.errors import CheckpointError, FencedError, LockedError, StorageError
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.files import seal, verify
+from rayhf.run_dir.state import Best
 from rayhf.run_dir.store import RunDir
 
 WRITER = Path(__file__).with_name("commit_writer.py")
@@ -110,11 +112,11 @@ def test_retention_keeps_the_newest_every_mth_and_the_best(tmp_path):
     for iteration, score in scores.items():
         temporary = store.checkpoints.begin()
         (temporary / "weights").write_text(str(score))
-        store.commit(temporary, iteration, {}, campaign_state="running", score=score)
+        store.commit(temporary, checkpoint_state(iteration), campaign_state="running", score=score)
     kept = sorted(int(p.name[-6:]) for p in store.checkpoints.root.glob("iteration-*"))
     store.close()
     assert kept == [2, 4, 7, 8]
-    assert store.state["best"] == {"iteration": 2, "score": 0.9}
+    assert store.state.best == Best(iteration=2, score=0.9)
 
 
 def test_a_full_disk_leaves_the_last_commit_whole(tmp_path):
@@ -124,14 +126,15 @@ def test_a_full_disk_leaves_the_last_commit_whole(tmp_path):
     store = RunDir(config)
     temporary = store.checkpoints.begin()
     (temporary / "weights").write_bytes(b"x" * 1000)
-    store.commit(temporary, 1, {}, campaign_state="running", score=None)
+    store.commit(temporary, checkpoint_state(1), campaign_state="running", score=None)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
         temporary = store.checkpoints.begin()
         with pytest.raises(StorageError):
-            store.commit(temporary, 2, {"much": "x" * 1000}, campaign_state="running", score=None)
+            large = checkpoint_state(2, much="x" * 1000)
+            store.commit(temporary, large, campaign_state="running", score=None)
         with pytest.raises(StorageError):
             store.append_metrics({"iteration": 2.0, **{f"metric{i}": 0.0 for i in range(100)}})
     finally:

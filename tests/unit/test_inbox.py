@@ -9,7 +9,7 @@ from fakes import FakeScorer
 from test_controller import make_config, metrics_of, play
 
 from rayhf.config.algorithms import TAKES_LABELS
-from rayhf.control.labels import check_label, unsure_pairs
+from rayhf.control.labels import check_label, uncertain_pairs
 from rayhf.errors import ConfigError
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir.inbox import Inbox, submit_rows, submitted_rows
@@ -18,7 +18,7 @@ from rayhf.run_dir.inbox import Inbox, submit_rows, submitted_rows
 def test_a_row_is_taken_by_one_round_and_again_by_the_same_round_only(tmp_path):
     first = submit_rows(tmp_path, "labels", [{"n": 1}, {"n": 2}, {"n": 3}], source="a")
     inbox = Inbox(tmp_path)
-    assert [row["n"] for row in inbox.take("labels", 4, most=2)] == [1, 2]
+    assert [row["n"] for row in inbox.take("labels", 4, limit=2)] == [1, 2]
     submit_rows(tmp_path, "labels", [{"n": 4}], source="b")
     again = Inbox(tmp_path)  # another attempt
     assert [row["n"] for row in again.take("labels", 4)] == [1, 2]
@@ -75,7 +75,7 @@ def test_prompts_that_were_handed_in_are_asked_in_the_next_round(tmp_path):
 def test_peoples_verdicts_are_trained_on_once_with_their_lineage(tmp_path):
     config = make_config(tmp_path, run={"iterations": 2, "checkpoint_every": 1})
     play(config)
-    pairs = unsure_pairs(config.run.dir, 100)
+    pairs = uncertain_pairs(config.run.dir, 100)
     assert len({pair.pair_id for pair in pairs}) == len(pairs) == 8
     newest = [pair.certainty for pair in pairs if pair.pair_id.startswith("2/")]
     assert newest == sorted(newest) and pairs[0].pair_id.startswith("2/")
@@ -84,13 +84,13 @@ def test_peoples_verdicts_are_trained_on_once_with_their_lineage(tmp_path):
         submit_rows(
             config.run.dir, "labels", [{"pair_id": pair.pair_id, "verdict": verdict}], source="ann"
         )
-    assert len(unsure_pairs(config.run.dir, 100)) == 5  # nobody is asked twice
+    assert len(uncertain_pairs(config.run.dir, 100)) == 5  # nobody is asked twice
     play(make_config(tmp_path, run={"iterations": 4, "checkpoint_every": 1}))
     lines = metrics_of(config)
     assert [line.get("pairs/human", 0) for line in lines] == [0, 0, 0, 2, 0]
     given = [
         row
-        for row in pq.read_table(config.run.dir / "pairs/iteration-000003.parquet").to_pylist()
+        for row in pq.read_table(config.run.dir / "examples/iteration-000003.parquet").to_pylist()
         if row["samples"] == [-1, -1]
     ]
     samples = pq.read_table(config.run.dir / "samples/iteration-000002.parquet").to_pylist()
@@ -126,7 +126,7 @@ def test_a_label_of_nothing_is_refused(tmp_path):
     config = make_config(tmp_path, run={"iterations": 2})
     play(config)
     run = config.run.dir
-    prompt = unsure_pairs(run, 1)[0].pair_id.split("/")[1]
+    prompt = uncertain_pairs(run, 1)[0].pair_id.split("/")[1]
     numbers = (f"9/{prompt}/0/1", f"2/{prompt}/0/0", f"2/{prompt}/0/9", f"2/{prompt}/-1/0")
     for pair in ("", "2/p/0/1", *numbers, f"../../etc/{prompt}/0", "²/p/0/1"):
         with pytest.raises(ConfigError, match="no pair"):
@@ -140,7 +140,7 @@ def test_scorers_that_compare_say_themselves_how_unsure_they_are(tmp_path):
     play(config, scorer=FakeScorer())
     rows = pq.read_table(config.run.dir / "samples/iteration-000001.parquet").to_pylist()
     wins = {(row["prompt_id"], row["text"]): row["wins"] for row in rows}
-    for pair in unsure_pairs(config.run.dir, 10):
+    for pair in uncertain_pairs(config.run.dir, 10):
         _, prompt, i, j = pair.pair_id.split("/")
         assert pair.certainty == abs(wins[prompt, pair.first][int(j)] - 0.5) and i != j
         others = [

@@ -11,6 +11,7 @@ import pytest
 from fakes import FakeLearner, FakeRollout, FakeScorer
 from test_controller import make_config, metrics_of, play
 
+from rayhf.exploration.codecs import COMPARE, GENERATE, SCORE
 from rayhf.exploration.journal import Journal
 from rayhf.types import (
     Compared,
@@ -52,46 +53,52 @@ def judgement(number=0):
     return ScoreRequest(prompt=prompt, completions=completions(generation()), number=number)
 
 
+def record(journal, *call):
+    """Add one call's responses and write them."""
+    journal.add(*call)
+    journal.flush()
+
+
 COMPARED = Compared(win=np.array([[0.5, 1 / 3], [2 / 3, 0.5]]), source="pairwise")
 
 
 def test_every_answer_comes_back_as_it_was(tmp_path):
     journal = Journal(tmp_path / "j")
     asked = generation()
-    journal.record("generate", [asked], [completions(asked)])
+    record(journal, GENERATE, [asked], [completions(asked)])
     outcomes = (Scored(value=0.1, parts={"a": 1e-300}), Invalid(reason="NaN"))
-    journal.record("score", [judgement()], [outcomes], {"seen": 3})
-    journal.record("compare", [judgement(1), judgement(2)], [COMPARED, Invalid(reason="mute")])
+    record(journal, SCORE, [judgement()], [outcomes], {"seen": 3})
+    record(journal, COMPARE, [judgement(1), judgement(2)], [COMPARED, Invalid(reason="mute")])
     journal.close()
     again = Journal(tmp_path / "j")
     assert len(again) == 4 and again.scorer_state == {"seen": 3}
-    assert again.recall("generate", asked) == completions(asked)
-    assert again.recall("score", judgement()) == outcomes
-    compared = again.recall("compare", judgement(1))
+    assert again.recall(GENERATE, asked) == completions(asked)
+    assert again.recall(SCORE, judgement()) == outcomes
+    compared = again.recall(COMPARE, judgement(1))
     assert np.array_equal(compared.win, COMPARED.win) and compared.source == "pairwise"
-    assert again.recall("compare", judgement(2)) == Invalid(reason="mute")
-    assert again.recall("generate", asked) is None  # each answer is given once
+    assert again.recall(COMPARE, judgement(2)) == Invalid(reason="mute")
+    assert again.recall(GENERATE, asked) is None  # each answer is given once
 
 
 def test_what_was_noted_is_appended_together_and_at_the_end(tmp_path):
     journal = Journal(tmp_path / "j")
     exact, wide = completions(generation(0), logprob=-0.5), completions(generation(1))
-    journal.note("generate", [generation(0)], [exact])
-    journal.note("score", [judgement()], [(Scored(value=1.0),)], {"seen": 1})
+    journal.add(GENERATE, [generation(0)], [exact])
+    journal.add(SCORE, [judgement()], [(Scored(value=1.0),)], {"seen": 1})
     assert (tmp_path / "j").stat().st_size == 0
     journal.flush()
     size = (tmp_path / "j").stat().st_size
     journal.flush()
     assert (tmp_path / "j").stat().st_size == size > 0
-    journal.note("generate", [generation(1)], [wide])
+    journal.add(GENERATE, [generation(1)], [wide])
     journal.close()
     again = Journal(tmp_path / "j")
     assert again.scorer_state == {"seen": 1}
     assert (
-        again.recall("generate", generation(0)) == exact
-        and again.recall("generate", generation(1)) == wide
+        again.recall(GENERATE, generation(0)) == exact
+        and again.recall(GENERATE, generation(1)) == wide
     )
-    assert again.recall("score", judgement()) == (Scored(value=1.0),)
+    assert again.recall(SCORE, judgement()) == (Scored(value=1.0),)
 
 
 def test_a_journal_of_another_format_is_asked_again(tmp_path):
@@ -113,19 +120,20 @@ def test_a_journal_of_another_format_is_asked_again(tmp_path):
 )
 def test_another_request_is_not_answered(tmp_path, other):
     journal = Journal(tmp_path / "j")
-    journal.record("generate", [generation()], [completions(generation())])
+    record(journal, GENERATE, [generation()], [completions(generation())])
     journal.close()
-    assert Journal(tmp_path / "j").recall("generate", other) is None
+    assert Journal(tmp_path / "j").recall(GENERATE, other) is None
 
 
 def test_a_call_with_a_failure_is_to_be_asked_again(tmp_path):
     journal = Journal(tmp_path / "j")
-    journal.record(
-        "score",
+    record(
+        journal,
+        SCORE,
         [judgement(0), judgement(1)],
         [(Scored(value=1.0),) * 2, (Scored(value=1.0), Failed(reason="gone"))],
     )
-    journal.record("compare", [judgement(2)], [Failed(reason="gone")])
+    record(journal, COMPARE, [judgement(2)], [Failed(reason="gone")])
     journal.close()
     assert len(Journal(tmp_path / "j")) == 0
 
@@ -134,7 +142,7 @@ def test_a_torn_or_damaged_end_is_cut_off_and_written_on(tmp_path):
     path = tmp_path / "j"
     journal, sizes = Journal(path), []
     for number in range(4):
-        journal.record("generate", [generation(number)], [completions(generation(number))])
+        record(journal, GENERATE, [generation(number)], [completions(generation(number))])
         sizes.append(path.stat().st_size)
     journal.close()
     whole = path.read_bytes()
@@ -147,10 +155,10 @@ def test_a_torn_or_damaged_end_is_cut_off_and_written_on(tmp_path):
         before = sum(size <= place for size in sizes)  # records that end before the damage
         damaged = Journal(path)
         assert len(damaged) == before
-        damaged.record("generate", [generation(9)], [completions(generation(9))])
+        record(damaged, GENERATE, [generation(9)], [completions(generation(9))])
         damaged.close()
         again = Journal(path)
-        assert len(again) == before + 1 and again.recall("generate", generation(9)) is not None
+        assert len(again) == before + 1 and again.recall(GENERATE, generation(9)) is not None
         again.close()
         path.write_bytes(whole[:place])
         torn = Journal(path)
@@ -237,10 +245,10 @@ def test_what_the_scorer_had_learned_comes_back_with_the_journal(tmp_path):
 
 
 def test_answers_of_weights_that_came_about_otherwise_are_not_told_again(tmp_path):
-    journal = Journal(tmp_path / "j", making="lr 1e-3")
-    journal.record("generate", [generation()], [completions(generation())])
+    journal = Journal(tmp_path / "j", config_hash="lr 1e-3")
+    record(journal, GENERATE, [generation()], [completions(generation())])
     journal.close()
-    assert len(Journal(tmp_path / "j", making="lr 1e-4")) == 0
+    assert len(Journal(tmp_path / "j", config_hash="lr 1e-4")) == 0
     config = make_config(tmp_path, run={"eval_every": 0, "checkpoint_every": 0})
     with pytest.raises(RuntimeError, match="killed"):
         play(config, learner=FakeLearner(fail_at=2))
@@ -256,9 +264,9 @@ def test_answers_of_weights_that_came_about_otherwise_are_not_told_again(tmp_pat
 def test_after_a_scorers_failure_nothing_more_of_it_is_recorded(tmp_path):
     journal = Journal(tmp_path / "j")
     fine = (Scored(value=1.0),) * 2
-    journal.record("score", [judgement(0)], [fine], {"seen": 1})
-    journal.record("score", [judgement(1)], [(fine[0], Failed(reason="gone"))], {"seen": 2})
-    journal.record("score", [judgement(2)], [fine], {"seen": 3})
+    record(journal, SCORE, [judgement(0)], [fine], {"seen": 1})
+    record(journal, SCORE, [judgement(1)], [(fine[0], Failed(reason="gone"))], {"seen": 2})
+    record(journal, SCORE, [judgement(2)], [fine], {"seen": 3})
     journal.close()
     again = Journal(tmp_path / "j")
     assert len(again) == 1 and again.scorer_state == {"seen": 1}

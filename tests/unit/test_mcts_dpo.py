@@ -1,4 +1,4 @@
-"""MCTS-DPO over a toy language, through the real exchange: answers are three digits, one a line,
+"""MCTS-DPO over a toy language, through the real scheduler: answers are three digits, one a line,
 and 1, 2, 3 is right.
 
 Two lines end in a line end, the third in the end of the turn.
@@ -13,12 +13,13 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+from fakes import FakeScorer
 
 from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.mcts_dpo import MCTSDPO, tree_from_group, verdict, worth
 from rayhf.config.mcts_dpo import MCTSDPOConfig, OutcomeConfig
 from rayhf.errors import ConfigError
-from rayhf.exploration.scheduler import RequestScheduler
+from rayhf.exploration.build import build_scheduler
 from rayhf.run_dir.tables import sample_table
 from rayhf.types import Completion, Failed, Group, Invalid, Prompt, Sample, Sampling, Scored
 
@@ -76,7 +77,7 @@ class ToyRollout:
         return NEWLINE if 10 <= written[-1] < 900 else 10 + rng.choice(self.digits)
 
 
-class ToyScorer:
+class ToyScorer(FakeScorer):
     def __init__(self, judge=lambda c: Scored(value=float(c.text.split("\n") == ["1", "2", "3"]))):
         self.judge, self.seen = judge, []
 
@@ -135,25 +136,25 @@ def explored(
     deterministic=True,
     answer="123",
 ):
-    """The groups of n prompts, and the exchange over which they were explored."""
+    """The groups of n prompts, and the scheduler that explored them."""
     algorithm = MCTSDPO(config, max_tokens=sampling.max_tokens)
 
     async def go():
-        exchange = RequestScheduler(
+        scheduler = build_scheduler(
             {"policy": rollout or ToyRollout()},
             scorer or ToyScorer(),
             chat=chat or ToyChat(),
             versions={"policy": 0},
             deterministic=deterministic,
         )
-        found = await exchange.run(
+        found = await scheduler.run(
             prompts(n, answer),
             algorithm.explore,
             sampling=sampling,
             seed=5,
             done=lambda group: None,
         )
-        return found, exchange
+        return found, scheduler
 
     return asyncio.run(go())
 
@@ -434,9 +435,10 @@ def test_all_ties_train_nothing():
 
 
 def test_duplicates_are_counted():
-    (group,), exchange = explored(config_of(iterations=1, width=(30,), reroot="never"))
+    (group,), scheduler = explored(config_of(iterations=1, width=(30,), reroot="never"))
     assert group.metrics["mcts/duplicates"] == 27 and group.metrics["mcts/nodes"] == 3
-    assert exchange.written == 30 * 6 and exchange.read == 30 * len(group.prompt.token_ids)
+    assert scheduler.generated_tokens == 30 * 6
+    assert scheduler.prompt_tokens == 30 * len(group.prompt.token_ids)
 
 
 def test_self_evaluation_adds_the_share_of_yes():

@@ -12,7 +12,7 @@ from test_controller import make_config, metrics_of, play
 
 from actors.rollout import RolloutPool, _LeastBusy
 from rayhf.algorithms.base import sample_and_score
-from rayhf.exploration.scheduler import RequestScheduler
+from rayhf.exploration.build import build_scheduler
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir import store
 from rayhf.types import GenerateRequest, Sampling
@@ -222,7 +222,7 @@ class Counting(FakeRollout):
 def test_only_so_many_prompts_are_explored_at_the_same_time(deterministic):
     async def run(in_flight):
         rollout = Counting()
-        exchange = RequestScheduler(
+        scheduler = build_scheduler(
             {"policy": rollout},
             FakeScorer(),
             chat=FakeChat(),
@@ -230,7 +230,7 @@ def test_only_so_many_prompts_are_explored_at_the_same_time(deterministic):
             deterministic=deterministic,
             in_flight=in_flight,
         )
-        groups = await exchange.run(
+        groups = await scheduler.run(
             make_prompts(10),
             lambda prompt, explorer: sample_and_score(prompt, explorer, 2),
             sampling=Sampling(max_tokens=8),
@@ -255,7 +255,7 @@ def test_a_rounds_tables_are_written_in_parts_and_are_the_same(tmp_path, monkeyp
     monkeypatch.setattr(store, "_PART", 1)
     play(parts)
     assert metrics_of(whole) == metrics_of(parts)
-    for folder in ("samples", "pairs"):
+    for folder in ("samples", "examples"):
         one, many = (
             config.run.dir / folder / "iteration-000001.parquet" for config in (whole, parts)
         )

@@ -15,6 +15,7 @@ import numpy as np
 
 from rayhf.errors import ConfigError
 from rayhf.scorer.grpc import scorer_pb2 as pb
+from rayhf.service.chat_pb2 import Message
 from rayhf.service.client import printable
 from rayhf.types import (
     Compared,
@@ -53,7 +54,7 @@ def encode_request(request: ScoreRequest) -> pb.ScoreRequest:
         prompt=pb.Prompt(
             prompt_id=prompt.prompt_id,
             messages=[
-                pb.Message(role=message["role"], content=message["content"])
+                Message(role=message["role"], content=message["content"])
                 for message in prompt.messages
             ],
             answer=prompt.answer,

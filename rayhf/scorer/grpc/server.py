@@ -28,7 +28,7 @@ from rayhf.scorer.comparisons import check_comparisons, check_outcomes
 from rayhf.scorer.grpc import scorer_pb2 as pb
 from rayhf.scorer.grpc.messages import SERVICE, decode_requests, encode_comparisons, encode_outcomes
 from rayhf.scorer.grpc.scorer_pb2_grpc import ScorerServicer, add_ScorerServicer_to_server
-from rayhf.service.server import Server, refusals
+from rayhf.service.server import Server, error_statuses
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +63,14 @@ class _Servicer(ScorerServicer):  # type: ignore[misc]  # generated without type
         return self._described
 
     def Score(self, request: pb.ScoreRequests, context: grpc.ServicerContext) -> pb.ScoreReply:
-        with refusals(context):
+        with error_statuses(context):
             requests = decode_requests(request)
             with self._turn(context):
                 answers = self._ask(partial(self._engine.score, requests))
             return encode_outcomes(check_outcomes(answers, requests))
 
     def Compare(self, request: pb.ScoreRequests, context: grpc.ServicerContext) -> pb.CompareReply:
-        with refusals(context):
+        with error_statuses(context):
             requests = decode_requests(request)
             with self._turn(context):
                 answers = self._ask(partial(self._engine.compare, requests))
