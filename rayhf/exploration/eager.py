@@ -12,7 +12,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, ClassVar
 
 from rayhf.exploration.codecs import RequestT, ResponseT
-from rayhf.exploration.scheduler import Pending, RequestQueue, RequestScheduler, run_beside
+from rayhf.exploration.scheduler import RequestQueue, RequestScheduler, run_beside
 
 _FLUSH_EVERY_S = 0.2
 """Seconds between two writes of the journal; closing it writes the rest."""
@@ -30,17 +30,15 @@ class EagerScheduler(RequestScheduler):
     async def _run(self, workers: Sequence[Coroutine[object, object, None]]) -> None:
         self._calls = set()
         self._scoring = set()
-        await run_beside(self._explore(workers), self._flush_regularly())
-
-    async def _explore(self, workers: Sequence[Coroutine[object, object, None]]) -> None:
         tasks = [asyncio.create_task(worker) for worker in workers]
+        ended = asyncio.gather(*tasks)
         try:
-            await asyncio.gather(*tasks)
+            await run_beside(ended, self._flush_regularly())
         finally:
             unfinished = {*tasks, *self._calls}
             for task in unfinished:
                 task.cancel()
-            await asyncio.gather(*unfinished, return_exceptions=True)
+            await asyncio.gather(ended, *unfinished, return_exceptions=True)
 
     async def _flush_regularly(self) -> None:
         while True:
@@ -64,15 +62,21 @@ class EagerScheduler(RequestScheduler):
     async def _send_one(
         self, queue: RequestQueue[RequestT, ResponseT], request: RequestT
     ) -> ResponseT:
-        response: asyncio.Future[ResponseT] = asyncio.get_running_loop().create_future()
+        if self._journal is not None:
+            recorded = self._journal.recall(queue.codec, request)
+            if recorded is not None:
+                return recorded
         task = asyncio.current_task()
         assert task is not None
         self._calls.add(task)
         try:
-            await self._send(queue, [Pending(request, response)])
+            with self.stopwatch(queue.timer):
+                (response,) = await queue.call([request])
         finally:
             self._calls.discard(task)
-        return response.result()
+        if self._journal is not None:
+            self._journal.add(queue.codec, [request], [response])
+        return response
 
     async def _send_batches(self, queue: RequestQueue[RequestT, ResponseT]) -> None:
         await asyncio.sleep(0)  # coroutines that continue in the same turn share a call

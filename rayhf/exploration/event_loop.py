@@ -17,6 +17,7 @@ import contextvars
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
 from contextvars import Context
+from functools import partial
 from typing import NoReturn, TypeVar, TypeVarTuple
 
 Result = TypeVar("Result")
@@ -27,42 +28,38 @@ class ExplorationLoop(asyncio.AbstractEventLoop):
     """A loop of tasks and futures only; its turns are callbacks of the loop that created it.
 
     It has no timers, threads or sockets: what an explore coroutine does must follow from responses
-    alone. Calls run in the order in which asyncio would run them.
+    alone. Calls run in the order in which asyncio would run them. Its coroutines cannot await
+    futures of the outer loop, nor the outer loop's coroutines futures of this one.
     """
 
     def __init__(self, coroutines: Iterable[Coroutine[object, object, object]]) -> None:
         """Create a task for each coroutine; they start with the outer loop's next turn."""
         self._outer = asyncio.get_running_loop()
-        self._queue: deque[Callable[[], None]] = deque()
+        self._queue: deque[tuple[asyncio.Handle, Context, Callable[[], object]]] = deque()
         self._idle = asyncio.Event()
         self._idle.set()
-        # A coroutine of one loop cannot await a future of another, so `_ended` mirrors the tasks.
-        self._ended: asyncio.Future[None] = self._outer.create_future()
+        self.ended: asyncio.Future[None] = self._outer.create_future()
+        """Done when all coroutines have ended; gets the first error of any of them."""
         asyncio.gather(*map(self.create_task, coroutines)).add_done_callback(self._end)
 
     def _end(self, tasks: asyncio.Future[list[object]]) -> None:
         error = tasks.exception()
-        if self._ended.done():
+        if self.ended.done():
             return
         if error is None:
-            self._ended.set_result(None)
+            self.ended.set_result(None)
         else:
-            self._ended.set_exception(error)
+            self.ended.set_exception(error)
 
-    async def join(self) -> None:
-        """Return when all coroutines have ended; to be awaited on the outer loop.
-
-        Raises the first error of any of them, and cancels what is left.
-        """
-        try:
-            await self._ended
-        finally:
-            for task in asyncio.all_tasks(self):
-                task.cancel()
-            await self.wait_until_idle()
+    async def shutdown(self) -> None:
+        """Cancel all tasks that are left, and return when they have ended."""
+        self.ended.cancel()
+        for task in asyncio.all_tasks(self):
+            task.cancel()
+        await self.wait_until_idle()
 
     async def wait_until_idle(self) -> None:
-        """Return when no coroutine of this loop can run; to be awaited on the outer loop."""
+        """Return when no coroutine of this loop can run."""
         while not self._idle.is_set():
             await self._idle.wait()
 
@@ -73,14 +70,9 @@ class ExplorationLoop(asyncio.AbstractEventLoop):
         context: Context | None = None,
     ) -> asyncio.Handle:
         """Queue a call for the next turn."""
+        context = context or contextvars.copy_context()
         handle = asyncio.Handle(callback, args, self, context)
-        run_in_context = (context or contextvars.copy_context()).run
-
-        def call() -> None:
-            if not handle.cancelled():
-                run_in_context(callback, *args)
-
-        self._queue.append(call)
+        self._queue.append((handle, context, partial(callback, *args)))
         if self._idle.is_set():
             self._idle.clear()
             self._outer.call_soon(self._turn)
@@ -91,7 +83,9 @@ class ExplorationLoop(asyncio.AbstractEventLoop):
         asyncio._set_running_loop(self)  # asyncio.gather and create_task look it up
         try:
             for _ in range(len(self._queue)):
-                self._queue.popleft()()
+                handle, context, call = self._queue.popleft()
+                if not handle.cancelled():
+                    context.run(call)
         finally:
             asyncio._set_running_loop(self._outer)
             if self._queue:

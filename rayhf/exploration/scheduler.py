@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Generic
+from typing import ClassVar, Generic, TypeVar
 
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.data.prompts import Chat
@@ -40,6 +40,7 @@ from rayhf.types import (
 IN_FLIGHT = 65_536
 """Default number of prompts that are explored at the same time."""
 
+Result = TypeVar("Result")
 Explore = Callable[[Prompt, ExplorationContext], Awaitable[Group]]
 
 
@@ -347,20 +348,18 @@ class RequestScheduler(ABC):
 
 
 async def run_beside(
-    work: Coroutine[object, object, None], service: Coroutine[object, object, None]
+    work: asyncio.Future[Result], service: Coroutine[object, object, None]
 ) -> None:
-    """Await `work` while `service` runs; raises the error of either, and cancels both."""
-    tasks = [asyncio.create_task(work), asyncio.create_task(service)]
+    """Await the future `work` while `service` runs; raises the first error of either."""
+    task = asyncio.create_task(service, name="request scheduler")
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            if task.done():
-                task.result()
-        await tasks[0]
+        await asyncio.wait((work, task), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        await work
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _generator(

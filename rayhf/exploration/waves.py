@@ -25,7 +25,10 @@ class WaveScheduler(RequestScheduler):
 
     async def _run(self, workers: Sequence[Coroutine[object, object, None]]) -> None:
         loop = ExplorationLoop(workers)  # type: ignore[abstract]  # it has no timers and sockets
-        await run_beside(loop.join(), self._send_waves(loop))
+        try:
+            await run_beside(loop.ended, self._send_waves(loop))
+        finally:
+            await loop.shutdown()
 
     async def _send_waves(self, loop: ExplorationLoop) -> None:
         while True:
