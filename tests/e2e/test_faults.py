@@ -44,16 +44,16 @@ def campaign(
 
 def pause_and_go_on(one: Campaign) -> None:
     run = one.run_dir
-    assert "pauses when round" in one.command("pause", run)
+    assert "pauses once iteration" in one.command("pause", run)
     one.wait_for_state("paused", 60)
     before = one.rounds()
     assert "PAUSED" in one.command("status", run) and committed(run) == before
-    assert "goes on" in one.command("unpause", run)
+    assert "resumes" in one.command("unpause", run)
     one.wait_for_rounds(before + 1, 60)
 
 
 def stop_and_start_again(one: Campaign) -> None:
-    assert "stops when round" in one.command("stop", one.run_dir)
+    assert "stops once iteration" in one.command("stop", one.run_dir)
     assert one.process is not None and one.process.wait(120) == 75
     assert "STOPPED" in one.command("status", one.run_dir)
     one.start()

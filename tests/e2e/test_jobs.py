@@ -216,16 +216,18 @@ def people_have_their_say(user: Session, control: Control, world: Path, metrics:
     """Over gRPC: look, pause, judge a pair, hand in a prompt, let go on."""
     assert "RUNNING" in user.run(RAYHF, "status", *control.asked)
     assert "unauthenticated" in user.run(RAYHF, "pause", *control.asked_by_a_stranger, code=13)
-    assert "pauses when round" in user.run(RAYHF, "pause", *control.asked)
+    assert "pauses once iteration" in user.run(RAYHF, "pause", *control.asked)
     wait_for("the pause", lambda: "PAUSED" in user.run(RAYHF, "status", *control.asked))
     pair = json.loads(user.run(RAYHF, "pairs", "--count", "1", *control.asked))
     (world / "verdicts.jsonl").write_text(
         json.dumps({"pair_id": pair["pair_id"], "verdict": "second"}) + "\n"
     )
     (world / "prompts.jsonl").write_text('{"prompt": "a new one"}\n')
-    assert "1 verdicts wait" in user.run(RAYHF, "label", "--file", "verdicts.jsonl", *control.asked)
-    assert "1 prompts wait" in user.run(RAYHF, "add-prompts", "prompts.jsonl", *control.asked)
-    assert "goes on" in user.run(RAYHF, "unpause", *control.asked)
+    assert "1 labels submitted" in user.run(
+        RAYHF, "label", "--file", "verdicts.jsonl", *control.asked
+    )
+    assert "1 prompts submitted" in user.run(RAYHF, "add-prompts", "prompts.jsonl", *control.asked)
+    assert "resumes" in user.run(RAYHF, "unpause", *control.asked)
     wait_for("a round with the verdict", lambda: '"pairs/human": 1.0' in metrics.read_text())
 
 
@@ -273,7 +275,7 @@ def test_a_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     ), actors
     assert "/runs/one is job rayhf-one-" in user.run(*submit, code=4)
     people_have_their_say(user, control, world, metrics)
-    assert "stops when round" in user.run(RAYHF, "stop", *control.asked)
+    assert "stops once iteration" in user.run(RAYHF, "stop", *control.asked)
     shown = user.finish(followed, 75)
     assert (
         "working directory: " in shown

@@ -1,4 +1,4 @@
-"""Scorer services in this process: real servers on loopback, over engines of a few lines."""
+"""Scorer services in this process: real servers on loopback over engines of a few lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HERE = Path()
 
 
 def request(*texts, number=0, answer="3", finish_reason="stop"):
-    """One prompt's completions."""
+    """Return a request with one completion per text."""
     prompt = Prompt(
         prompt_id=f"p{number}",
         messages=(
@@ -29,23 +29,29 @@ def request(*texts, number=0, answer="3", finish_reason="stop"):
     )
     completions = tuple(
         Completion(
-            prompt_id=prompt.prompt_id, index=index, seed=index, text=text, token_ids=(1,), logprobs=(0.0,),
-            finish_reason=finish_reason, policy_version=0,
+            prompt_id=prompt.prompt_id,
+            index=index,
+            seed=index,
+            text=text,
+            token_ids=(1,),
+            logprobs=(0.0,),
+            finish_reason=finish_reason,
+            policy_version=0,
         )
         for index, text in enumerate(texts)
-    )  # fmt: skip
+    )
     return ScoreRequest(prompt=prompt, completions=completions)
 
 
 class Lengths:
-    """A score is the text's length; `wait_s` passes at each call."""
+    """A scorer whose score is the text's length; each call takes `wait_s`."""
 
     def __init__(self, wait_s=0.0):
-        self.wait_s, self.calls, self.asked = wait_s, 0, threading.Event()
+        self.wait_s, self.calls, self.called = wait_s, 0, threading.Event()
 
     def score(self, requests):
         self.calls += 1
-        self.asked.set()
+        self.called.set()
         time.sleep(self.wait_s)
         return [tuple(Scored(value=float(len(c.text))) for c in r.completions) for r in requests]
 
@@ -62,7 +68,7 @@ class Lengths:
 def serve(
     engine, *, names=("lengths",), pairwise=False, base=HERE, broken=lambda error: None, **settings
 ):
-    """A running server; the caller stops it."""
+    """Start a server; the caller stops it."""
     config = ServiceConfig(**{"grace_s": 5.0, **settings})
     server = scorer_server(engine, config, names=names, pairwise=pairwise, base=base, broken=broken)
     server.start()
@@ -74,7 +80,7 @@ def port_of(server):
 
 
 def remote(*servers, **changes):
-    """The entry that asks them."""
+    """Return the config entry of a scorer behind these servers."""
     return GrpcScorerConfig(
         endpoints=tuple(server.address for server in servers), **{"timeout_s": 5.0, **changes}
     )

@@ -1,4 +1,4 @@
-"""A campaign's control from elsewhere: the same verbs, over real gRPC with TLS and a token."""
+"""Control of a campaign over gRPC with TLS and a token: the same commands as over files."""
 
 import json
 import threading
@@ -63,9 +63,11 @@ def remote(address, files, **security):
     return GrpcControl(address, shown, base=files)
 
 
-def test_what_is_said_from_elsewhere_is_what_is_said_here(finished, served, files):
-    here, there = FileControl(finished.run.dir), remote(served, files)
-    near, far = here.status(), there.status()
+def test_replies_equal_those_of_file_control(finished, served, files):
+    local = FileControl(finished.run.dir)
+    there = remote(served, files)
+    near = local.status()
+    far = there.status()
     assert (far.state, far.iteration, far.commit[:16]) == ("done", 2, "iteration-000002")
     for name in (
         "run",
@@ -79,9 +81,8 @@ def test_what_is_said_from_elsewhere_is_what_is_said_here(finished, served, file
         "fault_count",
     ):
         assert getattr(far, name) == getattr(near, name), name
-    assert (
-        there.uncertain_pairs(3) == here.uncertain_pairs(3) and len(there.uncertain_pairs(3)) == 3
-    )
+    pairs = there.uncertain_pairs(3)
+    assert pairs == local.uncertain_pairs(3) and len(pairs) == 3
     with pytest.raises(ConfigError, match="is done: there is nothing to pause"):
         there.request("pause")
     with pytest.raises(ConfigError, match="is done, not paused"):
@@ -107,9 +108,7 @@ def test_pause_and_stop_reach_a_running_campaign(tmp_path):
     store.close()
 
 
-def test_prompts_and_labels_handed_in_from_elsewhere_are_trained_on(
-    finished, served, files, tmp_path
-):
+def test_remote_prompts_and_labels_are_trained_on(finished, served, files, tmp_path):
     there = remote(served, files)
     pair = there.uncertain_pairs(1)[0]
     assert "1 labels submitted for iteration 3" in there.label(
@@ -133,13 +132,13 @@ def test_prompts_and_labels_handed_in_from_elsewhere_are_trained_on(
         (lambda c: c.add_prompts([{"prompt": "x" * (1 << 20)}], source=""), "1,048,"),
     ],
 )
-def test_a_bad_hand_in_is_refused_and_nothing_is_kept(finished, served, files, call, message):
+def test_bad_submission_is_refused_and_not_stored(finished, served, files, call, message):
     with pytest.raises(ConfigError, match=message):
         call(remote(served, files))
     assert not (finished.run.dir / "inbox").exists()
 
 
-def test_a_loop_that_does_not_train_on_pairs_refuses_labels(tmp_path):
+def test_algorithm_without_labels_refuses_them(tmp_path):
     config = make_config(tmp_path, algorithm={"type": "sppo", "samples": 3}, run={"iterations": 1})
     play(config)
     control = FileControl(config.run.dir)
@@ -149,7 +148,7 @@ def test_a_loop_that_does_not_train_on_pairs_refuses_labels(tmp_path):
         )
 
 
-def test_a_stranger_hears_nothing(finished, served, files, tmp_path):
+def test_client_without_credentials_is_refused(finished, served, files, tmp_path):
     with pytest.raises(ServiceError, match="unauthenticated"):
         remote(served, files, token_file=None).status()
     (tmp_path / "wrong").write_text(TOKEN[:-1] + "x")
@@ -162,28 +161,28 @@ def test_a_stranger_hears_nothing(finished, served, files, tmp_path):
     assert read_request(finished.run.dir) == "run"
 
 
-def test_watching_tells_what_was_and_what_comes_and_ends_with_the_campaign(tmp_path):
+def test_watch_yields_past_and_new_events_and_ends_with_the_campaign(tmp_path):
     store = RunDir(make_config(tmp_path))
     recorder = EventLog(store, Quiet())
     for number in range(30):
         recorder.event("warn", f"old {number}")
     server = serve_campaign(store.path, ServiceConfig(), base=tmp_path)
-    heard = []
+    messages = []
 
     def listen():
         for event in GrpcControl(server.address, EndpointSecurity(), base=tmp_path).watch(
             lambda: True
         ):
-            heard.append(event.message)
+            messages.append(event.message)
 
     listener = threading.Thread(target=listen)
     listener.start()
-    while len(heard) < 10:
+    while len(messages) < 10:
         time.sleep(0.01)
     recorder.event("fault", "new")
     store.event("end", "done", code=0)
     listener.join(10)
-    assert not listener.is_alive() and heard == [f"old {number}" for number in range(20, 30)] + [
+    assert not listener.is_alive() and messages == [f"old {number}" for number in range(20, 30)] + [
         "new",
         "done",
     ]
@@ -191,7 +190,7 @@ def test_watching_tells_what_was_and_what_comes_and_ends_with_the_campaign(tmp_p
     store.close()
 
 
-def test_the_command_line_reaches_a_campaign_elsewhere(finished, served, files, tmp_path):
+def test_command_line_over_grpc(finished, served, files, tmp_path):
     security = tmp_path / "security.yaml"
     security.write_text(
         yaml.safe_dump({"ca": str(files / "ca.pem"), "token_file": str(files / "token")})
@@ -218,7 +217,7 @@ def test_the_command_line_reaches_a_campaign_elsewhere(finished, served, files, 
         )
 
 
-def test_verdicts_can_be_given_in_the_terminal(finished):
+def test_labeling_in_the_terminal(finished):
     run = str(finished.run.dir)
     result = CliRunner().invoke(app, ["label", run, "--count", "4"], input="1\ns\nt\nq\n")
     assert result.exception is None and "2 labels submitted" in result.output
@@ -228,7 +227,7 @@ def test_verdicts_can_be_given_in_the_terminal(finished):
     ]
 
 
-def test_control_is_served_while_a_campaign_runs_and_only_where_it_is_wanted(finished, capsys):
+def test_control_is_served_only_where_configured(finished, capsys):
     from rich.console import Console
 
     with control_served(finished.run.dir, None, base=finished.run.dir, console=Console()):

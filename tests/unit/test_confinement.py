@@ -1,5 +1,7 @@
-"""Names lead nowhere: 50 payloads as names in configs, in damaged run directories and in commands;
-nothing outside is touched."""
+"""Path traversal: 50 payloads as names in configs, damaged run directories and commands.
+
+Nothing outside of the run directory is touched.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +25,30 @@ from rayhf.run_dir.files import MANIFEST, _checksum, verify
 from rayhf.run_dir.store import RunDir
 
 PAYLOADS = [
-    "..", ".", "../", "../outside", "../../outside", "../../../../../../etc/passwd", "./../outside", "a/../../outside", "a/b",
-    "/etc/passwd", "/", "//etc/passwd", "/tmp", "/proc/self/environ", "~", "~root", "~/.ray/auth_token", "$HOME", "${HOME}/x",
-    "..\\outside", "C:\\Windows", "\\\\server\\share", "..%2foutside", "%2e%2e%2foutside", "..%c0%afoutside", "..%00",
-    "\x00", "a\x00b", "iteration-000002\x00/../../outside", "\n", "a\n../outside", "a\r\nb", "\t", " ", "", " ..", ".. ",
-    "\uff0e\uff0e\uff0foutside", "\u2024\u2024/outside", "\u2025/outside", "\u2215etc\u2215passwd", "\u202e../",
-    "..\u200b/outside", ".hidden", "a" * 65, "a" * 5000, "../" * 500,
-    "iteration-000002/../../outside", "iteration-../outside", "\x1b[2J..", "file:///etc/passwd",
-    "`touch x`", "$(touch x)", "|touch x",
+    "..", ".", "../", "../outside", "../../outside", "../../../../../../etc/passwd",
+    "./../outside", "a/../../outside", "a/b", "/etc/passwd", "/", "//etc/passwd", "/tmp",
+    "/proc/self/environ", "~", "~root", "~/.ray/auth_token", "$HOME", "${HOME}/x", "..\\outside",
+    "C:\\Windows", "\\\\server\\share", "..%2foutside", "%2e%2e%2foutside", "..%c0%afoutside",
+    "..%00", "\x00", "a\x00b", "iteration-000002\x00/../../outside", "\n", "a\n../outside",
+    "a\r\nb", "\t", " ", "", " ..", ".. ", "\uff0e\uff0e\uff0foutside", "\u2024\u2024/outside",
+    "\u2025/outside", "\u2215etc\u2215passwd", "\u202e../", "..\u200b/outside", ".hidden",
+    "a" * 65, "a" * 5000, "../" * 500, "iteration-000002/../../outside", "iteration-../outside",
+    "\x1b[2J..", "file:///etc/passwd", "`touch x`", "$(touch x)", "|touch x",
 ]  # fmt: skip
 
 
 def snapshot(root: Path) -> dict[str, str]:
-    """Everything below `root`: what it is, and its content."""
-    found = {}
+    """Return the type and content of everything below `root`."""
+    content = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
         if path.is_symlink():
-            found[name] = f"-> {os.readlink(path)}"
+            content[name] = f"-> {os.readlink(path)}"
         else:
-            found[name] = (
+            content[name] = (
                 hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
             )
-    return found
+    return content
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(campaign: Path, tmp_path: Path) -> Path:
-    """A finished campaign in world/run, and something beside it that must stay as it is."""
+    """A finished campaign in world/run, and files beside it that must not change."""
     shutil.copytree(campaign, tmp_path / "world/run")
     (tmp_path / "world/outside").mkdir()
     shutil.copytree(
@@ -72,7 +75,7 @@ def damage(run: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_there_are_fifty() -> None:
+def test_there_are_fifty_payloads() -> None:
     assert len(set(PAYLOADS)) >= 50
 
 
@@ -111,9 +114,10 @@ def test_names_in_a_damaged_campaign_json(payload: str, world: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"epoch": "../1"}, {"epoch": -1}, {"iteration": 1e400}, {"iteration": "2"}, {"iteration": True}, {"iteration": 10**13},
-        {"best": {"iteration": "../../outside", "score": 1.0}}, {"best": {"iteration": 2}}, {"best": "x"},
-        {"manifest": "../" * 22}, {"state": "../outside"}, {"guards": "kl"}, {"guards": [{}]}, {"reason": ["x"]},
+        {"epoch": "../1"}, {"epoch": -1}, {"iteration": 1e400}, {"iteration": "2"},
+        {"iteration": True}, {"iteration": 10**13}, {"best": {"iteration": 2}}, {"best": "x"},
+        {"best": {"iteration": "../../outside", "score": 1.0}}, {"manifest": "../" * 22},
+        {"state": "../outside"}, {"guards": "kl"}, {"guards": [{}]}, {"reason": ["x"]},
     ],
     ids=str,
 )  # fmt: skip
@@ -125,7 +129,7 @@ def test_other_values_in_a_damaged_campaign_json(changes: dict[str, Any], world:
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: ascii(payload)[:30])
 def test_names_in_a_manifest(payload: str, world: Path) -> None:
-    """Also in one that is consistent with itself."""
+    """Also in a manifest with a correct checksum."""
     before = snapshot(world / "outside")
     folder = world / "run/checkpoints/iteration-000004"
     original = (folder / MANIFEST).read_text()
@@ -146,12 +150,12 @@ def test_names_in_a_manifest(payload: str, world: Path) -> None:
 @pytest.mark.parametrize(
     "facts",
     [
-        {}, {"files": []}, {"files": {"state.json": []}}, {"files": {"state.json": {"bytes": 1}}}, {"files": "x"},
-        {"iteration": "../x"}, {"iteration": 2},
+        {}, {"files": []}, {"files": {"state.json": []}}, {"files": {"state.json": {"bytes": 1}}},
+        {"files": "x"}, {"iteration": "../x"}, {"iteration": 2},
     ],
     ids=str,
 )  # fmt: skip
-def test_a_manifest_of_another_shape(facts: dict[str, Any], world: Path) -> None:
+def test_manifest_of_another_form(facts: dict[str, Any], world: Path) -> None:
     folder = world / "run/checkpoints/iteration-000004"
     if "iteration" in facts:
         facts = {**json.loads((folder / MANIFEST).read_text()), **facts}
@@ -161,7 +165,7 @@ def test_a_manifest_of_another_shape(facts: dict[str, Any], world: Path) -> None
         read_checkpoint(folder)
 
 
-def test_links_out_of_a_run_directory_are_not_followed(world: Path) -> None:
+def test_links_out_of_run_directory_are_not_followed(world: Path) -> None:
     checkpoints, before = world / "run/checkpoints", snapshot(world / "outside")
     for name in ("iteration-000004", "iteration-000002"):
         shutil.rmtree(checkpoints / name)
@@ -182,7 +186,7 @@ def test_links_out_of_a_run_directory_are_not_followed(world: Path) -> None:
     assert snapshot(world / "outside") == before
 
 
-def test_a_link_among_a_checkpoints_files(world: Path) -> None:
+def test_link_among_checkpoint_files(world: Path) -> None:
     folder = world / "run/checkpoints/iteration-000004"
     shutil.move(folder / "state.json", world / "state.json")
     (folder / "state.json").symlink_to(world / "state.json")
@@ -193,9 +197,7 @@ def test_a_link_among_a_checkpoints_files(world: Path) -> None:
 @pytest.mark.parametrize(
     "payload", [p for p in PAYLOADS if "\x00" not in p], ids=lambda payload: ascii(payload)[:30]
 )
-def test_a_jobs_name_is_a_name(
-    payload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_name_is_safe(payload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import re
 
     from rayhf.config.load import dump_config

@@ -1,5 +1,4 @@
-"""Services that die, hang and come back: everything is scored by who is left, or Failed, and nobody
-is asked in vain."""
+"""Services that crash, hang and return: requests go to the others, or their outcome is Failed."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from rayhf.service.client import Client
 from rayhf.types import Failed, Scored
 
 
-def test_when_one_of_two_dies_on_the_way_everything_is_scored():
+def test_everything_is_scored_when_one_of_two_services_crashes():
     dying, living = Lengths(wait_s=0.01), Lengths(wait_s=0.01)
     first, second = serve(dying, grace_s=0.01), serve(living)
     far = GrpcScorer(remote(first, second, batch=1), base=HERE)
@@ -33,8 +32,8 @@ def test_when_one_of_two_dies_on_the_way_everything_is_scored():
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        asked = [request("x" * n, number=n) for n in range(60)]
-        assert scores(far, asked) == [float(n) for n in range(60)]
+        requests = [request("x" * n, number=n) for n in range(60)]
+        assert scores(far, requests) == [float(n) for n in range(60)]
         killer.join()
         assert 3 <= dying.calls < 60 and living.calls >= 60 - dying.calls
     finally:
@@ -42,21 +41,21 @@ def test_when_one_of_two_dies_on_the_way_everything_is_scored():
         second.stop()
 
 
-def test_when_all_are_down_nothing_is_made_up_and_when_one_is_back_it_is_asked():
+def test_all_services_down_and_one_back():
     server = serve(Lengths(), grace_s=0.01)
     far = GrpcScorer(remote(server, batch=1), base=HERE, first_rest_s=0.05)
-    asked = [request("abc", number=n) for n in range(8)]
+    requests = [request("abc", number=n) for n in range(8)]
     try:
-        assert scores(far, asked) == [3.0] * 8
+        assert scores(far, requests) == [3.0] * 8
         server.stop()
         began = time.monotonic()
         for _ in range(2):
             assert all(
-                isinstance(o, Failed) and o.transient for row in far.score(asked) for o in row
+                isinstance(o, Failed) and o.transient for row in far.score(requests) for o in row
             )
         assert time.monotonic() - began < 5.0
         server = serve(Lengths(), port=port_of(server))
-        while not all(isinstance(o, Scored) for row in far.score(asked) for o in row):
+        while not all(isinstance(o, Scored) for row in far.score(requests) for o in row):
             assert time.monotonic() - began < 20.0
             time.sleep(0.05)
     finally:
@@ -64,7 +63,7 @@ def test_when_all_are_down_nothing_is_made_up_and_when_one_is_back_it_is_asked()
         server.stop()
 
 
-def test_a_slow_service_costs_its_deadline_and_no_more():
+def test_slow_service_costs_its_deadline_only():
     server = serve(Lengths(wait_s=1.0), grace_s=0.01)
     far = GrpcScorer(remote(server, timeout_s=0.1), base=HERE)
     try:
@@ -81,7 +80,7 @@ def test_a_slow_service_costs_its_deadline_and_no_more():
         server.stop()
 
 
-def test_calls_whose_client_has_gone_do_not_reach_the_scorer():
+def test_canceled_calls_do_not_reach_the_scorer():
     class Held(Lengths):
         free = threading.Event()
 
@@ -93,20 +92,20 @@ def test_calls_whose_client_has_gone_do_not_reach_the_scorer():
     engine = Held()
     server = serve(engine)
     client = Client(server.address, EndpointSecurity(), base=HERE)
-    asked = pb.ScoreRequests(requests=[encode_request(request("a"))])
+    requests = pb.ScoreRequests(requests=[encode_request(request("a"))])
 
     def ask(timeout_s):
-        return client.call(ScorerStub(client.channel).Score, asked, timeout_s=timeout_s)
+        return client.call(ScorerStub(client.channel).Score, requests, timeout_s=timeout_s)
 
     try:
         first = threading.Thread(target=ask, args=(30,))
         first.start()
-        assert engine.asked.wait(10)
+        assert engine.called.wait(10)
         for _ in range(3):
             with pytest.raises(UnreachableError, match=r"no response within 0\.1 s"):
                 ask(0.1)
-        left = ScorerStub(client.channel).Score.future(asked, timeout=30)
-        time.sleep(0.2)  # it is waiting for its turn there
+        left = ScorerStub(client.channel).Score.future(requests, timeout=30)
+        time.sleep(0.2)  # it is queued at the server
         left.cancel()
         time.sleep(0.2)
         engine.free.set()
@@ -118,52 +117,52 @@ def test_calls_whose_client_has_gone_do_not_reach_the_scorer():
         server.stop()
 
 
-def test_the_circuit_opens_is_probed_by_health_and_closes():
+def test_circuit_breaker_opens_probes_health_and_closes():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
-    now, asked, up = 0.0, 0, False
+    now, sent, up = 0.0, 0, False
     endpoints = Endpoints(
         [client], service=SERVICE, in_flight=1, first_rest_s=1.0, clock=lambda: now
     )
 
     def call(_):
-        nonlocal asked
-        asked += 1
+        nonlocal sent
+        sent += 1
         if not up:
             raise UnreachableError("away")
         return "answer"
 
     def fails(times, message="away"):
-        """How many of the calls got as far as the endpoint."""
-        before = asked
+        """Return how many of the calls reached the endpoint."""
+        before = sent
         for _ in range(times):
             with pytest.raises(UnreachableError, match=message):
                 endpoints.ask(call, set())
-        return asked - before
+        return sent - before
 
     try:
-        assert fails(OPENS_AFTER + 5) == OPENS_AFTER  # open: the others were not even tried
+        assert fails(OPENS_AFTER + 5) == OPENS_AFTER  # open: the others were not sent
         now = 1.0
-        assert fails(4) == 1  # half open: its health was good, one call went through and failed
+        assert fails(4) == 1  # half open: the health check passed, one call was sent and failed
         now = 2.9
-        assert fails(1) == 0  # it rests twice as long now
+        assert fails(1) == 0  # the second pause is twice as long
         now, up = 3.0, True
         assert [endpoints.ask(call, set()) for _ in range(3)] == ["answer"] * 3
         server.stop()
         up = False
         assert fails(OPENS_AFTER) == OPENS_AFTER
         now = 4.0
-        assert fails(1, "unavailable") == 0  # its health cannot be asked: no call goes there
+        assert fails(1, "unavailable") == 0  # the health check fails: no call is sent
     finally:
         endpoints.close()
 
 
-def test_an_endpoint_is_asked_by_the_least_busy_and_by_no_more_at_a_time_than_allowed():
+def test_calls_are_balanced_and_limited_per_endpoint():
     clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
     for in_flight, callers in (
         (2, 12),
         (4, 4),
-    ):  # as many as may; half of them where all find a place
+    ):  # at the limit, and below it
         endpoints = Endpoints(clients, service=SERVICE, in_flight=in_flight)
         lock, together, busy, most = (
             threading.Lock(),
@@ -193,13 +192,13 @@ def test_an_endpoint_is_asked_by_the_least_busy_and_by_no_more_at_a_time_than_al
     endpoints.close()
 
 
-def test_what_failed_at_one_endpoint_is_asked_of_another():
+def test_failed_call_is_retried_at_another_endpoint():
     clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
     endpoints = Endpoints(clients, service=SERVICE, in_flight=2)
-    asked = []
+    called = []
 
     def call(client):
-        asked.append(client)
+        called.append(client)
         raise UnreachableError("away")
 
     tried = set()
@@ -207,10 +206,10 @@ def test_what_failed_at_one_endpoint_is_asked_of_another():
         with pytest.raises(UnreachableError):
             endpoints.ask(call, tried)
     endpoints.close()
-    assert asked == clients and tried == set(clients)
+    assert called == clients and tried == set(clients)
 
 
-def test_one_caller_asks_the_health_and_the_others_wait_for_what_it_says():
+def test_one_caller_checks_health_for_all():
     class Slow(Client):
         probes = 0
 
@@ -244,7 +243,7 @@ def test_one_caller_asks_the_health_and_the_others_wait_for_what_it_says():
     assert answers == ["answer"] * 5 and client.probes == 1
 
 
-def test_a_server_that_is_about_to_end_is_not_healthy():
+def test_stopping_server_is_not_healthy():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
     try:

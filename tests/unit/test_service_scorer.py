@@ -1,4 +1,4 @@
-"""A scorer behind gRPC says what it says beside us; what goes wrong on the way is never a score."""
+"""A scorer behind gRPC gives the outcomes of a local one; an error never becomes a score."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ RIGHT = RuleConfig(function="rayhf.tiny.arithmetic:correct", name="right")
 BEATS = PairwiseRuleConfig(function="rayhf.tiny.game:beats")
 
 
-# ------------------------------------------------------------------------------------------------- the same answers
+# ------------------------------------------------------------------------------ equal outcomes
 
 
 def both(entries):
-    """The scorer beside us, a server of it, and the scorer that asks there."""
+    """Return a local scorer, a server of it, and its client."""
     here = build_scorer(entries, device="cpu", threads=None, base=HERE)
     server = serve(here, pairwise=isinstance(entries[0], PairwiseRuleConfig))
     there = build_scorer(
@@ -50,16 +50,16 @@ def both(entries):
     return here, server, there
 
 
-def test_a_rule_says_the_same_behind_the_service():
+def test_remote_rule_equals_local_rule():
     here, server, there = both(
         [RIGHT, RuleConfig(function="rayhf.scorer.rules:final_number", weight=0.25)]
     )
-    asked = [request("1 + 3 = 4", "3", "three", number=n) for n in range(5)] + [
+    requests = [request("1 + 3 = 4", "3", "three", number=n) for n in range(5)] + [
         request(),
         request("3", answer=None),
     ]
     try:
-        local, answers = here.score(asked), there.score(asked)
+        local, answers = here.score(requests), there.score(requests)
         assert [[type(o) for o in row] for row in local] == [
             [type(o) for o in row] for row in answers
         ]
@@ -73,7 +73,7 @@ def test_a_rule_says_the_same_behind_the_service():
                     }
                 else:
                     assert one.reason in other.reason and other.transient == one.transient
-        for near, far in zip(here.compare(asked[:5]), there.compare(asked[:5]), strict=True):
+        for near, far in zip(here.compare(requests[:5]), there.compare(requests[:5]), strict=True):
             np.testing.assert_array_equal(near.win, far.win)
             assert near.source == far.source == "pointwise"
     finally:
@@ -82,22 +82,22 @@ def test_a_rule_says_the_same_behind_the_service():
         here.close()
 
 
-def test_a_pairwise_rule_says_the_same_behind_the_service():
+def test_remote_pairwise_rule_equals_local_one():
     here, server, there = both([BEATS])
-    asked = [request("rock", "paper", "scissors", "well", number=n) for n in range(3)]
+    requests = [request("rock", "paper", "scissors", "well", number=n) for n in range(3)]
     try:
-        for near, far in zip(here.compare(asked), there.compare(asked), strict=True):
+        for near, far in zip(here.compare(requests), there.compare(requests), strict=True):
             np.testing.assert_array_equal(near.win, far.win)
             assert near.source == far.source == "pairwise"
-        assert scores(there, asked) == scores(here, asked)
+        assert scores(there, requests) == scores(here, requests)
     finally:
         server.stop()
         there.close()
         here.close()
 
 
-def test_scorers_see_all_that_they_read():
-    """Prompt id, every message, the answer or that there is none, why the text ended."""
+def test_scorers_get_all_fields():
+    """Prompt id, every message, the reference answer or its absence, and the finish reason."""
     seen = []
 
     class Curious(Lengths):
@@ -120,7 +120,7 @@ def test_scorers_see_all_that_they_read():
         server.stop()
 
 
-def test_normalised_entries_are_not_served_but_their_clients_may_be():
+def test_normalized_entries_are_not_served_but_clients_may_normalize():
     with pytest.raises(ValidationError, match="entry 1 has normalize"):
         ServedScorers(train=(RIGHT, RuleConfig(function="a:b", normalize=True)))
     assert GrpcScorerConfig(endpoints=("localhost:1",), normalize=True).normalize
@@ -132,7 +132,7 @@ def test_normalised_entries_are_not_served_but_their_clients_may_be():
         GrpcScorerConfig(endpoints=("localhost:1", "gpu-7:50051"))
 
 
-# ------------------------------------------------------------------------------------------------- calls
+# ----------------------------------------------------------------------------------------- calls
 
 
 @given(
@@ -141,7 +141,7 @@ def test_normalised_entries_are_not_served_but_their_clients_may_be():
     st.integers(400, 2000),
 )
 @settings(deadline=None, max_examples=50)
-def test_calls_hold_every_request_once_in_order_within_the_limits(sizes, completions, max_bytes):
+def test_calls_contain_every_request_once_in_order_within_limits(sizes, completions, max_bytes):
     requests = [
         pb.ScoreRequest(completions=[pb.Completion(text="x" * long)] * count)
         for count, long in sizes
@@ -154,16 +154,16 @@ def test_calls_hold_every_request_once_in_order_within_the_limits(sizes, complet
         assert len(call) == 1 or sum(len(requests[i].completions) for i in call) <= completions
 
 
-def test_completions_travel_in_batches_and_text_that_cannot_travel_is_invalid():
+def test_completions_are_batched_and_text_outside_utf8_is_invalid():
     engine = Lengths()
     server = serve(engine)
     far = GrpcScorer(remote(server, batch=6, max_message_mib=1), base=HERE)
     try:
-        asked = [request("a", "bb", number=n) for n in range(7)] + [
+        requests = [request("a", "bb", number=n) for n in range(7)] + [
             request("\ud800", "b"),
             request("x" * (1 << 20)),
         ]
-        answers = far.score(asked)
+        answers = far.score(requests)
         assert answers[:7] == [(Scored(value=1.0), Scored(value=2.0))] * 7 and engine.calls == 3
         assert all(isinstance(o, Invalid) and "UTF-8" in o.reason for o in answers[7])
         [large] = answers[8]
@@ -178,7 +178,7 @@ def test_completions_travel_in_batches_and_text_that_cannot_travel_is_invalid():
 
 
 @pytest.mark.parametrize("verb", ["score", "compare"])
-def test_a_scorer_with_a_bug_is_failed_for_good(verb):
+def test_scorer_with_a_bug_gives_failed(verb):
     class Broken(Lengths):
         def score(self, requests):
             raise KeyError("bug")
@@ -196,7 +196,7 @@ def test_a_scorer_with_a_bug_is_failed_for_good(verb):
         server.stop()
 
 
-def test_a_scorer_that_cannot_do_what_it_could_before_is_broken():
+def test_scorer_that_fails_a_repeated_request_is_broken():
     class Fragile(Lengths):
         works = True
 
@@ -205,22 +205,22 @@ def test_a_scorer_that_cannot_do_what_it_could_before_is_broken():
                 raise RuntimeError("out of memory")
             return super().score(requests)
 
-    engine, heard = Fragile(), []
-    server = serve(engine, broken=heard.append)
+    engine, errors = Fragile(), []
+    server = serve(engine, broken=errors.append)
     client = build_scorer([remote(server)], device="cpu", threads=None, base=Path())
     try:
         assert client.score([request("four")])[0][0].value == 4.0
-        assert isinstance(client.score([request("poison")])[0][0], Failed) and heard == []
+        assert isinstance(client.score([request("poison")])[0][0], Failed) and errors == []
         assert client.score([request("five!")])[0][0].value == 5.0
         engine.works = False
         assert isinstance(client.score([request("four")])[0][0], Failed)
-        assert [str(error) for error in heard] == ["out of memory"] * len(heard) and heard
+        assert [str(error) for error in errors] == ["out of memory"] * len(errors) and errors
     finally:
         client.close()
         server.stop()
 
 
-def test_requests_that_no_scorer_could_read_are_refused():
+def test_malformed_requests_are_refused():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
     try:
@@ -245,11 +245,11 @@ def test_requests_that_no_scorer_could_read_are_refused():
         server.stop()
 
 
-# ------------------------------------------------------------------------------------------------- what is not a score
+# --------------------------------------------------------------------------- malformed replies
 
 
 class Scripted(ScorerServicer):
-    """A service of somebody else's, which answers as it was told."""
+    """A foreign service with scripted replies."""
 
     def __init__(self, reply):
         self.reply = reply
@@ -261,7 +261,7 @@ class Scripted(ScorerServicer):
 
 
 def asked_of(reply, *, pairwise, completions=2):
-    """What the campaign's combined scorer makes of a service's reply to one request."""
+    """Return the combined scorer's outcome for a service's reply to one request."""
     server = Server(
         ServiceConfig(),
         {SERVICE: partial(add_ScorerServicer_to_server, Scripted(reply))},
@@ -272,8 +272,8 @@ def asked_of(reply, *, pairwise, completions=2):
         [remote(server, pairwise=pairwise)], device="cpu", threads=None, base=HERE
     )
     try:
-        asked = [request(*"ab"[:completions])]
-        return engine.compare(asked)[0] if pairwise else engine.score(asked)[0]
+        requests = [request(*"ab"[:completions])]
+        return engine.compare(requests)[0] if pairwise else engine.score(requests)[0]
     finally:
         engine.close()
         server.stop()
@@ -308,11 +308,11 @@ def scored(*values, **parts):
         ),
     ],
 )
-def test_replies_that_are_no_scores(answers, kinds, reason):
+def test_malformed_scores(answers, kinds, reason):
     outcomes = asked_of(pb.ScoreReply(answers=answers), pairwise=False)
     assert [type(o) for o in outcomes] == kinds
-    said = next(o.reason for o in outcomes if not isinstance(o, Scored))
-    assert reason in said and len(said) < 500
+    problem = next(o.reason for o in outcomes if not isinstance(o, Scored))
+    assert reason in problem and len(problem) < 500
 
 
 def matrix(*win, source=pb.SOURCE_PAIRWISE):
@@ -334,12 +334,12 @@ def matrix(*win, source=pb.SOURCE_PAIRWISE):
         ([pb.Comparison(failed=pb.Failed(reason="gone", transient=True))], Failed, "gone"),
     ],
 )
-def test_replies_that_are_no_comparisons(answers, kind, reason):
+def test_malformed_comparisons(answers, kind, reason):
     comparison = asked_of(pb.CompareReply(answers=answers), pairwise=True)
     assert type(comparison) is kind and reason in getattr(comparison, "reason", "")
 
 
-# ------------------------------------------------------------------------------------------------- before it starts
+# -------------------------------------------------------------------------- checks before start
 
 
 def refused(entry, message, error=ConfigError):
@@ -348,7 +348,7 @@ def refused(entry, message, error=ConfigError):
     assert "\n" not in str(error.value)
 
 
-def test_check_asks_the_services_what_they_serve(caplog):
+def test_check_describes_the_services(caplog):
     points, pairs, other = (
         serve(Lengths()),
         serve(Lengths(), names=("pairs",), pairwise=True),
@@ -374,7 +374,7 @@ def test_check_asks_the_services_what_they_serve(caplog):
         pairs.stop()
 
 
-def test_check_says_that_a_token_is_missing(tmp_path):
+def test_check_reports_a_missing_token(tmp_path):
     token = tmp_path / "token"
     token.write_text("0123456789abcdef")
     token.chmod(0o600)
