@@ -65,7 +65,9 @@ def kill_one(run, wait_s):
 
 
 def main():
-    run, kills, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
+    run = Path(sys.argv[1])
+    kills = int(sys.argv[2])
+    rng = random.Random(int(sys.argv[3]))
     counts = {"kills": kills, "inside": 0, "commits": 0, "lost": 0, "corrupt": 0}
     for _ in range(kills):
         acknowledged = kill_one(run, rng.uniform(0.0, 0.08))

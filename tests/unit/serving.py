@@ -47,7 +47,9 @@ class Lengths:
     """A scorer whose score is the text's length; each call takes `wait_s`."""
 
     def __init__(self, wait_s=0.0):
-        self.wait_s, self.calls, self.called = wait_s, 0, threading.Event()
+        self.wait_s = wait_s
+        self.calls = 0
+        self.called = threading.Event()
 
     def score(self, requests):
         self.calls += 1

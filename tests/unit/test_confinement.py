@@ -97,7 +97,8 @@ def test_names_in_a_config(payload: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: ascii(payload)[:30])
 def test_names_in_a_damaged_campaign_json(payload: str, world: Path) -> None:
     damage(world / "run", checkpoint=payload, state="paused", guards=["kl"])
-    before, console = snapshot(world), Console(width=200, record=True)
+    before = snapshot(world)
+    console = Console(width=200, record=True)
     for operation in (
         lambda: RunDir(make_config(world)),
         lambda: show_status(FileControl(world / "run"), console),
@@ -166,7 +167,8 @@ def test_manifest_of_another_form(facts: dict[str, Any], world: Path) -> None:
 
 
 def test_links_out_of_run_directory_are_not_followed(world: Path) -> None:
-    checkpoints, before = world / "run/checkpoints", snapshot(world / "outside")
+    checkpoints = world / "run/checkpoints"
+    before = snapshot(world / "outside")
     for name in ("iteration-000004", "iteration-000002"):
         shutil.rmtree(checkpoints / name)
     (checkpoints / "iteration-000002").symlink_to(world / "outside/iteration-000002")

@@ -161,7 +161,8 @@ def test_actor_of_earlier_attempt_may_not_write(tmp_path):
 
 @pytest.mark.parametrize("actor_class", [LearnerActor, ReferenceActor])
 def test_stale_actor_writes_nothing(tmp_path, actor_class):
-    config, written = make_config(tmp_path), []
+    config = make_config(tmp_path)
+    written = []
     first = RunDir(config)
     actor = actor_class()
     actor.epoch_guard = EpochGuard(first.path, first.epoch)

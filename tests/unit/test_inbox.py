@@ -56,7 +56,8 @@ def test_concurrent_submissions(tmp_path):
 def test_submitted_prompts_are_in_the_next_iteration(tmp_path):
     config = make_config(tmp_path, run={"iterations": 2}, rollout={"max_tokens": 8})
     config.run.dir.mkdir()
-    long, broken = {"prompt": "x" * 100}, {"prompt": "y", "messages": "both"}
+    long = {"prompt": "x" * 100}
+    broken = {"prompt": "y", "messages": "both"}
     submit_rows(
         config.run.dir, "prompts", [{"prompt": "mine", "answer": 3}, long, broken], source="me"
     )
@@ -95,7 +96,8 @@ def test_labels_are_trained_on_once_with_their_lineage(tmp_path):
     ]
     samples = pq.read_table(config.run.dir / "samples/iteration-000002.parquet").to_pylist()
     completions = {(row["prompt_id"], row["text"]): row["token_ids"] for row in samples}
-    first, second = pairs[0], pairs[1]
+    first = pairs[0]
+    second = pairs[1]
     prompts = [pair.pair_id.split("/")[1] for pair in (first, second)]
     assert [m["content"] for m in first.messages] == [str(int(prompts[0][1:]))]
     assert [row["response_ids"] for row in given] == [

@@ -87,7 +87,8 @@ def test_responses_are_restored_exactly(tmp_path):
 
 def test_added_responses_are_written_together_and_on_close(tmp_path):
     journal = Journal(tmp_path / "j")
-    exact, wide = completions(generation(0), logprob=-0.5), completions(generation(1))
+    exact = completions(generation(0), logprob=-0.5)
+    wide = completions(generation(1))
     journal.add(GENERATE, [generation(0)], [exact])
     journal.add(SCORE, [judgement()], [(Scored(value=1.0),)], {"seen": 1})
     assert (tmp_path / "j").stat().st_size == 0
@@ -145,7 +146,8 @@ def test_call_with_a_failure_is_not_recorded(tmp_path):
 
 def test_damaged_end_is_truncated_and_appended_to(tmp_path):
     path = tmp_path / "j"
-    journal, sizes = Journal(path), []
+    journal = Journal(path)
+    sizes = []
     for number in range(4):
         record(journal, GENERATE, [generation(number)], [completions(generation(number))])
         sizes.append(path.stat().st_size)
@@ -176,7 +178,8 @@ class Killed(FakeRollout):
 
     def __init__(self, at, version=0):
         super().__init__()
-        self.at, self.version = at, version
+        self.at = at
+        self.version = version
 
     async def generate(self, requests, *, version):
         if len(self.calls) >= self.at:
@@ -206,7 +209,8 @@ def test_killed_iteration_repeats_no_call(tmp_path, algorithm):
             algorithm=settings[algorithm],
             run={"iterations": 2, "checkpoint_every": 1, "eval_every": 0},
         )
-        first, second = Killed(at), FakeRollout()
+        first = Killed(at)
+        second = FakeRollout()
         with pytest.raises(KeyboardInterrupt):
             play(config, rollout=first)
         play(config, rollout=second)
@@ -255,7 +259,8 @@ def test_journal_of_another_config_is_dropped(tmp_path):
     config = make_config(tmp_path, run={"eval_every": 0, "checkpoint_every": 0})
     with pytest.raises(RuntimeError, match="killed"):
         play(config, learner=FakeLearner(fail_at=2))
-    same, changed = FakeRollout(), FakeRollout()
+    same = FakeRollout()
+    changed = FakeRollout()
     other = make_config(tmp_path, run={"eval_every": 0, "checkpoint_every": 0}, learner={"lr": 0.5})
     with pytest.raises(RuntimeError, match="killed"):
         play(config, rollout=same, learner=FakeLearner(fail_at=2))

@@ -93,7 +93,8 @@ class Campaign(FileControl):
 
 
 def test_watch_and_label(tmp_path, monkeypatch):
-    console, control = screen(), Campaign(tmp_path)
+    console = screen()
+    control = Campaign(tmp_path)
     watch(control, console)
     monkeypatch.setattr("sys.stdin", io.StringIO("q\n"))
     label(control, console, file=None, count=1)

@@ -23,7 +23,8 @@ from tests.bench.virtual import simulate
 
 def test_virtual_time_passes_only_while_all_coroutines_wait():
     async def work():
-        loop, timers = asyncio.get_running_loop(), []
+        loop = asyncio.get_running_loop()
+        timers = []
 
         async def after(seconds):
             await asyncio.sleep(seconds)
@@ -78,7 +79,9 @@ def test_simulated_campaign_with_crashing_engines_is_complete(tmp_path, stalenes
 
 
 def test_least_busy_engine_is_chosen():
-    rng, load, busy = random.Random(0), [0] * 7, _LeastBusy(7)
+    rng = random.Random(0)
+    load = [0] * 7
+    busy = _LeastBusy(7)
     under_way = []
     for _ in range(2000):
         if under_way and rng.random() < 0.5:
@@ -86,7 +89,8 @@ def test_least_busy_engine_is_chosen():
             load[number] -= work
             busy.add(number, -work)
         else:
-            number, work = busy.choose(), rng.randrange(1, 5)
+            number = busy.choose()
+            work = rng.randrange(1, 5)
             assert number == min(range(7), key=load.__getitem__)
             load[number] += work
             busy.add(number, work)
@@ -251,7 +255,8 @@ def test_number_of_prompts_in_flight_is_limited(deterministic):
 
 
 def test_tables_written_in_parts_are_the_same(tmp_path, monkeypatch):
-    whole, parts = make_config(tmp_path / "whole"), make_config(tmp_path / "parts")
+    whole = make_config(tmp_path / "whole")
+    parts = make_config(tmp_path / "parts")
     play(whole)
     monkeypatch.setattr(store, "_PART", 1)
     play(parts)

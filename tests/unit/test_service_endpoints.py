@@ -20,8 +20,10 @@ from rayhf.types import Failed, Scored
 
 
 def test_everything_is_scored_when_one_of_two_services_crashes():
-    dying, living = Lengths(wait_s=0.01), Lengths(wait_s=0.01)
-    first, second = serve(dying, grace_s=0.01), serve(living)
+    dying = Lengths(wait_s=0.01)
+    living = Lengths(wait_s=0.01)
+    first = serve(dying, grace_s=0.01)
+    second = serve(living)
     far = GrpcScorer(remote(first, second, batch=1), base=HERE)
 
     def kill():
@@ -120,7 +122,9 @@ def test_canceled_calls_do_not_reach_the_scorer():
 def test_circuit_breaker_opens_probes_health_and_closes():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
-    now, sent, up = 0.0, 0, False
+    now = 0.0
+    sent = 0
+    up = False
     endpoints = Endpoints(
         [client], service=SERVICE, in_flight=1, first_rest_s=1.0, clock=lambda: now
     )
@@ -146,7 +150,8 @@ def test_circuit_breaker_opens_probes_health_and_closes():
         assert fails(4) == 1  # half open: the health check passed, one call was sent and failed
         now = 2.9
         assert fails(1) == 0  # the second pause is twice as long
-        now, up = 3.0, True
+        now = 3.0
+        up = True
         assert [endpoints.ask(call, set()) for _ in range(3)] == ["answer"] * 3
         server.stop()
         up = False
@@ -164,12 +169,10 @@ def test_calls_are_balanced_and_limited_per_endpoint():
         (4, 4),
     ):  # at the limit, and below it
         endpoints = Endpoints(clients, service=SERVICE, in_flight=in_flight)
-        lock, together, busy, most = (
-            threading.Lock(),
-            threading.Barrier(4),
-            dict.fromkeys(clients, 0),
-            set(),
-        )
+        lock = threading.Lock()
+        together = threading.Barrier(4)
+        busy = dict.fromkeys(clients, 0)
+        most = set()
 
         def call(client, lock=lock, together=together, busy=busy, most=most):
             with lock:
@@ -219,7 +222,8 @@ def test_one_caller_checks_health_for_all():
 
     client = Slow("127.0.0.1:1", EndpointSecurity(), base=HERE)
     endpoints = Endpoints([client], service=SERVICE, in_flight=9, first_rest_s=0.01)
-    answers, up = [], threading.Event()
+    answers = []
+    up = threading.Event()
 
     def call(_):
         if not up.is_set():

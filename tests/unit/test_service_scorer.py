@@ -59,7 +59,8 @@ def test_remote_rule_equals_local_rule():
         request("3", answer=None),
     ]
     try:
-        local, answers = here.score(requests), there.score(requests)
+        local = here.score(requests)
+        answers = there.score(requests)
         assert [[type(o) for o in row] for row in local] == [
             [type(o) for o in row] for row in answers
         ]
@@ -205,7 +206,8 @@ def test_scorer_that_fails_a_repeated_request_is_broken():
                 raise RuntimeError("out of memory")
             return super().score(requests)
 
-    engine, errors = Fragile(), []
+    engine = Fragile()
+    errors = []
     server = serve(engine, broken=errors.append)
     client = build_scorer([remote(server)], device="cpu", threads=None, base=Path())
     try:
@@ -349,11 +351,9 @@ def refused(entry, message, error=ConfigError):
 
 
 def test_check_describes_the_services(caplog):
-    points, pairs, other = (
-        serve(Lengths()),
-        serve(Lengths(), names=("pairs",), pairwise=True),
-        serve(Lengths(), names=("other",)),
-    )
+    points = serve(Lengths())
+    pairs = serve(Lengths(), names=("pairs",), pairwise=True)
+    other = serve(Lengths(), names=("other",))
     try:
         check_entries([remote(points)], Path())
         check_entries([remote(pairs, pairwise=True)], Path())

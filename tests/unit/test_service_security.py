@@ -41,7 +41,8 @@ def identity(folder, ca, name, **dates):
 def world(tmp_path_factory):
     """Files by name: the CA, the server's and several clients' identities, tokens."""
     folder = tmp_path_factory.mktemp("identities")
-    ours, theirs = trustme.CA(), trustme.CA()
+    ours = trustme.CA()
+    theirs = trustme.CA()
     ours.cert_pem.write_to_path(folder / "ca.pem")
     theirs.cert_pem.write_to_path(folder / "other_ca.pem")
     for name, ca, dates in (
@@ -191,7 +192,8 @@ def test_port_in_use_is_refused():
 
 
 def test_stop_waits_for_calls_in_progress_and_refuses_new_ones():
-    engine, scores = Lengths(wait_s=0.3), []
+    engine = Lengths(wait_s=0.3)
+    scores = []
     server = serve(engine)
     call = threading.Thread(target=lambda: scores.append(score(server.address, HERE, {})))
     call.start()
