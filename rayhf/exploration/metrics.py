@@ -18,18 +18,18 @@ class FailureBudget:
         self.limit = limit
         self.expected = expected
         self.unscored = 0
-        self.judged = 0
+        self.outcomes = 0
 
     def count(self, group: Group) -> None:
         """Count a finished group. Raises ScorerError where the budget is exceeded."""
         outcomes = [s.outcome for s in group.samples if s.outcome is not None]
         unscored = [outcome for outcome in outcomes if not isinstance(outcome, Scored)]
         self.unscored += len(unscored)
-        self.judged += len(outcomes)
+        self.outcomes += len(outcomes)
         if unscored and self.unscored > self.limit * self.expected:
             last = unscored[0]
             raise ScorerError(
-                f"{self.unscored} of {self.judged} completions could not be scored "
+                f"{self.unscored} of {self.outcomes} completions could not be scored "
                 f"(scorer.max_failed allows {self.limit:.0%} of {self.expected} per iteration); "
                 f"the last: {type(last).__name__}: {last.reason}"
             )
@@ -38,7 +38,7 @@ class FailureBudget:
 def exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
     """Return the metrics of the groups; `version` is the current weight version.
 
-    Lengths and truncation are those of answers, without the inner samples of a search.
+    Lengths and truncation are those of samples of kind "answer", where there are any.
     """
     samples = [s for g in groups for s in g.samples]
     completions = [s.completion for s in samples if s.kind == "answer"]

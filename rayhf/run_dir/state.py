@@ -72,7 +72,7 @@ class CheckpointState(BaseModel):
     """Fingerprint of the offline pairs; None without any."""
     config: JsonObject
     packages: dict[str, str]
-    """Installed versions, for whoever wants to reproduce the campaign."""
+    """Versions of the installed packages, for reproduction."""
 
 
 def read_state(run: Path) -> CampaignState | None:
