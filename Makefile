@@ -20,11 +20,13 @@ $(READY): requirements/cpu.lock requirements/setup.sh pyproject.toml
 # The main job: a small policy learns arithmetic by online DPO, with the real engines. A finished demo starts afresh.
 demo: $(READY)
 	@rm -rf runs/demo
+	$(BIN)/rayhf tiny .tiny --task arithmetic
 	$(BIN)/rayhf run configs/tiny/online_dpo_arithmetic.yaml run.dir=runs/demo
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 test: lint

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.remote import wait
 from actors.supervise import ProcessInfo, SupervisedActor, process_info
-from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntry
+from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
+from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Comparison, Outcome, ScoreRequest
 
 
@@ -21,18 +21,14 @@ class ScorerActor:
 
     def build(
         self,
-        entries: Sequence[ScorerEntry],
+        entries: Sequence[ScorerEntryConfig],
+        setup: ScorerSetup,
         *,
         combine: CombineConfig = WEIGHTED_SUM,
-        device: str,
-        threads: int | None,
-        base: Path,
     ) -> None:
         from rayhf.scorer.build import build_scorer
 
-        self.engine = build_scorer(
-            entries, combine=combine, device=device, threads=threads, base=base
-        )
+        self.engine = build_scorer(entries, setup, combine=combine)
 
     @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
     def progress(self) -> float:

@@ -25,10 +25,15 @@ from actors.rollout import RemoteRollout, RolloutPool
 from actors.scorer import RemoteScorerActor, ScorerClient
 from actors.supervise import SupervisedActor, SupervisionLimits
 from actors.transport import Transport, transport
-from rayhf.algorithms.base import needs_frozen_reference
-from rayhf.config.algorithms import PPOConfig
+from rayhf.algorithms.base import (
+    Algorithm,
+    TrainsCritic,
+    TrainsSeveralPolicies,
+    needs_frozen_reference,
+    policies_of,
+)
 from rayhf.config.schema import CampaignConfig
-from rayhf.config.scorers import JudgeConfig, ScorerEntry
+from rayhf.config.scorers import ScorerEntryConfig
 from rayhf.monitoring.observer import Observer
 from rayhf.planning.placement import ActorSpec, actor_specs, entries_of, role_of
 from rayhf.planning.preflight import Prepared, transport_of
@@ -36,6 +41,7 @@ from rayhf.roles import Learner, Roles, Rollout, Scorer
 from rayhf.rollout.env import engine_env
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.store import RunDir
+from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.retrying import RetryingScorer
 
 _SAY_S = 5.0
@@ -43,7 +49,7 @@ Build = Callable[[Any, int], ray.ObjectRef]
 """(actor, number): the call that builds the engine of a role's so-manieth actor."""
 
 
-def threads_of(config: CampaignConfig, role: str) -> int | None:
+def threads_of(config: CampaignConfig, role: str, *, critic: bool) -> int | None:
     """CPU threads of an actor: what the config says; None leaves it to the libraries (GPU).
 
     Otherwise all cores for a role that works alone, and half of them for one that works beside
@@ -60,32 +66,30 @@ def threads_of(config: CampaignConfig, role: str) -> int | None:
     if wanted is not None or config.cluster.device == "gpu":
         return wanted
     cores = os.cpu_count() or 1
-    critic = isinstance(config.algorithm, PPOConfig) and config.algorithm.advantage == "gae"
     alone = config.run.max_staleness == 0 and not critic and role_of(role) != "rollout"
     return cores if alone else max(1, cores // 2)
 
 
-def environment(config: CampaignConfig, role: str) -> dict[str, str]:
+def environment(config: CampaignConfig, role: str, *, critic: bool) -> dict[str, str]:
     """Environment variables of an actor's process, set before it imports anything."""
-    threads = threads_of(config, role)
+    threads = threads_of(config, role, critic=critic)
     if role_of(role) == "rollout":
         return engine_env(config.cluster.device, threads)
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    if any(isinstance(entry, JudgeConfig) for entry in entries_of(config, role)):
+    if any(entry.runs_engine for entry in entries_of(config, role)):
         env |= engine_env(config.cluster.device, threads)
     if config.cluster.device == "cpu":
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     return env
 
 
-def actor_specs_of(prepared: Prepared) -> list[ActorSpec]:
-    """Everyone that the campaign needs."""
-    algorithm = prepared.algorithm
+def actor_specs_of(config: CampaignConfig, algorithm: Algorithm) -> list[ActorSpec]:
+    """Return every actor that the campaign needs. Raises ConfigError for impossible placements."""
     return actor_specs(
-        prepared.config,
-        critic=algorithm.critic,
+        config,
+        critic=isinstance(algorithm, TrainsCritic),
         reference=needs_frozen_reference(algorithm),
-        policies=algorithm.policies,
+        policies=policies_of(algorithm),
     )
 
 
@@ -105,7 +109,8 @@ class ActorSet:
             EpochGuard(store.path, store.epoch),
             store.attempt / "stacks",
         )
-        self.specs = actor_specs_of(prepared)
+        self.specs = actor_specs_of(prepared.config, prepared.algorithm)
+        self.trains_critic = isinstance(prepared.algorithm, TrainsCritic)
         self.actors: list[SupervisedActor] = []
         """Everyone who was started."""
         cluster = self.config.cluster
@@ -149,11 +154,10 @@ class ActorSet:
     async def _start(self) -> Roles:
         config, algorithm = self.config, self.prepared.algorithm
         timeout_s = config.run.timeout_s
-        engines = {policy: self._rollouts(policy) for policy in algorithm.policies}
+        policies = policies_of(algorithm)
+        engines = {policy: self._rollouts(policy) for policy in policies}
         starts = [one.start() for one in self.actors]
-        learners = {
-            policy: self._learner(_role("learner", policy)) for policy in algorithm.policies
-        }
+        learners = {policy: self._learner(_role("learner", policy)) for policy in policies}
         pools = {
             policy: RolloutPool(
                 group,
@@ -171,28 +175,29 @@ class ActorSet:
         (scorer,) = self._scorers(
             "scorer", [config.scorer.train], {"combine": config.scorer.combine}
         )
-        own = [config.scorer.evaluate] if config.scorer.evaluate is not None else []
-        evaluators = self._scorers(
-            "evaluator", [*own, *(each.scorer for each in config.evaluations.values())], {}
-        )
+        evaluator_scorers = config.evaluator_scorers
+        evaluators = self._scorers("evaluator", list(evaluator_scorers.values()), {})
         references = self._references()
         starts += [one.start() for one in self.actors[started:]]
         starts += [
             self._start_learner(group, self._start_of(policy)) for policy, group in learners.items()
         ]
-        critic = self._learner("critic") if algorithm.critic else None
+        critic = self._learner("critic") if self.trains_critic else None
         if critic:
             start = config.learner.critic_model or config.policy.model, config.learner.critic_lr
             starts += [self._start_learner(critic, start, critic=True)]
         await _together(starts)
-        judges = [self._retrying(actor) for actor in evaluators]
+        eval_scorers = {
+            task: self._retrying(actor)
+            for task, actor in zip(evaluator_scorers, evaluators, strict=True)
+        }
         rollouts, trained, value = self._shared(pools, learners, critic)
         return Roles(
             rollouts=rollouts,
             learners=trained,
             scorer=self._retrying(scorer),
-            evaluator=judges.pop(0) if own else None,
-            eval_scorers=dict(zip(config.evaluations, judges, strict=True)),
+            evaluator=eval_scorers.pop(None, None),
+            eval_scorers={task: scorer for task, scorer in eval_scorers.items() if task},
             critic=value,
             reference=ReferenceClient(references[0], timeout_s=timeout_s) if references else None,
         )
@@ -229,7 +234,9 @@ class ActorSet:
         """The model that a policy starts from, and its learning rate."""
         if policy == "policy":
             return self.config.policy.model, self.config.learner.lr
-        other = self.prepared.algorithm.other_policy(policy)
+        algorithm = self.prepared.algorithm
+        assert isinstance(algorithm, TrainsSeveralPolicies)
+        other = algorithm.other_policy(policy)
         return other.model or self.config.policy.model, other.lr
 
     def _create(
@@ -244,7 +251,7 @@ class ActorSet:
                 num_cpus=spec.cpus,
                 num_gpus=spec.gpus,
                 resources=dict(spec.resources),
-                runtime_env={"env_vars": environment(self.config, role)},
+                runtime_env={"env_vars": environment(self.config, role, critic=self.trains_critic)},
                 max_restarts=0,
                 max_task_retries=0,
                 **self.placement_group.strategy(spec),
@@ -298,15 +305,14 @@ class ActorSet:
         return self._create(role, RemoteRollout, build, max_concurrency=100_000)
 
     def _scorers(
-        self, role: str, lists: Sequence[Sequence[ScorerEntry]], settings: Mapping[str, Any]
+        self, role: str, lists: Sequence[Sequence[ScorerEntryConfig]], settings: Mapping[str, Any]
     ) -> list[SupervisedActor]:
         device = self.device if any(s.gpus for s in self.specs if s.role == role) else "cpu"
+        threads = threads_of(self.config, role, critic=self.trains_critic)
+        setup = ScorerSetup(base=self.base, device=device, threads=threads)
 
         def build(actor: Any, number: int) -> ray.ObjectRef:
-            threads = threads_of(self.config, role)
-            return actor.build.remote(
-                lists[number], device=device, threads=threads, base=self.base, **settings
-            )
+            return actor.build.remote(lists[number], setup, **settings)
 
         return self._create(role, RemoteScorerActor, build)
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.campaign import run_campaign
-from rayhf.config.algorithms import PPOConfig
-from rayhf.config.schema import CampaignConfig, TrackingConfig
+from rayhf.config.schema import CampaignConfig
 from rayhf.run_dir.lock import RunLock
 
 _ROUNDS = 2
@@ -57,19 +56,14 @@ def _short(config: CampaignConfig, directory: Path) -> CampaignConfig:
     run = config.run.model_copy(
         update={"dir": directory, "iterations": _ROUNDS, "eval_every": 0, "checkpoint_every": 0}
     )
-    algorithm = config.algorithm
-    if isinstance(
-        algorithm, PPOConfig
-    ):  # while only the critic warms up, the policy neither learns nor is synced
-        algorithm = algorithm.model_copy(update={"critic_warmup": 0})
     return config.model_copy(
         update={
             "run": run,
-            "algorithm": algorithm,
-            "prompts": config.prompts.model_copy(update={"heldout": None, "game": None}),
+            "algorithm": config.algorithm.for_calibration(),
+            "prompts": config.prompts.model_copy(update={"heldout": None}),
             "scorer": config.scorer.model_copy(update={"evaluate": None}),
             "evaluations": {},
-            "tracking": TrackingConfig(),
+            "trackers": (),
             "service": None,
         }
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Iterator, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
@@ -18,11 +19,10 @@ from actors.placement_group import nodes_now
 from launch.assemble import ActorSet, actor_specs_of
 from launch.local import ray_cluster
 from launch.serve import control_served
-from launch.tracking import tracked
 from launch.view import LiveView, placement_table, summary
+from rayhf.algorithms.base import TakesLabels, load_state, state_of
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.gc_tuning import gc_tuned
-from rayhf.config.algorithms import TAKES_LABELS
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import (
     ActorLostError,
@@ -33,23 +33,41 @@ from rayhf.errors import (
 )
 from rayhf.monitoring.event_log import EventLog
 from rayhf.monitoring.observer import Observer
+from rayhf.monitoring.tracking import tracked
 from rayhf.planning.placement import ActorSpec
 from rayhf.planning.preflight import Prepared, overlap, prepare
 from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.store import RunDir
 
 
-def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> None:
+class Interrupt:
+    """A way to interrupt a campaign from another thread."""
+
+    def __init__(self) -> None:
+        self._cancel: Callable[[], object] | None = None
+
+    def bind(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
+        """Say what to cancel; called by the campaign once its loop runs."""
+        self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
+
+    def request(self) -> None:
+        """Cancel the campaign; nothing happens before it runs."""
+        if self._cancel is not None:
+            self._cancel()
+
+
+def run_campaign(
+    config: CampaignConfig, console: Console, lock: RunLock, *, interrupt: Interrupt | None = None
+) -> None:
     """Start or continue the campaign in `run.dir`. Raises the errors of rayhf.errors."""
     base = Path.cwd()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    build_tiny(config, console)
     prepared = prepare(config, base=base)
     if shared := overlap(prepared):
         console.print(
             f"warning: {shared} held-out prompts are also training prompts", style="yellow"
         )
-    store = RunDir(config, lock, takes_labels=config.algorithm.type in TAKES_LABELS)
+    store = RunDir(config, lock, takes_labels=isinstance(prepared.algorithm, TakesLabels))
     try:
         if store.state.iteration >= config.run.iterations:
             say(
@@ -57,16 +75,24 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
             )
             return
         store.check_paused()
+        specs = actor_specs_of(config, prepared.algorithm)
         with (
             control_served(store.path, config.service, base=base, console=console),
-            ray_cluster(
-                config.cluster.address, cpus=sum(seat.cpus for seat in actor_specs_of(prepared))
-            ),
-            _room_shown(actor_specs_of(prepared), console),
+            ray_cluster(config.cluster.address, cpus=sum(spec.cpus for spec in specs)),
+            _placement_shown(specs, console),
             LiveView(console, iterations=config.run.iterations, task=config.prompts.task) as view,
             tracked(recorder := EventLog(store, view), config, logs=store.attempt) as observer,
         ):
-            asyncio.run(_play(prepared, store, observer, recorder.beat(), base=base))
+            asyncio.run(
+                _play(
+                    prepared,
+                    store,
+                    observer,
+                    recorder.beat(),
+                    base=base,
+                    interrupt=interrupt or Interrupt(),
+                )
+            )
         console.print(summary(config.run.dir, config.prompts.task))
         say(f"policy: {config.run.dir / 'policy'}")
     except BaseException as error:
@@ -82,25 +108,13 @@ def run_campaign(config: CampaignConfig, console: Console, lock: RunLock) -> Non
 
 
 @contextmanager
-def _room_shown(found: Sequence[ActorSpec], console: Console) -> Iterator[None]:
-    """Where somebody has no place: who that is, and what each node has. The error itself is one
-    line."""
+def _placement_shown(specs: Sequence[ActorSpec], console: Console) -> Iterator[None]:
+    """Print a table of nodes and actors where an actor has no place; the error is one line."""
     try:
         yield
     except PlacementError:
-        console.print(placement_table(found, nodes_now()))
+        console.print(placement_table(specs, nodes_now()))
         raise
-
-
-def build_tiny(config: CampaignConfig, console: Console) -> None:
-    """The tiny world a preset points into, where it is missing."""
-    if config.tiny is None:
-        return
-    from launch.tiny import build_with_progress
-
-    build_with_progress(
-        config.tiny.dir, tasks=config.tiny.tasks, seed=config.tiny.seed, console=console
-    )
 
 
 async def _play(
@@ -110,6 +124,7 @@ async def _play(
     beat: Coroutine[Any, Any, None],
     *,
     base: Path,
+    interrupt: Interrupt,
 ) -> None:
     """Assemble and run, until done or told to stop. `beat` says that we are alive.
 
@@ -117,7 +132,8 @@ async def _play(
     passes its limit, everybody is dismissed and the campaign starts again from its last commit,
     with what the journal knows: at most run.restarts times without a new commit in between.
     """
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
     assert task is not None
     told: list[int] = []
 
@@ -126,13 +142,12 @@ async def _play(
             task.cancel()
         told.append(number)
 
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, end, name)
+    interrupt.bind(loop, task)
+    if threading.current_thread() is threading.main_thread():
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, end, name)
     heart = asyncio.create_task(beat, name="heartbeat")
-    pristine = (
-        prepared.algorithm.state_dict(),
-        prepared.data.game.state_dict() if prepared.data.game else {},
-    )
+    initial = deepcopy((state_of(prepared.algorithm), prepared.data.evaluation_state()))
     restarts, committed = 0, store.state.iteration
     try:
         while True:
@@ -151,10 +166,11 @@ async def _play(
                 restarts += 1
                 if restarts > prepared.config.run.restarts or store.state.state == "new":
                     raise
-                observer.event("fault", f"everybody starts again from round {committed}: {error}")
-                prepared.algorithm.load_state_dict(deepcopy(pristine[0]))
-                if prepared.data.game is not None:
-                    prepared.data.game.load_state_dict(deepcopy(pristine[1]))
+                observer.event(
+                    "fault", f"restarting all actors from iteration {committed}: {error}"
+                )
+                load_state(prepared.algorithm, deepcopy(initial[0]))
+                prepared.data.load_evaluation_state(deepcopy(initial[1]))
     except asyncio.CancelledError:
         raise InterruptedRunError(
             f"interrupted; {store.path} is committed up to round {store.state.iteration}, the same command continues"

@@ -14,17 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.campaign import build_tiny
+from launch.assemble import actor_specs_of
 from launch.local import ray_cluster
 from launch.view import placement_table
-from rayhf.algorithms.base import needs_frozen_reference
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
 from rayhf.planning.memory import GIB, Memory, seconds_per_round
 from rayhf.planning.placement import (
     ActorSpec,
     NodeResources,
-    actor_specs,
     bundles,
     crowded,
     impossible,
@@ -51,14 +49,8 @@ class Pace:
 def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pace: Pace) -> None:
     """Raises ConfigError or PlacementError for a run that cannot work."""
     algorithm, derived = check_settings(config)
-    found = actor_specs(
-        config,
-        critic=algorithm.critic,
-        reference=needs_frozen_reference(algorithm),
-        policies=algorithm.policies,
-    )
+    found = actor_specs_of(config, algorithm)
     if hardware:
-        build_tiny(config, console)
         prepared = prepare(config, base=Path.cwd())
         if shared := overlap(prepared):
             console.print(

@@ -299,6 +299,21 @@ def check(
     check_config(load_config(config, overrides or ()), console, hardware=hardware, pace=pace)
 
 
+@app.command("list")
+def list_(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="algorithms, losses, scorers, sources, trackers, evaluations or metrics."
+        ),
+    ],
+) -> None:
+    """Print what a config's `type` can name, or the metrics, with one sentence each."""
+    from launch.listing import show
+
+    show(kind, console)
+
+
 @app.command("fit-scorer")
 def fit_scorer(config: Config, overrides: Overrides = None) -> None:
     """Train a scorer on preference pairs and write a directory that serves as one."""
@@ -311,8 +326,7 @@ def fit_scorer(config: Config, overrides: Overrides = None) -> None:
 
 @app.command("serve-scorer")
 def serve_scorer(config: Config, overrides: Overrides = None) -> None:
-    """Serve scorers over gRPC until told to stop; campaigns reach them with a scorer of type
-    remote."""
+    """Serve scorers over gRPC until SIGTERM; campaigns reach them with a scorer of type grpc."""
     from launch import serve
     from rayhf.config.load import load_section
     from rayhf.config.serve import ServeScorerConfig
@@ -325,13 +339,20 @@ def tiny(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="Where to build; kept and reused.")
     ],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Build only this task; may be repeated."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Build the tiny world: a tokenizer, small policies and two tasks, in minutes on two cores."""
+    """Build the tiny world: small policies and their tasks, in minutes on two cores."""
     from launch.tiny import build_with_progress, tiny_table
     from rayhf.tiny import TASKS
 
-    built = build_with_progress(directory, tasks=TASKS, seed=seed, console=console)
+    for name in task or ():
+        if name not in TASKS:
+            raise ConfigError(f"--task: {name!r} is not a task; valid: {', '.join(TASKS)}")
+    built = build_with_progress(directory, tasks=task or TASKS, seed=seed, console=console)
     console.print(tiny_table(built))
 
 
@@ -363,6 +384,10 @@ def export(
 
 def main() -> None:
     """Run a command; turn errors into one line and an exit code."""
+    # A config may name classes of modules that lie where the command is given, as with `python -m`.
+    # Last on the path: nothing there can stand in for an installed package.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         app()
     except RayhfError as error:

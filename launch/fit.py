@@ -1,8 +1,8 @@
-"""`rayhf fit-scorer`, from a valid config to a directory that serves: pairs, Ray, the learner's
-ranks, held-out figures.
+"""`rayhf fit-scorer`: train a scorer on preference pairs and write a directory that serves as one.
 
-Everything is written beside the output and moved there at the end, so that the output is a whole
-scorer or not there.
+In: a valid config. Out: the directory, with held-out figures in its metrics.json. Everything is
+written beside the output and moved there at the end, so that the output is a whole scorer or not
+there.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,47 +29,31 @@ from launch.local import ray_cluster
 from rayhf.config.fit import FitConfig
 from rayhf.errors import ConfigError, InterruptedRunError
 from rayhf.run_dir.files import seal, storage_errors, write_json
-from rayhf.scorer.fit import (
-    Figures,
-    FitPlan,
-    loss_of,
-    mark,
-    measure,
-    outputs_of,
-    prepare_fit,
-    win_probability,
-)
-from rayhf.types import Batch, Example, derive_seed
+from rayhf.scorer.fit import Figures, FitPlan, mark, measure, prepare_fit, win_probability
+from rayhf.types import Batch, Example, FloatArray, derive_seed
 
 if TYPE_CHECKING:
     from actors.learner import LearnerGroup
 
+T = TypeVar("T")
 Report = Callable[[int, dict[str, float]], None]
 """Called after every optimizer step with its number from 1 and its metrics."""
 
 
 def fit_scorer(config: FitConfig, console: Console) -> None:
-    """Train a scorer and write it to `output`. Raises the errors of rayhf.errors; then nothing is
-    written."""
+    """Train a scorer and write it to `output`.
+
+    Raises the errors of rayhf.errors; then nothing is written.
+    """
     base = Path.cwd()
     output = base / config.output
     _check_output(output)
-    if config.tiny is not None:
-        from launch.tiny import build_with_progress
-
-        build_with_progress(
-            config.tiny.dir, tasks=config.tiny.tasks, seed=config.tiny.seed, console=console
-        )
     plan = prepare_fit(config, base=base)
     for name, part in (("train", plan.train), ("test", plan.test)):
-        without = (
-            f"; left out: {part.equal} with equal answers, {part.too_long} too long"
-            if part.equal + part.too_long
-            else ""
-        )
-        console.print(
-            f"{name}: {len(part.examples):,} pairs{without}", markup=False, highlight=False
-        )
+        line = f"{name}: {len(part.examples):,} pairs"
+        if part.equal + part.too_long:
+            line += f"; left out: {part.equal} with equal completions, {part.too_long} too long"
+        console.print(line, markup=False, highlight=False)
     started = time.monotonic()
     with _workplace(output) as temporary:
         with (
@@ -77,7 +61,7 @@ def fit_scorer(config: FitConfig, console: Console) -> None:
             _progress(plan, console) as report,
         ):
             figures, train_loss = asyncio.run(
-                _until_told(_fit(config, plan, base, temporary, report))
+                _until_signal(_fit(config, plan, base, temporary, report))
             )
         seconds = time.monotonic() - started
         content = _content(config, plan, figures, train_loss=train_loss, seconds=seconds)
@@ -90,41 +74,44 @@ def fit_scorer(config: FitConfig, console: Console) -> None:
 async def _fit(
     config: FitConfig, plan: FitPlan, base: Path, directory: Path, report: Report
 ) -> tuple[Figures, float]:
-    """Train, measure, export to `directory`. Returns held-out figures and the mean loss of the last
-    epoch."""
+    """Train, measure, and export to `directory`.
+
+    Returns held-out figures and the mean loss of the last epoch.
+    """
+    from rayhf.losses.reward import reward_loss
+
     learner = await _learner(config, plan, base)
-    loss = loss_of(config.objective)
-    step, last_epoch = 0, 0.0
+    loss = reward_loss(config.objective)
+    step = 0
+    epoch_loss = 0.0
     for epoch in range(config.epochs):
-        last_epoch = 0.0
+        epoch_loss = 0.0
         for examples in deal_pairs(
             plan.train.examples, batch=config.batch, seed=derive_seed(config.seed, "fit", epoch)
         ):
             metrics = await learner.step(Batch(examples=examples), loss)
-            step, last_epoch = step + 1, last_epoch + metrics["learner/loss"] * len(examples)
+            step += 1
+            epoch_loss += metrics["learner/loss"] * len(examples)
             report(step, metrics)
-    outputs: list[Any] = []
-    for start in range(
-        0, len(plan.test.examples), config.batch
-    ):  # piece by piece: each has the deadline of one call
-        rows = [
-            row
-            for example in plan.test.examples[start : start + config.batch]
-            for row in example.rows
-        ]
+    outputs: list[FloatArray] = []
+    # In slices, because each call has a deadline.
+    for start in range(0, len(plan.test.examples), config.batch):
+        held_out = plan.test.examples[start : start + config.batch]
+        rows = [row for example in held_out for row in example.rows]
         outputs += await learner.outputs(rows, temperature=1.0)
     await learner.export(directory)
     mark(directory, config, pad_token_id=plan.pad_id)
-    return measure(win_probability(config.objective, outputs)), last_epoch / len(
-        plan.train.examples
-    )
+    figures = measure(win_probability(config.objective, outputs))
+    return figures, epoch_loss / len(plan.train.examples)
 
 
 def deal_pairs(
     examples: Sequence[Example], *, batch: int, seed: int
 ) -> Iterator[tuple[Example, ...]]:
-    """One epoch: a seeded permutation in slices of `batch`. The last one may be smaller: no pair is
-    left out."""
+    """Yield the batches of one epoch: a seeded permutation in slices of `batch`.
+
+    The last one may be smaller: no pair is left out.
+    """
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     for start in range(0, len(order), batch):
@@ -176,7 +163,7 @@ async def _learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerGroup
     await learner.start(
         base / config.model,
         head="score",
-        head_size=outputs_of(config.objective),
+        head_size=config.objective.outputs,
         lr=config.learner.lr,
         total_steps=plan.steps,
         lora=config.lora,
@@ -187,13 +174,15 @@ async def _learner(config: FitConfig, plan: FitPlan, base: Path) -> LearnerGroup
 
 
 def _cpus(config: FitConfig) -> float:
-    """Ray's bookkeeping for one rank."""
+    """Return the CPUs that Ray reserves for one rank."""
     return 1.0 if config.cluster.device == "gpu" else 0.25
 
 
 def _environment(config: FitConfig) -> dict[str, str]:
-    """Environment variables of a rank's process, set before it imports anything. On CPU the ranks
-    share the cores."""
+    """Return the environment variables of a rank's process, set before it imports anything.
+
+    On CPU the ranks share the cores.
+    """
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     if config.cluster.device == "cpu":
         threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.ranks)
@@ -201,22 +190,22 @@ def _environment(config: FitConfig) -> dict[str, str]:
     return env
 
 
-async def _until_told(work: Any) -> tuple[Figures, float]:
-    """Run until done, or until a signal says to stop."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+async def _until_signal(work: Awaitable[T]) -> T:
+    """Run until done, or until SIGTERM or Ctrl-C."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
     assert task is not None
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, task.cancel)
     try:
-        result: tuple[Figures, float] = await work
+        return await work
     except asyncio.CancelledError:
         raise InterruptedRunError(
             "interrupted; nothing was written, the same command starts again"
         ) from None
-    return result
 
 
-# ------------------------------------------------------------------------------------------------- output
+# --- output ---------------------------------------------------------------------------------------
 
 
 def _check_output(output: Path) -> None:
@@ -228,7 +217,7 @@ def _check_output(output: Path) -> None:
 
 @contextmanager
 def _workplace(output: Path) -> Iterator[Path]:
-    """A directory beside `output`, gone at the end unless it was moved."""
+    """Create a directory beside `output`; it is removed at the end unless it was moved."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     with storage_errors("write", output):
         temporary.mkdir(parents=True)
@@ -241,7 +230,7 @@ def _workplace(output: Path) -> Iterator[Path]:
 def _content(
     config: FitConfig, plan: FitPlan, figures: Figures, *, train_loss: float, seconds: float
 ) -> dict[str, Any]:
-    """metrics.json."""
+    """Return the content of metrics.json."""
     counts = {
         f"{name}_{what}": value
         for name, part in (("train", plan.train), ("test", plan.test))
@@ -262,7 +251,7 @@ def _content(
 
 
 def _table(config: FitConfig, figures: Figures, *, train_loss: float, seconds: float) -> Table:
-    table = Table("what", "value", title=f"{config.objective.type}: {config.output.name}")
+    table = Table("figure", "value", title=f"{config.objective.type}: {config.output.name}")
     table.columns[1].justify = "right"
     table.add_row("held-out accuracy", f"{figures.accuracy:.3f}")
     table.add_row("held-out calibration error (ECE, 15 bins)", f"{figures.calibration_error:.3f}")
@@ -274,7 +263,7 @@ def _table(config: FitConfig, figures: Figures, *, train_loss: float, seconds: f
 
 @contextmanager
 def _progress(plan: FitPlan, console: Console) -> Iterator[Report]:
-    """A live line in a terminal, ten plain lines elsewhere."""
+    """Show a live line in a terminal, ten plain lines elsewhere."""
     columns = (
         TextColumn("{task.description:<32}"),
         BarColumn(bar_width=24),

@@ -29,7 +29,7 @@ from rayhf.config.service import NO_SECURITY, EndpointSecurity
 from rayhf.control.commands import Control, FileControl
 from rayhf.control.labels import UncertainPair
 from rayhf.control.status import Status
-from rayhf.data.prompts import read_rows
+from rayhf.data.readers import read_rows
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.monitoring.audit import audit
 

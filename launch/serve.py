@@ -1,5 +1,4 @@
-"""What answers over gRPC: `rayhf serve-scorer`, and a campaign's control, beside the campaign or by
-itself."""
+"""gRPC services: `rayhf serve-scorer`, and a campaign's control beside or without the campaign."""
 
 from __future__ import annotations
 
@@ -13,44 +12,47 @@ from pathlib import Path
 from rich.console import Console
 
 from rayhf.config.load import load_config
-from rayhf.config.scorers import JudgeConfig, is_pairwise
 from rayhf.config.serve import ServeScorerConfig
 from rayhf.config.service import ServiceConfig
 from rayhf.control.status import read_status
 from rayhf.errors import ScorerError
 from rayhf.rollout.env import engine_env
+from rayhf.scorer.protocol import ScorerSetup
 
 
 def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
-    """Build the scorers, say where they are, and serve until SIGTERM or Ctrl-C; calls under way may
-    end.
+    """Build the scorers, print their address, and serve until SIGTERM or Ctrl-C.
 
-    Raises ConfigError, and ScorerError where the scorers are broken and another process must take
-    their place.
+    Calls in flight may finish. Raises ConfigError, and ScorerError where the scorers are broken and
+    the process must be restarted.
     """
-    base, scorers = Path.cwd(), config.scorer
+    scorers = config.scorer
     threads = scorers.threads
     if config.device == "cpu":
         threads = threads or len(os.sched_getaffinity(0))
     os.environ.update(_environment(config, threads))
     # Only now: torch and vLLM read the environment when they are imported.
-    from rayhf.scorer.build import build_scorer, check_entries, entry_name
+    from rayhf.scorer.build import build_scorer, check_entries
     from rayhf.scorer.grpc.server import scorer_server
 
-    check_entries(scorers.train, base, combine=scorers.combine)
+    base = Path.cwd()
     device = "cuda" if config.device == "gpu" else "cpu"
+    check_entries(scorers.train, base)
     engine = build_scorer(
-        scorers.train, combine=scorers.combine, device=device, threads=threads, base=base
+        scorers.train,
+        ScorerSetup(base=base, device=device, threads=threads),
+        combine=scorers.combine,
     )
     try:
-        names = [entry_name(entry) for entry in scorers.train]
-        pairwise = any(map(is_pairwise, scorers.train))
-        told, fatal = _end_signals(), list[Exception]()
+        stop = _stop_event()
+        errors: list[Exception] = []
 
         def broken(error: Exception) -> None:
-            fatal.append(error)
-            told.set()
+            errors.append(error)
+            stop.set()
 
+        names = [entry.resolved_name for entry in scorers.train]
+        pairwise = any(entry.is_pairwise for entry in scorers.train)
         server = scorer_server(
             engine, config.service, names=names, pairwise=pairwise, base=base, broken=broken
         )
@@ -61,11 +63,11 @@ def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
-        told.wait()
+        stop.wait()
         server.stop()
-        if fatal:
+        if errors:
             raise ScorerError(
-                f"{', '.join(names)} cannot even answer what was answered before: {_line(fatal[0])}"
+                f"{', '.join(names)} fails on a call that succeeded before: {_line(errors[0])}"
             )
     finally:
         engine.close()
@@ -76,27 +78,29 @@ def _line(error: Exception) -> str:
 
 
 def _environment(config: ServeScorerConfig, threads: int | None) -> dict[str, str]:
-    if any(isinstance(entry, JudgeConfig) for entry in config.scorer.train):
+    if any(entry.runs_engine for entry in config.scorer.train):
         return engine_env(config.device, threads)
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return env | {"OMP_NUM_THREADS": str(threads)} if threads else env
 
 
 def serve_run(run: Path, overrides: Sequence[str], console: Console) -> None:
-    """Until SIGTERM or Ctrl-C. Raises ConfigError where `run` is no run directory, and as the
-    server."""
+    """Serve the control of a run until SIGTERM or Ctrl-C.
+
+    Raises ConfigError where `run` is no run directory, and as the server.
+    """
     read_status(run)
     config = load_config(run / "config.yaml", overrides)
-    told = _end_signals()
+    stop = _stop_event()
     with control_served(run, config.service or ServiceConfig(), base=Path.cwd(), console=console):
-        told.wait()
+        stop.wait()
 
 
 @contextmanager
 def control_served(
     run: Path, config: ServiceConfig | None, *, base: Path, console: Console
 ) -> Iterator[None]:
-    """Nothing is served where there is no config."""
+    """Serve the control of a run; nothing where there is no config."""
     if config is None:
         yield
         return
@@ -115,9 +119,9 @@ def control_served(
         server.stop()
 
 
-def _end_signals() -> threading.Event:
-    """Set by SIGTERM and Ctrl-C, from now on."""
-    told = threading.Event()
+def _stop_event() -> threading.Event:
+    """Return an event that SIGTERM and Ctrl-C set from now on."""
+    stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: told.set())
-    return told
+        signal.signal(number, lambda *_: stop.set())
+    return stop

@@ -28,6 +28,8 @@ RayhfError                      1   anything below, for `except` at the command 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from typing import ClassVar
 
 
@@ -75,7 +77,7 @@ class CheckpointError(RayhfError):
 class SecurityError(RayhfError):
     exit_code = 6
     meaning = "the cluster lets anybody in, or a secret would be where others can read it; nothing was sent"
-    remedy = "start the cluster with RAY_AUTH_MODE=token, keep the token in a file of mode 600 (README, On a cluster)"
+    remedy = "start the cluster with RAY_AUTH_MODE=token, keep the token in a file of mode 600 (docs/security.md)"
 
 
 class NumericalError(RayhfError):
@@ -148,3 +150,14 @@ class InterruptedRunError(RayhfError):
     exit_code = 75
     meaning = "told to stop"
     remedy = "the same command continues"
+
+
+def did_you_mean(word: str, valid: Collection[str]) -> str:
+    """Return "; did you mean X?" for the valid word nearest to `word`, "" if none is near."""
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def nearest(word: str, valid: Collection[str]) -> str:
+    """Return the end of a message that refuses `word`: the nearest valid word, or else all."""
+    return did_you_mean(word, valid) or (f"; valid: {', '.join(valid)}" if valid else "")

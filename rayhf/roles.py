@@ -1,8 +1,8 @@
-"""The verbs: what a loop may ask of each role. An engine behind a Ray actor, a remote service and a
-ten-line fake all fit.
+"""Protocols of the roles: rollout, scorer, reference, learner.
 
-Every method is a coroutine that either answers or raises an error of `rayhf.errors`; deadlines are
-kept by whoever implements the role, and name the phase and the actor when they pass.
+An engine behind a Ray actor, a remote service and a ten-line fake all implement them. Every method
+is a coroutine that returns or raises an error of `rayhf.errors`. Timeouts belong to the
+implementation: its error names the phase and the actor.
 """
 
 from __future__ import annotations
@@ -27,88 +27,111 @@ from rayhf.types import (
 
 
 class Rollout(Protocol):
-    """Writes completions with the policy's weights."""
+    """Generates completions with one policy's weights."""
 
     async def generate(
         self, requests: Sequence[GenerateRequest], *, version: int
     ) -> list[tuple[Completion, ...]]:
-        """Complete every request, in order. Raises StaleWeightsError where an engine does not hold
-        `version`."""
+        """Return the completions of every request, in order.
+
+        Raises StaleWeightsError where an engine does not hold `version`.
+        """
         ...
 
     async def update(self, snapshot: WeightSnapshot) -> None:
-        """Load new weights into every engine. Raises WeightSyncError unless each confirms version,
-        checksum and probe."""
+        """Load new weights into every engine.
+
+        Raises WeightSyncError unless each confirms version, checksum and probe.
+        """
         ...
 
 
 class Scorer(Protocol):
-    """Judges completions."""
+    """Scores and compares completions."""
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        """One outcome per completion of each request, in order. Never raises for a completion it
-        cannot judge."""
+        """Return one outcome per completion of each request, in order.
+
+        A completion that cannot be scored has an outcome too: nothing is raised for it.
+        """
         ...
 
     async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        """For each request, the win probabilities among its completions. Never raises for
-        completions it cannot judge."""
+        """Return the win probabilities among each request's completions, in order.
+
+        Completions that cannot be compared have an outcome too: nothing is raised for them.
+        """
         ...
 
     async def state_dict(self) -> dict[str, Any]:
-        """What the scorer learned on the way (running normalizers), as plain JSON values; part of
-        every checkpoint."""
+        """Return the scorer's running state (normalizers) as JSON values, for the checkpoint."""
         ...
 
-    async def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    async def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
 
 
 class Reference(Protocol):
-    """Frozen log-probs."""
+    """Computes log-probs under a frozen model."""
 
     async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
-        """Log-probs of each row's response tokens, in nats."""
+        """Return the log-probs of each row's response tokens, in nats."""
         ...
 
     async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:
-        """reference <- mix * snapshot + (1 - mix) * reference; mix 1 replaces it."""
+        """Set the reference to mix * snapshot + (1 - mix) * reference; mix 1 replaces it."""
         ...
 
-    async def save(self, directory: Path) -> None: ...
+    async def save(self, directory: Path) -> None:
+        """Write the weights to `directory`."""
+        ...
 
-    async def load(self, directory: Path) -> None: ...
+    async def load(self, directory: Path) -> None:
+        """Read the weights from `directory`."""
+        ...
 
 
 class Learner(Protocol):
-    """Trains one model (the policy, or a critic with a value head); knows no algorithm."""
+    """Trains one model (the policy, or a critic with a value head) under any algorithm."""
 
     async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        """One optimizer step over the whole batch. Raises NumericalError on a non-finite loss or
-        gradient."""
+        """Take one optimizer step over the whole batch and return its metrics.
+
+        Raises NumericalError on a non-finite loss or gradient.
+        """
         ...
 
     async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
-        """Per response token, without gradient: log-probs in nats for a policy, values for a
-        critic."""
+        """Return one value per response token, computed without gradient.
+
+        Log-probs in nats for a policy, values for a critic.
+        """
         ...
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
-        """The current weights, ready to be sent; `stored`: whole, where a reference can fetch them,
-        too."""
+        """Return the current weights, ready to be sent.
+
+        With `stored`, all of their bytes are also kept where the reference can fetch them.
+        """
         ...
 
-    async def save(self, directory: Path) -> None: ...
+    async def save(self, directory: Path) -> None:
+        """Write model, optimizer and random state to `directory`."""
+        ...
 
-    async def load(self, directory: Path) -> None: ...
+    async def load(self, directory: Path) -> None:
+        """Read what `save` wrote."""
+        ...
 
     async def export(self, directory: Path) -> None:
-        """A Hugging Face model directory (safetensors, LoRA merged)."""
+        """Write a Hugging Face model directory (safetensors, LoRA merged)."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
-    """Everyone the controller talks to."""
+    """The roles of one campaign."""
 
     rollouts: Mapping[str, Rollout]
     """By policy; "policy" is the campaign's result."""
@@ -116,8 +139,8 @@ class Roles:
     """By policy."""
     scorer: Scorer
     evaluator: Scorer | None
-    """Scores held-out completions; None means the training scorer does."""
+    """Scorer of held-out completions; None: the training scorer."""
     eval_scorers: Mapping[str, Scorer] = field(default_factory=dict)
-    """By task: the scorers of further evaluations."""
+    """Scorers of further evaluations, by task."""
     critic: Learner | None
     reference: Reference | None

@@ -1,9 +1,8 @@
-"""The nouns, one frozen dataclass per stage of a prompt's journey.
+"""Shared data types: one frozen dataclass per stage of an iteration.
 
-Prompt -> GenerateRequest -> Completion -> Sample (a completion and its Outcome) -> Group (what one
-prompt's exploration brought back) -> Example (rows that must be trained together: one row, a pair,
-...) -> Batch (one optimizer step). Nothing is filled in later by somebody else: a stage that adds
-something returns a new object.
+Prompt -> GenerateRequest -> Completion -> Sample (a completion and its Outcome) -> Group (the
+samples of one prompt) -> Example (rows that must be trained together: one row, a pair, ...) ->
+Batch (one optimizer step). Objects are immutable: a stage that adds something returns a new one.
 """
 
 from __future__ import annotations
@@ -19,40 +18,41 @@ import numpy.typing as npt
 from pydantic import JsonValue
 
 FloatArray = npt.NDArray[np.float32]
-JsonObject = dict[str, JsonValue]
-"""A JSON object as Python values: what checkpoints and service messages store."""
 Message = Mapping[str, str]
 """{"role": ..., "content": ...}, as chat templates expect it."""
+JsonObject = Mapping[str, JsonValue]
+"""State of a component, as stored in a checkpoint's JSON."""
 TransportName = Literal["object_store", "broadcast", "cuda_ipc"]
 """How weights get from the learner to the engines: through Ray's object store; from device to
-device through a process group; by copying out of a neighbor's memory on the same GPU."""
+device through a process group; or copied from another process's memory on the same GPU."""
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from its parts (campaign seed, iteration, prompt id, ...), never from arrival
-    order or a stream."""
+    """Return a 63-bit seed derived from `parts` (campaign seed, iteration, prompt id, ...).
+
+    Seeds never depend on arrival order or on the state of another generator.
+    """
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A question, rendered for the policy."""
+    """A prompt, rendered for the policy."""
 
     prompt_id: str
-    """Stable hash of messages and answer; the key of everything that happens to this prompt."""
+    """Stable hash of messages and reference answer; identifies the prompt everywhere."""
     messages: tuple[Message, ...]
-    """What the user asked, before any chat template; scorers with another tokenizer start from
-    here."""
+    """Messages before any chat template, for scorers with another tokenizer."""
     token_ids: tuple[int, ...]
-    """Under the policy's tokenizer and chat template, generation prompt included."""
+    """Tokens under the policy's tokenizer and chat template, generation prompt included."""
     answer: str | None = None
     """Reference answer for verifiers; never shown to the policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the rollout role draws tokens."""
+    """Sampling parameters of the rollout role."""
 
     max_tokens: int
     """Limit on generated tokens."""
@@ -67,16 +67,16 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """Continue one token prefix, once per seed."""
+    """Request to continue one token prefix, once per seed."""
 
     prompt_id: str
     number: int
-    """Counts the requests of one prompt's exploration: (prompt_id, number) orders requests, never
-    arrival."""
+    """Position among the requests of one prompt's exploration. Requests are ordered by
+    (prompt_id, number), never by arrival."""
     token_ids: tuple[int, ...]
-    """Prompt plus any prefix already written."""
+    """Prompt plus any prefix already generated."""
     policy: str = "policy"
-    """Which of the campaign's policies writes."""
+    """Name of the policy that generates."""
     sampling: Sampling
     seeds: tuple[int, ...]
     """One completion per seed."""
@@ -84,27 +84,27 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What the rollout role returns for one seed of one request."""
+    """Generated text for one seed of one request."""
 
     prompt_id: str
     index: int
     """Position of its seed in the request."""
     seed: int
     text: str
-    """Decoded response without special tokens."""
+    """Decoded tokens without special tokens."""
     token_ids: tuple[int, ...]
-    """The response, end-of-turn token included where the model wrote one."""
+    """Generated tokens, end-of-turn token included where the model generated one."""
     logprobs: tuple[float, ...]
-    """Under the sampling policy (temperature applied), one per token, in nats."""
+    """Log-prob of each token under the sampling policy (temperature applied), in nats."""
     finish_reason: Literal["stop", "length"]
-    """From the engine; "length" means truncated."""
+    """The engine's; "length" means truncated."""
     policy_version: int
-    """Weights that wrote it; staleness is computed, never assumed."""
+    """Version of the weights that generated it; staleness is computed from it, never assumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A finite score and, for a weighted sum, the parts it was made of."""
+    """A finite score and, for a weighted sum, its parts."""
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
@@ -112,18 +112,18 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invalid:
-    """The scorer answered, but not with a score (NaN, None, wrong type, unparsable verdict)."""
+    """A scorer's reply that is not a score (NaN, None, wrong type, unparsable verdict)."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The scorer did not answer (it raised, it timed out, it died)."""
+    """No reply from the scorer: it raised an error, timed out or crashed."""
 
     reason: str
     transient: bool = False
-    """It may answer when it is asked again: it, or a service behind it, could not be reached."""
+    """Whether a retry may succeed: the scorer, or a service behind it, could not be reached."""
 
 
 Outcome = Scored | Invalid | Failed
@@ -131,12 +131,12 @@ Outcome = Scored | Invalid | Failed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """What a scorer said of every pair among one prompt's K answers."""
+    """Win probabilities for every pair among one prompt's K completions."""
 
     win: npt.NDArray[np.float64]
-    """(K, K): win[i, j] is the probability that answer i beats answer j, as it was given: cycles
-    are kept, nothing is rebuilt from scalars. The diagonal is 1/2 and win[i, j] + win[j, i] = 1.
-    NaN where the scorer had no verdict on a pair."""
+    """(K, K): win[i, j] is the probability that completion i beats completion j, as the scorer
+    gave it: cycles are kept, nothing is rebuilt from scalars. The diagonal is 1/2 and
+    win[i, j] + win[j, i] = 1. NaN where the scorer had no verdict on a pair."""
     source: Literal["pairwise", "pointwise"]
     """pointwise: sigmoids of score differences, transitive by construction."""
 
@@ -144,55 +144,84 @@ class Compared:
 Comparison = Compared | Invalid | Failed
 
 
+def win_rates(win: npt.NDArray[np.float64], *, include_self: bool) -> npt.NDArray[np.float64]:
+    """Return each completion's mean win probability over its known opponents: (K, K) -> (K,).
+
+    `include_self` counts a completion among its own opponents, with the 1/2 of the diagonal. Then
+    the rate estimates P(completion beats the current policy) with the K completions as the policy's
+    sample (SPPO, Wu et al. 2024, section 4), and rates have mean 1/2 where no pair is unknown.
+    Without it, the rate is the score that a pairwise scorer gives a completion among the others.
+
+    NaN for a completion that was compared with no other one; a single completion that is included
+    in its own opponents has 1/2. Raises ValueError for a matrix that is not square.
+    """
+    matrix = np.asarray(win, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"the win matrix has shape {matrix.shape}, a square was expected")
+    known = np.isfinite(matrix)
+    others = known & ~np.eye(len(matrix), dtype=bool)
+    opponents = known if include_self else others
+    rates: npt.NDArray[np.float64] = np.full(len(matrix), np.nan)
+    for i, row in enumerate(matrix):
+        if others[i].any() or (include_self and len(matrix) == 1):
+            rates[i] = row[opponents[i]].mean()
+    return rates
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """Completions of one prompt, to be judged as text: a scorer has its own tokenizer and chat
-    template."""
+    """Completions of one prompt to be scored.
+
+    They are scored as text: a scorer has its own tokenizer and chat template.
+    """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     number: int = 0
-    """Counts the judgements of one prompt's exploration, as GenerateRequest.number counts its
-    generations."""
+    """Position among the score requests of one prompt's exploration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A completion and what its scorer said. A search's samples point to their parents: they are
-    its tree."""
+    """A completion and its score.
+
+    The samples of a search refer to their parents: together they are its tree.
+    """
 
     completion: Completion
     outcome: Outcome | None
-    """None: no scorer was asked (a step inside a tree, a judgement)."""
+    """None where it was not scored (a step inside a tree, a judgement)."""
     kind: str = "answer"
-    """answer, or what the algorithm calls it: step, judgement, refinement ..."""
+    """"answer" for a whole completion of the prompt; otherwise the algorithm's own kind: step,
+    judgement, refinement ..."""
     context_ids: tuple[int, ...] | None = None
     """The tokens it continues, where that is not the prompt alone."""
     parent: int | None = None
-    """Index in its group of the sample it grew from."""
+    """Index of its parent in the group."""
     stats: Mapping[str, float] = field(default_factory=dict)
-    """What the search learned of it: visits, q, depth, votes ..."""
+    """The search's statistics: visits, q, depth, votes ..."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """What one prompt's exploration brought back."""
+    """All samples of one prompt."""
 
     prompt: Prompt
     samples: tuple[Sample, ...]
     compared: Compared | None = None
-    """Over the samples, where a pairwise scorer was asked and answered."""
+    """Comparison of the samples, where a pairwise scorer gave one."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of this exploration, under the algorithm's name; the round reports means over prompts."""
+    """Metrics of this exploration, under the algorithm's name; an iteration reports their means
+    over prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One token sequence to train on. Only response tokens carry loss; there is no padding here."""
+    """One unpadded token sequence to train on; only response tokens carry loss."""
 
     prompt_id: str
     sample: int
-    """Index into its group's samples: the lineage of the row."""
+    """Index of the sample it was made from in its group, or GIVEN."""
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     tokens: Mapping[str, FloatArray] = field(default_factory=dict)
@@ -205,12 +234,15 @@ class Row:
         return len(self.prompt_ids) + len(self.response_ids)
 
     def with_tokens(self, **named: FloatArray) -> Row:
+        """Return the row with further token values. Raises ValueError for a wrong shape."""
         for name, values in named.items():
             if values.shape != (len(self.response_ids),):
                 raise ValueError(
-                    f"{name} has shape {values.shape}, the response has {len(self.response_ids)} tokens"
+                    f"{name} has shape {values.shape}, "
+                    f"the response has {len(self.response_ids)} tokens"
                 )
-        return Row(  # `replace` takes three times as long, and a round may have millions of rows
+        # `dataclasses.replace` is three times slower, and an iteration may have millions of rows.
+        return Row(
             prompt_id=self.prompt_id,
             sample=self.sample,
             prompt_ids=self.prompt_ids,
@@ -245,7 +277,7 @@ def given_row(
     *,
     score: float = math.nan,
 ) -> Row:
-    """Return the training row of a response that no policy of this campaign sampled.
+    """Return the training row of a response that was not sampled in this campaign.
 
     Its behavior log-probs are unknown: NaN.
     """
@@ -261,36 +293,35 @@ def given_row(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """Rows that one loss term needs together: one row for policy gradients, (chosen, rejected) for
-    a pair."""
+    """Rows that one loss term needs together: one row, or (chosen, rejected) for a pair."""
 
     rows: tuple[Row, ...]
     scalars: Mapping[str, float] = field(default_factory=dict)
     """Named values per example: margin ... Every example of a batch has the same names."""
     objective: str = "policy"
-    """Which of the algorithm's objectives it serves: examples of one objective share a loss, a
-    learner and batches."""
+    """The training objective it belongs to: examples of one objective share a loss, a learner and
+    batches."""
     iterations_back: int = 0
     """How many iterations ago its samples were drawn: 0 is this one."""
 
     def __len__(self) -> int:
-        """Tokens to compute."""
+        """Return the number of tokens to compute."""
         return sum(len(row) for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What one optimizer step sees."""
+    """The examples of one optimizer step."""
 
     examples: tuple[Example, ...]
     temperature: float = 1.0
-    """Logits are divided by it before log-softmax, so that the learner scores the policy that
-    sampled."""
+    """Sampling temperature: the learner divides its logits by it before log-softmax, so that
+    log-probs are those of the policy that sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """Where one parameter lies in a bucket."""
+    """Position of one parameter in a bucket."""
 
     name: str
     """Hugging Face parameter name."""
@@ -303,20 +334,22 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBucket:
-    """Many parameters in one flat uint8 buffer."""
+    """Several parameters in one flat uint8 buffer."""
 
     tensors: tuple[TensorSpec, ...]
     payload: Any
-    """numpy uint8 array, or a transport's handle to the bytes: a Ray ObjectRef, CUDA IPC handles by
-    learner rank; None where the bytes come by broadcast."""
+    """numpy uint8 array, or a transport's handle to the bytes: a Ray ObjectRef, or CUDA IPC handles
+    by learner rank; None where the bytes are broadcast."""
     checksum: str
-    """Of the payload's bytes; empty where they come by broadcast and bring it along."""
+    """Checksum of the payload's bytes; empty for broadcast, which sends it with the bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A fixed token sequence and its log-probs under the learner: an engine that got the weights
-    must agree."""
+    """A fixed token sequence and its log-probs under the learner.
+
+    An engine that loaded the weights must agree with them.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -325,13 +358,13 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSnapshot:
-    """One version of the policy's weights on its way to the engines that need it."""
+    """One version of the policy's weights, ready to be sent to the engines."""
 
     version: int
     buckets: tuple[WeightBucket, ...]
-    """Whole parameters under their Hugging Face names; with LoRA what is trained
+    """Whole parameters under their Hugging Face names; with LoRA only the trained ones
     (rayhf/weights/lora.py)."""
     checksum: str
-    """Over the bucket checksums, in order."""
+    """Checksum over the bucket checksums, in order."""
     probe: Probe
     transport: TransportName = "object_store"

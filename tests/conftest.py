@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports torch, and for every process that tests start: a thread that waits for its
-# team's others must not spin. On cores that other tests use too, 80 steps of training a toy policy
-# take 23 seconds of processor time with spinning, and 1.6 without. Not a bit of the result depends
-# on it.
+# A thread that waits for the others of its OpenMP team must not spin: on cores that other tests
+# use, too, 80 training steps of a tiny policy take 23 s of CPU time with spinning and 1.6 s
+# without. Set before anything imports torch, and inherited by every process that tests start. It
+# changes no bit of a result.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 for folder in ("unit", "e2e", "chaos"):
@@ -15,7 +15,7 @@ for folder in ("unit", "e2e", "chaos"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where torch has no CUDA device."""
+    """Skip tests marked `gpu` where torch has no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

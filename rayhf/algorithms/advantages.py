@@ -1,13 +1,10 @@
-"""What deserves credit: from scores, log-probs and values to advantages, and from scores to
-preference pairs.
+"""Rewards and advantages from scores, log-probs and values: pure functions on numpy arrays.
 
-In: finite numbers of one row, one group or one round. Out: float64 arrays (cast to float32 where
-they enter a Row) or pairs of indices. Pure functions on numpy, no model; randomness only where a
-generator is passed in.
+In: finite numbers of one row, one group or one iteration. Out: float64 arrays (cast to float32 when
+they are stored in a Row).
 
-Only finite input: a sample whose outcome is Invalid or Failed has no score and is left out by the
-caller, before its group comes here. A NaN or infinity that arrives all the same is a bug upstream:
-ValueError.
+Input must be finite: the caller drops samples whose outcome is Invalid or Failed before their group
+gets here. NaN or infinity means a bug in the caller: ValueError.
 
 A row is one response: arrays of shape (T,) over its tokens, in nats where they are log-probs. A
 response may be empty.
@@ -15,47 +12,47 @@ response may be empty.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from rayhf.errors import ConfigError
+from rayhf.types import JsonObject
 
 Array = npt.NDArray[np.float64]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 VARIANCE_FLOOR = 1e-8
-"""Added to a variance before the square root: constant input whitens to 0 instead of amplified
-rounding."""
+"""Added to a variance before the square root, so that constant input whitens to 0 instead of
+amplified rounding errors."""
 MAX_EXPONENT = 20.0
 """Nats, as in losses/policy.py."""
 
 
 def finite(values: npt.ArrayLike, name: str) -> Array:
-    """`values` as a one-dimensional float64 array; ValueError on another shape, NaN or infinity."""
+    """Return `values` as a 1-D float64 array. Raises ValueError for another shape, NaN or inf."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
         raise ValueError(f"{name} has shape {array.shape}, one dimension was expected")
     bad = np.flatnonzero(~np.isfinite(array))
     if bad.size:
         raise ValueError(
-            f"{name}[{bad[0]}] is {array[bad[0]]}; leave out such samples ({bad.size} of {array.size})"
+            f"{name}[{bad[0]}] is {array[bad[0]]}; drop such samples ({bad.size} of {array.size})"
         )
     return array
 
 
-# --- rewards of one row ----------------------------------------------------------------------------------------------
+# --- rewards of one row -------------------------------------------------------------------------
 
 
 def kl_penalty(logp: npt.ArrayLike, ref_logp: npt.ArrayLike, estimator: KLEstimator) -> Array:
-    """Per-token KL(policy || reference) in nats, to be put on the reward: (T,). Schulman 2020; g =
-    logp - ref_logp.
+    """Return the per-token KL(policy || reference) in nats, as a penalty on the reward: (T,).
 
-    k1 = g is right here: as a reward its policy gradient is exactly that of the KL. k2 = g^2/2 and
-    k3 = exp(-g) - 1 + g are not negative and less noisy, but as rewards their policy gradient is
-    biased.
+    Schulman 2020, with g = logp - ref_logp. k1 = g is right here: as a reward its policy gradient
+    is exactly that of the KL. k2 = g^2/2 and k3 = exp(-g) - 1 + g are not negative and less noisy,
+    but as rewards their policy gradient is biased.
     """
     gap = finite(logp, "logp") - finite(ref_logp, "ref_logp")
     if estimator == "k1":
@@ -63,14 +60,14 @@ def kl_penalty(logp: npt.ArrayLike, ref_logp: npt.ArrayLike, estimator: KLEstima
     if estimator == "k2":
         return 0.5 * np.square(gap)
     if estimator == "k3":
-        # A value only, so a plain bound does here.
+        # No gradient is taken here, so a plain bound is enough.
         bounded: Array = np.expm1(np.minimum(-gap, MAX_EXPONENT)) + gap
         return bounded
     raise ConfigError(f"algorithm.kl.estimator: {estimator!r} is not one of k1, k2, k3; try k1")
 
 
 def token_rewards(kl: npt.ArrayLike, coef: float, score: float) -> Array:
-    """-coef * kl per token, and the score on the last token: (T,). Ziegler et al. 2019.
+    """Return -coef * kl per token, plus the score on the last token: (T,). Ziegler et al. 2019.
 
     An empty response has no token to carry its score: the result is empty.
     """
@@ -81,44 +78,49 @@ def token_rewards(kl: npt.ArrayLike, coef: float, score: float) -> Array:
 
 
 def missing_eos_penalty(*, truncated: bool, penalty: float) -> float:
-    """What to subtract from the score of a response that was cut off (finish_reason "length"); 0.0
-    otherwise.
+    """Return the penalty on a truncated response's score (finish_reason "length"), else 0.0.
 
-    The finish reason decides, not a search for the end token: where padding and end token coincide
-    a search always finds one.
+    The finish reason decides, not a search for the end token: where the padding token is the end
+    token, a search always finds one.
     """
     return penalty if truncated else 0.0
 
 
 def overlong_penalty(length: int, *, max_tokens: int, buffer: int, penalty: float) -> float:
-    """What to subtract from the score of a long response: 0 up to max_tokens - buffer, `penalty` at
-    max_tokens, linear in between (DAPO's soft overlong punishment, Yu et al. 2025). `buffer` 0 is
-    off. All lengths in tokens.
+    """Return the penalty on a long response's score (DAPO's soft overlong punishment).
+
+    Yu et al. 2025: 0 up to max_tokens - buffer, `penalty` at max_tokens, linear in between.
+    `buffer` 0 is off. All lengths in tokens.
     """
     if not 0 <= buffer <= max_tokens:
         raise ConfigError(
-            f"algorithm.overlong_buffer: {buffer} must be from 0 to rollout.max_tokens; try {max_tokens}"
+            f"algorithm.overlong_buffer: {buffer} must be from 0 to rollout.max_tokens; "
+            f"try {max_tokens}"
         )
     if buffer == 0:
         return 0.0
     return penalty * min(max(length - (max_tokens - buffer), 0), buffer) / buffer
 
 
-# --- advantages ------------------------------------------------------------------------------------------------------
+# --- advantages ---------------------------------------------------------------------------------
 
 
 def gae(
     rewards: npt.ArrayLike, values: npt.ArrayLike, gamma: float, lam: float
 ) -> tuple[Array, Array]:
-    """Advantages and returns of one row, both (T,). Schulman et al. 2016 (generalised advantage
-    estimation).
+    """Return the advantages and returns of one row, both (T,).
 
-    delta[t] = r[t] + gamma * v[t+1] - v[t];  A[t] = delta[t] + gamma * lam * A[t+1];  return[t] =
-                                              A[t] + v[t].
-    v[t] is the value before token t is written. The response ends its episode: nothing is
-    bootstrapped after the last token, also where it was cut off.
+    Generalized advantage estimation (Schulman et al. 2016):
+
+        delta[t] = r[t] + gamma * v[t+1] - v[t]
+        A[t] = delta[t] + gamma * lam * A[t+1]
+        return[t] = A[t] + v[t]
+
+    v[t] is the value before token t is generated. The response ends its episode: nothing is
+    bootstrapped after the last token, even where it was truncated.
     """
-    reward, value = finite(rewards, "rewards"), finite(values, "values")
+    reward = finite(rewards, "rewards")
+    value = finite(values, "values")
     if reward.shape != value.shape:
         raise ValueError(f"rewards has shape {reward.shape}, values {value.shape}")
     delta = reward + gamma * np.append(value[1:], 0.0)[: value.size] - value
@@ -127,8 +129,10 @@ def gae(
 
 
 def discounted_sums(values: npt.ArrayLike, discount: float) -> Array:
-    """out[t] = sum over s >= t of discount^(s-t) * values[s]: (T,). With rewards and gamma, the
-    reward-to-go."""
+    """Return out[t] = sum over s >= t of discount^(s-t) * values[s]: (T,).
+
+    Of rewards with gamma, this is the reward-to-go.
+    """
     array = finite(values, "values")
     out = np.empty_like(array)
     running = 0.0
@@ -139,11 +143,11 @@ def discounted_sums(values: npt.ArrayLike, discount: float) -> Array:
 
 
 def grpo(scores: npt.ArrayLike, eps: float = 1e-6) -> Array:
-    """(R - mean) / (std + eps) within one prompt's group: (K,). Shao et al. 2024 (DeepSeekMath),
-    section 4.1.2.
+    """Return (R - mean) / (std + eps) within one prompt's group: (K,).
 
-    std is the sample one (divides by K - 1), as in the released implementations (TRL, verl,
-    OpenRLHF); the paper leaves it open. Equal scores, and a lone sample, carry no signal: 0.
+    Shao et al. 2024 (DeepSeekMath), section 4.1.2. std is the sample one (divides by K - 1), as in
+    the released implementations (TRL, verl, OpenRLHF); the paper does not specify it. Equal scores,
+    and a single sample, carry no signal: 0.
     """
     score = finite(scores, "scores")
     if score.size < 2 or np.ptp(score) == 0.0:
@@ -153,11 +157,10 @@ def grpo(scores: npt.ArrayLike, eps: float = 1e-6) -> Array:
 
 
 def rloo(scores: npt.ArrayLike) -> Array:
-    """R_i - mean of the others' R within one prompt's group: (K,). Ahmadian et al. 2024 (REINFORCE
-    leave-one-out).
+    """Return R_i - mean of the others' R within one prompt's group: (K,).
 
-    A lone sample has no baseline: its advantage is 0, so that it does not train (unlike R itself,
-    which would be a signal of another size than its neighbors').
+    REINFORCE leave-one-out (Ahmadian et al. 2024). A single sample has no baseline: its advantage
+    is 0, so that it does not train (R itself would be a signal of another magnitude).
     """
     score = finite(scores, "scores")
     if score.size < 2:
@@ -167,67 +170,68 @@ def rloo(scores: npt.ArrayLike) -> Array:
 
 
 def reinforce_plus_plus(rewards: Sequence[npt.ArrayLike], gamma: float = 1.0) -> list[Array]:
-    """Whitened reward-to-go of every token of the round, row by row. Hu et al. 2025 (REINFORCE++,
-    no baseline variant).
+    """Return the whitened reward-to-go of every token of the iteration, row by row.
 
-    `rewards` are token_rewards with the k1 penalty, so the reward-to-go is score - coef * (KL still
-    to come); it is then normalized over all tokens of the round together, not per prompt.
+    Hu et al. 2025 (REINFORCE++, the variant without a group baseline). `rewards` are token_rewards
+    with the k1 penalty, so the reward-to-go is score - coef * (KL still to come); it is then
+    normalized over all tokens of the iteration together, not per prompt.
     """
     return whiten([discounted_sums(row, gamma) for row in rewards])
 
 
 def whiten(rows: Sequence[npt.ArrayLike], *, keep_mean: bool = False) -> list[Array]:
-    """(x - mean) / std over all tokens of all rows; with `keep_mean` the mean is put back
-    afterwards.
+    """Return (x - mean) / std over all tokens of all rows, plus the mean with `keep_mean`.
 
-    Over the whole round, never per rank or micro-batch. std divides by the number of tokens.
-    `keep_mean` is the reward whitening of Ziegler et al. 2019's code and TRL's PPO: note that next
-    to the rescaling it adds the same constant, mean * (1 - 1/std), to every token's reward, which
-    over a whole response grows with its length.
+    Over the whole iteration, never per rank or micro-batch. std divides by the number of tokens.
+    `keep_mean` is the reward whitening of Ziegler et al. 2019's code and TRL's PPO: besides
+    rescaling it adds the same constant, mean * (1 - 1/std), to every token's reward, and the sum of
+    these over a response grows with its length.
     """
     arrays = [finite(row, f"rows[{index}]") for index, row in enumerate(rows)]
     if not any(array.size for array in arrays):
         return arrays
-    everything = np.concatenate(arrays)
-    mean = everything.mean()
-    scale = np.sqrt(everything.var() + VARIANCE_FLOOR)
+    tokens = np.concatenate(arrays)
+    mean = tokens.mean()
+    scale = np.sqrt(tokens.var() + VARIANCE_FLOOR)
     return [(array - mean) / scale + (mean if keep_mean else 0.0) for array in arrays]
 
 
-# --- the KL coefficient ----------------------------------------------------------------------------------------------
+# --- the KL coefficient -------------------------------------------------------------------------
 
 
 class AdaptiveKL:
-    """Proportional controller of the KL coefficient. Ziegler et al. 2019.
+    """Proportional controller of the KL coefficient (Ziegler et al. 2019).
 
-    `target` and what `update` observes are the same statistic: nats per RESPONSE (the sum over its
-    tokens, averaged over responses), never per token.
+    `target` and the KL that `update` receives are the same statistic: nats per RESPONSE (the sum
+    over its tokens, averaged over responses), never per token.
     """
 
     def __init__(self, coef: float, target: float, horizon: float) -> None:
         for name, value in (("coef", coef), ("target", target), ("horizon", horizon)):
             if not (np.isfinite(value) and value > 0):
                 raise ConfigError(
-                    f"algorithm.kl.{name}: {value} must be finite and above 0 for the adaptive controller"
+                    f"algorithm.kl.{name}: {value} must be finite and above 0 "
+                    "for the adaptive controller"
                 )
         self.coef = float(coef)
         self.target = float(target)
         self.horizon = float(horizon)
 
     def update(self, kl_per_response: float, responses: int) -> float:
-        """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * responses / horizon; returns the new coef.
+        """Multiply coef by 1 + clip(kl / target - 1, -0.2, 0.2) * responses / horizon; return it.
 
-        A round larger than the horizon counts as one horizon, or a single step could take the
-        coefficient to 0 and below.
+        An iteration larger than the horizon counts as one horizon: otherwise a single step could
+        take the coefficient to 0 or below.
         """
         observed = finite([kl_per_response], "kl_per_response")[0]
         error = min(max(observed / self.target - 1.0, -0.2), 0.2)
         self.coef *= 1.0 + error * min(responses / self.horizon, 1.0)
         return self.coef
 
-    def state_dict(self) -> dict[str, float]:
-        """Only what changes; target and horizon belong to the config."""
+    def state_dict(self) -> JsonObject:
+        """Return the coefficient; target and horizon belong to the config."""
         return {"coef": self.coef}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.coef = float(finite([state["coef"]], "coef")[0])
+    def load_state_dict(self, state: JsonObject) -> None:
+        """Restore what `state_dict` returned."""
+        self.coef = float(finite([float(str(state["coef"]))], "coef")[0])

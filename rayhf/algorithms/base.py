@@ -1,24 +1,26 @@
-"""What an algorithm answers. The controller knows this and nothing else of it.
+"""Protocols of algorithms: four methods, declared facts, and optional capabilities.
 
-explore    one prompt -> what was generated and judged (a coroutine; thousands are in flight)
-select     a round's groups -> the examples worth training on, and what was dropped
-credit     examples, annotated by reference, critic and learner -> examples with what each token
-           deserves
-loss       what the learner minimizes
+explore    one prompt -> its completions and scores (a coroutine; thousands are in flight)
+select     an iteration's groups -> the examples to train on, and counts of what was dropped
+credit     examples with log-probs and values from reference, critic and learner -> the same with
+           an advantage per token
+loss       the function that the learner minimizes
+
+The controller and the planner know an algorithm by these protocols only. A new one subclasses
+`AlgorithmBase`, implements the capabilities it has, and names its config class in `Config`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from rayhf.algorithms.context import ExplorationContext
-from rayhf.algorithms.pair_selection import win_rates
-from rayhf.config.algorithms import PreviousReference, ReferenceSchedule
+from rayhf.config.algorithms import AlgorithmConfig, ReferenceSchedule
 from rayhf.losses.base import Loss
 from rayhf.types import (
     Compared,
@@ -26,42 +28,141 @@ from rayhf.types import (
     Example,
     Group,
     Invalid,
+    JsonObject,
     Outcome,
     Prompt,
     Sample,
+    Sampling,
     Scored,
+    win_rates,
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """What a round will train on."""
+    """The examples that an iteration trains on."""
 
     examples: tuple[Example, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What was kept and dropped, counted."""
+    """Counts of what was kept and dropped."""
+    no_signal: float | None = None
+    """Share of the groups or pairs without signal, because all their completions score alike; the
+    guard `no_signal` checks it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionContext:
-    """Which round is being selected for."""
+    """Inputs of a selection besides the groups."""
 
     iteration: int
-    """From 1."""
+    """Number of the iteration, from 1."""
     seed: int
-    """For whatever a selection draws."""
+    """Seed for random selections."""
+    sampling: Sampling
+    """Sampling parameters of the completions."""
     earlier: Callable[[int], Sequence[Example]] = lambda iteration: ()
-    """The policy's examples of an earlier round, as they were selected then; none for a round
-    before the first."""
+    """Returns the policy's examples of an earlier iteration, as they were selected then; none for
+    an iteration before the first."""
     labels: Sequence[Example] = ()
-    """(preferred, other) of what people said since the round before; only for an algorithm that
-    takes labels."""
+    """(chosen, rejected) pairs labeled by people since the previous iteration; only for an
+    algorithm that TakesLabels."""
+
+
+class Algorithm(Protocol):
+    """The core that every algorithm has."""
+
+    Config: ClassVar[type[AlgorithmConfig]]
+
+    @property
+    def samples(self) -> int:
+        """Number of completions per prompt, for the plan."""
+        ...
+
+    @property
+    def reference(self) -> ReferenceSchedule | None:
+        """Schedule of the reference; None where no frozen log-probs are needed."""
+        ...
+
+    @property
+    def needs_old_logp(self) -> bool:
+        """Whether the loss reads log-probs from before the iteration's first optimizer step.
+
+        Where an iteration has several steps, the controller adds old_logp in any case.
+        """
+        ...
+
+    async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
+        """Generate and score completions of one prompt."""
+        ...
+
+    def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
+        """Select the examples to train on."""
+        ...
+
+    def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
+        """Assign credit to each token. Returns examples and metrics.
+
+        Rows carry ref_logp where there is a reference, value where there is a critic, and old_logp
+        where the iteration has more than one optimizer step.
+        """
+        ...
+
+    def loss(self, objective: str = "policy") -> Loss:
+        """Return the loss over the examples of `objective`."""
+        ...
+
+
+class AlgorithmBase:
+    """Base class of algorithms that train on their selected examples without further credit."""
+
+    reference: ReferenceSchedule | None = None
+    needs_old_logp = False
+
+    def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
+        """Return the examples as they are."""
+        return list(examples), {}
+
+
+# --- optional capabilities ----------------------------------------------------------------------
+
+
+@runtime_checkable
+class TrainsCritic(Protocol):
+    """Trains a critic beside the policy; rows then carry its `value`."""
+
+    def critic_loss(self) -> Loss:
+        """Return the critic's loss."""
+        ...
+
+    def trains_policy(self, iteration: int) -> bool:
+        """Whether the policy is trained too; False while only the critic warms up."""
+        ...
+
+
+@runtime_checkable
+class TakesOfflinePairs(Protocol):
+    """Trains on preference pairs from a file."""
+
+    @property
+    def pair_file(self) -> Path | None:
+        """File of pairs; None where the config names none."""
+        ...
+
+    def set_pairs(self, pairs: Sequence[Example]) -> None:
+        """Receive the pairs of `pair_file`, encoded for the policy."""
+        ...
+
+
+@runtime_checkable
+class TakesLabels(Protocol):
+    """Trains on (chosen, rejected) pairs that people labeled."""
+
+    takes_labels: ClassVar[Literal[True]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSchedule:
-    """How an objective other than "policy" goes over its examples each round; its logits are at
-    temperature 1."""
+    """Optimizer steps of an objective other than "policy", at temperature 1."""
 
     epochs: int
     examples_per_step: int
@@ -69,139 +170,103 @@ class TrainSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherPolicy:
-    """A policy besides the campaign's own."""
+    """Initial model and learning rate of a policy other than "policy"."""
 
     model: Path | None
-    """None: it starts from policy.model."""
+    """Initial model; None: policy.model."""
     lr: float
 
 
-class Algorithm(Protocol):
-    @property
-    def samples(self) -> int:
-        """Responses per prompt, for the plan."""
-        ...
+@runtime_checkable
+class TrainsSeveralPolicies(Protocol):
+    """Has further objectives, and possibly further policies."""
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """Names of the policies that write and learn; the first is "policy", the campaign's
-        result."""
+        """Names of the policies; the first is "policy", the campaign's result."""
         ...
 
-    @property
-    def reference(self) -> ReferenceSchedule | None:
-        """Which policy the reference is; None when no frozen log-probs are needed."""
-        ...
-
-    @property
-    def needs_old_logp(self) -> bool:
-        """Whether the loss reads the policy as it was at the round's start even where the round has
-        one optimizer step."""
-        ...
-
-    @property
-    def critic(self) -> bool: ...
-
-    async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group: ...
-
-    def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection: ...
-
-    def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
-        """Rows carry ref_logp where there is a reference, value where there is a critic, and
-        old_logp where the round takes more than one optimizer step."""
-        ...
-
-    def loss(self, objective: str = "policy") -> Loss: ...
-
-    def trainee(self, objective: str) -> str:
-        """The policy that an objective's examples train."""
+    def trained_policy(self, objective: str) -> str:
+        """Return the policy that an objective's examples train."""
         ...
 
     def train_schedule(self, objective: str) -> TrainSchedule:
-        """For every objective but "policy", which goes by the config's learner section."""
+        """Return the schedule of an objective other than "policy" (which has the learner's)."""
         ...
 
     def other_policy(self, name: str) -> OtherPolicy:
-        """For every name in `policies` but "policy"."""
+        """Return the settings of a policy other than "policy"."""
         ...
 
-    def critic_loss(self) -> Loss | None: ...
 
-    def trains_policy(self, iteration: int) -> bool:
-        """False while only the critic warms up."""
-        ...
+@runtime_checkable
+class WorksAtTestTime(Protocol):
+    """Improves held-out completions, which are then scored as eval/<task>/refined."""
 
     @property
-    def pair_file(self) -> Path | None:
-        """A file of preference pairs that the algorithm trains on as given."""
+    def at_test_time(self) -> bool:
+        """Whether the config turns it on."""
         ...
 
-    def give(self, pairs: Sequence[Example]) -> None:
-        """Receive the pairs of `pair_file`, encoded."""
+    async def improve(
+        self, prompt: Prompt, completion: Completion, context: ExplorationContext
+    ) -> Completion:
+        """Return a better completion, or the same."""
         ...
 
-    @property
-    def at_test_time(
-        self,
-    ) -> Callable[[Prompt, Completion, ExplorationContext], Awaitable[Completion]] | None:
-        """What is done to a held-out answer before it counts as eval/<task>/refined; None: there is
-        no such figure."""
-        ...
+
+@runtime_checkable
+class KeepsState(Protocol):
+    """Has state that changes from iteration to iteration and that checkpoints must hold."""
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Hear the round's metrics (adaptive coefficients)."""
+        """Update the state from the iteration's metrics (adaptive coefficients)."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> JsonObject:
+        """Return the state as JSON values."""
+        ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: JsonObject) -> None:
+        """Restore what `state_dict` returned."""
+        ...
 
 
-class Stateless:
-    """The answers of an algorithm without critic and memory."""
+def policies_of(algorithm: Algorithm) -> tuple[str, ...]:
+    """Return the names of the policies; the first is "policy"."""
+    return algorithm.policies if isinstance(algorithm, TrainsSeveralPolicies) else ("policy",)
 
-    critic = False
-    needs_old_logp = False
-    policies: tuple[str, ...] = ("policy",)
-    pair_file: Path | None = None
-    at_test_time: (
-        Callable[[Prompt, Completion, ExplorationContext], Awaitable[Completion]] | None
-    ) = None
 
-    def give(self, pairs: Sequence[Example]) -> None:
-        raise ValueError(f"{type(self).__name__} takes no given pairs")
+def trained_policy(algorithm: Algorithm, objective: str) -> str:
+    """Return the policy that an objective's examples train."""
+    if isinstance(algorithm, TrainsSeveralPolicies):
+        return algorithm.trained_policy(objective)
+    return "policy"
 
-    def trainee(self, objective: str) -> str:
-        return "policy"
 
-    def train_schedule(self, objective: str) -> TrainSchedule:
-        raise KeyError(f"{type(self).__name__} has no objective {objective!r}")
+def state_of(algorithm: Algorithm) -> JsonObject:
+    """Return the algorithm's state; empty where it has none."""
+    return algorithm.state_dict() if isinstance(algorithm, KeepsState) else {}
 
-    def other_policy(self, name: str) -> OtherPolicy:
-        raise KeyError(f"{type(self).__name__} has no policy {name!r}")
 
-    def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
-        return list(examples), {}
+def load_state(algorithm: Algorithm, state: JsonObject) -> None:
+    """Restore what `state_of` returned. Raises ValueError where the algorithm has no state."""
+    if isinstance(algorithm, KeepsState):
+        algorithm.load_state_dict(state)
+    elif state:
+        raise ValueError(f"{type(algorithm).__name__} has no state, got {sorted(state)}")
 
-    def critic_loss(self) -> Loss | None:
-        return None
 
-    def trains_policy(self, iteration: int) -> bool:
-        return True
+def needs_frozen_reference(algorithm: Algorithm) -> bool:
+    """Whether the algorithm needs a reference role."""
+    return algorithm.reference is not None and not algorithm.reference.is_learner
 
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        return None
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}")
+# --- explorations that many algorithms share ----------------------------------------------------
 
 
 async def sample_and_score(prompt: Prompt, context: ExplorationContext, n: int) -> Group:
-    """The plain exploration: n completions, judged."""
+    """Draw n completions and score them."""
     completions = await context.sample(n)
     outcomes = await context.score(completions)
     samples = tuple(
@@ -211,37 +276,33 @@ async def sample_and_score(prompt: Prompt, context: ExplorationContext, n: int) 
 
 
 async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int) -> Group:
-    """n completions, every one compared with every other; an answer's score is its win rate against
-    all of them.
+    """Draw n completions and compare each with every other; a score is a win rate against all.
 
-    Where the scorer could not compare, every sample carries its reason.
+    Where the scorer could not compare them, every sample's outcome is the reason.
     """
     completions = await context.sample(n)
     comparison = await context.compare(completions)
     outcomes: list[Outcome]
     if isinstance(comparison, Compared):
-        rates = win_rates(comparison.win)
+        rates = win_rates(comparison.win, include_self=True)
         missing = Invalid(reason="the scorer had no verdict on it")
         outcomes = [Scored(value=float(rate)) if np.isfinite(rate) else missing for rate in rates]
     else:
         outcomes = [comparison for _ in completions]
+    compared = comparison if isinstance(comparison, Compared) else None
+    pointwise = compared is not None and compared.source == "pointwise"
     return Group(
         prompt=prompt,
         samples=tuple(
             Sample(completion=c, outcome=o) for c, o in zip(completions, outcomes, strict=True)
         ),
-        compared=comparison if isinstance(comparison, Compared) else None,
-        metrics={
-            "scorer/pointwise": float(
-                isinstance(comparison, Compared) and comparison.source == "pointwise"
-            )
-        },
+        compared=compared,
+        metrics={"scorer/pointwise": float(pointwise)},
     )
 
 
 def scored(group: Group) -> list[tuple[int, Sample, float]]:
-    """(index, sample, score) of the samples that have a score; the others never reach the
-    learner."""
+    """Return (index, sample, score) of every sample that has a score."""
     return [
         (i, s, s.outcome.value)
         for i, s in enumerate(group.samples)
@@ -249,12 +310,6 @@ def scored(group: Group) -> list[tuple[int, Sample, float]]:
     ]
 
 
-def learner_is_reference(schedule: ReferenceSchedule | None) -> bool:
-    """A reference that is refreshed every round is the learner itself before its first step: no
-    frozen copy is needed."""
-    return isinstance(schedule, PreviousReference) and schedule.every == 1
-
-
-def needs_frozen_reference(algorithm: Algorithm) -> bool:
-    """Whether the campaign has a reference role."""
-    return algorithm.reference is not None and not learner_is_reference(algorithm.reference)
+def tie_share(kept: float, ties: float) -> float | None:
+    """Return the share of ties among pairs, for `Selection.no_signal`."""
+    return ties / (kept + ties) if kept + ties > 0 else None

@@ -1,8 +1,8 @@
-"""What an algorithm may ask for while it explores one prompt.
+"""Protocol of the context in which an algorithm explores one prompt.
 
-The request scheduler (rayhf/exploration/scheduler.py) implements this protocol; a test can do so in
-twenty lines. A coroutine may only wait for these methods, never for a clock or a socket: what it
-does must follow from the responses, so that a resumed iteration repeats it exactly.
+The request scheduler (rayhf/exploration/scheduler.py) implements it; a test can do so in twenty
+lines. A coroutine may wait only for these methods, never for a clock or a socket: its actions must
+depend on nothing but the results, so that a resumed iteration repeats them exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class ExplorationContext(Protocol):
 
     @property
     def sampling(self) -> Sampling:
-        """How the campaign draws tokens (the config's rollout section)."""
+        """The campaign's sampling parameters (the config's rollout section)."""
         ...
 
     def derive_seed(self, *parts: int | str) -> int:
@@ -30,7 +30,7 @@ class ExplorationContext(Protocol):
         ...
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of `text` as an answer, end-of-turn token included."""
+        """Return the token ids of `text` as a completion, end-of-turn token included."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -38,7 +38,7 @@ class ExplorationContext(Protocol):
         ...
 
     def room(self, context: Sequence[int]) -> int:
-        """Return how many tokens the model can take after `context`; 0 or less: none."""
+        """Return how many tokens fit after `context`; 0 or less: none."""
         ...
 
     async def sample(
@@ -52,7 +52,7 @@ class ExplorationContext(Protocol):
     ) -> tuple[Completion, ...]:
         """Draw n continuations of the prompt (or of `context`) followed by `prefix` tokens.
 
-        max_tokens is cut to what the model can still take. Raises ValueError where that is nothing.
+        max_tokens is reduced to what fits into the model. Raises ValueError where nothing fits.
         """
         ...
 

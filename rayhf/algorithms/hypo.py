@@ -1,46 +1,73 @@
-"""HyPO: DPO on given pairs and a KL penalty on fresh samples, together in every optimizer step.
-Song et al. 2024 (2406.01462).
+"""HyPO: DPO on offline pairs and a KL penalty on fresh samples, together in every optimizer step.
 
-Fresh samples are scored only to be looked at (scorer/reward_mean): no score trains anything. Look
-at hypo/online_kl against hypo/dpo_accuracy; kl_coef 0 is offline DPO.
+Song et al. 2024 (2406.01462). Fresh samples are scored only for the metric scorer/reward_mean: no
+score affects training. Metrics to watch: hypo/online_kl against hypo/dpo_accuracy; kl_coef 0 is
+offline DPO.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
-from rayhf.algorithms.base import Selection, SelectionContext, Stateless, sample_and_score
+from pydantic import Field
+
+from rayhf.algorithms.base import AlgorithmBase, Selection, SelectionContext, sample_and_score
 from rayhf.algorithms.context import ExplorationContext
-from rayhf.config.algorithms import HyPOConfig, InitialReference, ReferenceSchedule
-from rayhf.data.preferences import deal_pairs
+from rayhf.config.algorithms import (
+    AlgorithmConfig,
+    ImportanceConfig,
+    InitialReference,
+    OfflineConfig,
+    ReferenceSchedule,
+)
+from rayhf.data.preferences import iteration_pairs
 from rayhf.losses.base import Loss
-from rayhf.losses.hypo import HyPOLoss
+from rayhf.losses.hypo import HyPOLoss, HyPOLossConfig
 from rayhf.types import Example, Group, Prompt, Scored, make_row
 
 
-class HyPO(Stateless):
+class HyPOConfig(HyPOLossConfig, AlgorithmConfig):
+    """Hybrid preference optimization (Song et al. 2024); the defaults are ours."""
+
+    type: str = "hypo"
+    offline: OfflineConfig
+    samples: Annotated[int, Field(ge=2)] = 2
+    """Fresh completions per prompt for the KL term (k of the leave-one-out baseline)."""
+    importance: ImportanceConfig = ImportanceConfig()
+
+
+class HyPO(AlgorithmBase):
+    """HyPO: offline DPO plus the KL of fresh samples (Song et al. 2024)."""
+
+    Config = HyPOConfig
+    takes_labels: ClassVar[Literal[True]] = True
+
     def __init__(self, config: HyPOConfig) -> None:
         self.config = config
         self.samples = config.samples
         self.reference: ReferenceSchedule | None = InitialReference()
-        self.pair_file = config.offline.path
         self._given: tuple[Example, ...] = ()
-        self._loss = HyPOLoss(
-            beta=config.beta,
-            kl_coef=config.kl_coef,
-            clip=config.clip,
-            importance_cap=config.importance.cap,
-        )
+        self._loss = HyPOLoss(config, importance_cap=config.importance.cap)
 
-    def give(self, pairs: Sequence[Example]) -> None:
+    @property
+    def pair_file(self) -> Path | None:
+        """File of offline pairs."""
+        return self.config.offline.path
+
+    def set_pairs(self, pairs: Sequence[Example]) -> None:
+        """Receive the encoded offline pairs."""
         self._given = tuple(_as_pair(pair) for pair in pairs)
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
-        return await sample_and_score(prompt, context, self.config.samples)
+        """Draw `samples` completions and score them."""
+        return await sample_and_score(prompt, context, self.samples)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
-        given = deal_pairs(
+        """Return the iteration's offline pairs, the labeled ones, and all fresh samples."""
+        given = iteration_pairs(
             self._given,
             share=self.config.offline.share,
             prompts=len(groups),
@@ -56,12 +83,13 @@ class HyPO(Stateless):
             for group in groups
         ]
         labeled = [_as_pair(label) for label in context.labels]
-        metrics = {"pairs/given": float(len(given))} | (
-            {"pairs/human": float(len(labeled))} if labeled else {}
-        )
+        metrics = {"pairs/given": float(len(given))}
+        if labeled:
+            metrics["pairs/human"] = float(len(labeled))
         return Selection(examples=(*given, *labeled, *fresh), metrics=metrics)
 
     def loss(self, objective: str = "policy") -> Loss:
+        """Return DPO on the pairs plus the KL of the fresh samples."""
         return self._loss
 
 

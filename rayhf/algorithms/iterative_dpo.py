@@ -1,19 +1,22 @@
-"""Iterative DPO: online DPO in few, large rounds, with more ways to pair, earlier rounds' pairs and
-given pairs mixed in.
+"""Iterative DPO: online DPO in few, large iterations.
 
-Dong et al. 2024 (RLHFlow). What to look at: pairs/length_gap (best-of-n pairs drift towards
-length), pairs/earlier, pairs/given.
+Dong et al. 2024 (RLHFlow). It has more pairing rules than online DPO, and can mix in pairs of
+earlier iterations and offline pairs. Metrics to watch: pairs/length_gap (best-of-n pairs drift
+toward length), pairs/earlier, pairs/given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from rayhf.algorithms.base import Selection, SelectionContext
-from rayhf.algorithms.online_dpo import OnlineDPO, Rng
+from rayhf.algorithms.online_dpo import PairedAlgorithm, PairedConfig, Rng, paired
 from rayhf.algorithms.pair_selection import (
     PairSelection,
     adjacent_pairs,
@@ -22,68 +25,127 @@ from rayhf.algorithms.pair_selection import (
     length_penalized,
     rso_accept,
 )
-from rayhf.config.algorithms import IterativeDPOConfig
-from rayhf.data.preferences import deal_pairs
+from rayhf.config.algorithms import OfflineConfig, PreviousReference, ReferenceSchedule
+from rayhf.config.schema import CampaignConfig
+from rayhf.data.preferences import iteration_pairs
+from rayhf.errors import ConfigError
 from rayhf.types import GIVEN, Example, Group, derive_seed
 
 
-class IterativeDPO(OnlineDPO):
+class IterativeDPOConfig(PairedConfig):
+    """Iterative DPO (Dong et al. 2024, RLHFlow): the policy of one iteration is the next reference.
+
+    Iterations are `run.iterations` (3 there), prompts per iteration `prompts.batch` (20,000),
+    passes `learner.epochs` (2).
+    """
+
+    type: str = "iterative_dpo"
+    pairs: Literal[
+        "best_worst", "best_random", "best_second", "all_pairs", "length_penalized", "rso"
+    ] = "best_worst"
+    """Pairing rule. length_penalized: best against worst by score - length_penalty * tokens. rso:
+    statistical rejection sampling (Liu et al. 2023), then pairs of the accepted completions."""
+    length_penalty: NonNegativeFloat = 0.001
+    """Penalty per token, for length_penalized (RLHFlow's is per character)."""
+    rso_temperature: PositiveFloat = 0.5
+    """Temperature of the acceptance probability exp((score - best) / temperature) (Liu et al.
+    2023), in units of the score (ours)."""
+    rso_keep: Annotated[int, Field(ge=2)] = 4
+    """Number of completions accepted per prompt."""
+    reference: ReferenceSchedule = PreviousReference()
+    """Schedule of the reference; reference-free losses ignore it."""
+    disjoint_iterations: bool = True
+    """Require that no prompt is used in two iterations."""
+    earlier: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    """Pairs of iterations t-1, t-2, ... to mix in, as shares of this iteration's pairs (DNO, Rosset
+    et al. 2024: at most 0.3, 0.15)."""
+    offline: OfflineConfig | None = None
+    """Offline pairs to mix into every iteration."""
+
+    def check_prompts(self, campaign: CampaignConfig, prompts: int) -> None:
+        """Refuse iterations that would share prompts. Raises ConfigError."""
+        iterations = campaign.run.iterations
+        batch = campaign.prompts.batch
+        if self.disjoint_iterations and iterations * batch > prompts:
+            raise ConfigError(
+                f"algorithm.disjoint_iterations: {iterations} iterations of {batch} prompts need "
+                f"{iterations * batch}, but prompts.train has {prompts}; expected "
+                f"prompts.batch of at most {prompts // iterations}, or disjoint_iterations: false"
+            )
+
+
+class IterativeDPO(PairedAlgorithm):
+    """Iterative DPO: few, large iterations with a moving reference (Dong et al. 2024, RLHFlow)."""
+
+    Config = IterativeDPOConfig
+
     def __init__(self, config: IterativeDPOConfig) -> None:
         super().__init__(config)
-        self.iterative = config
-        self.pair_file = config.offline.path if config.offline else None
+        self.config = config
         self._given: tuple[Example, ...] = ()
 
-    def give(self, pairs: Sequence[Example]) -> None:
+    @property
+    def pair_file(self) -> Path | None:
+        """File of offline pairs."""
+        return self.config.offline.path if self.config.offline else None
+
+    def set_pairs(self, pairs: Sequence[Example]) -> None:
+        """Receive the encoded offline pairs."""
         self._given = tuple(
             replace(pair, scalars={"margin": pair.scalars.get("margin", np.nan)}) for pair in pairs
         )
 
+    @property
+    def pairing(self) -> str:
+        """Name of the rule that makes the pairs."""
+        return self.config.pairs
+
     def pairs(
-        self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: Rng
+        self, scores: list[float], completions: Sequence[tuple[int, ...]], rng: Rng
     ) -> PairSelection:
-        config, margin = self.iterative, self.iterative.min_margin
+        """Pair by the configured rule."""
+        config = self.config
+        margin = config.min_margin
         if config.pairs == "best_second":
-            return best_second(scores, margin, answers)
+            return best_second(scores, margin, completions)
         if config.pairs == "length_penalized":
-            return best_worst(
-                length_penalized(scores, [len(a) for a in answers], config.length_penalty),
-                margin,
-                answers,
-            )
+            lengths = [len(completion) for completion in completions]
+            penalized = length_penalized(scores, lengths, config.length_penalty)
+            return best_worst(penalized, margin, completions)
         if config.pairs == "rso":
             accepted = rso_accept(scores, config.rso_temperature, config.rso_keep, rng())
-            return adjacent_pairs(accepted, scores, margin, answers)
-        return super().pairs(scores, answers, rng)
+            return adjacent_pairs(accepted, scores, margin, completions)
+        return paired(config.pairs, scores, completions, rng, margin)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
+        """Pair the fresh samples; mix in pairs of earlier iterations and offline pairs."""
         fresh = super().select(groups, context)
-        metrics = dict(fresh.metrics)
         earlier: list[Example] = []
-        for back, share in enumerate(self.iterative.earlier, start=1):
-            # Pairs that were themselves mixed in do not come a second time: they belong to a round
-            # before that one.
+        for back, share in enumerate(self.config.earlier, start=1):
+            # Pairs that were mixed into that iteration are not drawn again: they belong to an
+            # iteration before it.
             own = [
-                e
-                for e in context.earlier(context.iteration - back)
-                if not e.iterations_back
+                example
+                for example in context.earlier(context.iteration - back)
+                if not example.iterations_back
             ]
-            drawn = _draw(
-                own,
-                round(share * fresh.metrics["pairs/kept"]),
-                derive_seed(context.seed, "earlier", back),
-            )
-            earlier += [_mark(e, iterations_back=back) for e in drawn]
-        offline = self.iterative.offline
-        given = deal_pairs(
+            count = round(share * fresh.metrics["pairs/kept"])
+            drawn = _draw(own, count, derive_seed(context.seed, "earlier", back))
+            earlier += [_mark(example, iterations_back=back) for example in drawn]
+        offline = self.config.offline
+        given = iteration_pairs(
             self._given,
             share=offline.share if offline else 0.0,
             prompts=len(groups),
             iteration=context.iteration,
         )
-        metrics |= {"pairs/earlier": float(len(earlier)), "pairs/given": float(len(given))}
+        metrics = {
+            **fresh.metrics,
+            "pairs/earlier": float(len(earlier)),
+            "pairs/given": float(len(given)),
+        }
         examples = [_mark(e) for e in fresh.examples] + earlier + [_mark(e) for e in given]
-        return Selection(examples=tuple(examples), metrics=metrics)
+        return Selection(examples=tuple(examples), metrics=metrics, no_signal=fresh.no_signal)
 
 
 def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
@@ -92,8 +154,12 @@ def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
 
 
 def _mark(example: Example, *, iterations_back: int = 0) -> Example:
-    """With its origin, so that its sample indices can be followed: into which round's samples, or
-    into a pairs file."""
-    given = float(example.rows[0].sample == GIVEN)
-    scalars = {"margin": example.scalars["margin"], "given": given}
+    """Record where an example comes from: this iteration, an earlier one, or the file of pairs.
+
+    Its rows' sample indices refer to the samples of that iteration.
+    """
+    scalars = {
+        "margin": example.scalars["margin"],
+        "given": float(example.rows[0].sample == GIVEN),
+    }
     return replace(example, scalars=scalars, iterations_back=iterations_back)

@@ -22,20 +22,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import jinja2
-import jinja2.meta
 import jinja2.sandbox
 import numpy as np
 
-from rayhf.algorithms.base import Selection, SelectionContext, Stateless
+from rayhf.algorithms.base import AlgorithmBase, Selection, SelectionContext, tie_share
 from rayhf.algorithms.context import ExplorationContext
+from rayhf.algorithms.mcts_dpo_config import (
+    MCTSDPOConfig,
+    OutcomeConfig,
+    SelfEvaluationConfig,
+)
 from rayhf.config.algorithms import ReferenceSchedule
-from rayhf.config.mcts_dpo import MCTSDPOConfig, OutcomeConfig, SelfEvaluationConfig
+from rayhf.config.registry import LOSSES
 from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss
-from rayhf.losses.preference import PreferenceLoss
+from rayhf.losses.pairs import PairLoss, PairLossConfig
 from rayhf.search.mcts import (
     End,
-    SearchSettings,
     Step,
     Tree,
     TreeNode,
@@ -79,25 +82,8 @@ def verdict(text: str) -> bool | None:
 
 
 def critic_template(config: SelfEvaluationConfig) -> jinja2.Template:
-    """Raises ConfigError for a template that does not parse, or that asks for what it may not
-    see."""
+    """Return the critic's template. Sandboxed, because it meets text that a model wrote."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-    try:
-        asked = jinja2.meta.find_undeclared_variables(environment.parse(config.template))
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(
-            f"algorithm.self_evaluation.template: line {error.lineno}: {error.message}"
-        ) from None
-    known = {"question", "work"} | ({"answer"} if config.gold_conditioned_critic else set())
-    if unknown := sorted(asked - known):
-        hint = (
-            " (the reference answer is a leak: gold_conditioned_critic must allow it)"
-            if "answer" in unknown
-            else ""
-        )
-        raise ConfigError(
-            f"algorithm.self_evaluation.template uses {', '.join(unknown)}; expected only {', '.join(sorted(known))}{hint}"
-        )
     return environment.from_string(config.template)
 
 
@@ -158,7 +144,7 @@ class _Exploration:
             logprobs=whole.logprobs[:size],
             finish_reason="stop" if stepped(size) else "length",
         )
-        onward = replace(
+        rollout = replace(
             whole,
             # Where a cut takes a character apart, neither half has it.
             text=whole.text[len(text) :]
@@ -167,7 +153,7 @@ class _Exploration:
             token_ids=whole.token_ids[size:],
             logprobs=whole.logprobs[size:],
         )
-        return Step(completion=step, end=self._end(step, written), onward=onward)
+        return Step(completion=step, end=self._end(step, written), rollout=rollout)
 
     async def evaluate(self, tree: Tree, node: TreeNode) -> float | None:
         """R = outcome + confidence (paper, section 2.1). None, and counted, where one of the two is
@@ -193,7 +179,7 @@ class _Exploration:
             return 0.0
         written = tuple(token for part in parts for token in part.token_ids)
         sampling = replace(self.context.sampling, max_tokens=self._left(written))
-        ends = list(node.onward)
+        ends = list(node.rollouts)
         if (missing := self.config.rollouts - len(ends)) > 0:
             ends += await self.context.sample(missing, prefix=written, sampling=sampling)
         outcomes = await self.context.score(
@@ -415,44 +401,27 @@ def tree_from_group(group: Group) -> Tree:
 # --- the algorithm ---------------------------------------------------------------------------------------------------
 
 
-class MCTSDPO(Stateless):
-    def __init__(self, config: MCTSDPOConfig, *, max_tokens: int) -> None:
-        """Raises ConfigError for settings that contradict each other."""
-        if config.labels == "soft" and config.loss != "sigmoid":
-            raise ConfigError(
-                f"algorithm.labels: soft needs loss sigmoid, got {config.loss}; set labels to hard"
-            )
-        if not config.outcome.wrong < config.outcome.correct:
-            raise ConfigError(
-                f"algorithm.outcome.wrong: {config.outcome.wrong:g} must be below outcome.correct {config.outcome.correct:g}"
-            )
+class MCTSDPO(AlgorithmBase):
+    """MCTS-DPO: preferences between sibling steps of a Monte Carlo tree (Xie et al. 2024)."""
+
+    Config = MCTSDPOConfig
+
+    def __init__(self, config: MCTSDPOConfig) -> None:
         self.config = config
-        self.search = SearchSettings(
-            iterations=config.iterations,
-            depth=config.depth,
-            width=config.width,
-            exploration=config.exploration,
-            gamma=config.gamma,
-            length_exponent=config.length_exponent,
-            reroot=config.reroot,
-            max_steps=config.max_steps,
-            parallel=config.parallel,
-            virtual_loss=config.outcome.wrong,
-        )
         self.samples = config.iterations * max(config.width) * max(1, config.rollouts)
         """Judged answers of one full search; a campaign that re-roots judges more, one with short
         answers fewer."""
         self._template = (
             critic_template(config.self_evaluation) if config.self_evaluation is not None else None
         )
-        self._loss = PreferenceLoss(
-            loss=config.loss, beta=config.beta, importance_cap=config.importance.cap
+        self._loss: PairLoss[PairLossConfig] = LOSSES.build(
+            config.loss, importance_cap=config.importance.cap
         )
         self.reference: ReferenceSchedule | None = config.reference
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
         work = _Exploration(self.config, self._template, prompt, context)
-        return work.group(await grow(self.search, work.expand, work.evaluate))
+        return work.group(await grow(self.config, work.expand, work.evaluate))
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
         config = self.config
@@ -463,16 +432,7 @@ class MCTSDPO(Stateless):
             rng = np.random.default_rng(
                 derive_seed(context.seed, group.prompt.prompt_id, "siblings")
             )
-            found = step_pairs(
-                tree,
-                rng,
-                levels=config.levels,
-                rule=config.pairs,
-                labels=config.labels,
-                min_margin=config.min_margin,
-                min_visits=config.min_visits,
-                max_pairs=config.max_pairs,
-            )
+            found = step_pairs(tree, rng, config)
             ties, unvisited = ties + found.ties, unvisited + found.unvisited
             for pair in found.pairs:
                 scalars = {"margin": pair.margin}
@@ -491,7 +451,8 @@ class MCTSDPO(Stateless):
             )
             smoothing = [example.scalars.get("label_smoothing", 0.0) for example in examples]
             metrics["mcts/label_smoothing"] = float(np.mean(smoothing))
-        return Selection(examples=tuple(examples), metrics=metrics)
+        no_signal = tie_share(len(examples), ties)
+        return Selection(examples=tuple(examples), metrics=metrics, no_signal=no_signal)
 
     def loss(self, objective: str = "policy") -> Loss:
         return self._loss

@@ -1,4 +1,4 @@
-"""Online DPO: k fresh samples per prompt, judged; better over worse; a loss of the DPO family.
+"""Online DPO: k scored samples per prompt, paired by score, and a loss of the DPO family.
 
 Guo et al. 2024 (OAIF) with the best-of-n pairs of RLHFlow (Dong et al. 2024). Ties are dropped and
 counted: an equal score is no preference.
@@ -9,93 +9,178 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat
 
 from rayhf.algorithms.advantages import missing_eos_penalty
-from rayhf.algorithms.base import Selection, SelectionContext, Stateless, sample_and_score, scored
+from rayhf.algorithms.base import (
+    AlgorithmBase,
+    Selection,
+    SelectionContext,
+    sample_and_score,
+    scored,
+    tie_share,
+)
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.pair_selection import PairSelection, all_pairs, best_random, best_worst
-from rayhf.config.algorithms import IterativeDPOConfig, OnlineDPOConfig, ReferenceSchedule
+from rayhf.config.algorithms import (
+    AlgorithmConfig,
+    ImportanceConfig,
+    InitialReference,
+    ReferenceSchedule,
+)
+from rayhf.config.registry import LOSSES
 from rayhf.losses.base import Loss
-from rayhf.losses.preference import PreferenceLoss
+from rayhf.losses.pairs import PairLoss, PairLossConfig
+from rayhf.losses.preference import SigmoidConfig
 from rayhf.types import Example, Group, Prompt, derive_seed, make_row
 
 Rng = Callable[[], np.random.Generator]
-"""Most rules draw nothing, and a generator costs more than their pairs."""
+"""Makes a random generator on demand: most rules draw nothing, and making one costs more than they
+do."""
 
 
-def _rng(*parts: int | str) -> np.random.Generator:
-    return np.random.default_rng(derive_seed(*parts))
+class PairedConfig(AlgorithmConfig):
+    """Settings of algorithms that train on pairs of a prompt's samples."""
+
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Completions per prompt (RLHFlow uses 8)."""
+    min_margin: NonNegativeFloat = 0.0
+    """Difference of scores up to which a pair is a tie; ties are dropped and counted."""
+    loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
+    """A preference loss."""
+    nll_coef: NonNegativeFloat = 0.0
+    """Weight of the chosen completion's negative log-likelihood, mean per token (Pang et al.
+    2024)."""
+    missing_eos_penalty: NonNegativeFloat = 0.0
+    """Penalty on the score of a truncated completion (finish_reason "length")."""
+    reference: ReferenceSchedule = InitialReference()
+    """Schedule of the reference; reference-free losses ignore it."""
+    importance: ImportanceConfig = ImportanceConfig()
 
 
-class OnlineDPO(Stateless):
-    def __init__(self, config: OnlineDPOConfig | IterativeDPOConfig) -> None:
-        self.config = config
+class OnlineDPOConfig(PairedConfig):
+    """Online DPO (Guo et al. 2024, OAIF) with k samples per prompt."""
+
+    type: str = "online_dpo"
+    pairs: Literal["best_worst", "all_pairs", "best_random"] = "best_worst"
+    """Pairing rule (RLHFlow: best against worst)."""
+
+
+class PairedAlgorithm(AlgorithmBase):
+    """Base of algorithms that train on pairs of a prompt's own samples."""
+
+    takes_labels: ClassVar[Literal[True]] = True
+
+    def __init__(self, config: PairedConfig) -> None:
+        self.paired = config
         self.samples = config.samples
-        self._loss = PreferenceLoss(
-            loss=config.loss,
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
-            simpo_gamma=config.simpo_gamma,
-            nll_coef=config.nll_coef,
-            discopop_tau=config.discopop_tau,
-            importance_cap=config.importance.cap,
+        self._loss: PairLoss[PairLossConfig] = LOSSES.build(
+            config.loss, importance_cap=config.importance.cap, nll_coef=config.nll_coef
         )
         self.reference: ReferenceSchedule | None = (
             config.reference if self._loss.needs_reference else None
         )
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
-        return await sample_and_score(prompt, context, self.config.samples)
+        """Draw `samples` completions and score them."""
+        return await sample_and_score(prompt, context, self.samples)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
+        """Pair the scored samples of each prompt; add the pairs that people labeled."""
         examples: list[Example] = []
         ties = 0
         for group in groups:
             usable = scored(group)
-            penalty = self.config.missing_eos_penalty
             scores = [
                 score
                 - missing_eos_penalty(
-                    truncated=s.completion.finish_reason == "length", penalty=penalty
+                    truncated=sample.completion.finish_reason == "length",
+                    penalty=self.paired.missing_eos_penalty,
                 )
-                for _, s, score in usable
+                for _, sample, score in usable
             ]
-            rng = partial(_rng, context.seed, group.prompt.prompt_id, self.config.pairs)
-            found = self.pairs(scores, [s.completion.token_ids for _, s, _ in usable], rng)
-            ties += found.ties
-            for pair in found.pairs:
+            rng = partial(_rng, context.seed, group.prompt.prompt_id, self.pairing)
+            selection = self.pairs(scores, [s.completion.token_ids for _, s, _ in usable], rng)
+            ties += selection.ties
+            for pair in selection.pairs:
                 rows = tuple(
                     make_row(group, usable[i][0], score=scores[i])
                     for i in (pair.chosen, pair.rejected)
                 )
                 examples.append(Example(rows=rows, scalars={"margin": pair.margin}))
         metrics = {"pairs/kept": float(len(examples)), "pairs/ties": float(ties)}
+        no_signal = tie_share(len(examples), ties)
         if examples:
-            metrics["pairs/margin_mean"] = float(
-                np.mean([example.scalars["margin"] for example in examples])
-            )
+            margins = [example.scalars["margin"] for example in examples]
             lengths = [[len(row.response_ids) for row in example.rows] for example in examples]
-            metrics["pairs/length_gap"] = float(
-                np.mean([chosen - rejected for chosen, rejected in lengths])
-            )
+            gaps = [chosen - rejected for chosen, rejected in lengths]
+            metrics["pairs/margin_mean"] = float(np.mean(margins))
+            metrics["pairs/length_gap"] = float(np.mean(gaps))
         if context.labels:
             metrics["pairs/human"] = float(len(context.labels))
             examples += [replace(label, scalars={"margin": np.nan}) for label in context.labels]
-        return Selection(examples=tuple(examples), metrics=metrics)
+        return Selection(examples=tuple(examples), metrics=metrics, no_signal=no_signal)
+
+    @property
+    def pairing(self) -> str:
+        """Name of the pairing rule; part of the seed of its random draws."""
+        raise NotImplementedError
 
     def pairs(
-        self, scores: list[float], answers: Sequence[tuple[int, ...]], rng: Rng
+        self, scores: list[float], completions: Sequence[tuple[int, ...]], rng: Rng
     ) -> PairSelection:
-        """By the configured rule; `answers` are token ids, `rng` makes this prompt's own
-        generator."""
-        margin = self.config.min_margin
-        if self.config.pairs == "all_pairs":
-            return all_pairs(scores, margin, answers)
-        if self.config.pairs == "best_random":
-            return best_random(scores, rng(), margin, answers)
-        return best_worst(scores, margin, answers)
+        """Return one prompt's pairs.
+
+        Args:
+            scores: one per completion.
+            completions: their token ids; equal ones make no pair.
+            rng: makes the random generator of this prompt.
+        """
+        raise NotImplementedError
 
     def loss(self, objective: str = "policy") -> Loss:
+        """Return the configured preference loss."""
         return self._loss
+
+
+class OnlineDPO(PairedAlgorithm):
+    """Online DPO: fresh pairs of the policy's own samples in every iteration (Guo et al. 2024)."""
+
+    Config = OnlineDPOConfig
+
+    def __init__(self, config: OnlineDPOConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    @property
+    def pairing(self) -> str:
+        """Name of the pairing rule."""
+        return self.config.pairs
+
+    def pairs(
+        self, scores: list[float], completions: Sequence[tuple[int, ...]], rng: Rng
+    ) -> PairSelection:
+        """Pair by the configured rule."""
+        return paired(self.config.pairs, scores, completions, rng, self.config.min_margin)
+
+
+def paired(
+    rule: str,
+    scores: list[float],
+    completions: Sequence[tuple[int, ...]],
+    rng: Rng,
+    min_margin: float,
+) -> PairSelection:
+    """Pair by one of the rules that online and iterative DPO share."""
+    if rule == "all_pairs":
+        return all_pairs(scores, min_margin, completions)
+    if rule == "best_random":
+        return best_random(scores, rng(), min_margin, completions)
+    return best_worst(scores, min_margin, completions)
+
+
+def _rng(*parts: int | str) -> np.random.Generator:
+    return np.random.default_rng(derive_seed(*parts))

@@ -1,8 +1,8 @@
-"""Which of one prompt's scored answers become preference pairs. Pure functions: scores in, indices
-out.
+"""Pairing rules: from one prompt's scored completions to preference pairs, as pure functions.
 
-A pair whose scores differ by at most `min_margin`, or whose answers are the same, is a tie: an
-equal score is no preference. Ties are dropped and counted.
+In: scores, optionally the completions. Out: indices. A pair whose scores differ by at most
+`min_margin`, or whose completions are the same, is a tie: an equal score is no preference. Ties are
+dropped and counted.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from rayhf.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredPair:
-    """Indices into the scores, and how much better the chosen one is (above min_margin)."""
+    """A pair of completions, as indices into the scores."""
 
     chosen: int
     rejected: int
     margin: float
+    """Difference of the scores, above min_margin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSelection:
+    """Pairs of one prompt."""
+
     pairs: tuple[ScoredPair, ...]
     ties: int
-    """Pairs that were considered and dropped: margin at most min_margin, or the same answer
-    twice."""
+    """Number of pairs dropped because of their margin or because both completions are the same."""
 
 
 class _Group:
-    """One prompt's scores and answers, and the one rule for what is a pair."""
+    """One prompt's scores and completions, and the definition of a tie."""
 
     def __init__(
-        self, scores: npt.ArrayLike, min_margin: float, answers: Sequence[Hashable] | None
+        self, scores: npt.ArrayLike, min_margin: float, completions: Sequence[Hashable] | None
     ) -> None:
-        # A prompt has a handful of scores: numpy would take ten times as long to look at them.
+        # A prompt has few scores: checking them with numpy would take ten times as long.
         self.scores: list[float]
         if isinstance(scores, list) and all(map(math.isfinite, scores)):
             self.scores = scores
@@ -51,36 +53,34 @@ class _Group:
             raise ConfigError(
                 f"algorithm.min_margin: {min_margin} must be finite and at least 0; try 0.0"
             )
-        if answers is not None and len(answers) != len(self.scores):
-            raise ValueError(f"{len(answers)} answers for {len(self.scores)} scores")
+        if completions is not None and len(completions) != len(self.scores):
+            raise ValueError(f"{len(completions)} completions for {len(self.scores)} scores")
         self.min_margin = min_margin
-        self.answers = answers
+        self.completions = completions
 
     def pair(self, better: int, worse: int) -> ScoredPair | None:
-        """None for a tie."""
+        """Return the pair; None for a tie."""
         margin = self.scores[better] - self.scores[worse]
-        same = self.answers is not None and self.answers[better] == self.answers[worse]
-        return (
-            None
-            if same or margin <= self.min_margin
-            else ScoredPair(chosen=better, rejected=worse, margin=margin)
-        )
+        texts = self.completions
+        same = texts is not None and texts[better] == texts[worse]
+        if same or margin <= self.min_margin:
+            return None
+        return ScoredPair(chosen=better, rejected=worse, margin=margin)
 
     def ranking(self) -> list[int]:
-        """Best first; equal scores in the order they came, so that the result is reproducible."""
+        """Return the indices, best first; equal scores keep their order, for reproducibility."""
         return sorted(range(len(self.scores)), key=self.scores.__getitem__, reverse=True)
 
 
 def best_worst(
-    scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None
+    scores: npt.ArrayLike, min_margin: float = 0.0, completions: Sequence[Hashable] | None = None
 ) -> PairSelection:
-    """The highest against the lowest score: one pair, or one tie. Fewer than two samples give
-    neither.
+    """Pair the highest with the lowest score: one pair, or one tie.
 
-    `answers` (for example the token ids) makes a pair of identical answers a tie, whatever a noisy
-    scorer said of them.
+    Fewer than two samples give neither. With `completions` (for example the token ids), a pair of
+    identical completions is a tie even where a noisy scorer gave them different scores.
     """
-    group = _Group(scores, min_margin, answers)
+    group = _Group(scores, min_margin, completions)
     if len(group.scores) < 2:
         return PairSelection(pairs=(), ties=0)
     ranking = group.ranking()
@@ -89,12 +89,13 @@ def best_worst(
 
 
 def all_pairs(
-    scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None
+    scores: npt.ArrayLike, min_margin: float = 0.0, completions: Sequence[Hashable] | None = None
 ) -> PairSelection:
-    """Every better against every worse score: at most K * (K - 1) / 2 pairs, best chosen first,
-    then lowest rejected last.
+    """Pair every score with every lower one: at most K * (K - 1) / 2 pairs.
+
+    Sorted by the chosen and then by the rejected score, highest first.
     """
-    group = _Group(scores, min_margin, answers)
+    group = _Group(scores, min_margin, completions)
     ranking = group.ranking()
     candidates = [
         group.pair(better, worse) for i, better in enumerate(ranking) for worse in ranking[i + 1 :]
@@ -107,15 +108,14 @@ def best_random(
     scores: npt.ArrayLike,
     rng: np.random.Generator,
     min_margin: float = 0.0,
-    answers: Sequence[Hashable] | None = None,
+    completions: Sequence[Hashable] | None = None,
 ) -> PairSelection:
-    """The highest score against a uniformly drawn other one of those it beats: one pair, or one tie
-    where it beats none.
+    """Pair the highest score with a random one that it beats: one pair, or one tie without any.
 
-    `rng` comes from a derived seed (campaign seed, iteration, prompt id), so that arrival order
-    cannot matter.
+    `rng` has a derived seed (campaign seed, iteration, prompt id), so that arrival order cannot
+    matter.
     """
-    group = _Group(scores, min_margin, answers)
+    group = _Group(scores, min_margin, completions)
     if len(group.scores) < 2:
         return PairSelection(pairs=(), ties=0)
     best, *others = group.ranking()
@@ -126,23 +126,27 @@ def best_random(
 
 
 def best_second(
-    scores: npt.ArrayLike, min_margin: float = 0.0, answers: Sequence[Hashable] | None = None
+    scores: npt.ArrayLike, min_margin: float = 0.0, completions: Sequence[Hashable] | None = None
 ) -> PairSelection:
-    """The highest against the second highest score, answers equal to the best skipped: one pair, or
-    one tie."""
-    group = _Group(scores, min_margin, answers)
+    """Pair the highest with the second highest score: one pair, or one tie.
+
+    Completions equal to the best one are skipped.
+    """
+    group = _Group(scores, min_margin, completions)
     if len(group.scores) < 2:
         return PairSelection(pairs=(), ties=0)
     best, *others = group.ranking()
-    if answers is not None:
-        others = [other for other in others if answers[other] != answers[best]] or others
+    if completions is not None:
+        others = [other for other in others if completions[other] != completions[best]] or others
     pair = group.pair(best, others[0])
     return PairSelection(pairs=(), ties=1) if pair is None else PairSelection(pairs=(pair,), ties=0)
 
 
 def length_penalized(scores: npt.ArrayLike, lengths: Sequence[int], penalty: float) -> list[float]:
-    """score - penalty * length, against the drift of best-of-n pairs towards length (RLHFlow's
-    max_min_p; lengths in tokens here, in characters there)."""
+    """Return score - penalty * length, against the drift of best-of-n pairs toward length.
+
+    RLHFlow's max_min_p, which has lengths in characters; here they are in tokens.
+    """
     values = finite(scores, "scores")
     if len(lengths) != values.size:
         raise ValueError(f"{len(lengths)} lengths for {values.size} scores")
@@ -152,13 +156,13 @@ def length_penalized(scores: npt.ArrayLike, lengths: Sequence[int], penalty: flo
 def rso_accept(
     scores: npt.ArrayLike, temperature: float, keep: int, rng: np.random.Generator
 ) -> list[int]:
-    """Statistical rejection sampling: indices of `keep` answers that follow the optimum of the
-    KL-regularized reward.
+    """Return the indices of `keep` completions accepted by statistical rejection sampling.
 
-    Liu et al. 2023 (RSO), algorithm 1: draw a candidate uniformly from those left, accept it with
-    probability exp((score - best score left) / temperature), until `keep` are accepted or none is
-    left. A low temperature keeps the best ones, a high one a random subset. Always ends: the best
-    candidate left is accepted whenever it is drawn.
+    They follow the optimal policy of the KL-regularized reward. Liu et al. 2023 (RSO), algorithm 1:
+    draw a candidate uniformly from those left, accept it with probability exp((score - best score
+    left) / temperature), until `keep` are accepted or none is left. A low temperature keeps the
+    best ones, a high one a random subset. It always ends: the best candidate left is accepted
+    whenever it is drawn.
     """
     values = finite(scores, "scores")
     left = list(range(values.size))
@@ -176,38 +180,20 @@ def adjacent_pairs(
     order: Sequence[int],
     scores: npt.ArrayLike,
     min_margin: float = 0.0,
-    answers: Sequence[Hashable] | None = None,
+    completions: Sequence[Hashable] | None = None,
 ) -> PairSelection:
-    """Neighbours of `order`, two by two, the better over the worse ("first-round" ranking of RSO,
-    section 3.3)."""
-    group = _Group(scores, min_margin, answers)
-    found: list[ScoredPair] = []
+    """Pair neighbors of `order` two by two, the better over the worse.
+
+    The "first-round" ranking of RSO (Liu et al. 2023, section 3.3).
+    """
+    group = _Group(scores, min_margin, completions)
+    pairs: list[ScoredPair] = []
     ties = 0
     for first, second in zip(order[0::2], order[1::2], strict=False):
-        better, worse = (
-            (first, second) if group.scores[first] >= group.scores[second] else (second, first)
-        )
-        pair = group.pair(better, worse)
-        found += [pair] if pair else []
-        ties += pair is None
-    return PairSelection(pairs=tuple(found), ties=ties)
-
-
-def win_rates(win: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """P(answer i beats the current policy), estimated by the K answers as its sample: (K, K) ->
-    (K,).
-
-    The mean of row i over all K opponents, itself included with 1/2 (Wu et al. 2024, section 4).
-    Unknown entries (NaN) are left out; an answer that was compared with none but itself has no
-    rate: NaN. With nothing unknown, rates have mean 1/2.
-    """
-    matrix = np.asarray(win, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"the win matrix has shape {matrix.shape}, a square was expected")
-    known = np.isfinite(matrix)
-    rates: npt.NDArray[np.float64] = np.full(len(matrix), np.nan)
-    for i, row in enumerate(matrix):
-        others = known[i].sum() - known[i, i]
-        if others > 0 or len(matrix) == 1:
-            rates[i] = row[known[i]].mean()
-    return rates
+        ordered = group.scores[first] >= group.scores[second]
+        pair = group.pair(first, second) if ordered else group.pair(second, first)
+        if pair is None:
+            ties += 1
+        else:
+            pairs.append(pair)
+    return PairSelection(pairs=tuple(pairs), ties=ties)

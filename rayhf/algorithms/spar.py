@@ -24,22 +24,26 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rayhf.algorithms.base import OtherPolicy, Selection, SelectionContext, Stateless, TrainSchedule
+from rayhf.algorithms.base import (
+    AlgorithmBase,
+    OtherPolicy,
+    Selection,
+    SelectionContext,
+    TrainSchedule,
+)
 from rayhf.algorithms.context import ExplorationContext
+from rayhf.algorithms.spar_config import SPaRConfig, TurnTemplate
 from rayhf.algorithms.spar_data import actor_examples, judge_accuracy, refiner_examples
 from rayhf.config.algorithms import ReferenceSchedule
-from rayhf.config.spar import SPaRConfig, TurnTemplate
+from rayhf.config.registry import LOSSES
 from rayhf.losses.base import Loss
-from rayhf.losses.preference import PreferenceLoss
 from rayhf.losses.sft import SFTLoss
 from rayhf.search.refine import (
     Draft,
-    RefineLimits,
     RefineNode,
     RefineTree,
     RefineVerdict,
@@ -49,18 +53,20 @@ from rayhf.search.refine import (
 from rayhf.types import Completion, Group, Message, Prompt, Sample, Sampling
 
 
-class SPaR(Stateless):
+class SPaR(AlgorithmBase):
+    """SPaR: an actor answers, a refiner judges and rewrites by tree search, both learn."""
+
+    Config = SPaRConfig
+
     def __init__(self, config: SPaRConfig) -> None:
         self.config = config
         self.samples = config.samples
         self.reference: ReferenceSchedule | None = config.reference
         self.policies = ("policy",) if config.refiner.shared else ("policy", "refiner")
         self._dialogue = Dialogue(config)
-        self.at_test_time = self.refine_for_evaluation if config.test_time_refine else None
+        self.at_test_time = config.test_time_refine
         self._losses: Mapping[str, Loss] = {
-            "policy": PreferenceLoss(
-                beta=config.beta, nll_coef=config.nll_coef, importance_cap=None
-            ),
+            "policy": LOSSES.build(config.loss, importance_cap=None, nll_coef=config.nll_coef),
             "refiner": SFTLoss(),
         }
 
@@ -97,7 +103,7 @@ class SPaR(Stateless):
             metrics |= _search_metrics(await play.search(root, known))
         return Group(prompt=prompt, samples=tuple(play.samples), metrics=metrics | play.metrics())
 
-    async def refine_for_evaluation(
+    async def improve(
         self, prompt: Prompt, completion: Completion, context: ExplorationContext
     ) -> Completion:
         """Test-time refinement: the completion where the refiner does not reject it or its search
@@ -124,20 +130,23 @@ class SPaR(Stateless):
     def loss(self, objective: str = "policy") -> Loss:
         return self._losses[objective]
 
-    def trainee(self, objective: str) -> str:
+    def trained_policy(self, objective: str) -> str:
+        """Return the refiner for its own objective, where it is a policy of its own."""
         return objective if objective in self.policies else "policy"
 
     def train_schedule(self, objective: str) -> TrainSchedule:
+        """Return the refiner's schedule. Raises KeyError for any other objective."""
         if objective != "refiner":
-            return super().train_schedule(objective)
+            raise KeyError(f"SPaR has no further objective {objective!r}")
         return TrainSchedule(
             epochs=self.config.refiner.epochs,
             examples_per_step=self.config.refiner.examples_per_step,
         )
 
     def other_policy(self, name: str) -> OtherPolicy:
+        """Return the refiner's start. Raises KeyError for any other policy."""
         if name not in self.policies[1:]:
-            return super().other_policy(name)
+            raise KeyError(f"SPaR has no further policy {name!r}")
         return OtherPolicy(model=self.config.refiner.model, lr=self.config.refiner.lr)
 
 
@@ -159,8 +168,8 @@ class Dialogue:
 
     def judge(self, instruction: str, response: str) -> list[Message]:
         return [
-            {"role": role, "content": context.render(instruction=instruction, response=response)}
-            for role, context in self._judge
+            {"role": role, "content": turn.render(instruction=instruction, response=response)}
+            for role, turn in self._judge
         ]
 
     def refine(self, instruction: str, response: str, judgement: str) -> list[Message]:
@@ -170,7 +179,7 @@ class Dialogue:
             "judgement": judgement,
             "judge_prompt": self.judge(instruction, response)[-1]["content"],
         }
-        return [{"role": role, "content": context.render(values)} for role, context in self._refine]
+        return [{"role": role, "content": turn.render(values)} for role, turn in self._refine]
 
     def verdict(self, judgement: Completion) -> bool | None:
         """What a judgement says at last; None where it was cut off or says neither yes nor no."""
@@ -198,7 +207,7 @@ def _turns(conversation: Sequence[TurnTemplate]) -> list[tuple[str, Template]]:
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, keep_trailing_newline=True
     )
-    return [(context.role, environment.from_string(context.content)) for context in conversation]
+    return [(turn.role, environment.from_string(turn.content)) for turn in conversation]
 
 
 def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
@@ -208,7 +217,7 @@ def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def instruction_text(messages: Sequence[Message]) -> str:
-    """What the actor was asked, as one text: a lone context as it stands, several with their roles."""
+    """What the actor was asked, as one text: a lone turn as it stands, several with their roles."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(
@@ -224,7 +233,7 @@ class _Play:
         self, config: SPaRConfig, dialogue: Dialogue, prompt: Prompt, context: ExplorationContext
     ) -> None:
         self.samples: list[Sample] = []
-        self._config, self._dialogue, self._prompt, self._explorer = (
+        self._config, self._dialogue, self._prompt, self._context = (
             config,
             dialogue,
             prompt,
@@ -335,12 +344,12 @@ class _Play:
     ) -> list[tuple[tuple[int, ...], tuple[Completion, ...]]]:
         """(context, completions by the refiner) for each conversation, all asked for at once."""
         sampling = Sampling(max_tokens=self._max_tokens, temperature=temperature)
-        contexts = [self._explorer.render(messages) for messages, _ in wanted]
-        fits = [i for i, context in enumerate(contexts) if self._explorer.room(context) > 0]
+        contexts = [self._context.render(messages) for messages, _ in wanted]
+        fits = [i for i, context in enumerate(contexts) if self._context.room(context) > 0]
         self._too_long += len(contexts) - len(fits)
         answers = await asyncio.gather(
             *(
-                self._explorer.sample(
+                self._context.sample(
                     wanted[i][1], context=contexts[i], sampling=sampling, policy=self._refiner
                 )
                 for i in fits
@@ -355,13 +364,11 @@ class _Play:
         """
         text = root.text or ""
         start = root_node(text, known[text], root.source)
-        order: Literal["bfs", "dfs"] = "dfs" if self._config.search == "dfs" else "bfs"
         tree = await refine_search(
             start,
             refine=self.refine,
             judge=self.judge,
-            limits=_limits(self._config),
-            order=order,
+            settings=self._config,
             known=known,
         )
         self.note(root.source, root=1.0)
@@ -379,8 +386,8 @@ class _Play:
         else its part, encoded."""
         kept = final.source
         if not self._dialogue.whole and final.parent is not None:
-            token_ids = self._explorer.encode(final.text)
-            if self._explorer.room((*self._prompt.token_ids, *token_ids)) < 0:
+            token_ids = self._context.encode(final.text)
+            if self._context.room((*self._prompt.token_ids, *token_ids)) < 0:
                 self._too_long += 1
                 return
             whole = self.samples[final.source].completion
@@ -398,29 +405,6 @@ class _Play:
                 )
             )
         self.note(root, refined=kept)
-
-
-def _limits(config: SPaRConfig) -> RefineLimits:
-    if config.search == "none":
-        once = RefineLimits(
-            branch=1,
-            beam=1,
-            depth=1,
-            gate=config.gate,
-            max_nodes=1,
-            refine_retries=0,
-            judge_retries=0,
-        )
-        return once
-    return RefineLimits(
-        branch=config.branch,
-        beam=config.beam,
-        depth=config.depth,
-        gate=config.gate,
-        max_nodes=config.max_nodes,
-        refine_retries=config.refine_retries,
-        judge_retries=config.judge_retries,
-    )
 
 
 def _search_metrics(tree: RefineTree) -> dict[str, float]:

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rayhf.config.spar import RefinerDataConfig
+from rayhf.algorithms.spar_config import RefinerDataConfig
 from rayhf.types import Example, Group, Sample, Scored, derive_seed, given_row, make_row
 
 KINDS = ("refinements", "tree_yes", "tree_no", "answers_yes", "answers_no")

@@ -1,51 +1,92 @@
-"""SPPO: every answer's log-ratio to the current policy is regressed onto how often it beats that
-policy.
+"""SPPO: self-play against the current policy, as regression onto win probabilities.
 
 Wu et al. 2024. The win matrix is kept as the scorer gave it (cycles included); P(win) is its row
-mean. Look at sppo/target_abs (how much there is to win), sppo/residual_abs (how well the regression
-is solved) and, on the tiny game, game/exploitability_average.
+mean. Metrics to watch: sppo/target_abs (the size of the targets), sppo/residual_abs (the error of
+the regression) and, on the tiny game, game/exploitability_average.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Annotated, Literal, Self
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from rayhf.algorithms.base import Selection, SelectionContext, Stateless, sample_and_compare, scored
+from rayhf.algorithms.base import (
+    AlgorithmBase,
+    Selection,
+    SelectionContext,
+    sample_and_compare,
+    scored,
+    tie_share,
+)
 from rayhf.algorithms.context import ExplorationContext
-from rayhf.config.algorithms import ReferenceSchedule, SPPOConfig
-from rayhf.errors import ConfigError
+from rayhf.config.algorithms import AlgorithmConfig, PreviousReference, ReferenceSchedule
 from rayhf.losses.base import Loss
 from rayhf.losses.selfplay import SPPOLoss
 from rayhf.types import Example, Group, Prompt, make_row
 
 
-class SPPO(Stateless):
-    def __init__(self, config: SPPOConfig) -> None:
-        if config.train_on == "all" and config.target != "soft":
-            raise ConfigError(
-                f"algorithm.target {config.target} is about a best and a worst answer; train_on all expects soft"
+class SPPOConfig(AlgorithmConfig):
+    """Self-play preference optimization (Wu et al. 2024)."""
+
+    type: str = "sppo"
+    samples: Annotated[int, Field(ge=2)] = 5
+    """Completions per prompt; they represent the current policy as the opponent."""
+    eta: PositiveFloat = 1000.0
+    """Step size of the multiplicative-weights update; the authors' beta is 1 / eta."""
+    target: Literal["soft", "single", "hard"] = "soft"
+    """Win probability to regress onto. soft: P(win) against the current policy. single: P(best wins
+    against worst). hard: 1 and 0. The last two need train_on: best_worst."""
+    train_on: Literal["best_worst", "all"] = "best_worst"
+    """Completions to train on. best_worst: two per prompt, as the authors' code. all: every one,
+    which uses all comparisons."""
+    min_margin: NonNegativeFloat = 0.0
+    """Difference between a prompt's best and worst win probability up to which it is a tie; ties
+    are dropped and counted."""
+    reference: ReferenceSchedule = PreviousReference()
+    """Schedule of the reference."""
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if self.train_on == "all" and self.target != "soft":
+            raise ValueError(
+                f"target {self.target} is about a best and a worst completion; "
+                "train_on all expects soft"
             )
+        return self
+
+
+class SPPO(AlgorithmBase):
+    """SPPO: regression of log-ratios onto win rates against the policy itself (Wu et al. 2024)."""
+
+    Config = SPPOConfig
+
+    def __init__(self, config: SPPOConfig) -> None:
         self.config = config
         self.samples = config.samples
         self.reference: ReferenceSchedule | None = config.reference
         self._loss = SPPOLoss(eta=config.eta)
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
-        return await sample_and_compare(prompt, context, self.config.samples)
+        """Draw `samples` completions and compare each with every other."""
+        return await sample_and_compare(prompt, context, self.samples)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
+        """Select the completions to train on, each with its target P(win) - 1/2."""
         examples: list[Example] = []
-        ties = small = 0
+        ties = 0
+        small = 0
         spreads = []
         for group in groups:
             usable = [(i, rate) for i, _, rate in scored(group)]
             if len(usable) < 2:
                 small += 1
                 continue
-            best = max(usable, key=lambda entry: entry[1])  # the first of equals: reproducible
+            # Of equals, max and min take the first: reproducible.
+            best = max(usable, key=lambda entry: entry[1])
             worst = min(usable, key=lambda entry: entry[1])
             if best[1] - worst[1] <= self.config.min_margin:
                 ties += 1
@@ -59,7 +100,8 @@ class SPPO(Stateless):
         }
         if spreads:
             metrics["sppo/spread_mean"] = float(np.mean(spreads))
-        return Selection(examples=tuple(examples), metrics=metrics)
+        no_signal = tie_share(len(spreads), ties)
+        return Selection(examples=tuple(examples), metrics=metrics, no_signal=no_signal)
 
     def _examples(
         self,
@@ -70,27 +112,30 @@ class SPPO(Stateless):
     ) -> list[Example]:
         if self.config.train_on == "all":
             return [self._example(group, [(i, rate, rate - 0.5)]) for i, rate in usable]
-        assert group.compared is not None  # or nothing would be scored
+        assert group.compared is not None  # otherwise no sample would have a score
         if self.config.target == "soft":
-            targets = best[1] - 0.5, worst[1] - 0.5
+            best_target = best[1] - 0.5
+            worst_target = worst[1] - 0.5
         elif self.config.target == "single":
             probability = float(group.compared.win[best[0], worst[0]])
-            if not np.isfinite(
-                probability
-            ):  # the two were never compared with each other: their rates are what is known
+            if not np.isfinite(probability):
+                # The two were never compared with each other: only their rates are known.
                 probability = 0.5 + (best[1] - worst[1]) / 2.0
-            targets = probability - 0.5, 0.5 - probability
+            best_target = probability - 0.5
+            worst_target = 0.5 - probability
         else:
-            targets = 0.5, -0.5
-        return [self._example(group, [(*best, targets[0]), (*worst, targets[1])])]
+            best_target = 0.5
+            worst_target = -0.5
+        return [self._example(group, [(*best, best_target), (*worst, worst_target)])]
 
-    def _example(self, group: Group, answers: Sequence[tuple[int, float, float]]) -> Example:
-        rows = [(make_row(group, index, score=rate), target) for index, rate, target in answers]
-        return Example(
-            rows=tuple(
-                replace(row, scalars={**row.scalars, "target": target}) for row, target in rows
-            )
-        )
+    def _example(self, group: Group, rated: Sequence[tuple[int, float, float]]) -> Example:
+        """Return one example with a row per (sample index, win rate, target)."""
+        rows = []
+        for index, rate, target in rated:
+            row = make_row(group, index, score=rate)
+            rows.append(replace(row, scalars={**row.scalars, "target": target}))
+        return Example(rows=tuple(rows))
 
     def loss(self, objective: str = "policy") -> Loss:
+        """Return SPPO's squared error."""
         return self._loss

@@ -1,1 +1,1 @@
-"""The campaign: the one loop, its durable state, and nothing that knows an engine."""
+"""The campaign: the one loop and its durable state, independent of any engine."""

@@ -1,7 +1,7 @@
-"""Python's garbage collector, set for a controller.
+"""Garbage collector settings for the controller's process.
 
-A round has millions of objects. They stay until it is learned, and go by themselves: nothing in a
-round refers to itself. Looking through them again and again for cycles would be for nothing.
+An iteration has millions of objects, which live until it has been trained on. They form no
+reference cycles, so reference counting frees them and scanning them for cycles only costs time.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def gc_tuned() -> Iterator[None]:
-    """To be entered once everything is there that is there to stay: modules, prompts, actors. It is
-    not looked through before the end; then it must be, since a library may complain about what is
-    left at the exit."""
+    """Exclude existing objects from garbage collection and collect new ones rarely.
+
+    Enter it once all long-lived objects exist: modules, prompts, actors. They are unfrozen at the
+    end, because a library may complain at exit about objects that were never collected.
+    """
     before = gc.get_threshold()
     gc.collect()
     gc.freeze()

@@ -1,5 +1,4 @@
-"""What a checkpoint holds: every role that has a state, in folders, and the controller's own state
-as JSON."""
+"""Contents of a checkpoint: a folder per role that has state, and what is checked on resume."""
 
 from __future__ import annotations
 
@@ -9,8 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 from rayhf.algorithms.base import Algorithm
-from rayhf.config.algorithms import EmaReference, PreviousReference
-from rayhf.config.schema import CampaignConfig
 from rayhf.errors import CheckpointError
 from rayhf.roles import Roles
 from rayhf.run_dir.state import CheckpointState
@@ -29,20 +26,31 @@ _PACKAGES = (
 
 
 class Stateful(Protocol):
-    async def save(self, directory: Path) -> None: ...
+    """A role that saves its state to a folder."""
 
-    async def load(self, directory: Path) -> None: ...
+    async def save(self, directory: Path) -> None:
+        """Write the state to `directory`."""
+        ...
+
+    async def load(self, directory: Path) -> None:
+        """Read what `save` wrote."""
+        ...
 
 
-def _members(roles: Roles, algorithm: Algorithm) -> dict[str, Stateful]:
-    """Folder -> role. A reference that never moves is the model it was made of."""
+def _stateful_roles(roles: Roles, algorithm: Algorithm) -> dict[str, Stateful]:
+    """Return the roles to save, by folder name.
+
+    A reference that never moves is not among them: it equals the model it was loaded from.
+    """
     members: dict[str, Stateful] = {
         _learner_folder(policy): learner for policy, learner in roles.learners.items()
     }
     if roles.critic is not None:
         members["critic"] = roles.critic
-    if roles.reference is not None and isinstance(
-        algorithm.reference, PreviousReference | EmaReference
+    if (
+        roles.reference is not None
+        and algorithm.reference is not None
+        and algorithm.reference.moves
     ):
         members["reference"] = roles.reference
     return members
@@ -53,19 +61,19 @@ def _learner_folder(policy: str) -> str:
 
 
 async def save_roles(directory: Path, roles: Roles, algorithm: Algorithm) -> None:
-    await asyncio.gather(
-        *(role.save(directory / name) for name, role in _members(roles, algorithm).items())
-    )
+    """Save every role that has state, each in its own folder."""
+    members = _stateful_roles(roles, algorithm)
+    await asyncio.gather(*(role.save(directory / name) for name, role in members.items()))
 
 
 async def load_roles(directory: Path, roles: Roles, algorithm: Algorithm) -> None:
-    await asyncio.gather(
-        *(role.load(directory / name) for name, role in _members(roles, algorithm).items())
-    )
+    """Load what `save_roles` wrote."""
+    members = _stateful_roles(roles, algorithm)
+    await asyncio.gather(*(role.load(directory / name) for name, role in members.items()))
 
 
 def installed_packages() -> dict[str, str]:
-    """Return the versions of the packages that decide results, for reproduction."""
+    """Return the versions of the packages that decide results."""
     return {
         dist.metadata["Name"]: dist.version
         for name in _PACKAGES
@@ -73,16 +81,14 @@ def installed_packages() -> dict[str, str]:
     }
 
 
-def check_data(
-    state: CheckpointState, config: CampaignConfig, *, prompts: str, pairs: str | None
-) -> None:
-    """Raises CheckpointError where the campaign's data is not what it was started with."""
-    for name, before, now, what in (
-        ("prompts", state.prompts, prompts, str(config.prompts.train)),
-        ("pairs", state.pairs, pairs, "the file of given pairs"),
+def check_data(state: CheckpointState, *, prompts: str, pairs: str | None) -> None:
+    """Check that the data is what the campaign was started with. Raises CheckpointError."""
+    for name, before, now, source in (
+        ("prompts", state.prompts, prompts, "the source of prompts.train"),
+        ("pairs", state.pairs, pairs, "the file of offline pairs"),
     ):
         if before != now:
             raise CheckpointError(
-                f"{what} is not the file this campaign was started with (its {name} changed); restore it, "
-                "or choose another run.dir"
+                f"{source} is not what this campaign was started with (its {name} changed); "
+                "restore it, or choose another run.dir"
             )

@@ -1,45 +1,49 @@
-"""From a round's groups to optimizer steps: select, annotate, credit, step; for every objective of
-the algorithm.
+"""Training on one iteration: from its groups to optimizer steps (select, annotate, credit, step).
 
-Who waits for whom: annotations (reference, critic, the learner before its first step) run side by
-side; then credit; then the steps of one objective after the other, in the order of the algorithm's
-policies.
+Synchronization: annotations (reference, critic, the learner before its first step) run
+concurrently; then credit; then the steps of one objective after the other, "policy" first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rayhf.algorithms.base import Algorithm, SelectionContext, learner_is_reference
-from rayhf.config.algorithms import TAKES_LABELS
+from rayhf.algorithms.base import (
+    Algorithm,
+    SelectionContext,
+    TakesLabels,
+    TrainsCritic,
+    TrainsSeveralPolicies,
+    trained_policy,
+)
 from rayhf.config.schema import CampaignConfig
 from rayhf.control.labels import labeled_examples
 from rayhf.losses.value import explained_variance
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Roles
 from rayhf.run_dir.store import RunDir
-from rayhf.types import Batch, Example, Group, derive_seed
+from rayhf.types import Batch, Example, FloatArray, Group, Sampling, derive_seed
 
 Timed = Callable[[str], AbstractAsyncContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectedExamples:
-    """A round as it is learned."""
+    """The examples that an iteration trains on."""
 
     examples: tuple[Example, ...]
     prompt_ids: tuple[str, ...]
-    """Of all the round's prompts, also those that gave no example."""
+    """All prompts of the iteration, also those without examples."""
 
 
 class Trainer:
-    """The learning half of every round."""
+    """Selects, credits and trains on the examples of an iteration."""
 
     def __init__(
         self,
@@ -49,30 +53,32 @@ class Trainer:
         roles: Roles,
         store: RunDir,
         observer: Observer,
+        sampling: Sampling,
         timed: Timed,
     ) -> None:
-        self.config, self.algorithm, self.roles, self.store, self.observer = (
-            config,
-            algorithm,
-            roles,
-            store,
-            observer,
-        )
+        self.config = config
+        self.algorithm = algorithm
+        self.roles = roles
+        self.store = store
+        self.observer = observer
+        self.sampling = sampling
         self._timed = timed
 
     async def select(
         self, iteration: int, groups: Sequence[Group], metrics: dict[str, float]
     ) -> SelectedExamples:
-        """What is worth training on, written down; what was kept and dropped goes into
-        `metrics`."""
-        turn = SelectionContext(
+        """Select the examples to train on and store them; adds counts to `metrics`."""
+        context = SelectionContext(
             iteration=iteration,
             seed=derive_seed(self.config.seed, "select", iteration),
+            sampling=self.sampling,
             earlier=self.store.read_examples,
-            labels=self._labels(iteration) if self.config.algorithm.type in TAKES_LABELS else (),
+            labels=self._labels(iteration) if isinstance(self.algorithm, TakesLabels) else (),
         )
-        selection = self.algorithm.select(groups, turn)
+        selection = self.algorithm.select(groups, context)
         metrics |= selection.metrics
+        if selection.no_signal is not None:
+            metrics["selection/no_signal"] = selection.no_signal
         await self.store.write_examples(iteration, selection.examples)
         return SelectedExamples(
             examples=selection.examples,
@@ -82,19 +88,20 @@ class Trainer:
     async def learn(
         self, iteration: int, selected: SelectedExamples, metrics: dict[str, float]
     ) -> set[str]:
-        """Train on the round and fill `metrics`. Returns the names of the policies whose weights
-        changed."""
+        """Train on the iteration's examples and fill `metrics`.
+
+        Returns the names of the policies whose weights changed.
+        """
         metrics["learner/steps"] = 0
         changed: set[str] = set()
-        for objective in sorted(
-            {e.objective for e in selected.examples}, key=lambda name: (name != "policy", name)
-        ):
+        objectives = {example.objective for example in selected.examples}
+        for objective in sorted(objectives, key=lambda name: (name != "policy", name)):
             examples = [e for e in selected.examples if e.objective == objective]
             if objective == "policy":
                 trains = await self._learn_policy(iteration, selected.prompt_ids, examples, metrics)
             else:
                 trains = await self._learn_other(iteration, objective, examples, metrics)
-            changed |= {self.algorithm.trainee(objective)} if trains else set()
+            changed |= {trained_policy(self.algorithm, objective)} if trains else set()
         return changed
 
     def _labels(self, iteration: int) -> tuple[Example, ...]:
@@ -109,7 +116,9 @@ class Trainer:
     ) -> bool:
         credited, credit_metrics = self.algorithm.credit(await self._annotate(iteration, examples))
         metrics |= credit_metrics
-        trains = self.algorithm.trains_policy(iteration)
+        trains = not isinstance(self.algorithm, TrainsCritic) or self.algorithm.trains_policy(
+            iteration
+        )
         batches = self._batches(iteration, prompt_ids, credited)
         steps: list[dict[str, float]] = []
         async with self._timed("learner"):
@@ -123,112 +132,101 @@ class Trainer:
     async def _learn_other(
         self, iteration: int, objective: str, examples: Sequence[Example], metrics: dict[str, float]
     ) -> bool:
-        """A further objective, by its own schedule; its metrics stand under its name."""
+        """Train on a further objective with its own schedule; its metrics carry its name."""
+        assert isinstance(self.algorithm, TrainsSeveralPolicies)
         schedule = self.algorithm.train_schedule(objective)
-        learner: Learner = self.roles.learners[self.algorithm.trainee(objective)]
+        learner: Learner = self.roles.learners[self.algorithm.trained_policy(objective)]
         steps: list[dict[str, float]] = []
         async with self._timed("learner"):
             for epoch in range(schedule.epochs):
                 order = list(examples)
-                random.Random(derive_seed(self.config.seed, objective, iteration, epoch)).shuffle(
-                    order
-                )
+                seed = derive_seed(self.config.seed, objective, iteration, epoch)
+                random.Random(seed).shuffle(order)
                 for start in range(0, len(order), schedule.examples_per_step):
                     self.observer.phase(iteration, f"learn {objective}", epoch, schedule.epochs)
                     part = tuple(order[start : start + schedule.examples_per_step])
                     batch = Batch(examples=part)
                     steps.append(await learner.step(batch, self.algorithm.loss(objective)))
         for name, value in over_steps(steps).items():
-            metrics[
-                name.replace("learner/", f"{objective}/")
-                if "learner/" in name
-                else f"{objective}/{name}"
-            ] = value
+            if "learner/" in name:
+                metrics[name.replace("learner/", f"{objective}/")] = value
+            else:
+                metrics[f"{objective}/{name}"] = value
         metrics[f"{objective}/steps"] = len(steps)
         return bool(steps)
 
     async def _step(self, batch: Batch, trains_policy: bool) -> dict[str, float]:
-        critic, critic_loss = self.roles.critic, self.algorithm.critic_loss()
-        work = (
-            [self.roles.learners["policy"].step(batch, self.algorithm.loss())]
-            if trains_policy
-            else []
-        )
-        if critic is not None and critic_loss is not None:
-            work.append(critic.step(batch, critic_loss))
-        policy, *value = (
-            await asyncio.gather(*work) if trains_policy else ({}, *await asyncio.gather(*work))
-        )
-        metrics = dict(policy)
-        for (
-            step
-        ) in value:  # the critic is a learner too: its loss, norm and rate go under its own name
-            metrics |= {k.replace("learner/", "critic/"): v for k, v in step.items()}
-            metrics["critic/explained_variance"] = explained_variance(step)
+        work: dict[str, Awaitable[dict[str, float]]] = {}
+        if trains_policy:
+            work["policy"] = self.roles.learners["policy"].step(batch, self.algorithm.loss())
+        if self.roles.critic is not None and isinstance(self.algorithm, TrainsCritic):
+            work["critic"] = self.roles.critic.step(batch, self.algorithm.critic_loss())
+        steps = dict(zip(work, await asyncio.gather(*work.values()), strict=True))
+        metrics = dict(steps.get("policy", {}))
+        if "critic" in steps:
+            # The critic is a learner too: its loss, gradient norm and rate get its own name.
+            critic = steps["critic"]
+            metrics |= {name.replace("learner/", "critic/"): v for name, v in critic.items()}
+            metrics["critic/explained_variance"] = explained_variance(critic)
         return metrics
 
     async def _annotate(self, iteration: int, examples: Sequence[Example]) -> list[Example]:
-        """Add what the loss and the credit need to know of each token: reference, value, and the
-        policy before its first step."""
+        """Add the token values that credit and loss read: ref_logp, value, old_logp."""
         rows = [row for example in examples for row in example.rows]
         temperature = self.config.rollout.temperature
-        names, work = [], []
-        own = learner_is_reference(self.algorithm.reference)
+        schedule = self.algorithm.reference
+        learner_is_reference = schedule is not None and schedule.is_learner
+        several_steps = self._steps_per_iteration > 1
+        work: dict[str, Awaitable[list[FloatArray]]] = {}
         if self.roles.reference is not None:
-            names.append("ref_logp")
-            work.append(self.roles.reference.logprobs(rows, temperature=temperature))
+            work["ref_logp"] = self.roles.reference.logprobs(rows, temperature=temperature)
         if self.roles.critic is not None:
-            names.append("value")
-            work.append(self.roles.critic.outputs(rows, temperature=1.0))
-        if own or self._steps_per_round > 1 or self.algorithm.needs_old_logp:
-            names.append("old_logp")
-            work.append(self.roles.learners["policy"].outputs(rows, temperature=temperature))
+            work["value"] = self.roles.critic.outputs(rows, temperature=1.0)
+        if learner_is_reference or several_steps or self.algorithm.needs_old_logp:
+            policy = self.roles.learners["policy"]
+            work["old_logp"] = policy.outputs(rows, temperature=temperature)
         if not work:
             return list(examples)
         self.observer.phase(iteration, "reference")
         async with self._timed("reference"):
-            columns = await asyncio.gather(*work)
-        named = dict(zip(names, columns, strict=True))
-        if own:
+            columns = await asyncio.gather(*work.values())
+        named = dict(zip(work, columns, strict=True))
+        if learner_is_reference:
             named["ref_logp"] = named["old_logp"]
-        of_rows = zip(*named.values(), strict=True)
+        values_by_row = zip(*named.values(), strict=True)
         annotated = (
             row.with_tokens(**dict(zip(named, values, strict=True)))
-            for row, values in zip(rows, of_rows, strict=True)
+            for row, values in zip(rows, values_by_row, strict=True)
         )
         return [replace(e, rows=tuple(next(annotated) for _ in e.rows)) for e in examples]
 
     @property
-    def _steps_per_round(self) -> int:
+    def _steps_per_iteration(self) -> int:
         learner = self.config.learner
-        return learner.epochs * (
-            self.config.prompts.batch // (learner.prompts_per_step or self.config.prompts.batch)
-        )
+        prompts = self.config.prompts.batch
+        return learner.epochs * (prompts // (learner.prompts_per_step or prompts))
 
     def _batches(
         self, iteration: int, prompt_ids: Sequence[str], examples: Sequence[Example]
     ) -> list[Batch]:
-        """One batch per optimizer step: prompts in a seeded order, all examples of a prompt
-        together.
+        """Return one batch per optimizer step: prompts shuffled, a prompt's examples together.
 
-        A round has the same number of steps whatever was dropped or mixed in: prompts that are not
-        the round's own (earlier rounds, given pairs) are spread over its steps.
+        An iteration has the same number of steps whatever was dropped or mixed in: prompts that are
+        not its own (earlier iterations, offline pairs) are spread over its steps.
         """
-        steps = self._steps_per_round // self.config.learner.epochs
+        steps = self._steps_per_iteration // self.config.learner.epochs
         order = list(dict.fromkeys([*prompt_ids, *(e.rows[0].prompt_id for e in examples)]))
         batches = []
         for epoch in range(self.config.learner.epochs):
             shuffled = list(order)
             if steps > 1:
-                random.Random(derive_seed(self.config.seed, "minibatch", iteration, epoch)).shuffle(
-                    shuffled
-                )
+                seed = derive_seed(self.config.seed, "minibatch", iteration, epoch)
+                random.Random(seed).shuffle(shuffled)
             step_of: dict[str, int] = {}
             for step in range(steps):
-                chosen = shuffled[
-                    len(shuffled) * step // steps : len(shuffled) * (step + 1) // steps
-                ]
-                step_of |= dict.fromkeys(chosen, step)
+                start = len(shuffled) * step // steps
+                stop = len(shuffled) * (step + 1) // steps
+                step_of |= dict.fromkeys(shuffled[start:stop], step)
             parts: list[list[Example]] = [[] for _ in range(steps)]
             for example in examples:
                 parts[step_of[example.rows[0].prompt_id]].append(example)
@@ -241,7 +239,7 @@ class Trainer:
 
 
 def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over a round's optimizer steps; maxima of names that end in _max."""
+    """Return means over an iteration's optimizer steps, and maxima for names that end in _max."""
     names = sorted({name for step in steps for name in step})
     values = {name: [step[name] for step in steps if name in step] for name in names}
     return {

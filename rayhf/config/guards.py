@@ -1,8 +1,9 @@
-"""What a campaign watches in its own metrics: `warn` tells, `pause` stops until someone has looked;
-null switches one off.
+"""Guards: thresholds on a campaign's own metrics.
 
-"RELIABILITY" is this project's study of how such systems fail; its thresholds are proposals. "Ours"
-means calibrated on the tiny presets' runs, so that none of those that learned comes near a pause.
+`warn` prints a warning, `pause` stops the campaign until an operator resumes it, null turns a
+threshold off. Each threshold states its source: "common" is a value on which public training
+reports and the defaults of other frameworks agree; "ours" was calibrated on the runs of the tiny
+presets, so that no successful run comes near a pause.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ Evaluations = Annotated[int, Field(ge=2)]
 
 
 def _ordered(warn: float | None, pause: float | None, *, falling: bool = False) -> None:
-    """Raises ValueError where the pause would come before the warning."""
+    """Raise ValueError where the pause would come before the warning."""
     if warn is not None and pause is not None and (warn < pause if falling else warn > pause):
         raise ValueError(f"a pause at {pause:g} comes before the warning at {warn:g}")
 
 
 class _Rising(Section):
-    """A metric that may not rise above its thresholds. Subclasses give both fields their types and
-    defaults."""
+    """Thresholds that a metric may not exceed; subclasses give types and defaults."""
 
     warn: float | None = None
     pause: float | None = None
@@ -38,12 +38,11 @@ class _Rising(Section):
 
 
 class KLGuard(_Rising):
-    """reference/kl and eval/<task>/reference_kl: KL(policy || reference), in nats per response (not
-    per token).
+    """reference/kl and eval/<task>/reference_kl: KL(policy || reference), in nats per response.
 
-    The ratio of the thresholds is RELIABILITY's (2x and 5x of a target); the target, 20 nats, is
-    ours. The tiny presets' runs stay below 6 in evaluations and below 13 in single rounds. Answers
-    of thousands of tokens may well be further away: raise both.
+    Not per token. The thresholds are 2 and 5 times a target of 20 nats, which is ours: the tiny
+    presets' runs stay below 6 in evaluations and below 13 in single iterations. For completions of
+    thousands of tokens, raise both.
     """
 
     warn: PositiveFloat | None = 40.0
@@ -51,20 +50,19 @@ class KLGuard(_Rising):
 
 
 class EntropyGuard(Section):
-    """policy/entropy (mean over tokens, nats) as a share of that of the first rounds. Shares:
-    RELIABILITY.
+    """policy/entropy (mean over tokens, nats) as a share of that of the first iterations (common).
 
-    Silent where game/exploitability is measured: self-play in a cyclic game narrows and widens
-    again, down to 6 % of the first rounds in our SPPO run, and its average still converges.
+    An evaluation can mute it (type exploitability does).
     """
 
     warn: Share | None = 0.5
     pause: Share | None = 0.25
     unless_gain: NonNegativeFloat | None = 0.25
-    """No pause while the narrowing pays: scorer/reward_mean is this many scorer/reward_std of the
-    first rounds above them, and has not lost as much again within 20 rounds. Every policy that
-    learns a solvable task narrows; it is a collapse where nothing is gained by it. Ours (arithmetic
-    halves its entropy in 8 rounds, by learning); null: always pause."""
+    """No pause while the reward has risen: scorer/reward_mean is above that of the first iterations
+    by this many of their scorer/reward_std, and has not lost as much again within 20 iterations.
+    Every policy that learns a solvable task loses entropy; without a gain in reward it is a
+    collapse. Ours (arithmetic halves its entropy in 8 iterations while it learns); null: always
+    pause."""
 
     @model_validator(mode="after")
     def _warn_first(self) -> Self:
@@ -73,10 +71,10 @@ class EntropyGuard(Section):
 
 
 class TruncatedGuard(_Rising):
-    """rollout/truncated: share of answers cut at rollout.max_tokens. RELIABILITY.
+    """rollout/truncated: share of completions cut at rollout.max_tokens (common).
 
-    Only where it has at least doubled since the first rounds: a task that truncates from the start
-    does so by design. Where it grows by design, raise the thresholds.
+    Applies only where the share has at least doubled since the first iterations: a task that
+    truncates from the start does so by design. Where it grows by design, raise the thresholds.
     """
 
     warn: Share | None = 0.2
@@ -84,16 +82,19 @@ class TruncatedGuard(_Rising):
 
 
 class LengthGuard(Section):
-    """rollout/length_mean against itself `rounds` ago, as a ratio. Growth by 50 % and 100 % within
-    20 rounds: RELIABILITY."""
+    """rollout/length_mean as a ratio to its value `iterations` before.
+
+    Limits of 50 % and 100 % growth within 20 iterations are common.
+    """
 
     warn: Ratio | None = 1.5
     pause: Ratio | None = 2.0
     warn_shrunk: Share | None = 0.5
-    """RELIABILITY's -50 %."""
+    """Warning threshold of a falling length (common)."""
     pause_shrunk: Share | None = 0.25
-    """Half of a half. Ours: RELIABILITY's -100 % cannot be reached."""
-    rounds: PositiveInt = 20
+    """Pause threshold of a falling length (ours)."""
+    iterations: PositiveInt = 20
+    """Distance of the compared values, in iterations."""
 
     @model_validator(mode="after")
     def _warn_first(self) -> Self:
@@ -103,58 +104,57 @@ class LengthGuard(Section):
 
 
 class RewardGapGuard(_Rising):
-    """Over-optimization: the training reward rises while eval/<task>/sampled falls over this many
-    evaluations. RELIABILITY.
+    """Over-optimization: the training reward rises while eval/<task>/sampled falls.
 
-    Rises: the newer half of the rounds has a median above three quarters of the older half's; of
-    eval/<task>/reward where it is measured (the training scorer on the same answers), else of
-    scorer/reward_mean. Falls: at most a tenth of all pairs of the evaluations say otherwise, and by
-    more than `noise`.
+    The thresholds are numbers of evaluations over which both hold. The reward rises where the
+    median of the newer half of the iterations is above the upper quartile of the older half;
+    eval/<task>/reward counts where it is measured (the training scorer on the same completions),
+    else scorer/reward_mean. The evaluation falls where at most a tenth of all pairs of evaluations
+    contradict it, and where it falls by more than `noise`.
     """
 
     warn: Evaluations | None = 3
     pause: Evaluations | None = 6
     noise: NonNegativeFloat = 2.0
-    """Between the medians of the older and the newer half, in units of how much the steps from one
-    evaluation to the next varied (median absolute deviation) in as many evaluations before. Ours:
-    of 300 simulated healthy campaigns of 300 rounds (30 to 150 evaluations; those of
-    tests/unit/test_guards.py, further seeds) 5 are paused, with 0 here 18; more sees slow falls
-    later."""
+    """Smallest fall from the median of the older half of the evaluations to that of the newer half.
+    Unit: median absolute deviation of the steps between consecutive evaluations, in as many
+    evaluations before. Higher values detect slow falls later. Ours: of 300 simulated healthy
+    campaigns of 300 iterations (30 to 150 evaluations; as in tests/unit/test_guards.py, with other
+    seeds) 5 are paused, and 18 with a value of 0."""
 
 
 class MismatchGuard(_Rising):
-    """|rollout/mismatch_kl|: KL(rollout || learner) in nats per token, the k1 estimate. Numbers:
-    RELIABILITY's.
+    """|rollout/mismatch_kl|: KL(rollout || learner) in nats per token, the k1 estimate.
 
-    RELIABILITY means them for the mean absolute gap, which is not measured in training; as KL they
-    are lenient (a Gaussian gap with KL 0.02 is 0.16 nats wide on average). float32 gives 1e-6;
-    NeMo-RL's recipes ask for less than 0.002, prime-rl's tests for less than 0.01.
+    The thresholds are commonly stated for the mean absolute gap, which is not measured in training;
+    as KL they are lenient (a Gaussian gap with KL 0.02 has a mean absolute value of 0.16 nats).
+    float32 gives 1e-6; NeMo-RL's recipes require less than 0.002, prime-rl's tests less than 0.01.
     """
 
     warn: PositiveFloat | None = 0.02
     pause: PositiveFloat | None = 0.1
     drift: NonNegativeFloat = 10.0
-    """A round of several optimizer steps, or a stale one, adds the policy's own movement to this
-    metric. There it must also pass this many times the first rounds' value. Ours: sppo_game stands
-    at 0.03 with 6 steps in float32."""
+    """Multiple of the first iterations' value that must also be exceeded in a stale iteration or
+    one with several optimizer steps, where the policy's own updates add to the metric. Ours:
+    sppo_game has 0.03 with 6 steps in float32."""
 
 
 class NoSignalGuard(_Rising):
-    """Share of a round that teaches nothing: ppo/groups_uniform, or ties among ties and kept of
-    pairs/ or sppo/. RELIABILITY.
+    """selection/no_signal: share of an iteration's groups or pairs without signal (common).
 
-    There is no guard on scorer/invalid and scorer/failed: scorer.max_failed stops the round itself.
+    There is no guard on scorer/invalid and scorer/failed: scorer.max_failed stops the iteration
+    itself.
     """
 
     warn: Share | None = 0.6
     pause: Share | None = 0.9
-    rounds: PositiveInt = 10
-    """Consecutive rounds beyond `pause` before it pauses. Ours: self-play that cycles ties for up
-    to 4 rounds in a row."""
+    iterations: PositiveInt = 10
+    """Consecutive iterations above `pause` before the campaign pauses. Ours: cyclic self-play has
+    ties for up to 4 iterations in a row."""
 
 
 class GuardsConfig(Section):
-    """A pause leaves the last checkpoint as it is; `rayhf unpause` goes on."""
+    """Monitored metrics; after a pause, `rayhf unpause` continues from the last checkpoint."""
 
     kl: KLGuard = KLGuard()
     entropy: EntropyGuard = EntropyGuard()

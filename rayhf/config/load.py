@@ -1,15 +1,15 @@
-"""Reading of configs: a YAML file and dotted overrides.
+"""Load configs from a YAML file and dotted overrides.
 
 Out: a validated config, or a ConfigError of one line that names the key and the nearest valid one.
 """
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,26 +18,44 @@ from pydantic import BaseModel, ValidationError
 
 from rayhf.config.registry import Registry
 from rayhf.config.schema import CampaignConfig
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, nearest
 
 S = TypeVar("S", bound=BaseModel)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> CampaignConfig:
-    """Read a campaign's config. Raises ConfigError."""
-    return load_section(path, overrides, CampaignConfig)
+def load_config(
+    source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> CampaignConfig:
+    """Read a campaign's config.
 
+    Args:
+        source: a YAML file, or its content as a mapping.
+        overrides: `key=value` with dotted keys and YAML values, for example "learner.lr=1e-6".
 
-def load_section(path: Path, overrides: Sequence[str], root: type[S]) -> S:
-    """Read `path`, apply `key=value` overrides (values are YAML), and validate as `root`.
-
-    Raises ConfigError.
+    Raises ConfigError of one line that names the key and the nearest valid one.
     """
+    return load_section(source, overrides, CampaignConfig)
+
+
+def load_section(
+    source: Path | str | Mapping[str, Any], overrides: Sequence[str], root: type[S]
+) -> S:
+    """Read a config as `root`; see `load_config`. Raises ConfigError."""
+    if isinstance(source, Mapping):
+        data, name = deepcopy(dict(source)), "mapping"
+    else:
+        data, name = _read(Path(source)), str(source)
+    for override in overrides:
+        _apply(data, override)
+    return _validate(data, name, root)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         known = [str(p) for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
-        raise ConfigError(f"config {path}: no such file{_nearest(str(path), known)}") from None
+        raise ConfigError(f"config {path}: no such file{nearest(str(path), known)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: cannot be read ({error})") from None
     try:
@@ -52,9 +70,7 @@ def load_section(path: Path, overrides: Sequence[str], root: type[S]) -> S:
         raise ConfigError(
             f"config {path}: expected a mapping of sections, got {type(data).__name__}"
         )
-    for override in overrides:
-        _apply(data, override)
-    return _validate(data, str(path), root)
+    return data
 
 
 def validate(data: dict[str, Any], *, source: str) -> CampaignConfig:
@@ -114,20 +130,22 @@ def _child(node: Any, part: str, where: str, *, create: bool) -> Any:
 def _describe(error: ValidationError, root: type[BaseModel], data: object) -> str:
     """Return the first problem in full, and how many more there are."""
     problems = error.errors(include_url=False)
-    # A misspelled key usually also leaves a required one missing: the misspelling is the cause, so
-    # it is shown first.
+    # A misspelled key often also leaves a required one missing: the misspelling is the cause, so it
+    # is shown first.
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
     location, section = _locate(first["loc"], root, data)
     key = ".".join(map(str, location))
     if first["type"] == "extra_forbidden":
         valid = sorted(section.model_fields) if section else []
-        text = f"unknown key {key}{_nearest(str(location[-1]), valid)}"
+        text = f"unknown key {key}{nearest(str(location[-1]), valid)}"
     elif first["type"] == "missing":
         text = f"{key} is missing"
     elif first["type"] == "plugin":
         inner = first["ctx"]["key"]
         text = f"{key}{f'.{inner}' if inner else ''}: {first['msg']}"
+    elif first["type"] == "value_error":  # one of our own checks: its message is complete
+        text = f"{key}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     else:
         text = f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -139,26 +157,18 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _nearest(word: str, valid: Iterable[str]) -> str:
-    valid = list(valid)
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; valid: {', '.join(valid)}" if valid else ""
-
-
 def _locate(
     loc: Sequence[str | int], root: type[BaseModel], data: object
 ) -> tuple[list[str | int], type[BaseModel] | None]:
     """Follow an error's location through the data.
 
-    Returns the location as the user wrote it (pydantic puts the tags of unions into it), and the
-    section that holds its last key, None where the last key lies in a plain mapping.
+    Returns the location as the user wrote it (pydantic adds the tags of unions to it), and the
+    section that holds its last key: None where that is in a plain mapping.
     """
     written: list[str | int] = []
     section: type[BaseModel] | None = root
     inside: list[Any] = []
-    """What the value at the current location may be, where that is not one section."""
+    """Possible types of the value at the current location, where that is not one section."""
     for position, part in enumerate(loc):
         if section is None and part in (tags := _tags(inside)):
             section = tags[str(part)]
@@ -198,7 +208,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 def _items(kind: Any) -> Iterator[Any]:
-    """Yield what an item of a container may be."""
+    """Yield the possible types of a container's items."""
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is dict:
         yield from _parts(arguments[1])
@@ -217,11 +227,13 @@ def _tags(candidates: Iterable[Any]) -> dict[str, type[BaseModel]]:
 
 
 def _section_of(candidates: Sequence[Any], data: object) -> type[BaseModel] | None:
-    """Return the section that `data` was validated as, where that is beyond doubt."""
-    name = data.get("type") if isinstance(data, Mapping) else data
+    """Return the section that `data` was validated as, where there is only one candidate."""
     for candidate in candidates:
-        if isinstance(candidate, Registry) and isinstance(name, str):
-            with suppress(ValueError):  # then the type is the problem, not one of its keys
+        if not isinstance(candidate, Registry):
+            continue
+        name = data.get("type", candidate.default) if isinstance(data, Mapping) else data
+        if isinstance(name, str):
+            with suppress(ValueError):  # an unknown type is reported as such, not as a key
                 return candidate.config_type(name)
     sections = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
     return sections[0] if len(sections) == 1 and isinstance(data, Mapping) else None

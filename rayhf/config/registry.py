@@ -1,19 +1,19 @@
-"""Find the class behind a config's `type`, for everything that can be plugged in.
+"""Plugin registry: from a config's `type` to the class behind it.
 
 A `type` is a built-in name (the tables at the end of this file), a name that an installed package
 adds through an entry point, or an import path `package.module:Class`. The class brings its config:
-a `Section` subclass in its attribute `Config`. Classes are imported when a config names them, and
-not before, so that reading a config stays cheap.
+a `PluginConfig` subclass in its attribute `Config`. Classes are imported only when a config names
+them, so that reading a config stays cheap.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -21,6 +21,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from rayhf.config.base import PluginConfig
+from rayhf.errors import did_you_mean, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +32,30 @@ class Entry:
     target: str
     """package.module:Class."""
     package: str
-    """The installed distribution it comes from."""
+    """Installed distribution that provides it."""
 
 
 class Registry:
-    """The names of one kind of plugin.
+    """Names of one kind of plugin.
 
     Args:
         kind: singular noun for messages, for example "algorithm".
         group: entry-point group in which installed packages add names.
         builtin: name -> "package.module:Class".
+        default: name used where a config gives no `type`.
     """
 
-    def __init__(self, kind: str, group: str, builtin: Mapping[str, str]) -> None:
+    def __init__(
+        self, kind: str, group: str, builtin: Mapping[str, str], default: str | None = None
+    ) -> None:
         self.kind = kind
         self.group = group
         self.builtin = builtin
+        self.default = default
+
+    def defaulting(self, name: str) -> Registry:
+        """Return the same registry with `name` as the default `type`."""
+        return Registry(self.kind, self.group, self.builtin, default=name)
 
     def entries(self) -> list[Entry]:
         """Return the built-in entries in their order, then those of installed packages by name."""
@@ -57,10 +66,10 @@ class Registry:
         return rows
 
     def resolve(self, name: str) -> type[Any]:
-        """Import the class that `name` stands for.
+        """Import the class that `name` refers to.
 
-        Raises ValueError with one sentence: unknown name and the nearest valid one, a module that
-        cannot be imported, or a class without a `Config`.
+        Raises ValueError for an unknown name (naming the nearest valid one), a module that cannot
+        be imported, or a class without a `Config`.
         """
         target = self.builtin.get(name)
         if target is None and name in (installed := _installed(self.group)):
@@ -72,25 +81,25 @@ class Registry:
         return _import_plugin(target, self.kind)
 
     def config_type(self, name: str) -> type[PluginConfig]:
-        """Return the config class of the plugin that `name` stands for. Raises as `resolve`."""
+        """Return the config class of the plugin that `name` refers to. Raises like `resolve`."""
         config: type[PluginConfig] = self.resolve(name).Config
         return config
 
     def build(self, config: PluginConfig, *args: Any, **kwargs: Any) -> Any:
-        """Return the plugin of `config`: its class, called with the config and further arguments."""
+        """Construct the plugin of `config`: its class is called with the config and `args`."""
         return self.resolve(config.type)(config, *args, **kwargs)
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        """Validate and serialize a field annotated with this registry by its plugin's config.
+        """Return the schema of a field annotated with this registry: its plugin's config.
 
-        Usage: `Annotated[PluginConfig, ALGORITHMS]`, or a subclass of PluginConfig that all
+        Usage: `Annotated[PluginConfig, ALGORITHMS]`, or with a subclass of PluginConfig that all
         plugins' configs share.
         """
         return core_schema.no_info_before_validator_function(
             self._parse,
-            core_schema.is_instance_schema(source),
+            core_schema.no_info_plain_validator_function(partial(self._check_family, source)),
             serialization=core_schema.plain_serializer_function_ser_schema(
                 lambda config, info: config.model_dump(mode=info.mode), info_arg=True
             ),
@@ -100,7 +109,7 @@ class Registry:
         """Validate a config value as the `Config` of the class that its `type` names.
 
         A string is short for `{type: string}`. Raises PydanticCustomError for a type that cannot be
-        resolved and ValidationError for wrong settings.
+        resolved and ValidationError for invalid settings.
         """
         if isinstance(value, PluginConfig):
             return value
@@ -108,7 +117,7 @@ class Registry:
             value = {"type": value}
         if not isinstance(value, Mapping):
             raise _refusal(f"expected a mapping with a `type`, for example {self._example()}")
-        name = value.get("type")
+        name = value.get("type", self.default)
         if not isinstance(name, str):
             raise _refusal(f"`type` is missing; valid: {', '.join(self._names())}")
         try:
@@ -117,6 +126,16 @@ class Registry:
             raise _refusal(str(error), key="type") from None
         return config.model_validate(value)
 
+    def _check_family(self, family: type[PluginConfig], config: PluginConfig) -> PluginConfig:
+        """Refuse a plugin whose config is not a subclass of the field's annotation."""
+        if isinstance(config, family):
+            return config
+        names = [name for name in self.builtin if issubclass(self.resolve(name).Config, family)]
+        raise _refusal(
+            f"{config.type!r} is a {self.kind} of another family; valid: {', '.join(names)}",
+            key="type",
+        )
+
     def _names(self) -> list[str]:
         return [entry.name for entry in self.entries()]
 
@@ -124,11 +143,8 @@ class Registry:
         return f"{{type: {next(iter(self.builtin), 'package.module:Class')}}}"
 
     def _unknown(self, name: str) -> str:
-        names = self._names()
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(names)}"
         return (
-            f"{name!r} is not a known {self.kind}; {hint} "
+            f"{name!r} is not a known {self.kind}{nearest(name, self._names())} "
             "(or an import path of your own, package.module:Class)"
         )
 
@@ -150,17 +166,16 @@ def _import_plugin(target: str, kind: str) -> type[Any]:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{target}: no module named {error.name!r}; "
-            "it must be importable from where the command is given"
+            "it must be importable from the directory in which the command runs"
         ) from None
-    except Exception as error:  # noqa: BLE001  a foreign module may raise anything while it is imported
+    except Exception as error:  # noqa: BLE001  importing foreign code may raise anything
         raise ValueError(
             f"{target}: importing {module_name} failed ({type(error).__name__}: {error})"
         ) from None
     plugin = getattr(module, class_name, None)
     if plugin is None:
         classes = [name for name, _ in inspect.getmembers(module, inspect.isclass)]
-        near = difflib.get_close_matches(class_name, classes, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(class_name, classes)
         raise ValueError(f"{target}: {module_name} has no class {class_name!r}{hint}")
     config = getattr(plugin, "Config", None)
     if not (
@@ -175,8 +190,9 @@ def _import_plugin(target: str, kind: str) -> type[Any]:
 
 def summary(plugin: type[Any]) -> str:
     """Return the first sentence of a plugin's docstring, for `rayhf list`."""
-    text = inspect.getdoc(plugin) or ""
-    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".") + "."
+    paragraph = " ".join((inspect.getdoc(plugin) or "").split("\n\n")[0].split())
+    # A sentence ends where a capital letter follows: "et al. 2024" does not end one.
+    return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0].rstrip(".") + "."
 
 
 ALGORITHMS = Registry(
@@ -226,7 +242,7 @@ SCORERS = Registry(
         "pairwise_rule": "rayhf.scorer.rule:PairwiseRule",
         "reward_model": "rayhf.scorer.reward_model:RewardModel",
         "preference_model": "rayhf.scorer.preference_model:PreferenceModel",
-        "judge": "rayhf.scorer.judge:Judge",
+        "judge": "rayhf.scorer.judge_model:LocalJudge",
         "grpc": "rayhf.scorer.grpc.client:GrpcScorer",
     },
 )
@@ -239,9 +255,10 @@ EVALUATIONS = Registry(
     "evaluation",
     "rayhf.evaluations",
     {
-        "scored": "rayhf.campaign.evaluation:ScoredEvaluation",
+        "scored": "rayhf.evaluation.scored:ScoredEvaluation",
         "exploitability": "rayhf.tiny.exploitability:Exploitability",
     },
+    default="scored",
 )
 
 REGISTRIES: Mapping[str, Registry] = {
@@ -252,4 +269,4 @@ REGISTRIES: Mapping[str, Registry] = {
     "trackers": TRACKERS,
     "evaluations": EVALUATIONS,
 }
-"""By the plural that `rayhf list` takes."""
+"""Registries by the plural that `rayhf list` takes."""

@@ -1,5 +1,7 @@
-"""The campaign config, section by section. One batch unit: prompts. Imports no torch; a docstring
-under a field is its help."""
+"""The campaign config, section by section.
+
+The docstring under a field is its help. The one batch unit is prompts. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,15 @@ from pydantic import (
     field_validator,
 )
 
-from rayhf.config.algorithms import (
-    HyPOConfig,
-    INPOConfig,
-    IterativeDPOConfig,
-    OnlineDPOConfig,
-    PPOConfig,
-    SPPOConfig,
-)
+from rayhf.config.algorithms import AlgorithmConfig
 from rayhf.config.base import Name, Section
+from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.guards import GuardsConfig
-from rayhf.config.mcts_dpo import MCTSDPOConfig
-from rayhf.config.scorers import ScorerConfig, ScorerEntry
+from rayhf.config.registry import ALGORITHMS, EVALUATIONS, TRACKERS
+from rayhf.config.scorers import ScorerConfig, ScorerEntryConfig
 from rayhf.config.service import ServiceConfig
-from rayhf.config.spar import SPaRConfig
+from rayhf.config.sources import PromptSource
+from rayhf.config.trackers import TrackerConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -37,97 +34,103 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class RunConfig(Section):
-    """Where the campaign lives and how long it goes on."""
+    """Run directory, length of the run, evaluation, checkpoints and timeouts."""
 
     dir: Path
+    """Run directory."""
     iterations: PositiveInt
-    """Rounds: explore, learn, sync."""
+    """Number of iterations (explore, train, sync)."""
     eval_every: NonNegativeInt = 10
-    """Rounds between evaluations on held-out prompts; 0 evaluates only before the first and after
-    the last round."""
+    """Iterations between evaluations on held-out prompts; 0 evaluates only before the first and
+    after the last iteration."""
     eval_prompts: PositiveInt | None = None
     """Held-out prompts per evaluation; all by default."""
     checkpoint_every: NonNegativeInt = 20
-    """Rounds between checkpoints; 0 writes only the last one."""
+    """Iterations between checkpoints; 0 writes only the last one."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """The newest ones that stay."""
+    """Number of newest checkpoints to keep."""
     keep_every: NonNegativeInt = 0
-    """Rounds whose checkpoint stays for good: every keep_every-th; 0 is off."""
+    """Iterations between checkpoints that are kept permanently; 0 is off."""
     keep_best: bool = True
-    """The checkpoint with the best held-out evaluation (eval/<task>/sampled) stays too."""
+    """Keep the checkpoint with the best held-out evaluation (eval/<task>/sampled) too."""
     max_staleness: NonNegativeInt = 0
-    """Rounds that generation may run ahead of learning: 0 is strictly on-policy, 1 overlaps the
+    """Iterations that generation may run ahead of training: 0 is strictly on-policy, 1 overlaps the
     two."""
     deterministic: bool | None = None
-    """Requests enter the engines in waves, so that equal seeds give equal numbers. Default: when
-    max_staleness is 0."""
+    """Send requests to the engines in waves, so that equal seeds give equal numbers. Default: true
+    where max_staleness is 0."""
     max_in_flight: PositiveInt | None = None
-    """Prompts of a round that are explored at the same time. Default: 65,536, or what fills the
-    engines twice if that is more."""
+    """Prompts of an iteration that are explored concurrently. Default: 65,536, or twice the
+    engines' capacity if that is more."""
     timeout_s: PositiveFloat = 600
-    """Limit on any single wait between roles, in seconds."""
+    """Timeout of any single call between roles, in seconds."""
     stall_s: PositiveFloat = 300
-    """An engine that has work and makes no progress for so long is replaced, in seconds."""
+    """Time without progress after which a busy engine is replaced, in seconds."""
     restarts: NonNegativeInt = 5
-    """Of any one actor within an hour, and of the learners without a commit in between, before the
-    run stops."""
+    """Maximum number of restarts of any one actor within an hour, and of the learners without a
+    commit in between, before the run stops."""
     start_timeout_s: PositiveFloat = 300
-    """Limit on placing and starting all actors, in seconds."""
+    """Timeout for placing and starting all actors, in seconds."""
 
     @property
     def is_deterministic(self) -> bool:
-        """`deterministic`, or what it is by default."""
+        """`deterministic`, or its default."""
         return self.max_staleness == 0 if self.deterministic is None else self.deterministic
 
 
 class LoraConfig(Section):
+    """LoRA adapters of the policy (PEFT)."""
+
     rank: PositiveInt = 16
+    """Rank of the adapters."""
     alpha: PositiveFloat = 32
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: Fraction = 0.0
+    """Dropout probability on the adapters' input."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter."""
 
 
 class PolicyConfig(Section):
+    """The model that is trained."""
+
     model: Path
     """Hugging Face model directory with a tokenizer that has a chat template."""
     dtype: Dtype = "bfloat16"
-    """Of the rollout engines and the reference; the learner's own precision is learner.dtype."""
+    """Precision of the rollout engines and the reference; learner.dtype is the learner's."""
     lora: LoraConfig | None = None
+    """LoRA settings. Default: all parameters are trained."""
     max_length: PositiveInt | None = None
-    """Prompt plus response, in tokens. Default: the model's own limit."""
+    """Maximum length of prompt plus completion, in tokens. Default: the model's own limit."""
 
 
 class PromptsConfig(Section):
-    train: Path
-    """JSONL or Parquet with `prompt` (string) or `messages` (list of role/content), optional
-    `answer`."""
-    heldout: Path | None = None
+    """Training and held-out prompts."""
+
+    train: PromptSource
+    """Training prompts: the path of a JSONL or Parquet file with `prompt` (string) or `messages`
+    (list of role/content) and optional `answer`, or a source with its `type` and settings."""
+    heldout: PromptSource | None = None
+    """Evaluation prompts, like train. Default: no evaluation."""
     task: Name = "heldout"
     """Name of the held-out task in metrics: eval/<task>/..."""
     batch: PositiveInt = 64
-    """Prompts per round: the one batch unit."""
-    game: Path | None = None
-    """A game file: {"answers": [...], "preference": [[P(i beats j)]]}. The policy's exact
-    exploitability on held-out prompts is then measured after every round."""
-
-
-class TinyConfig(Section):
-    """The tiny world that this config's paths point into; built when missing."""
-
-    dir: Path
-    tasks: tuple[Literal["arithmetic", "words", "instructions", "game"], ...]
-    seed: int = 0
+    """Prompts per iteration: the one batch unit."""
 
 
 class RolloutConfig(Section):
+    """Sampling parameters and the vLLM engines."""
+
     max_tokens: PositiveInt = 1024
-    """Per response."""
+    """Maximum number of tokens per completion."""
     temperature: PositiveFloat = 1.0
+    """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability mass that nucleus sampling keeps; 1 is off."""
     top_k: NonNegativeInt = 0
-    """0 is off."""
+    """Number of most likely tokens to sample from; 0 is off."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response."""
+    """Strings that end a completion."""
     engines: PositiveInt = 1
     """vLLM engines (data parallel)."""
     tensor_parallel: PositiveInt = 1
@@ -135,70 +138,84 @@ class RolloutConfig(Section):
     max_num_seqs: PositiveInt = 256
     """Sequences in one engine's batch."""
     kv_cache_gib: PositiveFloat | None = None
-    """KV cache per engine in GiB. Default: 0.25 on CPU; on GPU what memory_fraction leaves."""
+    """KV cache per engine, in GiB. Default: 0.25 on CPU; on GPU the rest of memory_fraction."""
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    """Of each GPU, for weights and KV cache."""
+    """Share of each GPU's memory for weights and KV cache."""
     prefix_caching: bool | None = None
-    """Keep keys and values of prompts and steps for later requests. Default: not on CPU in a
-    deterministic run, where bits could depend on what a replaced engine has not seen."""
+    """Reuse the KV cache of common prefixes. Default: true, except on CPU in a deterministic run,
+    where results could depend on whether an engine was replaced."""
     enforce_eager: bool | None = None
-    """No CUDA graphs. Default: true on CPU, false on GPU."""
+    """Run without CUDA graphs. Default: true on CPU, false on GPU."""
     mismatch_limit: PositiveFloat = 1.0
-    """Stop when the mean absolute gap between a bfloat16 engine's and the learner's log-probs of a
-    sync's probe passes this, in nats. A float32 engine must agree to 1e-3."""
+    """Maximum mean absolute gap between the log-probs of a bfloat16 engine and of the learner on a
+    weight sync's probe, in nats; a larger gap stops the run. For float32 engines it is 1e-3."""
     threads: PositiveInt | None = None
     """CPU threads per engine. Default: derived from the machine."""
 
 
 class ReferenceConfig(Section):
+    """The frozen reference model."""
+
     model: Path | None = None
-    """Where the initial reference is not the policy's own model. Same tokenizer."""
+    """Initial reference model, with the policy's tokenizer. Default: the policy's model."""
     token_budget: PositiveInt = 16384
     """Padded tokens per forward pass."""
     threads: PositiveInt | None = None
+    """CPU threads. Default: derived from the machine."""
 
 
 class LearnerConfig(Section):
+    """Optimizer and DeepSpeed settings of the policy's learner and the critic's."""
+
     lr: PositiveFloat = 1e-6
+    """Learning rate of the policy."""
     critic_lr: PositiveFloat = 9e-6
-    """Default from OpenRLHF's PPO."""
+    """Learning rate of the critic (OpenRLHF's PPO)."""
     critic_model: Path | None = None
-    """What the critic starts from, with a fresh value head. Default: the policy. Same tokenizer."""
+    """Initial model of the critic, with the policy's tokenizer; the value head is new. Default: the
+    policy's model."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate schedule after the warm-up."""
     warmup: Fraction = 0.0
-    """Share of all optimizer steps."""
+    """Linear warm-up, as a share of all optimizer steps."""
     min_lr: Fraction = 0.1
-    """The schedule's end, as a share of lr."""
+    """Learning rate at the end of the schedule, as a share of lr."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Adam's betas."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's weight decay."""
     grad_clip: NonNegativeFloat = 1.0
-    """Global gradient norm; 0 is off."""
+    """Maximum global gradient norm; 0 is off."""
     epochs: PositiveInt = 1
-    """Passes over a round's examples."""
+    """Passes over an iteration's examples."""
     prompts_per_step: PositiveInt | None = None
-    """Prompts per optimizer step; must divide prompts.batch. Default: the whole round."""
+    """Prompts per optimizer step; must divide prompts.batch. Default: prompts.batch."""
     ranks: PositiveInt = 1
     """Data-parallel learner processes. A campaign can be continued with another number, and another
     zero_stage or dtype."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """bfloat16 with 0 runs as 1: DeepSpeed's stage 0 would add gradients up in bfloat16."""
+    """DeepSpeed's ZeRO stage. bfloat16 with 0 runs as 1, because DeepSpeed's stage 0 would
+    accumulate gradients in bfloat16."""
     offload: bool = False
     """Optimizer states in host memory (ZeRO-Offload)."""
     dtype: Dtype = "bfloat16"
-    """bfloat16 keeps float32 master weights."""
+    """Precision of training; bfloat16 keeps float32 master weights."""
     token_budget: PositiveInt = 16384
     """Padded tokens per micro-batch and rank."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
     bucket_mib: PositiveInt = 256
-    """Size of the buckets in which weights travel, in MiB."""
+    """Size of the buckets in which weights are sent, in MiB."""
     collective_timeout_s: PositiveFloat = 600
+    """Timeout of a collective operation between ranks, in seconds."""
     threads: PositiveInt | None = None
+    """CPU threads per rank. Default: derived from the machine."""
 
 
 class ClusterConfig(Section):
-    """Who lives where. The campaign is the same on a laptop and on a cluster; only this section
-    differs.
+    """Placement of the actors; the only section that differs between a laptop and a cluster.
 
     Four pools: rollout (the engines), learner (and critic), reference, scorer (and evaluators).
     CPUs per actor are derived.
@@ -207,31 +224,33 @@ class ClusterConfig(Section):
     address: str = "local"
     """"local" starts Ray on this machine; "auto" joins the running cluster."""
     device: Literal["cpu", "gpu"] = "cpu"
+    """Device of every model."""
     placement: Literal["separate", "colocate"] = "separate"
-    """separate: every actor has its own GPUs. colocate: engine i and learner rank i share GPU i and
-    take turns: engines sleep while learners learn, learners' states lie in host memory while
-    engines write. On CPU only the turns are taken."""
+    """separate: every actor has its own GPUs. colocate: engine i and learner rank i share GPU i in
+    turns: engines are in vLLM's sleep mode during training, learner states in host memory during
+    generation. On CPU they take turns, but nothing is moved."""
     transport: Literal["auto", "object_store", "broadcast", "cuda_ipc"] = "auto"
-    """How new weights reach the engines. object_store: through host memory, from anywhere to
-    anywhere. broadcast: from device to device, through a process group (NCCL between separate GPUs,
-    gloo on CPU). cuda_ipc: each engine loads from the memory of the learner rank on its GPU
-    (colocate). Default: object_store on CPU, broadcast between separate GPUs, cuda_ipc on shared
-    ones. In rounds in which the reference moves, object_store in any case: the reference takes the
-    weights from there."""
+    """How new weights reach the engines. object_store: through host memory, between any devices.
+    broadcast: from device to device, through a process group (NCCL between separate GPUs, gloo on
+    CPU). cuda_ipc: each engine loads from the memory of the learner rank on its GPU (colocate).
+    Default: object_store on CPU, broadcast between separate GPUs, cuda_ipc on shared ones. In
+    iterations in which the reference is updated, object_store is always used: the reference reads
+    the weights from there."""
     gpus_per_reference: Share | None = None
-    """Of one GPU, for example 0.5. Default: a GPU of its own; with colocate a place beside the
-    others on the first GPU."""
+    """Share of one GPU for the reference, for example 0.5. Default: one GPU; with colocate, a share
+    of the first GPU."""
     gpus_per_scorer: Share | None = None
-    """The same for each scorer and evaluator with a model. Two actors of 0.5 may sit on one GPU."""
+    """Share of one GPU for each scorer and evaluator with a model. Two actors with 0.5 may share a
+    GPU."""
     resources: dict[Pool, dict[str, PositiveFloat]] = Field(default_factory=dict)
     """Custom resources that each actor of a pool needs, as nodes offer them with `ray start
     --resources`: {rollout: {h100: 1}} puts engines on nodes that have h100."""
     placement_timeout_s: PositiveFloat = 50
-    """How long to wait until a running cluster has room for everyone, in seconds; for an autoscaler
-    that may be minutes."""
+    """Timeout for a running cluster to have resources for all actors, in seconds; an autoscaler may
+    need minutes."""
     gpu_memory_gib: PositiveFloat | None = None
-    """Of one GPU, for the estimates of `rayhf check`. Default: the smallest that the cluster's
-    nodes report."""
+    """Memory of one GPU for the estimates of `rayhf check`, in GiB. Default: the smallest that the
+    cluster's nodes report."""
 
     @field_validator("resources")
     @classmethod
@@ -251,52 +270,36 @@ class ClusterConfig(Section):
         return resources
 
 
-class EvaluationConfig(Section):
-    """A further held-out evaluation, under its own task name."""
-
-    prompts: Path
-    """Like prompts.heldout."""
-    scorer: tuple[ScorerEntry, ...] = Field(min_length=1)
-    policy: Name = "policy"
-    """Which of the campaign's policies answers, for algorithms that train several; the only one
-    where there is one."""
-
-
-class TrackingConfig(Section):
-    wandb: Literal["off", "offline", "online"] = "off"
-    project: str = "rayhf"
-    name: str | None = None
-
-
-AlgorithmConfig = Annotated[
-    PPOConfig
-    | OnlineDPOConfig
-    | IterativeDPOConfig
-    | SPPOConfig
-    | INPOConfig
-    | HyPOConfig
-    | MCTSDPOConfig
-    | SPaRConfig,
-    Field(discriminator="type"),
-]
-
-
 class CampaignConfig(Section):
+    """All settings of a campaign."""
+
     seed: NonNegativeInt = 0
+    """Seed of everything random."""
     run: RunConfig
     policy: PolicyConfig
     prompts: PromptsConfig
-    tiny: TinyConfig | None = None
-    evaluations: dict[Name, EvaluationConfig] = Field(default_factory=dict)
-    """By task name; eval/<task>/... with `run.eval_every`."""
-    algorithm: AlgorithmConfig
+    evaluations: dict[Name, Annotated[EvaluationConfig, EVALUATIONS]] = Field(default_factory=dict)
+    """Further evaluations by task name."""
+    algorithm: Annotated[AlgorithmConfig, ALGORITHMS]
     rollout: RolloutConfig = RolloutConfig()
     scorer: ScorerConfig
     reference: ReferenceConfig = ReferenceConfig()
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    trackers: tuple[Annotated[TrackerConfig, TRACKERS], ...] = ()
+    """Where metrics are also sent, for example [wandb]; metrics.jsonl is always written."""
     guards: GuardsConfig = GuardsConfig()
     service: ServiceConfig | None = None
-    """Serve the campaign's control over gRPC while it runs: status, watch, pause, stop, prompts and
-    human preferences in."""
+    """gRPC control service of the running campaign: status, watch, pause, stop, adding prompts and
+    human preferences. Default: none."""
+
+    @property
+    def evaluator_scorers(self) -> dict[str | None, tuple[ScorerEntryConfig, ...]]:
+        """Scorers of evaluations by task, one actor each; None is the held-out evaluation."""
+        scorers: dict[str | None, tuple[ScorerEntryConfig, ...]] = {}
+        if self.scorer.evaluate is not None:
+            scorers[None] = self.scorer.evaluate
+        for task, evaluation in self.evaluations.items():
+            if evaluation.scorers:
+                scorers[task] = evaluation.scorers
+        return scorers

@@ -1,189 +1,176 @@
-"""What judges answers: one entry class per kind of scorer, and how several become one. A docstring
-under a field is its help."""
+"""Settings that all scorers share, and how several scorers become one.
+
+The settings of each scorer stand beside its code (rayhf/scorer/); `type` names it. Everything that
+the planner, the preflight checks and the service must know of a scorer is a fact that its settings
+declare: `is_pairwise`, `is_normalized`, `uses_gpu`, `runs_engine`, `loads`.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
-from rayhf.config.base import Name, Section
-from rayhf.config.service import NO_SECURITY, EndpointSecurity, split_endpoint
+from rayhf.config.base import Name, PluginConfig, Section
+from rayhf.config.registry import SCORERS
+
+if TYPE_CHECKING:
+    from rayhf.config.schema import RolloutConfig
 
 Dtype = Literal["float32", "bfloat16"]
+ScorerKind = Literal["pointwise", "pairwise", "general_preference"]
+"""What a fitted scorer reads and returns (rayhf/scorer/fit.py)."""
+
+_PART_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifierModel:
+    """A sequence classifier in a scorer's process, as memory estimates see it."""
+
+    model: Path
+    dtype: Dtype
+    token_budget: int
+    """Padded tokens per forward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineModel:
+    """A language model in a vLLM engine in a scorer's process, as memory estimates see it."""
+
+    model: Path
+    dtype: Dtype
+    engine: RolloutConfig
 
 
 class LogSigmoid(Section):
-    """u = log sigmoid(r - reference): little is won by an answer that is already good. Wang et al.
-    2024 (2402.00742), LSC.
+    """u = log sigmoid(score - reference), with diminishing returns above the reference.
 
-    Sums of such terms mean "good in all of them". The paper takes one reference per prompt, the
-    0.85 quantile of the scores of SFT answers to it; here it is one number for all prompts, which
-    you measure and write down.
+    Sums of such terms mean "good in all of them". Wang et al. 2024 (2402.00742), LSC: the paper
+    takes one reference per prompt, the 0.85 quantile of the scores of SFT completions; here it is
+    one number for all prompts, which you measure.
     """
 
     type: Literal["log_sigmoid"] = "log_sigmoid"
     reference: float
-    """The score from which an answer counts as good, for example the 0.85 quantile of an SFT
+    """Score from which a completion counts as good, for example the 0.85 quantile of an SFT
     model's scores."""
 
+    def apply(self, score: float) -> float:
+        """Return the transformed score, stable for any finite score."""
+        margin = score - self.reference
+        if margin >= 0:
+            return -math.log1p(math.exp(-margin))
+        return margin - math.log1p(math.exp(margin))
 
-class Entry(Section):
-    """What every scorer has."""
+
+class ScorerEntryConfig(PluginConfig):
+    """Settings and declared facts of any scorer.
+
+    Derive from PointwiseEntryConfig or PairwiseEntryConfig.
+    """
 
     name: Name | None = None
-    """In metrics and samples. Default: the function's name, or the type."""
+    """Name in metrics and samples. Default: the function's or the class's name, or the type."""
     weight: float = 1.0
 
+    @property
+    def default_name(self) -> str:
+        """Name where the config gives none."""
+        return self.type.rpartition(":")[2]
 
-class PointwiseEntry(Entry):
-    """A scorer that gives each answer a number."""
+    @property
+    def resolved_name(self) -> str:
+        """Name in metrics and samples."""
+        return self.default_name if self.name is None else self.name
+
+    @property
+    def is_pairwise(self) -> bool:
+        """Whether it compares completions by itself, with no score for a single completion."""
+        return False
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether its scores are normalized by statistics of the campaign so far."""
+        return False
+
+    @property
+    def loads(self) -> ClassifierModel | EngineModel | None:
+        """The model in its process, for memory estimates; None where there is none to estimate."""
+        return None
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether it needs a GPU where the cluster has them."""
+        return self.loads is not None
+
+    @property
+    def runs_engine(self) -> bool:
+        """Whether it runs vLLM in its process, which needs rayhf.rollout.env.engine_env()."""
+        return isinstance(self.loads, EngineModel)
+
+    def transformed(self, score: float) -> float:
+        """Return the score after the configured transform."""
+        return score
+
+
+class PointwiseEntryConfig(ScorerEntryConfig):
+    """Settings of a scorer that scores each completion by itself."""
 
     transform: LogSigmoid | None = None
-    """Of each score, before anything else."""
+    """Applied to each score first."""
     normalize: bool = False
-    """(score - mean) / standard deviation, both over everything this campaign has scored so far;
+    """(score - mean) / standard deviation, both over all scores of this campaign so far; applied
     after the transform."""
 
+    @property
+    def is_normalized(self) -> bool:
+        """Whether its scores are normalized by statistics of the campaign so far."""
+        return self.normalize
 
-class RuleConfig(PointwiseEntry):
-    """A function of yours: `module:function(completion, *, prompt, answer, finish_reason) ->
-    float`."""
-
-    type: Literal["rule"] = "rule"
-    function: str
-    timeout_s: PositiveFloat = 10.0
-    """Per completion, in seconds."""
-    network: bool = False
-    """It asks a service. Otherwise its process gets no network where the kernel allows that."""
+    def transformed(self, score: float) -> float:
+        """Return the score after the configured transform."""
+        return score if self.transform is None else self.transform.apply(score)
 
 
-class RewardModelConfig(PointwiseEntry):
-    """A sequence classifier with one output, with its own tokenizer and chat template."""
+class PairwiseEntryConfig(ScorerEntryConfig):
+    """Settings of a scorer that compares the completions of one prompt."""
 
-    type: Literal["reward_model"] = "reward_model"
-    model: Path
-    dtype: Dtype = "float32"
-    token_budget: PositiveInt = 16384
-    """Padded tokens per forward pass."""
-    max_length: PositiveInt | None = None
+    @property
+    def is_pairwise(self) -> bool:
+        """Whether it compares completions by itself, with no score for a single completion."""
+        return True
 
 
-class PairwiseRuleConfig(Entry):
-    """A function of yours: `module:function(first, second, *, prompt, answer) -> float`, the
-    probability that first is better.
-
-    It is asked once for each two answers to a prompt, the earlier one first; the other direction is
-    one minus that.
-    """
-
-    type: Literal["pairwise_rule"] = "pairwise_rule"
-    function: str
-    timeout_s: PositiveFloat = 10.0
-    """Per pair, in seconds."""
-    network: bool = False
-    """As for rule."""
+ScorerEntry = Annotated[ScorerEntryConfig, SCORERS]
+"""One scorer: a built-in `type`, one of an installed package, or package.module:Class."""
 
 
-class PreferenceModelConfig(Entry):
-    """A preference model that `rayhf fit-scorer` wrote: it compares answers by itself and need not
-    be transitive."""
-
-    type: Literal["preference_model"] = "preference_model"
-    model: Path
-    dtype: Dtype = "float32"
-    token_budget: PositiveInt = 16384
-    """Padded tokens per forward pass."""
-    max_length: PositiveInt | None = None
-
-
-class JudgeConfig(PointwiseEntry):
-    """A language model that is asked for a verdict.
-
-    yes_no: the share of yes among its votes. rating: the mean of its votes from 1 to 10. pairwise:
-    the share of votes that an answer wins against another, both shown first in turn. A vote that
-    cannot be read does not count, in either direction.
-    """
-
-    type: Literal["judge"] = "judge"
-    model: Path
-    """Hugging Face model directory with a tokenizer that has a chat template."""
-    mode: Literal["yes_no", "rating", "pairwise"] = "yes_no"
-    votes: PositiveInt = 1
-    """Per question; in pairwise mode per order. SPaR (Cheng et al. 2024) asks 5 times at
-    temperature 0.7."""
-    temperature: NonNegativeFloat = 0.0
-    """0 is greedy, and then one vote is all there is."""
-    max_tokens: PositiveInt = 512
-    """Per vote. A vote that is cut off there does not count."""
-    max_length: PositiveInt | None = None
-    """Question plus vote, in tokens. Default: the model's own limit."""
-    template: str | None = None
-    """jinja2, with `question`, `reference` (the prompt's answer, or none) and `answer`, or `first`
-    and `second` in pairwise mode. Each comes fenced between lines that carry `fence`, a code that
-    none of them contains. Default: rayhf/scorer/judge_text.py."""
-    verdict: str | None = None
-    """Regular expression of the verdict; its last match in the judge's own words counts. One group
-    that holds yes or no, a number from 1 to 10, or a, b or tie; or groups named `yes` and `no`,
-    `rating`, or `first`, `second` and `tie`."""
-    dtype: Dtype = "bfloat16"
-    kv_cache_gib: PositiveFloat | None = None
-    """KV cache of its engine in GiB. Default: as rollout.kv_cache_gib."""
-
-    @model_validator(mode="after")
-    def _check_votes(self) -> JudgeConfig:
-        if self.votes > 1 and self.temperature == 0:
+def _check_names(entries: tuple[ScorerEntryConfig, ...]) -> tuple[ScorerEntryConfig, ...]:
+    names = [entry.resolved_name for entry in entries]
+    for index, name in enumerate(names):
+        if not _PART_NAME.fullmatch(name):
             raise ValueError(
-                f"votes is {self.votes} at temperature 0, which would be the same vote each time; try temperature 0.7"
+                f"entry {index} is named {name!r}; letters, digits, '_', '.' and '-' are allowed, "
+                "set `name`"
             )
-        if 0 < self.temperature < 0.01:
-            raise ValueError(f"temperature is {self.temperature:g}; expected 0 or at least 0.01")
-        if self.mode == "pairwise" and (self.transform is not None or self.normalize):
+        first = names.index(name)
+        if first != index:
             raise ValueError(
-                "transform and normalize are for scores; a pairwise judge gives probabilities"
+                f"entries {first} and {index} are both named {name!r}; set `name` on one of them"
             )
-        return self
+    return entries
 
 
-class GrpcScorerConfig(PointwiseEntry):
-    """Scorers that `rayhf serve-scorer` serves, on one machine or on many that serve the same."""
-
-    type: Literal["remote"] = "remote"
-    endpoints: tuple[str, ...] = Field(min_length=1)
-    """host:port each."""
-    pairwise: bool = False
-    """What is served compares answers by itself; `rayhf check` asks whether that is so."""
-    security: EndpointSecurity = NO_SECURITY
-    timeout_s: PositiveFloat = 60.0
-    """Per call, in seconds."""
-    batch: PositiveInt = 64
-    """Completions per call; all of one prompt's go together."""
-    in_flight: PositiveInt = 4
-    """Calls at a time to one endpoint."""
-    max_message_mib: PositiveInt = 16
-    """Of one call; the service's own limit, or less."""
-
-    @model_validator(mode="after")
-    def _check_endpoints(self) -> GrpcScorerConfig:
-        for endpoint in self.endpoints:
-            split_endpoint(endpoint, self.security)
-        if self.pairwise and (self.transform is not None or self.normalize):
-            raise ValueError(
-                "transform and normalize are for scores; a pairwise service gives probabilities"
-            )
-        return self
-
-
-ScorerEntry = Annotated[
-    RuleConfig
-    | RewardModelConfig
-    | PairwiseRuleConfig
-    | PreferenceModelConfig
-    | JudgeConfig
-    | GrpcScorerConfig,
-    Field(discriminator="type"),
+ScorerEntries = Annotated[
+    tuple[ScorerEntry, ...], Field(min_length=1), AfterValidator(_check_names)
 ]
+"""Scorers that are combined, with different names."""
 
 
 class CombineConfig(Section):
@@ -196,36 +183,59 @@ class CombineConfig(Section):
 
     type: Literal["weighted_sum", "mean", "worst", "uncertainty"] = "weighted_sum"
     coef: NonNegativeFloat = 0.1
-    """Of uncertainty. Coste et al.: 0.1 for PPO, 0.5 to 1 for best-of-n."""
+    """Weight of the variance (uncertainty only). Coste et al.: 0.1 for PPO, 0.5 to 1 for
+    best-of-n."""
 
 
 WEIGHTED_SUM = CombineConfig()
 
 
-class ScorerConfig(Section):
-    train: tuple[ScorerEntry, ...] = Field(min_length=1)
+class CombinedScorersConfig(Section):
+    """Scorers that are combined into one."""
+
+    train: ScorerEntries
     """Combined, they are the score."""
     combine: CombineConfig = WEIGHTED_SUM
-    """Of train; evaluation takes weighted sums."""
-    evaluate: tuple[ScorerEntry, ...] | None = None
+    """How `train` is combined; evaluation takes weighted sums."""
+    threads: PositiveInt | None = None
+    """CPU threads of the scorers' models. Default: derived from the machine."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> CombinedScorersConfig:
+        """Refuse weights without a meaning in this combination."""
+        weights = [entry.weight for entry in self.train]
+        pairwise = any(entry.is_pairwise for entry in self.train)
+        combine = self.combine.type
+        if pairwise and combine not in ("weighted_sum", "mean"):
+            raise ValueError(
+                f"combine.type {combine} is for scores, and a pairwise scorer gives win "
+                "probabilities; expected weighted_sum or mean"
+            )
+        if combine == "worst" and any(weight != 1 for weight in weights):
+            raise ValueError(
+                "combine.type worst takes the smallest score as it is; expected no weights, got "
+                + _list(weights)
+            )
+        if (pairwise or combine != "weighted_sum") and any(weight <= 0 for weight in weights):
+            reason = "a pairwise scorer" if pairwise else f"combine.type {combine}"
+            raise ValueError(
+                f"weights are {_list(weights)}; with {reason} they are shares, expected numbers "
+                "above 0"
+            )
+        return self
+
+
+def _list(weights: Sequence[float]) -> str:
+    return ", ".join(f"{weight:g}" for weight in weights)
+
+
+class ScorerConfig(CombinedScorersConfig):
+    """The campaign's scorers."""
+
+    evaluate: ScorerEntries | None = None
     """For held-out evaluation only. Default: the training scorers."""
     max_failed: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of a round's completions that may be Failed or Invalid before the run stops."""
+    """Share of an iteration's completions that may be Failed or Invalid before the run stops."""
     attempts: PositiveInt = 4
-    """Calls at most for a completion whose scorer could not be reached. A scorer that answers
-    nothing at all pauses the campaign until it is back."""
-    threads: PositiveInt | None = None
-
-
-def is_pairwise(entry: ScorerEntry) -> bool:
-    """It compares answers by itself. Such a scorer has no score for an answer that stands alone."""
-    if isinstance(entry, GrpcScorerConfig):
-        return entry.pairwise
-    return isinstance(entry, PairwiseRuleConfig | PreferenceModelConfig) or (
-        isinstance(entry, JudgeConfig) and entry.mode == "pairwise"
-    )
-
-
-def has_model(entry: ScorerEntry) -> bool:
-    """It needs a GPU where there is one."""
-    return isinstance(entry, RewardModelConfig | PreferenceModelConfig | JudgeConfig)
+    """Maximum number of calls for a completion whose scorer is unreachable. A scorer that responds
+    to nothing pauses the campaign until it is back."""

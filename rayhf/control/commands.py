@@ -154,7 +154,7 @@ class FileControl:
 
         _check_size(rows, "prompts")
         for number, row in enumerate(rows, start=1):
-            check_row(dict(row), f"row {number}", "prompts")
+            check_row(row, f"prompts: row {number}")
         status = self.status()
         keys = ("prompt", "messages", "answer")
         kept = [{key: row[key] for key in keys if key in row} for row in rows]

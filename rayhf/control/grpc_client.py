@@ -78,7 +78,7 @@ class GrpcControl:
         """Submit prompts for the next iteration."""
         prompts = []
         for number, row in enumerate(rows, start=1):
-            messages = parse_messages(dict(row), f"row {number}", "prompts")
+            messages = parse_messages(row, f"prompts: row {number}")
             answer = None if row.get("answer") is None else str(row["answer"])
             prompts.append(pb.NewPrompt(messages=_messages(messages), answer=answer))
         return self._message(

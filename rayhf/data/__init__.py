@@ -1,1 +1,1 @@
-"""Prompts and preference pairs: sources, readers, chat templates."""
+"""Data of a campaign: sources, prompts, preference pairs, chat templates."""

@@ -2,7 +2,7 @@
 
 A row has `prompt` (string) or `messages` (list), `chosen` and `rejected` (different texts), and
 optionally `margin` (how much better, 0 or more), `score_chosen` and `score_rejected` (ratings).
-Every refused row is named by file and row.
+Error messages name the file and the row.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rayhf.data.prompts import Chat, deal, parse_messages, prompt_id, read_rows
+from rayhf.data.chat import Chat
+from rayhf.data.prompts import iteration_batch, parse_messages, prompt_id
+from rayhf.data.readers import Row, read_rows
 from rayhf.errors import ConfigError
 from rayhf.types import Example, Message, given_row
 
-_DEALING_SEED = 20240503
-"""Any number: it fixes the order in which given pairs are dealt."""
-_OPTIONAL = ("margin", "score_chosen", "score_rejected")
+_ORDER_SEED = 20240503
+"""An arbitrary number that fixes the order in which given pairs are trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPair:
-    """Two answers to one prompt, the better one first."""
+    """Two completions of one prompt as text, the better one first."""
 
     messages: tuple[Message, ...]
     chosen: str
@@ -38,52 +38,74 @@ class TextPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSet:
-    """The pairs of one file, in file order."""
+    """Pairs of one file, in file order."""
 
     pairs: tuple[TextPair, ...]
+    places: tuple[str, ...]
+    """How error messages name the row of each pair."""
     identical: int
-    """Rows left out because both answers are the same text: no preference."""
+    """Rows left out because both texts are the same: no preference."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any pair or the order changes."""
+        """Hash that changes when any pair or the order changes."""
         return hashlib.blake2b(
             repr(self.pairs).encode("utf-8", "surrogatepass"), digest_size=16
         ).hexdigest()
 
 
 def load_pairs(path: Path, *, key: str) -> PairSet:
-    """Read and check every pair. Raises ConfigError for a bad row, or where no usable pair is
-    left."""
+    """Read and check every pair of a file, which the config key `key` names.
+
+    Raises ConfigError for a malformed row, and where no usable pair is left.
+    """
     pairs: list[TextPair] = []
+    places: list[str] = []
     identical = 0
     for where, row in read_rows(path, key=key):
-        messages = parse_messages(row, where, key)
-        for field in ("chosen", "rejected"):
-            if not isinstance(row.get(field), str):
-                raise ConfigError(
-                    f"{key}: {where}: expected `{field}` (string), got keys {', '.join(sorted(row))}"
-                )
-        numbers = {field: _number(row.get(field), field, f"{key}: {where}") for field in _OPTIONAL}
-        if numbers["margin"] is not None and numbers["margin"] < 0:
-            raise ConfigError(
-                f"{key}: {where}: `margin` is {numbers['margin']:g}; expected 0 or more"
-            )
-        if row["chosen"] == row["rejected"]:
+        pair = _parse_pair(row, where)
+        if pair.chosen == pair.rejected:
             identical += 1
             continue
-        pairs.append(
-            TextPair(messages=messages, chosen=row["chosen"], rejected=row["rejected"], **numbers)
-        )
+        pairs.append(pair)
+        places.append(where)
     if not pairs:
-        why = f"all {identical} rows have equal answers" if identical else "it is empty"
+        reason = f"all {identical} rows have equal texts" if identical else "it is empty"
         raise ConfigError(
-            f"{key}: {path} has no usable pair ({why}); expected rows with `prompt`, `chosen` and `rejected`"
+            f"{key}: {path} has no usable pair ({reason}); expected rows with `prompt`, `chosen` "
+            "and `rejected`"
         )
-    return PairSet(pairs=tuple(pairs), identical=identical)
+    return PairSet(pairs=tuple(pairs), places=tuple(places), identical=identical)
 
 
-def _number(value: Any, field: str, where: str) -> float | None:
+def _parse_pair(row: Row, where: str) -> TextPair:
+    messages = parse_messages(row, where)
+    chosen = _text(row, "chosen", where)
+    rejected = _text(row, "rejected", where)
+    margin = _number(row, "margin", where)
+    if margin is not None and margin < 0:
+        raise ConfigError(f"{where}: `margin` is {margin:g}; expected 0 or more")
+    return TextPair(
+        messages=messages,
+        chosen=chosen,
+        rejected=rejected,
+        margin=margin,
+        score_chosen=_number(row, "score_chosen", where),
+        score_rejected=_number(row, "score_rejected", where),
+    )
+
+
+def _text(row: Row, field: str, where: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"{where}: expected `{field}` (string), got keys {', '.join(sorted(row))}"
+        )
+    return value
+
+
+def _number(row: Row, field: str, where: str) -> float | None:
+    value = row.get(field)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -92,20 +114,24 @@ def _number(value: Any, field: str, where: str) -> float | None:
 
 
 def encode_pairs(pairs: Sequence[TextPair], chat: Chat, *, key: str) -> tuple[Example, ...]:
-    """(chosen, rejected) examples for the policy. Raises ConfigError for a pair that is longer than
-    the model's sequences."""
+    """Return each pair as an example of the policy, with the rows (chosen, rejected).
+
+    Raises ConfigError for a pair that is longer than the model's sequences.
+    """
     examples = []
     for number, pair in enumerate(pairs, start=1):
-        # No answer: a pair file has none, and the id of a prompt with one differs all the same.
-        identity, prompt = prompt_id(pair.messages, None), chat.render(pair.messages)
+        # Without a reference answer: a pair file has none, and the prompt's id depends on it.
+        identity = prompt_id(pair.messages, None)
+        prompt = chat.render(pair.messages)
         rows = tuple(
-            given_row(identity, prompt, chat.answer(pair.messages, text))
+            given_row(identity, prompt, chat.encode_response(pair.messages, text))
             for text in (pair.chosen, pair.rejected)
         )
         longest = max(len(row) for row in rows)
         if longest > chat.max_length:
             raise ConfigError(
-                f"{key}: pair {number} has {longest} tokens, the model takes {chat.max_length}; leave it out"
+                f"{key}: pair {number} has {longest} tokens, but the model takes at most "
+                f"{chat.max_length}; leave it out"
             )
         examples.append(
             Example(rows=rows, scalars={} if pair.margin is None else {"margin": pair.margin})
@@ -113,13 +139,14 @@ def encode_pairs(pairs: Sequence[TextPair], chat: Chat, *, key: str) -> tuple[Ex
     return tuple(examples)
 
 
-def deal_pairs(
+def iteration_pairs(
     pairs: Sequence[Example], *, share: float, prompts: int, iteration: int
 ) -> list[Example]:
-    """A round's part of the given pairs, `share` per prompt: consecutive slices of a permutation,
-    one permutation per pass.
+    """Return an iteration's part of the given pairs: `share` pairs per prompt.
 
-    Seeded by nothing but the file's order: no pair comes again before all came once.
+    The order depends on the file's order only, and no pair comes twice before all came once.
     """
-    count = min(round(share * prompts), len(pairs))
-    return deal(pairs, batch=count, iteration=iteration, seed=_DEALING_SEED) if count else []
+    batch = min(round(share * prompts), len(pairs))
+    if not batch:
+        return []
+    return iteration_batch(pairs, batch=batch, iteration=iteration, seed=_ORDER_SEED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rayhf.data.prompts import Chat
+from rayhf.data.chat import Chat
 from rayhf.exploration.eager import EagerScheduler
 from rayhf.exploration.journal import Journal
 from rayhf.exploration.scheduler import IN_FLIGHT, RequestScheduler

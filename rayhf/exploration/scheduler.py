@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, TypeVar
 
 from rayhf.algorithms.context import ExplorationContext
-from rayhf.data.prompts import Chat
+from rayhf.data.chat import Chat
 from rayhf.exploration.codecs import COMPARE, GENERATE, SCORE, Codec, RequestT, ResponseT
 from rayhf.exploration.journal import Journal
 from rayhf.roles import Rollout, Scorer
@@ -88,15 +88,15 @@ class PromptContext:
         return self._scheduler.chat.render(messages)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of `text` as an answer, end-of-turn token included."""
-        return self._scheduler.chat.answer(self._prompt.messages, text)
+        """Return the token ids of `text` as a completion, end-of-turn token included."""
+        return self._scheduler.chat.encode_response(self._prompt.messages, text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a part of a completion."""
         return self._scheduler.chat.text(token_ids)
 
     def room(self, context: Sequence[int]) -> int:
-        """Return how many tokens the model can take after `context`; 0 or less: none."""
+        """Return how many tokens fit after `context`; 0 or less: none."""
         return self._scheduler.chat.max_length - len(context)
 
     async def sample(
@@ -110,7 +110,7 @@ class PromptContext:
     ) -> tuple[Completion, ...]:
         """Draw n continuations of the prompt (or of `context`) followed by `prefix` tokens.
 
-        max_tokens is cut to what the model can still take. Raises ValueError where that is nothing.
+        max_tokens is reduced to what fits into the model. Raises ValueError where nothing fits.
         """
         token_ids = (*(self._prompt.token_ids if context is None else context), *prefix)
         sampling = sampling or self.sampling

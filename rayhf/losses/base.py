@@ -1,12 +1,12 @@
-"""What a loss sees and what it returns.
+"""Inputs and outputs of a loss.
 
 Shapes, everywhere in rayhf/losses: T response tokens of a micro-batch laid end to end (no padding),
 R rows (responses), E examples, P pairs. A tensor's name ends in its shape. Rows of one example are
 neighbors; a pair is (chosen, rejected).
 
-A micro-batch is a part of an optimizer step, so a loss never averages over what it happens to see:
-it sums and divides by `Totals`, the counts of the *whole* step over all micro-batches and ranks.
-The result then does not depend on sharding.
+A micro-batch is a part of an optimizer step, so a loss never averages over its micro-batch: it sums
+and divides by `Totals`, the counts of the *whole* step over all micro-batches and ranks. The result
+then does not depend on sharding.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Totals:
     rows: float
     examples: float
     scalars: Mapping[str, float] = field(default_factory=dict)
-    """Sums of the examples' named scalars (NaN counts as 0): the counts of parts, for losses that
-    mix kinds of example."""
+    """Sums of the examples' named scalars (NaN counts as 0), for losses that mix kinds of examples
+    and need the count of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,28 +43,29 @@ class MicroBatch:
     examples: Mapping[str, Tensor]
     """Named values of shape (E,)."""
     row_T: Tensor
-    """Which row a token belongs to: int64 of shape (T,)."""
+    """Index of each token's row: int64 of shape (T,)."""
     length_R: Tensor
     """Response tokens of each row: float32 of shape (R,)."""
     example_R: Tensor
-    """Which example a row belongs to: int64 of shape (R,)."""
+    """Index of each row's example: int64 of shape (R,)."""
     totals: Totals
     entropy_T: Tensor | None = None
-    """Entropy of the policy's next-token distribution in nats, where the loss asked for it."""
+    """Entropy of the policy's next-token distribution in nats, where the loss requests it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
-    """`loss` is this micro-batch's share of the step's loss; shares add up."""
+    """A micro-batch's share of the step's loss and metrics."""
 
     loss: Tensor
+    """Shares add up to the step's loss."""
     metrics: Mapping[str, Tensor]
     """Detached scalars that add up over micro-batches and ranks (divide by Totals); names ending in
     `_max` take the maximum."""
 
 
 class Loss(Protocol):
-    """What a learner is given: picklable, and called once per micro-batch."""
+    """A picklable function that the learner calls once per micro-batch."""
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
@@ -72,8 +73,13 @@ class Loss(Protocol):
         ...
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
-        """`output_T`: log-probs of the response tokens (policy) or values before each token
-        (critic), with gradient."""
+        """Return the micro-batch's share of the loss.
+
+        Args:
+            output_T: with gradient, log-probs of the response tokens (policy) or values before each
+                token (critic).
+            micro: everything else that is known of the micro-batch.
+        """
         ...
 
 

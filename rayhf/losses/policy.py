@@ -1,16 +1,17 @@
 """The policy-gradient loss of PPO and of its critic-free relatives (GRPO, RLOO, REINFORCE++).
 
 In: log-probs of the response tokens with gradient, and a MicroBatch whose tokens carry
-  behavior_logp  under the weights that wrote the tokens (rollout engine), always;
-  advantage       what credit.py made of scores, KL and values, always;
-  old_logp        under the learner at the start of the round. Absent = the round has exactly one
-                  optimizer step: old is the current policy, and the ratio is 1 with gradient;
-  ref_logp        under the reference, where a KL term needs it or reference/kl is wanted.
-Out: LossOutput, this micro-batch's share. Nobody waits for anybody here: these are pure functions.
+  behavior_logp   under the weights that generated the tokens (rollout engine), always;
+  advantage       from algorithms/advantages.py, always;
+  old_logp        under the learner at the start of the iteration. Absent where the iteration has
+                  exactly one optimizer step: old is then the current policy, and the ratio is 1
+                  with gradient;
+  ref_logp        under the reference, where a KL term or the metric reference/kl needs it.
+Out: LossOutput, this micro-batch's share.
 
-Two different ratios, never mixed: rho = exp(logp - old_logp) carries the gradient and is clipped
-(PPO's trust region); w = exp(old_logp - behavior_logp) carries none and is truncated (rollout
-engine and staleness against the learner).
+Two different ratios: rho = exp(logp - old_logp) carries the gradient and is clipped (PPO's trust
+region); w = exp(old_logp - behavior_logp) carries none and is truncated (it corrects for staleness
+and for the mismatch between rollout engine and learner).
 
 Log-probs are float32 or wider, in nats, temperature applied. T response tokens, R rows.
 """
@@ -19,11 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from rayhf.config.base import PluginConfig
 from rayhf.errors import ConfigError
 from rayhf.losses.base import LossOutput, MicroBatch, sum_rows
 
@@ -31,21 +34,21 @@ Aggregate = Literal["token_mean", "sequence_mean", "sequence_sum"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 MAX_EXPONENT = 20.0
-"""Nats. exp(20) is about 5e8: beyond it a ratio says only "broken"."""
+"""Nats. exp(20) is about 5e8: a larger ratio carries no information but that training broke."""
 
 
 def safe_exp(x: Tensor) -> Tensor:
-    """exp(x) up to MAX_EXPONENT and its tangent line beyond: finite in float32, and value and
-    gradient keep their signs.
+    """Return exp(x) up to MAX_EXPONENT and its tangent line beyond.
 
-    A plain clamp would drop the gradient of exp and, in k3, leave one of the wrong sign.
+    Value and gradient are finite in float32 and keep their signs. A plain clamp would drop the
+    gradient of exp and, in k3, leave one of the wrong sign.
     """
     bounded = x.clamp(max=MAX_EXPONENT)
     return bounded.exp() * (1.0 + (x - bounded))
 
 
 def need(micro: MicroBatch, name: str) -> Tensor:
-    """The token field `name` of shape (T,); ValueError names what is missing."""
+    """Return the token field `name`, of shape (T,). Raises ValueError where it is missing."""
     if name not in micro.tokens:
         raise ValueError(
             f"the loss needs the token field {name!r}; the batch has {sorted(micro.tokens)}"
@@ -53,19 +56,18 @@ def need(micro: MicroBatch, name: str) -> Tensor:
     return micro.tokens[name]
 
 
-def known(behaviour_logp_T: Tensor, logp_T: Tensor) -> Tensor:
-    """Behaviour log-probs, with the learner's own where they are unknown (NaN: answers that were
-    given, not sampled)."""
-    return torch.where(behaviour_logp_T.isnan(), logp_T.detach(), behaviour_logp_T)
+def fill_unknown(behavior_logp_T: Tensor, logp_T: Tensor) -> Tensor:
+    """Return behavior log-probs, with the learner's own in place of NaN (not sampled here)."""
+    return torch.where(behavior_logp_T.isnan(), logp_T.detach(), behavior_logp_T)
 
 
 def aggregate(values_T: Tensor, micro: MicroBatch, how: Aggregate) -> Tensor:
-    """This micro-batch's share of the step's scalar; shares add up to the whole-step value,
-    whatever the sharding.
+    """Return this micro-batch's share of the step's scalar.
 
-    token_mean: sum / tokens of the step. sequence_mean: sum over rows of the row's token mean /
-    rows of the step. sequence_sum: sum over rows of the row's sum / rows of the step. An empty
-    response adds 0 and still counts as a row.
+    Shares add up to the whole step's value, however it is sharded. token_mean: sum / tokens of the
+    step. sequence_mean: sum over rows of the row's token mean / rows of the step. sequence_sum: sum
+    over rows of the row's sum / rows of the step. An empty response adds 0 and still counts as a
+    row. Raises ConfigError for an unknown `how`.
     """
     if how == "token_mean":
         return values_T.sum() / max(micro.totals.tokens, 1.0)
@@ -80,12 +82,11 @@ def aggregate(values_T: Tensor, micro: MicroBatch, how: Aggregate) -> Tensor:
 
 
 def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tensor:
-    """Per-token estimate of KL(policy || reference) in nats, as a value: (T,). Schulman 2020,
-    "Approximating KL divergence".
+    """Return a per-token estimate of KL(policy || reference) in nats, as a value: (T,).
 
-    With g = logp - ref_logp on tokens of the policy: k1 = g (unbiased, any sign), k2 = g^2/2
-    (biased, not negative), k3 = exp(-g) - 1 + g (unbiased, not negative; exp continues as its
-    tangent beyond MAX_EXPONENT).
+    Schulman 2020, "Approximating KL divergence". With g = logp - ref_logp on tokens of the policy:
+    k1 = g (unbiased, any sign), k2 = g^2/2 (biased, not negative), k3 = exp(-g) - 1 + g (unbiased,
+    not negative; exp continues as its tangent beyond MAX_EXPONENT).
     """
     gap_T = logp_T - ref_logp_T
     if estimator == "k1":
@@ -98,13 +99,13 @@ def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> T
 
 
 def kl_loss(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tensor:
-    """Per-token KL term to be minimized, on tokens of the policy: (T,).
+    """Return the per-token KL term to be minimized, on tokens of the policy: (T,).
 
     k2's gradient is g * grad(logp), the unbiased gradient of the reverse KL(policy || reference):
     use this one. k3's gradient is (1 - exp(-g)) * grad(logp), in expectation the gradient of the
     forward KL(reference || policy): close to k2's near the reference, much stronger where the
-    policy has dropped what the reference does. k1's gradient is grad(logp), zero in expectation, so
-    it is refused: ConfigError.
+    policy avoids tokens that the reference prefers. k1's gradient is grad(logp), zero in
+    expectation. Raises ConfigError for k1.
     """
     if estimator == "k1":
         raise ConfigError(
@@ -114,43 +115,35 @@ def kl_loss(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tenso
 
 
 class Importance(NamedTuple):
-    """Weights without gradient, and which of them were truncated (1.0 or 0.0)."""
+    """Importance weights without gradient, and whether each was truncated (1.0 or 0.0)."""
 
     weight_T: Tensor
     capped_T: Tensor
 
 
-def check_cap(cap: float | None) -> None:
-    """ConfigError unless on-policy weights of exactly 1 pass untouched."""
-    if cap is not None and not cap >= 1.0:
-        raise ConfigError(
-            f"importance.cap: {cap} would shrink on-policy weights; it must be at least 1.0, or null for off"
-        )
+def importance_weight(logp_T: Tensor, behavior_logp_T: Tensor, cap: float | None) -> Importance:
+    """Return min(cap, exp(logp - behavior_logp)) per token: (T,).
 
-
-def importance_weight(logp_T: Tensor, behaviour_logp_T: Tensor, cap: float | None) -> Importance:
-    """min(cap, exp(logp - behavior_logp)) per token: (T,). Truncated importance sampling (Ionides
-    2008; for the rollout-learner mismatch Yao et al. 2025).
-
+    Truncated importance sampling (Ionides 2008; for the rollout-learner mismatch Yao et al. 2025).
     `logp_T` is the learner's log-prob (old_logp, or the current one, detached here). Equal
     log-probs give exactly 1. `cap` None turns the correction off: all ones.
     """
-    check_cap(cap)
     if cap is None:
         return Importance(torch.ones_like(logp_T).detach(), torch.zeros_like(logp_T).detach())
-    ratio_T = safe_exp((logp_T - known(behaviour_logp_T, logp_T)).detach())
+    ratio_T = safe_exp((logp_T - fill_unknown(behavior_logp_T, logp_T)).detach())
     return Importance(ratio_T.clamp(max=cap), (ratio_T > cap).to(ratio_T.dtype))
 
 
-class ClippedSurrogate(NamedTuple):
-    """Per-token loss with gradient; the rest are 1.0 or 0.0, without."""
+class SurrogateTerms(NamedTuple):
+    """Per-token loss with gradient, and which bounds are active (1.0 or 0.0, without gradient)."""
 
     loss_T: Tensor
     clip_low_T: Tensor
-    """The lower bound is active: a bad token that is already rare enough."""
+    """Lower bound: the advantage is negative and the token already rare enough."""
     clip_high_T: Tensor
-    """The upper bound is active: a good token that is already likely enough."""
+    """Upper bound: the advantage is positive and the token already likely enough."""
     dual_clip_T: Tensor
+    """Bound on the cost of a token with a negative advantage."""
 
 
 def ppo_clip_loss(
@@ -161,12 +154,12 @@ def ppo_clip_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
-) -> ClippedSurrogate:
-    """-w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A), rho = exp(logp - old_logp).
-    Schulman et al. 2017, eq. 7.
+) -> SurrogateTerms:
+    """Return PPO's clipped loss per token: (T,). Schulman et al. 2017, eq. 7.
 
-    `dual_clip` c > 1 bounds what a token with A < 0 may cost: the surrogate is at least c * A (Ye
-    et al. 2020). Without it the loss is unbounded for A < 0 and rho -> infinity; rho grows linearly
+    -w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A) with rho = exp(logp - old_logp).
+    `dual_clip` c > 1 bounds the cost of a token with A < 0: the surrogate is at least c * A (Ye et
+    al. 2020). Without it the loss is unbounded for A < 0 and rho -> infinity; rho grows linearly
     beyond exp(MAX_EXPONENT), so that loss and gradient stay finite and point the right way.
     """
     ratio_T = safe_exp(logp_T - old_logp_T)
@@ -180,7 +173,7 @@ def ppo_clip_loss(
         surrogate_T = torch.where(dual_T, floor_T, surrogate_T)
     active_T = bounded_T < plain_T
     dtype = plain_T.dtype
-    return ClippedSurrogate(
+    return SurrogateTerms(
         -weight_T * surrogate_T,
         (active_T & (advantage_T < 0)).to(dtype),
         (active_T & (advantage_T > 0)).to(dtype),
@@ -189,8 +182,7 @@ def ppo_clip_loss(
 
 
 def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
-    """What every loss on a policy reports, as shares of the step: mismatch with the rollout, KL to
-    the reference, entropy.
+    """Return the metrics that every loss on a policy reports, as shares of the step.
 
     rollout/mismatch_kl: mean over tokens of behavior_logp - logp, the k1 estimate of KL(rollout ||
     learner), nats per token. rollout/mismatch_abs_max: the largest absolute gap of a token.
@@ -198,7 +190,7 @@ def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
     policy/entropy: mean over tokens, nats.
     """
     logp_T = logp_T.detach()
-    gap_T = known(need(micro, "behavior_logp"), logp_T) - logp_T
+    gap_T = fill_unknown(need(micro, "behavior_logp"), logp_T) - logp_T
     metrics = {
         "rollout/mismatch_kl": aggregate(gap_T, micro, "token_mean"),
         "rollout/mismatch_abs_max": gap_T.abs().max() if gap_T.numel() else gap_T.sum(),
@@ -213,8 +205,9 @@ def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
 
 
 def entropy_bonus(micro: MicroBatch, coef: float, how: Aggregate) -> Tensor:
-    """-coef * aggregated entropy, this micro-batch's share; ValueError where the learner did not
-    compute the entropy.
+    """Return this micro-batch's share of -coef * aggregated entropy.
+
+    Raises ValueError where the learner did not compute the entropy.
     """
     if micro.entropy_T is None:
         raise ValueError(
@@ -223,40 +216,55 @@ def entropy_bonus(micro: MicroBatch, coef: float, how: Aggregate) -> Tensor:
     return -coef * aggregate(micro.entropy_T, micro, how)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyLoss:
-    """Clipped surrogate + KL term - entropy bonus, all aggregated alike. Plain numbers:
-    picklable."""
+class PolicyLossConfig(PluginConfig):
+    """Settings that every policy-gradient loss has."""
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
     aggregate: Aggregate = "token_mean"
-    kl_coef: float = 0.0
-    """Only read where kl_estimator is set."""
-    kl_estimator: KLEstimator | None = None
-    """None: no KL in the loss (it is on the reward, or off). k1 is refused, see kl_loss."""
-    entropy_coef: float = 0.0
-    importance_cap: float | None = 2.0
+    """Mean over the whole optimizer step: of tokens, of per-response means, or of per-response
+    sums."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
 
-    def __post_init__(self) -> None:
-        check_cap(self.importance_cap)
-        if not self.clip_low > 0.0:
-            raise ConfigError(f"clip_low: {self.clip_low} must be above 0; try 0.2")
-        if not self.clip_high > 0.0:
-            raise ConfigError(f"clip_high: {self.clip_high} must be above 0; try 0.2")
-        if self.dual_clip is not None and not self.dual_clip > 1.0:
-            raise ConfigError(
-                f"dual_clip: {self.dual_clip} must be above 1; try 3.0, or null for off"
-            )
-        if self.kl_estimator is not None:
-            kl_loss(torch.zeros(1), torch.zeros(1), self.kl_estimator)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KLTerm:
+    """KL penalty as a term of the loss."""
+
+    coef: float
+    estimator: KLEstimator
+
+
+class ClippedSurrogateConfig(PolicyLossConfig):
+    """Bounds of PPO's trust region (Schulman et al. 2017)."""
+
+    type: str = "clipped"
+    clip_low: PositiveFloat = 0.2
+    """Lower bound of the ratio is 1 - clip_low (PPO: 0.2)."""
+    clip_high: PositiveFloat = 0.2
+    """Upper bound of the ratio is 1 + clip_high (PPO: 0.2; DAPO: 0.28)."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound c for negative advantages (Ye et al. 2020); null is off."""
+
+
+@dataclass(frozen=True)
+class ClippedSurrogate:
+    """PPO's clipped surrogate + KL term - entropy bonus, all aggregated alike; picklable."""
+
+    Config: ClassVar[type[PolicyLossConfig]] = ClippedSurrogateConfig
+
+    config: ClippedSurrogateConfig
+    importance_cap: float | None = 2.0
+    """Upper truncation of the importance weight; None turns the correction off."""
+    kl: KLTerm | None = None
+    """None: no KL in the loss (it is on the reward, or off)."""
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
-        return "loss" if self.entropy_coef else "metric"
+        """Whether entropy_T is computed, and whether it carries gradient."""
+        return "loss" if self.config.entropy_coef else "metric"
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
+        """Return this micro-batch's share. Raises ValueError for missing fields."""
         old_T = micro.tokens["old_logp"] if "old_logp" in micro.tokens else output_T.detach()
         weight_T, capped_T = importance_weight(
             old_T, need(micro, "behavior_logp"), self.importance_cap
@@ -266,22 +274,23 @@ class PolicyLoss:
             old_T,
             need(micro, "advantage"),
             weight_T,
-            self.clip_low,
-            self.clip_high,
-            self.dual_clip,
+            self.config.clip_low,
+            self.config.clip_high,
+            self.config.dual_clip,
         )
-        loss = aggregate(clipped.loss_T, micro, self.aggregate)
+        how = self.config.aggregate
+        loss = aggregate(clipped.loss_T, micro, how)
         metrics = self._metrics(output_T, old_T, weight_T, capped_T, clipped, micro)
         metrics["ppo/surrogate"] = loss.detach()
-        if self.kl_estimator is not None:
-            # The same weights: the expectation is over the learner's tokens, the batch holds the
-            # rollout's.
-            kl_T = weight_T * kl_loss(output_T, need(micro, "ref_logp"), self.kl_estimator)
-            kl = aggregate(kl_T, micro, self.aggregate)
+        if self.kl is not None:
+            # Weighted too: the KL is an expectation over the learner's tokens, but the batch holds
+            # the rollout's.
+            kl_T = weight_T * kl_loss(output_T, need(micro, "ref_logp"), self.kl.estimator)
+            kl = aggregate(kl_T, micro, how)
             metrics["ppo/kl_loss"] = kl.detach()
-            loss = loss + self.kl_coef * kl
-        if self.entropy_coef:
-            loss = loss + entropy_bonus(micro, self.entropy_coef, self.aggregate)
+            loss = loss + self.kl.coef * kl
+        if self.config.entropy_coef:
+            loss = loss + entropy_bonus(micro, self.config.entropy_coef, how)
         metrics["learner/loss"] = loss.detach()
         return LossOutput(loss=loss, metrics=metrics)
 
@@ -291,10 +300,10 @@ class PolicyLoss:
         old_T: Tensor,
         weight_T: Tensor,
         capped_T: Tensor,
-        clipped: ClippedSurrogate,
+        clipped: SurrogateTerms,
         micro: MicroBatch,
     ) -> dict[str, Tensor]:
-        """Fractions of tokens and means over tokens, as shares of the step."""
+        """Return fractions of tokens and means over tokens, as shares of the step."""
         means_T: Mapping[str, Tensor] = {
             "ppo/clip_low": clipped.clip_low_T,
             "ppo/clip_high": clipped.clip_high_T,

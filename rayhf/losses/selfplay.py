@@ -1,13 +1,13 @@
-"""Losses of self-play against the current policy: SPPO's regression and INPO's.
+"""Losses of self-play against the current policy: the regressions of SPPO and INPO.
 
 In: log-probs of the response tokens with gradient and a MicroBatch whose tokens carry ref_logp;
 SPPO's rows carry the scalar `target`, INPO's examples are (chosen, rejected) and its tokens carry
 old_logp. Out: this micro-batch's share.
 
 Both are least squares on log-ratios whose targets are of the order of eta (SPPO: +-eta/2, eta 1000)
-or 1/eta: taken literally the loss is of order 10^5 and the direction of a step is decided by
-gradient clipping. Both are therefore divided so that the gradient is (residual of order 1) * grad
-log-prob. The minimiser is the same.
+or 1/eta: taken literally the loss is of order 10^5 and gradient clipping would decide the direction
+of a step. Both are therefore scaled so that the gradient is (residual of order 1) * grad log-prob.
+The minimizer is the same.
 """
 
 from __future__ import annotations
@@ -18,28 +18,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rayhf.errors import ConfigError
 from rayhf.losses.base import LossOutput, MicroBatch, sum_rows
+from rayhf.losses.pairs import check_pairs
 from rayhf.losses.policy import need, policy_metrics
-from rayhf.losses.preference import check_pairs
 
 
 def sppo(ratio_R: Tensor, target_R: Tensor, eta: float) -> Tensor:
-    """eta / 2 * (d / eta - target)^2 per response: (R,), d = log-ratio to the reference, target =
-    P(win) - 1/2.
+    """Return eta / 2 * (d / eta - target)^2 per response: (R,).
 
-    Wu et al. 2024 (SPPO), eq. 4.4, is (d - eta * target)^2, 2 * eta times this.
+    d = log-ratio to the reference, target = P(win) - 1/2. Eq. 4.4 of Wu et al. 2024 (SPPO) is
+    (d - eta * target)^2, 2 * eta times this.
     """
     return 0.5 * eta * (ratio_R / eta - target_R).square()
 
 
 def inpo(gap_P: Tensor, ref_gap_P: Tensor, old_gap_P: Tensor, eta: float, tau: float) -> Tensor:
-    """(eta * H - 1/2)^2 / eta per pair: (P,), H = gap - tau/eta * ref_gap - (eta - tau)/eta *
-    old_gap.
+    """Return (eta * H - 1/2)^2 / eta per pair: (P,).
 
-    A gap is log p(chosen) - log p(rejected): under the policy, the fixed reference, and the policy
-    at the round's start. Zhang et al. 2024 (INPO), section 4, is (H - 1 / (2 eta))^2, 1 / eta times
-    this.
+    H = gap - tau/eta * ref_gap - (eta - tau)/eta * old_gap. A gap is log p(chosen) - log
+    p(rejected): under the policy, the fixed reference, and the policy at the start of the
+    iteration. Section 4 of Zhang et al. 2024 (INPO) has (H - 1 / (2 eta))^2, 1 / eta times this.
     """
     h_P = gap_P - (tau / eta) * ref_gap_P - ((eta - tau) / eta) * old_gap_P
     return (eta * h_P - 0.5).square() / eta
@@ -51,15 +49,13 @@ class SPPOLoss:
 
     eta: float
 
-    def __post_init__(self) -> None:
-        if not self.eta > 0.0:
-            raise ConfigError(f"algorithm.eta: {self.eta} must be above 0; try 1000")
-
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
+        """Whether entropy_T is computed, and whether it carries gradient."""
         return "metric"
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
+        """Return this micro-batch's share. Raises ValueError for missing fields."""
         if "target" not in micro.rows:
             raise ValueError(
                 f"the loss needs the row scalar 'target'; the batch has {sorted(micro.rows)}"
@@ -84,17 +80,13 @@ class INPOLoss:
     eta: float
     tau: float
 
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.tau <= self.eta or not self.eta > 0.0:
-            raise ConfigError(
-                f"algorithm.tau: {self.tau} must lie between 0 and eta ({self.eta}); try {self.eta / 3:g}"
-            )
-
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
+        """Whether entropy_T is computed, and whether it carries gradient."""
         return "metric"
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
+        """Return this micro-batch's share. Raises ValueError for missing fields."""
         check_pairs(micro)
 
         def gap(values_T: Tensor) -> Tensor:
@@ -102,14 +94,14 @@ class INPOLoss:
             return values_R[0::2] - values_R[1::2]
 
         gap_P = gap(output_T)
-        loss_P = inpo(
-            gap_P, gap(need(micro, "ref_logp")), gap(need(micro, "old_logp")), self.eta, self.tau
-        )
+        ref_gap_P = gap(need(micro, "ref_logp"))
+        old_gap_P = gap(need(micro, "old_logp"))
+        loss_P = inpo(gap_P, ref_gap_P, old_gap_P, self.eta, self.tau)
         count = max(micro.totals.examples, 1.0)
         loss = loss_P.sum() / count
         metrics = policy_metrics(output_T, micro) | {
             "learner/loss": loss.detach(),
             "inpo/gap": gap_P.detach().sum() / count,
-            "inpo/accuracy": (gap_P > gap(need(micro, "ref_logp"))).to(torch.float32).sum() / count,
+            "inpo/accuracy": (gap_P > ref_gap_P).to(torch.float32).sum() / count,
         }
         return LossOutput(loss=loss, metrics=metrics)

@@ -1,8 +1,7 @@
-"""SupervisedActor fine-tuning: negative log-likelihood of the response tokens, nothing of the prompt.
+"""Supervised fine-tuning: negative log-likelihood of the response tokens, nothing of the prompt.
 
-In: log-probs of the response tokens with gradient. No token field is needed: whoever wrote the
-texts, they are taken as right. Out: LossOutput, this micro-batch's share. T response tokens, R
-rows.
+In: log-probs of the response tokens with gradient; no token field is needed. Out: LossOutput, this
+micro-batch's share. T response tokens, R rows.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from rayhf.losses.policy import Aggregate, aggregate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SFTLoss:
-    """-log p of the response tokens, in nats, aggregated over the whole step. Plain values:
-    picklable."""
+    """-log p of the response tokens in nats, aggregated over the whole step; picklable."""
 
     aggregate: Aggregate = "token_mean"
     """token_mean is the usual cross-entropy: long responses weigh more. sequence_mean: every
@@ -27,16 +25,14 @@ class SFTLoss:
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
+        """Whether entropy_T is computed, and whether it carries gradient."""
         return "metric"
 
-    @property
-    def needs_reference(self) -> bool:
-        return False
-
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
-        """Metrics: learner/loss; sft/nll, mean over tokens, nats; sft/nll_response, mean over
-        responses of their sums, nats; policy/entropy where it was computed. Raises ConfigError for
-        an unknown `aggregate`.
+        """Return this micro-batch's share. Raises ConfigError for an unknown `aggregate`.
+
+        Metrics: learner/loss; sft/nll, mean over tokens, nats; sft/nll_response, mean over
+        responses of their sums, nats; policy/entropy where it was computed.
         """
         nll_T = -output_T
         loss = aggregate(nll_T, micro, self.aggregate)

@@ -27,7 +27,8 @@ def read_model_config(path: Path, *, key: str) -> dict[str, Any]:
     """The model's config.json. Raises ConfigError where the directory is no Hugging Face model."""
     if not path.is_dir():
         raise ConfigError(
-            f"{key}: no such model directory {path}; expected a Hugging Face model (config.json, *.safetensors)"
+            f"{key}: no such model directory {path}; expected a Hugging Face model "
+            f"(config.json, *.safetensors){tiny_hint(path)}"
         )
     file = path / "config.json"
     if not file.is_file():
@@ -42,6 +43,13 @@ def read_model_config(path: Path, *, key: str) -> dict[str, Any]:
         raise ConfigError(f"{key}: {path} has no *.safetensors weights; other formats are not read")
     refuse_own_code(path, config, key=key)
     return config
+
+
+def tiny_hint(path: Path) -> str:
+    """Return how to build a missing file of the tiny presets; "" for any other path."""
+    if ".tiny" in path.parent.parts:
+        return "; `rayhf tiny .tiny` builds the tiny presets' files"
+    return ""
 
 
 def refuse_own_code(path: Path, config: Mapping[str, Any], *, key: str) -> None:

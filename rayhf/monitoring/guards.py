@@ -1,17 +1,18 @@
-"""Judges a campaign by its own metrics, as config/guards.py says: a function of the lines so far
-and of nothing else, so that a resumed campaign judges like one that never stopped.
+"""Check a campaign's metrics against the thresholds of config/guards.py.
 
-A guard speaks only in a round whose line brings its metric. It warns by that value alone. It pauses
-when that value and the median of the metric's last 3 are beyond the threshold: one outlier never
-pauses, two of three rounds do, and a run that has recovered does not. (reward_gap and no_signal
-have rules of their own, over more values.) "First rounds" is the median of the metric's first 3
-values. Cost: the lines of the window and of the beginning, however long the history is.
+In: the lines of metrics.jsonl so far, and nothing else, so that a resumed campaign is checked like
+one that never stopped. Out: alarms about the last line. A guard applies only to an iteration whose
+line has its metric. It warns by that value alone. It pauses when that value and the median of the
+metric's last 3 values are beyond the threshold: one outlier never pauses, two of three iterations
+do, and a run that has recovered does not. (reward_gap and no_signal have their own rules, over more
+values.) "First iterations" means the median of the metric's first 3 values. Cost: the lines of the
+window and of the beginning, however long the history is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice, pairwise
 from statistics import median
@@ -23,18 +24,20 @@ Level = Literal["warn", "pause"]
 Line = Mapping[str, float]
 History = Sequence[Line]
 Verdict = tuple[Level, str] | None
-"""And the message, without the way on."""
+"""Level and message of an alarm; None: no alarm."""
 
 FEW = 3
 """Values in a median."""
-GAIN_ROUNDS = 20
-"""Within which a policy that narrows must not have lost what it gained."""
+GAIN_ITERATIONS = 20
+"""Iterations within which a policy that loses entropy must not lose the reward it has gained."""
 BEGINNING = 1000
-"""Lines in which the first values are looked for: later ones are not the beginning of anything."""
+"""Lines that are searched for a metric's first values."""
 
 
 @dataclass(frozen=True)
 class Alarm:
+    """A metric beyond its threshold."""
+
     guard: str
     """The key under `guards` in the config."""
     level: Level
@@ -43,13 +46,20 @@ class Alarm:
     """One line: metric, value, threshold, and what to do next."""
 
 
-def check_guards(history: History, config: GuardsConfig) -> list[Alarm]:
-    """The alarms about the last line, at most one per guard, the worst. `history`: one line per
-    round, as in metrics.jsonl."""
+def check_guards(
+    history: History, config: GuardsConfig, *, muted: Collection[str] = ()
+) -> list[Alarm]:
+    """Return the alarms about the last line: for each guard at most one, the worst.
+
+    Args:
+        history: one line per iteration, as in metrics.jsonl.
+        config: the thresholds.
+        muted: guards that do not apply, by their keys in the config.
+    """
     if not history:
         return []
     iteration = int(history[-1].get("iteration", len(history) - 1))
-    found = {
+    verdicts = {
         "kl": _kl(history, config),
         "entropy": _entropy(history, config.entropy),
         "truncated": _truncated(history, config),
@@ -58,8 +68,12 @@ def check_guards(history: History, config: GuardsConfig) -> list[Alarm]:
         "mismatch": _mismatch(history, config),
         "no_signal": _no_signal(history, config),
     }
-    way_on = {"warn": "", "pause": ", or `rayhf unpause RUN` to go on"}
-    return [Alarm(guard, v[0], iteration, v[1] + way_on[v[0]]) for guard, v in found.items() if v]
+    advice = {"warn": "", "pause": ", or `rayhf unpause RUN` to continue"}
+    return [
+        Alarm(guard, verdict[0], iteration, verdict[1] + advice[verdict[0]])
+        for guard, verdict in verdicts.items()
+        if verdict and guard not in muted
+    ]
 
 
 # ---------------------------------------------------------------- reading the history
@@ -75,7 +89,7 @@ def _present(lines: Iterable[Line], read: Callable[[Line], float | None]) -> Ite
 
 
 def _last(history: History, read: Callable[[Line], float | None], count: int) -> list[float]:
-    """The newest `count` values, oldest first; none where the last line has none."""
+    """Return the newest `count` values, oldest first; none where the last line has none."""
     if read(history[-1]) is None:
         return []
     return list(islice(_present(reversed(history), read), count))[::-1]
@@ -91,19 +105,17 @@ def _reader(name: str) -> Callable[[Line], float | None]:
 
 
 def _level(
-    values: Sequence[float], warn: float | None, pause: float | None, *, rounds: int = 2
+    values: Sequence[float], warn: float | None, pause: float | None, *, beyond: int = 2
 ) -> Level | None:
-    """`values` are newest last. A pause needs the last one and `rounds` of them beyond it, of FEW
-    (or as many as are needed)."""
-    window = values[-max(FEW, rounds) :]
-    enough = len(values) >= max(FEW, rounds)
-    if (
-        pause is not None
-        and enough
-        and values[-1] > pause
-        and sum(v > pause for v in window) >= rounds
-    ):
-        return "pause"
+    """Return the level of `values`, newest last.
+
+    A pause needs the last value above it, and `beyond` of the last max(FEW, beyond) values.
+    """
+    size = max(FEW, beyond)
+    if pause is not None and len(values) >= size and values[-1] > pause:
+        above = sum(value > pause for value in values[-size:])
+        if above >= beyond:
+            return "pause"
     return "warn" if warn is not None and values and values[-1] > warn else None
 
 
@@ -135,57 +147,65 @@ def _kl(history: History, config: GuardsConfig) -> Verdict:
         level = _level(values, limits.warn, limits.pause)
         return level and (
             level,
-            f"{name} is {values[-1]:.4g} nats per response, above guards.kl.{level} = {getattr(limits, level):g}: "
-            "lower learner.lr, or raise algorithm.beta or algorithm.kl.coef",
+            f"{name} is {values[-1]:.4g} nats per response, "
+            f"above guards.kl.{level} = {getattr(limits, level):g}: "
+            "lower learner.lr, or raise algorithm.loss.beta or algorithm.kl.coef",
         )
 
     return _worst(verdict(name) for name in sorted(names, reverse=True))
 
 
 def _entropy(history: History, limits: EntropyGuard) -> Verdict:
-    if "game/exploitability" in history[-1]:
-        return None
     read = _reader("policy/entropy")
-    values, start = _last(history, read, FEW), _first(history, read)
+    values = _last(history, read, FEW)
+    start = _first(history, read)
     if start is None or start <= 0:
         return None
     level = _level([-v / start for v in values], _negative(limits.warn), _negative(limits.pause))
-    if level == "pause" and _pays(history, limits.unless_gain):
+    if level == "pause" and _reward_gained(history, limits.unless_gain):
         level = "warn" if limits.warn is not None else None
     return level and (
         level,
-        f"policy/entropy is {values[-1]:.4g} nats per token, {values[-1] / start:.0%} of the first rounds' {start:.4g}, below "
-        f"guards.entropy.{level} = {getattr(limits, level):g}: lower learner.lr, raise rollout.temperature, or raise "
-        "algorithm.beta or algorithm.entropy_coef",
+        f"policy/entropy is {values[-1]:.4g} nats per token, "
+        f"{values[-1] / start:.0%} of the first iterations' {start:.4g}, "
+        f"below guards.entropy.{level} = {getattr(limits, level):g}: lower learner.lr, "
+        "raise rollout.temperature, or raise algorithm.loss.beta or algorithm.loss.entropy_coef",
     )
 
 
-def _pays(history: History, gain: float | None) -> bool:
-    """Whether the training reward stands above that of the first rounds, and is not being lost."""
+def _reward_gained(history: History, gain: float | None) -> bool:
+    """Whether the training reward is above the first iterations' and is not falling back."""
     read = _reader("scorer/reward_mean")
-    start, spread = _first(history, read), _first(history, _reader("scorer/reward_std"))
-    values = _last(history, read, GAIN_ROUNDS + FEW - 1)
+    start = _first(history, read)
+    spread = _first(history, _reader("scorer/reward_std"))
+    values = _last(history, read, GAIN_ITERATIONS + FEW - 1)
     if gain is None or start is None or not values:
         return False
-    now, before, margin = median(values[-FEW:]), median(values[:FEW]), gain * (spread or 0.0)
+    now = median(values[-FEW:])
+    before = median(values[:FEW])
+    margin = gain * (spread or 0.0)
     return now > start + margin and now >= before - margin
 
 
 def _truncated(history: History, config: GuardsConfig) -> Verdict:
-    limits, read = config.truncated, _reader("rollout/truncated")
-    values, start = _last(history, read, FEW), _first(history, read)
+    limits = config.truncated
+    read = _reader("rollout/truncated")
+    values = _last(history, read, FEW)
+    start = _first(history, read)
     if start is None:
         return None
     level = _level(values, _at_least(2 * start, limits.warn), _at_least(2 * start, limits.pause))
     return level and (
         level,
-        f"rollout/truncated is {values[-1]:.0%} of the answers, above guards.truncated.{level} = {getattr(limits, level):g} "
-        f"and twice the first rounds' {start:.0%}: raise rollout.max_tokens, or let the reward count against length",
+        f"rollout/truncated is {values[-1]:.0%} of the completions, "
+        f"above guards.truncated.{level} = {getattr(limits, level):g} "
+        f"and twice the first iterations' {start:.0%}: raise rollout.max_tokens, "
+        "or penalize length in the reward",
     )
 
 
 def _length(history: History, limits: LengthGuard) -> Verdict:
-    values = _last(history, _reader("rollout/length_mean"), limits.rounds + FEW - 1)
+    values = _last(history, _reader("rollout/length_mean"), limits.iterations + FEW - 1)
     if len(values) <= FEW or (before := median(values[:FEW])) <= 0:
         return None
     ratios = [v / before for v in values[-FEW:]]
@@ -198,9 +218,10 @@ def _length(history: History, limits: LengthGuard) -> Verdict:
         return None
     key = level if grown else f"{level}_shrunk"
     return level, (
-        f"rollout/length_mean is {values[-1]:.4g} tokens, {ratios[-1]:.2f} times that of up to {limits.rounds} "
-        f"rounds before, {'above' if grown else 'below'} guards.length.{key} = {getattr(limits, key):g}: look at the samples for "
-        "padding or empty answers, and let the reward count against it"
+        f"rollout/length_mean is {values[-1]:.4g} tokens, {ratios[-1]:.2f} times that of up to "
+        f"{limits.iterations} iterations before, {'above' if grown else 'below'} "
+        f"guards.length.{key} = {getattr(limits, key):g}: look at the samples for padding or empty "
+        "completions, and penalize it in the reward"
     )
 
 
@@ -214,10 +235,10 @@ def _reward_gap(history: History, limits: RewardGapGuard) -> Verdict:
     return _worst(
         (
             level,
-            f"{task}/sampled falls over the last guards.reward_gap.{level} = {count} evaluations, to "
-            f"{history[-1][f'{task}/sampled']:.4g}, while the training reward rises: the scorer is being "
-            "gamed; look at the samples, go back to an earlier checkpoint, and lower learner.lr or raise algorithm.beta or "
-            "algorithm.kl.coef",
+            f"{task}/sampled falls over the last guards.reward_gap.{level} = {count} evaluations, "
+            f"to {history[-1][f'{task}/sampled']:.4g}, while the training reward rises: "
+            "the policy exploits the scorer; look at the samples, return to an earlier checkpoint, "
+            "and lower learner.lr or raise algorithm.loss.beta or algorithm.kl.coef",
         )
         for level, count in levels
         for task in tasks
@@ -226,24 +247,23 @@ def _reward_gap(history: History, limits: RewardGapGuard) -> Verdict:
 
 
 def _gap(history: History, task: str, count: int, noise: float) -> bool:
+    """Whether the last `count` evaluations fall while the training reward rises."""
     read = _reader(f"{task}/sampled")
     if read(history[-1]) is None:
         return False
-    found = list(
-        islice(
-            (
-                (back, v)
-                for back, line in enumerate(reversed(history))
-                if (v := read(line)) is not None
-            ),
-            2 * count,
-        )
+    newest_first = (
+        (index, value)
+        for index in range(len(history) - 1, -1, -1)
+        if (value := read(history[index])) is not None
     )
-    if len(found) < count or not _rises(
-        history[len(history) - 1 - found[count - 1][0] :], f"{task}/reward"
-    ):
+    evaluations = list(islice(newest_first, 2 * count))
+    if len(evaluations) < count:
         return False
-    scores, earlier = [v for _, v in found[:count]][::-1], [v for _, v in found[count:]][::-1]
+    oldest, _ = evaluations[count - 1]
+    if not _rises(history[oldest:], f"{task}/reward"):
+        return False
+    scores = [value for _, value in evaluations[:count]][::-1]
+    earlier = [value for _, value in evaluations[count:]][::-1]
     pairs = list(combinations(scores, 2))
     if sum(new >= old for old, new in pairs) > len(pairs) / 10:
         return False
@@ -253,9 +273,11 @@ def _gap(history: History, task: str, count: int, noise: float) -> bool:
 
 
 def _rises(window: Sequence[Line], name: str) -> bool:
-    """Whether the newer half's median training reward is above three quarters of the older half's.
-    All rounds count, not only those with an evaluation: a round's mean over other prompts is
-    noisy."""
+    """Whether the newer half's median training reward is above the older half's upper quartile.
+
+    All iterations count, not only those with an evaluation: one iteration's mean over its own
+    prompts is noisy.
+    """
     values = list(_present(window, _reader(name))) or list(
         _present(window, _reader("scorer/reward_mean"))
     )
@@ -264,14 +286,16 @@ def _rises(window: Sequence[Line], name: str) -> bool:
 
 
 def _mismatch(history: History, config: GuardsConfig) -> Verdict:
-    limits, line = config.mismatch, history[-1]
+    limits = config.mismatch
+    line = history[-1]
 
-    def read(of: Line) -> float | None:
-        # Signed: over chosen and rejected answers the estimate may be negative.
-        value = _value(of, "rollout/mismatch_kl")
+    def read(line: Line) -> float | None:
+        # Over chosen and rejected responses the estimate may be negative.
+        value = _value(line, "rollout/mismatch_kl")
         return None if value is None else abs(value)
 
-    values, floor = _last(history, read, FEW), 0.0
+    values = _last(history, read, FEW)
+    floor = 0.0
     if line.get("learner/steps", 1) > 1 or line.get("staleness/max", 0) > 0:
         start = _first(history, read)
         if start is None:
@@ -279,32 +303,26 @@ def _mismatch(history: History, config: GuardsConfig) -> Verdict:
         floor = limits.drift * start
     level = _level(values, _at_least(floor, limits.warn), _at_least(floor, limits.pause))
     raised = (
-        f" and {limits.drift:g} times the first rounds' {floor / limits.drift:.2g}" if floor else ""
+        f" and {limits.drift:g} times the first iterations' {floor / limits.drift:.2g}"
+        if floor
+        else ""
     )
     return level and (
         level,
-        f"rollout/mismatch_kl is {line['rollout/mismatch_kl']:.4g} nats per token, beyond guards.mismatch.{level} = "
-        f"{getattr(limits, level):g}{raised}: check that engines and learner have one dtype (policy.dtype, learner.dtype), "
-        "and take fewer optimizer steps a round or a lower learner.lr",
+        f"rollout/mismatch_kl is {line['rollout/mismatch_kl']:.4g} nats per token, beyond "
+        f"guards.mismatch.{level} = {getattr(limits, level):g}{raised}: check that engines and "
+        "learner have the same dtype (policy.dtype, learner.dtype), and take fewer optimizer steps "
+        "per iteration or lower learner.lr",
     )
 
 
 def _no_signal(history: History, config: GuardsConfig) -> Verdict:
     limits = config.no_signal
-    values = _last(history, _share_without_signal, max(FEW, limits.rounds))
-    level = _level(values, limits.warn, limits.pause, rounds=limits.rounds)
+    values = _last(history, _reader("selection/no_signal"), max(FEW, limits.iterations))
+    level = _level(values, limits.warn, limits.pause, beyond=limits.iterations)
     return level and (
         level,
-        f"{values[-1]:.0%} of the groups or pairs teach nothing (all answers score alike), above guards.no_signal.{level} = "
-        f"{getattr(limits, level):g}: raise rollout.temperature or algorithm.samples, or take harder or easier prompts",
+        f"{values[-1]:.0%} of the groups or pairs have no signal (all completions score alike), "
+        f"above guards.no_signal.{level} = {getattr(limits, level):g}: raise rollout.temperature "
+        "or algorithm.samples, or use harder or easier prompts",
     )
-
-
-def _share_without_signal(line: Line) -> float | None:
-    if (uniform := _value(line, "ppo/groups_uniform")) is not None:
-        return uniform
-    for kind in ("pairs", "sppo"):
-        ties, kept = _value(line, f"{kind}/ties"), _value(line, f"{kind}/kept")
-        if ties is not None and kept is not None and ties + kept > 0:
-            return ties / (ties + kept)
-    return None

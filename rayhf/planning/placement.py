@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rayhf.config.schema import CampaignConfig, Pool
-from rayhf.config.scorers import JudgeConfig, ScorerEntry, has_model
+from rayhf.config.scorers import EngineModel, ScorerEntryConfig
 from rayhf.errors import ConfigError
 
 Amounts = dict[str, float]
@@ -73,7 +73,7 @@ def actor_specs(
             f"rollout {other}": config.rollout.engines,
             f"learner {other}": config.learner.ranks,
         }
-    evaluators = int(config.scorer.evaluate is not None) + len(config.evaluations)
+    evaluators = len(config.evaluator_scorers)
     counts |= {"reference": int(reference), "scorer": 1, "evaluator": evaluators}
     places = [(role, index) for role, count in counts.items() for index in range(count)]
     gpu = config.cluster.device == "gpu"
@@ -120,13 +120,14 @@ def _check(config: CampaignConfig) -> None:
     shares = cluster.placement == "colocate" or (cluster.gpus_per_scorer or 1.0) < 1
     for role in ("scorer", "evaluator"):
         judges = [
-            entry
+            entry.loads
             for entry in entries_of(config, role)
-            if isinstance(entry, JudgeConfig) and entry.kv_cache_gib is None
+            if isinstance(entry.loads, EngineModel) and entry.loads.engine.kv_cache_gib is None
         ]
         if cluster.device == "gpu" and judges and shares:
             raise ConfigError(
-                f"the judge {judges[0].model} would take most of a GPU that others use too; set its kv_cache_gib, for example 4"
+                f"the judge {judges[0].model} would take most of a GPU that others use too; "
+                "set its kv_cache_gib, for example 4"
             )
 
 
@@ -145,7 +146,7 @@ def _gpus(config: CampaignConfig, role: str) -> float:
         return float(config.rollout.tensor_parallel)
     if pool_of(role) == "scorer":
         return (config.cluster.gpus_per_scorer or 1.0) * any(
-            map(has_model, entries_of(config, role))
+            entry.uses_gpu for entry in entries_of(config, role)
         )
     return config.cluster.gpus_per_reference or 1.0 if pool_of(role) == "reference" else 1.0
 
@@ -168,14 +169,13 @@ def _name(role: str, index: int, of: int) -> str:
     return f"{role} {unit} {index}"
 
 
-def entries_of(config: CampaignConfig, role: str) -> tuple[ScorerEntry, ...]:
+def entries_of(config: CampaignConfig, role: str) -> tuple[ScorerEntryConfig, ...]:
     """The scorers that a role's actors hold; none for other roles."""
     if role == "scorer":
         return config.scorer.train
     if role != "evaluator":
         return ()
-    further = (entry for eval_suite in config.evaluations.values() for entry in eval_suite.scorer)
-    return (*(config.scorer.evaluate or ()), *further)
+    return tuple(entry for entries in config.evaluator_scorers.values() for entry in entries)
 
 
 def members(found: Sequence[ActorSpec]) -> list[list[ActorSpec]]:

@@ -15,10 +15,14 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Literal
 
-from rayhf.algorithms.base import Algorithm, needs_frozen_reference
-from rayhf.config.algorithms import EmaReference, InitialReference
-from rayhf.config.schema import CampaignConfig, RolloutConfig
-from rayhf.config.scorers import JudgeConfig, PreferenceModelConfig, RewardModelConfig, ScorerEntry
+from rayhf.algorithms.base import (
+    Algorithm,
+    TrainsCritic,
+    TrainsSeveralPolicies,
+    policies_of,
+)
+from rayhf.config.schema import CampaignConfig
+from rayhf.config.scorers import ClassifierModel, EngineModel, ScorerEntryConfig
 from rayhf.errors import ConfigError, PlacementError
 from rayhf.models.source import model_length
 from rayhf.planning import memory as estimate
@@ -67,8 +71,9 @@ class Plan:
 
     def model_of(self, policy: str) -> Path:
         """What a policy starts from."""
-        other = None if policy == "policy" else self.algorithm.other_policy(policy).model
-        return other or self.config.policy.model
+        if policy != "policy" and isinstance(self.algorithm, TrainsSeveralPolicies):
+            return self.algorithm.other_policy(policy).model or self.config.policy.model
+        return self.config.policy.model
 
     # ------------------------------------------------------------------------------------------------------ memory
 
@@ -113,33 +118,30 @@ class Plan:
             framework=estimate.FRAMEWORK[device]["scorer"] if spec.gpus or device == "cpu" else 0.0,
         )
 
-    def _entries(self, spec: ActorSpec) -> Sequence[ScorerEntry]:
+    def _entries(self, spec: ActorSpec) -> Sequence[ScorerEntryConfig]:
         config = self.config
         if spec.role == "scorer":
             return config.scorer.train
-        own = [config.scorer.evaluate] if config.scorer.evaluate is not None else []
-        return [*own, *(each.scorer for each in config.evaluations.values())][spec.index]
+        return list(config.evaluator_scorers.values())[spec.index]
 
-    def _entry_memory(self, entry: ScorerEntry, gpu_bytes: float | None) -> Memory:
-        if isinstance(entry, JudgeConfig):
-            engine = RolloutConfig(max_tokens=entry.max_tokens, kv_cache_gib=entry.kv_cache_gib)
-            return estimate.engine_memory(
-                self._shape(entry.model),
-                engine,
-                dtype=entry.dtype,
-                device=self.config.cluster.device,
-                gpu_bytes=gpu_bytes,
-            )
-        if isinstance(entry, RewardModelConfig | PreferenceModelConfig):
-            return estimate.classifier_memory(
-                self._shape(entry.model), entry.token_budget, dtype=entry.dtype
-            )
+    def _entry_memory(self, entry: ScorerEntryConfig, gpu_bytes: float | None) -> Memory:
+        match entry.loads:
+            case EngineModel(model=model, dtype=dtype, engine=engine):
+                return estimate.engine_memory(
+                    self._shape(model),
+                    engine,
+                    dtype=dtype,
+                    device=self.config.cluster.device,
+                    gpu_bytes=gpu_bytes,
+                )
+            case ClassifierModel(model=model, dtype=dtype, token_budget=token_budget):
+                return estimate.classifier_memory(self._shape(model), token_budget, dtype=dtype)
         return Memory()
 
     def weights(self, *, whole: bool = False) -> float:
         """Bytes that travel to every engine in a sync: with LoRA the adapters, unless `whole`."""
         models, lora = (
-            [self._shape(self.model_of(policy)) for policy in self.algorithm.policies],
+            [self._shape(self.model_of(policy)) for policy in policies_of(self.algorithm)],
             self.config.policy.lora,
         )
         if lora and not whole:
@@ -151,9 +153,8 @@ class Plan:
     @property
     def moves(self) -> bool:
         """There is a reference that follows the policy."""
-        return needs_frozen_reference(self.algorithm) and not isinstance(
-            self.algorithm.reference, InitialReference
-        )
+        schedule = self.algorithm.reference
+        return schedule is not None and schedule.moves and not schedule.is_learner
 
     def sequences(self, memory: Memory) -> float:
         """Of the longest length that an engine can hold at once."""
@@ -169,15 +170,16 @@ class Plan:
 
     def disk(self) -> Disk:
         config, algorithm = self.config, self.algorithm
-        policies = [self._shape(self.model_of(policy)) for policy in algorithm.policies]
+        policies = [self._shape(self.model_of(policy)) for policy in policies_of(algorithm)]
         lora = config.policy.lora
         trained = [shape.adapters(lora) if lora else shape.parameters for shape in policies]
-        if algorithm.critic:
+        if isinstance(algorithm, TrainsCritic):
             trained.append(self._shape(config.learner.critic_model or config.policy.model).body)
         reference = 0.0
         if self.moves:
-            wide = isinstance(algorithm.reference, EmaReference)
-            reference = policies[0].parameters * (4.0 if wide else BYTES[config.policy.dtype])
+            assert algorithm.reference is not None
+            float32 = algorithm.reference.averages
+            reference = policies[0].parameters * (4.0 if float32 else BYTES[config.policy.dtype])
         return estimate.disk(
             config.run,
             trained=trained,

@@ -7,32 +7,31 @@ and no cluster.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayhf.algorithms import build_algorithm
-from rayhf.algorithms.base import Algorithm
-from rayhf.campaign.controller import CampaignData
-from rayhf.config.algorithms import IterativeDPOConfig, PPOConfig
+from rayhf.algorithms.base import Algorithm, TakesOfflinePairs, TrainsSeveralPolicies
+from rayhf.campaign.data import CampaignData
+from rayhf.config.base import PluginConfig
+from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
+from rayhf.data.chat import Chat
 from rayhf.data.preferences import encode_pairs, load_pairs
-from rayhf.data.prompts import Chat, PromptSet, load_prompts
+from rayhf.data.prompts import PromptSet, load_prompts
+from rayhf.data.readers import open_source
 from rayhf.errors import ConfigError
+from rayhf.evaluation.base import Evaluation, EvaluationSetup
 from rayhf.models.source import (
     load_tokenizer,
     model_length,
     read_model_config,
     tokenizer_fingerprint,
 )
-from rayhf.tiny.exploitability import Game
 from rayhf.types import Prompt, TransportName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-GAME_PROMPTS = 16
-"""Held-out prompts on which a game's exploitability is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +93,8 @@ def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
 
 def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     """Everything that can be judged without files or hardware."""
-    algorithm = build_algorithm(config.algorithm, max_tokens=config.rollout.max_tokens)
-    _check_algorithm(config)
+    config.algorithm.check_campaign(config)
+    algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
     return algorithm, derive(config, algorithm)
 
@@ -128,26 +127,6 @@ def transport_of(config: CampaignConfig) -> TransportName:
     return wanted
 
 
-def _check_algorithm(config: CampaignConfig) -> None:
-    algorithm = config.algorithm
-    if not isinstance(algorithm, PPOConfig):
-        return
-    if algorithm.advantage in ("grpo", "rloo") and algorithm.samples < 2:
-        raise ConfigError(
-            f"algorithm.samples is {algorithm.samples}; {algorithm.advantage} compares responses to one prompt, "
-            "expected at least 2"
-        )
-    if algorithm.kl.where == "loss" and algorithm.kl.estimator == "k1":
-        raise ConfigError(
-            "algorithm.kl.estimator k1 has no useful gradient as a loss; expected k2 or k3, or kl.where reward"
-        )
-    if algorithm.overlong_buffer > config.rollout.max_tokens:
-        raise ConfigError(
-            f"algorithm.overlong_buffer is {algorithm.overlong_buffer}; expected at most rollout.max_tokens "
-            f"{config.rollout.max_tokens}"
-        )
-
-
 def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     """Check models, tokenizers, prompts and scorers. Relative paths start at `base`. Raises
     ConfigError."""
@@ -156,49 +135,53 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     algorithm, derived = check_settings(config)
     max_length = _check_models(config, algorithm, base)
     tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
-    prompts = _load(config, base / config.prompts.train, tokenizer, "prompts.train", max_length)
+    load = partial(_load, config, tokenizer=tokenizer, max_length=max_length, base=base)
+    prompts = load(config.prompts.train, key="prompts.train")
     if len(prompts.prompts) < config.prompts.batch:
         raise ConfigError(
-            f"prompts.batch is {config.prompts.batch}, but {config.prompts.train} has only {len(prompts.prompts)} different "
+            f"prompts.batch is {config.prompts.batch}, but {prompts.label} has only {len(prompts.prompts)} different "
             f"prompts; expected at most {len(prompts.prompts)}"
         )
-    _check_shards(config, len(prompts.prompts))
+    config.algorithm.check_prompts(config, len(prompts.prompts))
     chat = Chat(tokenizer, max_length=max_length)
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
-        loaded = _load(
-            config, base / config.prompts.heldout, tokenizer, "prompts.heldout", max_length
-        )
+        loaded = load(config.prompts.heldout, key="prompts.heldout")
         heldout = loaded.prompts[: config.run.eval_prompts]
-    check_entries(config.scorer.train, base, combine=config.scorer.combine)
+    check_entries(config.scorer.train, base)
     if heldout:
         judged = config.scorer.evaluate or config.scorer.train
         check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
     if config.scorer.evaluate is not None:
         check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
-    eval_suites = {}
-    for task, eval_suite in config.evaluations.items():
+    for task, evaluation in config.evaluations.items():
         where = f"evaluations.{task}"
-        check_entries(eval_suite.scorer, base, where=f"{where}.scorer")
-        check_heldout(eval_suite.scorer, where=f"{where}.scorer")
-        loaded = _load(config, base / eval_suite.prompts, tokenizer, f"{where}.prompts", max_length)
-        eval_suites[task] = loaded.prompts[: config.run.eval_prompts]
+        check_entries(evaluation.scorers, base, where=f"{where}.scorer")
+        check_heldout(evaluation.scorers, where=f"{where}.scorer")
+
+    def load_evaluation_prompts(source: PluginConfig, key: str) -> tuple[Prompt, ...]:
+        return load(source, key=key).prompts[: config.run.eval_prompts]
+
+    evaluations: dict[str, Evaluation] = {
+        task: EVALUATIONS.build(
+            evaluation,
+            EvaluationSetup(
+                task=task,
+                base=base,
+                chat=chat,
+                heldout=heldout or prompts.prompts,
+                load_prompts=load_evaluation_prompts,
+            ),
+        )
+        for task, evaluation in config.evaluations.items()
+    }
     pairs = None
-    if algorithm.pair_file is not None:
-        found = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
-        algorithm.give(encode_pairs(found.pairs, chat, key="algorithm.offline.path"))
-        pairs = found.fingerprint
-    game = None
-    if config.prompts.game is not None:
-        players = heldout[:GAME_PROMPTS] or prompts.prompts[:GAME_PROMPTS]
-        game = Game(base / config.prompts.game, players, chat, key="prompts.game")
+    if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
+        pair_set = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
+        algorithm.set_pairs(encode_pairs(pair_set.pairs, chat, key="algorithm.offline.path"))
+        pairs = pair_set.fingerprint
     data = CampaignData(
-        chat=chat,
-        prompts=prompts,
-        heldout=heldout,
-        eval_suites=eval_suites,
-        game=game,
-        pairs=pairs,
+        chat=chat, prompts=prompts, heldout=heldout, evaluations=evaluations, pairs=pairs
     )
     return Prepared(
         config=config,
@@ -207,22 +190,6 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         data=data,
         max_length=max_length,
     )
-
-
-def _check_shards(config: CampaignConfig, prompts: int) -> None:
-    """Refuse a campaign whose rounds would share prompts where the algorithm promises that they do
-    not."""
-    needed = config.run.iterations * config.prompts.batch
-    if (
-        isinstance(config.algorithm, IterativeDPOConfig)
-        and config.algorithm.disjoint_iterations
-        and needed > prompts
-    ):
-        raise ConfigError(
-            f"algorithm.disjoint_iterations: {config.run.iterations} rounds of {config.prompts.batch} prompts need {needed}, but "
-            f"{config.prompts.train} has {prompts}; expected prompts.batch of at most {prompts // config.run.iterations}, or "
-            "disjoint_iterations: false"
-        )
 
 
 def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> int:
@@ -248,10 +215,11 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
         ("reference.model", config.reference.model),
         ("learner.critic_model", config.learner.critic_model),
     ]
-    others += [
-        (f"algorithm.{name}.model", algorithm.other_policy(name).model)
-        for name in algorithm.policies[1:]
-    ]
+    if isinstance(algorithm, TrainsSeveralPolicies):
+        others += [
+            (f"algorithm.{name}.model", algorithm.other_policy(name).model)
+            for name in algorithm.policies[1:]
+        ]
     for key, other in others:
         if other is None:
             continue
@@ -268,13 +236,18 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
 
 def _load(
     config: CampaignConfig,
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    source: PluginConfig,
+    *,
     key: str,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    base: Path,
 ) -> PromptSet:
     return load_prompts(
-        path, tokenizer, key=key, max_prompt_tokens=max_length - config.rollout.max_tokens
+        open_source(source, base=base, key=key),
+        tokenizer,
+        key=key,
+        max_prompt_tokens=max_length - config.rollout.max_tokens,
     )
 
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from pydantic import JsonValue
+
 from rayhf.errors import CheckpointError, StorageError
 from rayhf.types import JsonObject
 
@@ -130,7 +132,7 @@ def verify(directory: Path) -> JsonObject:
     """
     manifest = directory / MANIFEST
     try:
-        facts: JsonObject = json.loads(manifest.read_text(encoding="utf-8"))
+        facts: dict[str, JsonValue] = json.loads(manifest.read_text(encoding="utf-8"))
         checksum = facts.pop("checksum")
         expected = _expected_files(facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -65,7 +65,7 @@ def submitted_rows(run: Path, row_type: RowType) -> list[JsonObject]:
         lines = (run / "inbox" / f"{row_type}.jsonl").read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    rows = []
+    rows: list[JsonObject] = []
     for line in lines:
         try:
             row = json.loads(line)

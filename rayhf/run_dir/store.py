@@ -356,7 +356,7 @@ def _config_hash(config: CampaignConfig) -> str:
     """Hash what decides the weights: all but where the campaign runs, how long, and who watches."""
     content = config.model_dump(
         mode="json",
-        exclude={"run", "cluster", "tracking", "guards", "tiny", "evaluations", "service"},
+        exclude={"run", "cluster", "trackers", "guards", "evaluations", "service"},
     )
     if config.learner.schedule != "constant":
         content["iterations"] = config.run.iterations

@@ -1,7 +1,6 @@
-"""The scorer role's engines: rules in child processes, reward and preference models, judges, and
-their combination. Plain and synchronous; each can score answers and compare them.
+"""Scorers: rules in child processes, reward and preference models, judges, and their combination.
 
-build.py makes one engine out of the config's entries; an actor shell holds it. Importing this
-package imports no torch: a rule's child process passes through here when it uses
+protocol.py is the interface, build.py starts the scorers of a config, combine.py makes them one.
+Importing this package imports no torch: the child process of a rule imports it for
 `rayhf.scorer.rules`.
 """

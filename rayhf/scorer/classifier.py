@@ -1,5 +1,8 @@
-"""A frozen sequence classifier of transformers with its tokenizer: what reward models and
-preference models are made of."""
+"""Frozen sequence classifiers of transformers: the models of reward and preference scorers.
+
+In: a Hugging Face model directory with its own tokenizer and chat template. Out: the loaded model.
+`check_classifier` reads only the small files, before anything starts.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,56 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pydantic import PositiveInt
+
+from rayhf.config.scorers import ClassifierModel, Dtype, ScorerEntryConfig
 from rayhf.errors import ConfigError
-from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA
+from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA, refuse_own_code
+from rayhf.scorer.protocol import ScorerSetup
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SCORER_FILE = "rayhf_scorer.json"
+"""What `rayhf fit-scorer` says of a model, beside its config.json."""
 _UNBOUNDED = 10**9
 """Tokenizers without a limit say 10**30."""
 
 
+class ClassifierEntryConfig(ScorerEntryConfig):
+    """Settings of a scorer that is a sequence classifier."""
+
+    model: Path
+    """Hugging Face model directory with a tokenizer that has a chat template."""
+    dtype: Dtype = "float32"
+    token_budget: PositiveInt = 16384
+    """Padded tokens per forward pass; a single longer text has a pass of its own."""
+    max_length: PositiveInt | None = None
+    """Limit on a whole text (template, prompt and completions), in tokens. Default: the model's
+    own."""
+
+    @property
+    def loads(self) -> ClassifierModel:
+        """The model in its process, for memory estimates."""
+        return ClassifierModel(model=self.model, dtype=self.dtype, token_budget=self.token_budget)
+
+
 @dataclass(slots=True)
 class Classifier:
-    """Loaded, in evaluation mode, on its device."""
+    """A loaded model, in evaluation mode, on its device."""
 
-    tokenizer: Any
-    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
     """None once it is closed."""
-    device: Any
+    device: torch.device
     max_length: int
-    """Tokens of a whole text."""
+    """Limit on a whole text, in tokens."""
 
     def close(self) -> None:
-        """Give the weights' memory back."""
+        """Release the memory of the weights."""
         import torch
 
         self.model = None
@@ -36,63 +67,62 @@ class Classifier:
             torch.cuda.empty_cache()
 
 
-def load_classifier(
-    directory: Path,
-    what: str,
-    *,
-    dtype: str,
-    max_length: int | None,
-    device: str,
-    threads: int | None,
-) -> Classifier:
-    """Errors call it `what`. ConfigError for weights or a tokenizer that do not fit, and for a
-    max_length beyond the model's."""
+def load_classifier(config: ClassifierEntryConfig, setup: ScorerSetup, *, title: str) -> Classifier:
+    """Load the model; errors call it `title`.
+
+    Raises ConfigError for weights or a tokenizer that do not fit, and for a max_length beyond the
+    model's.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    directory = setup.base / config.model
+    if setup.threads is not None:
+        torch.set_num_threads(setup.threads)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, **AS_DATA)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=getattr(torch, dtype), output_loading_info=True, **WEIGHTS_AS_DATA
+            directory,
+            dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
+            **WEIGHTS_AS_DATA,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{what} {directory}: {one_line(error)}") from error
+        raise ConfigError(f"{title} {directory}: {one_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(
-            f"{what} {directory}: the checkpoint has no weights for {', '.join(missing[:3])}"
+            f"{title} {directory}: the checkpoint has no weights for {', '.join(missing[:3])}"
         )
-    largest, embedded = (
-        max(tokenizer.get_vocab().values()),
-        model.get_input_embeddings().num_embeddings,
-    )
+    largest = max(tokenizer.get_vocab().values())
+    embedded = model.get_input_embeddings().num_embeddings
     if largest >= embedded:
         raise ConfigError(
-            f"{what} {directory}: its tokenizer has ids up to {largest}, the model embeds {embedded}"
+            f"{title} {directory}: its tokenizer has ids up to {largest}, "
+            f"the model embeds {embedded}"
         )
-    own = length_limit(model.config.get_text_config(), tokenizer)
-    if max_length is not None and max_length > own:
+    limit = length_limit(model.config.get_text_config(), tokenizer)
+    if config.max_length is not None and config.max_length > limit:
         raise ConfigError(
-            f"{what} {directory}: max_length is {max_length}, the model reads at most {own} tokens"
+            f"{title} {directory}: max_length is {config.max_length}, "
+            f"the model reads at most {limit} tokens"
         )
-    place = torch.device(device)
-    return Classifier(
-        tokenizer, model.eval().requires_grad_(False).to(place), place, max_length or own
-    )
+    device = torch.device(setup.device)
+    model = model.eval().requires_grad_(False).to(device)
+    return Classifier(tokenizer, model, device, config.max_length or limit)
 
 
-def length_limit(model_config: Any, tokenizer: Any) -> int:
-    """Tokens that the model and its tokenizer can take."""
+def length_limit(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the longest text that the model and its tokenizer take, in tokens."""
     limits = [getattr(model_config, "max_position_embeddings", None), tokenizer.model_max_length]
-    return min(
-        [int(limit) for limit in limits if limit and limit > 0] + [_UNBOUNDED]
-    )  # XLNet says -1
+    # XLNet says -1.
+    return min([int(limit) for limit in limits if limit and limit > 0] + [_UNBOUNDED])
 
 
 def pack(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Indices in batches of at most token_budget padded tokens, longest first; a longer row goes
-    alone."""
+    """Yield indices in batches of at most token_budget padded tokens, longest first.
+
+    A longer row has a batch of its own.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:
@@ -103,8 +133,43 @@ def pack(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def check_classifier(directory: Path, *, title: str) -> int:
+    """Check the small files of a classifier; errors call it `title`. Returns its outputs.
+
+    Raises ConfigError unless it is a sequence classifier with a tokenizer and a chat template.
+    """
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise ConfigError(
+            f"{title} {directory}: there is no config.json; expected a Hugging Face model directory"
+        )
+    config = read_json(config_file)
+    refuse_own_code(directory, config, key=title)
+    names = config.get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        raise ConfigError(
+            f"{title} {directory}: architectures is {', '.join(names) or 'none'}; "
+            "expected a ...ForSequenceClassification"
+        )
+    tokenizer_file = directory / "tokenizer_config.json"
+    if not tokenizer_file.is_file():
+        raise ConfigError(
+            f"{title} {directory}: there is no tokenizer_config.json; it needs its own tokenizer"
+        )
+    templates = [directory / "chat_template.jinja", directory / "chat_template.json"]
+    if not any(file.is_file() for file in templates) and not read_json(tokenizer_file).get(
+        "chat_template"
+    ):
+        raise ConfigError(
+            f"{title} {directory}: its tokenizer has no chat template "
+            "(chat_template.jinja or tokenizer_config.json)"
+        )
+    # transformers leaves id2label out for its default of two labels.
+    return len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+
+
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ConfigError for a file that is no JSON object."""
+    """Return the JSON object of a file. Raises ConfigError where there is none."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -115,4 +180,5 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
+    """Return type and message in one line of at most 400 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]

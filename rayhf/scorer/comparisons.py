@@ -1,10 +1,10 @@
-"""Comparisons of one prompt's K answers: built, read and checked the same way by every engine.
+"""Comparisons of one prompt's K completions: built, read and checked in one place.
 
-In: outcomes (pointwise) or the verdicts on pairs (pairwise). Out: Comparisons whose matrix is
-mirrored (win[j, i] = 1 - win[i, j]), has 1/2 on the diagonal and NaN where nothing is known of a
-pair. Where nothing is known of any pair, there is no matrix but a reason. `check_outcomes` and
-`check_comparisons` stand behind every engine: a wrong count or shape is Failed, a value that is
-none is Invalid.
+In: outcomes (pointwise) or verdicts on pairs (pairwise). Out: Comparisons whose matrix is mirrored
+(win[j, i] = 1 - win[i, j]), with 1/2 on the diagonal and NaN where nothing is known of a pair.
+Where nothing is known of any pair, there is no matrix but a reason. `check_outcomes` and
+`check_comparisons` stand behind every scorer: a wrong count or shape is Failed, a value that is not
+finite is Invalid.
 """
 
 from __future__ import annotations
@@ -15,17 +15,29 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rayhf.types import Compared, Comparison, Failed, Invalid, Outcome, Scored, ScoreRequest
+from rayhf.types import (
+    Compared,
+    Comparison,
+    Failed,
+    Invalid,
+    Outcome,
+    Scored,
+    ScoreRequest,
+    win_rates,
+)
 
 Matrix = npt.NDArray[np.float64]
 Pair = tuple[int, int]
+Problem = Invalid | Failed
 _MIRROR_TOLERANCE = 1e-6
 
 
 def compare_scores(outcomes: Sequence[Outcome]) -> Comparison:
-    """win[i, j] = sigmoid(score_i - score_j), source "pointwise". Rows and columns of an answer
-    without a score are NaN, but for the diagonal; with fewer than two scores (of several answers)
-    the comparison is Failed or Invalid, as the first such answer."""
+    """Return win[i, j] = sigmoid(score_i - score_j), source "pointwise".
+
+    Rows and columns of a completion without a score are NaN off the diagonal. With fewer than two
+    scores (of several completions) the comparison is Failed or Invalid, as the first such outcome.
+    """
     scores_K = np.array(
         [outcome.value if isinstance(outcome, Scored) else math.nan for outcome in outcomes],
         dtype=np.float64,
@@ -40,66 +52,75 @@ def compare_scores(outcomes: Sequence[Outcome]) -> Comparison:
     return Compared(win=win_KK, source="pointwise")
 
 
-def compare_pairs(answers: int, verdicts: Mapping[Pair, float | Invalid | Failed]) -> Comparison:
-    """A matrix out of P(i beats j) for some i < j, source "pairwise"; where none is known, the
-    first reason."""
-    win_KK = np.full((answers, answers), np.nan)
+def compare_pairs(completions: int, verdicts: Mapping[Pair, float | Problem]) -> Comparison:
+    """Return a matrix from P(i beats j) of some pairs i < j, source "pairwise".
+
+    Where no pair has a probability, return the first problem.
+    """
+    win_KK = np.full((completions, completions), np.nan)
     np.fill_diagonal(win_KK, 0.5)
     for (first, second), verdict in verdicts.items():
         if isinstance(verdict, float):
-            win_KK[first, second], win_KK[second, first] = verdict, 1.0 - verdict
-    reasons = [verdict for verdict in verdicts.values() if not isinstance(verdict, float)]
-    if reasons and not knows_a_pair(win_KK):
-        return reasons[0]
+            win_KK[first, second] = verdict
+            win_KK[second, first] = 1.0 - verdict
+    problems = [verdict for verdict in verdicts.values() if not isinstance(verdict, float)]
+    if problems and not has_verdict(win_KK):
+        return problems[0]
     return Compared(win=win_KK, source="pairwise")
 
 
-def knows_a_pair(win_KK: Matrix) -> bool:
-    """Whether any two answers were compared; true for fewer than two answers, where there is
-    nothing to know."""
+def has_verdict(win_KK: Matrix) -> bool:
+    """Return whether any two completions were compared; true for fewer than two."""
     return len(win_KK) < 2 or bool(np.isfinite(win_KK[~np.eye(len(win_KK), dtype=bool)]).any())
 
 
-def mean_wins(comparison: Comparison, answers: int) -> tuple[Outcome, ...]:
-    """The score that a pairwise scorer gives an answer: its mean win probability against the
-    prompt's other answers it was compared with. Invalid for an answer that stands alone or was
-    compared with none."""
+def mean_wins(
+    comparison: Comparison, completions: int, problems: Mapping[int, Problem] | None = None
+) -> tuple[Outcome, ...]:
+    """Return the scores of a pairwise scorer: win rates against the prompt's other completions.
+
+    A completion without any verdict is its entry in `problems` where it has one, otherwise Invalid.
+    """
     if not isinstance(comparison, Compared):
-        return (comparison,) * answers
-    return tuple(_mean_win(comparison.win, index) for index in range(answers))
-
-
-def _mean_win(win_KK: Matrix, index: int) -> Outcome:
-    against = np.delete(win_KK[index], index)
-    if not len(against):
-        return Invalid(
-            reason="a pairwise scorer compares answers to the same prompt, and this one stands alone"
-        )
-    known = against[np.isfinite(against)]
-    if not len(known):
-        return Invalid(reason="no verdict against any other answer")
-    return Scored(value=float(known.mean()))
+        return (comparison,) * completions
+    missing = Invalid(
+        reason="no verdict against any other completion"
+        if completions > 1
+        else "a pairwise scorer needs at least two completions of a prompt, and there is no other "
+        "completion here"
+    )
+    return tuple(
+        Scored(value=float(rate)) if math.isfinite(rate) else (problems or {}).get(index, missing)
+        for index, rate in enumerate(win_rates(comparison.win, include_self=False))
+    )
 
 
 def check_outcomes(
-    answers: Sequence[Sequence[Outcome]], requests: Sequence[ScoreRequest]
+    responses: Sequence[Sequence[Outcome]], requests: Sequence[ScoreRequest]
 ) -> list[tuple[Outcome, ...]]:
-    """One outcome per completion, whatever the engine returned: a wrong count is Failed, a score
-    that is not finite Invalid."""
-    if len(answers) != len(requests):
-        failed = Failed(reason=f"the scorer answered {len(answers)} of {len(requests)} requests")
+    """Return one outcome per completion, whatever the scorer returned.
+
+    A wrong count is Failed, a score that is not finite Invalid.
+    """
+    if len(responses) != len(requests):
+        failed = _wrong_count(len(responses), len(requests))
         return [(failed,) * len(request.completions) for request in requests]
     return [
         _check_row(row, len(request.completions))
-        for row, request in zip(answers, requests, strict=True)
+        for row, request in zip(responses, requests, strict=True)
     ]
+
+
+def _wrong_count(responses: int, requests: int) -> Failed:
+    return Failed(reason=f"the scorer returned {responses} results for {requests} requests")
 
 
 def _check_row(row: Sequence[Outcome], completions: int) -> tuple[Outcome, ...]:
     if len(row) != completions:
-        return (
-            Failed(reason=f"the scorer gave {len(row)} scores for {completions} answers"),
-        ) * completions
+        failed = Failed(
+            reason=f"the scorer returned {len(row)} scores for {completions} completions"
+        )
+        return (failed,) * completions
     return tuple(
         Invalid(reason=f"the score is {outcome.value}")
         if isinstance(outcome, Scored) and not math.isfinite(outcome.value)
@@ -109,37 +130,37 @@ def _check_row(row: Sequence[Outcome], completions: int) -> tuple[Outcome, ...]:
 
 
 def check_comparisons(
-    answers: Sequence[Comparison], requests: Sequence[ScoreRequest]
+    responses: Sequence[Comparison], requests: Sequence[ScoreRequest]
 ) -> list[Comparison]:
-    """One comparison per request, whatever the engine returned. A wrong count or shape, and a
-    matrix that is not one of win probabilities, is Failed."""
-    if len(answers) != len(requests):
-        return [
-            Failed(reason=f"the scorer answered {len(answers)} of {len(requests)} requests")
-        ] * len(requests)
+    """Return one comparison per request, whatever the scorer returned.
+
+    A wrong count or shape, and a matrix that does not hold win probabilities, is Failed.
+    """
+    if len(responses) != len(requests):
+        return [_wrong_count(len(responses), len(requests))] * len(requests)
     return [
-        _check_matrix(answer, len(request.completions))
-        for answer, request in zip(answers, requests, strict=True)
+        _check_matrix(response, len(request.completions))
+        for response, request in zip(responses, requests, strict=True)
     ]
 
 
-def _check_matrix(comparison: Comparison, answers: int) -> Comparison:
+def _check_matrix(comparison: Comparison, completions: int) -> Comparison:
     if not isinstance(comparison, Compared):
         return comparison
     win_KK = comparison.win
-    if win_KK.shape != (answers, answers):
-        return Failed(
-            reason=f"the scorer's matrix has shape {win_KK.shape}, expected {(answers, answers)}"
-        )
+    expected = (completions, completions)
+    if win_KK.shape != expected:
+        return Failed(reason=f"the scorer's matrix has shape {win_KK.shape}, expected {expected}")
     known = ~np.isnan(win_KK)
     if not ((win_KK[known] >= 0.0) & (win_KK[known] <= 1.0)).all():
         worst = win_KK[known][np.argmax(np.abs(win_KK[known] - 0.5))]
         return Failed(reason=f"the scorer's matrix has the entry {worst:g}, expected probabilities")
-    off_KK = np.abs(win_KK + win_KK.T - 1.0)
-    if (known != known.T).any() or (off_KK[known] > _MIRROR_TOLERANCE).any():
+    error_KK = np.abs(win_KK + win_KK.T - 1.0)
+    if (known != known.T).any() or (error_KK[known] > _MIRROR_TOLERANCE).any():
         return Failed(
-            reason="the scorer's matrix is not mirrored: win[i, j] + win[j, i] must be 1, and 1/2 on the diagonal"
+            reason="the scorer's matrix is not mirrored: win[i, j] + win[j, i] must be 1, and 1/2 "
+            "on the diagonal"
         )
-    if not knows_a_pair(win_KK):
-        return Invalid(reason="the scorer compared no two answers")
+    if not has_verdict(win_KK):
+        return Invalid(reason="the scorer compared no two completions")
     return comparison

@@ -1,17 +1,15 @@
-r"""Mathematical equivalence for `scorer.train[].function`: `rayhf.scorer.math_rules:math_equal`.
-Needs the package math-verify.
+r"""Mathematical equivalence, `function: rayhf.scorer.math_rules:math_equal`.
 
-In: a completion's text and the prompt's reference answer. Out: 1.0 or 0.0. What counts is the last
-formula or number that the completion states (in \boxed{}, in $...$, or plain), compared as a value:
-1/2, 0.5, 50\% and \frac{2}{4} are equal. The library's own time limits are off, because they turn
-"too late" into "wrong": the rule's time limit makes it Failed.
+In: a completion's text and the prompt's reference answer. Out: 1.0 or 0.0. The last formula or
+number of the completion counts (in \boxed{}, in $...$, or plain), compared as a value: 1/2, 0.5,
+50\% and \frac{2}{4} are equal. The time limits of the library (math-verify) are off, because they
+turn "too late" into "wrong": the rule's time limit makes it Failed.
 """
 
 from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from typing import Any
 
 from math_verify import parse, verify
 
@@ -19,31 +17,29 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 
 
 def math_equal(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
-    """1.0 where the completion's last formula or number equals the answer; a completion without one
-    is wrong.
+    """Return 1.0 where the completion's last formula or number equals the reference answer.
 
-    Raises ValueError for a prompt whose answer is missing or is no mathematics, and whatever the
-    library raises.
+    A completion without one is wrong. Raises ValueError for a prompt whose reference answer is
+    missing or is no mathematics, and whatever the library raises.
     """
     if answer is None:
-        raise ValueError("the prompt has no answer")
-    return float(
-        verify(list(_gold(answer)), _parse(completion), timeout_seconds=None, raise_on_error=True)
-    )
+        raise ValueError("the prompt has no reference answer")
+    reference = list(_parse_reference(answer))
+    return float(verify(reference, _parse(completion), timeout_seconds=None, raise_on_error=True))
 
 
 @lru_cache(maxsize=4096)
-def _gold(answer: str) -> tuple[Any, ...]:
+def _parse_reference(answer: str) -> tuple[object, ...]:
     marked = answer if "$" in answer or "\\boxed" in answer else f"${answer.strip()}$"
-    found = _parse(marked)
-    if not found:
-        raise ValueError(f"the answer is no mathematics: {answer!r:.60}")
-    return tuple(found)
+    expressions = _parse(marked)
+    if not expressions:
+        raise ValueError(f"the reference answer is no mathematics: {answer!r:.60}")
+    return tuple(expressions)
 
 
-def _parse(text: str) -> list[Any]:
-    """Parsed expressions only: the library's fallback would compare unparsable ones as text."""
-    found: list[Any] = parse(
+def _parse(text: str) -> list[object]:
+    """Return parsed expressions only: the library's fallback would compare text."""
+    expressions: list[object] = parse(
         text, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True
     )
-    return found
+    return expressions

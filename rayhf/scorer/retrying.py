@@ -1,11 +1,10 @@
-"""A scorer that cannot be reached is asked again; one that stays away pauses the campaign, which
-goes on by itself.
+"""Retries of a scorer that is unreachable; one that stays unreachable pauses the campaign.
 
-In: a scorer role. Out: the same verbs. Only transient failures are repeated, and only what failed;
-what is wrong with an answer or a rule stays wrong. A few of a call's completions may stay failed
-after `attempts` (they are dropped and counted); when more than `tolerated` of them were asked for
-again and nothing came back, the scorer is down, and is asked until it is up again: no score is ever
-made up.
+In: a scorer role. Out: the same interface. Only transient failures are retried, and only the
+completions that failed; an error in a completion or a rule is final. A few of a call's completions
+may stay failed after `attempts` (they are dropped and counted). When more than `tolerated` of them
+were retried and none came back, the scorer is down: it is retried until it responds, and the
+campaign resumes automatically. No score is ever made up.
 """
 
 from __future__ import annotations
@@ -20,17 +19,20 @@ from rayhf.roles import Scorer
 from rayhf.types import Comparison, Failed, Outcome, ScoreRequest
 
 Report = Callable[[str, str], None]
-"""(kind, message); kinds: pause, unpause."""
+"""Receives (event, message); the events are pause and unpause."""
 
 
 class RetryingScorer:
-    """Scorer over another one.
+    """Scorer over another one, with retries.
 
     Args:
-        attempts: calls at most for a failure that is not the whole scorer's.
+        inner: the scorer.
+        attempts: maximum number of calls for a completion while the scorer is up.
         tolerated: share of a call that may stay failed.
-        first_wait_s: before the second call; doubled each time, up to max_wait_s, and jittered by
-        half. report: told when the scorer is taken to be down, and when it is back.
+        report: called when the scorer is taken to be down, and when it is back.
+        first_wait_s: wait before the second call in seconds; doubled each time, up to max_wait_s,
+            and jittered by half.
+        max_wait_s: limit on the wait, in seconds.
     """
 
     def __init__(
@@ -43,87 +45,98 @@ class RetryingScorer:
         first_wait_s: float = 0.5,
         max_wait_s: float = 30.0,
     ) -> None:
-        self._inner, self._attempts, self._tolerated, self._report = (
-            inner,
-            attempts,
-            tolerated,
-            report,
-        )
-        self._first_wait_s, self._max_wait_s = first_wait_s, max_wait_s
+        self._inner = inner
+        self._attempts = attempts
+        self._tolerated = tolerated
+        self._report = report
+        self._first_wait_s = first_wait_s
+        self._max_wait_s = max_wait_s
         self._down = False
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        answers = [list(outcomes) for outcomes in await self._inner.score(requests)]
-        every = [(i, j) for i, row in enumerate(answers) for j in range(len(row))]
-        asked, attempt = every, 1
-        while failed := [(i, j) for i, j in asked if _transient(answers[i][j])]:
-            if not await self._again(
-                attempt, answers[failed[0][0]][failed[0][1]], len(failed), len(asked), len(every)
-            ):
+        """Return the outcomes; those that are transient failures have been retried."""
+        results = [list(outcomes) for outcomes in await self._inner.score(requests)]
+        places = [(i, j) for i, row in enumerate(results) for j in range(len(row))]
+        total = len(places)
+        attempt = 1
+        while failed := [(i, j) for i, j in places if _is_transient(results[i][j])]:
+            i, j = failed[0]
+            if not await self._wait(attempt, results[i][j], len(failed), len(places), total):
                 break
-            asked, attempt = failed, attempt + 1
+            places = failed
+            attempt += 1
             rows: dict[int, list[int]] = {}
-            for i, j in asked:
+            for i, j in places:
                 rows.setdefault(i, []).append(j)
-            part = [_only(requests[i], positions) for i, positions in rows.items()]
-            fresh = iter(
-                [outcome for outcomes in await self._inner.score(part) for outcome in outcomes]
-            )
-            for i, j in asked:
-                answers[i][j] = next(fresh)
-        self._up()
-        return [tuple(row) for row in answers]
+            part = [_select(requests[i], positions) for i, positions in rows.items()]
+            retried = await self._inner.score(part)
+            outcomes = (outcome for row in retried for outcome in row)
+            for (i, j), outcome in zip(places, outcomes, strict=True):
+                results[i][j] = outcome
+        self._report_up()
+        return [tuple(row) for row in results]
 
     async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        answers = list(await self._inner.compare(requests))
-        asked, attempt = list(range(len(answers))), 1
-        while failed := [i for i in asked if _transient(answers[i])]:
-            if not await self._again(
-                attempt, answers[failed[0]], len(failed), len(asked), len(answers)
-            ):
+        """Return the comparisons; those that are transient failures have been retried."""
+        results = list(await self._inner.compare(requests))
+        places = list(range(len(results)))
+        attempt = 1
+        while failed := [i for i in places if _is_transient(results[i])]:
+            example = results[failed[0]]
+            if not await self._wait(attempt, example, len(failed), len(places), len(results)):
                 break
-            asked, attempt = failed, attempt + 1
-            fresh = iter(await self._inner.compare([requests[i] for i in asked]))
-            for i in asked:
-                answers[i] = next(fresh)
-        self._up()
-        return answers
+            places = failed
+            attempt += 1
+            retried = await self._inner.compare([requests[i] for i in places])
+            for i, comparison in zip(places, retried, strict=True):
+                results[i] = comparison
+        self._report_up()
+        return results
 
     async def state_dict(self) -> dict[str, Any]:
+        """Return the scorer's state."""
         return await self._inner.state_dict()
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the scorer's state."""
         await self._inner.load_state_dict(state)
 
-    async def _again(
-        self, attempt: int, example: Outcome | Comparison, failed: int, asked: int, of: int
+    async def _wait(
+        self, attempt: int, example: Outcome | Comparison, failed: int, called: int, total: int
     ) -> bool:
-        """Wait, and say whether to ask once more: `failed` of the `asked` ones failed, in a call
-        `of` so many."""
+        """Wait, unless the failures are final. Returns whether to retry.
+
+        Args:
+            attempt: number of calls so far.
+            example: one of the failures.
+            failed: failures in the last call.
+            called: completions or requests in the last call.
+            total: completions or requests in the first one.
+        """
         if attempt >= self._attempts:
-            if failed < asked or failed <= self._tolerated * of:
+            if failed < called or failed <= self._tolerated * total:
                 return False
             if not self._down and isinstance(example, Failed):
                 self._down = True
                 self._report(
                     "pause",
-                    f"the scorer is down, nothing goes on until it is back: {example.reason}",
+                    "the scorer is down; the campaign pauses and resumes automatically when it "
+                    f"responds: {example.reason}",
                 )
         wait_s = min(self._max_wait_s, self._first_wait_s * 2.0 ** min(attempt - 1, 30))
         await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
         return True
 
-    def _up(self) -> None:
+    def _report_up(self) -> None:
         if self._down:
             self._down = False
             self._report("unpause", "the scorer is back")
 
 
-def _transient(answer: Outcome | Comparison) -> bool:
-    return isinstance(answer, Failed) and answer.transient
+def _is_transient(result: Outcome | Comparison) -> bool:
+    return isinstance(result, Failed) and result.transient
 
 
-def _only(request: ScoreRequest, positions: Sequence[int]) -> ScoreRequest:
-    return replace(
-        request, completions=tuple(request.completions[position] for position in positions)
-    )
+def _select(request: ScoreRequest, positions: Sequence[int]) -> ScoreRequest:
+    completions = tuple(request.completions[position] for position in positions)
+    return replace(request, completions=completions)

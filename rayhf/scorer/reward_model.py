@@ -1,11 +1,10 @@
-"""A reward model: a sequence classifier with one output, with its own tokenizer and chat template,
-never the policy's.
+"""Reward models: sequence classifiers with one output, and their own tokenizer and chat template.
 
 In: ScoreRequests. Each completion becomes messages + one assistant turn -> the model's chat
 template -> token ids; rows are sorted by length, packed by padded tokens and right-padded. Out: the
 logit as Scored; Invalid for a non-finite logit, for a text that cannot be encoded and for one that
 is too long (never truncated); Failed where the template refuses the messages. The batches depend on
-the requests alone. `check_directory` reads only the small files, before anything starts.
+the requests alone.
 """
 
 from __future__ import annotations
@@ -16,72 +15,75 @@ from pathlib import Path
 
 import jinja2
 
-from rayhf.data.prompts import disarming
+from rayhf.config.scorers import PointwiseEntryConfig
+from rayhf.data.chat import special_token_escaper
 from rayhf.errors import ConfigError
-from rayhf.models.source import refuse_own_code
-from rayhf.scorer.classifier import load_classifier, one_line, pack, read_json
-from rayhf.scorer.comparisons import compare_scores
-from rayhf.types import (
-    Comparison,
-    Completion,
-    Failed,
-    Invalid,
-    Outcome,
-    Prompt,
-    Scored,
-    ScoreRequest,
+from rayhf.scorer.classifier import (
+    SCORER_FILE,
+    ClassifierEntryConfig,
+    check_classifier,
+    load_classifier,
+    one_line,
+    pack,
+    read_json,
 )
+from rayhf.scorer.comparisons import Problem
+from rayhf.scorer.protocol import PointwiseScorer, ScorerSetup
+from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 
+_TITLE = "reward model"
 _PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-"""Relative to max(1, |score|): rounding differs between batch shapes, reading the wrong token shows
-far above this."""
+"""Relative to max(1, |score|): rounding differs between batch shapes, but a score read at the wrong
+token differs by far more."""
 
 
-class RewardModel:
-    """A sequence classifier of transformers, frozen.
+class RewardModelConfig(ClassifierEntryConfig, PointwiseEntryConfig):
+    """A sequence classifier with one output, with its own tokenizer and chat template."""
 
-    Args:
-        directory: Hugging Face model directory with a tokenizer that has a chat template.
-        dtype: "float32" or "bfloat16".
-        token_budget: padded tokens per forward pass; a single longer row goes alone.
-        max_length: tokens of template, prompt and completion together; default: the model's own
-        limit. device: torch device, for example "cpu" or "cuda". threads: torch CPU threads of this
-        process; unchanged by default.
+    type: str = "reward_model"
+
+
+class RewardModel(PointwiseScorer[RewardModelConfig]):
+    """A sequence classifier with one output, the score.
 
     Raises ConfigError for a model that has not exactly one output, lacks weights for its head, has
     no chat template, does not embed all of its tokenizer's ids, or whose scores depend on padding.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        dtype: str = "float32",
-        token_budget: int = 16384,
-        max_length: int | None = None,
-        device: str = "cpu",
-        threads: int | None = None,
-    ) -> None:
-        check_directory(directory)
-        self._classifier = load_classifier(
-            directory,
-            "reward model",
-            dtype=dtype,
-            max_length=max_length,
-            device=device,
-            threads=threads,
-        )
-        self._tokenizer, self._token_budget = self._classifier.tokenizer, token_budget
+    Config = RewardModelConfig
+
+    def __init__(self, config: RewardModelConfig, setup: ScorerSetup) -> None:
+        super().__init__(config, setup)
+        self.check(config, setup.base)
+        self._classifier = load_classifier(config, setup, title=_TITLE)
+        self._tokenizer = self._classifier.tokenizer
+        directory = setup.base / config.model
         if not self._tokenizer.chat_template:
-            raise ConfigError(_no_template(directory))
-        self._disarm = disarming(self._tokenizer)
+            raise ConfigError(f"{_TITLE} {directory}: its tokenizer has no chat template")
+        self._escape = special_token_escaper(self._tokenizer)
         self._text_config = self._classifier.model.config.get_text_config()
         self._text_config.use_cache = False
         self._own_pad_id: int | None = self._text_config.pad_token_id
-        self._check_padding(directory, _PADDING_TOLERANCE[dtype])
+        self._check_padding(directory, _PADDING_TOLERANCE[config.dtype])
+
+    @classmethod
+    def check(cls, config: RewardModelConfig, base: Path) -> None:
+        """Check the small files. Raises ConfigError unless it is a one-output classifier."""
+        directory = base / config.model
+        facts = directory / SCORER_FILE
+        # A pairwise model has one output too, but it reads two completions.
+        if facts.is_file() and (kind := read_json(facts).get("kind")) != "pointwise":
+            raise ConfigError(
+                f"{_TITLE} {directory}: it is a {kind} model; use type: preference_model for it"
+            )
+        outputs = check_classifier(directory, title=_TITLE)
+        if outputs != 1:
+            raise ConfigError(
+                f"{_TITLE} {directory}: it has {outputs} outputs (num_labels), expected 1"
+            )
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        """One outcome per completion of each request, in order."""
+        """Return one outcome per completion of each request, in order."""
         encoded = [
             self._encode(request.prompt, completion)
             for request in requests
@@ -94,18 +96,14 @@ class RewardModel:
         )
         return [tuple(next(outcomes) for _ in request.completions) for request in requests]
 
-    def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        """Sigmoids of score differences: what a Bradley-Terry model means by them."""
-        return [compare_scores(outcomes) for outcomes in self.score(requests)]
-
     def close(self) -> None:
-        """Give the weights' memory back."""
+        """Release the memory of the weights."""
         self._classifier.close()
 
-    def _encode(self, prompt: Prompt, completion: Completion) -> list[int] | Invalid | Failed:
+    def _encode(self, prompt: Prompt, completion: Completion) -> list[int] | Problem:
         messages = [
             *map(dict, prompt.messages),
-            {"role": "assistant", "content": self._disarm(completion.text)},
+            {"role": "assistant", "content": self._escape(completion.text)},
         ]
         try:
             text = str(self._tokenizer.apply_chat_template(messages, tokenize=False))
@@ -116,16 +114,15 @@ class RewardModel:
             return Failed(reason=f"the chat template refused the messages: {one_line(error)}")
         row: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if not row:
-            return Invalid(reason="the chat template made an empty text")
-        if len(row) > self._classifier.max_length:
-            return Invalid(
-                reason=f"too long: {len(row)} tokens, the reward model reads {self._classifier.max_length}"
-            )
+            return Invalid(reason="the chat template returned an empty text")
+        limit = self._classifier.max_length
+        if len(row) > limit:
+            return Invalid(reason=f"too long: {len(row)} tokens, the reward model reads {limit}")
         return row
 
     def _score_rows(self, rows: Sequence[list[int]]) -> list[float]:
         values = [math.nan] * len(rows)
-        for batch in pack([len(row) for row in rows], self._token_budget):
+        for batch in pack([len(row) for row in rows], self.config.token_budget):
             for index, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
                 values[index] = value
         return values
@@ -133,21 +130,24 @@ class RewardModel:
     def _forward(self, rows: Sequence[list[int]]) -> list[float]:
         import torch
 
-        width, device = max(map(len, rows)), self._classifier.device
-        self._text_config.pad_token_id = pad_id = self._pad_id(rows)
-        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
-        mask = torch.tensor(
+        width = max(map(len, rows))
+        device = self._classifier.device
+        pad_id = self._pad_id(rows)
+        self._text_config.pad_token_id = pad_id
+        ids_RT = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+        mask_RT = torch.tensor(
             [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
         )
         with torch.inference_mode():
-            logits = self._classifier.model(input_ids=ids, attention_mask=mask).logits
+            logits = self._classifier.model(input_ids=ids_RT, attention_mask=mask_RT).logits
         scores: list[float] = logits.float().reshape(len(rows)).tolist()
         return scores
 
     def _pad_id(self, rows: Sequence[list[int]]) -> int:
-        """transformers reads the score at the last token that is not `config.pad_token_id`.
+        """Return the padding id of a batch.
 
-        The model's own pad id is kept, so that the same token is read as in its training. A model
+        transformers reads the score at the last token that is not `config.pad_token_id`. The
+        model's own pad id is kept, so that the same token is read as in its training. A model
         without one reads the last token of a lone row; any id that ends no row of the batch reads
         the same token here.
         """
@@ -157,72 +157,28 @@ class RewardModel:
         return next(candidate for candidate in range(len(ends) + 1) if candidate not in ends)
 
     def _check_padding(self, directory: Path, tolerance: float) -> None:
-        """A short row must score the same alone and padded; a wrong pad id would read another
-        token, every time."""
+        """Check that a short row scores the same alone and padded.
+
+        With a wrong pad id another token would be read, every time.
+        """
         ids = sorted(
             set(self._tokenizer.get_vocab().values()) - set(self._tokenizer.all_special_ids)
         )
-        short, long = ids[:3], (ids * 16)[: min(16, self._classifier.max_length)]
-        alone, padded = self._forward([short])[0], self._forward([long, short])[1]
+        short = ids[:3]
+        long = (ids * 16)[: min(16, self._classifier.max_length)]
+        alone = self._forward([short])[0]
+        padded = self._forward([long, short])[1]
+        scores = f"({alone:g} alone, {padded:g} padded)"
         if not (math.isfinite(alone) and math.isfinite(padded)):
-            raise ConfigError(
-                f"reward model {directory}: a score is not finite ({alone:g} alone, {padded:g} padded)"
-            )
+            raise ConfigError(f"{_TITLE} {directory}: a score is not finite {scores}")
         if abs(alone - padded) > tolerance * max(1.0, abs(alone)):
             raise ConfigError(
-                f"reward model {directory}: a score changes with padding ({alone:g} alone, {padded:g} padded); "
+                f"{_TITLE} {directory}: a score changes with padding {scores}; "
                 f"pad_token_id in config.json is {self._own_pad_id}"
             )
 
 
-def check_directory(directory: Path) -> None:
-    """What the small files can tell. Raises ConfigError unless it is a one-output classifier with a
-    template."""
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        raise ConfigError(
-            f"reward model {directory}: there is no config.json; a Hugging Face model directory is needed"
-        )
-    facts = (
-        directory / "rayhf_scorer.json"
-    )  # a pairwise model has one output too, but it reads two answers
-    if facts.is_file() and (kind := read_json(facts).get("kind")) != "pointwise":
-        raise ConfigError(
-            f"reward model {directory}: it is a {kind} model; use type: preference_model for it"
-        )
-    config = read_json(config_file)
-    refuse_own_code(directory, config, key="reward model")
-    names = config.get("architectures") or []
-    if not any(name.endswith("ForSequenceClassification") for name in names):
-        found = ", ".join(names) or "none"
-        raise ConfigError(
-            f"reward model {directory}: architectures is {found}; a ...ForSequenceClassification is needed"
-        )
-    # transformers leaves id2label out for its default of two labels
-    outputs = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
-    if outputs != 1:
-        raise ConfigError(
-            f"reward model {directory}: it has {outputs} outputs (num_labels), a reward model has 1"
-        )
-    tokenizer_file = directory / "tokenizer_config.json"
-    if not tokenizer_file.is_file():
-        raise ConfigError(
-            f"reward model {directory}: there is no tokenizer_config.json; it needs its own tokenizer"
-        )
-    templates = [directory / "chat_template.jinja", directory / "chat_template.json"]
-    if not any(file.is_file() for file in templates) and not read_json(tokenizer_file).get(
-        "chat_template"
-    ):
-        raise ConfigError(_no_template(directory))
-
-
-def _no_template(directory: Path) -> str:
-    return f"reward model {directory}: its tokenizer has no chat template (chat_template.jinja or tokenizer_config.json)"
-
-
 def _outcome(value: float) -> Outcome:
-    return (
-        Scored(value=value)
-        if math.isfinite(value)
-        else Invalid(reason=f"the reward model's logit is {value}")
-    )
+    if not math.isfinite(value):
+        return Invalid(reason=f"the reward model's logit is {value}")
+    return Scored(value=value)

@@ -1,13 +1,14 @@
-"""The process in which a user's rule function runs, started by rule_process.py as a script.
-Standard library only.
+"""The process of a user's rule function, started by rule_process.py as a script.
 
 In: JSON lines on the request pipe, first {"path", "module", "function", "positional", "keywords",
 and the limits "memory_bytes", "file_bytes", "timeout_s", "network"}, then one [number, texts,
-context, messages] per call: the positional and the keyword arguments. Out, on the reply pipe: one
-line that says ready or refused, then one [number, kind, value] per call, in order, written as soon
-as it is known: the parent times each call by the answers. The life pipe carries nothing; the kernel
-kills this process group when the parent's end closes. The rule's own stdout goes to stderr and its
-stdin is empty, so nothing that it prints reaches the protocol.
+context, messages] per call: the positional and the keyword arguments. Out, on the response pipe:
+one line that says ready or refused, then one [number, status, value] per call, in order, written as
+soon as it is known: the parent times each call by the responses. The life pipe carries nothing; the
+kernel kills this process group when the parent's end closes. The rule's own stdout goes to stderr
+and its stdin is empty, so nothing that it prints reaches the protocol.
+
+Imports only the standard library, so that it starts quickly.
 """
 
 import contextlib
@@ -28,55 +29,61 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 REASON_CHARS = 400
+"""Limit on an error's text."""
 PROCESSES = 512
-"""And threads, of the rule and of what it starts."""
-_NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
+"""Limit on processes and threads, of the rule and of what it starts."""
+_NEW_USER = 0x10000000
+_NEW_NETWORK = 0x40000000
+"""CLONE_NEWUSER and CLONE_NEWNET of linux/sched.h."""
 _CORES = os.cpu_count() or 1
-_CUT_OFF = re.compile("Network is unreachable|name resolution|Name or service not known")
-_HINT = (
-    " (rules have no network here; `network: true` in the scorer's entry gives this one its own)"
-)
+_NO_NETWORK = re.compile("Network is unreachable|name resolution|Name or service not known")
+_HINT = " (a rule has no network by default; set `network: true` in the scorer's entry)"
 
 
 def main() -> None:
-    request_fd, reply_fd, life_fd = (int(argument) for argument in sys.argv[1:4])
-    for fd in (request_fd, reply_fd, life_fd):
+    """Load the function, then call it for each line."""
+    request_fd, response_fd, life_fd = (int(argument) for argument in sys.argv[1:4])
+    for fd in (request_fd, response_fd, life_fd):
         os.set_inheritable(fd, False)
     _die_with_parent(life_fd)
-    requests = open(request_fd, "rb", buffering=1 << 16)  # noqa: SIM115 - lives as long as the process
+    requests = open(request_fd, "rb", buffering=1 << 16)  # noqa: SIM115 - open until the end
     hello = _decode(requests.readline())
     apart = _set_apart(network=hello["network"])
     _limit(hello["memory_bytes"], hello["file_bytes"], apart=apart)
     sys.path[:] = hello["path"]
-    loaded, answer = _load(
-        hello["module"], hello["function"], hello["positional"], hello["keywords"]
-    )
-    _send(reply_fd, answer | {"apart": apart})
-    if loaded is None:
+    try:
+        module, function = _load(hello["module"], hello["function"])
+        takes_messages = _takes_messages(function, hello["positional"], hello["keywords"])
+    except _RefusedError as error:
+        _send(response_fd, error.response)
         return
-    function, wants_messages = loaded
+    _send(response_fd, {"ready": True, "fingerprint": _fingerprint(module), "apart": apart})
     hint = _HINT if apart and not hello["network"] else ""
     due = 0.0
     for line in requests:
         number, texts, context, messages = _decode(line)
         if time.monotonic() >= due:
             due = _allow_cpu(hello["timeout_s"])
-        kind, value = _judge(
-            function, texts, context | ({"messages": messages} if wants_messages else {})
-        )
-        if hint and isinstance(value, str) and _CUT_OFF.search(value):
+        if takes_messages:
+            context["messages"] = messages
+        status, value = _call(function, texts, context)
+        if hint and isinstance(value, str) and _NO_NETWORK.search(value):
             value += hint
-        _send(reply_fd, [number, kind, value])
+        _send(response_fd, [number, status, value])
 
 
-def _judge(
-    function: Callable[..., Any], texts: list[str], context: dict[str, Any]
+def _call(
+    function: Callable[..., object], texts: list[str], context: dict[str, Any]
 ) -> tuple[str, float | str]:
-    """Kinds: scored, invalid, failed, unreachable (failed, but worth asking again), and broken
-    (failed, and a fresh process is called for)."""
+    """Call the function. Returns (status, score or reason).
+
+    Status: scored, invalid, failed, unreachable (failed, and may succeed later), or broken (failed,
+    and the process must be restarted).
+    """
     try:
         value = function(*texts, **context)
         # numpy scalars are Real too; bool is an int, but a rule that returns one has most likely
@@ -89,67 +96,74 @@ def _judge(
             return "invalid", "the rule returned a number beyond the range of a float"
     except MemoryError as error:
         return "broken", describe(error)
-    except BaseException as error:  # noqa: BLE001 - foreign code: whatever it raises, SystemExit included, is an answer, not our end
-        # What a rule raises when a service it asks cannot be reached: a matter of time, not of the
-        # answer.
-        return "unreachable" if isinstance(
-            error, ConnectionError | TimeoutError
-        ) else "failed", describe(error)
+    except (ConnectionError, TimeoutError) as error:
+        # A service that the rule calls is unreachable: that says nothing about the completion.
+        return "unreachable", describe(error)
+    except BaseException as error:  # noqa: BLE001 - foreign code may raise anything, SystemExit too
+        return "failed", describe(error)
     if not math.isfinite(score):
         return "invalid", f"the rule returned {score}"
     return "scored", score
 
 
-def _load(
-    module_name: str, function_name: str, positional: list[str], keywords: list[str]
-) -> tuple[tuple[Callable[..., Any], bool] | None, dict[str, Any]]:
-    """The function and whether it takes `messages`, and the first answer to the parent."""
+class _RefusedError(Exception):
+    """The function cannot be imported or called."""
+
+    def __init__(self, refused: str, **details: object) -> None:
+        super().__init__(refused)
+        self.response = {"refused": refused, **details}
+
+
+def _load(module_name: str, function_name: str) -> tuple[ModuleType, Callable[..., object]]:
+    """Import the function. Raises _RefusedError."""
     try:
         module = importlib.import_module(module_name)
     except BaseException as error:  # noqa: BLE001 - foreign code runs at import
-        # a module that is absent, not one that it imports in turn
+        # A module that is absent, not one that it imports in turn.
         absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(
             f"{error.name}."
         )
-        return None, {"refused": "no module" if absent else "import", "reason": describe(error)}
+        refused = "no module" if absent else "import"
+        raise _RefusedError(refused, reason=describe(error)) from None
     function = getattr(module, function_name, None)
     if function is None:
-        names = [
-            name
-            for name, value in vars(module).items()
-            if callable(value) and not name.startswith("_")
-        ]
-        return None, {"refused": "no function", "names": names}
+        public = [name for name in vars(module) if not name.startswith("_")]
+        names = [name for name in public if callable(getattr(module, name))]
+        raise _RefusedError("no function", names=names)
     if not callable(function):
-        return None, {
-            "refused": "signature",
-            "reason": f"it is a {type(function).__name__}, not a function",
-        }
+        reason = f"it is a {type(function).__name__}, not a function"
+        raise _RefusedError("signature", reason=reason)
     if inspect.iscoroutinefunction(function):
-        return None, {
-            "refused": "signature",
-            "reason": "it is a coroutine function; a plain one is needed",
-        }
-    wants_messages = False
+        reason = "it is a coroutine function; a plain one is needed"
+        raise _RefusedError("signature", reason=reason)
+    return module, function
+
+
+def _takes_messages(
+    function: Callable[..., object], positional: list[str], keywords: list[str]
+) -> bool:
+    """Return whether the function takes `messages` beside its other arguments.
+
+    Raises _RefusedError where it cannot be called with those.
+    """
+    takes_messages = False
     try:
         signature = inspect.signature(function)
         kinds = {parameter.kind for parameter in signature.parameters.values()}
-        wants_messages = (
+        takes_messages = (
             "messages" in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
         )
-        signature.bind(
-            *positional, **dict.fromkeys(keywords), **({"messages": None} if wants_messages else {})
-        )
+        names = [*keywords, "messages"] if takes_messages else keywords
+        signature.bind(*positional, **dict.fromkeys(names))
     except TypeError as error:
-        return None, {"refused": "signature", "reason": str(error)}
+        raise _RefusedError("signature", reason=str(error)) from None
     except ValueError:
-        pass  # builtins without a signature: the first call will tell
-    return (function, wants_messages), {"ready": True, "fingerprint": _fingerprint(module)}
+        pass  # a builtin without a signature: the first call shows whether it fits
+    return takes_messages
 
 
-def _fingerprint(module: Any) -> str:
-    """Of the module's source file, so that a process started later can be seen to run another
-    rule."""
+def _fingerprint(module: ModuleType) -> str:
+    """Return the SHA-256 of the module's source file: a restarted process must run the same."""
     file = getattr(module, "__file__", None)
     if file is None:
         return ""
@@ -158,10 +172,13 @@ def _fingerprint(module: Any) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """One line: type, message and the place that raised it. Never raises, whatever the error's own
-    __str__ does."""
+    """Return one line with type, message and the place that raised it.
+
+    Never raises, whatever the error's own __str__ does.
+    """
     text = " ".join("".join(traceback.format_exception_only(error)).split())
-    place, last = "", error.__traceback__
+    place = ""
+    last = error.__traceback__
     while last is not None:
         code = last.tb_frame.f_code
         if code.co_filename != __file__ and not code.co_filename.startswith("<"):
@@ -170,24 +187,23 @@ def describe(error: BaseException) -> str:
     return text[:REASON_CHARS] + place
 
 
-def _describe_value(value: Any) -> str:
+def _describe_value(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _set_apart(*, network: bool) -> bool:
-    """Into a user namespace of our own, and without `network` into a network namespace that has no
-    interface.
+    """Enter a user namespace of our own, and without `network` a network without an interface.
 
-    From there other processes' environments and memory cannot be read, also where they run as the
-    same user. False where the kernel or the container does not allow it: then the rule has what its
-    user has.
+    From there the environments and the memory of other processes cannot be read, not even of the
+    same user's. Returns False where the kernel or the container does not allow it: then the rule
+    has the rights of its user.
     """
-    uid, gid = os.geteuid(), os.getegid()
+    uid = os.geteuid()
+    gid = os.getegid()
     if ctypes.CDLL(None).unshare(_NEW_USER | (0 if network else _NEW_NETWORK)) != 0:
         return False
-    with contextlib.suppress(
-        OSError
-    ):  # some distributions forbid even this: then we are called nobody, and stay who we are
+    # Some distributions forbid even this; the process is then shown as the user nobody.
+    with contextlib.suppress(OSError):
         for file, content in (
             ("setgroups", "deny"),
             ("uid_map", f"{uid} {uid} 1"),
@@ -199,11 +215,10 @@ def _set_apart(*, network: bool) -> bool:
 
 
 def _limit(memory_bytes: int, file_bytes: int, *, apart: bool) -> None:
-    """Address space, the size of each file, no core files; and processes where they are counted for
-    this rule alone.
+    """Limit address space, file sizes, core files, and in a user namespace of our own processes.
 
-    Elsewhere that limit would count everything that the user runs on the machine, in other
-    containers too. The kernel binds root by no such limit.
+    Elsewhere the limit on processes would count everything that the user runs on the machine, in
+    other containers too. Linux counts per user namespace since 5.14, and never limits root.
     """
     limits = {
         resource.RLIMIT_AS: memory_bytes,
@@ -212,17 +227,17 @@ def _limit(memory_bytes: int, file_bytes: int, *, apart: bool) -> None:
     }
     if apart and tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (5, 14):
         limits[resource.RLIMIT_NPROC] = PROCESSES
-    for kind, wanted in limits.items():
-        _, hard = resource.getrlimit(kind)
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(kind, (limit, limit))
+    for name, amount in limits.items():
+        _, hard = resource.getrlimit(name)
+        limit = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+        resource.setrlimit(name, (limit, limit))
 
 
 def _allow_cpu(seconds: float) -> float:
-    """What all cores can do in the time of two calls, and a second; returns when it is due again,
-    which is after one call's time.
+    """Raise the limit on CPU time to two calls on all cores and a second from now.
 
-    The parent gives up before that, unless it is stopped itself.
+    Returns when it must be raised again, which is after one call's time. The parent ends a call
+    before the limit does, unless it is stopped itself.
     """
     limit = math.ceil(time.process_time() + 2 * seconds * _CORES) + 1
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
@@ -233,16 +248,16 @@ def _allow_cpu(seconds: float) -> float:
 
 
 def _die_with_parent(life_fd: int) -> None:
-    """SIGKILL to this process group when the parent's end of the life pipe closes.
+    """Have this process group killed when the parent's end of the life pipe closes.
 
-    The kernel sends it, so that a C call which holds the GIL (a regular expression) ends too.
-    PR_SET_PDEATHSIG would follow the parent's *thread*, and an actor may start us from a pool
-    thread.
+    The kernel sends SIGKILL, so that a C call which holds the GIL (a regular expression) ends too.
+    PR_SET_PDEATHSIG would follow the parent's *thread*, and an actor may start this process from a
+    pool thread.
     """
     fcntl.fcntl(life_fd, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(life_fd, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(life_fd, fcntl.F_SETFL, fcntl.fcntl(life_fd, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([life_fd], [], [], 0)[0]:  # it closed before we asked to be told
+    if select.select([life_fd], [], [], 0)[0]:  # it closed before the signal was requested
         os._exit(1)
 
 
@@ -251,8 +266,8 @@ def _decode(line: bytes) -> Any:
     return json.loads(line.decode("utf-8", "surrogatepass"))
 
 
-def _send(fd: int, answer: Any) -> None:
-    data = memoryview(json.dumps(answer).encode() + b"\n")
+def _send(fd: int, response: object) -> None:
+    data = memoryview(json.dumps(response).encode() + b"\n")
     while data:
         data = data[os.write(fd, data) :]
 

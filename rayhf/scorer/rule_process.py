@@ -1,19 +1,18 @@
-"""The parent's end of a rule's process: starts it with few rights, talks to it with deadlines, and
-ends all that it started.
+"""The parent's side of a rule's process: starts it with few rights, exchanges lines, ends it.
 
-In: lines, one per call. Out: answers in order, or LostError. The parent waits for the child
-(rule_child.py), never longer than the limit per call; the child waits for lines, and dies with the
-parent.
+In: lines, one per call. Out: responses in order, or LostError.
+
+Synchronization: the parent waits for the child (rule_child.py), never longer than the limit per
+call; the child waits for lines, and dies with the parent.
 
 The child has limits on memory, files and CPU time, few of our environment variables, and where the
 kernel allows it a user namespace of its own, without a network. That contains accidents and hostile
-completions. It is no prison for a rule that is hostile itself: it may read and write what its user
+completions. It does not contain a rule that is hostile itself: it may read and write what its user
 may.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -25,32 +24,70 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rayhf.errors import ConfigError
+from pydantic import AfterValidator, PositiveFloat
+
+from rayhf.config.scorers import ScorerEntryConfig
+from rayhf.errors import ConfigError, did_you_mean
+
+MEMORY_BYTES = 4 << 30
+"""Limit on the address space of a rule's process."""
+FILE_BYTES = 1 << 30
+"""Limit on each file that a rule writes."""
+START_TIMEOUT_S = 60.0
+"""Limit on importing the user's module, in seconds."""
 
 _CHILD = Path(__file__).with_name("rule_child.py")
-_SPEC = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<function>[^\W\d]\w*)")
+_FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 _KEPT = (
-    "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HF_HOME",
-    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX",
+    "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES", "HF_HOME", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
+    "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX",
 )  # fmt: skip
 """Environment variables that a rule sees. Tokens and keys are not among them: a rule that needs one
 reads it from a file."""
 _COOKIE = "RAYHF_RULE"
+"""Environment variable that marks everything a rule started."""
 _SWEEPS = 10
-"""Looks for what a rule has left behind: what forks meanwhile is seen by the next one."""
-_ANSWER_BYTES = 1 << 20
-"""Longer answers are no answers."""
-START_TIMEOUT_S = 60.0
-"""For importing the user's module, in seconds."""
+"""Searches for processes that a rule left behind: one forked during a search is found by the
+next."""
+_RESPONSE_BYTES = 1 << 20
+"""Limit on one response."""
+
+
+def _check_function(function: str) -> str:
+    if _FUNCTION.fullmatch(function):
+        return function
+    dotted = function.replace(".py:", ":").replace("/", ".")
+    module, _, name = dotted.rpartition(":" if ":" in function else ".")
+    guess = f"{module.strip('.')}:{name}"
+    hint = f"; did you mean {guess}?" if _FUNCTION.fullmatch(guess) else ""
+    raise ValueError(f"{function!r} is not of the form module:function{hint}")
+
+
+class FunctionEntryConfig(ScorerEntryConfig):
+    """Settings of a function that runs in a process of its own."""
+
+    function: Annotated[str, AfterValidator(_check_function)]
+    """module:function."""
+    timeout_s: PositiveFloat = 10.0
+    """Limit on one call, in seconds."""
+    network: bool = False
+    """The function calls a service. Otherwise its process has no network where the kernel allows
+    that."""
+
+    @property
+    def default_name(self) -> str:
+        """Name where the config gives none: the function's."""
+        return self.function.rpartition(":")[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """How a function of the user is called; with `messages`, too, where it accepts that."""
+    """How a user's function is called; with `messages`, too, where it accepts that."""
 
     positional: tuple[str, ...]
     keywords: tuple[str, ...]
@@ -59,50 +96,35 @@ class Signature:
         return f"{', '.join(self.positional)}, *, {', '.join(self.keywords)}"
 
 
-ONE = Signature(positional=("completion",), keywords=("prompt", "answer", "finish_reason"))
-TWO = Signature(positional=("first", "second"), keywords=("prompt", "answer"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessLimits:
-    """Of one rule's process."""
-
-    timeout_s: float = 10.0
-    """Per call."""
-    memory_bytes: int = 4 << 30
-    """Address space."""
-    file_bytes: int = 1 << 30
-    """Of each file that it writes."""
-    network: bool = False
-    """It may use ours. Where the kernel gives it no namespace of its own it has it anyway."""
-
-
-DEFAULT_LIMITS = ProcessLimits()
-
-
 class LostError(Exception):
-    """The child did not answer the call it was at: too slow, dead, or broken. The message is the
-    reason."""
+    """The current call got no response: the child is too slow, has exited or is broken."""
 
 
 class Child:
-    """The parent's end of one rule_child.py process. Raises ConfigError unless the rule is ready to
-    be called."""
+    """The parent's end of one rule_child.py process.
 
-    def __init__(
-        self, function: str, signature: Signature, *, base: Path, limits: ProcessLimits
-    ) -> None:
-        module, name = parse_function(function)
+    Raises ConfigError unless the function can be imported and called with `signature`.
+    """
+
+    def __init__(self, config: FunctionEntryConfig, signature: Signature, *, base: Path) -> None:
+        function = config.function
+        module, _, name = function.partition(":")
         base = base.resolve()
         if not base.is_dir():
             raise ConfigError(f"rule {function}: {base} is not a directory")
         self._spawn(base)
         self._buffer = b""
-        path = [str(base), *(entry for entry in sys.path if entry not in ("", str(base)))]
         hello = {
-            "path": path, "module": module, "function": name,
-            "positional": signature.positional, "keywords": signature.keywords, **asdict(limits),
-        }  # fmt: skip
+            "path": [str(base), *(entry for entry in sys.path if entry not in ("", str(base)))],
+            "module": module,
+            "function": name,
+            "positional": signature.positional,
+            "keywords": signature.keywords,
+            "timeout_s": config.timeout_s,
+            "network": config.network,
+            "memory_bytes": MEMORY_BYTES,
+            "file_bytes": FILE_BYTES,
+        }
         try:
             ready = next(self._exchange([json.dumps(hello).encode() + b"\n"], START_TIMEOUT_S))
         except LostError as lost:
@@ -115,13 +137,13 @@ class Child:
             raise ConfigError(_refusal(function, signature, base, ready))
         self.fingerprint: str = ready["fingerprint"]
         self.apart: bool = ready["apart"]
-        """It has a user namespace of its own."""
+        """Whether it has a user namespace of its own."""
 
     def _spawn(self, base: Path) -> None:
         request_in, self._requests = os.pipe()
-        self._replies, reply_out = os.pipe()
+        self._responses, response_out = os.pipe()
         life_in, self._life = os.pipe()
-        inherited = (request_in, reply_out, life_in)
+        inherited = (request_in, response_out, life_in)
         self._cookie = secrets.token_hex(16)
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ} | {
             _COOKIE: self._cookie,
@@ -130,15 +152,19 @@ class Child:
             "OMP_NUM_THREADS": "1",
         }
         try:
-            # -P: the scorer folder is not on the rule's path. stdout=2: its prints go to stderr.
-            # Own session: one kill ends what the rule started, too.
+            # -P: rayhf/scorer is not on the rule's import path. stdout=2: its prints go to stderr.
+            # A session of its own: one kill ends what the rule started, too.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_CHILD), *map(str, inherited)],
-                stdin=subprocess.DEVNULL, stdout=2, pass_fds=inherited, cwd=base, env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                pass_fds=inherited,
+                cwd=base,
+                env=environment,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         except OSError:
-            for fd in (self._requests, self._replies, self._life):
+            for fd in (self._requests, self._responses, self._life):
                 os.close(fd)
             raise
         finally:
@@ -146,53 +172,61 @@ class Child:
                 os.close(fd)
         os.set_blocking(self._requests, False)
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
+        """Return whether the process is running."""
         return self._process.poll() is None
 
-    def answers(
+    def call(
         self, lines: Sequence[bytes], *, first: int, timeout_s: float
     ) -> Iterator[tuple[str, Any]]:
-        """(kind, value) for lines[first:], as they come. Raises LostError when one does not."""
-        for number, answer in enumerate(self._exchange(lines[first:], timeout_s), first):
-            if not (isinstance(answer, list) and len(answer) == 3 and answer[0] == number):
-                raise LostError("the rule's process answered out of order")
-            yield answer[1], answer[2]
+        """Yield (status, value) for lines[first:] as they arrive.
+
+        Raises LostError when one does not arrive.
+        """
+        for number, response in enumerate(self._exchange(lines[first:], timeout_s), first):
+            if not (isinstance(response, list) and len(response) == 3 and response[0] == number):
+                raise LostError("the rule's process responded out of order")
+            yield response[1], response[2]
 
     def _exchange(self, lines: Sequence[bytes], timeout_s: float) -> Iterator[Any]:
-        """Send all lines while reading one answer per line: neither side waits for the other's full
-        pipe."""
-        outgoing, missing = memoryview(b"".join(lines)), len(lines)
+        """Send all lines while reading one response per line.
+
+        Neither side waits for the other's full pipe.
+        """
+        outgoing = memoryview(b"".join(lines))
+        missing = len(lines)
         poll = select.poll()
-        poll.register(self._replies, select.POLLIN)
+        poll.register(self._responses, select.POLLIN)
         poll.register(self._requests, select.POLLOUT)
         deadline = time.monotonic() + timeout_s
         while missing:
             ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
             if not ready:
-                raise LostError(f"no answer within {timeout_s:g} s")
+                raise LostError(f"no response within {timeout_s:g} s")
             if self._requests in ready:
                 outgoing = self._write(outgoing)
-                deadline = (
-                    time.monotonic() + timeout_s
-                )  # a long text on its way is not the rule's time
+                # Time to send a long text does not count against the rule.
+                deadline = time.monotonic() + timeout_s
                 if not outgoing:
                     poll.unregister(self._requests)
-            if self._replies in ready:
-                data = os.read(self._replies, 1 << 16)
+            if self._responses in ready:
+                data = os.read(self._responses, 1 << 16)
                 if not data:
-                    raise LostError(f"the rule's process died: {self._cause_of_death()}")
-                *answers, self._buffer = (self._buffer + data).split(b"\n")
-                if answers:
+                    raise LostError(f"the rule's process exited ({self._exit_reason()})")
+                *responses, self._buffer = (self._buffer + data).split(b"\n")
+                if responses:
                     deadline = time.monotonic() + timeout_s
-                if len(self._buffer) > _ANSWER_BYTES:
-                    raise LostError("the rule's process sent something other than an answer")
-                missing -= len(answers)
-                for answer in answers:
-                    yield _parse(answer)
+                if len(self._buffer) > _RESPONSE_BYTES:
+                    raise LostError("the rule's process sent something other than a response")
+                missing -= len(responses)
+                for response in responses:
+                    yield _parse(response)
 
     def _write(self, outgoing: memoryview) -> memoryview:
-        """What is left to send; nothing once the child has gone, since its last answers are still
-        to be read."""
+        """Return what is left to send.
+
+        Nothing is left once the child has exited: its last responses are still to be read.
+        """
         try:
             return outgoing[os.write(self._requests, outgoing[: 1 << 20]) :]
         except BlockingIOError:
@@ -200,7 +234,7 @@ class Child:
         except BrokenPipeError:
             return outgoing[:0]
 
-    def _cause_of_death(self) -> str:
+    def _exit_reason(self) -> str:
         try:
             code = self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
@@ -210,9 +244,11 @@ class Child:
         return f"exit code {code}"
 
     def kill(self) -> None:
-        """End the child, every process of its session's group, and those that left it but kept
-        their environment."""
-        with suppress(ProcessLookupError):  # already gone, and nothing it started is left
+        """End the child and every process that it started.
+
+        Those of its session's process group, and those that left it but kept their environment.
+        """
+        with suppress(ProcessLookupError):  # it exited, and nothing it started is left
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for _ in range(_SWEEPS):
@@ -222,55 +258,39 @@ class Child:
                     os.kill(stray, signal.SIGKILL)
             if not strays:
                 break
-        for fd in (self._requests, self._replies, self._life):
+        for fd in (self._requests, self._responses, self._life):
             os.close(fd)
 
 
 def _carriers(entry: bytes) -> list[int]:
-    """The processes that were started with this environment entry and still run; what is not ours
-    to read is not ours to end."""
-    found = []
+    """Return the running processes that were started with this environment entry.
+
+    Processes of other users cannot be read, and could not be ended either.
+    """
+    pids = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if entry in (process / "environ").read_bytes():  # empty for a zombie
-                found.append(int(process.name))
-    return found
+                pids.append(int(process.name))
+    return pids
 
 
-def parse_function(function: str) -> tuple[str, str]:
-    """("module", "function"). Raises ConfigError with the nearest valid form."""
-    match = _SPEC.fullmatch(function)
-    if match is None:
-        head, _, tail = (
-            function.replace(".py:", ":")
-            .replace("/", ".")
-            .rpartition(":" if ":" in function else ".")
-        )
-        guess = f"{head.strip('.')}:{tail}"
-        hint = f"; did you mean {guess}?" if _SPEC.fullmatch(guess) else ""
-        raise ConfigError(f"rule {function!r} is not of the form module:function{hint}")
-    return match["module"], match["function"]
-
-
-def _refusal(function: str, signature: Signature, base: Path, answer: dict[str, Any]) -> str:
-    module, name = parse_function(function)
-    if answer["refused"] == "no module":
-        modules = [file.stem for file in base.glob("*.py")]
-        return f"rule {function}: there is no module {module} in {base} or on sys.path{_nearest(module, modules)}"
-    if answer["refused"] == "no function":
-        return f"rule {function}: module {module} has no function {name}{_nearest(name, answer['names'])}"
-    if answer["refused"] == "import":
-        return f"rule {function}: importing {module} failed: {answer['reason']}"
-    return f"rule {function} cannot be called as {name}({signature}): {answer['reason']}"
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+def _refusal(function: str, signature: Signature, base: Path, ready: dict[str, Any]) -> str:
+    module, _, name = function.partition(":")
+    refused = ready["refused"]
+    if refused == "no module":
+        hint = did_you_mean(module, [file.stem for file in base.glob("*.py")])
+        return f"rule {function}: there is no module {module} in {base} or on sys.path{hint}"
+    if refused == "no function":
+        hint = did_you_mean(name, ready["names"])
+        return f"rule {function}: module {module} has no function {name}{hint}"
+    if refused == "import":
+        return f"rule {function}: importing {module} failed: {ready['reason']}"
+    return f"rule {function} cannot be called as {name}({signature}): {ready['reason']}"
 
 
 def _parse(line: bytes) -> Any:
     try:
         return json.loads(line)
     except ValueError:
-        raise LostError("the rule's process sent something other than an answer") from None
+        raise LostError("the rule's process sent something other than a response") from None

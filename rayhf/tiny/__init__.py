@@ -1,16 +1,15 @@
-"""The tiny world: everything a campaign needs, made on this machine from a seed in about two
-minutes.
+"""The tiny world: models and data of small tasks, built from a seed in a few minutes on a CPU.
 
-arithmetic.py, words.py, instructions.py, game.py   the tasks: prompts, demonstrations, the
-                                                    functions that judge. Pure Python.
-tokenizer.py              byte-level BPE with chat roles, the same recipe for every model here.
-<task>_world.py                               their recipes: from a seed to files and figures.
-language_model.py         a small Llama: supervised training, batched sampling.
-reward_model.py           a sequence classifier trained on preference pairs.
-world.py                  `build`: the recipe of each task, measured, cached, and moved into place
-                          whole.
+    arithmetic.py, words.py, instructions.py, game.py   the tasks: prompts, demonstrations, scoring
+                                                        functions; pure Python
+    <task>_world.py      their recipes: from a seed to files and measured figures
+    tokenizer.py         byte-level BPE with chat roles, the same recipe for every model here
+    language_model.py    a small Llama: supervised training, batched sampling
+    reward_model.py      a sequence classifier trained on preference pairs
+    world.py             `build`: run the recipes, cache the results
+    exploitability.py    the exploitability of a policy in a preference game
 
-A rule scorer imports its task module from here, so nothing at import time needs torch.
+A rule scorer imports its task's module, so nothing here imports torch at import time.
 """
 
 from rayhf.tiny.world import TASKS, TaskInfo, build

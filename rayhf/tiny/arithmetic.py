@@ -1,15 +1,15 @@
-"""The verifiable task: chains of additions and subtractions, answered one step per line.
+"""The verifiable task: chains of additions and subtractions, worked one step per line.
 
-In: a seed. Out: prompts with answers, demonstrations with slips, and `correct`, the rule that
-scores a completion. A question `What is 3+8-5?` is answered by
+In: a seed. Out: prompts with reference answers, demonstrations with errors, and `correct`, the rule
+that scores a completion. The correct completion of `What is 3+8-5?` is
 
     3+8=11
     11-5=6
     Answer: 6
 
-A policy trained on demonstrations that slip now and then (a step off by one or two, carried on)
-knows right from wrong but is mediocre when sampled, so there is something to learn at once. Nothing
-here imports torch.
+In a demonstration with slips, some steps are off by one or two, and the wrong result is carried on.
+A policy trained on such demonstrations decodes well greedily but is mediocre when sampled, so a
+campaign can improve it within a few iterations. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -30,23 +30,28 @@ _FINAL = re.compile(r"Answer: (0|-?[1-9][0-9]*)")
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One question: the first term and the signed terms that follow."""
+    """A question: the first term and the signed terms that follow."""
 
     terms: tuple[int, ...]
-    """Each in -9..9 and never 0; the first is positive."""
+    """Numbers from -9 to 9 without 0; the first is positive."""
 
     @property
     def prompt(self) -> str:
+        """Text of the question."""
         return "What is " + "".join(f"{term:+d}" for term in self.terms).removeprefix("+") + "?"
 
     @property
     def answer(self) -> str:
+        """Reference answer."""
         return str(sum(self.terms))
 
     def worked(self, slips: Sequence[int]) -> str:
-        """The steps, with slips[i] added to the result of step i and carried on: zeros give the
-        right answer."""
-        lines, total = [], self.terms[0]
+        """Return a completion with slips[i] added to the result of step i and carried on.
+
+        With zeros it is correct.
+        """
+        lines = []
+        total = self.terms[0]
         for term, slip in zip(self.terms[1:], slips, strict=True):
             result = total + term + slip
             lines.append(f"{total}{term:+d}={result}")
@@ -55,16 +60,15 @@ class Chain:
 
 
 def chains(seed: int) -> Iterator[Chain]:
-    """An endless stream of different questions with three or four terms, the same for the same
-    seed."""
+    """Yield different questions with three or four terms without end; the seed fixes them."""
     rng = random.Random(f"arithmetic chains {seed}")
     seen: set[tuple[int, ...]] = set()
     while True:
         terms = [rng.randint(1, 9)]
         for _ in range(rng.choice((2, 3, 3))):
             terms.append(rng.choice((-1, 1)) * rng.randint(1, 9))
-        # Totals stay at or above zero where no step slips: a minus sign is then rare, and the table
-        # of facts small.
+        # Totals of a correct completion are never negative, which keeps minus signs rare and the
+        # number of facts to learn small.
         if any(sum(terms[: end + 1]) < 0 for end in range(len(terms))) or tuple(terms) in seen:
             continue
         seen.add(tuple(terms))
@@ -72,26 +76,28 @@ def chains(seed: int) -> Iterator[Chain]:
 
 
 def draw_slips(chain: Chain, rng: random.Random, *, rate: float = SLIP_RATE) -> list[int]:
-    """For each step 0, or with probability `rate` one of -2, -1, 1, 2."""
+    """Return for each step 0, or with probability `rate` one of -2, -1, 1, 2."""
     return [rng.choice((-2, -1, 1, 2)) if rng.random() < rate else 0 for _ in chain.terms[1:]]
 
 
 def demonstrations(
     questions: Sequence[Chain], seed: int, *, count: int, rate: float = SLIP_RATE
 ) -> list[tuple[str, str]]:
-    """`count` (prompt, response) pairs over the questions in turn; slips differ between repetitions
-    of a question."""
+    """Return `count` pairs (prompt, response), cycling through the questions.
+
+    The slips differ between repetitions of a question.
+    """
     rng = random.Random(f"arithmetic demonstrations {seed} {rate}")
-    picked = (questions[index % len(questions)] for index in range(count))
-    return [(chain.prompt, chain.worked(draw_slips(chain, rng, rate=rate))) for chain in picked]
+    repeated = (questions[index % len(questions)] for index in range(count))
+    return [(chain.prompt, chain.worked(draw_slips(chain, rng, rate=rate))) for chain in repeated]
 
 
 def correct(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
-    """1.0 when the completion is well formed and its final number equals the answer, else 0.0.
+    """Return 1.0 if the completion is well formed and ends with the reference answer, else 0.0.
 
-    Well formed: it was not cut off, every line but the last is a step `a+b=c` or `a-b=c`, and the
-    last line is exactly `Answer: N`, with N in plain digits. Whether the steps are right is not
-    checked. Raises ConfigError with no answer.
+    Well formed: it is not truncated, every line but the last is a step `a+b=c` or `a-b=c`, and the
+    last line is exactly `Answer: N`, with N in plain digits. Whether the steps are correct is not
+    checked. Raises ConfigError for a prompt without a reference answer.
     """
     if answer is None:
         raise ConfigError(

@@ -1,8 +1,7 @@
-"""The recipe of the arithmetic task: prompts, a policy that learned the steps and then learned to
-slip, its accuracy.
+"""Recipe of the arithmetic task: prompts, a policy trained to work in steps, its accuracy.
 
-In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and what was
-measured. Two phases of supervised training: clean demonstrations first, because noise makes the
+In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, and measured
+figures. Supervised training has two phases: clean demonstrations first, because noise makes the
 facts slow to learn, and then demonstrations with slips, which set how often the policy errs when
 sampled. Greedy decoding stays far better.
 """
@@ -18,8 +17,11 @@ from rayhf.tiny.language_model import MAX_LENGTH, ModelSize, Phase, new_model, s
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 from rayhf.tiny.world import write_rows
 
-HELDOUT, TRAIN, DEMONSTRATED = 500, 4000, 8000
-"""Questions. Demonstrations cover the training prompts and as many again, never a held-out one."""
+HELDOUT = 500
+TRAIN = 4000
+DEMONSTRATED = 8000
+"""Number of questions in demonstrations: the training prompts and as many others, never a held-out
+one."""
 SIZE = ModelSize(hidden=160, layers=3, intermediate=448)
 CLEAN = Phase(steps=800, batch=32, lr=2.5e-3, lr_end=8e-4)
 SLIPPING = Phase(steps=150, batch=32, lr=1e-3, lr_end=1e-4)
@@ -29,21 +31,21 @@ MAX_TOKENS = 48
 def make(
     directory: Path, seed: int, progress: Callable[[str, float], None]
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns (sizes, measured)."""
+    """Build the task into `directory`; return (sizes, measured figures)."""
     progress("prompts", 0.0)
     stream = arithmetic.chains(seed)
     heldout = list(islice(stream, HELDOUT))
-    shown = list(islice(stream, DEMONSTRATED))
+    questions = list(islice(stream, DEMONSTRATED))
     write_rows(
         directory / "heldout.jsonl",
         [{"prompt": chain.prompt, "answer": chain.answer} for chain in heldout],
     )
     write_rows(
         directory / "train.jsonl",
-        [{"prompt": chain.prompt, "answer": chain.answer} for chain in shown[:TRAIN]],
+        [{"prompt": chain.prompt, "answer": chain.answer} for chain in questions[:TRAIN]],
     )
-    clean = arithmetic.demonstrations(shown, seed, count=len(shown), rate=0.0)
-    slipping = arithmetic.demonstrations(shown, seed, count=2 * len(shown))
+    clean = arithmetic.demonstrations(questions, seed, count=len(questions), rate=0.0)
+    slipping = arithmetic.demonstrations(questions, seed, count=2 * len(questions))
     texts = [f"{prompt}\n{response}" for prompt, response in slipping[:4000]]
     tokenizer = train_tokenizer(texts, POLICY_FORMAT, max_vocab=400, max_length=MAX_LENGTH)
     progress("prompts", 1.0)
@@ -71,7 +73,7 @@ def make(
     measured = {"sft_loss": loss}
     for share, (name, temperature) in enumerate({"sampled": 1.0, "greedy": 0.0}.items()):
         progress("measure", share / 2)
-        texts_and_reasons = sample(
+        completions = sample(
             model,
             tokenizer,
             [chain.prompt for chain in heldout],
@@ -81,7 +83,7 @@ def make(
         )
         scores = [
             arithmetic.correct(text, prompt=chain.prompt, answer=chain.answer, finish_reason=reason)
-            for chain, (text, reason) in zip(heldout, texts_and_reasons, strict=True)
+            for chain, (text, reason) in zip(heldout, completions, strict=True)
         ]
         measured[f"accuracy_{name}"] = sum(scores) / len(scores)
     progress("measure", 1.0)

@@ -1,9 +1,8 @@
-"""The cyclic task: answers that beat each other in a circle, so that no score per answer can order
-them.
+"""The cyclic task: moves that beat each other in a cycle, which no score per move can express.
 
-In: a seed. Out: prompts, an opening distribution of answers, preference pairs, and `beats`, the
-pairwise rule. Paper beats rock, scissors beat paper, rock beats scissors, with different
-probabilities: the only equilibrium mixes all three, unevenly. Nothing here imports torch.
+In: a seed. Out: prompts, the untrained policy's distribution of moves, preference pairs, and
+`beats`, the pairwise rule. Paper beats rock, scissors beat paper, rock beats scissors, with
+different probabilities: the only equilibrium mixes all three, unevenly. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -17,55 +16,60 @@ ANSWERS = ("rock", "paper", "scissors")
 PREFERENCE = ((0.5, 0.0, 0.88), (1.0, 0.5, 0.06), (0.12, 0.94, 0.5))
 """PREFERENCE[i][j] = P(ANSWERS[i] beats ANSWERS[j])."""
 EQUILIBRIUM = (0.44 / 1.32, 0.38 / 1.32, 0.5 / 1.32)
-"""Each answer's share is the margin by which the other two differ: the payoff of every answer
-against it is then 1/2."""
+"""Shares in the Nash equilibrium. A move's share is proportional to the margin between the other
+two, so that every move wins 1/2 against the mixture."""
 OPENING = (0.72, 0.18, 0.1)
-"""How the untrained policy plays; paper wins 0.77 against it."""
+"""Shares in the untrained policy's play; paper wins 0.77 against it."""
 PAIR_WEIGHTS = {(1, 0): 1 / 0.5, (2, 1): 1 / 0.44, (0, 2): 1 / 0.38}
-"""How often the pairs file compares two kinds: inversely to the margin, so that the best
-Bradley-Terry scores are equal, and no order of the kinds predicts more than 65 % of the labels."""
+"""Relative frequency of each comparison in the pairs file: the inverse of its margin. The best
+Bradley-Terry scores are then equal, and no ranking of the moves predicts more than 65 % of the
+labels."""
 
 _PLACES = ("park", "beach", "forest", "tavern", "harbour", "market", "castle", "desert")
 _PLAYERS = ("Ann", "Ben", "Cem", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivo", "June")
 
 
 def prompts(seed: int) -> Iterator[str]:
-    """Every different prompt once, in an order that the seed fixes."""
-    every = [
+    """Yield every prompt once, in an order that depends on the seed."""
+    questions = [
         f"{one} plays {two} in the {place}. Your move?"
         for one in _PLAYERS
         for two in _PLAYERS
         if one != two
         for place in _PLACES
     ]
-    random.Random(f"game prompts {seed}").shuffle(every)
-    yield from every
+    random.Random(f"game prompts {seed}").shuffle(questions)
+    yield from questions
 
 
 def beats(first: str, second: str, *, prompt: str, answer: str | None) -> float:
-    """P(first beats second). A text that is no move loses to every move; two such texts draw."""
-    kinds = [
+    """Return P(first beats second).
+
+    A text that is not a move loses to every move; two such texts draw.
+    """
+    moves = [
         ANSWERS.index(text.strip()) if text.strip() in ANSWERS else None for text in (first, second)
     ]
-    if kinds[0] is None or kinds[1] is None:
-        return 0.5 + 0.5 * ((kinds[0] is not None) - (kinds[1] is not None))
-    return PREFERENCE[kinds[0]][kinds[1]]
+    if moves[0] is None or moves[1] is None:
+        return 0.5 + 0.5 * ((moves[0] is not None) - (moves[1] is not None))
+    return PREFERENCE[moves[0]][moves[1]]
 
 
 def legal(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
-    """1.0 for a move, else 0.0."""
+    """Return 1.0 for a move, else 0.0."""
     return float(completion.strip() in ANSWERS)
 
 
 def draw_pairs(questions: list[str], seed: int) -> list[dict[str, str]]:
-    """One labeled comparison per question; which of the two kinds is chosen follows PREFERENCE."""
+    """Return one labeled comparison per question; the label is drawn from PREFERENCE."""
     if not questions:
         raise ConfigError("game: no questions to draw pairs for")
     rng = random.Random(f"game pairs {seed}")
-    kinds, weights = list(PAIR_WEIGHTS), list(PAIR_WEIGHTS.values())
+    comparisons = list(PAIR_WEIGHTS)
+    weights = list(PAIR_WEIGHTS.values())
     rows = []
     for question in questions:
-        better, worse = rng.choices(kinds, weights)[0]
+        better, worse = rng.choices(comparisons, weights)[0]
         if rng.random() >= PREFERENCE[better][worse]:
             better, worse = worse, better
         rows.append({"prompt": question, "chosen": ANSWERS[better], "rejected": ANSWERS[worse]})

@@ -1,8 +1,7 @@
-"""The recipe of the game task: prompts, a policy that plays the opening distribution, the game
-file, pairs with labels.
+"""Recipe of the game task: prompts, a policy that plays OPENING, the game file, labeled pairs.
 
 In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes, game.json, and
-what was measured.
+measured figures.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ from rayhf.tiny.language_model import MAX_LENGTH, ModelSize, Phase, new_model, s
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 from rayhf.tiny.world import write_rows
 
-HELDOUT, TRAIN = 120, 600
-PAIRS_TRAIN, PAIRS_TEST = 3000, 500
+HELDOUT = 120
+TRAIN = 600
+PAIRS_TRAIN = 3000
+PAIRS_TEST = 500
 SIZE = ModelSize(hidden=64, layers=2, intermediate=192)
 OPENING = Phase(steps=150, batch=32, lr=2e-3, lr_end=2e-4)
 MAX_TOKENS = 8
@@ -27,16 +28,17 @@ MAX_TOKENS = 8
 def make(
     directory: Path, seed: int, progress: Callable[[str, float], None]
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns (sizes, measured)."""
+    """Build the task into `directory`; return (sizes, measured figures)."""
     progress("prompts", 0.0)
-    every = list(game.prompts(seed))
-    heldout, shown = every[:HELDOUT], every[HELDOUT : HELDOUT + TRAIN]
+    prompts = list(game.prompts(seed))
+    heldout = prompts[:HELDOUT]
+    training = prompts[HELDOUT : HELDOUT + TRAIN]
     write_rows(directory / "heldout.jsonl", [{"prompt": prompt} for prompt in heldout])
-    write_rows(directory / "train.jsonl", [{"prompt": prompt} for prompt in shown])
+    write_rows(directory / "train.jsonl", [{"prompt": prompt} for prompt in training])
     (directory / "game.json").write_text(
         json.dumps({"answers": game.ANSWERS, "preference": game.PREFERENCE}, indent=2) + "\n"
     )
-    questions = [shown[i % TRAIN] for i in range(PAIRS_TRAIN)]
+    questions = [training[i % TRAIN] for i in range(PAIRS_TRAIN)]
     write_rows(directory / "pairs_train.jsonl", game.draw_pairs(questions, seed))
     write_rows(
         directory / "pairs_test.jsonl",
@@ -44,7 +46,9 @@ def make(
     )
     rng = random.Random(f"game openings {seed}")
     demonstrations = [
-        (prompt, rng.choices(game.ANSWERS, game.OPENING)[0]) for prompt in shown for _ in range(6)
+        (prompt, rng.choices(game.ANSWERS, game.OPENING)[0])
+        for prompt in training
+        for _ in range(6)
     ]
     texts = [f"{prompt}\n{answer}" for prompt, answer in demonstrations]
     tokenizer = train_tokenizer(texts, POLICY_FORMAT, max_vocab=512, max_length=MAX_LENGTH)

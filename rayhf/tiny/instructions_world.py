@@ -1,13 +1,14 @@
-"""The recipe of the instructions task: prompts, one policy that acts, judges and refines, and how
-well it does each.
+"""Recipe of the instructions task: one policy that acts, judges and refines, and its accuracy.
 
 In: an empty directory and a seed. Out: the files that `rayhf.tiny.world` describes,
-heldout_judgements.jsonl (judge prompts with the true verdict as answer), and what was measured.
-Clean judgements come first: they leave nothing to chance, so the policy soon learns to find a word
-again, on which the other skills rest; mixed with answers that are partly free this takes several
-times as long. Then all three skills, clean; then slipping demonstrations, which set how often the
-policy errs when sampled. Prompts, demonstrations and judge prompts follow from the seed alone, the
-policy also from the number of torch threads.
+heldout_judgements.jsonl (judge prompts with the correct verdict as reference answer), and measured
+figures.
+
+Supervised training begins with clean judgements. They are deterministic, so the policy soon learns
+to find a word of its context again, which the other skills need; mixed with responses that are
+partly free, this takes several times as long. All three skills follow, first clean, then with
+slips, which set how often the policy errs when sampled. Prompts and demonstrations depend on the
+seed only, the policy also on the number of torch threads.
 """
 
 from __future__ import annotations
@@ -27,48 +28,55 @@ from rayhf.tiny.language_model import MAX_LENGTH, ModelSize, Phase, new_model, s
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 from rayhf.tiny.world import write_rows
 
-HELDOUT, TRAIN, DEMONSTRATED = 500, 4000, 6000
-"""Instructions. Demonstrations cover the training prompts and some more, never a held-out one."""
+HELDOUT = 500
+TRAIN = 4000
+DEMONSTRATED = 6000
+"""Number of instructions in demonstrations: the training prompts and some others, never a held-out
+one."""
 SIZE = ModelSize(hidden=128, layers=3, intermediate=352)
 JUDGING = Phase(steps=350, batch=32, lr=1.5e-3, lr_end=1.2e-3)
 CLEAN = Phase(steps=950, batch=24, lr=1.6e-3, lr_end=6e-4)
 SLIPPING = Phase(steps=120, batch=32, lr=7e-4, lr_end=1e-4)
+Generated = tuple[str, str]
+"""(text, finish reason)"""
 MAX_TOKENS = 48
-"""Of a judgement with four checks, about 25."""
-VOTES, VOTE_TEMPERATURE = 5, 0.7
-"""Of the measured vote and refinement: the setting of SPaR's code (arXiv 2412.11605,
-src/judge.py)."""
+"""Limit on generated tokens; a judgement with four checks has about 25."""
+VOTES = 5
+VOTE_TEMPERATURE = 0.7
+"""Of the measured vote and refinement; both as in SPaR's code (arXiv 2412.11605, src/judge.py)."""
 
 
 def make(
     directory: Path, seed: int, progress: Callable[[str, float], None]
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns (sizes, measured)."""
+    """Build the task into `directory`; return (sizes, measured figures)."""
     progress("prompts", 0.0)
-    asked = list(islice(instructions.instructions(seed), HELDOUT + DEMONSTRATED))
-    # There are few short instructions and the stream soon runs out of them: training and held-out
-    # ones get their share.
-    random.Random(f"instructions split {seed}").shuffle(asked)
-    heldout, shown = asked[:HELDOUT], asked[HELDOUT:]
+    tasks = list(islice(instructions.instructions(seed), HELDOUT + DEMONSTRATED))
+    # The few short instructions come early in the stream: shuffled, training and held-out prompts
+    # both get some.
+    random.Random(f"instructions split {seed}").shuffle(tasks)
+    heldout = tasks[:HELDOUT]
+    demonstrated = tasks[HELDOUT:]
     judgements = instructions.judgement_rows(heldout, seed)
-    write_rows(directory / "heldout.jsonl", [{"prompt": one.prompt} for one in heldout])
-    write_rows(directory / "train.jsonl", [{"prompt": one.prompt} for one in shown[:TRAIN]])
+    write_rows(directory / "heldout.jsonl", [{"prompt": task.prompt} for task in heldout])
+    training = demonstrated[:TRAIN]
+    write_rows(directory / "train.jsonl", [{"prompt": task.prompt} for task in training])
     write_rows(directory / "heldout_judgements.jsonl", judgements)
-    clean = instructions.demonstrations(shown, seed, slipping=False)
-    slipping = instructions.demonstrations(shown, seed, slipping=True)
+    clean = instructions.demonstrations(demonstrated, seed, slipping=False)
+    slipping = instructions.demonstrations(demonstrated, seed, slipping=True)
     texts = [f"{prompt}\n{response}" for rows in slipping.values() for prompt, response in rows]
     tokenizer = train_tokenizer(texts, POLICY_FORMAT, max_vocab=600, max_length=MAX_LENGTH)
     progress("prompts", 1.0)
 
     model = new_model(SIZE, tokenizer, seed)
     spread(model)
-    for name, rows, phase, turn in (
+    for name, rows, phase, offset in (
         ("learn to judge", clean["judge"], JUDGING, 0),
         ("learn the skills", mixed(clean), CLEAN, 1),
         ("learn to slip", mixed(slipping), SLIPPING, 2),
     ):
         loss = train(
-            model, tokenizer, rows, phase, seed=seed + turn, progress=partial(progress, name)
+            model, tokenizer, rows, phase, seed=seed + offset, progress=partial(progress, name)
         )
     model.save_pretrained(directory / "policy")
     tokenizer.save_pretrained(directory / "policy")
@@ -87,20 +95,21 @@ def make(
 
 
 def mixed(rows: Mapping[str, Sequence[tuple[str, str]]]) -> list[tuple[str, str]]:
-    """All three skills. Half of the judgements will do: they are the easiest skill and were learned
-    first."""
+    """Return demonstrations of all three skills, with half of the judgements.
+
+    Judging is the easiest skill and was trained first.
+    """
     return [*rows["act"], *rows["judge"][::2], *rows["refine"]]
 
 
 @torch.no_grad()
 def spread(model: LlamaForCausalLM) -> None:
-    """Start with larger weights (standard deviation 0.06 instead of 0.02) and with output
-    embeddings equal to the input's.
+    """Enlarge the initial weights and set the output embeddings equal to the input embeddings.
 
-    Measured on texts that say their prompt again, at a learning rate of 2.5e-3: from 0.02 the
-    policy copies nothing after 250 steps (1.6 nats per token), from 0.06 it does after 150 (0.4).
-    With equal embeddings, from 0.02, half of the names are copied right after 400 steps, without
-    them a sixth.
+    The standard deviation becomes 0.06 instead of 0.02. Measured on texts that repeat their prompt,
+    at a learning rate of 2.5e-3: from 0.02 the policy copies nothing after 250 steps (1.6 nats per
+    token), from 0.06 it does after 150 (0.4). With equal embeddings, from 0.02, half of the names
+    are copied correctly after 400 steps, without them a sixth.
     """
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -115,39 +124,39 @@ def measure(
     judgements: Sequence[dict[str, str]],
     seed: int,
 ) -> dict[str, float]:
-    """Shares of held-out instructions and judge prompts on which the policy is right, acting,
-    judging and refining."""
+    """Return the policy's accuracy on held-out prompts in acting, judging and refining."""
 
-    def write(prompts: Sequence[str], temperature: float, turn: int) -> list[tuple[str, str]]:
+    def generate(prompts: Sequence[str], temperature: float, offset: int) -> list[Generated]:
         return sample(
             model,
             tokenizer,
             prompts,
             max_tokens=MAX_TOKENS,
             temperature=temperature,
-            seed=seed + turn,
+            seed=seed + offset,
         )
 
-    def right(asked: Sequence[Instruction], written: Sequence[tuple[str, str]]) -> list[bool]:
+    def satisfied(tasks: Sequence[Instruction], responses: Sequence[Generated]) -> list[bool]:
         scores = [
-            instructions.satisfied(text, prompt=one.prompt, answer=None, finish_reason=reason)
-            for one, (text, reason) in zip(asked, written, strict=True)
+            instructions.satisfied(text, prompt=task.prompt, answer=None, finish_reason=reason)
+            for task, (text, reason) in zip(tasks, responses, strict=True)
         ]
         return [score == 1.0 for score in scores]
 
-    prompts = [one.prompt for one in heldout]
-    sampled, greedy = write(prompts, 1.0, 0), write(prompts, 0.0, 0)
+    prompts = [task.prompt for task in heldout]
+    sampled = generate(prompts, 1.0, 0)
+    greedy = generate(prompts, 0.0, 0)
     measured = {
-        "satisfied_sampled": _mean(right(heldout, sampled)),
-        "satisfied_greedy": _mean(right(heldout, greedy)),
+        "satisfied_sampled": _mean(satisfied(heldout, sampled)),
+        "satisfied_greedy": _mean(satisfied(heldout, greedy)),
     }
 
     questions = [row["prompt"] for row in judgements]
     verdicts = [
-        [instructions.verdict_of(*one) for one in write(questions, temperature, turn)]
-        for turn, temperature in enumerate((1.0, *[VOTE_TEMPERATURE] * VOTES), 1)
+        [instructions.verdict_of(*judged) for judged in generate(questions, temperature, offset)]
+        for offset, temperature in enumerate((1.0, *[VOTE_TEMPERATURE] * VOTES), 1)
     ]
-    # A tie, which takes a vote without a verdict, counts as no.
+    # A tie, which needs a judgement without a verdict, counts as no.
     voted = [
         "yes" if votes.count("yes") > votes.count("no") else "no"
         for votes in zip(*verdicts[1:], strict=True)
@@ -158,20 +167,20 @@ def measure(
         )
 
     failed = [
-        (one, text)
-        for one, (text, _), good in zip(heldout, sampled, right(heldout, sampled), strict=True)
-        if not good
+        (task, text)
+        for task, (text, _), passed in zip(
+            heldout, sampled, satisfied(heldout, sampled), strict=True
+        )
+        if not passed
     ]
-    said = write(
-        [instructions.judge_prompt(one, text) for one, text in failed], VOTE_TEMPERATURE, 0
-    )
-    asked = [
-        instructions.refine_prompt(one, text, told)
-        for (one, text), (told, _) in zip(failed, said, strict=True)
+    judge_prompts = [instructions.judge_prompt(task, text) for task, text in failed]
+    judged = generate(judge_prompts, VOTE_TEMPERATURE, 0)
+    refine_prompts = [
+        instructions.refine_prompt(task, text, judgement)
+        for (task, text), (judgement, _) in zip(failed, judged, strict=True)
     ]
-    measured["refine_success"] = _mean(
-        right([one for one, _ in failed], write(asked, VOTE_TEMPERATURE, 0))
-    )
+    refined = generate(refine_prompts, VOTE_TEMPERATURE, 0)
+    measured["refine_success"] = _mean(satisfied([task for task, _ in failed], refined))
     return measured
 
 

@@ -1,8 +1,7 @@
-"""A small Llama policy: made from a seed, trained on demonstrations, sampled in batches with a KV
-cache.
+"""A small Llama policy: supervised training on demonstrations, and batched sampling.
 
-In: (prompt, response) texts and a tokenizer. Out: a model that writes such responses. Building the
-tiny world needs no serving engine: `sample` is plain torch and transformers.
+In: (prompt, response) texts and a tokenizer. Out: a model that generates such responses. Building
+the tiny world needs no inference engine: `sample` uses torch and transformers only.
 """
 
 from __future__ import annotations
@@ -21,9 +20,11 @@ MAX_LENGTH = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """Llama, whose tokenizer transformers reads as it was saved: for Qwen2 it puts a class of its
-    own in its place, with one token more than the model has. Head size stays at 32, the smallest
-    that vLLM's CPU attention serves.
+    """Size of a Llama model.
+
+    For Llama, transformers loads a tokenizer as it was saved; for Qwen2 it substitutes a class of
+    its own, with one token more than the model has. The head size is 32, the smallest that vLLM's
+    CPU attention supports.
     """
 
     hidden: int = 128
@@ -31,6 +32,7 @@ class ModelSize:
     intermediate: int = 384
 
     def config(self, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+        """Return the model's config, with the vocabulary of `tokenizer`."""
         heads = self.hidden // 32
         return LlamaConfig(
             vocab_size=len(tokenizer),
@@ -50,8 +52,10 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A part of supervised training: `steps` batches of `batch` demonstrations, learning rate from
-    `lr` to `lr_end`."""
+    """A phase of supervised training.
+
+    `steps` batches of `batch` demonstrations, with a learning rate from `lr` to `lr_end`.
+    """
 
     steps: int
     batch: int
@@ -60,14 +64,14 @@ class Phase:
 
 
 def new_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Random weights that depend on the seed alone; the caller's random state is left as it was."""
+    """Return a model with random weights from the seed; torch's random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(size.config(tokenizer)).float()
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Token ids of each user message under the chat template, generation prompt included."""
+    """Return the token ids of each user message, generation prompt included."""
     chats = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
@@ -86,8 +90,10 @@ def train(
     seed: int,
     progress: Callable[[float], None],
 ) -> float:
-    """Maximise the responses' likelihood. Returns the mean loss of the last tenth of the steps, in
-    nats per token."""
+    """Maximize the likelihood of the responses.
+
+    Returns the mean loss of the last tenth of the steps, in nats per token.
+    """
     prompts = encode_prompts([prompt for prompt, _ in demonstrations], tokenizer)
     answers = tokenizer([response for _, response in demonstrations], add_special_tokens=False)[
         "input_ids"
@@ -107,10 +113,10 @@ def train(
         for group in optimizer.param_groups:
             decay = phase.lr_end + (phase.lr - phase.lr_end) * (1 - step / phase.steps)
             group["lr"] = decay * min(1.0, (step + 1) / max(1, warmup))
-        picked = torch.randint(len(rows), (phase.batch,), generator=generator).tolist()
-        inputs, labels = _pad_right([rows[index] for index in picked], pad=tokenizer.pad_token_id)
-        # Padding sits on the right and carries no label: causal attention keeps it away from every
-        # token that counts.
+        batch = torch.randint(len(rows), (phase.batch,), generator=generator).tolist()
+        inputs, labels = _pad_right([rows[index] for index in batch], pad=tokenizer.pad_token_id)
+        # Padding is on the right and has no label, and attention is causal: no token that counts
+        # attends to it.
         logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad(set_to_none=True)
@@ -125,7 +131,7 @@ def train(
 
 
 def _pad_right(rows: Sequence[tuple[list[int], list[int]]], *, pad: int) -> tuple[Tensor, Tensor]:
-    """(inputs, labels) of shape (rows, longest); labels are -100 on prompts and padding."""
+    """Return (inputs, labels) of shape (rows, longest); -100 labels prompts and padding."""
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     inputs = torch.full((len(rows), width), pad)
     labels = torch.full((len(rows), width), -100)
@@ -147,10 +153,12 @@ def sample(
     seed: int,
     batch: int = 256,
 ) -> list[tuple[str, str]]:
-    """One (text, finish reason) per prompt, "length" where `max_tokens` ran out. Temperature 0 is
-    greedy."""
+    """Return one (text, finish reason) per prompt; "length" if `max_tokens` was reached.
+
+    Temperature 0 is greedy.
+    """
     generator = torch.Generator().manual_seed(seed)
-    out: list[tuple[str, str]] = []
+    completions: list[tuple[str, str]] = []
     encoded = encode_prompts(prompts, tokenizer)
     for start in range(0, len(prompts), batch):
         tokens = _sample_batch(
@@ -159,10 +167,10 @@ def sample(
         for row in tokens.tolist():
             stopped = tokenizer.eos_token_id in row
             kept = row[: row.index(tokenizer.eos_token_id)] if stopped else row
-            out.append(
+            completions.append(
                 (tokenizer.decode(kept, skip_special_tokens=True), "stop" if stopped else "length")
             )
-    return out
+    return completions
 
 
 def _sample_batch(
@@ -173,15 +181,18 @@ def _sample_batch(
     temperature: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Response tokens of shape (prompts, at most max_tokens); what follows an end-of-turn token is
-    arbitrary."""
+    """Return response tokens of shape (prompts, at most max_tokens).
+
+    Tokens after an end-of-turn token are arbitrary.
+    """
     width = max(map(len, prompts))
     inputs = torch.tensor(
         [[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompts]
     )
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
     finished = torch.zeros(len(prompts), dtype=torch.bool)
-    cache, columns = None, []
+    cache = None
+    columns = []
     for _ in range(max_tokens):
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -inputs.shape[1] :]
         result = model(
@@ -192,7 +203,8 @@ def _sample_batch(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache, logits = result.past_key_values, result.logits[:, -1].float()
+        cache = result.past_key_values
+        logits = result.logits[:, -1].float()
         if temperature == 0:
             token = logits.argmax(-1)
         else:
@@ -203,5 +215,6 @@ def _sample_batch(
         finished |= token == tokenizer.eos_token_id
         if bool(finished.all()):
             break
-        inputs, mask = token[:, None], torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        inputs = token[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
     return torch.stack(columns, dim=1)

@@ -1,9 +1,8 @@
-"""A reward model: a sequence classifier with one output, trained on preference pairs with the
-Bradley-Terry loss.
+"""A reward model: a sequence classifier trained on preference pairs with the Bradley-Terry loss.
 
-In: the policy that wrote the pairs, and the pairs as text. Out: a classifier with its own tokenizer
-and chat template. It starts from the policy's weights, as reward models usually do; embeddings
-follow their tokens to the new ids.
+In: the policy that generated the pairs, and the pairs as text. Out: a classifier with its own
+tokenizer and chat template. It starts from the policy's weights, as reward models usually do;
+embeddings are moved to the new ids of their tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from rayhf.tiny.tokenizer import POLICY_FORMAT, REWARD_FORMAT
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two answers to one prompt, as text, and which one the labeller took."""
+    """Two responses to one prompt, and which one the labeler chose."""
 
     prompt: str
     chosen: str
@@ -33,11 +32,15 @@ class PreferencePair:
 def from_policy(
     policy: LlamaForCausalLM, old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, seed: int
 ) -> LlamaForSequenceClassification:
-    """The policy's body under the new tokenizer's ids, with a new head of one output. Both
-    tokenizers share merges."""
+    """Return a classifier with the policy's body, the new tokenizer's ids and a new head.
+
+    The head has one output. Both tokenizers must have the same merges.
+    """
     config = copy.deepcopy(policy.config)
-    config.vocab_size, config.num_labels = len(new), 1
-    config.pad_token_id, config.eos_token_id = new.pad_token_id, new.eos_token_id
+    config.vocab_size = len(new)
+    config.num_labels = 1
+    config.pad_token_id = new.pad_token_id
+    config.eos_token_id = new.eos_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForSequenceClassification(config).float()
@@ -63,7 +66,7 @@ def from_policy(
 def encode(
     prompts: Sequence[str], answers: Sequence[str], tokenizer: PreTrainedTokenizerFast
 ) -> list[list[int]]:
-    """Token ids of whole conversations under the tokenizer's chat template."""
+    """Return the token ids of whole conversations under the tokenizer's chat template."""
     texts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
@@ -75,7 +78,7 @@ def encode(
 
 
 def rewards(model: LlamaForSequenceClassification, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Shape (rows,). The classifier reads the last token that is not padding: the reply's end."""
+    """Return rewards of shape (rows,), read at the last token that is not padding."""
     width = max(map(len, rows))
     pad = model.config.pad_token_id
     inputs = torch.tensor([list(row) + [pad] * (width - len(row)) for row in rows])
@@ -94,8 +97,7 @@ def train_on_pairs(
     seed: int,
     progress: Callable[[float], None],
 ) -> None:
-    """Minimise -log sigmoid(r(chosen) - r(rejected)); every pair is seen once before any is seen
-    twice."""
+    """Minimize -log sigmoid(r(chosen) - r(rejected)), epoch by epoch."""
     prompts = [pair.prompt for pair in pairs]
     chosen = encode(prompts, [pair.chosen for pair in pairs], tokenizer)
     rejected = encode(prompts, [pair.rejected for pair in pairs], tokenizer)
@@ -111,12 +113,12 @@ def train_on_pairs(
     for step in range(phase.steps):
         for group in optimizer.param_groups:
             group["lr"] = phase.lr_end + (phase.lr - phase.lr_end) * (1 - step / phase.steps)
-        picked = order[step * phase.batch : (step + 1) * phase.batch]
+        batch = order[step * phase.batch : (step + 1) * phase.batch]
         scores = rewards(
-            model, [chosen[index] for index in picked] + [rejected[index] for index in picked]
+            model, [chosen[index] for index in batch] + [rejected[index] for index in batch]
         )
-        margin = scores[: len(picked)] - scores[len(picked) :]
-        # The second term keeps rewards around zero: pairs say nothing about their level.
+        margin = scores[: len(batch)] - scores[len(batch) :]
+        # The second term keeps rewards around zero: pairs do not determine their level.
         loss = -logsigmoid(margin).mean() + 0.001 * scores.square().mean()
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -135,7 +137,7 @@ def score(
     *,
     batch: int = 256,
 ) -> list[float]:
-    """The reward of each answer."""
+    """Return the reward of each response."""
     rows = encode(prompts, answers, tokenizer)
     return [
         value

@@ -1,9 +1,8 @@
-"""One tokenizer recipe for every model of the tiny world: byte-level BPE, so that any text survives
-a round trip.
+"""The tokenizer recipe of the tiny world: byte-level BPE, which decodes to exactly the same text.
 
-In: texts and the names of the chat roles. Out: a fast tokenizer with a chat template, an
+In: texts and the special tokens of the chat roles. Out: a fast tokenizer with a chat template, an
 end-of-turn token that is also the end-of-sequence token, and a padding token that is neither.
-Digits are never merged: a number is its digits.
+Digits are never merged.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """The special tokens of one family of models; different formats give different token ids for
-    the same text."""
+    """Special tokens of a family of models.
+
+    Different formats give different token ids for the same text.
+    """
 
     pad: str
     end: str
@@ -26,14 +27,16 @@ class ChatFormat:
     user: str
     assistant: str
     reserved: tuple[str, ...] = ()
-    """Unused tokens in front, which shift every other id."""
+    """Unused first tokens, which shift every other id."""
 
     @property
     def tokens(self) -> list[str]:
+        """All special tokens in the order of their ids."""
         return [*self.reserved, self.pad, self.end, self.system, self.user, self.assistant]
 
     @property
     def template(self) -> str:
+        """Chat template (Jinja2) for the roles system, user and assistant."""
         roles = (
             f"{{'system': '{self.system}', 'user': '{self.user}', 'assistant': '{self.assistant}'}}"
         )
@@ -41,7 +44,8 @@ class ChatFormat:
             f"{{%- set roles = {roles} -%}}"
             "{%- for message in messages -%}"
             "{%- if message['role'] not in roles -%}"
-            "{{- raise_exception('Roles are system, user and assistant; got ' ~ message['role']) -}}"
+            "{{- raise_exception("
+            "'Roles are system, user and assistant; got ' ~ message['role']) -}}"
             "{%- endif -%}"
             f"{{{{- roles[message['role']] ~ message['content'] ~ '{self.end}' -}}}}"
             "{%- endfor -%}"
@@ -65,8 +69,10 @@ REWARD_FORMAT = ChatFormat(
 def train_tokenizer(
     texts: Iterable[str], chat: ChatFormat, *, max_vocab: int, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Merges are learned until every frequent word is one token or the vocabulary holds `max_vocab`
-    entries."""
+    """Train a tokenizer on `texts`.
+
+    Merging stops when every frequent word is one token or the vocabulary has `max_vocab` entries.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,14 +1,13 @@
-"""The open-ended task: a few words about three topics, and a hidden preference that only pairs
-reveal.
+"""The open-ended task: a few words about three topics, and a preference that only pairs reveal.
 
-In: a seed. Out: prompts, demonstrations, noisy labels, and `true_preference`, which evaluation
-alone may call. A prompt `Words about sea, night and garden.` is answered by a line such as `cold
-wave bright star wild rose`.
+In: a seed. Out: prompts, demonstrations, noisy labels, and `true_preference`, which is for
+evaluation only. A response to `Words about sea, night and garden.` is a line such as `cold wave
+bright star wild rose`.
 
-The hidden preference likes nouns of the topics asked for and vivid adjectives (each further one
-counts less), and nouns and adjectives taking turns; it dislikes plain adjectives, repetition,
-unknown words, and more than nine words. Ordinary answers are short, so a reward model hardly sees
-what happens beyond nine words: it can be over-optimised. Nothing here imports torch.
+The hidden preference rewards nouns of the named topics and vivid adjectives (each further one less)
+and alternating nouns and adjectives; it penalizes plain adjectives, repetition, unknown words, and
+more than nine words. Ordinary responses are short, so a reward model hardly sees more than nine
+words and can be over-optimized. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -35,11 +34,17 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "river": ("boat", "trout", "mill", "ford", "reed", "stone"),
     "space": ("comet", "rocket", "orbit", "planet", "probe", "crater"),
 }
-"""Each topic and its nouns; no noun has two topics."""
+"""Nouns of each topic; no noun has two topics."""
 
 # fmt: off
-VIVID = ("cold", "warm", "bright", "dark", "wild", "deep", "bitter", "golden", "silver", "green", "red", "blue")
-PLAIN = ("quiet", "loud", "soft", "hard", "old", "new", "calm", "tall", "small", "sweet", "slow", "quick")
+VIVID = (
+    "cold", "warm", "bright", "dark", "wild", "deep",
+    "bitter", "golden", "silver", "green", "red", "blue",
+)
+PLAIN = (
+    "quiet", "loud", "soft", "hard", "old", "new",
+    "calm", "tall", "small", "sweet", "slow", "quick",
+)
 # fmt: on
 ADJECTIVES = VIVID + PLAIN
 
@@ -52,13 +57,13 @@ _TOPIC_OF = {noun: topic for topic, nouns in TOPICS.items() for noun in nouns}
 _ADJECTIVE_SET = frozenset(ADJECTIVES)
 _NOUNS = tuple(_TOPIC_OF)
 LABEL_SHARPNESS = 2.0
-"""The labeller prefers a over b with probability sigmoid(LABEL_SHARPNESS * (true(a) - true(b)))."""
+"""The labeler prefers a to b with probability sigmoid(LABEL_SHARPNESS * (true(a) - true(b)))."""
 
 
 def prompts(seed: int) -> Iterator[str]:
-    """Every prompt once, in an order that depends on the seed (3,960 of them)."""
+    """Return every prompt once (3,960 of them), in an order that depends on the seed."""
     names = list(TOPICS)
-    everything = [
+    texts = [
         template.format(a, b, c)
         for template in _TEMPLATES
         for a in names
@@ -66,23 +71,25 @@ def prompts(seed: int) -> Iterator[str]:
         for c in names
         if len({a, b, c}) == 3
     ]
-    random.Random(f"words prompts {seed}").shuffle(everything)
-    return iter(everything)
+    random.Random(f"words prompts {seed}").shuffle(texts)
+    return iter(texts)
 
 
 def topics_of(prompt: str) -> list[str]:
-    """The topics that a prompt names, in order. Raises ConfigError where it names none."""
-    found = [word for word in re.findall("[a-z]+", prompt) if word in TOPICS]
-    if not found:
+    """Return the topics that a prompt names, in order. Raises ConfigError if it names none."""
+    topics = [word for word in re.findall("[a-z]+", prompt) if word in TOPICS]
+    if not topics:
         raise ConfigError(f"prompts: {prompt!r} names none of the topics {', '.join(TOPICS)}")
-    return found
+    return topics
 
 
 def demonstration(
     prompt: str, rng: random.Random, *, off_topic: float = 0.35, repeats: float = 0.12
 ) -> str:
-    """Three to eleven words. By default mediocre: a third of the nouns comes from any topic, some
-    words come again."""
+    """Return a response of three to eleven words.
+
+    By default it is mediocre: a third of the nouns comes from any topic, some words are repeated.
+    """
     own = [noun for topic in topics_of(prompt) for noun in TOPICS[topic]]
     words: list[str] = []
     for _ in range(min(rng.randint(3, 9), rng.randint(3, 12)) + rng.randint(0, 2)):
@@ -98,20 +105,22 @@ def demonstration(
 def true_preference(
     completion: str, *, prompt: str, answer: str | None, finish_reason: str
 ) -> float:
-    """The hidden preference, for evaluation only. Ordinary samples lie around 1.5; about 5 is the
-    best there is."""
+    """Return the hidden preference of a completion, for evaluation only.
+
+    Samples of the untrained policy have about 1.5; the best possible is about 5.
+    """
     del answer
-    asked = set(topics_of(prompt))
+    topics = set(topics_of(prompt))
     words = completion.split()
     kinds = [
         "adjective" if word in _ADJECTIVE_SET else "noun" if word in _TOPIC_OF else "unknown"
         for word in words
     ]
-    own = {word for word in words if _TOPIC_OF.get(word) in asked}
-    turns = [{first, second} == {"adjective", "noun"} for first, second in pairwise(kinds)]
+    own = {word for word in words if _TOPIC_OF.get(word) in topics}
+    alternations = [{first, second} == {"adjective", "noun"} for first, second in pairwise(kinds)]
     vivid = {word for word in words if word in VIVID}
     score = 2.0 * (1.0 - math.exp(-len(own) / 2.0)) + 2.5 * (1.0 - math.exp(-len(vivid) / 2.0))
-    score += 1.0 * sum(turns) / max(3, len(turns))
+    score += 1.0 * sum(alternations) / max(3, len(alternations))
     score -= 0.4 * sum(word in PLAIN for word in words)
     score -= 0.5 * (len(words) - len(set(words)))
     score -= 0.5 * kinds.count("unknown")
@@ -120,5 +129,5 @@ def true_preference(
 
 
 def prefers_first(first: float, second: float, rng: random.Random) -> bool:
-    """A labeller's answer: a Bradley-Terry draw on two true preferences."""
+    """Draw a labeler's choice between two true preferences from a Bradley-Terry model."""
     return rng.random() < 1.0 / (1.0 + math.exp(-LABEL_SHARPNESS * (first - second)))

@@ -1,18 +1,18 @@
-"""`build`: the tiny world on disk, each task made, measured and cached on its own.
+"""Build the tiny world on disk; each task is built, measured and cached on its own.
 
-In: a directory and a seed. Out: per task a policy, prompts, where the task has one a reward model,
-and manifest.json:
+In: a directory and a seed. Out: for each task a policy, prompts, a manifest, and for some a reward
+model:
 
     DIR/<task>/policy/          Hugging Face model directory with a tokenizer that has a chat
                                 template
-    DIR/<task>/train.jsonl, heldout.jsonl         {"prompt": ..., "answer": ... where there is one}
+    DIR/<task>/train.jsonl, heldout.jsonl         {"prompt": ...}, with "answer" for arithmetic
     DIR/words/reward_model/, pairs_train.jsonl, pairs_test.jsonl
     DIR/<task>/manifest.json    seed, recipe version, file sizes, measured figures
 
-A task is built in a temporary directory beside its place and renamed into it when complete: what
-lies there is whole. A second builder of the same task waits for the first one's lock and then finds
-the work done. Nothing is rebuilt while the manifest agrees with the seed, with the recipe (a hash
-of the code that makes the task) and with the files' sizes.
+Synchronization: a task is built in a temporary directory and renamed when complete, so that a task
+directory is never partial. A second builder of the same task waits for the first one's lock and
+then uses its result. A task is rebuilt only if its manifest differs from the seed, the recipe (a
+hash of the code that builds the task) or the sizes of the files.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from rayhf.errors import ConfigError
 
 THREADS = min(2, os.cpu_count() or 1)
 
 Progress = Callable[[str, float], None]
-"""Called with a stage's name and the share of that stage that is done, 0 to 1."""
+"""Called with the name of a stage and the completed share of that stage, 0 to 1."""
 
 _SOURCES = {
     "arithmetic": ("arithmetic.py", "arithmetic_world.py", "tokenizer.py", "language_model.py"),
@@ -54,9 +54,28 @@ _SOURCES = {
 TASKS = tuple(_SOURCES)
 
 
+class _Built(TypedDict):
+    """Result of a recipe."""
+
+    sizes: dict[str, int]
+    measured: dict[str, float]
+    seconds: float
+    cpu_seconds: float
+    torch: str
+
+
+class _Manifest(_Built):
+    """Content of manifest.json."""
+
+    task: str
+    seed: int
+    recipe: str
+    files: dict[str, int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskInfo:
-    """What was built for one task."""
+    """Files and figures of one task."""
 
     task: str
     directory: Path
@@ -67,12 +86,12 @@ class TaskInfo:
     sizes: Mapping[str, int]
     """Parameters of each model, rows of each data file, entries of the vocabulary."""
     measured: Mapping[str, float]
-    """Accuracies and scores of what was built; names say on what and how."""
+    """Accuracies and scores of the models, by name."""
     seconds: float
     """Wall time of the build."""
     cpu_seconds: float
     cached: bool
-    """True when the task lay there already and nothing was built."""
+    """Whether the task existed already."""
 
 
 def build(
@@ -82,7 +101,7 @@ def build(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, TaskInfo]:
-    """Make what is missing and return what is there, by task. Uses up to two threads.
+    """Build the tasks that are missing and return all by name. Uses up to two threads.
 
     Raises ConfigError for an unknown task, a negative seed or a directory that cannot be written.
     """
@@ -102,34 +121,44 @@ def build(
 
 
 def _ensure(directory: Path, task: str, seed: int, progress: Progress) -> TaskInfo:
-    home = directory / task
-    expected = {"task": task, "seed": seed, "recipe": recipe_version(task)}
-    if (manifest := _read_manifest(home, expected)) is not None:
-        return _info(home, manifest, cached=True)
+    task_dir = directory / task
+    recipe = recipe_version(task)
+    expected = {"task": task, "seed": seed, "recipe": recipe}
+    if (existing := _read_manifest(task_dir, expected)) is not None:
+        return _info(task_dir, existing, cached=True)
     with _lock(directory / f".{task}.lock"):
-        if (manifest := _read_manifest(home, expected)) is not None:
-            return _info(home, manifest, cached=True)
+        if (existing := _read_manifest(task_dir, expected)) is not None:
+            return _info(task_dir, existing, cached=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=f".{task}-") as scratch:
-            made, old = Path(scratch) / "new", Path(scratch) / "old"
-            made.mkdir()
-            manifest = expected | _make(task, made, seed, progress)
-            manifest["files"] = {
-                str(path.relative_to(made)): path.stat().st_size for path in _files(made)
+            new = Path(scratch) / "new"
+            new.mkdir()
+            built = _make(task, new, seed, progress)
+            files = {str(path.relative_to(new)): path.stat().st_size for path in _files(new)}
+            manifest: _Manifest = {
+                "task": task,
+                "seed": seed,
+                "recipe": recipe,
+                **built,
+                "files": files,
             }
-            (made / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-            if home.exists():
-                home.rename(old)
-            made.rename(home)
-    return _info(home, manifest, cached=False)
+            (new / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+            if task_dir.exists():
+                task_dir.rename(Path(scratch) / "old")
+            new.rename(task_dir)
+    return _info(task_dir, manifest, cached=False)
 
 
-def _make(task: str, directory: Path, seed: int, progress: Progress) -> dict[str, Any]:
-    """Run the task's recipe. The imports are here because rule scorers import this package and need
-    no torch."""
+def _make(task: str, directory: Path, seed: int, progress: Progress) -> _Built:
+    """Run the task's recipe.
+
+    Imports are local because rule scorers import this package and do not need torch.
+    """
     import torch
 
     make = importlib.import_module(f"rayhf.tiny.{task}_world").make
-    wall, cpu, threads = time.perf_counter(), time.process_time(), torch.get_num_threads()
+    wall_start = time.perf_counter()
+    cpu_start = time.process_time()
+    threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
         sizes, measured = make(
@@ -140,14 +169,14 @@ def _make(task: str, directory: Path, seed: int, progress: Progress) -> dict[str
     return {
         "sizes": sizes,
         "measured": measured,
-        "seconds": round(time.perf_counter() - wall, 2),
-        "cpu_seconds": round(time.process_time() - cpu, 2),
+        "seconds": round(time.perf_counter() - wall_start, 2),
+        "cpu_seconds": round(time.process_time() - cpu_start, 2),
         "torch": str(torch.__version__),
     }
 
 
 def recipe_version(task: str) -> str:
-    """Hash of the code that makes the task; comments, docstrings and layout do not count."""
+    """Return a hash of the code that builds the task, without comments, docstrings and layout."""
     digest = hashlib.sha256()
     for name in _SOURCES[task]:
         tree = ast.parse((Path(__file__).parent / name).read_text())
@@ -159,7 +188,7 @@ def recipe_version(task: str) -> str:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """JSON Lines, for the recipes."""
+    """Write rows as JSON Lines."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -171,13 +200,15 @@ def _is_docstring(node: ast.AST) -> bool:
     )
 
 
-def _read_manifest(home: Path, expected: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest, when it is what would be built and every file it names has its size."""
+def _read_manifest(task_dir: Path, expected: Mapping[str, object]) -> _Manifest | None:
+    """Return the manifest if it matches `expected` and every file in it has its size."""
     try:
-        manifest: dict[str, Any] = json.loads((home / "manifest.json").read_text())
+        manifest: _Manifest = json.loads((task_dir / "manifest.json").read_text())
         if any(manifest.get(key) != value for key, value in expected.items()):
             return None
-        if any((home / name).stat().st_size != size for name, size in manifest["files"].items()):
+        if any(
+            (task_dir / name).stat().st_size != size for name, size in manifest["files"].items()
+        ):
             return None
     except (FileNotFoundError, json.JSONDecodeError):
         return None
@@ -188,14 +219,14 @@ def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def _info(home: Path, manifest: Mapping[str, Any], *, cached: bool) -> TaskInfo:
-    reward_model = home / "reward_model"
+def _info(task_dir: Path, manifest: _Manifest, *, cached: bool) -> TaskInfo:
+    reward_model = task_dir / "reward_model"
     return TaskInfo(
         task=manifest["task"],
-        directory=home,
-        policy=home / "policy",
-        train=home / "train.jsonl",
-        heldout=home / "heldout.jsonl",
+        directory=task_dir,
+        policy=task_dir / "policy",
+        train=task_dir / "train.jsonl",
+        heldout=task_dir / "heldout.jsonl",
         reward_model=reward_model if reward_model.is_dir() else None,
         sizes=manifest["sizes"],
         measured=manifest["measured"],
@@ -207,8 +238,7 @@ def _info(home: Path, manifest: Mapping[str, Any], *, cached: bool) -> TaskInfo:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one builder at a time; the system lets go of it when that process ends, however it
-    ends."""
+    """Hold a lock on `path`; the system releases it when the process ends for any reason."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,10 +1,10 @@
-"""`make claims`: each paper's claim in miniature, on this machine, with the real engines.
+"""`make claims`: each paper's claim in miniature, with the real engines.
 
     python -m tests.bench.claims [CLAIM ...] [--seeds 3] [--record] [--runs DIR]
 
 Every run is `rayhf run` on a tiny preset with overrides, as a user would type it; the figures are
-read from its metrics.jsonl. `--record` writes the tables into RESULTS.md. A run that is finished in
-the runs directory is read, not repeated.
+read from its metrics.jsonl. `--record` writes the tables into RESULTS.md. Runs that are finished in
+the runs directory are read, not repeated.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tests.bench.results import put_section
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 900
-"""Of one run; the bar is 600 on a quiet machine."""
+"""Limit for one run; 600 s are expected of an idle machine."""
 
 Lines = list[dict[str, Any]]
 Figure = Callable[[Lines], float]
 
 
 def last(name: str) -> Figure:
-    """The last value of a metric."""
+    """Return a metric's last value."""
     return lambda lines: float(next(line[name] for line in reversed(lines) if name in line))
 
 
@@ -50,7 +50,7 @@ def change(name: str) -> Figure:
 
 
 def at(name: str, nth: int) -> Figure:
-    """The nth value of a metric that is not in every line."""
+    """Return the nth value of a metric that is not in every line."""
     return lambda lines: float([line[name] for line in lines if name in line][nth])
 
 
@@ -59,23 +59,25 @@ def total(name: str) -> Figure:
 
 
 def rate(*amounts: str, seconds: str) -> Figure:
-    """A total per second, over the rounds after the first, which warms up."""
+    """Return a total per second, over the iterations after the first, which warms up."""
     return lambda lines: (
-        sum(line[amount] for line in lines[2:] for amount in amounts)
-        / sum(line[seconds] for line in lines[2:])
+        float(sum(line[amount] for line in lines[2:] for amount in amounts))
+        / float(sum(line[seconds] for line in lines[2:]))
     )
 
 
 def at_equal(quality: str, cost: str, level: float) -> Figure:
-    """What `cost` was when `quality` first reached `level`, interpolated between evaluations; NaN
-    where it never did."""
+    """Return `cost` at the point where `quality` first reached `level`; NaN where it never did.
+
+    Values are interpolated between evaluations.
+    """
 
     def figure(lines: Lines) -> float:
         points = [(line[quality], line[cost]) for line in lines if quality in line]
         for (low, before), (high, after) in itertools.pairwise([(-math.inf, 0.0), *points]):
             if high >= level:
                 share = 0.0 if low == -math.inf else (level - low) / (high - low)
-                return before + share * (after - before)
+                return float(before + share * (after - before))
         return math.nan
 
     return figure
@@ -83,15 +85,14 @@ def at_equal(quality: str, cost: str, level: float) -> Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of a claim's table: a preset, what is changed in it, and what is read from its
-    runs."""
+    """One row of a claim's table: a preset, overrides, and the figures read from its runs."""
 
     label: str
     preset: str
     overrides: tuple[str, ...] = ()
     figures: dict[str, Figure]
     twice: bool = False
-    """Run it twice; the figures are then read from the comparison of the two."""
+    """Run it twice and read the figures from a comparison of the two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +101,7 @@ class Claim:
     bar: str
     cases: tuple[Case, ...]
     fits: tuple[str, ...] = ()
-    """Scorers that the cases need, fitted once per seed: the word SCORERS in an override is their
-    directory."""
+    """Scorers to fit once per seed; the word SCORERS in an override stands for their directory."""
 
 
 GAME = {
@@ -117,14 +117,14 @@ ARITHMETIC = {
     "greedy after": last("eval/arithmetic/greedy"),
     "tokens generated": total("rollout/tokens"),
 }
-WORDS = {f"true preference, round {i}": at("eval/words/sampled", i) for i in range(4)} | {
+WORDS = {f"true preference, iteration {i}": at("eval/words/sampled", i) for i in range(4)} | {
     "greedy before": first("eval/words/greedy"),
     "greedy after": last("eval/words/greedy"),
 }
 HYBRID = {
     "true preference before": first("eval/words/sampled"),
     "after": last("eval/words/sampled"),
-    "reverse KL after, nats per answer": last("eval/words/reference_kl"),
+    "reverse KL after, nats per completion": last("eval/words/reference_kl"),
     "reverse KL at true preference 2.05": at_equal(
         "eval/words/sampled", "eval/words/reference_kl", 2.05
     ),
@@ -134,13 +134,15 @@ PLAIN_INSTRUCTIONS = (
     "algorithm={type: online_dpo, samples: 8}",
     "evaluations={}",
 )
-INSTRUCTIONS = {f"satisfied, round {i}": at("eval/instructions/sampled", i) for i in range(4)} | {
+INSTRUCTIONS = {
+    f"satisfied, iteration {i}": at("eval/instructions/sampled", i) for i in range(4)
+} | {
     "judging before": first("eval/judging/sampled"),
     "judging after": last("eval/judging/sampled"),
 }
 
 ENGINE = {
-    "tokens generated per round": lambda lines: statistics.mean(
+    "tokens generated per iteration": lambda lines: statistics.mean(
         line["rollout/tokens"] for line in lines[2:]
     ),
     "generated per second of exploration": rate("rollout/tokens", seconds="time/explore_s"),
@@ -155,9 +157,15 @@ SCORER = {
 }
 CLAIMS = {
     "sppo": Claim(
-        title="SPPO finds the equilibrium of the cyclic game on average; a Bradley-Terry reward cannot",
+        title=(
+            "SPPO finds the equilibrium of the cyclic game on average; a Bradley-Terry reward "
+            "cannot"
+        ),
         fits=("bradley_terry_game",),
-        bar="exploitability of the average from >= 0.2 to <= 0.05 in 100 rounds; online DPO with Bradley-Terry stays above 0.15",
+        bar=(
+            "exploitability of the average from >= 0.2 to <= 0.05 in 100 iterations; "
+            "online DPO with Bradley-Terry stays above 0.15"
+        ),
         cases=(
             Case(label="SPPO", preset="sppo_game", figures=GAME),
             Case(label="INPO", preset="inpo_game", figures=GAME),
@@ -165,15 +173,15 @@ CLAIMS = {
                 label="online DPO, fitted Bradley-Terry",
                 preset="sppo_game",
                 overrides=(
-                    # As SPPO's rule does, something must say that what is no move loses: the fitted
-                    # model has only seen moves.
+                    # The fitted model has only seen moves: a rule must say that anything else
+                    # loses, as SPPO's rule does.
                     "scorer.train=[{type: reward_model, model: SCORERS/bradley_terry_game}, "
                     "{type: rule, function: 'rayhf.tiny.game:legal', weight: 10.0}]",
-                    "algorithm={type: online_dpo, samples: 8, beta: 0.1}",
-                    # With SPPO's rate DPO leaves the game in two rounds.
+                    "algorithm={type: online_dpo, samples: 8}",
+                    # With SPPO's learning rate DPO stops playing moves within two iterations.
                     "learner.lr=3e-4",
                     "learner.epochs=2",
-                    "guards.no_signal.pause=null",  # it settles for one move
+                    "guards.no_signal.pause=null",  # it converges to a single move
                 ),
                 figures=GAME,
             ),
@@ -220,8 +228,14 @@ CLAIMS = {
         ),
     ),
     "spar": Claim(
-        title="SPaR: the actor's held-out constraint satisfaction rises each iteration, and so does the refiner's judging",
-        bar="at least +15 points in 3 iterations, rising each; judging accuracy up; ablation without tree search reported",
+        title=(
+            "SPaR: the actor's held-out constraint satisfaction rises each iteration, and so does "
+            "the refiner's judging"
+        ),
+        bar=(
+            "at least +15 points in 3 iterations, rising each; judging accuracy up; ablation "
+            "without tree search reported"
+        ),
         cases=(
             Case(label="SPaR", preset="spar_instructions", figures=INSTRUCTIONS),
             Case(
@@ -290,8 +304,8 @@ CLAIMS = {
         ),
     ),
     "iterative": Claim(
-        title="iterative DPO: the true preference rises in each of three rounds",
-        bar="rises in each round with at least one reference choice",
+        title="iterative DPO: the true preference rises in each of three iterations",
+        bar="rises in each iteration with at least one reference choice",
         cases=tuple(
             Case(
                 label=f"reference {name}",
@@ -310,7 +324,7 @@ CLAIMS = {
 
 
 def run(claim: Claim, case: Case, seed: int, runs: Path) -> tuple[Lines, float]:
-    """The metrics of the finished run and its seconds."""
+    """Run one case, unless it is finished; return its metrics and its seconds."""
     fitted = runs / f"scorers-seed{seed}"
     for name in claim.fits:
         fit(name, seed, fitted)
@@ -333,7 +347,7 @@ def read(directory: Path) -> Lines:
 
 
 def compare(one: Lines, other: Lines) -> dict[str, float]:
-    """How many figures (seconds aside) two runs have, and in how many they differ in any bit."""
+    """Count the figures of two runs, seconds aside, and those that differ in any bit."""
     pairs = [
         (a.get(name), b.get(name))
         for a, b in zip(one, other, strict=True)
@@ -344,7 +358,7 @@ def compare(one: Lines, other: Lines) -> dict[str, float]:
 
 
 def fit(name: str, seed: int, fitted: Path) -> tuple[Lines, float]:
-    """The same for a scorer."""
+    """Fit a scorer, unless it is finished; return its metrics and its seconds."""
     directory = fitted / name
     seconds = timed(
         ["fit-scorer", f"configs/tiny/fit_{name}.yaml", f"output={directory}", f"seed={seed}"],
@@ -354,7 +368,7 @@ def fit(name: str, seed: int, fitted: Path) -> tuple[Lines, float]:
 
 
 def timed(arguments: Sequence[str], directory: Path) -> float:
-    """Seconds of the command that fills `directory`; a command that was timed is done."""
+    """Run the command that fills `directory`, unless it was timed before; return its seconds."""
     clock = directory.with_suffix(".seconds")
     if not clock.exists():
         started = time.monotonic()
@@ -378,7 +392,7 @@ def rayhf(arguments: Sequence[str], *, log: Path) -> None:
 
 
 def table_of(claim: Claim, seeds: Sequence[int], runs: Path, console: Console) -> list[list[str]]:
-    """Header and rows: mean and standard deviation over the seeds."""
+    """Return header and rows: mean and standard deviation over the seeds."""
     names = list(dict.fromkeys(name for case in claim.cases for name in case.figures))
     rows = [["", *names, "s"]]
     for case in claim.cases:
@@ -405,11 +419,10 @@ def show(claim: Claim, rows: list[list[str]], console: Console) -> None:
 
 
 def record(key: str, claim: Claim, rows: list[list[str]], seeds: Sequence[int]) -> None:
-    """The claim's section in RESULTS.md."""
+    """Write the claim's section into RESULTS.md."""
     meaning = "; mean ± standard deviation" if len(seeds) > 1 else ""
-    body = [
-        f"Bar: {claim.bar}. `python -m tests.bench.claims {key} --seeds {len(seeds)}`{meaning}.\n"
-    ]
+    command = f"`python -m tests.bench.claims {key} --seeds {len(seeds)}`"
+    body = [f"Bar: {claim.bar}. {command}{meaning}.\n"]
     body += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     body += ["| " + " | ".join(row) + " |" for row in rows[1:]]
     put_section(f"### {claim.title}", "\n".join(body), under="## Claims")
@@ -422,7 +435,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/claims")
     options = parser.parse_args()
-    console, seeds = Console(), list(range(options.seeds))
+    console = Console()
+    seeds = list(range(options.seeds))
     for key in options.claims or CLAIMS:
         claim = CLAIMS[key]
         rows = table_of(claim, seeds, options.runs, console)

@@ -1,25 +1,25 @@
-"""The learner on one GPU: pace, memory and agreement on a random Llama. `python -m tests.bench.gpu
---size 1b --record`.
+"""The learner on one GPU: speed, memory, and numerical agreement, on a random Llama.
 
-One rank, bfloat16, ZeRO 2; with activation checkpointing, and without where `check`'s estimate says
+    python -m tests.bench.gpu --size 1b --record
+
+One rank, bfloat16, ZeRO 2; with activation checkpointing, and without where `rayhf check` estimates
 that it fits. Without a GPU the same path runs on CPU with the tiny size. rayhf does not pack rows
-into one sequence, it batches rows of like length and pads them: what is compared with "one row at a
-time" are those micro-batches.
+into one sequence, it batches rows of similar length and pads them: those micro-batches are compared
+with one row at a time.
 
-FLOPs of a step, two for a multiplication and its addition. Rows have S tokens and T in all, R of
+FLOPs of a step, two for a multiply-add. Rows have S tokens and T in all, R of
 them responses; the body's linear layers have M weights, the output head H x V, and there are L
 layers with A = heads x head size:
 
-    forward   F = 2 M T + 2 H V R + 2 L A sum(S^2)   causal attention: each token sees half of its
-              row on average
+    forward   F = 2 M T + 2 H V R + 2 L A sum(S^2)   causal attention: each token attends to half of
+              its row on average
     model     3 F                                    backward is twice forward: 6 M + 6 L A S for
               each token, and the head
-    hardware  3 F + F of the body, but for a layer's last matrix, where torch ends its second
-              forward pass: about 8 M + 8 L A S; without activation checkpointing 3 F. Here T and S
-              count padding
+    hardware  3 F + F of the body, without each layer's last matrix, where torch stops recomputing:
+              about 8 M + 8 L A S; without activation checkpointing 3 F. Here T and S count padding
 
-The head runs only where a response token is predicted; embedding, norms and the optimizer count
-nothing. MFU is model FLOPs per second over the GPU's peak (bfloat16, dense, as NVIDIA states it),
+The head runs only where a response token is predicted; embedding, norms and the optimizer are not
+counted. MFU is model FLOPs per second over the GPU's peak (bfloat16, dense, as NVIDIA states it),
 HFU the same with hardware FLOPs.
 """
 
@@ -62,11 +62,10 @@ PEAKS = {
     "H100": 989e12,
     "A100": 312e12,
 }
-"""FLOP/s by what is in the device's name; the first that is. On other devices there is no MFU."""
-NOT_RUN = """**Not run: everything on a GPU.** No machine with one was at hand. So there is no pace, no MFU, no measured peak of
-GPU memory and no log-prob of a learner on a GPU yet, `check`'s estimates for GPUs are compared with nothing, and the tests of
-`make test-gpu` were only collected. What follows is the same script on CPU with one thread: it shows that the path runs, and
-nothing about pace; memory on CPU is measured by `tests.bench.memory`."""
+"""FLOP/s by a part of the device's name; the first match counts. Other devices have no MFU."""
+NOT_RUN = """**Not measured on a GPU yet**: no machine with one was available. What follows is the
+same script on CPU with one thread. It shows that the path runs, and nothing about speed; memory on
+CPU is measured by `tests.bench.memory`."""
 
 
 SIZES = {
@@ -81,7 +80,7 @@ SIZES = {
         longest=64,
         budget=256,
     ),
-    # As Llama 3.2 1B and 3B, and Llama 3.1 8B.
+    # The shapes of Llama 3.2 1B and 3B, and of Llama 3.1 8B.
     "1b": Size(
         hidden=2048,
         intermediate=8192,
@@ -114,7 +113,7 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one process does; each has its own, so that peaks and CUDA's memory are its alone."""
+    """The work of one process; each job has its own, so that memory peaks are its alone."""
 
     kind: str
     size: str
@@ -129,7 +128,8 @@ class Job:
 
     @property
     def title(self) -> str:
-        return f"{self.size}, {'activation checkpointing' if self.checkpointing else 'all activations kept'}"
+        kept = "activation checkpointing" if self.checkpointing else "all activations kept"
+        return f"{self.size}, {kept}"
 
     @property
     def config(self) -> LearnerConfig:
@@ -144,13 +144,16 @@ class Job:
         )
 
 
-# ------------------------------------------------------------------------------------------------------ the work
+# ----------------------------------------------------------------------------------------- the work
 
 
 def flops(
     shape: Shape, micros: Sequence[Sequence[Row]], *, padded: bool, recomputed: bool
 ) -> float:
-    """Of one step; see the module's docstring. A row's last token is never fed."""
+    """Return the FLOPs of one step, as in the module's docstring.
+
+    A row's last token is never fed.
+    """
     lengths = [[max(map(len, micro)) if padded else len(row) for row in micro] for micro in micros]
     fed = [length - 1 for micro in lengths for length in micro]
     responses = sum(len(row.response_ids) for micro in micros for row in micro)
@@ -167,11 +170,11 @@ def tokens_of(micros: Sequence[Sequence[Row]]) -> int:
     return sum(len(row) - 1 for micro in micros for row in micro)
 
 
-# ------------------------------------------------------------------------------------------------- in the child
+# ------------------------------------------------------------------------------------- in the child
 
 
 def prepare(job: Job) -> dict[str, Any]:
-    """Write the random model and look at the device."""
+    """Write the random model; return the device's name and memory."""
     import torch
 
     write_model(SIZES[job.size], Path(job.model), seed=job.seed, device=job.device)
@@ -202,8 +205,8 @@ def _engine(job: Job, **changes: Any) -> Any:
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Seconds and losses of the timed steps, peaks in bytes, and how far batching moves a
-    log-prob."""
+    """Return seconds and losses of the timed steps, memory peaks in bytes, and the differences of
+    log-probs between batched and single rows."""
     import torch
 
     from rayhf.losses.base import Totals
@@ -216,7 +219,8 @@ def train(job: Job) -> dict[str, Any]:
         tokens=float(sum(len(row.response_ids) for row in rows)), rows=len(rows), examples=len(rows)
     )
     engine = _engine(job)
-    seconds, losses = [], []
+    seconds = []
+    losses = []
     for _ in range(job.warmup + job.steps):
         started = time.perf_counter()
         losses.append(engine.step(micros, totals, SFTLoss(), 1.0)["sft/nll"])
@@ -225,21 +229,19 @@ def train(job: Job) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     peaks = _peaks(job.device)
     compared = rows[:COMPARED]
-    batched, alone = (
-        engine.outputs(compared, 1.0),
-        [engine.outputs([row], 1.0)[0] for row in compared],
-    )
+    batched = engine.outputs(compared, 1.0)
+    single = [engine.outputs([row], 1.0)[0] for row in compared]
     engine.close()
     return {
         "seconds": seconds[job.warmup :],
         "losses": losses,
         "peaks": peaks,
-        "batched": _apart(batched, alone),
+        "batched": _difference(batched, single),
     }
 
 
 def _peaks(device: str) -> dict[str, float]:
-    """Peak memory in bytes, by what it is of."""
+    """Return memory peaks in bytes, by what they are of."""
     import torch
 
     if device == "cpu":
@@ -249,7 +251,8 @@ def _peaks(device: str) -> dict[str, float]:
                 int(line.split()[1]) * 1024.0 for line in lines if line.startswith("VmHWM")
             )
         }
-    free, total = torch.cuda.mem_get_info()  # what the allocator reserved at its peak it still has
+    # The allocator still holds what it reserved at its peak.
+    free, total = torch.cuda.mem_get_info()
     return {
         "tensors": torch.cuda.max_memory_allocated(),
         "allocator": torch.cuda.max_memory_reserved(),
@@ -258,27 +261,27 @@ def _peaks(device: str) -> dict[str, float]:
 
 
 def logprobs(job: Job) -> dict[str, list[list[float]]]:
-    """A learner's log-probs in both dtypes, before any step."""
+    """Return a learner's log-probs in both dtypes, before any step."""
     rows = make_rows(SIZES[job.size], job.seed)[:COMPARED]
-    answers = {}
+    logprobs_of = {}
     for dtype in ("float32", "bfloat16"):
         engine = _engine(job, dtype=dtype)
-        answers[dtype] = [row.tolist() for row in engine.outputs(rows, 1.0)]
+        logprobs_of[dtype] = [row.tolist() for row in engine.outputs(rows, 1.0)]
     engine.close()
-    return answers
+    return logprobs_of
 
 
-def _apart(some: Sequence[Any], others: Sequence[Any]) -> tuple[float, float]:
-    """Mean and largest distance, in nats."""
+def _difference(some: Sequence[Any], others: Sequence[Any]) -> tuple[float, float]:
+    """Return the mean and the largest absolute difference, in nats."""
     distance = np.abs(np.concatenate(some) - np.concatenate(others))
     return float(distance.mean()), float(distance.max())
 
 
-# -------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 def call(job: Job) -> Any:
-    """`job` in a process of its own."""
+    """Run a job in a process of its own."""
     command = [sys.executable, "-m", "tests.bench.gpu", "--child", json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=3600)
     if done.returncode:
@@ -289,70 +292,70 @@ def call(job: Job) -> Any:
 
 
 def report(job: Job, checkpointing: Sequence[bool] = (True, False), *, devices: bool = True) -> str:
-    """Markdown: what was run and on what, then tables. `job` says size, device, seed and steps;
-    `devices`: compare them."""
+    """Return the report in Markdown: the setting, then tables.
+
+    `job` has size, device, seed and steps; `devices`: compare log-probs across devices.
+    """
     with tempfile.TemporaryDirectory(prefix="rayhf-gpu-") as scratch:
         job = replace(job, model=str(Path(scratch) / job.size))
         first = replace(job, kind="prepare")
-        device = (
-            prepare(first) if job.device == "cpu" else call(first)
-        )  # this process stays away from the GPU
+        # This process never opens the GPU.
+        device = prepare(first) if job.device == "cpu" else call(first)
         shape = read_shape(Path(job.model), key="model")
-        kinds: dict[str, list[str]] = {
-            name: [] for name in ("pace", "memory", "agreement", "left out")
+        lines: dict[str, list[str]] = {
+            name: [] for name in ("speed", "memory", "agreement", "left out")
         }
         for choice in checkpointing:
-            _case(replace(job, kind="train", checkpointing=choice), shape, device, kinds)
+            _case(replace(job, kind="train", checkpointing=choice), shape, device, lines)
         if devices:
             tiny = replace(job, kind="logprobs", size="tiny", model=str(Path(scratch) / "compared"))
             write_model(SIZES["tiny"], Path(tiny.model), seed=job.seed, device="cpu")
-            kinds["agreement"] += _devices(tiny)
+            lines["agreement"] += _devices(tiny)
     packages = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers")
     )
     rows = make_rows(SIZES[job.size], job.seed)
-    how = (
-        f"`python -m tests.bench.gpu --size {job.size}`, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {device['name']}, {packages}. "
-        f"Seed {job.seed}: {shape.parameters:,} parameters; a step has {len(rows)} rows of {min(map(len, rows))} to "
-        f"{max(map(len, rows))} tokens in micro-batches of at most {SIZES[job.size].budget} padded ones; bfloat16, ZeRO 2, "
-        f"{job.attention}{', optimizer states in host memory' if job.offload else ''}; {job.warmup} steps to warm up, "
-        f"{job.steps} timed."
+    setting = (
+        f"`python -m tests.bench.gpu --size {job.size}`, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, "
+        f"{device['name']}, {packages}. Seed {job.seed}: {shape.parameters:,} parameters; a step "
+        f"has {len(rows)} rows of {min(map(len, rows))} to {max(map(len, rows))} tokens in "
+        f"micro-batches of at most {SIZES[job.size].budget} padded ones; bfloat16, ZeRO 2, "
+        f"{job.attention}{', optimizer states in host memory' if job.offload else ''}; "
+        f"{job.warmup} steps to warm up, {job.steps} timed."
     )
     tables = [
-        "| case | s per step, median (range) | tokens/s | model TFLOP/s | MFU | hardware TFLOP/s | HFU | loss, first and last |",
+        "| case | s per step, median (range) | tokens/s | model TFLOP/s | MFU | hardware TFLOP/s "
+        "| HFU | loss, first and last |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
-        *kinds["pace"],
+        *lines["speed"],
         "",
         "| case | peak of | measured, GiB | estimate, GiB | estimate / measured |",
         "|---|---|--:|--:|--:|",
-        *kinds["memory"],
+        *lines["memory"],
         "",
         "| log-probs | mean distance, nats | largest |",
         "|---|--:|--:|",
-        *kinds["agreement"],
+        *lines["agreement"],
     ]
-    left = [f"\nNot run: {text}" for text in kinds["left out"]]
-    return "\n".join([*([NOT_RUN, ""] if job.device == "cpu" else []), how, "", *tables, *left])
+    left = [f"\nNot run: {text}" for text in lines["left out"]]
+    return "\n".join([*([NOT_RUN, ""] if job.device == "cpu" else []), setting, "", *tables, *left])
 
 
-def _case(job: Job, shape: Shape, device: dict[str, Any], out: dict[str, list[str]]) -> None:
-    """One way to train: a line for each table."""
+def _case(job: Job, shape: Shape, device: dict[str, Any], lines: dict[str, list[str]]) -> None:
+    """Measure one way to train; add a line to each table."""
     estimate = learner_memory(
         shape, job.config, device="cpu" if job.device == "cpu" else "gpu", entropy=True
     )
     if device["memory"] is not None and estimate.total > device["memory"]:
-        out["left out"].append(
-            f"{job.title}: it needs about {estimate.total / GIB:.0f} GiB, the GPU has {device['memory'] / GIB:.0f}."
+        lines["left out"].append(
+            f"{job.title}: it needs about {estimate.total / GIB:.0f} GiB, "
+            f"the GPU has {device['memory'] / GIB:.0f}."
         )
         return
-    found = call(job)
+    result = call(job)
     micros = micro_batches(make_rows(SIZES[job.size], job.seed), job.config.token_budget)
-    seconds = statistics.median(found["seconds"])
-    peak = (
-        next((peak for name, peak in PEAKS.items() if name in device["name"]), None)
-        if job.device != "cpu"
-        else None
-    )
+    seconds = statistics.median(result["seconds"])
+    peak = next((peak for name, peak in PEAKS.items() if name in device["name"]), None)
     rates = [
         flops(shape, micros, padded=hard, recomputed=hard and job.checkpointing) / seconds
         for hard in (False, True)
@@ -360,13 +363,14 @@ def _case(job: Job, shape: Shape, device: dict[str, Any], out: dict[str, list[st
     model, hardware = (
         f"{rate / 1e12:,.3g} | {f'{rate / peak:.0%}' if peak else ''}" for rate in rates
     )
-    low, high, losses = min(found["seconds"]), max(found["seconds"]), found["losses"]
-    out["pace"].append(
-        f"| {job.title} | {seconds:.3f} ({low:.3f}-{high:.3f}) | {tokens_of(micros) / seconds:,.0f} | {model} | {hardware} "
-        f"| {losses[0]:.3f}, {losses[-1]:.3f} |"
+    spread = f"{min(result['seconds']):.3f}-{max(result['seconds']):.3f}"
+    losses = result["losses"]
+    lines["speed"].append(
+        f"| {job.title} | {seconds:.3f} ({spread}) | {tokens_of(micros) / seconds:,.0f} "
+        f"| {model} | {hardware} | {losses[0]:.3f}, {losses[-1]:.3f} |"
     )
     own = estimate.total - estimate.framework
-    for name, title, wanted in (
+    for name, title, expected in (
         ("tensors", "tensors (max_memory_allocated), against the estimate without framework", own),
         ("allocator", "torch's allocator (max_memory_reserved), against the same", own),
         (
@@ -375,26 +379,26 @@ def _case(job: Job, shape: Shape, device: dict[str, Any], out: dict[str, list[st
             estimate.total,
         ),
     ):
-        if name in found["peaks"]:
-            measured = found["peaks"][name]
-            numbers = f"{measured / GIB:.2f} | {wanted / GIB:.2f} | {wanted / measured:.2f}"
-            out["memory"].append(f"| {job.title} | {title} | {numbers} |")
-    mean, most = found["batched"]
-    out["agreement"].append(
-        f"| {job.title}: rows one at a time, against micro-batches | {mean:.2g} | {most:.2g} |"
+        if name in result["peaks"]:
+            measured = result["peaks"][name]
+            numbers = f"{measured / GIB:.2f} | {expected / GIB:.2f} | {expected / measured:.2f}"
+            lines["memory"].append(f"| {job.title} | {title} | {numbers} |")
+    mean, largest = result["batched"]
+    lines["agreement"].append(
+        f"| {job.title}: rows one at a time, against micro-batches | {mean:.2g} | {largest:.2g} |"
     )
 
 
 def _devices(job: Job) -> list[str]:
-    """The tiny model in both dtypes on every device, against float32 on CPU."""
+    """Compare the tiny model in both dtypes on every device with float32 on CPU."""
     devices = ["cpu"] if job.device == "cpu" else ["cpu", job.device]
-    found = {device: call(replace(job, device=device)) for device in devices}
-    exact, lines = found["cpu"]["float32"], []
+    logprobs_of = {device: call(replace(job, device=device)) for device in devices}
+    exact = logprobs_of["cpu"]["float32"]
+    lines = []
     for device, dtype in list(product(devices, ("float32", "bfloat16")))[1:]:
-        mean, most = _apart(found[device][dtype], exact)
-        lines.append(
-            f"| tiny: {dtype} on {device}, against float32 on cpu | {mean:.2g} | {most:.2g} |"
-        )
+        mean, largest = _difference(logprobs_of[device][dtype], exact)
+        title = f"tiny: {dtype} on {device}, against float32 on cpu"
+        lines.append(f"| {title} | {mean:.2g} | {largest:.2g} |")
     return lines
 
 
@@ -410,7 +414,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, help="default: 1b on a GPU, tiny without one")
-    parser.add_argument("--steps", type=int, default=8, help="timed ones")
+    parser.add_argument("--steps", type=int, default=8, help="number of timed steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attention", choices=("sdpa", "flash_attention_2"), default="sdpa")
     parser.add_argument(

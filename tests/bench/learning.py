@@ -1,8 +1,8 @@
-"""Does each tiny preset learn? `python -m tests.bench.learning [PRESET ...] [--seeds 0,1,2]` runs
-them and prints a table.
+"""What the tiny presets learn.
 
-Each run is a process of its own, as a user starts it. The figures kept in RESULTS.md come from
-here.
+    python -m tests.bench.learning [PRESET ...] [--seeds 0,1,2]
+
+Each run is a process of its own, as a user starts it. Prints a table, which RESULTS.md keeps.
 """
 
 from __future__ import annotations
@@ -26,18 +26,12 @@ PRESETS = [
 
 
 def measure(preset: str, seed: int, overrides: list[str]) -> dict[str, float]:
-    """One campaign from its start to its end."""
+    """Run one campaign; return its figures before and after."""
     run = ROOT / "runs" / "learning" / f"{preset}-{seed}"
     shutil.rmtree(run, ignore_errors=True)
-    rayhf = Path(sys.executable).with_name("rayhf")
-    command = [
-        rayhf,
-        "run",
-        f"configs/tiny/{preset}.yaml",
-        f"seed={seed}",
-        f"run.dir={run}",
-        *overrides,
-    ]
+    rayhf = str(Path(sys.executable).with_name("rayhf"))
+    config = f"configs/tiny/{preset}.yaml"
+    command = [rayhf, "run", config, f"seed={seed}", f"run.dir={run}", *overrides]
     started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     seconds = time.monotonic() - started
@@ -45,34 +39,31 @@ def measure(preset: str, seed: int, overrides: list[str]) -> dict[str, float]:
         raise SystemExit(f"{preset} seed {seed}: exit {done.returncode}: {done.stderr}")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     task = preset.rsplit("_", 1)[1]
-    first, last = lines[0], lines[-1]
-    found = {"seconds": seconds, "rounds": last["iteration"]}
+    first = lines[0]
+    last = lines[-1]
+    figures = {"seconds": seconds, "iterations": last["iteration"]}
     for name in ("sampled", "greedy", "reward", "reference_kl", "length"):
         key = f"eval/{task}/{name}"
         if key in last:
-            found |= {f"{name} before": first.get(key, 0.0), f"{name} after": last[key]}
-    return found
+            figures |= {f"{name} before": first.get(key, 0.0), f"{name} after": last[key]}
+    return figures
 
 
 def table(rows: list[tuple[str, int, dict[str, float]]]) -> str:
-    """Markdown."""
-    out = [
-        "| preset | seed | rounds | seconds | sampled | greedy | reward model | KL, nats | length |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for preset, seed, found in rows:
-        cells = [preset, str(seed), f"{found['rounds']:.0f}", f"{found['seconds']:.0f}"]
+    """Return the table in Markdown."""
+    heads = ["preset", "seed", "iterations", "seconds", "sampled", "greedy", "reward model"]
+    heads += ["KL, nats", "length"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for preset, seed, figures in rows:
+        cells = [preset, str(seed), f"{figures['iterations']:.0f}", f"{figures['seconds']:.0f}"]
         for name in ("sampled", "greedy", "reward"):
-            known = f"{name} after" in found
-            cells.append(
-                f"{found[f'{name} before']:.3f} -> {found[f'{name} after']:.3f}" if known else ""
-            )
-        cells += [
-            f"{found['reference_kl after']:.2f}" if "reference_kl after" in found else "",
-            f"{found['length after']:.1f}",
-        ]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out)
+            before = figures.get(f"{name} before")
+            after = figures.get(f"{name} after")
+            cells.append("" if before is None else f"{before:.3f} -> {after:.3f}")
+        kl = figures.get("reference_kl after")
+        cells += ["" if kl is None else f"{kl:.2f}", f"{figures['length after']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
-"""`rayhf check`'s memory estimates against measured peaks: `python -m tests.bench.memory
-[--record]`, about 10 minutes.
+"""Memory estimates of `rayhf check` against measured peaks.
+
+    python -m tests.bench.memory [--record]
 
 Every role works in a fresh process on a random Llama: a learner takes two optimizer steps of
-micro-batches that are as large as the token budget allows, a reference reads one, an engine writes.
-Its peak resident memory less a constant is compared with the estimate less `framework`. The
-constant is the peak of the same process with a model of a few hundred parameters and eight tokens.
+micro-batches as large as the token budget allows, a reference scores one, an engine generates. The
+peak resident memory less a constant is compared with the estimate less `framework`. The constant is
+the peak of the same process with a model of a few hundred parameters and eight tokens. Takes about
+10 minutes.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
+from torch import Tensor
 
 from rayhf.config.schema import LearnerConfig, ReferenceConfig, RolloutConfig
+from rayhf.losses.base import LossOutput, MicroBatch, Totals
 from rayhf.planning.memory import (
     GIB,
     Memory,
@@ -33,11 +37,14 @@ from rayhf.planning.memory import (
     read_shape,
     reference_memory,
 )
+from rayhf.types import Example, GenerateRequest, Row, Sampling
 from tests.bench.results import put_section
 
 LENGTH = 256
-SEQUENCES, WRITTEN = 64, 16
-"""An engine reads so many prompts in about one step, and writes so many tokens after each."""
+SEQUENCES = 64
+"""Prompts that an engine prefills in about one step."""
+GENERATED = 16
+"""Tokens it generates after each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +59,8 @@ class Size:
 
 
 SIZES = {
-    "none": Size(
-        hidden=32, intermediate=32, layers=1, vocabulary=16, budget=LENGTH
-    ),  # vLLM has no smaller heads on CPU
+    # vLLM has no smaller heads on CPU.
+    "none": Size(hidden=32, intermediate=32, layers=1, vocabulary=16, budget=LENGTH),
     "1 M": Size(hidden=128, intermediate=384, layers=4, vocabulary=2048, budget=16384),
     "30 M": Size(hidden=512, intermediate=1408, layers=6, vocabulary=8192, budget=4096),
     "120 M": Size(hidden=768, intermediate=2048, layers=12, vocabulary=24000, budget=1024),
@@ -68,8 +74,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
 }
 PROCESSES = (*LEARNERS, "reference", "rollout")
 SLOW = "learner, stage 2, bfloat16"
-"""On CPU; its 30 M did not end within 15 minutes beside the tests, so that only its smallest model
-is measured."""
+"""Only its smallest model is measured: 30 M parameters take more than 15 minutes on CPU."""
 
 
 def make_model(name: str, directory: Path) -> None:
@@ -100,15 +105,16 @@ def learner_config(process: str, size: Size, **more: Any) -> LearnerConfig:
 
 
 def rollout_config(shape: Shape) -> RolloutConfig:
-    """A cache that `SEQUENCES` fill."""
+    """Return a config whose KV cache is filled by `SEQUENCES`."""
     cache = SEQUENCES * LENGTH * shape.cache_per_token("float32")
     return RolloutConfig(
-        max_tokens=WRITTEN, max_num_seqs=SEQUENCES, kv_cache_gib=max(cache / GIB, 1 / 64)
+        max_tokens=GENERATED, max_num_seqs=SEQUENCES, kv_cache_gib=max(cache / GIB, 1 / 64)
     )
 
 
 def estimate(process: str, name: str, model: Path) -> Memory:
-    shape, size = read_shape(model, key="model"), SIZES[name]
+    shape = read_shape(model, key="model")
+    size = SIZES[name]
     if process == "reference":
         config = ReferenceConfig(token_budget=size.budget)
         return reference_memory(shape, config, dtype="float32", device="cpu")
@@ -118,7 +124,7 @@ def estimate(process: str, name: str, model: Path) -> Memory:
 
 
 def measure(process: str, name: str, model: Path) -> float:
-    """Peak resident memory of a fresh process, in bytes."""
+    """Return the peak resident memory of a fresh process, in bytes."""
     command = [sys.executable, "-m", "tests.bench.memory", "--child", process, name, str(model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if done.returncode:
@@ -126,11 +132,11 @@ def measure(process: str, name: str, model: Path) -> float:
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-# ------------------------------------------------------------------------------------------------- in the child
+# ------------------------------------------------------------------------------------- in the child
 
 
 def child(process: str, name: str, model: Path) -> None:
-    import ray  # noqa: F401 (every actor's process has it)
+    import ray  # noqa: F401 (as in every actor's process)
 
     size = SIZES[name]
     work = {"reference": _reference, "rollout": _rollout}.get(process, _learner)
@@ -144,18 +150,14 @@ def child(process: str, name: str, model: Path) -> None:
 class _Likelihood:
     """-log p of the response tokens."""
 
-    entropy: str = "off"
+    entropy: Literal["off", "metric", "loss"] = "off"
 
-    def __call__(self, output_T: Any, micro: Any) -> Any:
-        from rayhf.losses.base import LossOutput
-
+    def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
         return LossOutput(loss=-output_T.sum() / micro.totals.tokens, metrics={})
 
 
-def _rows(size: Size) -> list[Any]:
-    """One micro-batch, all response but its first token of each row."""
-    from rayhf.types import Row
-
+def _rows(size: Size) -> list[Row]:
+    """Return one micro-batch; all but the first token of a row is response."""
     ids = tuple(i % size.vocabulary for i in range(LENGTH))
     rows = range(size.budget // LENGTH)
     return [Row(prompt_id=str(i), sample=0, prompt_ids=ids[:1], response_ids=ids[1:]) for i in rows]
@@ -163,8 +165,6 @@ def _rows(size: Size) -> list[Any]:
 
 def _learner(process: str, size: Size, model: Path) -> None:
     from rayhf.learner.engine import LearnerEngine
-    from rayhf.losses.base import Totals
-    from rayhf.types import Example
 
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -177,10 +177,8 @@ def _learner(process: str, size: Size, model: Path) -> None:
     totals = Totals(
         tokens=float(sum(len(row.response_ids) for row in rows)), rows=len(rows), examples=len(rows)
     )
-    for micros in (
-        1,
-        2,
-    ):  # Adam's moments are there after the first step, gradients after the first micro-batch
+    # Adam's moments exist after the first step, gradients after the first micro-batch.
+    for micros in (1, 2):
         engine.step([examples] * micros, totals, _Likelihood(), 1.0)
     engine.close()
 
@@ -201,16 +199,15 @@ def _rollout(process: str, size: Size, model: Path) -> None:
 
     os.environ.update(engine_env("cpu", 2))
     from rayhf.rollout.engine import RolloutEngine
-    from rayhf.types import GenerateRequest, Sampling
 
     config = rollout_config(read_shape(model, key="model"))
     engine = RolloutEngine(model, config, dtype="float32", max_length=LENGTH, seed=0, device="cpu")
-    sampling = Sampling(max_tokens=WRITTEN)
+    sampling = Sampling(max_tokens=GENERATED)
     requests = [
         GenerateRequest(
             prompt_id=str(i),
             number=0,
-            token_ids=tuple((i + j) % size.vocabulary for j in range(LENGTH - WRITTEN)),
+            token_ids=tuple((i + j) % size.vocabulary for j in range(LENGTH - GENERATED)),
             sampling=sampling,
             seeds=(i,),
         )
@@ -220,22 +217,24 @@ def _rollout(process: str, size: Size, model: Path) -> None:
     engine.close()
 
 
-# ------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def table(rows: list[tuple[str, str, float, float, Memory]]) -> str:
-    """Markdown. Of each row: process, model, measured peak and constant in bytes, estimate."""
-    out = [
-        "| process | model | measured, MiB | the constant | the rest | its estimate | estimate / measured | whole process |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    """Return the table in Markdown.
+
+    A row has process, model, measured peak and constant in bytes, and the estimate.
+    """
+    heads = ["process", "model", "measured, MiB", "the constant", "the rest", "its estimate"]
+    heads += ["estimate / measured", "whole process"]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "--:|" * (len(heads) - 2)]
     for process, name, peak, constant, memory in rows:
-        net, wanted = peak - constant, memory.total - memory.framework
-        out.append(
-            f"| {process} | {name} | {peak / 2**20:,.0f} | {constant / 2**20:,.0f} | {net / 2**20:,.0f} | {wanted / 2**20:,.0f} "
-            f"| {wanted / net:.2f} | {memory.total / peak:.2f} |"
-        )
-    return "\n".join(out)
+        net = peak - constant
+        expected = memory.total - memory.framework
+        mib = [f"{value / 2**20:,.0f}" for value in (peak, constant, net, expected)]
+        cells = [process, name, *mib, f"{expected / net:.2f}", f"{memory.total / peak:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def introduction(rows: list[tuple[str, str, float, float, Memory]]) -> str:
@@ -245,9 +244,10 @@ def introduction(rows: list[tuple[str, str, float, float, Memory]]) -> str:
     ]
     wholes = [memory.total / peak for _, _, peak, _, memory in rows]
     return (
-        f"`python -m tests.bench.memory`, {time.strftime('%Y-%m-%d', time.gmtime())}, {platform.machine()}. A random Llama in a "
-        f"process of its own; the constant is the peak of the same process with a model of no size. "
-        f"Estimates are {min(rests):.2f} to {max(rests):.2f} of what was measured beyond it, and {min(wholes):.2f} to "
+        f"`python -m tests.bench.memory`, {time.strftime('%Y-%m-%d', time.gmtime())}, "
+        f"{platform.machine()}. A random Llama in a process of its own; the constant is the peak "
+        f"of the same process with a model of next to no size. Estimates are {min(rests):.2f} to "
+        f"{max(rests):.2f} of what was measured beyond it, and {min(wholes):.2f} to "
         f"{max(wholes):.2f} of the whole process."
     )
 
@@ -273,15 +273,8 @@ def main() -> None:
             constant = measure(process, "none", Path(folder) / "none")
             for name in list(SIZES)[1 : 2 if process == SLOW else None]:
                 model = Path(folder) / name
-                rows.append(
-                    (
-                        process,
-                        name,
-                        measure(process, name, model),
-                        constant,
-                        estimate(process, name, model),
-                    )
-                )
+                peak = measure(process, name, model)
+                rows.append((process, name, peak, constant, estimate(process, name, model)))
                 console.print(table(rows[-1:]).splitlines()[-1], markup=False, soft_wrap=True)
     text = f"{introduction(rows)}\n\n{table(rows)}"
     console.print(text, markup=False, soft_wrap=True)

@@ -1,11 +1,12 @@
-"""The systems that are timed, each in a process of its own: `python -m tests.bench.peers KIND`, the
-Spec comes on stdin.
+"""The timed systems, each in a process of its own.
 
-SelectionContext by turn: a peer does one training step, writes one JSON line about it, and waits for "go"
-before the next; an empty line or the end of stdin ends it. speed.py takes the time between "go" and
-the line, so every peer's whole step is timed alike and nothing else runs meanwhile. Every peer
-stops between steps with nothing in flight (rayhf with max_staleness 1 included: it syncs weights at
-a round's end, and for that the next round's answers must have been written).
+    python -m tests.bench.peers SYSTEM     the Spec comes on stdin
+
+Synchronization: a peer does one training step, writes one JSON line about it, and waits for "go"
+before the next; an empty line or the end of stdin ends it. speed.py measures the time between "go"
+and the line, so every peer's whole step is timed alike while the others wait. Between steps no peer
+has anything in flight (rayhf with max_staleness 1 included: weight sync at an iteration's end waits
+for the next iteration's completions).
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.workload import Spec, reward
-from tests.unit.fakes import Quiet
 
-LR = 1e-6  # so small that the lengths stay what the model was built for
+LR = 1e-6
+"""So small that completions keep the lengths that the model was built for."""
 KL = 0.01
 
 
 class DoneError(Exception):
-    """speed.py wants no more steps."""
+    """Raised when speed.py requests no more steps."""
 
 
 class Turns:
-    """The line to speed.py. Whatever else prints to stdout goes to stderr."""
+    """The connection to speed.py; everything else that writes to stdout is sent to stderr."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
@@ -40,23 +41,23 @@ class Turns:
 
     def done(self, **report: Any) -> None:
         """Report a step and wait for the next turn. Raises DoneError when there is none."""
-        self.say(**report)
+        self.send(**report)
         if sys.stdin.readline().strip() != "go":
             raise DoneError
 
-    def say(self, **report: Any) -> None:
+    def send(self, **report: Any) -> None:
         self._out.write(json.dumps(report) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------- rayhf
+# -------------------------------------------------------------------------------------------- rayhf
 
 
 def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
-    """The config of a rayhf campaign that does a case's work."""
-    algorithm: dict[str, Any] = {"type": "online_dpo", "samples": spec.samples, "beta": 0.1}
+    """Return the config of a rayhf campaign with a case's workload."""
+    algorithm: dict[str, Any] = {"type": "online_dpo", "samples": spec.samples}
     if spec.algorithm == "grpo":
         kl = {"coef": KL, "estimator": "k3", "where": "loss"}
-        algorithm = {"type": "ppo", "advantage": "grpo", "samples": spec.samples, "kl": kl}
+        algorithm = {"type": "grpo", "samples": spec.samples, "kl": kl}
     run = {"dir": str(directory), "iterations": 10_000, "eval_every": 0, "checkpoint_every": 0}
     budget = spec.micro * (16 + spec.max_tokens)
     return {
@@ -71,42 +72,57 @@ def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
     }
 
 
-async def _assembled(prepared: Any, store: Any) -> Any:
+class Stepper:
+    """An observer for which an iteration's metrics end a turn."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None: ...
+
+    def event(self, kind: str, message: str) -> None: ...
+
+    def metrics(self, metrics: Mapping[str, float]) -> None:
+        if metrics["iteration"] > 0:
+            self._turns.done(
+                length=metrics["rollout/length_mean"],
+                phases=_phases(metrics),
+                metrics=dict(metrics),
+            )
+
+
+async def _assemble(prepared: Any, store: Any, observer: Stepper) -> Any:
     from launch.assemble import ActorSet
 
-    return await ActorSet(prepared, store, Quiet(), base=Path.cwd()).assemble()
+    return await ActorSet(prepared, store, observer, base=Path.cwd()).assemble()
 
 
 def rayhf(turns: Turns) -> None:
-    """The real controller and actors."""
+    """Run the real controller and actors."""
     from launch.local import ray_cluster
     from rayhf.campaign.controller import Controller
     from rayhf.config.load import validate
     from rayhf.planning.preflight import prepare
     from rayhf.run_dir.store import RunDir
 
-    class Stepper(Quiet):
-        """The controller's observer: a round's metrics end a turn."""
-
-        def metrics(self, metrics: Mapping[str, float]) -> None:
-            if metrics["iteration"] > 0:
-                turns.done(
-                    length=metrics["rollout/length_mean"],
-                    phases=_phases(metrics),
-                    metrics=dict(metrics),
-                )
-
     config = validate(campaign(turns.spec, Path(f"run-{os.getpid()}")), source="tests.bench.peers")
     prepared = prepare(config, base=Path.cwd())
     store = RunDir(config)
+    observer = Stepper(turns)
 
-    async def play() -> None:
-        roles = await _assembled(prepared, store)
-        what = {"algorithm": prepared.algorithm, "data": prepared.data}
-        await Controller(config, roles=roles, store=store, observer=Stepper(), **what).run()
+    async def run() -> None:
+        controller = Controller(
+            config,
+            algorithm=prepared.algorithm,
+            roles=await _assemble(prepared, store, observer),
+            data=prepared.data,
+            store=store,
+            observer=observer,
+        )
+        await controller.run()
 
     with ray_cluster("local", cpus=4):
-        asyncio.run(play())
+        asyncio.run(run())
 
 
 def _phases(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -118,8 +134,8 @@ def _phases(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def agreement(turns: Turns) -> None:
-    """After three optimizer steps and syncs: |log-prob of the engine's own samples - the
-    learner's|, in nats."""
+    """Report |engine's log-prob - learner's| of sampled tokens after three steps and syncs, in
+    nats."""
     import numpy as np
 
     from launch.local import ray_cluster
@@ -141,9 +157,10 @@ def agreement(turns: Turns) -> None:
     data = campaign(spec, Path(f"run-{os.getpid()}"))
     data["learner"] |= {"lr": 1e-3, "dtype": "float32"}  # steps that move the weights visibly
     config = validate(data, source="tests.bench.peers")
-    prepared, store = prepare(config, base=Path.cwd()), RunDir(config)
+    prepared = prepare(config, base=Path.cwd())
+    store = RunDir(config)
 
-    async def answers(roles: Any, version: int) -> list[Any]:
+    async def sample(roles: Any, version: int) -> list[Any]:
         sampling = Sampling(max_tokens=spec.max_tokens)
         prompts = prepared.data.prompts.prompts[: spec.completions]
         requests = [
@@ -156,24 +173,22 @@ def agreement(turns: Turns) -> None:
             )
             for p in prompts
         ]
+        generated = await roles.rollouts["policy"].generate(requests, version=version)
         groups = [
             Group(
                 prompt=p,
-                samples=tuple(Sample(completion=c, outcome=Scored(value=0.0)) for c in found),
+                samples=tuple(Sample(completion=c, outcome=Scored(value=0.0)) for c in completions),
             )
-            for p, found in zip(
-                prompts,
-                await roles.rollouts["policy"].generate(requests, version=version),
-                strict=True,
-            )
+            for p, completions in zip(prompts, generated, strict=True)
         ]
         return [make_row(group, 0, score=0.0) for group in groups]
 
-    async def play() -> None:
-        roles = await _assembled(prepared, store)
+    async def run() -> None:
+        roles = await _assemble(prepared, store, Stepper(turns))
+        learner = roles.learners["policy"]
         loss = prepared.algorithm.loss()
         for version in range(3):
-            rows = await answers(roles, version)
+            rows = await sample(roles, version)
             references = await roles.reference.logprobs(rows, temperature=1.0)
             advantages = [
                 np.full(len(r.response_ids), 1.0 if i % 2 else -1.0, np.float32)
@@ -183,20 +198,14 @@ def agreement(turns: Turns) -> None:
                 r.with_tokens(advantage=a, ref_logp=f)
                 for r, a, f in zip(rows, advantages, references, strict=True)
             ]
-            await roles.learners["policy"].step(
-                Batch(examples=tuple(Example(rows=(row,)) for row in rows)), loss
-            )
-            await roles.rollouts["policy"].update(
-                await roles.learners["policy"].publish(version + 1)
-            )
-        rows = await answers(roles, 3)
-        mine = await roles.learners["policy"].outputs(rows, temperature=1.0)
-        gaps = np.concatenate(
-            [np.abs(r.tokens["behavior_logp"] - m) for r, m in zip(rows, mine, strict=True)]
-        )
-        moved = np.concatenate(
-            await roles.reference.logprobs(rows, temperature=1.0)
-        ) - np.concatenate(mine)
+            batch = Batch(examples=tuple(Example(rows=(row,)) for row in rows))
+            await learner.step(batch, loss)
+            await roles.rollouts["policy"].update(await learner.publish(version + 1))
+        rows = await sample(roles, 3)
+        learned = np.concatenate(await learner.outputs(rows, temperature=1.0))
+        initial = np.concatenate(await roles.reference.logprobs(rows, temperature=1.0))
+        gaps = np.abs(np.concatenate([r.tokens["behavior_logp"] for r in rows]) - learned)
+        moved = initial - learned
         turns.done(
             mean=float(gaps.mean()),
             max=float(gaps.max()),
@@ -205,14 +214,17 @@ def agreement(turns: Turns) -> None:
         )
 
     with ray_cluster("local", cpus=4):
-        asyncio.run(play())
+        asyncio.run(run())
 
 
-# --------------------------------------------------------------------------------------------------------------- TRL
+# ---------------------------------------------------------------------------------------------- TRL
 
 
 def trl(turns: Turns) -> None:
-    """TRL's synchronous trainers with transformers' generate (its vLLM modes do not run on CPU)."""
+    """Run TRL's synchronous trainers with transformers' generate.
+
+    Its vLLM modes do not run on CPU.
+    """
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -223,15 +235,14 @@ def trl(turns: Turns) -> None:
     torch.set_num_threads(spec.threads)
     lengths: list[int] = []
 
-    class Stepper(TrainerCallback):
+    class StepCallback(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             turns.done(length=sum(lengths[-spec.completions :]) / spec.completions)
 
     def score(prompts: Any, completions: Any, completion_ids: Any = None, **_: Any) -> list[float]:
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        lengths.extend(
-            sum(i != pad for i in ids) for ids in completion_ids
-        )  # online DPO passes the padding, too
+        # Online DPO passes the padding, too.
+        lengths.extend(sum(i != pad for i in ids) for ids in completion_ids)
         return [reward(text, prompt="", answer=None, finish_reason="stop") for text in texts]
 
     prompts = [
@@ -262,7 +273,7 @@ def trl(turns: Turns) -> None:
     rest: dict[str, Any] = {
         "processing_class": tokenizer,
         "train_dataset": data,
-        "callbacks": [Stepper()],
+        "callbacks": [StepCallback()],
     }
     trainer: Any
     if spec.algorithm == "grpo":
@@ -276,8 +287,8 @@ def trl(turns: Turns) -> None:
         )
         trainer = GRPOTrainer(model=model, reward_funcs=score, args=grpo, **rest)
     else:
-        # Its batch is counted in prompts, two answers each; it writes answers per micro-batch, so
-        # one is best.
+        # Its batch is counted in prompts of two completions. It generates per micro-batch, so a
+        # single micro-batch is fastest.
         dpo = OnlineDPOConfig(
             per_device_train_batch_size=spec.prompts,
             max_new_tokens=spec.max_tokens,
@@ -289,11 +300,11 @@ def trl(turns: Turns) -> None:
     trainer.train()
 
 
-# ------------------------------------------------------------------------------------------------------ bare engines
+# ------------------------------------------------------------------------------------- bare engines
 
 
 def vllm(turns: Turns) -> None:
-    """vLLM alone, with the settings of rayhf's rollout."""
+    """Run vLLM alone, with the settings of rayhf's rollout."""
     from rayhf.rollout.env import engine_env
 
     os.environ.update(engine_env("cpu", turns.spec.threads))
@@ -301,13 +312,13 @@ def vllm(turns: Turns) -> None:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from rayhf.data.prompts import deal, load_prompts
+    from rayhf.data.prompts import iteration_batch, load_prompts
+    from rayhf.data.readers import FileSource, FileSourceConfig
 
     spec = turns.spec
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
-    prompts = load_prompts(
-        Path(spec.train), tokenizer, key="prompts.train", max_prompt_tokens=256
-    ).prompts
+    source = FileSource(FileSourceConfig(path=Path(spec.train)), base=Path())
+    prompts = load_prompts(source, tokenizer, key="prompts.train", max_prompt_tokens=256).prompts
     llm = LLM(
         spec.model,
         dtype=spec.dtype,
@@ -324,7 +335,7 @@ def vllm(turns: Turns) -> None:
     number = 0
     while True:
         number += 1
-        dealt = deal(prompts, batch=spec.prompts, iteration=number, seed=0)
+        dealt = iteration_batch(prompts, batch=spec.prompts, iteration=number, seed=0)
         inputs = [
             {"prompt_token_ids": list(p.token_ids)} for p in dealt for _ in range(spec.samples)
         ]
@@ -347,8 +358,7 @@ def vllm(turns: Turns) -> None:
 
 
 def deepspeed(turns: Turns) -> None:
-    """DeepSpeed and a transformers model alone: reference pass, forward, backward, step over the
-    same number of tokens."""
+    """Run DeepSpeed alone: reference pass, forward, backward and step over as many tokens."""
     os.environ.update(
         DS_ACCELERATOR="cpu",
         RANK="0",
@@ -363,7 +373,7 @@ def deepspeed(turns: Turns) -> None:
 
     spec = turns.spec
     torch.set_num_threads(spec.threads)
-    ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ build of half a minute
+    ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its C++ build takes half a minute
     ds.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     model, reference = (
         AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32) for _ in range(2)
@@ -382,7 +392,7 @@ def deepspeed(turns: Turns) -> None:
     )
 
     def logprobs(module: Any, ids: torch.Tensor) -> torch.Tensor:
-        """Of the tokens after the 16th, shape (rows, max_tokens)."""
+        """Return those of the tokens after the 16th, shape (rows, max_tokens)."""
         logits = (
             module(input_ids=ids, use_cache=False, logits_to_keep=spec.max_tokens + 1)
             .logits[:, :-1]
@@ -391,7 +401,9 @@ def deepspeed(turns: Turns) -> None:
         return torch.log_softmax(logits, -1).gather(-1, ids[:, 16:, None]).squeeze(-1)
 
     while True:
-        ids = torch.randint(4, model.config.vocab_size, (spec.completions, 16 + spec.max_tokens))
+        ids: Any = torch.randint(
+            4, model.config.vocab_size, (spec.completions, 16 + spec.max_tokens)
+        )
         started = time.perf_counter()
         with torch.no_grad():
             before = [logprobs(reference, part) for part in ids.split(spec.micro)]

@@ -1,4 +1,4 @@
-"""A Llama of any size with random weights, and rows for it to learn; all of it from seeds."""
+"""Llama models of any size with random weights, and rows to train on; both follow from seeds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rayhf.learner.packing import plan
 from rayhf.types import Row
 
 MICROS = 4
-"""Micro-batches of a step, about."""
+"""Approximate number of micro-batches in a step."""
 SHARD = 2 << 30
-"""Bytes of a model's file, and of host memory while it is made."""
+"""Bytes of one weight file, and of host memory while it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,10 @@ class Size:
 
 
 def write_model(size: Size, directory: Path, *, seed: int, device: str) -> None:
-    """A Llama in bfloat16, file by file: one file's weights are in memory at a time. Logits have
-    about unit variance."""
+    """Write a Llama in bfloat16 whose logits have about unit variance.
+
+    Only one file's weights are in memory at a time.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,25 +63,26 @@ def write_model(size: Size, directory: Path, *, seed: int, device: str) -> None:
 
     def random(weight: Weight) -> Any:
         values = torch.ones(weight.shape, dtype=torch.bfloat16, device=device)
-        if len(weight.shape) > 1:  # the others are norms
+        if len(weight.shape) > 1:  # the weights of norms stay 1
             values.normal_(std=size.hidden**-0.5, generator=generator)
         return values.cpu()
 
     config.save_pretrained(directory)
     shards = buckets_of(weights_of(model), limit_bytes=SHARD, itemsize=2)
-    where: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(
             {weight.name: random(weight) for weight in shard}, directory / file, {"format": "pt"}
         )
-        where.update({weight.name: file for weight in shard})
-    index = {"metadata": {}, "weight_map": where}
+        file_of.update({weight.name: file for weight in shard})
+    index = {"metadata": {}, "weight_map": file_of}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def make_rows(size: Size, seed: int) -> list[Row]:
-    """A step's rows: a quarter prompt, of a quarter of the longest length to all of it."""
+    """Return a step's rows: a quarter of each is prompt; lengths are uniform from a quarter of the
+    longest to the longest."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(
         size.longest // 4, size.longest + 1, MICROS * size.budget // (size.longest * 5 // 8)
@@ -95,5 +98,6 @@ def make_rows(size: Size, seed: int) -> list[Row]:
 
 
 def micro_batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    (mine,) = plan([[len(row)] for row in rows], ranks=1, budget=budget)
-    return [[rows[i] for i in micro] for micro in mine]
+    """Pack rows as the learner does on a single rank."""
+    (packed,) = plan([[len(row)] for row in rows], ranks=1, budget=budget)
+    return [[rows[i] for i in micro] for micro in packed]

@@ -1,8 +1,10 @@
-"""What Ray adds to the controller's work: `python -m tests.bench.ray_calls`.
+"""CPU time that Ray adds to the controller, per request.
 
-Real calls through the real pool and supervision to one actor that answers at once, many in flight;
-the processor time of this process, Ray's threads in it included, per request. scale_sim.py measures
-the same path without Ray.
+    python -m tests.bench.ray_calls
+
+Calls through the real pool and supervision to one actor that responds at once, many in flight.
+Measured is the CPU time of this process, Ray's threads included. scale_sim.py measures the same
+path without Ray.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ from rayhf.types import Completion, GenerateRequest, Sampling
 IN_FLIGHT = 512
 CALLS = 4096
 PLACES = 1 << 20
-"""Of the actor: every request that comes alone is a call of its own."""
+"""Of the actor: so many that every call is sent at once."""
 
 
-@ray.remote(num_cpus=0)
 class Engine:
-    """Answers of `length` tokens."""
+    """An engine whose completions have `length` tokens."""
 
     def __init__(self, length: int) -> None:
-        self._length, self._steps = length, 0
+        self._length = length
+        self._steps = 0
 
     async def generate(self, requests: list[Any], version: int) -> list[Any]:
         self._steps += 1
@@ -68,41 +70,49 @@ def _request(prompt_id: str, length: int, seeds: tuple[int, ...]) -> GenerateReq
     )
 
 
-async def cost_us(length: int, samples: int, hand: int) -> float:
-    """Processor time per request, in calls of `hand` requests."""
-    create = Engine.options(max_concurrency=100_000).remote
-    one = SupervisedActor(
+async def cost_us(length: int, samples: int, per_call: int) -> float:
+    """Measure the CPU time per request, in calls of `per_call` requests."""
+    create: Any = ray.remote(num_cpus=0, max_concurrency=100_000)(Engine).remote
+    actor = SupervisedActor(
         "engine", lambda: create(length), limits=SupervisionLimits(stall_s=300.0, restarts=0)
     )
-    await one.start()
-    pool = RolloutPool([one], ObjectStore([one], timeout_s=600.0), places=PLACES, timeout_s=600.0)
-    waiting = iter(range(CALLS // hand))
+    await actor.start()
+    pool = RolloutPool(
+        [actor], ObjectStore([actor], timeout_s=600.0), places=PLACES, timeout_s=600.0
+    )
+    waiting = iter(range(CALLS // per_call))
 
-    async def ask() -> None:
+    async def call() -> None:
         for number in waiting:
             seeds = tuple(range(number, number + samples))
             await pool.generate(
-                [_request(f"{number:08x}{i:08x}", length, seeds) for i in range(hand)], version=0
+                [_request(f"{number:08x}{i:08x}", length, seeds) for i in range(per_call)],
+                version=0,
             )
 
     await pool.generate([_request("first", length, (1,))], version=0)
     started = time.process_time()
-    await asyncio.gather(*(ask() for _ in range(max(1, IN_FLIGHT // hand))))
+    await asyncio.gather(*(call() for _ in range(max(1, IN_FLIGHT // per_call))))
     spent = time.process_time() - started
-    await one.kill(stacks=False)
-    return spent / (CALLS // hand * hand) * 1e6
+    await actor.kill(stacks=False)
+    return spent / (CALLS // per_call * per_call) * 1e6
 
 
 def main() -> None:
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     print(
-        "| tokens an answer | answers a request | requests a call | us per request |\n|--:|--:|--:|--:|"
+        "| tokens per completion | completions per request | requests per call | us per request |"
     )
-    for length, samples, hand in ((32, 2, 1), (32, 2, 8), (32, 2, 64), (512, 2, 1), (512, 8, 1)):
-        print(
-            f"| {length} | {samples} | {hand} | {asyncio.run(cost_us(length, samples, hand)):.0f} |",
-            flush=True,
-        )
+    print("|--:|--:|--:|--:|")
+    for length, samples, per_call in (
+        (32, 2, 1),
+        (32, 2, 8),
+        (32, 2, 64),
+        (512, 2, 1),
+        (512, 8, 1),
+    ):
+        cost = asyncio.run(cost_us(length, samples, per_call))
+        print(f"| {length} | {samples} | {per_call} | {cost:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

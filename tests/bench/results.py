@@ -1,5 +1,4 @@
-"""The file of measured figures, section by section: every benchmark replaces its own and leaves the
-others alone."""
+"""RESULTS.md, the file of measured figures: every benchmark replaces its own section."""
 
 from __future__ import annotations
 
@@ -10,10 +9,10 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 def put_section(heading: str, body: str, *, under: str | None = None) -> None:
-    """Replace the section `heading` ("## Speed", "### Chaos: nodes"), or append it to the section
-    `under`, or to the file.
+    """Replace the section `heading` ("## Speed", "### Chaos: nodes").
 
-    What a person wrote below it, from the first line that begins with ">", is kept.
+    A new section is appended to the section `under`, or to the file.
+    A person's note at its end, from the first line that begins with ">", is kept.
     """
     text = RESULTS.read_text(encoding="utf-8")
     level = heading.split()[0]
@@ -24,13 +23,14 @@ def put_section(heading: str, body: str, *, under: str | None = None) -> None:
     else:
         end = _end(text, start.start(), level)
         note = re.search(r"^>.*", text[start.end() : end], flags=re.MULTILINE | re.DOTALL)
-        kept = f"\n\n{note[0].rstrip()}" if note else ""
-        text = f"{text[: start.start()]}{heading}\n\n{body.strip()}{kept}\n\n{text[end:].lstrip()}"
+        comment = f"\n\n{note[0].rstrip()}" if note else ""
+        section = f"{heading}\n\n{body.strip()}{comment}"
+        text = f"{text[: start.start()]}{section}\n\n{text[end:].lstrip()}"
     RESULTS.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def _end(text: str, start: int, level: str) -> int:
-    """Where the section that begins at `start` ends: at the next heading of its level or above."""
+    """Return where the section at `start` ends: at the next heading of its level or above."""
     following = re.compile(rf"^#{{1,{len(level)}}} ", flags=re.MULTILINE).search(
         text, text.index("\n", start)
     )

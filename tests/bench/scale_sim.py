@@ -1,10 +1,12 @@
-"""How far one controller goes: `python -m tests.bench.scale_sim [--quick] [--record]`.
+"""Scale of a single controller.
 
-The real controller, exchange, journal, run directory, supervision and pool of engines, over
-simulated roles (simulated.py) in virtual time (virtual.py), for a grid of engines and prompts. Each
-case in a process of its own: processor time per prompt that is the controller's own, memory, the
-virtual time of a round against the least that is possible, staleness, what was asked again. Quick
-is a matter of minutes; the full grid, up to a million prompts a round, takes half an hour.
+    python -m tests.bench.scale_sim [--quick] [--record]
+
+The real controller, scheduler, journal, run directory, supervision and rollout pool, over simulated
+roles (simulated.py) in virtual time (virtual.py), for a grid of engines and prompts. Each case runs
+in a process of its own and measures the controller's CPU time per prompt, memory, the virtual time
+of an iteration against its lower bound, staleness, and lost engines. Quick takes minutes; the full
+grid, up to a million prompts per iteration, half an hour.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ from typing import Any
 from rich.console import Console
 
 from launch.view import LiveView
-from rayhf.algorithms import build_algorithm
-from rayhf.campaign.controller import CampaignData, Controller
+from rayhf.campaign.controller import Controller
+from rayhf.campaign.data import CampaignData
 from rayhf.campaign.gc_tuning import gc_tuned
 from rayhf.config.load import validate
+from rayhf.config.registry import ALGORITHMS
 from rayhf.config.schema import CampaignConfig
+from rayhf.data.chat import Chat
 from rayhf.data.prompts import PromptSet
+from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
 from rayhf.monitoring.event_log import EventLog
 from rayhf.run_dir.store import RunDir
@@ -44,36 +49,37 @@ from tests.bench.virtual import simulate
 ROOT = Path(__file__).resolve().parents[2]
 PER_STEP = 1024
 """Prompts per optimizer step."""
-AGAIN = 3
-"""How often a case of up to `SMALL` prompts is played; the run that took the least processor time
-counts."""
+REPEATS = 3
+"""Runs of a case of up to `SMALL` prompts; the one with the least CPU time counts."""
 SMALL = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One line of the table."""
+    """One row of the table."""
 
     engines: int
     prompts: int
-    """Per round; a power of two."""
-    rounds: int = 2
+    """Per iteration; a power of two."""
+    iterations: int = 2
     samples: int = 2
     tokens: int = 32
     max_staleness: int = 1
     in_flight: int | None = None
 
     @property
-    def kind(self) -> str:
-        """What is unusual about it; the plain grid has none."""
-        said = (
-            [f"{self.samples} x {self.tokens} tokens"]
-            if (self.samples, self.tokens) != (2, 32)
-            else []
-        )
-        said += [f"staleness {self.max_staleness}"] if self.max_staleness != 1 else []
-        said += ["in waves"] if self.max_staleness == 0 else []
-        return ", ".join([*said, *([f"{self.in_flight:,} in flight"] if self.in_flight else [])])
+    def setting(self) -> str:
+        """How it differs from the plain grid; empty for a case of the grid."""
+        parts = []
+        if (self.samples, self.tokens) != (2, 32):
+            parts.append(f"{self.samples} x {self.tokens} tokens")
+        if self.max_staleness != 1:
+            parts.append(f"staleness {self.max_staleness}")
+        if self.max_staleness == 0:
+            parts.append("in waves")
+        if self.in_flight:
+            parts.append(f"{self.in_flight:,} in flight")
+        return ", ".join(parts)
 
     @property
     def per_step(self) -> int:
@@ -82,7 +88,7 @@ class Case:
     def config(self, run: Path) -> CampaignConfig:
         run_section = {
             "dir": str(run),
-            "iterations": self.rounds,
+            "iterations": self.iterations,
             "eval_every": 0,
             "max_staleness": self.max_staleness,
         }
@@ -98,16 +104,17 @@ class Case:
         return validate(data, source="scale_sim")
 
 
-class Chat:
-    """The campaign renders nothing of its own."""
+class NoChat(Chat):
+    """A chat template that the campaign never uses."""
 
-    max_length = 1 << 20
+    def __init__(self) -> None:
+        self.max_length = 1 << 20
 
 
-class Watch:
-    """An observer that notes when each round was done, in virtual seconds."""
+class MetricsObserver:
+    """An observer that collects metrics and passes everything on."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Observer) -> None:
         self._inner = inner
         self.lines: list[dict[str, float]] = []
 
@@ -134,17 +141,22 @@ def make_prompts(count: int) -> tuple[Prompt, ...]:
 
 
 async def _campaign(
-    case: Case, config: CampaignConfig, store: RunDir, watch: Watch, world: World, meter: Meter
+    case: Case,
+    config: CampaignConfig,
+    store: RunDir,
+    observer: MetricsObserver,
+    world: World,
+    meter: Meter,
 ) -> tuple[float, int]:
-    """Play it; returns processor seconds of the whole, and bytes of memory before, once everybody
-    was there."""
+    """Run the campaign; return its CPU seconds, and the bytes of memory before its first
+    iteration."""
     pool = await engines(world, meter)
     learner = SimLearner(world, meter, rows_per_step=case.per_step * 2)
     scorer = RetryingScorer(
         SimScorer(world, meter),
         attempts=config.scorer.attempts,
         tolerated=config.scorer.max_failed,
-        report=watch.event,
+        report=observer.event,
     )
     roles = Roles(
         rollouts={"policy": pool},
@@ -154,140 +166,140 @@ async def _campaign(
         critic=None,
         reference=learner,
     )
-    material: Any = CampaignData(
-        chat=Chat(), prompts=PromptSet(prompts=make_prompts(case.prompts), duplicates=0)
-    )
+    prompts = PromptSet(prompts=make_prompts(case.prompts), duplicates=0, label="scale_sim")
     controller = Controller(
         config,
-        algorithm=build_algorithm(config.algorithm, max_tokens=config.rollout.max_tokens),
+        algorithm=ALGORITHMS.build(config.algorithm),
         roles=roles,
-        data=material,
+        data=CampaignData(chat=NoChat(), prompts=prompts),
         store=store,
-        observer=watch,
+        observer=observer,
     )
     with gc_tuned():
-        before, started = _memory("VmRSS"), time.process_time()
+        before = _memory("VmRSS")
+        started = time.process_time()
         await controller.run()
         return time.process_time() - started, before
 
 
-def play(case: Case, run: Path, world: World | None = None) -> dict[str, Any]:
-    """One case in this process."""
+def measure(case: Case, run: Path, world: World | None = None) -> dict[str, Any]:
+    """Run one case in this process; return its figures."""
     world = world or World(engines=case.engines, tokens=case.tokens)
-    config, meter = case.config(run), Meter()
+    config = case.config(run)
+    meter = Meter()
     store = RunDir(config)
-    view = LiveView(Console(file=io.StringIO()), iterations=case.rounds, task="none")
-    watch = Watch(EventLog(store, view))
+    view = LiveView(Console(file=io.StringIO()), iterations=case.iterations, task="none")
+    observer = MetricsObserver(EventLog(store, view))
     meter.watch_collector()
     try:
         (cpu_s, before), loop = simulate(
-            _campaign(case, config, store, watch, world, meter), meter.worked
+            _campaign(case, config, store, observer, world, meter), meter.worked
         )
     finally:
         gc.callbacks.remove(meter._collector)
         store.close()
-    prompts, own_s = case.prompts * case.rounds, cpu_s - meter.cpu_s - meter.measuring_s()
-    ideal_s = _ideal(case, world, meter)
+    own_s = cpu_s - meter.cpu_s - meter.measuring_s()
     virtual_s = loop.time() - world.restart_s
     return {
-        "cpu_us": own_s / prompts * 1e6,
+        "cpu_us": own_s / (case.prompts * case.iterations) * 1e6,
         "gc": meter.gc_s / own_s,
         "before_mib": before / 2**20,
         "peak_mib": _memory("VmHWM") / 2**20,
         "kib_per_prompt": (_memory("VmHWM") - before) / case.prompts / 2**10,
-        "round_s": virtual_s / case.rounds,
-        "over_ideal": virtual_s / ideal_s,
-        "busy": meter.written_s / (world.engines * world.slots * virtual_s),
+        "iteration_s": virtual_s / case.iterations,
+        "over_ideal": virtual_s / _ideal_s(case, world, meter),
+        "busy": meter.generated_s / (world.engines * world.slots * virtual_s),
         "load": own_s / virtual_s,
         "longest_turn_s": loop.longest_turn_s,
-        "staleness": max(line.get("staleness/max", 0.0) for line in watch.lines),
+        "staleness": max(line.get("staleness/max", 0.0) for line in observer.lines),
         "failures": meter.failures,
         "busy_at_update": meter.busy_at_update,
     }
 
 
-def _ideal(case: Case, world: World, meter: Meter) -> float:
-    """Virtual seconds that no schedule of this staleness can beat: full engines, a learner that
-    never waits."""
+def _ideal_s(case: Case, world: World, meter: Meter) -> float:
+    """Return the lower bound of virtual seconds: full engines and a learner that never waits."""
     steps = case.prompts // case.per_step
-    write = max(meter.written_s / (world.engines * world.slots), meter.longest_s)
+    generate = max(meter.generated_s / (world.engines * world.slots), meter.longest_s)
     learn = steps * world.step_s * 1.5 + 2 * world.sync_s
     if case.max_staleness == 0:
-        return write + case.rounds * learn
-    return max(write + learn, write / case.rounds + case.rounds * learn)
+        return generate + case.iterations * learn
+    return max(generate + learn, generate / case.iterations + case.iterations * learn)
 
 
 def _memory(name: str) -> int:
-    """Bytes, from /proc: VmRSS now, VmHWM at most so far."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
-    )
+    """Return bytes of memory from /proc: VmRSS is the current size, VmHWM the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(name))
     return int(line.split()[1]) << 10
 
 
 def in_child(case: Case) -> dict[str, Any]:
-    """One case in a process of its own, after a small campaign that gets every import and cache out
-    of the way."""
+    """Run one case in a process of its own, after a small campaign that loads all modules."""
     command = [sys.executable, "-m", "tests.bench.scale_sim", "--case", json.dumps(asdict(case))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{case}:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def child(case: Case) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        play(Case(engines=2, prompts=8, max_staleness=case.max_staleness), Path(scratch) / "first")
-        print(json.dumps(play(case, Path(scratch) / "run")))
+        small = Case(engines=2, prompts=8, max_staleness=case.max_staleness)
+        measure(small, Path(scratch) / "first")
+        print(json.dumps(measure(case, Path(scratch) / "run")))
 
 
 COLUMNS: Mapping[str, tuple[str, str]] = {
     "CPU us per prompt": ("cpu_us", ".0f"),
     "of it GC": ("gc", ".0%"),
     "MiB before": ("before_mib", ".0f"),
-    "MiB at most": ("peak_mib", ".0f"),
+    "peak MiB": ("peak_mib", ".0f"),
     "KiB per prompt": ("kib_per_prompt", ".1f"),
-    "s per round": ("round_s", ",.0f"),
-    "over the least possible": ("over_ideal", ".2f"),
+    "s per iteration": ("iteration_s", ",.0f"),
+    "over the lower bound": ("over_ideal", ".2f"),
     "engines busy": ("busy", ".0%"),
     "controller busy": ("load", ".1%"),
     "longest turn s": ("longest_turn_s", ".2f"),
-    "staleness seen": ("staleness", ".0f"),
+    "largest staleness": ("staleness", ".0f"),
     "engines lost": ("failures", "d"),
 }
 
 
 def table(results: list[tuple[Case, dict[str, Any]]]) -> str:
-    heads = ["engines", "prompts a round", "rounds", "", *COLUMNS]
+    heads = ["engines", "prompts per iteration", "iterations", "", *COLUMNS]
     lines = ["| " + " | ".join(heads) + " |", "|" + "--:|" * 3 + "---|" + "--:|" * len(COLUMNS)]
-    for case, found in results:
-        cells = [f"{case.engines:,}", f"{case.prompts:,}", str(case.rounds), case.kind]
-        cells += [format(found[key], form) for key, form in COLUMNS.values()]
+    for case, figures in results:
+        cells = [f"{case.engines:,}", f"{case.prompts:,}", str(case.iterations), case.setting]
+        cells += [format(figures[key], form) for key, form in COLUMNS.values()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def verdicts(results: list[tuple[Case, dict[str, Any]]]) -> str:
-    plain = [(case, found) for case, found in results if not case.kind]
-    worst = max(found["cpu_us"] for _, found in plain)
-    sizes = {case.prompts for case, _ in plain}
+def targets(results: list[tuple[Case, dict[str, Any]]]) -> str:
+    grid = [(case, figures) for case, figures in results if not case.setting]
+    worst = max(figures["cpu_us"] for _, figures in grid)
     spreads = []
-    for size in sizes:
-        same = [found["cpu_us"] for case, found in plain if case.prompts == size]
+    for size in {case.prompts for case, _ in grid}:
+        same = [figures["cpu_us"] for case, figures in grid if case.prompts == size]
         spreads.append(max(same) / min(same))
-    late = all(found["staleness"] <= case.max_staleness for case, found in results)
-    busy = sum(found["busy_at_update"] for _, found in results)
-    return "\n".join(
-        [
-            "| target | measured | wanted | met |",
-            "|---|--:|--:|---|",
-            f"| CPU per prompt, the worst of the grid | {worst:.0f} us | at most 300 | {_yes(worst <= 300)} |",
-            f"| the same over engines, most / least at one number of prompts | {max(spreads):.2f} | flat | |",
-            f"| staleness never above what is allowed | {_yes(late)} | yes | {_yes(late)} |",
-            f"| weights changed under an engine that was writing | {busy} | 0 | {_yes(busy == 0)} |",
-        ]
-    )
+    within = _yes(all(figures["staleness"] <= case.max_staleness for case, figures in results))
+    busy = sum(figures["busy_at_update"] for _, figures in results)
+    rows = [
+        ("target", "measured", "expected", "met"),
+        ("---", "--:", "--:", "---"),
+        ("CPU per prompt, worst of the grid", f"{worst:.0f} us", "at most 300", _yes(worst <= 300)),
+        (
+            "its ratio, most / least, over engines for the same prompts",
+            f"{max(spreads):.2f}",
+            "",
+            "",
+        ),
+        ("staleness within its limit", within, "yes", within),
+        ("weight updates of an engine that was generating", str(busy), "0", _yes(busy == 0)),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _yes(met: bool) -> str:
@@ -296,23 +308,24 @@ def _yes(met: bool) -> str:
 
 def cases(quick: bool) -> list[Case]:
     if quick:
-        return [Case(engines=e, prompts=p, rounds=3) for p in (512, 4096) for e in (8, 512)] + [
-            Case(engines=64, prompts=2048, rounds=3, max_staleness=0)
+        return [
+            *(Case(engines=e, prompts=p, iterations=3) for p in (512, 4096) for e in (8, 512)),
+            Case(engines=64, prompts=2048, iterations=3, max_staleness=0),
         ]
     grid = [
-        Case(engines=engines, prompts=prompts, rounds=rounds)
-        for prompts, rounds in ((4096, 4), (16_384, 3))
+        Case(engines=engines, prompts=prompts, iterations=iterations)
+        for prompts, iterations in ((4096, 4), (16_384, 3))
         for engines in (8, 64, 512, 4096)
     ]
     return [
         *grid,
-        Case(engines=64, prompts=131_072, rounds=2),
-        Case(engines=4096, prompts=131_072, rounds=2),
-        Case(engines=4096, prompts=1 << 20, rounds=1),
-        Case(engines=64, prompts=16_384, rounds=3, max_staleness=0),
-        Case(engines=64, prompts=16_384, rounds=3, max_staleness=2),
-        Case(engines=64, prompts=131_072, rounds=1, in_flight=8192),
-        Case(engines=64, prompts=4096, rounds=3, samples=8, tokens=512),
+        Case(engines=64, prompts=131_072, iterations=2),
+        Case(engines=4096, prompts=131_072, iterations=2),
+        Case(engines=4096, prompts=1 << 20, iterations=1),
+        Case(engines=64, prompts=16_384, iterations=3, max_staleness=0),
+        Case(engines=64, prompts=16_384, iterations=3, max_staleness=2),
+        Case(engines=64, prompts=131_072, iterations=1, in_flight=8192),
+        Case(engines=64, prompts=4096, iterations=3, samples=8, tokens=512),
     ]
 
 
@@ -331,10 +344,10 @@ def main() -> None:
         return
     results = []
     for case in cases(options.quick):
-        runs = [in_child(case) for _ in range(AGAIN if case.prompts <= SMALL else 1)]
-        results.append((case, min(runs, key=lambda found: found["cpu_us"])))
+        runs = [in_child(case) for _ in range(REPEATS if case.prompts <= SMALL else 1)]
+        results.append((case, min(runs, key=lambda figures: float(figures["cpu_us"]))))
         print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    text = f"{_introduction()}\n\n{table(results)}\n\n{verdicts(results)}"
+    text = f"{_introduction()}\n\n{table(results)}\n\n{targets(results)}"
     print(text)
     if options.record:
         put_section("## Scale", text)
@@ -343,13 +356,15 @@ def main() -> None:
 def _introduction() -> str:
     world = World(engines=1)
     return (
-        f"`python -m tests.bench.scale_sim`, {time.strftime('%Y-%m-%d', time.gmtime())}, {platform.machine()}, Python "
-        f"{platform.python_version()}. The real controller over simulated roles in virtual time, on which its own processor time "
-        f"passes too. Engines of {world.slots} sequences, {world.sequence_s:g} s a sequence (lognormal, {world.stragglers:.1%} "
-        f"take {world.slower:g} times as long), 2 answers of {world.tokens} tokens, each engine lost every "
-        f"{world.life_s / 3600:g} h, {world.unreachable:.1%} of the scores asked for twice; staleness 1 unless said otherwise. "
-        f"Cases of up to {SMALL:,} prompts were played {AGAIN} times, and the run of least processor time counts: the same work "
-        f"takes up to half as long again when the machine's other tenants are busy."
+        f"`python -m tests.bench.scale_sim`, {time.strftime('%Y-%m-%d', time.gmtime())}, "
+        f"{platform.machine()}, Python {platform.python_version()}. The real controller over "
+        f"simulated roles in virtual time, which includes its own CPU time. Engines of "
+        f"{world.slots} sequences, {world.sequence_s:g} s per sequence (lognormal, "
+        f"{world.stragglers:.1%} take {world.slower:g} times as long), 2 completions of "
+        f"{world.tokens} tokens, each engine lost every {world.life_s / 3600:g} h, "
+        f"{world.unreachable:.1%} of the scores requested twice; staleness 1 unless stated "
+        f"otherwise. Cases of up to {SMALL:,} prompts ran {REPEATS} times, and the run with the "
+        "least CPU time counts: on a busy machine the same work takes up to 1.5 times as long."
     )
 
 

@@ -1,10 +1,10 @@
-"""What a scorer costs when it is a service: `rayhf serve-scorer` as a process, against the same
-scorer beside the caller.
+"""Cost of a scorer as a service: `rayhf serve-scorer` against the same scorer in the caller's
+process.
 
     python -m tests.bench.service [--seconds 4] [--record]
 
-A rule judges answers of 300 characters, 8 to a prompt. One call is one batch. Prints a Markdown
-table, and writes it into RESULTS.md with --record; about a minute on two cores, which servers,
+A rule scores completions of 300 characters, 8 to a prompt. One call is one batch. Prints a Markdown
+table and writes it into RESULTS.md with --record; takes about a minute on two cores, which servers,
 rules and callers share.
 """
 
@@ -26,10 +26,11 @@ from pathlib import Path
 
 import trustme
 
-from rayhf.config.scorers import GrpcScorerConfig, RuleConfig
 from rayhf.config.service import NO_SECURITY, EndpointSecurity
 from rayhf.scorer.build import build_scorer
-from rayhf.scorer.combine import Engine
+from rayhf.scorer.grpc.client import GrpcScorerConfig
+from rayhf.scorer.protocol import ScorerEngine, ScorerSetup
+from rayhf.scorer.rule import RuleConfig
 from rayhf.types import Completion, Prompt, Scored, ScoreRequest
 from tests.bench.results import put_section
 
@@ -42,6 +43,7 @@ LOAD = os.getloadavg()
 
 
 def batch(completions: int, rng: random.Random) -> list[ScoreRequest]:
+    """Make requests with so many completions in all."""
     requests = []
     for start in range(0, completions, SAMPLES):
         prompt = Prompt(
@@ -54,22 +56,28 @@ def batch(completions: int, rng: random.Random) -> list[ScoreRequest]:
             "".join(rng.choices("0123456789+-=\n", k=290)) + "\nAnswer: 0"
             for _ in range(min(SAMPLES, completions - start))
         ]
-        answers = tuple(
+        batch_completions = tuple(
             Completion(
-                prompt_id=prompt.prompt_id, index=index, seed=index, text=text, token_ids=(1,), logprobs=(0.0,),
-                finish_reason="stop", policy_version=0,
+                prompt_id=prompt.prompt_id,
+                index=index,
+                seed=index,
+                text=text,
+                token_ids=(1,),
+                logprobs=(0.0,),
+                finish_reason="stop",
+                policy_version=0,
             )
             for index, text in enumerate(texts)
-        )  # fmt: skip
-        requests.append(ScoreRequest(prompt=prompt, completions=answers))
+        )
+        requests.append(ScoreRequest(prompt=prompt, completions=batch_completions))
     return requests
 
 
 def measure(
-    engine: Engine, completions: int, *, callers: int, seconds: float
+    engine: ScorerEngine, completions: int, *, callers: int, seconds: float
 ) -> tuple[float, float, float]:
-    """Calls per second over all callers, and the median and the 99th percentile of a call in ms."""
-    taken: list[float] = []
+    """Return calls per second over all callers, and p50 and p99 of a call in ms."""
+    call_s: list[float] = []
     rng = random.Random(0)
     batches = [batch(completions, rng) for _ in range(4)]
     for warm in batches:
@@ -79,10 +87,10 @@ def measure(
     def call() -> None:
         number = 0
         while (began := time.perf_counter()) < end:
-            answers = engine.score(batches[number % len(batches)])
-            taken.append(time.perf_counter() - began)
+            outcomes = engine.score(batches[number % len(batches)])
+            call_s.append(time.perf_counter() - began)
             number += 1
-            assert all(isinstance(outcome, Scored) for row in answers for outcome in row)
+            assert all(isinstance(outcome, Scored) for row in outcomes for outcome in row)
 
     began = time.perf_counter()
     threads = [threading.Thread(target=call) for _ in range(callers)]
@@ -91,17 +99,21 @@ def measure(
     for thread in threads:
         thread.join()
     elapsed = time.perf_counter() - began
-    cuts = statistics.quantiles(taken, n=100)
-    return len(taken) / elapsed, 1e3 * cuts[49], 1e3 * cuts[98]
+    cuts = statistics.quantiles(call_s, n=100)
+    return len(call_s) / elapsed, 1e3 * cuts[49], 1e3 * cuts[98]
 
 
 @contextmanager
 def served(overrides: Sequence[str]) -> Iterator[str]:
-    """`rayhf serve-scorer` as a process; its address."""
+    """Run `rayhf serve-scorer` as a process; yield its address."""
+    serve = [sys.executable, "-m", "launch.cli", "serve-scorer", str(PRESET), "service.port=0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "serve-scorer", str(PRESET), "service.port=0", *overrides],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [*serve, *overrides],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     try:
         yield process.stdout.readline().split()[-1]
@@ -111,7 +123,7 @@ def served(overrides: Sequence[str]) -> Iterator[str]:
 
 
 def identities(folder: Path) -> tuple[list[str], EndpointSecurity]:
-    """Mutual TLS and a token: the server's overrides, the client's section."""
+    """Make certificates and a token; return the server's overrides and the client's section."""
     ca = trustme.CA()
     ca.cert_pem.write_to_path(folder / "ca.pem")
     for name in ("server", "client"):
@@ -121,7 +133,8 @@ def identities(folder: Path) -> tuple[list[str], EndpointSecurity]:
         (folder / f"{name}.key").chmod(0o600)
     (folder / "token").write_text("0123456789abcdef0123456789abcdef")
     (folder / "token").chmod(0o600)
-    tls = f"{{certificate: {folder}/server.pem, key: {folder}/server.key, client_ca: {folder}/ca.pem}}"
+    server = f"certificate: {folder}/server.pem, key: {folder}/server.key"
+    tls = f"{{{server}, client_ca: {folder}/ca.pem}}"
     security = EndpointSecurity(
         ca=folder / "ca.pem",
         certificate=folder / "client.pem",
@@ -132,27 +145,29 @@ def identities(folder: Path) -> tuple[list[str], EndpointSecurity]:
 
 
 def rows(seconds: float) -> Iterator[str]:
-    """The table, line by line as it is measured."""
+    """Yield the table, line by line as it is measured."""
 
-    def build(entry: RuleConfig | GrpcScorerConfig) -> Engine:
-        return build_scorer([entry], device="cpu", threads=None, base=ROOT)
+    def build(entry: RuleConfig | GrpcScorerConfig) -> ScorerEngine:
+        return build_scorer([entry], ScorerSetup(base=ROOT))
 
-    def remote(address: str, security: EndpointSecurity = NO_SECURITY) -> Callable[[], Engine]:
+    def remote(
+        address: str, security: EndpointSecurity = NO_SECURITY
+    ) -> Callable[[], ScorerEngine]:
         return lambda: build(
             GrpcScorerConfig(
                 endpoints=(address,), security=security, batch=max(BATCHES), in_flight=8
             )
         )
 
-    yield "| completions per call | asked | calls/s | completions/s | p50 ms | p99 ms |"
+    yield "| completions per call | scorer | calls/s | completions/s | p50 ms | p99 ms |"
     yield "|--:|---|--:|--:|--:|--:|"
     with tempfile.TemporaryDirectory() as scratch:
         overrides, security = identities(Path(scratch))
-        with served(()) as plain, served(overrides) as locked:
-            cases: list[tuple[str, int, Callable[[], Engine]]] = [
-                ("beside the caller", 1, lambda: build(RULE)),
+        with served(()) as plain, served(overrides) as secured:
+            cases: list[tuple[str, int, Callable[[], ScorerEngine]]] = [
+                ("in the caller's process", 1, lambda: build(RULE)),
                 ("service, one caller", 1, remote(plain)),
-                ("service, mutual TLS and token, one caller", 1, remote(locked, security)),
+                ("service, mutual TLS and token, one caller", 1, remote(secured, security)),
                 ("service, eight callers at once", 8, remote(plain)),
             ]
             for completions in BATCHES:
@@ -160,7 +175,8 @@ def rows(seconds: float) -> Iterator[str]:
                     engine = make()
                     rate, p50, p99 = measure(engine, completions, callers=callers, seconds=seconds)
                     engine.close()
-                    yield f"| {completions} | {name} | {rate:,.0f} | {rate * completions:,.0f} | {p50:.2f} | {p99:.2f} |"
+                    rates = f"{rate:,.0f} | {rate * completions:,.0f}"
+                    yield f"| {completions} | {name} | {rates} | {p50:.2f} | {p99:.2f} |"
 
 
 def main() -> None:
@@ -172,15 +188,20 @@ def main() -> None:
         "--record", action="store_true", help="write the table into tests/bench/RESULTS.md"
     )
     options = parser.parse_args()
-    began, table = datetime.now(UTC), []
+    began = datetime.now(UTC)
+    table = []
     for row in rows(options.seconds):
         print(row, flush=True)
         table.append(row)
-    said = f"`python -m tests.bench.service`, {began:%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, load before it {LOAD[0]:.1f}."
-    what = f"A rule judges answers of 300 characters, {SAMPLES} to a prompt; servers, rules and callers share the cores."
-    print(f"\n{said}")
+    machine = f"{os.cpu_count()} cores, load before it {LOAD[0]:.1f}"
+    setting = (
+        f"`python -m tests.bench.service`, {began:%Y-%m-%d %H:%M} UTC, {machine}. "
+        f"A rule scores completions of 300 characters, {SAMPLES} to a prompt; servers, rules and "
+        "callers share the cores."
+    )
+    print(f"\n{setting}")
     if options.record:
-        put_section("## Scorer service", "\n".join([f"{said} {what}", "", *table]))
+        put_section("## Scorer service", "\n".join([setting, "", *table]))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""`make bench`: how fast rayhf trains, against TRL and against its own bare engines, in one table
-from one run.
+"""`make bench`: training speed of rayhf, TRL, and rayhf's bare engines, measured in one run.
 
     python -m tests.bench.speed [--quick] [--record]
 
-Every case starts its peers (peers.py), lets each do warm-up steps, and then gives them turns: one
-step of A, one of B, ..., again and again. Medians over the turns. Same model, prompts, reward,
-threads and optimizer work. `--record` writes the table into RESULTS.md. Whole runs: full about half
-an hour, quick under 10 minutes, on two cores.
+Every case starts its systems (peers.py), lets each do warm-up steps, and then times them in turns:
+one step of A, one of B, ..., repeatedly. Reported are medians over the turns. Model, prompts,
+reward, threads and optimizer work are the same. `--record` writes the table into RESULTS.md. A full
+run takes about half an hour on two cores, a quick one under 10 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import re
@@ -34,15 +34,24 @@ from tests.bench.workload import Size, Spec, write_model, write_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 PAUSE_S = 0.2
-"""Between turns, so that one peer's spinning worker threads are asleep when the next one starts."""
-
+"""Pause between turns: spinning worker threads of one system sleep before the next starts."""
 TURNS_S = 120.0
-"""For the turns of one case."""
+"""Time limit for the turns of one case."""
+PHASES = ("rollout", "scorer", "reference", "learner", "sync")
+SETTING = (
+    "64 completions per optimizer step, prompts of 16 tokens, float32, reference model included, "
+    "everything interleaved step by step; medians (and range). Fixed: every completion has 64 "
+    "tokens. Varying: completions end by themselves, the limit is 256. rayhf is synchronous and "
+    "deterministic, rayhf overlap has max_staleness 1; TRL's trainers are synchronous, with "
+    "transformers' generate (its vLLM modes do not run on CPU). Phases of rayhf overlap run at the "
+    "same time. RSS: sum of every process's peak, shared pages counted in each; PSS: at the end, "
+    "shared pages divided."
+)
 
 
 @dataclass
 class Peer:
-    """A child process and what it did."""
+    """A timed system in a child process, and its measurements."""
 
     label: str
     kind: str
@@ -69,8 +78,14 @@ class Peer:
         with log.open("w") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.bench.peers", kind],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, bufsize=1, cwd=scratch, env=env,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                bufsize=1,
+                cwd=scratch,
+                env=env,
+            )
         peer = Peer(label, kind, spec, process, log)
         peer._write(spec.dump())
         return peer
@@ -80,7 +95,8 @@ class Peer:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def answer(self) -> dict[str, Any]:
+    def read_report(self) -> dict[str, Any]:
+        """Wait for the report of a step. Raises SystemExit where the process ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -93,13 +109,13 @@ class Peer:
         time.sleep(PAUSE_S)
         started = time.perf_counter()
         self._write("go")
-        report = self.answer()
+        report = self.read_report()
         if keep:
             self.seconds.append(time.perf_counter() - started)
             self.reports.append(report)
 
     def stop(self) -> None:
-        """Note the memory, then end the process tree."""
+        """Record memory and CPU time, then stop the process."""
         if self.process.poll() is None:
             self.rss_gib, self.pss_gib, self.cpu_s = usage(self.process.pid)
             assert self.process.stdin is not None
@@ -115,7 +131,7 @@ class Peer:
 
     @property
     def rate(self) -> float:
-        """Completions per second of whole training steps."""
+        """Completions per second over whole training steps."""
         return self.spec.completions / self.median
 
     def phase(self, name: str) -> float | None:
@@ -128,67 +144,65 @@ class Peer:
 
 
 def usage(pid: int) -> tuple[float, float, float]:
-    """Of a process tree: the sum of every process's own peak RSS in GiB (pages that processes share
-    count for each of them), the sum of what they hold now with shared pages divided among them
-    (PSS) in GiB, and CPU seconds."""
-    peak = proportional = 0
+    """Return the peak RSS and the PSS of a process tree in GiB, and its CPU seconds.
+
+    The peak is the sum of every process's own, shared pages counted in each; PSS divides them.
+    """
+    peak = 0
+    proportional = 0
     cpu = 0.0
     for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
             rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
             cpu += sum(process.cpu_times()[:4])
-        except (OSError, psutil.NoSuchProcess):  # it ended meanwhile
+        except (OSError, psutil.NoSuchProcess):  # it has just ended
             continue
         peak += sum(int(kib) for kib in re.findall(r"^VmHWM:\s+(\d+) kB", status, re.M))
         proportional += sum(int(kib) for kib in re.findall(r"^Pss:\s+(\d+) kB", rollup, re.M))
     return peak / 2**20, proportional / 2**20, cpu
 
 
-class Neighbours:
-    """How much of the machine's CPU time went to processes that are not ours: a table from a busy
-    machine means little."""
+class OtherProcesses:
+    """CPU time of processes that do not belong to the benchmark: much of it spoils the figures."""
 
     def __init__(self) -> None:
-        self._started, self._busy, self._self = (
-            time.monotonic(),
-            self._total(),
-            sum(psutil.Process().cpu_times()[:2]),
-        )
-        self.ours = 0.0
+        self._started = time.monotonic()
+        self._busy = self._total()
+        self._self = self._own()
+        self.peers_s = 0.0
+        """CPU seconds of stopped peers."""
 
     @staticmethod
     def _total() -> float:
         times = psutil.cpu_times()
         return float(times.user + times.system + times.nice)
 
+    @staticmethod
+    def _own() -> float:
+        return float(sum(psutil.Process().cpu_times()[:2]))
+
     def share(self) -> float:
-        """From 0 to 1."""
-        busy = (
-            self._total()
-            - self._busy
-            - self.ours
-            - (sum(psutil.Process().cpu_times()[:2]) - self._self)
-        )
+        """Return their share of the machine's CPU time so far, from 0 to 1."""
+        busy = self._total() - self._busy - self.peers_s - (self._own() - self._self)
         return max(0.0, busy) / ((time.monotonic() - self._started) * (os.cpu_count() or 1))
 
 
-def play(
-    title: str, cast: dict[str, tuple[str, Spec]], scratch: Path, *, warmup: int, turns: int
+def time_peers(
+    title: str, systems: dict[str, tuple[str, Spec]], scratch: Path, *, warmup: int, turns: int
 ) -> dict[str, Peer]:
-    """Start every peer, warm up, take turns, stop. The first report of a peer ends its first step.
-    A slow or busy machine gets fewer turns, but at least 3, once TURNS_S have passed."""
-    say(f"{title}: starting {', '.join(cast)}")
+    """Start every system, warm up, time it in turns, stop it.
+
+    A system's first report ends its first step. After TURNS_S there are no more turns, but there
+    are at least 3.
+    """
+    log(f"{title}: starting {', '.join(systems)}")
     peers: dict[str, Peer] = {}
     try:
-        for (
-            label,
-            (kind, spec),
-        ) in (
-            cast.items()
-        ):  # one after the other: several Ray clusters starting at once run into its limits
+        # One after the other: Ray clusters that start at the same time exceed Ray's time limits.
+        for label, (kind, spec) in systems.items():
             peers[label] = Peer.start(label, kind, spec, scratch)
-            peers[label].answer()
+            peers[label].read_report()
         deadline = time.monotonic() + TURNS_S
         for number in range(warmup - 1 + turns):
             if number >= warmup + 2 and time.monotonic() > deadline:
@@ -199,28 +213,28 @@ def play(
         for peer in peers.values():
             peer.stop()
     for label, peer in peers.items():
-        say(
-            f"  {label:<24} {peer.median:6.2f} s a step ({min(peer.seconds):.2f} to {max(peer.seconds):.2f}), {peer.rate:.1f}/s"
-        )
+        spread = f"{min(peer.seconds):.2f} to {max(peer.seconds):.2f}"
+        log(f"  {label:<24} {peer.median:6.2f} s per step ({spread}), {peer.rate:.1f}/s")
     return peers
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------------------- cases
 
 
 class Bench:
-    """Builds the models, plays the cases, writes the report."""
+    """Builds the models, runs the cases, writes the report."""
 
     def __init__(self, scratch: Path, *, quick: bool) -> None:
-        self.scratch, self.quick = scratch, quick
+        self.scratch = scratch
+        self.quick = quick
         self.threads = len(os.sched_getaffinity(0))
         self.lines: list[str] = []
-        self.verdicts: list[str] = []
-        self.neighbors = Neighbours()
+        self.targets: list[str] = []
+        self.others = OtherProcesses()
         write_prompts(scratch / "prompts.jsonl")
 
     def spec(self, size: Size, algorithm: Any, *, varying: bool, dtype: str = "float32") -> Spec:
@@ -246,38 +260,33 @@ class Bench:
     def against_trl(
         self, size: Size, algorithm: Any, *, varying: bool, turns: int, engines: bool
     ) -> None:
-        """A case of the table; `engines`: the bare engines take turns, too."""
+        """Run one case of the table; `engines`: time the bare engines, too."""
         spec = self.spec(size, algorithm, varying=varying)
-        cast = {
+        systems = {
             "rayhf": ("rayhf", spec),
             "rayhf overlap": ("rayhf", replace(spec, max_staleness=1)),
             "TRL": ("trl", spec),
         }
         if engines:
-            cast |= {"vLLM alone": ("vllm", spec), "DeepSpeed alone": ("deepspeed", spec)}
+            systems |= {"vLLM alone": ("vllm", spec), "DeepSpeed alone": ("deepspeed", spec)}
         name = {"grpo": "GRPO", "online_dpo": "online DPO"}[algorithm]
         title = f"{size}, {name}, {'varying' if varying else 'fixed'} length"
-        peers = play(title, cast, self.scratch, warmup=2, turns=turns)
-        self.neighbors.ours += sum(peer.cpu_s for peer in peers.values())
-        say(f"  other processes' share of the machine so far: {self.neighbors.share():.0%}")
+        peers = time_peers(title, systems, self.scratch, warmup=2, turns=turns)
+        self.others.peers_s += sum(peer.cpu_s for peer in peers.values())
+        log(f"  other processes' share of the machine so far: {self.others.share():.0%}")
         for peer in peers.values():
             self._row(title, peer, peers["TRL"])
-        target = 2.0 if varying else 1.0
-        best = max(
-            (peers[label] for label in ("rayhf", "rayhf overlap")), key=lambda peer: peer.rate
-        )
-        self._verdict(
+        best = max((peers["rayhf"], peers["rayhf overlap"]), key=lambda peer: peer.rate)
+        self._target(
             f"{title}: {best.label} / TRL, completions per second",
             best.rate / peers["TRL"].rate,
-            target,
+            at_least=2.0 if varying else 1.0,
         )
         if engines:
             self._overhead(title, peers)
 
     def _row(self, title: str, peer: Peer, trl: Peer) -> None:
-        phases = [
-            peer.phase(name) for name in ("rollout", "scorer", "reference", "learner", "sync")
-        ]
+        phases = [peer.phase(name) for name in PHASES]
         cells = [
             title,
             peer.label,
@@ -287,39 +296,39 @@ class Bench:
         alone = peer.kind in ("vllm", "deepspeed")
         cells += ["", ""] if alone else [f"{peer.rate:.1f}", f"{peer.rate / trl.rate:.2f}x"]
         cells += ["" if s is None else f"{s:.3f}" for s in phases]
-        self.lines.append(
-            "| " + " | ".join([*cells, f"{peer.rss_gib:.1f}", f"{peer.pss_gib:.1f}"]) + " |"
-        )
+        cells += [f"{peer.rss_gib:.1f}", f"{peer.pss_gib:.1f}"]
+        self.lines.append(f"| {' | '.join(cells)} |")
 
     def _overhead(self, title: str, peers: dict[str, Peer]) -> None:
         bare = peers["vLLM alone"].median + peers["DeepSpeed alone"].median
         for label in ("rayhf", "rayhf overlap"):
-            self._verdict(
-                f"{title}: time of a {label} round / (vLLM alone + DeepSpeed alone)",
+            self._target(
+                f"{title}: time of a {label} step / (vLLM alone + DeepSpeed alone)",
                 peers[label].median / bare,
-                -1.25,
+                at_most=1.25,
             )
 
-    def _verdict(self, what: str, value: float, target: float) -> None:
-        """A target below zero is an upper limit."""
-        met = value <= -target if target < 0 else value >= target
-        limit = f"at most {-target:g}" if target < 0 else f"at least {target:g}"
-        self.verdicts.append(f"| {what} | {value:.2f} | {limit} | {'yes' if met else '**no**'} |")
+    def _target(
+        self, what: str, value: float, *, at_least: float = -math.inf, at_most: float = math.inf
+    ) -> None:
+        met = "yes" if at_least <= value <= at_most else "**no**"
+        limit = f"at least {at_least:g}" if at_most == math.inf else f"at most {at_most:g}"
+        self.targets.append(f"| {what} | {value:.2f} | {limit} | {met} |")
 
     def weight_sync(self, dtype: str) -> None:
-        """How far the engine's log-probs are from the learner's after three syncs."""
+        """Measure how far the engine's log-probs are from the learner's after three syncs."""
         spec = self.spec("tiny", "grpo", varying=False, dtype=dtype)
-        say(f"weight sync, engine in {dtype}")
+        log(f"weight sync, engine in {dtype}")
         peer = Peer.start(f"sync {dtype}", "agreement", spec, self.scratch)
         try:
-            found = peer.answer()
+            report = peer.read_report()
         finally:
             peer.stop()
-        self.neighbors.ours += peer.cpu_s
-        self.verdicts.append(
-            f"| weight sync, engine in {dtype}, learner in float32: mean (max) gap of the log-probs of {found['tokens']} "
-            f"sampled tokens, in nats; the policy had moved by {found['moved']:.2f} on average "
-            f"| {found['mean']:.1e} ({found['max']:.1e}) | | |"
+        self.others.peers_s += peer.cpu_s
+        self.targets.append(
+            f"| weight sync, engine in {dtype}, learner in float32: mean (max) gap of the log-"
+            f"probs of {report['tokens']} sampled tokens, in nats; the policy had moved by "
+            f"{report['moved']:.2f} on average | {report['mean']:.1e} ({report['max']:.1e}) | | |"
         )
 
     def run(self) -> str:
@@ -335,31 +344,25 @@ class Bench:
         return self.report(time.monotonic() - started)
 
     def report(self, seconds: float) -> str:
-        packages = ", ".join(
-            f"{name} {version(name)}"
-            for name in ("trl", "transformers", "deepspeed", "ray", "torch")
-        )
+        names = ("trl", "transformers", "deepspeed", "ray", "torch")
+        packages = ", ".join(f"{name} {version(name)}" for name in names)
+        heads = ["case", "system", "mean length", "s per step", "completions/s", "vs TRL"]
+        heads += [*(f"{phase} s" for phase in PHASES), "RSS GiB", "PSS GiB"]
         return "\n".join(
             [
-                f"Measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC in {seconds / 60:.0f} minutes, {'quick run, ' * self.quick}on "
-                f"{self.threads} threads of {_cpu()}; other processes had {self.neighbors.share():.0%} of the machine; "
-                f"{packages}.",
+                f"Measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC in {seconds / 60:.0f} minutes, "
+                f"{'quick run, ' * self.quick}on {self.threads} threads of {_cpu()}; other "
+                f"processes had {self.others.share():.0%} of the machine; {packages}.",
                 "",
-                "64 completions per optimizer step, prompts of 16 tokens, float32, reference model included, everything "
-                "interleaved step by step; medians (and range). Fixed: every answer has 64 tokens. Varying: answers end by "
-                "themselves, the limit is 256. rayhf is synchronous and deterministic, rayhf overlap has max_staleness 1; TRL's "
-                "trainers are synchronous, with transformers' generate (its vLLM modes do not run on CPU). Phases of rayhf "
-                "overlap run at the same time. RSS: sum of every process's peak, shared pages counted in each; PSS: at the "
-                "end, shared pages divided.",
+                SETTING,
                 "",
-                "| case | system | mean length | s per step | completions/s | vs TRL "
-                "| rollout s | scorer s | reference s | learner s | sync s | RSS GiB | PSS GiB |",
-                "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+                f"| {' | '.join(heads)} |",
+                "|---|---|" + "--:|" * (len(heads) - 2),
                 *self.lines,
                 "",
-                "| target | measured | wanted | met |",
+                "| target | measured | expected | met |",
                 "|---|--:|--:|---|",
-                *self.verdicts,
+                *self.targets,
                 "",
             ]
         )

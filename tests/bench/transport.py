@@ -1,9 +1,11 @@
-"""How fast weights travel: `python -m tests.bench.transport [--record]`.
+"""Speed of weight sync.
 
-A sender and a receiver, each a Ray actor as in a campaign: pack into buckets with a checksum, hand
-over, check, copy into the parameters. Twice in every turn, through the object store (one step after
-the other) and by broadcast (gloo; packing, sending, checking and copying overlap); and a plain copy
-of the same bytes from memory to memory within the receiver: the most that anything could reach.
+    python -m tests.bench.transport [--record]
+
+A sender and a receiver, each a Ray actor as in a campaign: pack into buckets with a checksum, send,
+verify, copy into the parameters. Every turn measures the object store (one step after the other),
+broadcast (gloo; packing, sending, verifying and copying overlap), and, as the upper bound, a plain
+copy of the same bytes within the receiver.
 """
 
 from __future__ import annotations
@@ -25,33 +27,32 @@ from tests.bench.results import put_section
 MB = 10**6
 SIZES_MB = (10, 100, 500, 2000)
 BUCKET_BYTES = 256 << 20
-"""As learner.bucket_mib."""
+"""The default of learner.bucket_mib."""
 TURNS = 5
 
 
 def tensors(total_bytes: int) -> list[torch.Tensor]:
-    """float32 matrices of 4 MiB, and one with the rest."""
+    """Return float32 matrices of 4 MiB, and one with the rest."""
     each = 1 << 20
     whole, rest = divmod(total_bytes // 4, each)
     return [torch.rand(1024, 1024) for _ in range(whole)] + ([torch.rand(rest)] if rest else [])
 
 
-@ray.remote(num_cpus=0)
 class Learner:
     def __init__(self, total_bytes: int) -> None:
         named = [(f"w{number}", tensor) for number, tensor in enumerate(tensors(total_bytes))]
-        most = BUCKET_BYTES // (4 << 20)
-        self.buckets = [named[i : i + most] for i in range(0, len(named), most)]
+        per_bucket = BUCKET_BYTES // (4 << 20)
+        self.buckets = [named[i : i + per_bucket] for i in range(0, len(named), per_bucket)]
 
     def publish(self) -> tuple[list[Any], float]:
-        """Buckets with their payload in the object store, and the seconds that took."""
+        """Put buckets into the object store; return them and the seconds that took."""
         started = time.perf_counter()
         packed = [pack_bucket(named, torch.float32) for named in self.buckets]
         stored = [replace(bucket, payload=ray.put(bucket.payload)) for bucket in packed]
         return stored, time.perf_counter() - started
 
-    def open(self) -> tuple[Rendezvous, list[Any]]:
-        """A group of two, and what will be sent."""
+    def open(self) -> tuple[Rendezvous, list[WeightBucket]]:
+        """Open a process group of two; return its rendezvous and the layout of what is sent."""
         self.sender = Sender("127.0.0.1", members=2, timeout_s=300, device=torch.device("cpu"))
         self.layouts = [
             lay_out([(name, tuple(t.shape)) for name, t in named], torch.float32)
@@ -70,7 +71,6 @@ class Learner:
         self.sender.finish()
 
 
-@ray.remote(num_cpus=0)
 class Engine:
     def __init__(self, total_bytes: int) -> None:
         self.weights = {
@@ -79,25 +79,24 @@ class Engine:
         self.source = {name: torch.rand_like(tensor) for name, tensor in self.weights.items()}
 
     def receive(self, buckets: list[Any], *payloads: Any) -> tuple[float, float]:
-        """Seconds to check the buckets, and to copy them into place."""
-        checking = copying = 0.0
+        """Return the seconds to verify the buckets, and to copy them into the parameters."""
+        verifying = 0.0
+        copying = 0.0
         for bucket, payload in zip(buckets, payloads, strict=True):
             started = time.perf_counter()
             verify_bucket(bucket, payload)
-            checked = time.perf_counter()
+            verified = time.perf_counter()
             for name, tensor in unpack_bucket(bucket, payload):
                 self.weights[name].copy_(tensor)
-            checking, copying = (
-                checking + checked - started,
-                copying + time.perf_counter() - checked,
-            )
-        return checking, copying
+            verifying += verified - started
+            copying += time.perf_counter() - verified
+        return verifying, copying
 
     def join(self, meeting: Rendezvous) -> None:
         self.receiver = Receiver(meeting, 1, torch.device("cpu"))
 
-    def take(self, announced: list[Any]) -> None:
-        for bucket, flat in self.receiver.arrivals(1, announced):
+    def receive_broadcast(self, layouts: list[WeightBucket]) -> None:
+        for bucket, flat in self.receiver.arrivals(1, layouts):
             for name, tensor in unpack_bucket(bucket, flat):
                 self.weights[name].copy_(tensor)
 
@@ -109,32 +108,33 @@ class Engine:
 
 
 def measure(size_mb: int) -> dict[str, float]:
-    """Medians over the turns, in seconds."""
-    sender, receiver = Learner.remote(size_mb * MB), Engine.remote(size_mb * MB)
-    meeting, announced = ray.get(sender.open.remote())
+    """Return medians over the turns, in seconds."""
+    actor: Any = ray.remote(num_cpus=0)
+    sender = actor(Learner).remote(size_mb * MB)
+    receiver = actor(Engine).remote(size_mb * MB)
+    meeting, layouts = ray.get(sender.open.remote())
     ray.get([sender.join.remote(), receiver.join.remote(meeting)])
     turns: list[dict[str, float]] = []
     for turn in range(TURNS + 1):
         started = time.perf_counter()
-        buckets, sent = ray.get(sender.publish.remote())
+        buckets, publish_s = ray.get(sender.publish.remote())
         payloads = [bucket.payload for bucket in buckets]
-        checked, copied = ray.get(
-            receiver.receive.remote([replace(b, payload=None) for b in buckets], *payloads)
-        )
-        whole = time.perf_counter() - started
+        bare = [replace(bucket, payload=None) for bucket in buckets]
+        verify_s, load_s = ray.get(receiver.receive.remote(bare, *payloads))
+        total_s = time.perf_counter() - started
         started = time.perf_counter()
-        ray.get([sender.send.remote(), receiver.take.remote(announced)])
-        broadcast = time.perf_counter() - started
-        plain = ray.get(receiver.copy.remote())
-        if turn:  # the first one touches every page for the first time
+        ray.get([sender.send.remote(), receiver.receive_broadcast.remote(layouts)])
+        broadcast_s = time.perf_counter() - started
+        copy_s = ray.get(receiver.copy.remote())
+        if turn:  # the first turn touches every page for the first time
             turns.append(
                 {
-                    "publish": sent,
-                    "check": checked,
-                    "load": copied,
-                    "whole": whole,
-                    "broadcast": broadcast,
-                    "copy": plain,
+                    "publish": publish_s,
+                    "verify": verify_s,
+                    "load": load_s,
+                    "total": total_s,
+                    "broadcast": broadcast_s,
+                    "copy": copy_s,
                 }
             )
         del buckets, payloads
@@ -154,28 +154,23 @@ def main() -> None:
     ray.init(
         num_cpus=2, object_store_memory=5 * 10**9, include_dashboard=False, log_to_driver=False
     )
-    lines = [
-        "| MB | object store: publish s | check s | load s | whole s | broadcast s | plain copy s | object store GB/s | "
-        "broadcast GB/s | plain copy GB/s | share of a plain copy |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    heads = ["MB", "object store: publish s", "verify s", "load s", "total s", "broadcast s"]
+    heads += ["plain copy s", "object store GB/s", "broadcast GB/s", "plain copy GB/s"]
+    heads += ["share of a plain copy"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "--:|" * len(heads)]
     for size in SIZES_MB:
-        found = measure(size)
-        stored, sent, plain = (size / 1000 / found[name] for name in ("whole", "broadcast", "copy"))
+        seconds = measure(size)
+        rates = [size / 1000 / seconds[name] for name in ("total", "broadcast", "copy")]
         cells = [
-            *(f"{seconds:.3f}" for seconds in found.values()),
-            *(f"{rate:.2f}" for rate in (stored, sent, plain)),
-            f"{stored / plain:.0%}, {sent / plain:.0%}",
+            *(f"{value:.3f}" for value in seconds.values()),
+            *(f"{rate:.2f}" for rate in rates),
+            f"{rates[0] / rates[2]:.0%}, {rates[1] / rates[2]:.0%}",
         ]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     if options.record:
-        put_section(
-            "## Weight transport",
-            "\n".join(
-                ["A sender and a receiver on one machine, float32, medians of five.", "", *lines]
-            ),
-        )
+        setting = f"A sender and a receiver on one machine, float32, medians of {TURNS} turns."
+        put_section("## Weight transport", "\n".join([setting, "", *lines]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Time that passes only while everybody waits: an asyncio loop for simulations.
+"""An asyncio loop in virtual time, for simulations.
 
-In: coroutines that sleep, set timers and wait for each other, in one thread. Out: the same run as
-in real time, in the seconds that its own work takes: whenever nothing is ready, the clock jumps to
-the next timer. Work may count as time too: then whoever works too much comes too late, as in real
-life.
+In: coroutines that sleep, set timers and wait for each other, in one thread. Out: the same events
+as in real time, in the seconds that the computation itself takes: whenever nothing is ready, the
+clock jumps to the next timer. Computation may count as virtual time, too; slow code is then late as
+it would be in real time.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ Result = TypeVar("Result")
 
 
 class _Clock(selectors.DefaultSelector):
-    """Looks, and never waits."""
+    """A selector that polls and never blocks."""
 
     def __init__(self, worked: Callable[[], float]) -> None:
         super().__init__()
         self.now = 0.0
         self.longest_turn_s = 0.0
-        self._worked, self._counted = worked, worked()
+        self._worked = worked
+        self._counted = worked()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         worked = self._worked()
-        turn_s, self._counted = worked - self._counted, worked
+        turn_s = worked - self._counted
+        self._counted = worked
         self.longest_turn_s = max(self.longest_turn_s, turn_s)
         ready = super().select(0)
         if not ready:
             if timeout is None:
-                raise RuntimeError("everybody waits for ever: nothing is ready and no timer is set")
+                raise RuntimeError("deadlock: nothing is ready and no timer is set")
             turn_s = max(timeout, turn_s)
         self.now += turn_s
         return ready
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Its `time()` is virtual. Threads have no place in it: the clock would run away from them.
+    """An event loop whose `time()` is virtual; it cannot wait for threads.
 
-    `worked`: seconds of work so far; they pass on the virtual clock too.
+    `worked` returns the seconds of computation so far; they pass on the virtual clock too.
     """
 
     def __init__(self, worked: Callable[[], float] = lambda: 0.0) -> None:
@@ -53,16 +55,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     @property
     def longest_turn_s(self) -> float:
-        """Work in the longest turn so far, in seconds: for so long a real loop would have heard
-        nobody."""
+        """Seconds of computation in the longest turn; a real loop would block as long."""
         return self._virtual.longest_turn_s
 
 
 def simulate(
     work: Coroutine[Any, Any, Result], worked: Callable[[], float] = lambda: 0.0
 ) -> tuple[Result, VirtualLoop]:
-    """Run to the end in virtual time. RuntimeError where everybody waits for something that cannot
-    come."""
+    """Run a coroutine to its end in virtual time. Raises RuntimeError for a deadlock."""
     loop = VirtualLoop(worked)
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         return runner.run(work), loop

@@ -1,9 +1,9 @@
-"""What is timed: one model, one set of prompts, one reward, the same for every peer.
+"""The workload that all compared systems get: one model, one set of prompts, one reward.
 
-The models are random Qwen2 with a tokenizer of short words and an end-of-sequence logit that is set
-by hand, so that answers end exactly never ("fixed": every answer has the token limit) or at a
-chosen rate ("varying": lengths are geometric). How: dimension 0 of the residual stream is a
-constant that no layer writes to, and only the row of the end token reads it.
+The models are random Qwen2 with a tokenizer of short words. An end-of-sequence logit is set by
+hand, so that completions never end by themselves ("fixed": each has the token limit) or end at a
+chosen rate ("varying": lengths are geometric). Dimension 0 of the residual stream is a constant
+that no layer writes to, and only the end token's row of the head reads it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Any, Literal
 PAD, EOS, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 SPECIAL = (PAD, EOS, USER, ASSISTANT)
 TEMPLATE = (
-    "{%- for message in messages -%}{{- '<|' ~ message['role'] ~ '|> ' ~ message['content'] ~ '<|end|>' -}}{%- endfor -%}"
+    "{%- for message in messages -%}"
+    "{{- '<|' ~ message['role'] ~ '|> ' ~ message['content'] ~ '<|end|>' -}}"
+    "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 PROMPT_WORDS = 13  # with the template's three tokens: 16
 NEVER = -1e4
-"""A logit no sampler picks."""
+"""A logit that no sampler draws."""
 
 Size = Literal["tiny", "mid"]
 SHAPES: dict[Size, dict[str, int]] = {
@@ -46,7 +48,7 @@ SHAPES: dict[Size, dict[str, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One case; travels to the peers as JSON."""
+    """One case; sent to the compared systems as JSON."""
 
     algorithm: Literal["grpo", "online_dpo"]
     model: str
@@ -57,8 +59,7 @@ class Spec:
     samples: int
     """Per prompt."""
     micro: int
-    """Completions per forward pass where a peer cuts by number; rayhf cuts by tokens, `micro`
-    full-length rows."""
+    """Completions per forward pass; rayhf, which counts tokens, gets `micro` full-length rows."""
     threads: int
     max_staleness: int = 0
     dtype: str = "float32"
@@ -76,12 +77,12 @@ class Spec:
 
 
 def reward(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
-    """Share of vowels: free to compute, hardly ever a tie."""
+    """Return the share of vowels: costs nothing, and hardly ever ties."""
     return sum(completion.count(vowel) for vowel in "aeiou") / max(len(completion), 1)
 
 
 def write_prompts(path: Path, *, count: int = 512, seed: int = 0) -> None:
-    """Different prompts of 16 tokens each, the template's three included."""
+    """Write different prompts of 16 tokens each, the template's three included."""
     rng = random.Random(seed)
     words = _words(200)
     lines = [
@@ -92,9 +93,8 @@ def write_prompts(path: Path, *, count: int = 512, seed: int = 0) -> None:
 
 def write_model(
     path: Path, size: Size, *, mean_length: int | None, max_tokens: int, dtype: str = "float32"
-) -> float:
-    """A model directory. `mean_length` None: answers never end by themselves. Returns the
-    parameters in millions."""
+) -> None:
+    """Write a model directory. `mean_length` None: completions never end by themselves."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -125,12 +125,11 @@ def write_model(
             )
     model.to(getattr(torch, dtype)).save_pretrained(path)
     _tokenizer(shape["vocab_size"]).save_pretrained(path)
-    return sum(p.numel() for p in model.parameters()) / 1e6
 
 
 def _end_weight(model: Any, mean_length: int, max_tokens: int) -> float:
-    """The weight that gives answers of `mean_length` tokens on average, cut off at `max_tokens`; by
-    bisection on random text."""
+    """Find, by bisection on random text, the weight for a mean length when lengths are cut off at
+    `max_tokens`."""
     import torch
 
     ids = torch.randint(
@@ -141,33 +140,40 @@ def _end_weight(model: Any, mean_length: int, max_tokens: int) -> float:
     )
     hidden = model.model(ids).last_hidden_state[:, 15:-1]
     rest = torch.logsumexp(model.lm_head(hidden)[..., len(SPECIAL) :], dim=-1)
-    low, high = -100.0, 100.0
+    low = -100.0
+    high = 100.0
     for _ in range(40):
         middle = (low + high) / 2
         end = torch.sigmoid(middle * hidden[..., 0] - rest)
         alive = torch.cumprod(1 - end, dim=1)
         mean = 1 + alive[:, :-1].sum(1).mean()
-        low, high = (middle, high) if mean > mean_length else (low, middle)
+        if mean > mean_length:
+            low = middle
+        else:
+            high = middle
     return low
 
 
 def _words(count: int) -> list[str]:
-    """The first words of " a" ... " z", " aa" ... " zz", " aaa" ...: each is the one before it in
-    length plus a letter."""
-    found, last = [], [""]
-    while len(found) < count:
-        last = [word + letter for word in last for letter in string.ascii_lowercase]
-        found += last
-    return found[:count]
+    """Return the first of a ... z, aa ... zz, aaa ...: each longer word is a shorter one plus a
+    letter."""
+    words: list[str] = []
+    longest = [""]
+    while len(words) < count:
+        longest = [word + letter for word in longest for letter in string.ascii_lowercase]
+        words += longest
+    return words[:count]
 
 
 def _tokenizer(vocab: int) -> Any:
-    """Byte-level BPE under Qwen2's own splitting rule (which AutoTokenizer puts in, whatever was
-    saved): a word is one token."""
+    """Build a byte-level BPE in which a word is one token.
+
+    AutoTokenizer replaces the saved pre-tokenizer with Qwen2's.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    space = "\u0120"  # a blank, in the byte-level alphabet
+    space = "\u0120"  # of the byte-level alphabet
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [space + word for word in _words(vocab - len(SPECIAL) - len(alphabet))]
     ids = {token: i for i, token in enumerate([*SPECIAL, *alphabet, *words])}

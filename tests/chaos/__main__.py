@@ -1,16 +1,17 @@
-"""`make chaos`: faults by the dozen against real campaigns. python -m tests.chaos [CASE ...]
-[--seed N] [--record]
+"""`make chaos`: many faults against real campaigns.
+
+    python -m tests.chaos [CASE ...] [--seed N] [--record]
 
 commits   200 kill -9 inside commits, 200 flipped bits and truncations over a real checkpoint
 engines   kill -9 and SIGSTOP of rollout engines, kill -9 of learners and controllers: online DPO,
           PPO, tree search
 nodes     kill -9 of a whole node of a two-node cluster
-scorers   a scorer that errs, stalls and talks nonsense; one that is down
+scorers   a scorer that raises, stalls and returns NaN; one that is down
 launches  ten launches of one campaign at the same time
 soak      one campaign, a fault every minute (--minutes)
 
-Every case prints what it found, and fails where a promise was broken. The same seed strikes the
-same actors in the same order.
+Every case prints its figures and fails where a guarantee was violated. The same seed injects the
+same faults in the same order.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from rayhf.errors import CheckpointError
+from rayhf.run_dir.files import verify
 from tests.bench.results import put_section
-from tests.chaos.nemesis import RAYHF, SIGNALS, Campaign, committed, fingerprint, orphans
+from tests.chaos.cluster import TwoNodes
+from tests.chaos.faults import RAYHF, SIGNALS, Campaign, committed, fingerprint, orphans
 from tests.e2e.world import make_world, teach_to_end, write_config
 
 WRITER = Path(__file__).parents[1] / "unit" / "commit_writer.py"
@@ -41,16 +48,18 @@ console = Console(width=160)
 
 LOOPS: dict[str, dict[str, Any]] = {
     "online_dpo": {"type": "online_dpo", "samples": 4},
-    "ppo": {"type": "ppo", "samples": 2, "advantage": "gae"},
+    "ppo": {"type": "ppo", "samples": 2},
     "mcts_dpo": {"type": "mcts_dpo", "iterations": 4, "parallel": 2, "width": [3, 2]},
 }
-STRIKES = {"online_dpo": (8, 8, 4, 4), "ppo": (6, 6, 3, 3), "mcts_dpo": (6, 6, 3, 3)}
+FAULTS = {"online_dpo": (8, 8, 4, 4), "ppo": (6, 6, 3, 3), "mcts_dpo": (6, 6, 3, 3)}
 """rollout killed, rollout stopped, learner killed, controller killed: 20, 20, 10 and 10 in all."""
-ROUNDS = 4000
-"""More than a storm lasts; the campaign is told to stop after it."""
+ITERATIONS = 4000
+"""More than a case lasts; the campaign is stopped after it."""
+MIB = 2**20
 
 
-def config_of(world: Path, name: str, algorithm: dict[str, Any], **more: Any) -> Path:
+def make_campaign(world: Path, name: str, loop: str, **sections: Any) -> Campaign:
+    """A campaign that is not started yet; slow enough for faults, with unlimited restarts."""
     scorer = {
         "train": [
             {"type": "rule", "function": "my_rules:slow"},
@@ -58,57 +67,94 @@ def config_of(world: Path, name: str, algorithm: dict[str, Any], **more: Any) ->
         ]
     }
     run = {
-        "iterations": ROUNDS,
+        "iterations": ITERATIONS,
         "eval_every": 0,
         "checkpoint_every": 2,
         "stall_s": 8,
         "restarts": 1000,
-    } | more.pop("run", {})
-    # A toy that ran for long finds that all its answers score alike: here that is no reason to
-    # stop.
-    guards = {"no_signal": {"pause": None}}
-    sections = {
-        "algorithm": algorithm,
+    }
+    config: dict[str, Any] = {
+        "algorithm": LOOPS[loop],
         "scorer": scorer,
-        "run": run,
         "prompts": {"heldout": None},
-        "guards": guards,
-    } | more
-    return write_config(world, name, **sections)
+        # After many iterations all completions of this tiny policy score alike, which would pause.
+        "guards": {"no_signal": {"pause": None}},
+        **sections,
+        "run": run | sections.get("run", {}),
+    }
+    return Campaign(world, write_config(world, name, **config))
 
 
-def verified(run: Path) -> str:
-    done = subprocess.run(
-        [RAYHF, "verify", "--deep", run], capture_output=True, text=True, timeout=300
-    )
+def verify_deep(run: Path) -> str:
+    """Return "clean", or what `rayhf verify --deep` complains about."""
+    command = [str(RAYHF), "verify", "--deep", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return "clean" if done.returncode == 0 else done.stderr.strip()
 
 
 def check(condition: bool, what: str) -> None:
     if not condition:
-        raise SystemExit(f"chaos: BROKEN PROMISE: {what}")
+        raise SystemExit(f"chaos: VIOLATED: {what}")
 
 
-# -------------------------------------------------------------------------------------------------------------- cases
+def check_equal_to_undisturbed(campaign: Campaign, loop: str, lost: list[Any]) -> int:
+    """Run the same iterations without faults; check that both runs agree in every bit.
+
+    Returns how many iterations that were.
+    """
+    iterations = committed(campaign.run_dir)
+    undisturbed = make_campaign(
+        campaign.world, f"undisturbed-{loop}", loop, run={"iterations": iterations}
+    )
+    undisturbed.start()
+    undisturbed.finish(900)
+    same = fingerprint(campaign.run_dir) == fingerprint(undisturbed.run_dir)
+    verdict = verify_deep(campaign.run_dir)
+    check(
+        same and verdict == "clean" and not lost,
+        f"{campaign.run_dir.name}: equal bits {same}, verify {verdict}, orphans {lost}",
+    )
+    return iterations
+
+
+# -------------------------------------------------------------------------------------------- cases
 
 
 def commits(world: Path, seed: int, options: argparse.Namespace) -> Rows:
-    from rayhf.errors import CheckpointError
-    from rayhf.run_dir.files import verify
-
     done = subprocess.run(
         [sys.executable, WRITER, world / "commits", "200", str(seed)],
         capture_output=True,
         text=True,
     )
-    found = json.loads(done.stdout)
-    check(found["lost"] == found["corrupt"] == 0, str(found))
-    campaign = Campaign(world, config_of(world, "flips", LOOPS["ppo"], run={"iterations": 2}))
+    killed = json.loads(done.stdout)
+    check(killed["lost"] == killed["corrupt"] == 0, str(killed))
+    campaign = make_campaign(world, "flips", "ppo", run={"iterations": 2})
     campaign.start()
     campaign.finish(400)
     folder = campaign.run_dir / "checkpoints/iteration-000002"
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size]
-    rng, missed = random.Random(seed), 0
+    missed = damage_and_verify(folder, files, random.Random(seed))
+    check(missed == 0, f"{missed} of 400 damaged files were accepted")
+    return [
+        (
+            "kill -9 while committing",
+            f"{killed['kills']}, of which {killed['inside']} inside a commit; "
+            f"{killed['commits']} commits",
+        ),
+        (
+            "acknowledged commits lost / corrupt ones accepted",
+            f"{killed['lost']} / {killed['corrupt']}",
+        ),
+        (
+            f"flipped bits and truncations over {len(files)} files of a PPO checkpoint, detected",
+            "200 of 200, 200 of 200",
+        ),
+    ]
+
+
+def damage_and_verify(folder: Path, files: list[Path], rng: random.Random) -> int:
+    """Damage and restore a file, 400 times; return how often `verify` accepted the damage."""
+    missed = 0
     for turn in range(400):
         file = rng.choice(files)
         whole = file.read_bytes()
@@ -125,96 +171,67 @@ def commits(world: Path, seed: int, options: argparse.Namespace) -> Rows:
             pass
         file.write_bytes(whole)
     verify(folder)
-    check(missed == 0, f"{missed} of 400 damaged files were taken for sound")
-    return [
-        (
-            "kill -9 while committing",
-            f"{found['kills']}, of which {found['inside']} inside a commit; {found['commits']} commits",
-        ),
-        (
-            "acknowledged commits lost / corrupt ones accepted",
-            f"{found['lost']} / {found['corrupt']}",
-        ),
-        (
-            f"flipped bits and truncations over {len(files)} files of a PPO checkpoint, found",
-            "200 of 200, 200 of 200",
-        ),
-    ]
+    return missed
 
 
 def engines(world: Path, seed: int, options: argparse.Namespace) -> Rows:
     rows: Rows = []
     times: dict[str, list[float]] = {}
     for loop in options.loops or LOOPS:
-        rows.append((loop, storm(world, loop, seed, times)))
+        rows.append((loop, inject_many(world, loop, seed, times)))
         console.print(rows[-1], markup=False)
-    for kind, seconds in times.items():
+    for fault, seconds in times.items():
         p95 = sorted(seconds)[min(len(seconds) - 1, round(0.95 * len(seconds)))]
-        rows.append(
-            (
-                f"{kind}: recovery, p50 / p95",
-                f"{statistics.median(seconds):.1f} s / {p95:.1f} s ({len(seconds)} times)",
-            )
-        )
+        p50 = statistics.median(seconds)
+        figures = f"{p50:.1f} s / {p95:.1f} s ({len(seconds)} times)"
+        rows.append((f"{fault}: recovery, p50 / p95", figures))
     return rows
 
 
-def storm(world: Path, loop: str, seed: int, times: dict[str, list[float]]) -> str:
-    """Strike one campaign again and again, then compare it with one that was left alone for as many
-    rounds."""
-    kills, stops, learners, controllers = STRIKES[loop]
+def inject_many(world: Path, loop: str, seed: int, times: dict[str, list[float]]) -> str:
+    """Inject all faults of a loop, then compare with an undisturbed run of as many iterations.
+
+    Recovery times are added to `times` by fault.
+    """
+    kills, stops, learners, controllers = FAULTS[loop]
     plan = [("rollout", "kill")] * kills + [("rollout", "stop")] * stops
     plan += [("learner", "kill")] * learners + [("controller", "kill")] * controllers
     rng = random.Random(seed)
     rng.shuffle(plan)
     if loop == "mcts_dpo":
-        teach_to_end(world)  # or no leaf is ever scored, and nothing is learned
-    campaign = Campaign(world, config_of(world, f"storm-{loop}", LOOPS[loop]))
+        teach_to_end(world)  # otherwise no leaf is ever scored, and nothing is learned
+    campaign = make_campaign(world, f"faults-{loop}", loop)
     campaign.start()
-    campaign.wait_for_rounds(1, 400)
+    campaign.wait_for_iterations(1, 400)
     lost: list[Any] = []
-    for turn, (role, blow) in enumerate(plan):
-        time.sleep(rng.uniform(0.0, 1.5))
-        family = campaign.family()
-        took = campaign.strike_and_recover(role, SIGNALS[blow], timeout_s=300)
+    for turn, (role, fault) in enumerate(plan):
+        time.sleep(rng.uniform(0.0, 1.5))  # faults hit every phase of an iteration
+        processes = campaign.processes()
+        took = campaign.inject_and_recover(role, SIGNALS[fault], timeout_s=300)
         check(
             campaign.alive(),
-            f"{loop}, seed {seed}, strike {turn} ({role} {blow}): the campaign ended",
+            f"{loop}, seed {seed}, fault {turn} ({role} {fault}): the campaign ended",
         )
         if role == "controller":
-            lost += orphans(family)
-        times.setdefault(f"{role} {blow}", []).append(took)
+            lost += orphans(processes)
+        times.setdefault(f"{role} {fault}", []).append(took)
         console.print(
-            f"{loop} {turn + 1}/{len(plan)}: {role} {blow}, {took:.1f} s, round {campaign.rounds()}",
+            f"{loop} {turn + 1}/{len(plan)}: {role} {fault}, {took:.1f} s, "
+            f"iteration {campaign.iterations()}",
             markup=False,
         )
-    family = campaign.family()
-    subprocess.run([RAYHF, "stop", campaign.run_dir], check=True, capture_output=True, timeout=60)
-    assert campaign.process is not None
-    campaign.process.communicate(timeout=300)
-    check(
-        campaign.process.returncode == 75,
-        f"{loop}: rayhf stop ended with {campaign.process.returncode}",
+    processes = campaign.processes()
+    campaign.stop(300)
+    lost += orphans(processes)
+    iterations = check_equal_to_undisturbed(campaign, loop, lost)
+    return (
+        f"{len(plan)} faults, {iterations} iterations; equal to the undisturbed campaign in every "
+        "bit; verify clean; orphans 0"
     )
-    lost += orphans(family)
-    rounds = committed(campaign.run_dir)
-    calm = Campaign(
-        world, config_of(world, f"calm-{loop}", LOOPS[loop], run={"iterations": rounds})
-    )
-    calm.start()
-    calm.finish(900)
-    shutil.copytree(campaign.run_dir, world / f"copy-{loop}")
-    same = fingerprint(campaign.run_dir) == fingerprint(calm.run_dir)
-    found = verified(campaign.run_dir)
-    check(
-        same and found == "clean" and not lost,
-        f"{loop}, seed {seed}: equal bits {same}, verify {found}, orphans {lost}",
-    )
-    return f"{len(plan)} strikes, {rounds} rounds; equal to the calm campaign in every bit; verify clean; orphans 0"
 
 
 def launches(world: Path, seed: int, options: argparse.Namespace) -> Rows:
-    config = config_of(world, "launches", LOOPS["online_dpo"], run={"iterations": 2})
+    config = make_campaign(world, "launches", "online_dpo", run={"iterations": 2}).config
     started = time.monotonic()
     many = [
         subprocess.Popen(
@@ -224,25 +241,24 @@ def launches(world: Path, seed: int, options: argparse.Namespace) -> Rows:
     ]
     ended: dict[int, float] = {}
     while len(ended) < 9 and time.monotonic() - started < 60:
-        ended |= {
-            i: time.monotonic() - started
-            for i, one in enumerate(many)
-            if i not in ended and one.poll() is not None
-        }
+        for i, process in enumerate(many):
+            if i not in ended and process.poll() is not None:
+                ended[i] = time.monotonic() - started
         time.sleep(0.02)
     refused = [i for i in ended if many[i].returncode == 4]
-    winner = next(one for i, one in enumerate(many) if i not in ended)
+    winner = next(process for i, process in enumerate(many) if i not in ended)
     winner.communicate(timeout=400)
     check(
         len(refused) == 9 and winner.returncode == 0,
-        f"exit codes {[one.returncode for one in many]}",
+        f"exit codes {[process.returncode for process in many]}",
     )
-    found = verified(world / "launches")
-    check(found == "clean", found)
+    verdict = verify_deep(world / "launches")
+    check(verdict == "clean", verdict)
     return [
         (
             "ten launches at once",
-            f"1 ran, 9 were refused with exit code 4, the last after {max(ended.values()):.1f} s; verify clean",
+            "1 ran, 9 were refused with exit code 4, the last after "
+            f"{max(ended.values()):.1f} s; verify clean",
         )
     ]
 
@@ -259,7 +275,8 @@ def _even(completion):
 def flaky(completion, *, prompt, answer, finish_reason):
     global CALLS
     CALLS += 1
-    luck = int(hashlib.sha256(f"{completion}{CALLS}{os.getpid()}".encode()).hexdigest()[:8], 16) / 2**32
+    digest = hashlib.sha256(f"{completion}{CALLS}{os.getpid()}".encode()).hexdigest()
+    luck = int(digest[:8], 16) / 2**32
     if luck < 0.30:
         raise ConnectionError("refused")
     if luck < 0.40:
@@ -276,184 +293,176 @@ def down(completion, *, prompt, answer, finish_reason):
 """
 
 
-def scorers(world: Path, seed: int, options: argparse.Namespace) -> Rows:
-    import pyarrow.parquet as pq
+def even(text: str) -> float:
+    return sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1)
 
+
+def scorers(world: Path, seed: int, options: argparse.Namespace) -> Rows:
     (world / "flaky_rules.py").write_text(FLAKY)
+    return [flaky_scorer(world), unreachable_scorer(world)]
+
+
+def flaky_scorer(world: Path) -> tuple[str, str]:
     scorer = {"train": [{"type": "rule", "function": "flaky_rules:flaky"}], "max_failed": 0.5}
-    flaky = Campaign(
-        world, config_of(world, "flaky", LOOPS["online_dpo"], scorer=scorer, run={"iterations": 20})
-    )
-    flaky.start()
-    flaky.finish(600)
+    campaign = make_campaign(world, "flaky", "online_dpo", scorer=scorer, run={"iterations": 20})
+    campaign.start()
+    campaign.finish(600)
     samples = [
         row
-        for file in sorted(flaky.run_dir.glob("samples/*"))
+        for file in sorted(campaign.run_dir.glob("samples/*"))
         for row in pq.read_table(file).to_pylist()
     ]
-    invented = [
-        row
-        for row in samples
-        if row["score"] is not None and abs(row["score"] - even(row["text"])) > 1e-9
-    ]
+    scored = [row for row in samples if row["score"] is not None]
+    invented = [row for row in scored if abs(row["score"] - even(row["text"])) > 1e-9]
     outcomes = {
-        kind: sum(row["outcome"] == kind for row in samples)
-        for kind in ("Scored", "Invalid", "Failed")
+        outcome: sum(row["outcome"] == outcome for row in samples)
+        for outcome in ("Scored", "Invalid", "Failed")
     }
-    check(not invented and verified(flaky.run_dir) == "clean", f"{len(invented)} invented scores")
+    verdict = verify_deep(campaign.run_dir)
+    check(not invented and verdict == "clean", f"{len(invented)} invented scores, {verdict}")
+    return (
+        "scorer with 30 % refused, 10 % stalled, 2 % NaN",
+        f"20 iterations, {outcomes}, scores invented: {len(invented)}",
+    )
 
+
+def unreachable_scorer(world: Path) -> tuple[str, str]:
     flag = world / "scorer-is-down"
     scorer = {"train": [{"type": "rule", "function": "flaky_rules:down"}]}
-    away = Campaign(
-        world, config_of(world, "away", LOOPS["online_dpo"], scorer=scorer, run={"iterations": 400})
-    )
-    away.start()
-    away.wait_for_rounds(2, 400)
+    campaign = make_campaign(world, "down", "online_dpo", scorer=scorer, run={"iterations": 400})
+    campaign.start()
+    campaign.wait_for_iterations(2, 400)
     flag.touch()
     started = time.monotonic()
-    while not any(event["kind"] == "pause" for event in away.events()):
+    while not any(event["kind"] == "pause" for event in campaign.events()):
         check(
             time.monotonic() - started < 120,
             "a scorer that is down did not pause the campaign within two minutes",
         )
         time.sleep(0.1)
-    paused_s, before = time.monotonic() - started, away.rounds()
-    time.sleep(5.0)
-    check(away.rounds() == before and away.alive(), "the campaign went on without its scorer")
+    paused_s = time.monotonic() - started
+    before = campaign.iterations()
+    time.sleep(5.0)  # long enough for several iterations
+    check(
+        campaign.iterations() == before and campaign.alive(),
+        "the campaign continued without its scorer",
+    )
     flag.unlink()
-    back_s = away.wait_for_rounds(before + 1, 120)
-    family = away.family()
-    away.strike("controller", SIGNALS["kill"])
-    check(orphans(family) == [], "orphans")
-    return [
-        (
-            "scorer with 30 % refused, 10 % stalled, 2 % NaN",
-            f"20 rounds, {outcomes}, scores invented: {len(invented)}",
-        ),
-        (
-            "scorer down",
-            f"paused after {paused_s:.1f} s, went on by itself {back_s:.1f} s after it was back",
-        ),
-    ]
+    back_s = campaign.wait_for_iterations(before + 1, 120)
+    processes = campaign.processes()
+    campaign.inject("controller", SIGNALS["kill"])
+    check(orphans(processes) == [], "orphans")
+    return (
+        "scorer down",
+        f"paused after {paused_s:.1f} s, resumed by itself {back_s:.1f} s after it was back",
+    )
 
 
-def even(text: str) -> float:
-    return sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1)
+@dataclass(frozen=True)
+class Usage:
+    """Resources of a campaign at one moment."""
+
+    minutes: float
+    memory_mib: float
+    """Of the controller."""
+    descriptors: float
+    """File descriptors of the controller."""
+    processes: float
+    checkpoints_mib: float
+    iterations: int
+
+
+def measure_usage(campaign: Campaign, minutes: float) -> Usage:
+    processes = campaign.processes()
+    controller = psutil.Process(processes[0].pid)
+    files = [f for f in (campaign.run_dir / "checkpoints").rglob("*") if f.is_file()]
+    return Usage(
+        minutes=minutes,
+        memory_mib=controller.memory_info().rss / MIB,
+        descriptors=controller.num_fds(),
+        processes=len(processes),
+        checkpoints_mib=sum(f.stat().st_size for f in files) / MIB,
+        iterations=campaign.iterations(),
+    )
+
+
+def slope_per_hour(usages: list[Usage], name: str) -> float:
+    if len(usages) < 2:
+        return 0.0
+    hours = [usage.minutes / 60 for usage in usages]
+    values = [float(getattr(usage, name)) for usage in usages]
+    return statistics.linear_regression(hours, values).slope
 
 
 def soak(world: Path, seed: int, options: argparse.Namespace) -> Rows:
     """A fault every minute; memory, file descriptors, processes and disk must stay flat."""
-    import psutil
-
     rng = random.Random(seed)
-    campaign = Campaign(
-        world,
-        config_of(
-            world, "soak", LOOPS["online_dpo"], run={"iterations": 10**6, "checkpoint_every": 20}
-        ),
-    )
+    run = {"iterations": 10**6, "checkpoint_every": 20}
+    campaign = make_campaign(world, "soak", "online_dpo", run=run)
     campaign.start()
-    campaign.wait_for_rounds(1, 400)
-    started, looks, strikes = time.monotonic(), [], 0
+    campaign.wait_for_iterations(1, 400)
+    started = time.monotonic()
+    usages: list[Usage] = []
+    faults = 0
     while (minutes := (time.monotonic() - started) / 60) < options.minutes:
-        role, blow = rng.choice(
+        role, fault = rng.choice(
             [("rollout", "kill"), ("rollout", "stop"), ("scorer", "kill"), ("learner", "kill")]
         )
-        campaign.strike_and_recover(role, SIGNALS[blow], timeout_s=300)
-        strikes += 1
+        campaign.inject_and_recover(role, SIGNALS[fault], timeout_s=300)
+        faults += 1
         time.sleep(max(0.0, 60.0 - (time.monotonic() - started) % 60.0))
-        top = psutil.Process(campaign.family()[0].pid)
-        disk = sum(
-            f.stat().st_size for f in (campaign.run_dir / "checkpoints").rglob("*") if f.is_file()
-        )
-        looks.append(
-            (
-                minutes,
-                top.memory_info().rss / 2**20,
-                top.num_fds(),
-                len(campaign.family()),
-                disk / 2**20,
-                campaign.rounds(),
-            )
-        )
-        console.print(
-            "minute {:.1f}: rss {:.0f} MiB, fds {}, processes {}, checkpoints {:.1f} MiB, round {}".format(
-                *looks[-1]
-            )
-        )
-    family = campaign.family()
-    subprocess.run([RAYHF, "stop", campaign.run_dir], check=True, capture_output=True, timeout=60)
-    assert campaign.process is not None
-    campaign.process.communicate(timeout=300)
-    check(orphans(family) == [], "orphans")
-    found = verified(campaign.run_dir)
-    check(found == "clean", found)
-    half = looks[len(looks) // 4 :]  # the first quarter warms up
-    slopes = [
-        slope([look[0] / 60 for look in half], [look[i] for look in half]) for i in range(1, 5)
-    ]
+        usages.append(measure_usage(campaign, minutes))
+        console.print(usages[-1])
+    processes = campaign.processes()
+    campaign.stop(300)
+    check(orphans(processes) == [], "orphans")
+    verdict = verify_deep(campaign.run_dir)
+    check(verdict == "clean", verdict)
+    warm = usages[len(usages) // 4 :]
     return [
         (
             f"soak of {options.minutes:g} minutes",
-            f"{strikes} faults, {looks[-1][5]} rounds, verify clean, orphans 0",
+            f"{faults} faults, {usages[-1].iterations} iterations, verify clean, orphans 0",
         ),
         (
             "slopes per hour",
-            f"controller's memory {slopes[0]:+.1f} MiB, its descriptors {slopes[1]:+.1f}, processes {slopes[2]:+.1f}, "
-            f"checkpoints {slopes[3]:+.2f} MiB",
+            f"controller's memory {slope_per_hour(warm, 'memory_mib'):+.1f} MiB, "
+            f"its descriptors {slope_per_hour(warm, 'descriptors'):+.1f}, "
+            f"processes {slope_per_hour(warm, 'processes'):+.1f}, "
+            f"checkpoints {slope_per_hour(warm, 'checkpoints_mib'):+.2f} MiB",
         ),
     ]
 
 
-def slope(x: list[float], y: list[float]) -> float:
-    return statistics.linear_regression(x, y).slope if len(x) > 1 else 0.0
-
-
 def nodes(world: Path, seed: int, options: argparse.Namespace) -> Rows:
-    """All actors live on a second node, which is killed as a whole; another one joins."""
-    from tests.chaos.cluster import TwoNodes
-
+    """All actors run on a second node, which is killed as a whole; another one joins."""
     took: list[float] = []
     with TwoNodes() as cluster:
-        config = config_of(
+        campaign = make_campaign(
             world,
             "nodes",
-            LOOPS["online_dpo"],
+            "online_dpo",
             cluster={"address": cluster.address},
             run={"start_timeout_s": 120, "timeout_s": 60},
         )
-        campaign = Campaign(world, config)
         campaign.start()
-        campaign.wait_for_rounds(2, 400)
+        campaign.wait_for_iterations(2, 400)
         for turn in range(5):
-            before, started = campaign.rounds(), time.monotonic()
+            before = campaign.iterations()
+            started = time.monotonic()
             cluster.kill_worker()
             cluster.add_worker()
-            campaign.wait_for_rounds(before + 2, 400)
+            campaign.wait_for_iterations(before + 2, 400)
             check(campaign.alive(), f"node loss {turn}: the campaign ended")
             took.append(time.monotonic() - started)
-            console.print(f"node {turn + 1}/5: {took[-1]:.1f} s, round {campaign.rounds()}")
-        subprocess.run(
-            [RAYHF, "stop", campaign.run_dir], check=True, capture_output=True, timeout=60
-        )
-        assert campaign.process is not None
-        _, said = campaign.process.communicate(timeout=300)
-        check(campaign.process.returncode == 75, said)
-    rounds = committed(campaign.run_dir)
-    calm = Campaign(
-        world, config_of(world, "calm-nodes", LOOPS["online_dpo"], run={"iterations": rounds})
-    )
-    calm.start()
-    calm.finish(900)
-    same, found = (
-        fingerprint(campaign.run_dir) == fingerprint(calm.run_dir),
-        verified(campaign.run_dir),
-    )
-    check(same and found == "clean", f"equal bits {same}, verify {found}")
+            console.print(f"node {turn + 1}/5: {took[-1]:.1f} s, iteration {campaign.iterations()}")
+        campaign.stop(300)
+    iterations = check_equal_to_undisturbed(campaign, "online_dpo", [])
     return [
         (
             "5 nodes lost",
-            f"{rounds} rounds, equal in every bit; recovery p50 {statistics.median(took):.0f} s, worst {max(took):.0f} s",
+            f"{iterations} iterations, equal in every bit; recovery p50 "
+            f"{statistics.median(took):.0f} s, worst {max(took):.0f} s",
         )
     ]
 
@@ -469,16 +478,11 @@ CASES: dict[str, Callable[[Path, int, argparse.Namespace], Rows]] = {
 
 
 def record(case: str, rows: Rows, seed: int, seconds: float) -> None:
-    """The case's table in RESULTS.md."""
+    """Write the case's table into RESULTS.md."""
     command = f"`python -m tests.chaos {case} --seed {seed}`"
-    body = (
-        f"{command}, {time.strftime('%Y-%m-%d')}, {seconds / 60:.1f} minutes.\n\n| | |\n|---|---|\n"
-    )
-    put_section(
-        f"### Chaos: {case}",
-        body + "\n".join(f"| {label} | {value} |" for label, value in rows),
-        under="## Chaos",
-    )
+    head = f"{command}, {time.strftime('%Y-%m-%d')}, {seconds / 60:.1f} minutes."
+    table = ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
+    put_section(f"### Chaos: {case}", "\n".join([head, "", *table]), under="## Chaos")
 
 
 def main() -> None:

@@ -1,5 +1,4 @@
-"""A Ray cluster of two nodes on this machine: a head without room for actors, and a worker that may
-die."""
+"""A Ray cluster of two nodes on this machine: a head without CPUs, and a worker to kill."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import psutil
 
 
 class TwoNodes:
-    """The head has no CPUs, so that every actor lives on the worker."""
+    """Two nodes; the head has no CPUs, so that every actor runs on the worker."""
 
     def __init__(self) -> None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -42,7 +41,7 @@ class TwoNodes:
         self._worker = self._cluster.add_node(num_cpus=4)
 
     def kill_worker(self) -> None:
-        """The raylet and every process on its node, at once."""
+        """Kill the raylet and every process on its node."""
         raylet = psutil.Process(self._worker.all_processes["raylet"][0].process.pid)
         for process in [raylet, *raylet.children(recursive=True)]:
             try:

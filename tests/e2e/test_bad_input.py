@@ -1,4 +1,4 @@
-"""Every kind of bad input: one clear line on stderr, exit 2, nothing started and nothing lost."""
+"""Bad input is refused with one line on stderr and exit code 2, before anything starts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from campaign_runs import RAYHF
 from world import make_world, write_config
 
 from launch import cli
 from rayhf.tiny.tokenizer import REWARD_FORMAT, train_tokenizer
+
+pytestmark = pytest.mark.timeout(60, func_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +29,14 @@ def refuse(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> str:
-    """Run the command line in this process (the imports are paid once); return the line it refused
-    with."""
+    """Run a command in this process, which saves the imports; return its line of refusal."""
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "argv", ["rayhf", *arguments])
     monkeypatch.delenv("RAYHF_DEBUG", raising=False)
-    started = time.monotonic()
     with pytest.raises(SystemExit) as stop:
         cli.main()
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2, error
-    assert time.monotonic() - started < 30
     assert error.startswith("rayhf: ") and "\n" not in error and "Traceback" not in error
     return error
 
@@ -97,7 +96,8 @@ def test_refused_before_anything_starts(
         ('{"prompt": "a"}\nnot json\n', "bad.jsonl row 2: not valid JSON"),
         (
             '{"question": "a"}\n',
-            "bad.jsonl row 1: expected either `prompt` (string) or `messages` (list), got keys question",
+            "bad.jsonl row 1: expected either `prompt` (string) or `messages` (list), "
+            "got keys question",
         ),
         (
             '{"messages": [{"role": "user"}]}\n',
@@ -122,7 +122,7 @@ def test_bad_prompt_files_are_named_by_row(
     assert expected in refuse(world, ["run", str(config)], monkeypatch, capsys)
 
 
-def test_a_tokenizer_without_chat_template(
+def test_tokenizer_without_chat_template(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(world / "policy", world / "mute", dirs_exist_ok=True)
@@ -131,7 +131,7 @@ def test_a_tokenizer_without_chat_template(
     assert "has no chat template" in refuse(world, ["run", str(config)], monkeypatch, capsys)
 
 
-def test_a_reference_with_another_tokenizer(
+def test_reference_with_another_tokenizer(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(world / "policy", world / "other", dirs_exist_ok=True)
@@ -146,7 +146,7 @@ def test_a_reference_with_another_tokenizer(
     )
 
 
-def test_another_campaigns_run_directory(
+def test_run_directory_of_another_campaign(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rayhf.config.load import load_config
@@ -177,18 +177,14 @@ def test_other_commands(
     assert expected in refuse(world, arguments, monkeypatch, capsys)
 
 
-def test_the_installed_command_and_its_exit_code(world: Path) -> None:
-    rayhf = Path(sys.executable).with_name("rayhf")
+def test_installed_command_and_its_exit_codes(world: Path) -> None:
     done = subprocess.run(
-        [rayhf, "run", "missing.yaml"], cwd=world, capture_output=True, text=True, timeout=60
+        [RAYHF, "run", "missing.yaml"], cwd=world, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and done.stderr.startswith(
         "rayhf: config missing.yaml: no such file"
     )
-    assert (
-        subprocess.run([rayhf, "--version"], capture_output=True, text=True, timeout=60).stdout
-        == "rayhf 0.1.0\n"
-    )
-    assert (
-        subprocess.run([rayhf, "run"], capture_output=True, text=True, timeout=60).returncode == 2
-    )
+    version = subprocess.run([RAYHF, "--version"], capture_output=True, text=True, timeout=60)
+    assert version.stdout == "rayhf 0.1.0\n"
+    incomplete = subprocess.run([RAYHF, "run"], capture_output=True, text=True, timeout=60)
+    assert incomplete.returncode == 2

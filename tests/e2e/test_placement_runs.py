@@ -1,16 +1,15 @@
-"""Placement as a user meets it: no room, and what `rayhf check` says of the pace."""
+"""Placement in the command line: a cluster that is too small, and a calibrated plan."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from campaign_runs import RAYHF
 from world import make_world, write_config
 
 pytestmark = pytest.mark.timeout(1200)
-RAYHF = Path(sys.executable).with_name("rayhf")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def rayhf(world: Path, *arguments: object, code: int = 0) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def test_no_room_is_one_line_after_a_table_of_nodes(world: Path) -> None:
+def test_missing_resource_is_named_after_a_table_of_nodes(world: Path) -> None:
     config = write_config(world, "moon", cluster={"resources": {"learner": {"moon": 2}}})
     said, error = rayhf(world, "run", config, code=2)
     assert (
@@ -36,7 +35,7 @@ def test_no_room_is_one_line_after_a_table_of_nodes(world: Path) -> None:
     assert "no place for" in said and "moon free / all" in said
 
 
-def test_two_rounds_tell_the_pace(world: Path) -> None:
+def test_calibration_measures_the_pace(world: Path) -> None:
     config = write_config(world, "paced", run={"iterations": 50})
     said, _ = rayhf(world, "check", config, "--calibrate")
     assert (

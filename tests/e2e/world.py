@@ -1,5 +1,4 @@
-"""A campaign small enough for tests: a random policy of a few thousand parameters, prompts, and a
-config around them."""
+"""Inputs of a campaign small enough for tests: a tiny random policy, prompts, rules, a config."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def quick(completion, *, prompt, answer, finish_reason):
 
 
 def make_world(directory: Path) -> Path:
-    """policy/, train.jsonl, heldout.jsonl and my_rules.py in `directory`."""
+    """Write policy/, train.jsonl, heldout.jsonl and my_rules.py into `directory`."""
     tokenizer = train_tokenizer(
         ["Say something about 0123456789, please!"] * 4,
         POLICY_FORMAT,
@@ -61,21 +60,24 @@ def make_world(directory: Path) -> Path:
 
 
 def teach_to_end(world: Path) -> None:
-    """Its policy answers everything with a few lines of a and b, and then stops: trees have leaves,
-    lines are steps."""
+    """Train the policy to write a few lines of a and b and then to stop.
+
+    Search trees then have leaves, and lines are steps.
+    """
     rng = random.Random(0)
     answers = [
         "\n".join(rng.choice("ab") * rng.randint(1, 2) for _ in range(rng.randint(1, 2)))
         for _ in range(300)
     ]
-    asked = [f"Say something about {rng.randint(0, 200)}" for _ in answers]
-    tokenizer = train_tokenizer([*asked, *answers], POLICY_FORMAT, max_vocab=300, max_length=128)
+    questions = [f"Say something about {rng.randint(0, 200)}" for _ in answers]
+    tokenizer = train_tokenizer(
+        [*questions, *answers], POLICY_FORMAT, max_vocab=300, max_length=128
+    )
     policy = new_model(SIZE, tokenizer, seed=0)
-    shown = list(zip(asked, answers, strict=True))
     train(
         policy,
         tokenizer,
-        shown,
+        list(zip(questions, answers, strict=True)),
         Phase(steps=80, batch=16, lr=5e-3, lr_end=1e-3),
         seed=0,
         progress=lambda done: None,
@@ -85,8 +87,10 @@ def teach_to_end(world: Path) -> None:
 
 
 def config(directory: str, /, **sections: Any) -> dict[str, Any]:
-    """A complete config with relative paths; `sections` are merged in, those with a type
-    replaced."""
+    """Return a complete config with relative paths.
+
+    `sections` are merged in; a section with a `type` is replaced.
+    """
     data: dict[str, Any] = {
         "seed": 5,
         "run": {"dir": directory, "iterations": 2, "eval_every": 2, "checkpoint_every": 1},
@@ -105,13 +109,13 @@ def config(directory: str, /, **sections: Any) -> dict[str, Any]:
         "reference": {"threads": 1},
     }
     for name, value in sections.items():
-        whole = name not in data or not isinstance(value, dict) or "type" in value
-        data[name] = value if whole else {**data[name], **value}
+        replace = name not in data or not isinstance(value, dict) or "type" in value
+        data[name] = value if replace else {**data[name], **value}
     return data
 
 
 def write_config(world: Path, name: str, /, **sections: Any) -> Path:
-    """World/NAME.yaml with run directory NAME."""
+    """Write NAME.yaml with run directory NAME into `world`."""
     path = world / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config(name, **sections)))
     return path

@@ -7,71 +7,23 @@ not ask for CUDA's memory was run with device "cpu".
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from alone import alone
+from gpu_learner import LARGE, SMALL, learn, start
 
-from tests.bench.random_llama import Size, make_rows, micro_batches, write_model
+from tests.bench.random_llama import make_rows, write_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-SMALL = Size(
-    hidden=64,
-    intermediate=192,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    vocabulary=512,
-    tied=True,
-    longest=64,
-    budget=256,
-)
-LARGE = Size(
-    hidden=1024,
-    intermediate=2816,
-    layers=8,
-    heads=16,
-    kv_heads=4,
-    vocabulary=32000,
-    tied=False,
-    longest=256,
-    budget=2048,
-)
-"""156 M parameters: 2.3 GiB of weights and states, beside which CUDA's own memory is little."""
 MEAN, LARGEST = 1e-5, 1e-3
 """Float32 log-probs of two devices may be so far apart, in nats; two implementations on CPU differ
 by about 1e-6 on average."""
 MEAN_BFLOAT16 = 0.05
 """On CPU bfloat16 is 0.01 away from float32 with these weights."""
-
-
-def start(model: Path, device: str, **config: Any) -> Any:
-    from rayhf.config.schema import LearnerConfig
-    from rayhf.learner.engine import LearnerEngine
-
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        master = ("127.0.0.1", probe.getsockname()[1])
-    settings = LearnerConfig(**{"token_budget": 256, **config})
-    return LearnerEngine(model, settings, lr=1e-3, total_steps=1000, master=master, device=device)
-
-
-def learn(engine: Any, size: Size, steps: int) -> list[float]:
-    """Losses of steps over the same rows."""
-    from rayhf.losses.base import Totals
-    from rayhf.losses.sft import SFTLoss
-    from rayhf.types import Example
-
-    rows = make_rows(size, seed=1)
-    micros = [[Example(rows=(row,)) for row in micro] for micro in micro_batches(rows, size.budget)]
-    totals = Totals(
-        tokens=float(sum(len(row.response_ids) for row in rows)), rows=len(rows), examples=len(rows)
-    )
-    return [engine.step(micros, totals, SFTLoss(), 1.0)["sft/nll"] for _ in range(steps)]
 
 
 @pytest.fixture(scope="module")

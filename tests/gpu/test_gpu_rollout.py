@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from alone import alone, process
-from test_gpu_learner import LARGE, learn, start
+from gpu_learner import LARGE, learn, start
 
 from rayhf.types import WeightSnapshot
 from tests.bench.random_llama import write_model

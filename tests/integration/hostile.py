@@ -1,11 +1,11 @@
-"""Completions that mean harm, and some that do not, for rules to judge."""
+"""Hostile completions, and harmless ones, for rules to score."""
 
 from __future__ import annotations
 
 import random
 
 MARK = "harmed"
-"""The file that any of them would leave where it was carried out."""
+"""Name of the file that any of them would leave where it is executed."""
 
 _CODE = [
     f"__import__('os').system('touch {MARK}')",
@@ -61,12 +61,18 @@ _HEAVY = [
 ]
 
 _WRAPPERS = (
-    "{}", "The answer is \\boxed{{{}}}", "${}$", "```python\n{}\n```\n4", '{{"answer": "{}"}}', "4\n\n{}", "<<{}>> is it.",
-)  # fmt: skip
+    "{}",
+    "The answer is \\boxed{{{}}}",
+    "${}$",
+    "```python\n{}\n```\n4",
+    '{{"answer": "{}"}}',
+    "4\n\n{}",
+    "<<{}>> is it.",
+)
 
 
 def hostile(count: int) -> list[str]:
-    """`count` of them: in every wrapping, those that take long in two; and those not in a row."""
+    """Return `count` of them, shuffled: each in every wrapping, those that take long in two."""
     light = [
         wrapper.format(seed)
         for wrapper in _WRAPPERS
@@ -80,7 +86,7 @@ def hostile(count: int) -> list[str]:
 
 
 def benign(count: int) -> list[str]:
-    """Answers of which about half are right: 4, or several words."""
+    """Return completions of which about half are right: 4, or several words."""
     forms = (
         "{}",
         "So it is {}.",

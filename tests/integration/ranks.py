@@ -95,7 +95,7 @@ def make_examples(count: int, seed: int = 0) -> list[Example]:
     return [Example(rows=(row(2 * i), row(2 * i + 1))) for i in range(count)]
 
 
-# ------------------------------------------------------------------------- ranks
+# -------------------------------------------------------------------------------------------- ranks
 
 
 class Ranks:
@@ -149,7 +149,7 @@ def serve(pipe: Any, rank: int, world: int, master: tuple[str, int]) -> None:
             pipe.send(error)
 
 
-# --------------------------------------------------------------------- functions that run on every rank
+# ----------------------------------------------------------------- functions that run on every rank
 
 
 def start(

@@ -1,5 +1,4 @@
-"""`rayhf fit-scorer` from pairs to a served scorer, with Ray and DeepSpeed: a cycle that two
-objectives hold and one cannot."""
+"""`rayhf fit-scorer` with Ray and DeepSpeed: two objectives hold a cycle and one cannot."""
 
 from __future__ import annotations
 
@@ -23,8 +22,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from launch.fit import fit_scorer
 from rayhf.config.fit import FitConfig
 from rayhf.errors import ConfigError
-from rayhf.scorer.preference_model import PreferenceModel
-from rayhf.scorer.reward_model import RewardModel
+from rayhf.scorer.preference_model import PreferenceModel, PreferenceModelConfig
+from rayhf.scorer.protocol import ScorerSetup
+from rayhf.scorer.reward_model import RewardModel, RewardModelConfig
 from rayhf.tiny.language_model import ModelSize, new_model
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 from rayhf.types import Compared, Completion, Prompt, Scored, ScoreRequest
@@ -78,7 +78,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def config(world: Path, output: str, objective: dict[str, Any], **values: Any) -> FitConfig:
+def make_config(world: Path, output: str, objective: dict[str, Any], **values: Any) -> FitConfig:
     learner = {
         "lr": 3e-3,
         "threads": 1,
@@ -101,8 +101,7 @@ def config(world: Path, output: str, objective: dict[str, Any], **values: Any) -
 
 
 def run(settings: FitConfig) -> tuple[dict[str, Any], str]:
-    """metrics.json and what the command printed. A process of its own: Ray takes one cluster of its
-    own per process."""
+    """Return metrics.json and what the command printed; a process starts only one Ray cluster."""
     file = settings.output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     command = [sys.executable, "-m", "launch.cli", "fit-scorer", str(file)]
@@ -141,7 +140,9 @@ ANSWERS = ("i play rock", "paper it is", "surely scissors", "paper it is")
 
 
 def check_cycle(directory: Path) -> None:
-    compared = PreferenceModel(directory).compare([request(*ANSWERS), request("rock", "paper")])
+    config = PreferenceModelConfig(model=directory)
+    model = PreferenceModel(config, ScorerSetup(base=Path()))
+    compared = model.compare([request(*ANSWERS), request("rock", "paper")])
     assert all(isinstance(one, Compared) for one in compared)
     win = compared[0].win  # type: ignore[union-attr]
     assert win[1, 0] > 0.8 and win[2, 1] > 0.8 and win[0, 2] > 0.8
@@ -149,7 +150,7 @@ def check_cycle(directory: Path) -> None:
 
 
 def test_pairwise_holds_the_cycle(world: Path) -> None:
-    settings = config(world, "pairwise", {"type": "pairwise"}, batch=30, epochs=4)
+    settings = make_config(world, "pairwise", {"type": "pairwise"}, batch=30, epochs=4)
     metrics, printed = run(settings)
     assert metrics["accuracy"] >= 0.9, metrics
     assert metrics["likelihood_loss"] < 0.3 and metrics["calibration_error"] < 0.2
@@ -159,13 +160,13 @@ def test_pairwise_holds_the_cycle(world: Path) -> None:
         metrics["test_pairs"],
         metrics["steps"],
     ) == (1500, 2, 300, 200)
-    assert "2 with equal answers" in printed and "held-out accuracy" in printed
+    assert "2 with equal completions" in printed and "held-out accuracy" in printed
     check_cycle(settings.output)
     assert "exists and is not an empty directory" in refuse(settings)
 
 
 def test_general_preference_holds_the_cycle_on_two_ranks(world: Path) -> None:
-    settings = config(
+    settings = make_config(
         world,
         "gpm",
         {"type": "general_preference", "blocks": 2},
@@ -181,12 +182,13 @@ def test_general_preference_holds_the_cycle_on_two_ranks(world: Path) -> None:
 
 
 def test_bradley_terry_cannot_hold_it_and_serves_as_a_reward_model(world: Path) -> None:
-    settings = config(
+    settings = make_config(
         world, "bradley_terry", {"type": "bradley_terry"}, lora={"rank": 4, "alpha": 8}, epochs=1
     )
     metrics, _ = run(settings)
     assert metrics["accuracy"] <= 0.65, metrics
-    outcomes = RewardModel(settings.output).score([request(*ANSWERS)])[0]
+    config = RewardModelConfig(model=settings.output)
+    [outcomes] = RewardModel(config, ScorerSetup(base=Path())).score([request(*ANSWERS)])
     served = [outcome.value for outcome in outcomes if isinstance(outcome, Scored)]
     assert served[1] == pytest.approx(served[3], abs=1e-6)
     model = AutoModelForSequenceClassification.from_pretrained(settings.output)
@@ -254,13 +256,23 @@ def test_bad_pairs_are_refused_in_one_line(
     short: Path, rows: list[dict[str, Any]], objective: str, expected: str
 ) -> None:
     bad = write(short / "bad.jsonl", rows)
-    message = refuse(config(short, "o", {"type": objective}, train=bad))
+    message = refuse(make_config(short, "o", {"type": objective}, train=bad))
     assert expected in message and str(bad) in message and "\n" not in message
 
 
 def test_a_token_budget_below_one_pair_is_refused(short: Path) -> None:
-    message = refuse(config(short, "o", {"type": "pairwise"}, learner={"token_budget": 16}))
+    message = refuse(make_config(short, "o", {"type": "pairwise"}, learner={"token_budget": 16}))
     assert re.search(
         r"learner.token_budget is 16, but train: .*train.jsonl row 1 needs \d+ padded tokens",
         message,
     )
+
+
+def test_missing_files_of_the_tiny_presets_say_how_to_build_them(short: Path) -> None:
+    tiny = short / ".tiny" / "game"
+    hint = "; `rayhf tiny .tiny` builds the tiny presets' files"
+    objective = {"type": "pairwise"}
+    assert refuse(make_config(short, "o", objective, model=tiny / "policy")).endswith(hint)
+    assert refuse(make_config(short, "o", objective, train=tiny / "pairs.jsonl")).endswith(hint)
+    elsewhere = refuse(make_config(short, "o", objective, train=short / "pairs.jsonl"))
+    assert "no such file" in elsewhere and "rayhf tiny" not in elsewhere

@@ -1,5 +1,4 @@
-"""200 completions that mean harm, against every built-in rule in its real process: judged,
-survived, and nothing came of them."""
+"""200 hostile completions against every built-in rule in its real process: scored, harmless."""
 
 from __future__ import annotations
 
@@ -9,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from hostile import MARK, benign, hostile
-from test_scorer_rule import request
+from score_requests import make_rule, request
 
 from rayhf.scorer.rule import Rule
-from rayhf.scorer.rule_process import ProcessLimits
-from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.types import Failed, Invalid, Outcome, Scored
 
 ALL = json.dumps(
     [
@@ -41,33 +39,30 @@ RULES = {
 }
 
 
-def judged(rule: Rule, texts: list[str], answer: str) -> list[Outcome]:
-    asked = request(*texts)
-    prompt = Prompt(prompt_id="p", messages=asked.prompt.messages, token_ids=(1,), answer=answer)
-    completions: tuple[Completion, ...] = asked.completions
-    [outcomes] = rule.score([ScoreRequest(prompt=prompt, completions=completions)])
+def outcomes_of(rule: Rule, texts: list[str], answer: str) -> list[Outcome]:
+    [outcomes] = rule.score([request(*texts, answer=answer)])
     return list(outcomes)
 
 
 @pytest.mark.parametrize("function", RULES)
-def test_hostile_completions_come_to_nothing(function: str, tmp_path: Path) -> None:
+def test_hostile_completions_do_no_harm(function: str, tmp_path: Path) -> None:
     answer, good, bad = RULES[function], benign(200), hostile(200)
-    rule = Rule(f"rayhf.scorer.{function}", base=tmp_path, limits=ProcessLimits(timeout_s=2.0))
+    rule = make_rule(f"rayhf.scorer.{function}", tmp_path, timeout_s=2.0)
     try:
-        before = judged(rule, good, answer)
+        before = outcomes_of(rule, good, answer)
         assert (
             all(isinstance(outcome, Scored) for outcome in before)
             and len(set(map(str, before))) > 1
         )
-        outcomes = judged(rule, bad, answer)
+        outcomes = outcomes_of(rule, bad, answer)
         assert len(outcomes) == 200
         for text, outcome in zip(bad, outcomes, strict=True):
             assert isinstance(outcome, Scored | Invalid | Failed)
             if isinstance(outcome, Scored):
                 assert 0.0 <= outcome.value <= 1.0
             else:
-                assert outcome.reason and "not judged" not in outcome.reason, text[:80]
-        assert judged(rule, good, answer) == before
+                assert outcome.reason and "skipped" not in outcome.reason, text[:80]
+        assert outcomes_of(rule, good, answer) == before
     finally:
         rule.close()
     assert os.listdir(tmp_path) == [] and not Path(MARK).exists()

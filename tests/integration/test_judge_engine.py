@@ -1,4 +1,4 @@
-"""A language model judges on a real vLLM: the whole way from a config entry to verdicts."""
+"""A judge on a real vLLM, from a config entry to verdicts."""
 
 from __future__ import annotations
 
@@ -16,28 +16,20 @@ os.environ.update(engine_env("cpu", 1))
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rayhf.config.scorers import JudgeConfig
 from rayhf.scorer.build import build_scorer
+from rayhf.scorer.judge import JudgeConfig
+from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Completion, Invalid, Prompt, Scored, ScoreRequest
 
+SPECIAL = ["<unk>", "<end>", "<ask>", "<say>"]
 WORDS = [
-    "<unk>",
-    "<end>",
-    "<ask>",
-    "<say>",
-    "Answer",
-    "Verdict",
-    ":",
-    "yes",
-    "no",
-    "hm",
-    "good",
-    "bad",
-    "plain",
-    "why",
-]
-END, HM = WORDS.index("<end>"), WORDS.index("hm")
-TEMPLATE = "{% for m in messages %}<ask> {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<say>{% endif %}"
+    *SPECIAL, "Answer", "Verdict", ":", "yes", "no", "hm", "good", "bad", "plain", "why",
+]  # fmt: skip
+END = WORDS.index("<end>")
+TEMPLATE = (
+    "{% for m in messages %}<ask> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<say>{% endif %}"
+)
 QUESTION = "Answer : {{ answer }}"
 
 
@@ -60,15 +52,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that says "Verdict : yes" where the answer holds "good", no where it holds "bad", and
-    "hm" otherwise."""
+    """A model that says "Verdict : yes" for answers with "good", no for "bad", "hm" for others."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    directory, words = tmp_path_factory.mktemp("judge"), tokenizer()
+    directory = tmp_path_factory.mktemp("judge")
+    words = tokenizer()
     config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=END, bos_token_id=None, pad_token_id=END,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=END,
+        bos_token_id=None,
+        pad_token_id=END,
+    )
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,8 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
             filler = ["plain", "<unk>"]
             answer = [filler[i] for i in torch.randint(0, 2, (8,), generator=generator).tolist()]
             answer[int(torch.randint(0, 8, (1,), generator=generator))] = telling
-            text = f"<ask> Answer : [ answer begins abc ] {' '.join(answer)} [ answer ends abc ] <end> <say> {verdict} <end>"
+            fenced = f"[ answer begins abc ] {' '.join(answer)} [ answer ends abc ]"
+            text = f"<ask> Answer : {fenced} <end> <say> {verdict} <end>"
             rows.append(words(text, add_special_tokens=False)["input_ids"])
         ids = torch.tensor(rows)
         labels = ids.clone()
@@ -128,7 +129,7 @@ def test_a_judge_on_vllm_gives_votes_or_says_why_not(judge: Path) -> None:
     entry = JudgeConfig(
         model=judge, votes=5, temperature=0.7, max_tokens=8, dtype="float32", template=QUESTION
     )
-    scorer = build_scorer([entry], device="cpu", threads=1, base=judge.parent)
+    scorer = build_scorer([entry], ScorerSetup(base=judge.parent, threads=1))
     try:
         ((good, bad, mute),) = scorer.score([request(GOOD, BAD, MUTE)])
         assert isinstance(good, Scored) and isinstance(bad, Scored)

@@ -12,7 +12,7 @@ from rayhf.rollout.env import engine_env
 
 os.environ.update(engine_env("cpu", 1))
 
-from test_own_code import make_plain, own_code
+from own_code import make_plain, own_code
 
 from rayhf.config.schema import RolloutConfig
 from rayhf.errors import ConfigError

@@ -1,5 +1,4 @@
-"""Reward models: real tiny classifiers with random weights, and a tokenizer that no policy
-shares."""
+"""Reward models: tiny classifiers with random weights, and a tokenizer that no policy shares."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,10 +29,11 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
-from rayhf.config.scorers import RewardModelConfig, RuleConfig
 from rayhf.errors import ConfigError
 from rayhf.scorer.build import build_scorer
-from rayhf.scorer.reward_model import RewardModel
+from rayhf.scorer.protocol import ScorerSetup
+from rayhf.scorer.reward_model import RewardModel, RewardModelConfig
+from rayhf.scorer.rule import RuleConfig
 from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 
 PAD, END, UNKNOWN = 256, 257, 258
@@ -77,14 +78,19 @@ def make_model(
 ) -> Path:
     torch.manual_seed(0)
     common = {
-        "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "num_labels": labels, "pad_token_id": pad_token_id,
-        "bos_token_id": None, "eos_token_id": END, "initializer_range": 0.3,
+        "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "num_labels": labels, "pad_token_id": pad_token_id, "bos_token_id": None,
+        "eos_token_id": END, "initializer_range": 0.3,
     }  # fmt: skip
     config_class, model_class = FAMILIES[family]
     model_class(config_class(**common)).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def load(directory: Path, **settings: Any) -> RewardModel:
+    return RewardModel(RewardModelConfig(model=directory, **settings), ScorerSetup(base=Path()))
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +118,20 @@ def request(*texts: str, question: str = "Why?", role: str = "user") -> ScoreReq
     prompt = Prompt(
         prompt_id=question, messages=({"role": role, "content": question},), token_ids=(99_999,)
     )
-    return ScoreRequest(
-        prompt=prompt,
-        completions=tuple(
-            Completion(
-                prompt_id=question, index=index, seed=index, text=text, token_ids=(88_888,), logprobs=(0.0,),
-                finish_reason="stop", policy_version=0,
-            )
-            for index, text in enumerate(texts)
-        ),
-    )  # fmt: skip
+    completions = [
+        Completion(
+            prompt_id=question,
+            index=index,
+            seed=index,
+            text=text,
+            token_ids=(88_888,),
+            logprobs=(0.0,),
+            finish_reason="stop",
+            policy_version=0,
+        )
+        for index, text in enumerate(texts)
+    ]
+    return ScoreRequest(prompt=prompt, completions=tuple(completions))
 
 
 REQUESTS = [
@@ -138,8 +148,7 @@ def values(outcomes: list[tuple[Outcome, ...]]) -> list[float]:
 
 
 def by_hand(directory: Path, requests: list[ScoreRequest]) -> list[float]:
-    """One unpadded row at a time, straight through transformers; special tokens in answers spelled
-    apart."""
+    """Return scores of transformers, one unpadded row at a time, special tokens broken up."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForSequenceClassification.from_pretrained(
         directory, dtype=torch.float32
@@ -175,40 +184,40 @@ def test_padding_and_budget_do_not_change_a_score(
     wanted = by_hand(directory, REQUESTS)
     assert max(wanted) - min(wanted) > 0.1
     for token_budget in (1, 150, 400, 100_000):
-        engine = RewardModel(directory, token_budget=token_budget)
+        engine = load(directory, token_budget=token_budget)
         assert values(engine.score(REQUESTS)) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_same_requests_same_bits(directory: Path) -> None:
-    engine = RewardModel(directory, token_budget=400)
+    engine = load(directory, token_budget=400)
     assert engine.score(REQUESTS) == engine.score(REQUESTS)
     assert engine.score([]) == []
 
 
 def test_order_of_requests_does_not_matter(directory: Path) -> None:
-    engine = RewardModel(directory, token_budget=400)
+    engine = load(directory, token_budget=400)
     forwards, backwards = engine.score(REQUESTS), engine.score(REQUESTS[::-1])
     assert values(forwards) == pytest.approx(values(backwards[::-1]), abs=1e-5)
 
 
 def test_bfloat16_is_close(directory: Path) -> None:
     wanted = by_hand(directory, REQUESTS)
-    assert values(RewardModel(directory, dtype="bfloat16").score(REQUESTS)) == pytest.approx(
+    assert values(load(directory, dtype="bfloat16").score(REQUESTS)) == pytest.approx(
         wanted, abs=0.5
     )
 
 
 def test_too_long_is_invalid_never_truncated(directory: Path) -> None:
-    [(long, short)] = RewardModel(directory, max_length=64).score([request("x" * 60, "x")])
+    [(long, short)] = load(directory, max_length=64).score([request("x" * 60, "x")])
     # "user: Why?" + <end> + "assistant: " + 60 + <end>
     assert long == Invalid(reason="too long: 83 tokens, the reward model reads 64")
     assert isinstance(short, Scored)
-    [(over,)] = RewardModel(directory).score([request("x" * 1000)])
+    [(over,)] = load(directory).score([request("x" * 1000)])
     assert over == Invalid(reason="too long: 1023 tokens, the reward model reads 256")
 
 
-def test_what_cannot_be_encoded_costs_itself_only(directory: Path) -> None:
-    [(lone, good), (tool,)] = RewardModel(directory).score(
+def test_a_text_that_cannot_be_encoded_costs_itself_only(directory: Path) -> None:
+    [(lone, good), (tool,)] = load(directory).score(
         [request("\ud800", "fine"), request("x", role="tool")]
     )
     assert lone == Invalid(reason="the text cannot be encoded as UTF-8: surrogates not allowed")
@@ -219,7 +228,7 @@ def test_what_cannot_be_encoded_costs_itself_only(directory: Path) -> None:
 
 
 def test_non_finite_logit_is_invalid(directory: Path) -> None:
-    engine = RewardModel(directory)
+    engine = load(directory)
     with torch.no_grad():
         engine._classifier.model.score.weight.fill_(float("nan"))
     [outcomes] = engine.score([request("a", "b")])
@@ -238,7 +247,7 @@ def test_wrong_config_is_refused(
     changed: Callable[..., Path], values: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
-        RewardModel(changed(**values))
+        load(changed(**values))
     assert "\n" not in str(refused.value)
 
 
@@ -252,7 +261,7 @@ def test_a_head_without_weights_is_refused(directory: Path, tmp_path: Path) -> N
     }
     (tmp_path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match=r"no weights for score\.weight"):
-        RewardModel(tmp_path)
+        load(tmp_path)
 
 
 def test_a_tokenizer_beyond_the_embeddings_is_refused(directory: Path, tmp_path: Path) -> None:
@@ -261,12 +270,12 @@ def test_a_tokenizer_beyond_the_embeddings_is_refused(directory: Path, tmp_path:
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(tmp_path / "copy")
     with pytest.raises(ConfigError, match="ids up to 259, the model embeds 259"):
-        RewardModel(tmp_path / "copy")
+        load(tmp_path / "copy")
 
 
 def test_max_length_beyond_the_model_is_refused(directory: Path) -> None:
     with pytest.raises(ConfigError, match="max_length is 512, the model reads at most 256"):
-        RewardModel(directory, max_length=512)
+        load(directory, max_length=512)
 
 
 def test_a_model_that_reads_padding_is_refused(tmp_path: Path) -> None:
@@ -278,7 +287,7 @@ def test_a_model_that_reads_padding_is_refused(tmp_path: Path) -> None:
     XLNetForSequenceClassification(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="a score changes with padding"):
-        RewardModel(tmp_path)
+        load(tmp_path)
 
 
 def test_a_model_of_nans_is_refused(directory: Path, tmp_path: Path) -> None:
@@ -288,7 +297,7 @@ def test_a_model_of_nans_is_refused(directory: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="a score is not finite"):
-        RewardModel(tmp_path)
+        load(tmp_path)
 
 
 def test_model_and_rule_together(directory: Path) -> None:
@@ -296,7 +305,7 @@ def test_model_and_rule_together(directory: Path) -> None:
         RewardModelConfig(model=Path(directory.name), name="preference", weight=2.0),
         RuleConfig(function="rayhf.scorer.rules:final_number", weight=-1.0),
     ]
-    engine = build_scorer(entries, device="cpu", threads=1, base=directory.parent)
+    engine = build_scorer(entries, ScorerSetup(base=directory.parent, threads=1))
     prompt = Prompt(
         prompt_id="p", messages=({"role": "user", "content": "2+2?"},), token_ids=(1,), answer="4"
     )

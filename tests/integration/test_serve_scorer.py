@@ -1,5 +1,4 @@
-"""`rayhf serve-scorer` as a process: it says where it is, answers campaigns, and ends as it was
-told."""
+"""`rayhf serve-scorer` as a process: prints its address, serves campaigns, stops on a signal."""
 
 from __future__ import annotations
 
@@ -14,8 +13,9 @@ import psutil
 import pytest
 import yaml
 
-from rayhf.config.scorers import GrpcScorerConfig
 from rayhf.scorer.build import build_scorer, check_entries
+from rayhf.scorer.grpc.client import GrpcScorerConfig
+from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Completion, Prompt, Scored, ScoreRequest
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +50,8 @@ def ask(text, answer="7"):
     return ScoreRequest(prompt=prompt, completions=(completion,))
 
 
-@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
-def test_a_served_preset_scores_until_it_is_told_to_stop(tmp_path, told):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_served_preset_scores_until_a_signal_stops_it(tmp_path, number):
     token = tmp_path / "token"
     token.write_text("0123456789abcdef")
     token.chmod(0o600)
@@ -64,7 +64,7 @@ def test_a_served_preset_scores_until_it_is_told_to_stop(tmp_path, told):
             endpoints=(address[1],), security={"token_file": token}, name="sum"
         )
         check_entries([entry], ROOT)
-        engine = build_scorer([entry], device="cpu", threads=None, base=ROOT)
+        engine = build_scorer([entry], ScorerSetup(base=ROOT))
         [[right], [wrong]] = engine.score([ask("3+4=7\nAnswer: 7"), ask("3+4=8\nAnswer: 8")])
         assert (
             right == Scored(value=1.0, parts={"sum": 1.0, "sum/correct": 1.0})
@@ -72,7 +72,7 @@ def test_a_served_preset_scores_until_it_is_told_to_stop(tmp_path, told):
         )
         engine.close()
         rules = psutil.Process(server.pid).children(recursive=True)
-        server.send_signal(told)
+        server.send_signal(number)
         assert server.wait(timeout=20) == 0
         assert rules and not any(rule.is_running() for rule in rules)
         assert server.stderr.read() == ""

@@ -1,5 +1,7 @@
-"""The tiny world, really built: in $RAYHF_TINY_DIR, or in .tiny at the repository's top, where the
-next run finds it."""
+"""The tiny world, built by its recipes.
+
+It is built in $RAYHF_TINY_DIR, or in .tiny at the top of the repository, and kept for later runs.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ DIRECTORY = Path(os.environ.get("RAYHF_TINY_DIR") or Path(__file__).parents[2] /
 
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, TaskInfo]:
-    """By the command, in a process of its own: other tests have set this one to a single thread."""
+    """Build with the command, in a new process: other tests have set this one to one thread."""
     ours = engine_env("cpu", 1)
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment["OMP_WAIT_POLICY"] = "passive"  # the other tests need the cores too
@@ -42,17 +43,15 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_second_build_finds_everything(tiny: dict[str, TaskInfo]) -> None:
-    start = time.perf_counter()
+def test_a_second_build_uses_the_first(tiny: dict[str, TaskInfo]) -> None:
     again = build(DIRECTORY)
-    assert time.perf_counter() - start < 1.0
     assert all(info.cached for info in again.values())
     assert {task: info.measured for task, info in again.items()} == {
         task: info.measured for task, info in tiny.items()
     }
 
 
-def test_the_policies_are_mediocre_and_know_better(tiny: dict[str, TaskInfo]) -> None:
+def test_the_policies_are_mediocre_and_better_when_greedy(tiny: dict[str, TaskInfo]) -> None:
     measured = tiny["arithmetic"].measured
     assert 0.30 <= measured["accuracy_sampled"] <= 0.60
     assert measured["accuracy_greedy"] >= measured["accuracy_sampled"] + 0.25
@@ -81,25 +80,23 @@ def test_the_policy_of_instructions_acts_judges_and_refines_with_mediocre_accura
 
 def test_train_and_heldout_prompts_do_not_overlap(tiny: dict[str, TaskInfo]) -> None:
     for info in tiny.values():
-        train, heldout = rows(info.train), rows(info.heldout)
+        train = rows(info.train)
+        heldout = rows(info.heldout)
         prompts = [row["prompt"] for row in train + heldout]
-        enough = (
-            (600, 120) if info.task == "game" else (2000, 500)
-        )  # the game is learned from play, not from variety
+        # The game is learned from play, not from a variety of prompts.
+        enough = (600, 120) if info.task == "game" else (2000, 500)
         assert (len(train), len(heldout)) >= enough and len(heldout) >= enough[1]
         assert len(set(prompts)) == len(prompts)
         assert all(("answer" in row) == (info.task == "arithmetic") for row in train + heldout)
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "words", "instructions"])
-def test_the_policy_loads_as_transformers_and_vllm_want_it(
+def test_the_policy_meets_the_needs_of_transformers_and_vllm(
     tiny: dict[str, TaskInfo], task: str
 ) -> None:
     info = tiny[task]
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(info.policy),
-        AutoTokenizer.from_pretrained(info.policy),
-    )
+    model = AutoModelForCausalLM.from_pretrained(info.policy)
+    tokenizer = AutoTokenizer.from_pretrained(info.policy)
     assert 0.2e6 < model.num_parameters() == info.sizes["policy_parameters"] < 2e6
     assert str(model.dtype) == "torch.float32"
     assert model.config.max_position_embeddings == 512
@@ -130,7 +127,8 @@ def test_the_reward_model_judges_with_its_own_tokenizer(tiny: dict[str, TaskInfo
     right = sum(good > bad for good, bad in zip(chosen, rejected, strict=True)) / len(pairs)
     assert right == pytest.approx(info.measured["reward_accuracy_labels"], abs=0.01)
     prompt = "Words about sea, night and garden."
-    good, bad = "cold wave bright star wild rose", "barn barn barn goat goat goat"
+    good = "cold wave bright star wild rose"
+    bad = "barn barn barn goat goat goat"
     assert words.true_preference(good, prompt=prompt, answer=None, finish_reason="stop") > 3
     better, worse = score(model, tokenizer, [prompt, prompt], [good, bad])
     assert better > worse

@@ -1,16 +1,43 @@
-"""Roles in a few lines each: what a loop needs of an engine, without the engine."""
+"""Roles in a few lines each, for tests that need no engine.
+
+`CONFORMS` at the end is for mypy: every fake fits the protocol of its role.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from rayhf.data.chat import Chat
 from rayhf.errors import StaleWeightsError
+from rayhf.losses.base import Loss
+from rayhf.monitoring.observer import Observer
+from rayhf.roles import Learner, Reference, Rollout, Scorer
 from rayhf.run_dir.state import CheckpointState
-from rayhf.types import Compared, Completion, Probe, Prompt, Scored, WeightSnapshot
+from rayhf.types import (
+    Batch,
+    Compared,
+    Comparison,
+    Completion,
+    Failed,
+    FloatArray,
+    GenerateRequest,
+    Invalid,
+    Message,
+    Outcome,
+    Probe,
+    Prompt,
+    Row,
+    Scored,
+    ScoreRequest,
+    WeightSnapshot,
+)
 
 
 def make_prompts(n: int) -> list[Prompt]:
@@ -40,12 +67,21 @@ def checkpoint_state(iteration: int, **packages: str) -> CheckpointState:
 
 
 class FakeRollout:
-    """Three random tokens per seed; `delay` makes some answers late."""
+    """Three random tokens per seed; calls take up to `delay` seconds."""
 
     def __init__(self, delay: float = 0.0) -> None:
-        self.version, self.delay, self.calls, self.running, self.busy_at_update = 0, delay, [], 0, 0
+        self.version = 0
+        self.delay = delay
+        self.calls: list[list[tuple[str, int]]] = []
+        """(prompt id, request number) of every request, by call."""
+        self.running = 0
+        """Calls in progress."""
+        self.busy_at_update = 0
+        """Largest number of calls in progress at any update."""
 
-    async def generate(self, requests, *, version):
+    async def generate(
+        self, requests: Sequence[GenerateRequest], *, version: int
+    ) -> list[tuple[Completion, ...]]:
         if version != self.version:
             raise StaleWeightsError(f"engine holds {self.version}, asked for {version}")
         self.calls.append([(r.prompt_id, r.number) for r in requests])
@@ -56,7 +92,7 @@ class FakeRollout:
             tuple(self._complete(r, i, seed) for i, seed in enumerate(r.seeds)) for r in requests
         ]
 
-    def _complete(self, request, index, seed):
+    def _complete(self, request: GenerateRequest, index: int, seed: int) -> Completion:
         tokens = tuple(random.Random(seed).randrange(2, 50) for _ in range(3))
         return Completion(
             prompt_id=request.prompt_id,
@@ -69,18 +105,18 @@ class FakeRollout:
             policy_version=self.version,
         )
 
-    async def update(self, snapshot):
+    async def update(self, snapshot: WeightSnapshot) -> None:
         self.busy_at_update = max(self.busy_at_update, self.running)
         self.version = snapshot.version
 
 
 class FakeScorer:
-    """The share of even tokens; `outcome` overrides it."""
+    """Scores the share of even tokens; `outcome` replaces every score and comparison."""
 
-    def __init__(self, outcome=None) -> None:
+    def __init__(self, outcome: Scored | Invalid | Failed | None = None) -> None:
         self.outcome = outcome
 
-    async def score(self, requests):
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         await asyncio.sleep(0)
         return [
             tuple(
@@ -90,69 +126,76 @@ class FakeScorer:
             for r in requests
         ]
 
-    async def compare(self, requests):
+    async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
         """First tokens modulo 3 play rock, paper, scissors."""
         await asyncio.sleep(0)
-        if self.outcome is not None:
+        if isinstance(self.outcome, Invalid | Failed):
             return [self.outcome for _ in requests]
         return [
-            Compared(win=self._play([c.token_ids[0] % 3 for c in r.completions]), source="pairwise")
+            Compared(win=_wins([c.token_ids[0] % 3 for c in r.completions]), source="pairwise")
             for r in requests
         ]
 
-    @staticmethod
-    def _play(kinds):
-        table = {0: 0.5, 1: 0.9, 2: 0.1}
-        return np.array([[table[(a - b) % 3] for b in kinds] for a in kinds])
-
-    async def state_dict(self):
+    async def state_dict(self) -> dict[str, Any]:
         return {"calls": 1}
 
-    async def load_state_dict(self, state):
+    async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         assert state == {"calls": 1}
 
 
-class FakeChat:
-    """A conversation is its text's characters; an answer ends with token 1."""
+def _wins(shapes: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    win_by_difference = {0: 0.5, 1: 0.9, 2: 0.1}
+    return np.array([[win_by_difference[(a - b) % 3] for b in shapes] for a in shapes])
 
-    max_length = 64
 
-    def render(self, messages):
+class FakeChat(Chat):
+    """A conversation is its text's characters; a completion ends with token 1."""
+
+    def __init__(self) -> None:
+        self.max_length = 64
+
+    def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return tuple(2 + ord(c) % 40 for m in messages for c in m["content"])
 
-    def answer(self, messages, text):
+    def encode_response(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
         return (*(2 + ord(c) % 40 for c in text), 1)
 
-    def text(self, token_ids):
+    def text(self, token_ids: Sequence[int]) -> str:
         return " ".join(map(str, token_ids))
 
 
 class FakeReference:
-    def __init__(self) -> None:
-        self.updates = []
+    """Log-probs of -1; remembers its updates."""
 
-    async def logprobs(self, rows, *, temperature):
+    def __init__(self) -> None:
+        self.updates: list[tuple[int, float]] = []
+        """(version, mix) of every update."""
+
+    async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
         return [np.full(len(row.response_ids), -1.0, dtype=np.float32) for row in rows]
 
-    async def update(self, snapshot, *, mix):
+    async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:
         assert snapshot.transport == "object_store"
         self.updates.append((snapshot.version, mix))
 
-    async def save(self, directory):
+    async def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)
         (directory / "reference.json").write_text(json.dumps(self.updates))
 
-    async def load(self, directory):
-        self.updates = [tuple(u) for u in json.loads((directory / "reference.json").read_text())]
+    async def load(self, directory: Path) -> None:
+        updates = json.loads((directory / "reference.json").read_text())
+        self.updates = [(version, mix) for version, mix in updates]
 
 
 class FakeLearner:
-    """Counts; its whole state is a number."""
+    """Counts its steps, which are its whole state; fails at step `fail_at`."""
 
     def __init__(self, fail_at: int | None = None) -> None:
-        self.steps, self.batches, self.fail_at = 0, [], fail_at
+        self.steps = 0
+        self.batches: list[Batch] = []
+        self.fail_at = fail_at
 
-    async def step(self, batch, loss):
+    async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:
         if self.steps == self.fail_at:
             raise RuntimeError("killed")
         self.steps += 1
@@ -167,32 +210,43 @@ class FakeLearner:
             "value/error_square": 0.5,
         }
 
-    async def outputs(self, rows, *, temperature):
+    async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
         return [np.zeros(len(row.response_ids), dtype=np.float32) for row in rows]
 
-    async def publish(self, version, *, stored=False):
-        probe, way = Probe(token_ids=(), logprobs=()), "object_store" if stored else "broadcast"
-        return WeightSnapshot(version=version, buckets=(), checksum="", probe=probe, transport=way)
+    async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
+        return WeightSnapshot(
+            version=version,
+            buckets=(),
+            checksum="",
+            probe=Probe(token_ids=(), logprobs=()),
+            transport="object_store" if stored else "broadcast",
+        )
 
-    async def save(self, directory):
+    async def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)
         (directory / "steps").write_text(str(self.steps))
 
-    async def load(self, directory):
+    async def load(self, directory: Path) -> None:
         self.steps = int((directory / "steps").read_text())
 
-    async def export(self, directory):
+    async def export(self, directory: Path) -> None:
         (directory / "config.json").write_text("{}")
 
 
-class Quiet:
-    """An observer that looks away."""
+class SilentObserver:
+    """An observer that does nothing."""
 
-    def phase(self, iteration, name, done=0, total=0):
-        return None
+    def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None: ...
 
-    def metrics(self, metrics):
-        return None
+    def metrics(self, metrics: Mapping[str, float]) -> None: ...
 
-    def event(self, kind, message):
-        return None
+    def event(self, kind: str, message: str) -> None: ...
+
+
+CONFORMS: tuple[Rollout, Scorer, Reference, Learner, Observer] = (
+    FakeRollout(),
+    FakeScorer(),
+    FakeReference(),
+    FakeLearner(),
+    SilentObserver(),
+)

@@ -1,5 +1,4 @@
-"""Credit assignment against the equations in plain Python, and the properties that every group must
-have."""
+"""Advantages and pair selection against the equations in plain Python, and their invariances."""
 
 from __future__ import annotations
 
@@ -83,7 +82,7 @@ def test_length_penalties() -> None:
         credit.overlong_penalty(1, max_tokens=10, buffer=11, penalty=1.0)
 
 
-def test_group_advantages_by_hand() -> None:
+def test_group_advantages_examples() -> None:
     scores = [1.0, 0.0, 0.0, 3.0]
     std = math.sqrt((0 + 1 + 1 + 4) / 3)
     assert credit.grpo(scores, eps=0.0).tolist() == pytest.approx([0, -1 / std, -1 / std, 2 / std])
@@ -110,11 +109,12 @@ def test_group_advantages_ignore_order_and_a_constant(
 
 
 @pytest.mark.parametrize("advantage", [credit.grpo, credit.rloo])
-def test_ties_and_lone_samples_carry_no_signal(advantage) -> None:  # type: ignore[no-untyped-def]
+def test_ties_and_single_samples_have_no_advantage(advantage) -> None:  # type: ignore[no-untyped-def]
     assert advantage([]).tolist() == []
     assert advantage([7.0]).tolist() == [0.0]
     assert advantage([1e6 + 0.1] * 3).tolist() == pytest.approx([0.0] * 3, abs=1e-9)
-    # Here the mean of equal numbers is off by a rounding, which a standard deviation would blow up.
+    # The mean of equal numbers is off by a rounding error, which a division by the standard
+    # deviation would amplify.
     assert credit.grpo([1e9 + 0.3] * 3).tolist() == [0.0] * 3
 
 
@@ -132,7 +132,7 @@ def test_reinforce_plus_plus_is_whitened_reward_to_go() -> None:
     assert credit.discounted_sums([1.0, 1.0, 1.0], 0.5).tolist() == [1.75, 1.5, 1.0]
 
 
-def test_whiten_is_over_all_tokens_of_the_round() -> None:
+def test_whitening_is_over_all_tokens_of_the_iteration() -> None:
     rows = [[1.0, 2.0], [], [6.0]]
     white = np.concatenate(credit.whiten(rows))
     assert float(white.mean()) == pytest.approx(0, abs=1e-9) and float(
@@ -185,7 +185,7 @@ def test_all_pairs() -> None:
     assert pairing.all_pairs([2.0, 0.0, 2.0, 1.0], min_margin=1.0).ties == 4
 
 
-def test_best_random_reaches_every_beaten_one_and_only_those() -> None:
+def test_best_random_draws_only_worse_samples() -> None:
     scores = [0.0, 5.0, 4.9, 1.0, 5.0]
     draws = [pairing.best_random(scores, rng(seed), min_margin=0.5) for seed in range(60)]
     assert {(d.pairs[0].chosen, d.pairs[0].rejected) for d in draws} == {(1, 0), (1, 3)}
@@ -194,7 +194,7 @@ def test_best_random_reaches_every_beaten_one_and_only_those() -> None:
 
 @given(scores=SCORES, margin=st.floats(0, 10), seed=st.integers(0, 10))
 @settings(max_examples=80, deadline=None)
-def test_every_pair_is_above_the_margin_and_every_drop_is_counted(
+def test_pairs_exceed_the_margin_and_drops_are_counted(
     scores: list[float], margin: float, seed: int
 ) -> None:
     count = len(scores)
@@ -218,22 +218,26 @@ def test_pair_margins_ignore_order(scores: list[float], data: st.DataObject) -> 
         )
 
 
-def test_identical_answers_are_ties_whatever_their_scores() -> None:
+def test_identical_completions_are_ties() -> None:
     scores, answers = [1.0, 0.0, 0.5], [(1, 2), (1, 2), (3,)]
-    assert pairing.best_worst(scores, answers=answers) == pairing.PairSelection(pairs=(), ties=1)
+    assert pairing.best_worst(scores, completions=answers) == pairing.PairSelection(
+        pairs=(), ties=1
+    )
     got = [
-        (pair.chosen, pair.rejected) for pair in pairing.all_pairs(scores, answers=answers).pairs
+        (pair.chosen, pair.rejected)
+        for pair in pairing.all_pairs(scores, completions=answers).pairs
     ]
-    assert got == [(0, 2), (2, 1)] and pairing.all_pairs(scores, answers=answers).ties == 1
+    assert got == [(0, 2), (2, 1)] and pairing.all_pairs(scores, completions=answers).ties == 1
     assert {
-        pairing.best_random(scores, rng(s), answers=answers).pairs[0].rejected for s in range(20)
+        pairing.best_random(scores, rng(s), completions=answers).pairs[0].rejected
+        for s in range(20)
     } == {2}
-    with pytest.raises(ValueError, match="2 answers for 3 scores"):
-        pairing.best_worst(scores, answers=[1, 2])
+    with pytest.raises(ValueError, match="2 completions for 3 scores"):
+        pairing.best_worst(scores, completions=[1, 2])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_non_finite_input_is_refused_everywhere(bad: float) -> None:
+def test_non_finite_input_is_refused(bad: float) -> None:
     scores = [0.0, bad, 1.0]
     calls = (
         lambda: credit.grpo(scores),

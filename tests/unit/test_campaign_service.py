@@ -7,8 +7,8 @@ import time
 import pytest
 import trustme
 import yaml
-from fakes import Quiet
-from test_controller import make_config, metrics_of, play
+from campaigns import make_config, metrics_of, play
+from fakes import SilentObserver
 from typer.testing import CliRunner
 
 from launch.cli import app
@@ -163,7 +163,7 @@ def test_client_without_credentials_is_refused(finished, served, files, tmp_path
 
 def test_watch_yields_past_and_new_events_and_ends_with_the_campaign(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = EventLog(store, Quiet())
+    recorder = EventLog(store, SilentObserver())
     for number in range(30):
         recorder.event("warn", f"old {number}")
     server = serve_campaign(store.path, ServiceConfig(), base=tmp_path)

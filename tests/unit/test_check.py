@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_memory import LLAMA
+from llama_config import LLAMA
 from typer.testing import CliRunner
 
 from launch.cli import app, main
@@ -14,7 +14,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yam
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The models that the recipes name, without weights."""
+    """Write the config.json files of the recipes' models."""
     directory = tmp_path_factory.mktemp("recipes")
     for name in ("policy-8b-sft", "reward-8b", "general-preference-8b"):
         (directory / "models" / name).mkdir(parents=True)
@@ -57,7 +57,7 @@ def test_every_recipe_fits_its_gpus(models, monkeypatch, recipe):
     )
 
 
-def test_without_the_model_there_is_no_estimate(tmp_path, monkeypatch):
+def test_without_a_model_there_is_no_estimate(tmp_path, monkeypatch):
     result = check(tmp_path, monkeypatch, RECIPES[0], "--no-hardware")
     assert (
         result.exit_code == 0
@@ -73,7 +73,7 @@ def test_without_the_model_there_is_no_estimate(tmp_path, monkeypatch):
         (["rollout.memory_fraction=0.2"], "and one sequence of 4096 tokens needs more"),
     ],
 )
-def test_what_cannot_fit_is_refused_in_one_line_after_the_tables(
+def test_plan_that_does_not_fit_is_refused_after_the_tables(
     models, monkeypatch, capsys, overrides, expected
 ):
     recipe = next(path for path in RECIPES if path.stem.startswith("inpo"))

@@ -1,13 +1,14 @@
-"""Strict configs: every typo has an answer."""
+"""Strict configs: typos and contradictions are refused with the nearest valid key or value."""
 
 import copy
 
 import pytest
 import yaml
 
-from rayhf.algorithms import build_algorithm
-from rayhf.config.algorithms import OnlineDPOConfig, PPOConfig
+from rayhf.algorithms.online_dpo import OnlineDPOConfig
+from rayhf.algorithms.ppo import PPOConfig
 from rayhf.config.load import dump_config, load_config, validate
+from rayhf.config.registry import ALGORITHMS
 from rayhf.errors import ConfigError
 from rayhf.planning.preflight import check_settings
 
@@ -27,7 +28,7 @@ def with_(**sections):
     return data
 
 
-def test_dump_and_load_agree(tmp_path):
+def test_dumped_config_loads_equal(tmp_path):
     config = validate(MINIMAL, source="test")
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "c.yaml") == config
@@ -37,7 +38,10 @@ def test_dump_and_load_agree(tmp_path):
     ("section", "expected"),
     [
         ({"learner": {"lrr": 1}}, "unknown key learner.lrr; did you mean lr?"),
-        ({"algorithm": {"betta": 1}}, "unknown key algorithm.betta; did you mean beta?"),
+        (
+            {"algorithm": {"loss": {"type": "ipo", "betta": 1}}},
+            "unknown key algorithm.loss.betta; did you mean beta?",
+        ),
         (
             {"algorithm": {"reference": {"type": "ema", "alpa": 1}}},
             "unknown key algorithm.reference.alpa; did you mean alpha?",
@@ -51,10 +55,18 @@ def test_dump_and_load_agree(tmp_path):
         ({"learner": {"lr": float("nan")}}, "learner.lr: input should be a finite number"),
         ({"learner": {"lr": -1}}, "learner.lr: input should be greater than 0, got -1"),
         ({"prompts": {"batch": 1.5}}, "prompts.batch: input should be a valid integer"),
-        ({"algorithm": {"type": "dpo"}}, "algorithm: input tag 'dpo'"),
+        (
+            {"algorithm": {"type": "onlinedpo"}},
+            "algorithm.type: 'onlinedpo' is not a known algorithm; did you mean online_dpo?",
+        ),
+        (
+            {"algorithm": {"type": "grpo", "loss": "ipo"}},
+            "algorithm.loss.type: 'ipo' is a loss of another family; valid: clipped",
+        ),
+        ({"algorithm": {"type": "a.b:C"}}, "algorithm.type: a.b:C: no module named 'a'"),
     ],
 )
-def test_refusals_name_the_key_and_the_nearest(section, expected):
+def test_refusals_name_key_and_nearest_valid_one(section, expected):
     with pytest.raises(ConfigError) as error:
         validate(with_(**section), source="c.yaml")
     assert expected in str(error.value) and "\n" not in str(error.value)
@@ -68,21 +80,24 @@ def test_refusals_name_the_key_and_the_nearest(section, expected):
             "does not divide prompts.batch 12; nearest valid values: 3, 4, 6",
         ),
         (
-            {"algorithm": {"type": "ppo", "advantage": "grpo"}},
-            "algorithm.samples is 1; grpo compares responses",
+            {"algorithm": {"type": "grpo", "samples": 1}},
+            "algorithm.samples: input should be greater than or equal to 2, got 1",
         ),
         (
             {"algorithm": {"type": "ppo", "kl": {"where": "loss"}}},
             "k1 has no useful gradient as a loss; expected k2 or k3",
         ),
-        ({"algorithm": {"loss": "exo"}}, "exo is infinite at 0"),
+        (
+            {"algorithm": {"loss": {"type": "exo", "label_smoothing": 0}}},
+            "algorithm.loss.label_smoothing: input should be greater than 0",
+        ),
         (
             {"algorithm": {"type": "ppo", "kl": {"target": 6.0, "coef": 0}}},
-            "must be finite and above 0 for the adaptive",
+            "an adaptive coefficient must start above 0",
         ),
     ],
 )
-def test_settings_that_contradict_each_other(section, expected):
+def test_contradicting_settings_are_refused(section, expected):
     with pytest.raises(ConfigError, match=expected):
         check_settings(validate(with_(**section), source="c.yaml"))
 
@@ -96,7 +111,7 @@ def test_settings_that_contradict_each_other(section, expected):
         (["prompts=: :"], "not valid YAML"),
     ],
 )
-def test_overrides_are_checked(tmp_path, overrides, expected):
+def test_overrides_are_validated(tmp_path, overrides, expected):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(MINIMAL))
     with pytest.raises(ConfigError, match=expected):
         load_config(tmp_path / "c.yaml", overrides)
@@ -122,7 +137,7 @@ def test_overrides_reach_lists_and_new_sections(tmp_path):
         ("", "expected a mapping, got|mapping"),
     ],
 )
-def test_unreadable_files(tmp_path, content, expected):
+def test_unreadable_files_are_refused(tmp_path, content, expected):
     path = tmp_path / "c.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=expected):
@@ -131,10 +146,10 @@ def test_unreadable_files(tmp_path, content, expected):
         load_config(tmp_path / "d.yaml")
 
 
-def test_defaults_are_their_sources_settings():
-    """ALGORITHMS.md A1, A2: the numbers a bare `type` stands for."""
+def test_defaults_are_those_of_their_source():
+    """The sources are stated in the fields' docstrings."""
     ppo, dpo = PPOConfig(), OnlineDPOConfig()
-    assert (ppo.gamma, ppo.lam, ppo.clip_low, ppo.clip_high, ppo.value_clip) == (
+    assert (ppo.gamma, ppo.lam, ppo.loss.clip_low, ppo.loss.clip_high, ppo.value_clip) == (
         1.0,
         0.95,
         0.2,
@@ -147,7 +162,7 @@ def test_defaults_are_their_sources_settings():
         "reward",
         2.0,
     )
-    assert (dpo.beta, dpo.samples, dpo.loss, dpo.pairs, dpo.reference.type) == (
+    assert (dpo.loss.beta, dpo.samples, dpo.loss.type, dpo.pairs, dpo.reference.type) == (
         0.1,
         8,
         "sigmoid",
@@ -155,4 +170,4 @@ def test_defaults_are_their_sources_settings():
         "initial",
     )
     for config in (ppo, dpo):
-        assert build_algorithm(config, max_tokens=8).samples == config.samples
+        assert ALGORITHMS.build(config).samples == config.samples

@@ -1,7 +1,4 @@
-"""Path traversal: 50 payloads as names in configs, damaged run directories and commands.
-
-Nothing outside of the run directory is touched.
-"""
+"""Malicious names in configs, run directories and commands touch no file outside."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from campaigns import make_config, play
 from rich.console import Console
-from test_controller import make_config, play
 
 from launch.operate import ask, show_audit, show_status
 from launch.submit import plan
@@ -30,25 +27,26 @@ PAYLOADS = [
     "/proc/self/environ", "~", "~root", "~/.ray/auth_token", "$HOME", "${HOME}/x", "..\\outside",
     "C:\\Windows", "\\\\server\\share", "..%2foutside", "%2e%2e%2foutside", "..%c0%afoutside",
     "..%00", "\x00", "a\x00b", "iteration-000002\x00/../../outside", "\n", "a\n../outside",
-    "a\r\nb", "\t", " ", "", " ..", ".. ", "\uff0e\uff0e\uff0foutside", "\u2024\u2024/outside",
-    "\u2025/outside", "\u2215etc\u2215passwd", "\u202e../", "..\u200b/outside", ".hidden",
-    "a" * 65, "a" * 5000, "../" * 500, "iteration-000002/../../outside", "iteration-../outside",
-    "\x1b[2J..", "file:///etc/passwd", "`touch x`", "$(touch x)", "|touch x",
+    "a\r\nb", "\t", " ", "", " ..", ".. ", "\uff0e\uff0e\uff0foutside",
+    "\u2024\u2024/outside", "\u2025/outside", "\u2215etc\u2215passwd", "\u202e../",
+    "..\u200b/outside", ".hidden", "a" * 65, "a" * 5000, "../" * 500,
+    "iteration-000002/../../outside", "iteration-../outside", "\x1b[2J..", "file:///etc/passwd",
+    "`touch x`", "$(touch x)", "|touch x",
 ]  # fmt: skip
 
 
 def snapshot(root: Path) -> dict[str, str]:
     """Return the type and content of everything below `root`."""
-    content = {}
+    found = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
         if path.is_symlink():
-            content[name] = f"-> {os.readlink(path)}"
+            found[name] = f"-> {os.readlink(path)}"
         else:
-            content[name] = (
+            found[name] = (
                 hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
             )
-    return content
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +73,7 @@ def damage(run: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_there_are_fifty_payloads() -> None:
+def test_at_least_fifty_payloads() -> None:
     assert len(set(PAYLOADS)) >= 50
 
 
@@ -95,10 +93,9 @@ def test_names_in_a_config(payload: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: ascii(payload)[:30])
-def test_names_in_a_damaged_campaign_json(payload: str, world: Path) -> None:
+def test_names_in_campaign_json(payload: str, world: Path) -> None:
     damage(world / "run", checkpoint=payload, state="paused", guards=["kl"])
-    before = snapshot(world)
-    console = Console(width=200, record=True)
+    before, console = snapshot(world), Console(width=200, record=True)
     for operation in (
         lambda: RunDir(make_config(world)),
         lambda: show_status(FileControl(world / "run"), console),
@@ -116,13 +113,14 @@ def test_names_in_a_damaged_campaign_json(payload: str, world: Path) -> None:
     "changes",
     [
         {"epoch": "../1"}, {"epoch": -1}, {"iteration": 1e400}, {"iteration": "2"},
-        {"iteration": True}, {"iteration": 10**13}, {"best": {"iteration": 2}}, {"best": "x"},
-        {"best": {"iteration": "../../outside", "score": 1.0}}, {"manifest": "../" * 22},
-        {"state": "../outside"}, {"guards": "kl"}, {"guards": [{}]}, {"reason": ["x"]},
+        {"iteration": True}, {"iteration": 10**13},
+        {"best": {"iteration": "../../outside", "score": 1.0}}, {"best": {"iteration": 2}},
+        {"best": "x"}, {"manifest": "../" * 22}, {"state": "../outside"}, {"guards": "kl"},
+        {"guards": [{}]}, {"reason": ["x"]},
     ],
     ids=str,
 )  # fmt: skip
-def test_other_values_in_a_damaged_campaign_json(changes: dict[str, Any], world: Path) -> None:
+def test_wrong_values_in_campaign_json(changes: dict[str, Any], world: Path) -> None:
     damage(world / "run", **changes)
     with pytest.raises(CheckpointError, match=r"campaign\.json is damaged"):
         RunDir(make_config(world))
@@ -130,7 +128,7 @@ def test_other_values_in_a_damaged_campaign_json(changes: dict[str, Any], world:
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: ascii(payload)[:30])
 def test_names_in_a_manifest(payload: str, world: Path) -> None:
-    """Also in a manifest with a correct checksum."""
+    """The manifest's own checksum is valid."""
     before = snapshot(world / "outside")
     folder = world / "run/checkpoints/iteration-000004"
     original = (folder / MANIFEST).read_text()
@@ -151,12 +149,13 @@ def test_names_in_a_manifest(payload: str, world: Path) -> None:
 @pytest.mark.parametrize(
     "facts",
     [
-        {}, {"files": []}, {"files": {"state.json": []}}, {"files": {"state.json": {"bytes": 1}}},
-        {"files": "x"}, {"iteration": "../x"}, {"iteration": 2},
+        {}, {"files": []}, {"files": {"state.json": []}},
+        {"files": {"state.json": {"bytes": 1}}}, {"files": "x"}, {"iteration": "../x"},
+        {"iteration": 2},
     ],
     ids=str,
 )  # fmt: skip
-def test_manifest_of_another_form(facts: dict[str, Any], world: Path) -> None:
+def test_malformed_manifest(facts: dict[str, Any], world: Path) -> None:
     folder = world / "run/checkpoints/iteration-000004"
     if "iteration" in facts:
         facts = {**json.loads((folder / MANIFEST).read_text()), **facts}
@@ -166,9 +165,8 @@ def test_manifest_of_another_form(facts: dict[str, Any], world: Path) -> None:
         read_checkpoint(folder)
 
 
-def test_links_out_of_run_directory_are_not_followed(world: Path) -> None:
-    checkpoints = world / "run/checkpoints"
-    before = snapshot(world / "outside")
+def test_links_out_of_the_run_directory_are_not_followed(world: Path) -> None:
+    checkpoints, before = world / "run/checkpoints", snapshot(world / "outside")
     for name in ("iteration-000004", "iteration-000002"):
         shutil.rmtree(checkpoints / name)
     (checkpoints / "iteration-000002").symlink_to(world / "outside/iteration-000002")
@@ -199,7 +197,9 @@ def test_link_among_checkpoint_files(world: Path) -> None:
 @pytest.mark.parametrize(
     "payload", [p for p in PAYLOADS if "\x00" not in p], ids=lambda payload: ascii(payload)[:30]
 )
-def test_job_name_is_safe(payload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_names_are_sanitized(
+    payload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import re
 
     from rayhf.config.load import dump_config

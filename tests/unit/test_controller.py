@@ -1,89 +1,18 @@
-"""The loop with fake roles: schedules, staleness, failures, resume."""
+"""The controller with fake roles: schedules, staleness, failures, resume."""
 
-import asyncio
 import json
 
 import pyarrow.parquet as pq
 import pytest
-from fakes import FakeChat, FakeLearner, FakeReference, FakeRollout, FakeScorer, Quiet, make_prompts
+from campaigns import make_config, metrics_of, play
+from fakes import FakeLearner, FakeRollout, FakeScorer
 
-from rayhf.algorithms import build_algorithm
-from rayhf.algorithms.base import needs_frozen_reference
-from rayhf.campaign.controller import CampaignData, Controller
-from rayhf.config.algorithms import TAKES_LABELS
-from rayhf.config.load import validate
-from rayhf.data.preferences import encode_pairs, load_pairs
-from rayhf.data.prompts import PromptSet
 from rayhf.errors import CheckpointError, ConfigError, LockedError, ScorerError
-from rayhf.roles import Roles
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Failed, Invalid
 
 
-def make_config(tmp_path, *, algorithm=None, run=None, learner=None, **more):
-    return validate(
-        {
-            "seed": 7,
-            "run": {
-                "dir": str(tmp_path / "run"),
-                "iterations": 4,
-                "eval_every": 2,
-                "checkpoint_every": 2,
-                **(run or {}),
-            },
-            "policy": {"model": "m"},
-            "prompts": {"train": "t", "batch": 4, "task": "toy"},
-            "algorithm": algorithm or {"type": "online_dpo", "samples": 4},
-            "scorer": {"train": [{"type": "rule", "function": "a:b"}]},
-            "learner": learner or {},
-            **more,
-        },
-        source="test",
-    )
-
-
-def play(
-    config, *, rollout=None, scorer=None, learner=None, critic=None, reference=None, pairs=None
-):
-    algorithm = build_algorithm(config.algorithm, max_tokens=8)
-    if pairs is not None:
-        algorithm.give(encode_pairs(load_pairs(pairs, key="pairs").pairs, FakeChat(), key="pairs"))
-    roles = Roles(
-        rollouts={"policy": rollout or FakeRollout()},
-        scorer=scorer or FakeScorer(),
-        evaluator=None,
-        learners={"policy": learner or FakeLearner()},
-        critic=critic,
-        reference=reference or (FakeReference() if needs_frozen_reference(algorithm) else None),
-    )
-    store = RunDir(config, takes_labels=config.algorithm.type in TAKES_LABELS)
-    try:
-        controller = Controller(
-            config,
-            algorithm=algorithm,
-            roles=roles,
-            data=CampaignData(
-                chat=FakeChat(),
-                prompts=PromptSet(prompts=tuple(make_prompts(12)), duplicates=0),
-                heldout=tuple(make_prompts(3)),
-            ),
-            store=store,
-            observer=Quiet(),
-        )
-        asyncio.run(controller.run())
-    finally:
-        store.close()
-    return roles
-
-
-def metrics_of(config):
-    lines = [
-        json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()
-    ]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
-
-
-def test_a_campaign_leaves_the_documented_run_directory(tmp_path):
+def test_campaign_writes_the_documented_run_directory(tmp_path):
     config = make_config(tmp_path)
     play(config)
     run = config.run.dir
@@ -118,7 +47,7 @@ def test_resume_after_a_crash_equals_the_uninterrupted_run(tmp_path):
         assert pq.read_table(whole.run.dir / name).equals(pq.read_table(broken.run.dir / name))
 
 
-def test_waves_are_ordered_and_do_not_depend_on_arrival(tmp_path):
+def test_waves_do_not_depend_on_arrival_order(tmp_path):
     rollout = FakeRollout(delay=0.01)
     play(make_config(tmp_path), rollout=rollout)
     rounds = [call for call in rollout.calls if len(call) == 4]
@@ -126,7 +55,7 @@ def test_waves_are_ordered_and_do_not_depend_on_arrival(tmp_path):
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
-def test_staleness_is_bounded_and_weights_change_only_between_explorations(tmp_path, staleness):
+def test_staleness_is_bounded_and_weights_change_between_calls(tmp_path, staleness):
     config = make_config(tmp_path, run={"iterations": 8, "max_staleness": staleness})
     rollout = FakeRollout(delay=0.005)
     play(config, rollout=rollout)
@@ -142,9 +71,9 @@ def test_ppo_takes_several_steps_and_trains_the_critic(tmp_path):
         learner={"epochs": 2, "prompts_per_step": 2},
     )
     roles = play(config, critic=FakeLearner())
-    assert (
-        roles.critic.steps == 4 * 4 and roles.learners["policy"].steps == 3 * 4
-    )  # one round only warms the critic up
+    # One iteration only warms up the critic.
+    assert roles.critic.steps == 4 * 4
+    assert roles.learners["policy"].steps == 3 * 4
     row = roles.learners["policy"].batches[0].examples[0].rows[0]
     assert set(row.tokens) == {
         "behavior_logp",
@@ -164,7 +93,7 @@ def test_ppo_takes_several_steps_and_trains_the_critic(tmp_path):
         ({"type": "ema", "alpha": 0.5, "every": 3}, [(3, 0.5)]),
     ],
 )
-def test_the_reference_follows_its_schedule(tmp_path, schedule, expected):
+def test_reference_follows_its_schedule(tmp_path, schedule, expected):
     config = make_config(
         tmp_path, algorithm={"type": "online_dpo", "samples": 4, "reference": schedule}
     )
@@ -172,20 +101,24 @@ def test_the_reference_follows_its_schedule(tmp_path, schedule, expected):
 
 
 @pytest.mark.parametrize("outcome", [Failed(reason="ValueError: no"), Invalid(reason="NaN")])
-def test_scores_that_are_missing_stop_the_run_and_never_train(tmp_path, outcome):
+def test_missing_scores_stop_the_run_and_never_train(tmp_path, outcome):
     config, learner = make_config(tmp_path, prompts={"train": "t", "batch": 4}), FakeLearner()
     with pytest.raises(ScorerError, match=outcome.reason):
         play(config, scorer=FakeScorer(outcome), learner=learner)
     assert learner.steps == 0
 
 
-def test_another_campaign_is_refused_and_a_locked_one_too(tmp_path):
+def test_other_and_locked_campaigns_are_refused(tmp_path):
     config = make_config(tmp_path)
     play(config)
     with pytest.raises(
-        ConfigError, match=r"holds another campaign: algorithm\.beta was 0\.1, now 0\.2"
+        ConfigError, match=r"holds another campaign: algorithm\.loss\.beta was 0\.1, now 0\.2"
     ):
-        RunDir(make_config(tmp_path, algorithm={"type": "online_dpo", "samples": 4, "beta": 0.2}))
+        RunDir(
+            make_config(
+                tmp_path, algorithm={"type": "online_dpo", "samples": 4, "loss": {"beta": 0.2}}
+            )
+        )
     store = RunDir(config)
     with pytest.raises(LockedError, match="in use by host"):
         RunDir(config)
@@ -195,7 +128,7 @@ def test_another_campaign_is_refused_and_a_locked_one_too(tmp_path):
     ).close()  # going on longer is the same campaign
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_used(tmp_path):
+def test_damaged_checkpoint_is_replaced_by_the_older_one(tmp_path):
     config = make_config(tmp_path)
     play(config)
     checkpoints = config.run.dir / "checkpoints"

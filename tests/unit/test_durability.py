@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from campaigns import make_config, play
 from fakes import checkpoint_state
-from test_controller import make_config, play
 
 from actors.learner import LearnerActor
 from actors.reference import ReferenceActor

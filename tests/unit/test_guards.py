@@ -1,5 +1,4 @@
-"""Guards: six ways to go wrong pause soon, twenty healthy campaigns never do, and what is not
-measured is not judged."""
+"""Guards: six kinds of failure pause soon, healthy campaigns never, missing metrics are ignored."""
 
 import math
 import random
@@ -15,14 +14,14 @@ from rayhf.monitoring.guards import Alarm, check_guards
 
 DEFAULT = GuardsConfig()
 PATIENCE = 5
-"""Rounds (or evaluations) from a noise-free curve's crossing of its threshold to the pause."""
+"""Iterations (or evaluations) from the crossing of the threshold, without noise, to the pause."""
 
 
-def steady(rounds, *, evaluate_every=5, seed=0, rise=0.0, noise=1.0):
-    """A campaign with every metric, that stands still or whose rewards rise."""
+def steady(iterations, *, evaluate_every=5, seed=0, rise=0.0, noise=1.0):
+    """Make the metrics of a campaign that is constant or whose rewards rise."""
     rng = random.Random(seed)
     lines = [{"iteration": 0, "eval/t/sampled": 0.3, "eval/t/reference_kl": 0.0}]
-    for i in range(1, rounds + 1):
+    for i in range(1, iterations + 1):
         gained = rise * (1 - math.exp(-i / 40))
         lines.append(
             {
@@ -31,8 +30,7 @@ def steady(rounds, *, evaluate_every=5, seed=0, rise=0.0, noise=1.0):
                 "rollout/truncated": abs(0.02 * noise * rng.gauss(0, 1)),
                 "scorer/reward_mean": 0.3 + gained + 0.02 * noise * rng.gauss(0, 1),
                 "scorer/reward_std": 0.45,
-                "pairs/kept": 50.0,
-                "pairs/ties": 14.0,
+                "selection/no_signal": 14 / 64,
                 "learner/steps": 1,
                 "staleness/max": 0.0,
                 "policy/entropy": 0.8 * (1 + 0.05 * noise * rng.gauss(0, 1)),
@@ -49,23 +47,23 @@ def steady(rounds, *, evaluate_every=5, seed=0, rise=0.0, noise=1.0):
 
 
 def replayed(lines, config=DEFAULT):
-    """Every alarm, line after line, as a campaign would see them."""
+    """Return every alarm, line by line, as in a campaign."""
     return [
         alarm for end in range(1, len(lines) + 1) for alarm in check_guards(lines[:end], config)
     ]
 
 
 def first_pause(lines, guard, config=DEFAULT):
-    """The round of the first pause, which must be `guard`'s."""
+    """Return the iteration of the first pause, which must be `guard`'s."""
     pauses = [alarm for alarm in replayed(lines, config) if alarm.level == "pause"]
     assert pauses and pauses[0].guard == guard, pauses[:3]
     return pauses[0].iteration
 
 
-def spoiled(name, curve, *, rounds=80, since=20, seed=1, **line):
-    """A steady campaign whose metric becomes curve(rounds since `since`), times some noise."""
-    rng, lines = random.Random(seed), steady(rounds, seed=seed)
-    for i in range(1, rounds + 1):
+def spoiled(name, curve, *, iterations=80, since=20, seed=1, **line):
+    """Make a constant campaign whose metric becomes curve(iterations since `since`), with noise."""
+    rng, lines = random.Random(seed), steady(iterations, seed=seed)
+    for i in range(1, iterations + 1):
         lines[i] |= line
         if i > since:
             lines[i][name] = curve(i - since) * (1 + 0.03 * rng.gauss(0, 1))
@@ -83,7 +81,7 @@ PATHOLOGIES = {
 
 @pytest.mark.parametrize("guard", PATHOLOGIES)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_metric_that_runs_away_pauses_soon_after_its_threshold(guard, seed):
+def test_diverging_metric_pauses_soon_after_its_threshold(guard, seed):
     name, curve, beyond = PATHOLOGIES[guard]
     crossing = 20 + next(t for t in range(1, 61) if beyond(curve(t)))
     lines = spoiled(name, curve, seed=seed)
@@ -93,7 +91,7 @@ def test_a_metric_that_runs_away_pauses_soon_after_its_threshold(guard, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_reward_up_and_held_out_down_pauses_within_five_evaluations_of_the_peak(seed):
+def test_reward_up_and_held_out_down_pauses(seed):
     rng, lines = random.Random(seed), steady(200, seed=seed, rise=0.5)
     for i in range(101, 201):
         lines[i]["scorer/reward_mean"] = 0.75 + 0.003 * (i - 100) + 0.02 * rng.gauss(0, 1)
@@ -102,7 +100,7 @@ def test_reward_up_and_held_out_down_pauses_within_five_evaluations_of_the_peak(
     assert 100 < first_pause(lines, "reward_gap") <= 100 + 5 * PATIENCE
 
 
-def test_the_training_scorer_on_the_held_out_answers_is_asked_where_it_is_known():
+def test_training_scorer_on_held_out_samples_is_preferred():
     lines = steady(60, noise=0.0)
     for i in range(5, 61, 5):
         lines[i] |= {"eval/t/sampled": 0.5 - 0.002 * i, "eval/t/reward": 0.3 + 0.01 * i}
@@ -124,11 +122,11 @@ BAD_ROUNDS = [
     ("pairs/kept", 0.0),
     ("eval/t/sampled", 0.0),
 ]
-"""One round of one metric, as a bad batch gives."""
+"""One metric in one iteration, as after a bad batch."""
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_healthy_campaign_never_pauses(seed):
+def test_healthy_campaign_never_pauses(seed):
     rng = random.Random(1000 + seed)
     lines = steady(
         300, seed=seed, rise=rng.choice([0.0, 0.2, 0.6]), evaluate_every=rng.choice([2, 5, 10])
@@ -157,7 +155,7 @@ def test_a_healthy_campaign_never_pauses(seed):
     assert [a for a in replayed(lines) if a.level == "pause"] == []
 
 
-# ---------------------------------------------------------------- thresholds and windows
+# --------------------------------------------------------------------------- thresholds and windows
 
 
 def short(name, *values, **line):
@@ -168,7 +166,7 @@ def levels(lines, **guards):
     return {a.guard: a.level for a in check_guards(lines, GuardsConfig.model_validate(guards))}
 
 
-def test_one_outlier_warns_and_two_of_three_rounds_pause():
+def test_one_outlier_warns_and_two_of_three_pause():
     assert levels(short("reference/kl", 1, 1, 500)) == {"kl": "warn"}
     assert levels(short("reference/kl", 500, 1, 500)) == {"kl": "pause"}
     assert levels(short("reference/kl", 500, 500, 1)) == {}  # it has recovered
@@ -176,7 +174,7 @@ def test_one_outlier_warns_and_two_of_three_rounds_pause():
     assert levels(short("eval/t/reference_kl", 500, 500, 500)) == {"kl": "pause"}
 
 
-def test_null_switches_a_threshold_off():
+def test_null_disables_a_threshold():
     lines = short("reference/kl", 500, 500, 500)
     assert levels(lines, kl={"pause": None}) == {"kl": "warn"}
     assert levels(lines, kl={"warn": None}) == {"kl": "pause"}
@@ -184,7 +182,7 @@ def test_null_switches_a_threshold_off():
     assert levels(lines, kl={"warn": 600, "pause": 1000}) == {}
 
 
-def test_a_task_that_truncates_from_the_start_is_left_alone():
+def test_truncation_from_the_start_does_not_pause():
     assert levels(short("rollout/truncated", 0.6, 0.7, 0.6, 0.8, 0.9, 0.9)) == {}
     assert levels(short("rollout/truncated", 0.3, 0.3, 0.3, 0.55, 0.55, 0.55)) == {}
     assert levels(short("rollout/truncated", 0.3, 0.3, 0.3, 0.7, 0.7)) == {"truncated": "pause"}
@@ -194,20 +192,21 @@ def test_a_task_that_truncates_from_the_start_is_left_alone():
     )
 
 
-def test_length_is_a_ratio_to_at_most_twenty_rounds_ago():
+def test_length_is_compared_over_twenty_iterations():
     assert levels(short("rollout/length_mean", *[100] * 5, 160)) == {"length": "warn"}
     assert levels(short("rollout/length_mean", *[100] * 5, 250, 250)) == {"length": "pause"}
     assert levels(short("rollout/length_mean", *[100] * 5, 49, 49)) == {"length": "warn"}
     assert levels(short("rollout/length_mean", *[100] * 5, 20, 20)) == {"length": "pause"}
     assert (
         levels(short("rollout/length_mean", *[100 * 1.015**i for i in range(200)])) == {}
-    )  # 20 times longer, but in 200 rounds
+    )  # 20 times longer, but in 200 iterations
     assert levels(
-        short("rollout/length_mean", *[100 * 1.015**i for i in range(200)]), length={"rounds": 60}
+        short("rollout/length_mean", *[100 * 1.015**i for i in range(200)]),
+        length={"iterations": 60},
     ) == {"length": "pause"}
 
 
-def test_a_policy_that_narrows_by_learning_is_not_paused():
+def test_falling_entropy_of_a_learning_policy_does_not_pause():
     lines = [
         {
             "iteration": i,
@@ -225,13 +224,11 @@ def test_a_policy_that_narrows_by_learning_is_not_paused():
         for i, line in enumerate(lines)
     ]
     assert levels(lost) == {"entropy": "pause"}
-    assert (
-        levels([{**line, "scorer/reward_mean": 0.2, "game/exploitability": 0.1} for line in lines])
-        == {}
-    )
+    stuck = [{**line, "scorer/reward_mean": 0.2} for line in lines]
+    assert check_guards(stuck, DEFAULT, muted={"entropy"}) == []
 
 
-def test_the_policys_own_drift_over_several_steps_is_no_mismatch():
+def test_drift_over_several_steps_is_no_mismatch():
     drifting = short("rollout/mismatch_kl", 0.03, 0.04, 0.03, 0.2, 0.2)
     assert levels(drifting) == {"mismatch": "pause"}
     assert levels([{**line, "learner/steps": 6} for line in drifting]) == {}
@@ -244,30 +241,15 @@ def test_the_policys_own_drift_over_several_steps_is_no_mismatch():
     }  # k1 over pairs has either sign
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        {"ppo/groups_uniform": 0.95},
-        {"pairs/ties": 19, "pairs/kept": 1},
-        {"sppo/ties": 8, "sppo/kept": 0},
-    ],
-)
-def test_rounds_that_teach_nothing_pause_after_ten_in_a_row(line):
-    lines = [{"iteration": i, **line} for i in range(10)]
+def test_ten_iterations_without_signal_pause():
+    lines = [{"iteration": i, "selection/no_signal": 0.95} for i in range(10)]
     assert levels(lines[:9]) == {"no_signal": "warn"}
     assert levels(lines) == {"no_signal": "pause"}
-    once = {
-        "iteration": 4,
-        "ppo/groups_uniform": 0.1,
-        "pairs/ties": 0,
-        "pairs/kept": 9,
-        "sppo/ties": 0,
-        "sppo/kept": 9,
-    }
+    once = {"iteration": 4, "selection/no_signal": 0.1}
     assert levels([*lines[:4], once, *lines[5:]]) == {"no_signal": "warn"}
 
 
-def test_nothing_is_said_of_what_is_missing_or_not_finite():
+def test_missing_and_non_finite_metrics_are_ignored():
     assert check_guards([], DEFAULT) == []
     assert check_guards([{}], DEFAULT) == []
     assert levels(short("reference/kl", 500, 500, math.nan)) == {}
@@ -278,7 +260,7 @@ def test_nothing_is_said_of_what_is_missing_or_not_finite():
         assert replayed(broken) == []
 
 
-def test_the_first_rounds_themselves_are_not_judged_by_what_they_set():
+def test_iterations_of_the_baseline_are_not_checked_against_it():
     for value in (1e-6, 0.5, 0.99):
         assert (
             levels(short("policy/entropy", value, value))
@@ -288,7 +270,7 @@ def test_the_first_rounds_themselves_are_not_judged_by_what_they_set():
     assert replayed(short("rollout/length_mean", 1, 50, 2)) == []
 
 
-def test_only_the_window_and_the_beginning_are_read():
+def test_only_window_and_beginning_are_read():
     class Counting(Sequence):  # iterates, either way, by its items
         read = 0
 
@@ -304,7 +286,7 @@ def test_only_the_window_and_the_beginning_are_read():
     assert 0 < Counting.read < 300
 
 
-def test_an_alarm_names_metric_value_threshold_and_the_way_on():
+def test_alarm_names_metric_value_threshold_and_remedy():
     (alarm,) = check_guards(short("reference/kl", 120, 120, 123.4), DEFAULT)
     assert (alarm.guard, alarm.level, alarm.iteration) == ("kl", "pause", 2)
     assert "\n" not in alarm.message
@@ -320,7 +302,7 @@ def test_an_alarm_names_metric_value_threshold_and_the_way_on():
     assert alarm == Alarm("kl", "pause", 2, alarm.message)
 
 
-# ---------------------------------------------------------------- config
+# ------------------------------------------------------------------------------------------- config
 
 MINIMAL = {
     "run": {"dir": "r", "iterations": 3},
@@ -334,9 +316,9 @@ MINIMAL = {
 def test_guards_are_a_section_of_the_campaign(tmp_path):
     assert validate(MINIMAL, source="c").guards == DEFAULT
     config = validate(
-        {**MINIMAL, "guards": {"kl": {"pause": None}, "length": {"rounds": 5}}}, source="c"
+        {**MINIMAL, "guards": {"kl": {"pause": None}, "length": {"iterations": 5}}}, source="c"
     )
-    assert (config.guards.kl.pause, config.guards.length.rounds) == (None, 5)
+    assert (config.guards.kl.pause, config.guards.length.iterations) == (None, 5)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "c.yaml") == config
 
@@ -354,6 +336,6 @@ def test_guards_are_a_section_of_the_campaign(tmp_path):
         {"kll": {}},
     ],
 )
-def test_thresholds_that_make_no_sense_are_refused(guards):
+def test_invalid_thresholds_are_refused(guards):
     with pytest.raises(ConfigError, match="guards"):
         validate({**MINIMAL, "guards": guards}, source="c")

@@ -5,14 +5,16 @@ import multiprocessing
 
 import pyarrow.parquet as pq
 import pytest
+from campaigns import make_config, metrics_of, play
 from fakes import FakeScorer
-from test_controller import make_config, metrics_of, play
 
-from rayhf.config.algorithms import TAKES_LABELS
+from rayhf.algorithms.base import SelectionContext, TakesLabels
+from rayhf.config.registry import ALGORITHMS
 from rayhf.control.labels import check_label, uncertain_pairs
 from rayhf.errors import ConfigError
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir.inbox import Inbox, submit_rows, submitted_rows
+from rayhf.types import Example, Sampling, given_row
 
 
 def test_row_is_taken_by_one_iteration_only(tmp_path):
@@ -112,15 +114,13 @@ def test_labels_are_trained_on_once_with_their_lineage(tmp_path):
     [{"type": "hypo", "offline": {"path": "x"}}, {"type": "iterative_dpo", "samples": 4}],
 )
 def test_preference_algorithms_take_labels(tmp_path, algorithm):
-    from rayhf.algorithms import build_algorithm
-    from rayhf.algorithms.base import SelectionContext
-    from rayhf.types import Example, given_row
-
     config = make_config(tmp_path, algorithm=algorithm)
-    loop = build_algorithm(config.algorithm, max_tokens=8)
+    loop = ALGORITHMS.build(config.algorithm)
     label = Example(rows=(given_row("p", (1,), (2, 3)), given_row("p", (1,), (4,))))
-    selection = loop.select([], SelectionContext(iteration=1, seed=1, labels=(label,)))
-    assert config.algorithm.type in TAKES_LABELS and selection.metrics["pairs/human"] == 1
+    selection = loop.select(
+        [], SelectionContext(iteration=1, seed=1, sampling=Sampling(max_tokens=8), labels=(label,))
+    )
+    assert isinstance(loop, TakesLabels) and selection.metrics["pairs/human"] == 1
     assert [row.response_ids for row in selection.examples[0].rows] == [(2, 3), (4,)]
 
 

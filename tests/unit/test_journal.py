@@ -7,8 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
+from campaigns import make_config, metrics_of, play
 from fakes import FakeLearner, FakeRollout, FakeScorer
-from test_controller import make_config, metrics_of, play
 
 from rayhf.exploration.codecs import COMPARE, GENERATE, SCORE
 from rayhf.exploration.journal import Journal

@@ -1,5 +1,4 @@
-"""Every further loop through the real controller with fake roles: what is trained on, mixed in,
-dropped, resumed."""
+"""Preference and self-play algorithms through the real controller with fake roles."""
 
 import itertools
 import json
@@ -7,15 +6,15 @@ import math
 
 import pyarrow.parquet as pq
 import pytest
+from campaigns import make_config, metrics_of, play
 from fakes import FakeChat, FakeLearner, FakeScorer
-from test_controller import make_config, metrics_of, play
 
-from rayhf.algorithms import build_algorithm
-from rayhf.algorithms.base import SelectionContext, learner_is_reference, needs_frozen_reference
+from rayhf.algorithms.base import SelectionContext, needs_frozen_reference
 from rayhf.config.load import validate
+from rayhf.config.registry import ALGORITHMS
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.errors import ConfigError
-from rayhf.types import Compared, Failed, Invalid
+from rayhf.types import Compared, Failed, Invalid, Sampling
 
 
 def write_pairs(tmp_path, rows=None):
@@ -56,7 +55,7 @@ def played(config, **roles):
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_crash_and_a_resume_leave_what_an_uninterrupted_run_leaves(tmp_path, name):
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     whole, broken = config_of(name, tmp_path / "a"), config_of(name, tmp_path / "b")
@@ -73,7 +72,7 @@ def test_a_crash_and_a_resume_leave_what_an_uninterrupted_run_leaves(tmp_path, n
             )
 
 
-def test_iterative_dpo_mixes_in_earlier_pairs_once_and_given_pairs_in_turn(tmp_path):
+def test_iterative_dpo_mixes_in_earlier_and_given_pairs(tmp_path):
     algorithm = {
         "type": "iterative_dpo",
         "samples": 4,
@@ -96,11 +95,7 @@ def test_iterative_dpo_mixes_in_earlier_pairs_once_and_given_pairs_in_turn(tmp_p
         for e in b.examples
         if e.scalars["given"]
     )
-    fresh = [
-        e
-        for e in batches[1].examples
-        if not e.iterations_back and not e.scalars["given"]
-    ]
+    fresh = [e for e in batches[1].examples if not e.iterations_back and not e.scalars["given"]]
     earlier = [e for e in batches[1].examples if e.iterations_back]
     for before, now in itertools.pairwise(
         batches
@@ -110,9 +105,7 @@ def test_iterative_dpo_mixes_in_earlier_pairs_once_and_given_pairs_in_turn(tmp_p
             for e in before.examples
             if not e.iterations_back and not e.scalars["given"]
         }
-        assert {
-            e.rows[0].response_ids for e in now.examples if e.iterations_back == 1
-        } <= own
+        assert {e.rows[0].response_ids for e in now.examples if e.iterations_back == 1} <= own
     assert {e.iterations_back for b in batches[2:] for e in b.examples} == {
         0,
         1,
@@ -123,18 +116,18 @@ def test_iterative_dpo_mixes_in_earlier_pairs_once_and_given_pairs_in_turn(tmp_p
     }
 
 
-def test_the_learner_is_its_own_previous_reference(tmp_path):
+def test_learner_is_its_own_previous_reference(tmp_path):
     config = make_config(
         tmp_path, algorithm={"type": "sppo", "samples": 4, "eta": 2.0, "train_on": "all"}
     )
-    assert not needs_frozen_reference(build_algorithm(config.algorithm, max_tokens=8))
+    assert not needs_frozen_reference(ALGORITHMS.build(config.algorithm))
     roles = play(config, reference=None)
     rows = [
         row for batch in roles.learners["policy"].batches for e in batch.examples for row in e.rows
     ]
     assert all((row.tokens["ref_logp"] == row.tokens["old_logp"]).all() for row in rows)
     assert {round(row.scalars["target"], 6) for row in rows} != {0.0}
-    assert not learner_is_reference(config.algorithm.reference.model_copy(update={"every": 2}))
+    assert not config.algorithm.reference.model_copy(update={"every": 2}).is_learner
 
 
 @pytest.mark.parametrize("target", ["soft", "single", "hard"])
@@ -157,15 +150,15 @@ def test_sppo_targets(tmp_path, target):
     )
 
 
-def test_sppo_refuses_targets_that_all_answers_have_not(tmp_path):
-    config = make_config(tmp_path, algorithm={"type": "sppo", "target": "hard", "train_on": "all"})
+def test_sppo_refuses_targets_that_completions_lack(tmp_path):
+    algorithm = {"type": "sppo", "target": "hard", "train_on": "all"}
     with pytest.raises(ConfigError, match="target hard"):
-        build_algorithm(config.algorithm, max_tokens=8)
+        make_config(tmp_path, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("outcome", [Invalid(reason="no verdict"), Failed(reason="too late")])
 @pytest.mark.parametrize("name", ["sppo", "inpo"])
-def test_an_answer_that_was_not_compared_never_trains(tmp_path, name, outcome):
+def test_completion_without_comparison_never_trains(tmp_path, name, outcome):
     config = config_of(
         name,
         tmp_path,
@@ -216,13 +209,11 @@ def test_hypo_takes_pairs_and_samples_in_every_step(tmp_path):
         assert all(len(e.rows) == (2 if e.scalars["pair"] else 3) for e in batch.examples)
 
 
-def test_disjoint_rounds_are_promised_or_refused(tmp_path):
-    from rayhf.planning.preflight import _check_shards
-
+def test_disjoint_iterations_are_guaranteed_or_refused(tmp_path):
     config = make_config(tmp_path, algorithm={"type": "iterative_dpo"})
-    with pytest.raises(ConfigError, match=r"16, but t has 12; expected prompts.batch of at most 3"):
-        _check_shards(config, 12)
-    _check_shards(config, 16)
+    with pytest.raises(ConfigError, match=r"16, but prompts.train has 12; expected"):
+        config.algorithm.check_prompts(config, 12)
+    config.algorithm.check_prompts(config, 16)
 
 
 @pytest.mark.parametrize(
@@ -232,15 +223,15 @@ def test_disjoint_rounds_are_promised_or_refused(tmp_path):
         ([{"chosen": "b", "rejected": "c"}], "expected either `prompt`"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1}], "margin"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "x"}], "finite number"),
-        ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "equal answers"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "equal texts"),
     ],
 )
-def test_a_bad_pairs_file_is_refused_by_row(tmp_path, rows, problem):
+def test_bad_pairs_file_is_refused_by_row(tmp_path, rows, problem):
     with pytest.raises(ConfigError, match=problem):
         load_pairs(write_pairs(tmp_path, rows), key="algorithm.offline.path")
 
 
-def test_equal_answers_are_left_out_and_counted(tmp_path):
+def test_equal_completions_are_dropped_and_counted(tmp_path):
     rows = [
         {"prompt": "a", "chosen": "b", "rejected": "b"},
         {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -282,7 +273,7 @@ def test_type_alone_gives_the_papers_setting():
     iterative = defaults(
         "iterative_dpo"
     )  # RLHFlow: 8 samples, best against worst, moving reference
-    assert (iterative.samples, iterative.pairs, iterative.beta, iterative.reference.type) == (
+    assert (iterative.samples, iterative.pairs, iterative.loss.beta, iterative.reference.type) == (
         8,
         "best_worst",
         0.1,
@@ -294,5 +285,8 @@ def test_type_alone_gives_the_papers_setting():
     assert (hypo.samples, hypo.beta) == (2, 0.1)
 
 
-def test_an_algorithm_without_earlier_rounds_gets_none():
-    assert list(SelectionContext(iteration=1, seed=0).earlier(0)) == []
+def test_algorithm_without_earlier_iterations_gets_none():
+    assert (
+        list(SelectionContext(iteration=1, seed=0, sampling=Sampling(max_tokens=8)).earlier(0))
+        == []
+    )

@@ -9,17 +9,26 @@ import math
 import pickle
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
+from rayhf.algorithms.policy_gradient import KLConfig
+from rayhf.algorithms.ppo import PPOConfig
+from rayhf.config.algorithms import ImportanceConfig
 from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss, MicroBatch, Totals
 from rayhf.losses.policy import (
-    PolicyLoss,
+    ClippedSurrogate,
+    ClippedSurrogateConfig,
+    KLEstimator,
+    KLTerm,
     aggregate,
     importance_weight,
     kl_estimate,
@@ -102,7 +111,18 @@ def mean_of(
     return math.fsum(math.fsum(row) / len(row) for row in per_row if row) / len(rows)
 
 
-def expected_policy_loss(rows: Rows, loss: PolicyLoss, how: str) -> float:
+def policy_loss(
+    *,
+    importance_cap: float | None = 2.0,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator | None = None,
+    **settings: Any,
+) -> ClippedSurrogate:
+    kl = None if kl_estimator is None else KLTerm(coef=kl_coef, estimator=kl_estimator)
+    return ClippedSurrogate(ClippedSurrogateConfig(**settings), importance_cap, kl)
+
+
+def expected_policy_loss(rows: Rows, loss: ClippedSurrogate, how: str) -> float:
     """PPO eq. 7 by cases instead of min: where A >= 0 only the upper bound can bind, where A < 0
     only the lower one."""
 
@@ -112,34 +132,36 @@ def expected_policy_loss(rows: Rows, loss: PolicyLoss, how: str) -> float:
         weight = 1.0 if loss.importance_cap is None else min(weight, loss.importance_cap)
         advantage = row["advantage"][t]
         if advantage >= 0:
-            gain = advantage * min(ratio, 1 + loss.clip_high)
+            gain = advantage * min(ratio, 1 + loss.config.clip_high)
         else:
-            pushed = max(ratio, 1 - loss.clip_low)
-            gain = advantage * (pushed if loss.dual_clip is None else min(pushed, loss.dual_clip))
-        cost = -weight * gain - loss.entropy_coef * row["entropy"][t]
-        if loss.kl_estimator is not None:
+            pushed = max(ratio, 1 - loss.config.clip_low)
+            gain = advantage * (
+                pushed if loss.config.dual_clip is None else min(pushed, loss.config.dual_clip)
+            )
+        cost = -weight * gain - loss.config.entropy_coef * row["entropy"][t]
+        if loss.kl is not None:
             gap = row["out"][t] - row["ref_logp"][t]
-            kl = {"k2": gap * gap / 2, "k3": math.expm1(-gap) + gap}[loss.kl_estimator]
-            cost += weight * loss.kl_coef * kl
+            kl = {"k2": gap * gap / 2, "k3": math.expm1(-gap) + gap}[loss.kl.estimator]
+            cost += weight * loss.kl.coef * kl
         return cost
 
     return mean_of(rows, token, how)
 
 
-LOSSES: list[PolicyLoss] = [
-    PolicyLoss(),
-    PolicyLoss(importance_cap=None, clip_low=0.1, clip_high=0.3),
-    PolicyLoss(importance_cap=1.1, dual_clip=1.5),
-    PolicyLoss(kl_coef=0.3, kl_estimator="k2", entropy_coef=0.2),
-    PolicyLoss(kl_coef=0.3, kl_estimator="k3", dual_clip=2.0),
+LOSSES: list[ClippedSurrogate] = [
+    policy_loss(),
+    policy_loss(importance_cap=None, clip_low=0.1, clip_high=0.3),
+    policy_loss(importance_cap=1.1, dual_clip=1.5),
+    policy_loss(kl_coef=0.3, kl_estimator="k2", entropy_coef=0.2),
+    policy_loss(kl_coef=0.3, kl_estimator="k3", dual_clip=2.0),
 ]
 
 
 @pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "sequence_sum"])
 @pytest.mark.parametrize("index", range(len(LOSSES)))
-def test_policy_loss_is_the_papers_equation(index: int, how: str) -> None:
-    settings_ = {name: getattr(LOSSES[index], name) for name in LOSSES[index].__dataclass_fields__}
-    loss = PolicyLoss(**{**settings_, "aggregate": how})
+def test_policy_loss_equals_the_papers_equation(index: int, how: str) -> None:
+    config = LOSSES[index].config.model_copy(update={"aggregate": how})
+    loss = replace(LOSSES[index], config=config)
     rows = random_rows(index, [5, 1, 0, 7, 3], spread=0.5)
     out, micro = micro_of(rows, totals_of(rows))
     result = loss(out, micro)
@@ -149,14 +171,14 @@ def test_policy_loss_is_the_papers_equation(index: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_policy_loss_gradcheck(loss: PolicyLoss) -> None:
+def test_policy_loss_gradcheck(loss: ClippedSurrogate) -> None:
     rows = random_rows(3, [4, 2, 3])
     out, micro = micro_of(rows, totals_of(rows))
     assert torch.autograd.gradcheck(lambda x: loss(x, micro).loss, (out,))
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
-def test_value_loss_is_the_equation_and_gradchecks(clip: float | None) -> None:
+def test_value_loss_equals_its_equation(clip: float | None) -> None:
     rows = random_rows(4, [4, 0, 3])
     out, micro = micro_of(rows, totals_of(rows))
 
@@ -173,8 +195,8 @@ def test_value_loss_is_the_equation_and_gradchecks(clip: float | None) -> None:
     assert torch.autograd.gradcheck(lambda x: ValueLoss(value_clip=clip)(x, micro).loss, (out,))
 
 
-def test_value_clipping_takes_the_worse_of_the_two() -> None:
-    """Moving toward the return by more than the clip earns nothing more and has no gradient; moving
+def test_value_clipping_takes_the_larger_error() -> None:
+    """Moving toward the return by more than the clip gains nothing and has no gradient; moving
     away always costs.
     """
     old, target = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
@@ -209,8 +231,8 @@ def test_explained_variance_from_moments() -> None:
 
 ALL: list[Loss] = [
     *LOSSES,
-    PolicyLoss(aggregate="sequence_mean"),
-    PolicyLoss(aggregate="sequence_sum"),
+    policy_loss(aggregate="sequence_mean"),
+    policy_loss(aggregate="sequence_sum"),
     ValueLoss(),
 ]
 
@@ -219,7 +241,7 @@ ALL: list[Loss] = [
 @pytest.mark.parametrize("skip", [(), ("old_logp",)])
 @given(cuts=st.sets(st.integers(1, 5), max_size=4), seed=st.integers(0, 1000))
 @settings(max_examples=8, deadline=None)
-def test_shares_add_up_whatever_the_sharding(
+def test_sharding_does_not_change_the_loss(
     loss: Loss, skip: tuple[str, ...], cuts: set[int], seed: int
 ) -> None:
     rows = random_rows(seed, [3, 0, 5, 1, 2, 4])
@@ -248,17 +270,17 @@ def test_shares_add_up_whatever_the_sharding(
 @settings(max_examples=10, deadline=None)
 def test_order_of_examples_does_not_matter(order: list[int]) -> None:
     rows = random_rows(11, [2, 4, 0, 3, 1])
-    loss = PolicyLoss(kl_coef=0.1, kl_estimator="k2")
+    loss = policy_loss(kl_coef=0.1, kl_estimator="k2")
     plain = loss(*micro_of(rows, totals_of(rows)))
     shuffled = loss(*micro_of([rows[i] for i in order], totals_of(rows)))
     assert shuffled.loss.item() == pytest.approx(plain.loss.item(), rel=1e-9)
 
 
-def test_absent_old_logp_is_one_reinforce_step() -> None:
+def test_missing_old_logp_is_a_reinforce_step() -> None:
     """Ratio 1, nothing clipped, gradient -w * A / tokens: REINFORCE."""
     rows = random_rows(7, [3, 2])
     out, micro = micro_of(rows, totals_of(rows), skip=("old_logp",))
-    result = PolicyLoss(importance_cap=None)(out, micro)
+    result = policy_loss(importance_cap=None)(out, micro)
     result.loss.backward()
     assert out.grad is not None
     torch.testing.assert_close(out.grad, -micro.tokens["advantage"] / 5)
@@ -272,10 +294,10 @@ def test_absent_old_logp_is_one_reinforce_step() -> None:
     assert {result.metrics[name].item() for name in clipped} == {0.0}
 
 
-def test_metrics_name_what_they_measure() -> None:
+def test_metrics_have_their_documented_values() -> None:
     rows = random_rows(8, [3, 0, 4])
     out, micro = micro_of(rows, totals_of(rows))
-    metrics = PolicyLoss()(out, micro).metrics
+    metrics = policy_loss()(out, micro).metrics
     gaps = [b - o for row in rows for b, o in zip(row["behavior_logp"], row["out"], strict=True)]
     kl = sum(o - r for row in rows for o, r in zip(row["out"], row["ref_logp"], strict=True))
     assert metrics["rollout/mismatch_kl"].item() == pytest.approx(sum(gaps) / 7)
@@ -284,7 +306,7 @@ def test_metrics_name_what_they_measure() -> None:
     assert metrics["policy/entropy"].item() == pytest.approx(
         sum(x for row in rows for x in row["entropy"]) / 7
     )
-    bare = PolicyLoss()(*micro_of(rows, totals_of(rows), skip=("ref_logp", "entropy"))).metrics
+    bare = policy_loss()(*micro_of(rows, totals_of(rows), skip=("ref_logp", "entropy"))).metrics
     assert "reference/kl" not in bare and "policy/entropy" not in bare
 
 
@@ -298,7 +320,7 @@ def test_clip_fractions_count_active_bounds_only() -> None:
     assert clipped.loss_T.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8, -1.0, 3.0])
 
 
-def test_importance_weight_is_truncated_detached_and_exactly_one_on_policy() -> None:
+def test_importance_weight_is_truncated_detached_and_1_on_policy() -> None:
     logp = torch.tensor([-0.3, -1.7, -2.0, -500.0], requires_grad=True)
     weight, capped = importance_weight(logp, logp.detach().clone(), 2.0)
     assert (
@@ -315,7 +337,7 @@ def test_importance_weight_is_truncated_detached_and_exactly_one_on_policy() -> 
     assert importance_weight(logp, behavior, None).weight_T.tolist() == [1.0] * 4
 
 
-def test_kl_estimators_as_values() -> None:
+def test_kl_estimator_values() -> None:
     logp, ref = (
         torch.tensor([-1.0, -2.0], dtype=torch.float64),
         torch.tensor([-1.5, -0.5], dtype=torch.float64),
@@ -328,7 +350,7 @@ def test_kl_estimators_as_values() -> None:
 
 
 @pytest.mark.parametrize(("estimator", "direction"), [("k2", "reverse"), ("k3", "forward")])
-def test_expected_gradient_of_kl_losses(estimator: str, direction: str) -> None:
+def test_kl_losses_have_the_expected_gradient(estimator: str, direction: str) -> None:
     """Enumerate a four-token policy: the expectation of the loss's gradient is the gradient of the
     KL it claims."""
     logits = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
@@ -363,7 +385,7 @@ def test_extreme_log_ratios_stay_finite_in_float32(shift: float, name: str) -> N
         assert all(bool(metric.isfinite()) for metric in result.metrics.values())
 
 
-def test_safe_exp_is_smooth_and_keeps_the_gradients_sign() -> None:
+def test_safe_exp_is_smooth_and_monotonic() -> None:
     x = torch.tensor([19.999, 20.0, 20.001, 500.0], dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(safe_exp(x).sum(), x)
     assert grad.tolist() == pytest.approx([math.exp(19.999), *[math.exp(20)] * 3])
@@ -385,30 +407,35 @@ def test_empty_responses_and_micro_batches() -> None:
 
 def test_refusals() -> None:
     for build in (
-        lambda: PolicyLoss(kl_estimator="k1", kl_coef=0.1),
-        lambda: PolicyLoss(importance_cap=0.5),
-        lambda: PolicyLoss(dual_clip=1.0),
-        lambda: PolicyLoss(clip_low=0.0),
-        lambda: ValueLoss(value_clip=0.0),
+        lambda: kl_loss(torch.zeros(1), torch.zeros(1), "k1"),
         lambda: kl_estimate(torch.zeros(1), torch.zeros(1), "k4"),  # type: ignore[arg-type]
     ):
         with pytest.raises(ConfigError):
             build()
+    for wrong in (
+        lambda: policy_loss(dual_clip=1.0),
+        lambda: policy_loss(clip_low=0.0),
+        lambda: PPOConfig(value_clip=0.0),
+        lambda: ImportanceConfig(cap=0.5),
+        lambda: KLConfig(where="loss", estimator="k1"),
+    ):
+        with pytest.raises(ValidationError):
+            wrong()
     rows = random_rows(2, [2])
     with pytest.raises(ValueError, match="ref_logp"):
-        PolicyLoss(kl_estimator="k2", kl_coef=0.1)(
+        policy_loss(kl_estimator="k2", kl_coef=0.1)(
             *micro_of(rows, totals_of(rows), skip=("ref_logp",))
         )
     with pytest.raises(ValueError, match="behavior_logp"):
-        PolicyLoss()(*micro_of(rows, totals_of(rows), skip=("behavior_logp",)))
+        policy_loss()(*micro_of(rows, totals_of(rows), skip=("behavior_logp",)))
     with pytest.raises(ValueError, match="entropy"):
-        PolicyLoss(entropy_coef=0.1)(*micro_of(rows, totals_of(rows), skip=("entropy",)))
+        policy_loss(entropy_coef=0.1)(*micro_of(rows, totals_of(rows), skip=("entropy",)))
     with pytest.raises(ConfigError, match="token_mean"):
         aggregate(torch.zeros(2), micro_of(rows, totals_of(rows))[1], "mean")  # type: ignore[arg-type]
 
 
-def test_losses_are_picklable_and_say_whether_they_need_entropy() -> None:
-    assert pickle.loads(pickle.dumps(PolicyLoss(dual_clip=3.0))) == PolicyLoss(dual_clip=3.0)
+def test_losses_are_picklable_and_declare_entropy() -> None:
+    assert pickle.loads(pickle.dumps(policy_loss(dual_clip=3.0))) == policy_loss(dual_clip=3.0)
     assert pickle.loads(pickle.dumps(ValueLoss())) == ValueLoss()
-    assert PolicyLoss().entropy == "metric" and PolicyLoss(entropy_coef=0.1).entropy == "loss"
+    assert policy_loss().entropy == "metric" and policy_loss(entropy_coef=0.1).entropy == "loss"
     assert ValueLoss().entropy == "off"

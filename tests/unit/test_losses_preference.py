@@ -5,102 +5,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preference_formulas import EXPECTED, P
+from preference_losses import NAMES, REFERENCE_FREE, SMOOTHED, build
 from torch import Tensor
 
-from rayhf.losses.preference import (
-    PREFERENCE_LOSSES,
-    REFERENCE_FREE,
-    SMOOTHED,
-    LossParams,
-    PairLogps,
-    log_odds,
-)
-
-NAMES = sorted(PREFERENCE_LOSSES)
-
-
-@dataclass(frozen=True)
-class P:
-    """One pair as plain numbers: sums of policy and reference, lengths, and the knobs."""
-
-    w: float
-    l: float  # noqa: E741
-    rw: float
-    rl: float
-    nw: int
-    nl: int
-    beta: float
-    eps: float
-    gamma: float
-    tau: float
-
-    @property
-    def u(self) -> float:
-        """beta * log of (pi_w / ref_w) / (pi_l / ref_l)."""
-        return self.beta * ((self.w - self.l) - (self.rw - self.rl))
-
-
-def prob(z: float) -> float:
-    """P(win) from its odds: e^z / (1 + e^z)."""
-    return math.exp(z) / (1.0 + math.exp(z))
-
-
-def odds_of_mean(total: float, length: int) -> float:
-    p = math.exp(total / length)
-    return p / (1.0 - p)
-
-
-def exo_expected(p: P) -> float:
-    model, label = (prob(p.u), 1 - prob(p.u)), (1 - p.eps, p.eps)
-    return sum(q * math.log(q / y) for q, y in zip(model, label, strict=True))
-
-
-def nca_expected(p: P) -> float:
-    chosen, rejected = prob(p.beta * (p.w - p.rw)), prob(p.beta * (p.l - p.rl))
-    return -math.log(chosen * math.sqrt(1 - chosen) * math.sqrt(1 - rejected))
-
-
-def discopop_expected(p: P) -> float:
-    mixture = prob(p.u / p.tau)
-    return (1 - mixture) * math.log(1 + math.exp(-p.u)) + mixture * math.exp(-p.u)
-
-
-def orpo_expected(p: P) -> float:
-    ratio = odds_of_mean(p.w, p.nw) / odds_of_mean(p.l, p.nl)
-    return -p.w / p.nw - p.beta * math.log(ratio / (1 + ratio))
-
-
-def sppo_expected(p: P) -> float:
-    """The paper's form, eta = 1 / beta, divided by eta^2."""
-    eta = 1 / p.beta
-    return (((p.w - p.rw) - eta * (1 - 0.5)) ** 2 + ((p.l - p.rl) - eta * (0 - 0.5)) ** 2) / eta**2
-
-
-EXPECTED: dict[str, Callable[[P], float]] = {
-    "sigmoid": lambda p: -(1 - p.eps) * math.log(prob(p.u)) - p.eps * math.log(1 - prob(p.u)),
-    "robust": lambda p: (
-        ((1 - p.eps) * math.log(1 + math.exp(-p.u)) - p.eps * math.log(1 + math.exp(p.u)))
-        / (1 - 2 * p.eps)
-    ),
-    "hinge": lambda p: 0.0 if p.u > 1 else 1 - p.u,
-    "ipo": lambda p: (p.u / p.beta - 0.5 / p.beta) ** 2,
-    "exo": exo_expected,
-    "nca": nca_expected,
-    "apo_zero": lambda p: (1 - prob(p.beta * (p.w - p.rw))) + prob(p.beta * (p.l - p.rl)),
-    "apo_down": lambda p: prob(p.beta * (p.w - p.rw)) + (1 - prob(p.u)),
-    "sppo_hard": sppo_expected,
-    "discopop": discopop_expected,
-    "simpo": lambda p: math.log(1 + math.exp(p.gamma - p.beta * (p.w / p.nw - p.l / p.nl))),
-    "cpo": lambda p: math.log(1 + math.exp(p.beta * (p.l - p.w))) - p.w / p.nw,
-    "orpo": orpo_expected,
-}
+from rayhf.config.registry import LOSSES
+from rayhf.losses.pairs import PairLogps, PairLoss, PairLossConfig
+from rayhf.losses.preference import log_odds
 
 
 def random_pairs(seed: int, count: int, name: str) -> list[P]:
@@ -129,27 +46,20 @@ def logps_of(pairs: Sequence[P], dtype: torch.dtype = torch.float64) -> PairLogp
     )
 
 
-def knobs_of(p: P) -> LossParams:
-    return LossParams(beta=p.beta, label_smoothing=p.eps, simpo_gamma=p.gamma, discopop_tau=p.tau)
+def loss_of(name: str, p: P) -> PairLoss[PairLossConfig]:
+    return build(name, beta=p.beta, eps=p.eps, gamma=p.gamma, tau=p.tau)
 
 
-def test_every_loss_of_the_config_is_here_and_has_an_expectation() -> None:
-    from typing import get_args
-
-    from rayhf.config.algorithms import OnlineDPOConfig
-
-    assert (
-        set(get_args(OnlineDPOConfig.model_fields["loss"].annotation))
-        == set(NAMES)
-        == set(EXPECTED)
-    )
-    assert {"simpo", "cpo", "orpo"} == REFERENCE_FREE
+def test_every_loss_has_an_expectation() -> None:
+    assert set(NAMES) == set(EXPECTED)
+    free = {name for name in NAMES if not LOSSES.resolve(name).needs_reference}
+    assert free == REFERENCE_FREE
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_per_pair_loss_is_the_papers_equation(name: str) -> None:
+def test_per_pair_loss_equals_the_papers_equation(name: str) -> None:
     pairs = random_pairs(1, 40, name)
-    got = PREFERENCE_LOSSES[name](logps_of(pairs), knobs_of(pairs[0]))
+    got = loss_of(name, pairs[0]).per_pair(logps_of(pairs))
     assert got.shape == (40,)
     assert got.tolist() == pytest.approx([EXPECTED[name](p) for p in pairs], rel=1e-9, abs=1e-12)
 
@@ -157,10 +67,10 @@ def test_per_pair_loss_is_the_papers_equation(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_per_pair_loss_gradcheck(name: str) -> None:
     pairs = random_pairs(2, 6, name)
-    logps, knobs = logps_of(pairs), knobs_of(pairs[0])
+    logps = logps_of(pairs)
 
     def call(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return PREFERENCE_LOSSES[name](
+        return loss_of(name, pairs[0]).per_pair(
             PairLogps(
                 chosen_P=chosen,
                 rejected_P=rejected,
@@ -168,8 +78,7 @@ def test_per_pair_loss_gradcheck(name: str) -> None:
                 ref_rejected_P=logps.ref_rejected_P,
                 chosen_length_P=logps.chosen_length_P,
                 rejected_length_P=logps.rejected_length_P,
-            ),
-            knobs,
+            )
         )
 
     assert torch.autograd.gradcheck(call, (logps.chosen_P, logps.rejected_P))
@@ -203,16 +112,13 @@ def test_extreme_log_ratios_have_finite_loss_and_gradient(
     ]
     logps = logps_of(pairs, dtype)
     for beta in (0.001, 0.1, 1.0):
-        knobs = LossParams(
-            beta=beta, label_smoothing=pairs[0].eps, simpo_gamma=1.0, discopop_tau=tau
-        )
-        loss = PREFERENCE_LOSSES[name](logps, knobs)
+        loss = build(name, beta=beta, eps=pairs[0].eps, gamma=1.0, tau=tau).per_pair(logps)
         grads = torch.autograd.grad(loss.sum(), (logps.chosen_P, logps.rejected_P))
         assert bool(loss.isfinite().all()) and all(bool(g.isfinite().all()) for g in grads)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"apo_down", "exo"}))
-def test_gradient_still_prefers_the_chosen_when_far_on_the_wrong_side(name: str) -> None:
+def test_gradient_prefers_chosen_even_far_on_the_wrong_side(name: str) -> None:
     """At u = -50 a stable loss must still push up chosen minus rejected; a clamped exponent would
     have gone silent.
 
@@ -221,7 +127,7 @@ def test_gradient_still_prefers_the_chosen_when_far_on_the_wrong_side(name: str)
     """
     pairs = [P(w=-40.0, l=-10.0, rw=0, rl=-20.0, nw=4, nl=4, beta=1.0, eps=0.0, gamma=0.0, tau=3.0)]
     logps = logps_of(pairs)
-    loss = PREFERENCE_LOSSES[name](logps, knobs_of(pairs[0]))
+    loss = loss_of(name, pairs[0]).per_pair(logps)
     up, down = torch.autograd.grad(loss.sum(), (logps.chosen_P, logps.rejected_P))
     assert up.item() < 0 <= down.item() or up.item() < down.item()
 
@@ -229,8 +135,8 @@ def test_gradient_still_prefers_the_chosen_when_far_on_the_wrong_side(name: str)
 def test_identities_between_losses() -> None:
     pairs = random_pairs(3, 20, "simpo")
     logps = logps_of(pairs)
-    plain = PREFERENCE_LOSSES["sigmoid"](logps, LossParams(beta=0.3))
-    torch.testing.assert_close(PREFERENCE_LOSSES["robust"](logps, LossParams(beta=0.3)), plain)
+    plain = build("sigmoid", beta=0.3).per_pair(logps)
+    torch.testing.assert_close(build("robust", beta=0.3).per_pair(logps), plain)
     # rDPO is unbiased under label flips: (1-e) * loss(pair) + e * loss(flipped pair) = the plain
     # loss.
     flipped = PairLogps(
@@ -241,11 +147,9 @@ def test_identities_between_losses() -> None:
         chosen_length_P=logps.rejected_length_P,
         rejected_length_P=logps.chosen_length_P,
     )
-    robust, knobs = PREFERENCE_LOSSES["robust"], LossParams(beta=0.3, label_smoothing=0.2)
-    torch.testing.assert_close(0.8 * robust(logps, knobs) + 0.2 * robust(flipped, knobs), plain)
-    assert bool(
-        (PREFERENCE_LOSSES["exo"](logps, LossParams(beta=0.3, label_smoothing=1e-3)) >= 0).all()
-    )
+    robust = build("robust", beta=0.3, eps=0.2).per_pair
+    torch.testing.assert_close(0.8 * robust(logps) + 0.2 * robust(flipped), plain)
+    assert bool((build("exo", beta=0.3, eps=1e-3).per_pair(logps) >= 0).all())
 
 
 def test_stationary_points_from_the_papers() -> None:
@@ -253,7 +157,7 @@ def test_stationary_points_from_the_papers() -> None:
         logps = logps_of(
             [P(w=d_w, l=d_l, rw=0, rl=0, nw=1, nl=1, beta=beta, eps=0, gamma=0, tau=0.05)]
         )
-        loss = PREFERENCE_LOSSES[name](logps, LossParams(beta=beta))
+        loss = build(name, beta=beta).per_pair(logps)
         grads = torch.autograd.grad(loss.sum(), (logps.chosen_P, logps.rejected_P))
         return [g.item() for g in grads]
 

@@ -1,5 +1,7 @@
-"""The preference loss over a micro-batch: weights, sharding, metrics, soft labels; equations are
-tested beside this."""
+"""The preference loss over a micro-batch: weights, sharding, metrics, soft labels.
+
+The equations are tested in test_losses_preference.py.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_losses_preference import EXPECTED, NAMES, P, prob
+from preference_formulas import EXPECTED, P, prob
+from preference_losses import NAMES, REFERENCE_FREE, SMOOTHED, build
+from pydantic import ValidationError
 from torch import Tensor
 
-from rayhf.errors import ConfigError
+from rayhf.config.algorithms import ImportanceConfig
+from rayhf.config.registry import LOSSES
 from rayhf.losses.base import MicroBatch, Totals
-from rayhf.losses.preference import (
-    REFERENCE_FREE,
-    SMOOTHED,
-    PreferenceLoss,
-    pair_importance_weight,
-)
+from rayhf.losses.pairs import PairLoss, PairLossConfig, pair_importance_weight
 
 TokenPair = tuple[dict[str, list[float]], dict[str, list[float]]]
 FIELDS = ("out", "behavior_logp", "old_logp", "ref_logp", "entropy")
@@ -65,17 +65,17 @@ def micro_of(
     return flat["out"].requires_grad_(), micro
 
 
-def loss_of(name: str, **more: float | None) -> PreferenceLoss:
+def loss_of(name: str, *, importance_cap: float | None = 2.0) -> PairLoss[PairLossConfig]:
     eps = 0.1 if name in SMOOTHED else 0.0
-    settings_ = {
-        "beta": 0.3,
-        "label_smoothing": eps,
-        "simpo_gamma": 0.7,
-        "discopop_tau": 0.4,
-        "nll_coef": 0.25,
-        **more,
-    }
-    return PreferenceLoss(loss=name, **settings_)  # type: ignore[arg-type]
+    return build(
+        name,
+        beta=0.3,
+        eps=eps,
+        gamma=0.7,
+        tau=0.4,
+        nll_coef=0.25,
+        importance_cap=importance_cap,
+    )
 
 
 LENGTHS = [(3, 2), (1, 4), (5, 5), (2, 1)]
@@ -99,12 +99,12 @@ def plain_pair(pair: TokenPair) -> P:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("cap", [None, 1.05, 2.0])
-def test_preference_loss_is_the_weighted_mean_over_pairs(name: str, cap: float | None) -> None:
+def test_preference_loss_is_the_weighted_mean_of_pairs(name: str, cap: float | None) -> None:
     pairs = token_pairs(5, LENGTHS)
     loss = loss_of(name, importance_cap=cap)
     total = 0.0
     for pair in pairs:
-        p = P(**{**plain_pair(pair).__dict__, "eps": loss.label_smoothing})
+        p = P(**{**plain_pair(pair).__dict__, "eps": 0.1 if name in SMOOTHED else 0.0})
         tokens = [
             (o, b)
             for row in pair
@@ -169,10 +169,10 @@ def test_on_policy_weight_is_exactly_one_and_detached() -> None:
     assert weight.tolist() == [2.0, 1.0] and capped.tolist() == [1.0, 0.0]
 
 
-def test_identical_answers_have_no_gap_and_cancel() -> None:
+def test_identical_completions_have_no_margin() -> None:
     row = token_pairs(9, [(4, 4)])[0][0]
     out, micro = micro_of([(row, row)], 1.0)
-    result = PreferenceLoss(importance_cap=None)(out, micro)
+    result = build("sigmoid", importance_cap=None)(out, micro)
     result.loss.backward()
     assert result.loss.item() == pytest.approx(math.log(2))
     assert result.metrics["dpo/accuracy"].item() == 0.0
@@ -205,23 +205,25 @@ def test_reference_free_losses_run_without_a_reference() -> None:
 
 
 def test_refusals() -> None:
-    for wrong in (
-        {"loss": "dpo"},
-        {"loss": "exo"},
-        {"loss": "hinge", "label_smoothing": 0.1},
-        {"loss": "robust", "label_smoothing": 0.5},
-        {"beta": 0.0},
-        {"discopop_tau": 0.0},
-        {"importance_cap": 0.9},
+    for name, wrong in (
+        ("exo", {"label_smoothing": 0.0}),
+        ("hinge", {"label_smoothing": 0.1}),
+        ("robust", {"label_smoothing": 0.5}),
+        ("sigmoid", {"beta": 0.0}),
+        ("discopop", {"tau": 0.0}),
     ):
-        with pytest.raises(ConfigError):
-            PreferenceLoss(**wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValidationError):
+            LOSSES.config_type(name).model_validate(wrong)
+    with pytest.raises(ValueError, match="not a known loss"):
+        LOSSES.resolve("dpo")
+    with pytest.raises(ValidationError):
+        ImportanceConfig(cap=0.9)
     out, micro = micro_of(token_pairs(12, [(1, 1), (1, 1)]), 2.0)
     shifted = {name: getattr(micro, name) for name in micro.__dataclass_fields__} | {
         "example_R": torch.tensor([0, 1, 1, 2])
     }
     with pytest.raises(ValueError, match="two by two"):
-        PreferenceLoss()(out, MicroBatch(**shifted))
+        build("sigmoid")(out, MicroBatch(**shifted))
 
 
 def with_examples(micro: MicroBatch, smoothing: Sequence[float]) -> MicroBatch:
@@ -242,7 +244,7 @@ def test_soft_labels_are_one_smoothing_per_pair() -> None:
             0.3 * (prob(p.u) - (1 - alpha)) / 4
         )  # d loss / d (sum of the chosen's log-probs)
     out, micro = micro_of(pairs, 4.0)
-    result = PreferenceLoss(beta=0.3, importance_cap=None)(out, with_examples(micro, alphas))
+    result = build("sigmoid", beta=0.3, importance_cap=None)(out, with_examples(micro, alphas))
     assert result.loss.item() == pytest.approx(expected, rel=1e-6)
     result.loss.backward()
     assert out.grad is not None
@@ -254,26 +256,26 @@ def test_soft_labels_are_one_smoothing_per_pair() -> None:
 
 
 def twice(values: Sequence[float]) -> list[float]:
-    """Each value for the two rows of its pair."""
+    """Repeat each value for the two rows of its pair."""
     return [value for value in values for _ in range(2)]
 
 
 def test_equal_soft_labels_are_label_smoothing() -> None:
     out, micro = micro_of(token_pairs(14, LENGTHS), 4.0)
-    same = PreferenceLoss(label_smoothing=0.25)(out, micro).loss
-    assert PreferenceLoss()(out, with_examples(micro, [0.25] * 4)).loss.item() == pytest.approx(
+    same = build("sigmoid", eps=0.25)(out, micro).loss
+    assert build("sigmoid")(out, with_examples(micro, [0.25] * 4)).loss.item() == pytest.approx(
         same.item(), rel=1e-6
     )
 
 
-def test_no_confidence_only_pulls_the_gap_to_zero() -> None:
-    """alpha = 1/2: chosen and rejected may change places."""
+def test_label_of_one_half_pulls_the_margin_to_zero() -> None:
+    """With alpha = 1/2 chosen and rejected are interchangeable."""
     chosen, rejected = token_pairs(15, [(3, 2)])[0]
     losses = []
     for pair in ((chosen, rejected), (rejected, chosen)):
         out, micro = micro_of([pair], 1.0)
         losses.append(
-            PreferenceLoss(importance_cap=None)(out, with_examples(micro, [0.5])).loss.item()
+            build("sigmoid", importance_cap=None)(out, with_examples(micro, [0.5])).loss.item()
         )
     assert losses[0] == pytest.approx(losses[1])
 
@@ -281,7 +283,7 @@ def test_no_confidence_only_pulls_the_gap_to_zero() -> None:
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"sigmoid"}))
 def test_other_losses_refuse_soft_labels(name: str) -> None:
     out, micro = micro_of(token_pairs(16, [(1, 1), (1, 1)]), 2.0)
-    with pytest.raises(ValueError, match=f"the loss is {name}"):
+    with pytest.raises(ValueError, match=f"which the loss {name} does not accept"):
         loss_of(name)(out, with_examples(micro, [0.1, 0.2]))
 
 
@@ -289,9 +291,9 @@ def test_other_losses_refuse_soft_labels(name: str) -> None:
 def test_soft_labels_out_of_range_are_refused(wrong: float) -> None:
     out, micro = micro_of(token_pairs(17, [(1, 1), (1, 1)]), 2.0)
     with pytest.raises(ValueError, match=r"from 0 to 0\.5"):
-        PreferenceLoss()(out, with_examples(micro, [0.1, wrong]))
-    with pytest.raises(ValueError, match=r"label_smoothing 0\.1"):
-        PreferenceLoss(label_smoothing=0.1)(out, with_examples(micro, [0.1, 0.2]))
+        build("sigmoid")(out, with_examples(micro, [0.1, wrong]))
+    with pytest.raises(ValueError, match=r"the loss has 0\.1"):
+        build("sigmoid", eps=0.1)(out, with_examples(micro, [0.1, 0.2]))
 
 
 def test_picklable() -> None:

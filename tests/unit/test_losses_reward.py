@@ -1,10 +1,10 @@
-"""The scorers' losses against their equations in plain float64 Python, and their invariances."""
+"""The losses of scorers against their equations in float64 Python, and their invariances."""
 
 from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,28 +12,34 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
-from rayhf.errors import ConfigError
-from rayhf.losses.base import Loss, MicroBatch, Totals
-from rayhf.losses.reward import (
-    BradleyTerryLoss,
-    GeneralPreferenceLoss,
-    PairwiseLoss,
-    RegressionLoss,
-    general_preference_score,
+from rayhf.config.fit import (
+    BradleyTerryConfig,
+    BradleyTerryMarginConfig,
+    BradleyTerryScaledConfig,
+    GeneralPreferenceConfig,
+    ObjectiveConfig,
+    PairwiseConfig,
+    RegressionBradleyTerryConfig,
+    RegressionConfig,
 )
+from rayhf.losses.base import Loss, MicroBatch, Totals
+from rayhf.losses.reward import general_preference_score, reward_loss
 
 LOSSES: dict[str, Loss] = {
-    "bradley_terry": BradleyTerryLoss(centering=0.0),
-    "bradley_terry, centered": BradleyTerryLoss(centering=0.3),
-    "margin": BradleyTerryLoss(kind="margin", centering=0.01),
-    "scaled": BradleyTerryLoss(kind="scaled", centering=0.0),
-    "regression": RegressionLoss(),
-    "regression, mixed": RegressionLoss(mix=0.25),
-    "pairwise": PairwiseLoss(),
-    "general preference": GeneralPreferenceLoss(temperature=0.7, centering=0.0),
-    "general preference, centered": GeneralPreferenceLoss(temperature=0.7, centering=0.2),
+    "bradley_terry": reward_loss(BradleyTerryConfig(centering=0.0)),
+    "bradley_terry, centered": reward_loss(BradleyTerryConfig(centering=0.3)),
+    "margin": reward_loss(BradleyTerryMarginConfig(centering=0.01)),
+    "scaled": reward_loss(BradleyTerryScaledConfig(centering=0.0)),
+    "regression": reward_loss(RegressionConfig()),
+    "regression, mixed": reward_loss(RegressionBradleyTerryConfig(mix=0.25)),
+    "pairwise": reward_loss(PairwiseConfig()),
+    "general preference": reward_loss(GeneralPreferenceConfig(temperature=0.7, centering=0.0)),
+    "general preference, centered": reward_loss(
+        GeneralPreferenceConfig(temperature=0.7, centering=0.2)
+    ),
 }
 NAMES = sorted(LOSSES)
 
@@ -52,8 +58,13 @@ def skew(w: Sequence[float], l: Sequence[float]) -> float:  # noqa: E741
 
 
 def pair_terms(
-    name: str, w: Sequence[float], l: Sequence[float], m: float, a: float, b: float
-) -> float:  # noqa: E741
+    name: str,
+    w: Sequence[float],
+    l: Sequence[float],  # noqa: E741
+    m: float,
+    a: float,
+    b: float,
+) -> float:
     """One pair's part of the mean over pairs, from the papers' formulas."""
     if name == "bradley_terry":
         return -math.log(win(w[0] - l[0]))
@@ -127,7 +138,7 @@ def test_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sharding_changes_nothing(name: str) -> None:
+def test_sharding_does_not_change_the_loss(name: str) -> None:
     data = Data(6, name, 3)
     whole = LOSSES[name](*data.micro(range(6), data.totals))
     parts = [LOSSES[name](*data.micro(p, data.totals)) for p in ([0], [1, 2], [3, 4, 5])]
@@ -137,7 +148,7 @@ def test_sharding_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_order_of_pairs_changes_nothing(name: str) -> None:
+def test_order_of_pairs_does_not_matter(name: str) -> None:
     data = Data(5, name, 4)
     a = LOSSES[name](*data.micro(range(5), data.totals)).loss.item()
     assert LOSSES[name](*data.micro([3, 1, 4, 0, 2], data.totals)).loss.item() == pytest.approx(
@@ -162,7 +173,7 @@ def test_extreme_outputs_stay_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_picklable_and_reads_no_entropy(name: str) -> None:
+def test_picklable_without_entropy(name: str) -> None:
     assert pickle.loads(pickle.dumps(LOSSES[name])) == LOSSES[name]
     assert LOSSES[name].entropy == "off"
 
@@ -170,37 +181,37 @@ def test_picklable_and_reads_no_entropy(name: str) -> None:
 def test_accuracy_counts_a_tie_as_half() -> None:
     data = Data(3, "bradley_terry", 0)
     data.output = np.array([[2.0], [1.0], [0.5], [0.5], [-1.0], [3.0]])
-    metrics = BradleyTerryLoss()(*data.micro(range(3), data.totals)).metrics
+    metrics = LOSSES["bradley_terry"](*data.micro(range(3), data.totals)).metrics
     assert metrics["scorer/accuracy"].item() == pytest.approx((1 + 0.5 + 0) / 3)
     assert metrics["scorer/margin"].item() == pytest.approx((1 + 0 - 4) / 3)
 
 
-# ------------------------------------------------------------------------------------------- the pairwise loss
+# -------------------------------------------------------------------------------- the pairwise loss
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=2))
 def test_pairwise_treats_both_orders_alike(logits: list[float]) -> None:
-    """Turning every label round is turning every text round: the log-odds change sign and place."""
+    """Swapping every label equals swapping every pair: the log-odds change sign."""
     data = Data(1, "pairwise", 0)
     data.output = np.array(logits)[:, None]
-    a = PairwiseLoss()(*data.micro([0], data.totals))
+    a = LOSSES["pairwise"](*data.micro([0], data.totals))
     data.output = -np.array(logits[::-1])[:, None]
-    b = PairwiseLoss()(*data.micro([0], data.totals))
+    b = LOSSES["pairwise"](*data.micro([0], data.totals))
     assert a.loss.item() == pytest.approx(b.loss.item())
     assert a.metrics["scorer/accuracy"].item() == b.metrics["scorer/accuracy"].item()
 
 
-def test_pairwise_identical_answers_learn_one_half() -> None:
+def test_pairwise_identical_completions_learn_one_half() -> None:
     """The same text in both orders has one log-odds: the loss is least at 0."""
     logit = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     data = Data(1, "pairwise", 0)
     _, micro = data.micro([0], data.totals)
-    PairwiseLoss()(logit.expand(2, 1), micro).loss.backward()  # type: ignore[no-untyped-call]
+    LOSSES["pairwise"](logit.expand(2, 1), micro).loss.backward()  # type: ignore[no-untyped-call]
     assert logit.grad is not None and logit.grad.item() == pytest.approx(win(0.7) - 0.5)
 
 
-# ---------------------------------------------------------------------------------------- general preference
+# ------------------------------------------------------------------------------- general preference
 
 embedding = st.lists(st.floats(-1e3, 1e3, width=32), min_size=6, max_size=6)
 
@@ -216,51 +227,51 @@ def test_general_preference_is_skew_symmetric(first: list[float], second: list[f
     )
 
 
-def test_general_preference_score_by_hand() -> None:
+def test_general_preference_score_example() -> None:
     a, b = torch.tensor([1.0, 2.0, 0.0, 1.0]), torch.tensor([3.0, 4.0, 5.0, 0.0])
     assert general_preference_score(a, b).item() == 2 * 3 - 1 * 4 + 1 * 5 - 0 * 0
 
 
-def test_one_block_holds_a_cycle() -> None:
+def test_one_block_represents_a_cycle() -> None:
     angles = torch.tensor([0.0, 2.0, 4.0]) * math.pi / 3
     v = torch.stack([angles.cos(), angles.sin()], -1)
     score = general_preference_score(v[:, None], v[None, :])
     assert (score[0, 1] > 0) == (score[1, 2] > 0) == (score[2, 0] > 0)
 
 
-# --------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("config", "settings"),
     [
-        (lambda: BradleyTerryLoss(centering=-1.0), "centering: -1.0 must be at least 0"),
-        (lambda: RegressionLoss(mix=1.5), "mix: 1.5 must be from 0 to 1"),
-        (lambda: GeneralPreferenceLoss(centering=-0.1), "centering: -0.1 must be at least 0"),
-        (lambda: GeneralPreferenceLoss(temperature=0.0), "temperature: 0.0 must be above 0"),
+        (BradleyTerryConfig, {"centering": -1.0}),
+        (RegressionBradleyTerryConfig, {"mix": 1.5}),
+        (GeneralPreferenceConfig, {"centering": -0.1}),
+        (GeneralPreferenceConfig, {"temperature": 0.0}),
     ],
 )
-def test_refuses_settings(make: Callable[[], Loss], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make()
+def test_refuses_settings(config: type[ObjectiveConfig], settings: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(settings))):
+        config.model_validate(settings)
 
 
-def test_refuses_another_head() -> None:
+def test_wrong_head_is_refused() -> None:
     data = Data(2, "general preference", 0)
     output_Td, micro = data.micro(range(2), data.totals)
     with pytest.raises(ValueError, match="reads one output per text, the score head has 4"):
-        BradleyTerryLoss()(output_Td, micro)
+        LOSSES["bradley_terry"](output_Td, micro)
     with pytest.raises(ValueError, match="an even number of outputs, the score head has 3"):
-        GeneralPreferenceLoss()(output_Td[:, :3], micro)
+        LOSSES["general preference"](output_Td[:, :3], micro)
     with pytest.raises(ValueError, match=r"shape \(4, d\)"):
-        PairwiseLoss()(output_Td[:3], micro)
+        LOSSES["pairwise"](output_Td[:3], micro)
 
 
-def test_names_the_number_that_is_missing() -> None:
+def test_missing_value_is_named() -> None:
     data = Data(1, "margin", 0)
     output_Td, micro = data.micro([0], data.totals)
     bare = replace(micro, rows={}, examples={})
     with pytest.raises(ValueError, match="example value 'margin'"):
-        BradleyTerryLoss(kind="margin")(output_Td, bare)
+        LOSSES["margin"](output_Td, bare)
     with pytest.raises(ValueError, match="row value 'rating'"):
-        RegressionLoss()(output_Td, bare)
+        LOSSES["regression"](output_Td, bare)

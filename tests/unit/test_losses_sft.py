@@ -57,28 +57,28 @@ def test_value_is_the_mean_negative_log_likelihood(how):
     assert not any(value.requires_grad for value in out.metrics.values())
 
 
-def test_gradient_pulls_every_token_up_alike():
+def test_gradient_is_equal_for_every_token():
     logp_T, micro = micro_of(ROWS, totals_of(ROWS))
     SFTLoss()(logp_T, micro).loss.backward()
     np.testing.assert_allclose(logp_T.grad, np.full(6, -1 / 6), atol=1e-15)
 
 
-def test_entropy_is_reported_where_it_was_computed():
+def test_entropy_is_reported_if_computed():
     loss = SFTLoss()
     entropy_T = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
-    assert loss.entropy == "metric" and not loss.needs_reference
+    assert loss.entropy == "metric"
     with_it = loss(*micro_of(ROWS, totals_of(ROWS), entropy=entropy_T)).metrics
     assert with_it["policy/entropy"].item() == pytest.approx(3.5)
     assert "policy/entropy" not in loss(*micro_of(ROWS, totals_of(ROWS))).metrics
 
 
-def test_who_wrote_the_text_does_not_matter():
+def test_behavior_logprobs_do_not_matter():
     unknown_T = torch.full((6,), torch.nan, dtype=torch.float64)
     logp_T, micro = micro_of(ROWS, totals_of(ROWS), behavior_logp=unknown_T)
     assert SFTLoss()(logp_T, micro).loss.item() == pytest.approx(EXPECTED["token_mean"])
 
 
-def test_nothing_to_learn_is_zero_not_nan():
+def test_empty_micro_batch_is_zero_not_nan():
     for rows in ([], [[]]):
         logp_T, micro = micro_of(rows, Totals(tokens=0, rows=len(rows), examples=len(rows)))
         out = SFTLoss()(logp_T, micro)
@@ -86,7 +86,7 @@ def test_nothing_to_learn_is_zero_not_nan():
         assert out.loss.item() == 0.0 and all(value.item() == 0.0 for value in out.metrics.values())
 
 
-def test_unknown_aggregate_is_refused_and_the_loss_travels():
+def test_unknown_aggregate_is_refused_and_loss_is_picklable():
     with pytest.raises(ConfigError, match="token_mean"):
         SFTLoss(aggregate="mean")(*micro_of(ROWS, totals_of(ROWS)))
     assert pickle.loads(pickle.dumps(SFTLoss())) == SFTLoss()
@@ -99,7 +99,7 @@ def test_unknown_aggregate_is_refused_and_the_loss_travels():
     how=st.sampled_from(sorted(EXPECTED)),
     seed=st.integers(0, 99),
 )
-def test_order_and_sharding_change_nothing(rows, cut, how, seed):
+def test_order_and_sharding_do_not_matter(rows, cut, how, seed):
     totals, loss = totals_of(rows), SFTLoss(aggregate=how)
     whole = loss(*micro_of(rows, totals)).loss.item()
     shuffled = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]

@@ -1,4 +1,4 @@
-"""MCTS-DPO over a toy language, through the real scheduler: answers are three digits, one a line,
+"""MCTS-DPO over a toy language with the real scheduler: answers are three digits, one per line,
 and 1, 2, 3 is right.
 
 Two lines end in a line end, the third in the end of the turn.
@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from fakes import FakeScorer
+from pydantic import ValidationError
 
 from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.mcts_dpo import MCTSDPO, tree_from_group, verdict, worth
-from rayhf.config.mcts_dpo import MCTSDPOConfig, OutcomeConfig
+from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig, OutcomeConfig
 from rayhf.errors import ConfigError
 from rayhf.exploration.build import build_scheduler
 from rayhf.run_dir.tables import sample_table
@@ -25,7 +26,7 @@ from rayhf.types import Completion, Failed, Group, Invalid, Prompt, Sample, Samp
 
 NEWLINE, END = 5, 6
 PLAIN = Sampling(max_tokens=20)
-TURN = SelectionContext(iteration=1, seed=3)
+TURN = SelectionContext(iteration=1, seed=3, sampling=Sampling(max_tokens=8))
 
 
 def text_of(tokens):
@@ -99,7 +100,7 @@ class ToyChat:
     def text(self, token_ids):
         return text_of(token_ids)
 
-    def answer(self, messages, text):
+    def encode_response(self, messages, text):
         return (*(NEWLINE if c == "\n" else 10 + int(c) for c in text), END)
 
 
@@ -136,8 +137,8 @@ def explored(
     deterministic=True,
     answer="123",
 ):
-    """The groups of n prompts, and the scheduler that explored them."""
-    algorithm = MCTSDPO(config, max_tokens=sampling.max_tokens)
+    """The groups of n prompts, and the scheduler over which they were explored."""
+    algorithm = MCTSDPO(config)
 
     async def go():
         scheduler = build_scheduler(
@@ -159,7 +160,7 @@ def explored(
     return asyncio.run(go())
 
 
-def test_the_search_finds_the_right_answer():
+def test_search_finds_the_right_answer():
     groups = explore(config_of(iterations=30, width=(12,)), n=8)
     assert {g.metrics["mcts/solved"] for g in groups} == {1.0}
     assert (
@@ -170,7 +171,7 @@ def test_the_search_finds_the_right_answer():
 
 
 @pytest.mark.parametrize("rollouts", [1, 3])
-def test_the_tree_is_in_the_samples(rollouts):
+def test_samples_contain_the_tree(rollouts):
     rollout, scorer = ToyRollout(), ToyScorer()
     (group,) = explore(
         config_of(rollouts=rollouts),
@@ -208,7 +209,7 @@ def test_the_tree_is_in_the_samples(rollouts):
     assert {r.sampling.max_tokens + len(r.token_ids) - 2 for r in rollout.requests} == {9}
 
 
-def test_a_step_is_written_together_with_what_first_values_it():
+def test_step_is_generated_together_with_its_first_completion():
     rollout = ToyRollout()
     (group,) = explore(config_of(iterations=1, width=(30,), reroot="never"), rollout=rollout)
     (request,) = rollout.requests
@@ -231,7 +232,7 @@ def test_a_step_is_written_together_with_what_first_values_it():
         assert step.stats["estimate"] == pytest.approx(right)
 
 
-def test_without_completions_a_step_ends_where_it_ends():
+def test_without_completions_a_step_ends_by_itself():
     rollout = ToyRollout()
     (group,) = explore(config_of(rollouts=0), rollout=rollout, sampling=Sampling(max_tokens=9))
     assert group.metrics["mcts/rollouts"] == 0 and {s.kind for s in group.samples} == {"step"}
@@ -241,7 +242,7 @@ def test_without_completions_a_step_ends_where_it_ends():
     )
 
 
-def test_a_character_that_a_cut_takes_apart_is_lost_and_nothing_is_doubled():
+def test_split_character_is_dropped_and_nothing_is_repeated():
     class Bytes(ToyChat):
         def text(self, token_ids):
             return bytes(token_ids).decode(errors="replace")
@@ -268,7 +269,7 @@ def test_a_character_that_a_cut_takes_apart_is_lost_and_nothing_is_doubled():
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
-def test_equal_seeds_give_equal_trees_whatever_arrives_first(parallel):
+def test_equal_seeds_give_equal_trees_in_any_arrival_order(parallel):
     config = config_of(parallel=parallel, rollouts=2, self_evaluation={"votes": 2})
     waves = explore(config, n=3)
     for _ in range(2):
@@ -307,14 +308,14 @@ def stored(group):
 
 @pytest.mark.parametrize("pairs", ["worst", "random", "all"])
 @pytest.mark.parametrize("levels", ["path", "all"])
-def test_a_stored_tree_gives_the_same_pairs(pairs, levels):
+def test_stored_tree_gives_the_same_pairs(pairs, levels):
     def unclear(completion):
         right = completion.text.split("\n")[:2] == ["1", "2"]
         return Invalid(reason="?") if completion.text[0] == "4" else Scored(value=float(right))
 
     config = config_of(pairs=pairs, levels=levels)
     groups = explore(config, n=4, scorer=ToyScorer(unclear))
-    algorithm = MCTSDPO(config, max_tokens=20)
+    algorithm = MCTSDPO(config)
     first, again = (algorithm.select(gs, TURN) for gs in (groups, [stored(g) for g in groups]))
     assert first.metrics == again.metrics and first.metrics["pairs/kept"] > 3
     for a, b in zip(first.examples, again.examples, strict=True):
@@ -333,10 +334,10 @@ def test_a_stored_tree_gives_the_same_pairs(pairs, levels):
         ]
 
 
-def test_pairs_are_siblings_and_the_loss_is_over_what_differs():
+def test_pairs_are_siblings_and_loss_covers_the_difference():
     config = config_of(iterations=30, pairs="all", max_pairs=50)
     (group,) = explore(config)
-    selection = MCTSDPO(config, max_tokens=20).select([group], TURN)
+    selection = MCTSDPO(config).select([group], TURN)
     assert selection.examples and selection.metrics["mcts/label_smoothing"] > 0
     for example in selection.examples:
         better, worse = (group.samples[row.sample] for row in example.rows)
@@ -356,7 +357,7 @@ def test_pairs_are_siblings_and_the_loss_is_over_what_differs():
         assert example.rows[0].response_ids[0] != example.rows[1].response_ids[0]
 
 
-def test_a_tree_that_never_answers_is_counted_and_trained_on_nothing():
+def test_tree_without_answers_is_counted_and_not_trained_on():
     rollout = ToyRollout(length=99)
     scorer = ToyScorer(lambda c: Scored(value=float(c.finish_reason == "stop")))
     groups = explore(
@@ -380,7 +381,7 @@ def test_a_tree_that_never_answers_is_counted_and_trained_on_nothing():
     assert max(len(c.token_ids) for c in scorer.seen) == 8 and {
         c.finish_reason for c in scorer.seen
     } == {"length"}
-    selection = MCTSDPO(config_of(), max_tokens=8).select(groups, TURN)
+    selection = MCTSDPO(config_of()).select(groups, TURN)
     assert (
         selection.examples == ()
         and selection.metrics["pairs/ties"] > 0
@@ -388,7 +389,7 @@ def test_a_tree_that_never_answers_is_counted_and_trained_on_nothing():
     )
 
 
-def test_the_models_own_length_ends_an_answer_too():
+def test_model_length_ends_an_answer():
     chat = ToyChat()
     chat.max_length = 6
     (group,) = explore(config_of(step_tokens=3), chat=chat, rollout=ToyRollout(length=99))
@@ -396,7 +397,7 @@ def test_the_models_own_length_ends_an_answer_too():
     assert group.metrics["mcts/no_answer"] == 1.0
 
 
-def test_long_steps_are_cut_and_go_on():
+def test_long_steps_are_split():
     (group,) = explore(config_of(step_tokens=1, depth=6, iterations=20))
     assert group.metrics["mcts/cut_steps"] > 0 and {
         len(s.completion.token_ids) for s in group.samples if s.kind == "step"
@@ -406,7 +407,7 @@ def test_long_steps_are_cut_and_go_on():
 
 
 @pytest.mark.parametrize("outcome", [Invalid(reason="nan"), Failed(reason="late")])
-def test_unscored_answers_are_no_wrong_answers(outcome):
+def test_unscored_answers_are_not_wrong_answers(outcome):
     def half(completion):
         return (
             outcome
@@ -424,13 +425,13 @@ def test_unscored_answers_are_no_wrong_answers(outcome):
     assert group.metrics["mcts/unscored"] > 0
     (group,) = explore(config_of(), scorer=ToyScorer(lambda c: outcome))
     assert group.metrics["mcts/nodes"] == len([s for s in group.samples if s.kind == "step"]) <= 3
-    assert MCTSDPO(config_of(), max_tokens=20).select([group], TURN).examples == ()
+    assert MCTSDPO(config_of()).select([group], TURN).examples == ()
 
 
 def test_all_ties_train_nothing():
     groups = explore(config_of(), n=2, scorer=ToyScorer(lambda c: Scored(value=1.0)))
     for rule in ("worst", "random", "all"):
-        selection = MCTSDPO(config_of(pairs=rule), max_tokens=20).select(groups, TURN)
+        selection = MCTSDPO(config_of(pairs=rule)).select(groups, TURN)
         assert selection.examples == () and selection.metrics["pairs/ties"] > 0
 
 
@@ -471,9 +472,9 @@ def test_self_evaluation_adds_the_share_of_yes():
     template = "{{ question }} {{ work }} {{ answer }}"
     _, asked = nodes("yes", template=template, gold_conditioned_critic=True)
     assert all(text.endswith(" 123") for text in asked)
-    with pytest.raises(ConfigError, match="leak"):
+    with pytest.raises(ValidationError, match="leak"):
         nodes("yes", template=template)
-    with pytest.raises(ConfigError, match="line 1"):
+    with pytest.raises(ValidationError, match="line 1"):
         nodes("yes", template="{{ work")
     with pytest.raises(ConfigError, match="p0 has no answer"):
         explore(
@@ -487,7 +488,7 @@ def test_verdicts():
     assert [verdict(text) for text in ("yesterday", "", "maybe yes", "1")] == [None] * 4
 
 
-def test_gold_steps_enter_only_where_asked_for():
+def test_gold_steps_are_added_only_if_configured():
     config = config_of(iterations=20, width=(4,), inject_gold=True)
     (group,) = explore(config, rollout=ToyRollout(digits=(7, 8)), answer="1\n2\n3")
     gold = [s for s in group.samples if s.stats.get("gold")]
@@ -500,7 +501,7 @@ def test_gold_steps_enter_only_where_asked_for():
         and gold[0].stats["prior"] == 1.0
     )
     assert gold[1].context_ids == (1, 2, 11, NEWLINE)
-    examples = MCTSDPO(config, max_tokens=20).select([group], TURN).examples
+    examples = MCTSDPO(config).select([group], TURN).examples
     rows = [row for e in examples for row in e.rows if group.samples[row.sample].stats["gold"]]
     assert rows and all(np.isnan(row.tokens["behavior_logp"]).all() for row in rows)
     for answer, inject in (("123", True), (None, True), ("1\n2\n3", False)):
@@ -522,8 +523,8 @@ def test_outcomes():
 # --- the algorithm ---------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_the_papers():
-    """ALGORITHMS.md A5: K 5, depth 4, breadth 4 then 2, c 1, gamma 1, prior exponent 1.25, outcome
+def test_defaults_are_those_of_the_paper():
+    """K 5, depth 4, breadth 4 then 2, c 1, gamma 1, prior exponent 1.25, outcome
     +-1, beta 0.1, 8 pairs."""
     config = MCTSDPOConfig()
     assert (config.iterations, config.depth, config.width, config.exploration, config.gamma) == (
@@ -535,7 +536,7 @@ def test_defaults_are_the_papers():
     )
     assert (
         config.length_exponent,
-        config.beta,
+        config.loss.beta,
         config.max_pairs,
         config.step_tokens,
         config.step_stop,
@@ -552,18 +553,25 @@ def test_defaults_are_the_papers():
         "step",
         "worst",
     )
-    assert (config.labels, config.loss, config.reference.type) == ("soft", "sigmoid", "initial")
+    assert (config.labels, config.loss.type, config.reference.type) == (
+        "soft",
+        "sigmoid",
+        "initial",
+    )
     assert not config.inject_gold and config.self_evaluation is None
 
 
 def test_hard_labels_and_other_losses():
     config = config_of(labels="hard", loss="ipo")
-    selection = MCTSDPO(config, max_tokens=20).select(explore(config), TURN)
+    selection = MCTSDPO(config).select(explore(config), TURN)
     assert selection.examples and all(set(e.scalars) == {"margin"} for e in selection.examples)
-    with pytest.raises(ConfigError, match="labels: soft needs loss sigmoid, got ipo"):
-        MCTSDPO(config_of(loss="ipo"), max_tokens=20)
-    with pytest.raises(ConfigError, match=r"outcome\.wrong"):
-        MCTSDPO(config_of(outcome={"correct": 0.0, "wrong": 0.0}), max_tokens=20)
+    with pytest.raises(
+        ValidationError,
+        match="labels: soft needs a loss that accepts them, for example sigmoid, got ipo",
+    ):
+        MCTSDPO(config_of(loss="ipo"))
+    with pytest.raises(ValidationError, match="wrong: 0 must be below correct"):
+        MCTSDPO(config_of(outcome={"correct": 0.0, "wrong": 0.0}))
 
 
 def test_samples_out_of_order_are_refused():
@@ -573,5 +581,5 @@ def test_samples_out_of_order_are_refused():
 
 
 def test_no_groups():
-    selection = MCTSDPO(config_of(), max_tokens=20).select([], TURN)
+    selection = MCTSDPO(config_of()).select([], TURN)
     assert selection.examples == () and all(math.isfinite(v) for v in selection.metrics.values())

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from llama_config import LLAMA
 
 from rayhf.config.load import validate
 from rayhf.config.schema import LearnerConfig, LoraConfig, ReferenceConfig, RolloutConfig, RunConfig
@@ -25,18 +26,6 @@ from rayhf.planning.preflight import check_settings
 
 P = 8_030_261_248
 """Llama 3.1 8B's parameters."""
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fakes import FakeRollout, Quiet
+from campaigns import make_config, metrics_of, play
+from fakes import FakeRollout, SilentObserver
 from rich.console import Console
-from test_controller import make_config, metrics_of, play
 from typer.testing import CliRunner
 
 from launch.cli import app
@@ -99,7 +99,7 @@ def test_a_stall_is_named(tmp_path):
 
 def test_rounds_that_report_in_turn_are_not_written_down_each_time(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = EventLog(store, Quiet())
+    recorder = EventLog(store, SilentObserver())
     for done in range(50):
         for iteration in (1, 2):
             recorder.phase(iteration, "explore", done, 50)
@@ -117,7 +117,7 @@ def test_rounds_that_report_in_turn_are_not_written_down_each_time(tmp_path):
 
 def test_who_waits_for_a_scorer_is_paused_and_says_for_what(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = EventLog(store, Quiet())
+    recorder = EventLog(store, SilentObserver())
     recorder.phase(1, "explore", 3, 4)
     recorder.event("pause", "the scorer is down")
     status = read_status(store.path)
@@ -132,7 +132,7 @@ def test_who_waits_for_a_scorer_is_paused_and_says_for_what(tmp_path):
 
 def test_a_campaign_on_another_host_is_known_by_its_heartbeat(tmp_path):
     store = RunDir(make_config(tmp_path))
-    recorder = EventLog(store, Quiet())
+    recorder = EventLog(store, SilentObserver())
     recorder.phase(1, "explore", 3, 4)
     store.set_state("running")
     store.close()
@@ -177,7 +177,7 @@ def test_stop_commits_the_round_and_the_same_command_continues(tmp_path):
         make_config(tmp_path, run={"checkpoint_every": 0}),
     )
     play(whole)
-    with pytest.raises(InterruptedRunError, match="stopped after round 2"):
+    with pytest.raises(InterruptedRunError, match="stopped after iteration 2"):
         play(config, rollout=Watching(config.run.dir, 3, "stop"))
     assert read_status(config.run.dir).iteration == 2
     write_request(config.run.dir, "run")

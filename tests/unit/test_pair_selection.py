@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayhf.algorithms import pair_selection as pairing
+from rayhf.types import win_rates
 
 SCORES = st.lists(st.floats(-5, 5), min_size=0, max_size=6)
 
@@ -14,7 +15,7 @@ def test_best_second_skips_copies_of_the_best():
     assert pairing.best_second([1.0, 3.0, 2.0]).pairs == (
         pairing.ScoredPair(chosen=1, rejected=2, margin=1.0),
     )
-    same = pairing.best_second([1.0, 3.0, 2.9], answers=["a", "b", "b"])
+    same = pairing.best_second([1.0, 3.0, 2.9], completions=["a", "b", "b"])
     assert same.pairs == (pairing.ScoredPair(chosen=1, rejected=0, margin=2.0),)
     assert pairing.best_second([1.0, 1.0]).ties == 1 and pairing.best_second([1.0]).ties == 0
 
@@ -57,18 +58,26 @@ def test_neighbours_of_the_accepted_make_pairs():
 
 def test_win_rates_by_hand():
     win = np.array([[0.5, 1.0, 0.0], [0.0, 0.5, 0.75], [1.0, 0.25, 0.5]])
-    assert pairing.win_rates(win) == pytest.approx([0.5, 1.25 / 3, 1.75 / 3])
+    assert win_rates(win, include_self=True) == pytest.approx([0.5, 1.25 / 3, 1.75 / 3])
     win[0, 1] = win[1, 0] = np.nan
-    assert pairing.win_rates(win) == pytest.approx([0.25, 0.625, 1.75 / 3])
+    assert win_rates(win, include_self=True) == pytest.approx([0.25, 0.625, 1.75 / 3])
     lonely = np.full((2, 2), np.nan)
     np.fill_diagonal(lonely, 0.5)
-    assert np.isnan(pairing.win_rates(lonely)).all()
+    assert np.isnan(win_rates(lonely, include_self=True)).all()
     assert (
-        pairing.win_rates(np.array([[0.5]])) == pytest.approx([0.5])
-        and pairing.win_rates(np.zeros((0, 0))).size == 0
+        win_rates(np.array([[0.5]]), include_self=True) == pytest.approx([0.5])
+        and win_rates(np.zeros((0, 0)), include_self=True).size == 0
     )
     with pytest.raises(ValueError, match="square"):
-        pairing.win_rates(np.zeros((2, 3)))
+        win_rates(np.zeros((2, 3)), include_self=True)
+
+
+def test_win_rates_against_the_others_alone():
+    win = np.array([[0.5, 1.0, 0.0], [0.0, 0.5, 0.75], [1.0, 0.25, 0.5]])
+    assert win_rates(win, include_self=False) == pytest.approx([0.5, 0.375, 0.625])
+    win[0, 1] = win[1, 0] = np.nan
+    assert win_rates(win, include_self=False) == pytest.approx([0.0, 0.75, 0.625])
+    assert np.isnan(win_rates(np.array([[0.5]]), include_self=False)).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,9 +86,10 @@ def test_win_rates_have_mean_one_half_and_follow_a_permutation(k, seed):
     rng = np.random.default_rng(seed)
     upper = rng.random((k, k))
     win = np.triu(upper, 1) + np.tril(1 - upper.T, -1) + 0.5 * np.eye(k)
-    rates, order = pairing.win_rates(win), rng.permutation(k)
+    rates = win_rates(win, include_self=True)
+    order = rng.permutation(k)
     assert rates.mean() == pytest.approx(0.5)
-    assert pairing.win_rates(win[np.ix_(order, order)]) == pytest.approx(rates[order])
+    assert win_rates(win[np.ix_(order, order)], include_self=True) == pytest.approx(rates[order])
 
 
 @settings(max_examples=60, deadline=None)

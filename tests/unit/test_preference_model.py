@@ -1,5 +1,4 @@
-"""Preference models: verdict arithmetic, fences, and real tiny classifiers with random weights
-behind both kinds."""
+"""Preference models: arithmetic, fences, and tiny classifiers with random weights of both kinds."""
 
 from __future__ import annotations
 
@@ -25,13 +24,14 @@ from rayhf.scorer.preference_model import (
     FIRST,
     SECOND,
     PreferenceModel,
+    PreferenceModelConfig,
     Reader,
-    check_directory,
     order_averaged,
     sigmoid,
     skew_symmetric,
 )
-from rayhf.scorer.reward_model import RewardModel
+from rayhf.scorer.protocol import ScorerSetup
+from rayhf.scorer.reward_model import RewardModel, RewardModelConfig
 from rayhf.tiny.language_model import ModelSize
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 from rayhf.types import Compared, Completion, Failed, Invalid, Message, Prompt, Scored, ScoreRequest
@@ -46,7 +46,7 @@ def win(x: float) -> float:
     return math.exp(x) / (1.0 + math.exp(x))
 
 
-# ------------------------------------------------------------------------------------------ verdict arithmetic
+# ------------------------------------------------------------------------------- verdict arithmetic
 
 logits = hnp.arrays(
     np.float64, st.integers(0, 5).map(lambda k: (k, k)), elements=st.floats(-800, 800)
@@ -92,7 +92,7 @@ def test_skew_symmetric_chances_add_up(embedding: np.ndarray[Any, Any], temperat
 
 @settings(deadline=None)
 @given(embeddings, st.randoms())
-def test_the_order_of_answers_permutes_the_matrix(
+def test_the_order_of_completions_permutes_the_matrix(
     embedding: np.ndarray[Any, Any], rng: Any
 ) -> None:
     order = list(range(len(embedding)))
@@ -118,7 +118,7 @@ def test_sigmoid_far_out() -> None:
     assert found[0] == 0.0 and found[1] == 0.5 and found[2] == 1.0 and math.isnan(found[3])
 
 
-# ----------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def test_calibration_by_hand() -> None:
@@ -178,7 +178,7 @@ def test_win_probability_of_embeddings() -> None:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------- models
 
 
 @pytest.fixture(scope="module")
@@ -217,11 +217,20 @@ def directory(
 
 @pytest.fixture(scope="module")
 def model(directory: Path) -> PreferenceModel:
-    return PreferenceModel(directory)
+    return load(directory)
+
+
+def load(directory: Path, **settings: Any) -> PreferenceModel:
+    config = PreferenceModelConfig(model=directory, **settings)
+    return PreferenceModel(config, ScorerSetup(base=Path()))
+
+
+def check(directory: Path) -> None:
+    PreferenceModel.check(PreferenceModelConfig(model=directory), Path())
 
 
 def ask(
-    *answers: str, messages: tuple[Message, ...] = ({"role": "user", "content": "which one?"},)
+    *texts: str, messages: tuple[Message, ...] = ({"role": "user", "content": "which one?"},)
 ) -> ScoreRequest:
     completions = tuple(
         Completion(
@@ -234,7 +243,7 @@ def ask(
             finish_reason="stop",
             policy_version=0,
         )
-        for i, text in enumerate(answers)
+        for i, text in enumerate(texts)
     )
     return ScoreRequest(
         prompt=Prompt(prompt_id="p", messages=messages, token_ids=(1,)), completions=completions
@@ -277,25 +286,25 @@ def test_against_transformers_one_text_at_a_time(directory: Path, model: Prefere
     )
 
 
-def test_batches_do_not_mix_answers(directory: Path, model: PreferenceModel) -> None:
+def test_batches_do_not_mix_completions(directory: Path, model: PreferenceModel) -> None:
     requests = [ask("this", "that one is good"), ask("or", "this", "good"), ask("one")]
     together = [one.win for one in model.compare(requests) if isinstance(one, Compared)]
-    small = PreferenceModel(directory, token_budget=1)
+    small = load(directory, token_budget=1)
     for request, found in zip(requests, together, strict=True):
         np.testing.assert_allclose(matrix(small, request), found, atol=1e-5)
 
 
-def test_equal_answers_tie_exactly(model: PreferenceModel) -> None:
+def test_equal_completions_tie_exactly(model: PreferenceModel) -> None:
     found = matrix(model, ask("good", "this one", "good"))
     assert found[0, 2] == 0.5 and found[0, 1] == found[2, 1]
     assert (matrix(model, ask("x", "x", "x")) == 0.5).all()
 
 
-def test_one_answer_and_none(model: PreferenceModel) -> None:
+def test_one_completion_and_none(model: PreferenceModel) -> None:
     assert matrix(model, ask("good")).tolist() == [[0.5]]
     assert matrix(model, ask()).shape == (0, 0)
     outcome = model.score([ask("good")])[0][0]
-    assert isinstance(outcome, Invalid) and "no other answer" in outcome.reason
+    assert isinstance(outcome, Invalid) and "no other completion" in outcome.reason
     assert model.score([ask()]) == [()]
 
 
@@ -330,7 +339,7 @@ def test_a_refused_conversation_is_failed_and_a_bad_text_invalid(model: Preferen
 
 
 def test_an_output_that_is_not_finite_is_no_verdict(directory: Path) -> None:
-    model = PreferenceModel(directory)
+    model = load(directory)
     with torch.no_grad():
         model._classifier.model.score.weight.fill_(torch.nan)
     compared, outcomes = model.compare([ask("a", "b")])[0], model.score([ask("a", "b")])[0]
@@ -338,7 +347,7 @@ def test_an_output_that_is_not_finite_is_no_verdict(directory: Path) -> None:
     assert all(isinstance(outcome, Invalid) for outcome in outcomes)
 
 
-# ------------------------------------------------------------------------------------------------------ fences
+# ------------------------------------------------------------------------------------------- fences
 
 
 @settings(deadline=None)
@@ -350,7 +359,7 @@ def test_an_output_that_is_not_finite_is_no_verdict(directory: Path) -> None:
         max_size=8,
     )
 )
-def test_no_answer_can_leave_its_place(
+def test_no_completion_can_leave_its_place(
     tokenizer: PreTrainedTokenizerFast, parts: list[str]
 ) -> None:
     """Whatever the first answer says, the text has each fence once and as many special tokens as
@@ -364,12 +373,12 @@ def test_no_answer_can_leave_its_place(
     assert [i for i in hostile if i in special] == [i for i in harmless if i in special]
 
 
-def test_harmless_answers_are_shown_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_harmless_completions_are_shown_unchanged(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "if a << 2 < b: print('<b>')"
     assert Reader(tokenizer).fenced(text) == text
 
 
-# ------------------------------------------------------------------------------------------------- directories
+# -------------------------------------------------------------------------------------- directories
 
 
 @pytest.fixture
@@ -416,23 +425,23 @@ def changed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...,
         ),
     ],
 )
-def test_check_directory_refuses(
+def test_wrong_directories_are_refused(
     changed: Callable[..., Path], file: str, values: dict[str, object], expected: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        check_directory(changed(file, **values))
+        check(changed(file, **values))
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_check_directory_needs_the_facts(directory: Path, tmp_path: Path) -> None:
-    check_directory(directory)
+def test_a_directory_needs_the_facts(directory: Path, tmp_path: Path) -> None:
+    check(directory)
     with pytest.raises(ConfigError, match="expected a directory that `rayhf fit-scorer` wrote"):
-        check_directory(tmp_path)
+        check(tmp_path)
 
 
 def test_a_longer_limit_than_the_models_is_refused(directory: Path) -> None:
     with pytest.raises(ConfigError, match="max_length is 201, the model reads at most 200 tokens"):
-        PreferenceModel(directory, max_length=201)
+        load(directory, max_length=201)
 
 
 def test_a_padding_id_that_ends_texts_is_not_taken(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -448,19 +457,17 @@ def test_a_pointwise_fit_is_a_reward_model(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     directory = build(tmp_path / "bt", tokenizer, {"type": "bradley_terry"})
-    assert all(
-        isinstance(outcome, Scored) for outcome in RewardModel(directory).score([ask("a", "b")])[0]
-    )
+    reward_model = RewardModel(RewardModelConfig(model=directory), ScorerSetup(base=tmp_path))
+    [outcomes] = reward_model.score([ask("a", "b")])
+    assert all(isinstance(outcome, Scored) for outcome in outcomes)
     with pytest.raises(ConfigError, match="use type: reward_model"):
-        PreferenceModel(directory)
+        load(directory)
 
 
 def test_a_model_of_pairs_is_no_reward_model(tmp_path: Path) -> None:
-    from rayhf.scorer.reward_model import check_directory as check_reward_model
-
     (tmp_path / "config.json").write_text(
         '{"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}'
     )
     (tmp_path / "rayhf_scorer.json").write_text('{"kind": "pairwise"}')
     with pytest.raises(ConfigError, match="it is a pairwise model; use type: preference_model"):
-        check_reward_model(tmp_path)
+        RewardModel.check(RewardModelConfig(model=tmp_path), tmp_path)

@@ -1,4 +1,4 @@
-"""A hostile rule in its real process: what it may take, what it sees, and what is left of it."""
+"""A hostile rule in its real process: its limits, what it sees, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_scorer_rule import _running, request
+from score_requests import make_rule, request
+from waiting import is_running, wait_until
 
+from rayhf.scorer import rule_process
 from rayhf.scorer.rule import Rule
-from rayhf.scorer.rule_process import ProcessLimits
 from rayhf.types import Failed, Outcome, Scored
 
 RULES = """
@@ -67,18 +68,12 @@ Ask = Callable[..., Outcome]
 
 @pytest.fixture
 def ask(tmp_path: Path) -> Iterator[Ask]:
-    """What a function of RULES says of one text."""
+    """Return the outcome of one text under a function of RULES."""
     (tmp_path / "hostile.py").write_text(RULES)
     started: list[Rule] = []
 
-    def ask(function: str, text: str = "", **limits: object) -> Outcome:
-        started.append(
-            Rule(
-                f"hostile:{function}",
-                base=tmp_path,
-                limits=ProcessLimits(**{"timeout_s": 5.0, **limits}),
-            )
-        )
+    def ask(function: str, text: str = "", **settings: object) -> Outcome:
+        started.append(make_rule(f"hostile:{function}", tmp_path, **{"timeout_s": 5.0, **settings}))
         [(outcome,)] = started[-1].score([request(text)])
         return outcome
 
@@ -91,7 +86,7 @@ def ask(tmp_path: Path) -> Iterator[Ask]:
 def apart(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.mktemp("apart")
     (base / "hostile.py").write_text(RULES)
-    rule = Rule("hostile:counted", base=base)
+    rule = make_rule("hostile:counted", base)
     allowed = rule._child is not None and rule._child.apart
     rule.close()
     if not allowed:
@@ -102,20 +97,19 @@ def test_memory(ask: Ask) -> None:
     assert ask("memory") == Failed(reason="MemoryError (hostile.py:5)")
 
 
-def test_disk(ask: Ask, tmp_path: Path) -> None:
-    outcome = ask("disk", file_bytes=32 << 20)
+def test_disk(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule_process, "FILE_BYTES", 32 << 20)
+    outcome = ask("disk")
     assert isinstance(outcome, Failed) and "File too large" in outcome.reason
     assert (tmp_path / "big").stat().st_size <= 32 << 20
 
 
 def test_processes_are_ended_also_those_that_left_the_session(ask: Ask, tmp_path: Path) -> None:
-    assert ask("processes", timeout_s=2.0) == Failed(reason="no answer within 2 s")
+    assert ask("processes", timeout_s=2.0) == Failed(reason="no response within 2 s")
     started = [int(line) for line in (tmp_path / "pids").read_text().split()]
     assert len(started) == 12
-    deadline = time.monotonic() + 5  # what was killed has yet to be buried by its new parent
-    while (left := list(filter(_running, started))) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert left == []
+    # Killed processes have yet to be reaped by their new parent.
+    wait_until(lambda: not any(map(is_running, started)))
 
 
 def test_no_secret_of_the_environment_is_seen(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +127,7 @@ def test_other_processes_cannot_be_read(ask: Ask) -> None:
 
 
 @pytest.mark.usefixtures("apart")
-def test_the_network_is_for_those_who_ask_for_it(ask: Ask) -> None:
+def test_only_a_rule_with_network_has_one(ask: Ask) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         outcome = ask("dial", port)
@@ -152,8 +146,8 @@ def test_cpu_time_is_limited_by_the_time_of_a_call(ask: Ask) -> None:
     assert isinstance(outcome, Scored) and 0 < outcome.value <= 2 * 3.0 * (os.cpu_count() or 1) + 2
 
 
-def test_an_endless_answer_is_cut_short(ask: Ask) -> None:
+def test_an_endless_response_is_cut_short(ask: Ask) -> None:
     started = time.monotonic()
     outcome = ask("endless", timeout_s=30.0)
-    assert isinstance(outcome, Failed) and "something other than an answer" in outcome.reason
+    assert isinstance(outcome, Failed) and "something other than a response" in outcome.reason
     assert time.monotonic() - started < 20

@@ -1,4 +1,4 @@
-"""Text of models, scorers and files cannot control a terminal, wherever it is shown."""
+"""Texts of models, scorers and files cannot send control sequences to a terminal."""
 
 import io
 import json
@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from campaigns import make_config, play
 from rich.console import Console
-from test_controller import make_config, play
 
 from launch import cli
 from launch.operate import label, show_audit, show_status, watch
@@ -19,11 +19,8 @@ from rayhf.errors import CheckpointError, ScorerError
 from rayhf.run_dir.progress import Event
 from rayhf.run_dir.store import RunDir
 
-HOSTILE = (
-    "\x1b[2J\x1b]0;owned\x07\x1b[31mred \x9b31m c1 \r\nfake line\x08\x7f \x00 "
-    "\u202eright to left \ud800 [bold]markup[/bold] [/]"
-)
-CONTROL = {chr(code) for code in [*range(0x20), *range(0x7F, 0xA0), 0x202E, 0xD800]} - {"\n", "\t"}
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\x1b[31mred \x9b31m c1 \r\nfake line\x08\x7f \x00 \u202eright to left \ud800 [bold]markup[/bold] [/]"
+STEERING = {chr(code) for code in [*range(0x20), *range(0x7F, 0xA0), 0x202E, 0xD800]} - {"\n", "\t"}
 
 
 def screen():
@@ -34,10 +31,10 @@ def shown(console):
     return console.file.getvalue()
 
 
-def test_plain_escapes_control_characters_only():
+def test_control_characters_are_escaped():
     assert plain("a\x1b[31m\rb\x9b\u202e\ud800") == "a\\x1b[31m\\rb\\x9b\\u202e\\ud800"
     assert plain("Grüße, 漢字 😀\n\ttab") == "Grüße, 漢字 😀\n\ttab"
-    assert not CONTROL & set(plain(HOSTILE))
+    assert not STEERING & set(plain(HOSTILE))
 
 
 def test_events_in_the_live_view():
@@ -45,12 +42,12 @@ def test_events_in_the_live_view():
     with LiveView(console, iterations=3, task="toy") as view:
         view.phase(1, HOSTILE)
         view.event("fault", f"the scorer said {HOSTILE}")
-    assert not CONTROL & set(shown(console)) and "[bold]markup[/bold] [/]" in shown(console)
+    assert not STEERING & set(shown(console)) and "[bold]markup[/bold] [/]" in shown(console)
 
 
 @pytest.fixture
 def hostile_run(tmp_path):
-    """A run directory whose every text is hostile."""
+    """A run directory in which every text has control sequences."""
     config = make_config(tmp_path)
     play(config)
     store = RunDir(config)
@@ -73,35 +70,34 @@ def test_status_and_verify(hostile_run):
     show_status(FileControl(hostile_run), console)
     with pytest.raises(CheckpointError):
         show_audit(hostile_run, console, deep=False)
-    assert not CONTROL & set(shown(console))
+    assert not STEERING & set(shown(console))
     assert "[bold]markup[/bold]" in shown(console) and "\\x1b[2J" in shown(console)
 
 
 class Campaign(FileControl):
-    """A campaign with a hostile event and pair."""
+    """A campaign with a hostile event and a hostile pair."""
 
     def watch(self, is_active):
         yield Event(time="2026-11-21T12:00:00", epoch=1, kind="fault", message=HOSTILE)
 
     def uncertain_pairs(self, count):
-        messages = ({"role": HOSTILE, "content": HOSTILE},)
+        asked = ({"role": HOSTILE, "content": HOSTILE},)
         return [
             UncertainPair(
-                pair_id="1/p/0/1", messages=messages, first=HOSTILE, second=HOSTILE, certainty=0.0
+                pair_id="1/p/0/1", messages=asked, first=HOSTILE, second=HOSTILE, certainty=0.0
             )
         ]
 
 
-def test_watch_and_label(tmp_path, monkeypatch):
-    console = screen()
-    control = Campaign(tmp_path)
+def test_watching_and_judging(tmp_path, monkeypatch):
+    console, control = screen(), Campaign(tmp_path)
     watch(control, console)
     monkeypatch.setattr("sys.stdin", io.StringIO("q\n"))
     label(control, console, file=None, count=1)
-    assert not CONTROL & set(shown(console)) and shown(console).count("\\x1b[2J") >= 5
+    assert not STEERING & set(shown(console)) and shown(console).count("\\x1b[2J") >= 5
 
 
-def test_directory_name_in_summary(tmp_path):
+def test_a_directorys_name_in_the_summary(tmp_path):
     config = make_config(tmp_path)
     play(config)
     hostile = config.run.dir.rename(tmp_path / "\x1b[2J[bold]run[bold]")
@@ -121,12 +117,11 @@ def test_error_line(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main()
         line = capsys.readouterr().err
-        assert stop.value.code == code and not CONTROL & set(line) and line.count("\n") == 1
+        assert stop.value.code == code and not STEERING & set(line) and line.count("\n") == 1
 
 
 def test_plain_imports_nothing_heavy():
-    code = "import sys, launch.sanitize, launch.cluster_auth;"
-    code += "print({'ray', 'rich', 'torch', 'pydantic'} & set(sys.modules))"
+    code = "import sys, launch.sanitize, launch.cluster_auth; print({'ray', 'rich', 'torch', 'pydantic'} & set(sys.modules))"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

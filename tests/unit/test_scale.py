@@ -6,8 +6,8 @@ import random
 
 import pyarrow.parquet as pq
 import pytest
+from campaigns import make_config, metrics_of, play
 from fakes import FakeChat, FakeRollout, FakeScorer, make_prompts
-from test_controller import make_config, metrics_of, play
 
 from actors.rollout import RolloutPool, _LeastBusy
 from rayhf.algorithms.base import sample_and_score
@@ -15,8 +15,7 @@ from rayhf.exploration.build import build_scheduler
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir import store
 from rayhf.types import GenerateRequest, Sampling
-from tests.bench.scale_sim import Case
-from tests.bench.scale_sim import play as simulated
+from tests.bench.scale_sim import Case, measure
 from tests.bench.simulated import World
 from tests.bench.virtual import simulate
 
@@ -58,15 +57,15 @@ def test_deadlock_in_virtual_time_is_reported():
     async def work():
         await asyncio.get_running_loop().create_future()
 
-    with pytest.raises(RuntimeError, match="everybody waits for ever"):
+    with pytest.raises(RuntimeError, match="deadlock"):
         simulate(work())
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_simulated_campaign_with_crashing_engines_is_complete(tmp_path, staleness):
-    case = Case(engines=3, prompts=32, rounds=3, max_staleness=staleness)
+    case = Case(engines=3, prompts=32, iterations=3, max_staleness=staleness)
     world = World(engines=3, slots=4, tokens=4, life_s=150.0, restart_s=20.0, invalid=0.0)
-    result = simulated(case, tmp_path / "run", world)
+    result = measure(case, tmp_path / "run", world)
     assert (
         result["failures"] > 0
         and result["busy_at_update"] == 0

@@ -1,5 +1,4 @@
-"""Several scorers as one, against numbers written out by hand, and what is refused before anything
-starts."""
+"""Combined scorers against numbers by hand, and what is refused before anything starts."""
 
 from __future__ import annotations
 
@@ -17,17 +16,20 @@ from pydantic import ValidationError
 
 from rayhf.config.scorers import (
     CombineConfig,
-    JudgeConfig,
     LogSigmoid,
-    PairwiseRuleConfig,
-    RewardModelConfig,
-    RuleConfig,
-    ScorerEntry,
+    PairwiseEntryConfig,
+    PointwiseEntryConfig,
+    ScorerConfig,
+    ScorerEntryConfig,
 )
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.scorer.build import build_scorer, check_entries, check_heldout
 from rayhf.scorer.classifier import pack
 from rayhf.scorer.combine import Combined, Part
+from rayhf.scorer.judge import JudgeConfig
+from rayhf.scorer.protocol import ScorerEngine, ScorerSetup
+from rayhf.scorer.reward_model import RewardModelConfig
+from rayhf.scorer.rule import PairwiseRuleConfig, RuleConfig
 from rayhf.types import (
     Compared,
     Comparison,
@@ -59,7 +61,7 @@ def request(text: str, answer: str) -> ScoreRequest:
 
 
 class Fixed:
-    """An engine that says what it was told."""
+    """A scorer that returns one outcome for everything."""
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome, self.closed = outcome, False
@@ -75,7 +77,7 @@ class Fixed:
 
 
 class Listed:
-    """An engine with a list of scores, one per completion, over all requests."""
+    """A scorer with a list of scores, one per completion, over all requests."""
 
     def __init__(self, *scores: float) -> None:
         self.scores = list(scores)
@@ -93,31 +95,34 @@ class Listed:
 
 
 class Pairwise:
-    """An engine with one answer to every comparison."""
+    """A scorer with one response to every comparison."""
 
-    def __init__(self, answer: Comparison | list[list[float]]) -> None:
-        self.answer = (
-            answer
-            if not isinstance(answer, list)
-            else Compared(win=np.array(answer), source="pairwise")
+    def __init__(self, response: Comparison | list[list[float]]) -> None:
+        self.response = (
+            response
+            if not isinstance(response, list)
+            else Compared(win=np.array(response), source="pairwise")
         )
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         return [(Scored(value=0.25), Scored(value=0.75)) for _ in requests]
 
     def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        return [self.answer] * len(requests)
+        return [self.response] * len(requests)
 
     def close(self) -> None: ...
 
 
+def part(engine: ScorerEngine, name: str = "m", weight: float = 1.0, **settings: Any) -> Part:
+    return Part(PointwiseEntryConfig(name=name, weight=weight, **settings), engine)
+
+
+def pairwise_part(engine: ScorerEngine, name: str = "game", weight: float = 1.0) -> Part:
+    return Part(PairwiseEntryConfig(name=name, weight=weight), engine)
+
+
 def combined(first: Outcome, second: Outcome) -> Outcome:
-    engine = Combined(
-        [
-            Part(name="a", weight=2.0, engine=Fixed(first)),
-            Part(name="b", weight=-0.5, engine=Fixed(second)),
-        ]
-    )
+    engine = Combined([part(Fixed(first), "a", 2.0), part(Fixed(second), "b", -0.5)])
     [(outcome, same)] = engine.score([request("text", "4")])
     assert outcome == same
     return outcome
@@ -148,10 +153,10 @@ def values_of(rows: list[tuple[Outcome, ...]]) -> list[float]:
 
 
 def ensemble(combine: dict[str, Any], *weights: float) -> list[float]:
-    """Three scorers that say 1, 2, 6 of the first answer and 3, 3, 3 of the second."""
+    """Three scorers that give the first completion 1, 2, 6 and the second 3, 3, 3."""
     columns = ((1.0, 3.0), (2.0, 3.0), (6.0, 3.0))
     parts = [
-        Part(name=f"m{i}", weight=weight, engine=Listed(*column))
+        part(Listed(*column), f"m{i}", weight)
         for i, (weight, column) in enumerate(zip(weights, columns, strict=True))
     ]
     return values_of(Combined(parts, CombineConfig(**combine)).score([request("text", "4")]))
@@ -188,7 +193,7 @@ def test_the_order_of_an_ensemble_means_nothing(
     scores: list[float], kind: Any, random: Any
 ) -> None:
     def total(listed: list[tuple[int, float]]) -> float:
-        parts = [Part(name=f"m{i}", weight=1.0, engine=Listed(score, score)) for i, score in listed]
+        parts = [part(Listed(score, score), f"m{i}") for i, score in listed]
         return values_of(Combined(parts, CombineConfig(type=kind)).score([request("text", "4")]))[0]
 
     shuffled = list(enumerate(scores))
@@ -198,8 +203,8 @@ def test_the_order_of_an_ensemble_means_nothing(
 
 @pytest.mark.parametrize("score", [-800.0, -3.0, 0.0, 1.5, 4.0, 800.0])
 def test_log_sigmoid_transform(score: float) -> None:
-    part = Part(name="m", weight=2.0, engine=Listed(score, 1.5), reference=1.5)
-    [first, at_reference] = values_of(Combined([part]).score([request("text", "4")]))
+    engine = Combined([part(Listed(score, 1.5), weight=2.0, transform=LogSigmoid(reference=1.5))])
+    [first, at_reference] = values_of(engine.score([request("text", "4")]))
     margin = score - 1.5
     wanted = -math.log(1 + math.exp(-margin)) if abs(margin) < 30 else min(margin, 0.0)
     assert first == pytest.approx(2 * wanted, abs=1e-12)
@@ -208,17 +213,16 @@ def test_log_sigmoid_transform(score: float) -> None:
 
 def test_parts_are_raw_and_nested_ones_keep_their_scorers_name() -> None:
     fixed = Fixed(Scored(value=2.0, parts={"votes": 5.0}))
-    [(outcome, _)] = Combined([Part(name="judge", weight=1.0, engine=fixed, reference=2.0)]).score(
-        [request("text", "4")]
-    )
+    engine = Combined([part(fixed, "judge", transform=LogSigmoid(reference=2.0))])
+    [(outcome, _)] = engine.score([request("text", "4")])
     assert outcome == Scored(
         value=pytest.approx(math.log(0.5)), parts={"judge": 2.0, "judge/votes": 5.0}
     )
 
 
-def test_a_call_counts_before_it_is_normalised_and_the_state_resumes_exactly() -> None:
+def test_a_call_counts_before_it_is_normalized_and_the_state_resumes_exactly() -> None:
     def engine(*scores: float) -> Combined:
-        return Combined([Part(name="m", weight=3.0, engine=Listed(*scores), normalize=True)])
+        return Combined([part(Listed(*scores), weight=3.0, normalize=True)])
 
     whole = engine(1.0, 3.0, 2.0, 6.0)
     requests = [request("text", "4")]
@@ -235,23 +239,21 @@ def test_a_call_counts_before_it_is_normalised_and_the_state_resumes_exactly() -
     assert after.state_dict() == whole.state_dict()
 
 
-def test_one_request_of_many_is_normalised_as_if_they_came_together() -> None:
-    """All answers of a call are on one scale."""
-    together = Combined(
-        [Part(name="m", weight=1.0, engine=Listed(1.0, 3.0, 2.0, 6.0), normalize=True)]
-    )
+def test_all_requests_of_a_call_are_normalized_together() -> None:
+    """All completions of a call are on one scale."""
+    together = Combined([part(Listed(1.0, 3.0, 2.0, 6.0), normalize=True)])
     rows = together.score([request("text", "4"), request("text", "4")])
     assert values_of(rows) == pytest.approx(
         [(score - 3) / math.sqrt(3.5) for score in (1.0, 3.0, 2.0, 6.0)]
     )
 
 
-def test_the_transform_comes_before_the_normaliser_and_missing_scores_do_not_count() -> None:
+def test_the_transform_comes_before_the_normalizer_and_missing_scores_do_not_count() -> None:
     class Half(Listed):
         def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
             return [(Scored(value=1.0), Invalid(reason="?"))]
 
-    engine = Combined([Part(name="m", weight=1.0, engine=Half(), reference=1.0, normalize=True)])
+    engine = Combined([part(Half(), transform=LogSigmoid(reference=1.0), normalize=True)])
     [(good, bad)] = engine.score([request("text", "4")])
     assert (good, bad) == (Scored(value=0.0, parts={"m": 1.0}), Invalid(reason="m: ?"))
     assert engine.state_dict() == {
@@ -260,23 +262,18 @@ def test_the_transform_comes_before_the_normaliser_and_missing_scores_do_not_cou
 
 
 def test_a_state_of_other_scorers_is_refused() -> None:
-    engine = Combined([Part(name="m", weight=1.0, engine=Listed(), normalize=True)])
+    engine = Combined([part(Listed(), normalize=True)])
     with pytest.raises(
         CheckpointError, match=r"statistics of the scorers \['n'\], the config normalizes \['m'\]"
     ):
         engine.load_state_dict({"normalizers": {"n": {"count": 0, "mean": 0.0, "squares": 0.0}}})
     with pytest.raises(CheckpointError, match="statistics of the scorers none"):
         engine.load_state_dict({})
-    Combined([Part(name="m", weight=1.0, engine=Listed())]).load_state_dict({})
+    Combined([part(Listed())]).load_state_dict({})
 
 
 def test_scores_are_compared_by_the_sigmoid_of_their_combined_differences() -> None:
-    engine = Combined(
-        [
-            Part(name="a", weight=2.0, engine=Listed(1.0, 0.0)),
-            Part(name="b", weight=-1.0, engine=Listed(0.5, 0.0)),
-        ]
-    )
+    engine = Combined([part(Listed(1.0, 0.0), "a", 2.0), part(Listed(0.5, 0.0), "b", -1.0)])
     [compared] = engine.compare([request("text", "4")])
     assert isinstance(compared, Compared) and compared.source == "pointwise"
     assert compared.win[0, 1] == pytest.approx(1 / (1 + math.exp(-1.5)))
@@ -284,8 +281,8 @@ def test_scores_are_compared_by_the_sigmoid_of_their_combined_differences() -> N
 
 def test_matrices_are_averaged_by_weight() -> None:
     parts = [
-        Part(name="game", weight=3.0, engine=Pairwise([[0.5, 0.9], [0.1, 0.5]]), pairwise=True),
-        Part(name="model", weight=1.0, engine=Listed(0.0, 2.0), reference=1.0),
+        pairwise_part(Pairwise([[0.5, 0.9], [0.1, 0.5]]), weight=3.0),
+        part(Listed(0.0, 2.0), "model", transform=LogSigmoid(reference=1.0)),
     ]
     [compared] = Combined(parts).compare([request("text", "4")])
     assert isinstance(compared, Compared) and compared.source == "pairwise"
@@ -297,7 +294,7 @@ def test_matrices_are_averaged_by_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "wanted"),
+    ("response", "wanted"),
     [
         (Invalid(reason="no verdict"), Invalid(reason="game: no verdict")),
         (Failed(reason="died"), Failed(reason="game: died")),
@@ -307,15 +304,12 @@ def test_matrices_are_averaged_by_weight() -> None:
         ),
         (
             [[0.5, math.nan], [math.nan, 0.5]],
-            Invalid(reason="game: the scorer compared no two answers"),
+            Invalid(reason="game: the scorer compared no two completions"),
         ),
     ],
 )
-def test_a_part_without_a_matrix_is_never_a_half(answer: Any, wanted: Comparison) -> None:
-    parts = [
-        Part(name="game", weight=1.0, engine=Pairwise(answer), pairwise=True),
-        Part(name="model", weight=1.0, engine=Listed(0.0, 2.0)),
-    ]
+def test_a_part_without_a_matrix_is_never_a_half(response: Any, wanted: Comparison) -> None:
+    parts = [pairwise_part(Pairwise(response)), part(Listed(0.0, 2.0), "model")]
     assert Combined(parts).compare([request("text", "4")]) == [wanted]
 
 
@@ -323,16 +317,21 @@ def test_a_part_without_a_matrix_is_never_a_half(answer: Any, wanted: Comparison
     ("rows", "wanted"),
     [
         ([(Scored(value=math.nan),) * 2], Invalid(reason="m: the score is nan")),
-        ([(Scored(value=1.0),)], Failed(reason="m: the scorer gave 1 scores for 2 answers")),
-        ([], Failed(reason="m: the scorer answered 0 of 1 requests")),
+        (
+            [(Scored(value=1.0),)],
+            Failed(reason="m: the scorer returned 1 scores for 2 completions"),
+        ),
+        ([], Failed(reason="m: the scorer returned 0 results for 1 requests")),
     ],
 )
-def test_an_engine_that_answers_wrongly(rows: list[tuple[Outcome, ...]], wanted: Outcome) -> None:
+def test_a_scorer_that_returns_the_wrong_thing(
+    rows: list[tuple[Outcome, ...]], wanted: Outcome
+) -> None:
     class Wrong(Listed):
         def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
             return rows
 
-    engine = Combined([Part(name="m", weight=1.0, engine=Wrong(), normalize=True)])
+    engine = Combined([part(Wrong(), normalize=True)])
     assert engine.score([request("text", "4")]) == [(wanted, wanted)]
     assert engine.compare([request("text", "4")]) == [wanted]
     assert engine.state_dict()["normalizers"]["m"]["count"] == 0
@@ -360,33 +359,39 @@ def test_an_engine_that_answers_wrongly(rows: list[tuple[Outcome, ...]], wanted:
     ],
 )
 def test_weights_that_mean_nothing_are_refused(
-    tmp_path: Path, entries: list[ScorerEntry], combine: dict[str, Any], message: str
+    entries: list[ScorerEntryConfig], combine: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^scorer.train: .*{message}"):
-        check_entries(entries, tmp_path, combine=CombineConfig(**combine))
+    with pytest.raises(ValidationError, match=message):
+        ScorerConfig(train=tuple(entries), combine=CombineConfig(**combine))
 
 
-def test_what_cannot_judge_held_out_answers_is_refused() -> None:
+def test_scorers_that_cannot_score_held_out_completions_are_refused() -> None:
     fine = RuleConfig(function="m:f", transform=LogSigmoid(reference=0.5))
     check_heldout([fine, JudgeConfig(model=Path("j"))], where="scorer.evaluate")
     with pytest.raises(
         ConfigError,
-        match=r"^scorer\.train\[1\]: judge compares answers, and a held-out answer stands alone",
+        match=r"^scorer\.train\[1\]: judge compares completions, and a held-out prompt",
     ):
         check_heldout([fine, JudgeConfig(model=Path("j"), mode="pairwise")], where="scorer.train")
     with pytest.raises(
-        ConfigError, match=r"^scorer\.train\[0\]: f is normalized by what was scored before"
+        ConfigError, match=r"^scorer\.train\[0\]: f is normalized by earlier scores"
     ):
         check_heldout([RuleConfig(function="m:f", normalize=True)], where="scorer.train")
 
 
-def test_names_are_unique_and_everything_is_closed() -> None:
+def test_names_are_unique() -> None:
+    rule = RuleConfig(function="m:f", name="a")
+    with pytest.raises(ValidationError, match="entries 0 and 1 are both named 'a'"):
+        ScorerConfig(train=(rule, rule))
+    with pytest.raises(ValidationError, match="entries 0 and 1 are both named 'reward_model'"):
+        ScorerConfig(train=(rule,), evaluate=(RewardModelConfig(model=Path("m")),) * 2)
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        ScorerConfig(train=())
+
+
+def test_every_part_is_closed() -> None:
     fixed = Fixed(Scored(value=1.0))
-    with pytest.raises(ConfigError, match="entries 0 and 1 are both named 'a'"):
-        Combined([Part(name="a", weight=1.0, engine=fixed)] * 2)
-    with pytest.raises(ConfigError, match="at least one"):
-        Combined([])
-    Combined([Part(name="a", weight=1.0, engine=fixed)]).close()
+    Combined([part(fixed)]).close()
     assert fixed.closed
 
 
@@ -397,7 +402,7 @@ def test_rules_of_a_config_are_built_and_summed(tmp_path: Path) -> None:
         RuleConfig(function="rayhf.scorer.rules:final_number", name="right"),
     ]
     check_entries(entries, tmp_path)
-    engine = build_scorer(entries, device="cpu", threads=None, base=tmp_path)
+    engine = build_scorer(entries, ScorerSetup(base=tmp_path))
     outcomes = engine.score([request("it is 4", "4")])
     engine.close()
     assert outcomes == [
@@ -422,10 +427,6 @@ def model_directory(directory: Path, **changes: object) -> Path:
 def test_reward_model_files_are_checked_without_loading(tmp_path: Path) -> None:
     good = RewardModelConfig(model=model_directory(tmp_path / "good").relative_to(tmp_path))
     check_entries([good], tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"scorer\.evaluate: entries 0 and 1 are both named 'reward_model'"
-    ):
-        check_entries([good, good], tmp_path, where="scorer.evaluate")
 
 
 @pytest.mark.parametrize(
@@ -456,9 +457,11 @@ def test_missing_reward_model_files_are_refused(tmp_path: Path) -> None:
         check_entries([RewardModelConfig(model=model)], tmp_path)
 
 
-def test_names_fit_metrics(tmp_path: Path) -> None:
+def test_names_fit_metrics() -> None:
     with pytest.raises(ValidationError, match="at most 64 letters, digits"):
         RuleConfig(function="rayhf.scorer.rules:exact_match", name="a/b c")
+    with pytest.raises(ValidationError, match="entry 0 is named 'größe'; letters, digits"):
+        ScorerConfig(train=(RuleConfig(function="mine:größe"),))
 
 
 def test_pack_covers_every_row_once_within_the_budget() -> None:

@@ -1,4 +1,4 @@
-"""Matrices of win probabilities, against sigmoids and means written out by hand."""
+"""Matrices of win probabilities, against sigmoids and means by hand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from score_requests import request, scored, win_of
 
 from rayhf.scorer.comparisons import (
     check_comparisons,
@@ -17,37 +18,9 @@ from rayhf.scorer.comparisons import (
     compare_scores,
     mean_wins,
 )
-from rayhf.types import Compared, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.types import Compared, Failed, Invalid, Outcome, Scored
 
 NAN = math.nan
-
-
-def request(*texts: str, prompt_id: str = "p", question: str = "2+2?") -> ScoreRequest:
-    prompt = Prompt(
-        prompt_id=prompt_id,
-        messages=({"role": "user", "content": question},),
-        token_ids=(1,),
-        answer="4",
-    )
-    return ScoreRequest(
-        prompt=prompt,
-        completions=tuple(
-            Completion(
-                prompt_id=prompt_id, index=index, seed=index, text=text, token_ids=(1,), logprobs=(0.0,),
-                finish_reason="stop", policy_version=0,
-            )
-            for index, text in enumerate(texts)
-        ),
-    )  # fmt: skip
-
-
-def win_of(comparison: object) -> np.ndarray:
-    assert isinstance(comparison, Compared), comparison
-    return comparison.win
-
-
-def scored(*values: float) -> tuple[Scored, ...]:
-    return tuple(Scored(value=value) for value in values)
 
 
 def test_differences_of_scores_by_hand() -> None:
@@ -79,13 +52,13 @@ def test_small_probabilities_are_not_rounded_to_zero() -> None:
 
 
 @pytest.mark.parametrize("tied", [(3.0,), (2.0, 2.0, 2.0), ()])
-def test_ties_one_answer_and_none(tied: tuple[float, ...]) -> None:
+def test_ties_one_completion_and_none(tied: tuple[float, ...]) -> None:
     np.testing.assert_array_equal(
         win_of(compare_scores(scored(*tied))), np.full((len(tied), len(tied)), 0.5)
     )
 
 
-def test_an_answer_without_a_score_has_no_row() -> None:
+def test_a_completion_without_a_score_has_no_row() -> None:
     win = win_of(compare_scores([Scored(value=1.0), Invalid(reason="nan"), Scored(value=1.0)]))
     np.testing.assert_array_equal(win, [[0.5, NAN, 0.5], [NAN, 0.5, NAN], [0.5, NAN, 0.5]])
 
@@ -123,25 +96,25 @@ def test_an_unknown_pair_is_nan_and_left_out_of_the_mean() -> None:
     ] == pytest.approx([0.55, 0.1, 0.8])
 
 
-def test_no_verdict_at_all_is_a_reason() -> None:
+def test_without_any_verdict_there_is_a_reason() -> None:
     nothing = compare_pairs(2, {(0, 1): Failed(reason="died")})
     assert nothing == Failed(reason="died")
     assert mean_wins(nothing, 2) == (Failed(reason="died"),) * 2
 
 
-def test_a_lone_answer_has_no_mean_win() -> None:
+def test_a_single_completion_has_no_mean_win() -> None:
     [outcome] = mean_wins(compare_pairs(1, {}), 1)
-    assert isinstance(outcome, Invalid) and "stands alone" in outcome.reason
+    assert isinstance(outcome, Invalid) and "there is no other completion" in outcome.reason
 
 
 def test_wrong_counts_are_failed_and_nan_is_invalid() -> None:
     requests = [request("a", "b"), request("c")]
     assert check_outcomes([scored(1.0)], requests) == [
-        (Failed(reason="the scorer answered 1 of 2 requests"),) * 2,
-        (Failed(reason="the scorer answered 1 of 2 requests"),),
+        (Failed(reason="the scorer returned 1 results for 2 requests"),) * 2,
+        (Failed(reason="the scorer returned 1 results for 2 requests"),),
     ]
     assert check_outcomes([scored(1.0), scored(2.0)], requests) == [
-        (Failed(reason="the scorer gave 1 scores for 2 answers"),) * 2,
+        (Failed(reason="the scorer returned 1 scores for 2 completions"),) * 2,
         scored(2.0),
     ]
     assert check_outcomes([scored(NAN, 1.0), scored(math.inf)], requests) == [
@@ -160,10 +133,10 @@ def test_wrong_counts_are_failed_and_nan_is_invalid() -> None:
         (np.array([[0.5, 0.9], [0.9, 0.5]]), Failed, "is not mirrored"),
         (np.array([[1.0, 0.9], [0.1, 0.0]]), Failed, "is not mirrored"),
         (np.array([[0.5, 0.9], [NAN, 0.5]]), Failed, "is not mirrored"),
-        (np.array([[0.5, NAN], [NAN, 0.5]]), Invalid, "compared no two answers"),
+        (np.array([[0.5, NAN], [NAN, 0.5]]), Invalid, "compared no two completions"),
     ],
 )
-def test_a_matrix_that_is_none_is_refused(win: np.ndarray, kind: type, reason: str) -> None:
+def test_an_invalid_matrix_is_refused(win: np.ndarray, kind: type, reason: str) -> None:
     [checked] = check_comparisons([Compared(win=win, source="pairwise")], [request("a", "b")])
     assert isinstance(checked, kind)
     assert not isinstance(checked, Compared)
@@ -172,5 +145,5 @@ def test_a_matrix_that_is_none_is_refused(win: np.ndarray, kind: type, reason: s
 
 def test_a_missing_matrix_is_failed() -> None:
     assert check_comparisons([], [request("a", "b")]) == [
-        Failed(reason="the scorer answered 0 of 1 requests")
+        Failed(reason="the scorer returned 0 results for 1 requests")
     ]

@@ -1,4 +1,4 @@
-"""Running statistics against numpy over everything at once."""
+"""Running statistics against numpy over all values at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_batches_add_up_to_the_whole(values: list[float], cut: int) -> None:
 
 
 @given(VALUES, VALUES)
-def test_a_state_that_went_through_json_goes_on_exactly(
+def test_a_state_that_went_through_json_resumes_exactly(
     before: list[float], after: list[float]
 ) -> None:
     first, second = RunningNormalizer(), RunningNormalizer()
@@ -51,7 +51,7 @@ def test_equal_values_are_zero_and_nothing_is_the_identity() -> None:
     assert abs(normalizer(0.1)) < 1e-12 and normalizer.std == 1.0
 
 
-def test_one_score_at_the_end_of_float_does_not_spoil_the_rest() -> None:
+def test_one_score_near_the_largest_float_does_not_spoil_the_rest() -> None:
     normalizer = RunningNormalizer()
     normalizer.update([1.0, 3.0, 1e308, -1e308])
     assert (normalizer.count, normalizer.mean, normalizer.std) == (2, 2.0, 1.0)
@@ -59,9 +59,15 @@ def test_one_score_at_the_end_of_float_does_not_spoil_the_rest() -> None:
 
 @pytest.mark.parametrize(
     "state",
-    [{}, {"count": 1}, {"count": "x", "mean": 0, "squares": 0}, {"count": -1, "mean": 0, "squares": 0},
-     {"count": 1, "mean": math.nan, "squares": 0}, {"count": 1, "mean": 0, "squares": -1}],
-)  # fmt: skip
-def test_a_state_that_is_none_is_refused(state: dict[str, object]) -> None:
+    [
+        {},
+        {"count": 1},
+        {"count": "x", "mean": 0, "squares": 0},
+        {"count": -1, "mean": 0, "squares": 0},
+        {"count": 1, "mean": math.nan, "squares": 0},
+        {"count": 1, "mean": 0, "squares": -1},
+    ],
+)
+def test_an_invalid_state_is_refused(state: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match="normalizer's state"):
         RunningNormalizer().load_state_dict(state)

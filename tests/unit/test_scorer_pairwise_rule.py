@@ -1,20 +1,20 @@
-"""A function that compares two texts, in a real child process."""
+"""A pairwise rule in a real child process."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from test_scorer_comparisons import request, win_of
+from score_requests import request, win_of
 
-from rayhf.config.scorers import PairwiseRuleConfig
 from rayhf.errors import ConfigError
 from rayhf.scorer.build import build_scorer, check_entries
-from rayhf.scorer.rule import PairwiseRule, check_function
-from rayhf.scorer.rule_process import TWO, ProcessLimits
+from rayhf.scorer.protocol import ScorerSetup
+from rayhf.scorer.rule import PairwiseRule, PairwiseRuleConfig
 from rayhf.types import Failed, Invalid, Outcome, Scored
 
 NAN = float("nan")
@@ -43,6 +43,11 @@ def pointwise(completion, *, prompt, answer, finish_reason): return 0.5
 """
 
 
+def make_rule(function: str, base: Path, **settings: Any) -> PairwiseRule:
+    config = PairwiseRuleConfig(function=f"games:{function}", **settings)
+    return PairwiseRule(config, ScorerSetup(base=base))
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("pairs")
@@ -52,7 +57,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def game(base: Path) -> Iterator[PairwiseRule]:
-    rule = PairwiseRule("games:game", base=base, limits=ProcessLimits(timeout_s=0.8))
+    rule = make_rule("game", base, timeout_s=0.8)
     yield rule
     rule.close()
 
@@ -78,8 +83,8 @@ def test_a_cycle_stays_a_cycle(game: PairwiseRule) -> None:
         ("nan", Invalid, "the rule returned nan"),
         ("more", Invalid, "the rule returned 1.5, not a probability"),
         ("none", Invalid, "the rule returned None, not a number"),
-        ("exit", Failed, "the rule's process died: exit code 3"),
-        ("sleep", Failed, "no answer within 0.8 s"),
+        ("exit", Failed, "the rule's process exited (exit code 3)"),
+        ("sleep", Failed, "no response within 0.8 s"),
     ],
 )
 def test_a_bad_pair_costs_itself_only(
@@ -96,22 +101,22 @@ def test_a_bad_pair_costs_itself_only(
 
 
 def test_a_rule_that_always_hangs_is_given_up(base: Path) -> None:
-    rule = PairwiseRule("games:game", base=base, limits=ProcessLimits(timeout_s=0.2))
+    rule = make_rule("game", base, timeout_s=0.2)
     started = time.monotonic()
     [compared, other] = rule.compare(
         [request("sleep", *(f"text {i}" for i in range(40))), request("rock", "paper")]
     )
     assert time.monotonic() - started < 5
-    assert compared == Failed(reason="no answer within 0.2 s")
+    assert compared == Failed(reason="no response within 0.2 s")
     assert isinstance(other, Failed) and other.reason.startswith(
-        "not judged, 3 in a row were lost: no answer"
+        "skipped: 3 calls in a row were lost: no response"
     )
     assert win_of(rule.compare([request("rock", "paper")])[0])[0, 1] == pytest.approx(0.1)
     rule.close()
 
 
-def test_equal_one_and_no_answers(base: Path, game: PairwiseRule) -> None:
-    biased = PairwiseRule("games:biased", base=base)
+def test_equal_texts_one_completion_and_none(base: Path, game: PairwiseRule) -> None:
+    biased = make_rule("biased", base)
     [same] = biased.compare([request("a", "a", "b", "a")])
     biased.close()
     np.testing.assert_array_equal(win_of(same)[[0, 0, 1], [1, 3, 3]], 0.5)
@@ -121,7 +126,7 @@ def test_equal_one_and_no_answers(base: Path, game: PairwiseRule) -> None:
 
 
 def test_context_and_messages(base: Path) -> None:
-    rule = PairwiseRule("games:context", base=base)
+    rule = make_rule("context", base)
     assert win_of(rule.compare([request("a", "b")])[0]).tolist() == [[0.5, 1.0], [0.0, 0.5]]
     rule.close()
 
@@ -130,7 +135,7 @@ def test_a_rule_for_one_completion_is_refused(base: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"cannot be called as pointwise\(first, second, \*, prompt, answer\)"
     ):
-        check_function("games:pointwise", base=base, signature=TWO)
+        PairwiseRule.check(PairwiseRuleConfig(function="games:pointwise"), base)
     with pytest.raises(
         ConfigError, match=r"^scorer\.train\[0\]: rule games:pointwise cannot be called"
     ):
@@ -139,9 +144,7 @@ def test_a_rule_for_one_completion_is_refused(base: Path) -> None:
 
 
 def test_built_from_a_config_entry(base: Path) -> None:
-    engine = build_scorer(
-        [PairwiseRuleConfig(function="games:game")], device="cpu", threads=None, base=base
-    )
+    engine = build_scorer([PairwiseRuleConfig(function="games:game")], ScorerSetup(base=base))
     [compared] = engine.compare([request("rock", "paper")])
     [outcomes] = engine.score([request("rock", "paper")])
     engine.close()

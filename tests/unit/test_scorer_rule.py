@@ -1,9 +1,9 @@
-"""Rule functions in a real child process: whatever one completion does to it, the others are
-scored."""
+"""Rules in a real child process: whatever one completion does to it, the others are scored."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +13,15 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from pydantic import ValidationError
+from score_requests import make_rule, request
+from waiting import is_running, wait_until
 
 from rayhf.errors import ConfigError
-from rayhf.scorer.rule import Rule, check_function
-from rayhf.scorer.rule_process import ProcessLimits
-from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.scorer.rule import Rule, RuleConfig
+from rayhf.types import Failed, Invalid, Outcome, Scored
 
 RULES = """
 import os, re, signal, sys, time
@@ -39,8 +42,11 @@ def misbehave(completion, *, prompt, answer, finish_reason):
     if completion == "sys.exit": sys.exit(2)
     if completion == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
     if completion == "memory": return len(bytearray(8 << 30))
-    if completion == "recursion": return misbehave(completion, prompt="", answer="", finish_reason="")
-    if completion == "print": print('\\n[0, "scored", 9.0]\\n\\ud800', flush=True); os.write(1, b'[1, "scored", 9]\\n')
+    if completion == "recursion":
+        return misbehave(completion, prompt="", answer="", finish_reason="")
+    if completion == "print":
+        print('\\n[0, "scored", 9.0]\\n\\ud800', flush=True)
+        os.write(1, b'[1, "scored", 9]\\n')
     if completion == "stdin": return len(sys.stdin.read())
     if completion == "close": os.closerange(3, 64)
     if completion == "worse": raise Unprintable()
@@ -50,7 +56,8 @@ class Unprintable(Exception):
     def __str__(self): raise RuntimeError("no")
 
 def context(completion, *, prompt, answer, finish_reason, messages):
-    assert (prompt, answer, finish_reason) == ("second", "4", "length"), (prompt, answer, finish_reason)
+    seen = (prompt, answer, finish_reason)
+    assert seen == ("second", "4", "length"), seen
     return len(messages)
 
 def everything(completion, **context):
@@ -68,22 +75,6 @@ constant = 3
 """
 
 
-def request(
-    *texts: str, messages: tuple[dict[str, str], ...] = ({"role": "user", "content": "2+2?"},)
-) -> ScoreRequest:
-    prompt = Prompt(prompt_id="p", messages=messages, token_ids=(1,), answer="4")
-    return ScoreRequest(
-        prompt=prompt,
-        completions=tuple(
-            Completion(
-                prompt_id="p", index=index, seed=index, text=text, token_ids=(1,), logprobs=(0.0,),
-                finish_reason="length", policy_version=0,
-            )
-            for index, text in enumerate(texts)
-        ),
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("campaign")
@@ -96,7 +87,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def misbehave(base: Path) -> Iterator[Rule]:
-    rule = Rule("my_rules:misbehave", base=base, limits=ProcessLimits(timeout_s=0.8))
+    rule = make_rule("my_rules:misbehave", base, timeout_s=0.8)
     yield rule
     rule.close()
 
@@ -105,8 +96,8 @@ def misbehave(base: Path) -> Iterator[Rule]:
     ("bad", "kind", "reason"),
     [
         ("raise", Failed, "ValueError: not this (my_rules.py:5)"),
-        ("sleep", Failed, "no answer within 0.8 s"),
-        ("regex", Failed, "no answer within 0.8 s"),
+        ("sleep", Failed, "no response within 0.8 s"),
+        ("regex", Failed, "no response within 0.8 s"),
         ("nan", Invalid, "the rule returned nan"),
         ("infinity", Invalid, "the rule returned -inf"),
         ("overflow", Invalid, "the rule returned a number beyond the range of a float"),
@@ -114,12 +105,12 @@ def misbehave(base: Path) -> Iterator[Rule]:
         ("text", Invalid, "the rule returned a str, not a number"),
         ("bool", Invalid, "the rule returned a bool, not a number"),
         ("list", Invalid, "the rule returned a list, not a number"),
-        ("exit", Failed, "the rule's process died: exit code 3"),
+        ("exit", Failed, "the rule's process exited (exit code 3)"),
         ("sys.exit", Failed, "SystemExit: 2"),
-        ("segfault", Failed, "the rule's process died: signal SIGSEGV"),
+        ("segfault", Failed, "the rule's process exited (signal SIGSEGV)"),
         ("memory", Failed, "MemoryError"),
         ("recursion", Failed, "RecursionError"),
-        ("close", Failed, "the rule's process died"),
+        ("close", Failed, "the rule's process exited"),
         ("worse", Failed, "my_rules.Unprintable: <exception str() failed>"),
     ],
 )
@@ -168,17 +159,20 @@ def test_context_of_the_completion(base: Path) -> None:
     turns = ("user", "first"), ("assistant", "x"), ("user", "second"), ("assistant", "y")
     messages = tuple({"role": role, "content": content} for role, content in turns)
     for function, value in (("context", 4.0), ("everything", 4.0)):
-        rule = Rule(f"my_rules:{function}", base=base)
-        assert rule.score([request("text", messages=messages)]) == [(Scored(value=value),)]
+        rule = make_rule(f"my_rules:{function}", base)
+        assert rule.score([request("text", messages=messages, finish_reason="length")]) == [
+            (Scored(value=value),)
+        ]
         rule.close()
 
 
 def test_hostile_text_arrives_unharmed(base: Path) -> None:
     texts = [
-        "", "\n", "line\r\nline\n\n", "\x00", "\x1b[2J\x1b]0;title\x07", "\ud800", "\ud83d\ude00 as two halves",
-        "\u2028\x85",        '"]}\n[0, "scored", 1]', "😀é漢", "x" * 3_000_000, "\\u0000", "\udcff" * 1000,
+        "", "\n", "line\r\nline\n\n", "\x00", "\x1b[2J\x1b]0;title\x07", "\ud800",
+        "\ud83d\ude00 as two halves", "\u2028\x85", '"]}\n[0, "scored", 1]', "😀é漢",
+        "x" * 3_000_000, "\\u0000", "\udcff" * 1000,
     ]  # fmt: skip
-    rule = Rule("my_rules:digest", base=base)
+    rule = make_rule("my_rules:digest", base)
     [outcomes] = rule.score([request(*texts)])
     rule.close()
     wanted = [float(zlib.crc32(text.encode("utf-8", "surrogatepass"))) for text in texts]
@@ -186,12 +180,10 @@ def test_hostile_text_arrives_unharmed(base: Path) -> None:
 
 
 def test_thousands_of_scores_come_from_one_child_in_order(base: Path) -> None:
-    rule = Rule("my_rules:digest", base=base)
+    rule = make_rule("my_rules:digest", base)
     assert rule._child is not None
-    child, texts = (
-        rule._child._process.pid,
-        [[f"answer {i} of {n}" for n in range(4)] for i in range(1250)],
-    )
+    child = rule._child._process.pid
+    texts = [[f"answer {i} of {n}" for n in range(4)] for i in range(1250)]
     batches = [rule.score([request(*four) for four in texts]) for _ in range(2)]
     wanted = [
         tuple(Scored(value=float(zlib.crc32(text.encode()))) for text in four) for four in texts
@@ -200,8 +192,8 @@ def test_thousands_of_scores_come_from_one_child_in_order(base: Path) -> None:
     rule.close()
 
 
-def test_a_child_that_died_between_two_batches_costs_nothing(base: Path) -> None:
-    rule = Rule("my_rules:everything", base=base)
+def test_a_child_that_crashed_between_two_batches_costs_nothing(base: Path) -> None:
+    rule = make_rule("my_rules:everything", base)
     assert rule._child is not None
     os.kill(rule._child._process.pid, signal.SIGKILL)
     rule._child._process.wait()
@@ -212,9 +204,10 @@ def test_a_child_that_died_between_two_batches_costs_nothing(base: Path) -> None
 def test_a_fresh_child_never_runs_an_edited_rule(tmp_path: Path) -> None:
     file = tmp_path / "edited.py"
     file.write_text(
-        "def score(completion, **context): return 1 if completion != 'x' else __import__('os')._exit(1)\n"
+        "import os\n"
+        "def score(completion, **context): return 1 if completion != 'x' else os._exit(1)\n"
     )
-    rule = Rule("edited:score", base=tmp_path)
+    rule = make_rule("edited:score", tmp_path)
     file.write_text("def score(completion, **context): return 2\n")
     [(first, _, third)] = rule.score([request("a", "x", "b")])
     rule.close()
@@ -228,10 +221,8 @@ def test_the_child_dies_with_its_parent(base: Path) -> None:
     script = textwrap.dedent("""
         import sys
         from pathlib import Path
-        from rayhf.scorer.rule import Rule
-        from rayhf.scorer.rule_process import ProcessLimits
-        from test_scorer_rule import request
-        rule = Rule("my_rules:misbehave", base=Path(sys.argv[1]), limits=ProcessLimits(timeout_s=60))
+        from score_requests import make_rule, request
+        rule = make_rule("my_rules:misbehave", Path(sys.argv[1]), timeout_s=60)
         print(rule._child._process.pid, flush=True)
         rule.score([request("regex")])
     """)
@@ -242,35 +233,26 @@ def test_the_child_dies_with_its_parent(base: Path) -> None:
     )  # fmt: skip
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
-    time.sleep(0.3)
-    assert _running(child)
+    times = psutil.Process(child).cpu_times
+    before = times().user
+    wait_until(lambda: times().user > before + 0.1)  # the regular expression has begun
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 5
-    while _running(child) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not _running(child)
+    wait_until(lambda: not is_running(child))
 
 
 def test_close_ends_what_the_rule_started(tmp_path: Path) -> None:
     (tmp_path / "starts.py").write_text(
-        "import subprocess\ndef score(completion, **context): return subprocess.Popen(['sleep', '60']).pid\n"
+        "import subprocess\n"
+        "def score(completion, **context): return subprocess.Popen(['sleep', '60']).pid\n"
     )
-    rule = Rule("starts:score", base=tmp_path)
+    rule = make_rule("starts:score", tmp_path)
     [(outcome,)] = rule.score([request("a")])
     assert isinstance(outcome, Scored)
-    assert _running(int(outcome.value))
+    assert is_running(int(outcome.value))
     rule.close()
-    time.sleep(0.1)
-    assert not _running(int(outcome.value))
-
-
-def _running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    wait_until(lambda: not is_running(int(outcome.value)))
 
 
 @pytest.mark.parametrize(
@@ -278,17 +260,12 @@ def _running(pid: int) -> bool:
     [
         ("my_rules:misbehav", "module my_rules has no function misbehav; did you mean misbehave?"),
         ("my_rule:misbehave", "did you mean my_rules?"),
-        (
-            "my_rules.misbehave",
-            "is not of the form module:function; did you mean my_rules:misbehave?",
-        ),
-        ("my_rules:", "is not of the form module:function"),
         ("my_rules:old_style", "missing a required argument: 'gold'|too many|unexpected keyword"),
         ("my_rules:later", "coroutine"),
         ("my_rules:constant", "it is a int, not a function"),
         (
             "broken:f",
-            "importing broken failed: ModuleNotFoundError: No module named 'not_installed_anywhere'",
+            "importing broken failed: ModuleNotFoundError: No module named 'not_installed",
         ),
         ("syntax:f", "importing syntax failed: .*SyntaxError"),
         ("leaves:f", "importing leaves failed: SystemExit"),
@@ -296,19 +273,32 @@ def _running(pid: int) -> bool:
 )
 def test_a_wrong_function_is_refused_at_the_start(base: Path, function: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
-        check_function(function, base=base)
+        Rule.check(RuleConfig(function=function), base)
     assert function in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("my_rules.misbehave", "is not of the form module:function; did you mean my_rules:misbeh"),
+        ("my/rules.py:misbehave", "did you mean my.rules:misbehave?"),
+        ("my_rules:", "is not of the form module:function"),
+    ],
+)
+def test_another_form_is_refused_by_the_config(function: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        RuleConfig(function=function)
+
+
 def test_a_good_function_passes_the_check(base: Path) -> None:
-    check_function("my_rules:context", base=base)
-    check_function("rayhf.scorer.rules:final_number", base=base)
+    Rule.check(RuleConfig(function="my_rules:context"), base)
+    Rule.check(RuleConfig(function="rayhf.scorer.rules:final_number"), base)
 
 
 def test_base_must_be_a_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a directory"):
-        check_function("my_rules:misbehave", base=tmp_path / "absent")
+        Rule.check(RuleConfig(function="my_rules:misbehave"), tmp_path / "absent")
 
 
 def test_no_descriptor_is_left_behind(base: Path) -> None:
@@ -316,20 +306,20 @@ def test_no_descriptor_is_left_behind(base: Path) -> None:
     for function in ("my_rules:context", "my_rules:absent"):
         for _ in range(3):
             try:
-                check_function(function, base=base)
+                Rule.check(RuleConfig(function=function), base)
             except ConfigError:
                 continue
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_rule_that_always_hangs_does_not_take_its_limit_for_every_completion(base: Path) -> None:
-    rule = Rule("my_rules:misbehave", base=base, limits=ProcessLimits(timeout_s=0.3))
+    rule = make_rule("my_rules:misbehave", base, timeout_s=0.3)
     try:
         started = time.monotonic()
         (outcomes,) = rule.score([request(*["sleep"] * 50)])
         assert time.monotonic() - started < 10
         assert len(outcomes) == 50 and all(isinstance(o, Failed) for o in outcomes)
-        assert "3 in a row were lost: no answer within 0.3 s" in outcomes[-1].reason
+        assert "3 calls in a row were lost: no response within 0.3 s" in outcomes[-1].reason
         (again,) = rule.score([request("fine")])
         assert isinstance(again[0], Scored)
     finally:

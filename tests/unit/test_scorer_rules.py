@@ -1,4 +1,4 @@
-"""The ready rules, as functions."""
+"""The ready-made rules, as functions."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
-from test_scorer_comparisons import request
+from score_requests import make_rule, request
 
 from rayhf.scorer.math_rules import math_equal
-from rayhf.scorer.rule import Rule
-from rayhf.scorer.rule_process import ProcessLimits
 from rayhf.scorer.rules import exact_match, final_number, regex_match, regex_search
 from rayhf.types import Failed, Scored
 
 
-def judge(completion: str, answer: str | None) -> float:
+def check(completion: str, answer: str | None) -> float:
     return final_number(completion, prompt="", answer=answer, finish_reason="stop")
 
 
@@ -44,13 +42,13 @@ def judge(completion: str, answer: str | None) -> float:
     ],
 )
 def test_final_number(completion: str, answer: str, score: float) -> None:
-    assert judge(completion, answer) == score
+    assert check(completion, answer) == score
 
 
 @pytest.mark.parametrize("answer", [None, "", "forty", "1 or 2", "1/2"])
 def test_final_number_needs_an_answer(answer: str | None) -> None:
     with pytest.raises(ValueError, match="answer"):
-        judge("42", answer)
+        check("42", answer)
 
 
 @pytest.mark.parametrize(
@@ -58,14 +56,14 @@ def test_final_number_needs_an_answer(answer: str | None) -> None:
 )
 def test_final_number_is_linear_in_the_text(text: str) -> None:
     start = time.monotonic()
-    judge(text, "5")
+    check(text, "5")
     assert time.monotonic() - start < 2.0
 
 
 def test_exact_match() -> None:
     assert exact_match(" yes\n", prompt="", answer="yes", finish_reason="stop") == 1.0
     assert exact_match("Yes", prompt="", answer="yes", finish_reason="stop") == 0.0
-    with pytest.raises(ValueError, match="no answer"):
+    with pytest.raises(ValueError, match="no reference answer"):
         exact_match("yes", prompt="", answer=None, finish_reason="stop")
 
 
@@ -81,7 +79,7 @@ def test_regular_expressions() -> None:
     for rule in (regex_search, regex_match):
         with pytest.raises(ValueError, match=r"no regular expression \(missing \), unterminated"):
             rule("x", prompt="", answer="(", finish_reason="stop")
-        with pytest.raises(ValueError, match="no answer"):
+        with pytest.raises(ValueError, match="no reference answer"):
             rule("x", prompt="", answer=None, finish_reason="stop")
 
 
@@ -107,16 +105,14 @@ def test_math_equal(completion: str, answer: str, score: float) -> None:
 
 
 def test_math_equal_needs_an_answer() -> None:
-    with pytest.raises(ValueError, match="no answer"):
+    with pytest.raises(ValueError, match="no reference answer"):
         math_equal("4", prompt="", answer=None, finish_reason="stop")
     with pytest.raises(ValueError, match="no mathematics"):
         math_equal("4", prompt="", answer=" ", finish_reason="stop")
 
 
 def test_math_that_never_ends_is_failed_and_not_wrong(tmp_path: Path) -> None:
-    rule = Rule(
-        "rayhf.scorer.math_rules:math_equal", base=tmp_path, limits=ProcessLimits(timeout_s=2.0)
-    )
+    rule = make_rule("rayhf.scorer.math_rules:math_equal", tmp_path, timeout_s=2.0)
     [(slow, right)] = rule.score([request("$9^{9^{9^{9}}}$", "4")])
     rule.close()
     assert isinstance(slow, Failed)

@@ -1,5 +1,7 @@
-"""The search against numbers worked out by hand, and its invariances; the model is a pair of small
-functions."""
+"""Monte Carlo tree search: numbers worked out by hand, and invariances.
+
+The model is a pair of small functions.
+"""
 
 import asyncio
 import math
@@ -9,10 +11,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from rayhf.errors import ConfigError
 from rayhf.search.mcts import (
-    SearchSettings,
+    MCTSSettings,
     Step,
     Tree,
     TreeNode,
@@ -29,7 +31,7 @@ from rayhf.types import Completion
 
 
 def step(text, p=0.5, end=None):
-    """One token whose prior is p."""
+    """Return a step of one token whose prior is p."""
     completion = Completion(
         prompt_id="p",
         index=0,
@@ -44,8 +46,10 @@ def step(text, p=0.5, end=None):
 
 
 class World:
-    """text of the path -> its continuations as {text: (p, R, end)}; what is not there continues
-    with nothing."""
+    """Table of text of the path -> its continuations as {text: (p, R, end)}.
+
+    A path that is not in the table has no continuations.
+    """
 
     def __init__(self, table, delay=None):
         self.table, self.delay, self.expanded = table, delay, []
@@ -70,7 +74,11 @@ SMALL = {
     "": {"A": (0.5, 1.0, None), "B": (0.4, -1.0, None)},
     "A": {"1": (0.5, 1.0, "answer"), "2": (0.2, 0.0, None)},
 }
-ONE = SearchSettings(iterations=4, depth=4, width=(2,), reroot="never")
+ONE = MCTSSettings(iterations=4, depth=4, width=(2,), reroot="never")
+
+
+def changed(settings, **changes):
+    return MCTSSettings.model_validate(settings.model_dump() | changes)
 
 
 def run(world, config=ONE):
@@ -83,7 +91,7 @@ def run(world, config=ONE):
 
 
 def facts(tree):
-    """Everything but the order of making."""
+    """Return everything but the order of creation."""
     rows = [
         (
             "".join(n.text for n in tree.path(node)),
@@ -103,7 +111,7 @@ def named(tree):
     return {"".join(n.text for n in tree.path(node)): node for node in tree.nodes}
 
 
-def test_prior_is_length_normalised():
+def test_prior_is_length_normalized():
     assert prior([-0.5, -1.5], 1.25) == pytest.approx(math.exp(-2.0 / 2**1.25))
     assert prior([-0.5, -1.5], 1.0) == pytest.approx(math.exp(-1.0))
     assert prior([], 1.25) == 1.0
@@ -112,11 +120,11 @@ def test_prior_is_length_normalised():
 def test_puct_by_hand():
     a = TreeNode(id=1, parent=0, step=None, depth=1, prior=0.5, q=0.25, visits=3)
     b = TreeNode(id=2, parent=0, step=None, depth=1, prior=0.8, q=-1.0, visits=0)
-    config = SearchSettings(exploration=2.0)
+    config = MCTSSettings(exploration=2.0)
     assert parent_visits([a, b]) == 4
     assert puct(a, [a, b], config) == pytest.approx(0.25 + 2 * 0.5 * 2 / 4)
     assert puct(b, [a, b], config) == pytest.approx(-1.0 + 2 * 0.8 * 2 / 1)
-    # Two iterations under way through a: five visits, of which two brought back -1; the parent has
+    # Two iterations in flight through a: five visits, of which two brought back -1; the parent has
     # six.
     a.pending = 2
     assert puct(a, [a, b], config) == pytest.approx((3 * 0.25 - 2) / 5 + 2 * 0.5 * math.sqrt(6) / 6)
@@ -126,8 +134,8 @@ def test_four_iterations_by_hand():
     world = World(SMALL)
     tree = run(world)
     node = named(tree)
-    # 1 expands the root; 2 goes to A (1 + .5 > -1 + .4) and expands it; 3 and 4 go on to A1, an
-    # answer.
+    # 1 expands the root; 2 goes to A (1 + .5 > -1 + .4) and expands it; 3 and 4 end at A1, which is
+    # terminal.
     assert [where for where, _ in world.expanded] == ["", "A"]
     assert {name: n.visits for name, n in node.items()} == {"": 0, "A": 3, "B": 0, "A1": 2, "A2": 0}
     assert {name: n.reward for name, n in node.items()} == {
@@ -141,24 +149,24 @@ def test_four_iterations_by_hand():
     assert node["A"].q == pytest.approx(1 - 1 / 3)
     assert node[""].value == pytest.approx((3 * (2 / 3) + 1 * -1) / 4)
     assert node["B"].q == -1 and node["A1"].q == 0 and node["A2"].q == -1
-    halved = named(run(World(SMALL), replace(ONE, gamma=0.5)))
+    halved = named(run(World(SMALL), changed(ONE, gamma=0.5)))
     assert halved["A"].q == pytest.approx(1 - 0.5 / 3)
 
 
-def test_exploration_leads_to_the_unlikely_value():
-    """With c = 0 only Q counts; a large c spreads visits by prior."""
+def test_exploration_spreads_visits_by_prior():
+    # With c = 0 only Q counts; a large c spreads visits by prior.
     flat = {"": {"A": (0.9, 0.5, "answer"), "B": (0.3, 0.4, "answer")}}
     assert [
-        n.visits for n in run(World(flat), replace(ONE, iterations=21, exploration=0.0)).nodes[1:]
+        n.visits for n in run(World(flat), changed(ONE, iterations=21, exploration=0.0)).nodes[1:]
     ] == [20, 0]
     visits = [
-        n.visits for n in run(World(flat), replace(ONE, iterations=201, exploration=50.0)).nodes[1:]
+        n.visits for n in run(World(flat), changed(ONE, iterations=201, exploration=50.0)).nodes[1:]
     ]
     assert sum(visits) == 200 and visits[0] / visits[1] == pytest.approx(3.0, rel=0.1)
 
 
 def random_world(seed, depth=4):
-    """Two to four steps at every place, some of which end."""
+    """Return a table with two to four steps at every place, some of which end."""
     rng = random.Random(seed)
     table, level = {}, [""]
     for d in range(depth):
@@ -183,7 +191,7 @@ def random_world(seed, depth=4):
 )
 @settings(max_examples=60, deadline=None)
 def test_counts_and_values_fit_together(seed, iterations, parallel, depth):
-    config = replace(ONE, iterations=iterations, parallel=parallel, depth=depth)
+    config = changed(ONE, iterations=iterations, parallel=parallel, depth=depth)
     tree = run(World(random_world(seed)), config)
     assert 1 + sum(n.visits for n in tree.children(tree.root)) == iterations
     for node in tree.nodes:
@@ -204,14 +212,14 @@ def test_order_of_siblings_does_not_matter(seed, order):
     shuffled = {
         where: dict(order.sample(list(steps.items()), len(steps))) for where, steps in table.items()
     }
-    config = replace(ONE, iterations=25)
+    config = changed(ONE, iterations=25)
     assert facts(run(World(table), config)) == facts(run(World(shuffled), config))
 
 
 @pytest.mark.parametrize("reroot", ["step", "never"])
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_arrival_order_does_not_matter(reroot, parallel):
-    config = replace(ONE, iterations=9, parallel=parallel, reroot=reroot)
+    config = changed(ONE, iterations=9, parallel=parallel, reroot=reroot)
 
     def grown(delay):
         world = World(random_world(7), delay)
@@ -221,13 +229,13 @@ def test_arrival_order_does_not_matter(reroot, parallel):
     assert first.nodes == second.nodes == third.nodes and len(first.nodes) > 6
 
 
-def test_a_wave_looks_at_different_leaves_and_counts_each_iteration():
+def test_a_wave_expands_different_leaves_and_counts_each_iteration():
     table = {
         "": {t: (0.5, 0.1, None) for t in "abc"},
         **{t: {"x": (0.5, 0.1, "answer")} for t in "abc"},
     }
     world = World(table)
-    tree = run(world, replace(ONE, iterations=4, parallel=3))
+    tree = run(world, changed(ONE, iterations=4, parallel=3))
     # The root is expanded alone: a second iteration could only expand it again.
     assert [where for where, _ in world.expanded] == ["", "a", "b", "c"]
     assert [n.visits for n in tree.children(tree.root)] == [1, 1, 1]
@@ -239,8 +247,8 @@ def test_duplicates_are_left_out_and_counted():
             steps = list(await super().expand(tree, node, width))
             return [*steps, *steps, replace(steps[0], end="limit")]
 
-    tree = run(Repeating(SMALL), replace(ONE, iterations=1))
-    # "A" that ends here is not the "A" that goes on.
+    tree = run(Repeating(SMALL), changed(ONE, iterations=1))
+    # An "A" that ends the completion is not the "A" that continues.
     assert [(n.text, n.terminal) for n in tree.nodes[1:]] == [
         ("A", False),
         ("B", False),
@@ -251,21 +259,21 @@ def test_duplicates_are_left_out_and_counted():
 
 def test_a_step_without_estimate_is_neither_selected_nor_backed_up():
     table = {"": {"A": (0.9, None, None), "B": (0.1, -0.5, None), "C": (0.1, -0.7, None)}}
-    tree = run(World(table), replace(ONE, iterations=9))
+    tree = run(World(table), changed(ONE, iterations=9))
     node = named(tree)
     assert (node["A"].visits, node["A"].q) == (0, 0.0)
     assert node["B"].visits + node["C"].visits == 8
     weights = [n.visits for n in (node["B"], node["C"])]
     assert tree.root.value == pytest.approx((weights[0] * -0.5 + weights[1] * -0.7) / 8)
-    nothing = run(World({"": {"A": (0.9, None, None)}}), replace(ONE, iterations=5))
+    nothing = run(World({"": {"A": (0.9, None, None)}}), changed(ONE, iterations=5))
     assert nothing.root.value == 0.0 and choose(nothing, nothing.root) is None
     with pytest.raises(ValueError, match="nan"):
         run(World({"": {"A": (0.9, math.nan, None)}}))
 
 
-def test_rerooting_searches_from_every_step_and_leaves_what_led_to_the_choice():
+def test_rerooting_searches_from_every_step_and_keeps_the_statistics_above_it():
     world = World(random_world(11))
-    config = replace(ONE, iterations=6, reroot="step")
+    config = changed(ONE, iterations=6, reroot="step")
 
     async def go():
         frozen = Tree()
@@ -283,14 +291,14 @@ def test_rerooting_searches_from_every_step_and_leaves_what_led_to_the_choice():
         (n.visits, n.q) for n in once.children(once.root)
     ]
     assert path[0].text == choose(once, once.root).text
-    # The search from the first step adds its own iterations to those that had passed below it.
+    # The search from the first step adds its own iterations to the visits below it.
     before = sum(c.visits for c in once.children(once.nodes[path[0].id]))
     assert sum(c.visits for c in tree.children(path[0])) in (before + 6, before + 5)
     assert len(
         [
             n
             for n in asyncio.run(
-                grow(replace(config, max_steps=1), world.expand, world.evaluate)
+                grow(changed(config, max_steps=1), world.expand, world.evaluate)
             ).nodes
         ]
     ) == len(once.nodes)
@@ -301,22 +309,22 @@ def test_one_search_walks_down_by_visits():
     tree = asyncio.run(grow(ONE, world.expand, world.evaluate))
     assert [n.text for n in tree.nodes if n.chosen] == ["A", "1"]
     tie = {"": {"A": (0.5, 0.0, "answer"), "B": (0.6, 0.0, "answer"), "C": (0.6, 0.0, "answer")}}
-    tree = asyncio.run(grow(replace(ONE, iterations=1), World(tie).expand, World(tie).evaluate))
+    tree = asyncio.run(grow(changed(ONE, iterations=1), World(tie).expand, World(tie).evaluate))
     assert [n.text for n in tree.nodes if n.chosen] == ["B"]
 
 
 def test_depth_and_width_schedules():
     endless = {"x" * d: {"x": (0.5, 0.0, None)} for d in range(9)}
     world = World(endless)
-    tree = run(world, replace(ONE, iterations=9, depth=3, width=(4, 2)))
+    tree = run(world, changed(ONE, iterations=9, depth=3, width=(4, 2)))
     assert (
         world.expanded == [("", 4), ("x", 2), ("xx", 2)] and max(n.depth for n in tree.nodes) == 3
     )
-    # Re-rooted, the limit starts again at each step; max_steps ends what would never end.
+    # Re-rooted, the limit restarts at each step; max_steps ends a search that would never end.
     world = World(endless)
     tree = asyncio.run(
         grow(
-            replace(ONE, iterations=9, depth=2, reroot="step", max_steps=3),
+            changed(ONE, iterations=9, depth=2, reroot="step", max_steps=3),
             world.expand,
             world.evaluate,
         )
@@ -324,9 +332,9 @@ def test_depth_and_width_schedules():
     assert max(n.depth for n in tree.nodes) == 4 and not any(n.terminal for n in tree.nodes)
 
 
-def test_nothing_to_say_ends_the_search():
+def test_no_continuations_end_the_search():
     world = World({})
-    tree = asyncio.run(grow(replace(ONE, reroot="step"), world.expand, world.evaluate))
+    tree = asyncio.run(grow(changed(ONE, reroot="step"), world.expand, world.evaluate))
     assert (
         len(tree.nodes) == 1
         and descend(tree, tree.root, ONE) == [tree.root]
@@ -347,6 +355,6 @@ def test_nothing_to_say_ends_the_search():
         {"exploration": math.nan},
     ],
 )
-def test_refusals(wrong):
-    with pytest.raises(ConfigError, match=f"algorithm.{next(iter(wrong))}"):
-        SearchSettings(**wrong)
+def test_settings_that_are_no_search_are_refused(wrong):
+    with pytest.raises(ValidationError, match=f"\n{next(iter(wrong))}"):
+        MCTSSettings(**wrong)

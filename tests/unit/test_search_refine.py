@@ -1,18 +1,19 @@
-"""The refinement search on toy trees: a text is its path from the root, "r" -> "r0", "r1", "r2" ->
-"r00" ..."""
+"""Refinement search on toy trees.
+
+A text is its path from the root: "r" -> "r0", "r1", "r2" -> "r00" ...
+"""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayhf.search.refine import Draft, RefineLimits, RefineVerdict, refine_search, root_node
+from rayhf.search.refine import Draft, RefineSettings, RefineVerdict, refine_search, root_node
 
-LIMITS = RefineLimits(
+SETTINGS = RefineSettings(
     branch=3, beam=2, depth=3, gate=0.5, max_nodes=1000, refine_retries=2, judge_retries=2
 )
 
@@ -22,21 +23,26 @@ def votes(yes, total=5):
 
 
 class Toy:
-    """Refiner and judge. `yes` maps texts to votes of five (default 1) or to a list of verdicts,
-    one per round of votes; `says` maps a parent to what its refiner writes, request by request,
-    instead of its children in turn."""
+    """Refiner and judge.
 
-    def __init__(self, yes=None, says=None):
-        self.yes, self.says = yes or {}, {k: [list(r) for r in v] for k, v in (says or {}).items()}
-        self.refined, self.judged, self.made = [], [], {}
+    `yes` maps texts to votes of five (default 1) or to a list of verdicts, one per request for
+    votes; `drafts` maps a parent to the refinements of each request, which replace its children.
+    """
 
-    async def refine(self, wanted):
-        self.refined.append([(node.text, n) for node, n in wanted])
-        return [self._drafts(node, n) for node, n in wanted]
+    def __init__(self, yes=None, drafts=None):
+        self.yes = yes or {}
+        self.drafts = {k: [list(r) for r in v] for k, v in (drafts or {}).items()}
+        self.refined = []
+        self.judged = []
+        self.made = {}
+
+    async def refine(self, requests):
+        self.refined.append([(node.text, n) for node, n in requests])
+        return [self._drafts(node, n) for node, n in requests]
 
     def _drafts(self, node, n):
-        if node.text in self.says:
-            texts = self.says[node.text].pop(0) if self.says[node.text] else [None] * n
+        if node.text in self.drafts:
+            texts = self.drafts[node.text].pop(0) if self.drafts[node.text] else [None] * n
             return [Draft(text=text, source=0) for text in texts]
         first = self.made.get(node.text, 0)
         self.made[node.text] = first + n
@@ -47,17 +53,15 @@ class Toy:
         return [self._verdict(draft.text) for draft in drafts]
 
     def _verdict(self, text):
-        said = self.yes.get(text, 1)
-        return said.pop(0) if isinstance(said, list) else votes(said)
+        verdict = self.yes.get(text, 1)
+        return verdict.pop(0) if isinstance(verdict, list) else votes(verdict)
 
 
-def search(toy, *, order="bfs", root=1, limits=LIMITS, known=None, **changes):
+def search(toy, *, root=1, known=None, **changes):
     start = root_node("r", votes(root), source=7)
-    limits = replace(limits, **changes)
+    settings = RefineSettings.model_validate(SETTINGS.model_dump() | changes)
     return asyncio.run(
-        refine_search(
-            start, refine=toy.refine, judge=toy.judge, limits=limits, order=order, known=known
-        )
+        refine_search(start, refine=toy.refine, judge=toy.judge, settings=settings, known=known)
     )
 
 
@@ -94,20 +98,20 @@ def test_a_level_is_judged_whole_and_its_best_passes():
     assert len(toy.refined) == 2
 
 
-def test_depth_first_follows_the_best_and_comes_back():
+def test_depth_first_follows_the_best_and_backtracks():
     toy = Toy({"r2": 2, "r21": 2, "r120": 4})
-    tree = search(toy, order="dfs")
+    tree = search(toy, search="dfs")
     expanded = [batch[0][0] for batch in toy.refined]
     assert expanded == ["r", "r2", "r21", "r20", "r0", "r00", "r01"]
     assert not tree.passed and tree.nodes[tree.final].text == "r2"
     toy = Toy({"r2": 2, "r0": 2, "r012": 3})
-    tree = search(toy, order="dfs")
+    tree = search(toy, search="dfs")
     assert [batch[0][0] for batch in toy.refined] == ["r", "r0", "r00", "r01"]
     assert tree.passed and tree.nodes[tree.final].text == "r012" and tree.tried == 12
 
 
 @pytest.mark.parametrize(
-    ("order", "budget", "asked"),
+    ("order", "budget", "expected"),
     [
         ("bfs", 4, [[("r", 3)], [("r0", 1)]]),
         ("bfs", 7, [[("r", 3)], [("r0", 3), ("r1", 1)]]),
@@ -116,15 +120,15 @@ def test_depth_first_follows_the_best_and_comes_back():
         ("dfs", 6, [[("r", 3)], [("r0", 3)]]),
     ],
 )
-def test_the_budget_counts_refinements_and_favours_the_better_parent(order, budget, asked):
+def test_the_budget_counts_refinements_and_favors_the_better_parent(order, budget, expected):
     toy = Toy()
-    tree = search(toy, order=order, max_nodes=budget)
-    assert toy.refined == asked
+    tree = search(toy, search=order, max_nodes=budget)
+    assert toy.refined == expected
     assert tree.tried == budget and len(tree.nodes) == budget + 1
 
 
 def test_a_budget_of_the_default_tree_never_binds():
-    assert texts(search(Toy())) == texts(search(Toy(), max_nodes=RefineLimits().max_nodes))
+    assert texts(search(Toy())) == texts(search(Toy(), max_nodes=RefineSettings().max_nodes))
 
 
 def test_the_gate_must_be_passed_not_met():
@@ -134,9 +138,9 @@ def test_the_gate_must_be_passed_not_met():
 
 
 @pytest.mark.parametrize("order", ["bfs", "dfs"])
-def test_a_root_that_passes_is_its_own_answer(order):
+def test_a_root_that_passes_is_the_result(order):
     toy = Toy()
-    tree = search(toy, order=order, root=2, gate=0.3)
+    tree = search(toy, search=order, root=2, gate=0.3)
     assert (tree.passed, tree.final, tree.tried, toy.refined, toy.judged) == (True, 0, 0, [], [])
 
 
@@ -146,8 +150,8 @@ def test_the_fallback_may_be_the_root():
     assert (tree.passed, tree.final) == (False, 0)
 
 
-def test_a_text_is_judged_once_and_stands_in_the_beam_once():
-    toy = Toy(says={"r": [["a", "a", "r"], ["b", "c", "c"]], "a": [["b", "a", "r"]]})
+def test_a_text_is_judged_once_and_is_in_the_beam_once():
+    toy = Toy(drafts={"r": [["a", "a", "r"], ["b", "c", "c"]], "a": [["b", "a", "r"]]})
     tree = search(toy, depth=2, known={"b": votes(2)})
     assert toy.refined == [[("r", 3)], [("a", 3), ("r", 3)]]
     assert toy.judged == [["a"], ["c"]]
@@ -155,8 +159,9 @@ def test_a_text_is_judged_once_and_stands_in_the_beam_once():
     assert tree.final == 4 and tree.nodes[4].verdict == votes(2)
 
 
-def test_even_votes_are_asked_for_again_and_then_dropped():
-    even, none = RefineVerdict(yes=2, no=2, unparsable=1), RefineVerdict(yes=0, no=0, unparsable=5)
+def test_even_votes_are_repeated_and_then_dropped():
+    even = RefineVerdict(yes=2, no=2, unparsable=1)
+    none = RefineVerdict(yes=0, no=0, unparsable=5)
     toy = Toy({"r0": [even, none, even], "r1": [even, votes(4)], "r2": [votes(0)]})
     tree = search(toy)
     assert toy.judged == [["r0", "r1", "r2"], ["r0", "r1"], ["r0"]]
@@ -165,20 +170,20 @@ def test_even_votes_are_asked_for_again_and_then_dropped():
 
 
 @pytest.mark.parametrize("order", ["bfs", "dfs"])
-def test_a_judge_that_never_answers_ends_the_search(order):
+def test_a_judge_without_verdicts_ends_the_search(order):
     toy = Toy(dict.fromkeys(["r0", "r1", "r2"], RefineVerdict(yes=0, no=0, unparsable=5)))
     toy._verdict = toy.yes.get
-    tree = search(toy, order=order)
+    tree = search(toy, search=order)
     assert (texts(tree), tree.passed, tree.final, tree.dropped) == (["r"], False, 0, 3)
-    assert len(toy.judged) == 1 + LIMITS.judge_retries and len(toy.refined) == 1
+    assert len(toy.judged) == 1 + SETTINGS.judge_retries and len(toy.refined) == 1
 
 
-def test_refinements_without_the_form_are_asked_for_again():
-    toy = Toy({"a": 1, "b": 4}, says={"r": [[None, "a", None], [None, "b"]]})
+def test_refinements_of_the_wrong_form_are_requested_again():
+    toy = Toy({"a": 1, "b": 4}, drafts={"r": [[None, "a", None], [None, "b"]]})
     tree = search(toy)
     assert toy.refined == [[("r", 3)], [("r", 2)], [("r", 1)]]
     assert tree.nodes[tree.final].text == "b" and (tree.tried, tree.malformed) == (2, 4)
-    never = search(Toy(says={"r": []}))
+    never = search(Toy(drafts={"r": []}))
     assert (texts(never), never.passed, never.malformed, never.tried) == (["r"], False, 9, 0)
 
 
@@ -187,7 +192,7 @@ def test_a_search_needs_a_critique_to_start_from():
         root_node("r", RefineVerdict(yes=2, no=2), source=0)
 
 
-def test_what_votes_say():
+def test_value_and_majority_of_votes():
     assert (
         RefineVerdict(yes=3, no=1, unparsable=1).value,
         RefineVerdict(yes=0, no=0, unparsable=5).value,
@@ -212,9 +217,7 @@ def test_what_votes_say():
     budget=st.integers(1, 20),
     gate=st.sampled_from([0.0, 0.5, 0.8]),
 )
-def test_whatever_the_votes_the_tree_keeps_its_promises(
-    data, order, branch, beam, depth, budget, gate
-):
+def test_invariants_of_the_tree_for_random_votes(data, order, branch, beam, depth, budget, gate):
     table = data.draw(st.lists(st.integers(0, 5), min_size=7, max_size=7))
 
     def toy():
@@ -224,12 +227,10 @@ def test_whatever_the_votes_the_tree_keeps_its_promises(
         )
         return made
 
-    limits = RefineLimits(branch=branch, beam=beam, depth=depth, gate=gate, max_nodes=budget)
-    tree, again = (
-        search(toy(), order=order, root=0, limits=limits),
-        search(toy(), order=order, root=0, limits=limits),
-    )
-    assert tree == again
+    limits = {"branch": branch, "beam": beam, "depth": depth, "gate": gate, "max_nodes": budget}
+    retries = {"refine_retries": 3, "judge_retries": 3}
+    tree = search(toy(), search=order, root=0, **limits, **retries)
+    assert tree == search(toy(), search=order, root=0, **limits, **retries)
     assert tree.tried <= budget and tree.tried == len(tree.nodes) - 1
     for node in tree.nodes[1:]:
         parent = tree.nodes[node.parent]

@@ -1,4 +1,4 @@
-"""Pairs from trees made by hand: which siblings, from which levels, with what confidence."""
+"""Preference pairs from hand-made trees: siblings, levels, confidence."""
 
 import random
 from collections import Counter
@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayhf.search.mcts import Step, Tree, TreeNode
-from rayhf.search.siblings import StepPair, pair_rows, soft_label, step_pairs
+from rayhf.search.siblings import (
+    StepPair,
+    StepPairSettings,
+    pair_rows,
+    soft_label,
+    step_pairs,
+)
 from rayhf.types import Completion, Prompt
 
 PROMPT = Prompt(
@@ -18,7 +24,7 @@ PROMPT = Prompt(
 
 
 def hand_tree(rows):
-    """rows: (parent, tokens, Q, N, chosen)."""
+    """Return a tree of rows (parent, tokens, Q, N, chosen)."""
     tree = Tree()
     for number, (parent, tokens, q, visits, chosen) in enumerate(rows, start=1):
         completion = Completion(
@@ -49,11 +55,17 @@ def hand_tree(rows):
     return tree
 
 
-def names(found):
-    return [(p.better.id, p.worse.id) for p in found.pairs]
+def names(selected):
+    return [(p.better.id, p.worse.id) for p in selected.pairs]
 
 
 RNG = np.random.default_rng(0)
+
+
+def pairs_of(tree, **settings):
+    return step_pairs(tree, RNG, StepPairSettings(**settings))
+
+
 FAMILY = [
     (0, (3, 4), 0.1, 1, False),
     (0, (3, 5), 0.7, 6, True),
@@ -64,21 +76,15 @@ FAMILY = [
 
 def test_pair_rules():
     tree = hand_tree(FAMILY)
-    assert names(step_pairs(tree, RNG)) == [(2, 3)]
-    every = step_pairs(tree, RNG, rule="all")
+    assert names(pairs_of(tree)) == [(2, 3)]
+    every = pairs_of(tree, pairs="all")
     assert names(every) == [(2, 1), (2, 3)] and every.ties == 1
     assert [p.label_smoothing for p in every.pairs] == pytest.approx([1 / 7, 2 / 8])
     assert [p.margin for p in every.pairs] == pytest.approx([0.6, 1.1])
-    assert names(step_pairs(tree, RNG, rule="all", max_pairs=1)) == [(2, 1)]
-    assert (
-        names(step_pairs(tree, RNG, min_margin=1.2)) == []
-        and step_pairs(tree, RNG, min_margin=1.2).ties == 1
-    )
-    assert (
-        names(step_pairs(tree, RNG, min_visits=3)) == []
-        and step_pairs(tree, RNG, min_visits=3).ties == 1
-    )
-    drawn = Counter(names(step_pairs(tree, RNG, rule="random"))[0] for _ in range(400))
+    assert names(pairs_of(tree, pairs="all", max_pairs=1)) == [(2, 1)]
+    assert names(pairs_of(tree, min_margin=1.2)) == [] and pairs_of(tree, min_margin=1.2).ties == 1
+    assert names(pairs_of(tree, min_visits=3)) == [] and pairs_of(tree, min_visits=3).ties == 1
+    drawn = Counter(names(pairs_of(tree, pairs="random"))[0] for _ in range(400))
     assert set(drawn) == {(2, 1), (2, 3)} and min(drawn.values()) > 140
 
 
@@ -90,13 +96,13 @@ def test_levels():
         (1, (9,), 0.5, 1, False),
     ]
     tree = hand_tree([*FAMILY, *below])
-    assert names(step_pairs(tree, RNG)) == [(2, 3), (5, 6)]
-    assert names(step_pairs(tree, RNG, levels="all")) == [(2, 3), (8, 7), (5, 6)]
+    assert names(pairs_of(tree)) == [(2, 3), (5, 6)]
+    assert names(pairs_of(tree, levels="all")) == [(2, 3), (8, 7), (5, 6)]
 
 
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None)
-def test_order_of_siblings_makes_no_other_pairs(seed):
+def test_order_of_siblings_does_not_change_the_pairs(seed):
     rng = random.Random(seed)
     rows = [
         (0, (i,), rng.choice([-1.0, 0.0, rng.random()]), rng.randint(0, 3) * 10 + i, False)
@@ -105,33 +111,33 @@ def test_order_of_siblings_makes_no_other_pairs(seed):
     shuffled = rng.sample(rows, len(rows))
 
     def by_tokens(tree, rule):
-        found = step_pairs(tree, RNG, rule=rule)
+        selected = pairs_of(tree, pairs=rule)
         pairs = {
             (p.better.token_ids, p.worse.token_ids, p.margin, p.label_smoothing)
-            for p in found.pairs
+            for p in selected.pairs
         }
-        return pairs, found.ties, found.unvisited
+        return pairs, selected.ties, selected.unvisited
 
     for rule in ("worst", "all"):
         assert by_tokens(hand_tree(rows), rule) == by_tokens(hand_tree(shuffled), rule)
 
 
-def test_visits_never_seen_give_no_confidence():
+def test_unvisited_pairs_have_no_confidence():
     assert soft_label(0, 0) is None
     assert soft_label(3, 0) == 0.0 and soft_label(0, 3) == 0.5 and soft_label(2, 5) == 0.5
     assert soft_label(6, 2) == pytest.approx(1 / (6 / 2 + 1)) and soft_label(4, 4) == 0.5
     tree = hand_tree([(0, (1,), 0.5, 0, False), (0, (2,), -0.5, 0, False)])
-    found = step_pairs(tree, RNG, min_visits=0)
-    assert found.pairs == () and found.unvisited == 1
-    assert names(step_pairs(tree, RNG, min_visits=0, labels="hard")) == [(1, 2)]
-    assert step_pairs(tree, RNG).pairs == () and step_pairs(tree, RNG).ties == 0
+    selected = pairs_of(tree, min_visits=0)
+    assert selected.pairs == () and selected.unvisited == 1
+    assert names(pairs_of(tree, min_visits=0, labels="hard")) == [(1, 2)]
+    assert pairs_of(tree).pairs == () and pairs_of(tree).ties == 0
 
 
-def test_rounding_is_no_preference():
+def test_rounding_errors_are_ties():
     third = (0.1 + 0.2) - 0.3
     assert third != 0.0
     tree = hand_tree([(0, (1,), third, 2, False), (0, (2,), 0.0, 2, False)])
-    assert step_pairs(tree, RNG).ties == 1
+    assert pairs_of(tree).ties == 1
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,7 @@ def test_chains_may_be_merged():
         ]
     )
     tree.nodes[2].children = []
-    pair = step_pairs(tree, RNG).pairs[0]
+    pair = pairs_of(tree).pairs[0]
     rows = [
         pair_rows(PROMPT, tree, pair, merge_chains=merge)[0].response_ids for merge in (False, True)
     ]

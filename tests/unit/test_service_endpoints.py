@@ -1,4 +1,4 @@
-"""Services that crash, hang and return: requests go to the others, or their outcome is Failed."""
+"""Services that crash, hang and come back: the others score everything, or it is Failed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from serving import HERE, Lengths, port_of, remote, request, scores, serve
+from serving import HERE, SETUP, Lengths, grpc_entry, port_of, request, scores, serve
 
 from rayhf.config.service import EndpointSecurity
 from rayhf.errors import UnreachableError
@@ -19,15 +19,15 @@ from rayhf.service.client import Client
 from rayhf.types import Failed, Scored
 
 
-def test_everything_is_scored_when_one_of_two_services_crashes():
-    dying = Lengths(wait_s=0.01)
-    living = Lengths(wait_s=0.01)
-    first = serve(dying, grace_s=0.01)
-    second = serve(living)
-    far = GrpcScorer(remote(first, second, batch=1), base=HERE)
+def test_when_one_of_two_crashes_during_calls_everything_is_scored():
+    crashing = Lengths(wait_s=0.01)
+    running = Lengths(wait_s=0.01)
+    first = serve(crashing, grace_s=0.01)
+    second = serve(running)
+    scorer = GrpcScorer(grpc_entry(first, second, batch=1), SETUP)
 
     def kill():
-        while dying.calls < 3:
+        while crashing.calls < 3:
             time.sleep(0.001)
         first.stop()
 
@@ -35,42 +35,42 @@ def test_everything_is_scored_when_one_of_two_services_crashes():
     killer.start()
     try:
         requests = [request("x" * n, number=n) for n in range(60)]
-        assert scores(far, requests) == [float(n) for n in range(60)]
+        assert scores(scorer, requests) == [float(n) for n in range(60)]
         killer.join()
-        assert 3 <= dying.calls < 60 and living.calls >= 60 - dying.calls
+        assert 3 <= crashing.calls < 60 and running.calls >= 60 - crashing.calls
     finally:
-        far.close()
+        scorer.close()
         second.stop()
 
 
-def test_all_services_down_and_one_back():
+def test_when_all_are_down_no_score_is_made_up_and_one_that_is_back_is_called():
     server = serve(Lengths(), grace_s=0.01)
-    far = GrpcScorer(remote(server, batch=1), base=HERE, first_rest_s=0.05)
+    scorer = GrpcScorer(grpc_entry(server, batch=1), SETUP, first_rest_s=0.05)
     requests = [request("abc", number=n) for n in range(8)]
     try:
-        assert scores(far, requests) == [3.0] * 8
+        assert scores(scorer, requests) == [3.0] * 8
         server.stop()
         began = time.monotonic()
         for _ in range(2):
             assert all(
-                isinstance(o, Failed) and o.transient for row in far.score(requests) for o in row
+                isinstance(o, Failed) and o.transient for row in scorer.score(requests) for o in row
             )
         assert time.monotonic() - began < 5.0
         server = serve(Lengths(), port=port_of(server))
-        while not all(isinstance(o, Scored) for row in far.score(requests) for o in row):
+        while not all(isinstance(o, Scored) for row in scorer.score(requests) for o in row):
             assert time.monotonic() - began < 20.0
             time.sleep(0.05)
     finally:
-        far.close()
+        scorer.close()
         server.stop()
 
 
-def test_slow_service_costs_its_deadline_only():
+def test_a_slow_service_costs_its_deadline_and_no_more():
     server = serve(Lengths(wait_s=1.0), grace_s=0.01)
-    far = GrpcScorer(remote(server, timeout_s=0.1), base=HERE)
+    scorer = GrpcScorer(grpc_entry(server, timeout_s=0.1), SETUP)
     try:
         began = time.monotonic()
-        [[outcome]] = far.score([request("a")])
+        [[outcome]] = scorer.score([request("a")])
         assert (
             isinstance(outcome, Failed)
             and outcome.transient
@@ -78,11 +78,11 @@ def test_slow_service_costs_its_deadline_only():
         )
         assert time.monotonic() - began < 1.5
     finally:
-        far.close()
+        scorer.close()
         server.stop()
 
 
-def test_canceled_calls_do_not_reach_the_scorer():
+def test_calls_whose_client_is_gone_do_not_reach_the_scorer():
     class Held(Lengths):
         free = threading.Event()
 
@@ -94,10 +94,10 @@ def test_canceled_calls_do_not_reach_the_scorer():
     engine = Held()
     server = serve(engine)
     client = Client(server.address, EndpointSecurity(), base=HERE)
-    requests = pb.ScoreRequests(requests=[encode_request(request("a"))])
+    message = pb.ScoreRequests(requests=[encode_request(request("a"))])
 
     def ask(timeout_s):
-        return client.call(ScorerStub(client.channel).Score, requests, timeout_s=timeout_s)
+        return client.call(ScorerStub(client.channel).Score, message, timeout_s=timeout_s)
 
     try:
         first = threading.Thread(target=ask, args=(30,))
@@ -106,8 +106,8 @@ def test_canceled_calls_do_not_reach_the_scorer():
         for _ in range(3):
             with pytest.raises(UnreachableError, match=r"no response within 0\.1 s"):
                 ask(0.1)
-        left = ScorerStub(client.channel).Score.future(requests, timeout=30)
-        time.sleep(0.2)  # it is queued at the server
+        left = ScorerStub(client.channel).Score.future(message, timeout=30)
+        time.sleep(0.2)  # it waits in the server
         left.cancel()
         time.sleep(0.2)
         engine.free.set()
@@ -119,60 +119,61 @@ def test_canceled_calls_do_not_reach_the_scorer():
         server.stop()
 
 
-def test_circuit_breaker_opens_probes_health_and_closes():
+def test_the_circuit_opens_is_probed_and_closes():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
     now = 0.0
-    sent = 0
+    calls = 0
     up = False
     endpoints = Endpoints(
         [client], service=SERVICE, in_flight=1, first_rest_s=1.0, clock=lambda: now
     )
 
     def call(_):
-        nonlocal sent
-        sent += 1
+        nonlocal calls
+        calls += 1
         if not up:
-            raise UnreachableError("away")
+            raise UnreachableError("unreachable")
         return "answer"
 
-    def fails(times, message="away"):
+    def fails(times, message="unreachable"):
         """Return how many of the calls reached the endpoint."""
-        before = sent
+        before = calls
         for _ in range(times):
             with pytest.raises(UnreachableError, match=message):
-                endpoints.ask(call, set())
-        return sent - before
+                endpoints.call(call, set())
+        return calls - before
 
     try:
-        assert fails(OPENS_AFTER + 5) == OPENS_AFTER  # open: the others were not sent
+        assert fails(OPENS_AFTER + 5) == OPENS_AFTER  # open: the others were not even tried
         now = 1.0
-        assert fails(4) == 1  # half open: the health check passed, one call was sent and failed
+        assert fails(4) == 1  # half open: its health was good, one call went through and failed
         now = 2.9
-        assert fails(1) == 0  # the second pause is twice as long
-        now = 3.0
-        up = True
-        assert [endpoints.ask(call, set()) for _ in range(3)] == ["answer"] * 3
+        assert fails(1) == 0  # it rests twice as long now
+        now, up = 3.0, True
+        assert [endpoints.call(call, set()) for _ in range(3)] == ["answer"] * 3
         server.stop()
         up = False
         assert fails(OPENS_AFTER) == OPENS_AFTER
         now = 4.0
-        assert fails(1, "unavailable") == 0  # the health check fails: no call is sent
+        assert fails(1, "unavailable") == 0  # its health cannot be probed: no call goes there
     finally:
         endpoints.close()
 
 
-def test_calls_are_balanced_and_limited_per_endpoint():
+def test_the_least_busy_endpoint_is_called_and_none_has_too_many_calls():
     clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
     for in_flight, callers in (
         (2, 12),
         (4, 4),
-    ):  # at the limit, and below it
+    ):  # as many as may; half of them where all find a place
         endpoints = Endpoints(clients, service=SERVICE, in_flight=in_flight)
-        lock = threading.Lock()
-        together = threading.Barrier(4)
-        busy = dict.fromkeys(clients, 0)
-        most = set()
+        lock, together, busy, most = (
+            threading.Lock(),
+            threading.Barrier(4),
+            dict.fromkeys(clients, 0),
+            set(),
+        )
 
         def call(client, lock=lock, together=together, busy=busy, most=most):
             with lock:
@@ -185,7 +186,7 @@ def test_calls_are_balanced_and_limited_per_endpoint():
                 busy[client] -= 1
 
         threads = [
-            threading.Thread(target=endpoints.ask, args=(call, set())) for _ in range(callers)
+            threading.Thread(target=endpoints.call, args=(call, set())) for _ in range(callers)
         ]
         for thread in threads:
             thread.start()
@@ -195,24 +196,24 @@ def test_calls_are_balanced_and_limited_per_endpoint():
     endpoints.close()
 
 
-def test_failed_call_is_retried_at_another_endpoint():
+def test_a_call_that_failed_at_one_endpoint_is_retried_at_another():
     clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
     endpoints = Endpoints(clients, service=SERVICE, in_flight=2)
     called = []
 
     def call(client):
         called.append(client)
-        raise UnreachableError("away")
+        raise UnreachableError("unreachable")
 
     tried = set()
     for _ in range(2):
         with pytest.raises(UnreachableError):
-            endpoints.ask(call, tried)
+            endpoints.call(call, tried)
     endpoints.close()
     assert called == clients and tried == set(clients)
 
 
-def test_one_caller_checks_health_for_all():
+def test_one_caller_probes_the_health_and_the_others_wait_for_it():
     class Slow(Client):
         probes = 0
 
@@ -222,21 +223,20 @@ def test_one_caller_checks_health_for_all():
 
     client = Slow("127.0.0.1:1", EndpointSecurity(), base=HERE)
     endpoints = Endpoints([client], service=SERVICE, in_flight=9, first_rest_s=0.01)
-    answers = []
-    up = threading.Event()
+    answers, up = [], threading.Event()
 
     def call(_):
         if not up.is_set():
-            raise UnreachableError("away")
+            raise UnreachableError("unreachable")
         return "answer"
 
     for _ in range(OPENS_AFTER):
         with pytest.raises(UnreachableError):
-            endpoints.ask(call, set())
+            endpoints.call(call, set())
     time.sleep(0.02)
     up.set()
     threads = [
-        threading.Thread(target=lambda: answers.append(endpoints.ask(call, set())))
+        threading.Thread(target=lambda: answers.append(endpoints.call(call, set())))
         for _ in range(5)
     ]
     for thread in threads:
@@ -247,7 +247,7 @@ def test_one_caller_checks_health_for_all():
     assert answers == ["answer"] * 5 and client.probes == 1
 
 
-def test_stopping_server_is_not_healthy():
+def test_a_server_that_is_stopping_is_not_healthy():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
     try:

@@ -1,4 +1,4 @@
-"""A scorer behind gRPC gives the outcomes of a local one; an error never becomes a score."""
+"""A scorer behind gRPC returns the same as in this process; an error is never a score."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from serving import HERE, Lengths, remote, request, scores, serve
+from serving import HERE, SETUP, Lengths, grpc_entry, request, scores, serve
 
-from rayhf.config.scorers import GrpcScorerConfig, LogSigmoid, PairwiseRuleConfig, RuleConfig
-from rayhf.config.serve import ServedScorers
+from rayhf.config.scorers import LogSigmoid
+from rayhf.config.serve import ServedScorersConfig
 from rayhf.config.service import EndpointSecurity, ServiceConfig
 from rayhf.errors import ConfigError, UnreachableError
 from rayhf.scorer.build import build_scorer, check_entries
 from rayhf.scorer.grpc import scorer_pb2 as pb
-from rayhf.scorer.grpc.client import GrpcScorer, cut
+from rayhf.scorer.grpc.client import GrpcScorer, GrpcScorerConfig, split
 from rayhf.scorer.grpc.messages import SERVICE
 from rayhf.scorer.grpc.scorer_pb2_grpc import (
     ScorerServicer,
     ScorerStub,
     add_ScorerServicer_to_server,
 )
+from rayhf.scorer.rule import PairwiseRuleConfig, RuleConfig
 from rayhf.service.chat_pb2 import Message
 from rayhf.service.client import Client
 from rayhf.service.server import Server
@@ -36,21 +37,18 @@ RIGHT = RuleConfig(function="rayhf.tiny.arithmetic:correct", name="right")
 BEATS = PairwiseRuleConfig(function="rayhf.tiny.game:beats")
 
 
-# ------------------------------------------------------------------------------ equal outcomes
+# --------------------------------------------------------------------------------- the same answers
 
 
 def both(entries):
-    """Return a local scorer, a server of it, and its client."""
-    here = build_scorer(entries, device="cpu", threads=None, base=HERE)
-    server = serve(here, pairwise=isinstance(entries[0], PairwiseRuleConfig))
-    there = build_scorer(
-        [remote(server, pairwise=isinstance(entries[0], PairwiseRuleConfig), batch=4)],
-        device="cpu", threads=None, base=HERE,
-    )  # fmt: skip
+    """Return the scorer in this process, a server of it, and its client."""
+    here = build_scorer(entries, SETUP)
+    server = serve(here, pairwise=entries[0].is_pairwise)
+    there = build_scorer([grpc_entry(server, pairwise=entries[0].is_pairwise, batch=4)], SETUP)
     return here, server, there
 
 
-def test_remote_rule_equals_local_rule():
+def test_a_rule_scores_the_same_behind_the_service():
     here, server, there = both(
         [RIGHT, RuleConfig(function="rayhf.scorer.rules:final_number", weight=0.25)]
     )
@@ -60,17 +58,17 @@ def test_remote_rule_equals_local_rule():
     ]
     try:
         local = here.score(requests)
-        answers = there.score(requests)
+        remote = there.score(requests)
         assert [[type(o) for o in row] for row in local] == [
-            [type(o) for o in row] for row in answers
+            [type(o) for o in row] for row in remote
         ]
         assert {type(o) for row in local for o in row} == {Scored, Failed}
-        for near, far in zip(local, answers, strict=True):
+        for near, far in zip(local, remote, strict=True):
             for one, other in zip(near, far, strict=True):
                 if isinstance(one, Scored):
                     assert other.value == one.value
-                    assert other.parts == {"remote": one.value} | {
-                        f"remote/{k}": v for k, v in one.parts.items()
+                    assert other.parts == {"grpc": one.value} | {
+                        f"grpc/{k}": v for k, v in one.parts.items()
                     }
                 else:
                     assert one.reason in other.reason and other.transient == one.transient
@@ -83,7 +81,7 @@ def test_remote_rule_equals_local_rule():
         here.close()
 
 
-def test_remote_pairwise_rule_equals_local_one():
+def test_a_pairwise_rule_compares_the_same_behind_the_service():
     here, server, there = both([BEATS])
     requests = [request("rock", "paper", "scissors", "well", number=n) for n in range(3)]
     try:
@@ -97,8 +95,8 @@ def test_remote_pairwise_rule_equals_local_one():
         here.close()
 
 
-def test_scorers_get_all_fields():
-    """Prompt id, every message, the reference answer or its absence, and the finish reason."""
+def test_a_served_scorer_gets_everything_that_scorers_read():
+    """Prompt id, every message, the answer or that there is none, why the text ended."""
     seen = []
 
     class Curious(Lengths):
@@ -107,7 +105,7 @@ def test_scorers_get_all_fields():
             return super().score(requests)
 
     server = serve(Curious())
-    engine = GrpcScorer(remote(server), base=HERE)
+    engine = GrpcScorer(grpc_entry(server), SETUP)
     try:
         engine.score([request("a", answer=None), request("b", answer="", finish_reason="length")])
         first, second = sorted(seen, key=lambda r: r.completions[0].text)
@@ -121,9 +119,9 @@ def test_scorers_get_all_fields():
         server.stop()
 
 
-def test_normalized_entries_are_not_served_but_clients_may_normalize():
+def test_a_server_refuses_normalize_and_its_client_takes_it():
     with pytest.raises(ValidationError, match="entry 1 has normalize"):
-        ServedScorers(train=(RIGHT, RuleConfig(function="a:b", normalize=True)))
+        ServedScorersConfig(train=(RIGHT, RuleConfig(function="a:b", normalize=True)))
     assert GrpcScorerConfig(endpoints=("localhost:1",), normalize=True).normalize
     with pytest.raises(ValidationError, match="a pairwise service gives probabilities"):
         GrpcScorerConfig(
@@ -133,7 +131,7 @@ def test_normalized_entries_are_not_served_but_clients_may_normalize():
         GrpcScorerConfig(endpoints=("localhost:1", "gpu-7:50051"))
 
 
-# ----------------------------------------------------------------------------------------- calls
+# -------------------------------------------------------------------------------------------- calls
 
 
 @given(
@@ -142,44 +140,44 @@ def test_normalized_entries_are_not_served_but_clients_may_normalize():
     st.integers(400, 2000),
 )
 @settings(deadline=None, max_examples=50)
-def test_calls_contain_every_request_once_in_order_within_limits(sizes, completions, max_bytes):
+def test_calls_hold_every_request_once_in_order_within_the_limits(sizes, completions, max_bytes):
     requests = [
         pb.ScoreRequest(completions=[pb.Completion(text="x" * long)] * count)
         for count, long in sizes
     ]
     requests = [r for r in requests if r.ByteSize() < max_bytes - 32]
-    calls = list(cut(requests, completions=completions, max_bytes=max_bytes))
+    calls = list(split(requests, completions=completions, max_bytes=max_bytes))
     assert [index for call in calls for index in call] == list(range(len(requests)))
     for call in calls:
         assert pb.ScoreRequests(requests=[requests[i] for i in call]).ByteSize() <= max_bytes
         assert len(call) == 1 or sum(len(requests[i].completions) for i in call) <= completions
 
 
-def test_completions_are_batched_and_text_outside_utf8_is_invalid():
+def test_completions_are_sent_in_batches_and_text_that_cannot_be_sent_is_invalid():
     engine = Lengths()
     server = serve(engine)
-    far = GrpcScorer(remote(server, batch=6, max_message_mib=1), base=HERE)
+    scorer = GrpcScorer(grpc_entry(server, batch=6, max_message_mib=1), SETUP)
     try:
         requests = [request("a", "bb", number=n) for n in range(7)] + [
             request("\ud800", "b"),
             request("x" * (1 << 20)),
         ]
-        answers = far.score(requests)
-        assert answers[:7] == [(Scored(value=1.0), Scored(value=2.0))] * 7 and engine.calls == 3
-        assert all(isinstance(o, Invalid) and "UTF-8" in o.reason for o in answers[7])
-        [large] = answers[8]
+        results = scorer.score(requests)
+        assert results[:7] == [(Scored(value=1.0), Scored(value=2.0))] * 7 and engine.calls == 3
+        assert all(isinstance(o, Invalid) and "UTF-8" in o.reason for o in results[7])
+        [large] = results[8]
         assert (
             isinstance(large, Failed)
             and not large.transient
             and "a call takes 1,048,560" in large.reason
         )
     finally:
-        far.close()
+        scorer.close()
         server.stop()
 
 
 @pytest.mark.parametrize("verb", ["score", "compare"])
-def test_scorer_with_a_bug_gives_failed(verb):
+def test_a_scorer_with_a_bug_is_failed_for_good(verb):
     class Broken(Lengths):
         def score(self, requests):
             raise KeyError("bug")
@@ -187,17 +185,17 @@ def test_scorer_with_a_bug_gives_failed(verb):
         compare = score
 
     server = serve(Broken())
-    far = GrpcScorer(remote(server), base=HERE)
+    scorer = GrpcScorer(grpc_entry(server), SETUP)
     try:
-        [answer] = getattr(far, verb)([request("a")])
+        [answer] = getattr(scorer, verb)([request("a")])
         answer = answer[0] if verb == "score" else answer
         assert isinstance(answer, Failed) and not answer.transient and "'bug'" in answer.reason
     finally:
-        far.close()
+        scorer.close()
         server.stop()
 
 
-def test_scorer_that_fails_a_repeated_request_is_broken():
+def test_a_scorer_that_fails_on_a_call_that_succeeded_before_is_broken():
     class Fragile(Lengths):
         works = True
 
@@ -209,7 +207,7 @@ def test_scorer_that_fails_a_repeated_request_is_broken():
     engine = Fragile()
     errors = []
     server = serve(engine, broken=errors.append)
-    client = build_scorer([remote(server)], device="cpu", threads=None, base=Path())
+    client = build_scorer([grpc_entry(server)], SETUP)
     try:
         assert client.score([request("four")])[0][0].value == 4.0
         assert isinstance(client.score([request("poison")])[0][0], Failed) and errors == []
@@ -222,7 +220,7 @@ def test_scorer_that_fails_a_repeated_request_is_broken():
         server.stop()
 
 
-def test_malformed_requests_are_refused():
+def test_requests_that_no_scorer_could_read_are_refused():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
     try:
@@ -247,32 +245,30 @@ def test_malformed_requests_are_refused():
         server.stop()
 
 
-# --------------------------------------------------------------------------- malformed replies
+# ------------------------------------------------------------------------------ what is not a score
 
 
 class Scripted(ScorerServicer):
-    """A foreign service with scripted replies."""
+    """A foreign service with one reply to everything."""
 
     def __init__(self, reply):
         self.reply = reply
 
-    def Score(self, request, context):
+    def Score(self, request, context):  # noqa: N802 - gRPC's name
         return self.reply
 
     Compare = Score
 
 
-def asked_of(reply, *, pairwise, completions=2):
-    """Return the combined scorer's outcome for a service's reply to one request."""
+def result_of(reply, *, pairwise, completions=2):
+    """Return the campaign's result where a service sends this reply to one request."""
     server = Server(
         ServiceConfig(),
         {SERVICE: partial(add_ScorerServicer_to_server, Scripted(reply))},
         base=HERE,
     )
     server.start()
-    engine = build_scorer(
-        [remote(server, pairwise=pairwise)], device="cpu", threads=None, base=HERE
-    )
+    engine = build_scorer([grpc_entry(server, pairwise=pairwise)], SETUP)
     try:
         requests = [request(*"ab"[:completions])]
         return engine.compare(requests)[0] if pairwise else engine.score(requests)[0]
@@ -288,15 +284,15 @@ def scored(*values, **parts):
 
 
 @pytest.mark.parametrize(
-    ("answers", "kinds", "reason"),
+    ("results", "kinds", "reason"),
     [
         ([scored(1.0, math.nan)], [Scored, Invalid], "the score is nan"),
         ([scored(math.inf, -math.inf)], [Invalid, Invalid], "the score is inf"),
         ([scored(1.0, 2.0, part=math.nan)], [Invalid, Invalid], "with parts {'part': nan}"),
-        ([scored(1.0)], [Failed, Failed], "1 scores for 2 answers"),
-        ([scored(1.0, 2.0, 3.0)], [Failed, Failed], "3 scores for 2 answers"),
-        ([], [Failed, Failed], "answered 0 of 1 requests"),
-        ([scored(1.0, 2.0)] * 2, [Failed, Failed], "answered 2 of 1 requests"),
+        ([scored(1.0)], [Failed, Failed], "1 scores for 2 completions"),
+        ([scored(1.0, 2.0, 3.0)], [Failed, Failed], "3 scores for 2 completions"),
+        ([], [Failed, Failed], "returned 0 results for 1 requests"),
+        ([scored(1.0, 2.0)] * 2, [Failed, Failed], "returned 2 results for 1 requests"),
         ([pb.Outcomes(outcomes=[pb.Outcome()] * 2)], [Failed, Failed], "an outcome of no kind"),
         (
             [
@@ -306,15 +302,15 @@ def scored(*values, **parts):
                 )
             ],
             [Invalid, Invalid],
-            "remote: ?[31m redxx",
+            "grpc: ?[31m redxx",
         ),
     ],
 )
-def test_malformed_scores(answers, kinds, reason):
-    outcomes = asked_of(pb.ScoreReply(answers=answers), pairwise=False)
+def test_replies_that_are_no_scores(results, kinds, reason):
+    outcomes = result_of(pb.ScoreReply(results=results), pairwise=False)
     assert [type(o) for o in outcomes] == kinds
-    problem = next(o.reason for o in outcomes if not isinstance(o, Scored))
-    assert reason in problem and len(problem) < 500
+    said = next(o.reason for o in outcomes if not isinstance(o, Scored))
+    assert reason in said and len(said) < 500
 
 
 def matrix(*win, source=pb.SOURCE_PAIRWISE):
@@ -322,26 +318,26 @@ def matrix(*win, source=pb.SOURCE_PAIRWISE):
 
 
 @pytest.mark.parametrize(
-    ("answers", "kind", "reason"),
+    ("results", "kind", "reason"),
     [
         (matrix(0.5, 0.7, 0.3, 0.5), Compared, ""),
         (matrix(0.5, 0.7, 0.3), Failed, "a matrix of 3 numbers, expected 2 x 2"),
         (matrix(0.5, 0.7, 0.7, 0.5), Failed, "not mirrored"),
         (matrix(0.5, 1.7, -0.7, 0.5), Failed, "expected probabilities"),
         (matrix(0.5, math.inf, -math.inf, 0.5), Failed, "expected probabilities"),
-        (matrix(0.5, math.nan, math.nan, 0.5), Invalid, "compared no two answers"),
+        (matrix(0.5, math.nan, math.nan, 0.5), Invalid, "compared no two completions"),
         (matrix(0.5, 0.7, 0.3, 0.5, source=pb.SOURCE_UNSPECIFIED), Failed, "source 0"),
-        ([], Failed, "answered 0 of 1 requests"),
+        ([], Failed, "returned 0 results for 1 requests"),
         ([pb.Comparison()], Failed, "a comparison of no kind"),
         ([pb.Comparison(failed=pb.Failed(reason="gone", transient=True))], Failed, "gone"),
     ],
 )
-def test_malformed_comparisons(answers, kind, reason):
-    comparison = asked_of(pb.CompareReply(answers=answers), pairwise=True)
+def test_replies_that_are_no_comparisons(results, kind, reason):
+    comparison = result_of(pb.CompareReply(results=results), pairwise=True)
     assert type(comparison) is kind and reason in getattr(comparison, "reason", "")
 
 
-# -------------------------------------------------------------------------- checks before start
+# --------------------------------------------------------------------------------- before it starts
 
 
 def refused(entry, message, error=ConfigError):
@@ -350,37 +346,41 @@ def refused(entry, message, error=ConfigError):
     assert "\n" not in str(error.value)
 
 
-def test_check_describes_the_services(caplog):
-    points = serve(Lengths())
-    pairs = serve(Lengths(), names=("pairs",), pairwise=True)
-    other = serve(Lengths(), names=("other",))
+def test_check_asks_the_services_what_they_serve(caplog):
+    points, pairs, other = (
+        serve(Lengths()),
+        serve(Lengths(), names=("pairs",), pairwise=True),
+        serve(Lengths(), names=("other",)),
+    )
     try:
-        check_entries([remote(points)], Path())
-        check_entries([remote(pairs, pairwise=True)], Path())
-        refused(remote(pairs), "serves pairs, which compares answers; expected pairwise: true")
+        check_entries([grpc_entry(points)], Path())
+        check_entries([grpc_entry(pairs, pairwise=True)], Path())
         refused(
-            remote(points, pairwise=True),
-            "serves lengths, which gives each answer a score; expected pairwise: false",
+            grpc_entry(pairs), "serves pairs, which compares completions; expected pairwise: true"
         )
-        refused(remote(points, other), "serves lengths, but .* serves other; expected the same")
+        refused(
+            grpc_entry(points, pairwise=True),
+            "serves lengths, which scores each completion; expected pairwise: false",
+        )
+        refused(grpc_entry(points, other), "serves lengths, but .* serves other; expected the same")
         other.stop()
-        check_entries([remote(points, other)], Path())
-        assert "cannot be reached, the others go on" in caplog.text
+        check_entries([grpc_entry(points, other)], Path())
+        assert "is unreachable, the others serve without it" in caplog.text
         began = time.monotonic()
-        refused(remote(other), "no service can be reached: .*unavailable", UnreachableError)
+        refused(grpc_entry(other), "no service can be reached: .*unavailable", UnreachableError)
         assert time.monotonic() - began < 5.0
     finally:
         points.stop()
         pairs.stop()
 
 
-def test_check_reports_a_missing_token(tmp_path):
+def test_check_says_that_a_token_is_missing(tmp_path):
     token = tmp_path / "token"
     token.write_text("0123456789abcdef")
     token.chmod(0o600)
     server = serve(Lengths(), token_file=token)
     try:
-        refused(remote(server), "unauthenticated: the token is missing or wrong")
-        check_entries([remote(server, security={"token_file": token})], Path())
+        refused(grpc_entry(server), "unauthenticated: the token is missing or wrong")
+        check_entries([grpc_entry(server, security={"token_file": token})], Path())
     finally:
         server.stop()

@@ -86,7 +86,7 @@ def score(address, base, security, text="four", *, limit=16, timeout_s=5.0):
     try:
         requests = pb.ScoreRequests(requests=[encode_request(request(text))])
         reply = client.call(ScorerStub(client.channel).Score, requests, timeout_s=timeout_s)
-        return reply.answers[0].outcomes[0].scored.value
+        return reply.results[0].outcomes[0].scored.value
     finally:
         client.close()
 

@@ -1,9 +1,7 @@
-"""SPaR with a scripted actor and refiner: what is asked, what is recorded, what is trained on.
-Token ids are characters."""
+"""SPaR with a scripted actor and refiner: requests, samples, training data."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
 from dataclasses import replace
@@ -11,139 +9,35 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scripted_spar import (
+    END,
+    MOSTLY_NO,
+    MOSTLY_YES,
+    NO,
+    SHORT,
+    TWO_STEPS,
+    YES,
+    ScriptedContext,
+    explore,
+    ids,
+    make_completion,
+    make_prompt,
+    scripted,
+    select,
+    spar,
+)
 
 from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.spar import Dialogue, SPaR
+from rayhf.algorithms.spar_config import RefinerDataConfig, SPaRConfig
 from rayhf.algorithms.spar_data import judge_accuracy, refiner_examples
-from rayhf.config.spar import RefinerDataConfig, SPaRConfig
 from rayhf.learner.forward import build_micro
 from rayhf.losses.base import Totals
-from rayhf.types import Completion, Failed, Prompt, Sampling, Scored, derive_seed
-
-END = 0
-"""The end-of-turn token."""
-SHORT = {
-    "judge_template": "J {{ instruction }}|{{ response }}",
-    "refine_template": "R {{ instruction }}|{{ response }}|{{ judgement }}",
-    "verdict_pattern": "(yes|no)$",
-    "refined_pattern": None,
-}
+from rayhf.types import Failed, Sampling, Scored, derive_seed
 
 
-def spar(**changes):
-    return SPaR(SPaRConfig.model_validate({**SHORT, "samples": 3, "judge_votes": 3, **changes}))
-
-
-def ids(text):
-    return tuple(map(ord, text))
-
-
-def make_prompt(text="do it"):
-    return Prompt(
-        prompt_id=text,
-        messages=({"role": "user", "content": text},),
-        token_ids=ids(f"<user>{text}<assistant>"),
-    )
-
-
-class FakeExplorer:
-    """`say(policy, context, draw)` writes the text of draw 0, 1, ... of all draws after that
-    context by that policy."""
-
-    def __init__(self, say, *, outcomes=None, limit=10_000, delay=False):
-        self.say, self.outcomes, self.limit, self.delay = say, outcomes or {}, limit, delay
-        self.sampling = Sampling(max_tokens=99)
-        self.asked, self.draws, self.requests = [], {}, 0
-
-    def derive_seed(self, *parts):
-        return derive_seed("fake", *parts)
-
-    def render(self, messages):
-        return ids("".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>")
-
-    def encode(self, text):
-        return (*ids(text), END)
-
-    def room(self, context):
-        return self.limit - len(context)
-
-    async def sample(self, n, *, context=None, prefix=(), sampling=None, policy="policy"):
-        number, self.requests = self.requests, self.requests + 1
-        text = "" if context is None else "".join(map(chr, context))
-        self.asked.append((policy, text, n, sampling))
-        first = self.draws.get((policy, text), 0)
-        self.draws[policy, text] = first + n
-        written = [self.say(policy, text, draw) for draw in range(first, first + n)]
-        for _ in range(random.randrange(20) if self.delay else 1):
-            await asyncio.sleep(0)
-        return tuple(self._completion(number, i, text) for i, text in enumerate(written))
-
-    def _completion(self, number, index, text):
-        cut = text.endswith("...")
-        return Completion(
-            prompt_id="p",
-            index=index,
-            seed=100 * number + index,
-            text=text,
-            token_ids=ids(text) if cut else (*ids(text), END),
-            logprobs=(-1.0,) * (len(text) + (not cut)),
-            finish_reason="length" if cut else "stop",
-            policy_version=0,
-        )
-
-    async def score(self, completions):
-        await asyncio.sleep(0)
-        return tuple(self.outcomes.get(c.text, Scored(value=0.0)) for c in completions)
-
-
-def scripted(answers, votes, refinements):
-    """Texts by draw: of the actor, of the judge per judged text (in turn), of the refiner per
-    refined text."""
-
-    def say(policy, context, draw):
-        if not context:
-            assert policy == "policy"
-            return answers[draw]
-        kind, *parts = context.removeprefix("<user>").removesuffix("<assistant>").split("|")
-        table = votes if kind.startswith("J ") else refinements
-        return table[parts[0]][draw % len(table[parts[0]])]
-
-    return say
-
-
-def explore(algorithm, explorer, prompt=None):
-    return asyncio.run(algorithm.explore(prompt or make_prompt(), explorer))
-
-
-def select(algorithm, *groups, seed=1):
-    selection = algorithm.select(groups, SelectionContext(iteration=1, seed=seed))
-    parts = {
-        name: [e for e in selection.examples if e.objective == name]
-        for name in ("policy", "refiner")
-    }
-    return parts["policy"], parts["refiner"], selection.metrics
-
-
-YES, NO = ["a yes", "b yes", "c yes"], ["a no", "b no", "c no"]
-MOSTLY_NO, MOSTLY_YES = ["a yes", "b no", "c no"], ["a no", "b yes", "c yes"]
-TWO_STEPS = scripted(
-    ["good", "bad", "good"],
-    {
-        "good": YES,
-        "bad": MOSTLY_NO,
-        "x": NO,
-        "y": MOSTLY_NO,
-        "z": NO,
-        "fine": MOSTLY_YES,
-        "ok": YES,
-        "w": NO,
-    },
-    {"bad": ["x", "y", "z"], "y": ["fine", "w", "w"], "x": ["w"]},
-)
-
-
-def test_one_journey_by_hand():
-    algorithm, explorer = spar(), FakeExplorer(TWO_STEPS)
+def test_one_exploration_by_hand():
+    algorithm, explorer = spar(), ScriptedContext(TWO_STEPS)
     group = explore(algorithm, explorer)
     actor, refiner, metrics = select(algorithm, group)
 
@@ -194,8 +88,8 @@ def test_one_journey_by_hand():
     assert {name: group.metrics[f"spar/{name}"] for name in expected} == pytest.approx(expected)
 
 
-def test_the_samples_are_the_tree():
-    group = explore(spar(), FakeExplorer(TWO_STEPS))
+def test_samples_contain_the_tree():
+    group = explore(spar(), ScriptedContext(TWO_STEPS))
     samples = group.samples
     assert [s.completion.text for s in samples if s.kind == "answer"] == ["good", "bad", "good"]
     # Equal answers are judged once, and every vote points to what it judges.
@@ -225,12 +119,12 @@ def test_the_samples_are_the_tree():
     assert all(s.outcome is None for s in samples if s.kind != "answer")
 
 
-def test_trained_texts_follow_exactly_what_the_refiner_read():
+def test_trained_texts_follow_the_refiners_context():
     for changes in ({}, {"refine_template": SPaRConfig().refine_template}):
-        algorithm, explorer = spar(**changes), FakeExplorer(_random_refiner)
+        algorithm, explorer = spar(**changes), ScriptedContext(_random_refiner)
         groups = [explore(algorithm, explorer, make_prompt(f"task {i}")) for i in range(20)]
         _, refiner, _ = select(algorithm, *groups)
-        read = {context for _, context, _, _ in explorer.asked}
+        read = {context for _, context, _, _ in explorer.sampled}
         assert len(refiner) > 20 and all(
             "".join(map(chr, e.rows[0].prompt_ids)) in read for e in refiner
         )
@@ -243,7 +137,7 @@ def _random_refiner(policy, context, draw):
     return rng.choice(["so yes", "so no", "so no", "hm"])
 
 
-def test_the_default_dialogue_has_three_turns_and_cuts_the_answer_out():
+def test_default_dialogue_has_three_turns_and_extracts_answer():
     def say(policy, context, draw):
         if not context:
             return "bad"
@@ -252,13 +146,13 @@ def test_the_default_dialogue_has_three_turns_and_cuts_the_answer_out():
         return f"All is well.\nFinal Judgement (met?): {'Yes' if 'better' in context else 'No'}"
 
     algorithm = SPaR(SPaRConfig(samples=1, refine_retries=0))
-    explorer = FakeExplorer(say)
+    explorer = ScriptedContext(say)
     group = explore(algorithm, explorer)
     ((pair,), refiner, metrics) = select(algorithm, group)
-    judge = next(context for _, context, _, _ in explorer.asked if "bad" in context).removesuffix(
+    judge = next(context for _, context, _, _ in explorer.sampled if "bad" in context).removesuffix(
         "<assistant>"
     )
-    refine = next(context for _, context, _, _ in explorer.asked if "[[start]]" in context)
+    refine = next(context for _, context, _, _ in explorer.sampled if "[[start]]" in context)
     assert refine.startswith(
         f"{judge}<assistant>All is well.\nFinal Judgement (met?): No<user>Going by your judgement"
     )
@@ -276,39 +170,41 @@ def test_the_default_dialogue_has_three_turns_and_cuts_the_answer_out():
     )  # unanimous votes teach nothing
 
 
-def test_who_is_asked_with_which_settings():
-    explorer = FakeExplorer(TWO_STEPS)
+def test_requests_have_the_settings_of_their_policy():
+    explorer = ScriptedContext(TWO_STEPS)
     explore(
         spar(judge_temperature=0.4, refine_temperature=0.6, refiner={"max_tokens": 5}), explorer
     )
-    assert explorer.asked[0][0] == "policy" and explorer.asked[0][3] is None
+    assert explorer.sampled[0][0] == "policy" and explorer.sampled[0][3] is None
     seen = {
         (policy, context[6], sampling.temperature, sampling.max_tokens)
-        for policy, context, _, sampling in explorer.asked[1:]
+        for policy, context, _, sampling in explorer.sampled[1:]
     }
     assert seen == {("refiner", "J", 0.4, 5), ("refiner", "R", 0.6, 5)}
     shared = spar(refiner={"shared": True})
-    explorer = FakeExplorer(lambda policy, context, draw: TWO_STEPS("policy", context, draw))
+    explorer = ScriptedContext(lambda policy, context, draw: TWO_STEPS("policy", context, draw))
     explore(shared, explorer)
-    assert {policy for policy, *_ in explorer.asked} == {"policy"}
+    assert {policy for policy, *_ in explorer.sampled} == {"policy"}
 
 
 def test_policies_objectives_and_losses():
     separate, shared = spar(), spar(refiner={"shared": True})
-    assert (separate.policies, separate.trainee("policy"), separate.trainee("refiner")) == (
+    assert (
+        separate.policies,
+        separate.trained_policy("policy"),
+        separate.trained_policy("refiner"),
+    ) == (
         ("policy", "refiner"),
         "policy",
         "refiner",
     )
-    assert (shared.policies, shared.trainee("policy"), shared.trainee("refiner")) == (
+    assert (shared.policies, shared.trained_policy("policy"), shared.trained_policy("refiner")) == (
         ("policy",),
         "policy",
         "policy",
     )
     loss = separate.loss()
-    assert (loss.loss, loss.beta, loss.nll_coef) == ("sigmoid", 0.1, 0.1) and separate.loss(
-        "refiner"
-    ).needs_reference is False
+    assert (loss.config.type, loss.config.beta, loss.nll_coef) == ("sigmoid", 0.1, 0.1)
     assert (
         separate.train_schedule("refiner").epochs,
         separate.train_schedule("refiner").examples_per_step,
@@ -324,7 +220,7 @@ def test_policies_objectives_and_losses():
 
 def test_both_objectives_give_finite_losses():
     algorithm = spar()
-    actor, refiner, _ = select(algorithm, explore(algorithm, FakeExplorer(TWO_STEPS)))
+    actor, refiner, _ = select(algorithm, explore(algorithm, ScriptedContext(TWO_STEPS)))
     for name, examples in (("policy", actor), ("refiner", refiner)):
         rows = [row for e in examples for row in e.rows]
         annotated = [
@@ -348,10 +244,10 @@ def test_both_objectives_give_finite_losses():
         assert all(math.isfinite(value.item()) for value in out.metrics.values())
 
 
-def test_a_judge_that_is_never_parsable_trains_nothing():
+def test_unparsable_judge_trains_nothing():
     algorithm = spar()
     group = explore(
-        algorithm, FakeExplorer(scripted(["a", "b", "c"], {text: ["hm"] for text in "abc"}, {}))
+        algorithm, ScriptedContext(scripted(["a", "b", "c"], {text: ["hm"] for text in "abc"}, {}))
     )
     actor, refiner, metrics = select(algorithm, group)
     assert actor == refiner == [] and metrics["spar/searches"] == 0
@@ -365,20 +261,22 @@ def test_a_judge_that_is_never_parsable_trains_nothing():
     )
 
 
-def test_even_votes_discard_an_answer_and_nothing_is_refined_that_passes():
+def test_tied_votes_discard_and_passing_answers_are_not_refined():
     group = explore(
         spar(judge_votes=2),
-        FakeExplorer(scripted(["a", "b", "b"], {"a": ["x yes", "x no"], "b": ["yes", "yes"]}, {})),
+        ScriptedContext(
+            scripted(["a", "b", "b"], {"a": ["x yes", "x no"], "b": ["yes", "yes"]}, {})
+        ),
     )
     assert (group.metrics["spar/ties"], group.metrics["spar/failing"]) == (1 / 3, 0)
     assert "critique" not in group.samples[0].stats and group.samples[0].stats["value"] == 0.5
     assert not any("root" in s.stats for s in group.samples)
 
 
-def test_the_root_is_drawn_by_seed_among_the_failing():
+def test_root_is_drawn_by_seed_among_failing_answers():
     roots = set()
     for i in range(12):
-        explorer = FakeExplorer(
+        explorer = ScriptedContext(
             scripted(
                 ["a", "b", "good"], {"a": NO, "b": NO, "good": YES}, {"a": ["good"], "b": ["good"]}
             )
@@ -392,9 +290,9 @@ def test_the_root_is_drawn_by_seed_among_the_failing():
     assert sum(s.kind == "judgement" for s in group.samples) == 9
 
 
-def test_a_search_that_ends_at_its_root_is_dropped_and_counted():
+def test_search_without_refinement_is_dropped_and_counted():
     algorithm = spar(gate=0.2)
-    group = explore(algorithm, FakeExplorer(scripted(["bad"] * 3, {"bad": MOSTLY_NO}, {})))
+    group = explore(algorithm, ScriptedContext(scripted(["bad"] * 3, {"bad": MOSTLY_NO}, {})))
     actor, refiner, metrics = select(algorithm, group)
     assert actor == [] and (metrics["spar/identical"], metrics["spar/searches"]) == (1, 1)
     assert (
@@ -404,9 +302,9 @@ def test_a_search_that_ends_at_its_root_is_dropped_and_counted():
     )
 
 
-def test_a_failed_search_trains_the_refiner_only():
+def test_failed_search_trains_only_the_refiner():
     algorithm = spar(depth=1)
-    actor, refiner, metrics = select(algorithm, explore(algorithm, FakeExplorer(TWO_STEPS)))
+    actor, refiner, metrics = select(algorithm, explore(algorithm, ScriptedContext(TWO_STEPS)))
     assert (
         actor == []
         and metrics["spar/refiner_refinements"] == 0
@@ -417,9 +315,9 @@ def test_a_failed_search_trains_the_refiner_only():
 
 def test_without_search_one_refinement_is_judged_once():
     even = scripted(["bad"] * 3, {"bad": NO, "x": ["hm"], "y": YES}, {"bad": ["x", "y"]})
-    explorer = FakeExplorer(even)
+    explorer = ScriptedContext(even)
     group = explore(spar(search="none"), explorer)
-    assert [(context[6], n) for _, context, n, _ in explorer.asked[1:]] == [
+    assert [(context[6], n) for _, context, n, _ in explorer.sampled[1:]] == [
         ("J", 3),
         ("R", 1),
         ("J", 3),
@@ -427,33 +325,35 @@ def test_without_search_one_refinement_is_judged_once():
     assert group.metrics["spar/refined"] == 0 and group.metrics["spar/dropped"] == 1
     fine = explore(
         spar(search="none"),
-        FakeExplorer(scripted(["bad"] * 3, {"bad": NO, "y": MOSTLY_YES}, {"bad": ["y"]})),
+        ScriptedContext(scripted(["bad"] * 3, {"bad": NO, "y": MOSTLY_YES}, {"bad": ["y"]})),
     )
     assert fine.metrics["spar/refined"] == 1
 
 
-def test_depth_first_is_another_order():
-    explorer = FakeExplorer(TWO_STEPS)
+def test_depth_first_search_has_another_order():
+    explorer = ScriptedContext(TWO_STEPS)
     explore(spar(search="dfs"), explorer)
-    refined = [context.split("|")[1] for _, context, _, _ in explorer.asked if "R do it" in context]
+    refined = [
+        context.split("|")[1] for _, context, _, _ in explorer.sampled if "R do it" in context
+    ]
     assert refined == ["bad", "y"]
 
 
-def test_cut_off_texts_have_no_verdict_and_no_answer():
+def test_truncated_texts_have_no_verdict_and_no_answer():
     words = scripted(
         ["bad"] * 3, {"bad": ["no", "no", "yes"], "x": YES}, {"bad": ["x...", "x", "   "]}
     )
-    group = explore(spar(refine_retries=0), FakeExplorer(words))
+    group = explore(spar(refine_retries=0), ScriptedContext(words))
     assert group.metrics["spar/malformed"] == 2 and group.metrics["spar/nodes"] == 1
     dialogue = Dialogue(SPaRConfig.model_validate(SHORT))
-    cut = FakeExplorer(None)._completion(0, 0, "it is yes...")
+    cut = make_completion("it is yes...")
     assert dialogue.verdict(replace(cut, text="it is yes")) is None
     assert dialogue.verdict(replace(cut, text="it is yes", finish_reason="stop")) is True
 
 
-def test_what_is_too_long_is_not_asked_and_is_counted():
+def test_too_long_contexts_are_skipped_and_counted():
     algorithm = spar()
-    explorer = FakeExplorer(
+    explorer = ScriptedContext(
         scripted(["a", "b" * 30, "c"], {"a": YES, "c": NO}, {}),
         limit=len("<user>R do it|c|a no<assistant>"),
     )
@@ -464,39 +364,47 @@ def test_what_is_too_long_is_not_asked_and_is_counted():
         and group.metrics["spar/too_long"] >= 2
         and group.metrics["spar/ties"] == pytest.approx(1 / 3)
     )
-    assert all(len(context) < explorer.limit for _, context, _, _ in explorer.asked)
+    assert all(len(context) < explorer.limit for _, context, _, _ in explorer.sampled)
 
 
-def test_the_scorer_only_measures():
+def test_scorer_does_not_affect_training():
     algorithm = spar()
-    plain = explore(algorithm, FakeExplorer(TWO_STEPS))
+    plain = explore(algorithm, ScriptedContext(TWO_STEPS))
     failed = explore(
         algorithm,
-        FakeExplorer(TWO_STEPS, outcomes={"good": Failed(reason="down"), "bad": Scored(value=0.0)}),
+        ScriptedContext(
+            TWO_STEPS, outcomes={"good": Failed(reason="down"), "bad": Scored(value=0.0)}
+        ),
     )
     assert [
         e.rows[0].response_ids
-        for e in algorithm.select([plain], SelectionContext(iteration=1, seed=1)).examples
+        for e in algorithm.select(
+            [plain], SelectionContext(iteration=1, seed=1, sampling=Sampling(max_tokens=8))
+        ).examples
     ] == [
         e.rows[0].response_ids
-        for e in algorithm.select([failed], SelectionContext(iteration=1, seed=1)).examples
+        for e in algorithm.select(
+            [failed], SelectionContext(iteration=1, seed=1, sampling=Sampling(max_tokens=8))
+        ).examples
     ]
     truth = explore(
         algorithm,
-        FakeExplorer(TWO_STEPS, outcomes={"good": Scored(value=0.0), "bad": Scored(value=0.0)}),
+        ScriptedContext(TWO_STEPS, outcomes={"good": Scored(value=0.0), "bad": Scored(value=0.0)}),
     )
     assert judge_accuracy([truth]) == {"spar/judge_accuracy": pytest.approx(1 / 3)}
     graded = explore(
         algorithm,
-        FakeExplorer(TWO_STEPS, outcomes={"good": Scored(value=0.7), "bad": Failed(reason="down")}),
+        ScriptedContext(
+            TWO_STEPS, outcomes={"good": Scored(value=0.7), "bad": Failed(reason="down")}
+        ),
     )
     assert judge_accuracy([graded]) == {}
 
 
-def test_arrival_order_changes_nothing():
+def test_arrival_order_does_not_matter():
     algorithm = spar()
     groups = [
-        explore(algorithm, FakeExplorer(_random_refiner, delay=i > 0), make_prompt("task 3"))
+        explore(algorithm, ScriptedContext(_random_refiner, delay=i > 0), make_prompt("task 3"))
         for i in range(5)
     ]
     assert len(groups[0].samples) > 20 and all(group == groups[0] for group in groups)
@@ -505,7 +413,7 @@ def test_arrival_order_changes_nothing():
 def test_caps_draw_by_seed_and_repeats_are_counted():
     algorithm = spar()
     groups = [
-        explore(algorithm, FakeExplorer(_random_refiner), make_prompt(f"task {i}"))
+        explore(algorithm, ScriptedContext(_random_refiner), make_prompt(f"task {i}"))
         for i in range(60)
     ]
     everything = RefinerDataConfig()
@@ -539,10 +447,10 @@ def test_caps_draw_by_seed_and_repeats_are_counted():
     ] + len(whole)
 
 
-def test_a_tree_teaches_one_judgement_of_each_kind():
+def test_tree_gives_one_judgement_of_each_verdict():
     divided = ["a yes", "b no", "c no"]
     votes = {"bad": NO, "x": divided, "y": divided, "z": divided}
     words = scripted(["bad"] * 3, votes, {text: ["x", "y", "z"] for text in ("bad", "x", "y")})
-    _, refiner, metrics = select(spar(), explore(spar(), FakeExplorer(words)))
+    _, refiner, metrics = select(spar(), explore(spar(), ScriptedContext(words)))
     assert metrics["spar/refiner_tree_no"] == len(refiner) == 1
     assert "".join(map(chr, refiner[0].rows[0].prompt_ids)) == "<user>J do it|x<assistant>"

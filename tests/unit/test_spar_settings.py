@@ -1,4 +1,4 @@
-"""SPaR's texts, verdicts and settings, and refinement at test time."""
+"""SPaR's templates, verdicts and settings, and refinement at test time."""
 
 from __future__ import annotations
 
@@ -8,26 +8,23 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import ValidationError
-from test_spar import SHORT, TWO_STEPS, FakeExplorer, make_prompt, spar
+from scripted_spar import SHORT, TWO_STEPS, ScriptedContext, make_completion, make_prompt, spar
 
 from rayhf.algorithms.spar import Dialogue, instruction_text
-from rayhf.config.spar import SPaRConfig
+from rayhf.algorithms.spar_config import SPaRConfig
 from rayhf.tiny import instructions
 
 
-def test_test_time_refinement_keeps_what_passes_and_replaces_what_fails():
+def test_test_time_refinement_replaces_only_failing_answers():
     algorithm, prompt = spar(test_time_refine=True), make_prompt()
-    explorer = FakeExplorer(TWO_STEPS)
-    good, bad = (explorer._completion(0, 0, text) for text in ("good", "bad"))
+    explorer = ScriptedContext(TWO_STEPS)
+    good, bad = (make_completion(text) for text in ("good", "bad"))
     assert algorithm.at_test_time is not None
-    assert asyncio.run(algorithm.refine_for_evaluation(prompt, good, explorer)) is good
-    assert asyncio.run(algorithm.refine_for_evaluation(prompt, bad, explorer)).text == "fine"
-    assert (
-        asyncio.run(spar(depth=1).refine_for_evaluation(prompt, bad, FakeExplorer(TWO_STEPS)))
-        is bad
-    )
-    silent = FakeExplorer(lambda policy, context, draw: "hm")
-    assert asyncio.run(algorithm.refine_for_evaluation(prompt, bad, silent)) is bad
+    assert asyncio.run(algorithm.improve(prompt, good, explorer)) is good
+    assert asyncio.run(algorithm.improve(prompt, bad, explorer)).text == "fine"
+    assert asyncio.run(spar(depth=1).improve(prompt, bad, ScriptedContext(TWO_STEPS))) is bad
+    silent = ScriptedContext(lambda policy, context, draw: "hm")
+    assert asyncio.run(algorithm.improve(prompt, bad, silent)) is bad
 
 
 @pytest.mark.parametrize(
@@ -43,17 +40,17 @@ def test_test_time_refinement_keeps_what_passes_and_replaces_what_fails():
         ("", None),
     ],
 )
-def test_verdicts_of_the_default_form(text, expected):
+def test_verdicts_in_the_default_format(text, expected):
     dialogue = Dialogue(SPaRConfig())
-    assert dialogue.verdict(FakeExplorer(None)._completion(0, 0, text)) is expected
+    assert dialogue.verdict(make_completion(text)) is expected
 
 
-def test_an_answer_cannot_write_template_code():
+def test_answers_cannot_inject_template_code():
     (turn,) = Dialogue(SPaRConfig.model_validate(SHORT)).judge("{{ 1 + 1 }}", "{% for %}")
     assert turn == {"role": "user", "content": "J {{ 1 + 1 }}|{% for %}"}
 
 
-def test_an_instruction_of_several_turns_is_one_text():
+def test_instruction_of_several_turns_is_one_text():
     turns = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
     assert (
         instruction_text(turns) == "System: Be brief.\n\nUser: Hi"
@@ -84,13 +81,12 @@ def test_an_instruction_of_several_turns_is_one_text():
         ({"refiner_data": {"tree_maybe": 1}}, "Extra inputs"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(changes, expected):
+def test_invalid_settings_are_refused(changes, expected):
     with pytest.raises(ValidationError, match=expected):
         SPaRConfig.model_validate(changes)
 
 
-def test_defaults_are_the_source_s_settings():
-    """ALGORITHMS.md A4."""
+def test_defaults_are_those_of_the_source():
     config = SPaRConfig()
     assert (
         config.samples,
@@ -106,7 +102,7 @@ def test_defaults_are_the_source_s_settings():
         0.5,
     )
     assert (config.judge_retries, config.refine_retries, config.max_nodes) == (3, 3, 15)
-    assert (config.beta, config.nll_coef, config.reference.type) == (0.1, 0.1, "previous")
+    assert (config.loss.beta, config.nll_coef, config.reference.type) == (0.1, 0.1, "previous")
     assert (config.refiner.shared, config.refiner.lr, config.refiner.epochs) == (False, 2e-6, 5)
     caps = {
         "refinements": 4000,
@@ -118,7 +114,7 @@ def test_defaults_are_the_source_s_settings():
     assert config.refiner_data.model_dump() == caps
 
 
-def test_the_tiny_preset_speaks_the_tiny_task_s_language():
+def test_tiny_preset_matches_the_tiny_task():
     preset = yaml.safe_load(
         (Path(__file__).parents[2] / "configs/tiny/spar_instructions.yaml").read_text()
     )
@@ -129,7 +125,7 @@ def test_the_tiny_preset_speaks_the_tiny_task_s_language():
     dialogue, task = Dialogue(config), next(instructions.instructions(0))
     for response in ("", "owl fox dog!"):
         said = instructions.judgement(task, response)
-        completion = FakeExplorer(None)._completion(0, 0, said)
+        completion = make_completion(said)
         assert dialogue.judge(task.prompt, response)[0]["content"] == instructions.judge_prompt(
             task, response
         )

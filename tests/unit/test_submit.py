@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from campaigns import make_config
 from ray.job_submission import JobDetails
 from rich.console import Console
-from test_controller import make_config
 
 from launch import submit
 from launch.cli import app
@@ -63,18 +63,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+TRACKERS = """trackers=[{type: wandb, name: "it's; touch x"}]"""
+"""An override that a shell must not read."""
+
+
 def planned(*overrides: str, config: str = "configs/c.yaml", **more: Any) -> submit.Job:
     settings = {"env": (), "cpus": None, "supervised": False, **more}
     return submit.plan(Path(config), overrides, **settings)
 
 
-def test_the_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submitted_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("MINE", "a 'quoted' $value")
     monkeypatch.setenv("WANDB_API_KEY", "canary")
-    job = planned(RUN, "tracking.name=it's; touch x", env=["MINE"], supervised=True, cpus=1)
+    job = planned(RUN, TRACKERS, env=["MINE"], supervised=True, cpus=1)
     assert job.command == (
-        "rayhf", "run", "configs/c.yaml", RUN, "tracking.name=it's; touch x", "cluster.address=auto", "--supervise",
+        "rayhf", "run", "configs/c.yaml", RUN, TRACKERS, "cluster.address=auto", "--supervise",
     )  # fmt: skip
     assert job.environment == {"NCCL_DEBUG": "INFO", "MINE": "a 'quoted' $value"}
     assert re.fullmatch(r"rayhf-ein-lauf-[0-9a-f]{8}", job.name)
@@ -85,8 +89,8 @@ def test_the_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_the_line_says_the_same_to_a_shell(here: Path) -> None:
-    job = planned(RUN, "tracking.name=it's; touch x", cpus=0.5)
+def test_printed_command_equals_the_job(here: Path) -> None:
+    job = planned(RUN, TRACKERS, cpus=0.5)
     line = job.line("http://head:8265", f"{job.name}-3")
     echoed = subprocess.run(
         ["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True
@@ -126,7 +130,7 @@ def test_the_line_says_the_same_to_a_shell(here: Path) -> None:
         ({"overrides": [RUN], "config": "../c.yaml"}, ConfigError, "is not below"),
     ],
 )
-def test_refused_before_anybody_is_asked(
+def test_refused_before_any_request(
     here: Path, arguments: dict[str, Any], error: type[Exception], expected: str
 ) -> None:
     (here.parent / "c.yaml").write_text((here / "configs/c.yaml").read_text())
@@ -158,7 +162,7 @@ def test_secrets_are_refused_by_name(
     assert "canary" not in str(refused.value)
 
 
-def test_the_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, console = planned(RUN), Console(record=True, width=200)
     file = submit._package(here, here.parent / "a.zip", job, Path("configs/c.yaml"), console)
     with zipfile.ZipFile(file) as archive:
@@ -185,7 +189,7 @@ def test_the_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     "address",
     ["auto", "head:8265", "ray://head:10001", "http://", "http://a b", "https://head/path", ""],
 )
-def test_an_address_that_is_no_url(address: str) -> None:
+def test_malformed_address(address: str) -> None:
     with pytest.raises(ConfigError, match="for example http://HEAD:8265"):
         submit._url(address)
 
@@ -210,7 +214,7 @@ def test_exit_codes(facts: dict[str, Any], expected: Any) -> None:
             submit._exit_code("one", info)
 
 
-# ------------------------------------------------------------------------------------------------ tokenless clusters
+# ------------------------------------------------------------------------------- tokenless clusters
 
 
 @pytest.fixture
@@ -237,7 +241,7 @@ def server() -> Iterator[tuple[str, list[tuple[int, bytes]]]]:
     thread.join()
 
 
-def test_a_tokenless_cluster(
+def test_cluster_without_token(
     server: tuple[str, list[tuple[int, bytes]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, answers = server
@@ -259,7 +263,7 @@ def test_a_tokenless_cluster(
         check_server("http://127.0.0.1:9")
 
 
-def test_a_token_that_others_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_readable_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "token"
     file.write_text("canary")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
@@ -276,7 +280,7 @@ def test_a_token_that_others_can_read(tmp_path: Path, monkeypatch: pytest.Monkey
     check_token_file()
 
 
-# ----------------------------------------------------------------------------------------------------------- templates
+# ---------------------------------------------------------------------------------------- templates
 
 
 def commands(text: str) -> list[list[str]]:
@@ -300,7 +304,7 @@ def test_templates(file: Path) -> None:
     assert re.search(r"run\.dir=\"?(/shared/|\$SHARED/|\$run\b)", text)
 
 
-def test_the_kuberay_job() -> None:
+def test_kuberay_job() -> None:
     job = yaml.safe_load((TEMPLATES / "kuberay_rayjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     cluster = job["spec"]["rayClusterSpec"]

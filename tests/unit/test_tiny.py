@@ -1,4 +1,4 @@
-"""The tiny world's tasks, its tokenizer and its cache; no model is trained here."""
+"""The tiny world's tasks, tokenizer and cache; no model is trained."""
 
 from __future__ import annotations
 
@@ -38,18 +38,17 @@ def preference(
     )
 
 
-def test_a_chain_is_asked_and_worked_step_by_step() -> None:
+def test_a_chain_is_worked_step_by_step() -> None:
     assert (CHAIN.prompt, CHAIN.answer) == ("What is 3+8-5?", "6")
     assert CHAIN.worked([0, 0]) == "3+8=11\n11-5=6\nAnswer: 6"
     assert CHAIN.worked([-2, 1]) == "3+8=9\n9-5=5\nAnswer: 5"
     assert correct(CHAIN.worked([0, 0])) == 1.0
     assert correct(CHAIN.worked([1, 0])) == 0.0
-    assert (
-        correct(CHAIN.worked([1, -1])) == 1.0
-    )  # two slips that cancel: the answer counts, not the way
+    # Two slips that cancel each other: only the final number counts.
+    assert correct(CHAIN.worked([1, -1])) == 1.0
 
 
-def test_questions_differ_and_answers_are_right() -> None:
+def test_questions_differ_and_answers_are_correct() -> None:
     assert len({chain.prompt for chain in CHAINS}) == len(CHAINS)
     for chain in CHAINS:
         terms = re.findall(r"[+-]?\d+", chain.prompt)
@@ -62,7 +61,7 @@ def test_questions_follow_from_the_seed() -> None:
     assert list(itertools.islice(arithmetic.chains(1), 50)) != CHAINS[:50]
 
 
-def test_slips_come_at_their_rate_and_are_carried_on() -> None:
+def test_slips_have_their_rate_and_are_carried_on() -> None:
     shown = arithmetic.demonstrations(CHAINS, 0, count=len(CHAINS))
     steps = [
         int(total) + int(term) - int(result)
@@ -113,7 +112,7 @@ def test_only_the_exact_format_is_correct(completion: str) -> None:
     assert correct(completion) == 0.0
 
 
-def test_correct_knows_signs_and_truncation() -> None:
+def test_correct_handles_signs_and_truncation() -> None:
     assert correct("Answer: -3", answer="-3") == 1.0
     assert correct("Answer: 0", answer="0") == 1.0
     assert correct("Answer: -0", answer="0") == 0.0
@@ -152,7 +151,7 @@ def test_no_word_has_two_meanings() -> None:
         ),
     ],
 )
-def test_the_true_preference_likes_what_it_says(better: str, worse: str) -> None:
+def test_the_true_preference_orders_texts_as_described(better: str, worse: str) -> None:
     assert preference(better) > preference(worse)
 
 
@@ -234,14 +233,16 @@ def test_the_chat_template_renders_all_roles(
 
 
 def reload(tokenizer: PreTrainedTokenizerFast, directory: Path) -> PreTrainedTokenizerFast:
-    """As engines do: AutoTokenizer looks at the model's config too, and for some architectures puts
-    another class in place."""
+    """Save and load as engines do.
+
+    AutoTokenizer also reads the model's config, and for some architectures substitutes a class.
+    """
     tokenizer.save_pretrained(directory)
     ModelSize().config(tokenizer).save_pretrained(directory)
     return AutoTokenizer.from_pretrained(directory)
 
 
-def test_a_saved_tokenizer_is_read_as_it_was(
+def test_a_saved_tokenizer_is_loaded_unchanged(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     again = reload(tokenizer, tmp_path)
@@ -253,7 +254,7 @@ def test_a_saved_tokenizer_is_read_as_it_was(
     )
 
 
-def test_the_reward_models_tokenizer_is_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_reward_model_has_a_tokenizer_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
     other = make_tokenizer(REWARD_FORMAT)
     text = " cold wave"
     assert other.tokenize(text) == tokenizer.tokenize(text)
@@ -263,13 +264,16 @@ def test_the_reward_models_tokenizer_is_its_own(tokenizer: PreTrainedTokenizerFa
 
 
 def test_rule_modules_import_no_torch() -> None:
-    code = "import sys, rayhf.tiny.arithmetic, rayhf.tiny.words; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, rayhf.tiny.arithmetic, rayhf.tiny.words; "
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Stands in for the recipes, which take minutes; notes what was asked of them."""
+    """Replace the recipes, which take minutes; return the list of their calls."""
     calls: list[tuple[str, int]] = []
 
     def make(task: str, directory: Path, seed: int, progress: world.Progress) -> dict[str, Any]:
@@ -287,7 +291,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return calls
 
 
-def test_build_makes_only_what_is_missing(tmp_path: Path, made: list[tuple[str, int]]) -> None:
+def test_build_makes_only_missing_tasks(tmp_path: Path, made: list[tuple[str, int]]) -> None:
     stages: list[tuple[str, float]] = []
     first = world.build(
         tmp_path, tasks=["words"], progress=lambda stage, done: stages.append((stage, done))
@@ -306,7 +310,7 @@ def test_build_makes_only_what_is_missing(tmp_path: Path, made: list[tuple[str, 
     ]
 
 
-def test_build_makes_it_again_when_anything_differs(
+def test_build_repeats_a_task_when_anything_differs(
     tmp_path: Path, made: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = tmp_path / "words" / "manifest.json"
@@ -323,7 +327,7 @@ def test_build_makes_it_again_when_anything_differs(
     assert json.loads(manifest.read_text())["recipe"] == "another"
 
 
-def test_a_build_that_fails_leaves_what_was_there(
+def test_a_build_that_fails_keeps_the_old_task(
     tmp_path: Path, made: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.build(tmp_path, tasks=["words"])
@@ -339,7 +343,7 @@ def test_a_build_that_fails_leaves_what_was_there(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".words.lock", "words"]
 
 
-def test_build_refuses_what_it_cannot_make(tmp_path: Path) -> None:
+def test_build_refuses_wrong_settings(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="unknown task 'poems', expected one of arithmetic, words"
     ):

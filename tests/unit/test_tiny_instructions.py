@@ -1,5 +1,7 @@
-"""The task of instructions: its rule against hand-made answers, its demonstrations against its
-rule; nothing is trained."""
+"""The instructions task: its rules on hand-made responses, its demonstrations against its rules.
+
+Nothing is trained.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import jinja2
 import pytest
@@ -60,17 +63,17 @@ def test_each_constraint_is_checked_on_its_own(completion: str, broken: str) -> 
     assert instructions.judge_truth(parse(FULL), completion) == ("no" if broken else "yes")
 
 
-def test_what_is_not_asked_for_is_free() -> None:
+def test_the_rest_of_a_response_is_free() -> None:
     assert satisfied("owl fox dog", "Write 3 animals") == 1.0
     assert satisfied("owl fox owl ?", "Write 3 animals") == 1.0
 
 
-def test_truncation_costs_everything() -> None:
+def test_a_truncated_response_scores_zero() -> None:
     assert satisfied("owl fox dog !") == 1.0
     assert satisfied("owl fox dog !", finish_reason="length") == 0.0
 
 
-def test_a_judgement_says_what_holds_and_slips_where_told() -> None:
+def test_a_judgement_states_what_holds_and_slips_as_requested() -> None:
     one = parse(SHORT)
     notes = "> owl first cat nowhere dog\n3 animals ok\nfirst ok\nnowhere no\nends no\nVerdict: no"
     assert judgement(one, "owl cat dog") == notes
@@ -101,17 +104,17 @@ def test_a_judgement_says_what_holds_and_slips_where_told() -> None:
         "Judge: Write 3 animals",
     ],
 )
-def test_what_is_no_instruction_is_refused(prompt: str) -> None:
+def test_a_prompt_that_is_no_instruction_is_refused(prompt: str) -> None:
     with pytest.raises(ConfigError, match="is no instruction, expected one like"):
         satisfied("owl fox dog", prompt)
 
 
-def test_instructions_differ_and_are_read_back() -> None:
+def test_instructions_differ_and_can_be_parsed() -> None:
     assert len({one.prompt for one in ASKED}) == len(ASKED)
     for one in ASKED:
         assert parse(one.prompt) == one
-        assert 2 <= len(one.asked) <= 4
-        animals = [value for _, value in one.asked if value in instructions.ANIMALS]
+        assert 2 <= len(one.constraints) <= 4
+        animals = [value for _, value in one.constraints if value in instructions.ANIMALS]
         assert len(set(animals)) == len(animals)
     assert {kind for one in ASKED for kind in one.kinds} == {
         "count",
@@ -126,12 +129,13 @@ def test_instructions_differ_and_are_read_back() -> None:
 def test_everything_follows_from_the_seed() -> None:
     assert list(itertools.islice(instructions.instructions(0), 50)) == ASKED[:50]
     assert list(itertools.islice(instructions.instructions(1), 50)) != ASKED[:50]
-    for make in (lambda seed: instructions.demonstrations(ASKED[:50], seed, slipping=True),
-                 lambda seed: instructions.judgement_rows(ASKED[:50], seed)):  # fmt: skip
-        assert make(0) == make(0) != make(1)
+    demonstrate = partial(instructions.demonstrations, ASKED[:50], slipping=True)
+    assert demonstrate(0) == demonstrate(0) != demonstrate(1)
+    judge = partial(instructions.judgement_rows, ASKED[:50])
+    assert judge(0) == judge(0) != judge(1)
 
 
-def test_a_response_breaks_exactly_what_it_is_told_to() -> None:
+def test_a_response_breaks_exactly_the_requested_constraints() -> None:
     rng = random.Random(0)
     for one in [*ASKED[:1000], parse(FULL)]:
         for size in range(len(one.kinds) + 1):
@@ -147,7 +151,7 @@ def test_a_response_breaks_exactly_what_it_is_told_to() -> None:
             assert len(set(words)) == len(words)
 
 
-def test_a_refinement_keeps_what_was_good() -> None:
+def test_a_refinement_keeps_the_valid_animals() -> None:
     rng = random.Random(0)
     one = parse(SHORT)
     assert compose(one, set(), rng, draft="owl hen yak") == "owl hen yak !"
@@ -161,7 +165,7 @@ def test_a_refinement_keeps_what_was_good() -> None:
     ).startswith("yak fox hen ")
 
 
-def test_demonstrations_slip_at_their_rates() -> None:
+def test_demonstrations_have_their_rates_of_slips() -> None:
     rows = instructions.demonstrations(ASKED, 0, slipping=True)
     assert [prompt for prompt, _ in rows["act"]] == [one.prompt for one in ASKED]
     kinds = sum(len(one.kinds) for one in ASKED)
@@ -173,9 +177,9 @@ def test_demonstrations_slip_at_their_rates() -> None:
         )
         assert broken / kinds == pytest.approx(rate, abs=0.015)
     flips = 0
-    for one, (prompt, said) in zip(ASKED, rows["judge"], strict=True):
+    for one, (prompt, judged) in zip(ASKED, rows["judge"], strict=True):
         true = judgement(one, prompt.rpartition("\n> ")[2]).split("\n")
-        *lines, verdict = said.split("\n")
+        *lines, verdict = judged.split("\n")
         flips += sum(line != other for line, other in zip(lines, true, strict=False))
         assert lines[0] == true[0]
         assert verdict == (
@@ -184,7 +188,7 @@ def test_demonstrations_slip_at_their_rates() -> None:
     assert flips / kinds == pytest.approx(instructions.JUDGE_SLIP, abs=0.015)
 
 
-def test_clean_demonstrations_are_right() -> None:
+def test_clean_demonstrations_are_correct() -> None:
     rows = instructions.demonstrations(ASKED[:500], 0, slipping=False)
     for one, acted, refined in zip(ASKED[:500], rows["act"], rows["refine"], strict=True):
         assert satisfied(acted[1], one.prompt) == satisfied(refined[1], one.prompt) == 1.0
@@ -192,25 +196,27 @@ def test_clean_demonstrations_are_right() -> None:
         assert refined[0] == instructions.refine_prompt(one, failed, judgement(one, failed))
         assert instructions.judge_truth(one, failed) == "no"
     verdicts: Counter[str] = Counter()
-    for one, (prompt, said) in zip(ASKED[:500], rows["judge"], strict=True):
-        assert said == judgement(one, prompt.rpartition("\n> ")[2])
-        verdicts[said.rpartition(" ")[2]] += 1
+    for one, (prompt, judged) in zip(ASKED[:500], rows["judge"], strict=True):
+        assert judged == judgement(one, prompt.rpartition("\n> ")[2])
+        verdicts[judged.rpartition(" ")[2]] += 1
     assert min(verdicts.values()) > 75
 
 
 def test_prompts_are_the_templates_rendered() -> None:
-    one, response, said = parse(SHORT), "owl & <dog> !", "3 animals ok\nVerdict: no"
+    one = parse(SHORT)
+    response = "owl & <dog> !"
+    judged = "3 animals ok\nVerdict: no"
     judge = jinja2.Template(instructions.JUDGE_TEMPLATE).render(
         instruction=one.prompt, response=response
     )
     assert instructions.judge_prompt(one, response) == judge == f"Judge: {SHORT}\n> {response}"
     refine = jinja2.Template(instructions.REFINE_TEMPLATE).render(
-        instruction=one.prompt, response=response, judgement=said
+        instruction=one.prompt, response=response, judgement=judged
     )
     assert (
-        instructions.refine_prompt(one, response, said)
+        instructions.refine_prompt(one, response, judged)
         == refine
-        == f"Refine: {SHORT}\n> {response}\n{said}"
+        == f"Refine: {SHORT}\n> {response}\n{judged}"
     )
 
 
@@ -219,10 +225,10 @@ def test_judgement_rows_are_balanced_and_true() -> None:
     assert Counter(row["answer"] for row in rows) == {"yes": 100, "no": 100}
     for one, row in zip(ASKED, rows, strict=False):
         response = row["prompt"].removeprefix(f"Judge: {one.prompt}\n> ")
-        said = judgement(one, response)
+        judged = judgement(one, response)
         assert (
             instructions.verdict_correct(
-                said, prompt=row["prompt"], answer=row["answer"], finish_reason="stop"
+                judged, prompt=row["prompt"], answer=row["answer"], finish_reason="stop"
             )
             == 1.0
         )
@@ -261,11 +267,14 @@ def test_a_judgement_without_a_true_verdict_is_refused(answer: str | None) -> No
 
 
 def test_the_rule_module_imports_no_torch() -> None:
-    code = "import sys, rayhf.tiny.instructions; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, rayhf.tiny.instructions; "
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_an_instruction_is_what_its_prompt_says() -> None:
-    asked = (("count", "3"), ("first", "owl"), ("without", "cat"), ("mark", "!"))
-    assert Instruction(asked).prompt == SHORT
-    assert parse(SHORT) == Instruction(asked)
+    constraints = (("count", "3"), ("first", "owl"), ("without", "cat"), ("mark", "!"))
+    assert Instruction(constraints).prompt == SHORT
+    assert parse(SHORT) == Instruction(constraints)

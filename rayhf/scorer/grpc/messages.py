@@ -1,8 +1,7 @@
-"""Between the scorers' nouns (rayhf/types.py) and the messages of proto/scorer.proto, both ways.
+"""Conversion between rayhf's types (rayhf/types.py) and the messages of scorer.proto.
 
-What comes from the other side is looked at, not believed: a number that is not finite is no score,
-a matrix has the size of what was asked, and a text is cut and made printable before it is passed on
-as a reason.
+Values from the other side are validated: a number that is not finite is no score, a matrix has the
+size of its request, and a text is cut and made printable before it is passed on as a reason.
 """
 
 from __future__ import annotations
@@ -30,44 +29,46 @@ from rayhf.types import (
 )
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Scorer"].full_name
-_REASONS: dict[Literal["stop", "length"], pb.FinishReason] = {
+_ENCODED_REASON: dict[Literal["stop", "length"], pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
 }
-_FINISHED: dict[int, Literal["stop", "length"]] = {
-    number: reason for reason, number in _REASONS.items()
+_DECODED_REASON: dict[int, Literal["stop", "length"]] = {
+    number: reason for reason, number in _ENCODED_REASON.items()
 }
-_SOURCES: dict[Literal["pairwise", "pointwise"], pb.Source] = {
+_ENCODED_SOURCE: dict[Literal["pairwise", "pointwise"], pb.Source] = {
     "pairwise": pb.SOURCE_PAIRWISE,
     "pointwise": pb.SOURCE_POINTWISE,
 }
-_COMPARED: dict[int, Literal["pairwise", "pointwise"]] = {
-    number: source for source, number in _SOURCES.items()
+_DECODED_SOURCE: dict[int, Literal["pairwise", "pointwise"]] = {
+    number: source for source, number in _ENCODED_SOURCE.items()
 }
 
 
 def encode_request(request: ScoreRequest) -> pb.ScoreRequest:
-    """What a scorer reads of a request. Raises UnicodeEncodeError for text that UTF-8 does not have
-    (lone surrogates)."""
+    """Encode what a scorer reads of a request.
+
+    Raises UnicodeEncodeError for text that UTF-8 does not have (lone surrogates).
+    """
     prompt = request.prompt
+    messages = [
+        Message(role=message["role"], content=message["content"]) for message in prompt.messages
+    ]
+    completions = [
+        pb.Completion(text=completion.text, finish_reason=_ENCODED_REASON[completion.finish_reason])
+        for completion in request.completions
+    ]
     return pb.ScoreRequest(
-        prompt=pb.Prompt(
-            prompt_id=prompt.prompt_id,
-            messages=[
-                Message(role=message["role"], content=message["content"])
-                for message in prompt.messages
-            ],
-            answer=prompt.answer,
-        ),
-        completions=[
-            pb.Completion(text=c.text, finish_reason=_REASONS[c.finish_reason])
-            for c in request.completions
-        ],
+        prompt=pb.Prompt(prompt_id=prompt.prompt_id, messages=messages, answer=prompt.answer),
+        completions=completions,
     )
 
 
 def decode_requests(message: pb.ScoreRequests) -> list[ScoreRequest]:
-    """Raises ConfigError for a prompt without messages and an unknown finish reason."""
+    """Decode all requests of a call.
+
+    Raises ConfigError for a prompt without messages and for an unknown finish reason.
+    """
     return [
         _decode_request(request, f"requests[{index}]")
         for index, request in enumerate(message.requests)
@@ -75,34 +76,42 @@ def decode_requests(message: pb.ScoreRequests) -> list[ScoreRequest]:
 
 
 def _decode_request(message: pb.ScoreRequest, where: str) -> ScoreRequest:
-    asked = message.prompt
-    if not asked.messages:
+    sent = message.prompt
+    if not sent.messages:
         raise ConfigError(f"{where}: the prompt has no messages, expected at least one")
     prompt = Prompt(
-        prompt_id=asked.prompt_id,
-        messages=tuple({"role": m.role, "content": m.content} for m in asked.messages),
+        prompt_id=sent.prompt_id,
+        messages=tuple({"role": m.role, "content": m.content} for m in sent.messages),
         token_ids=(),
-        answer=asked.answer if asked.HasField("answer") else None,
+        answer=sent.answer if sent.HasField("answer") else None,
     )
     completions = []
     for index, completion in enumerate(message.completions):
-        reason = _FINISHED.get(completion.finish_reason)
+        reason = _DECODED_REASON.get(completion.finish_reason)
         if reason is None:
             raise ConfigError(
-                f"{where}.completions[{index}]: finish_reason {completion.finish_reason}, expected STOP or LENGTH"
+                f"{where}.completions[{index}]: finish_reason {completion.finish_reason}, "
+                "expected STOP or LENGTH"
             )
         completions.append(
             Completion(
-                prompt_id=asked.prompt_id, index=index, seed=0, text=completion.text, token_ids=(), logprobs=(),
-                finish_reason=reason, policy_version=0,
+                prompt_id=sent.prompt_id,
+                index=index,
+                seed=0,
+                text=completion.text,
+                token_ids=(),
+                logprobs=(),
+                finish_reason=reason,
+                policy_version=0,
             )
-        )  # fmt: skip
+        )
     return ScoreRequest(prompt=prompt, completions=tuple(completions))
 
 
-def encode_outcomes(answers: Sequence[Sequence[Outcome]]) -> pb.ScoreReply:
+def encode_outcomes(outcomes: Sequence[Sequence[Outcome]]) -> pb.ScoreReply:
+    """Encode the outcomes of all requests."""
     return pb.ScoreReply(
-        answers=[pb.Outcomes(outcomes=map(_encode_outcome, row)) for row in answers]
+        results=[pb.Outcomes(outcomes=map(_encode_outcome, row)) for row in outcomes]
     )
 
 
@@ -110,11 +119,12 @@ def _encode_outcome(outcome: Outcome) -> pb.Outcome:
     if isinstance(outcome, Scored):
         return pb.Outcome(scored=pb.Scored(value=outcome.value, parts=outcome.parts))
     if isinstance(outcome, Invalid):
-        return pb.Outcome(invalid=_invalid(outcome))
-    return pb.Outcome(failed=_failed(outcome))
+        return pb.Outcome(invalid=_encode_invalid(outcome))
+    return pb.Outcome(failed=_encode_failed(outcome))
 
 
 def decode_outcomes(message: pb.Outcomes) -> tuple[Outcome, ...]:
+    """Decode the outcomes of one request."""
     return tuple(map(_decode_outcome, message.outcomes))
 
 
@@ -128,61 +138,66 @@ def _decode_outcome(message: pb.Outcome) -> Outcome:
                 reason=f"the score is {scored.value}, with parts {printable(str(scored.parts))}"
             )
         case "invalid":
-            return Invalid(reason=printable(message.invalid.reason))
+            return _decode_invalid(message.invalid)
         case "failed":
-            return Failed(
-                reason=printable(message.failed.reason), transient=message.failed.transient
-            )
+            return _decode_failed(message.failed)
     return Failed(reason="the service sent an outcome of no kind")
 
 
-def encode_comparisons(answers: Sequence[Comparison]) -> pb.CompareReply:
-    return pb.CompareReply(answers=map(_encode_comparison, answers))
+def encode_comparisons(comparisons: Sequence[Comparison]) -> pb.CompareReply:
+    """Encode the comparisons of all requests."""
+    return pb.CompareReply(results=map(_encode_comparison, comparisons))
 
 
 def _encode_comparison(comparison: Comparison) -> pb.Comparison:
     if isinstance(comparison, Compared):
-        return pb.Comparison(
-            compared=pb.Compared(
-                win=comparison.win.ravel().tolist(), source=_SOURCES[comparison.source]
-            )
-        )
+        win = comparison.win.ravel().tolist()
+        source = _ENCODED_SOURCE[comparison.source]
+        return pb.Comparison(compared=pb.Compared(win=win, source=source))
     if isinstance(comparison, Invalid):
-        return pb.Comparison(invalid=_invalid(comparison))
-    return pb.Comparison(failed=_failed(comparison))
+        return pb.Comparison(invalid=_encode_invalid(comparison))
+    return pb.Comparison(failed=_encode_failed(comparison))
 
 
-def decode_comparison(message: pb.Comparison, answers: int) -> Comparison:
-    """Of so many answers. Whether the matrix is one of probabilities is for
-    rayhf.scorer.comparisons.check_comparisons to say."""
+def decode_comparison(message: pb.Comparison, completions: int) -> Comparison:
+    """Decode the comparison of a request with so many completions.
+
+    rayhf.scorer.comparisons.check_comparisons checks whether the matrix holds probabilities.
+    """
     match message.WhichOneof("kind"):
         case "compared":
-            source = _COMPARED.get(message.compared.source)
-            if source is None:
-                return Failed(
-                    reason=f"the service sent a matrix with source {message.compared.source}"
-                )
-            if len(message.compared.win) != answers * answers:
-                found = len(message.compared.win)
-                return Failed(
-                    reason=f"the service sent a matrix of {found} numbers, expected {answers} x {answers}"
-                )
-            return Compared(
-                win=np.array(message.compared.win, dtype=np.float64).reshape(answers, answers),
-                source=source,
-            )
+            return _decode_compared(message.compared, completions)
         case "invalid":
-            return Invalid(reason=printable(message.invalid.reason))
+            return _decode_invalid(message.invalid)
         case "failed":
-            return Failed(
-                reason=printable(message.failed.reason), transient=message.failed.transient
-            )
+            return _decode_failed(message.failed)
     return Failed(reason="the service sent a comparison of no kind")
 
 
-def _invalid(outcome: Invalid) -> pb.Invalid:
+def _decode_compared(message: pb.Compared, completions: int) -> Comparison:
+    source = _DECODED_SOURCE.get(message.source)
+    if source is None:
+        return Failed(reason=f"the service sent a matrix with source {message.source}")
+    if len(message.win) != completions * completions:
+        return Failed(
+            reason=f"the service sent a matrix of {len(message.win)} numbers, "
+            f"expected {completions} x {completions}"
+        )
+    win_KK = np.array(message.win, dtype=np.float64).reshape(completions, completions)
+    return Compared(win=win_KK, source=source)
+
+
+def _encode_invalid(outcome: Invalid) -> pb.Invalid:
     return pb.Invalid(reason=printable(outcome.reason))
 
 
-def _failed(outcome: Failed) -> pb.Failed:
+def _encode_failed(outcome: Failed) -> pb.Failed:
     return pb.Failed(reason=printable(outcome.reason), transient=outcome.transient)
+
+
+def _decode_invalid(message: pb.Invalid) -> Invalid:
+    return Invalid(reason=printable(message.reason))
+
+
+def _decode_failed(message: pb.Failed) -> Failed:
+    return Failed(reason=printable(message.reason), transient=message.transient)

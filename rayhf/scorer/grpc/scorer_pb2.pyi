@@ -73,10 +73,10 @@ class Completion(_message.Message):
     def __init__(self, text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
 
 class ScoreReply(_message.Message):
-    __slots__ = ("answers",)
-    ANSWERS_FIELD_NUMBER: _ClassVar[int]
-    answers: _containers.RepeatedCompositeFieldContainer[Outcomes]
-    def __init__(self, answers: _Optional[_Iterable[_Union[Outcomes, _Mapping]]] = ...) -> None: ...
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[Outcomes]
+    def __init__(self, results: _Optional[_Iterable[_Union[Outcomes, _Mapping]]] = ...) -> None: ...
 
 class Outcomes(_message.Message):
     __slots__ = ("outcomes",)
@@ -124,10 +124,10 @@ class Failed(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., transient: _Optional[bool] = ...) -> None: ...
 
 class CompareReply(_message.Message):
-    __slots__ = ("answers",)
-    ANSWERS_FIELD_NUMBER: _ClassVar[int]
-    answers: _containers.RepeatedCompositeFieldContainer[Comparison]
-    def __init__(self, answers: _Optional[_Iterable[_Union[Comparison, _Mapping]]] = ...) -> None: ...
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[Comparison]
+    def __init__(self, results: _Optional[_Iterable[_Union[Comparison, _Mapping]]] = ...) -> None: ...
 
 class Comparison(_message.Message):
     __slots__ = ("compared", "invalid", "failed")

@@ -1,5 +1,4 @@
-"""Rules of the house, read from the syntax trees: nothing is unpickled or evaluated, no shell, no
-code from model directories."""
+"""The source code neither unpickles nor evaluates anything, starts no shell, trusts no model code."""
 
 from __future__ import annotations
 
@@ -77,7 +76,7 @@ def problems(source: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_nothing_from_outside_is_carried_out(file: Path) -> None:
+def test_no_untrusted_code_is_executed(file: Path) -> None:
     assert list(problems(file.read_text(encoding="utf-8"))) == []
 
 
@@ -95,5 +94,5 @@ def test_nothing_from_outside_is_carried_out(file: Path) -> None:
         "LLM(path, trust_remote_code=True)",
     ],
 )
-def test_the_rules_themselves(bad: str) -> None:
+def test_lint_rules_find_unsafe_code(bad: str) -> None:
     assert list(problems(bad))

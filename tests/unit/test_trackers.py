@@ -1,4 +1,4 @@
-"""The wandb mirror: whatever becomes of its process, rounds go on and the run ends."""
+"""Trackers: whatever happens to their process, the campaign continues and ends."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from launch.tracking import WandbObserver
+from rayhf.monitoring.tracking import TrackerObserver
 
 
 class Listener:
@@ -27,11 +27,15 @@ def mirror(script, *arguments):
     return [sys.executable, "-c", script, *map(str, arguments)]
 
 
-def test_a_mirror_that_listens_gets_settings_and_every_round(tmp_path):
+def test_tracker_receives_settings_and_every_iteration(tmp_path):
     copy = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
     inner = Listener()
-    tracked = WandbObserver(
-        inner, {"project": "p"}, log=tmp_path / "log", command=mirror(copy, tmp_path / "got")
+    tracked = TrackerObserver(
+        inner,
+        {"project": "p"},
+        name="wandb",
+        log=tmp_path / "log",
+        command=mirror(copy, tmp_path / "got"),
     )
     for iteration in range(3):
         tracked.metrics({"iteration": float(iteration)})
@@ -45,15 +49,13 @@ def test_a_mirror_that_listens_gets_settings_and_every_round(tmp_path):
     ("script", "why"),
     [
         ("import time; time.sleep(600)", "it did not finish in time"),
-        ("exit('no account')", "it ended with 1, see "),
+        ("exit('no account')", "its process exited with 1, see "),
     ],
 )
-def test_a_mirror_that_hangs_or_dies_neither_stalls_nor_fails_the_run(
-    monkeypatch, tmp_path, script, why
-):
-    monkeypatch.setattr("launch.tracking.FINISH_S", 1.0)
+def test_hanging_or_crashing_tracker_does_not_affect_the_run(monkeypatch, tmp_path, script, why):
+    monkeypatch.setattr("rayhf.monitoring.tracking.FINISH_S", 1.0)
     inner = Listener()
-    tracked = WandbObserver(inner, {}, log=tmp_path / "log", command=mirror(script))
+    tracked = TrackerObserver(inner, {}, name="wandb", log=tmp_path / "log", command=mirror(script))
     started = time.monotonic()
     for iteration in range(3000):
         tracked.metrics({"iteration": float(iteration), **{f"metric{i}": 0.0 for i in range(50)}})
@@ -62,4 +64,4 @@ def test_a_mirror_that_hangs_or_dies_neither_stalls_nor_fails_the_run(
     assert time.monotonic() - started < 20 and tracked._process.poll() is not None
     assert len(inner.rounds) == 3000
     assert [kind for kind, _ in inner.heard] == ["warn"] and why in inner.heard[0][1]
-    assert ("no account" in (tmp_path / "log").read_text()) == ("ended" in why)
+    assert ("no account" in (tmp_path / "log").read_text()) == ("exited" in why)

@@ -4,12 +4,30 @@ choice."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+import jinja2
+import jinja2.meta
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from rayhf.config.algorithms import ImportanceConfig, InitialReference, ReferenceSchedule
+from rayhf.config.algorithms import (
+    AlgorithmConfig,
+    ImportanceConfig,
+    InitialReference,
+    ReferenceSchedule,
+)
 from rayhf.config.base import Section
+from rayhf.config.registry import LOSSES
+from rayhf.losses.pairs import PairLossConfig
+from rayhf.losses.preference import SigmoidConfig
+from rayhf.search.mcts import MCTSSettings
+from rayhf.search.siblings import StepPairSettings
 
 SELF_EVALUATION_TEMPLATE = """\
 Here is a question and a worked answer, which may be unfinished. The answer stands between the two marks; whatever it says \
@@ -35,6 +53,12 @@ class OutcomeConfig(Section):
     wrong: float = -1.0
     """Paper."""
 
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if not self.wrong < self.correct:
+            raise ValueError(f"wrong: {self.wrong:g} must be below correct {self.correct:g}")
+        return self
+
 
 class SelfEvaluationConfig(Section):
     """The policy as its own critic: the share of yes among its verdicts is added to R (paper: its
@@ -56,33 +80,26 @@ class SelfEvaluationConfig(Section):
     the solution before it, as the authors' code always does (their self-evaluation is not one); use
     it to reproduce them, not to claim self-evaluation."""
 
+    @model_validator(mode="after")
+    def _check_template(self) -> Self:
+        try:
+            names = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(self.template))
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"template: line {error.lineno}: {error.message}") from None
+        known = {"question", "work"} | ({"answer"} if self.gold_conditioned_critic else set())
+        if unknown := sorted(names - known):
+            leak = " (the reference answer is a leak: gold_conditioned_critic must allow it)"
+            raise ValueError(
+                f"template uses {', '.join(unknown)}; expected only {', '.join(sorted(known))}"
+                f"{leak if 'answer' in unknown else ''}"
+            )
+        return self
 
-class MCTSDPOConfig(Section):
+
+class MCTSDPOConfig(StepPairSettings, MCTSSettings, AlgorithmConfig):
     """Preferences between sibling steps of a Monte Carlo tree, trained with DPO."""
 
-    type: Literal["mcts_dpo"] = "mcts_dpo"
-
-    iterations: PositiveInt = 5
-    """Of the search, per root (paper: K = 5; code: 64)."""
-    depth: PositiveInt = 4
-    """Levels below the current root that are expanded (paper; code: 3 or 4)."""
-    width: tuple[PositiveInt, ...] = Field(default=(4, 2), min_length=1)
-    """Steps sampled per node, by depth; the last number holds for all deeper levels (paper: 4-5,
-    then 2-3)."""
-    exploration: NonNegativeFloat = 1.0
-    """c of PUCT (code)."""
-    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Discount (code)."""
-    length_exponent: NonNegativeFloat = 1.25
-    """Of the prior exp(sum log p / length^1.25) (code)."""
-    reroot: Literal["step", "never"] = "step"
-    """step: search, take the best step, search again from it (paper). never: one search from the
-    prompt."""
-    max_steps: PositiveInt = 16
-    """Searches per prompt at most, with reroot step (ours: the token limit alone would allow
-    hundreds)."""
-    parallel: PositiveInt = 1
-    """Leaves expanded together in one tree. 1 is the paper's search; prompts fill the batch."""
+    type: str = "mcts_dpo"
 
     step_stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=("\n",), min_length=1
@@ -104,30 +121,23 @@ class MCTSDPOConfig(Section):
     (it holds a step_stop). The policy is then trained on, and after, text it did not write; the
     authors' code does so unless told otherwise."""
 
-    levels: Literal["path", "all"] = "path"
-    """Pairs among the children of the nodes on the path that was settled for (code), or of every
-    expanded node."""
-    pairs: Literal["worst", "random", "all"] = "worst"
-    """Best Q against the lowest (paper); against a random sibling that it beats (code, by accident:
-    a flag that cannot be switched off overrides the scripts' choice of the worst); against every
-    sibling that it beats (ours)."""
-    min_margin: NonNegativeFloat = 0.0
-    """Steps whose Q differs by this or less are ties: dropped and counted."""
-    min_visits: NonNegativeInt = 1
-    """Steps visited less often make no pairs (ours; 0 is the code). Two unvisited ones never make a
-    pair with soft labels."""
-    max_pairs: PositiveInt = 8
-    """Per prompt, from the root down (code)."""
-    merge_chains: bool = False
-    """A step that has only one continuation is trained on together with it (code)."""
-    labels: Literal["soft", "hard"] = "soft"
-    """soft: label smoothing 1 / (N_better / N_worse + 1), at most 1/2 (paper; code clips). Needs
-    loss sigmoid."""
-
-    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """Paper; ipo is in the code, hinge is ours."""
-    beta: PositiveFloat = 0.1
-    """Scripts of the code."""
+    loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
+    """Paper: sigmoid; beta 0.1 is from the code's scripts, which also have ipo."""
     reference: ReferenceSchedule = InitialReference()
     """Code: the initial policy, for the whole run."""
     importance: ImportanceConfig = ImportanceConfig()
+
+    @property
+    def virtual_loss(self) -> float:
+        """Outcome of a wrong answer."""
+        return self.outcome.wrong
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        loss = LOSSES.resolve(self.loss.type)
+        if self.labels == "soft" and not loss.accepts_soft_labels:
+            raise ValueError(
+                f"labels: soft needs a loss that accepts them, for example sigmoid, got "
+                f"{self.loss.type}; set labels to hard"
+            )
+        return self

@@ -12,7 +12,6 @@ import jinja2
 import jinja2.meta
 from pydantic import (
     BeforeValidator,
-    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -22,8 +21,12 @@ from pydantic import (
     model_validator,
 )
 
-from rayhf.config.algorithms import PreviousReference, ReferenceSchedule
+from rayhf.config.algorithms import AlgorithmConfig, PreviousReference, ReferenceSchedule
 from rayhf.config.base import Section
+from rayhf.config.registry import LOSSES
+from rayhf.losses.pairs import PairLossConfig
+from rayhf.losses.preference import SigmoidConfig
+from rayhf.search.refine import RefineSettings
 
 JUDGE_REQUEST = """\
 You check whether an answer does what its instruction asks. Take the requirements of the instruction one by one and say of each \
@@ -107,39 +110,19 @@ class RefinerDataConfig(Section):
     """Judgements of the actor's answers, majority no but not all."""
 
 
-class SPaRConfig(Section):
-    """Self-play with tree-search refinement: an actor answers, a refiner judges and rewrites, both
-    learn."""
+class SPaRConfig(RefineSettings, AlgorithmConfig):
+    """Self-play with tree-search refinement (Cheng et al. 2024)."""
 
-    type: Literal["spar"] = "spar"
+    type: str = "spar"
     samples: PositiveInt = 5
     """Answers per prompt. (The source samples them with temperature 0.9 and top_p 0.9:
     rollout.*.)"""
     judge_votes: PositiveInt = 5
     """Judgements per text; the majority decides."""
     judge_temperature: PositiveFloat = 0.7
-    judge_retries: NonNegativeInt = 3
-    """Further rounds of votes on a refinement whose votes are even; then it is dropped. An answer's
-    even votes are final."""
     refine_temperature: PositiveFloat = 0.7
-    refine_retries: NonNegativeInt = 3
-    """Further requests for refinements that do not have the form of refined_pattern. (The source
-    asks up to 3 x 3 times.)"""
-    search: Literal["bfs", "dfs", "none"] = "bfs"
-    """none is the ablation: one refinement of the failing answer, judged once, without retries;
-    branch, beam, depth, max_nodes, judge_retries and refine_retries are not used."""
-    branch: PositiveInt = 3
-    """Refinements of one text."""
-    beam: PositiveInt = 2
-    """The best refinements that are refined further: of a level (bfs), of their parent (dfs)."""
-    depth: PositiveInt = 3
-    """Refinements in a row."""
-    gate: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """A refinement is accepted where its share of yes among the parsable votes is above this."""
-    max_nodes: PositiveInt = 15
-    """Refinements per search. Ours: what bfs needs with branch 3, beam 2, depth 3 (the source's
-    1000 never binds)."""
-    beta: PositiveFloat = 0.1
+    loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
+    """The actor's preference loss (the source: DPO with beta 0.1)."""
     nll_coef: NonNegativeFloat = 0.1
     """Weight of the chosen answer's negative log-likelihood, a mean per token."""
     reference: ReferenceSchedule = PreviousReference()

@@ -1,0 +1,38 @@
+"""Input data of a campaign, prepared before any actor starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rayhf.data.chat import Chat
+from rayhf.data.prompts import PromptSet
+from rayhf.evaluation.base import Evaluation, KeepsEvaluationState
+from rayhf.types import JsonObject, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CampaignData:
+    """Rendered prompts, evaluations, and the fingerprint of offline pairs."""
+
+    chat: Chat
+    prompts: PromptSet
+    heldout: tuple[Prompt, ...] = ()
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
+    """The config's further evaluations, by task."""
+    pairs: str | None = None
+    """Fingerprint of the offline pairs; the algorithm holds the pairs themselves."""
+
+    def evaluation_state(self) -> dict[str, JsonObject]:
+        """Return the state that evaluations have accumulated, by task."""
+        return {
+            task: evaluation.state_dict()
+            for task, evaluation in self.evaluations.items()
+            if isinstance(evaluation, KeepsEvaluationState)
+        }
+
+    def load_evaluation_state(self, state: Mapping[str, JsonObject]) -> None:
+        """Restore what `evaluation_state` returned."""
+        for task, evaluation in self.evaluations.items():
+            if isinstance(evaluation, KeepsEvaluationState):
+                evaluation.load_state_dict(state[task])

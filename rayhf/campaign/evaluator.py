@@ -1,0 +1,108 @@
+"""Evaluation schedule of a campaign: the held-out prompts and the config's further evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rayhf.algorithms.base import Algorithm, WorksAtTestTime
+from rayhf.algorithms.context import ExplorationContext
+from rayhf.campaign.iteration import IterationExplorer
+from rayhf.evaluation.base import EvaluationContext
+from rayhf.evaluation.scored import evaluate
+from rayhf.types import Completion, Group, Prompt, Sample, derive_seed
+
+
+class Evaluator:
+    """Evaluates the policy; shares roles, data and versions with the explorer."""
+
+    def __init__(self, explorer: IterationExplorer) -> None:
+        self._explorer = explorer
+        self._config = explorer.config
+        self._data = explorer.data
+        self._roles = explorer.roles
+
+    def due(self, iteration: int) -> list[str | None]:
+        """Return the tasks to evaluate after `iteration`; None is the held-out task."""
+        run = self._config.run
+        intervals: dict[str | None, int] = {None: run.eval_every} if self._data.heldout else {}
+        for task, evaluation in self._config.evaluations.items():
+            intervals[task] = run.eval_every if evaluation.every is None else evaluation.every
+        always = iteration in (0, run.iterations)
+        return [
+            task for task, every in intervals.items() if always or (every and not iteration % every)
+        ]
+
+    async def measure(
+        self, tasks: Sequence[str | None], *, restore_scorer: bool
+    ) -> dict[str, float]:
+        """Evaluate `tasks` and return their metrics.
+
+        Args:
+            tasks: see `due`.
+            restore_scorer: restore the training scorer's state afterwards, so that an evaluation
+                does not move a running normalizer. Must be off while the next iteration is already
+                being scored (staleness): restoring the old state would lose its updates.
+        """
+        before = await self._roles.scorer.state_dict() if restore_scorer else None
+        metrics: dict[str, float] = {}
+        for task in tasks:
+            metrics |= await (self._heldout() if task is None else self._further(task))
+        if before is not None:
+            await self._roles.scorer.load_state_dict(before)
+        return metrics
+
+    async def _heldout(self) -> dict[str, float]:
+        roles = self._roles
+        return await evaluate(
+            self._data.heldout,
+            rollout=roles.rollouts["policy"],
+            scorer=roles.evaluator or roles.scorer,
+            reward=roles.scorer if roles.evaluator and self._scores_alone else None,
+            reference=roles.reference,
+            version=self._explorer.versions["policy"],
+            sampling=self._explorer.sampling,
+            seed=self._config.seed,
+            task=self._config.prompts.task,
+            improve=self._improve if _at_test_time(self._explorer.algorithm) else None,
+        )
+
+    async def _further(self, task: str) -> dict[str, float]:
+        context = EvaluationContext(
+            roles=self._roles,
+            versions=self._explorer.versions,
+            sampling=self._explorer.sampling,
+            seed=self._config.seed,
+            scorer=self._roles.eval_scorers.get(task),
+        )
+        return await self._data.evaluations[task].measure(context)
+
+    async def _improve(self, completions: Sequence[Completion]) -> list[Completion]:
+        """Return held-out completions after the algorithm has refined them at test time."""
+        algorithm = self._explorer.algorithm
+        assert isinstance(algorithm, WorksAtTestTime)
+        prompts = self._data.heldout
+        first: Mapping[str, Completion] = dict(
+            zip((prompt.prompt_id for prompt in prompts), completions, strict=True)
+        )
+
+        async def explore(prompt: Prompt, context: ExplorationContext) -> Group:
+            better = await algorithm.improve(prompt, first[prompt.prompt_id], context)
+            return Group(prompt=prompt, samples=(Sample(completion=better, outcome=None),))
+
+        groups = await self._explorer.scheduler().run(
+            prompts,
+            explore,
+            sampling=self._explorer.sampling,
+            seed=derive_seed(self._config.seed, "test time"),
+            done=lambda group: None,
+        )
+        return [group.samples[0].completion for group in groups]
+
+    @property
+    def _scores_alone(self) -> bool:
+        """Whether the training scorer can score a completion without others of its prompt."""
+        return not any(entry.is_pairwise for entry in self._config.scorer.train)
+
+
+def _at_test_time(algorithm: Algorithm) -> bool:
+    return isinstance(algorithm, WorksAtTestTime) and algorithm.at_test_time

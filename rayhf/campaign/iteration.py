@@ -1,0 +1,137 @@
+"""Exploration of one iteration: its prompts, the scheduler over the engines, the failure budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rayhf.algorithms.base import Algorithm
+from rayhf.campaign.data import CampaignData
+from rayhf.config.schema import CampaignConfig
+from rayhf.data.prompts import iteration_batch, parse_prompt
+from rayhf.errors import ConfigError
+from rayhf.exploration.build import build_scheduler
+from rayhf.exploration.journal import Journal
+from rayhf.exploration.metrics import FailureBudget
+from rayhf.exploration.scheduler import IN_FLIGHT, RequestScheduler
+from rayhf.monitoring.observer import Observer
+from rayhf.roles import Roles
+from rayhf.run_dir.store import RunDir
+from rayhf.types import Group, Prompt, Sampling, derive_seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExploredIteration:
+    """Result of one iteration's exploration."""
+
+    groups: list[Group]
+    tokens: Mapping[str, float]
+    """Metrics that count tokens."""
+    seconds: Mapping[str, float]
+    """Durations by phase."""
+
+
+class IterationExplorer:
+    """Explores iterations; several may be in flight at once (staleness).
+
+    Args:
+        versions: by policy, the version of the weights that must generate. This is the controller's
+            own mapping, which it updates when it sends new weights.
+    """
+
+    def __init__(
+        self,
+        config: CampaignConfig,
+        *,
+        algorithm: Algorithm,
+        roles: Roles,
+        data: CampaignData,
+        store: RunDir,
+        observer: Observer,
+        versions: Mapping[str, int],
+        sampling: Sampling,
+    ) -> None:
+        self.config = config
+        self.algorithm = algorithm
+        self.roles = roles
+        self.data = data
+        self.store = store
+        self.observer = observer
+        self.versions = versions
+        self.sampling = sampling
+
+    def scheduler(self, journal: Journal | None = None) -> RequestScheduler:
+        """Return a scheduler for one exploration, at the current versions."""
+        rollout = self.config.rollout
+        run = self.config.run
+        return build_scheduler(
+            self.roles.rollouts,
+            self.roles.scorer,
+            chat=self.data.chat,
+            versions=self.versions,
+            deterministic=run.is_deterministic,
+            journal=journal,
+            in_flight=run.max_in_flight
+            or max(IN_FLIGHT, 2 * rollout.engines * rollout.max_num_seqs),
+        )
+
+    def prompts_of(self, iteration: int) -> Sequence[Prompt]:
+        """Return the iteration's prompts; prompts added at run time replace those of the set."""
+        batch = self.config.prompts.batch
+        dealt = iteration_batch(
+            self.data.prompts.prompts, batch=batch, iteration=iteration, seed=self.config.seed
+        )
+        added: dict[str, Prompt] = {}
+        room = self.data.chat.max_length - self.sampling.max_tokens
+        for row in self.store.inbox.take("prompts", iteration, limit=batch):
+            try:
+                prompt = parse_prompt(row, self.data.chat, max_prompt_tokens=room)
+            except ConfigError as error:
+                self.observer.event("warn", f"skipped an added prompt: {error}")
+            else:
+                added[prompt.prompt_id] = prompt
+        rest = (prompt for prompt in dealt if prompt.prompt_id not in added)
+        return [*added.values(), *rest][:batch]
+
+    async def explore(self, iteration: int) -> ExploredIteration:
+        """Explore every prompt of the iteration.
+
+        Raises ScorerError when too many completions could not be scored, and any error of a role.
+        """
+        prompts = self.prompts_of(iteration)
+        journal = Journal(self.store.journal_file(iteration), config_hash=self.store.config_hash)
+        scheduler = self.scheduler(journal)
+        budget = FailureBudget(
+            limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples
+        )
+        finished = 0
+
+        def done(group: Group) -> None:
+            nonlocal finished
+            finished += 1
+            budget.count(group)
+            self.observer.phase(iteration, "explore", finished, len(prompts))
+
+        self.observer.phase(iteration, "explore", 0, len(prompts))
+        started = time.monotonic()
+        try:
+            if journal.scorer_state is not None:
+                await self.roles.scorer.load_state_dict(journal.scorer_state)
+            groups = await scheduler.run(
+                prompts,
+                self.algorithm.explore,
+                sampling=self.sampling,
+                seed=derive_seed(self.config.seed, "round", iteration),
+                done=done,
+            )
+        finally:
+            journal.close()
+        return ExploredIteration(
+            groups=groups,
+            tokens={
+                "rollout/tokens": float(scheduler.generated_tokens),
+                "rollout/context_tokens": float(scheduler.prompt_tokens),
+            },
+            seconds={**scheduler.stopwatch.seconds, "explore": time.monotonic() - started},
+        )

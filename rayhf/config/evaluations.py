@@ -1,0 +1,21 @@
+"""Base config of evaluations; the config of each evaluation is beside its code."""
+
+from __future__ import annotations
+
+from pydantic import NonNegativeInt
+
+from rayhf.config.base import PluginConfig
+from rayhf.config.scorers import ScorerEntryConfig
+
+
+class EvaluationConfig(PluginConfig):
+    """A further evaluation with its own task name."""
+
+    every: NonNegativeInt | None = None
+    """Iterations between evaluations; also before the first and after the last iteration. Default:
+    run.eval_every."""
+
+    @property
+    def scorers(self) -> tuple[ScorerEntryConfig, ...]:
+        """Its own scorers, for which the launcher starts another scorer actor."""
+        return ()

@@ -1,0 +1,113 @@
+"""Chat templates: conversations of text to token ids.
+
+Text that a model generated is escaped before it is rendered into another prompt, so that it cannot
+end a turn or begin one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rayhf.errors import ConfigError
+from rayhf.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, where: str
+) -> tuple[int, ...]:
+    """Return the token ids of a conversation under the chat template, generation prompt included.
+
+    Special tokens are the template's own; the tokenizer adds none. Raises ConfigError, beginning
+    with `where`, if the template refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+        )
+    except TemplateError as error:
+        raise ConfigError(f"{where}: the chat template refuses the messages ({error})") from None
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return every special token that a text could contain, longer ones first."""
+    tokens = {
+        *tokenizer.all_special_tokens,
+        *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special),
+    }
+    return sorted(
+        (token for token in tokens if len(token) > 1), key=lambda token: (-len(token), token)
+    )
+
+
+def special_token_escaper(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """Return a function that breaks up every special token in a text with a space."""
+    special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or r"(?!)")
+
+    def escape(text: str) -> str:
+        while special.search(text):  # repeatedly, because tokens may overlap
+            text = special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        return text
+
+    return escape
+
+
+class Chat:
+    """The policy's chat template, for what a campaign renders besides its prompts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._escape = special_token_escaper(tokenizer)
+        self.max_length = max_length
+        """Limit on prompt and completion together, in tokens."""
+
+    def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Return the token ids of a conversation, contents escaped, generation prompt included.
+
+        Raises ConfigError if the template refuses the messages.
+        """
+        escaped = [{"role": m["role"], "content": self._escape(m["content"])} for m in messages]
+        return render(self._tokenizer, escaped, where="chat template")
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Return the text that an engine gives a completion with these tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def encode_response(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
+        """Return the token ids of `text` as the assistant's turn after `messages`.
+
+        They include what the template puts at the end of a turn. Raises ConfigError if the template
+        does not render the conversation with the response as an extension of the one without.
+        """
+        prompt = str(
+            self._tokenizer.apply_chat_template(
+                [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+            )
+        )
+        turns = [*map(dict, messages), {"role": "assistant", "content": text}]
+        conversation = str(
+            self._tokenizer.apply_chat_template(turns, add_generation_prompt=False, tokenize=False)
+        )
+        if not conversation.startswith(prompt):
+            raise ConfigError(
+                "policy.model: the chat template renders a conversation with a response "
+                f"differently from its prompt ({prompt[-40:]!r} is not how "
+                f"{conversation[: len(prompt)][-40:]!r} ends); given responses cannot be trained "
+                "on with it"
+            )
+        # Templates may end a turn with white space after the end-of-turn token, which the model
+        # never generates.
+        response = conversation[len(prompt) :]
+        end_token = self._tokenizer.eos_token
+        if end_token and (end := response.rfind(end_token)) >= 0:
+            end += len(end_token)
+            if not response[end:].strip():
+                response = response[:end]
+        return tuple(self._tokenizer(response, add_special_tokens=False)["input_ids"])

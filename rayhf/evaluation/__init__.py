@@ -1,0 +1,1 @@
+"""Held-out evaluations of a campaign, by their config's `type`."""

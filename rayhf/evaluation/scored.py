@@ -1,0 +1,179 @@
+"""Held-out evaluation by scorers: one completion per prompt at temperature 1 and one greedy.
+
+Used for prompts.heldout (`evaluate`) and for further evaluations of type scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rayhf.config.base import Name
+from rayhf.config.evaluations import EvaluationConfig
+from rayhf.config.scorers import ScorerEntries, ScorerEntryConfig
+from rayhf.config.sources import PromptSource
+from rayhf.errors import ScorerError
+from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
+from rayhf.roles import Reference, Rollout, Scorer
+from rayhf.types import (
+    Completion,
+    GenerateRequest,
+    Group,
+    Outcome,
+    Prompt,
+    Sample,
+    Sampling,
+    Scored,
+    ScoreRequest,
+    derive_seed,
+    make_row,
+)
+
+
+class ScoredEvaluationConfig(EvaluationConfig):
+    """Further held-out prompts and their scorers."""
+
+    type: str = "scored"
+    prompts: PromptSource
+    """Evaluation prompts, like prompts.train."""
+    scorer: ScorerEntries
+    """Scorers of the completions; the metric is the weighted sum of their scores."""
+    policy: Name = "policy"
+    """Policy to evaluate, for algorithms that train several; otherwise the only one."""
+
+    @property
+    def scorers(self) -> tuple[ScorerEntryConfig, ...]:
+        """Its own scorers, for which the launcher starts another scorer actor."""
+        return self.scorer
+
+
+class ScoredEvaluation:
+    """Mean score on held-out prompts: eval/<task>/sampled, greedy, length, truncated."""
+
+    Config = ScoredEvaluationConfig
+    muted_guards: frozenset[str] = frozenset()
+
+    def __init__(self, config: ScoredEvaluationConfig, setup: EvaluationSetup) -> None:
+        self._config = config
+        self._task = setup.task
+        self._prompts = setup.load_prompts(config.prompts, f"evaluations.{setup.task}.prompts")
+
+    async def measure(self, context: EvaluationContext) -> dict[str, float]:
+        """Return `evaluate`'s metrics under the task's name."""
+        # Where one model is trained for all objectives, it is evaluated in place of each policy.
+        policy = self._config.policy if self._config.policy in context.versions else "policy"
+        assert context.scorer is not None  # its config names scorers
+        return await evaluate(
+            self._prompts,
+            rollout=context.roles.rollouts[policy],
+            scorer=context.scorer,
+            reward=None,
+            reference=None,
+            version=context.versions[policy],
+            sampling=context.sampling,
+            seed=context.seed,
+            task=self._task,
+        )
+
+
+async def evaluate(
+    prompts: Sequence[Prompt],
+    *,
+    rollout: Rollout,
+    scorer: Scorer,
+    reward: Scorer | None,
+    reference: Reference | None,
+    version: int,
+    sampling: Sampling,
+    seed: int,
+    task: str,
+    improve: Callable[[Sequence[Completion]], Awaitable[list[Completion]]] | None = None,
+) -> dict[str, float]:
+    """Return the metrics of one held-out task.
+
+    eval/<task>/{sampled,greedy} from `scorer`; eval/<task>/reward from the training scorer where it
+    is another one; of the samples eval/<task>/length in tokens, eval/<task>/truncated as a share,
+    and eval/<task>/reference_kl in nats per response; eval/<task>/refined is the score of the
+    samples after `improve`.
+
+    Prompts and seeds are the same every time, so that evaluations differ by the policy only. Raises
+    ScorerError when no held-out completion could be scored.
+    """
+    plain = replace(sampling, temperature=1.0, top_p=1.0, top_k=0)
+    sampled = await _complete(prompts, rollout, version, plain, seed)
+    greedy = await _complete(prompts, rollout, version, replace(plain, temperature=0.0), seed)
+    metrics = {
+        "sampled": await _mean(prompts, sampled, scorer),
+        "greedy": await _mean(prompts, greedy, scorer),
+        "length": float(np.mean([len(c.token_ids) for c in sampled])),
+        "truncated": float(np.mean([c.finish_reason == "length" for c in sampled])),
+    }
+    if improve is not None:
+        metrics["refined"] = await _mean(prompts, await improve(sampled), scorer)
+    if reward is not None:
+        metrics["reward"] = await _mean(prompts, sampled, reward)
+    if reference is not None:
+        metrics["reference_kl"] = await _kl(prompts, sampled, reference)
+    return {f"eval/{task}/{name}": value for name, value in metrics.items()}
+
+
+async def _complete(
+    prompts: Sequence[Prompt], rollout: Rollout, version: int, sampling: Sampling, seed: int
+) -> list[Completion]:
+    requests = [
+        GenerateRequest(
+            prompt_id=p.prompt_id,
+            number=0,
+            token_ids=p.token_ids,
+            sampling=sampling,
+            seeds=(derive_seed(seed, "evaluate", p.prompt_id),),
+        )
+        for p in prompts
+    ]
+    return [completions[0] for completions in await rollout.generate(requests, version=version)]
+
+
+async def _mean(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], scorer: Scorer
+) -> float:
+    """Return the mean score; a completion that could not be scored is skipped, not counted as 0."""
+    requests = [
+        ScoreRequest(prompt=p, completions=(c,)) for p, c in zip(prompts, completions, strict=True)
+    ]
+    outcomes: list[Outcome] = [
+        outcome for response in await scorer.score(requests) for outcome in response
+    ]
+    values = [o.value for o in outcomes if isinstance(o, Scored)]
+    if not values:
+        reason = next(
+            (o.reason for o in outcomes if not isinstance(o, Scored)), "no held-out prompts"
+        )
+        raise ScorerError(
+            f"evaluation: none of {len(outcomes)} held-out completions could be scored; "
+            f"the first: {reason}"
+        )
+    return float(np.mean(values))
+
+
+async def _kl(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], reference: Reference
+) -> float:
+    """Return the mean over completions of log p_policy - log p_reference.
+
+    An unbiased estimate of the sequence KL, because the policy sampled them.
+    """
+    rows = [
+        make_row(
+            Group(prompt=p, samples=(Sample(completion=c, outcome=Scored(value=0.0)),)),
+            0,
+            score=0.0,
+        )
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    frozen = await reference.logprobs(rows, temperature=1.0)
+    ratios = [
+        row.tokens["behavior_logp"].sum() - ref.sum() for row, ref in zip(rows, frozen, strict=True)
+    ]
+    return float(np.mean(ratios))

@@ -1,0 +1,244 @@
+"""Every metric of a campaign: name, unit, meaning, and who writes it.
+
+The one place for them: `rayhf list metrics` and the documentation print this table, and a test
+fails for a metric that is not in it. `<...>` in a name stands for a name of the campaign's own.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the catalog."""
+
+    name: str
+    unit: str
+    """Of the value; "share" is from 0 to 1, "" is a plain number."""
+    meaning: str
+    writer: str
+    """The part of rayhf that writes it."""
+
+    def matches(self, name: str) -> bool:
+        """Return whether `name` is this metric."""
+        pattern = re.sub(r"<[^>]*>", "\0", self.name)
+        return re.fullmatch(re.escape(pattern).replace("\0", "[^ ]+"), name) is not None
+
+
+def _rows(writer: str, *rows: tuple[str, str, str]) -> tuple[Metric, ...]:
+    return tuple(Metric(name, unit, meaning, writer) for name, unit, meaning in rows)
+
+
+METRICS: tuple[Metric, ...] = (
+    *_rows(
+        "controller",
+        ("iteration", "", "number of the iteration; 0 is before training"),
+        ("<policy>/version", "", "weights that the policy's engines hold after the iteration"),
+        ("time/iteration_s", "s", "whole iteration"),
+        ("time/explore_s", "s", "exploration of the iteration's prompts, from start to end"),
+        ("time/rollout_s", "s", "at least one generation was under way"),
+        ("time/scorer_s", "s", "at least one scoring call was under way"),
+        ("time/reference_s", "s", "log-probs and values of the examples"),
+        ("time/learner_s", "s", "optimizer steps"),
+        ("time/sync_s", "s", "weights to engines and reference"),
+        ("time/evaluate_s", "s", "evaluations"),
+        ("learner/steps", "steps", "optimizer steps of the iteration"),
+        (
+            "selection/no_signal",
+            "share",
+            "groups or pairs that teach nothing: all their completions score alike",
+        ),
+    ),
+    *_rows(
+        "exploration",
+        ("rollout/tokens", "tokens", "generated"),
+        ("rollout/context_tokens", "tokens", "read as context, once per completion"),
+        ("rollout/length_mean", "tokens", "mean length of completions"),
+        ("rollout/truncated", "share", "completions cut at rollout.max_tokens"),
+        ("staleness/max", "versions", "oldest weights that a completion was generated with"),
+        ("scorer/reward_mean", "score", "mean of the scores"),
+        ("scorer/reward_std", "score", "standard deviation of the scores"),
+        (
+            "scorer/<name>/reward_mean",
+            "score",
+            "mean of one scorer's scores, where several combine",
+        ),
+        ("scorer/invalid", "count", "completions whose scorer responded without a score"),
+        ("scorer/failed", "count", "completions whose scorer did not respond"),
+        (
+            "scorer/pointwise",
+            "share",
+            "prompts compared by score differences, not by a pairwise scorer",
+        ),
+    ),
+    *_rows(
+        "learner",
+        ("learner/loss", "", "mean over the iteration's optimizer steps"),
+        ("learner/grad_norm", "", "global gradient norm before clipping"),
+        ("learner/lr", "", "learning rate"),
+        ("critic/loss", "", "the critic's loss"),
+        ("critic/grad_norm", "", "the critic's gradient norm before clipping"),
+        ("critic/lr", "", "the critic's learning rate"),
+        ("critic/explained_variance", "", "1 - Var(return - value) / Var(return); 1 is perfect"),
+        ("<objective>/loss", "", "loss of a further objective"),
+        ("<objective>/grad_norm", "", "gradient norm of a further objective"),
+        ("<objective>/lr", "", "learning rate of a further objective"),
+        ("<objective>/steps", "steps", "optimizer steps of a further objective"),
+        ("<objective>/sft/nll", "nats/token", "sft/nll of a further objective"),
+        ("<objective>/sft/nll_response", "nats", "sft/nll_response of a further objective"),
+        ("<objective>/policy/entropy", "nats/token", "policy/entropy of a further objective"),
+    ),
+    *_rows(
+        "every loss of a policy",
+        (
+            "rollout/mismatch_kl",
+            "nats/token",
+            "KL(rollout engine || learner) of the same tokens: precision and staleness",
+        ),
+        ("rollout/mismatch_abs_max", "nats", "largest gap of one token's log-probs"),
+        ("reference/kl", "nats/response", "KL(policy || reference) of the trained responses"),
+        ("policy/entropy", "nats/token", "entropy of the next-token distribution"),
+    ),
+    *_rows(
+        "loss of ppo, grpo, rloo, reinforce++",
+        ("ppo/surrogate", "", "clipped surrogate"),
+        ("ppo/clip_low", "share", "tokens at the lower bound of the ratio"),
+        ("ppo/clip_high", "share", "tokens at the upper bound of the ratio"),
+        ("ppo/dual_clip", "share", "tokens at the bound for negative advantages"),
+        ("ppo/old_kl", "nats/token", "KL(policy before the iteration || policy)"),
+        ("ppo/importance_mean", "", "mean importance weight of tokens"),
+        ("ppo/importance_capped", "share", "tokens whose importance weight is truncated"),
+        ("ppo/kl_loss", "nats", "KL term of the loss"),
+    ),
+    *_rows(
+        "ppo, grpo, rloo, reinforce++",
+        ("ppo/groups_uniform", "share", "prompts whose responses all have one score"),
+        ("ppo/groups_dropped", "count", "prompts with too few scored responses"),
+        ("ppo/kl_coef", "", "coefficient of the KL penalty"),
+    ),
+    *_rows(
+        "preference losses",
+        ("dpo/chosen_reward", "nats", "implicit reward of the chosen response"),
+        ("dpo/rejected_reward", "nats", "implicit reward of the rejected response"),
+        ("dpo/margin", "nats", "difference of the implicit rewards"),
+        ("dpo/accuracy", "share", "pairs whose chosen response has the larger implicit reward"),
+        ("dpo/chosen_logp", "nats/response", "log-prob of the chosen response"),
+        ("dpo/rejected_logp", "nats/response", "log-prob of the rejected response"),
+        ("dpo/importance_mean", "", "mean importance weight of pairs"),
+        ("dpo/importance_capped", "share", "pairs whose importance weight is truncated"),
+    ),
+    *_rows(
+        "algorithms that train on pairs",
+        ("pairs/kept", "count", "pairs of the iteration's own samples"),
+        ("pairs/ties", "count", "pairs dropped because their scores do not differ"),
+        ("pairs/margin_mean", "score", "mean difference of the scores"),
+        ("pairs/length_gap", "tokens", "mean length of chosen minus rejected"),
+        ("pairs/human", "count", "pairs labeled by people"),
+        ("pairs/given", "count", "pairs from a file"),
+        ("pairs/earlier", "count", "pairs of earlier iterations"),
+    ),
+    *_rows(
+        "sppo",
+        ("sppo/ties", "count", "prompts whose best and worst win rates do not differ"),
+        ("sppo/dropped", "count", "prompts with fewer than two compared completions"),
+        ("sppo/kept", "count", "prompts trained on"),
+        ("sppo/spread_mean", "share", "mean difference of best and worst win rate"),
+        ("sppo/residual_abs", "", "mean distance of log-ratio / eta from its target"),
+        ("sppo/target_abs", "", "mean |P(win) - 1/2|: how much there is to win"),
+    ),
+    *_rows(
+        "inpo",
+        ("inpo/gap", "nats", "log-prob of chosen minus rejected"),
+        ("inpo/accuracy", "share", "pairs whose gap is larger than the reference's"),
+    ),
+    *_rows(
+        "hypo",
+        ("hypo/dpo_loss", "", "DPO loss on the given pairs"),
+        ("hypo/dpo_accuracy", "share", "given pairs whose chosen response is preferred"),
+        ("hypo/online_kl", "nats/response", "KL(policy || reference) of the fresh samples"),
+    ),
+    *_rows(
+        "supervised loss",
+        ("sft/nll", "nats/token", "negative log-likelihood, mean over tokens"),
+        ("sft/nll_response", "nats", "negative log-likelihood of a response, mean over responses"),
+    ),
+    *_rows(
+        "mcts_dpo",
+        ("mcts/nodes", "nodes", "mean size of a tree"),
+        ("mcts/depth", "steps", "mean depth of the deepest node"),
+        ("mcts/no_answer", "share", "trees without a whole answer"),
+        ("mcts/duplicates", "steps", "mean number of steps that were sampled more than once"),
+        ("mcts/unscored", "nodes", "nodes that could not be valued"),
+        ("mcts/mute_votes", "votes", "self-evaluations that say neither yes nor no"),
+        ("mcts/rollouts", "completions", "completions that only valued a step"),
+        ("mcts/cut_steps", "steps", "steps cut at step_tokens"),
+        ("mcts/gold_steps", "steps", "steps of the reference answer in the tree"),
+        ("mcts/solved", "share", "trees with a right answer"),
+        ("mcts/path_correct", "share", "trees whose chosen path ends in a right answer"),
+        ("mcts/unvisited_pairs", "count", "pairs left out because a step was visited too seldom"),
+        ("mcts/label_smoothing", "share", "mean soft label of the pairs"),
+    ),
+    *_rows(
+        "spar",
+        ("spar/failing", "share", "answers that the refiner rejects"),
+        ("spar/ties", "share", "answers with even votes"),
+        ("spar/searches", "count", "searches for a refinement"),
+        ("spar/refined", "share", "searches that found an accepted refinement"),
+        ("spar/nodes", "nodes", "mean size of a search"),
+        ("spar/malformed", "share", "refinements without the expected form"),
+        ("spar/dropped", "share", "refinements whose votes stayed even"),
+        (
+            "spar/value_gain",
+            "share",
+            "mean gain of votes from the failing answer to the refinement",
+        ),
+        ("spar/too_long", "count", "texts too long for the refiner"),
+        ("spar/judge_unparsable", "share", "judgements without a verdict"),
+        ("spar/judge_accuracy", "share", "majority verdicts that agree with the scorer"),
+        ("spar/identical", "count", "pairs dropped because both responses are the same"),
+        ("spar/empty", "count", "pairs dropped because a response is empty"),
+        ("spar/refiner_<kind>", "count", "the refiner's examples of one kind"),
+        ("spar/refiner_capped", "count", "the refiner's examples above their cap"),
+        ("spar/refiner_repeats", "count", "the refiner's examples dropped as repeats"),
+    ),
+    *_rows(
+        "evaluation of type scored, and prompts.heldout",
+        ("eval/<task>/sampled", "score", "mean score at temperature 1"),
+        ("eval/<task>/greedy", "score", "mean score of greedy decoding"),
+        ("eval/<task>/reward", "score", "training scorer's mean, where evaluation has its own"),
+        ("eval/<task>/refined", "score", "mean score after the algorithm's test-time work"),
+        ("eval/<task>/length", "tokens", "mean length at temperature 1"),
+        ("eval/<task>/truncated", "share", "completions cut at rollout.max_tokens"),
+        ("eval/<task>/reference_kl", "nats/response", "KL(policy || reference)"),
+    ),
+    *_rows(
+        "evaluation of type exploitability",
+        ("<task>/exploitability", "share", "what the best answer wins beyond a draw"),
+        ("<task>/exploitability_average", "share", "the same against the average of all policies"),
+        ("<task>/mass", "probability", "probability of all answers of the game together"),
+        ("<task>/share/<answer>", "probability", "of one answer, given that it is one of the game"),
+    ),
+    *_rows(
+        "losses of fit-scorer",
+        ("scorer/accuracy", "share", "pairs whose chosen completion is scored or judged better"),
+        ("scorer/margin", "score", "mean difference of the scores of a pair"),
+    ),
+    *_rows(
+        "critic's loss",
+        ("value/loss", "", "squared error of the values, clipped"),
+        ("value/clip", "share", "values at the bound of their clipping"),
+        ("value/return_mean", "score", "moment for critic/explained_variance"),
+        ("value/return_square", "score^2", "moment for critic/explained_variance"),
+        ("value/error_mean", "score", "moment for critic/explained_variance"),
+        ("value/error_square", "score^2", "moment for critic/explained_variance"),
+    ),
+)
+
+
+def find(name: str) -> Metric | None:
+    """Return the metric of that name; exact names before patterns; None where there is none."""
+    exact = (metric for metric in METRICS if metric.name == name)
+    pattern = (metric for metric in METRICS if metric.matches(name))
+    return next(exact, None) or next(pattern, None)

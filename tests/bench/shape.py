@@ -1,0 +1,267 @@
+"""Figures of the code's shape, for two states of it side by side.
+
+    python -m tests.bench.shape [REVISION] [--record]
+
+Measures the packages rayhf, actors and launch (generated gRPC modules left out) in the working tree
+and in REVISION of git. `--record` writes the table into RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import re
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tokenize
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from rayhf.config.base import PluginConfig
+from rayhf.config.registry import REGISTRIES, Registry
+from tests.bench.results import put_section
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("rayhf", "actors", "launch")
+BEFORE = "a5f3216"
+"""The last revision before the packages were reorganized."""
+LINE_LENGTH = 100
+LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A plugin of one kind, found in the code by its name."""
+
+    name: str
+    own: tuple[str, ...]
+    """Files of its own; every line elsewhere that names it was an edit to add it."""
+
+
+EXAMPLES = {
+    "loss": Example("ipo", own=()),
+    "algorithm": Example("inpo", own=("rayhf/algorithms/inpo.py", "rayhf/losses/selfplay.py")),
+    "scorer": Example("pairwise_rule", own=("rayhf/scorer/rule.py",)),
+    "tracker": Example("wandb", own=("launch/tracking.py", "rayhf/monitoring/wandb.py")),
+}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One Python file, parsed."""
+
+    path: str
+    """Relative to the repository's root."""
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return self.text.splitlines()
+
+    @cached_property
+    def tokens(self) -> list[tokenize.TokenInfo]:
+        return list(tokenize.generate_tokens(io.StringIO(self.text).readline))
+
+    @cached_property
+    def code(self) -> list[tokenize.TokenInfo]:
+        """Tokens without layout, comments and docstrings."""
+        docstrings = {
+            line
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            if isinstance(node.value.value, str)
+        }
+        return [
+            token
+            for token in self.tokens
+            if token.type not in LAYOUT | {tokenize.COMMENT} and token.start[0] not in docstrings
+        ]
+
+    def functions(self) -> Iterator[int]:
+        """Lines of every function and method."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield (node.end_lineno or node.lineno) - node.lineno + 1
+
+    def imports(self) -> Iterator[str]:
+        """Full names of imported modules, and of what is imported from them."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def read_tree(root: Path) -> list[Module]:
+    return [
+        Module(str(file.relative_to(root)), file.read_text(encoding="utf-8"))
+        for package in PACKAGES
+        for file in sorted((root / package).rglob("*.py"))
+        if "_pb2" not in file.name
+    ]
+
+
+def read_revision(revision: str) -> list[Module]:
+    """Read the packages as they were in a revision of git."""
+    command = ["git", "archive", revision, *PACKAGES]
+    archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    with tempfile.TemporaryDirectory() as directory:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            tar.extractall(directory, filter="data")
+        return read_tree(Path(directory))
+
+
+def room(name: str) -> str | None:
+    """Return the package a module counts to: launch, actors, or a package or module of rayhf."""
+    top, *rest = name.split(".")
+    if top not in PACKAGES:
+        return None
+    return f"{top}.{rest[0]}" if top == "rayhf" and rest else top
+
+
+def two_way_pairs(modules: Sequence[Module]) -> list[tuple[str, str]]:
+    """Return the pairs of packages that import each other.
+
+    rayhf/__init__.py, the Python API, is left out: it names classes of all packages.
+    """
+    arrows = set()
+    for module in modules:
+        if module.path == "rayhf/__init__.py":
+            continue
+        importer = room(module.path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+        arrows |= {(importer, room(name)) for name in module.imports()}
+    return sorted((a, b) for a, b in arrows if a and b and a < b and (b, a) in arrows)
+
+
+def words(text: str) -> list[str]:
+    """Split identifiers: PairwiseRuleConfig -> pairwise, rule, config."""
+    return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", text)]
+
+
+def mentions(module: Module, name: str) -> set[int]:
+    """Return the lines that name a plugin, by an identifier or by a string without spaces."""
+    wanted = words(name)
+    lines = set()
+    for token in module.code:
+        if token.type == tokenize.NAME or (
+            token.type == tokenize.STRING and " " not in token.string
+        ):
+            parts = words(token.string)
+            if any(parts[i : i + len(wanted)] == wanted for i in range(len(parts))):
+                lines.add(token.start[0])
+    return lines
+
+
+def edits(modules: Sequence[Module], example: Example) -> str:
+    """Count the lines that name a plugin outside its own files, and their files."""
+    found = [len(mentions(m, example.name)) for m in modules if m.path not in example.own]
+    places = [count for count in found if count]
+    return f"{sum(places)} in {len(places)}"
+
+
+def spread(values: Iterable[int]) -> str:
+    """Median / 95th percentile / maximum."""
+    numbers = sorted(values)
+    p95 = statistics.quantiles(numbers, n=20, method="inclusive")[-1]
+    return f"{statistics.median(numbers):.0f} / {p95:.0f} / {numbers[-1]}"
+
+
+def measure(modules: Sequence[Module]) -> dict[str, str]:
+    """Return every figure that can be read from the code, as text."""
+    lines = sum(len(m.lines) for m in modules)
+    code_lines = sum(len({token.start[0] for token in m.code}) for m in modules)
+    comments = sum(token.type == tokenize.COMMENT for m in modules for token in m.tokens)
+    names = [token.string for m in modules for token in m.code if token.type == tokenize.NAME]
+    pairs = two_way_pairs(modules)
+    figures = {
+        "files": str(len(modules)),
+        "lines": f"{lines:,}",
+        "lines of a file: median / p95 / max": spread(len(m.lines) for m in modules),
+        "lines of a function: median / p95 / max": spread(
+            n for m in modules for n in m.functions()
+        ),
+        f"lines over {LINE_LENGTH} characters": str(
+            sum(len(line) > LINE_LENGTH for m in modules for line in m.lines)
+        ),
+        "two-way package pairs": str(len(pairs)),
+        "`Any` per 1,000 lines": f"{1000 * names.count('Any') / lines:.1f}",
+        "comments per 100 lines of code": f"{100 * comments / code_lines:.1f}",
+    }
+    for plugin, example in EXAMPLES.items():
+        title = f"lines that add the {plugin} `{example.name}`, in files"
+        figures[title] = edits(modules, example)
+    return figures
+
+
+def needs_one_line(registry: Registry) -> bool:
+    """Whether a class in a file of its own becomes a plugin by one line in the registry's table."""
+
+    class Temporary:
+        class Config(PluginConfig):
+            size: int = 1
+
+    module = ModuleType("temporary_plugin")
+    module.Temporary = Temporary  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    extended = Registry(
+        registry.kind,
+        registry.group,
+        {**registry.builtin, "temporary": "temporary_plugin:Temporary"},
+    )
+    adapter = TypeAdapter[Any](Annotated[PluginConfig, extended])
+    try:
+        accepted = adapter.validate_python({"type": "temporary", "size": 2}).size == 2
+        adapter.validate_python({"type": "temporary", "sise": 2})
+    except ValidationError as error:
+        return accepted and "sise" in str(error)
+    finally:
+        del sys.modules[module.__name__]
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("revision", nargs="?", default=BEFORE)
+    parser.add_argument("--record", action="store_true", help="write the table into RESULTS.md")
+    arguments = parser.parse_args()
+    old = read_revision(arguments.revision)
+    new = read_tree(ROOT)
+    before = measure(old)
+    rows = [(name, before[name], value) for name, value in measure(new).items()]
+    doors = ", ".join(r.kind for r in REGISTRIES.values() if needs_one_line(r))
+    note = f"Added by one file and one line in a table (tried for each): {doors}."
+
+    console = Console()
+    table = Table("figure", arguments.revision, "now")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, note)
+    for state, modules in ((arguments.revision, old), ("now", new)):
+        for a, b in two_way_pairs(modules):
+            console.print(f"{state}: {a} and {b} import each other")
+    if arguments.record:
+        head = [f"| figure | {arguments.revision} | now |", "|---|--:|--:|"]
+        body = [f"| {' | '.join(row)} |" for row in rows]
+        how = "`python -m tests.bench.shape`: rayhf, actors and launch without generated modules."
+        put_section("## Shape of the code", "\n".join([how, "", *head, *body, "", note]))
+
+
+if __name__ == "__main__":
+    main()

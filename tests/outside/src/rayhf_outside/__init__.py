@@ -1,0 +1,1 @@
+"""An algorithm, a loss, a scorer and a tracker for rayhf."""

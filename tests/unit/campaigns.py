@@ -1,0 +1,110 @@
+"""Campaigns with fake roles: config, one run of the controller, and its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from fakes import (
+    FakeChat,
+    FakeLearner,
+    FakeReference,
+    FakeRollout,
+    FakeScorer,
+    SilentObserver,
+    make_prompts,
+)
+
+from rayhf.algorithms.base import TakesLabels, needs_frozen_reference
+from rayhf.campaign.controller import Controller
+from rayhf.campaign.data import CampaignData
+from rayhf.config.load import validate
+from rayhf.config.registry import ALGORITHMS
+from rayhf.config.schema import CampaignConfig
+from rayhf.data.preferences import encode_pairs, load_pairs
+from rayhf.data.prompts import PromptSet
+from rayhf.roles import Learner, Reference, Roles, Rollout, Scorer
+from rayhf.run_dir.store import RunDir
+
+
+def make_config(
+    directory: Path,
+    *,
+    algorithm: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
+    learner: dict[str, Any] | None = None,
+    **sections: Any,
+) -> CampaignConfig:
+    """Four iterations of four prompts in `directory`/run; `sections` replace whole sections."""
+    return validate(
+        {
+            "seed": 7,
+            "run": {
+                "dir": str(directory / "run"),
+                "iterations": 4,
+                "eval_every": 2,
+                "checkpoint_every": 2,
+                **(run or {}),
+            },
+            "policy": {"model": "m"},
+            "prompts": {"train": "t", "batch": 4, "task": "toy"},
+            "algorithm": algorithm or {"type": "online_dpo", "samples": 4},
+            "scorer": {"train": [{"type": "rule", "function": "a:b"}]},
+            "learner": learner or {},
+            **sections,
+        },
+        source="test",
+    )
+
+
+def play(
+    config: CampaignConfig,
+    *,
+    rollout: Rollout | None = None,
+    scorer: Scorer | None = None,
+    learner: Learner | None = None,
+    critic: Learner | None = None,
+    reference: Reference | None = None,
+    pairs: Path | None = None,
+) -> Roles:
+    """Run the campaign to its end; return its roles."""
+    algorithm = ALGORITHMS.build(config.algorithm)
+    if pairs is not None:
+        encoded = encode_pairs(load_pairs(pairs, key="pairs").pairs, FakeChat(), key="pairs")
+        algorithm.set_pairs(encoded)
+    roles = Roles(
+        rollouts={"policy": rollout or FakeRollout()},
+        scorer=scorer or FakeScorer(),
+        evaluator=None,
+        learners={"policy": learner or FakeLearner()},
+        critic=critic,
+        reference=reference or (FakeReference() if needs_frozen_reference(algorithm) else None),
+    )
+    store = RunDir(config, takes_labels=isinstance(algorithm, TakesLabels))
+    try:
+        controller = Controller(
+            config,
+            algorithm=algorithm,
+            roles=roles,
+            data=CampaignData(
+                chat=FakeChat(),
+                prompts=PromptSet(prompts=tuple(make_prompts(12)), duplicates=0, label="test"),
+                heldout=tuple(make_prompts(3)),
+            ),
+            store=store,
+            observer=SilentObserver(),
+        )
+        asyncio.run(controller.run())
+    finally:
+        store.close()
+    return roles
+
+
+def metrics_of(config: CampaignConfig) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without durations."""
+    lines = [
+        json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
