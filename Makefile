@@ -59,7 +59,9 @@ claims: $(READY)
 
 # The Python of the gRPC messages, beside the .proto files; a test compares.
 proto: $(READY)
-	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. rayhf/scorer/grpc/scorer.proto rayhf/control/campaign.proto
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. rayhf/service/chat.proto
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
+	    rayhf/scorer/grpc/scorer.proto rayhf/control/campaign.proto
 
 # Resolve again. The lock is for CPU machines only; GPU users install the [gpu] extra with plain pip.
 lock: $(READY)

@@ -20,7 +20,7 @@ from launch.assemble import ActorSet, actor_specs_of
 from launch.local import ray_cluster
 from launch.serve import control_served
 from launch.view import LiveView, placement_table, summary
-from rayhf.algorithms.base import load_state, state_of
+from rayhf.algorithms.base import TakesLabels, load_state, state_of
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.gc_tuning import gc_tuned
 from rayhf.config.schema import CampaignConfig
@@ -31,11 +31,11 @@ from rayhf.errors import (
     PlacementError,
     StorageError,
 )
+from rayhf.monitoring.event_log import EventLog
 from rayhf.monitoring.observer import Observer
 from rayhf.monitoring.tracking import tracked
 from rayhf.planning.placement import ActorSpec
 from rayhf.planning.preflight import Prepared, overlap, prepare
-from rayhf.run_dir.event_log import EventLog
 from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.store import RunDir
 
@@ -67,11 +67,11 @@ def run_campaign(
         console.print(
             f"warning: {shared} held-out prompts are also training prompts", style="yellow"
         )
-    store = RunDir(config, lock)
+    store = RunDir(config, lock, takes_labels=isinstance(prepared.algorithm, TakesLabels))
     try:
-        if store.state["iteration"] >= config.run.iterations:
+        if store.state.iteration >= config.run.iterations:
             say(
-                f"{config.run.dir} already has {store.state['iteration']} of {config.run.iterations} rounds: nothing to do"
+                f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} rounds: nothing to do"
             )
             return
         store.check_paused()
@@ -148,7 +148,7 @@ async def _play(
             loop.add_signal_handler(name, end, name)
     heart = asyncio.create_task(beat, name="heartbeat")
     initial = deepcopy((state_of(prepared.algorithm), prepared.data.evaluation_state()))
-    restarts, committed = 0, store.state["iteration"]
+    restarts, committed = 0, store.state.iteration
     try:
         while True:
             try:
@@ -157,14 +157,14 @@ async def _play(
                     store,
                     observer,
                     base=base,
-                    again=restarts > 0 or store.state["checkpoint"] is not None,
+                    again=restarts > 0 or store.state.checkpoint is not None,
                 )
                 return
             except (ActorLostError, DeadlineError) as error:
-                if store.state["iteration"] > committed:
-                    restarts, committed = 0, store.state["iteration"]
+                if store.state.iteration > committed:
+                    restarts, committed = 0, store.state.iteration
                 restarts += 1
-                if restarts > prepared.config.run.restarts or store.state["state"] == "new":
+                if restarts > prepared.config.run.restarts or store.state.state == "new":
                     raise
                 observer.event(
                     "fault", f"restarting all actors from iteration {committed}: {error}"
@@ -173,7 +173,7 @@ async def _play(
                 prepared.data.load_evaluation_state(deepcopy(initial[1]))
     except asyncio.CancelledError:
         raise InterruptedRunError(
-            f"interrupted; {store.path} is committed up to round {store.state['iteration']}, the same command continues"
+            f"interrupted; {store.path} is committed up to round {store.state.iteration}, the same command continues"
         ) from None
     finally:
         heart.cancel()
@@ -186,7 +186,7 @@ async def _one_life(
     prepared: Prepared, store: RunDir, observer: Observer, *, base: Path, again: bool
 ) -> None:
     """From hiring everybody to dismissing them."""
-    observer.phase(store.state["iteration"], "start actors")
+    observer.phase(store.state.iteration, "start actors")
     actors = ActorSet(prepared, store, observer, base=base)
     lost = False
     try:

@@ -104,7 +104,7 @@ def watch(control: Control, console: Console) -> None:
     """Print events as they happen, until the campaign ends or Ctrl-C."""
     try:
         for event in control.watch(lambda: True):
-            print_plain(console, f"{event['time'][11:19]} {event['kind']:<9} {event['message']}")
+            print_plain(console, f"{event.time[11:19]} {event.kind:<9} {event.message}")
     except KeyboardInterrupt:
         return
 
@@ -117,7 +117,7 @@ def add_prompts(control: Control, file: Path, console: Console) -> None:
 
 def show_pairs(control: Control, count: int, console: Console) -> None:
     """Print one JSON object per pair, for a labeling tool; `label --file` takes its verdicts."""
-    for pair in control.pairs(count):
+    for pair in control.uncertain_pairs(count):
         row = {
             "pair_id": pair.pair_id,
             "messages": list(pair.messages),
@@ -133,7 +133,7 @@ def label(control: Control, console: Console, *, file: Path | None, count: int) 
     if file is not None:
         labels = [_label(row, where) for where, row in read_rows(file, key="--file")]
     else:
-        labels = list(_prompt_for_labels(control.pairs(count), console))
+        labels = list(_prompt_for_labels(control.uncertain_pairs(count), console))
     if labels:
         print_plain(console, control.label(labels, source=getpass.getuser()))
     else:
@@ -173,7 +173,7 @@ def _prompt_for_labels(
 
 def command(control: Control, name: Command, console: Console) -> None:
     """Send a command, and print what will happen."""
-    print_plain(console, control.unpause() if name == "unpause" else control.ask(name))
+    print_plain(console, control.unpause() if name == "unpause" else control.request(name))
 
 
 def show_audit(run: Path, console: Console, *, deep: bool) -> None:

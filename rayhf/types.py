@@ -301,6 +301,8 @@ class Example:
     objective: str = "policy"
     """The training objective it belongs to: examples of one objective share a loss, a learner and
     batches."""
+    iterations_back: int = 0
+    """How many iterations ago its samples were drawn: 0 is this one."""
 
     def __len__(self) -> int:
         """Return the number of tokens to compute."""

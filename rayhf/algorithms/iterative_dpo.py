@@ -127,7 +127,7 @@ class IterativeDPO(PairedAlgorithm):
             own = [
                 example
                 for example in context.earlier(context.iteration - back)
-                if not example.scalars.get("iterations_back")
+                if not example.iterations_back
             ]
             count = round(share * fresh.metrics["pairs/kept"])
             drawn = _draw(own, count, derive_seed(context.seed, "earlier", back))
@@ -160,7 +160,6 @@ def _mark(example: Example, *, iterations_back: int = 0) -> Example:
     """
     scalars = {
         "margin": example.scalars["margin"],
-        "iterations_back": float(iterations_back),
         "given": float(example.rows[0].sample == GIVEN),
     }
-    return replace(example, scalars=scalars)
+    return replace(example, scalars=scalars, iterations_back=iterations_back)

@@ -19,7 +19,7 @@ from rayhf.algorithms.base import Algorithm, KeepsState, load_state, policies_of
 from rayhf.campaign.data import CampaignData
 from rayhf.campaign.evaluator import Evaluator
 from rayhf.campaign.iteration import ExploredIteration, IterationExplorer
-from rayhf.campaign.persistence import check_data, load_roles, provenance, save_roles
+from rayhf.campaign.persistence import check_data, installed_packages, load_roles, save_roles
 from rayhf.campaign.training import Trainer
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import InterruptedRunError, PausedError
@@ -27,6 +27,7 @@ from rayhf.exploration.metrics import exploration_metrics
 from rayhf.monitoring.guards import check_guards
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
+from rayhf.run_dir.state import CheckpointState
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Sampling, WeightSnapshot
 
@@ -135,7 +136,7 @@ class Controller:
         metrics["time/iteration_s"] = time.monotonic() - started
         self._report(metrics)
         self._apply_guards()
-        requested = self.store.wanted()
+        requested = self.store.requested()
         if due or requested != "run":
             await self._checkpoint(iteration, metrics)
         if requested != "run" and iteration < last:
@@ -156,7 +157,7 @@ class Controller:
         Raises PausedError where a guard pauses the campaign: the iteration is then not committed,
         so that the last healthy commit stays the newest.
         """
-        accepted = self.store.state["accepted"]
+        accepted = self.store.state.accepted
         alarms = check_guards(self.store.history, self.config.guards, muted=self._muted)
         for alarm in alarms:
             if (alarm.guard, alarm.level) not in self._alarmed:
@@ -171,18 +172,18 @@ class Controller:
 
     async def _apply_operator_request(self) -> None:
         """Pause until the operator resumes the campaign, or stop it; everything is committed."""
-        if self.store.wanted() == "pause":
+        if self.store.requested() == "pause":
             self.store.set_state("paused", reason="requested by `rayhf pause`")
             self.observer.event(
                 "pause",
                 f"paused after iteration {self.iteration}; "
                 f"`rayhf unpause {self.store.path}` continues",
             )
-            while self.store.wanted() == "pause":
+            while self.store.requested() == "pause":
                 self.observer.phase(self.iteration, "paused")
                 await asyncio.sleep(_POLL_S)
-        if self.store.wanted() == "stop":
-            self.store.heard()
+        if self.store.requested() == "stop":
+            self.store.acknowledge()
             raise InterruptedRunError(
                 f"stopped after iteration {self.iteration} by `rayhf stop`; "
                 "the same command continues"
@@ -234,15 +235,18 @@ class Controller:
 
     # --------------------------------------------------------------- checkpoints
 
-    async def _state(self) -> dict[str, Any]:
-        return {
-            "iteration": self.iteration,
-            "versions": self.versions,
-            "algorithm": state_of(self.algorithm),
-            "scorer": await self.roles.scorer.state_dict(),
-            "evaluations": self.data.evaluation_state(),
-            **provenance(self.config, prompts=self.data.prompts.fingerprint, pairs=self.data.pairs),
-        }
+    async def _state(self) -> CheckpointState:
+        return CheckpointState(
+            iteration=self.iteration,
+            versions=self.versions,
+            algorithm=state_of(self.algorithm),
+            scorer=await self.roles.scorer.state_dict(),
+            evaluations=self.data.evaluation_state(),
+            prompts=self.data.prompts.fingerprint,
+            pairs=self.data.pairs,
+            config=self.config.model_dump(mode="json"),
+            packages=installed_packages(),
+        )
 
     async def _checkpoint(self, iteration: int, metrics: Mapping[str, float]) -> None:
         self.observer.phase(iteration, "checkpoint")
@@ -254,10 +258,11 @@ class Controller:
             await learner.export(exported)
             self.store.publish_policy(exported, policy)
         finished = iteration >= self.config.run.iterations
-        score = metrics.get(f"eval/{self.config.prompts.task}/sampled")
-        state = "done" if finished else "running"
         self.store.commit(
-            directory, iteration, await self._state(), campaign_state=state, score=score
+            directory,
+            await self._state(),
+            campaign_state="done" if finished else "running",
+            score=metrics.get(f"eval/{self.config.prompts.task}/sampled"),
         )
         self.observer.event("commit", f"iteration {iteration} is committed")
 
@@ -270,15 +275,15 @@ class Controller:
         state = checkpoint.state
         check_data(state, prompts=self.data.prompts.fingerprint, pairs=self.data.pairs)
         self.store.rewind(checkpoint.iteration)
-        self.iteration = int(state["iteration"])
-        self.versions.update({p: int(version) for p, version in state["versions"].items()})
+        self.iteration = state.iteration
+        self.versions.update(state.versions)
         if self.iteration >= self.config.run.iterations:
             self.store.set_state("done")
             return
         self.observer.phase(self.iteration, "restore")
-        load_state(self.algorithm, state["algorithm"])
-        await self.roles.scorer.load_state_dict(state["scorer"])
-        self.data.load_evaluation_state(state["evaluations"])
+        load_state(self.algorithm, state.algorithm)
+        await self.roles.scorer.load_state_dict(state.scorer)
+        self.data.load_evaluation_state(state.evaluations)
         await load_roles(checkpoint.directory, self.roles, self.algorithm)
         for policy, version in self.versions.items():
             if version:

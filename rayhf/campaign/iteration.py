@@ -11,6 +11,7 @@ from rayhf.campaign.data import CampaignData
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.prompts import iteration_batch, parse_prompt
 from rayhf.errors import ConfigError
+from rayhf.exploration.build import build_scheduler
 from rayhf.exploration.journal import Journal
 from rayhf.exploration.metrics import FailureBudget
 from rayhf.exploration.scheduler import IN_FLIGHT, RequestScheduler
@@ -64,7 +65,7 @@ class IterationExplorer:
         """Return a scheduler for one exploration, at the current versions."""
         rollout = self.config.rollout
         run = self.config.run
-        return RequestScheduler(
+        return build_scheduler(
             self.roles.rollouts,
             self.roles.scorer,
             chat=self.data.chat,
@@ -83,7 +84,7 @@ class IterationExplorer:
         )
         added: dict[str, Prompt] = {}
         room = self.data.chat.max_length - self.sampling.max_tokens
-        for row in self.store.inbox.take("prompts", iteration, most=batch):
+        for row in self.store.inbox.take("prompts", iteration, limit=batch):
             try:
                 prompt = parse_prompt(row, self.data.chat, max_prompt_tokens=room)
             except ConfigError as error:
@@ -99,7 +100,7 @@ class IterationExplorer:
         Raises ScorerError when too many completions could not be scored, and any error of a role.
         """
         prompts = self.prompts_of(iteration)
-        journal = self.store.journal(iteration)
+        journal = Journal(self.store.journal_file(iteration), config_hash=self.store.config_hash)
         scheduler = self.scheduler(journal)
         budget = FailureBudget(
             limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples
@@ -109,7 +110,7 @@ class IterationExplorer:
         def done(group: Group) -> None:
             nonlocal finished
             finished += 1
-            budget.hear(group)
+            budget.count(group)
             self.observer.phase(iteration, "explore", finished, len(prompts))
 
         self.observer.phase(iteration, "explore", 0, len(prompts))
@@ -129,8 +130,8 @@ class IterationExplorer:
         return ExploredIteration(
             groups=groups,
             tokens={
-                "rollout/tokens": float(scheduler.written),
-                "rollout/context_tokens": float(scheduler.read),
+                "rollout/tokens": float(scheduler.generated_tokens),
+                "rollout/context_tokens": float(scheduler.prompt_tokens),
             },
             seconds={**scheduler.stopwatch.seconds, "explore": time.monotonic() - started},
         )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rayhf.algorithms.base import Algorithm
-from rayhf.config.schema import CampaignConfig
 from rayhf.errors import CheckpointError
 from rayhf.roles import Roles
+from rayhf.run_dir.state import CheckpointState
 
 _PACKAGES = (
     "rayhf",
@@ -73,28 +72,22 @@ async def load_roles(directory: Path, roles: Roles, algorithm: Algorithm) -> Non
     await asyncio.gather(*(role.load(directory / name) for name, role in members.items()))
 
 
-def provenance(config: CampaignConfig, *, prompts: str, pairs: str | None) -> dict[str, Any]:
-    """Return fingerprints of the campaign's data, its config and the versions of its packages."""
-    versions = {
+def installed_packages() -> dict[str, str]:
+    """Return the versions of the packages that decide results."""
+    return {
         dist.metadata["Name"]: dist.version
         for name in _PACKAGES
         for dist in distributions(name=name)
     }
-    return {
-        "prompts": prompts,
-        "pairs": pairs,
-        "config": config.model_dump(mode="json"),
-        "packages": versions,
-    }
 
 
-def check_data(state: Mapping[str, Any], *, prompts: str, pairs: str | None) -> None:
+def check_data(state: CheckpointState, *, prompts: str, pairs: str | None) -> None:
     """Check that the data is what the campaign was started with. Raises CheckpointError."""
-    for name, fingerprint, source in (
-        ("prompts", prompts, "the source of prompts.train"),
-        ("pairs", pairs, "the file of offline pairs"),
+    for name, before, now, source in (
+        ("prompts", state.prompts, prompts, "the source of prompts.train"),
+        ("pairs", state.pairs, pairs, "the file of offline pairs"),
     ):
-        if state[name] != fingerprint:
+        if before != now:
             raise CheckpointError(
                 f"{source} is not what this campaign was started with (its {name} changed); "
                 "restore it, or choose another run.dir"

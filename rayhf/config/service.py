@@ -1,7 +1,7 @@
-"""gRPC: where a service listens and whom it trusts, and what a client shows. Secrets are in files,
-never in a config.
+"""Config of gRPC: where a server listens and which clients it accepts; how a client identifies.
 
-A docstring under a field is its help. Relative paths start where the command was given.
+Secrets are in files, never in a config. Relative paths start at the working directory of the
+command.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rayhf.config.base import Section
 
 
 def is_loopback(host: str) -> bool:
-    """Only this machine can reach it."""
+    """Return whether only this machine can reach `host`."""
     if host == "localhost":
         return True
     try:
@@ -26,33 +26,33 @@ def is_loopback(host: str) -> bool:
 
 
 class TLSConfig(Section):
-    """PEM files."""
+    """PEM files of a server."""
 
     certificate: Path
-    """The server's, with what chains it to its CA."""
+    """The server's certificate, followed by the chain to its CA."""
     key: Path
-    """Its private key; nobody but its owner may read it (mode 0600)."""
+    """Its private key; readable by its owner only (mode 0600)."""
     client_ca: Path | None = None
-    """Mutual TLS: only clients with a certificate from here are heard."""
+    """Mutual TLS: CA that every client's certificate must be from."""
 
 
 class ServiceConfig(Section):
-    """Where a gRPC server listens. Beyond this machine only with TLS, and only for clients that say
-    who they are."""
+    """Where a gRPC server listens; other machines need TLS and a client certificate or a token."""
 
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """0 is any free one; it is printed."""
+    """Port to listen on; 0 for any free one, which is printed."""
     tls: TLSConfig | None = None
+    """TLS certificates; required for a host that other machines can reach."""
     token_file: Path | None = None
-    """A file with the token that every call must show, mode 0600. `openssl rand -hex 32` makes a
-    good one."""
+    """File with the token that every call must send, mode 0600 (`openssl rand -hex 32`)."""
     max_message_mib: PositiveInt = 16
-    """Of one message, in either direction."""
+    """Maximum size of one message, in either direction."""
     max_concurrent: PositiveInt = 64
-    """Calls at a time; more are refused at once."""
+    """Maximum number of calls in progress; further ones are refused at once."""
     grace_s: PositiveFloat = 10.0
-    """When it is told to stop, calls under way may take so long, in seconds."""
+    """Seconds that calls in progress may still take when the server stops."""
 
     @model_validator(mode="after")
     def _check_reach(self) -> ServiceConfig:
@@ -60,34 +60,34 @@ class ServiceConfig(Section):
             return self
         if self.tls is None:
             raise ValueError(
-                f"host {self.host} is reached from other machines: set tls, or host: 127.0.0.1"
+                f"host {self.host} is reachable from other machines: set tls, or host: 127.0.0.1"
             )
         if self.tls.client_ca is None and self.token_file is None:
             raise ValueError(
-                f"host {self.host} is reached from other machines: set tls.client_ca or token_file"
+                f"host {self.host} is reachable from other machines: "
+                "set tls.client_ca or token_file"
             )
         return self
 
 
 class EndpointSecurity(Section):
-    """How a client checks a server, and what it shows. Nothing at all is for services on this
-    machine."""
+    """How a client checks a server and identifies itself; nothing is needed on one machine."""
 
     ca: Path | None = None
-    """PEM file of the CA that the server's certificate must be from; turns TLS on."""
+    """PEM file of the CA that the server's certificate must be from; enables TLS."""
     certificate: Path | None = None
     """PEM file of the client's own certificate, for mutual TLS."""
     key: Path | None = None
     """Its private key, mode 0600."""
     token_file: Path | None = None
-    """A file with the service's token, mode 0600."""
+    """File with the service's token, mode 0600."""
 
     @model_validator(mode="after")
     def _check_pairs(self) -> EndpointSecurity:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key belong together: set both or neither")
         if self.certificate is not None and self.ca is None:
-            raise ValueError("a certificate is shown over TLS only: set ca")
+            raise ValueError("a client certificate needs TLS: set ca")
         return self
 
 
@@ -95,24 +95,20 @@ NO_SECURITY = EndpointSecurity()
 
 
 def split_endpoint(endpoint: str, security: EndpointSecurity) -> tuple[str, int]:
-    """(host, port) of "host:port" or "[address]:port". Raises ValueError for anything else, and for
-    another machine without TLS: neither text nor token crosses a network in the clear."""
+    """Return (host, port) of "host:port" or "[address]:port".
+
+    Raises ValueError for anything else, and for another machine without TLS: neither text nor token
+    may cross a network unencrypted.
+    """
     host, colon, port = endpoint.rpartition(":")
     bare = host.strip("[]")
-    if (
-        not colon
-        or not bare
-        or not port.isdecimal()
-        or not 0 < int(port) < 65536
-        or set(bare) & set("/ \t\n,")
-    ):
+    is_port = port.isdecimal() and 0 < int(port) < 65536
+    if not colon or not bare or not is_port or set(bare) & set("/ \t\n,"):
         raise ValueError(f"{endpoint!r} is not of the form host:port, for example 127.0.0.1:50051")
     if ":" in bare and host != f"[{bare}]":
         raise ValueError(
             f"{endpoint!r} is not of the form host:port; did you mean [{bare}]:{port}?"
         )
     if security.ca is None and not is_loopback(bare):
-        raise ValueError(
-            f"{endpoint} is another machine: set security.ca, so that the connection is TLS"
-        )
+        raise ValueError(f"{endpoint} is on another machine: set security.ca to use TLS")
     return bare, int(port)

@@ -1,1 +1,1 @@
-"""What an operator does to a campaign: status, commands and labels, over files or gRPC."""
+"""The operator's access to a campaign: status, commands and labels, over files or gRPC."""

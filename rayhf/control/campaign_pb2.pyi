@@ -1,4 +1,4 @@
-from rayhf.scorer.grpc import scorer_pb2 as _scorer_pb2
+from rayhf.service import chat_pb2 as _chat_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -111,9 +111,9 @@ class NewPrompt(_message.Message):
     __slots__ = ("messages", "answer")
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
-    messages: _containers.RepeatedCompositeFieldContainer[_scorer_pb2.Message]
+    messages: _containers.RepeatedCompositeFieldContainer[_chat_pb2.Message]
     answer: str
-    def __init__(self, messages: _Optional[_Iterable[_Union[_scorer_pb2.Message, _Mapping]]] = ..., answer: _Optional[str] = ...) -> None: ...
+    def __init__(self, messages: _Optional[_Iterable[_Union[_chat_pb2.Message, _Mapping]]] = ..., answer: _Optional[str] = ...) -> None: ...
 
 class PairsRequest(_message.Message):
     __slots__ = ("count",)
@@ -135,21 +135,21 @@ class Pair(_message.Message):
     SECOND_FIELD_NUMBER: _ClassVar[int]
     CERTAINTY_FIELD_NUMBER: _ClassVar[int]
     pair_id: str
-    messages: _containers.RepeatedCompositeFieldContainer[_scorer_pb2.Message]
+    messages: _containers.RepeatedCompositeFieldContainer[_chat_pb2.Message]
     first: str
     second: str
     certainty: float
-    def __init__(self, pair_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_scorer_pb2.Message, _Mapping]]] = ..., first: _Optional[str] = ..., second: _Optional[str] = ..., certainty: _Optional[float] = ...) -> None: ...
+    def __init__(self, pair_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_chat_pb2.Message, _Mapping]]] = ..., first: _Optional[str] = ..., second: _Optional[str] = ..., certainty: _Optional[float] = ...) -> None: ...
 
 class LabelRequest(_message.Message):
-    __slots__ = ("verdicts", "source")
-    VERDICTS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("labels", "source")
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
-    verdicts: _containers.RepeatedCompositeFieldContainer[Verdict]
+    labels: _containers.RepeatedCompositeFieldContainer[PairLabel]
     source: str
-    def __init__(self, verdicts: _Optional[_Iterable[_Union[Verdict, _Mapping]]] = ..., source: _Optional[str] = ...) -> None: ...
+    def __init__(self, labels: _Optional[_Iterable[_Union[PairLabel, _Mapping]]] = ..., source: _Optional[str] = ...) -> None: ...
 
-class Verdict(_message.Message):
+class PairLabel(_message.Message):
     __slots__ = ("pair_id", "verdict")
     PAIR_ID_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]

@@ -117,7 +117,7 @@ class CampaignServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pairs(self, request, context):
-        """The pairs of answers that the scorers are least sure about.
+        """The pairs of completions that the scorers are least certain about.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

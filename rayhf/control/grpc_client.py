@@ -1,38 +1,44 @@
-"""A campaign elsewhere, under the same verbs as one whose run directory is at hand
-(rayhf.control.commands.Control)."""
+"""Control of a campaign elsewhere: the operator commands over gRPC."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, TypeVar, cast
 
 from rayhf.config.service import EndpointSecurity
 from rayhf.control import campaign_pb2 as pb
 from rayhf.control import campaign_pb2_grpc
 from rayhf.control.labels import UncertainPair
-from rayhf.control.status import State, Status
+from rayhf.control.status import RunState, Status
 from rayhf.data.prompts import parse_messages
-from rayhf.scorer.grpc.scorer_pb2 import Message
+from rayhf.run_dir.progress import Event
+from rayhf.service import chat_pb2
 from rayhf.service.client import Client
 
 TIMEOUT_S = 30.0
 _WATCH_S = 7 * 24 * 3600.0
+Request = TypeVar("Request")
 
 
 class GrpcControl:
-    """Control over gRPC. Raises UnreachableError, ServiceError, and as ConfigError what the other
-    end refused."""
+    """Control over gRPC, with the errors of FileControl.
+
+    Raises also UnreachableError and ServiceError.
+    """
 
     def __init__(self, endpoint: str, security: EndpointSecurity, *, base: Path) -> None:
         self._client = Client(endpoint, security, base=base)
         self._stub = campaign_pb2_grpc.CampaignStub(self._client.channel)
 
     def status(self) -> Status:
-        reply = self._call(self._stub.Status, pb.StatusRequest())
+        """Return the campaign's status."""
+        reply: pb.StatusReply = self._client.call(
+            self._stub.Status, pb.StatusRequest(), timeout_s=TIMEOUT_S
+        )
         return Status(
             run=Path(reply.run),
-            state=cast(State, reply.state),
+            state=cast(RunState, reply.state),
             reason=reply.reason,
             advice=reply.advice,
             holder=reply.holder,
@@ -51,37 +57,39 @@ class GrpcControl:
             fault_count=reply.fault_count,
         )
 
-    def watch(self, going: Callable[[], bool]) -> Iterator[Mapping[str, Any]]:
+    def watch(self, is_active: Callable[[], bool]) -> Iterator[Event]:
+        """Yield the last events, then new ones as they come."""
         for event in self._client.stream(self._stub.Watch, pb.WatchRequest(), timeout_s=_WATCH_S):
-            if not going():
+            if not is_active():
                 return
-            yield {
-                "time": event.time,
-                "epoch": event.epoch,
-                "kind": event.kind,
-                "message": event.message,
-            }
+            yield Event(time=event.time, epoch=event.epoch, kind=event.kind, message=event.message)
 
-    def ask(self, wanted: Literal["pause", "stop"]) -> str:
-        if wanted == "pause":
-            return self._done(self._stub.Pause, pb.PauseRequest())
-        return self._done(self._stub.Stop, pb.StopRequest())
+    def request(self, request: Literal["pause", "stop"]) -> str:
+        """Request that the campaign pauses or stops after its current iteration."""
+        if request == "pause":
+            return self._message(self._stub.Pause, pb.PauseRequest())
+        return self._message(self._stub.Stop, pb.StopRequest())
 
     def unpause(self) -> str:
-        return self._done(self._stub.Unpause, pb.UnpauseRequest())
+        """Resume a paused campaign; guards that paused it are accepted."""
+        return self._message(self._stub.Unpause, pb.UnpauseRequest())
 
-    def add_prompts(self, rows: Sequence[Mapping[str, Any]], *, source: str) -> str:
+    def add_prompts(self, rows: Sequence[Mapping[str, object]], *, source: str) -> str:
+        """Submit prompts for the next iteration."""
         prompts = []
         for number, row in enumerate(rows, start=1):
             messages = parse_messages(row, f"prompts: row {number}")
             answer = None if row.get("answer") is None else str(row["answer"])
             prompts.append(pb.NewPrompt(messages=_messages(messages), answer=answer))
-        return self._done(
+        return self._message(
             self._stub.AddPrompts, pb.AddPromptsRequest(prompts=prompts, source=source)
         )
 
-    def pairs(self, count: int) -> list[UncertainPair]:
-        reply = self._call(self._stub.Pairs, pb.PairsRequest(count=count))
+    def uncertain_pairs(self, count: int) -> Sequence[UncertainPair]:
+        """Return the pairs of completions that the scorers are least certain about."""
+        reply: pb.PairsReply = self._client.call(
+            self._stub.Pairs, pb.PairsRequest(count=count), timeout_s=TIMEOUT_S
+        )
         return [
             UncertainPair(
                 pair_id=pair.pair_id,
@@ -94,15 +102,13 @@ class GrpcControl:
         ]
 
     def label(self, labels: Sequence[Mapping[str, str]], *, source: str) -> str:
-        verdicts = [pb.Verdict(pair_id=row["pair_id"], verdict=row["verdict"]) for row in labels]
-        return self._done(self._stub.Label, pb.LabelRequest(verdicts=verdicts, source=source))
+        """Submit labels of pairs for the next iteration."""
+        rows = [pb.PairLabel(pair_id=row["pair_id"], verdict=row["verdict"]) for row in labels]
+        return self._message(self._stub.Label, pb.LabelRequest(labels=rows, source=source))
 
-    def _call(self, method: Callable[..., Any], request: Any) -> Any:
-        return self._client.call(method, request, timeout_s=TIMEOUT_S)
-
-    def _done(self, method: Callable[..., Any], request: Any) -> str:
-        return str(self._call(method, request).message)
+    def _message(self, method: Callable[..., pb.Done], request: Request) -> str:
+        return self._client.call(method, request, timeout_s=TIMEOUT_S).message
 
 
-def _messages(messages: Sequence[Mapping[str, str]]) -> list[Message]:
-    return [Message(role=m["role"], content=m["content"]) for m in messages]
+def _messages(messages: Sequence[Mapping[str, str]]) -> list[chat_pb2.Message]:
+    return [chat_pb2.Message(role=m["role"], content=m["content"]) for m in messages]

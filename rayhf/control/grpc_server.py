@@ -1,8 +1,7 @@
-"""A campaign's control over gRPC: every call is one verb of rayhf.control.commands, on one run
-directory.
+"""The campaign's control service: each gRPC call is one operator command on one run directory.
 
-In: calls on the server's threads. Out: what FileControl says. It may serve from within `rayhf
-run`, or on its own for a campaign that is not running.
+In: calls on the server's threads. Out: the replies of FileControl. It may serve inside `rayhf run`,
+or in a process of its own for a campaign that is not running.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import grpc
 
@@ -18,15 +16,18 @@ from rayhf.config.service import ServiceConfig
 from rayhf.control import campaign_pb2 as pb
 from rayhf.control import campaign_pb2_grpc
 from rayhf.control.commands import FileControl
-from rayhf.scorer.grpc.scorer_pb2 import Message
-from rayhf.service.server import Server, refusals
+from rayhf.service import chat_pb2
+from rayhf.service.server import Server, error_statuses
 
 SERVICE = "rayhf.v1.Campaign"
-_MOST_PAIRS = 1000
+_MAX_PAIRS = 1000
 
 
 def serve_campaign(run: Path, config: ServiceConfig, *, base: Path) -> Server:
-    """A server that is listening and serving; the caller stops it. Raises ConfigError as Server."""
+    """Start a server for the campaign in `run`; the caller stops it. Raises ConfigError as Server.
+
+    Relative paths in `config` start at `base`.
+    """
     register = partial(
         campaign_pb2_grpc.add_CampaignServicer_to_server, CampaignService(FileControl(run))
     )
@@ -36,95 +37,93 @@ def serve_campaign(run: Path, config: ServiceConfig, *, base: Path) -> Server:
 
 
 class CampaignService(campaign_pb2_grpc.CampaignServicer):  # type: ignore[misc]
-    """One method per call of campaign.proto."""
+    """The calls of campaign.proto, one method each."""
 
     def __init__(self, control: FileControl) -> None:
         self._control = control
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:
-        with refusals(context):
-            found = self._control.status()
+        with error_statuses(context):
+            status = self._control.status()
         return pb.StatusReply(
-            run=str(found.run),
-            state=found.state,
-            reason=found.reason,
-            advice=found.advice,
-            holder=found.holder,
-            epoch=found.epoch,
-            algorithm=found.algorithm,
-            takes_labels=found.takes_labels,
-            iteration=found.iteration,
-            iterations=found.iterations,
-            phase=found.phase,
-            progress_age_s=found.progress_age_s,
-            eta_s=found.eta_s,
-            versions=found.versions,
-            commit=found.commit,
-            health=found.health,
-            faults=found.faults,
-            fault_count=found.fault_count,
+            run=str(status.run),
+            state=status.state,
+            reason=status.reason,
+            advice=status.advice,
+            holder=status.holder,
+            epoch=status.epoch,
+            algorithm=status.algorithm,
+            takes_labels=status.takes_labels,
+            iteration=status.iteration,
+            iterations=status.iterations,
+            phase=status.phase,
+            progress_age_s=status.progress_age_s,
+            eta_s=status.eta_s,
+            versions=status.versions,
+            commit=status.commit,
+            health=status.health,
+            faults=status.faults,
+            fault_count=status.fault_count,
         )
 
     def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.Event]:
-        with refusals(context):
+        with error_statuses(context):
             for event in self._control.watch(context.is_active):
                 yield pb.Event(
-                    time=event["time"],
-                    epoch=event["epoch"],
-                    kind=event["kind"],
-                    message=event["message"],
+                    time=event.time, epoch=event.epoch, kind=event.kind, message=event.message
                 )
 
     def Pause(self, request: pb.PauseRequest, context: grpc.ServicerContext) -> pb.Done:
-        with refusals(context):
-            return pb.Done(message=self._control.ask("pause"))
+        with error_statuses(context):
+            return pb.Done(message=self._control.request("pause"))
 
     def Unpause(self, request: pb.UnpauseRequest, context: grpc.ServicerContext) -> pb.Done:
-        with refusals(context):
+        with error_statuses(context):
             return pb.Done(message=self._control.unpause())
 
     def Stop(self, request: pb.StopRequest, context: grpc.ServicerContext) -> pb.Done:
-        with refusals(context):
-            return pb.Done(message=self._control.ask("stop"))
+        with error_statuses(context):
+            return pb.Done(message=self._control.request("stop"))
 
     def AddPrompts(self, request: pb.AddPromptsRequest, context: grpc.ServicerContext) -> pb.Done:
         rows = []
         for prompt in request.prompts:
-            row: dict[str, Any] = {
+            row: dict[str, object] = {
                 "messages": [{"role": m.role, "content": m.content} for m in prompt.messages]
             }
-            rows.append(row | ({"answer": prompt.answer} if prompt.HasField("answer") else {}))
-        with refusals(context):
-            return pb.Done(
-                message=self._control.add_prompts(rows, source=_source(request.source, context))
-            )
+            if prompt.HasField("answer"):
+                row["answer"] = prompt.answer
+            rows.append(row)
+        source = _source(request.source, context)
+        with error_statuses(context):
+            return pb.Done(message=self._control.add_prompts(rows, source=source))
 
     def Pairs(self, request: pb.PairsRequest, context: grpc.ServicerContext) -> pb.PairsReply:
-        with refusals(context):
-            found = self._control.pairs(min(request.count, _MOST_PAIRS))
+        with error_statuses(context):
+            pairs = self._control.uncertain_pairs(min(request.count, _MAX_PAIRS))
         return pb.PairsReply(
             pairs=[
                 pb.Pair(
                     pair_id=pair.pair_id,
-                    messages=[Message(role=m["role"], content=m["content"]) for m in pair.messages],
+                    messages=[
+                        chat_pb2.Message(role=m["role"], content=m["content"])
+                        for m in pair.messages
+                    ],
                     first=pair.first,
                     second=pair.second,
                     certainty=pair.certainty,
                 )
-                for pair in found
+                for pair in pairs
             ]
         )
 
     def Label(self, request: pb.LabelRequest, context: grpc.ServicerContext) -> pb.Done:
-        labels = [
-            {"pair_id": verdict.pair_id, "verdict": verdict.verdict} for verdict in request.verdicts
-        ]
-        with refusals(context):
-            return pb.Done(
-                message=self._control.label(labels, source=_source(request.source, context))
-            )
+        rows = [{"pair_id": label.pair_id, "verdict": label.verdict} for label in request.labels]
+        source = _source(request.source, context)
+        with error_statuses(context):
+            return pb.Done(message=self._control.label(rows, source=source))
 
 
-def _source(said: str, context: grpc.ServicerContext) -> str:
-    """Who hands something in: what they say of themselves, and where from."""
-    return f"{said[:100] or 'unnamed'} at {context.peer()}"
+def _source(name: str, context: grpc.ServicerContext) -> str:
+    """Return who submits: the name the client gives, and the address it connects from."""
+    return f"{name[:100] or 'unnamed'} at {context.peer()}"

@@ -1,67 +1,90 @@
-"""Human preferences: which pairs of answers people should look at, and what their verdicts become.
+"""Human preferences: which pairs of completions people should label, and what labels become.
 
-In: a run directory's committed samples, and rows of its inbox. Out: pairs, least certain first;
-training examples of the verdicts.
+In: the committed samples of a run directory, and labels of its inbox. Out: pairs, least certain
+first; training examples.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from rayhf.errors import ConfigError
-from rayhf.run_dir.files import storage_errors
+from rayhf.run_dir.files import iteration_name, storage_errors
 from rayhf.run_dir.inbox import submitted_rows
-from rayhf.types import Example, Message, given_row
+from rayhf.run_dir.state import CampaignState, read_state
+from rayhf.types import Example, JsonObject, Message, given_row
 
 VERDICTS = ("first", "second", "tie")
-_ROUNDS_BACK = 5
-"""Pairs are offered of so many of the last committed rounds: older answers are not the policy's any
-more."""
+_RECENT = 5
+"""Committed iterations that pairs come from: older completions no longer represent the policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UncertainPair:
-    """Two answers to one prompt that the scorers hardly tell apart."""
+    """Two completions of one prompt that the scorers hardly distinguish."""
 
     pair_id: str
-    """round/prompt/first/second: indices into the round's samples of the prompt."""
+    """iteration/prompt/first/second; the last two are indices into the prompt's samples."""
     messages: tuple[Message, ...]
-    """What was asked."""
+    """The prompt."""
     first: str
     second: str
     certainty: float
     """|P(first is better) - 1/2| of a pairwise scorer; otherwise the distance of the scores, in
-    standard deviations of the round's scores."""
+    standard deviations of the iteration's scores."""
 
 
-def unsure_pairs(run: Path, count: int) -> list[UncertainPair]:
-    """The least certain pairs nobody has judged yet, newest round first; at most one per prompt and
-    round."""
-    committed = int(json.loads((run / "campaign.json").read_text(encoding="utf-8"))["iteration"])
-    judged = {row["pair_id"] for row in submitted_rows(run, "labels")}
-    found: list[UncertainPair] = []
-    for iteration in range(committed, max(0, committed - _ROUNDS_BACK), -1):
+class _ScoredRow(TypedDict):
+    """A scored row of the samples table."""
+
+    messages: list[Message]
+    sample: int
+    text: str
+    score: float
+    wins: list[float] | None
+
+
+class _TokenRow(TypedDict):
+    """What a training row needs of the samples table."""
+
+    prompt_id: str
+    sample: int
+    context_ids: list[int]
+    token_ids: list[int]
+
+
+def uncertain_pairs(run: Path, count: int) -> list[UncertainPair]:
+    """Return the least certain pairs without a label, newest iteration first.
+
+    At most one per prompt and iteration.
+    """
+    committed = _committed(run)
+    labeled = {row["pair_id"] for row in submitted_rows(run, "labels")}
+    pairs: list[UncertainPair] = []
+    for iteration in range(committed, max(0, committed - _RECENT), -1):
         file = _samples_file(run, iteration)
-        if len(found) >= count or not file.exists():
+        if len(pairs) >= count or not file.exists():
             break
-        found += sorted(
-            (p for p in _pairs_of(file, iteration) if p.pair_id not in judged),
-            key=lambda pair: pair.certainty,
-        )
-    return found[:count]
+        candidates = (pair for pair in _pairs(file, iteration) if pair.pair_id not in labeled)
+        pairs += sorted(candidates, key=lambda pair: pair.certainty)
+    return pairs[:count]
 
 
-def _pairs_of(file: Path, iteration: int) -> Iterator[UncertainPair]:
+def _committed(run: Path) -> int:
+    return (read_state(run) or CampaignState()).iteration
+
+
+def _pairs(file: Path, iteration: int) -> Iterator[UncertainPair]:
+    """Yield each prompt's least certain pair of different texts."""
     columns = ["prompt_id", "messages", "sample", "kind", "parent", "text", "score", "wins"]
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[str, list[_ScoredRow]] = defaultdict(list)
     for row in pq.read_table(file, columns=columns).to_pylist():
         if row["kind"] == "answer" and row["parent"] is None and row["score"] is not None:
             groups[row["prompt_id"]].append(row)
@@ -69,10 +92,12 @@ def _pairs_of(file: Path, iteration: int) -> Iterator[UncertainPair]:
     spread = float(np.std(scores)) if scores else 0.0
     for prompt, rows in groups.items():
         best = None
-        for i, first in enumerate(rows):
-            for second in rows[i + 1 :]:
+        for index, first in enumerate(rows):
+            for second in rows[index + 1 :]:
+                if first["text"] == second["text"]:
+                    continue
                 certainty = _certainty(first, second, spread)
-                if first["text"] != second["text"] and (best is None or certainty < best.certainty):
+                if best is None or certainty < best.certainty:
                     best = UncertainPair(
                         pair_id=f"{iteration}/{prompt}/{first['sample']}/{second['sample']}",
                         messages=tuple(first["messages"]),
@@ -84,34 +109,31 @@ def _pairs_of(file: Path, iteration: int) -> Iterator[UncertainPair]:
             yield best
 
 
-def _certainty(first: Mapping[str, Any], second: Mapping[str, Any], spread: float) -> float:
-    if first["wins"] is not None and np.isfinite(first["wins"][second["sample"]]):
-        return abs(float(first["wins"][second["sample"]]) - 0.5)
-    return abs(float(first["score"]) - float(second["score"])) / spread if spread else 0.0
+def _certainty(first: _ScoredRow, second: _ScoredRow, spread: float) -> float:
+    wins = first["wins"]
+    if wins is not None and np.isfinite(wins[second["sample"]]):
+        return abs(wins[second["sample"]] - 0.5)
+    return abs(first["score"] - second["score"]) / spread if spread else 0.0
 
 
 def check_label(run: Path, pair_id: str, verdict: str) -> None:
-    """Raises ConfigError unless the pair is of a committed round and the verdict is one."""
+    """Raise ConfigError for an unknown verdict, or a pair of no committed iteration."""
     if verdict not in VERDICTS:
         raise ConfigError(f"the verdict is {verdict!r:.40}; expected {', '.join(VERDICTS)}")
-    _answers(
-        run,
-        pair_id,
-        committed=int(json.loads((run / "campaign.json").read_text(encoding="utf-8"))["iteration"]),
-    )
+    _completions(run, pair_id, committed=_committed(run))
 
 
-def labeled_examples(run: Path, labels: Sequence[Mapping[str, Any]]) -> tuple[Example, ...]:
-    """(preferred, other) for every verdict that is none of a tie, of rows that the inbox holds.
+def labeled_examples(run: Path, labels: Sequence[JsonObject]) -> tuple[Example, ...]:
+    """Return a (preferred, other) example for every label that is not a tie.
 
-    The rows are given ones: their lineage is the inbox, and their answers may be older than an
-    importance weight can mend.
+    Their rows count as given, not sampled: their lineage is the inbox, and their completions may be
+    older than importance weights can correct.
     """
     examples = []
     for label in labels:
         if label["verdict"] == "tie":
             continue
-        first, second = _answers(run, label["pair_id"])
+        first, second = _completions(run, str(label["pair_id"]))
         chosen, rejected = (first, second) if label["verdict"] == "first" else (second, first)
         rows = tuple(
             given_row(row["prompt_id"], row["context_ids"], row["token_ids"])
@@ -121,32 +143,38 @@ def labeled_examples(run: Path, labels: Sequence[Mapping[str, Any]]) -> tuple[Ex
     return tuple(examples)
 
 
-def _answers(
+def _completions(
     run: Path, pair_id: str, *, committed: int | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two rows of the round's samples."""
+) -> tuple[_TokenRow, _TokenRow]:
+    """Return the two rows of a pair.
+
+    Raises ConfigError for a pair that does not exist, or that is newer than `committed`.
+    """
     parts = pair_id.split("/")
-    if len(parts) != 4 or not all(
-        parts[i].isascii() and parts[i].isdecimal() and len(parts[i]) < 10 for i in (0, 2, 3)
-    ):
+    if len(parts) != 4 or not all(map(_is_index, (parts[0], *parts[2:]))):
         raise ConfigError(
-            f"no pair {pair_id!r:.80}; expected round/prompt/first/second, as it was given"
+            f"no pair {pair_id!r:.80}; expected iteration/prompt/first/second, as in `rayhf pairs`"
         )
-    iteration, prompt, numbers = int(parts[0]), parts[1], (int(parts[2]), int(parts[3]))
+    iteration = int(parts[0])
+    first = int(parts[2])
+    second = int(parts[3])
     file = _samples_file(run, iteration)
     if not file.exists() or (committed is not None and iteration > committed):
-        raise ConfigError(f"no pair {pair_id!r:.80}: round {iteration} is not committed")
+        raise ConfigError(f"no pair {pair_id!r:.80}: iteration {iteration} is not committed")
+    columns = ["prompt_id", "sample", "context_ids", "token_ids"]
     with storage_errors("read", file):
-        rows = pq.read_table(
-            file,
-            columns=["prompt_id", "sample", "context_ids", "token_ids"],
-            filters=[("prompt_id", "==", prompt)],
-        ).to_pylist()
-    found = {row["sample"]: row for row in rows}
-    if numbers[0] == numbers[1] or not set(numbers) <= found.keys():
-        raise ConfigError(f"no pair {pair_id!r:.80}: round {iteration} has no such two answers")
-    return found[numbers[0]], found[numbers[1]]
+        table = pq.read_table(file, columns=columns, filters=[("prompt_id", "==", parts[1])])
+    rows: dict[int, _TokenRow] = {row["sample"]: row for row in table.to_pylist()}
+    if first == second or not {first, second} <= rows.keys():
+        raise ConfigError(
+            f"no pair {pair_id!r:.80}: iteration {iteration} does not have these two completions"
+        )
+    return rows[first], rows[second]
+
+
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def _samples_file(run: Path, iteration: int) -> Path:
-    return run / "samples" / f"iteration-{iteration:06d}.parquet"
+    return run / "samples" / f"{iteration_name(iteration)}.parquet"

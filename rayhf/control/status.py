@@ -1,62 +1,73 @@
-"""How a campaign is doing, from the files of its run directory alone: Ray may be dead, the machine
-another one."""
+"""The status of a campaign, read from its run directory.
+
+In: files only; the campaign may have crashed, or run on another machine. Out: a Status with the
+reason for its state and what to do next. Takes no lock.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
-from rayhf.config.registry import ALGORITHMS
 from rayhf.errors import ConfigError
-from rayhf.run_dir.state import read_state
+from rayhf.run_dir.files import MANIFEST
+from rayhf.run_dir.progress import Event, Progress, parse_event, read_progress
+from rayhf.run_dir.state import CampaignState, read_state
 
-State = Literal["new", "running", "stalled", "paused", "stopped", "crashed", "done"]
+RunState = Literal["new", "running", "stalled", "paused", "stopped", "crashed", "done"]
 _TAIL_BYTES = 1 << 18
+_EVENT_FILES = 20
+"""Logs of the newest attempts that are read: enough for the faults of a day."""
+_FAULTS = 5
 _STALE_S = 120.0
-"""A heartbeat older than this, on a machine whose processes cannot be seen from here, is no sign of
-life."""
+"""Age of a heartbeat from another host above which its process is taken to be gone."""
+_STOPPED = 75
+"""Exit code of a campaign that was interrupted on request."""
+_RESUMES = "fix the dependency; the run resumes automatically"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """What a person wants to know at three in the morning."""
+    """Everything `rayhf status` shows."""
 
     run: Path
-    state: State
+    state: RunState
     reason: str
-    """Why it is not running; empty where it is."""
+    """Why the campaign is not running; empty where it is."""
     advice: str
     """What to do next."""
     holder: str
-    """Who holds the lock: host, pid, since when; empty where nobody does."""
+    """Host, pid and start of the process that holds the lock; empty where none does."""
     epoch: int
     algorithm: str
     takes_labels: bool
-    """Whether people's verdicts on pairs of answers are trained on."""
+    """Whether the algorithm trains on human labels of pairs of completions."""
     iteration: int
-    """Rounds committed."""
+    """The last committed iteration."""
     iterations: int
-    """Rounds wanted."""
+    """Iterations that the config asks for."""
     phase: str
     progress_age_s: float | None
-    """Since anything moved; None where nothing ever did."""
+    """Seconds since anything moved; None where nothing ever did."""
     eta_s: float | None
     versions: Mapping[str, float]
+    """Weight version per policy, by metric name."""
     commit: str
-    """The newest checkpoint, its age and size."""
+    """The committed checkpoint, its age and size."""
     health: Mapping[str, float]
-    """The last values of what guards look at."""
+    """Latest values of the metrics that guards check."""
     faults: Sequence[str]
-    """Of the last day, newest last."""
+    """The last faults within a day, newest last."""
     fault_count: int
+    """All faults within a day."""
 
 
 _HEALTH = (
@@ -70,8 +81,11 @@ _HEALTH = (
 
 
 def read_status(run: Path, *, now: float | None = None) -> Status:
-    """Raises ConfigError where `run` is no run directory, CheckpointError where its campaign.json
-    is damaged."""
+    """Return the status of the campaign in `run`; `now` is in seconds since 1970.
+
+    Raises ConfigError where `run` is not a run directory, CheckpointError where its campaign.json
+    is damaged.
+    """
     now = time.time() if now is None else now
     campaign = read_state(run)
     if campaign is None:
@@ -80,141 +94,142 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{run} is not a run directory yet: {error}") from None
-    progress = _json(run / "progress.json") or {}
+    progress = read_progress(run) or Progress()
     events = _events(run)
-    metrics = _last_lines(run / "metrics.jsonl")
+    metrics = list(_metrics(run))
+    latest = metrics[-1] if metrics else {}
     holder = lock_holder(run)
-    age = now - progress["time"] if "time" in progress else None
+    age = None if progress.time is None else now - progress.time
+    waiting = progress.waiting if progress.epoch == campaign.epoch else ""
+    end = next((e for e in reversed(events) if e.kind == "end" and e.epoch == campaign.epoch), None)
+    stall_s = float(config["run"]["stall_s"])
+    state, reason = _state(campaign, holder, age, end, waiting, stall_s=stall_s)
+    resumes = bool(waiting and holder) and campaign.state != "paused"
     iterations = int(config["run"]["iterations"])
-    ended = next(
-        (
-            event
-            for event in reversed(events)
-            if event["kind"] == "end" and event["epoch"] == campaign["epoch"]
-        ),
-        None,
-    )
-    waiting = str(progress.get("waiting", "")) if progress.get("epoch") == campaign["epoch"] else ""
-    state, reason = _state(
-        campaign, holder, age, ended, waiting, stall_s=float(config["run"]["stall_s"])
-    )
-    day = datetime.fromtimestamp(now, UTC) - timedelta(days=1)
-    faults = [
-        e
-        for e in events
-        if e["kind"] in ("fault", "pause") and datetime.fromisoformat(e["time"]) > day
-    ]
-    last = metrics[-1] if metrics else {}
-    done, total = progress.get("done", 0), progress.get("total", 0)
-    phase = str(progress.get("phase", "")) + (f" {done}/{total}" if total else "")
-    seconds = [line["time/iteration_s"] for line in metrics if "time/iteration_s" in line]
-    left = iterations - int(campaign["iteration"])
+    faults = _faults(events, now)
     return Status(
         run=run,
         state=state,
         reason=reason,
-        advice=_WAITS
-        if waiting and campaign["state"] != "paused" and holder
-        else _advice(state, run, campaign),
+        advice=_RESUMES if resumes else _advice(state, run, campaign),
         holder=holder,
-        epoch=int(campaign["epoch"]),
+        epoch=campaign.epoch,
         algorithm=config["algorithm"]["type"],
-        takes_labels=hasattr(ALGORITHMS.resolve(config["algorithm"]["type"]), "takes_labels"),
-        iteration=int(campaign["iteration"]),
+        takes_labels=campaign.takes_labels,
+        iteration=campaign.iteration,
         iterations=iterations,
-        phase=f"round {progress['iteration']}, {phase}" if "iteration" in progress else "",
+        phase=_phase(progress),
         progress_age_s=age,
-        eta_s=left * sum(seconds) / len(seconds) if seconds and state == "running" else None,
-        versions={name: value for name, value in last.items() if name.endswith("/version")},
+        eta_s=_eta_s(metrics, iterations - campaign.iteration) if state == "running" else None,
+        versions={name: value for name, value in latest.items() if name.endswith("/version")},
         commit=_commit(run, campaign, now),
-        health={name: last[name] for name in _HEALTH if name in last},
-        faults=[f"{e['time'][:19]} {e['message']}" for e in faults[-5:]],
+        health={name: latest[name] for name in _HEALTH if name in latest},
+        faults=[f"{event.time[:19]} {event.message}" for event in faults[-_FAULTS:]],
         fault_count=len(faults),
     )
 
 
 def _state(
-    campaign: Mapping[str, Any],
+    campaign: CampaignState,
     holder: str,
     age: float | None,
-    ended: Mapping[str, Any] | None,
+    end: Event | None,
     waiting: str,
     *,
     stall_s: float,
-) -> tuple[State, str]:
-    if campaign["state"] == "done":
+) -> tuple[RunState, str]:
+    """Return the state and its reason."""
+    if campaign.state == "done":
         return "done", ""
     if holder:
-        if campaign["state"] == "paused" or waiting:
-            return "paused", campaign["reason"] or waiting
-        quiet = age is not None and age > 3 * stall_s
-        return ("stalled", f"nothing has moved for {age:.0f} s") if quiet else ("running", "")
-    if (
-        campaign["state"] == "paused" and campaign["guards"]
-    ):  # an operator's pause ends with its process
-        return "paused", campaign["reason"] or ""
-    if campaign["state"] == "new" and ended is None:
+        if campaign.state == "paused" or waiting:
+            return "paused", campaign.reason or waiting
+        if age is not None and age > 3 * stall_s:
+            return "stalled", f"no progress for {age:.0f} s"
+        return "running", ""
+    # An operator's pause ends with the process; one by a guard stays until it is accepted.
+    if campaign.state == "paused" and campaign.guards:
+        return "paused", campaign.reason or ""
+    if campaign.state == "new" and end is None:
         return "new", ""
-    if ended is None:
-        return "crashed", "its process ended without a word (killed, or its machine is gone)"
-    return ("stopped" if ended.get("code") == 75 else "crashed"), ended["message"]
+    if end is None:
+        return "crashed", (
+            "its process exited without reporting an error (killed, or its machine was lost)"
+        )
+    return ("stopped" if end.code == _STOPPED else "crashed"), end.message
 
 
-_WAITS = "mend what it waits for: it goes on by itself"
-
-
-def _advice(state: State, run: Path, campaign: Mapping[str, Any]) -> str:
-    where = f"round {campaign['iteration']}"
-    again = f"the same `rayhf run` command continues after {where}"
+def _advice(state: RunState, run: Path, campaign: CampaignState) -> str:
+    again = f"the same `rayhf run` command continues after iteration {campaign.iteration}"
+    unpause = f"`rayhf unpause {run}`"
     return {
         "new": again,
         "running": "nothing to do",
-        "stalled": f"look at {run}/logs for who hangs; end the process, then {again}",
-        "paused": f"`rayhf unpause {run}`"
-        + (f", then {again}" if campaign["guards"] else " lets it go on"),
+        "stalled": f"see {run}/logs for the actor that hangs; end the process, then {again}",
+        "paused": f"{unpause}, then {again}" if campaign.guards else f"{unpause} resumes it",
         "stopped": again,
-        "crashed": f"see why above, then {again}",
+        "crashed": f"fix the reason above, then {again}",
         "done": f"the policy is in {run}/policy",
     }[state]
 
 
-def lock_holder(run: Path) -> str:
-    """host, pid and since when of the process that holds the run directory's lock; empty where none
-    does.
+def _phase(progress: Progress) -> str:
+    if progress.iteration is None:
+        return ""
+    count = f" {progress.done}/{progress.total}" if progress.total else ""
+    return f"iteration {progress.iteration}, {progress.phase}{count}"
 
-    Asks nobody and takes no lock, so that looking can never get in a launcher's way: /proc/locks on
-    the holder's own host, and fresh heartbeats where the holder is on another.
+
+def _eta_s(metrics: Sequence[Mapping[str, float]], left: int) -> float | None:
+    """Estimate the remaining seconds from the mean of recent iterations."""
+    seconds = [line["time/iteration_s"] for line in metrics if "time/iteration_s" in line]
+    return left * sum(seconds) / len(seconds) if seconds else None
+
+
+def _faults(events: Sequence[Event], now: float) -> list[Event]:
+    """Return the faults and pauses of the last day."""
+    day = datetime.fromtimestamp(now, UTC) - timedelta(days=1)
+    return [
+        event
+        for event in events
+        if event.kind in ("fault", "pause") and datetime.fromisoformat(event.time) > day
+    ]
+
+
+def lock_holder(run: Path) -> str:
+    """Return host, pid and start of the process that holds the run directory's lock, if any.
+
+    Takes no lock itself, so that it can never refuse a launcher: on the holder's own host it reads
+    /proc/locks, for another host it trusts a fresh heartbeat.
     """
     file = run / ".lock"
     try:
-        text, inode = file.read_text(encoding="utf-8"), file.stat().st_ino
-        locks = Path("/proc/locks").read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
+        inode = file.stat().st_ino
+        locks = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
-    if any(
-        line.split()[1:2] == ["FLOCK"] and line.split()[5].endswith(f":{inode}")
-        for line in locks.splitlines()
-    ):
+    entries = [line.split() for line in locks]
+    if any(entry[1:2] == ["FLOCK"] and entry[5].endswith(f":{inode}") for entry in entries):
         return text
-    here = f"host {os.uname().nodename}, "
-    progress = _json(run / "progress.json")
-    fresh = progress is not None and time.time() - progress.get("alive", 0.0) < _STALE_S
-    return text if text and not text.startswith(here) and fresh else ""
+    is_here = text.startswith(f"host {os.uname().nodename}, ")
+    progress = read_progress(run)
+    is_fresh = progress is not None and time.time() - progress.alive < _STALE_S
+    return text if is_fresh and not is_here else ""
 
 
-def _commit(run: Path, campaign: Mapping[str, Any], now: float) -> str:
-    if campaign["checkpoint"] is None:
+def _commit(run: Path, campaign: CampaignState, now: float) -> str:
+    """Describe the committed checkpoint."""
+    if campaign.checkpoint is None:
         return "none yet"
-    directory = run / "checkpoints" / campaign["checkpoint"]
+    manifest = run / "checkpoints" / campaign.checkpoint / MANIFEST
     try:
-        entries = json.loads((directory / "MANIFEST.json").read_text(encoding="utf-8"))[
-            "files"
-        ].values()
+        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"].values()
         size = sum(entry["bytes"] for entry in entries)
-        age = now - (directory / "MANIFEST.json").stat().st_mtime
+        age = now - manifest.stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{directory.name}: not readable ({error})"
-    return f"{directory.name}, {_age(age)} ago, {size / 2**20:,.1f} MiB"
+        return f"{campaign.checkpoint}: cannot be read ({error})"
+    return f"{campaign.checkpoint}, {_age(age)} ago, {size / 2**20:,.1f} MiB"
 
 
 def _age(seconds: float) -> str:
@@ -224,32 +239,29 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _json(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+def _events(run: Path) -> list[Event]:
+    """Return recent events, oldest first."""
+    files = sorted((run / "logs").glob("attempt-*/events.jsonl"))[-_EVENT_FILES:]
+    events = (parse_event(line) for file in files for line in _last_lines(file))
+    return [event for event in events if event is not None]
 
 
-def _events(run: Path) -> list[dict[str, Any]]:
-    """Of the newest attempts: enough to tell the last day's story."""
-    files = sorted((run / "logs").glob("attempt-*/events.jsonl"))[-20:]
-    return [line for file in files for line in _last_lines(file)]
+def _metrics(run: Path) -> Iterator[dict[str, float]]:
+    """Yield the metrics of recent iterations, oldest first."""
+    for line in _last_lines(run / "metrics.jsonl"):
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(metrics, dict):
+            yield metrics
 
 
-def _last_lines(file: Path) -> list[dict[str, Any]]:
-    """The JSON objects in a file's last part; a torn line does not count."""
+def _last_lines(file: Path) -> list[bytes]:
+    """Return the lines in a file's last part; the first and the last one may be incomplete."""
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - _TAIL_BYTES))
-            lines = stream.read().splitlines()
+            return stream.read().splitlines()
     except OSError:
         return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in found if isinstance(line, dict)]

@@ -1,1 +1,1 @@
-"""Many coroutines over engines that batch: the request scheduler and the journal."""
+"""Exploration: many coroutines over engines that batch, their two schedulers, and the journal."""

@@ -1,5 +1,4 @@
-"""What a round's exploration amounts to: its metrics, and the budget of completions that could not
-be scored."""
+"""Metrics of an iteration's exploration, and the budget of completions that could not be scored."""
 
 from __future__ import annotations
 
@@ -12,59 +11,61 @@ from rayhf.types import Failed, Group, Invalid, Scored
 
 
 class FailureBudget:
-    """Stops a round as soon as more completions than allowed could not be scored."""
+    """Stops an iteration as soon as too many completions could not be scored."""
 
     def __init__(self, *, limit: float, expected: int) -> None:
-        self.limit, self.allowed = limit, limit * expected
-        self.bad, self.heard, self.expected = 0, 0, expected
+        """Allow the share `limit` of `expected` completions to be without a score."""
+        self.limit = limit
+        self.expected = expected
+        self.unscored = 0
+        self.outcomes = 0
 
-    def hear(self, group: Group) -> None:
-        judged = [s.outcome for s in group.samples if s.outcome is not None]
-        bad = [outcome for outcome in judged if not isinstance(outcome, Scored)]
-        self.bad += len(bad)
-        self.heard += len(judged)
-        if bad and self.bad > self.allowed:
-            first = bad[0]
+    def count(self, group: Group) -> None:
+        """Count a finished group. Raises ScorerError where the budget is exceeded."""
+        outcomes = [s.outcome for s in group.samples if s.outcome is not None]
+        unscored = [outcome for outcome in outcomes if not isinstance(outcome, Scored)]
+        self.unscored += len(unscored)
+        self.outcomes += len(outcomes)
+        if unscored and self.unscored > self.limit * self.expected:
+            last = unscored[0]
             raise ScorerError(
-                f"{self.bad} of {self.heard} completions could not be scored (scorer.max_failed allows {self.limit:.0%} of "
-                f"{self.expected} in a round); the last: {type(first).__name__}: {first.reason}"
+                f"{self.unscored} of {self.outcomes} completions could not be scored "
+                f"(scorer.max_failed allows {self.limit:.0%} of {self.expected} per iteration); "
+                f"the last: {type(last).__name__}: {last.reason}"
             )
 
 
 def exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """Lengths and truncation are of the answers."""
+    """Return the metrics of the groups; `version` is the current weight version.
+
+    Lengths and truncation are those of samples of kind "answer", where there are any.
+    """
     samples = [s for g in groups for s in g.samples]
-    completions = [s.completion for s in samples if s.kind == "answer"] or [
-        s.completion for s in samples
-    ]
+    completions = [s.completion for s in samples if s.kind == "answer"]
+    completions = completions or [s.completion for s in samples]
     if not completions:
         return {}
-    lengths = [len(c.token_ids) for c in completions]
-    values = [s.outcome.value for s in samples if isinstance(s.outcome, Scored)]
+    scored = [s.outcome for s in samples if isinstance(s.outcome, Scored)]
+    oldest = min(c.policy_version for c in completions)
     metrics = {
-        "rollout/length_mean": float(np.mean(lengths)),
+        "rollout/length_mean": float(np.mean([len(c.token_ids) for c in completions])),
         "rollout/truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
         "scorer/invalid": float(sum(isinstance(s.outcome, Invalid) for s in samples)),
         "scorer/failed": float(sum(isinstance(s.outcome, Failed) for s in samples)),
-        "staleness/max": float(version - min(c.policy_version for c in completions)),
+        "staleness/max": float(version - oldest),
     }
-    if values:
-        metrics |= {
-            "scorer/reward_mean": float(np.mean(values)),
-            "scorer/reward_std": float(np.std(values)),
-        }
+    if scored:
+        values = [outcome.value for outcome in scored]
+        metrics["scorer/reward_mean"] = float(np.mean(values))
+        metrics["scorer/reward_std"] = float(np.std(values))
     parts: dict[str, list[float]] = {}
-    for sample in samples:
-        if isinstance(sample.outcome, Scored):
-            for name, value in sample.outcome.parts.items():
-                parts.setdefault(name, []).append(value)
+    for outcome in scored:
+        for name, value in outcome.parts.items():
+            parts.setdefault(name, []).append(value)
     if len(parts) > 1:
-        metrics |= {
-            f"scorer/{name}/reward_mean": float(np.mean(values)) for name, values in parts.items()
-        }
-    names = sorted({name for group in groups for name in group.metrics})
-    for name in names:
-        metrics[name] = float(
-            np.mean([group.metrics[name] for group in groups if name in group.metrics])
-        )
+        for name, values in parts.items():
+            metrics[f"scorer/{name}/reward_mean"] = float(np.mean(values))
+    for name in sorted({name for group in groups for name in group.metrics}):
+        values = [group.metrics[name] for group in groups if name in group.metrics]
+        metrics[name] = float(np.mean(values))
     return metrics

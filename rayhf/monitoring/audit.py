@@ -1,7 +1,6 @@
-"""Whether a run directory is whole: what was committed is there as it was written, and every sample
-exists exactly once.
+"""The audit of a run directory: committed files are unchanged, every sample exists exactly once.
 
-Reads files, changes nothing. `rayhf verify` shows the findings.
+In: a run directory. Out: findings, which `rayhf verify` shows. Changes nothing and needs no Ray.
 """
 
 from __future__ import annotations
@@ -12,68 +11,62 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
 
 from rayhf.errors import CheckpointError, ConfigError
-from rayhf.run_dir.checkpoints import directory_name, read_checkpoint
-from rayhf.run_dir.files import MANIFEST, sha256
-from rayhf.run_dir.state import read_state
+from rayhf.run_dir.checkpoints import read_checkpoint
+from rayhf.run_dir.files import MANIFEST, iteration_name, sha256
+from rayhf.run_dir.state import CampaignState, read_state
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     problem: str
-    """Empty where all is well."""
+    """Empty where the check passed."""
 
 
 def audit(run: Path, *, deep: bool) -> Iterator[Finding]:
-    """Everything that can be checked without Ray; `deep` also opens every tensor.
+    """Check everything that a campaign committed; `deep` also opens every tensor.
 
-    Raises ConfigError for no run directory, CheckpointError where campaign.json is damaged.
+    Raises ConfigError for what is not a run directory, CheckpointError where campaign.json is
+    damaged.
     """
     try:
         campaign = read_state(run)
         if campaign is None:
             raise ConfigError(f"{run} is not a run directory: there is no campaign.json in it")
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        committed, batch = campaign["iteration"], int(config["prompts"]["batch"])
+        batch = int(config["prompts"]["batch"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{run} is not a run directory ({error})") from None
+    committed = campaign.iteration
     yield from _checkpoints(run, campaign)
-    yield Finding(f"metrics of rounds 0 to {committed}", _metrics(run, committed))
+    yield Finding(f"metrics of iterations 0 to {committed}", _metrics(run, committed))
     for iteration in range(1, committed + 1):
-        yield Finding(f"samples and pairs of round {iteration}", _samples(run, iteration, batch))
+        yield Finding(
+            f"samples and examples of iteration {iteration}", _tables(run, iteration, batch)
+        )
     if deep:
-        for file in sorted(
-            [
-                *run.glob("checkpoints/iteration-*/**/*.safetensors"),
-                *run.glob("policy*/*.safetensors"),
-            ]
-        ):
+        patterns = ("checkpoints/iteration-*/**/*.safetensors", "policy*/*.safetensors")
+        for file in sorted(file for pattern in patterns for file in run.glob(pattern)):
             yield Finding(f"tensors of {file.relative_to(run)}", _tensors(file))
 
 
-def _checkpoints(run: Path, campaign: dict[str, Any]) -> Iterator[Finding]:
+def _checkpoints(run: Path, campaign: CampaignState) -> Iterator[Finding]:
     folders = sorted((run / "checkpoints").glob("iteration-*"))
     for folder in folders:
         yield Finding(f"checkpoint {folder.name}", _problem(partial(read_checkpoint, folder)))
-    if campaign["checkpoint"] is None:
+    if campaign.checkpoint is None:
         return
-    newest = run / "checkpoints" / str(campaign["checkpoint"])
-    if (
-        campaign["checkpoint"] != directory_name(int(campaign["iteration"]))
-        or newest not in folders
-    ):
-        yield Finding(
-            "last commit", f"campaign.json names {campaign['checkpoint']}, which is not there"
-        )
-    elif sha256(newest / MANIFEST) != campaign["manifest"]:
+    newest = run / "checkpoints" / campaign.checkpoint
+    if campaign.checkpoint != iteration_name(campaign.iteration) or newest not in folders:
+        yield Finding("last commit", f"campaign.json names {campaign.checkpoint}, which is missing")
+    elif sha256(newest / MANIFEST) != campaign.manifest:
         yield Finding(
             "last commit", f"the manifest of {newest.name} is not the one that was committed"
         )
@@ -90,51 +83,50 @@ def _problem(check: Callable[[], object]) -> str:
 
 
 def _metrics(run: Path, committed: int) -> str:
+    """Describe iterations that have no line in metrics.jsonl, or several."""
     try:
-        lines = [
-            json.loads(line)
-            for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        counts = Counter(int(json.loads(line)["iteration"]) for line in lines)
     except (OSError, ValueError) as error:
         return str(error) if committed else ""
-    found = Counter(int(line["iteration"]) for line in lines)
-    twice = sorted(number for number, count in found.items() if count > 1)
-    lacking = sorted(set(range(committed + 1)) - found.keys())
-    return "; ".join(
-        f"{what}: {numbers[:5]}"
-        for what, numbers in (("twice", twice), ("missing", lacking))
-        if numbers
-    )
+    repeated = sorted(number for number, count in counts.items() if count > 1)
+    missing = sorted(set(range(committed + 1)) - counts.keys())
+    problems = {"repeated": repeated, "missing": missing}
+    return "; ".join(f"{what}: {numbers[:5]}" for what, numbers in problems.items() if numbers)
 
 
-def _samples(run: Path, iteration: int, batch: int) -> str:
-    """Every prompt of the round once, its samples numbered from 0 without gaps, and pairs that
-    point at existing samples."""
-    name = f"iteration-{iteration:06d}.parquet"
+def _tables(run: Path, iteration: int, batch: int) -> str:
+    """Check an iteration's samples and examples.
+
+    Every prompt is there once, its samples are numbered from 0 without gaps, and examples refer to
+    samples that exist.
+    """
+    name = f"{iteration_name(iteration)}.parquet"
+    sample_columns = ["iteration", "prompt_id", "sample"]
+    example_columns = ["prompt_id", "samples", "iterations_back"]
     try:
-        table = pq.read_table(
-            run / "samples" / name, columns=["iteration", "prompt_id", "sample"]
-        ).to_pylist()
-        pairs = pq.read_table(
-            run / "pairs" / name, columns=["prompt_id", "samples", "scalars"]
-        ).to_pylist()
+        rows = pq.read_table(run / "samples" / name, columns=sample_columns).to_pylist()
+        examples = pq.read_table(run / "examples" / name, columns=example_columns).to_pylist()
     except (OSError, ValueError) as error:
         return str(error)
     samples: dict[str, list[int]] = {}
-    for row in table:
+    for row in rows:
         if row["iteration"] != iteration:
-            return f"a sample of round {row['iteration']} is among them"
+            return f"it contains a sample of iteration {row['iteration']}"
         samples.setdefault(row["prompt_id"], []).append(row["sample"])
     for prompt, numbers in samples.items():
         if sorted(numbers) != list(range(len(numbers))):
             return f"prompt {prompt} has the samples {sorted(numbers)[:20]}"
     if len(samples) != batch:
-        return f"{len(samples)} prompts, the round has {batch}"
-    for pair in pairs:
-        own = not dict(pair["scalars"]).get("iterations_back")
-        known = samples.get(pair["prompt_id"], [])
-        if own and any(number >= len(known) for number in pair["samples"]):
-            return f"a pair of prompt {pair['prompt_id']} points at sample {max(pair['samples'])} of {len(known)}"
+        return f"{len(samples)} prompts, expected {batch}"
+    for example in examples:
+        if example["iterations_back"]:
+            continue
+        prompt = example["prompt_id"]
+        count = len(samples.get(prompt, ()))
+        last = max(example["samples"])
+        if last >= count:
+            return f"an example of prompt {prompt} refers to sample {last} of {count}"
     return ""
 
 

@@ -1,5 +1,7 @@
-"""Whoever watches a campaign: the live view, wandb, a test. Watching never changes or stops the
-run."""
+"""What the controller reports to: the live view, wandb, the event log, a test.
+
+An observer never changes or stops the run.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,16 @@ from typing import Protocol
 
 
 class Observer(Protocol):
+    """Receives everything worth showing, in the order in which it happens."""
+
     def phase(self, iteration: int, name: str, done: int = 0, total: int = 0) -> None:
-        """The controller is in this phase of this round; `done` of `total` prompts where it counts
-        them."""
+        """Report a phase of an iteration; `done` of `total` prompts where it counts them."""
         ...
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
-        """A finished round's line, as in metrics.jsonl."""
+        """Report the metrics of a finished iteration, as in metrics.jsonl."""
         ...
 
     def event(self, kind: str, message: str) -> None:
-        """Something worth a line: a fault, a recovery, a warning, a pause, a commit."""
+        """Report an event: a fault, a recovery, a warning, a pause, a commit."""
         ...

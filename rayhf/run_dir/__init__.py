@@ -1,1 +1,1 @@
-"""The run directory, which one class owns: state, checkpoints, tables, event log, inbox."""
+"""The run directory: its state, checkpoints, tables and inbox."""

@@ -1,23 +1,34 @@
-"""The checkpoints of one run directory: sealed as a whole, verified before they are trusted,
-thinned out by retention.
+"""The checkpoints of one run directory: written aside, verified before use, deleted by retention.
 
-checkpoints/iteration-000012/            sealed: its manifest lists every file with size and SHA-256
-checkpoints/.saving-000004/              being written by epoch 4; worth nothing
-checkpoints/.corrupt-000004-iteration-.. did not verify when epoch 4 looked: set aside for a person,
-never loaded
+checkpoints/iteration-000012/            complete: its manifest lists every file, size and SHA-256
+checkpoints/.saving-000004/              being written by epoch 4; never loaded
+checkpoints/.corrupt-000004-iteration-.. failed verification in epoch 4; kept for inspection,
+                                         never loaded
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from rayhf.errors import CheckpointError, StorageError
-from rayhf.run_dir.files import MANIFEST, seal, sha256, storage_errors, verify, write_json
+from rayhf.run_dir.files import (
+    MANIFEST,
+    iteration_name,
+    iteration_of,
+    seal,
+    sha256,
+    storage_errors,
+    verify,
+    write_json,
+)
+from rayhf.run_dir.state import CheckpointState, first_problem
+
+_STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,70 +37,72 @@ class Checkpoint:
 
     iteration: int
     directory: Path
-    state: Mapping[str, Any]
+    state: CheckpointState
     """The controller's state at the end of `iteration`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """Which checkpoints stay: the newest `last`, every `every`-th round's (0: none), and the
-    best."""
+    """Which checkpoints to keep."""
 
     last: int
+    """Number of newest checkpoints."""
     every: int
+    """Keep multiples of this iteration; 0 for none."""
     best: bool
+    """Keep the one with the highest evaluation score."""
 
 
 class Checkpoints:
-    """The folder `checkpoints`. `epoch` is the number of this attempt at the campaign: each writes
-    under its own name."""
+    """The directory `checkpoints`. Each attempt (`epoch`) writes under a name of its own."""
 
     def __init__(self, root: Path, *, epoch: int, retention: Retention) -> None:
-        self.root, self._epoch, self._retention = root, epoch, retention
+        self.root = root
+        self._epoch = epoch
+        self._retention = retention
 
     def begin(self) -> Path:
-        """An empty directory to save into; nothing counts until `commit`.
+        """Create an empty directory to save into; nothing in it counts before `commit`.
 
-        Raises StorageError where the disk has not even the room that the last checkpoint took:
-        better now than half-way.
+        Raises StorageError where the disk has less space than the last checkpoint took, instead of
+        failing half-way.
         """
         temporary = self.root / f".saving-{self._epoch:06d}"
         with storage_errors("write", temporary):
             for old in self.root.glob(".saving-*"):
                 shutil.rmtree(old)
             temporary.mkdir()
-            free, needed = shutil.disk_usage(self.root).free, self._last_bytes()
+            free = shutil.disk_usage(self.root).free
+            needed = self._last_bytes()
         if free < needed:
             raise StorageError(
-                f"{self.root}: {free / 2**20:,.0f} MiB are free, the last checkpoint took {needed / 2**20:,.0f} MiB; "
-                "free some space, or lower run.keep_checkpoints"
+                f"{self.root}: {free / 2**20:,.0f} MiB are free, the last checkpoint took "
+                f"{needed / 2**20:,.0f} MiB; free some space, or lower run.keep_checkpoints"
             )
         return temporary
 
     def _last_bytes(self) -> int:
         newest = max(self.root.glob("iteration-*"), default=None)
-        return (
-            sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
-            if newest
-            else 0
-        )
+        if newest is None:
+            return 0
+        return sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
 
     def commit(
-        self, temporary: Path, iteration: int, state: Mapping[str, Any], facts: Mapping[str, Any]
+        self, temporary: Path, state: CheckpointState, facts: Mapping[str, object]
     ) -> tuple[Path, str]:
-        """Seal what was saved under its final name. Returns it, and the SHA-256 of its manifest."""
-        write_json(temporary / "state.json", dict(state))
-        final = self.root / directory_name(iteration)
-        if (
-            final.exists()
-        ):  # sealed by an attempt that died before it could say so, and not found valid since
+        """Seal a saved checkpoint under its final name; return that and its manifest's SHA-256."""
+        write_json(temporary / _STATE_FILE, state.model_dump(mode="json"))
+        final = self.root / iteration_name(state.iteration)
+        if final.exists():  # an attempt sealed it, crashed, and it did not verify since
             self._set_aside(final)
-        seal(temporary, final, {"iteration": iteration, "epoch": self._epoch, **facts})
+        seal(temporary, final, {"iteration": state.iteration, "epoch": self._epoch, **facts})
         return final, sha256(final / MANIFEST)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that verifies, and what was wrong with newer ones, which are set
-        aside."""
+        """Return the newest checkpoint that verifies, and what is wrong with newer ones.
+
+        Those that do not verify are set aside.
+        """
         problems: list[str] = []
         for directory in sorted(self.root.glob("iteration-*"), reverse=True):
             try:
@@ -100,43 +113,41 @@ class Checkpoints:
         return None, problems
 
     def prune(self, best: int | None) -> None:
-        """Delete what retention no longer keeps. Failing to free space must not stop training."""
-        numbers = sorted(
-            int(p.name.removeprefix("iteration-")) for p in self.root.glob("iteration-*")
-        )
+        """Delete what retention does not keep. A failure to free space must not stop training."""
+        numbers = sorted(map(iteration_of, self.root.glob("iteration-*")))
         keep = set(numbers[-self._retention.last :])
         if self._retention.every:
-            keep |= {n for n in numbers if n % self._retention.every == 0}
+            keep |= {number for number in numbers if number % self._retention.every == 0}
         if self._retention.best and best is not None:
             keep.add(best)
         for number in set(numbers) - keep:
             # Renamed first: a half-deleted directory must not look like a damaged checkpoint.
-            doomed = self.root / f".deleting-{directory_name(number)}"
+            name = iteration_name(number)
             try:
-                (self.root / directory_name(number)).rename(doomed)
+                (self.root / name).rename(self.root / f".deleting-{name}")
             except OSError:
                 continue
-        for doomed in self.root.glob(".deleting-*"):
-            shutil.rmtree(doomed, ignore_errors=True)
+        for directory in self.root.glob(".deleting-*"):
+            shutil.rmtree(directory, ignore_errors=True)
 
     def _set_aside(self, directory: Path) -> None:
         with storage_errors("set aside", directory):
             directory.rename(directory.with_name(f".corrupt-{self._epoch:06d}-{directory.name}"))
 
 
-def directory_name(iteration: int) -> str:
-    return f"iteration-{iteration:06d}"
-
-
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """Raises CheckpointError unless every file is as the manifest says."""
-    facts = verify(directory)
+    """Verify and read a checkpoint.
+
+    Raises CheckpointError unless every file is as the manifest says.
+    """
+    iteration = verify(directory).get("iteration")
+    if not isinstance(iteration, int) or directory.name != iteration_name(iteration):
+        raise CheckpointError(f"{directory}: its manifest is that of iteration {iteration}")
     try:
-        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        if directory.name != directory_name(facts["iteration"]):
-            raise CheckpointError(
-                f"{directory}: its manifest is that of round {facts['iteration']}"
-            )
-        return Checkpoint(iteration=facts["iteration"], directory=directory, state=state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory}: its state cannot be read ({error})") from None
+        state = CheckpointState.model_validate_json((directory / _STATE_FILE).read_bytes())
+    except ValidationError as error:
+        problem = first_problem(error)
+        raise CheckpointError(f"{directory}: {_STATE_FILE} cannot be read{problem}") from None
+    except OSError as error:
+        raise CheckpointError(f"{directory}: {_STATE_FILE} cannot be read ({error})") from None
+    return Checkpoint(iteration=iteration, directory=directory, state=state)

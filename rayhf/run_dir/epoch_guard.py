@@ -1,35 +1,35 @@
-"""Keeps actors of an earlier attempt from writing into a run directory that a later attempt has
-opened."""
+"""Write protection against actors of an earlier attempt.
+
+A launcher that lost its node may leave actors behind, and these may continue after a later attempt
+has opened the run directory.
+"""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayhf.errors import FencedError
+from rayhf.errors import CheckpointError, FencedError
+from rayhf.run_dir.state import FILE, read_state
 
 
 @dataclass(frozen=True, slots=True)
 class EpochGuard:
-    """Travels with every actor that writes. A launcher that lost its node may leave actors behind,
-    and they may wake up."""
+    """The attempt that an actor belongs to; passed to every actor that writes."""
 
     run: Path
     epoch: int
 
     def check(self) -> None:
-        """Raises FencedError where the run directory belongs to a later epoch, or to nobody any
-        more."""
+        """Raise FencedError unless the run directory still belongs to this attempt."""
         try:
-            current = int(
-                json.loads((self.run / "campaign.json").read_text(encoding="utf-8"))["epoch"]
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            state = read_state(self.run)
+        except CheckpointError as error:
+            raise FencedError(f"{error}; nothing was written") from None
+        if state is None:
+            raise FencedError(f"{self.run / FILE} cannot be read; nothing was written")
+        if state.epoch != self.epoch:
             raise FencedError(
-                f"{self.run}: its epoch cannot be read ({error}); nothing was written"
-            ) from None
-        if current != self.epoch:
-            raise FencedError(
-                f"{self.run} is at epoch {current}, this actor belongs to epoch {self.epoch}; nothing was written"
+                f"{self.run} is at epoch {state.epoch}, this actor belongs to epoch {self.epoch}; "
+                "nothing was written"
             )

@@ -1,7 +1,7 @@
-"""One launcher per run directory: the lock is taken before anything else is looked at, so that a
-second one is refused at once.
+"""The lock of a run directory: one launcher at a time.
 
-Imports nothing heavy: a refusal takes a second.
+It is taken before anything else, so that a second launcher is refused within a second; this module
+therefore imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from rayhf.errors import ConfigError, LockedError
 
 
 class RunLock:
-    """Held until `release` or the end of the process. Makes the directory where it is missing."""
+    """An exclusive lock, held until `release` or the end of the process."""
 
     def __init__(self, run: Path) -> None:
-        """Raises LockedError naming who holds it, ConfigError where the directory cannot be
-        written."""
-        self._run, self._made = run, not run.exists()
+        """Take the lock, and create the directory where it is missing.
+
+        Raises LockedError that names the holder, ConfigError for a directory that cannot be
+        written.
+        """
+        self._run = run
+        self._created = not run.exists()
         try:
             run.mkdir(parents=True, exist_ok=True)
             self._file = (run / ".lock").open("a+", encoding="utf-8")
@@ -37,18 +41,19 @@ class RunLock:
             holder = self._file.read().strip() or "an unknown process"
             self._file.close()
             raise LockedError(f"run directory {run} is in use by {holder}") from None
+        now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         self._file.truncate(0)
-        self._file.write(
-            f"host {socket.gethostname()}, pid {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        )
+        self._file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {now}")
         self._file.flush()
 
     def release(self) -> None:
-        """Safe to call twice. A directory that was made for this lock and got nothing else is
-        removed again."""
+        """Release the lock, and remove a directory that was created for it and is still empty.
+
+        Safe to call twice.
+        """
         if self._file.closed:
             return
-        if self._made and [file.name for file in self._run.iterdir()] == [".lock"]:
+        if self._created and [file.name for file in self._run.iterdir()] == [".lock"]:
             with contextlib.suppress(OSError):
                 (self._run / ".lock").unlink()
                 self._run.rmdir()

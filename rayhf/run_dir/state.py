@@ -1,60 +1,103 @@
-"""campaign.json, the committed state of a campaign: what it holds, and what is believed of a file
-that may be damaged.
+"""The state of a campaign (campaign.json) and of a checkpoint (its state.json), validated on read.
 
-Every value must be of its kind, and a name in it leads nowhere but into the run directory.
+campaign.json is the only word on what was committed, and it may be damaged: every value must have
+its type, and a name in it must stay inside the run directory.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rayhf.errors import CheckpointError
+from rayhf.run_dir.files import write_json
+from rayhf.types import JsonObject
 
 FILE = "campaign.json"
 Count = Annotated[int, Field(ge=0, lt=10**12)]
+StateName = Literal["new", "running", "paused", "stopped", "done"]
 
 
-class _Best(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+class Best(BaseModel):
+    """The checkpoint with the highest evaluation score."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
     iteration: Count
     score: float
 
 
-class _State(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+class CampaignState(BaseModel):
+    """The committed state of a campaign. Every change makes a new object and replaces the file."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
 
     epoch: Count = 0
+    """Number of the newest attempt; only its processes may write."""
     iteration: Count = 0
+    """The last committed iteration."""
     checkpoint: Annotated[str, Field(pattern=r"^iteration-[0-9]{6,12}$")] | None = None
+    """Directory name of the committed checkpoint."""
     manifest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    best: _Best | None = None
-    state: Literal["new", "running", "paused", "stopped", "done"] = "new"
+    """SHA-256 of that checkpoint's manifest."""
+    best: Best | None = None
+    state: StateName = "new"
     reason: str | None = None
-    guards: list[str] = []
-    accepted: list[str] = []
+    """Why the campaign is paused."""
+    guards: tuple[str, ...] = ()
+    """Guards that paused the campaign and that no operator has accepted yet."""
+    accepted: tuple[str, ...] = ()
+    """Guards that an operator accepted: they only warn."""
+    takes_labels: bool = False
+    """Whether the algorithm trains on human labels of pairs of completions."""
 
 
-def new_state() -> dict[str, Any]:
-    """Of a campaign that has not begun."""
-    return _State().model_dump()
+class CheckpointState(BaseModel):
+    """The controller's part of a checkpoint; the roles save their own files beside it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    iteration: Count
+    versions: dict[str, Count]
+    """Weight version of each policy."""
+    algorithm: JsonObject
+    scorer: JsonObject
+    evaluations: dict[str, JsonObject] = {}
+    """State of evaluations that accumulate over iterations, by name."""
+    prompts: str
+    """Fingerprint of the training prompts."""
+    pairs: str | None
+    """Fingerprint of the offline pairs; None without any."""
+    config: JsonObject
+    packages: dict[str, str]
+    """Versions of the installed packages, for reproduction."""
 
 
-def read_state(run: Path) -> dict[str, Any] | None:
-    """None where there is none. Raises CheckpointError for one that cannot be believed."""
+def read_state(run: Path) -> CampaignState | None:
+    """Return a run directory's state; None where it has none.
+
+    Raises CheckpointError for a file that cannot be read or is damaged.
+    """
     file = run / FILE
     try:
-        return _State.model_validate_json(file.read_bytes()).model_dump()
+        return CampaignState.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(
-            f"{file} is damaged{f', {where}' if where else ''}: {first['msg']}"
-        ) from None
+        raise CheckpointError(f"{file} is damaged{first_problem(error)}") from None
+
+
+def write_state(run: Path, state: CampaignState) -> None:
+    """Replace a run directory's campaign.json."""
+    write_json(run / FILE, state.model_dump(mode="json"))
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem as ", key: message", or ": message" for the whole."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    key = ".".join(map(str, problem["loc"]))
+    return f", {key}: {problem['msg']}" if key else f": {problem['msg']}"

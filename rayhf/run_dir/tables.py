@@ -1,9 +1,9 @@
-"""A round's samples and training examples as tables, and examples back from them.
+"""The samples and training examples of an iteration as Arrow tables, and examples back from them.
 
-samples   one row per completion, also the inner ones of a search: `parent`, `kind`, `context_ids`
-          and `stats` are its tree
-pairs     one row per training example, with indices into the round's samples of its prompt; what
-          was given (a pair file, a refined text) rather than sampled has index -1
+samples    one row per completion, also the inner ones of a search: `parent`, `kind`, `context_ids`
+           and `stats` are its tree
+examples   one row per training example, with indices into its prompt's samples `iterations_back`
+           iterations ago; index -1 for a text that was not sampled (an offline pair, a label)
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ EXAMPLES = pa.schema(
         ("iteration", pa.int32()),
         ("prompt_id", pa.string()),
         ("objective", pa.string()),
+        ("iterations_back", pa.int32()),
         ("samples", pa.list_(pa.int32())),
         ("prompt_ids", pa.list_(pa.list_(pa.int32()))),
         ("response_ids", pa.list_(pa.list_(pa.int32()))),
@@ -57,7 +58,10 @@ EXAMPLES = pa.schema(
 
 
 def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
-    """One row per sample, column by column: a dictionary per row costs several times as much."""
+    """Return one row per sample.
+
+    Built column by column: a dictionary per row takes several times as long.
+    """
     owners = [group for group in groups for _ in group.samples]
     samples = [sample for group in groups for sample in group.samples]
     numbers = [number for group in groups for number in range(len(group.samples))]
@@ -100,11 +104,12 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
 
 
 def example_table(iteration: int, examples: Sequence[Example]) -> pa.Table:
-    """One row per example, column by column."""
+    """Return one row per example."""
     columns = {
         "iteration": [iteration] * len(examples),
         "prompt_id": [e.rows[0].prompt_id for e in examples],
         "objective": [e.objective for e in examples],
+        "iterations_back": [e.iterations_back for e in examples],
         "samples": [[row.sample for row in e.rows] for e in examples],
         "prompt_ids": [[row.prompt_ids for row in e.rows] for e in examples],
         "response_ids": [[row.response_ids for row in e.rows] for e in examples],
@@ -116,10 +121,10 @@ def example_table(iteration: int, examples: Sequence[Example]) -> pa.Table:
     return pa.Table.from_pydict(columns, schema=EXAMPLES)
 
 
-def read_examples(pairs: Path) -> list[Example]:
-    """The examples of the objective "policy" whose rows were all sampled, as they were selected."""
-    found = []
-    for record in pq.read_table(pairs).to_pylist():
+def read_examples(file: Path) -> list[Example]:
+    """Return the sampled examples of the objective "policy", as they were selected."""
+    examples = []
+    for record in pq.read_table(file).to_pylist():
         if record["objective"] != "policy" or min(record["samples"]) < 0:
             continue
         columns = ("samples", "prompt_ids", "response_ids", "behavior_logp", "scores")
@@ -133,8 +138,14 @@ def read_examples(pairs: Path) -> list[Example]:
                 scalars={"score": score},
             )
             for sample, prompt_ids, response_ids, logp, score in zip(
-                *(record[c] for c in columns), strict=True
+                *(record[column] for column in columns), strict=True
             )
         )
-        found.append(Example(rows=rows, scalars=dict(record["scalars"])))
-    return found
+        examples.append(
+            Example(
+                rows=rows,
+                scalars=dict(record["scalars"]),
+                iterations_back=record["iterations_back"],
+            )
+        )
+    return examples

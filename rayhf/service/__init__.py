@@ -1,2 +1,1 @@
-"""gRPC: how a scorer or a campaign is reached from elsewhere. Only what is in this folder imports
-grpc."""
+"""gRPC as transport: shared messages, server, client and credentials, for any service."""

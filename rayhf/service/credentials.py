@@ -1,5 +1,8 @@
-"""Tokens and private keys, read from files that nobody but their owner may read. What is read is
-never logged or raised."""
+"""Tokens, private keys and certificates from files.
+
+Secrets are only read from files that their owner alone can read, and never logged or put into an
+error message.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ from pathlib import Path
 from rayhf.errors import ConfigError
 
 MIN_TOKEN = 16
-"""Characters."""
+"""Minimum length of a token, in characters."""
 
 
 def read_token(path: Path, *, key: str) -> str:
-    """The one word in the file. Raises ConfigError that names `key`, the config's, as read_private,
-    and for a token that is short or cannot travel in a header."""
+    """Return the token in a file.
+
+    Raises ConfigError that names `key` (the config key), as read_private, and for a token that is
+    too short or has characters that an HTTP header does not allow.
+    """
     token = read_private(path, key=key).decode("ascii", errors="replace").strip()
     if len(token) < MIN_TOKEN:
         raise ConfigError(
@@ -23,13 +29,14 @@ def read_token(path: Path, *, key: str) -> str:
         )
     if not all("!" <= character <= "~" for character in token):
         raise ConfigError(
-            f"{key}: {path} holds something other than one word of ASCII characters, which a token is"
+            f"{key}: the token in {path} contains white space or a character outside ASCII; "
+            "expected one word of printable ASCII characters"
         )
     return token
 
 
 def read_private(path: Path, *, key: str) -> bytes:
-    """Raises ConfigError unless the file can be read by its owner alone."""
+    """Return a secret file's content. Raises ConfigError unless only its owner can read it."""
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -38,13 +45,14 @@ def read_private(path: Path, *, key: str) -> bytes:
         raise ConfigError(f"{key}: {path} cannot be read ({error.strerror})") from None
     if mode & 0o077:
         raise ConfigError(
-            f"{key}: {path} has mode {mode:04o}, others may read it; expected 0600 (chmod 600 {path})"
+            f"{key}: {path} has mode {mode:04o}, others may read it; "
+            f"expected 0600 (chmod 600 {path})"
         )
     return content
 
 
 def read_public(path: Path, *, key: str) -> bytes:
-    """A certificate. Raises ConfigError where it cannot be read."""
+    """Return a certificate file's content. Raises ConfigError where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -1,10 +1,9 @@
-"""A gRPC server as every service of rayhf has it: loopback or TLS, a token, limits, health, a
-graceful end.
+"""A gRPC server: loopback or TLS, a token, limits, health checks, graceful shutdown.
 
-In: a ServiceConfig and what registers the services on it. Out: a running Server with the address it
-got. Calls come in on its own threads; whoever started it calls stop(). Health is answered without a
-token (Check only, which tells nothing but that it serves); a client certificate is asked for there
-too. Nothing here lists what is served (no reflection).
+In: a ServiceConfig and functions that register services. Out: a running Server with its address.
+Calls run on the server's own threads; the caller stops the server. Health.Check is answered without
+a token, since it only says that a service is serving; the client certificate is required there too.
+Reflection is off: no call lists the services.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -30,29 +29,29 @@ HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HANDSHAKE_TIMEOUT_S = 10.0
 Register = Callable[[grpc.Server], None]
 """Adds one service, for example `partial(add_ScorerServicer_to_server, servicer)`."""
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the type stubs only
 
 
 class Server:
-    """Listens from the start, serves nothing before `start`.
+    """A server that binds its port when created and serves from `start` on.
 
     Args:
-        config: where, and for whom.
-        services: by full name ("rayhf.v1.Scorer"); health answers for each and for "".
-        base: relative paths start here.
+        config: address, credentials and limits.
+        services: by full name ("rayhf.v1.Scorer"); health checks cover each, and all under "".
+        base: start of relative paths.
 
-    Raises ConfigError for files that cannot be used and a port that is taken.
+    Raises ConfigError for files that cannot be used and for a port in use.
     """
 
     def __init__(self, config: ServiceConfig, services: dict[str, Register], *, base: Path) -> None:
-        token = (
-            None
-            if config.token_file is None
-            else read_token(base / config.token_file, key="service.token_file")
-        )
+        interceptors: list[grpc.ServerInterceptor] = []
+        if config.token_file is not None:
+            token = read_token(base / config.token_file, key="service.token_file")
+            interceptors.append(_TokenCheck(token))
         self._grace_s = config.grace_s
         self._server = grpc.server(
             ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="rpc"),
-            interceptors=[] if token is None else [_Bearer(token)],
+            interceptors=interceptors,
             options=_options(config.max_message_mib),
             maximum_concurrent_rpcs=config.max_concurrent,
         )
@@ -61,24 +60,23 @@ class Server:
         self._names = ("", *services)
         for register in services.values():
             register(self._server)
-        port = self._bind(config, base)
         host = f"[{config.host}]" if ":" in config.host else config.host
-        self.address = f"{host}:{port}"
-        """host:port, as a client on this machine writes it."""
+        self.address = f"{host}:{self._bind(config, host, base)}"
+        """host:port for a client on this machine."""
 
     def start(self) -> None:
+        """Start serving."""
         for name in self._names:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._server.start()
 
     def stop(self) -> None:
-        """Take no new calls, let those under way end within grace_s, cancel the rest; returns when
-        all is over."""
+        """Refuse new calls, wait up to grace_s for those in progress, cancel the rest, return."""
         self._health.enter_graceful_shutdown()
         self._server.stop(self._grace_s).wait()
 
-    def _bind(self, config: ServiceConfig, base: Path) -> int:
-        host = f"[{config.host}]" if ":" in config.host else config.host
+    def _bind(self, config: ServiceConfig, host: str, base: Path) -> int:
+        """Bind the port and return its number."""
         target = f"{host}:{config.port}"
         try:
             if config.tls is None:
@@ -86,11 +84,12 @@ class Server:
             return self._server.add_secure_port(target, _credentials(config.tls, base))
         except RuntimeError:
             raise ConfigError(
-                f"service: {target} cannot be listened on; is the port taken, the host another machine's, or a PEM file broken?"
+                f"service: cannot listen on {target}; is the port in use, the host that of another "
+                "machine, or a PEM file broken?"
             ) from None
 
 
-def _options(max_message_mib: int) -> Sequence[tuple[str, Any]]:
+def _options(max_message_mib: int) -> Sequence[tuple[str, int]]:
     return (
         ("grpc.so_reuseport", 0),  # a second server on the same port is refused, not mixed in
         ("grpc.max_receive_message_length", max_message_mib << 20),
@@ -102,46 +101,45 @@ def _options(max_message_mib: int) -> Sequence[tuple[str, Any]]:
 def _credentials(tls: TLSConfig, base: Path) -> grpc.ServerCredentials:
     key = read_private(base / tls.key, key="service.tls.key")
     certificate = read_public(base / tls.certificate, key="service.tls.certificate")
-    ca = (
-        None
-        if tls.client_ca is None
-        else read_public(base / tls.client_ca, key="service.tls.client_ca")
-    )
+    ca = None
+    if tls.client_ca is not None:
+        ca = read_public(base / tls.client_ca, key="service.tls.client_ca")
     return grpc.ssl_server_credentials(
         [(key, certificate)], root_certificates=ca, require_client_auth=ca is not None
     )
 
 
-class _Bearer(grpc.ServerInterceptor):
-    """Ends every call that does not show the token, in a time that says nothing about it."""
+class _TokenCheck(grpc.ServerInterceptor):
+    """An interceptor that refuses every call without the token, comparing in constant time."""
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
-        self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
-            _refuse
-        )
+        self._refusal: Handler = grpc.unary_unary_rpc_method_handler(_refuse)
 
     def intercept_service(
         self,
-        continuation: Callable[[Any], grpc.RpcMethodHandler[Any, Any] | None],
-        handler_call_details: Any,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        continuation: Callable[[grpc.HandlerCallDetails], Handler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Return the called method's handler, or one that refuses the call."""
         if handler_call_details.method == HEALTH_CHECK:
             return continuation(handler_call_details)
-        shown = dict(handler_call_details.invocation_metadata).get("authorization", "")
-        if hmac.compare_digest(str(shown).encode(), self._expected):
+        sent = dict(handler_call_details.invocation_metadata).get("authorization", "")
+        if hmac.compare_digest(str(sent).encode(), self._expected):
             return continuation(handler_call_details)
         return self._refusal
 
 
-def _refuse(_request: Any, context: grpc.ServicerContext) -> NoReturn:
-    context.abort(grpc.StatusCode.UNAUTHENTICATED, "this service wants a token, and this is not it")
+def _refuse(_request: object, context: grpc.ServicerContext) -> NoReturn:
+    context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
 
 
 @contextmanager
-def refusals(context: grpc.ServicerContext) -> Iterator[None]:
-    """For the body of a servicer's method: an error of rayhf becomes a status with its line. Others
-    are bugs: grpc logs them here and the client hears UNKNOWN."""
+def error_statuses(context: grpc.ServicerContext) -> Iterator[None]:
+    """Turn an error of rayhf in a servicer's method into a gRPC status with its message.
+
+    Other errors are bugs: gRPC logs them here, and the client gets UNKNOWN.
+    """
     try:
         yield
     except ConfigError as error:

@@ -36,9 +36,9 @@ from rayhf.config.registry import ALGORITHMS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.chat import Chat
 from rayhf.data.prompts import PromptSet
+from rayhf.monitoring.event_log import EventLog
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
-from rayhf.run_dir.event_log import EventLog
 from rayhf.run_dir.store import RunDir
 from rayhf.scorer.retrying import RetryingScorer
 from rayhf.types import Prompt

@@ -177,7 +177,7 @@ def fingerprint(run: Path) -> dict[str, str]:
     """Return checksums of all that equal campaigns have in common: samples, examples, metrics
     without durations, weights."""
     checksums = {}
-    for file in sorted([*run.glob("samples/*.parquet"), *run.glob("pairs/*.parquet")]):
+    for file in sorted([*run.glob("samples/*.parquet"), *run.glob("examples/*.parquet")]):
         rows = repr(pq.read_table(file).to_pylist())
         checksums[str(file.relative_to(run))] = hashlib.sha256(rows.encode()).hexdigest()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -46,17 +46,17 @@ def campaign(
 
 def pause_and_resume(faulty: Campaign) -> None:
     run = faulty.run_dir
-    assert "pauses when round" in faulty.command("pause", run)
+    assert "pauses once iteration" in faulty.command("pause", run)
     faulty.wait_for_state("paused", 60)
     before = faulty.iterations()
     assert "PAUSED" in faulty.command("status", run)
     assert committed(run) == before
-    assert "goes on" in faulty.command("unpause", run)
+    assert "resumes" in faulty.command("unpause", run)
     faulty.wait_for_iterations(before + 1, 60)
 
 
 def stop_and_restart(faulty: Campaign) -> None:
-    assert "stops when round" in faulty.command("stop", faulty.run_dir)
+    assert "stops once iteration" in faulty.command("stop", faulty.run_dir)
     assert faulty.process is not None and faulty.process.wait(120) == 75
     assert "STOPPED" in faulty.command("status", faulty.run_dir)
     faulty.start()

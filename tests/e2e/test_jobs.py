@@ -215,18 +215,20 @@ def operate(user: Session, control: Control, world: Path, metrics: Path) -> None
     """Over gRPC: status, pause, label a pair, add a prompt, unpause."""
     assert "RUNNING" in user.run(RAYHF, "status", *control.options)
     assert "unauthenticated" in user.run(RAYHF, "pause", *control.options_without_token, code=13)
-    assert "pauses when round" in user.run(RAYHF, "pause", *control.options)
+    assert "pauses once iteration" in user.run(RAYHF, "pause", *control.options)
     wait_until(lambda: "PAUSED" in user.run(RAYHF, "status", *control.options), 120)
     pair = json.loads(user.run(RAYHF, "pairs", "--count", "1", *control.options))
     (world / "verdicts.jsonl").write_text(
         json.dumps({"pair_id": pair["pair_id"], "verdict": "second"}) + "\n"
     )
     (world / "prompts.jsonl").write_text('{"prompt": "a new one"}\n')
-    assert "1 verdicts wait" in user.run(
+    assert "1 labels submitted" in user.run(
         RAYHF, "label", "--file", "verdicts.jsonl", *control.options
     )
-    assert "1 prompts wait" in user.run(RAYHF, "add-prompts", "prompts.jsonl", *control.options)
-    assert "goes on" in user.run(RAYHF, "unpause", *control.options)
+    assert "1 prompts submitted" in user.run(
+        RAYHF, "add-prompts", "prompts.jsonl", *control.options
+    )
+    assert "resumes" in user.run(RAYHF, "unpause", *control.options)
     wait_until(lambda: '"pairs/human": 1.0' in metrics.read_text(), 120)
 
 
@@ -266,7 +268,7 @@ def test_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     assert len({actor["node_id"] for actor in alive}) == 2, actors
     assert "/runs/one is job rayhf-one-" in user.run(*submit, code=4)
     operate(user, control, world, metrics)
-    assert "stops when round" in user.run(RAYHF, "stop", *control.options)
+    assert "stops once iteration" in user.run(RAYHF, "stop", *control.options)
     shown = user.finish(followed, 75)
     assert "working directory: " in shown and "ray job submit --address" in shown
     assert "iteration   1/500" in shown

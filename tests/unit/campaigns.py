@@ -17,7 +17,7 @@ from fakes import (
     make_prompts,
 )
 
-from rayhf.algorithms.base import needs_frozen_reference
+from rayhf.algorithms.base import TakesLabels, needs_frozen_reference
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.data import CampaignData
 from rayhf.config.load import validate
@@ -82,7 +82,7 @@ def play(
         critic=critic,
         reference=reference or (FakeReference() if needs_frozen_reference(algorithm) else None),
     )
-    store = RunDir(config)
+    store = RunDir(config, takes_labels=isinstance(algorithm, TakesLabels))
     try:
         controller = Controller(
             config,

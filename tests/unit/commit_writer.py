@@ -1,9 +1,8 @@
-"""Kills a process inside commits, again and again, and looks at what is left. python
-commit_writer.py RUN KILLS SEED
+"""Kill processes during commits and check what is left: python commit_writer.py RUN KILLS SEED.
 
-Each victim is a fork that commits checkpoints of random files for ever and acknowledges each
-through a pipe. Prints one JSON object: kills, inside (kills that found a commit under way),
-commits, lost (acknowledged, but not there or not valid), corrupt.
+Each victim is a fork that commits checkpoints of random files until it is killed, and acknowledges
+each through a pipe. Prints one JSON object: kills, inside (kills during a commit), commits, lost
+(acknowledged, but missing or invalid), corrupt.
 """
 
 import json
@@ -13,6 +12,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+from fakes import checkpoint_state
 
 from rayhf.config.load import validate
 from rayhf.errors import CheckpointError
@@ -33,7 +34,7 @@ def config(run):
     )
 
 
-def commit_for_ever(run, pipe):
+def commit_forever(run, pipe):
     store = RunDir(config(run))
     checkpoint = store.latest()
     iteration = checkpoint.iteration if checkpoint else 0
@@ -44,46 +45,46 @@ def commit_for_ever(run, pipe):
         for number in range(4):
             (temporary / f"shard-{number}").write_bytes(os.urandom(50_000))
         store.append_metrics({"iteration": float(iteration)})
-        store.commit(
-            temporary, iteration, {"iteration": iteration}, campaign_state="running", score=None
-        )
+        store.commit(temporary, checkpoint_state(iteration), campaign_state="running", score=None)
         os.write(pipe, f"{iteration}\n".encode())
 
 
 def kill_one(run, wait_s):
-    """Every round that the victim acknowledged before it was killed."""
+    """Return every iteration that a victim acknowledged before it was killed."""
     reading, writing = os.pipe()
     victim = os.fork()
     if victim == 0:
-        commit_for_ever(run, writing)
+        commit_forever(run, writing)
     os.close(writing)
-    with os.fdopen(reading) as said:
-        first = said.readline()
+    with os.fdopen(reading) as acknowledged:
+        first = acknowledged.readline()
         time.sleep(wait_s)
         os.kill(victim, signal.SIGKILL)
         os.waitpid(victim, 0)
-        return [int(line) for line in [first, *said] if line.endswith("\n")]
+        return [int(line) for line in [first, *acknowledged] if line.endswith("\n")]
 
 
 def main():
-    run, kills, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
-    found = {"kills": kills, "inside": 0, "commits": 0, "lost": 0, "corrupt": 0}
+    run = Path(sys.argv[1])
+    kills = int(sys.argv[2])
+    rng = random.Random(int(sys.argv[3]))
+    counts = {"kills": kills, "inside": 0, "commits": 0, "lost": 0, "corrupt": 0}
     for _ in range(kills):
         acknowledged = kill_one(run, rng.uniform(0.0, 0.08))
-        found["commits"] += len(acknowledged) - 1
-        found["inside"] += any((run / "checkpoints").glob(".saving-*"))
+        counts["commits"] += len(acknowledged) - 1
+        counts["inside"] += any((run / "checkpoints").glob(".saving-*"))
         state = json.loads((run / "campaign.json").read_text())
-        found["lost"] += state["iteration"] < max(acknowledged)
+        counts["lost"] += state["iteration"] < max(acknowledged)
         if state["checkpoint"]:
             try:
-                found["lost"] += (
+                counts["lost"] += (
                     verify(run / "checkpoints" / state["checkpoint"])["iteration"]
                     != state["iteration"]
                 )
             except CheckpointError:
-                found["corrupt"] += 1
-    found["corrupt"] += len(list((run / "checkpoints").glob(".corrupt-*")))
-    print(json.dumps(found))
+                counts["corrupt"] += 1
+    counts["corrupt"] += len(list((run / "checkpoints").glob(".corrupt-*")))
+    print(json.dumps(counts))
 
 
 main()

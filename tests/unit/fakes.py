@@ -19,6 +19,7 @@ from rayhf.errors import StaleWeightsError
 from rayhf.losses.base import Loss
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Reference, Rollout, Scorer
+from rayhf.run_dir.state import CheckpointState
 from rayhf.types import (
     Batch,
     Compared,
@@ -49,6 +50,20 @@ def make_prompts(n: int) -> list[Prompt]:
         )
         for i in range(n)
     ]
+
+
+def checkpoint_state(iteration: int, **packages: str) -> CheckpointState:
+    """Return a controller's state without content."""
+    return CheckpointState(
+        iteration=iteration,
+        versions={},
+        algorithm={},
+        scorer={},
+        prompts="",
+        pairs=None,
+        config={},
+        packages=packages,
+    )
 
 
 class FakeRollout:

@@ -1,4 +1,4 @@
-"""A campaign's control from elsewhere: the same verbs, over real gRPC with TLS and a token."""
+"""Control of a campaign over gRPC with TLS and a token: the same commands as over files."""
 
 import json
 import threading
@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.serve import control_served
 from rayhf.config.service import EndpointSecurity, ServiceConfig
-from rayhf.control.commands import FileControl, read_control
+from rayhf.control.commands import FileControl
 from rayhf.control.grpc_client import GrpcControl
 from rayhf.control.grpc_server import serve_campaign
 from rayhf.errors import ConfigError, ServiceError, UnreachableError
-from rayhf.run_dir.event_log import EventLog
+from rayhf.monitoring.event_log import EventLog
 from rayhf.run_dir.inbox import submitted_rows
+from rayhf.run_dir.operator_request import read_request
 from rayhf.run_dir.store import RunDir
 
 TOKEN = "a token that is long enough".replace(" ", "-")
@@ -62,9 +63,11 @@ def remote(address, files, **security):
     return GrpcControl(address, shown, base=files)
 
 
-def test_what_is_said_from_elsewhere_is_what_is_said_here(finished, served, files):
-    here, there = FileControl(finished.run.dir), remote(served, files)
-    near, far = here.status(), there.status()
+def test_replies_equal_those_of_file_control(finished, served, files):
+    local = FileControl(finished.run.dir)
+    there = remote(served, files)
+    near = local.status()
+    far = there.status()
     assert (far.state, far.iteration, far.commit[:16]) == ("done", 2, "iteration-000002")
     for name in (
         "run",
@@ -78,9 +81,10 @@ def test_what_is_said_from_elsewhere_is_what_is_said_here(finished, served, file
         "fault_count",
     ):
         assert getattr(far, name) == getattr(near, name), name
-    assert there.pairs(3) == here.pairs(3) and len(there.pairs(3)) == 3
+    pairs = there.uncertain_pairs(3)
+    assert pairs == local.uncertain_pairs(3) and len(pairs) == 3
     with pytest.raises(ConfigError, match="is done: there is nothing to pause"):
-        there.ask("pause")
+        there.request("pause")
     with pytest.raises(ConfigError, match="is done, not paused"):
         there.unpause()
 
@@ -91,24 +95,28 @@ def test_pause_and_stop_reach_a_running_campaign(tmp_path):
     server = serve_campaign(store.path, ServiceConfig(), base=tmp_path)
     there = GrpcControl(server.address, EndpointSecurity(), base=tmp_path)
     assert (
-        "pauses when round 1 is done" in there.ask("pause") and read_control(store.path) == "pause"
+        "pauses once iteration 1 is committed" in there.request("pause")
+        and read_request(store.path) == "pause"
     )
     store.set_state("paused")
-    assert "goes on" in there.unpause() and read_control(store.path) == "run"
-    assert "stops when round 1 is done" in there.ask("stop") and read_control(store.path) == "stop"
+    assert "resumes" in there.unpause() and read_request(store.path) == "run"
+    assert (
+        "stops once iteration 1 is committed" in there.request("stop")
+        and read_request(store.path) == "stop"
+    )
     server.stop()
     store.close()
 
 
-def test_prompts_and_labels_handed_in_from_elsewhere_are_trained_on(
-    finished, served, files, tmp_path
-):
+def test_remote_prompts_and_labels_are_trained_on(finished, served, files, tmp_path):
     there = remote(served, files)
-    pair = there.pairs(1)[0]
-    assert "1 verdicts wait for round 3" in there.label(
+    pair = there.uncertain_pairs(1)[0]
+    assert "1 labels submitted for iteration 3" in there.label(
         [{"pair_id": pair.pair_id, "verdict": "second"}], source="ann"
     )
-    assert "1 prompts wait" in there.add_prompts([{"prompt": "mine", "answer": "7"}], source="ann")
+    assert "1 prompts submitted" in there.add_prompts(
+        [{"prompt": "mine", "answer": "7"}], source="ann"
+    )
     assert submitted_rows(finished.run.dir, "labels")[0]["source"].startswith("ann at ipv")
     assert submitted_rows(finished.run.dir, "prompts")[0]["answer"] == "7"
     play(make_config(tmp_path, run={"checkpoint_every": 1, "iterations": 3}))
@@ -124,55 +132,57 @@ def test_prompts_and_labels_handed_in_from_elsewhere_are_trained_on(
         (lambda c: c.add_prompts([{"prompt": "x" * (1 << 20)}], source=""), "1,048,"),
     ],
 )
-def test_a_bad_hand_in_is_refused_and_nothing_is_kept(finished, served, files, call, message):
+def test_bad_submission_is_refused_and_not_stored(finished, served, files, call, message):
     with pytest.raises(ConfigError, match=message):
         call(remote(served, files))
     assert not (finished.run.dir / "inbox").exists()
 
 
-def test_a_loop_that_does_not_train_on_pairs_refuses_labels(tmp_path):
+def test_algorithm_without_labels_refuses_them(tmp_path):
     config = make_config(tmp_path, algorithm={"type": "sppo", "samples": 3}, run={"iterations": 1})
     play(config)
     control = FileControl(config.run.dir)
-    with pytest.raises(ConfigError, match="sppo does not train on pairs"):
-        control.label([{"pair_id": control.pairs(1)[0].pair_id, "verdict": "first"}], source="ann")
+    with pytest.raises(ConfigError, match="sppo does not train on human labels"):
+        control.label(
+            [{"pair_id": control.uncertain_pairs(1)[0].pair_id, "verdict": "first"}], source="ann"
+        )
 
 
-def test_a_stranger_hears_nothing(finished, served, files, tmp_path):
+def test_client_without_credentials_is_refused(finished, served, files, tmp_path):
     with pytest.raises(ServiceError, match="unauthenticated"):
         remote(served, files, token_file=None).status()
     (tmp_path / "wrong").write_text(TOKEN[:-1] + "x")
     (tmp_path / "wrong").chmod(0o600)
     with pytest.raises(ServiceError, match="unauthenticated"):
-        remote(served, files, token_file=tmp_path / "wrong").ask("stop")
+        remote(served, files, token_file=tmp_path / "wrong").request("stop")
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
     with pytest.raises(UnreachableError):
         remote(served, files, ca=tmp_path / "other.pem").status()
-    assert read_control(finished.run.dir) == "run"
+    assert read_request(finished.run.dir) == "run"
 
 
-def test_watching_tells_what_was_and_what_comes_and_ends_with_the_campaign(tmp_path):
+def test_watch_yields_past_and_new_events_and_ends_with_the_campaign(tmp_path):
     store = RunDir(make_config(tmp_path))
     recorder = EventLog(store, SilentObserver())
     for number in range(30):
         recorder.event("warn", f"old {number}")
     server = serve_campaign(store.path, ServiceConfig(), base=tmp_path)
-    heard = []
+    messages = []
 
     def listen():
         for event in GrpcControl(server.address, EndpointSecurity(), base=tmp_path).watch(
             lambda: True
         ):
-            heard.append(event["message"])
+            messages.append(event.message)
 
     listener = threading.Thread(target=listen)
     listener.start()
-    while len(heard) < 10:
+    while len(messages) < 10:
         time.sleep(0.01)
     recorder.event("fault", "new")
     store.event("end", "done", code=0)
     listener.join(10)
-    assert not listener.is_alive() and heard == [f"old {number}" for number in range(20, 30)] + [
+    assert not listener.is_alive() and messages == [f"old {number}" for number in range(20, 30)] + [
         "new",
         "done",
     ]
@@ -180,7 +190,7 @@ def test_watching_tells_what_was_and_what_comes_and_ends_with_the_campaign(tmp_p
     store.close()
 
 
-def test_the_command_line_reaches_a_campaign_elsewhere(finished, served, files, tmp_path):
+def test_command_line_over_grpc(finished, served, files, tmp_path):
     security = tmp_path / "security.yaml"
     security.write_text(
         yaml.safe_dump({"ca": str(files / "ca.pem"), "token_file": str(files / "token")})
@@ -196,10 +206,10 @@ def test_the_command_line_reaches_a_campaign_elsewhere(finished, served, files, 
     pair = json.loads(say("pairs", "--count", "1"))
     verdicts = tmp_path / "verdicts.jsonl"
     verdicts.write_text(json.dumps({"pair_id": pair["pair_id"], "verdict": "tie"}) + "\n")
-    assert "1 verdicts wait" in say("label", "--file", str(verdicts))
+    assert "1 labels submitted" in say("label", "--file", str(verdicts))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
-    assert "2 prompts wait" in say("add-prompts", str(prompts))
+    assert "2 prompts submitted" in say("add-prompts", str(prompts))
     for words in (["status"], ["status", str(finished.run.dir), *there]):
         result = CliRunner().invoke(app, words)
         assert isinstance(result.exception, ConfigError) and "which campaign?" in str(
@@ -207,17 +217,17 @@ def test_the_command_line_reaches_a_campaign_elsewhere(finished, served, files, 
         )
 
 
-def test_verdicts_can_be_given_in_the_terminal(finished):
+def test_labeling_in_the_terminal(finished):
     run = str(finished.run.dir)
     result = CliRunner().invoke(app, ["label", run, "--count", "4"], input="1\ns\nt\nq\n")
-    assert result.exception is None and "2 verdicts wait" in result.output
+    assert result.exception is None and "2 labels submitted" in result.output
     assert [row["verdict"] for row in submitted_rows(finished.run.dir, "labels")] == [
         "first",
         "tie",
     ]
 
 
-def test_control_is_served_while_a_campaign_runs_and_only_where_it_is_wanted(finished, capsys):
+def test_control_is_served_only_where_configured(finished, capsys):
     from rich.console import Console
 
     with control_served(finished.run.dir, None, base=finished.run.dir, console=Console()):

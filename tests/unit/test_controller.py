@@ -27,7 +27,7 @@ def test_campaign_writes_the_documented_run_directory(tmp_path):
     samples = pq.read_table(run / "samples/iteration-000003.parquet").to_pylist()
     assert len({(s["prompt_id"], s["sample"]) for s in samples}) == len(samples) == 16
     assert samples[0]["policy_version"] == 2 and samples[0]["outcome"] == "Scored"
-    pairs = pq.read_table(run / "pairs/iteration-000003.parquet").to_pylist()
+    pairs = pq.read_table(run / "examples/iteration-000003.parquet").to_pylist()
     assert pairs and all(p["scores"][0] > p["scores"][1] and p["margin"] > 0 for p in pairs)
     assert json.loads((run / "campaign.json").read_text())["state"] == "done"
     assert (run / "policy/config.json").exists() and (

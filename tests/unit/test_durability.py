@@ -1,5 +1,4 @@
-"""The run directory under attack: kills inside commits, flipped bits, a full disk, two launchers,
-stale actors."""
+"""Faults of a run directory: kills during commits, flipped bits, a full disk, stale actors."""
 
 import json
 import random
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from campaigns import make_config, play
+from fakes import checkpoint_state
 
 from actors.learner import LearnerActor
 from actors.reference import ReferenceActor
@@ -18,17 +18,18 @@ from rayhf.errors import CheckpointError, FencedError, LockedError, StorageError
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.files import seal, verify
+from rayhf.run_dir.state import Best
 from rayhf.run_dir.store import RunDir
 
 WRITER = Path(__file__).with_name("commit_writer.py")
-"""Kills commits and says what was lost; `make chaos` has it do so 200 times."""
+"""Kills processes during commits and counts what was lost; `make chaos` uses it 200 times."""
 
 
 def problems(config):
     return [finding for finding in audit(config.run.dir, deep=True) if finding.problem]
 
 
-def test_a_kill_inside_a_commit_loses_nothing_that_was_acknowledged(tmp_path):
+def test_kill_during_commit_loses_no_acknowledged_commit(tmp_path):
     done = subprocess.run(
         [sys.executable, WRITER, tmp_path / "run", "25", "0"],
         capture_output=True,
@@ -36,9 +37,9 @@ def test_a_kill_inside_a_commit_loses_nothing_that_was_acknowledged(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["inside"] > 0 and found["commits"] > 0, found
-    assert found["lost"] == found["corrupt"] == 0, found
+    counts = json.loads(done.stdout)
+    assert counts["inside"] > 0 and counts["commits"] > 0, counts
+    assert counts["lost"] == counts["corrupt"] == 0, counts
 
 
 def flip(file, rng):
@@ -47,7 +48,7 @@ def flip(file, rng):
     file.write_bytes(data)
 
 
-def test_every_flipped_bit_and_every_truncation_is_found(tmp_path):
+def test_flipped_bits_and_truncations_are_detected(tmp_path):
     config = make_config(tmp_path)
     play(config)
     folder = config.run.dir / "checkpoints/iteration-000004"
@@ -67,7 +68,7 @@ def test_every_flipped_bit_and_every_truncation_is_found(tmp_path):
     assert problems(config) == []
 
 
-def test_another_checkpoint_in_the_place_of_the_committed_one_is_found(tmp_path):
+def test_replaced_checkpoint_is_detected(tmp_path):
     config = make_config(tmp_path)
     play(config)
     folder = config.run.dir / "checkpoints/iteration-000004"
@@ -75,13 +76,13 @@ def test_another_checkpoint_in_the_place_of_the_committed_one_is_found(tmp_path)
     (tmp_path / "other/MANIFEST.json").unlink()
     (tmp_path / "other/learner/steps").write_text("9")
     seal(tmp_path / "other", folder, {"iteration": 4})
-    verify(folder)  # whole in itself
+    verify(folder)  # it is consistent with itself
     assert [finding.problem for finding in problems(config)] == [
         "the manifest of iteration-000004 is not the one that was committed"
     ]
 
 
-def test_a_checkpoint_that_was_sealed_but_not_acknowledged_is_taken(tmp_path):
+def test_sealed_but_uncommitted_checkpoint_is_used(tmp_path):
     config = make_config(tmp_path)
     play(config)
     file = config.run.dir / "campaign.json"
@@ -94,7 +95,7 @@ def test_a_checkpoint_that_was_sealed_but_not_acknowledged_is_taken(tmp_path):
     store.close()
 
 
-def test_nothing_starts_from_scratch_where_something_was_committed(tmp_path):
+def test_committed_campaign_never_starts_from_scratch(tmp_path):
     config = make_config(tmp_path)
     play(config)
     for folder in (config.run.dir / "checkpoints").glob("iteration-*"):
@@ -104,34 +105,35 @@ def test_nothing_starts_from_scratch_where_something_was_committed(tmp_path):
     assert len(list((config.run.dir / "checkpoints").glob(".corrupt-*"))) == 2
 
 
-def test_retention_keeps_the_newest_every_mth_and_the_best(tmp_path):
+def test_retention_keeps_newest_every_nth_and_best(tmp_path):
     scores = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3, 5: 0.4, 6: 0.5, 7: 0.6, 8: 0.7}
     store = RunDir(make_config(tmp_path, run={"keep_checkpoints": 2, "keep_every": 4}))
     for iteration, score in scores.items():
         temporary = store.checkpoints.begin()
         (temporary / "weights").write_text(str(score))
-        store.commit(temporary, iteration, {}, campaign_state="running", score=score)
+        store.commit(temporary, checkpoint_state(iteration), campaign_state="running", score=score)
     kept = sorted(int(p.name[-6:]) for p in store.checkpoints.root.glob("iteration-*"))
     store.close()
     assert kept == [2, 4, 7, 8]
-    assert store.state["best"] == {"iteration": 2, "score": 0.9}
+    assert store.state.best == Best(iteration=2, score=0.9)
 
 
-def test_a_full_disk_leaves_the_last_commit_whole(tmp_path):
+def test_full_disk_leaves_last_commit_intact(tmp_path):
     import resource
 
     config = make_config(tmp_path)
     store = RunDir(config)
     temporary = store.checkpoints.begin()
     (temporary / "weights").write_bytes(b"x" * 1000)
-    store.commit(temporary, 1, {}, campaign_state="running", score=None)
+    store.commit(temporary, checkpoint_state(1), campaign_state="running", score=None)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
         temporary = store.checkpoints.begin()
         with pytest.raises(StorageError):
-            store.commit(temporary, 2, {"much": "x" * 1000}, campaign_state="running", score=None)
+            large = checkpoint_state(2, much="x" * 1000)
+            store.commit(temporary, large, campaign_state="running", score=None)
         with pytest.raises(StorageError):
             store.append_metrics({"iteration": 2.0, **{f"metric{i}": 0.0 for i in range(100)}})
     finally:
@@ -141,7 +143,7 @@ def test_a_full_disk_leaves_the_last_commit_whole(tmp_path):
     store.close()
 
 
-def test_an_actor_of_an_earlier_attempt_may_not_write(tmp_path):
+def test_actor_of_earlier_attempt_may_not_write(tmp_path):
     config = make_config(tmp_path)
     first = RunDir(config)
     stale = EpochGuard(first.path, first.epoch)
@@ -158,8 +160,9 @@ def test_an_actor_of_an_earlier_attempt_may_not_write(tmp_path):
 
 
 @pytest.mark.parametrize("actor_class", [LearnerActor, ReferenceActor])
-def test_what_a_stale_actor_is_told_to_write_is_not_written(tmp_path, actor_class):
-    config, written = make_config(tmp_path), []
+def test_stale_actor_writes_nothing(tmp_path, actor_class):
+    config = make_config(tmp_path)
+    written = []
     first = RunDir(config)
     actor = actor_class()
     actor.epoch_guard = EpochGuard(first.path, first.epoch)
@@ -173,7 +176,7 @@ def test_what_a_stale_actor_is_told_to_write_is_not_written(tmp_path, actor_clas
     assert written == [Path("in time")]
 
 
-def test_the_second_launcher_is_refused_and_changes_nothing(tmp_path):
+def test_second_launcher_is_refused_and_changes_nothing(tmp_path):
     config = make_config(tmp_path)
     store = RunDir(config)
     before = {file: file.read_bytes() for file in config.run.dir.rglob("*.json")}

@@ -1,4 +1,4 @@
-"""What people hand in: taken by one round, once, also when the round is played again."""
+"""The inbox: a row is taken by one iteration, once, also when the iteration is repeated."""
 
 import json
 import multiprocessing
@@ -10,17 +10,17 @@ from fakes import FakeScorer
 
 from rayhf.algorithms.base import SelectionContext, TakesLabels
 from rayhf.config.registry import ALGORITHMS
-from rayhf.control.labels import check_label, unsure_pairs
+from rayhf.control.labels import check_label, uncertain_pairs
 from rayhf.errors import ConfigError
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir.inbox import Inbox, submit_rows, submitted_rows
 from rayhf.types import Example, Sampling, given_row
 
 
-def test_a_row_is_taken_by_one_round_and_again_by_the_same_round_only(tmp_path):
+def test_row_is_taken_by_one_iteration_only(tmp_path):
     first = submit_rows(tmp_path, "labels", [{"n": 1}, {"n": 2}, {"n": 3}], source="a")
     inbox = Inbox(tmp_path)
-    assert [row["n"] for row in inbox.take("labels", 4, most=2)] == [1, 2]
+    assert [row["n"] for row in inbox.take("labels", 4, limit=2)] == [1, 2]
     submit_rows(tmp_path, "labels", [{"n": 4}], source="b")
     again = Inbox(tmp_path)  # another attempt
     assert [row["n"] for row in again.take("labels", 4)] == [1, 2]
@@ -29,7 +29,7 @@ def test_a_row_is_taken_by_one_round_and_again_by_the_same_round_only(tmp_path):
     assert len(set(first)) == 3 and submitted_rows(tmp_path, "labels")[3]["source"] == "b"
 
 
-def test_a_line_torn_by_a_crash_costs_no_other_line(tmp_path):
+def test_torn_line_costs_no_other_line(tmp_path):
     submit_rows(tmp_path, "prompts", [{"prompt": "one"}], source="a")
     with (tmp_path / "inbox" / "prompts.jsonl").open("ab") as file:
         file.write(b'{"id": "x", "prompt": "tor')
@@ -42,7 +42,7 @@ def _many(run, name):
         submit_rows(run, "labels", [{"n": number}, {"n": number}], source=name)
 
 
-def test_many_may_hand_in_at_once(tmp_path):
+def test_concurrent_submissions(tmp_path):
     writers = [
         multiprocessing.get_context("fork").Process(target=_many, args=(tmp_path, name))
         for name in "abc"
@@ -55,29 +55,30 @@ def test_many_may_hand_in_at_once(tmp_path):
     assert len(rows) == 300 and len({row["id"] for row in rows}) == 300
 
 
-def test_prompts_that_were_handed_in_are_asked_in_the_next_round(tmp_path):
+def test_submitted_prompts_are_in_the_next_iteration(tmp_path):
     config = make_config(tmp_path, run={"iterations": 2}, rollout={"max_tokens": 8})
     config.run.dir.mkdir()
-    long, broken = {"prompt": "x" * 100}, {"prompt": "y", "messages": "both"}
+    long = {"prompt": "x" * 100}
+    broken = {"prompt": "y", "messages": "both"}
     submit_rows(
         config.run.dir, "prompts", [{"prompt": "mine", "answer": 3}, long, broken], source="me"
     )
     play(config)
-    rounds = [
+    tables = [
         pq.read_table(config.run.dir / f"samples/iteration-{n:06d}.parquet").to_pylist()
         for n in (1, 2)
     ]
-    asked = [{row["prompt_id"] for row in rows} for rows in rounds]
-    assert [len(prompts) for prompts in asked] == [4, 4]
-    mine = [[p for p in prompts if not p.startswith("p")] for prompts in asked]
-    assert len(mine[0]) == 1 and mine[1] == []
+    prompts = [{row["prompt_id"] for row in rows} for rows in tables]
+    assert [len(ids) for ids in prompts] == [4, 4]
+    submitted = [[p for p in ids if not p.startswith("p")] for ids in prompts]
+    assert len(submitted[0]) == 1 and submitted[1] == []
     assert [f for f in audit(config.run.dir, deep=False) if f.problem] == []
 
 
-def test_peoples_verdicts_are_trained_on_once_with_their_lineage(tmp_path):
+def test_labels_are_trained_on_once_with_their_lineage(tmp_path):
     config = make_config(tmp_path, run={"iterations": 2, "checkpoint_every": 1})
     play(config)
-    pairs = unsure_pairs(config.run.dir, 100)
+    pairs = uncertain_pairs(config.run.dir, 100)
     assert len({pair.pair_id for pair in pairs}) == len(pairs) == 8
     newest = [pair.certainty for pair in pairs if pair.pair_id.startswith("2/")]
     assert newest == sorted(newest) and pairs[0].pair_id.startswith("2/")
@@ -86,23 +87,24 @@ def test_peoples_verdicts_are_trained_on_once_with_their_lineage(tmp_path):
         submit_rows(
             config.run.dir, "labels", [{"pair_id": pair.pair_id, "verdict": verdict}], source="ann"
         )
-    assert len(unsure_pairs(config.run.dir, 100)) == 5  # nobody is asked twice
+    assert len(uncertain_pairs(config.run.dir, 100)) == 5  # labeled pairs are left out
     play(make_config(tmp_path, run={"iterations": 4, "checkpoint_every": 1}))
     lines = metrics_of(config)
     assert [line.get("pairs/human", 0) for line in lines] == [0, 0, 0, 2, 0]
     given = [
         row
-        for row in pq.read_table(config.run.dir / "pairs/iteration-000003.parquet").to_pylist()
+        for row in pq.read_table(config.run.dir / "examples/iteration-000003.parquet").to_pylist()
         if row["samples"] == [-1, -1]
     ]
     samples = pq.read_table(config.run.dir / "samples/iteration-000002.parquet").to_pylist()
-    answers = {(row["prompt_id"], row["text"]): row["token_ids"] for row in samples}
-    first, second = pairs[0], pairs[1]
-    asked = [pair.pair_id.split("/")[1] for pair in (first, second)]
-    assert [m["content"] for m in first.messages] == [str(int(asked[0][1:]))]
+    completions = {(row["prompt_id"], row["text"]): row["token_ids"] for row in samples}
+    first = pairs[0]
+    second = pairs[1]
+    prompts = [pair.pair_id.split("/")[1] for pair in (first, second)]
+    assert [m["content"] for m in first.messages] == [str(int(prompts[0][1:]))]
     assert [row["response_ids"] for row in given] == [
-        [answers[asked[0], first.first], answers[asked[0], first.second]],
-        [answers[asked[1], second.second], answers[asked[1], second.first]],
+        [completions[prompts[0], first.first], completions[prompts[0], first.second]],
+        [completions[prompts[1], second.second], completions[prompts[1], second.first]],
     ]
     assert [f for f in audit(config.run.dir, deep=True) if f.problem] == []
 
@@ -111,7 +113,7 @@ def test_peoples_verdicts_are_trained_on_once_with_their_lineage(tmp_path):
     "algorithm",
     [{"type": "hypo", "offline": {"path": "x"}}, {"type": "iterative_dpo", "samples": 4}],
 )
-def test_every_loop_that_trains_on_pairs_takes_labels(tmp_path, algorithm):
+def test_preference_algorithms_take_labels(tmp_path, algorithm):
     config = make_config(tmp_path, algorithm=algorithm)
     loop = ALGORITHMS.build(config.algorithm)
     label = Example(rows=(given_row("p", (1,), (2, 3)), given_row("p", (1,), (4,))))
@@ -122,11 +124,11 @@ def test_every_loop_that_trains_on_pairs_takes_labels(tmp_path, algorithm):
     assert [row.response_ids for row in selection.examples[0].rows] == [(2, 3), (4,)]
 
 
-def test_a_label_of_nothing_is_refused(tmp_path):
+def test_label_of_unknown_pair_is_refused(tmp_path):
     config = make_config(tmp_path, run={"iterations": 2})
     play(config)
     run = config.run.dir
-    prompt = unsure_pairs(run, 1)[0].pair_id.split("/")[1]
+    prompt = uncertain_pairs(run, 1)[0].pair_id.split("/")[1]
     numbers = (f"9/{prompt}/0/1", f"2/{prompt}/0/0", f"2/{prompt}/0/9", f"2/{prompt}/-1/0")
     for pair in ("", "2/p/0/1", *numbers, f"../../etc/{prompt}/0", "²/p/0/1"):
         with pytest.raises(ConfigError, match="no pair"):
@@ -135,12 +137,12 @@ def test_a_label_of_nothing_is_refused(tmp_path):
         check_label(run, f"2/{prompt}/0/1", "best")
 
 
-def test_scorers_that_compare_say_themselves_how_unsure_they_are(tmp_path):
+def test_certainty_of_pairwise_scorers_is_their_own(tmp_path):
     config = make_config(tmp_path, algorithm={"type": "sppo", "samples": 3}, run={"iterations": 1})
     play(config, scorer=FakeScorer())
     rows = pq.read_table(config.run.dir / "samples/iteration-000001.parquet").to_pylist()
     wins = {(row["prompt_id"], row["text"]): row["wins"] for row in rows}
-    for pair in unsure_pairs(config.run.dir, 10):
+    for pair in uncertain_pairs(config.run.dir, 10):
         _, prompt, i, j = pair.pair_id.split("/")
         assert pair.certainty == abs(wins[prompt, pair.first][int(j)] - 0.5) and i != j
         others = [

@@ -1,5 +1,4 @@
-"""A round that was cut short is told again what it was told: nothing is asked twice, and the end is
-the same."""
+"""The journal: an interrupted iteration repeats no request, and ends with the same result."""
 
 import gc
 import math
@@ -11,6 +10,7 @@ import pytest
 from campaigns import make_config, metrics_of, play
 from fakes import FakeLearner, FakeRollout, FakeScorer
 
+from rayhf.exploration.codecs import COMPARE, GENERATE, SCORE
 from rayhf.exploration.journal import Journal
 from rayhf.types import (
     Compared,
@@ -40,11 +40,17 @@ def generation(number=0, seeds=(3, 4), policy="policy", **sampling):
 def completions(request, logprob=-0.1):
     return tuple(
         Completion(
-            prompt_id="p", index=i, seed=seed, text="é\ud800\n", token_ids=(5, 70_000), logprobs=(logprob, -math.pi),
-            finish_reason="length", policy_version=7,
+            prompt_id="p",
+            index=i,
+            seed=seed,
+            text="é\ud800\n",
+            token_ids=(5, 70_000),
+            logprobs=(logprob, -math.pi),
+            finish_reason="length",
+            policy_version=7,
         )
         for i, seed in enumerate(request.seeds)
-    )  # fmt: skip
+    )
 
 
 def judgement(number=0):
@@ -52,53 +58,60 @@ def judgement(number=0):
     return ScoreRequest(prompt=prompt, completions=completions(generation()), number=number)
 
 
+def record(journal, *call):
+    """Add one call's responses and write them."""
+    journal.add(*call)
+    journal.flush()
+
+
 COMPARED = Compared(win=np.array([[0.5, 1 / 3], [2 / 3, 0.5]]), source="pairwise")
 
 
-def test_every_answer_comes_back_as_it_was(tmp_path):
+def test_responses_are_restored_exactly(tmp_path):
     journal = Journal(tmp_path / "j")
-    asked = generation()
-    journal.record("generate", [asked], [completions(asked)])
+    request = generation()
+    record(journal, GENERATE, [request], [completions(request)])
     outcomes = (Scored(value=0.1, parts={"a": 1e-300}), Invalid(reason="NaN"))
-    journal.record("score", [judgement()], [outcomes], {"seen": 3})
-    journal.record("compare", [judgement(1), judgement(2)], [COMPARED, Invalid(reason="mute")])
+    record(journal, SCORE, [judgement()], [outcomes], {"seen": 3})
+    record(journal, COMPARE, [judgement(1), judgement(2)], [COMPARED, Invalid(reason="no verdict")])
     journal.close()
     again = Journal(tmp_path / "j")
     assert len(again) == 4 and again.scorer_state == {"seen": 3}
-    assert again.recall("generate", asked) == completions(asked)
-    assert again.recall("score", judgement()) == outcomes
-    compared = again.recall("compare", judgement(1))
+    assert again.recall(GENERATE, request) == completions(request)
+    assert again.recall(SCORE, judgement()) == outcomes
+    compared = again.recall(COMPARE, judgement(1))
     assert np.array_equal(compared.win, COMPARED.win) and compared.source == "pairwise"
-    assert again.recall("compare", judgement(2)) == Invalid(reason="mute")
-    assert again.recall("generate", asked) is None  # each answer is given once
+    assert again.recall(COMPARE, judgement(2)) == Invalid(reason="no verdict")
+    assert again.recall(GENERATE, request) is None  # each response is recalled once
 
 
-def test_what_was_noted_is_appended_together_and_at_the_end(tmp_path):
+def test_added_responses_are_written_together_and_on_close(tmp_path):
     journal = Journal(tmp_path / "j")
-    exact, wide = completions(generation(0), logprob=-0.5), completions(generation(1))
-    journal.note("generate", [generation(0)], [exact])
-    journal.note("score", [judgement()], [(Scored(value=1.0),)], {"seen": 1})
+    exact = completions(generation(0), logprob=-0.5)
+    wide = completions(generation(1))
+    journal.add(GENERATE, [generation(0)], [exact])
+    journal.add(SCORE, [judgement()], [(Scored(value=1.0),)], {"seen": 1})
     assert (tmp_path / "j").stat().st_size == 0
     journal.flush()
     size = (tmp_path / "j").stat().st_size
     journal.flush()
     assert (tmp_path / "j").stat().st_size == size > 0
-    journal.note("generate", [generation(1)], [wide])
+    journal.add(GENERATE, [generation(1)], [wide])
     journal.close()
     again = Journal(tmp_path / "j")
     assert again.scorer_state == {"seen": 1}
     assert (
-        again.recall("generate", generation(0)) == exact
-        and again.recall("generate", generation(1)) == wide
+        again.recall(GENERATE, generation(0)) == exact
+        and again.recall(GENERATE, generation(1)) == wide
     )
-    assert again.recall("score", judgement()) == (Scored(value=1.0),)
+    assert again.recall(SCORE, judgement()) == (Scored(value=1.0),)
 
 
-def test_a_journal_of_another_format_is_asked_again(tmp_path):
+def test_journal_of_another_format_is_dropped(tmp_path):
     body = zlib.compress(b'{"making": "", "keys": ["generate p 0 00"], "answers": [[]]}')
     (tmp_path / "j").write_bytes(
         struct.pack("<II", len(body), zlib.crc32(body)) + body
-    )  # as the first format had it
+    )  # the first format
     assert len(Journal(tmp_path / "j")) == 0
 
 
@@ -111,30 +124,32 @@ def test_a_journal_of_another_format_is_asked_again(tmp_path):
         generation(temperature=0.5),
     ],
 )
-def test_another_request_is_not_answered(tmp_path, other):
+def test_other_requests_are_not_answered(tmp_path, other):
     journal = Journal(tmp_path / "j")
-    journal.record("generate", [generation()], [completions(generation())])
+    record(journal, GENERATE, [generation()], [completions(generation())])
     journal.close()
-    assert Journal(tmp_path / "j").recall("generate", other) is None
+    assert Journal(tmp_path / "j").recall(GENERATE, other) is None
 
 
-def test_a_call_with_a_failure_is_to_be_asked_again(tmp_path):
+def test_call_with_a_failure_is_not_recorded(tmp_path):
     journal = Journal(tmp_path / "j")
-    journal.record(
-        "score",
+    record(
+        journal,
+        SCORE,
         [judgement(0), judgement(1)],
         [(Scored(value=1.0),) * 2, (Scored(value=1.0), Failed(reason="gone"))],
     )
-    journal.record("compare", [judgement(2)], [Failed(reason="gone")])
+    record(journal, COMPARE, [judgement(2)], [Failed(reason="gone")])
     journal.close()
     assert len(Journal(tmp_path / "j")) == 0
 
 
-def test_a_torn_or_damaged_end_is_cut_off_and_written_on(tmp_path):
+def test_damaged_end_is_truncated_and_appended_to(tmp_path):
     path = tmp_path / "j"
-    journal, sizes = Journal(path), []
+    journal = Journal(path)
+    sizes = []
     for number in range(4):
-        journal.record("generate", [generation(number)], [completions(generation(number))])
+        record(journal, GENERATE, [generation(number)], [completions(generation(number))])
         sizes.append(path.stat().st_size)
     journal.close()
     whole = path.read_bytes()
@@ -147,10 +162,10 @@ def test_a_torn_or_damaged_end_is_cut_off_and_written_on(tmp_path):
         before = sum(size <= place for size in sizes)  # records that end before the damage
         damaged = Journal(path)
         assert len(damaged) == before
-        damaged.record("generate", [generation(9)], [completions(generation(9))])
+        record(damaged, GENERATE, [generation(9)], [completions(generation(9))])
         damaged.close()
         again = Journal(path)
-        assert len(again) == before + 1 and again.recall("generate", generation(9)) is not None
+        assert len(again) == before + 1 and again.recall(GENERATE, generation(9)) is not None
         again.close()
         path.write_bytes(whole[:place])
         torn = Journal(path)
@@ -159,11 +174,12 @@ def test_a_torn_or_damaged_end_is_cut_off_and_written_on(tmp_path):
 
 
 class Killed(FakeRollout):
-    """Dies at its n-th call."""
+    """Is killed at its n-th call."""
 
     def __init__(self, at, version=0):
         super().__init__()
-        self.at, self.version = at, version
+        self.at = at
+        self.version = version
 
     async def generate(self, requests, *, version):
         if len(self.calls) >= self.at:
@@ -171,13 +187,12 @@ class Killed(FakeRollout):
         return await super().generate(requests, version=version)
 
 
-@pytest.mark.parametrize("algorithm", ["online_dpo", "ppo_like_tree"])
-def test_a_killed_round_is_not_explored_twice(tmp_path, algorithm):
-    """Killed at every call in turn, the campaign ends the same, and no wave that was answered is
-    asked again."""
+@pytest.mark.parametrize("algorithm", ["online_dpo", "tree_search"])
+def test_killed_iteration_repeats_no_call(tmp_path, algorithm):
+    """Killed at every call in turn, a campaign ends the same and repeats no answered wave."""
     settings = {
         "online_dpo": None,
-        "ppo_like_tree": {"type": "mcts_dpo", "iterations": 3, "step_tokens": 3, "max_steps": 2},
+        "tree_search": {"type": "mcts_dpo", "iterations": 3, "step_tokens": 3, "max_steps": 2},
     }
     whole = make_config(
         tmp_path / "whole",
@@ -194,27 +209,27 @@ def test_a_killed_round_is_not_explored_twice(tmp_path, algorithm):
             algorithm=settings[algorithm],
             run={"iterations": 2, "checkpoint_every": 1, "eval_every": 0},
         )
-        first, second = Killed(at), FakeRollout()
+        first = Killed(at)
+        second = FakeRollout()
         with pytest.raises(KeyboardInterrupt):
             play(config, rollout=first)
         play(config, rollout=second)
         assert metrics_of(config) == metrics_of(whole)
-        asked = first.calls + second.calls
-        # Only evaluations are made again: they are no part of a round's exploration.
-        explored = [call for call in asked if call in every.calls[1:]]
+        sent = first.calls + second.calls
+        # Only evaluations are repeated: they are not part of an iteration's exploration.
+        explored = [call for call in sent if call in every.calls[1:]]
         assert len(explored) <= calls + 2, (at, len(explored), calls)
 
 
-def test_a_killed_round_leaves_nothing_that_nobody_waits_for(tmp_path, caplog):
-    """The garbage collector would report it in the middle of something else, whose stack it might
-    not leave as it was."""
+def test_killed_iteration_leaves_no_unretrieved_exception(tmp_path, caplog):
+    """The garbage collector would report one at a random later point."""
     with pytest.raises(KeyboardInterrupt):
         play(make_config(tmp_path), rollout=Killed(3))
     gc.collect()
     assert [record.getMessage() for record in caplog.records] == []
 
 
-def test_what_the_scorer_had_learned_comes_back_with_the_journal(tmp_path):
+def test_scorer_state_is_restored_with_the_journal(tmp_path):
     class Learns(FakeScorer):
         seen = 0
 
@@ -233,32 +248,33 @@ def test_what_the_scorer_had_learned_comes_back_with_the_journal(tmp_path):
         play(config, scorer=Learns(), learner=FakeLearner(fail_at=0))
     scorer = Learns()
     play(config, scorer=scorer)
-    assert scorer.seen == 4  # the round's prompts, counted once
+    assert scorer.seen == 4  # the iteration's prompts, counted once
 
 
-def test_answers_of_weights_that_came_about_otherwise_are_not_told_again(tmp_path):
-    journal = Journal(tmp_path / "j", making="lr 1e-3")
-    journal.record("generate", [generation()], [completions(generation())])
+def test_journal_of_another_config_is_dropped(tmp_path):
+    journal = Journal(tmp_path / "j", config_hash="lr 1e-3")
+    record(journal, GENERATE, [generation()], [completions(generation())])
     journal.close()
-    assert len(Journal(tmp_path / "j", making="lr 1e-4")) == 0
+    assert len(Journal(tmp_path / "j", config_hash="lr 1e-4")) == 0
     config = make_config(tmp_path, run={"eval_every": 0, "checkpoint_every": 0})
     with pytest.raises(RuntimeError, match="killed"):
         play(config, learner=FakeLearner(fail_at=2))
-    same, changed = FakeRollout(), FakeRollout()
+    same = FakeRollout()
+    changed = FakeRollout()
     other = make_config(tmp_path, run={"eval_every": 0, "checkpoint_every": 0}, learner={"lr": 0.5})
     with pytest.raises(RuntimeError, match="killed"):
         play(config, rollout=same, learner=FakeLearner(fail_at=2))
     with pytest.raises(RuntimeError, match="killed"):
         play(other, rollout=changed, learner=FakeLearner(fail_at=2))
-    assert len(changed.calls) == len(same.calls) + 3  # its rounds are explored anew
+    assert len(changed.calls) == len(same.calls) + 3  # its iterations are explored again
 
 
-def test_after_a_scorers_failure_nothing_more_of_it_is_recorded(tmp_path):
+def test_nothing_is_recorded_after_a_scorer_failure(tmp_path):
     journal = Journal(tmp_path / "j")
     fine = (Scored(value=1.0),) * 2
-    journal.record("score", [judgement(0)], [fine], {"seen": 1})
-    journal.record("score", [judgement(1)], [(fine[0], Failed(reason="gone"))], {"seen": 2})
-    journal.record("score", [judgement(2)], [fine], {"seen": 3})
+    record(journal, SCORE, [judgement(0)], [fine], {"seen": 1})
+    record(journal, SCORE, [judgement(1)], [(fine[0], Failed(reason="gone"))], {"seen": 2})
+    record(journal, SCORE, [judgement(2)], [fine], {"seen": 3})
     journal.close()
     again = Journal(tmp_path / "j")
     assert len(again) == 1 and again.scorer_state == {"seen": 1}

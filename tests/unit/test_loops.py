@@ -65,7 +65,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
     second = played(broken)
     assert metrics_of(whole) == metrics_of(broken)
     assert second.learners["policy"].steps == first.learners["policy"].steps == 4
-    for folder in ("samples", "pairs"):
+    for folder in ("samples", "examples"):
         for file in sorted((whole.run.dir / folder).glob("*.parquet")):
             assert file.read_bytes() == (broken.run.dir / folder / file.name).read_bytes(), (
                 file.name
@@ -95,27 +95,21 @@ def test_iterative_dpo_mixes_in_earlier_and_given_pairs(tmp_path):
         for e in b.examples
         if e.scalars["given"]
     )
-    fresh = [
-        e
-        for e in batches[1].examples
-        if not e.scalars["iterations_back"] and not e.scalars["given"]
-    ]
-    earlier = [e for e in batches[1].examples if e.scalars["iterations_back"]]
+    fresh = [e for e in batches[1].examples if not e.iterations_back and not e.scalars["given"]]
+    earlier = [e for e in batches[1].examples if e.iterations_back]
     for before, now in itertools.pairwise(
         batches
     ):  # what was mixed into a round does not come again as its own
         own = {
             e.rows[0].response_ids
             for e in before.examples
-            if not e.scalars["iterations_back"] and not e.scalars["given"]
+            if not e.iterations_back and not e.scalars["given"]
         }
-        assert {
-            e.rows[0].response_ids for e in now.examples if e.scalars["iterations_back"] == 1
-        } <= own
-    assert {e.scalars["iterations_back"] for b in batches[2:] for e in b.examples} == {
-        0.0,
-        1.0,
-        2.0,
+        assert {e.rows[0].response_ids for e in now.examples if e.iterations_back == 1} <= own
+    assert {e.iterations_back for b in batches[2:] for e in b.examples} == {
+        0,
+        1,
+        2,
     }
     assert len(fresh) == kept[1] and {e.rows[0].response_ids for e in earlier} <= {
         e.rows[0].response_ids for e in batches[0].examples

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+from fakes import FakeScorer
 from pydantic import ValidationError
 
 from rayhf.algorithms.base import SelectionContext
@@ -21,7 +22,7 @@ from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig, OutcomeConfig
 from rayhf.algorithms.mcts_samples import tree_from_group
 from rayhf.algorithms.mcts_search import outcome_value, parse_verdict
 from rayhf.errors import ConfigError
-from rayhf.exploration.scheduler import RequestScheduler
+from rayhf.exploration.build import build_scheduler
 from rayhf.run_dir.tables import sample_table
 from rayhf.types import Completion, Failed, Group, Invalid, Prompt, Sample, Sampling, Scored
 
@@ -79,7 +80,7 @@ class ToyRollout:
         return NEWLINE if 10 <= written[-1] < 900 else 10 + rng.choice(self.digits)
 
 
-class ToyScorer:
+class ToyScorer(FakeScorer):
     def __init__(self, judge=lambda c: Scored(value=float(c.text.split("\n") == ["1", "2", "3"]))):
         self.judge, self.seen = judge, []
 
@@ -138,25 +139,25 @@ def explored(
     deterministic=True,
     answer="123",
 ):
-    """The groups of n prompts, and the exchange over which they were explored."""
+    """The groups of n prompts, and the scheduler over which they were explored."""
     algorithm = MCTSDPO(config)
 
     async def go():
-        exchange = RequestScheduler(
+        scheduler = build_scheduler(
             {"policy": rollout or ToyRollout()},
             scorer or ToyScorer(),
             chat=chat or ToyChat(),
             versions={"policy": 0},
             deterministic=deterministic,
         )
-        found = await exchange.run(
+        found = await scheduler.run(
             prompts(n, answer),
             algorithm.explore,
             sampling=sampling,
             seed=5,
             done=lambda group: None,
         )
-        return found, exchange
+        return found, scheduler
 
     return asyncio.run(go())
 
@@ -437,9 +438,10 @@ def test_all_ties_train_nothing():
 
 
 def test_duplicates_are_counted():
-    (group,), exchange = explored(config_of(iterations=1, width=(30,), reroot="never"))
+    (group,), scheduler = explored(config_of(iterations=1, width=(30,), reroot="never"))
     assert group.metrics["mcts/duplicates"] == 27 and group.metrics["mcts/nodes"] == 3
-    assert exchange.written == 30 * 6 and exchange.read == 30 * len(group.prompt.token_ids)
+    assert scheduler.generated_tokens == 30 * 6
+    assert scheduler.prompt_tokens == 30 * len(group.prompt.token_ids)
 
 
 def test_self_evaluation_adds_the_share_of_yes():

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.operate import exit_codes, show_audit
-from rayhf.control.commands import FileControl, read_control, write_control
+from rayhf.control.commands import FileControl
 from rayhf.control.status import read_status
 from rayhf.errors import (
     CheckpointError,
@@ -23,7 +23,9 @@ from rayhf.errors import (
     PausedError,
 )
 from rayhf.monitoring.audit import audit
-from rayhf.run_dir.event_log import EventLog
+from rayhf.monitoring.event_log import EventLog
+from rayhf.run_dir.operator_request import read_request, write_request
+from rayhf.run_dir.progress import Progress
 from rayhf.run_dir.store import RunDir
 
 
@@ -76,22 +78,20 @@ def test_status_of_a_crashed_campaign(tmp_path):
     store.event("fault", "restarting rollout engine 0: it died")
     store.close()
     status = read_status(config.run.dir)
-    assert status.state == "crashed" and "without a word" in status.reason
+    assert status.state == "crashed" and "without reporting an error" in status.reason
     assert status.fault_count == 1 and "rollout engine 0" in status.faults[0]
-    assert "the same `rayhf run` command continues after round 0" in status.advice
+    assert "the same `rayhf run` command continues after iteration 0" in status.advice
 
 
 def test_status_of_a_stalled_campaign(tmp_path):
     store = RunDir(make_config(tmp_path, run={"stall_s": 10}))
-    store.write_progress(
-        {"iteration": 1, "phase": "explore", "done": 3, "total": 4, "time": time.time()}
-    )
+    store.write_progress(Progress(iteration=1, phase="explore", done=3, total=4, time=time.time()))
     assert read_status(store.path).state == "running"
     late = read_status(store.path, now=time.time() + 60)
     assert (
         late.state == "stalled"
-        and late.phase == "round 1, explore 3/4"
-        and "nothing has moved for 60 s" in late.reason
+        and late.phase == "iteration 1, explore 3/4"
+        and "no progress for 60 s" in late.reason
     )
     store.close()
 
@@ -123,7 +123,7 @@ def test_status_of_a_campaign_that_waits_for_a_scorer(tmp_path):
     assert (status.state, status.reason) == (
         "paused",
         "the scorer is down",
-    ) and "goes on by itself" in status.advice
+    ) and "resumes automatically" in status.advice
     recorder.event("unpause", "the scorer is back")
     assert read_status(store.path).state == "running"
     store.close()
@@ -166,7 +166,7 @@ class Commanding(FakeRollout):
 
     async def generate(self, requests, *, version):
         if len(self.calls) == self.at:
-            write_control(self.run, self.wanted)
+            write_request(self.run, self.wanted)
         return await super().generate(requests, version=version)
 
 
@@ -179,7 +179,7 @@ def test_stop_commits_the_iteration_and_the_same_command_continues(tmp_path):
     with pytest.raises(InterruptedRunError, match="stopped after iteration 2"):
         play(config, rollout=Commanding(config.run.dir, 3, "stop"))
     assert read_status(config.run.dir).iteration == 2
-    write_control(config.run.dir, "run")
+    write_request(config.run.dir, "run")
     play(config)
     assert metrics_of(config) == metrics_of(whole)
 
@@ -200,12 +200,12 @@ def test_paused_campaign_waits_until_it_is_resumed(tmp_path):
     operator.start()
     play(config, rollout=Commanding(config.run.dir, 3, "pause"))
     operator.join()
-    assert read_control(config.run.dir) == "run" and read_status(config.run.dir).state == "done"
+    assert read_request(config.run.dir) == "run" and read_status(config.run.dir).state == "done"
 
 
 def test_finished_campaign_takes_no_commands(finished):
     with pytest.raises(ConfigError, match="is done: there is nothing to pause"):
-        FileControl(finished.run.dir).ask("pause")
+        FileControl(finished.run.dir).request("pause")
     with pytest.raises(ConfigError, match="is done, not paused"):
         FileControl(finished.run.dir).unpause()
 
@@ -252,19 +252,19 @@ def test_verify_names_problems(finished):
     pq.write_table(table.slice(1), samples)
     with pytest.raises(
         CheckpointError,
-        match=r"samples and pairs of round 2: prompt \w+ has the samples \[1, 2, 3\]",
+        match=r"samples and examples of iteration 2: prompt \w+ has the samples \[1, 2, 3\]",
     ):
         show_audit(finished.run.dir, screen(), deep=False)
     others = [row for row in table.to_pylist() if row["prompt_id"] != table["prompt_id"][0].as_py()]
     pq.write_table(pa.Table.from_pylist(others, schema=table.schema), samples)
     with pytest.raises(
-        CheckpointError, match="samples and pairs of round 2: 3 prompts, the round has 4"
+        CheckpointError, match="samples and examples of iteration 2: 3 prompts, expected 4"
     ):
         show_audit(finished.run.dir, screen(), deep=False)
     pq.write_table(table, samples)
     metrics = finished.run.dir / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + metrics.read_text().splitlines()[-1] + "\n")
-    with pytest.raises(CheckpointError, match=r"twice: \[4\]"):
+    with pytest.raises(CheckpointError, match=r"repeated: \[4\]"):
         show_audit(finished.run.dir, screen(), deep=False)
 
 

@@ -16,6 +16,7 @@ from launch.view import LiveView, summary
 from rayhf.control.commands import FileControl
 from rayhf.control.labels import UncertainPair
 from rayhf.errors import CheckpointError, ScorerError
+from rayhf.run_dir.progress import Event
 from rayhf.run_dir.store import RunDir
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x1b[31mred \x9b31m c1 \r\nfake line\x08\x7f \x00 \u202eright to left \ud800 [bold]markup[/bold] [/]"
@@ -76,10 +77,10 @@ def test_status_and_verify(hostile_run):
 class Campaign(FileControl):
     """A campaign with a hostile event and a hostile pair."""
 
-    def watch(self, going):
-        yield {"time": "2026-11-21T12:00:00", "kind": "fault", "message": HOSTILE}
+    def watch(self, is_active):
+        yield Event(time="2026-11-21T12:00:00", epoch=1, kind="fault", message=HOSTILE)
 
-    def pairs(self, count):
+    def uncertain_pairs(self, count):
         asked = ({"role": HOSTILE, "content": HOSTILE},)
         return [
             UncertainPair(

@@ -1,5 +1,4 @@
-"""What must not grow with the number of engines and prompts, and the simulation in virtual time
-that measures it."""
+"""Scaling in engines and prompts, and the simulation in virtual time that measures it."""
 
 import asyncio
 import itertools
@@ -12,7 +11,7 @@ from fakes import FakeChat, FakeRollout, FakeScorer, make_prompts
 
 from actors.rollout import LeastLoaded, RolloutPool
 from rayhf.algorithms.base import sample_and_score
-from rayhf.exploration.scheduler import RequestScheduler
+from rayhf.exploration.build import build_scheduler
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir import store
 from rayhf.types import GenerateRequest, Sampling
@@ -21,24 +20,25 @@ from tests.bench.simulated import World
 from tests.bench.virtual import simulate
 
 
-def test_virtual_time_passes_only_while_everybody_waits():
+def test_virtual_time_passes_only_while_all_coroutines_wait():
     async def work():
-        loop, heard = asyncio.get_running_loop(), []
+        loop = asyncio.get_running_loop()
+        timers = []
 
         async def after(seconds):
             await asyncio.sleep(seconds)
-            heard.append((seconds, loop.time()))
+            timers.append((seconds, loop.time()))
 
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(10_000):
                 await asyncio.gather(*(after(s) for s in (300, 7, 100_000)))
-        return heard
+        return timers
 
-    heard, loop = simulate(work())
-    assert heard == [(7, 7), (300, 300)] and loop.time() == 10_000
+    timers, loop = simulate(work())
+    assert timers == [(7, 7), (300, 300)] and loop.time() == 10_000
 
 
-def test_work_may_count_as_time():
+def test_work_may_count_as_virtual_time():
     spent = itertools.count(0, 5)  # every turn takes five seconds
 
     async def work():
@@ -53,7 +53,7 @@ def test_work_may_count_as_time():
     assert before >= 50 and 100 <= after - before <= 110
 
 
-def test_who_waits_for_nobody_is_told():
+def test_deadlock_in_virtual_time_is_reported():
     async def work():
         await asyncio.get_running_loop().create_future()
 
@@ -62,21 +62,25 @@ def test_who_waits_for_nobody_is_told():
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_a_simulated_campaign_with_dying_engines_is_whole(tmp_path, staleness):
+def test_simulated_campaign_with_crashing_engines_is_complete(tmp_path, staleness):
     case = Case(engines=3, prompts=32, iterations=3, max_staleness=staleness)
     world = World(engines=3, slots=4, tokens=4, life_s=150.0, restart_s=20.0, invalid=0.0)
-    found = measure(case, tmp_path / "run", world)
+    result = measure(case, tmp_path / "run", world)
     assert (
-        found["failures"] > 0 and found["busy_at_update"] == 0 and found["staleness"] == staleness
+        result["failures"] > 0
+        and result["busy_at_update"] == 0
+        and result["staleness"] == staleness
     )
-    assert found["over_ideal"] >= 1.0 and 0 < found["busy"] < 1
+    assert result["over_ideal"] >= 1.0 and 0 < result["busy"] < 1
     assert [
         finding.problem for finding in audit(tmp_path / "run", deep=False) if finding.problem
     ] == []
 
 
-def test_the_least_busy_is_the_least_busy():
-    rng, load, busy = random.Random(0), [0] * 7, LeastLoaded(7)
+def test_least_busy_engine_is_chosen():
+    rng = random.Random(0)
+    load = [0] * 7
+    busy = LeastLoaded(7)
     under_way = []
     for _ in range(2000):
         if under_way and rng.random() < 0.5:
@@ -84,7 +88,8 @@ def test_the_least_busy_is_the_least_busy():
             load[number] -= work
             busy.add(number, -work)
         else:
-            number, work = busy.choose(), rng.randrange(1, 5)
+            number = busy.choose()
+            work = rng.randrange(1, 5)
             assert number == min(range(7), key=load.__getitem__)
             load[number] += work
             busy.add(number, work)
@@ -92,8 +97,8 @@ def test_the_least_busy_is_the_least_busy():
     assert len(busy._heap) <= 4 * 7
 
 
-class Desk:
-    """An engine as the pool sees it, whose calls are answered when the test wants it."""
+class ControlledEngine:
+    """An engine as the pool sees it; the test decides when its calls return."""
 
     prepare = None
 
@@ -120,12 +125,12 @@ class Desk:
         return [len(requests) for requests, _, _ in self.calls]
 
 
-class Nobody:
+class NoBroadcast:
     async def join_engine(self, actor): ...
 
 
-def _asks(pool, numbers, version=0):
-    def ask(number):
+def _send(pool, numbers, version=0):
+    def send(number):
         request = GenerateRequest(
             prompt_id=str(number),
             number=0,
@@ -135,7 +140,7 @@ def _asks(pool, numbers, version=0):
         )
         return asyncio.ensure_future(pool.generate([request], version=version))
 
-    return [ask(number) for number in numbers]
+    return [send(number) for number in numbers]
 
 
 async def _turns():
@@ -143,69 +148,69 @@ async def _turns():
         await asyncio.sleep(0)
 
 
-def test_single_requests_travel_together_only_where_engines_have_twice_what_they_can_write():
+def test_requests_are_batched_once_engines_have_twice_their_capacity():
     async def play():
-        desks = [Desk(), Desk()]
-        pool = RolloutPool(desks, Nobody(), max_num_seqs=4, timeout_s=1.0)
-        asked = _asks(pool, range(8))
+        engines = [ControlledEngine(), ControlledEngine()]
+        pool = RolloutPool(engines, NoBroadcast(), max_num_seqs=4, timeout_s=1.0)
+        tasks = _send(pool, range(8))
         await _turns()
-        assert [desk.sizes for desk in desks] == [
+        assert [engine.sizes for engine in engines] == [
             [1] * 4,
             [1] * 4,
-        ]  # two sequences each: twice the four places
-        asked += [*_asks(pool, range(8, 21)), *_asks(pool, [21], version=1)]
+        ]  # two sequences each: twice the four slots
+        tasks += [*_send(pool, range(8, 21)), *_send(pool, [21], version=1)]
         await _turns()
-        assert [desk.sizes[4:] for desk in desks] == [[8], [5, 1]]
-        assert [version for desk in desks for _, version, _ in desk.calls[4:]] == [0, 0, 1]
-        desks[1].answer(0)
+        assert [engine.sizes[4:] for engine in engines] == [[8], [5, 1]]
+        assert [version for engine in engines for _, version, _ in engine.calls[4:]] == [0, 0, 1]
+        engines[1].answer(0)
         await _turns()
-        assert [task.done() for task in asked].count(
+        assert [task.done() for task in tasks].count(
             True
-        ) == 1  # nobody waits for another who need not
-        for desk in desks:
-            for number, (_, _, future) in enumerate(desk.calls):
+        ) == 1  # no request waits for another one without need
+        for engine in engines:
+            for number, (_, _, future) in enumerate(engine.calls):
                 if not future.done():
-                    desk.answer(number)
-        assert await asyncio.gather(*asked) == [[str(n)] for n in range(22)]
-        asked = _asks(pool, range(2))
+                    engine.answer(number)
+        assert await asyncio.gather(*tasks) == [[str(n)] for n in range(22)]
+        tasks = _send(pool, range(2))
         await _turns()
-        assert [desk.sizes[-1] for desk in desks] == [
+        assert [engine.sizes[-1] for engine in engines] == [
             1,
             1,
-        ]  # the load is what is under way, not what was
+        ]  # the load is what is in progress, not what was
 
     asyncio.run(play())
 
 
-def test_a_hand_of_requests_fails_as_one_and_is_given_up_when_nobody_waits_for_it_any_more():
+def test_batch_fails_as_one_and_is_canceled_with_its_last_request():
     async def play():
-        desk = Desk()
-        pool = RolloutPool([desk], Nobody(), max_num_seqs=1, timeout_s=1.0)
-        first = _asks(pool, range(1))
+        engine = ControlledEngine()
+        pool = RolloutPool([engine], NoBroadcast(), max_num_seqs=1, timeout_s=1.0)
+        first = _send(pool, range(1))
         await _turns()
-        asked = _asks(pool, range(1, 4))
+        tasks = _send(pool, range(1, 4))
         await _turns()
-        assert desk.sizes == [1, 3]
-        asked[0].cancel()
+        assert engine.sizes == [1, 3]
+        tasks[0].cancel()
         await _turns()
-        assert not desk.calls[1][2].cancelled() and asked[0].cancelled()
-        desk.calls[1][2].set_exception(ValueError("broken"))
-        found = await asyncio.gather(*asked[1:], return_exceptions=True)
-        assert [str(each) for each in found] == ["broken"] * 2
-        asked = _asks(pool, range(4, 6))
+        assert not engine.calls[1][2].cancelled() and tasks[0].cancelled()
+        engine.calls[1][2].set_exception(ValueError("broken"))
+        errors = await asyncio.gather(*tasks[1:], return_exceptions=True)
+        assert [str(each) for each in errors] == ["broken"] * 2
+        tasks = _send(pool, range(4, 6))
         await _turns()
-        for each in asked:
+        for each in tasks:
             each.cancel()
         await _turns()
-        assert desk.sizes == [1, 3, 2] and desk.calls[2][2].cancelled()
-        desk.answer(0)
-        assert await first[0] == ["0"] and pool._loads.least() == 0
+        assert engine.sizes == [1, 3, 2] and engine.calls[2][2].cancelled()
+        engine.answer(0)
+        assert await first[0] == ["0"] and pool._busy.least() == 0
 
     asyncio.run(play())
 
 
 class Counting(FakeRollout):
-    """How many prompts are explored at the same time."""
+    """Counts how many prompts are explored at the same time."""
 
     def __init__(self):
         super().__init__(delay=0.002)
@@ -218,10 +223,10 @@ class Counting(FakeRollout):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_only_so_many_prompts_are_explored_at_the_same_time(deterministic):
+def test_number_of_prompts_in_flight_is_limited(deterministic):
     async def run(in_flight):
         rollout = Counting()
-        exchange = RequestScheduler(
+        scheduler = build_scheduler(
             {"policy": rollout},
             FakeScorer(),
             chat=FakeChat(),
@@ -229,9 +234,9 @@ def test_only_so_many_prompts_are_explored_at_the_same_time(deterministic):
             deterministic=deterministic,
             in_flight=in_flight,
         )
-        groups = await exchange.run(
+        groups = await scheduler.run(
             make_prompts(10),
-            lambda prompt, explorer: sample_and_score(prompt, explorer, 2),
+            lambda prompt, context: sample_and_score(prompt, context, 2),
             sampling=Sampling(max_tokens=8),
             seed=1,
             done=lambda group: None,
@@ -248,13 +253,14 @@ def test_only_so_many_prompts_are_explored_at_the_same_time(deterministic):
         assert limited.most <= 3 < free.most
 
 
-def test_a_rounds_tables_are_written_in_parts_and_are_the_same(tmp_path, monkeypatch):
-    whole, parts = make_config(tmp_path / "whole"), make_config(tmp_path / "parts")
+def test_tables_written_in_parts_are_the_same(tmp_path, monkeypatch):
+    whole = make_config(tmp_path / "whole")
+    parts = make_config(tmp_path / "parts")
     play(whole)
     monkeypatch.setattr(store, "_PART", 1)
     play(parts)
     assert metrics_of(whole) == metrics_of(parts)
-    for folder in ("samples", "pairs"):
+    for folder in ("samples", "examples"):
         one, many = (
             config.run.dir / folder / "iteration-000001.parquet" for config in (whole, parts)
         )

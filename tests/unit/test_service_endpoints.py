@@ -74,7 +74,7 @@ def test_a_slow_service_costs_its_deadline_and_no_more():
         assert (
             isinstance(outcome, Failed)
             and outcome.transient
-            and "no answer within 0.1 s" in outcome.reason
+            and "no response within 0.1 s" in outcome.reason
         )
         assert time.monotonic() - began < 1.5
     finally:
@@ -104,7 +104,7 @@ def test_calls_whose_client_is_gone_do_not_reach_the_scorer():
         first.start()
         assert engine.called.wait(10)
         for _ in range(3):
-            with pytest.raises(UnreachableError, match=r"no answer within 0\.1 s"):
+            with pytest.raises(UnreachableError, match=r"no response within 0\.1 s"):
                 ask(0.1)
         left = ScorerStub(client.channel).Score.future(message, timeout=30)
         time.sleep(0.2)  # it waits in the server

@@ -28,6 +28,7 @@ from rayhf.scorer.grpc.scorer_pb2_grpc import (
     add_ScorerServicer_to_server,
 )
 from rayhf.scorer.rule import PairwiseRuleConfig, RuleConfig
+from rayhf.service.chat_pb2 import Message
 from rayhf.service.client import Client
 from rayhf.service.server import Server
 from rayhf.types import Compared, Failed, Invalid, Scored
@@ -126,7 +127,7 @@ def test_a_server_refuses_normalize_and_its_client_takes_it():
         GrpcScorerConfig(
             endpoints=("localhost:1",), pairwise=True, transform=LogSigmoid(reference=0.0)
         )
-    with pytest.raises(ValidationError, match=r"another machine: set security\.ca"):
+    with pytest.raises(ValidationError, match=r"is on another machine: set security\.ca"):
         GrpcScorerConfig(endpoints=("localhost:1", "gpu-7:50051"))
 
 
@@ -231,7 +232,7 @@ def test_requests_that_no_scorer_could_read_are_refused():
                 timeout_s=5,
             )
         no_reason = pb.ScoreRequest(
-            prompt=pb.Prompt(messages=[pb.Message(role="user")]), completions=[pb.Completion()]
+            prompt=pb.Prompt(messages=[Message(role="user")]), completions=[pb.Completion()]
         )
         with pytest.raises(ConfigError, match=r"requests\[0\]\.completions\[0\]: finish_reason 0"):
             client.call(
@@ -379,7 +380,7 @@ def test_check_says_that_a_token_is_missing(tmp_path):
     token.chmod(0o600)
     server = serve(Lengths(), token_file=token)
     try:
-        refused(grpc_entry(server), "unauthenticated: this service wants a token")
+        refused(grpc_entry(server), "unauthenticated: the token is missing or wrong")
         check_entries([grpc_entry(server, security={"token_file": token})], Path())
     finally:
         server.stop()

@@ -1,5 +1,4 @@
-"""Who is let in: certificates, tokens, limits, and configs that are refused before anything
-listens."""
+"""Access to services: certificates, tokens, limits, and configs that are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def private(path, content):
 
 
 def identity(folder, ca, name, **dates):
-    """(certificate, key) from a CA."""
+    """Return (certificate, key) from a CA."""
     issued = ca.issue_cert("127.0.0.1", **dates)
     issued.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
     return folder / f"{name}.pem", private(folder / f"{name}.key", issued.private_key_pem.bytes())
@@ -42,7 +41,8 @@ def identity(folder, ca, name, **dates):
 def world(tmp_path_factory):
     """Files by name: the CA, the server's and several clients' identities, tokens."""
     folder = tmp_path_factory.mktemp("identities")
-    ours, theirs = trustme.CA(), trustme.CA()
+    ours = trustme.CA()
+    theirs = trustme.CA()
     ours.cert_pem.write_to_path(folder / "ca.pem")
     theirs.cert_pem.write_to_path(folder / "other_ca.pem")
     for name, ca, dates in (
@@ -84,14 +84,14 @@ def as_(name):
 def score(address, base, security, text="four", *, limit=16, timeout_s=5.0):
     client = Client(address, EndpointSecurity(**security), base=base, max_message_mib=limit)
     try:
-        asked = pb.ScoreRequests(requests=[encode_request(request(text))])
-        reply = client.call(ScorerStub(client.channel).Score, asked, timeout_s=timeout_s)
+        requests = pb.ScoreRequests(requests=[encode_request(request(text))])
+        reply = client.call(ScorerStub(client.channel).Score, requests, timeout_s=timeout_s)
         return reply.results[0].outcomes[0].scored.value
     finally:
         client.close()
 
 
-def test_who_shows_everything_is_heard(world, locked):
+def test_client_with_all_credentials_is_served(world, locked):
     assert score(locked[0].address, world, GOOD) == 4.0
 
 
@@ -105,14 +105,14 @@ def test_who_shows_everything_is_heard(world, locked):
             GOOD | {"ca": "other_ca.pem"}, "CERTIFICATE_VERIFY_FAILED", id="server from another CA"
         ),
         pytest.param(
-            without("token_file"), "unauthenticated: this service wants a token", id="no token"
+            without("token_file"), "unauthenticated: the token is missing or wrong", id="no token"
         ),
         pytest.param(GOOD | {"token_file": "wrong_token"}, "unauthenticated", id="wrong token"),
         pytest.param({}, "unavailable", id="plain text to a TLS port"),
         pytest.param({"token_file": "token"}, "unavailable", id="plain text with the token"),
     ],
 )
-def test_who_does_not_is_refused_and_never_reaches_the_scorer(
+def test_other_clients_are_refused_and_never_reach_the_scorer(
     world, locked, caplog, security, message
 ):
     server, engine = locked
@@ -126,7 +126,7 @@ def test_who_does_not_is_refused_and_never_reaches_the_scorer(
     )
 
 
-def test_an_expired_server_is_refused(world):
+def test_expired_server_is_refused(world):
     server = serve(Lengths(), base=world, tls=tls("expired", client_ca=None))
     try:
         with pytest.raises(UnreachableError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -135,7 +135,7 @@ def test_an_expired_server_is_refused(world):
         server.stop()
 
 
-def test_a_token_counts_on_loopback_too_and_health_needs_none(world):
+def test_token_on_loopback_and_health_without_one(world):
     server = serve(Lengths(), base=world, token_file="token")
     client = Client(server.address, EndpointSecurity(), base=world)
     try:
@@ -143,9 +143,7 @@ def test_a_token_counts_on_loopback_too_and_health_needs_none(world):
         with pytest.raises(ServiceError, match="unauthenticated"):
             score(server.address, world, {})
         client.check_health(SERVICE, timeout_s=5)
-        watch = health_pb2_grpc.HealthStub(
-            client.channel
-        ).Watch  # a stream would hold one of the places
+        watch = health_pb2_grpc.HealthStub(client.channel).Watch  # a stream would occupy a thread
         with pytest.raises(ServiceError, match="unauthenticated"):
             list(client.stream(watch, health_pb2.HealthCheckRequest(service=SERVICE), timeout_s=5))
     finally:
@@ -163,13 +161,13 @@ def test_messages_over_the_limit_are_refused_at_both_ends():
                 ServiceError, match=f"resource_exhausted: {who}: .*larger than max"
             ) as error:
                 score(server.address, HERE, {}, large, limit=limit)
-            assert not isinstance(error.value, UnreachableError)  # asking again would not help
+            assert not isinstance(error.value, UnreachableError)  # a retry would not help
         assert engine.calls == 0
     finally:
         server.stop()
 
 
-def test_more_calls_than_places_are_refused_at_once():
+def test_calls_over_the_limit_are_refused_at_once():
     engine = Lengths(wait_s=0.5)
     server = serve(engine, max_concurrent=1)
     try:
@@ -184,17 +182,18 @@ def test_more_calls_than_places_are_refused_at_once():
         server.stop()
 
 
-def test_a_port_has_one_server():
+def test_port_in_use_is_refused():
     server = serve(Lengths())
     try:
-        with pytest.raises(ConfigError, match=rf"{port_of(server)} cannot be listened on"):
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{port_of(server)};"):
             serve(Lengths(), port=port_of(server))
     finally:
         server.stop()
 
 
-def test_stopping_lets_calls_under_way_end_and_takes_no_new_ones():
-    engine, scores = Lengths(wait_s=0.3), []
+def test_stop_waits_for_calls_in_progress_and_refuses_new_ones():
+    engine = Lengths(wait_s=0.3)
+    scores = []
     server = serve(engine)
     call = threading.Thread(target=lambda: scores.append(score(server.address, HERE, {})))
     call.start()
@@ -211,11 +210,11 @@ def test_stopping_lets_calls_under_way_end_and_takes_no_new_ones():
     [
         (
             {"host": "0.0.0.0"},
-            "host 0.0.0.0 is reached from other machines: set tls, or host: 127.0.0.1",
+            "host 0.0.0.0 is reachable from other machines: set tls, or host: 127.0.0.1",
         ),
-        ({"host": "::"}, "reached from other machines: set tls"),
-        ({"host": "gpu-7"}, "reached from other machines: set tls"),
-        ({"host": "0.0.0.0", "token_file": "t"}, "reached from other machines: set tls"),
+        ({"host": "::"}, "reachable from other machines: set tls"),
+        ({"host": "gpu-7"}, "reachable from other machines: set tls"),
+        ({"host": "0.0.0.0", "token_file": "t"}, "reachable from other machines: set tls"),
         (
             {"host": "0.0.0.0", "tls": {"certificate": "c", "key": "k"}},
             "set tls.client_ca or token_file",
@@ -223,7 +222,7 @@ def test_stopping_lets_calls_under_way_end_and_takes_no_new_ones():
         ({"port": 65536}, "less than or equal to 65535"),
     ],
 )
-def test_configs_that_would_be_open_do_not_start(settings, message):
+def test_open_server_configs_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         ServiceConfig(**settings)
 
@@ -231,25 +230,25 @@ def test_configs_that_would_be_open_do_not_start(settings, message):
 @pytest.mark.parametrize(
     ("endpoint", "security", "message"),
     [
-        ("gpu-7:50051", {}, "another machine: set security.ca"),
-        ("10.0.0.7:50051", {"token_file": "t"}, "another machine: set security.ca"),
+        ("gpu-7:50051", {}, "is on another machine: set security.ca"),
+        ("10.0.0.7:50051", {"token_file": "t"}, "is on another machine: set security.ca"),
         ("localhost", {}, "is not of the form host:port"),
         ("http://localhost:1", {}, "is not of the form host:port"),
         ("localhost:0", {}, "is not of the form host:port"),
         ("::1:50051", {}, r"did you mean \[::1\]:50051"),
     ],
 )
-def test_endpoints_that_would_be_in_the_clear_or_are_none(endpoint, security, message):
+def test_unencrypted_or_malformed_endpoints_are_refused(endpoint, security, message):
     with pytest.raises(ValueError, match=message):
         split_endpoint(endpoint, EndpointSecurity(**security))
     with pytest.raises(ConfigError, match=message):
         Client(endpoint, EndpointSecurity(**security), base=HERE)
 
 
-def test_a_certificate_needs_its_key_and_tls():
+def test_certificate_needs_key_and_tls():
     with pytest.raises(ValidationError, match="belong together"):
         EndpointSecurity(ca="ca.pem", certificate="c.pem")
-    with pytest.raises(ValidationError, match="over TLS only"):
+    with pytest.raises(ValidationError, match="a client certificate needs TLS"):
         EndpointSecurity(certificate="c.pem", key="c.key")
 
 
@@ -259,11 +258,11 @@ def test_a_certificate_needs_its_key_and_tls():
         (TOKEN, 0o640, "has mode 0640, others may read it; expected 0600"),
         (TOKEN, 0o604, "has mode 0604"),
         ("short", 0o600, "has 5 characters, expected at least 16"),
-        ("two words are no token", 0o600, "something other than one word"),
-        ("tökentökentökentöken", 0o600, "something other than one word"),
+        ("two words are no token", 0o600, "white space or a character outside ASCII"),
+        ("tökentökentökentöken", 0o600, "white space or a character outside ASCII"),
     ],
 )
-def test_tokens_that_are_no_secret_or_no_token(tmp_path, content, mode, message):
+def test_exposed_or_malformed_tokens_are_refused(tmp_path, content, mode, message):
     path = tmp_path / "token"
     path.write_text(content)
     path.chmod(mode)
@@ -274,7 +273,7 @@ def test_tokens_that_are_no_secret_or_no_token(tmp_path, content, mode, message)
         read_token(tmp_path / "absent", key="k")
 
 
-def test_a_private_key_that_others_may_read_is_refused(world):
+def test_exposed_private_key_is_refused(world):
     (world / "open.key").write_bytes((world / "server.key").read_bytes())
     (world / "open.key").chmod(0o644)
     with pytest.raises(ConfigError, match=r"service\.tls\.key: .*mode 0644"):

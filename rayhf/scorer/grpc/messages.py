@@ -14,6 +14,7 @@ import numpy as np
 
 from rayhf.errors import ConfigError
 from rayhf.scorer.grpc import scorer_pb2 as pb
+from rayhf.service.chat_pb2 import Message
 from rayhf.service.client import printable
 from rayhf.types import (
     Compared,
@@ -51,7 +52,7 @@ def encode_request(request: ScoreRequest) -> pb.ScoreRequest:
     """
     prompt = request.prompt
     messages = [
-        pb.Message(role=message["role"], content=message["content"]) for message in prompt.messages
+        Message(role=message["role"], content=message["content"]) for message in prompt.messages
     ]
     completions = [
         pb.Completion(text=completion.text, finish_reason=_ENCODED_REASON[completion.finish_reason])

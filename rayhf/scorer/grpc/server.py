@@ -30,7 +30,7 @@ from rayhf.scorer.grpc import scorer_pb2 as pb
 from rayhf.scorer.grpc.messages import SERVICE, decode_requests, encode_comparisons, encode_outcomes
 from rayhf.scorer.grpc.scorer_pb2_grpc import ScorerServicer, add_ScorerServicer_to_server
 from rayhf.scorer.protocol import ScorerEngine
-from rayhf.service.server import Server, refusals
+from rayhf.service.server import Server, error_statuses
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,14 +68,14 @@ class _Servicer(ScorerServicer):  # type: ignore[misc]  # generated without type
         return self._described
 
     def Score(self, request: pb.ScoreRequests, context: grpc.ServicerContext) -> pb.ScoreReply:
-        with refusals(context):
+        with error_statuses(context):
             requests = decode_requests(request)
             with self._exclusive(context):
                 outcomes = self._call(partial(self._engine.score, requests))
             return encode_outcomes(check_outcomes(outcomes, requests))
 
     def Compare(self, request: pb.ScoreRequests, context: grpc.ServicerContext) -> pb.CompareReply:
-        with refusals(context):
+        with error_statuses(context):
             requests = decode_requests(request)
             with self._exclusive(context):
                 comparisons = self._call(partial(self._engine.compare, requests))

@@ -1,0 +1,179 @@
+"""How the journal stores responses: for many of one type, a JSON value and arrays.
+
+An iteration has millions of responses, so each type is stored column by column. `encode` turns
+responses into columns, `decode` yields a raw response for each, and `restore` makes the response
+again, from its request and the raw response.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from rayhf.types import (
+    Compared,
+    Comparison,
+    Completion,
+    GenerateRequest,
+    Invalid,
+    Outcome,
+    Scored,
+    ScoreRequest,
+)
+
+RequestT = TypeVar("RequestT", bound=GenerateRequest | ScoreRequest)
+ResponseT = TypeVar("ResponseT")
+Encoded = tuple[object, list[bytes]]
+"""A JSON value, and arrays."""
+
+
+class Codec(ABC, Generic[RequestT, ResponseT]):
+    """Stores the responses of one type of request."""
+
+    request_type: str
+    """Name in the journal's file."""
+
+    @abstractmethod
+    def encode(self, responses: Sequence[ResponseT]) -> Encoded:
+        """Return the responses as columns."""
+
+    @abstractmethod
+    def decode(self, columns: Any, data: bytes) -> Iterator[Any]:
+        """Yield the raw responses; `columns` is parsed JSON, `data` the arrays end to end."""
+
+    @abstractmethod
+    def restore(self, request: RequestT, raw: Any) -> ResponseT:
+        """Return the response to `request` from a raw one."""
+
+
+class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
+    """Completions: texts and reasons as JSON, tokens and log-probs as arrays."""
+
+    request_type = "generate"
+
+    def encode(self, responses: Sequence[tuple[Completion, ...]]) -> Encoded:
+        completions = list(chain.from_iterable(responses))
+        tokens = array("i", list(chain.from_iterable(c.token_ids for c in completions)))
+        logprobs = np.frombuffer(
+            array("d", list(chain.from_iterable(c.logprobs for c in completions)))
+        )
+        # Engines give float32: half the size, without loss.
+        short = logprobs.astype("<f4")
+        is_short = bool((short == logprobs).all())
+        columns = {
+            "counts": [len(response) for response in responses],
+            "texts": [c.text for c in completions],
+            "lengths": [len(c.token_ids) for c in completions],
+            "reasons": [c.finish_reason for c in completions],
+            "versions": [c.policy_version for c in completions],
+            "logprobs": "<f4" if is_short else "<f8",
+        }
+        return columns, [tokens.tobytes(), (short if is_short else logprobs).tobytes()]
+
+    def decode(self, columns: Any, data: bytes) -> Iterator[Any]:
+        size = 4 * sum(columns["lengths"])
+        tokens = np.frombuffer(data[:size], dtype="<i4")
+        logprobs = np.frombuffer(data[size:], dtype=columns["logprobs"])
+        names = ("texts", "reasons", "versions", "lengths")
+        start = 0
+        rows = []
+        for text, reason, version, length in zip(*(columns[name] for name in names), strict=True):
+            end = start + length
+            rows.append((text, reason, version, tokens[start:end], logprobs[start:end]))
+            start = end
+        remaining = iter(rows)
+        return ([next(remaining) for _ in range(count)] for count in columns["counts"])
+
+    def restore(self, request: GenerateRequest, raw: Any) -> tuple[Completion, ...]:
+        return tuple(
+            Completion(
+                prompt_id=request.prompt_id,
+                index=index,
+                seed=request.seeds[index],
+                text=text,
+                token_ids=tuple(token_ids.tolist()),
+                logprobs=tuple(logprobs.tolist()),
+                finish_reason=finish_reason,
+                policy_version=version,
+            )
+            for index, (text, finish_reason, version, token_ids, logprobs) in enumerate(raw)
+        )
+
+
+class _Score(Codec[ScoreRequest, tuple[Outcome, ...]]):
+    """Outcomes: a score without parts is a number, with parts a list, an Invalid its reason."""
+
+    request_type = "score"
+
+    def encode(self, responses: Sequence[tuple[Outcome, ...]]) -> Encoded:
+        return [[_encode_outcome(outcome) for outcome in outcomes] for outcomes in responses], []
+
+    def decode(self, columns: Any, data: bytes) -> Iterator[Any]:
+        yield from columns
+
+    def restore(self, request: ScoreRequest, raw: Any) -> tuple[Outcome, ...]:
+        return tuple(map(_restore_outcome, raw))
+
+
+def _encode_outcome(outcome: Outcome) -> object:
+    if not isinstance(outcome, Scored):
+        return outcome.reason
+    return [outcome.value, dict(outcome.parts)] if outcome.parts else outcome.value
+
+
+def _restore_outcome(raw: Any) -> Outcome:
+    if isinstance(raw, str):
+        return Invalid(reason=raw)
+    if isinstance(raw, list):
+        value, parts = raw
+        return Scored(value=value, parts=parts)
+    return Scored(value=raw)
+
+
+class _Compare(Codec[ScoreRequest, Comparison]):
+    """Comparisons: source and size as JSON and the matrix as an array; an Invalid's reason."""
+
+    request_type = "compare"
+
+    def encode(self, responses: Sequence[Comparison]) -> Encoded:
+        columns = [
+            [response.source, len(response.win)]
+            if isinstance(response, Compared)
+            else response.reason
+            for response in responses
+        ]
+        matrices = [
+            response.win.astype("<f8").tobytes()
+            for response in responses
+            if isinstance(response, Compared)
+        ]
+        return columns, matrices
+
+    def decode(self, columns: Any, data: bytes) -> Iterator[Any]:
+        for row in columns:
+            if isinstance(row, str):
+                yield row
+                continue
+            source, size = row
+            end = 8 * size * size
+            yield source, np.frombuffer(data[:end], dtype="<f8").reshape(size, size)
+            data = data[end:]
+
+    def restore(self, request: ScoreRequest, raw: Any) -> Comparison:
+        if isinstance(raw, str):
+            return Invalid(reason=raw)
+        source, win = raw
+        return Compared(win=win, source=source)
+
+
+GENERATE = _Generate()
+SCORE = _Score()
+COMPARE = _Compare()
+CODECS: dict[str, Codec[Any, Any]] = {
+    codec.request_type: codec for codec in (GENERATE, SCORE, COMPARE)
+}

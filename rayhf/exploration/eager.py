@@ -1,0 +1,85 @@
+"""The fast scheduler: requests are sent as early as the roles can take them.
+
+A generation is sent at once, since engines batch continuously. Score requests are sent as soon as
+the previous call has returned, together with all that arrived meanwhile. The journal is written
+several times a second: a campaign that was killed repeats its last requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, ClassVar
+
+from rayhf.exploration.codecs import RequestT, ResponseT
+from rayhf.exploration.scheduler import RequestQueue, RequestScheduler, run_beside
+
+_FLUSH_EVERY_S = 0.2
+"""Seconds between two writes of the journal; closing it writes the rest."""
+
+
+class EagerScheduler(RequestScheduler):
+    """Sends generations at once, and score requests in one call after the other."""
+
+    writes_through: ClassVar[bool] = False
+    _calls: set[asyncio.Task[Any]]
+    """Tasks with a call in progress: those of the scheduler, and any that `explore` created."""
+    _scoring: set[object]
+    """Queues with a call in progress."""
+
+    async def _run(self, workers: Sequence[Coroutine[object, object, None]]) -> None:
+        self._calls = set()
+        self._scoring = set()
+        tasks = [asyncio.create_task(worker) for worker in workers]
+        ended = asyncio.gather(*tasks)
+        try:
+            await run_beside(ended, self._flush_regularly())
+        finally:
+            unfinished = {*tasks, *self._calls}
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(ended, *unfinished, return_exceptions=True)
+
+    async def _flush_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(_FLUSH_EVERY_S)
+            if self._journal is not None:
+                self._journal.flush()
+
+    async def _request(
+        self, queue: RequestQueue[RequestT, ResponseT], request: RequestT
+    ) -> ResponseT:
+        if queue.is_continuous:
+            return await self._send_one(queue, request)
+        response = queue.put(request)
+        if queue not in self._scoring:
+            self._scoring.add(queue)
+            task = asyncio.create_task(self._send_batches(queue))
+            self._calls.add(task)
+            task.add_done_callback(self._calls.discard)
+        return await response
+
+    async def _send_one(
+        self, queue: RequestQueue[RequestT, ResponseT], request: RequestT
+    ) -> ResponseT:
+        if self._journal is not None:
+            recorded = self._journal.recall(queue.codec, request)
+            if recorded is not None:
+                return recorded
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
+        try:
+            with self.stopwatch(queue.timer):
+                (response,) = await queue.call([request])
+        finally:
+            self._calls.discard(task)
+        if self._journal is not None:
+            self._journal.add(queue.codec, [request], [response])
+        return response
+
+    async def _send_batches(self, queue: RequestQueue[RequestT, ResponseT]) -> None:
+        await asyncio.sleep(0)  # coroutines that continue in the same turn share a call
+        while pending := queue.take():
+            await self._send(queue, pending)
+        self._scoring.discard(queue)
