@@ -19,7 +19,10 @@ from rayhf.errors import CheckpointError, ScorerError
 from rayhf.run_dir.progress import Event
 from rayhf.run_dir.store import RunDir
 
-HOSTILE = "\x1b[2J\x1b]0;owned\x07\x1b[31mred \x9b31m c1 \r\nfake line\x08\x7f \x00 \u202eright to left \ud800 [bold]markup[/bold] [/]"
+HOSTILE = (
+    "\x1b[2J\x1b]0;owned\x07\x1b[31mred \x9b31m c1 \r\nfake line\x08\x7f \x00 "
+    "\u202eright to left \ud800 [bold]markup[/bold] [/]"
+)
 STEERING = {chr(code) for code in [*range(0x20), *range(0x7F, 0xA0), 0x202E, 0xD800]} - {"\n", "\t"}
 
 
@@ -97,7 +100,7 @@ def test_watching_and_judging(tmp_path, monkeypatch):
     assert not STEERING & set(shown(console)) and shown(console).count("\\x1b[2J") >= 5
 
 
-def test_a_directorys_name_in_the_summary(tmp_path):
+def test_directorys_name_in_the_summary(tmp_path):
     config = make_config(tmp_path)
     play(config)
     hostile = config.run.dir.rename(tmp_path / "\x1b[2J[bold]run[bold]")
@@ -121,10 +124,10 @@ def test_error_line(monkeypatch, capsys):
 
 
 def test_plain_imports_nothing_heavy():
-    code = "import sys, launch.sanitize, launch.cluster_auth; print({'ray', 'rich', 'torch', 'pydantic'} & set(sys.modules))"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        == "set()\n"
+    code = (
+        "import sys, launch.sanitize, launch.cluster_auth; "
+        "print({'ray', 'rich', 'torch', 'pydantic'} & set(sys.modules))"
     )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
