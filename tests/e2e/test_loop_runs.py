@@ -90,7 +90,7 @@ def test_two_policies_resume_with_the_same_bits(world: Path) -> None:
     )
     assert len(metrics(world, "second")) < 4, "it had finished before it was killed"
     out, _ = run(world, config, "run.iterations=3")
-    assert "continue: after round" in out
+    assert "continue: after iteration" in out
     assert "transport: broadcast" in (world / "second/config.yaml").read_text()
     assert metrics(world, "first") == metrics(world, "second")
     for iteration in (1, 2, 3):

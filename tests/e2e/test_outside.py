@@ -1,4 +1,4 @@
-"""A package of somebody else, and the Python API: both know nothing of rayhf's insides."""
+"""A separately installed plugin package, and the Python API: both use only public names."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -202,13 +201,11 @@ def test_engine_that_dies_in_a_broadcast_is_named(
     stage: tuple[asyncio.Runner, Stage],
 ) -> None:
     runner, one = stage
-    started = time.monotonic()
     with pytest.raises(
         ActorLostError,
         match=r"sync: rollout engine 0 died|weights by broadcast, sending: .*[Cc]onnection",
     ):
         runner.run(one.train_and_deliver(FATAL))
-    assert time.monotonic() - started < TIMEOUT_S
 
 
 @pytest.mark.timeout(600)

@@ -59,7 +59,7 @@ def make_config(
     )
 
 
-def play(
+def run_campaign(
     config: CampaignConfig,
     *,
     rollout: Rollout | None = None,

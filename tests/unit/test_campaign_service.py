@@ -2,14 +2,14 @@
 
 import json
 import threading
-import time
 
 import pytest
 import trustme
 import yaml
-from campaigns import make_config, metrics_of, play
+from campaigns import make_config, metrics_of, run_campaign
 from fakes import SilentObserver
 from typer.testing import CliRunner
+from waiting import wait_until
 
 from launch.cli import app
 from launch.serve import control_served
@@ -44,7 +44,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def finished(tmp_path):
     config = make_config(tmp_path, run={"checkpoint_every": 1, "iterations": 2})
-    play(config)
+    run_campaign(config)
     return config
 
 
@@ -119,7 +119,7 @@ def test_remote_prompts_and_labels_are_trained_on(finished, served, files, tmp_p
     )
     assert submitted_rows(finished.run.dir, "labels")[0]["source"].startswith("ann at ipv")
     assert submitted_rows(finished.run.dir, "prompts")[0]["answer"] == "7"
-    play(make_config(tmp_path, run={"checkpoint_every": 1, "iterations": 3}))
+    run_campaign(make_config(tmp_path, run={"checkpoint_every": 1, "iterations": 3}))
     assert metrics_of(finished)[-1]["pairs/human"] == 1
 
 
@@ -140,7 +140,7 @@ def test_bad_submission_is_refused_and_not_stored(finished, served, files, call,
 
 def test_algorithm_without_labels_refuses_them(tmp_path):
     config = make_config(tmp_path, algorithm={"type": "sppo", "samples": 3}, run={"iterations": 1})
-    play(config)
+    run_campaign(config)
     control = FileControl(config.run.dir)
     with pytest.raises(ConfigError, match="sppo does not train on human labels"):
         control.label(
@@ -177,8 +177,7 @@ def test_watch_yields_past_and_new_events(tmp_path):
 
     listener = threading.Thread(target=listen)
     listener.start()
-    while len(messages) < 10:
-        time.sleep(0.01)
+    wait_until(lambda: len(messages) == 10)
     recorder.event("fault", "new")
     store.event("end", "done", code=0)
     listener.join(10)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from campaigns import make_config, play
+from campaigns import make_config, run_campaign
 from rich.console import Console
 
 from launch.operate import command, show_audit, show_status
@@ -52,7 +52,7 @@ def snapshot(root: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("campaign")
-    play(make_config(root))
+    run_campaign(make_config(root))
     return root / "run"
 
 

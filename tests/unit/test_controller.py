@@ -4,7 +4,7 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-from campaigns import make_config, metrics_of, play
+from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeLearner, FakeRollout, FakeScorer
 
 from rayhf.errors import CheckpointError, ConfigError, LockedError, ScorerError
@@ -14,7 +14,7 @@ from rayhf.types import Failed, Invalid
 
 def test_campaign_writes_the_documented_run_directory(tmp_path):
     config = make_config(tmp_path)
-    play(config)
+    run_campaign(config)
     run = config.run.dir
     assert [m["iteration"] for m in metrics_of(config)] == [0, 1, 2, 3, 4]
     assert [("eval/toy/sampled" in m) for m in metrics_of(config)] == [
@@ -37,10 +37,10 @@ def test_campaign_writes_the_documented_run_directory(tmp_path):
 
 def test_resume_after_a_crash_equals_the_uninterrupted_run(tmp_path):
     whole, broken = make_config(tmp_path / "whole"), make_config(tmp_path / "broken")
-    play(whole)
+    run_campaign(whole)
     with pytest.raises(RuntimeError, match="killed"):
-        play(broken, learner=FakeLearner(fail_at=3))
-    play(broken)
+        run_campaign(broken, learner=FakeLearner(fail_at=3))
+    run_campaign(broken)
     assert metrics_of(broken) == metrics_of(whole)
     for i in range(1, 5):
         name = f"samples/iteration-{i:06d}.parquet"
@@ -49,7 +49,7 @@ def test_resume_after_a_crash_equals_the_uninterrupted_run(tmp_path):
 
 def test_waves_do_not_depend_on_arrival_order(tmp_path):
     rollout = FakeRollout(delay=0.01)
-    play(make_config(tmp_path), rollout=rollout)
+    run_campaign(make_config(tmp_path), rollout=rollout)
     rounds = [call for call in rollout.calls if len(call) == 4]
     assert len(rounds) == 4 and all(call == sorted(call) for call in rounds)
 
@@ -58,7 +58,7 @@ def test_waves_do_not_depend_on_arrival_order(tmp_path):
 def test_staleness_is_bounded_and_weights_change_between_calls(tmp_path, staleness):
     config = make_config(tmp_path, run={"iterations": 8, "max_staleness": staleness})
     rollout = FakeRollout(delay=0.005)
-    play(config, rollout=rollout)
+    run_campaign(config, rollout=rollout)
     seen = [m["staleness/max"] for m in metrics_of(config)[1:]]
     assert max(seen) == staleness and rollout.busy_at_update == 0
     assert metrics_of(config)[-1]["policy/version"] == 8
@@ -70,7 +70,7 @@ def test_ppo_takes_several_steps_and_trains_the_critic(tmp_path):
         algorithm={"type": "ppo", "samples": 2, "critic_warmup": 1},
         learner={"epochs": 2, "prompts_per_step": 2},
     )
-    roles = play(config, critic=FakeLearner())
+    roles = run_campaign(config, critic=FakeLearner())
     # One iteration only warms up the critic.
     assert roles.critic.steps == 4 * 4
     assert roles.learners["policy"].steps == 3 * 4
@@ -97,20 +97,20 @@ def test_reference_follows_its_schedule(tmp_path, schedule, expected):
     config = make_config(
         tmp_path, algorithm={"type": "online_dpo", "samples": 4, "reference": schedule}
     )
-    assert play(config).reference.updates == expected
+    assert run_campaign(config).reference.updates == expected
 
 
 @pytest.mark.parametrize("outcome", [Failed(reason="ValueError: no"), Invalid(reason="NaN")])
 def test_missing_scores_stop_the_run_and_never_train(tmp_path, outcome):
     config, learner = make_config(tmp_path, prompts={"train": "t", "batch": 4}), FakeLearner()
     with pytest.raises(ScorerError, match=outcome.reason):
-        play(config, scorer=FakeScorer(outcome), learner=learner)
+        run_campaign(config, scorer=FakeScorer(outcome), learner=learner)
     assert learner.steps == 0
 
 
 def test_other_and_locked_campaigns_are_refused(tmp_path):
     config = make_config(tmp_path)
-    play(config)
+    run_campaign(config)
     with pytest.raises(
         ConfigError, match=r"holds another campaign: algorithm\.loss\.beta was 0\.1, now 0\.2"
     ):
@@ -130,7 +130,7 @@ def test_other_and_locked_campaigns_are_refused(tmp_path):
 
 def test_damaged_checkpoint_is_replaced_by_the_older_one(tmp_path):
     config = make_config(tmp_path)
-    play(config)
+    run_campaign(config)
     checkpoints = config.run.dir / "checkpoints"
     (checkpoints / "iteration-000004/learner/steps").write_text("9")
     store = RunDir(config)

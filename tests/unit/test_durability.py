@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from campaigns import make_config, play
+from campaigns import make_config, run_campaign
 from fakes import checkpoint_state
 
 from actors.learner import LearnerActor
@@ -50,7 +50,7 @@ def flip(file, rng):
 
 def test_flipped_bits_and_truncations_are_detected(tmp_path):
     config = make_config(tmp_path)
-    play(config)
+    run_campaign(config)
     folder = config.run.dir / "checkpoints/iteration-000004"
     files = [file for file in folder.rglob("*") if file.is_file() and file.stat().st_size]
     assert problems(config) == []
@@ -70,7 +70,7 @@ def test_flipped_bits_and_truncations_are_detected(tmp_path):
 
 def test_replaced_checkpoint_is_detected(tmp_path):
     config = make_config(tmp_path)
-    play(config)
+    run_campaign(config)
     folder = config.run.dir / "checkpoints/iteration-000004"
     folder.rename(tmp_path / "other")
     (tmp_path / "other/MANIFEST.json").unlink()
@@ -84,7 +84,7 @@ def test_replaced_checkpoint_is_detected(tmp_path):
 
 def test_sealed_but_uncommitted_checkpoint_is_used(tmp_path):
     config = make_config(tmp_path)
-    play(config)
+    run_campaign(config)
     file = config.run.dir / "campaign.json"
     state = json.loads(file.read_text())
     file.write_text(
@@ -97,11 +97,11 @@ def test_sealed_but_uncommitted_checkpoint_is_used(tmp_path):
 
 def test_committed_campaign_never_starts_from_scratch(tmp_path):
     config = make_config(tmp_path)
-    play(config)
+    run_campaign(config)
     for folder in (config.run.dir / "checkpoints").glob("iteration-*"):
         flip(folder / "state.json", random.Random(1))
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
-        play(make_config(tmp_path, run={"iterations": 6}))
+        run_campaign(make_config(tmp_path, run={"iterations": 6}))
     assert len(list((config.run.dir / "checkpoints").glob(".corrupt-*"))) == 2
 
 

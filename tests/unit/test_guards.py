@@ -107,7 +107,7 @@ def test_training_scorer_on_held_out_samples_is_preferred():
     assert first_pause(lines, "reward_gap") == 30
     for i in range(5, 61, 5):
         lines[i]["eval/t/reward"] = (
-            0.3  # nothing is gained: the policy is worse, but it games nobody
+            0.3  # nothing is gained: the policy is worse, but it exploits no scorer
         )
     assert replayed(lines) == []
 

@@ -5,7 +5,7 @@ import multiprocessing
 
 import pyarrow.parquet as pq
 import pytest
-from campaigns import make_config, metrics_of, play
+from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeScorer
 
 from rayhf.algorithms.base import SelectionContext, TakesLabels
@@ -63,7 +63,7 @@ def test_submitted_prompts_are_in_the_next_iteration(tmp_path):
     submit_rows(
         config.run.dir, "prompts", [{"prompt": "mine", "answer": 3}, long, broken], source="me"
     )
-    play(config)
+    run_campaign(config)
     tables = [
         pq.read_table(config.run.dir / f"samples/iteration-{n:06d}.parquet").to_pylist()
         for n in (1, 2)
@@ -77,7 +77,7 @@ def test_submitted_prompts_are_in_the_next_iteration(tmp_path):
 
 def test_labels_are_trained_on_once_with_their_lineage(tmp_path):
     config = make_config(tmp_path, run={"iterations": 2, "checkpoint_every": 1})
-    play(config)
+    run_campaign(config)
     pairs = uncertain_pairs(config.run.dir, 100)
     assert len({pair.pair_id for pair in pairs}) == len(pairs) == 8
     newest = [pair.certainty for pair in pairs if pair.pair_id.startswith("2/")]
@@ -88,7 +88,7 @@ def test_labels_are_trained_on_once_with_their_lineage(tmp_path):
             config.run.dir, "labels", [{"pair_id": pair.pair_id, "verdict": verdict}], source="ann"
         )
     assert len(uncertain_pairs(config.run.dir, 100)) == 5  # labeled pairs are left out
-    play(make_config(tmp_path, run={"iterations": 4, "checkpoint_every": 1}))
+    run_campaign(make_config(tmp_path, run={"iterations": 4, "checkpoint_every": 1}))
     lines = metrics_of(config)
     assert [line.get("pairs/human", 0) for line in lines] == [0, 0, 0, 2, 0]
     given = [
@@ -126,7 +126,7 @@ def test_preference_algorithms_take_labels(tmp_path, algorithm):
 
 def test_label_of_unknown_pair_is_refused(tmp_path):
     config = make_config(tmp_path, run={"iterations": 2})
-    play(config)
+    run_campaign(config)
     run = config.run.dir
     prompt = uncertain_pairs(run, 1)[0].pair_id.split("/")[1]
     numbers = (f"9/{prompt}/0/1", f"2/{prompt}/0/0", f"2/{prompt}/0/9", f"2/{prompt}/-1/0")
@@ -139,7 +139,7 @@ def test_label_of_unknown_pair_is_refused(tmp_path):
 
 def test_certainty_of_pairwise_scorers_is_their_own(tmp_path):
     config = make_config(tmp_path, algorithm={"type": "sppo", "samples": 3}, run={"iterations": 1})
-    play(config, scorer=FakeScorer())
+    run_campaign(config, scorer=FakeScorer())
     rows = pq.read_table(config.run.dir / "samples/iteration-000001.parquet").to_pylist()
     wins = {(row["prompt_id"], row["text"]): row["wins"] for row in rows}
     for pair in uncertain_pairs(config.run.dir, 10):

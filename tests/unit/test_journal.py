@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from campaigns import make_config, metrics_of, play
+from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeLearner, FakeRollout, FakeScorer
 
 from rayhf.exploration.codecs import COMPARE, GENERATE, SCORE
@@ -200,7 +200,7 @@ def test_killed_iteration_repeats_no_call(tmp_path, algorithm):
         run={"iterations": 2, "checkpoint_every": 1, "eval_every": 0},
     )
     every = FakeRollout()
-    play(whole, rollout=every)
+    run_campaign(whole, rollout=every)
     calls = len(every.calls)
     assert calls > 4
     for at in range(1, calls, 2):
@@ -212,8 +212,8 @@ def test_killed_iteration_repeats_no_call(tmp_path, algorithm):
         first = Killed(at)
         second = FakeRollout()
         with pytest.raises(KeyboardInterrupt):
-            play(config, rollout=first)
-        play(config, rollout=second)
+            run_campaign(config, rollout=first)
+        run_campaign(config, rollout=second)
         assert metrics_of(config) == metrics_of(whole)
         sent = first.calls + second.calls
         # Only evaluations are repeated: they are not part of an iteration's exploration.
@@ -224,7 +224,7 @@ def test_killed_iteration_repeats_no_call(tmp_path, algorithm):
 def test_killed_iteration_leaves_no_unretrieved_exception(tmp_path, caplog):
     """The garbage collector would report one at a random later point."""
     with pytest.raises(KeyboardInterrupt):
-        play(make_config(tmp_path), rollout=Killed(3))
+        run_campaign(make_config(tmp_path), rollout=Killed(3))
     gc.collect()
     assert [record.getMessage() for record in caplog.records] == []
 
@@ -245,9 +245,9 @@ def test_scorer_state_is_restored_with_the_journal(tmp_path):
 
     config = make_config(tmp_path, run={"iterations": 1, "eval_every": 0})
     with pytest.raises(RuntimeError, match="killed"):
-        play(config, scorer=Learns(), learner=FakeLearner(fail_at=0))
+        run_campaign(config, scorer=Learns(), learner=FakeLearner(fail_at=0))
     scorer = Learns()
-    play(config, scorer=scorer)
+    run_campaign(config, scorer=scorer)
     assert scorer.seen == 4  # the iteration's prompts, counted once
 
 
@@ -258,14 +258,14 @@ def test_journal_of_another_config_is_dropped(tmp_path):
     assert len(Journal(tmp_path / "j", config_hash="lr 1e-4")) == 0
     config = make_config(tmp_path, run={"eval_every": 0, "checkpoint_every": 0})
     with pytest.raises(RuntimeError, match="killed"):
-        play(config, learner=FakeLearner(fail_at=2))
+        run_campaign(config, learner=FakeLearner(fail_at=2))
     same = FakeRollout()
     changed = FakeRollout()
     other = make_config(tmp_path, run={"eval_every": 0, "checkpoint_every": 0}, learner={"lr": 0.5})
     with pytest.raises(RuntimeError, match="killed"):
-        play(config, rollout=same, learner=FakeLearner(fail_at=2))
+        run_campaign(config, rollout=same, learner=FakeLearner(fail_at=2))
     with pytest.raises(RuntimeError, match="killed"):
-        play(other, rollout=changed, learner=FakeLearner(fail_at=2))
+        run_campaign(other, rollout=changed, learner=FakeLearner(fail_at=2))
     assert len(changed.calls) == len(same.calls) + 3  # its iterations are explored again
 
 

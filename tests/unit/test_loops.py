@@ -6,7 +6,7 @@ import math
 
 import pyarrow.parquet as pq
 import pytest
-from campaigns import make_config, metrics_of, play
+from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeChat, FakeLearner, FakeScorer
 
 from rayhf.algorithms.base import SelectionContext, needs_frozen_reference
@@ -46,8 +46,8 @@ def config_of(name, tmp_path, **more):
     return make_config(tmp_path, algorithm=algorithm, **more)
 
 
-def played(config, **roles):
-    return play(
+def run_with_pairs(config, **roles):
+    return run_campaign(
         config,
         pairs=config.algorithm.offline.path if config.algorithm.type == "hypo" else None,
         **roles,
@@ -59,10 +59,10 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     whole, broken = config_of(name, tmp_path / "a"), config_of(name, tmp_path / "b")
-    first = played(whole)
+    first = run_with_pairs(whole)
     with pytest.raises(RuntimeError, match="killed"):
-        played(broken, learner=FakeLearner(fail_at=3))
-    second = played(broken)
+        run_with_pairs(broken, learner=FakeLearner(fail_at=3))
+    second = run_with_pairs(broken)
     assert metrics_of(whole) == metrics_of(broken)
     assert second.learners["policy"].steps == first.learners["policy"].steps == 4
     for folder in ("samples", "examples"):
@@ -81,7 +81,7 @@ def test_iterative_dpo_mixes_in_earlier_and_given_pairs(tmp_path):
     }
     algorithm["offline"] = {"path": str(write_pairs(tmp_path)), "share": 0.5}
     config = make_config(tmp_path, algorithm=algorithm)
-    roles = play(config, pairs=tmp_path / "pairs.jsonl")
+    roles = run_campaign(config, pairs=tmp_path / "pairs.jsonl")
     lines = metrics_of(config)[1:]
     kept = [int(m["pairs/kept"]) for m in lines]
     assert lines[0]["pairs/earlier"] == 0 and lines[1]["pairs/earlier"] == min(kept[0], kept[1])
@@ -121,7 +121,7 @@ def test_learner_is_its_own_previous_reference(tmp_path):
         tmp_path, algorithm={"type": "sppo", "samples": 4, "eta": 2.0, "train_on": "all"}
     )
     assert not needs_frozen_reference(ALGORITHMS.build(config.algorithm))
-    roles = play(config, reference=None)
+    roles = run_campaign(config, reference=None)
     rows = [
         row for batch in roles.learners["policy"].batches for e in batch.examples for row in e.rows
     ]
@@ -135,7 +135,7 @@ def test_sppo_targets(tmp_path, target):
     config = make_config(
         tmp_path, algorithm={"type": "sppo", "samples": 4, "eta": 2.0, "target": target}
     )
-    rows = [e.rows for b in play(config).learners["policy"].batches for e in b.examples]
+    rows = [e.rows for b in run_campaign(config).learners["policy"].batches for e in b.examples]
     for best, worst in rows:
         if target == "single":  # in a cycle the best on the whole may lose to the worst
             assert best.scalars["target"] == -worst.scalars["target"] and abs(
@@ -174,7 +174,7 @@ def test_completion_without_comparison_never_trains(tmp_path, name, outcome):
         async def compare(self, requests):
             return [outcome for _ in requests]
 
-    played(config, scorer=Mute(), learner=learner)
+    run_with_pairs(config, scorer=Mute(), learner=learner)
     counted = "scorer/invalid" if isinstance(outcome, Invalid) else "scorer/failed"
     assert (
         learner.steps == 0
@@ -196,13 +196,13 @@ def test_ties_are_dropped_and_counted(tmp_path):
             ]
 
     learner = FakeLearner()
-    played(config, scorer=Even(), learner=learner)
+    run_with_pairs(config, scorer=Even(), learner=learner)
     assert learner.steps == 0 and metrics_of(config)[1]["sppo/ties"] == 4
 
 
 def test_hypo_takes_pairs_and_samples_in_every_step(tmp_path):
     config = config_of("hypo", tmp_path, learner={"prompts_per_step": 2})
-    batches = played(config).learners["policy"].batches
+    batches = run_with_pairs(config).learners["policy"].batches
     assert len(batches) == 8
     for batch in batches:
         assert {e.scalars["pair"] for e in batch.examples} == {0.0, 1.0}

@@ -52,9 +52,9 @@ class ToyRollout:
         self.requests += requests
         if self.late:
             await asyncio.sleep(random.random() / 300)
-        return [tuple(self._write(r, i, seed) for i, seed in enumerate(r.seeds)) for r in requests]
+        return [tuple(self.write(r, i, seed) for i, seed in enumerate(r.seeds)) for r in requests]
 
-    def _write(self, request, index, seed):
+    def write(self, request, index, seed):
         rng, context, tokens, reason = random.Random(seed), list(request.token_ids), [], None
         while reason is None:
             tokens.append(self._next(context + tokens, rng))
@@ -204,7 +204,7 @@ def test_samples_contain_the_tree(rollouts):
     assert all(
         c.text.count("\n") == 2 and len(c.token_ids) == len(c.logprobs) == 6 for c in scorer.seen
     )
-    # Every unfinished step is valued by as many completions as it needs, and nobody writes more
+    # Every unfinished step is valued by as many completions as it needs, and none is longer
     # than a whole answer has left.
     valued = Counter(s.parent for s in ends)
     assert all(s.stats["terminal"] or valued[i] >= rollouts for i, s in enumerate(steps))
@@ -215,7 +215,7 @@ def test_step_is_generated_together_with_its_first_completion():
     rollout = ToyRollout()
     (group,) = explore(config_of(iterations=1, width=(30,), reroot="never"), rollout=rollout)
     (request,) = rollout.requests
-    wholes = [rollout._write(request, i, seed) for i, seed in enumerate(request.seeds)]
+    wholes = [rollout.write(request, i, seed) for i, seed in enumerate(request.seeds)]
     assert group.metrics["mcts/nodes"] == 3 and group.metrics["mcts/rollouts"] == 30
     for at, step in enumerate(group.samples[:3]):
         mine = [w for w in wholes if w.text.startswith(step.completion.text)]
@@ -456,13 +456,13 @@ def test_self_evaluation_adds_the_share_of_yes():
         (group,) = explore(config, chat=chat, rollout=ToyRollout(says=says))
         return group, chat.rendered
 
-    group, asked = nodes("Yes, it is")
+    group, questions = nodes("Yes, it is")
     assert {s.stats["estimate"] for s in group.samples} == {0.5} and group.metrics[
         "mcts/rollouts"
     ] == 0
     assert (
-        all("Question: q0" in text and "123" not in text for text in asked)
-        and len(asked) == group.metrics["mcts/nodes"]
+        all("Question: q0" in text and "123" not in text for text in questions)
+        and len(questions) == group.metrics["mcts/nodes"]
     )
     assert {s.stats["estimate"] for s in nodes(" no")[0].samples} == {0.0}
     group, _ = nodes("42")
@@ -472,8 +472,8 @@ def test_self_evaluation_adds_the_share_of_yes():
         and group.metrics["mcts/unscored"] > 0
     )
     template = "{{ question }} {{ work }} {{ answer }}"
-    _, asked = nodes("yes", template=template, gold_conditioned_critic=True)
-    assert all(text.endswith(" 123") for text in asked)
+    _, questions = nodes("yes", template=template, gold_conditioned_critic=True)
+    assert all(text.endswith(" 123") for text in questions)
     with pytest.raises(ValidationError, match="leak"):
         nodes("yes", template=template)
     with pytest.raises(ValidationError, match="line 1"):

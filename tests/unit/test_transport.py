@@ -6,7 +6,6 @@ The process groups are real (gloo, threads of this process); the model and Ray a
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -246,22 +245,20 @@ def test_buckets_of_another_version_are_refused() -> None:
             result.result(20)
 
 
-def test_lost_and_silent_members_are_noticed_in_time() -> None:
-    with group(1, timeout_s=1.0) as (sender, (receiver,)):
-        started = time.monotonic()
-        with pytest.raises(
+def test_lost_and_silent_members_are_noticed() -> None:
+    with (
+        group(1, timeout_s=1.0) as (sender, (receiver,)),
+        pytest.raises(
             DeadlineError, match=r"weights by broadcast, receiving: .*(Timed out|timeout)"
-        ):
-            receive(receiver, 1)
-        assert time.monotonic() - started < 10
+        ),
+    ):
+        receive(receiver, 1)
     with group(2) as (sender, (receiver, other)), ThreadPoolExecutor() as pool:
         pool.submit(other.close)
         with pytest.raises(ActorLostError, match="weights by broadcast, sending: "):
             send(sender, 1)
-    started = time.monotonic()
     with pytest.raises(DeadlineError, match="waiting for all members: wait timeout"):
         Sender("127.0.0.1", members=2, timeout_s=1.0, device=CPU).join()
-    assert time.monotonic() - started < 10
 
 
 # ----------------------------------------------------------------------------------------- the role
