@@ -50,8 +50,8 @@ def test_resume_after_a_crash_equals_the_uninterrupted_run(tmp_path):
 def test_waves_do_not_depend_on_arrival_order(tmp_path):
     rollout = FakeRollout(delay=0.01)
     run_campaign(make_config(tmp_path), rollout=rollout)
-    rounds = [call for call in rollout.calls if len(call) == 4]
-    assert len(rounds) == 4 and all(call == sorted(call) for call in rounds)
+    waves = [call for call in rollout.calls if len(call) == 4]
+    assert len(waves) == 4 and all(call == sorted(call) for call in waves)
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])

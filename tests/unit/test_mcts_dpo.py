@@ -204,8 +204,8 @@ def test_samples_contain_the_tree(rollouts):
     assert all(
         c.text.count("\n") == 2 and len(c.token_ids) == len(c.logprobs) == 6 for c in scorer.seen
     )
-    # Every unfinished step is valued by as many completions as it needs, and none is longer
-    # than a whole answer has left.
+    # Every unfinished step is valued by as many completions as it needs, none longer than the rest
+    # of an answer.
     valued = Counter(s.parent for s in ends)
     assert all(s.stats["terminal"] or valued[i] >= rollouts for i, s in enumerate(steps))
     assert {r.sampling.max_tokens + len(r.token_ids) - 2 for r in rollout.requests} == {9}
