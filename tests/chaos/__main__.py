@@ -26,97 +26,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
 
 from rayhf.errors import CheckpointError
 from rayhf.run_dir.files import verify
 from tests.bench.results import put_section
 from tests.chaos.cluster import TwoNodes
-from tests.chaos.faults import RAYHF, SIGNALS, Campaign, committed, fingerprint, orphans
-from tests.e2e.world import make_world, teach_to_end, write_config
+from tests.chaos.faults import RAYHF, SIGNALS, orphans
+from tests.chaos.harness import (
+    LOOPS,
+    Rows,
+    check,
+    check_equal_to_undisturbed,
+    console,
+    make_campaign,
+    verify_deep,
+)
+from tests.chaos.scorer_faults import scorers
+from tests.chaos.soak import soak
+from tests.e2e.world import make_world, teach_to_end
 
-WRITER = Path(__file__).parents[1] / "unit" / "commit_writer.py"
-Rows = list[tuple[str, str]]
-console = Console(width=160)
-
-LOOPS: dict[str, dict[str, Any]] = {
-    "online_dpo": {"type": "online_dpo", "samples": 4},
-    "ppo": {"type": "ppo", "samples": 2},
-    "mcts_dpo": {"type": "mcts_dpo", "iterations": 4, "parallel": 2, "width": [3, 2]},
-}
 FAULTS = {"online_dpo": (8, 8, 4, 4), "ppo": (6, 6, 3, 3), "mcts_dpo": (6, 6, 3, 3)}
 """rollout killed, rollout stopped, learner killed, controller killed: 20, 20, 10 and 10 in all."""
-ITERATIONS = 4000
-"""More than a case lasts; the campaign is stopped after it."""
-MIB = 2**20
-
-
-def make_campaign(world: Path, name: str, loop: str, **sections: Any) -> Campaign:
-    """A campaign that is not started yet; slow enough for faults, with unlimited restarts."""
-    scorer = {
-        "train": [
-            {"type": "rule", "function": "my_rules:slow"},
-            {"type": "rule", "function": "my_rules:even", "name": "even"},
-        ]
-    }
-    run = {
-        "iterations": ITERATIONS,
-        "eval_every": 0,
-        "checkpoint_every": 2,
-        "stall_s": 8,
-        "restarts": 1000,
-    }
-    config: dict[str, Any] = {
-        "algorithm": LOOPS[loop],
-        "scorer": scorer,
-        "prompts": {"heldout": None},
-        # After many iterations all completions of this tiny policy score alike, which would pause.
-        "guards": {"no_signal": {"pause": None}},
-        **sections,
-        "run": run | sections.get("run", {}),
-    }
-    return Campaign(world, write_config(world, name, **config))
-
-
-def verify_deep(run: Path) -> str:
-    """Return "clean", or what `rayhf verify --deep` complains about."""
-    command = [str(RAYHF), "verify", "--deep", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    return "clean" if done.returncode == 0 else done.stderr.strip()
-
-
-def check(condition: bool, what: str) -> None:
-    if not condition:
-        raise SystemExit(f"chaos: VIOLATED: {what}")
-
-
-def check_equal_to_undisturbed(campaign: Campaign, loop: str, lost: list[Any]) -> int:
-    """Run the same iterations without faults; check that both runs agree in every bit.
-
-    Returns how many iterations that were.
-    """
-    iterations = committed(campaign.run_dir)
-    undisturbed = make_campaign(
-        campaign.world, f"undisturbed-{loop}", loop, run={"iterations": iterations}
-    )
-    undisturbed.start()
-    undisturbed.finish(900)
-    same = fingerprint(campaign.run_dir) == fingerprint(undisturbed.run_dir)
-    verdict = verify_deep(campaign.run_dir)
-    check(
-        same and verdict == "clean" and not lost,
-        f"{campaign.run_dir.name}: equal bits {same}, verify {verdict}, orphans {lost}",
-    )
-    return iterations
-
-
+WRITER = Path(__file__).parents[1] / "unit" / "commit_writer.py"
 # -------------------------------------------------------------------------------------------- cases
 
 
@@ -260,177 +195,6 @@ def launches(world: Path, seed: int, options: argparse.Namespace) -> Rows:
             "1 ran, 9 were refused with exit code 4, the last after "
             f"{max(ended.values()):.1f} s; verify clean",
         )
-    ]
-
-
-FLAKY = """
-import hashlib, math, os, time
-from pathlib import Path
-HERE = Path(__file__).parent
-CALLS = 0
-
-def _even(completion):
-    return sum(ord(c) % 2 == 0 for c in completion) / max(len(completion), 1)
-
-def flaky(completion, *, prompt, answer, finish_reason):
-    global CALLS
-    CALLS += 1
-    digest = hashlib.sha256(f"{completion}{CALLS}{os.getpid()}".encode()).hexdigest()
-    luck = int(digest[:8], 16) / 2**32
-    if luck < 0.30:
-        raise ConnectionError("refused")
-    if luck < 0.40:
-        time.sleep(0.2)
-        raise TimeoutError("stalled")
-    if luck < 0.42:
-        return math.nan
-    return _even(completion)
-
-def down(completion, *, prompt, answer, finish_reason):
-    if (HERE / "scorer-is-down").exists():
-        raise ConnectionError("refused")
-    return _even(completion)
-"""
-
-
-def even(text: str) -> float:
-    return sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1)
-
-
-def scorers(world: Path, seed: int, options: argparse.Namespace) -> Rows:
-    (world / "flaky_rules.py").write_text(FLAKY)
-    return [flaky_scorer(world), unreachable_scorer(world)]
-
-
-def flaky_scorer(world: Path) -> tuple[str, str]:
-    scorer = {"train": [{"type": "rule", "function": "flaky_rules:flaky"}], "max_failed": 0.5}
-    campaign = make_campaign(world, "flaky", "online_dpo", scorer=scorer, run={"iterations": 20})
-    campaign.start()
-    campaign.finish(600)
-    samples = [
-        row
-        for file in sorted(campaign.run_dir.glob("samples/*"))
-        for row in pq.read_table(file).to_pylist()
-    ]
-    scored = [row for row in samples if row["score"] is not None]
-    invented = [row for row in scored if abs(row["score"] - even(row["text"])) > 1e-9]
-    outcomes = {
-        outcome: sum(row["outcome"] == outcome for row in samples)
-        for outcome in ("Scored", "Invalid", "Failed")
-    }
-    verdict = verify_deep(campaign.run_dir)
-    check(not invented and verdict == "clean", f"{len(invented)} invented scores, {verdict}")
-    return (
-        "scorer with 30 % refused, 10 % stalled, 2 % NaN",
-        f"20 iterations, {outcomes}, scores invented: {len(invented)}",
-    )
-
-
-def unreachable_scorer(world: Path) -> tuple[str, str]:
-    flag = world / "scorer-is-down"
-    scorer = {"train": [{"type": "rule", "function": "flaky_rules:down"}]}
-    campaign = make_campaign(world, "down", "online_dpo", scorer=scorer, run={"iterations": 400})
-    campaign.start()
-    campaign.wait_for_iterations(2, 400)
-    flag.touch()
-    started = time.monotonic()
-    while not any(event["kind"] == "pause" for event in campaign.events()):
-        check(
-            time.monotonic() - started < 120,
-            "a scorer that is down did not pause the campaign within two minutes",
-        )
-        time.sleep(0.1)
-    paused_s = time.monotonic() - started
-    before = campaign.iterations()
-    time.sleep(5.0)  # long enough for several iterations
-    check(
-        campaign.iterations() == before and campaign.alive(),
-        "the campaign continued without its scorer",
-    )
-    flag.unlink()
-    back_s = campaign.wait_for_iterations(before + 1, 120)
-    processes = campaign.processes()
-    campaign.inject("controller", SIGNALS["kill"])
-    check(orphans(processes) == [], "orphans")
-    return (
-        "scorer down",
-        f"paused after {paused_s:.1f} s, resumed by itself {back_s:.1f} s after it was back",
-    )
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Resources of a campaign at one moment."""
-
-    minutes: float
-    memory_mib: float
-    """Of the controller."""
-    descriptors: float
-    """File descriptors of the controller."""
-    processes: float
-    checkpoints_mib: float
-    iterations: int
-
-
-def measure_usage(campaign: Campaign, minutes: float) -> Usage:
-    processes = campaign.processes()
-    controller = psutil.Process(processes[0].pid)
-    files = [f for f in (campaign.run_dir / "checkpoints").rglob("*") if f.is_file()]
-    return Usage(
-        minutes=minutes,
-        memory_mib=controller.memory_info().rss / MIB,
-        descriptors=controller.num_fds(),
-        processes=len(processes),
-        checkpoints_mib=sum(f.stat().st_size for f in files) / MIB,
-        iterations=campaign.iterations(),
-    )
-
-
-def slope_per_hour(usages: list[Usage], name: str) -> float:
-    if len(usages) < 2:
-        return 0.0
-    hours = [usage.minutes / 60 for usage in usages]
-    values = [float(getattr(usage, name)) for usage in usages]
-    return statistics.linear_regression(hours, values).slope
-
-
-def soak(world: Path, seed: int, options: argparse.Namespace) -> Rows:
-    """A fault every minute; memory, file descriptors, processes and disk must stay flat."""
-    rng = random.Random(seed)
-    run = {"iterations": 10**6, "checkpoint_every": 20}
-    campaign = make_campaign(world, "soak", "online_dpo", run=run)
-    campaign.start()
-    campaign.wait_for_iterations(1, 400)
-    started = time.monotonic()
-    usages: list[Usage] = []
-    faults = 0
-    while (minutes := (time.monotonic() - started) / 60) < options.minutes:
-        role, fault = rng.choice(
-            [("rollout", "kill"), ("rollout", "stop"), ("scorer", "kill"), ("learner", "kill")]
-        )
-        campaign.inject_and_recover(role, SIGNALS[fault], timeout_s=300)
-        faults += 1
-        time.sleep(max(0.0, 60.0 - (time.monotonic() - started) % 60.0))
-        usages.append(measure_usage(campaign, minutes))
-        console.print(usages[-1])
-    processes = campaign.processes()
-    campaign.stop(300)
-    check(orphans(processes) == [], "orphans")
-    verdict = verify_deep(campaign.run_dir)
-    check(verdict == "clean", verdict)
-    warm = usages[len(usages) // 4 :]
-    return [
-        (
-            f"soak of {options.minutes:g} minutes",
-            f"{faults} faults, {usages[-1].iterations} iterations, verify clean, orphans 0",
-        ),
-        (
-            "slopes per hour",
-            f"controller's memory {slope_per_hour(warm, 'memory_mib'):+.1f} MiB, "
-            f"its descriptors {slope_per_hour(warm, 'descriptors'):+.1f}, "
-            f"processes {slope_per_hour(warm, 'processes'):+.1f}, "
-            f"checkpoints {slope_per_hour(warm, 'checkpoints_mib'):+.2f} MiB",
-        ),
     ]
 
 

@@ -22,9 +22,8 @@ def test_tiny_size_runs_on_cpu() -> None:
     assert text.startswith("**Not measured on a GPU yet**") and "Seed 0: 180,672 parameters" in text
     rows = [line for line in text.splitlines() if line.startswith("| tiny")]
     pace, memory, agreement = ([cell.strip() for cell in row.split("|")[2:-1]] for row in rows)
-    assert (
-        float(pace[1].replace(",", "")) > 0 and float(pace[2]) > 0 and pace[3] == ""
-    )  # no peak, no MFU
+    assert float(pace[1].replace(",", "")) > 0 and float(pace[2]) > 0
+    assert pace[3] == ""  # the CPU has no peak in the table, so there is no MFU
     assert 0.5 < float(memory[3]) < 2
     assert float(agreement[1]) < 0.1
 

@@ -46,10 +46,8 @@ TEMPLATE = (
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForSequenceClassification),
     "qwen2": (Qwen2Config, Qwen2ForSequenceClassification),
-    "bert": (
-        BertConfig,
-        BertForSequenceClassification,
-    ),  # reads its first token and sees padding unless masked
+    # It reads its first token and attends to padding unless that is masked.
+    "bert": (BertConfig, BertForSequenceClassification),
 }
 
 

@@ -197,9 +197,8 @@ def test_length_is_compared_over_twenty_iterations():
     assert levels(short("rollout/length_mean", *[100] * 5, 250, 250)) == {"length": "pause"}
     assert levels(short("rollout/length_mean", *[100] * 5, 49, 49)) == {"length": "warn"}
     assert levels(short("rollout/length_mean", *[100] * 5, 20, 20)) == {"length": "pause"}
-    assert (
-        levels(short("rollout/length_mean", *[100 * 1.015**i for i in range(200)])) == {}
-    )  # 20 times longer, but in 200 iterations
+    # 20 times longer, but in 200 iterations.
+    assert levels(short("rollout/length_mean", *[100 * 1.015**i for i in range(200)])) == {}
     assert levels(
         short("rollout/length_mean", *[100 * 1.015**i for i in range(200)]),
         length={"iterations": 60},
@@ -236,9 +235,9 @@ def test_drift_over_several_steps_is_no_mismatch():
     assert levels([{**line, "learner/steps": 6} for line in drifting], mismatch={"drift": 3}) == {
         "mismatch": "pause"
     }
-    assert levels(short("rollout/mismatch_kl", 0.0, 0.0, 0.0, -0.2, -0.2)) == {
-        "mismatch": "pause"
-    }  # k1 over pairs has either sign
+    # k1 over pairs has either sign.
+    negative = short("rollout/mismatch_kl", 0.0, 0.0, 0.0, -0.2, -0.2)
+    assert levels(negative) == {"mismatch": "pause"}
 
 
 def test_ten_iterations_without_signal_pause():

@@ -108,10 +108,9 @@ def test_added_responses_are_written_together_and_on_close(tmp_path):
 
 
 def test_journal_of_another_format_is_dropped(tmp_path):
+    # The first format.
     body = zlib.compress(b'{"making": "", "keys": ["generate p 0 00"], "answers": [[]]}')
-    (tmp_path / "j").write_bytes(
-        struct.pack("<II", len(body), zlib.crc32(body)) + body
-    )  # the first format
+    (tmp_path / "j").write_bytes(struct.pack("<II", len(body), zlib.crc32(body)) + body)
     assert len(Journal(tmp_path / "j")) == 0
 
 

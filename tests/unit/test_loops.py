@@ -97,9 +97,8 @@ def test_iterative_dpo_mixes_in_earlier_and_given_pairs(tmp_path):
     )
     fresh = [e for e in batches[1].examples if not e.iterations_back and not e.scalars["given"]]
     earlier = [e for e in batches[1].examples if e.iterations_back]
-    for before, now in itertools.pairwise(
-        batches
-    ):  # what was mixed into a round does not come again as its own
+    # Examples mixed into an iteration are not passed on as its own.
+    for before, now in itertools.pairwise(batches):
         own = {
             e.rows[0].response_ids
             for e in before.examples
@@ -270,9 +269,8 @@ def test_type_alone_gives_the_papers_setting():
         "soft",
         "previous",
     )
-    iterative = defaults(
-        "iterative_dpo"
-    )  # RLHFlow: 8 samples, best against worst, moving reference
+    # RLHFlow: 8 samples, best against worst, moving reference.
+    iterative = defaults("iterative_dpo")
     assert (iterative.samples, iterative.pairs, iterative.loss.beta, iterative.reference.type) == (
         8,
         "best_worst",

@@ -240,9 +240,8 @@ def test_soft_labels_are_one_smoothing_per_pair() -> None:
     for pair, alpha in zip(pairs, alphas, strict=True):
         p = P(**{**plain_pair(pair).__dict__, "eps": alpha})
         expected += EXPECTED["sigmoid"](p) / 4
-        slopes.append(
-            0.3 * (prob(p.u) - (1 - alpha)) / 4
-        )  # d loss / d (sum of the chosen's log-probs)
+        # d loss / d (sum of the chosen's log-probs).
+        slopes.append(0.3 * (prob(p.u) - (1 - alpha)) / 4)
     out, micro = micro_of(pairs, 4.0)
     result = build("sigmoid", beta=0.3, importance_cap=None)(out, with_examples(micro, alphas))
     assert result.loss.item() == pytest.approx(expected, rel=1e-6)

@@ -86,9 +86,8 @@ def test_zero_3_on_eight_gpus(shape):
     # MLP, 32 float32 sums. Passing: 3 x 4,096 + 3 x 14,336.
     layer = 2 * 8 * 4096 + 2 * (2 * 4096 + 2 * 1024 + 4 * 14336) + 4 * 32
     assert memory.activations == 16384 * (32 * 8192 + layer + 5 * 8192 + 2 * (3 * 4096 + 3 * 14336))
-    assert (
-        memory.logits == (1 << 27) * 10
-    )  # 1,046 tokens at a time: logits, float32 logits, float32 gradient
+    # 1,046 tokens at a time: logits, float32 logits, float32 gradient.
+    assert memory.logits == (1 << 27) * 10
     assert 31 * GIB < memory.total < 33 * GIB
 
 

@@ -138,10 +138,8 @@ def test_status_on_another_host_follows_the_heartbeat(tmp_path):
     store.close()
     (store.path / ".lock").write_text("host elsewhere, pid 7, since then")
     progress = json.loads((store.path / "progress.json").read_text())
-    quiet = {
-        **progress,
-        "time": progress["time"] - 300,
-    }  # nothing has moved for a while, but the process is there
+    # No progress for a while, but the process is alive.
+    quiet = {**progress, "time": progress["time"] - 300}
     (store.path / "progress.json").write_text(json.dumps(quiet))
     assert read_status(store.path).state == "running"
     (store.path / "progress.json").write_text(

@@ -149,15 +149,13 @@ async def _turns():
 
 
 def test_requests_are_batched_at_twice_the_engines_capacity():
-    async def run_campaign():
+    async def scenario():
         engines = [ControlledEngine(), ControlledEngine()]
         pool = RolloutPool(engines, NoBroadcast(), max_num_seqs=4, timeout_s=1.0)
         tasks = _send(pool, range(8))
         await _turns()
-        assert [engine.sizes for engine in engines] == [
-            [1] * 4,
-            [1] * 4,
-        ]  # two sequences each: twice the four slots
+        # Two sequences each: twice the four slots.
+        assert [engine.sizes for engine in engines] == [[1] * 4, [1] * 4]
         tasks += [*_send(pool, range(8, 21)), *_send(pool, [21], version=1)]
         await _turns()
         assert [engine.sizes[4:] for engine in engines] == [[8], [5, 1]]
@@ -174,16 +172,14 @@ def test_requests_are_batched_at_twice_the_engines_capacity():
         assert await asyncio.gather(*tasks) == [[str(n)] for n in range(22)]
         tasks = _send(pool, range(2))
         await _turns()
-        assert [engine.sizes[-1] for engine in engines] == [
-            1,
-            1,
-        ]  # the load is what is in progress, not what was
+        # The load counts requests in progress, not finished ones.
+        assert [engine.sizes[-1] for engine in engines] == [1, 1]
 
-    asyncio.run(run_campaign())
+    asyncio.run(scenario())
 
 
 def test_batch_fails_and_is_canceled_as_one():
-    async def run_campaign():
+    async def scenario():
         engine = ControlledEngine()
         pool = RolloutPool([engine], NoBroadcast(), max_num_seqs=1, timeout_s=1.0)
         first = _send(pool, range(1))
@@ -206,7 +202,7 @@ def test_batch_fails_and_is_canceled_as_one():
         engine.answer(0)
         assert await first[0] == ["0"] and pool._busy.least() == 0
 
-    asyncio.run(run_campaign())
+    asyncio.run(scenario())
 
 
 class Counting(FakeRollout):

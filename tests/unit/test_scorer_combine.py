@@ -284,9 +284,8 @@ def test_matrices_are_averaged_by_weight() -> None:
     ]
     [compared] = Combined(parts).compare([request("text", "4")])
     assert isinstance(compared, Compared) and compared.source == "pairwise"
-    gap = math.log(1 / (1 + math.e)) - math.log(
-        1 / (1 + math.exp(-1))
-    )  # of log sigmoid(-1) and log sigmoid(1)
+    # The difference of log sigmoid(-1) and log sigmoid(1).
+    gap = math.log(1 / (1 + math.e)) - math.log(1 / (1 + math.exp(-1)))
     assert compared.win[0, 1] == pytest.approx((3 * 0.9 + 1 / (1 + math.exp(-gap))) / 4)
     assert (compared.win + compared.win.T == 1.0).all()
 

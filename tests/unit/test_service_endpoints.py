@@ -158,10 +158,8 @@ def test_circuit_opens_is_probed_and_closes():
 
 def test_least_busy_endpoint_is_called_within_its_limit():
     clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
-    for in_flight, callers in (
-        (2, 12),
-        (4, 4),
-    ):  # as many as may; half of them where all find a place
+    # As many calls as allowed, and half of them where all fit.
+    for in_flight, callers in ((2, 12), (4, 4)):
         endpoints = Endpoints(clients, service=SERVICE, in_flight=in_flight)
         lock, together, busy, most = (
             threading.Lock(),

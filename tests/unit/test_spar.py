@@ -166,9 +166,8 @@ def test_default_dialogue_has_three_turns_and_extracts_answer():
     (example,) = refiner  # the whole refinement is trained on, as it was written
     assert example.rows[0].response_ids == (*ids("x [[start]] better [[end]]"), END)
     assert "".join(map(chr, example.rows[0].prompt_ids)) == refine
-    assert (
-        group.metrics["spar/malformed"] == 2 and metrics["spar/refiner_answers_no"] == 0
-    )  # unanimous votes teach nothing
+    assert group.metrics["spar/malformed"] == 2
+    assert metrics["spar/refiner_answers_no"] == 0  # unanimous votes give no examples
 
 
 def test_requests_have_the_settings_of_their_policy():

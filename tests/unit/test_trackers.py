@@ -1,6 +1,7 @@
 """Trackers: whatever happens to their process, the campaign continues and ends."""
 
 import json
+import os
 import sys
 
 import psutil
@@ -61,7 +62,12 @@ def test_hanging_or_crashing_tracker_does_not_affect_the_run(monkeypatch, tmp_pa
     for iteration in range(3000):
         tracked.metrics({"iteration": float(iteration), **{f"metric{i}": 0.0 for i in range(50)}})
     tracked.close()
-    assert not any(script in child.cmdline() for child in psutil.Process().children())
+    children = [
+        process
+        for process in psutil.process_iter(["cmdline", "ppid"])
+        if process.info["ppid"] == os.getpid() and script in (process.info["cmdline"] or ())
+    ]
+    assert children == []
     assert len(inner.iterations) == 3000
     assert [kind for kind, _ in inner.events] == ["warn"] and why in inner.events[0][1]
     assert ("no account" in (tmp_path / "log").read_text()) == ("exited" in why)
