@@ -42,7 +42,7 @@ def test_every_recipe_fits_its_gpus(models, monkeypatch, recipe):
     )
     assert result.exit_code == 0, result.output
     for text in (
-        "optimizer steps per round",
+        "optimizer steps per iteration",
         "placement",
         "GiB per GPU at the peak",
         "of a GPU with 79.00",

@@ -19,7 +19,10 @@ from rayhf.errors import CheckpointError, ScorerError
 from rayhf.run_dir.progress import Event
 from rayhf.run_dir.store import RunDir
 
-HOSTILE = "\x1b[2J\x1b]0;owned\x07\x1b[31mred \x9b31m c1 \r\nfake line\x08\x7f \x00 \u202eright to left \ud800 [bold]markup[/bold] [/]"
+HOSTILE = (
+    "\x1b[2J\x1b]0;owned\x07\x1b[31mred \x9b31m c1 \r\nfake line\x08\x7f \x00 "
+    "\u202eright to left \ud800 [bold]markup[/bold] [/]"
+)
 STEERING = {chr(code) for code in [*range(0x20), *range(0x7F, 0xA0), 0x202E, 0xD800]} - {"\n", "\t"}
 
 
@@ -121,7 +124,10 @@ def test_error_line(monkeypatch, capsys):
 
 
 def test_plain_imports_nothing_heavy():
-    code = "import sys, launch.sanitize, launch.cluster_auth; print({'ray', 'rich', 'torch', 'pydantic'} & set(sys.modules))"
+    code = (
+        "import sys, launch.sanitize, launch.cluster_auth; "
+        "print({'ray', 'rich', 'torch', 'pydantic'} & set(sys.modules))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
