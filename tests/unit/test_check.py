@@ -52,7 +52,7 @@ def test_every_recipe_fits_its_gpus(models, monkeypatch, recipe):
         assert text in result.output, result.output
     assert ("LoRA adapters only" in result.output) == ("lora" in recipe.read_text(encoding="utf-8"))
     assert (
-        "rounds per hour" in result.output
+        "iterations per hour" in result.output
         and "one checkpoint, and exported models" in result.output
     )
 
