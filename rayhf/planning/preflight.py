@@ -6,6 +6,7 @@ and no cluster.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -170,27 +171,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
     if config.scorer.evaluate is not None:
         check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
-    for task, evaluation in config.evaluations.items():
-        where = f"evaluations.{task}"
-        check_entries(evaluation.scorers, base, where=f"{where}.scorer")
-        check_heldout(evaluation.scorers, where=f"{where}.scorer")
-
-    def load_evaluation_prompts(source: PluginConfig, key: str) -> tuple[Prompt, ...]:
-        return load(source, key=key).prompts[: config.run.eval_prompts]
-
-    evaluations: dict[str, Evaluation] = {
-        task: EVALUATIONS.build(
-            evaluation,
-            EvaluationSetup(
-                task=task,
-                base=base,
-                chat=chat,
-                heldout=heldout or prompts.prompts,
-                load_prompts=load_evaluation_prompts,
-            ),
-        )
-        for task, evaluation in config.evaluations.items()
-    }
+    evaluations = _evaluations(config, load, base, chat, heldout or prompts.prompts)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
         pair_set = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
@@ -206,6 +187,31 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         data=data,
         max_length=max_length,
     )
+
+
+def _evaluations(
+    config: CampaignConfig,
+    load: Callable[..., PromptSet],
+    base: Path,
+    chat: Chat,
+    heldout: tuple[Prompt, ...],
+) -> dict[str, Evaluation]:
+    """Check the scorers of the config's further evaluations, and build these by task."""
+    from rayhf.scorer.build import check_entries, check_heldout
+
+    def load_prompts_of(source: PluginConfig, key: str) -> tuple[Prompt, ...]:
+        return load(source, key=key).prompts[: config.run.eval_prompts]
+
+    evaluations: dict[str, Evaluation] = {}
+    for task, evaluation in config.evaluations.items():
+        where = f"evaluations.{task}.scorer"
+        check_entries(evaluation.scorers, base, where=where)
+        check_heldout(evaluation.scorers, where=where)
+        setup = EvaluationSetup(
+            task=task, base=base, chat=chat, heldout=heldout, load_prompts=load_prompts_of
+        )
+        evaluations[task] = EVALUATIONS.build(evaluation, setup)
+    return evaluations
 
 
 def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> int:
