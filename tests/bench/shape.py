@@ -46,12 +46,12 @@ class Example:
     """A plugin of one kind, found in the code by its name."""
 
     name: str
-    own: tuple[str, ...]
-    """Files of its own; every line elsewhere that names it was an edit to add it."""
+    own: tuple[str, ...] = ()
+    """Files that hold nothing else."""
 
 
 EXAMPLES = {
-    "loss": Example("ipo", own=()),
+    "loss": Example("ipo"),
     "algorithm": Example("inpo", own=("rayhf/algorithms/inpo.py", "rayhf/losses/selfplay.py")),
     "scorer": Example("pairwise_rule", own=("rayhf/scorer/rule.py",)),
     "tracker": Example("wandb", own=("launch/tracking.py", "rayhf/monitoring/wandb.py")),
@@ -156,21 +156,36 @@ def words(text: str) -> list[str]:
 
 
 def mentions(module: Module, name: str) -> set[int]:
-    """Return the lines that name a plugin, by an identifier or by a string without spaces."""
+    """Return the lines that name a plugin outside of its own classes and functions.
+
+    A name is an identifier or a string without spaces.
+    """
+    own = {
+        line
+        for node in module.tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and contains(node.name, name)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    return {
+        token.start[0]
+        for token in module.code
+        if token.start[0] not in own
+        and (
+            token.type == tokenize.NAME
+            or (token.type == tokenize.STRING and " " not in token.string)
+        )
+        and contains(token.string, name)
+    }
+
+
+def contains(text: str, name: str) -> bool:
+    parts = words(text)
     wanted = words(name)
-    lines = set()
-    for token in module.code:
-        if token.type == tokenize.NAME or (
-            token.type == tokenize.STRING and " " not in token.string
-        ):
-            parts = words(token.string)
-            if any(parts[i : i + len(wanted)] == wanted for i in range(len(parts))):
-                lines.add(token.start[0])
-    return lines
+    return any(parts[i : i + len(wanted)] == wanted for i in range(len(parts)))
 
 
 def edits(modules: Sequence[Module], example: Example) -> str:
-    """Count the lines that name a plugin outside its own files, and their files."""
+    """Count the lines that must name a plugin besides its own code, and their files."""
     found = [len(mentions(m, example.name)) for m in modules if m.path not in example.own]
     places = [count for count in found if count]
     return f"{sum(places)} in {len(places)}"
@@ -205,7 +220,7 @@ def measure(modules: Sequence[Module]) -> dict[str, str]:
         "comments per 100 lines of code": f"{100 * comments / code_lines:.1f}",
     }
     for plugin, example in EXAMPLES.items():
-        title = f"lines that add the {plugin} `{example.name}`, in files"
+        title = f"lines that register the {plugin} `{example.name}`, in files"
         figures[title] = edits(modules, example)
     return figures
 

@@ -60,13 +60,13 @@ def run(command: list[object], world: Path, environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def test_the_package_imports_only_rayhf() -> None:
+def test_outside_package_imports_only_rayhf() -> None:
     """Nothing below `rayhf.`: what it uses is the public API."""
     for file in PACKAGE.rglob("*.py"):
         assert "from rayhf." not in file.read_text() and "import rayhf." not in file.read_text()
 
 
-def test_a_campaign_of_outside_parts(world: Path, installed: dict[str, str]) -> None:
+def test_campaign_with_outside_plugins(world: Path, installed: dict[str, str]) -> None:
     config = write_config(
         world,
         "outside",
@@ -93,9 +93,7 @@ def test_a_campaign_of_outside_parts(world: Path, installed: dict[str, str]) -> 
     assert float(rows[-1][1]) == lines[-1]["scorer/reward_mean"]
 
 
-def test_bad_settings_are_refused_as_for_built_in_ones(
-    world: Path, installed: dict[str, str]
-) -> None:
+def test_bad_settings_of_plugins_are_refused(world: Path, installed: dict[str, str]) -> None:
     config = write_config(world, "refused", algorithm={"type": "best_of_n", "marginstep": 1})
     done = subprocess.run(
         [RAYHF, "check", config], cwd=world, env=installed, capture_output=True, text=True
@@ -104,6 +102,6 @@ def test_bad_settings_are_refused_as_for_built_in_ones(
     assert "unknown key algorithm.marginstep; did you mean margin_step?" in done.stderr
 
 
-def test_a_campaign_from_a_notebook(world: Path, installed: dict[str, str]) -> None:
+def test_campaign_through_the_python_api(world: Path, installed: dict[str, str]) -> None:
     write_config(world, "api")
     assert "result: 2.0 True" in run([sys.executable, "-c", NOTEBOOK], world, installed)

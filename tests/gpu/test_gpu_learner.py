@@ -54,7 +54,7 @@ def logprobs(model: Path, device: str, dtype: str) -> Any:
     return np.concatenate(start(model, device, dtype=dtype).outputs(make_rows(SMALL, seed=1), 0.7))
 
 
-def test_log_probs_are_those_of_the_cpu(small: Path) -> None:
+def test_logprobs_equal_those_on_cpu(small: Path) -> None:
     expected = alone(logprobs, small, "cpu", "float32")
     exact = np.abs(alone(logprobs, small, "cuda", "float32") - expected)
     assert exact.mean() < MEAN and exact.max() < LARGEST, (exact.mean(), exact.max())
@@ -93,7 +93,7 @@ def sleep(model: Path, config: dict[str, Any]) -> tuple[float, float]:
         {"zero_stage": 3, "dtype": "bfloat16"},
     ],
 )
-def test_a_sleeping_learner_frees_its_memory(large: Path, config: dict[str, Any]) -> None:
+def test_sleeping_learner_frees_its_memory(large: Path, config: dict[str, Any]) -> None:
     kept, freed = alone(sleep, large, {**config, "token_budget": LARGE.budget})
     assert kept < 0.05, kept
     assert freed > 0.9, freed

@@ -131,7 +131,7 @@ def sleep_and_update(
     return light, deep, report.gap.mean
 
 
-def test_an_engine_sleeps_wakes_and_takes_weights(model: Path) -> None:
+def test_engine_sleeps_wakes_and_takes_weights(model: Path) -> None:
     described, payloads = alone(publish, model)
     light, deep, gap = alone(sleep_and_update, model, described, payloads)
     weights = sum(payload.nbytes for payload in payloads) / 2**30
@@ -166,7 +166,7 @@ def close() -> None:
     _KEPT.pop("engine").close()
 
 
-def test_an_engine_loads_from_the_learner_on_its_gpu(model: Path) -> None:
+def test_engine_loads_from_the_learner_on_its_gpu(model: Path) -> None:
     with process() as learning, process() as generating:
         described, handles = learning(hold, model)
         assert generating(update, model, described, handles) < GAP

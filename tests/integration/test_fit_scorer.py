@@ -149,7 +149,7 @@ def check_cycle(directory: Path) -> None:
     assert (win + win.T == 1.0).all() and win[1, 3] == 0.5
 
 
-def test_pairwise_holds_the_cycle(world: Path) -> None:
+def test_pairwise_model_represents_the_cycle(world: Path) -> None:
     settings = make_config(world, "pairwise", {"type": "pairwise"}, batch=30, epochs=4)
     metrics, printed = run(settings)
     assert metrics["accuracy"] >= 0.9, metrics
@@ -165,7 +165,7 @@ def test_pairwise_holds_the_cycle(world: Path) -> None:
     assert "exists and is not an empty directory" in refuse(settings)
 
 
-def test_general_preference_holds_the_cycle_on_two_ranks(world: Path) -> None:
+def test_general_preference_represents_the_cycle_on_two_ranks(world: Path) -> None:
     settings = make_config(
         world,
         "gpm",
@@ -181,7 +181,7 @@ def test_general_preference_holds_the_cycle_on_two_ranks(world: Path) -> None:
     assert model.config.num_labels == 4
 
 
-def test_bradley_terry_cannot_hold_it_and_serves_as_a_reward_model(world: Path) -> None:
+def test_bradley_terry_cannot_represent_the_cycle(world: Path) -> None:
     settings = make_config(
         world, "bradley_terry", {"type": "bradley_terry"}, lora={"rank": 4, "alpha": 8}, epochs=1
     )
@@ -260,7 +260,7 @@ def test_bad_pairs_are_refused_in_one_line(
     assert expected in message and str(bad) in message and "\n" not in message
 
 
-def test_a_token_budget_below_one_pair_is_refused(short: Path) -> None:
+def test_token_budget_below_one_pair_is_refused(short: Path) -> None:
     message = refuse(make_config(short, "o", {"type": "pairwise"}, learner={"token_budget": 16}))
     assert re.search(
         r"learner.token_budget is 16, but train: .*train.jsonl row 1 needs \d+ padded tokens",

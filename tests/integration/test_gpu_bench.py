@@ -16,7 +16,7 @@ from tests.bench import gpu
 from tests.bench.random_llama import make_rows, micro_batches, write_model
 
 
-def test_the_tiny_size_runs_on_cpu() -> None:
+def test_tiny_size_runs_on_cpu() -> None:
     job = gpu.Job(kind="", size="tiny", model="", device="cpu", warmup=0, steps=1)
     text = gpu.report(job, checkpointing=(True,), devices=False)
     assert text.startswith("**Not measured on a GPU yet**") and "Seed 0: 180,672 parameters" in text

@@ -125,7 +125,7 @@ GOOD, BAD, MUTE = (
 )
 
 
-def test_a_judge_on_vllm_gives_votes_or_says_why_not(judge: Path) -> None:
+def test_judge_on_vllm_gives_votes_or_a_reason(judge: Path) -> None:
     entry = JudgeConfig(
         model=judge, votes=5, temperature=0.7, max_tokens=8, dtype="float32", template=QUESTION
     )

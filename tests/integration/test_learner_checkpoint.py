@@ -164,7 +164,7 @@ ADAPTED = LoraConfig(rank=2, alpha=4)
         else None
     ),
 )
-def test_a_checkpoint_fits_any_ranks_and_stage(
+def test_checkpoint_fits_any_ranks_and_stage(
     one: Ranks,
     two: Ranks,
     tied_llama: Path,
@@ -261,7 +261,7 @@ def refuse(keywords: dict[str, Any], model: Path, other: Path, directory: Path) 
     assert engine.steps == 1 and all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_another_learners_or_a_damaged_checkpoint_is_refused_and_changes_nothing(
+def test_wrong_or_damaged_checkpoint_changes_nothing(
     one: Ranks, tied_llama: Path, untied: Path, tmp_path: Path
 ) -> None:
     one.call(refuse, tied_llama, untied, tmp_path / "state")

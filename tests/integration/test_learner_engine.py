@@ -27,7 +27,7 @@ from rayhf.types import Example, Row
 
 
 @pytest.mark.parametrize("head", ["policy", "value", "score"])
-def test_ranks_and_micro_batches_and_stages_do_not_change_the_result(
+def test_ranks_micro_batches_and_stages_do_not_matter(
     one: Ranks, two: Ranks, tied_llama: Path, head: str
 ) -> None:
     expected = one.call(train, tied_llama, 4096, head, {"zero_stage": 0})[0]
@@ -57,7 +57,7 @@ def overflowing_ranks(keywords: dict[str, Any], model: Path) -> list[dict[str, f
     return [engine.step(micros, totals, WeightedLogp(), 1.0) for _ in range(2)]
 
 
-def test_a_rank_without_work_takes_part(one: Ranks, two: Ranks, tied: Path) -> None:
+def test_rank_without_work_takes_part(one: Ranks, two: Ranks, tied: Path) -> None:
     first, second = two.call(overflowing_ranks, tied)
     assert first == second
     for actual, wanted in zip(first, one.call(overflowing_ranks, tied)[0], strict=True):
@@ -88,7 +88,7 @@ def poison(keywords: dict[str, Any], model: Path, stage: int, dtype: str) -> Non
     ("stage", "dtype"),
     [(0, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16"), (3, "float32")],
 )
-def test_one_ranks_nan_stops_every_rank_and_leaves_no_trace(
+def test_nan_of_one_rank_stops_all_and_changes_nothing(
     two: Ranks, tied: Path, stage: int, dtype: str
 ) -> None:
     two.call(poison, tied, stage, dtype)
@@ -139,7 +139,7 @@ LORA = LoraConfig(rank=2, alpha=4, dropout=0.3)
         (3, "float32", LORA),
     ],
 )
-def test_a_learner_that_slept_continues_with_the_same_bits(
+def test_learner_that_slept_continues_with_the_same_bits(
     two: Ranks, untied: Path, stage: int, dtype: str, lora: LoraConfig | None
 ) -> None:
     assert max(two.call(sleep, untied, {"zero_stage": stage, "dtype": dtype}, lora)) == 0
@@ -288,7 +288,7 @@ def train_four(keywords: dict[str, Any], model: Path) -> float:
     ]
 
 
-def test_activation_checkpointing_changes_nothing(one: Ranks, tied: Path) -> None:
+def test_activation_checkpointing_does_not_change_results(one: Ranks, tied: Path) -> None:
     expected = one.call(train, tied, 4096, "policy", {"zero_stage": 0})[0]
     result = one.call(
         train, tied, 4096, "policy", {"zero_stage": 0, "activation_checkpointing": True}

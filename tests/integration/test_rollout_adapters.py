@@ -47,7 +47,7 @@ def move(model: Any, seed: int) -> None:
     [(False, "all-linear"), (True, "all-linear"), (False, ["q_proj", "up_proj"])],
     ids=["untied", "tied", "parts of fused layers"],
 )
-def test_an_engine_merges_to_the_learners_bits(tmp_path: Path, tied: bool, targets: Any) -> None:
+def test_engine_merges_to_the_learners_bits(tmp_path: Path, tied: bool, targets: Any) -> None:
     base = make_model(tmp_path, tied=tied)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets))
     config = RolloutConfig(kv_cache_gib=0.05)

@@ -141,7 +141,7 @@ def test_equal_waves_are_equal_and_other_waves_do_not_matter(engine: RolloutEngi
     assert len({completion.token_ids for row in first for completion in row}) > 20
 
 
-def test_a_wave_may_exceed_one_prefill_step(engine: RolloutEngine) -> None:
+def test_wave_may_exceed_one_prefill_step(engine: RolloutEngine) -> None:
     """On CPU vLLM 0.32 crashes when a seeded request's prompt is prefilled in parts."""
     wave = [
         make_request((3 + i % 26, 4 + i // 26, *LONG), number=i, seeds=(i,), max_tokens=2)
@@ -215,7 +215,7 @@ def test_abort_leaves_the_engine_usable(engine: RolloutEngine) -> None:
     assert len(engine.generate([make_request()], version=0)[0]) == 4
 
 
-def test_closed_engine_says_so(start: Start) -> None:
+def test_closed_engine_is_reported(start: Start) -> None:
     engine, _ = start()
     running = engine.submit([make_request(seeds=tuple(range(64)), max_tokens=250)], version=0)
     engine.close()
@@ -226,7 +226,7 @@ def test_closed_engine_says_so(start: Start) -> None:
     engine.close()
 
 
-def test_an_engine_that_slept_generates_the_same(start: Start) -> None:
+def test_engine_that_slept_generates_the_same(start: Start) -> None:
     """The CPU worker keeps its memory; scheduler, tags and order of calls are the real ones."""
     engine, model = start()
     before = engine.generate([make_request()], version=0)

@@ -49,7 +49,7 @@ def test_every_abstract_method_of_a_transfer_is_implemented() -> None:
     assert not BucketTransfer.__abstractmethods__
 
 
-def test_attributes_are_there() -> None:
+def test_attributes_exist() -> None:
     assert callable(InprocClient.shutdown) and callable(LLM.collective_rpc)
     assert list(inspect.signature(LLMEngine.abort_request).parameters)[:2] == [
         "self",

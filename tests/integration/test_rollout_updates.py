@@ -30,7 +30,7 @@ from rayhf.weights.broadcast import Sender
 from rayhf.weights.buckets import pack_bucket, snapshot_checksum
 
 
-def test_an_update_waits_for_running_waves(start: Start) -> None:
+def test_update_waits_for_running_waves(start: Start) -> None:
     engine, model = start()
     perturb(model, 1)
     snapshot = snapshot_of(model, 1)
@@ -83,7 +83,7 @@ def test_bad_snapshots_are_refused_before_the_engine_is_touched(
     assert engine.generate([make_request()], version=0) == before
 
 
-def test_weights_that_differ_from_the_learners_make_the_engine_unusable(start: Start) -> None:
+def test_wrong_weights_make_the_engine_unusable(start: Start) -> None:
     engine, model = start()
     snapshot = snapshot_of(model, 1)
     perturb(model, 1)
@@ -96,7 +96,7 @@ def test_weights_that_differ_from_the_learners_make_the_engine_unusable(start: S
         engine.update(snapshot, payloads_of(snapshot))
 
 
-def test_the_worker_itself_detects_an_incomplete_update(
+def test_worker_itself_detects_an_incomplete_update(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, model = start()
@@ -164,7 +164,7 @@ class Damaging(Sender):
         return super().transmit(flat)
 
 
-def test_a_damaged_broadcast_makes_the_engine_unusable(start: Start) -> None:
+def test_damaged_broadcast_makes_the_engine_unusable(start: Start) -> None:
     engine, model = start()
     _, report = broadcast(engine, model, sender=Damaging)
     with pytest.raises(
@@ -176,7 +176,7 @@ def test_a_damaged_broadcast_makes_the_engine_unusable(start: Start) -> None:
         engine.generate([make_request()], version=0)
 
 
-def test_a_broken_broadcast_is_not_reported_as_bad_weights(start: Start) -> None:
+def test_broken_broadcast_is_not_reported_as_bad_weights(start: Start) -> None:
     engine, model = start()
     _, report = broadcast(engine, model, buckets=2)
     with pytest.raises(ActorLostError, match="weights by broadcast, receiving: "):

@@ -216,7 +216,7 @@ def test_too_long_is_invalid_never_truncated(directory: Path) -> None:
     assert over == Invalid(reason="too long: 1023 tokens, the reward model reads 256")
 
 
-def test_a_text_that_cannot_be_encoded_costs_itself_only(directory: Path) -> None:
+def test_text_that_cannot_be_encoded_does_not_affect_others(directory: Path) -> None:
     [(lone, good), (tool,)] = load(directory).score(
         [request("\ud800", "fine"), request("x", role="tool")]
     )
@@ -251,7 +251,7 @@ def test_wrong_config_is_refused(
     assert "\n" not in str(refused.value)
 
 
-def test_a_head_without_weights_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_head_without_weights_is_refused(directory: Path, tmp_path: Path) -> None:
     """A language model under a classifier's name would score with a random head."""
     config = LlamaConfig.from_pretrained(directory)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
@@ -264,7 +264,7 @@ def test_a_head_without_weights_is_refused(directory: Path, tmp_path: Path) -> N
         load(tmp_path)
 
 
-def test_a_tokenizer_beyond_the_embeddings_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_tokenizer_beyond_the_embeddings_is_refused(directory: Path, tmp_path: Path) -> None:
     shutil.copytree(directory, tmp_path / "copy")
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<more>"])
@@ -278,7 +278,7 @@ def test_max_length_beyond_the_model_is_refused(directory: Path) -> None:
         load(directory, max_length=512)
 
 
-def test_a_model_that_reads_padding_is_refused(tmp_path: Path) -> None:
+def test_model_that_reads_padding_is_refused(tmp_path: Path) -> None:
     """XLNet reads the last column, whatever stands there."""
     torch.manual_seed(0)
     config = XLNetConfig(
@@ -290,7 +290,7 @@ def test_a_model_that_reads_padding_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_model_of_nans_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_model_of_nans_is_refused(directory: Path, tmp_path: Path) -> None:
     model = LlamaForSequenceClassification.from_pretrained(directory)
     with torch.no_grad():
         model.score.weight.fill_(float("nan"))

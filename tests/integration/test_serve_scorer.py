@@ -51,7 +51,7 @@ def ask(text, answer="7"):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_served_preset_scores_until_a_signal_stops_it(tmp_path, number):
+def test_served_preset_scores_until_a_signal(tmp_path, number):
     token = tmp_path / "token"
     token.write_text("0123456789abcdef")
     token.chmod(0o600)
@@ -101,7 +101,7 @@ def test_a_served_preset_scores_until_a_signal_stops_it(tmp_path, number):
         ),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_one_line(tmp_path, scorer, service, message):
+def test_unservable_config_is_refused_in_one_line(tmp_path, scorer, service, message):
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump({"scorer": scorer, "service": service}))
     server = launch("serve.yaml", cwd=tmp_path)
     out, error = server.communicate(timeout=60)

@@ -178,7 +178,7 @@ def stage(ground: tuple[asyncio.Runner, Path]) -> Iterator[tuple[asyncio.Runner,
     one.end()
 
 
-def test_replaced_engine_gets_weights_from_the_learner_and_joins_the_next_broadcast(
+def test_replaced_engine_gets_weights_and_joins_the_broadcast(
     stage: tuple[asyncio.Runner, Stage],
 ) -> None:
     async def scenario(one: Stage) -> None:
@@ -198,7 +198,7 @@ def test_replaced_engine_gets_weights_from_the_learner_and_joins_the_next_broadc
     runner.run(scenario(one))
 
 
-def test_engine_that_dies_in_a_broadcast_is_named_in_time(
+def test_engine_that_dies_in_a_broadcast_is_named(
     stage: tuple[asyncio.Runner, Stage],
 ) -> None:
     runner, one = stage

@@ -43,7 +43,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_second_build_uses_the_first(tiny: dict[str, TaskInfo]) -> None:
+def test_second_build_reuses_the_first(tiny: dict[str, TaskInfo]) -> None:
     again = build(DIRECTORY)
     assert all(info.cached for info in again.values())
     assert {task: info.measured for task, info in again.items()} == {
@@ -51,21 +51,21 @@ def test_a_second_build_uses_the_first(tiny: dict[str, TaskInfo]) -> None:
     }
 
 
-def test_the_policies_are_mediocre_and_better_when_greedy(tiny: dict[str, TaskInfo]) -> None:
+def test_policies_are_mediocre_and_better_when_greedy(tiny: dict[str, TaskInfo]) -> None:
     measured = tiny["arithmetic"].measured
     assert 0.30 <= measured["accuracy_sampled"] <= 0.60
     assert measured["accuracy_greedy"] >= measured["accuracy_sampled"] + 0.25
     assert 1.0 < tiny["words"].measured["true_preference_sampled"] < 3.5
 
 
-def test_the_reward_model_has_learned_the_preference(tiny: dict[str, TaskInfo]) -> None:
+def test_reward_model_has_learned_the_preference(tiny: dict[str, TaskInfo]) -> None:
     measured = tiny["words"].measured
     assert measured["reward_accuracy_true"] > 0.7
     assert measured["reward_accuracy_labels"] > 0.62
     assert 0.7 < measured["labels_agree_with_true_preference"] < 0.9
 
 
-def test_the_policy_of_instructions_acts_judges_and_refines_with_mediocre_accuracy(
+def test_instruction_policy_acts_judges_and_refines_moderately(
     tiny: dict[str, TaskInfo],
 ) -> None:
     info = tiny["instructions"]
@@ -91,9 +91,7 @@ def test_train_and_heldout_prompts_do_not_overlap(tiny: dict[str, TaskInfo]) -> 
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "words", "instructions"])
-def test_the_policy_meets_the_needs_of_transformers_and_vllm(
-    tiny: dict[str, TaskInfo], task: str
-) -> None:
+def test_policy_is_loadable_by_transformers_and_vllm(tiny: dict[str, TaskInfo], task: str) -> None:
     info = tiny[task]
     model = AutoModelForCausalLM.from_pretrained(info.policy)
     tokenizer = AutoTokenizer.from_pretrained(info.policy)
@@ -111,7 +109,7 @@ def test_the_policy_meets_the_needs_of_transformers_and_vllm(
     assert len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) < 32
 
 
-def test_the_reward_model_judges_with_its_own_tokenizer(tiny: dict[str, TaskInfo]) -> None:
+def test_reward_model_judges_with_its_own_tokenizer(tiny: dict[str, TaskInfo]) -> None:
     info = tiny["words"]
     assert info.reward_model is not None
     model = AutoModelForSequenceClassification.from_pretrained(info.reward_model)

@@ -133,7 +133,7 @@ def test_only_adapters_are_sent(tmp_path: Path) -> None:
     ]
 
 
-def test_the_number_of_threads_does_not_change_a_bit() -> None:
+def test_number_of_threads_does_not_change_a_bit() -> None:
     """Runs in a new process: one that ran an engine cannot change its number of threads."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(merge_with, (1, 2, 4)))

@@ -161,7 +161,7 @@ def test_client_without_credentials_is_refused(finished, served, files, tmp_path
     assert read_request(finished.run.dir) == "run"
 
 
-def test_watch_yields_past_and_new_events_and_ends_with_the_campaign(tmp_path):
+def test_watch_yields_past_and_new_events(tmp_path):
     store = RunDir(make_config(tmp_path))
     recorder = EventLog(store, SilentObserver())
     for number in range(30):

@@ -62,7 +62,7 @@ def shared(*, engines=("engine",), learners=("learner",)):
     return log, pools, clients, rollouts, [SharedLearner(client, gpus) for client in clients]
 
 
-def test_iteration_changes_owner_twice_and_updates_before_the_cache_exists():
+def test_iteration_changes_owner_twice_and_updates_first():
     log, _, _, (rollout,), (learner, critic) = shared(learners=("learner", "critic"))
 
     async def run():

@@ -91,7 +91,7 @@ def test_logprobs_and_gradients_match_the_plain_formula(
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_logprobs_are_bitwise_equal_with_and_without_gradient_in_train_and_eval_mode() -> None:
+def test_logprobs_are_bitwise_equal_in_every_mode() -> None:
     policy = PolicyHead(make_policy())
     inputs = build_inputs(make_rows([(3, 7), (1, 1), (9, 4)]), "cpu")
     with_gradient = policy.train()(inputs, 0.9)[0]

@@ -59,7 +59,7 @@ def flat(engine: ReferenceEngine) -> torch.Tensor:
     return torch.cat([engine.weights[name].float().flatten() for name in sorted(engine.weights)])
 
 
-def test_logprobs_do_not_depend_on_the_budget_and_keep_the_order(model: Path) -> None:
+def test_logprobs_do_not_depend_on_the_budget(model: Path) -> None:
     wide = ReferenceEngine(model, ReferenceConfig(token_budget=4096), dtype="float32")
     narrow = ReferenceEngine(model, ReferenceConfig(token_budget=16), dtype="float32")
     a = wide.logprobs(ROWS, 0.7)
@@ -107,7 +107,7 @@ def test_save_and_load_give_the_same_logprobs(model: Path, tmp_path: Path) -> No
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_bad_snapshot_changes_nothing(model: Path) -> None:
+def test_bad_snapshot_changes_nothing(model: Path) -> None:
     engine = ReferenceEngine(model, ReferenceConfig(), dtype="float32")
     start = flat(engine)
     good = snapshot(model, 1.0)
@@ -120,7 +120,7 @@ def test_a_bad_snapshot_changes_nothing(model: Path) -> None:
     assert torch.equal(flat(engine), start)
 
 
-def test_a_missing_or_broken_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
+def test_missing_or_broken_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
     engine = ReferenceEngine(model, ReferenceConfig(), dtype="float32")
     with pytest.raises(CheckpointError, match="no reference checkpoint"):
         engine.load(tmp_path)

@@ -251,7 +251,9 @@ def test_one_block_represents_a_cycle() -> None:
         (GeneralPreferenceConfig, {"temperature": 0.0}),
     ],
 )
-def test_refuses_settings(config: type[ObjectiveConfig], settings: dict[str, float]) -> None:
+def test_wrong_settings_are_refused(
+    config: type[ObjectiveConfig], settings: dict[str, float]
+) -> None:
     with pytest.raises(ValidationError, match=next(iter(settings))):
         config.model_validate(settings)
 

@@ -229,7 +229,7 @@ def test_shared_gpus_are_checked_for_each_side(model):
         check_gpus(plan.needs(specs, 80 * GIB), 80 * GIB, colocate=True)
 
 
-def test_sync_sends_adapters_or_whole_weights_for_a_reference_that_moves(model):
+def test_sync_sends_adapters_or_whole_weights(model):
     lora = {"lora": {"rank": 16}}
     plan, _ = campaign(model, policy=lora)
     assert (plan.weights(), plan.weights(whole=True), plan.moves) == (2 * 41_943_040, 2 * P, False)

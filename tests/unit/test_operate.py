@@ -170,7 +170,7 @@ class Commanding(FakeRollout):
         return await super().generate(requests, version=version)
 
 
-def test_stop_commits_the_iteration_and_the_same_command_continues(tmp_path):
+def test_stop_commits_and_the_same_command_continues(tmp_path):
     whole, config = (
         make_config(tmp_path / "whole"),
         make_config(tmp_path, run={"checkpoint_every": 0}),

@@ -67,7 +67,7 @@ def test_own_code_is_never_run(loader: str, plain_model: Path, tmp_path: Path) -
     assert not (tmp_path / "mark").exists()
 
 
-def test_the_mark_would_be_made(plain_model: Path, tmp_path: Path) -> None:
+def test_own_code_would_leave_a_mark_if_run(plain_model: Path, tmp_path: Path) -> None:
     """The code works where it is trusted, in a new process since it changes transformers."""
     path = own_code(plain_model, tmp_path / "needed", model_type="own")
     trusting = (
@@ -95,7 +95,7 @@ def test_preflight_gives_the_reason_in_one_line(
 
 
 @pytest.mark.parametrize("scorer", [RewardModel, PreferenceModel])
-def test_scorers_refuse_it_before_loading(
+def test_scorers_refuse_own_code_before_loading(
     scorer: type[RewardModel] | type[PreferenceModel], plain_model: Path, tmp_path: Path
 ) -> None:
     path = own_code(plain_model, tmp_path / "needed", model_type="own")

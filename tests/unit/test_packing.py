@@ -37,15 +37,13 @@ def test_every_example_once_within_budget_and_equal_counts(
     st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=2), min_size=8, max_size=40),
     st.integers(1, 4),
 )
-def test_a_rank_is_empty_only_when_no_micro_batch_can_be_split(
-    lengths: Lengths, ranks: int
-) -> None:
+def test_rank_is_empty_only_when_no_micro_batch_can_be_split(lengths: Lengths, ranks: int) -> None:
     plans = plan_micro_batches(lengths, ranks=ranks, budget=200)
     if any(not micro for micros in plans for micro in micros):
         assert max(len(micro) for micros in plans for micro in micros) == 1
 
 
-def test_example_over_the_budget_is_refused_with_the_number_it_needs() -> None:
+def test_example_over_the_budget_is_refused() -> None:
     with pytest.raises(
         ConfigError, match="example 1 alone has 2 rows of up to 60 tokens; it needs at least 120"
     ):
@@ -70,7 +68,7 @@ def test_one_micro_batch_is_split_over_the_ranks() -> None:
     assert [len(micros[0]) for micros in plans] == [2, 2, 2, 2]
 
 
-def test_padding_is_small_and_ranks_are_balanced_on_long_tailed_lengths() -> None:
+def test_little_padding_and_balanced_ranks_for_long_tails() -> None:
     rng = random.Random(0)
     lengths = [[16 + min(1000, int(rng.expovariate(1 / 200)))] for _ in range(512)]
     plans = plan_micro_batches(lengths, ranks=4, budget=8192)

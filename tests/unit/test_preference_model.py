@@ -92,7 +92,7 @@ def test_skew_symmetric_chances_add_up(embedding: np.ndarray[Any, Any], temperat
 
 @settings(deadline=None)
 @given(embeddings, st.randoms())
-def test_the_order_of_completions_permutes_the_matrix(
+def test_order_of_completions_permutes_the_matrix(
     embedding: np.ndarray[Any, Any], rng: Any
 ) -> None:
     order = list(range(len(embedding)))
@@ -113,7 +113,7 @@ def test_one_lost_embedding_loses_its_row_and_column_only() -> None:
     assert np.isnan(found[lost]).all() and (found[~lost] == whole[~lost]).all()
 
 
-def test_sigmoid_far_out() -> None:
+def test_sigmoid_at_extreme_values() -> None:
     found = sigmoid(np.array([-800.0, 0.0, 800.0, np.nan]))
     assert found[0] == 0.0 and found[1] == 0.5 and found[2] == 1.0 and math.isnan(found[3])
 
@@ -331,14 +331,14 @@ def test_too_long_has_no_verdict(model: PreferenceModel) -> None:
     assert isinstance(nothing, Invalid) and "too long" in nothing.reason
 
 
-def test_a_refused_conversation_is_failed_and_a_bad_text_invalid(model: PreferenceModel) -> None:
+def test_refused_conversation_is_failed_and_a_bad_text_invalid(model: PreferenceModel) -> None:
     refused = model.compare([ask("a", "b", messages=({"role": "tool", "content": "x"},))])[0]
     assert isinstance(refused, Failed) and "chat template" in refused.reason
     found = matrix(model, ask("a", "\ud800", "b"))
     assert np.isnan(found[1, 0]) and np.isfinite(found[0, 2])
 
 
-def test_an_output_that_is_not_finite_is_no_verdict(directory: Path) -> None:
+def test_output_that_is_not_finite_is_no_verdict(directory: Path) -> None:
     model = load(directory)
     with torch.no_grad():
         model._classifier.model.score.weight.fill_(torch.nan)
@@ -359,7 +359,7 @@ def test_an_output_that_is_not_finite_is_no_verdict(directory: Path) -> None:
         max_size=8,
     )
 )
-def test_no_completion_can_leave_its_place(
+def test_completions_cannot_escape_their_place(
     tokenizer: PreTrainedTokenizerFast, parts: list[str]
 ) -> None:
     """Whatever the first answer says, the text has each fence once and as many special tokens as
@@ -433,18 +433,18 @@ def test_wrong_directories_are_refused(
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_directory_needs_the_facts(directory: Path, tmp_path: Path) -> None:
+def test_directory_needs_the_facts(directory: Path, tmp_path: Path) -> None:
     check(directory)
     with pytest.raises(ConfigError, match="expected a directory that `rayhf fit-scorer` wrote"):
         check(tmp_path)
 
 
-def test_a_longer_limit_than_the_models_is_refused(directory: Path) -> None:
+def test_longer_limit_than_the_models_is_refused(directory: Path) -> None:
     with pytest.raises(ConfigError, match="max_length is 201, the model reads at most 200 tokens"):
         load(directory, max_length=201)
 
 
-def test_a_padding_id_that_ends_texts_is_not_taken(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_padding_id_that_ends_texts_is_not_taken(tokenizer: PreTrainedTokenizerFast) -> None:
     assert pad_id(tokenizer, frozenset({tokenizer.eos_token_id})) == tokenizer.pad_token_id
     other = pad_id(tokenizer, frozenset({tokenizer.eos_token_id, tokenizer.pad_token_id}))
     assert other in tokenizer.all_special_ids and other not in (
@@ -453,7 +453,7 @@ def test_a_padding_id_that_ends_texts_is_not_taken(tokenizer: PreTrainedTokenize
     )
 
 
-def test_a_pointwise_fit_is_a_reward_model(
+def test_pointwise_fit_is_a_reward_model(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     directory = build(tmp_path / "bt", tokenizer, {"type": "bradley_terry"})
@@ -464,7 +464,7 @@ def test_a_pointwise_fit_is_a_reward_model(
         load(directory)
 
 
-def test_a_model_of_pairs_is_no_reward_model(tmp_path: Path) -> None:
+def test_model_of_pairs_is_no_reward_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         '{"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}'
     )

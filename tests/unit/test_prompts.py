@@ -40,7 +40,7 @@ def batch(items: list[Prompt], size: int, iteration: int, seed: int = 3) -> list
     return iteration_batch(items, batch=size, iteration=iteration, seed=seed)
 
 
-def test_every_prompt_once_per_epoch_and_never_twice_in_an_iteration() -> None:
+def test_every_prompt_once_per_epoch_and_iteration() -> None:
     items = prompts(10)
     batches = [batch(items, 5, iteration) for iteration in range(1, 5)]
     for first in (0, 2):
@@ -144,7 +144,7 @@ def squares(**settings: object) -> dict[str, object]:
     return {"type": f"{__name__}:Squares", **settings}
 
 
-def test_a_file_source_reads_what_the_file_holds(tmp_path: Path) -> None:
+def test_file_source_reads_what_the_file_holds(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b", "answer": 7}\n' * 2)
     source = FileSource(FileSourceConfig(path=Path("p.jsonl")), base=tmp_path)
     loaded = load(source)
@@ -156,7 +156,7 @@ def test_a_file_source_reads_what_the_file_holds(tmp_path: Path) -> None:
     assert loaded.prompts[0].token_ids == (ord("a"), ord(">"))
 
 
-def test_a_source_of_another_package_is_found_by_import_path() -> None:
+def test_source_of_another_package_is_found_by_import_path() -> None:
     config = validate(CAMPAIGN | {"prompts": {"train": squares(start=4)}}, source="test")
     assert config.prompts.train == SquaresConfig(type=f"{__name__}:Squares", start=4)
     source = open_source(config.prompts.train, base=Path("here"), key="prompts.train")
@@ -186,13 +186,13 @@ def test_errors_name_the_key_the_source_and_the_row(
     assert str(error.value).startswith(f"prompts.train: {expected}")
 
 
-def test_a_source_that_cannot_be_built_is_refused() -> None:
+def test_source_that_cannot_be_built_is_refused() -> None:
     config = SquaresConfig(type=f"{__name__}:Squares", start=0)
     with pytest.raises(ConfigError, match=r"^evaluations\.x\.prompts: \w+:Squares: KeyError"):
         open_source(config, base=Path(), key="evaluations.x.prompts")
 
 
-def test_a_path_is_short_for_a_file_source(tmp_path: Path) -> None:
+def test_path_is_short_for_a_file_source(tmp_path: Path) -> None:
     evaluations = {"other": {"prompts": "o.parquet", "scorer": CAMPAIGN["scorer"]["train"]}}
     config = validate(CAMPAIGN | {"evaluations": evaluations}, source="test")
     assert config.prompts.train == FileSourceConfig(path=Path("data/train.jsonl"))

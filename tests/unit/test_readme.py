@@ -89,7 +89,7 @@ def test_generated_pages_are_up_to_date():
 
 
 @pytest.mark.parametrize("words", command_lines())
-def test_commands_exist_and_their_configs_are_valid(words):
+def test_commands_exist_and_configs_are_valid(words):
     verb, *arguments = words
     given = COMMANDS[verb].make_context(verb, arguments).params
     if verb == "list":
@@ -103,7 +103,7 @@ def test_commands_exist_and_their_configs_are_valid(words):
         check_settings(load_config(ROOT / given["config"], given["overrides"] or ()))
 
 
-def test_there_are_commands():
+def test_readme_has_commands():
     assert len(list(command_lines())) > 30
 
 
@@ -152,7 +152,7 @@ def test_python_uses_names_that_exist(text):
             assert node.attr in rayhf.__all__
 
 
-def test_the_example_of_a_source(modules):
+def test_example_of_a_source(modules):
     with sqlite3.connect(modules / "questions.db") as database:
         database.execute("CREATE TABLE questions (id INTEGER, question TEXT, answer TEXT)")
         database.execute("INSERT INTO questions VALUES (1, '1 + 1 = ?', '2')")
@@ -161,7 +161,7 @@ def test_the_example_of_a_source(modules):
     assert list(source.rows()) == [{"prompt": "1 + 1 = ?", "answer": "2"}]
 
 
-def test_the_example_of_an_evaluation(modules):
+def test_example_of_an_evaluation(modules):
     evaluation_class = importlib.import_module("my_evaluations").GreedyLength
     setup = SimpleNamespace(task="brevity", heldout=tuple(make_prompts(4)))
     evaluation = evaluation_class(evaluation_class.Config(prompts=2), setup)
@@ -200,7 +200,7 @@ def test_every_page_is_linked_from_the_readme():
     assert set(re.findall(r"\]\(docs/([\w.]+)\)", TEXT["README.md"])) == set(TEXT) - {"README.md"}
 
 
-def test_the_exit_codes_are_the_errors_own():
+def test_exit_codes_are_those_of_the_errors():
     codes = {
         e.exit_code
         for e in vars(errors).values()
@@ -214,7 +214,7 @@ def test_the_exit_codes_are_the_errors_own():
     assert codes == table - {0}
 
 
-def test_the_table_of_guards_has_their_thresholds():
+def test_table_of_guards_has_their_thresholds():
     rows = re.findall(
         r"^\| `(\w+)` \| .* \| ([\d.]+) \| ([\d.]+) \|$", TEXT["operating.md"], re.MULTILINE
     )

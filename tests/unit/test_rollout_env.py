@@ -15,14 +15,14 @@ def test_compilation_is_disabled_on_cpu_only() -> None:
     assert engine_env("gpu")["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
-def test_the_users_log_level_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_users_log_level_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
     assert engine_env("cpu")["VLLM_LOGGING_LEVEL"] == "ERROR"
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     assert engine_env("cpu")["VLLM_LOGGING_LEVEL"] == "DEBUG"
 
 
-def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in engine_env("cpu", 1).items():
         monkeypatch.setenv(name, value)
     check_env("cpu")

@@ -61,7 +61,7 @@ def test_waves_share_steps() -> None:
     loop.close()
 
 
-def test_a_call_waits_for_earlier_waves_and_blocks_later_ones() -> None:
+def test_call_waits_for_earlier_waves_and_blocks_later_ones() -> None:
     loop, driver = start()
     driver.gate.clear()
     loop.submit(Wave([], 3))
@@ -74,7 +74,7 @@ def test_a_call_waits_for_earlier_waves_and_blocks_later_ones() -> None:
     loop.close()
 
 
-def test_a_refused_wave_affects_no_other() -> None:
+def test_refused_wave_affects_no_other() -> None:
     loop, _ = start()
     refused = loop.submit(Wave([], -1))
     fine = loop.submit(Wave([], 1))
@@ -86,7 +86,7 @@ def test_a_refused_wave_affects_no_other() -> None:
     loop.close()
 
 
-def test_a_failing_step_fails_everything_and_every_later_caller() -> None:
+def test_failing_step_fails_everything_and_every_later_caller() -> None:
     loop, driver = start()
     driver.gate.clear()
     running = loop.submit(Wave([], 3))
@@ -118,7 +118,7 @@ def test_abort_fails_running_and_queued_waves_but_no_calls() -> None:
     loop.close()
 
 
-def test_a_cancelled_wave_never_enters() -> None:
+def test_canceled_wave_is_never_sent() -> None:
     loop, driver = start()
     driver.gate.clear()
     loop.submit(Wave([], 1))
@@ -143,7 +143,7 @@ def test_close_fails_running_waves_and_can_be_repeated() -> None:
     assert driver.log[-1] == "close"
 
 
-def test_an_error_while_building_reaches_the_constructor() -> None:
+def test_error_while_building_reaches_the_constructor() -> None:
     def build() -> CountingDriver:
         raise OSError("no such model")
 

@@ -104,7 +104,7 @@ def test_disk(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (tmp_path / "big").stat().st_size <= 32 << 20
 
 
-def test_processes_are_ended_also_those_that_left_the_session(ask: Ask, tmp_path: Path) -> None:
+def test_all_processes_are_killed_even_outside_the_session(ask: Ask, tmp_path: Path) -> None:
     assert ask("processes", timeout_s=2.0) == Failed(reason="no response within 2 s")
     started = [int(line) for line in (tmp_path / "pids").read_text().split()]
     assert len(started) == 12
@@ -146,7 +146,7 @@ def test_cpu_time_is_limited_by_the_time_of_a_call(ask: Ask) -> None:
     assert isinstance(outcome, Scored) and 0 < outcome.value <= 2 * 3.0 * (os.cpu_count() or 1) + 2
 
 
-def test_an_endless_response_is_cut_short(ask: Ask) -> None:
+def test_endless_response_is_truncated(ask: Ask) -> None:
     started = time.monotonic()
     outcome = ask("endless", timeout_s=30.0)
     assert isinstance(outcome, Failed) and "something other than a response" in outcome.reason

@@ -52,7 +52,7 @@ def test_permanent_failure_is_not_restarted(tmp_path, monkeypatch, code):
     assert starts(tmp_path) == 1
 
 
-def test_crash_loop_is_given_up(tmp_path, monkeypatch):
+def test_crash_loop_ends(tmp_path, monkeypatch):
     with pytest.raises(
         ActorLostError, match=f"crashed {CRASHES + 1} times in a row without a new commit"
     ):

@@ -100,7 +100,7 @@ def test_watching_and_judging(tmp_path, monkeypatch):
     assert not STEERING & set(shown(console)) and shown(console).count("\\x1b[2J") >= 5
 
 
-def test_a_directorys_name_in_the_summary(tmp_path):
+def test_directorys_name_in_the_summary(tmp_path):
     config = make_config(tmp_path)
     play(config)
     hostile = config.run.dir.rename(tmp_path / "\x1b[2J[bold]run[bold]")
@@ -128,9 +128,6 @@ def test_plain_imports_nothing_heavy():
         "import sys, launch.sanitize, launch.cluster_auth; "
         "print({'ray', 'rich', 'torch', 'pydantic'} & set(sys.modules))"
     )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        == "set()\n"
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -148,7 +148,7 @@ async def _turns():
         await asyncio.sleep(0)
 
 
-def test_requests_are_batched_once_engines_have_twice_their_capacity():
+def test_requests_are_batched_at_twice_the_engines_capacity():
     async def play():
         engines = [ControlledEngine(), ControlledEngine()]
         pool = RolloutPool(engines, NoBroadcast(), max_num_seqs=4, timeout_s=1.0)
@@ -182,7 +182,7 @@ def test_requests_are_batched_once_engines_have_twice_their_capacity():
     asyncio.run(play())
 
 
-def test_batch_fails_as_one_and_is_canceled_with_its_last_request():
+def test_batch_fails_and_is_canceled_as_one():
     async def play():
         engine = ControlledEngine()
         pool = RolloutPool([engine], NoBroadcast(), max_num_seqs=1, timeout_s=1.0)

@@ -96,7 +96,7 @@ def test_waves_wait_for_every_inner_task(through):
     assert groups == run(explore)[0]
 
 
-def test_waves_are_the_same_in_whatever_order_roles_respond():
+def test_waves_do_not_depend_on_the_order_of_responses():
     """Scores may return long before generations do; what they lead to belongs to the next wave."""
 
     class Slow(FakeScorer):
@@ -117,7 +117,7 @@ def test_waves_are_the_same_in_whatever_order_roles_respond():
     assert runs[0] == runs[1] == runs[2] and len(runs[0][1]) == 2
 
 
-def test_a_coroutine_that_waits_for_something_else_is_an_error():
+def test_coroutine_that_waits_for_something_else_is_an_error():
     async def forever(prompt, context):
         await asyncio.get_running_loop().create_future()
 
@@ -135,7 +135,7 @@ def test_a_coroutine_that_waits_for_something_else_is_an_error():
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_the_first_error_ends_the_run_at_once_and_cancels_the_rest(deterministic, caplog):
+def test_first_error_ends_the_run_and_cancels_the_rest(deterministic, caplog):
     canceled = []
 
     class Stuck(FakeRollout):

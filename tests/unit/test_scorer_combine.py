@@ -143,7 +143,7 @@ def test_weighted_sum_with_its_parts() -> None:
         (Scored(value=1e308), Scored(value=0.0), Invalid(reason="the weighted sum is inf")),
     ],
 )
-def test_a_missing_part_is_never_zero(first: Outcome, second: Outcome, wanted: Outcome) -> None:
+def test_missing_part_is_never_zero(first: Outcome, second: Outcome, wanted: Outcome) -> None:
     assert combined(first, second) == wanted
 
 
@@ -178,7 +178,7 @@ def ensemble(combine: dict[str, Any], *weights: float) -> list[float]:
         ({"type": "uncertainty", "coef": 1.0}, (2, 1, 1), [2.5 - 4.25, 3.0]),
     ],
 )
-def test_ensembles_by_hand(
+def test_ensembles_examples(
     combine: dict[str, Any], weights: tuple[float, ...], wanted: list[float]
 ) -> None:
     assert ensemble(combine, *weights) == pytest.approx(wanted)
@@ -189,9 +189,7 @@ def test_ensembles_by_hand(
     st.sampled_from(["weighted_sum", "mean", "worst", "uncertainty"]),
     st.randoms(),
 )
-def test_the_order_of_an_ensemble_means_nothing(
-    scores: list[float], kind: Any, random: Any
-) -> None:
+def test_order_of_an_ensemble_does_not_matter(scores: list[float], kind: Any, random: Any) -> None:
     def total(listed: list[tuple[int, float]]) -> float:
         parts = [part(Listed(score, score), f"m{i}") for i, score in listed]
         return values_of(Combined(parts, CombineConfig(type=kind)).score([request("text", "4")]))[0]
@@ -211,7 +209,7 @@ def test_log_sigmoid_transform(score: float) -> None:
     assert at_reference == pytest.approx(2 * math.log(0.5))
 
 
-def test_parts_are_raw_and_nested_ones_keep_their_scorers_name() -> None:
+def test_parts_are_raw_and_nested_ones_are_named_by_scorer() -> None:
     fixed = Fixed(Scored(value=2.0, parts={"votes": 5.0}))
     engine = Combined([part(fixed, "judge", transform=LogSigmoid(reference=2.0))])
     [(outcome, _)] = engine.score([request("text", "4")])
@@ -220,7 +218,7 @@ def test_parts_are_raw_and_nested_ones_keep_their_scorers_name() -> None:
     )
 
 
-def test_a_call_counts_before_it_is_normalized_and_the_state_resumes_exactly() -> None:
+def test_call_counts_before_it_is_normalized_and_resumes() -> None:
     def engine(*scores: float) -> Combined:
         return Combined([part(Listed(*scores), weight=3.0, normalize=True)])
 
@@ -248,7 +246,7 @@ def test_all_requests_of_a_call_are_normalized_together() -> None:
     )
 
 
-def test_the_transform_comes_before_the_normalizer_and_missing_scores_do_not_count() -> None:
+def test_transform_precedes_the_normalizer() -> None:
     class Half(Listed):
         def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
             return [(Scored(value=1.0), Invalid(reason="?"))]
@@ -261,7 +259,7 @@ def test_the_transform_comes_before_the_normalizer_and_missing_scores_do_not_cou
     }
 
 
-def test_a_state_of_other_scorers_is_refused() -> None:
+def test_state_of_other_scorers_is_refused() -> None:
     engine = Combined([part(Listed(), normalize=True)])
     with pytest.raises(
         CheckpointError, match=r"statistics of the scorers \['n'\], the config normalizes \['m'\]"
@@ -272,7 +270,7 @@ def test_a_state_of_other_scorers_is_refused() -> None:
     Combined([part(Listed())]).load_state_dict({})
 
 
-def test_scores_are_compared_by_the_sigmoid_of_their_combined_differences() -> None:
+def test_comparison_is_the_sigmoid_of_combined_differences() -> None:
     engine = Combined([part(Listed(1.0, 0.0), "a", 2.0), part(Listed(0.5, 0.0), "b", -1.0)])
     [compared] = engine.compare([request("text", "4")])
     assert isinstance(compared, Compared) and compared.source == "pointwise"
@@ -308,7 +306,7 @@ def test_matrices_are_averaged_by_weight() -> None:
         ),
     ],
 )
-def test_a_part_without_a_matrix_is_never_a_half(response: Any, wanted: Comparison) -> None:
+def test_part_without_a_matrix_is_never_one_half(response: Any, wanted: Comparison) -> None:
     parts = [pairwise_part(Pairwise(response)), part(Listed(0.0, 2.0), "model")]
     assert Combined(parts).compare([request("text", "4")]) == [wanted]
 
@@ -324,7 +322,7 @@ def test_a_part_without_a_matrix_is_never_a_half(response: Any, wanted: Comparis
         ([], Failed(reason="m: the scorer returned 0 results for 1 requests")),
     ],
 )
-def test_a_scorer_that_returns_the_wrong_thing(
+def test_scorer_with_a_wrong_result_is_failed(
     rows: list[tuple[Outcome, ...]], wanted: Outcome
 ) -> None:
     class Wrong(Listed):
@@ -358,14 +356,14 @@ def test_a_scorer_that_returns_the_wrong_thing(
         ),
     ],
 )
-def test_weights_that_mean_nothing_are_refused(
+def test_invalid_weights_are_refused(
     entries: list[ScorerEntryConfig], combine: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         ScorerConfig(train=tuple(entries), combine=CombineConfig(**combine))
 
 
-def test_scorers_that_cannot_score_held_out_completions_are_refused() -> None:
+def test_scorers_unfit_for_held_out_completions_are_refused() -> None:
     fine = RuleConfig(function="m:f", transform=LogSigmoid(reference=0.5))
     check_heldout([fine, JudgeConfig(model=Path("j"))], where="scorer.evaluate")
     with pytest.raises(

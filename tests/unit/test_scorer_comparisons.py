@@ -33,7 +33,7 @@ def test_differences_of_scores_by_hand() -> None:
 
 
 @given(st.lists(st.floats(-1e308, 1e308), min_size=1, max_size=6), st.randoms())
-def test_any_scores_give_a_mirrored_matrix_that_follows_their_order(
+def test_matrix_of_scores_is_mirrored_and_follows_their_order(
     values: list[float], random: object
 ) -> None:
     win = win_of(compare_scores(scored(*values)))
@@ -58,7 +58,7 @@ def test_ties_one_completion_and_none(tied: tuple[float, ...]) -> None:
     )
 
 
-def test_a_completion_without_a_score_has_no_row() -> None:
+def test_completion_without_a_score_has_no_row() -> None:
     win = win_of(compare_scores([Scored(value=1.0), Invalid(reason="nan"), Scored(value=1.0)]))
     np.testing.assert_array_equal(win, [[0.5, NAN, 0.5], [NAN, 0.5, NAN], [0.5, NAN, 0.5]])
 
@@ -86,7 +86,7 @@ def test_verdicts_on_pairs_are_mirrored_and_cycles_kept() -> None:
     assert mean_wins(compared, 3) == tuple(Scored(value=pytest.approx(0.5)) for _ in range(3))
 
 
-def test_an_unknown_pair_is_nan_and_left_out_of_the_mean() -> None:
+def test_unknown_pair_is_nan_and_left_out_of_the_mean() -> None:
     compared = compare_pairs(3, {(0, 1): 0.9, (1, 2): Invalid(reason="?"), (0, 2): 0.2})
     np.testing.assert_allclose(
         win_of(compared), [[0.5, 0.9, 0.2], [0.1, 0.5, NAN], [0.8, NAN, 0.5]]
@@ -96,13 +96,13 @@ def test_an_unknown_pair_is_nan_and_left_out_of_the_mean() -> None:
     ] == pytest.approx([0.55, 0.1, 0.8])
 
 
-def test_without_any_verdict_there_is_a_reason() -> None:
+def test_comparison_without_verdicts_has_a_reason() -> None:
     nothing = compare_pairs(2, {(0, 1): Failed(reason="died")})
     assert nothing == Failed(reason="died")
     assert mean_wins(nothing, 2) == (Failed(reason="died"),) * 2
 
 
-def test_a_single_completion_has_no_mean_win() -> None:
+def test_single_completion_has_no_mean_win() -> None:
     [outcome] = mean_wins(compare_pairs(1, {}), 1)
     assert isinstance(outcome, Invalid) and "there is no other completion" in outcome.reason
 
@@ -136,14 +136,14 @@ def test_wrong_counts_are_failed_and_nan_is_invalid() -> None:
         (np.array([[0.5, NAN], [NAN, 0.5]]), Invalid, "compared no two completions"),
     ],
 )
-def test_an_invalid_matrix_is_refused(win: np.ndarray, kind: type, reason: str) -> None:
+def test_invalid_matrix_is_refused(win: np.ndarray, kind: type, reason: str) -> None:
     [checked] = check_comparisons([Compared(win=win, source="pairwise")], [request("a", "b")])
     assert isinstance(checked, kind)
     assert not isinstance(checked, Compared)
     assert re.search(reason, checked.reason)
 
 
-def test_a_missing_matrix_is_failed() -> None:
+def test_missing_matrix_is_failed() -> None:
     assert check_comparisons([], [request("a", "b")]) == [
         Failed(reason="the scorer returned 0 results for 1 requests")
     ]

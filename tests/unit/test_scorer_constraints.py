@@ -105,7 +105,7 @@ def test_share_and_all() -> None:
     st.text(max_size=60),
     st.permutations([{"kind": "lowercase"}, {"kind": "words", "max": 3}, {"kind": "quoted"}]),
 )
-def test_the_order_of_constraints_means_nothing(text: str, order: list[dict[str, Any]]) -> None:
+def test_order_of_constraints_means_nothing(text: str, order: list[dict[str, Any]]) -> None:
     forwards, backwards = (
         share_of_constraints(text, prompt="", answer=json.dumps(listed), finish_reason="stop")
         for listed in (order, order[::-1])
@@ -147,7 +147,7 @@ def test_the_order_of_constraints_means_nothing(text: str, order: list[dict[str,
         ),
     ],
 )
-def test_malformed_constraints_name_themselves(answer: str | None, message: str) -> None:
+def test_malformed_constraints_are_named(answer: str | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         parse_constraints(answer)
     assert "\n" not in str(refused.value)
@@ -175,7 +175,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
-def test_time_is_linear_in_the_answer(piece: str) -> None:
+def test_time_is_linear_in_the_length(piece: str) -> None:
     counted = [
         "words",
         "sentences",

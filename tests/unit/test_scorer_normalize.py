@@ -32,9 +32,7 @@ def test_batches_add_up_to_the_whole(values: list[float], cut: int) -> None:
 
 
 @given(VALUES, VALUES)
-def test_a_state_that_went_through_json_resumes_exactly(
-    before: list[float], after: list[float]
-) -> None:
+def test_state_resumes_exactly_from_json(before: list[float], after: list[float]) -> None:
     first, second = RunningNormalizer(), RunningNormalizer()
     first.update(before)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
@@ -44,14 +42,14 @@ def test_a_state_that_went_through_json_resumes_exactly(
     assert second(1.5) == first(1.5)
 
 
-def test_equal_values_are_zero_and_nothing_is_the_identity() -> None:
+def test_equal_values_are_zero_and_no_values_the_identity() -> None:
     normalizer = RunningNormalizer()
     assert normalizer(3.0) == 3.0
     normalizer.update([0.1] * 1000)
     assert abs(normalizer(0.1)) < 1e-12 and normalizer.std == 1.0
 
 
-def test_one_score_near_the_largest_float_does_not_spoil_the_rest() -> None:
+def test_score_near_the_largest_float_does_not_affect_the_rest() -> None:
     normalizer = RunningNormalizer()
     normalizer.update([1.0, 3.0, 1e308, -1e308])
     assert (normalizer.count, normalizer.mean, normalizer.std) == (2, 2.0, 1.0)
@@ -68,6 +66,6 @@ def test_one_score_near_the_largest_float_does_not_spoil_the_rest() -> None:
         {"count": 1, "mean": 0, "squares": -1},
     ],
 )
-def test_an_invalid_state_is_refused(state: dict[str, object]) -> None:
+def test_invalid_state_is_refused(state: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match="normalizer's state"):
         RunningNormalizer().load_state_dict(state)

@@ -62,7 +62,7 @@ def game(base: Path) -> Iterator[PairwiseRule]:
     rule.close()
 
 
-def test_a_cycle_stays_a_cycle(game: PairwiseRule) -> None:
+def test_cycle_is_preserved(game: PairwiseRule) -> None:
     [compared, other] = game.compare(
         [request("rock", "scissors", "paper"), request("paper", "scissors")]
     )
@@ -87,7 +87,7 @@ def test_a_cycle_stays_a_cycle(game: PairwiseRule) -> None:
         ("sleep", Failed, "no response within 0.8 s"),
     ],
 )
-def test_a_bad_pair_costs_itself_only(
+def test_bad_pair_does_not_affect_others(
     game: PairwiseRule, bad: str, kind: type[Outcome], reason: str
 ) -> None:
     [compared, alone] = game.compare([request("rock", bad, "scissors"), request("rock", bad)])
@@ -100,7 +100,7 @@ def test_a_bad_pair_costs_itself_only(
     assert outcomes[0] == Scored(value=pytest.approx(0.9)) and isinstance(outcomes[1], Invalid)
 
 
-def test_a_rule_that_always_hangs_is_given_up(base: Path) -> None:
+def test_hanging_rule_is_aborted(base: Path) -> None:
     rule = make_rule("game", base, timeout_s=0.2)
     started = time.monotonic()
     [compared, other] = rule.compare(
@@ -131,7 +131,7 @@ def test_context_and_messages(base: Path) -> None:
     rule.close()
 
 
-def test_a_rule_for_one_completion_is_refused(base: Path) -> None:
+def test_rule_for_one_completion_is_refused(base: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"cannot be called as pointwise\(first, second, \*, prompt, answer\)"
     ):

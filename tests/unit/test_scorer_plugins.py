@@ -76,7 +76,7 @@ def load(tmp_path: Path, entries: str) -> ServeScorerConfig:
     return load_section(tmp_path / "serve.yaml", (), ServeScorerConfig)
 
 
-def test_a_pointwise_scorer_needs_settings_and_score(tmp_path: Path) -> None:
+def test_pointwise_scorer_needs_settings_and_score(tmp_path: Path) -> None:
     [entry] = load(tmp_path, '{type: "foreign_scorers:Brevity", limit: 10}').scorer.train
     assert (entry.resolved_name, entry.is_pairwise, entry.uses_gpu) == ("Brevity", False, False)
     check_entries([entry], tmp_path)
@@ -92,7 +92,7 @@ def test_a_pointwise_scorer_needs_settings_and_score(tmp_path: Path) -> None:
     assert win_of(compared)[1, 0] > 0.5
 
 
-def test_a_pairwise_scorer_needs_settings_and_compare(tmp_path: Path) -> None:
+def test_pairwise_scorer_needs_settings_and_compare(tmp_path: Path) -> None:
     [entry] = load(tmp_path, '{type: "foreign_scorers:Longer", name: long}').scorer.train
     check_entries([entry], tmp_path)
     scorer = build_scorer([entry], ScorerSetup(base=tmp_path))
@@ -125,13 +125,13 @@ def test_wrong_entries_are_refused_like_built_in_ones(
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_check_of_its_own_names_the_entry(tmp_path: Path) -> None:
+def test_own_check_names_the_entry(tmp_path: Path) -> None:
     entries = load(tmp_path, '{type: "foreign_scorers:Longer", weight: 7}').scorer.train
     with pytest.raises(ConfigError, match=r"^scorer\.train\[0\]: weight is 7"):
         check_entries(entries, tmp_path)
 
 
-def test_a_class_without_the_base_is_refused(tmp_path: Path) -> None:
+def test_class_without_the_base_is_refused(tmp_path: Path) -> None:
     entries = load(tmp_path, '{type: "foreign_scorers:Duck"}').scorer.train
     with pytest.raises(ConfigError, match=r"foreign_scorers:Duck is not a scorer: expected a sub"):
         check_entries(entries, tmp_path)

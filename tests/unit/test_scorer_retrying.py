@@ -71,7 +71,7 @@ def retrying(scorer, attempts=4):
     return scorer, events
 
 
-def test_only_failures_are_retried_and_no_score_is_made_up():
+def test_only_failures_are_retried_and_no_score_is_invented():
     faulty = Faulty(share=0.3)
     scorer, events = retrying(faulty, attempts=20)
     assert asyncio.run(scorer.score(REQUESTS)) == TRUTH
@@ -80,7 +80,7 @@ def test_only_failures_are_retried_and_no_score_is_made_up():
     assert events == []
 
 
-def test_outcomes_that_stay_unreachable_stay_failed():
+def test_unreachable_outcomes_stay_failed():
     scorer, events = retrying(Faulty(share=0.5), attempts=2)
     rows = asyncio.run(scorer.score(REQUESTS))
     pairs = [
@@ -93,7 +93,7 @@ def test_outcomes_that_stay_unreachable_stay_failed():
     assert events == []
 
 
-def test_a_scorer_that_is_down_pauses_and_resumes_automatically():
+def test_unreachable_scorer_pauses_and_resumes_automatically():
     faulty = Faulty(down=9)
     scorer, events = retrying(faulty)
     assert asyncio.run(scorer.score(REQUESTS)) == TRUTH
@@ -129,7 +129,7 @@ def test_comparisons_are_retried_too():
     assert events == []
 
 
-def test_a_scorer_that_goes_down_during_a_call_pauses_too():
+def test_scorer_that_fails_during_a_call_pauses():
     class Halfway(FakeScorer):
         calls = 0
 
@@ -145,7 +145,7 @@ def test_a_scorer_that_goes_down_during_a_call_pauses_too():
     assert [name for name, _ in events] == ["pause", "unpause"]
 
 
-def test_a_completion_that_always_fails_does_not_pause_forever():
+def test_completion_that_always_fails_does_not_pause_forever():
     class Poisoned(FakeScorer):
         async def score(self, requests):
             rows = await super().score(requests)

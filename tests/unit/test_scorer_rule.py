@@ -114,7 +114,7 @@ def misbehave(base: Path) -> Iterator[Rule]:
         ("worse", Failed, "my_rules.Unprintable: <exception str() failed>"),
     ],
 )
-def test_one_bad_completion_costs_itself_only(
+def test_bad_completion_does_not_affect_others(
     misbehave: Rule, bad: str, kind: type[Outcome], reason: str
 ) -> None:
     good = Scored(value=0.5)
@@ -125,7 +125,7 @@ def test_one_bad_completion_costs_itself_only(
     assert outcome.reason.startswith(reason)
 
 
-def test_bad_ones_in_a_row_and_at_the_end(misbehave: Rule) -> None:
+def test_bad_completions_in_a_row_and_at_the_end(misbehave: Rule) -> None:
     [outcomes] = misbehave.score([request("exit", "exit", "a", "segfault", "raise", "exit")])
     assert [type(outcome) for outcome in outcomes] == [
         Failed,
@@ -138,7 +138,7 @@ def test_bad_ones_in_a_row_and_at_the_end(misbehave: Rule) -> None:
     assert misbehave.score([request("a")]) == [(Scored(value=0.5),)]
 
 
-def test_the_limit_is_per_completion(misbehave: Rule) -> None:
+def test_time_limit_is_per_completion(misbehave: Rule) -> None:
     assert misbehave.score([request(*["slow"] * 12)]) == [(Scored(value=0.5),) * 12]
 
 
@@ -166,7 +166,7 @@ def test_context_of_the_completion(base: Path) -> None:
         rule.close()
 
 
-def test_hostile_text_arrives_unharmed(base: Path) -> None:
+def test_hostile_text_arrives_unchanged(base: Path) -> None:
     texts = [
         "", "\n", "line\r\nline\n\n", "\x00", "\x1b[2J\x1b]0;title\x07", "\ud800",
         "\ud83d\ude00 as two halves", "\u2028\x85", '"]}\n[0, "scored", 1]', "😀é漢",
@@ -192,7 +192,7 @@ def test_thousands_of_scores_come_from_one_child_in_order(base: Path) -> None:
     rule.close()
 
 
-def test_a_child_that_crashed_between_two_batches_costs_nothing(base: Path) -> None:
+def test_child_that_crashed_between_batches_is_restarted(base: Path) -> None:
     rule = make_rule("my_rules:everything", base)
     assert rule._child is not None
     os.kill(rule._child._process.pid, signal.SIGKILL)
@@ -201,7 +201,7 @@ def test_a_child_that_crashed_between_two_batches_costs_nothing(base: Path) -> N
     rule.close()
 
 
-def test_a_fresh_child_never_runs_an_edited_rule(tmp_path: Path) -> None:
+def test_fresh_child_never_runs_an_edited_rule(tmp_path: Path) -> None:
     file = tmp_path / "edited.py"
     file.write_text(
         "import os\n"
@@ -216,7 +216,7 @@ def test_a_fresh_child_never_runs_an_edited_rule(tmp_path: Path) -> None:
     assert "edited:score changed since the scorer started" in third.reason
 
 
-def test_the_child_dies_with_its_parent(base: Path) -> None:
+def test_child_dies_with_its_parent(base: Path) -> None:
     """Even when the parent is killed while a regular expression holds the child's GIL."""
     script = textwrap.dedent("""
         import sys
@@ -271,7 +271,7 @@ def test_close_ends_what_the_rule_started(tmp_path: Path) -> None:
         ("leaves:f", "importing leaves failed: SystemExit"),
     ],
 )
-def test_a_wrong_function_is_refused_at_the_start(base: Path, function: str, message: str) -> None:
+def test_wrong_function_is_refused_at_the_start(base: Path, function: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
         Rule.check(RuleConfig(function=function), base)
     assert function in str(refused.value)
@@ -286,12 +286,12 @@ def test_a_wrong_function_is_refused_at_the_start(base: Path, function: str, mes
         ("my_rules:", "is not of the form module:function"),
     ],
 )
-def test_another_form_is_refused_by_the_config(function: str, message: str) -> None:
+def test_malformed_function_is_refused_by_the_config(function: str, message: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(message)):
         RuleConfig(function=function)
 
 
-def test_a_good_function_passes_the_check(base: Path) -> None:
+def test_good_function_passes_the_check(base: Path) -> None:
     Rule.check(RuleConfig(function="my_rules:context"), base)
     Rule.check(RuleConfig(function="rayhf.scorer.rules:final_number"), base)
 
@@ -312,7 +312,7 @@ def test_no_descriptor_is_left_behind(base: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_rule_that_always_hangs_does_not_take_its_limit_for_every_completion(base: Path) -> None:
+def test_hanging_rule_is_aborted_early(base: Path) -> None:
     rule = make_rule("my_rules:misbehave", base, timeout_s=0.3)
     try:
         started = time.monotonic()

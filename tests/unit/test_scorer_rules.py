@@ -111,7 +111,7 @@ def test_math_equal_needs_an_answer() -> None:
         math_equal("4", prompt="", answer=" ", finish_reason="stop")
 
 
-def test_math_that_never_ends_is_failed_and_not_wrong(tmp_path: Path) -> None:
+def test_endless_math_is_failed_and_not_wrong(tmp_path: Path) -> None:
     rule = make_rule("rayhf.scorer.math_rules:math_equal", tmp_path, timeout_s=2.0)
     [(slow, right)] = rule.score([request("$9^{9^{9^{9}}}$", "4")])
     rule.close()

@@ -117,7 +117,7 @@ def test_prior_is_length_normalized():
     assert prior([], 1.25) == 1.0
 
 
-def test_puct_by_hand():
+def test_puct_example():
     a = TreeNode(id=1, parent=0, step=None, depth=1, prior=0.5, q=0.25, visits=3)
     b = TreeNode(id=2, parent=0, step=None, depth=1, prior=0.8, q=-1.0, visits=0)
     config = MCTSSettings(exploration=2.0)
@@ -130,7 +130,7 @@ def test_puct_by_hand():
     assert puct(a, [a, b], config) == pytest.approx((3 * 0.25 - 2) / 5 + 2 * 0.5 * math.sqrt(6) / 6)
 
 
-def test_four_iterations_by_hand():
+def test_four_iterations_example():
     world = World(SMALL)
     tree = run(world)
     node = named(tree)
@@ -190,7 +190,7 @@ def random_world(seed, depth=4):
     depth=st.integers(1, 4),
 )
 @settings(max_examples=60, deadline=None)
-def test_counts_and_values_fit_together(seed, iterations, parallel, depth):
+def test_counts_and_values_are_consistent(seed, iterations, parallel, depth):
     config = changed(ONE, iterations=iterations, parallel=parallel, depth=depth)
     tree = run(World(random_world(seed)), config)
     assert 1 + sum(n.visits for n in tree.children(tree.root)) == iterations
@@ -229,7 +229,7 @@ def test_arrival_order_does_not_matter(reroot, parallel):
     assert first.nodes == second.nodes == third.nodes and len(first.nodes) > 6
 
 
-def test_a_wave_expands_different_leaves_and_counts_each_iteration():
+def test_wave_expands_different_leaves_and_counts_iterations():
     table = {
         "": dict.fromkeys("abc", (0.5, 0.1, None)),
         **{t: {"x": (0.5, 0.1, "answer")} for t in "abc"},
@@ -257,7 +257,7 @@ def test_duplicates_are_left_out_and_counted():
     assert tree.duplicates == 2
 
 
-def test_a_step_without_estimate_is_neither_selected_nor_backed_up():
+def test_step_without_estimate_is_not_selected_or_backed_up():
     table = {"": {"A": (0.9, None, None), "B": (0.1, -0.5, None), "C": (0.1, -0.7, None)}}
     tree = run(World(table), changed(ONE, iterations=9))
     node = named(tree)
@@ -271,7 +271,7 @@ def test_a_step_without_estimate_is_neither_selected_nor_backed_up():
         run(World({"": {"A": (0.9, math.nan, None)}}))
 
 
-def test_rerooting_searches_from_every_step_and_keeps_the_statistics_above_it():
+def test_rerooting_searches_every_step_and_keeps_statistics():
     world = World(random_world(11))
     config = changed(ONE, iterations=6, reroot="step")
 
@@ -350,6 +350,6 @@ def test_no_continuations_end_the_search():
         {"exploration": math.nan},
     ],
 )
-def test_settings_that_are_no_search_are_refused(wrong):
+def test_invalid_search_settings_are_refused(wrong):
     with pytest.raises(ValidationError, match=f"\n{next(iter(wrong))}"):
         MCTSSettings(**wrong)

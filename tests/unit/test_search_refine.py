@@ -91,7 +91,7 @@ def test_breadth_first_by_hand():
     assert [node.id for node in tree.nodes] == list(range(16)) and by_text["r"].source == 7
 
 
-def test_a_level_is_judged_whole_and_its_best_passes():
+def test_whole_level_is_judged_and_its_best_passes():
     toy = Toy({"r00": 3, "r11": 5, "r12": 5})
     tree = search(toy)
     assert tree.passed and tree.nodes[tree.final].text == "r11" and tree.tried == 9
@@ -120,37 +120,37 @@ def test_depth_first_follows_the_best_and_backtracks():
         ("dfs", 6, [[("r", 3)], [("r0", 3)]]),
     ],
 )
-def test_the_budget_counts_refinements_and_favors_the_better_parent(order, budget, expected):
+def test_budget_counts_refinements_and_favors_better_parents(order, budget, expected):
     toy = Toy()
     tree = search(toy, search=order, max_nodes=budget)
     assert toy.refined == expected
     assert tree.tried == budget and len(tree.nodes) == budget + 1
 
 
-def test_a_budget_of_the_default_tree_never_binds():
+def test_budget_of_the_default_tree_never_binds():
     assert texts(search(Toy())) == texts(search(Toy(), max_nodes=RefineSettings().max_nodes))
 
 
-def test_the_gate_must_be_passed_not_met():
+def test_threshold_must_be_exceeded():
     toy = Toy({"r0": [RefineVerdict(yes=2, no=1)], "r00": [RefineVerdict(yes=3, no=1)]})
     tree = search(toy, gate=2 / 3)
     assert tree.nodes[tree.final].text == "r00" and tree.passed
 
 
 @pytest.mark.parametrize("order", ["bfs", "dfs"])
-def test_a_root_that_passes_is_the_result(order):
+def test_root_that_passes_is_the_result(order):
     toy = Toy()
     tree = search(toy, search=order, root=2, gate=0.3)
     assert (tree.passed, tree.final, tree.tried, toy.refined, toy.judged) == (True, 0, 0, [], [])
 
 
-def test_the_fallback_may_be_the_root():
+def test_fallback_may_be_the_root():
     toy = Toy({f"r{path}": 0 for path in ["0", "1", "2"]} | {"r00": 0})
     tree = search(toy, root=2, depth=1)
     assert (tree.passed, tree.final) == (False, 0)
 
 
-def test_a_text_is_judged_once_and_is_in_the_beam_once():
+def test_text_is_judged_once_and_is_in_the_beam_once():
     toy = Toy(drafts={"r": [["a", "a", "r"], ["b", "c", "c"]], "a": [["b", "a", "r"]]})
     tree = search(toy, depth=2, known={"b": votes(2)})
     assert toy.refined == [[("r", 3)], [("a", 3), ("r", 3)]]
@@ -159,7 +159,7 @@ def test_a_text_is_judged_once_and_is_in_the_beam_once():
     assert tree.final == 4 and tree.nodes[4].verdict == votes(2)
 
 
-def test_even_votes_are_repeated_and_then_dropped():
+def test_tied_votes_are_repeated_and_then_dropped():
     even = RefineVerdict(yes=2, no=2, unparsable=1)
     none = RefineVerdict(yes=0, no=0, unparsable=5)
     toy = Toy({"r0": [even, none, even], "r1": [even, votes(4)], "r2": [votes(0)]})
@@ -170,7 +170,7 @@ def test_even_votes_are_repeated_and_then_dropped():
 
 
 @pytest.mark.parametrize("order", ["bfs", "dfs"])
-def test_a_judge_without_verdicts_ends_the_search(order):
+def test_judge_without_verdicts_ends_the_search(order):
     toy = Toy(dict.fromkeys(["r0", "r1", "r2"], RefineVerdict(yes=0, no=0, unparsable=5)))
     toy._verdict = toy.yes.get
     tree = search(toy, search=order)
@@ -187,7 +187,7 @@ def test_refinements_of_the_wrong_form_are_requested_again():
     assert (texts(never), never.passed, never.malformed, never.tried) == (["r"], False, 9, 0)
 
 
-def test_a_search_needs_a_critique_to_start_from():
+def test_search_needs_an_initial_critique():
     with pytest.raises(ValueError, match="2 yes and 2 no"):
         root_node("r", RefineVerdict(yes=2, no=2), source=0)
 

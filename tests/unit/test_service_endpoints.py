@@ -19,7 +19,7 @@ from rayhf.service.client import Client
 from rayhf.types import Failed, Scored
 
 
-def test_when_one_of_two_crashes_during_calls_everything_is_scored():
+def test_crash_of_one_of_two_servers_loses_no_score():
     crashing = Lengths(wait_s=0.01)
     running = Lengths(wait_s=0.01)
     first = serve(crashing, grace_s=0.01)
@@ -43,7 +43,7 @@ def test_when_one_of_two_crashes_during_calls_everything_is_scored():
         second.stop()
 
 
-def test_when_all_are_down_no_score_is_made_up_and_one_that_is_back_is_called():
+def test_all_servers_down_fails_until_one_is_back():
     server = serve(Lengths(), grace_s=0.01)
     scorer = GrpcScorer(grpc_entry(server, batch=1), SETUP, first_rest_s=0.05)
     requests = [request("abc", number=n) for n in range(8)]
@@ -65,7 +65,7 @@ def test_when_all_are_down_no_score_is_made_up_and_one_that_is_back_is_called():
         server.stop()
 
 
-def test_a_slow_service_costs_its_deadline_and_no_more():
+def test_slow_service_fails_at_its_deadline():
     server = serve(Lengths(wait_s=1.0), grace_s=0.01)
     scorer = GrpcScorer(grpc_entry(server, timeout_s=0.1), SETUP)
     try:
@@ -82,7 +82,7 @@ def test_a_slow_service_costs_its_deadline_and_no_more():
         server.stop()
 
 
-def test_calls_whose_client_is_gone_do_not_reach_the_scorer():
+def test_calls_of_disconnected_clients_do_not_reach_the_scorer():
     class Held(Lengths):
         free = threading.Event()
 
@@ -119,7 +119,7 @@ def test_calls_whose_client_is_gone_do_not_reach_the_scorer():
         server.stop()
 
 
-def test_the_circuit_opens_is_probed_and_closes():
+def test_circuit_opens_is_probed_and_closes():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
     now = 0.0
@@ -161,7 +161,7 @@ def test_the_circuit_opens_is_probed_and_closes():
         endpoints.close()
 
 
-def test_the_least_busy_endpoint_is_called_and_none_has_too_many_calls():
+def test_least_busy_endpoint_is_called_within_its_limit():
     clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
     for in_flight, callers in (
         (2, 12),
@@ -196,7 +196,7 @@ def test_the_least_busy_endpoint_is_called_and_none_has_too_many_calls():
     endpoints.close()
 
 
-def test_a_call_that_failed_at_one_endpoint_is_retried_at_another():
+def test_call_that_failed_at_one_endpoint_is_retried_at_another():
     clients = [Client(f"127.0.0.1:{port}", EndpointSecurity(), base=HERE) for port in (1, 2)]
     endpoints = Endpoints(clients, service=SERVICE, in_flight=2)
     called = []
@@ -213,7 +213,7 @@ def test_a_call_that_failed_at_one_endpoint_is_retried_at_another():
     assert called == clients and tried == set(clients)
 
 
-def test_one_caller_probes_the_health_and_the_others_wait_for_it():
+def test_one_caller_probes_the_health_for_all():
     class Slow(Client):
         probes = 0
 
@@ -247,7 +247,7 @@ def test_one_caller_probes_the_health_and_the_others_wait_for_it():
     assert answers == ["answer"] * 5 and client.probes == 1
 
 
-def test_a_server_that_is_stopping_is_not_healthy():
+def test_server_that_is_stopping_is_not_healthy():
     server = serve(Lengths())
     client = Client(server.address, EndpointSecurity(), base=HERE)
     try:

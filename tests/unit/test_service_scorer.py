@@ -48,7 +48,7 @@ def both(entries):
     return here, server, there
 
 
-def test_a_rule_scores_the_same_behind_the_service():
+def test_rule_scores_the_same_behind_the_service():
     here, server, there = both(
         [RIGHT, RuleConfig(function="rayhf.scorer.rules:final_number", weight=0.25)]
     )
@@ -81,7 +81,7 @@ def test_a_rule_scores_the_same_behind_the_service():
         here.close()
 
 
-def test_a_pairwise_rule_compares_the_same_behind_the_service():
+def test_pairwise_rule_compares_the_same_behind_the_service():
     here, server, there = both([BEATS])
     requests = [request("rock", "paper", "scissors", "well", number=n) for n in range(3)]
     try:
@@ -95,7 +95,7 @@ def test_a_pairwise_rule_compares_the_same_behind_the_service():
         here.close()
 
 
-def test_a_served_scorer_gets_everything_that_scorers_read():
+def test_served_scorer_receives_all_fields():
     """Prompt id, every message, the answer or that there is none, why the text ended."""
     seen = []
 
@@ -119,7 +119,7 @@ def test_a_served_scorer_gets_everything_that_scorers_read():
         server.stop()
 
 
-def test_a_server_refuses_normalize_and_its_client_takes_it():
+def test_normalize_is_refused_by_servers_and_accepted_by_clients():
     with pytest.raises(ValidationError, match="entry 1 has normalize"):
         ServedScorersConfig(train=(RIGHT, RuleConfig(function="a:b", normalize=True)))
     assert GrpcScorerConfig(endpoints=("localhost:1",), normalize=True).normalize
@@ -140,7 +140,7 @@ def test_a_server_refuses_normalize_and_its_client_takes_it():
     st.integers(400, 2000),
 )
 @settings(deadline=None, max_examples=50)
-def test_calls_hold_every_request_once_in_order_within_the_limits(sizes, completions, max_bytes):
+def test_calls_contain_every_request_once_in_order(sizes, completions, max_bytes):
     requests = [
         pb.ScoreRequest(completions=[pb.Completion(text="x" * long)] * count)
         for count, long in sizes
@@ -153,7 +153,7 @@ def test_calls_hold_every_request_once_in_order_within_the_limits(sizes, complet
         assert len(call) == 1 or sum(len(requests[i].completions) for i in call) <= completions
 
 
-def test_completions_are_sent_in_batches_and_text_that_cannot_be_sent_is_invalid():
+def test_completions_are_sent_in_batches_without_invalid_text():
     engine = Lengths()
     server = serve(engine)
     scorer = GrpcScorer(grpc_entry(server, batch=6, max_message_mib=1), SETUP)
@@ -177,7 +177,7 @@ def test_completions_are_sent_in_batches_and_text_that_cannot_be_sent_is_invalid
 
 
 @pytest.mark.parametrize("verb", ["score", "compare"])
-def test_a_scorer_with_a_bug_is_failed_for_good(verb):
+def test_scorer_with_a_bug_is_failed_for_good(verb):
     class Broken(Lengths):
         def score(self, requests):
             raise KeyError("bug")
@@ -195,7 +195,7 @@ def test_a_scorer_with_a_bug_is_failed_for_good(verb):
         server.stop()
 
 
-def test_a_scorer_that_fails_on_a_call_that_succeeded_before_is_broken():
+def test_failure_of_a_call_that_succeeded_before_is_final():
     class Fragile(Lengths):
         works = True
 
@@ -306,7 +306,7 @@ def scored(*values, **parts):
         ),
     ],
 )
-def test_replies_that_are_no_scores(results, kinds, reason):
+def test_invalid_score_replies(results, kinds, reason):
     outcomes = result_of(pb.ScoreReply(results=results), pairwise=False)
     assert [type(o) for o in outcomes] == kinds
     said = next(o.reason for o in outcomes if not isinstance(o, Scored))
@@ -332,7 +332,7 @@ def matrix(*win, source=pb.SOURCE_PAIRWISE):
         ([pb.Comparison(failed=pb.Failed(reason="gone", transient=True))], Failed, "gone"),
     ],
 )
-def test_replies_that_are_no_comparisons(results, kind, reason):
+def test_invalid_comparison_replies(results, kind, reason):
     comparison = result_of(pb.CompareReply(results=results), pairwise=True)
     assert type(comparison) is kind and reason in getattr(comparison, "reason", "")
 
@@ -346,7 +346,7 @@ def refused(entry, message, error=ConfigError):
     assert "\n" not in str(error.value)
 
 
-def test_check_asks_the_services_what_they_serve(caplog):
+def test_check_queries_the_services(caplog):
     points, pairs, other = (
         serve(Lengths()),
         serve(Lengths(), names=("pairs",), pairwise=True),
@@ -374,7 +374,7 @@ def test_check_asks_the_services_what_they_serve(caplog):
         pairs.stop()
 
 
-def test_check_says_that_a_token_is_missing(tmp_path):
+def test_check_reports_a_missing_token(tmp_path):
     token = tmp_path / "token"
     token.write_text("0123456789abcdef")
     token.chmod(0o600)

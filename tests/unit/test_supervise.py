@@ -38,7 +38,7 @@ def persist(one, number, timeout_s=30.0):
     return one.persist(lambda actor: actor.double.remote(number), phase="test", timeout_s=timeout_s)
 
 
-def test_lost_actor_is_replaced_once_and_used_only_when_it_is_prepared():
+def test_lost_actor_is_replaced_once_and_used_when_prepared():
     async def run():
         fleet, events = Fleet(), []
         one = supervised(fleet, stall_s=0.2, restarts=1, report=lambda *event: events.append(event))
@@ -58,7 +58,7 @@ def test_lost_actor_is_replaced_once_and_used_only_when_it_is_prepared():
     asyncio.run(run())
 
 
-def test_replacement_that_dies_before_it_is_prepared_is_replaced_too():
+def test_replacement_that_dies_unprepared_is_replaced():
     events = []
 
     async def run(restarts):

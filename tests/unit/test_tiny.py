@@ -38,7 +38,7 @@ def preference(
     )
 
 
-def test_a_chain_is_worked_step_by_step() -> None:
+def test_chain_is_worked_step_by_step() -> None:
     assert (CHAIN.prompt, CHAIN.answer) == ("What is 3+8-5?", "6")
     assert CHAIN.worked([0, 0]) == "3+8=11\n11-5=6\nAnswer: 6"
     assert CHAIN.worked([-2, 1]) == "3+8=9\n9-5=5\nAnswer: 5"
@@ -151,7 +151,7 @@ def test_no_word_has_two_meanings() -> None:
         ),
     ],
 )
-def test_the_true_preference_orders_texts_as_described(better: str, worse: str) -> None:
+def test_true_preference_orders_texts_as_documented(better: str, worse: str) -> None:
     assert preference(better) > preference(worse)
 
 
@@ -212,7 +212,7 @@ def test_tokens_are_digits_and_whole_words(tokenizer: PreTrainedTokenizerFast) -
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
 
 
-def test_the_chat_template_renders_all_roles(
+def test_chat_template_renders_all_roles(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     chat = [
@@ -242,7 +242,7 @@ def reload(tokenizer: PreTrainedTokenizerFast, directory: Path) -> PreTrainedTok
     return AutoTokenizer.from_pretrained(directory)
 
 
-def test_a_saved_tokenizer_is_loaded_unchanged(
+def test_saved_tokenizer_is_loaded_unchanged(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     again = reload(tokenizer, tmp_path)
@@ -254,7 +254,7 @@ def test_a_saved_tokenizer_is_loaded_unchanged(
     )
 
 
-def test_the_reward_model_has_a_tokenizer_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_reward_model_has_a_tokenizer_of_its_own(tokenizer: PreTrainedTokenizerFast) -> None:
     other = make_tokenizer(REWARD_FORMAT)
     text = " cold wave"
     assert other.tokenize(text) == tokenizer.tokenize(text)
@@ -327,7 +327,7 @@ def test_build_repeats_a_task_when_anything_differs(
     assert json.loads(manifest.read_text())["recipe"] == "another"
 
 
-def test_a_build_that_fails_keeps_the_old_task(
+def test_build_that_fails_keeps_the_old_task(
     tmp_path: Path, made: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.build(tmp_path, tasks=["words"])

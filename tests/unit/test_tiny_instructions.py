@@ -63,17 +63,17 @@ def test_each_constraint_is_checked_on_its_own(completion: str, broken: str) -> 
     assert instructions.judge_truth(parse(FULL), completion) == ("no" if broken else "yes")
 
 
-def test_the_rest_of_a_response_is_free() -> None:
+def test_rest_of_a_response_is_free() -> None:
     assert satisfied("owl fox dog", "Write 3 animals") == 1.0
     assert satisfied("owl fox owl ?", "Write 3 animals") == 1.0
 
 
-def test_a_truncated_response_scores_zero() -> None:
+def test_truncated_response_scores_zero() -> None:
     assert satisfied("owl fox dog !") == 1.0
     assert satisfied("owl fox dog !", finish_reason="length") == 0.0
 
 
-def test_a_judgement_states_what_holds_and_slips_as_requested() -> None:
+def test_judgement_states_what_holds_and_slips_as_requested() -> None:
     one = parse(SHORT)
     notes = "> owl first cat nowhere dog\n3 animals ok\nfirst ok\nnowhere no\nends no\nVerdict: no"
     assert judgement(one, "owl cat dog") == notes
@@ -104,7 +104,7 @@ def test_a_judgement_states_what_holds_and_slips_as_requested() -> None:
         "Judge: Write 3 animals",
     ],
 )
-def test_a_prompt_that_is_no_instruction_is_refused(prompt: str) -> None:
+def test_prompt_that_is_no_instruction_is_refused(prompt: str) -> None:
     with pytest.raises(ConfigError, match="is no instruction, expected one like"):
         satisfied("owl fox dog", prompt)
 
@@ -135,7 +135,7 @@ def test_everything_follows_from_the_seed() -> None:
     assert judge(0) == judge(0) != judge(1)
 
 
-def test_a_response_breaks_exactly_the_requested_constraints() -> None:
+def test_response_breaks_exactly_the_requested_constraints() -> None:
     rng = random.Random(0)
     for one in [*ASKED[:1000], parse(FULL)]:
         for size in range(len(one.kinds) + 1):
@@ -151,7 +151,7 @@ def test_a_response_breaks_exactly_the_requested_constraints() -> None:
             assert len(set(words)) == len(words)
 
 
-def test_a_refinement_keeps_the_valid_animals() -> None:
+def test_refinement_keeps_the_valid_animals() -> None:
     rng = random.Random(0)
     one = parse(SHORT)
     assert compose(one, set(), rng, draft="owl hen yak") == "owl hen yak !"
@@ -247,9 +247,7 @@ def test_judgement_rows_are_balanced_and_true() -> None:
         ("", "stop", None),
     ],
 )
-def test_a_verdict_is_the_last_line(
-    completion: str, finish_reason: str, verdict: str | None
-) -> None:
+def test_verdict_is_the_last_line(completion: str, finish_reason: str, verdict: str | None) -> None:
     assert instructions.verdict_of(completion, finish_reason) == verdict
     for answer in ("yes", "no"):
         right = instructions.verdict_correct(
@@ -259,14 +257,14 @@ def test_a_verdict_is_the_last_line(
 
 
 @pytest.mark.parametrize("answer", [None, "", "Yes"])
-def test_a_judgement_without_a_true_verdict_is_refused(answer: str | None) -> None:
+def test_judgement_without_a_true_verdict_is_refused(answer: str | None) -> None:
     with pytest.raises(ConfigError, match="answer is yes or no"):
         instructions.verdict_correct(
             "Verdict: yes", prompt="p", answer=answer, finish_reason="stop"
         )
 
 
-def test_the_rule_module_imports_no_torch() -> None:
+def test_rule_module_imports_no_torch() -> None:
     code = (
         "import sys, rayhf.tiny.instructions; "
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
@@ -274,7 +272,7 @@ def test_the_rule_module_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
-def test_an_instruction_is_what_its_prompt_says() -> None:
+def test_instruction_is_what_its_prompt_says() -> None:
     constraints = (("count", "3"), ("first", "owl"), ("without", "cat"), ("mark", "!"))
     assert Instruction(constraints).prompt == SHORT
     assert parse(SHORT) == Instruction(constraints)

@@ -99,7 +99,7 @@ def test_names_and_shapes_must_be_the_models(
         check_complete(EXPECTED, [bucket])
 
 
-def test_a_parameter_may_be_sent_only_once() -> None:
+def test_parameter_may_be_sent_only_once() -> None:
     bucket = pack_bucket([("a", torch.zeros(3)), ("b", torch.zeros(2, 2))], torch.float32)
     check_complete(EXPECTED, [bucket])
     with pytest.raises(WeightSyncError, match="b was sent twice"):
