@@ -61,7 +61,7 @@ def test_no_estimate_without_the_model(tmp_path, monkeypatch):
     result = check(tmp_path, monkeypatch, RECIPES[0], "--no-hardware")
     assert (
         result.exit_code == 0
-        and "no estimates: models/policy-8b-sft/config.json is not here" in result.output
+        and "no estimates: models/policy-8b-sft/config.json is missing" in result.output
     )
 
 
