@@ -1,8 +1,8 @@
-"""The composition root: places actors, builds the roles, hands them to the controller.
+"""Composition root: place the actors, build the roles, hand them to the controller.
 
-PlacementGroup first (actors/placement_group.py), then every actor is created and built side by side, and
-until all are ready somebody says every few seconds who is missing. On shared GPUs engines go first
-and lie down to sleep before anybody else loads.
+Synchronization: the placement group is reserved first, then all actors are created and built in
+parallel; until all are ready, an event every few seconds names those that are not. On shared GPUs
+the engines are built first and sleep before the learners load.
 """
 
 from __future__ import annotations
@@ -44,27 +44,28 @@ from rayhf.run_dir.store import RunDir
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.retrying import RetryingScorer
 
-_SAY_S = 5.0
+_REPORT_S = 5.0
+"""Seconds between two events that name the actors that are not ready."""
 Build = Callable[[Any, int], ray.ObjectRef]
-"""(actor, number): the call that builds the engine of a role's so-manieth actor."""
+"""(actor handle, index within its role) -> the call that builds the actor's engine."""
 
 
 def threads_of(config: CampaignConfig, role: str, *, critic: bool) -> int | None:
-    """CPU threads of an actor: what the config says; None leaves it to the libraries (GPU).
+    """Return the CPU threads of an actor; None leaves it to the libraries (GPU).
 
-    Otherwise all cores for a role that works alone, and half of them for one that works beside
-    another: where generation overlaps learning, where a critic learns beside the policy, and for an
-    engine in any case, whose steps are many and small.
+    The config's number, where it gives one. Otherwise all cores for a role that works alone, and
+    half of them for one that works beside another: where generation overlaps learning, where a
+    critic learns beside the policy, and for an engine in any case, whose steps are many and small.
     """
-    section = {
+    sections = {
         "rollout": config.rollout,
         "reference": config.reference,
         "scorer": config.scorer,
         "evaluator": config.scorer,
     }
-    wanted = getattr(section.get(role_of(role), config.learner), "threads", None)
-    if wanted is not None or config.cluster.device == "gpu":
-        return wanted
+    threads: int | None = getattr(sections.get(role_of(role), config.learner), "threads", None)
+    if threads is not None or config.cluster.device == "gpu":
+        return threads
     cores = os.cpu_count() or 1
     alone = config.run.max_staleness == 0 and not critic and role_of(role) != "rollout"
     return cores if alone else max(1, cores // 2)
@@ -91,25 +92,21 @@ def actor_specs_of(config: CampaignConfig, algorithm: Algorithm) -> list[ActorSp
 
 
 class ActorSet:
-    """The actors of one campaign, for one life of its learners."""
+    """Actors of one campaign, from their start to the next loss of a learner."""
 
     def __init__(
         self, prepared: Prepared, store: RunDir, observer: Observer, *, base: Path
     ) -> None:
-        self.prepared, self.config, self.observer, self.base = (
-            prepared,
-            prepared.config,
-            observer,
-            base,
-        )
-        self.epoch_guard, self.diagnosis = (
-            EpochGuard(store.path, store.epoch),
-            store.attempt / "stacks",
-        )
+        self.prepared = prepared
+        self.config = prepared.config
+        self.observer = observer
+        self.base = base
+        self.epoch_guard = EpochGuard(store.path, store.epoch)
+        self.diagnosis = store.attempt / "stacks"
         self.specs = actor_specs_of(prepared.config, prepared.algorithm)
         self.trains_critic = isinstance(prepared.algorithm, TrainsCritic)
         self.actors: list[SupervisedActor] = []
-        """Everyone who was started."""
+        """All that were started."""
         cluster = self.config.cluster
         self.device = "cuda" if cluster.device == "gpu" else "cpu"
         self.shares = cluster.placement == "colocate"
@@ -118,42 +115,45 @@ class ActorSet:
         )
 
     async def assemble(self, *, patient: bool = False) -> Roles:
-        """Place and start everyone. Raises PlacementError, DeadlineError naming who did not start,
-        or an engine's own error.
+        """Place and start all actors, and return the roles.
 
-        `patient`: a campaign that has run here before waits up to run.start_timeout_s for nodes
-        that went away.
+        Args:
+            patient: wait up to run.start_timeout_s for nodes that were lost; for a campaign that
+                has run here before.
+
+        Raises PlacementError, DeadlineError naming the actor that did not start, or an engine's own
+        error.
         """
-        run, cluster = self.config.run, self.config.cluster
-        limit_s = (
-            run.start_timeout_s
-            if patient
-            else 0.0
-            if cluster.address == "local"
-            else cluster.placement_timeout_s
-        )
+        if patient:
+            limit_s = self.config.run.start_timeout_s
+        elif self.config.cluster.address == "local":
+            limit_s = 0.0
+        else:
+            limit_s = self.config.cluster.placement_timeout_s
         await self.placement_group.reserve(
             limit_s=limit_s, report=partial(self.observer.event, "warn")
         )
-        announcer = asyncio.create_task(self._announce(), name="who is missing")
+        reporter = asyncio.create_task(self._report_missing(), name="actors not ready")
         try:
             return await self._start()
         finally:
-            announcer.cancel()
+            reporter.cancel()
 
-    async def _announce(self) -> None:
+    async def _report_missing(self) -> None:
         while True:
-            await asyncio.sleep(_SAY_S)
-            missing = [f"{one.name} ({one.stage})" for one in self.actors if one.stage != "ready"]
+            await asyncio.sleep(_REPORT_S)
+            missing = [
+                f"{actor.name} ({actor.stage})" for actor in self.actors if actor.stage != "ready"
+            ]
             if missing:
                 self.observer.event("start", f"waiting for: {', '.join(missing)}")
 
     async def _start(self) -> Roles:
-        config, algorithm = self.config, self.prepared.algorithm
+        config = self.config
         timeout_s = config.run.timeout_s
-        policies = policies_of(algorithm)
+        policies = policies_of(self.prepared.algorithm)
         engines = {policy: self._rollouts(policy) for policy in policies}
-        starts = [one.start() for one in self.actors]
+        starts = [actor.start() for actor in self.actors]
         learners = {policy: self._learner(_role("learner", policy)) for policy in policies}
         pools = {
             policy: RolloutPool(
@@ -165,17 +165,17 @@ class ActorSet:
             for policy, group in engines.items()
         }
         if self.shares:
-            await _together(starts)
+            await _all(starts)
             await asyncio.gather(*(pool.sleep() for pool in pools.values()))
             starts = []
-        started = len(self.actors)
+        engines_count = len(self.actors)
         (scorer,) = self._scorers(
             "scorer", [config.scorer.train], {"combine": config.scorer.combine}
         )
         evaluator_scorers = config.evaluator_scorers
         evaluators = self._scorers("evaluator", list(evaluator_scorers.values()), {})
         references = self._references()
-        starts += [one.start() for one in self.actors[started:]]
+        starts += [actor.start() for actor in self.actors[engines_count:]]
         starts += [
             self._start_learner(group, self._start_of(policy)) for policy, group in learners.items()
         ]
@@ -183,7 +183,7 @@ class ActorSet:
         if critic:
             start = config.learner.critic_model or config.policy.model, config.learner.critic_lr
             starts += [self._start_learner(critic, start, critic=True)]
-        await _together(starts)
+        await _all(starts)
         eval_scorers = {
             task: self._retrying(actor)
             for task, actor in zip(evaluator_scorers, evaluators, strict=True)
@@ -205,30 +205,34 @@ class ActorSet:
         learners: Mapping[str, LearnerClient],
         critic: LearnerClient | None,
     ) -> tuple[Mapping[str, Rollout], Mapping[str, Learner], Learner | None]:
-        """Whoever shares GPUs takes turns on them."""
+        """Return the roles, sharing the GPUs in time where placement is colocate."""
         if not self.shares:
             return pools, learners, critic
-        turns = GpuTimeSharing(
+        sharing = GpuTimeSharing(
             list(pools.values()), [*learners.values(), *([critic] if critic else [])]
         )
         return (
-            {policy: SharedRollout(pool, turns) for policy, pool in pools.items()},
-            {policy: SharedLearner(group, turns) for policy, group in learners.items()},
-            SharedLearner(critic, turns) if critic else None,
+            {policy: SharedRollout(pool, sharing) for policy, pool in pools.items()},
+            {policy: SharedLearner(group, sharing) for policy, group in learners.items()},
+            SharedLearner(critic, sharing) if critic else None,
         )
 
     async def shutdown(self, *, stacks: bool) -> None:
-        """End everyone's process, also of who is stopped or hangs; their stacks are saved first
-        where somebody wants to know."""
-        for one in self.actors:
-            one.retired = True
+        """End the processes of all actors, also of those that are stopped or hang.
+
+        Args:
+            stacks: save the stacks of all threads first.
+        """
+        for actor in self.actors:
+            actor.retired = True
+        # One that cannot be reached must not keep the others alive.
         await asyncio.gather(
-            *(one.kill(stacks=stacks) for one in self.actors), return_exceptions=True
-        )  # as many as can be
+            *(actor.kill(stacks=stacks) for actor in self.actors), return_exceptions=True
+        )
         self.placement_group.release()
 
     def _start_of(self, policy: str) -> tuple[Path, float]:
-        """The model that a policy starts from, and its learning rate."""
+        """Return the model that a policy starts from, and its learning rate."""
         if policy == "policy":
             return self.config.policy.model, self.config.learner.lr
         algorithm = self.prepared.algorithm
@@ -239,8 +243,7 @@ class ActorSet:
     def _create(
         self, role: str, actor_class: type, build: Build | None, **options: Any
     ) -> list[SupervisedActor]:
-        """One member of the actors for every spec of a role; `build` gets the new actor and the
-        spec's number."""
+        """Create a supervised actor for every spec of a role."""
         specs = [spec for spec in self.specs if spec.role == role]
 
         def create(spec: ActorSpec) -> Any:
@@ -273,7 +276,8 @@ class ActorSet:
         return started
 
     def _rollouts(self, policy: str) -> list[SupervisedActor]:
-        config, role = self.config, _role("rollout", policy)
+        config = self.config
+        role = _role("rollout", policy)
         caching = config.rollout.prefix_caching
         if caching is None:
             caching = not (config.run.is_deterministic and config.cluster.device == "cpu")
@@ -342,9 +346,12 @@ class ActorSet:
         )
 
     def _transport(self, learner: LearnerClient, engines: Sequence[SupervisedActor]) -> Transport:
-        workers, timeout_s = self.config.rollout.tensor_parallel, self.config.run.timeout_s
         return make_transport(
-            transport_of(self.config), learner, engines, workers=workers, timeout_s=timeout_s
+            transport_of(self.config),
+            learner,
+            engines,
+            workers=self.config.rollout.tensor_parallel,
+            timeout_s=self.config.run.timeout_s,
         )
 
     async def _start_learner(
@@ -365,13 +372,12 @@ class ActorSet:
 
 
 def _role(kind: str, policy: str) -> str:
-    """The name of a policy's actors: `rollout`, or `rollout refiner`."""
+    """Return the role of a policy's actors, for example `rollout` or `rollout refiner`."""
     return kind if policy == "policy" else f"{kind} {policy}"
 
 
-async def _together(starts: list[Coroutine[Any, Any, None]]) -> None:
-    """Start side by side; the first error is raised and the rest is left to the end of the
-    cluster."""
+async def _all(starts: list[Coroutine[Any, Any, None]]) -> None:
+    """Start in parallel. Raises the first error; `shutdown` ends what was left half started."""
     tasks = [asyncio.ensure_future(start) for start in starts]
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     for task in pending:

@@ -1,5 +1,7 @@
-"""`rayhf run`, from a valid config to an exit: preflight, run directory, Ray, actors, the loop, the
-summary."""
+"""`rayhf run`, from a valid config to an exit.
+
+Preflight, run directory, Ray, actors, the loop, and a summary at the end.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ class Interrupt:
         self._cancel: Callable[[], object] | None = None
 
     def bind(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
-        """Say what to cancel; called by the campaign once its loop runs."""
+        """Set what to cancel; called by the campaign once its loop runs."""
         self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
 
     def request(self) -> None:
@@ -71,7 +73,8 @@ def run_campaign(
     try:
         if store.state.iteration >= config.run.iterations:
             say(
-                f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} rounds: nothing to do"
+                f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} "
+                "iterations: nothing to do"
             )
             return
         store.check_paused()
@@ -81,14 +84,14 @@ def run_campaign(
             ray_cluster(config.cluster.address, cpus=sum(spec.cpus for spec in specs)),
             _placement_shown(specs, console),
             LiveView(console, iterations=config.run.iterations, task=config.prompts.task) as view,
-            tracked(recorder := EventLog(store, view), config, logs=store.attempt) as observer,
+            tracked(event_log := EventLog(store, view), config, logs=store.attempt) as observer,
         ):
             asyncio.run(
-                _play(
+                _run_until_done(
                     prepared,
                     store,
                     observer,
-                    recorder.beat(),
+                    event_log.beat(),
                     base=base,
                     interrupt=interrupt or Interrupt(),
                 )
@@ -117,7 +120,7 @@ def _placement_shown(specs: Sequence[ActorSpec], console: Console) -> Iterator[N
         raise
 
 
-async def _play(
+async def _run_until_done(
     prepared: Prepared,
     store: RunDir,
     observer: Observer,
@@ -126,33 +129,34 @@ async def _play(
     base: Path,
     interrupt: Interrupt,
 ) -> None:
-    """Assemble and run, until done or told to stop. `beat` says that we are alive.
+    """Run the campaign until it is done or interrupted; `beat` writes the heartbeat.
 
     A lost engine or scorer is replaced beneath the controller. When a learner is lost, or a wait
-    passes its limit, everybody is dismissed and the campaign starts again from its last commit,
-    with what the journal knows: at most run.restarts times without a new commit in between.
+    passes its limit, all actors are restarted from the last commit, with the journal's responses:
+    at most run.restarts times without a new commit in between.
     """
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
-    told: list[int] = []
+    signals: list[int] = []
 
-    def end(number: int) -> None:
-        if not told:  # a second signal must not cut the cleaning-up short
+    def interrupt_once(number: int) -> None:
+        if not signals:  # a second signal must not cut the clean-up short
             task.cancel()
-        told.append(number)
+        signals.append(number)
 
     interrupt.bind(loop, task)
     if threading.current_thread() is threading.main_thread():
         for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, end, name)
-    heart = asyncio.create_task(beat, name="heartbeat")
+            loop.add_signal_handler(name, interrupt_once, name)
+    heartbeat = asyncio.create_task(beat, name="heartbeat")
     initial = deepcopy((state_of(prepared.algorithm), prepared.data.evaluation_state()))
-    restarts, committed = 0, store.state.iteration
+    restarts = 0
+    committed = store.state.iteration
     try:
         while True:
             try:
-                await _one_life(
+                await _run_with_actors(
                     prepared,
                     store,
                     observer,
@@ -162,7 +166,8 @@ async def _play(
                 return
             except (ActorLostError, DeadlineError) as error:
                 if store.state.iteration > committed:
-                    restarts, committed = 0, store.state.iteration
+                    restarts = 0
+                    committed = store.state.iteration
                 restarts += 1
                 if restarts > prepared.config.run.restarts or store.state.state == "new":
                     raise
@@ -173,19 +178,19 @@ async def _play(
                 prepared.data.load_evaluation_state(deepcopy(initial[1]))
     except asyncio.CancelledError:
         raise InterruptedRunError(
-            f"interrupted; {store.path} is committed up to round {store.state.iteration}, the same command continues"
+            f"interrupted; {store.path} is committed up to iteration {store.state.iteration}, "
+            "the same command continues"
         ) from None
     finally:
-        heart.cancel()
-        await asyncio.gather(
-            heart, return_exceptions=True
-        )  # what it could not write, the campaign could not write either
+        heartbeat.cancel()
+        # An error of the heartbeat is one of the disk, which the campaign meets itself.
+        await asyncio.gather(heartbeat, return_exceptions=True)
 
 
-async def _one_life(
+async def _run_with_actors(
     prepared: Prepared, store: RunDir, observer: Observer, *, base: Path, again: bool
 ) -> None:
-    """From hiring everybody to dismissing them."""
+    """Start the actors, run the controller, and end the actors' processes."""
     observer.phase(store.state.iteration, "start actors")
     actors = ActorSet(prepared, store, observer, base=base)
     lost = False

@@ -1,5 +1,4 @@
-"""`rayhf check`: refuses a bad run and prints the plan: batches, who sits where, memory, disk,
-pace."""
+"""`rayhf check`: refuse a bad run and print the plan: batches, placement, memory, disk, pace."""
 
 from __future__ import annotations
 
@@ -37,20 +36,20 @@ Rows = list[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """What somebody knows of the hardware's speed, in tokens per second."""
+    """Stated speed of the hardware, in tokens per second."""
 
-    writes: float | None = None
-    """One engine."""
-    learns: float | None = None
-    """One learner rank."""
+    engine_rate: float | None = None
+    """Tokens that one engine generates per second."""
+    learner_rate: float | None = None
+    """Tokens that one learner rank trains on per second."""
     calibrate: bool = False
-    """Play two rounds and see."""
+    """Run two iterations and measure."""
 
 
 def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pace: Pace) -> None:
-    """Raises ConfigError or PlacementError for a run that cannot work."""
+    """Print the plan. Raises ConfigError or PlacementError for a run that cannot work."""
     algorithm, derived = check_settings(config)
-    found = actor_specs_of(config, algorithm)
+    specs = actor_specs_of(config, algorithm)
     if hardware:
         prepared = prepare(config, base=Path.cwd())
         if shared := overlap(prepared):
@@ -66,13 +65,13 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
                 derived.table(config),
             )
         )
-        _print_placement(found, nodes, console)
-        _print_estimates(plan, found, gpu_bytes, console, hardware=hardware, pace=pace)
+        _print_placement(specs, nodes, console)
+        _print_estimates(plan, specs, gpu_bytes, console, hardware=hardware, pace=pace)
     if pace.calibrate:
         from launch.calibrate import calibrate
 
         console.print(
-            _table("two rounds were played", ("of the second", "value"), calibrate(config))
+            _table("measured in two iterations", ("of the second", "value"), calibrate(config))
         )
     console.print("ok" if hardware else "ok (models, prompts, scorers and hardware not checked)")
 
@@ -81,8 +80,10 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
 def _cluster(
     config: CampaignConfig, *, hardware: bool
 ) -> Iterator[tuple[list[NodeResources], float | None]]:
-    """The nodes that the campaign will find, and the memory of a GPU; a local CPU run needs no Ray
-    to be asked."""
+    """Yield the nodes that the campaign will find, and the memory of a GPU in bytes.
+
+    A local CPU run needs no Ray for that.
+    """
     stated = config.cluster.gpu_memory_gib
     gpu_bytes = stated * GIB if stated is not None else None
     if not hardware:
@@ -99,40 +100,43 @@ def _cluster(
 
 
 def _print_placement(
-    found: Sequence[ActorSpec], nodes: Sequence[NodeResources], console: Console
+    specs: Sequence[ActorSpec], nodes: Sequence[NodeResources], console: Console
 ) -> None:
-    """Raises PlacementError where the nodes can never hold everyone."""
-    console.print(placement_table(found, nodes))
+    """Print where each actor goes. Raises PlacementError where the nodes can never hold all."""
+    console.print(placement_table(specs, nodes))
     if not nodes:
         return
-    if problem := impossible(found, nodes):
+    if problem := impossible(specs, nodes):
         raise PlacementError(f"no room in the cluster: {problem}")
-    if None in pack(bundles(found), nodes):
-        console.print(f"warning: no room at the moment: {crowded(found, nodes)}", style="yellow")
+    if None in pack(bundles(specs), nodes):
+        console.print(f"warning: no room at the moment: {crowded(specs, nodes)}", style="yellow")
 
 
 def _print_estimates(
     plan: Plan,
-    found: Sequence[ActorSpec],
+    specs: Sequence[ActorSpec],
     gpu_bytes: float | None,
     console: Console,
     *,
     hardware: bool,
     pace: Pace,
 ) -> None:
-    """Raises PlacementError for what does not fit a GPU, ConfigError for what does not fit the
-    disk."""
+    """Print memory, disk and pace.
+
+    Raises PlacementError for what does not fit a GPU, ConfigError for what does not fit the disk.
+    """
     if not hardware and not (plan.base / plan.config.policy.model / "config.json").is_file():
         console.print(
-            f"no estimates: {plan.config.policy.model}/config.json is not here (no weights are needed)",
+            f"no estimates: {plan.config.policy.model}/config.json is missing "
+            "(no weights are needed)",
             style="yellow",
         )
         return
-    needs = plan.needs(found, gpu_bytes)
+    needs = plan.needs(specs, gpu_bytes)
     gpu = plan.config.cluster.device == "gpu"
     console.print(memory_table(needs, gpu=gpu, gpu_bytes=gpu_bytes))
     disk = plan.disk()
-    free = check_disk(disk, plan.config.run.dir) if hardware else "not looked at"
+    free = check_disk(disk, plan.config.run.dir) if hardware else "not checked"
     rows: Rows = [
         ("weights of one sync", _sync(plan)),
         (
@@ -140,7 +144,7 @@ def _print_estimates(
             f"{_gib(disk.checkpoint)} + {_gib(disk.policies)} GiB",
         ),
         ("checkpoints that stay", f"at most {disk.kept}"),
-        ("samples of one round", f"at most {disk.samples / 2**20:,.1f} MiB"),
+        ("samples of one iteration", f"at most {disk.samples / 2**20:,.1f} MiB"),
         ("run directory", f"at most {_gib(disk.total)} GiB; {free}"),
     ]
     if not gpu or gpu_bytes is not None:
@@ -181,9 +185,9 @@ def _sync(plan: Plan) -> str:
 def _pace_rows(plan: Plan, pace: Pace) -> Rows:
     seconds = seconds_per_iteration(
         plan.config,
-        samples=plan.derived.samples_per_round,
-        engine_rate=pace.writes,
-        learner_rate=pace.learns,
+        samples=plan.derived.samples_per_iteration,
+        engine_rate=pace.engine_rate,
+        learner_rate=pace.learner_rate,
     )
     if not seconds:
         return []
@@ -192,14 +196,14 @@ def _pace_rows(plan: Plan, pace: Pace) -> Rows:
     parts = ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
     return [
         (
-            "rounds per hour, without scoring, reference and sync",
+            "iterations per hour, without scoring, reference and sync",
             f"at least {3600 / total:,.2f} ({parts})",
         )
     ]
 
 
 def memory_table(needs: Sequence[Need], *, gpu: bool, gpu_bytes: float | None) -> Table:
-    """GiB of each actor at its peak; those of a role that are alike in one row."""
+    """Return a table of each actor's GiB at its peak; equal actors of a role share a row."""
     of = f", of a GPU with {_gib(gpu_bytes)}" if gpu_bytes is not None else ""
     names = [
         field.name

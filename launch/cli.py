@@ -305,7 +305,7 @@ def check(
         raise ConfigError(
             "--calibrate runs two iterations and needs the hardware; leave out --no-hardware"
         )
-    pace = Pace(writes=engine_rate, learns=learner_rate, calibrate=calibrate)
+    pace = Pace(engine_rate=engine_rate, learner_rate=learner_rate, calibrate=calibrate)
     check_config(load_config(config, overrides or ()), console, hardware=hardware, pace=pace)
 
 

@@ -353,7 +353,8 @@ def _check_header(
     directory: Path, prefix: str, file: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     with _open(directory, prefix, file) as opened:
-        parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        names = list(opened.keys())
+        parts = {name: opened.get_slice(name) for name in names}
         header = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     if header != {name: (shape, "F32") for name, shape in shapes.items()}:
         raise CheckpointError(

@@ -16,7 +16,7 @@ outputs of a score head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -186,8 +186,8 @@ class PolicyHead(nn.Module):
             logits_TV = head(hidden_TH)
             if temperature != 1:
                 logits_TV = logits_TV.float() / temperature
-            selected: HeadOutput = SelectLogSoftmax.apply(logits_TV, target_T, entropy)  # type: ignore[no-untyped-call]
-            return selected
+            apply: Callable[..., HeadOutput] = SelectLogSoftmax.apply
+            return apply(logits_TV, target_T, entropy)
 
         piece: int = max(1, LOGITS_LIMIT // int(causal.config.vocab_size))
         if len(hidden_TH) <= piece:

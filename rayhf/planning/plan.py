@@ -188,7 +188,7 @@ class Plan:
             trained=trained,
             reference=reference,
             exported=float(exported),
-            samples=self.derived.samples_per_round,
+            samples=self.derived.samples_per_iteration,
             tokens=config.rollout.max_tokens,
             length=self.length,
         )

@@ -6,6 +6,7 @@ and no cluster.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,27 +37,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Derived:
-    """What follows from the config alone; the plan that `rayhf check` prints."""
+    """Numbers that follow from the config alone; part of the plan that `rayhf check` prints."""
 
-    samples_per_round: int
-    steps_per_round: int
+    samples_per_iteration: int
+    steps_per_iteration: int
     total_steps: int
     """Optimizer steps of the whole campaign: the length of the learning-rate schedule."""
 
     def table(self, config: CampaignConfig) -> list[tuple[str, str]]:
+        """Return rows (name, value) for a table."""
         return [
-            ("prompts per round", f"{config.prompts.batch}"),
-            ("responses per round", f"{self.samples_per_round}"),
-            ("tokens per round", f"at most {self.samples_per_round * config.rollout.max_tokens:,}"),
-            ("optimizer steps per round", f"{self.steps_per_round}"),
-            ("rounds", f"{config.run.iterations}"),
+            ("prompts per iteration", f"{config.prompts.batch}"),
+            ("responses per iteration", f"{self.samples_per_iteration}"),
+            (
+                "tokens per iteration",
+                f"at most {self.samples_per_iteration * config.rollout.max_tokens:,}",
+            ),
+            ("optimizer steps per iteration", f"{self.steps_per_iteration}"),
+            ("iterations", f"{config.run.iterations}"),
             ("optimizer steps", f"{self.total_steps}"),
             (
                 "staleness",
-                f"{config.run.max_staleness} round(s)"
+                f"{config.run.max_staleness} iteration(s)"
                 + (" (on-policy)" if config.run.max_staleness == 0 else ""),
             ),
-            ("weights travel by", transport_of(config)),
+            ("weight transport", transport_of(config)),
         ]
 
 
@@ -73,9 +78,12 @@ class Prepared:
 
 
 def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
-    """Batch arithmetic. Raises ConfigError for what does not divide, naming the values that
-    would."""
-    batch, per_step = config.prompts.batch, config.learner.prompts_per_step or config.prompts.batch
+    """Compute the batch arithmetic.
+
+    Raises ConfigError for what does not divide, naming the nearest values that would.
+    """
+    batch = config.prompts.batch
+    per_step = config.learner.prompts_per_step or batch
     if batch % per_step:
         divisors = [d for d in range(1, batch + 1) if batch % d == 0]
         near = sorted(sorted(divisors, key=lambda d: abs(d - per_step))[:3])
@@ -85,14 +93,14 @@ def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
         )
     steps = config.learner.epochs * (batch // per_step)
     return Derived(
-        samples_per_round=batch * algorithm.samples,
-        steps_per_round=steps,
+        samples_per_iteration=batch * algorithm.samples,
+        steps_per_iteration=steps,
         total_steps=steps * config.run.iterations,
     )
 
 
 def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
-    """Everything that can be judged without files or hardware."""
+    """Check everything that needs neither files nor hardware. Raises ConfigError."""
     config.algorithm.check_campaign(config)
     algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
@@ -100,36 +108,45 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
 
 
 def transport_of(config: CampaignConfig) -> TransportName:
-    """How the campaign's weights travel. Raises ConfigError for a way that its placement does not
-    have."""
-    wanted, cluster = config.cluster.transport, config.cluster
-    shares, gpu = cluster.placement == "colocate", cluster.device == "gpu"
+    """Return how the campaign's weights get to the engines.
+
+    Raises ConfigError for a transport that its placement does not allow.
+    """
+    cluster = config.cluster
+    transport = cluster.transport
+    shares = cluster.placement == "colocate"
+    gpu = cluster.device == "gpu"
     beside = config.rollout.engines == config.learner.ranks
-    if wanted == "auto":
+    if transport == "auto":
         if not gpu:
             return "object_store"
         return ("cuda_ipc" if beside else "object_store") if shares else "broadcast"
-    if wanted == "broadcast" and shares:
+    if transport == "broadcast" and shares:
         raise ConfigError(
-            "cluster.transport broadcast needs a device for everyone, and with cluster.placement colocate engines and learners "
-            "share them; expected cuda_ipc, object_store or auto"
+            "cluster.transport broadcast needs a device for each actor, and with "
+            "cluster.placement colocate engines and learners share them; expected cuda_ipc, "
+            "object_store or auto"
         )
-    if wanted == "cuda_ipc" and not (gpu and shares):
+    if transport == "cuda_ipc" and not (gpu and shares):
         raise ConfigError(
-            f"cluster.transport cuda_ipc needs GPUs that engines and learners share; cluster.device is {cluster.device}, "
-            f"cluster.placement {cluster.placement}; expected broadcast, object_store or auto"
+            "cluster.transport cuda_ipc needs GPUs that engines and learners share; "
+            f"cluster.device is {cluster.device}, cluster.placement {cluster.placement}; "
+            "expected broadcast, object_store or auto"
         )
-    if wanted == "cuda_ipc" and not beside:
+    if transport == "cuda_ipc" and not beside:
         raise ConfigError(
-            f"cluster.transport cuda_ipc needs a learner rank beside every engine; rollout.engines is {config.rollout.engines}, "
-            f"expected learner.ranks {config.learner.ranks} (or transport object_store)"
+            "cluster.transport cuda_ipc needs a learner rank beside every engine; "
+            f"rollout.engines is {config.rollout.engines}, expected learner.ranks "
+            f"{config.learner.ranks} (or transport object_store)"
         )
-    return wanted
+    return transport
 
 
 def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
-    """Check models, tokenizers, prompts and scorers. Relative paths start at `base`. Raises
-    ConfigError."""
+    """Check models, tokenizers, prompts and scorers, and load what the campaign reads.
+
+    Relative paths start at `base`. Raises ConfigError.
+    """
     from rayhf.scorer.build import check_entries, check_heldout
 
     algorithm, derived = check_settings(config)
@@ -139,8 +156,8 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     prompts = load(config.prompts.train, key="prompts.train")
     if len(prompts.prompts) < config.prompts.batch:
         raise ConfigError(
-            f"prompts.batch is {config.prompts.batch}, but {prompts.label} has only {len(prompts.prompts)} different "
-            f"prompts; expected at most {len(prompts.prompts)}"
+            f"prompts.batch is {config.prompts.batch}, but {prompts.label} has only "
+            f"{len(prompts.prompts)} different prompts; expected at most {len(prompts.prompts)}"
         )
     config.algorithm.check_prompts(config, len(prompts.prompts))
     chat = Chat(tokenizer, max_length=max_length)
@@ -154,27 +171,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
     if config.scorer.evaluate is not None:
         check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
-    for task, evaluation in config.evaluations.items():
-        where = f"evaluations.{task}"
-        check_entries(evaluation.scorers, base, where=f"{where}.scorer")
-        check_heldout(evaluation.scorers, where=f"{where}.scorer")
-
-    def load_evaluation_prompts(source: PluginConfig, key: str) -> tuple[Prompt, ...]:
-        return load(source, key=key).prompts[: config.run.eval_prompts]
-
-    evaluations: dict[str, Evaluation] = {
-        task: EVALUATIONS.build(
-            evaluation,
-            EvaluationSetup(
-                task=task,
-                base=base,
-                chat=chat,
-                heldout=heldout or prompts.prompts,
-                load_prompts=load_evaluation_prompts,
-            ),
-        )
-        for task, evaluation in config.evaluations.items()
-    }
+    evaluations = _evaluations(config, load, base, chat, heldout or prompts.prompts)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
         pair_set = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
@@ -192,8 +189,33 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     )
 
 
+def _evaluations(
+    config: CampaignConfig,
+    load: Callable[..., PromptSet],
+    base: Path,
+    chat: Chat,
+    heldout: tuple[Prompt, ...],
+) -> dict[str, Evaluation]:
+    """Check the scorers of the config's further evaluations, and build these by task."""
+    from rayhf.scorer.build import check_entries, check_heldout
+
+    def load_prompts_of(source: PluginConfig, key: str) -> tuple[Prompt, ...]:
+        return load(source, key=key).prompts[: config.run.eval_prompts]
+
+    evaluations: dict[str, Evaluation] = {}
+    for task, evaluation in config.evaluations.items():
+        where = f"evaluations.{task}.scorer"
+        check_entries(evaluation.scorers, base, where=where)
+        check_heldout(evaluation.scorers, where=where)
+        setup = EvaluationSetup(
+            task=task, base=base, chat=chat, heldout=heldout, load_prompts=load_prompts_of
+        )
+        evaluations[task] = EVALUATIONS.build(evaluation, setup)
+    return evaluations
+
+
 def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> int:
-    """Every model directory; returns the longest sequence they all take."""
+    """Check every model directory and return the longest sequence that all take, in tokens."""
     policy = base / config.policy.model
     settings = read_model_config(policy, key="policy.model")
     limit = model_length(settings)
@@ -208,8 +230,8 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
         )
     if config.rollout.max_tokens >= length:
         raise ConfigError(
-            f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together may have {length} tokens; "
-            f"expected less than {length}"
+            f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together "
+            f"may have {length} tokens; expected less than {length}"
         )
     others = [
         ("reference.model", config.reference.model),
@@ -252,6 +274,6 @@ def _load(
 
 
 def overlap(prepared: Prepared) -> int:
-    """How many held-out prompts are also trained on."""
+    """Return how many held-out prompts are also training prompts."""
     data = prepared.data
     return len({p.prompt_id for p in data.prompts.prompts} & {p.prompt_id for p in data.heldout})

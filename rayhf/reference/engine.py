@@ -118,7 +118,8 @@ class ReferenceEngine:
         try:
             with safe_open(directory / FILE, framework="pt") as file:
                 kind = (file.metadata() or {}).get("kind")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"no reference checkpoint in {directory}: {error}") from None
         shapes = {name: tuple(p.shape) for name, p in self.weights.items()}

@@ -182,7 +182,7 @@ def recipe_version(task: str) -> str:
         tree = ast.parse((Path(__file__).parent / name).read_text())
         for node in ast.walk(tree):
             if isinstance(body := getattr(node, "body", None), list):
-                node.body = [part for part in body if not _is_docstring(part)]  # type: ignore[attr-defined]
+                body[:] = [part for part in body if not _is_docstring(part)]
         digest.update(ast.dump(tree).encode())
     return digest.hexdigest()[:16]
 

@@ -36,7 +36,8 @@ def export(flat: Tensor) -> IpcExport:
     """Export a tensor; call it once for each process that will open the handle."""
     from torch.multiprocessing.reductions import reduce_tensor
 
-    return IpcExport(_gpu_uuid(flat.device), reduce_tensor(flat)[1])  # type: ignore[no-untyped-call]
+    reduced = reduce_tensor(flat)  # type: ignore[no-untyped-call]
+    return IpcExport(_gpu_uuid(flat.device), reduced[1])
 
 
 def open_export(handle: IpcExport, device: torch.device) -> Tensor:

@@ -42,7 +42,7 @@ def test_every_recipe_fits_its_gpus(models, monkeypatch, recipe):
     )
     assert result.exit_code == 0, result.output
     for text in (
-        "optimizer steps per round",
+        "optimizer steps per iteration",
         "placement",
         "GiB per GPU at the peak",
         "of a GPU with 79.00",
@@ -52,7 +52,7 @@ def test_every_recipe_fits_its_gpus(models, monkeypatch, recipe):
         assert text in result.output, result.output
     assert ("LoRA adapters only" in result.output) == ("lora" in recipe.read_text(encoding="utf-8"))
     assert (
-        "rounds per hour" in result.output
+        "iterations per hour" in result.output
         and "one checkpoint, and exported models" in result.output
     )
 
@@ -61,7 +61,7 @@ def test_no_estimate_without_the_model(tmp_path, monkeypatch):
     result = check(tmp_path, monkeypatch, RECIPES[0], "--no-hardware")
     assert (
         result.exit_code == 0
-        and "no estimates: models/policy-8b-sft/config.json is not here" in result.output
+        and "no estimates: models/policy-8b-sft/config.json is missing" in result.output
     )
 
 

@@ -200,7 +200,7 @@ def test_batch_fails_and_is_canceled_as_one():
         await _turns()
         assert engine.sizes == [1, 3, 2] and engine.calls[2][2].cancelled()
         engine.answer(0)
-        assert await first[0] == ["0"] and pool._busy.least() == 0
+        assert await first[0] == ["0"] and pool._loads.least() == 0
 
     asyncio.run(scenario())
 

@@ -84,12 +84,12 @@ def test_transport_follows_from_the_placement(
         (
             SHARED | {"transport": "broadcast"},
             1,
-            r"a device for everyone.*expected cuda_ipc, object_store or auto",
+            r"a device for each actor.*expected cuda_ipc, object_store or auto",
         ),
         (
             {"placement": "colocate", "transport": "broadcast"},
             1,
-            "broadcast needs a device for everyone",
+            "broadcast needs a device for each actor",
         ),
         (
             {"transport": "cuda_ipc"},
