@@ -145,7 +145,6 @@ def load_model(
     arguments: Settings = {
         "config": model_config,
         "dtype": getattr(torch, config.dtype),
-        **WEIGHTS_AS_DATA,
         "attn_implementation": config.attention,
     }
     model: nn.Module
@@ -154,7 +153,7 @@ def load_model(
     elif head == "score":
         model = _load_scorer(path, arguments, head_size=head_size, sharded=sharded)
     else:
-        model = AutoModelForCausalLM.from_pretrained(str(path), **arguments)
+        model = AutoModelForCausalLM.from_pretrained(str(path), **WEIGHTS_AS_DATA, **arguments)
     if sharded:
         _rebuild_rotary(model)
     del sharding
@@ -173,7 +172,9 @@ def _load_critic(path: Path, arguments: Settings, *, sharded: bool) -> PreTraine
     model_config: PreTrainedConfig = arguments["config"]
     model_config.num_labels = 1
     model_config.classifier_dropout = 0.0
-    model = AutoModelForTokenClassification.from_pretrained(str(path), **arguments)
+    model = AutoModelForTokenClassification.from_pretrained(
+        str(path), **WEIGHTS_AS_DATA, **arguments
+    )
     parameters = list(model.score.parameters())
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=sharded):
         for parameter in parameters:
@@ -201,7 +202,9 @@ def _load_scorer(
             f"needs {head_size}; start from a language model"
         )
     model_config.num_labels = head_size
-    model = AutoModelForSequenceClassification.from_pretrained(str(path), **arguments)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(path), **WEIGHTS_AS_DATA, **arguments
+    )
     if not hasattr(model, "score"):
         raise ConfigError(
             f"model: {type(model).__name__} does not read a linear `score` at the last token; "

@@ -66,12 +66,8 @@ def problems(source: str) -> Iterator[str]:
             yield f"{name} with a shell"
         if keywords.get("trust_remote_code", "False") != "False":
             yield f"{name} trusts a model's code"
-        passed_on = {"kwargs", "arguments"} & set(spread) and "**WEIGHTS_AS_DATA" in source
-        if (
-            name.endswith(".from_pretrained")
-            and not {"AS_DATA", "WEIGHTS_AS_DATA"} & set(spread)
-            and not passed_on
-        ):
+        as_data = {"AS_DATA", "WEIGHTS_AS_DATA"} & set(spread)
+        if name.endswith(".from_pretrained") and not as_data:
             yield f"{name} without AS_DATA"
 
 
