@@ -80,13 +80,15 @@ def test_little_padding_and_balanced_ranks_for_long_tails() -> None:
         assert max(costs) < 1.25 * min(costs) or max(costs) - min(costs) < 2048
 
 
-def test_rows_are_packed_within_the_budget() -> None:
-    lengths = [5, 50, 7, 7, 120, 6]
-    batches = pack_rows(lengths, 60)
-    assert sorted(i for batch in batches for i in batch) == list(range(6))
+@pytest.mark.parametrize(
+    ("lengths", "budget", "long"),
+    [([5, 50, 7, 7, 120, 6], 60, 4), ([5, 9, 1, 40, 5, 5, 2, 17], 20, 3)],
+)
+def test_rows_are_packed_once_within_the_budget(lengths: list[int], budget: int, long: int) -> None:
+    batches = pack_rows(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(
-        len(batch) * max(lengths[i] for i in batch) <= 60 for batch in batches if len(batch) > 1
+        len(batch) * max(lengths[i] for i in batch) <= budget for batch in batches if len(batch) > 1
     )
-    assert [4] in batches, (
-        "a row over the budget gets its own batch: without gradient it still fits"
-    )
+    assert [long] in batches, "a row over the budget gets its own batch: without gradient it fits"
+    assert batches == pack_rows(list(lengths), budget)

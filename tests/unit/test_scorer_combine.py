@@ -23,7 +23,6 @@ from rayhf.config.scorers import (
     ScorerEntryConfig,
 )
 from rayhf.errors import CheckpointError, ConfigError
-from rayhf.models.packing import pack_rows
 from rayhf.scorer.build import build_scorer, check_entries, check_heldout
 from rayhf.scorer.combine import Combined, Part
 from rayhf.scorer.judge import JudgeConfig
@@ -459,14 +458,3 @@ def test_names_fit_metrics() -> None:
         RuleConfig(function="rayhf.scorer.rules:exact_match", name="a/b c")
     with pytest.raises(ValidationError, match="entry 0 is named 'größe'; letters, digits"):
         ScorerConfig(train=(RuleConfig(function="mine:größe"),))
-
-
-def test_pack_covers_every_row_once_within_the_budget() -> None:
-    lengths = [5, 9, 1, 40, 5, 5, 2, 17]
-    batches = pack_rows(lengths, 20)
-    assert sorted(index for batch in batches for index in batch) == list(range(8))
-    assert [3] in batches  # longer than the budget: alone
-    assert all(
-        len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 20 for batch in batches
-    )
-    assert batches == pack_rows(list(lengths), 20)
