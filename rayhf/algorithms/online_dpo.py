@@ -6,6 +6,7 @@ counted: an equal score is no preference.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -69,7 +70,7 @@ class OnlineDPOConfig(PairedConfig):
     """Pairing rule (RLHFlow: best against worst)."""
 
 
-class PairedAlgorithm(AlgorithmBase):
+class PairedAlgorithm(AlgorithmBase, ABC):
     """Base of algorithms that train on pairs of a prompt's own samples."""
 
     takes_labels: ClassVar[Literal[True]] = True
@@ -125,10 +126,11 @@ class PairedAlgorithm(AlgorithmBase):
         return Selection(examples=tuple(examples), metrics=metrics, no_signal=no_signal)
 
     @property
+    @abstractmethod
     def pairing(self) -> str:
         """Name of the pairing rule; part of the seed of its random draws."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pairs(
         self, scores: list[float], completions: Sequence[tuple[int, ...]], rng: Rng
     ) -> PairSelection:
@@ -139,7 +141,6 @@ class PairedAlgorithm(AlgorithmBase):
             completions: their token ids; equal ones make no pair.
             rng: makes the random generator of this prompt.
         """
-        raise NotImplementedError
 
     def loss(self, objective: str = "policy") -> Loss:
         """Return the configured preference loss."""

@@ -6,6 +6,7 @@ minus the KL penalty; advantages, in which the subclasses differ; a policy-gradi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -100,7 +101,7 @@ class PolicyGradientConfig(AlgorithmConfig):
             )
 
 
-class PolicyGradient(AlgorithmBase):
+class PolicyGradient(AlgorithmBase, ABC):
     """Base class; subclasses turn scores and KL penalties into advantages."""
 
     min_group: ClassVar[int] = 1
@@ -179,6 +180,7 @@ class PolicyGradient(AlgorithmBase):
         ]
         return credited, metrics
 
+    @abstractmethod
     def advantages(self, rows: list[Row], kl: list[Array], kl_coef: float) -> list[Row]:
         """Return the rows with `advantage`.
 
@@ -187,7 +189,6 @@ class PolicyGradient(AlgorithmBase):
             kl: penalty per token of each row, in nats.
             kl_coef: its weight in the reward; 0 where the penalty is in the loss.
         """
-        raise NotImplementedError
 
     def _kl(self, row: Row) -> Array:
         """Return the KL per token, with the learner's own log-probs where it computed them."""

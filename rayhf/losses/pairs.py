@@ -13,6 +13,7 @@ a mean is taken.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar
 
@@ -86,7 +87,7 @@ def nll(pairs: PairLogps) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PairLoss(Generic[C]):
+class PairLoss(ABC, Generic[C]):
     """Mean over pairs of weight * (per_pair + nll_coef * NLL(chosen)); picklable.
 
     The weight is the truncated importance weight of the pair (`pair_importance_weight`).
@@ -106,9 +107,9 @@ class PairLoss(Generic[C]):
     """Weight of the chosen response's negative log-likelihood, mean per token (Pang et al. 2024);
     added to the one that cpo and orpo contain."""
 
+    @abstractmethod
     def per_pair(self, pairs: PairLogps) -> Tensor:
         """Return the loss of each pair: (P,)."""
-        raise NotImplementedError
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """Return the implicit rewards (chosen, rejected), each (P,), for metrics."""
