@@ -117,6 +117,36 @@ def _process_tree(pid: int) -> list[psutil.Process]:
     return [top, *top.children(recursive=True)]
 
 
+PARTS = """
+import rayhf
+
+
+class SquaredConfig(rayhf.PairLossConfig):
+    type: str = "my_parts:Squared"
+
+
+class Squared(rayhf.PairLoss[SquaredConfig]):
+    Config = SquaredConfig
+
+    def per_pair(self, pairs):
+        return (self.config.beta * pairs.gap_P - 1.0) ** 2
+
+
+class LengthConfig(rayhf.PointwiseEntryConfig):
+    type: str = "my_parts:Length"
+
+
+class Length(rayhf.PointwiseScorer[LengthConfig]):
+    Config = LengthConfig
+
+    def score(self, requests):
+        return [
+            tuple(rayhf.Scored(value=float(len(c.token_ids))) for c in request.completions)
+            for request in requests
+        ]
+"""
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     nodes = TwoNodes(tmp_path_factory.mktemp("s"))
@@ -135,10 +165,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = make_world(tmp_path_factory.mktemp("world"))
+    (world / "my_parts.py").write_text(PARTS)
     pools = {"resources": {"rollout": {"writes": 1}, "learner": {"learns": 1}}}
     write_config(
         world,
         "one",
+        # Classes of the directory that is sent: the actors on both nodes import them.
+        algorithm={"type": "online_dpo", "samples": 4, "loss": "my_parts:Squared"},
+        scorer={
+            "train": [
+                {"type": "rule", "function": "my_rules:even"},
+                {"type": "my_parts:Length", "weight": 0.01},
+            ]
+        },
         trackers=[{"type": "wandb", "mode": "offline"}],
         run={"iterations": 500, "checkpoint_every": 2},
         cluster=pools,
