@@ -92,7 +92,7 @@ def test_grpo_trains_an_adapter_with_overlap(world: Path) -> None:
     ("rule", "reason"),
     [
         ("raises", "ValueError: no such answer"),
-        ("hangs", "no answer within 1 s"),
+        ("hangs", "no response within 1 s"),
         ("nan", "the rule returned nan"),
     ],
 )

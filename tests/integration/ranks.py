@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from rayhf.config.fit import BradleyTerryConfig
 from rayhf.config.schema import LearnerConfig, LoraConfig
 from rayhf.learner.packing import plan_micro_batches
 from rayhf.losses.base import LossOutput, MicroBatch, Totals
@@ -211,7 +212,11 @@ def train(
 ) -> Any:
     engine = start(keywords, model, head=head, **config)
     before = weights(engine)
-    losses = {"policy": WeightedLogp(), "value": SquaredError(), "score": BradleyTerryLoss()}
+    losses = {
+        "policy": WeightedLogp(),
+        "value": SquaredError(),
+        "score": BradleyTerryLoss(BradleyTerryConfig()),
+    }
     metrics = advance(engine, range(3), budget, losses[head])
     return metrics, before, weights(engine)
 
