@@ -73,11 +73,6 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def validate(data: dict[str, Any], *, source: str) -> CampaignConfig:
-    """Validate a campaign's config that comes as data. Raises ConfigError naming `source`."""
-    return _validate(data, source, CampaignConfig)
-
-
 def _validate(data: dict[str, Any], source: str, root: type[S]) -> S:
     try:
         return root.model_validate(data)

@@ -82,11 +82,6 @@ class RefineVerdict:
         return self.yes != self.no
 
     @property
-    def unanimous(self) -> bool:
-        """Whether the parsable votes agree."""
-        return not (self.yes and self.no)
-
-    @property
     def value(self) -> float | None:
         """Share of yes among the parsable votes; None where no vote could be parsed."""
         votes = self.yes + self.no

@@ -101,11 +101,11 @@ def rayhf(turns: Turns) -> None:
     """Run the real controller and actors."""
     from launch.local import ray_cluster
     from rayhf.campaign.controller import Controller
-    from rayhf.config.load import validate
+    from rayhf.config.load import load_config
     from rayhf.planning.preflight import prepare
     from rayhf.run_dir.store import RunDir
 
-    config = validate(campaign(turns.spec, Path(f"run-{os.getpid()}")), source="tests.bench.peers")
+    config = load_config(campaign(turns.spec, Path(f"run-{os.getpid()}")))
     prepared = prepare(config, base=Path.cwd())
     store = RunDir(config)
     observer = Stepper(turns)
@@ -139,7 +139,7 @@ def agreement(turns: Turns) -> None:
     import numpy as np
 
     from launch.local import ray_cluster
-    from rayhf.config.load import validate
+    from rayhf.config.load import load_config
     from rayhf.planning.preflight import prepare
     from rayhf.run_dir.store import RunDir
     from rayhf.types import (
@@ -156,7 +156,7 @@ def agreement(turns: Turns) -> None:
     spec = turns.spec
     data = campaign(spec, Path(f"run-{os.getpid()}"))
     data["learner"] |= {"lr": 1e-3, "dtype": "float32"}  # steps that move the weights visibly
-    config = validate(data, source="tests.bench.peers")
+    config = load_config(data)
     prepared = prepare(config, base=Path.cwd())
     store = RunDir(config)
 

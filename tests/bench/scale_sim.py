@@ -31,7 +31,7 @@ from launch.view import LiveView
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.data import CampaignData
 from rayhf.campaign.gc_tuning import gc_tuned
-from rayhf.config.load import validate
+from rayhf.config.load import load_config
 from rayhf.config.registry import ALGORITHMS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.chat import Chat
@@ -101,7 +101,7 @@ class Case:
             "scorer": {"train": [{"type": "rule", "function": "none:none"}]},
             "learner": {"prompts_per_step": self.per_step},
         }
-        return validate(data, source="scale_sim")
+        return load_config(data)
 
 
 class NoChat(Chat):

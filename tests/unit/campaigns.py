@@ -20,7 +20,7 @@ from fakes import (
 from rayhf.algorithms.base import TakesLabels, needs_frozen_reference
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.data import CampaignData
-from rayhf.config.load import validate
+from rayhf.config.load import load_config
 from rayhf.config.registry import ALGORITHMS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.preferences import encode_pairs, load_pairs
@@ -38,7 +38,7 @@ def make_config(
     **sections: Any,
 ) -> CampaignConfig:
     """Four iterations of four prompts in `directory`/run; `sections` replace whole sections."""
-    return validate(
+    return load_config(
         {
             "seed": 7,
             "run": {
@@ -54,8 +54,7 @@ def make_config(
             "scorer": {"train": [{"type": "rule", "function": "a:b"}]},
             "learner": learner or {},
             **sections,
-        },
-        source="test",
+        }
     )
 
 

@@ -15,22 +15,21 @@ from pathlib import Path
 
 from fakes import checkpoint_state
 
-from rayhf.config.load import validate
+from rayhf.config.load import load_config
 from rayhf.errors import CheckpointError
 from rayhf.run_dir.files import verify
 from rayhf.run_dir.store import RunDir
 
 
 def config(run):
-    return validate(
+    return load_config(
         {
             "run": {"dir": str(run), "iterations": 10**6},
             "policy": {"model": "m"},
             "prompts": {"train": "t", "batch": 4},
             "algorithm": {"type": "online_dpo"},
             "scorer": {"train": [{"type": "rule", "function": "a:b"}]},
-        },
-        source="commit_writer",
+        }
     )
 
 

@@ -7,7 +7,7 @@ import yaml
 
 from rayhf.algorithms.online_dpo import OnlineDPOConfig
 from rayhf.algorithms.ppo import PPOConfig
-from rayhf.config.load import dump_config, load_config, validate
+from rayhf.config.load import dump_config, load_config
 from rayhf.config.registry import ALGORITHMS
 from rayhf.errors import ConfigError
 from rayhf.planning.preflight import check_settings
@@ -29,7 +29,7 @@ def with_(**sections):
 
 
 def test_dumped_config_loads_equal(tmp_path):
-    config = validate(MINIMAL, source="test")
+    config = load_config(MINIMAL)
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "c.yaml") == config
 
@@ -68,7 +68,7 @@ def test_dumped_config_loads_equal(tmp_path):
 )
 def test_refusals_name_key_and_nearest_valid_one(section, expected):
     with pytest.raises(ConfigError) as error:
-        validate(with_(**section), source="c.yaml")
+        load_config(with_(**section))
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
@@ -99,7 +99,7 @@ def test_refusals_name_key_and_nearest_valid_one(section, expected):
 )
 def test_contradicting_settings_are_refused(section, expected):
     with pytest.raises(ConfigError, match=expected):
-        check_settings(validate(with_(**section), source="c.yaml"))
+        check_settings(load_config(with_(**section)))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from rayhf.config.guards import GuardsConfig
-from rayhf.config.load import dump_config, load_config, validate
+from rayhf.config.load import dump_config, load_config
 from rayhf.errors import ConfigError
 from rayhf.monitoring.guards import Alarm, check_guards
 
@@ -313,9 +313,9 @@ MINIMAL = {
 
 
 def test_guards_are_a_section_of_the_campaign(tmp_path):
-    assert validate(MINIMAL, source="c").guards == DEFAULT
-    config = validate(
-        {**MINIMAL, "guards": {"kl": {"pause": None}, "length": {"iterations": 5}}}, source="c"
+    assert load_config(MINIMAL).guards == DEFAULT
+    config = load_config(
+        {**MINIMAL, "guards": {"kl": {"pause": None}, "length": {"iterations": 5}}}
     )
     assert (config.guards.kl.pause, config.guards.length.iterations) == (None, 5)
     (tmp_path / "c.yaml").write_text(dump_config(config))
@@ -337,4 +337,4 @@ def test_guards_are_a_section_of_the_campaign(tmp_path):
 )
 def test_invalid_thresholds_are_refused(guards):
     with pytest.raises(ConfigError, match="guards"):
-        validate({**MINIMAL, "guards": guards}, source="c")
+        load_config({**MINIMAL, "guards": guards})

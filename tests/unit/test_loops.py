@@ -10,7 +10,7 @@ from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeChat, FakeLearner, FakeScorer
 
 from rayhf.algorithms.base import SelectionContext, needs_frozen_reference
-from rayhf.config.load import validate
+from rayhf.config.load import load_config
 from rayhf.config.registry import ALGORITHMS
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.errors import ConfigError
@@ -189,10 +189,8 @@ def test_ties_are_dropped_and_counted(tmp_path):
         async def compare(self, requests):
             import numpy as np
 
-            return [
-                Compared(win=np.full((len(r.completions),) * 2, 0.5), source="pairwise")
-                for r in requests
-            ]
+            wins = [np.full((len(r.completions),) * 2, 0.5) for r in requests]
+            return [Compared(win=win, source="pairwise") for win in wins]
 
     learner = FakeLearner()
     run_with_pairs(config, scorer=Even(), learner=learner)
@@ -251,15 +249,14 @@ def test_equal_completions_are_dropped_and_counted(tmp_path):
 
 def test_type_alone_gives_the_papers_setting():
     def defaults(name, **more):
-        return validate(
+        return load_config(
             {
                 "run": {"dir": "r", "iterations": 1},
                 "policy": {"model": "m"},
                 "prompts": {"train": "t"},
                 "algorithm": {"type": name, **more},
                 "scorer": {"train": [{"type": "rule", "function": "a:b"}]},
-            },
-            source="test",
+            }
         ).algorithm
 
     sppo = defaults("sppo")  # Wu et al. 2024: K = 5, eta = 1e3, the previous policy as reference

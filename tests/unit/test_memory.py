@@ -5,7 +5,7 @@ import json
 import pytest
 from llama_config import LLAMA
 
-from rayhf.config.load import validate
+from rayhf.config.load import load_config
 from rayhf.config.schema import LearnerConfig, LoraConfig, ReferenceConfig, RolloutConfig, RunConfig
 from rayhf.errors import ConfigError, PlacementError
 from rayhf.planning.disk import Disk, disk
@@ -200,7 +200,7 @@ def campaign(model, **sections):
     }
     for name, value in sections.items():
         data[name] = {**data[name], **value}
-    config = validate(data, source="test")
+    config = load_config(data)
     algorithm, derived = check_settings(config)
     plan = Plan(config, algorithm, derived, base=model)
     return plan, actor_specs(config, critic=False, reference=True)

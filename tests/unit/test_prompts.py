@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from rayhf.config.base import PluginConfig
-from rayhf.config.load import dump_config, load_config, validate
+from rayhf.config.load import dump_config, load_config
 from rayhf.data.prompts import PromptSet, iteration_batch, load_prompts, prompt_id
 from rayhf.data.readers import FileSource, FileSourceConfig, open_source, read_rows
 from rayhf.errors import ConfigError
@@ -157,7 +157,7 @@ def test_file_source_reads_what_the_file_holds(tmp_path: Path) -> None:
 
 
 def test_source_of_another_package_is_found_by_import_path() -> None:
-    config = validate(CAMPAIGN | {"prompts": {"train": squares(start=4)}}, source="test")
+    config = load_config(CAMPAIGN | {"prompts": {"train": squares(start=4)}})
     assert config.prompts.train == SquaresConfig(type=f"{__name__}:Squares", start=4)
     source = open_source(config.prompts.train, base=Path("here"), key="prompts.train")
     loaded = load(source)
@@ -194,7 +194,7 @@ def test_source_that_cannot_be_built_is_refused() -> None:
 
 def test_path_is_short_for_a_file_source(tmp_path: Path) -> None:
     evaluations = {"other": {"prompts": "o.parquet", "scorer": CAMPAIGN["scorer"]["train"]}}
-    config = validate(CAMPAIGN | {"evaluations": evaluations}, source="test")
+    config = load_config(CAMPAIGN | {"evaluations": evaluations})
     assert config.prompts.train == FileSourceConfig(path=Path("data/train.jsonl"))
     assert config.prompts.heldout == FileSourceConfig(path=Path("heldout.jsonl"))
     assert config.evaluations["other"].prompts == FileSourceConfig(path=Path("o.parquet"))
@@ -219,5 +219,5 @@ def test_path_is_short_for_a_file_source(tmp_path: Path) -> None:
 )
 def test_wrong_sources_are_refused_like_other_settings(train: object, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
-        validate(CAMPAIGN | {"prompts": {"train": train}}, source="test")
+        load_config(CAMPAIGN | {"prompts": {"train": train}})
     assert expected in str(error.value)
