@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rayhf.config.registry import ALGORITHMS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.prompts import PromptSet
+from rayhf.evaluation.base import Evaluation
 from rayhf.roles import Learner, Reference, Roles, Rollout, Scorer
 from rayhf.run_dir.store import RunDir
 
@@ -67,6 +69,7 @@ def run_campaign(
     critic: Learner | None = None,
     reference: Reference | None = None,
     pairs: Path | None = None,
+    evaluations: Mapping[str, Evaluation] | None = None,
 ) -> Roles:
     """Run the campaign to its end; return its roles."""
     algorithm = ALGORITHMS.build(config.algorithm)
@@ -91,6 +94,7 @@ def run_campaign(
                 chat=FakeChat(),
                 prompts=PromptSet(prompts=tuple(make_prompts(12)), duplicates=0, label="test"),
                 heldout=tuple(make_prompts(3)),
+                evaluations=evaluations or {},
             ),
             store=store,
             observer=SilentObserver(),
