@@ -46,8 +46,14 @@ class Prompt:
     """Messages before any chat template, for scorers with another tokenizer."""
     token_ids: tuple[int, ...]
     """Tokens under the policy's tokenizer and chat template, generation prompt included."""
-    answer: str | None = None
+    reference_answer: str | None = None
     """Reference answer for verifiers; never shown to the policy."""
+    row: Mapping[str, object] = field(default_factory=dict)
+    """All columns of its row in the source, as JSON values; for scorers and algorithms."""
+    source: str = ""
+    """Name of the source it comes from."""
+    scorers: tuple[str, ...] | None = None
+    """Names of the scorers that judge it; None: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +97,18 @@ class Completion:
     """Position of its seed in the request."""
     seed: int
     text: str
-    """Decoded tokens without special tokens."""
+    """Decoded tokens without special tokens: what scorers judge. Of a thinking model, what follows
+    the end of its thinking."""
     token_ids: tuple[int, ...]
     """Generated tokens, end-of-turn token included where the model generated one."""
     logprobs: tuple[float, ...]
     """Log-prob of each token under the sampling policy (temperature applied), in nats."""
     finish_reason: Literal["stop", "length"]
     """The engine's; "length" means truncated."""
+    thinking: str | None = None
+    """What a thinking model wrote before its answer, end marker excluded; None without."""
+    thinking_tokens: int = 0
+    """Number of token_ids that belong to the thinking, end marker included."""
     policy_version: int
     """Version of the weights that generated it; staleness is computed from it, never assumed."""
 

@@ -204,13 +204,13 @@ class PromptSearch:
             "work": "".join(step.text for step in steps),
         }
         if critic.gold_conditioned_critic:
-            if self.prompt.answer is None:
+            if self.prompt.reference_answer is None:
                 raise ConfigError(
                     f"prompts: prompt {self.prompt.prompt_id} has no reference answer, which "
                     "algorithm.self_evaluation.gold_conditioned_critic needs; "
                     "expected an answer with every prompt"
                 )
-            variables["answer"] = self.prompt.answer
+            variables["answer"] = self.prompt.reference_answer
         return variables
 
     def _has_step_stop(self, text: str) -> bool:
@@ -238,7 +238,7 @@ class PromptSearch:
 
         Empty where it has no steps, or where a token spans two of them.
         """
-        answer = self.prompt.answer or ""
+        answer = self.prompt.reference_answer or ""
         stops = "|".join(map(re.escape, sorted(self.config.step_stop, key=len, reverse=True)))
         cuts = [match.end() for match in re.finditer(stops, answer)]
         if not cuts:

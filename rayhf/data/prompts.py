@@ -118,7 +118,7 @@ def load_prompts(
                 "rollout.max_tokens"
             )
         prompts[identity] = Prompt(
-            prompt_id=identity, messages=messages, token_ids=token_ids, answer=answer
+            prompt_id=identity, messages=messages, token_ids=token_ids, reference_answer=answer
         )
     if not prompts:
         raise ConfigError(
@@ -142,7 +142,10 @@ def parse_prompt(row: Row, chat: Chat, *, max_prompt_tokens: int) -> Prompt:
             f"{where}: the prompt has {len(token_ids)} tokens; expected at most {max_prompt_tokens}"
         )
     return Prompt(
-        prompt_id=prompt_id(messages, answer), messages=messages, token_ids=token_ids, answer=answer
+        prompt_id=prompt_id(messages, answer),
+        messages=messages,
+        token_ids=token_ids,
+        reference_answer=answer,
     )
 
 

@@ -166,23 +166,25 @@ class Constraint:
 
 
 def all_constraints(
-    completion: str, *, prompt: str, answer: str | None, finish_reason: str
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
 ) -> float:
     """Return 1.0 where every constraint holds, else 0.0.
 
     Raises ConfigError for a prompt whose `answer` is no list of constraints.
     """
-    return float(all(constraint.holds(completion) for constraint in parse_constraints(answer)))
+    return float(
+        all(constraint.holds(completion) for constraint in parse_constraints(reference_answer))
+    )
 
 
 def share_of_constraints(
-    completion: str, *, prompt: str, answer: str | None, finish_reason: str
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
 ) -> float:
     """Return the share of the constraints that hold.
 
     Raises ConfigError for a prompt whose `answer` is no list of constraints.
     """
-    constraints = parse_constraints(answer)
+    constraints = parse_constraints(reference_answer)
     return sum(constraint.holds(completion) for constraint in constraints) / len(constraints)
 
 

@@ -137,12 +137,16 @@ class QuestionTemplate:
         Raises jinja2.TemplateError where the template cannot take them.
         """
         task = _conversation(prompt)
-        fence = fence_code([task, prompt.answer or "", *completions])
+        fence = fence_code([task, prompt.reference_answer or "", *completions])
         blocks = {
             name: _fenced(name, text, fence)
             for name, text in zip(self._shown, completions, strict=True)
         }
-        reference = None if prompt.answer is None else _fenced("reference", prompt.answer, fence)
+        reference = (
+            None
+            if prompt.reference_answer is None
+            else _fenced("reference", prompt.reference_answer, fence)
+        )
         return self._template.render(
             fence=fence, question=_fenced("task", task, fence), reference=reference, **blocks
         )

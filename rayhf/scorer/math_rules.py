@@ -16,15 +16,17 @@ from math_verify import parse, verify
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
 
-def math_equal(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+def math_equal(
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
+) -> float:
     """Return 1.0 where the completion's last formula or number equals the reference answer.
 
     A completion without one is wrong. Raises ValueError for a prompt whose reference answer is
     missing or is no mathematics, and whatever the library raises.
     """
-    if answer is None:
+    if reference_answer is None:
         raise ValueError("the prompt has no reference answer")
-    reference = list(_parse_reference(answer))
+    reference = list(_parse_reference(reference_answer))
     return float(verify(reference, _parse(completion), timeout_seconds=None, raise_on_error=True))
 
 

@@ -42,13 +42,13 @@ Call = tuple[Prompt, tuple[Completion, ...]]
 
 
 class RuleConfig(FunctionEntryConfig, PointwiseEntryConfig):
-    """A function `module:function(completion, *, prompt, answer, finish_reason) -> float`."""
+    """A function `module:function` of a completion's text that returns its score."""
 
     type: str = "rule"
 
 
 class PairwiseRuleConfig(FunctionEntryConfig, PairwiseEntryConfig):
-    """A function `module:function(first, second, *, prompt, answer) -> float`.
+    """A function `module:function(first, second, *, prompt, reference_answer) -> float`.
 
     It returns the probability that first is better. It is called once for each two completions of a
     prompt, the earlier one first; the other direction is one minus that.
@@ -160,7 +160,7 @@ class Rule(_FunctionScorer[RuleConfig], PointwiseScorer[RuleConfig]):
 
     Config = RuleConfig
     signature = Signature(
-        positional=("completion",), keywords=("prompt", "answer", "finish_reason")
+        positional=("completion",), keywords=("prompt", "reference_answer", "finish_reason")
     )
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
@@ -182,7 +182,7 @@ class PairwiseRule(_FunctionScorer[PairwiseRuleConfig], PairwiseScorer[PairwiseR
     """
 
     Config = PairwiseRuleConfig
-    signature = Signature(positional=("first", "second"), keywords=("prompt", "answer"))
+    signature = Signature(positional=("first", "second"), keywords=("prompt", "reference_answer"))
 
     def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
         """Return one matrix per request, NaN for a pair without a verdict."""
@@ -233,7 +233,7 @@ def _encode(
     contents = [message["content"] for message in messages if message["role"] == "user"]
     known = {
         "prompt": contents[-1] if contents else messages[-1]["content"],
-        "answer": prompt.answer,
+        "reference_answer": prompt.reference_answer,
         "finish_reason": completions[0].finish_reason,
     }
     context = {keyword: known[keyword] for keyword in signature.keywords}

@@ -23,21 +23,25 @@ _NUMBER = re.compile(
 )
 
 
-def exact_match(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+def exact_match(
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
+) -> float:
     """Return 1.0 where completion and reference answer are equal, outer white space aside.
 
     Raises ValueError for a prompt without a reference answer.
     """
-    return float(completion.strip() == _required(answer).strip())
+    return float(completion.strip() == _required(reference_answer).strip())
 
 
-def final_number(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+def final_number(
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
+) -> float:
     """Return 1.0 where the last number in the text equals the reference answer as a number.
 
     "1,250.0" equals "1250". Raises ValueError for a prompt whose reference answer is missing or is
     not one number.
     """
-    text = _required(answer).strip()
+    text = _required(reference_answer).strip()
     if _NUMBER.fullmatch(text) is None:
         raise ValueError(f"the reference answer is not a number: {text[:40]!r}")
     last = ""
@@ -46,21 +50,25 @@ def final_number(completion: str, *, prompt: str, answer: str | None, finish_rea
     return float(bool(last) and _value(last) == _value(text))
 
 
-def regex_search(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+def regex_search(
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
+) -> float:
     """Return 1.0 where the reference answer, a regular expression, matches in the completion.
 
     Raises ValueError for a prompt whose reference answer is missing or is no regular expression.
     """
-    return float(_pattern(answer).search(completion) is not None)
+    return float(_pattern(reference_answer).search(completion) is not None)
 
 
-def regex_match(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+def regex_match(
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
+) -> float:
     """Return 1.0 where the reference answer, a regular expression, matches the whole completion.
 
     Outer white space aside. Raises ValueError for a prompt whose reference answer is missing or is
     no regular expression.
     """
-    return float(_pattern(answer).fullmatch(completion.strip()) is not None)
+    return float(_pattern(reference_answer).fullmatch(completion.strip()) is not None)
 
 
 def _pattern(answer: str | None) -> re.Pattern[str]:

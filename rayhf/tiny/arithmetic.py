@@ -92,14 +92,16 @@ def demonstrations(
     return [(chain.prompt, chain.worked(draw_slips(chain, rng, rate=rate))) for chain in repeated]
 
 
-def correct(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+def correct(
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
+) -> float:
     """Return 1.0 if the completion is well formed and ends with the reference answer, else 0.0.
 
     Well formed: it is not truncated, every line but the last is a step `a+b=c` or `a-b=c`, and the
     last line is exactly `Answer: N`, with N in plain digits. Whether the steps are correct is not
     checked. Raises ConfigError for a prompt without a reference answer.
     """
-    if answer is None:
+    if reference_answer is None:
         raise ConfigError(
             f"prompts: arithmetic needs an answer with every prompt, and {prompt!r} has none"
         )
@@ -111,4 +113,4 @@ def correct(completion: str, *, prompt: str, answer: str | None, finish_reason: 
         or not all(_STEP.fullmatch(step) for step in steps)
     ):
         return 0.0
-    return float(match[1] == answer)
+    return float(match[1] == reference_answer)

@@ -82,7 +82,9 @@ def make(
             seed=seed,
         )
         scores = [
-            arithmetic.correct(text, prompt=chain.prompt, answer=chain.answer, finish_reason=reason)
+            arithmetic.correct(
+                text, prompt=chain.prompt, reference_answer=chain.answer, finish_reason=reason
+            )
             for chain, (text, reason) in zip(heldout, completions, strict=True)
         ]
         measured[f"accuracy_{name}"] = sum(scores) / len(scores)

@@ -42,7 +42,7 @@ def prompts(seed: int) -> Iterator[str]:
     yield from questions
 
 
-def beats(first: str, second: str, *, prompt: str, answer: str | None) -> float:
+def beats(first: str, second: str, *, prompt: str, reference_answer: str | None) -> float:
     """Return P(first beats second).
 
     A text that is not a move loses to every move; two such texts draw.
@@ -55,7 +55,9 @@ def beats(first: str, second: str, *, prompt: str, answer: str | None) -> float:
     return PREFERENCE[moves[0]][moves[1]]
 
 
-def legal(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+def legal(
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
+) -> float:
     """Return 1.0 for a move, else 0.0."""
     return float(completion.strip() in ANSWERS)
 

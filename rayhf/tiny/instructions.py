@@ -331,12 +331,14 @@ def judgement_rows(tasks: Sequence[Instruction], seed: int) -> list[dict[str, st
     return rows
 
 
-def satisfied(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+def satisfied(
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
+) -> float:
     """Return 1.0 if every constraint holds and the completion is not truncated, else 0.0.
 
     Raises ConfigError for a prompt that is not an instruction.
     """
-    del answer
+    del reference_answer
     return float(judge_truth(parse(prompt), completion) == "yes" and finish_reason != "length")
 
 
@@ -347,14 +349,14 @@ def verdict_of(completion: str, finish_reason: str) -> str | None:
 
 
 def verdict_correct(
-    completion: str, *, prompt: str, answer: str | None, finish_reason: str
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
 ) -> float:
     """Return 1.0 if the judgement's verdict equals the reference answer, else 0.0.
 
     Raises ConfigError for a row whose reference answer is not "yes" or "no".
     """
-    if answer not in ("yes", "no"):
+    if reference_answer not in ("yes", "no"):
         raise ConfigError(
-            f"prompts: a judgement's answer is yes or no, and {prompt!r} has {answer!r}"
+            f"prompts: a judgement's answer is yes or no, and {prompt!r} has {reference_answer!r}"
         )
-    return float(verdict_of(completion, finish_reason) == answer)
+    return float(verdict_of(completion, finish_reason) == reference_answer)

@@ -138,7 +138,9 @@ def measure(
 
     def satisfied(tasks: Sequence[Instruction], responses: Sequence[Generated]) -> list[bool]:
         scores = [
-            instructions.satisfied(text, prompt=task.prompt, answer=None, finish_reason=reason)
+            instructions.satisfied(
+                text, prompt=task.prompt, reference_answer=None, finish_reason=reason
+            )
             for task, (text, reason) in zip(tasks, responses, strict=True)
         ]
         return [score == 1.0 for score in scores]

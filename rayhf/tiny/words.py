@@ -103,13 +103,13 @@ def demonstration(
 
 
 def true_preference(
-    completion: str, *, prompt: str, answer: str | None, finish_reason: str
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
 ) -> float:
     """Return the hidden preference of a completion, for evaluation only.
 
     Samples of the untrained policy have about 1.5; the best possible is about 5.
     """
-    del answer
+    del reference_answer
     topics = set(topics_of(prompt))
     words = completion.split()
     kinds = [

@@ -126,7 +126,7 @@ def make(
             policy, tokenizer, heldout, max_tokens=MAX_TOKENS, temperature=temperature, seed=seed
         )
         values = [
-            words.true_preference(text, prompt=prompt, answer=None, finish_reason=reason)
+            words.true_preference(text, prompt=prompt, reference_answer=None, finish_reason=reason)
             for prompt, (text, reason) in zip(heldout, written, strict=True)
         ]
         measured[f"true_preference_{name}"] = sum(values) / len(values)
@@ -151,7 +151,7 @@ def label(
     agreed = []
     for prompt, first, second in zip(prompts, *drafts, strict=True):
         values = [
-            words.true_preference(text, prompt=prompt, answer=None, finish_reason=reason)
+            words.true_preference(text, prompt=prompt, reference_answer=None, finish_reason=reason)
             for text, reason in (first, second)
         ]
         prefers_first = words.prefers_first(values[0], values[1], rng)

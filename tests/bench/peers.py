@@ -243,7 +243,9 @@ def trl(turns: Turns) -> None:
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
         # Online DPO passes the padding, too.
         lengths.extend(sum(i != pad for i in ids) for ids in completion_ids)
-        return [reward(text, prompt="", answer=None, finish_reason="stop") for text in texts]
+        return [
+            reward(text, prompt="", reference_answer=None, finish_reason="stop") for text in texts
+        ]
 
     prompts = [
         json.loads(line)["prompt"]

@@ -50,7 +50,7 @@ def batch(completions: int, rng: random.Random) -> list[ScoreRequest]:
             prompt_id=f"p{start}",
             messages=({"role": "user", "content": "1 + 2 - 3 ="},),
             token_ids=(1,),
-            answer="0",
+            reference_answer="0",
         )
         texts = [
             "".join(rng.choices("0123456789+-=\n", k=290)) + "\nAnswer: 0"

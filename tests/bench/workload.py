@@ -76,7 +76,9 @@ class Spec:
         return Spec(**json.loads(text))
 
 
-def reward(completion: str, *, prompt: str, answer: str | None, finish_reason: str) -> float:
+def reward(
+    completion: str, *, prompt: str, reference_answer: str | None, finish_reason: str
+) -> float:
     """Return the share of vowels: costs nothing, and hardly ever ties."""
     return sum(completion.count(vowel) for vowel in "aeiou") / max(len(completion), 1)
 

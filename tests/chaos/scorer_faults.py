@@ -20,7 +20,7 @@ CALLS = 0
 def _even(completion):
     return sum(ord(c) % 2 == 0 for c in completion) / max(len(completion), 1)
 
-def flaky(completion, *, prompt, answer, finish_reason):
+def flaky(completion, *, prompt, reference_answer, finish_reason):
     global CALLS
     CALLS += 1
     digest = hashlib.sha256(f"{completion}{CALLS}{os.getpid()}".encode()).hexdigest()
@@ -34,7 +34,7 @@ def flaky(completion, *, prompt, answer, finish_reason):
         return math.nan
     return _even(completion)
 
-def down(completion, *, prompt, answer, finish_reason):
+def down(completion, *, prompt, reference_answer, finish_reason):
     if (HERE / "scorer-is-down").exists():
         raise ConnectionError("refused")
     return _even(completion)

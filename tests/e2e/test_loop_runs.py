@@ -17,7 +17,7 @@ from world import make_world, teach_to_end, write_config
 pytestmark = pytest.mark.timeout(1200)
 CYCLE = """
 
-def cycle(first, second, *, prompt, answer):
+def cycle(first, second, *, prompt, reference_answer):
     shapes = [len(text) % 3 for text in (first, second)]
     return {0: 0.5, 1: 0.9, 2: 0.1}[(shapes[0] - shapes[1]) % 3]
 """

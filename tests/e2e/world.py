@@ -17,23 +17,23 @@ RULE = """
 import math
 import time
 
-def even(completion, *, prompt, answer, finish_reason):
+def even(completion, *, prompt, reference_answer, finish_reason):
     return sum(ord(c) % 2 == 0 for c in completion) / max(len(completion), 1)
 
-def raises(completion, *, prompt, answer, finish_reason):
+def raises(completion, *, prompt, reference_answer, finish_reason):
     raise ValueError("no such answer")
 
-def hangs(completion, *, prompt, answer, finish_reason):
+def hangs(completion, *, prompt, reference_answer, finish_reason):
     time.sleep(3600)
 
-def nan(completion, *, prompt, answer, finish_reason):
+def nan(completion, *, prompt, reference_answer, finish_reason):
     return math.nan
 
-def slow(completion, *, prompt, answer, finish_reason):
+def slow(completion, *, prompt, reference_answer, finish_reason):
     time.sleep(0.1)
     return 1.0
 
-def quick(completion, *, prompt, answer, finish_reason):
+def quick(completion, *, prompt, reference_answer, finish_reason):
     return 1.0
 """
 

@@ -305,7 +305,10 @@ def test_model_and_rule_together(directory: Path) -> None:
     ]
     engine = build_scorer(entries, ScorerSetup(base=directory.parent, threads=1))
     prompt = Prompt(
-        prompt_id="p", messages=({"role": "user", "content": "2+2?"},), token_ids=(1,), answer="4"
+        prompt_id="p",
+        messages=({"role": "user", "content": "2+2?"},),
+        token_ids=(1,),
+        reference_answer="4",
     )
     judged = ScoreRequest(prompt=prompt, completions=request("it is 4", "x" * 1000).completions)
     [(right, long)] = engine.score([judged])

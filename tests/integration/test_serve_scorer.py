@@ -35,7 +35,7 @@ def ask(text, answer="7"):
         prompt_id="p",
         messages=({"role": "user", "content": "3 + 4 ="},),
         token_ids=(1,),
-        answer=answer,
+        reference_answer=answer,
     )
     completion = Completion(
         prompt_id="p",

@@ -127,6 +127,8 @@ def test_reward_model_judges_with_its_own_tokenizer(tiny: dict[str, TaskInfo]) -
     prompt = "Words about sea, night and garden."
     good = "cold wave bright star wild rose"
     bad = "barn barn barn goat goat goat"
-    assert words.true_preference(good, prompt=prompt, answer=None, finish_reason="stop") > 3
+    assert (
+        words.true_preference(good, prompt=prompt, reference_answer=None, finish_reason="stop") > 3
+    )
     better, worse = score(model, tokenizer, [prompt, prompt], [good, bad])
     assert better > worse

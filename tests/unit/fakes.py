@@ -46,7 +46,7 @@ def make_prompts(n: int) -> list[Prompt]:
             prompt_id=f"p{i:03d}",
             messages=({"role": "user", "content": str(i)},),
             token_ids=(1, i + 2),
-            answer=str(i),
+            reference_answer=str(i),
         )
         for i in range(n)
     ]

@@ -27,7 +27,7 @@ def request(
         prompt_id=prompt_id,
         messages=tuple(messages or [{"role": "user", "content": question}]),
         token_ids=(1,),
-        answer=answer,
+        reference_answer=answer,
     )
     completions = [
         Completion(

@@ -112,7 +112,7 @@ def prompts(n=1, answer="123"):
             prompt_id=f"p{i}",
             messages=({"role": "user", "content": f"q{i}"},),
             token_ids=(1, 2 + i % 2),
-            answer=answer,
+            reference_answer=answer,
         )
         for i in range(n)
     ]

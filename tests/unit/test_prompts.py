@@ -148,7 +148,7 @@ def test_file_source_reads_what_the_file_holds(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b", "answer": 7}\n' * 2)
     source = FileSource(FileSourceConfig(path=Path("p.jsonl")), base=tmp_path)
     loaded = load(source)
-    assert [(p.messages[0]["content"], p.answer) for p in loaded.prompts] == [
+    assert [(p.messages[0]["content"], p.reference_answer) for p in loaded.prompts] == [
         ("a", None),
         ("b", "7"),
     ]
@@ -161,7 +161,7 @@ def test_source_of_another_package_is_found_by_import_path() -> None:
     assert config.prompts.train == SquaresConfig(type=f"{__name__}:Squares", start=4)
     source = open_source(config.prompts.train, base=Path("here"), key="prompts.train")
     loaded = load(source)
-    assert [p.answer for p in loaded.prompts] == ["16", "25", "36"]
+    assert [p.reference_answer for p in loaded.prompts] == ["16", "25", "36"]
     assert loaded.label == "squares in here"
 
 

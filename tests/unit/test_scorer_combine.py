@@ -45,7 +45,10 @@ from rayhf.types import (
 def request(text: str, answer: str) -> ScoreRequest:
     """Two completions: the text, and its last character."""
     prompt = Prompt(
-        prompt_id="p", messages=({"role": "user", "content": "?"},), token_ids=(1,), answer=answer
+        prompt_id="p",
+        messages=({"role": "user", "content": "?"},),
+        token_ids=(1,),
+        reference_answer=answer,
     )
     return ScoreRequest(
         prompt=prompt,

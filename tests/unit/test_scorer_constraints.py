@@ -16,7 +16,9 @@ from rayhf.scorer.constraints import all_constraints, parse_constraints, share_o
 
 def holds(answered: str, /, **spec: Any) -> bool:
     return bool(
-        all_constraints(answered, prompt="", answer=json.dumps([spec]), finish_reason="stop")
+        all_constraints(
+            answered, prompt="", reference_answer=json.dumps([spec]), finish_reason="stop"
+        )
     )
 
 
@@ -94,11 +96,11 @@ def test_share_and_all() -> None:
     )
     for text, kept in (("a b", 3), ("A b", 2), ("A B C", 1), ("A", 0)):
         assert share_of_constraints(
-            text, prompt="", answer=answer, finish_reason="stop"
+            text, prompt="", reference_answer=answer, finish_reason="stop"
         ) == pytest.approx(kept / 3)
-        assert all_constraints(text, prompt="", answer=answer, finish_reason="stop") == float(
-            kept == 3
-        )
+        assert all_constraints(
+            text, prompt="", reference_answer=answer, finish_reason="stop"
+        ) == float(kept == 3)
 
 
 @given(
@@ -107,7 +109,9 @@ def test_share_and_all() -> None:
 )
 def test_order_of_constraints_means_nothing(text: str, order: list[dict[str, Any]]) -> None:
     forwards, backwards = (
-        share_of_constraints(text, prompt="", answer=json.dumps(listed), finish_reason="stop")
+        share_of_constraints(
+            text, prompt="", reference_answer=json.dumps(listed), finish_reason="stop"
+        )
         for listed in (order, order[::-1])
     )
     assert forwards == backwards
@@ -198,5 +202,5 @@ def test_time_is_linear_in_the_length(piece: str) -> None:
     )
     text = piece * (600_000 // len(piece)) + "x"
     start = time.process_time()
-    share_of_constraints(text, prompt="", answer=answer, finish_reason="stop")
+    share_of_constraints(text, prompt="", reference_answer=answer, finish_reason="stop")
     assert time.process_time() - start < 5.0

@@ -344,7 +344,7 @@ def test_conversation_and_the_reference_are_fenced_too() -> None:
         prompt_id="p",
         messages=tuple({"role": r, "content": c} for r, c in turns),
         token_ids=(1,),
-        answer="4",
+        reference_answer="4",
     )
     judge = make_judge(
         FakeGenerator(respond),

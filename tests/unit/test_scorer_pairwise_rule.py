@@ -22,7 +22,7 @@ import os, time
 
 ORDER = {"rock": "scissors", "scissors": "paper", "paper": "rock"}
 
-def game(first, second, *, prompt, answer):
+def game(first, second, *, prompt, reference_answer):
     for text in (first, second):
         if text == "raise": raise ValueError("no")
         if text == "nan": return float("nan")
@@ -32,13 +32,13 @@ def game(first, second, *, prompt, answer):
         if text == "sleep": time.sleep(60)
     return 0.9 if ORDER[first] == second else 0.1
 
-def context(first, second, *, prompt, answer, messages):
-    assert (first, second, prompt, answer, len(messages)) == ("a", "b", "2+2?", "4", 1)
+def context(first, second, *, prompt, reference_answer, messages):
+    assert (first, second, prompt, reference_answer, len(messages)) == ("a", "b", "2+2?", "4", 1)
     return 1
 
-def biased(first, second, *, prompt, answer): return 0.75
+def biased(first, second, *, prompt, reference_answer): return 0.75
 
-def pointwise(completion, *, prompt, answer, finish_reason): return 0.5
+def pointwise(completion, *, prompt, reference_answer, finish_reason): return 0.5
 """
 
 
@@ -130,7 +130,8 @@ def test_context_and_messages(base: Path) -> None:
 
 def test_rule_for_one_completion_is_refused(base: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"cannot be called as pointwise\(first, second, \*, prompt, answer\)"
+        ConfigError,
+        match=r"cannot be called as pointwise\(first, second, \*, prompt, reference_answer\)",
     ):
         PairwiseRule.check(PairwiseRuleConfig(function="games:pointwise"), base)
     with pytest.raises(

@@ -25,7 +25,7 @@ from rayhf.types import Failed, Invalid, Outcome, Scored
 RULES = """
 import os, re, signal, sys, time
 
-def misbehave(completion, *, prompt, answer, finish_reason):
+def misbehave(completion, *, prompt, reference_answer, finish_reason):
     if completion == "raise": raise ValueError("not\\nthis")
     if completion == "sleep": time.sleep(60)
     if completion == "slow": time.sleep(0.1)
@@ -42,7 +42,7 @@ def misbehave(completion, *, prompt, answer, finish_reason):
     if completion == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
     if completion == "memory": return len(bytearray(8 << 30))
     if completion == "recursion":
-        return misbehave(completion, prompt="", answer="", finish_reason="")
+        return misbehave(completion, prompt="", reference_answer="", finish_reason="")
     if completion == "print":
         print('\\n[0, "scored", 9.0]\\n\\ud800', flush=True)
         os.write(1, b'[1, "scored", 9]\\n')
@@ -54,21 +54,21 @@ def misbehave(completion, *, prompt, answer, finish_reason):
 class Unprintable(Exception):
     def __str__(self): raise RuntimeError("no")
 
-def context(completion, *, prompt, answer, finish_reason, messages):
-    seen = (prompt, answer, finish_reason)
+def context(completion, *, prompt, reference_answer, finish_reason, messages):
+    seen = (prompt, reference_answer, finish_reason)
     assert seen == ("second", "4", "length"), seen
     return len(messages)
 
 def everything(completion, **context):
     return len(context)
 
-def digest(completion, *, prompt, answer, finish_reason):
+def digest(completion, *, prompt, reference_answer, finish_reason):
     import zlib
     return zlib.crc32(completion.encode("utf-8", "surrogatepass"))
 
 def old_style(completion, gold): return 1.0
 
-async def later(completion, *, prompt, answer, finish_reason): return 1.0
+async def later(completion, *, prompt, reference_answer, finish_reason): return 1.0
 
 constant = 3
 """

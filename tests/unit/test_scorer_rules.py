@@ -14,7 +14,7 @@ from rayhf.types import Failed, Scored
 
 
 def check(completion: str, answer: str | None) -> float:
-    return final_number(completion, prompt="", answer=answer, finish_reason="stop")
+    return final_number(completion, prompt="", reference_answer=answer, finish_reason="stop")
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ def test_final_number_is_linear_in_the_text(text: str) -> None:
 
 
 def test_exact_match() -> None:
-    assert exact_match(" yes\n", prompt="", answer="yes", finish_reason="stop") == 1.0
-    assert exact_match("Yes", prompt="", answer="yes", finish_reason="stop") == 0.0
+    assert exact_match(" yes\n", prompt="", reference_answer="yes", finish_reason="stop") == 1.0
+    assert exact_match("Yes", prompt="", reference_answer="yes", finish_reason="stop") == 0.0
     with pytest.raises(ValueError, match="no reference answer"):
-        exact_match("yes", prompt="", answer=None, finish_reason="stop")
+        exact_match("yes", prompt="", reference_answer=None, finish_reason="stop")
 
 
 def test_regular_expressions() -> None:
@@ -74,13 +74,19 @@ def test_regular_expressions() -> None:
         ("blue", r"r.d", 0.0, 0.0),
         ("", r".*", 1.0, 1.0),
     ):
-        assert regex_search(completion, prompt="", answer=answer, finish_reason="stop") == found
-        assert regex_match(completion, prompt="", answer=answer, finish_reason="stop") == whole
+        assert (
+            regex_search(completion, prompt="", reference_answer=answer, finish_reason="stop")
+            == found
+        )
+        assert (
+            regex_match(completion, prompt="", reference_answer=answer, finish_reason="stop")
+            == whole
+        )
     for rule in (regex_search, regex_match):
         with pytest.raises(ValueError, match=r"no regular expression \(missing \), unterminated"):
-            rule("x", prompt="", answer="(", finish_reason="stop")
+            rule("x", prompt="", reference_answer="(", finish_reason="stop")
         with pytest.raises(ValueError, match="no reference answer"):
-            rule("x", prompt="", answer=None, finish_reason="stop")
+            rule("x", prompt="", reference_answer=None, finish_reason="stop")
 
 
 @pytest.mark.parametrize(
@@ -101,14 +107,14 @@ def test_regular_expressions() -> None:
     ],
 )
 def test_math_equal(completion: str, answer: str, score: float) -> None:
-    assert math_equal(completion, prompt="", answer=answer, finish_reason="stop") == score
+    assert math_equal(completion, prompt="", reference_answer=answer, finish_reason="stop") == score
 
 
 def test_math_equal_needs_an_answer() -> None:
     with pytest.raises(ValueError, match="no reference answer"):
-        math_equal("4", prompt="", answer=None, finish_reason="stop")
+        math_equal("4", prompt="", reference_answer=None, finish_reason="stop")
     with pytest.raises(ValueError, match="no mathematics"):
-        math_equal("4", prompt="", answer=" ", finish_reason="stop")
+        math_equal("4", prompt="", reference_answer=" ", finish_reason="stop")
 
 
 def test_endless_math_is_failed_and_not_wrong(tmp_path: Path) -> None:

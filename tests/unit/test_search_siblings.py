@@ -19,7 +19,10 @@ from rayhf.search.siblings import (
 from rayhf.types import Completion, Prompt
 
 PROMPT = Prompt(
-    prompt_id="p0", messages=({"role": "user", "content": "?"},), token_ids=(1, 2), answer="123"
+    prompt_id="p0",
+    messages=({"role": "user", "content": "?"},),
+    token_ids=(1, 2),
+    reference_answer="123",
 )
 
 

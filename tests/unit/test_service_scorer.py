@@ -111,7 +111,7 @@ def test_served_scorer_receives_all_fields():
         assert (
             first.prompt.messages == request("a").prompt.messages and first.prompt.prompt_id == "p0"
         )
-        assert (first.prompt.answer, second.prompt.answer) == (None, "")
+        assert (first.prompt.reference_answer, second.prompt.reference_answer) == (None, "")
         assert [r.completions[0].finish_reason for r in (first, second)] == ["stop", "length"]
     finally:
         engine.close()

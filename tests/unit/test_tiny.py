@@ -26,7 +26,7 @@ CHAIN = arithmetic.Chain((3, 8, -5))
 
 def correct(completion: str, answer: str | None = "6", finish_reason: str = "stop") -> float:
     return arithmetic.correct(
-        completion, prompt="What is 3+8-5?", answer=answer, finish_reason=finish_reason
+        completion, prompt="What is 3+8-5?", reference_answer=answer, finish_reason=finish_reason
     )
 
 
@@ -34,7 +34,7 @@ def preference(
     completion: str, prompt: str = "Words about sea, night and garden.", finish_reason: str = "stop"
 ) -> float:
     return words.true_preference(
-        completion, prompt=prompt, answer=None, finish_reason=finish_reason
+        completion, prompt=prompt, reference_answer=None, finish_reason=finish_reason
     )
 
 

@@ -26,7 +26,7 @@ SHORT = "Write 3 animals, owl first, cat nowhere, ! ends"
 
 def satisfied(completion: str, prompt: str = SHORT, finish_reason: str = "stop") -> float:
     return instructions.satisfied(
-        completion, prompt=prompt, answer=None, finish_reason=finish_reason
+        completion, prompt=prompt, reference_answer=None, finish_reason=finish_reason
     )
 
 
@@ -228,7 +228,7 @@ def test_judgement_rows_are_balanced_and_true() -> None:
         judged = judgement(one, response)
         assert (
             instructions.verdict_correct(
-                judged, prompt=row["prompt"], answer=row["answer"], finish_reason="stop"
+                judged, prompt=row["prompt"], reference_answer=row["answer"], finish_reason="stop"
             )
             == 1.0
         )
@@ -251,7 +251,7 @@ def test_verdict_is_the_last_line(completion: str, finish_reason: str, verdict: 
     assert instructions.verdict_of(completion, finish_reason) == verdict
     for answer in ("yes", "no"):
         right = instructions.verdict_correct(
-            completion, prompt="p", answer=answer, finish_reason=finish_reason
+            completion, prompt="p", reference_answer=answer, finish_reason=finish_reason
         )
         assert right == float(verdict == answer)
 
@@ -260,7 +260,7 @@ def test_verdict_is_the_last_line(completion: str, finish_reason: str, verdict: 
 def test_judgement_without_a_true_verdict_is_refused(answer: str | None) -> None:
     with pytest.raises(ConfigError, match="answer is yes or no"):
         instructions.verdict_correct(
-            "Verdict: yes", prompt="p", answer=answer, finish_reason="stop"
+            "Verdict: yes", prompt="p", reference_answer=answer, finish_reason="stop"
         )
 
 

@@ -59,7 +59,9 @@ def encode_request(request: ScoreRequest) -> pb.ScoreRequest:
         for completion in request.completions
     ]
     return pb.ScoreRequest(
-        prompt=pb.Prompt(prompt_id=prompt.prompt_id, messages=messages, answer=prompt.answer),
+        prompt=pb.Prompt(
+            prompt_id=prompt.prompt_id, messages=messages, answer=prompt.reference_answer
+        ),
         completions=completions,
     )
 
@@ -83,7 +85,7 @@ def _decode_request(message: pb.ScoreRequest, where: str) -> ScoreRequest:
         prompt_id=sent.prompt_id,
         messages=tuple({"role": m.role, "content": m.content} for m in sent.messages),
         token_ids=(),
-        answer=sent.answer if sent.HasField("answer") else None,
+        reference_answer=sent.answer if sent.HasField("answer") else None,
     )
     completions = []
     for index, completion in enumerate(message.completions):
