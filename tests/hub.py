@@ -57,6 +57,8 @@ class Break:
     after: int
     """Bytes that are sent before the end."""
     times: int
+    stalls: threading.Event | None = None
+    """Instead of ending, the connection waits for this."""
 
 
 @dataclass
@@ -78,6 +80,8 @@ class Hub:
     """Number of requests by "METHOD /path"."""
     sent: Counter[str] = field(default_factory=Counter)
     """Bytes of file content sent, by file name."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """File name -> size that listings state instead of its own."""
     breaks: dict[str, Break] = field(default_factory=dict)
     """File name -> how its next downloads break off."""
 
@@ -121,6 +125,12 @@ class Hub:
     def break_off(self, filename: str, *, after: int, times: int = 1) -> None:
         """End the next `times` downloads of a file after `after` bytes."""
         self.breaks[filename] = Break(after, times)
+
+    def stall(self, filename: str, *, after: int) -> threading.Event:
+        """Let the next download of a file stop after `after` bytes until the event is set."""
+        event = threading.Event()
+        self.breaks[filename] = Break(after, 1, event)
+        return event
 
     def files(self, repo_type: RepoType, name: str, revision: str = "main") -> Path:
         """Return the directory with the files of a commit, branch or tag. Raises HubError."""
@@ -270,10 +280,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _commit_dir(self, kind: str, repo: str, revision: str) -> Path:
         """Return a readable commit's directory. Raises HubError as the public hub answers."""
+        hidden = repo in self.hub.private or not (self.hub.root / kind / repo).is_dir()
+        if hidden and self.token is None:
+            # The public hub names no code here; the client takes one for granted on https only.
+            raise HubError(401, "RepoNotFound", "Invalid username or password.")
         if repo in self.hub.private and self.token != TOKEN:
-            raise HubError(401, message="Invalid username or password.")
-        if not (self.hub.root / kind / repo).is_dir() and self.token is None:
-            raise HubError(401, message="Invalid username or password.")
+            raise HubError(404, "RepoNotFound", "Repository not found")
         return self.hub.files(repo_type_of(kind), repo, revision or "main")
 
     def _must_write(self) -> None:
@@ -311,7 +323,11 @@ class Handler(BaseHTTPRequestHandler):
         """Answer a tree listing."""
         commit = self._commit_dir(kind, repo, revision)
         recursive = self.query.get("recursive", "").lower() in ("1", "true")
-        self._json(tree(commit, path.strip("/"), recursive=recursive))
+        entries = tree(commit, path.strip("/"), recursive=recursive)
+        for entry in entries:
+            if entry["path"] in self.hub.sizes:
+                entry["size"] = self.hub.sizes[entry["path"]]
+        self._json(entries)
 
     def paths_info(self, kind: str, repo: str, revision: str) -> None:
         """Answer entries of given paths; unknown ones are left out."""
@@ -380,20 +396,22 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             if broken is not None and broken.times > 0:
                 broken.times -= 1
-                self._break(data, broken.after, headers | extra, status)
-                self.hub.sent[path.name] += broken.after
+                self._break(data, broken, headers | extra, status)
                 return
             self.hub.sent[path.name] += len(data)
         self._send(status, data, headers | extra)
 
-    def _break(self, data: bytes, after: int, headers: Mapping[str, str], status: int) -> None:
+    def _break(self, data: bytes, broken: Break, headers: Mapping[str, str], status: int) -> None:
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data[:after])
+        self.wfile.write(data[: broken.after])
         self.wfile.flush()
+        self.hub.sent[self.path.rpartition("/")[2]] += broken.after
+        if broken.stalls is not None:
+            broken.stalls.wait()
         self.close_connection = True
 
     def whoami(self) -> None:

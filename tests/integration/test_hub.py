@@ -1,0 +1,196 @@
+"""Hub names, resolved and downloaded by the real huggingface_hub client from tests/hub.py.
+
+huggingface_hub reads its environment at import, so every client is a process.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.hub import TOKEN, Hub, hub_server
+
+WEIGHTS = os.urandom(3 << 20)
+MODEL = {
+    "config.json": '{"model_type": "llama"}',
+    "tokenizer.json": "{}",
+    "README.md": "a card",
+    "model.safetensors": WEIGHTS,
+    "pytorch_model.bin": b"the same weights",
+    "consolidated.safetensors": b"the same weights",
+    "onnx/model.safetensors": b"the same weights",
+}
+PIN = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from launch.models import pin_models
+from rayhf.config.schema import PolicyConfig
+from rayhf.models.hub import local_directory
+name, weights, *commits = sys.argv[1:]
+config, used = pin_models(
+    PolicyConfig(model=name), Path.cwd(), Console(width=200), weights=weights == "weights",
+    commits=dict(item.split("=") for item in commits),
+)
+print(config.model, local_directory(config.model, Path.cwd()))
+"""
+CLI = "from launch.cli import main; main()"
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with hub_server(tmp_path / "hub") as server:
+        yield server
+
+
+class Client:
+    """Processes with one cache."""
+
+    def __init__(self, hub: Hub, home: Path) -> None:
+        self.hub = hub
+        self.home = home
+        self.env = {**os.environ, **hub.env(home), "PYTHONPATH": str(Path.cwd())}
+        for name in ("HF_TOKEN", "HF_HUB_CACHE"):
+            self.env.pop(name, None)
+
+    def start(self, *arguments: str, code: str = PIN, **env: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, *arguments]
+        self.home.mkdir(exist_ok=True)
+        return subprocess.Popen(
+            command,
+            env=self.env | env,
+            cwd=self.home,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def pin(self, name: str, *commits: str, weights: str = "weights", **env: str) -> Path:
+        """Pin and download a name; return its directory."""
+        process = self.start(name, weights, *commits, **env)
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+        self.out = out
+        return Path(out.split()[-1])
+
+    def refusal(self, name: str, **env: str) -> str:
+        """Return the one line of the ConfigError that refuses a name."""
+        process = self.start(name, "weights", **env)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode != 0
+        last = error.strip().splitlines()[-1]
+        assert last.startswith("rayhf.errors.ConfigError: model: "), error
+        return last.removeprefix("rayhf.errors.ConfigError: ")
+
+
+@pytest.fixture
+def client(hub, tmp_path):
+    return Client(hub, tmp_path / "home")
+
+
+def test_hub_name_is_pinned_downloaded_once_and_found_without_the_hub(hub, client):
+    commit = hub.add("model", "org/tiny", MODEL)
+    directory = client.pin("org/tiny")
+    assert f"model: org/tiny is commit {commit[:12]} (3.0 MiB, 3.0 MiB to download)" in client.out
+    assert f"org/tiny@{commit} " in client.out
+    names = {path.name for path in directory.iterdir()}
+    assert names == {"config.json", "tokenizer.json", "model.safetensors"}
+    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
+    # The branch moves; the recorded commit stays, and needs no request.
+    moved = hub.add("model", "org/tiny", MODEL | {"config.json": '{"model_type": "qwen2"}'})
+    hub.requests.clear()
+    assert client.pin("org/tiny", f"org/tiny={commit}") == directory
+    assert not hub.requests
+    assert client.pin("org/tiny").name == moved
+    # The hub is gone: the cache answers, online and offline, also for a branch.
+    assert client.pin("org/tiny", HF_ENDPOINT="http://127.0.0.1:9").name == moved
+    assert client.pin(f"org/tiny@{commit}", HF_HUB_OFFLINE="1") == directory
+    assert client.pin("org/tiny", HF_HUB_OFFLINE="1").name == moved
+
+
+def test_revision_is_a_branch_and_check_downloads_no_weights(hub, client):
+    hub.add("model", "org/tiny", MODEL)
+    branch = hub.add(
+        "model", "org/tiny", MODEL | {"config.json": '{"model_type": "x"}'}, revision="v1"
+    )
+    directory = client.pin("org/tiny@v1", weights="none")
+    assert directory.name == branch
+    assert (directory / "config.json").is_file()
+    assert not list(directory.glob("*.safetensors"))
+    assert hub.sent["model.safetensors"] == 0
+    assert "3.0 MiB, 0.0 MiB to download" in client.out
+    # The weights are still to come.
+    assert (client.pin("org/tiny@v1") / "model.safetensors").is_file()
+
+
+def test_directory_of_that_name_is_taken(hub, client):
+    hub.add("model", "org/tiny", MODEL)
+    (client.home / "org" / "tiny").mkdir(parents=True)
+    assert client.pin("org/tiny") == client.home / "org" / "tiny"
+    assert not hub.requests
+
+
+def test_refusals_are_one_line_each(hub, client):
+    hub.add("model", "org/tiny", MODEL)
+    hub.add("model", "org/pickled", {"config.json": "{}", "pytorch_model.bin": b"weights"})
+    hub.add("model", "org/adapter", {"adapter_config.json": "{}", "adapter_model.safetensors": b""})
+    hub.add("model", "org/gated", MODEL)
+    hub.gate("org/gated", TOKEN)
+    hub.add("model", "org/huge", MODEL | {"vocab.json": "{}"})
+    hub.sizes["vocab.json"] = 10**18
+    missing = client.refusal("org/nope")
+    assert "neither a directory org/nope nor a model org/nope on http" in missing
+    assert "no revision v2; valid: main" in client.refusal("org/tiny@v2")
+    assert "gated, and no token is set; request access" in client.refusal("org/gated")
+    assert "has no access; request" in client.refusal("org/gated", HF_TOKEN="hf_reader")
+    assert client.pin("org/gated", HF_TOKEN=TOKEN).is_dir()
+    assert "refused the token" in client.refusal("org/tiny", HF_TOKEN="hf_unknown")
+    assert "has no *.safetensors weights" in client.refusal("org/pickled")
+    assert "is a PEFT adapter" in client.refusal("org/adapter")
+    assert re.search(r"org/huge needs 931,322,574\.\d GiB more", client.refusal("org/huge"))
+    assert "HF_HUB_OFFLINE is set" in client.refusal("org/tiny", HF_HUB_OFFLINE="1")
+    unreachable = client.refusal("org/tiny", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "downloading it from http://127.0.0.1:9 failed" in unreachable
+
+
+def test_killed_download_continues_where_it_stopped(hub, client):
+    hub.add("model", "org/tiny", MODEL)
+    after = 2 << 20
+    release = hub.stall("model.safetensors", after=after)
+    process = client.start("org/tiny", "weights")
+    while hub.sent["model.safetensors"] < after and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.3)  # until the client has written what it received
+    process.kill()
+    process.communicate()
+    release.set()
+    assert "not complete in" in client.refusal("org/tiny", HF_HUB_OFFLINE="1")
+    directory = client.pin("org/tiny")
+    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
+    assert hub.sent["model.safetensors"] < after + len(WEIGHTS)
+
+
+def test_actor_downloads_the_pinned_commit_although_it_is_offline(hub, client):
+    commit = hub.add("model", "org/tiny", MODEL)
+    hub.add("model", "org/tiny", MODEL | {"config.json": '{"model_type": "moved"}'})
+    code = """
+import sys
+from rayhf.config.models import ModelName
+from rayhf.models.hub import local_directory, obtain
+name = ModelName(sys.argv[1])
+obtain((name,))
+print(sorted(path.name for path in local_directory(name).iterdir()))
+"""
+    actor = client.start(f"org/tiny@{commit}", code=code, HF_HUB_OFFLINE="1")
+    out, error = actor.communicate(timeout=60)
+    assert out == "['config.json', 'model.safetensors', 'tokenizer.json']\n", error
+    lost = client.start(
+        f"org/tiny@{'0' * 40}", code=code, HF_HUB_OFFLINE="1", RAYHF_HUB_OFFLINE="1"
+    )
+    out, error = lost.communicate(timeout=60)
+    assert "HF_HUB_OFFLINE is set" in error
+    assert "(on node " in error
