@@ -79,7 +79,7 @@ def _download(model: HubModel, key: str, console: Console, *, weights: bool) -> 
 
 @contextmanager
 def _progress(model: HubModel, console: Console) -> Iterator[Callable[[int], None]]:
-    """Yield what to call with received bytes: a bar on a terminal, a line now and then elsewhere."""
+    """Yield what to call with received bytes: it updates a bar, or prints lines off a terminal."""
     received = 0
     shown = time.monotonic()
     columns = (

@@ -157,21 +157,28 @@ def test_refusals_are_one_line_each(hub, client):
     assert "downloading it from http://127.0.0.1:9 failed" in unreachable
 
 
-def test_killed_download_continues_where_it_stopped(hub, client):
-    hub.add("model", "org/tiny", MODEL)
-    after = 2 << 20
-    release = hub.stall("model.safetensors", after=after)
+def test_killed_download_keeps_the_files_that_were_complete(hub, client):
+    first = "model-00001-of-00002.safetensors"
+    last = "model-00002-of-00002.safetensors"
+    commit = hub.add("model", "org/tiny", MODEL | {first: WEIGHTS, last: WEIGHTS[::-1]})
+    release = hub.stall(last, after=1 << 20)
     process = client.start("org/tiny", "weights")
-    while hub.sent["model.safetensors"] < after and process.poll() is None:
+    done = client.home / "hub" / "models--org--tiny" / "snapshots" / commit / first
+    while not (done.exists() and hub.sent[last]) and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(0.3)  # until the client has written what it received
     process.kill()
     process.communicate()
     release.set()
-    assert "not complete in" in client.refusal("org/tiny", HF_HUB_OFFLINE="1")
+    assert "not complete in" in client.refusal(f"org/tiny@{commit}", HF_HUB_OFFLINE="1")
     directory = client.pin("org/tiny")
-    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
-    assert hub.sent["model.safetensors"] < after + len(WEIGHTS)
+    assert (directory / last).read_bytes() == WEIGHTS[::-1]
+    assert hub.sent[first] == len(WEIGHTS)
+
+
+def test_connection_that_breaks_off_is_retried(hub, client):
+    hub.add("model", "org/tiny", MODEL)
+    hub.break_off("model.safetensors", after=1 << 20)
+    assert (client.pin("org/tiny") / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_actor_downloads_the_pinned_commit_although_it_is_offline(hub, client):
