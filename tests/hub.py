@@ -514,7 +514,7 @@ def hub_server(root: Path, *, port: int = 0) -> Iterator[Hub]:
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     hub.content_url = f"http://localhost:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, name="hub", daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="hub", daemon=True)
     thread.start()
     try:
         yield hub

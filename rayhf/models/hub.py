@@ -320,13 +320,13 @@ def _revisions(repository: str) -> list[str]:
 
 def _bar_class(progress: Callable[[int], None]) -> type[Any]:
     """Return a tqdm class that displays nothing and reports received bytes."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             # One of several bars counts the bytes that are on the disk.
             self._counts_bytes = kwargs.get("desc", "").startswith("Reconstructing")
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
             if self._counts_bytes and n:

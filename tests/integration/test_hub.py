@@ -3,12 +3,15 @@
 huggingface_hub reads its environment at import, so every client is a process.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,20 +28,24 @@ MODEL = {
     "onnx/model.safetensors": b"the same weights",
 }
 PIN = """
-import sys
+import json, sys
 from pathlib import Path
 from rich.console import Console
 from launch.models import pin_models
 from rayhf.config.schema import PolicyConfig
+from rayhf.errors import ConfigError
 from rayhf.models.hub import local_directory
-name, weights, *commits = sys.argv[1:]
-config, used = pin_models(
-    PolicyConfig(model=name), Path.cwd(), Console(width=200), weights=weights == "weights",
-    commits=dict(item.split("=") for item in commits),
-)
-print(config.model, local_directory(config.model, Path.cwd()))
+weights, commits, *names = sys.argv[1:]
+for name in names:
+    try:
+        config, used = pin_models(
+            PolicyConfig(model=name), Path.cwd(), Console(width=200),
+            weights=weights == "weights", commits=json.loads(commits),
+        )
+        print(config.model, local_directory(config.model, Path.cwd()))
+    except ConfigError as error:
+        print("refused", error)
 """
-CLI = "from launch.cli import main; main()"
 
 
 @pytest.fixture
@@ -69,22 +76,31 @@ class Client:
             stderr=subprocess.PIPE,
         )
 
-    def pin(self, name: str, *commits: str, weights: str = "weights", **env: str) -> Path:
-        """Pin and download a name; return its directory."""
-        process = self.start(name, weights, *commits, **env)
-        out, error = process.communicate(timeout=60)
+    def lines(
+        self,
+        *names: str,
+        weights: bool = True,
+        commits: Mapping[str, str] | None = None,
+        **env: str,
+    ) -> list[str]:
+        """Pin and download names; return the output."""
+        arguments = ("weights" if weights else "check", json.dumps(commits or {}), *names)
+        process = self.start(*arguments, **env)
+        out, error = process.communicate(timeout=100)
         assert process.returncode == 0, error
-        self.out = out
-        return Path(out.split()[-1])
+        return out.splitlines()
 
-    def refusal(self, name: str, **env: str) -> str:
-        """Return the one line of the ConfigError that refuses a name."""
-        process = self.start(name, "weights", **env)
-        _, error = process.communicate(timeout=60)
-        assert process.returncode != 0
-        last = error.strip().splitlines()[-1]
-        assert last.startswith("rayhf.errors.ConfigError: model: "), error
-        return last.removeprefix("rayhf.errors.ConfigError: ")
+    def pin(self, name: str, **options: Any) -> Path:
+        """Pin and download a name; return its directory."""
+        *self.shown, last = self.lines(name, **options)
+        self.pinned, directory = last.split()
+        return Path(directory)
+
+    def refusals(self, *names: str, **env: str) -> list[str]:
+        """Return the one line of each ConfigError."""
+        lines = [line for line in self.lines(*names, **env) if line.startswith("refused model: ")]
+        assert len(lines) == len(names)
+        return lines
 
 
 @pytest.fixture
@@ -95,34 +111,36 @@ def client(hub, tmp_path):
 def test_hub_name_is_pinned_downloaded_once_and_found_without_the_hub(hub, client):
     commit = hub.add("model", "org/tiny", MODEL)
     directory = client.pin("org/tiny")
-    assert f"model: org/tiny is commit {commit[:12]} (3.0 MiB, 3.0 MiB to download)" in client.out
-    assert f"org/tiny@{commit} " in client.out
+    assert client.shown == [
+        f"model: org/tiny is commit {commit[:12]} (3.0 MiB, 3.0 MiB to download)",
+        "org/tiny: downloaded 3.0 MiB",
+    ]
+    assert client.pinned == f"org/tiny@{commit}"
     names = {path.name for path in directory.iterdir()}
     assert names == {"config.json", "tokenizer.json", "model.safetensors"}
     assert (directory / "model.safetensors").read_bytes() == WEIGHTS
     # The branch moves; the recorded commit stays, and needs no request.
     moved = hub.add("model", "org/tiny", MODEL | {"config.json": '{"model_type": "qwen2"}'})
     hub.requests.clear()
-    assert client.pin("org/tiny", f"org/tiny={commit}") == directory
+    assert client.pin("org/tiny", commits={"org/tiny": commit}) == directory
     assert not hub.requests
     assert client.pin("org/tiny").name == moved
     # The hub is gone: the cache answers, online and offline, also for a branch.
     assert client.pin("org/tiny", HF_ENDPOINT="http://127.0.0.1:9").name == moved
-    assert client.pin(f"org/tiny@{commit}", HF_HUB_OFFLINE="1") == directory
-    assert client.pin("org/tiny", HF_HUB_OFFLINE="1").name == moved
+    offline = client.lines(f"org/tiny@{commit}", "org/tiny", HF_HUB_OFFLINE="1")
+    assert [line.split("/")[-1] for line in offline if "@" in line.split()[0]] == [commit, moved]
 
 
 def test_revision_is_a_branch_and_check_downloads_no_weights(hub, client):
     hub.add("model", "org/tiny", MODEL)
-    branch = hub.add(
-        "model", "org/tiny", MODEL | {"config.json": '{"model_type": "x"}'}, revision="v1"
-    )
-    directory = client.pin("org/tiny@v1", weights="none")
+    other = MODEL | {"config.json": '{"model_type": "x"}'}
+    branch = hub.add("model", "org/tiny", other, revision="v1")
+    directory = client.pin("org/tiny@v1", weights=False)
     assert directory.name == branch
     assert (directory / "config.json").is_file()
     assert not list(directory.glob("*.safetensors"))
     assert hub.sent["model.safetensors"] == 0
-    assert "3.0 MiB, 0.0 MiB to download" in client.out
+    assert "3.0 MiB, 0.0 MiB to download" in client.shown[0]
     # The weights are still to come.
     assert (client.pin("org/tiny@v1") / "model.safetensors").is_file()
 
@@ -142,19 +160,21 @@ def test_refusals_are_one_line_each(hub, client):
     hub.gate("org/gated", TOKEN)
     hub.add("model", "org/huge", MODEL | {"vocab.json": "{}"})
     hub.sizes["vocab.json"] = 10**18
-    missing = client.refusal("org/nope")
+    missing, revision, gated, pickled, adapter, huge = client.refusals(
+        "org/nope", "org/tiny@v2", "org/gated", "org/pickled", "org/adapter", "org/huge"
+    )
     assert "neither a directory org/nope nor a model org/nope on http" in missing
-    assert "no revision v2; valid: main" in client.refusal("org/tiny@v2")
-    assert "gated, and no token is set; request access" in client.refusal("org/gated")
-    assert "has no access; request" in client.refusal("org/gated", HF_TOKEN="hf_reader")
-    assert client.pin("org/gated", HF_TOKEN=TOKEN).is_dir()
-    assert "refused the token" in client.refusal("org/tiny", HF_TOKEN="hf_unknown")
-    assert "has no *.safetensors weights" in client.refusal("org/pickled")
-    assert "is a PEFT adapter" in client.refusal("org/adapter")
-    assert re.search(r"org/huge needs 931,322,574\.\d GiB more", client.refusal("org/huge"))
-    assert "HF_HUB_OFFLINE is set" in client.refusal("org/tiny", HF_HUB_OFFLINE="1")
-    unreachable = client.refusal("org/tiny", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "no revision v2; valid: main" in revision
+    assert "gated, and no token is set; request access" in gated
+    assert "has no *.safetensors weights" in pickled
+    assert "is a PEFT adapter" in adapter
+    assert re.search(r"org/huge needs 931,322,574\.\d GiB more", huge)
+    assert "has no access; request" in client.refusals("org/gated", HF_TOKEN="hf_reader")[0]
+    assert "refused the token" in client.refusals("org/tiny", HF_TOKEN="hf_unknown")[0]
+    assert "HF_HUB_OFFLINE is set" in client.refusals("org/tiny", HF_HUB_OFFLINE="1")[0]
+    unreachable = client.refusals("org/tiny", HF_ENDPOINT="http://127.0.0.1:9")[0]
     assert "downloading it from http://127.0.0.1:9 failed" in unreachable
+    assert client.pin("org/gated", HF_TOKEN=TOKEN).is_dir()
 
 
 def test_killed_download_keeps_the_files_that_were_complete(hub, client):
@@ -162,14 +182,14 @@ def test_killed_download_keeps_the_files_that_were_complete(hub, client):
     last = "model-00002-of-00002.safetensors"
     commit = hub.add("model", "org/tiny", MODEL | {first: WEIGHTS, last: WEIGHTS[::-1]})
     release = hub.stall(last, after=1 << 20)
-    process = client.start("org/tiny", "weights")
+    process = client.start("weights", "{}", "org/tiny")
     done = client.home / "hub" / "models--org--tiny" / "snapshots" / commit / first
     while not (done.exists() and hub.sent[last]) and process.poll() is None:
         time.sleep(0.05)
     process.kill()
     process.communicate()
     release.set()
-    assert "not complete in" in client.refusal(f"org/tiny@{commit}", HF_HUB_OFFLINE="1")
+    assert "not complete in" in client.refusals(f"org/tiny@{commit}", HF_HUB_OFFLINE="1")[0]
     directory = client.pin("org/tiny")
     assert (directory / last).read_bytes() == WEIGHTS[::-1]
     assert hub.sent[first] == len(WEIGHTS)
