@@ -221,3 +221,21 @@ print(sorted(path.name for path in local_directory(name).iterdir()))
     out, error = lost.communicate(timeout=60)
     assert "HF_HUB_OFFLINE is set" in error
     assert "(on node " in error
+
+
+def test_server_serves_data_sets_to_the_datasets_library(hub, client):
+    config = "{config_name: main, data_files: [{split: test, path: main/*.jsonl}]}"
+    card = f"---\nconfigs: [{config}]\n---\n"
+    rows = '{"question": "2 + 2?", "answer": "4"}\n'
+    commit = hub.add("dataset", "org/data", {"README.md": card, "main/test.jsonl": rows})
+    hub.add("dataset", "org/data", {"README.md": card, "main/test.jsonl": rows.replace("4", "5")})
+    code = """
+import sys
+from datasets import load_dataset
+for revision in sys.argv[1:]:
+    print(load_dataset("org/data", "main", split="test", revision=revision)[0])
+"""
+    out, error = client.start(commit, "main", code=code).communicate(timeout=100)
+    old, new = out.splitlines()
+    assert old == "{'question': '2 + 2?', 'answer': '4'}", error
+    assert new == "{'question': '2 + 2?', 'answer': '5'}"
