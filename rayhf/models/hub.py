@@ -268,11 +268,11 @@ def _explain(error: Exception, name: ModelName) -> str:
     cause = error
     if not isinstance(error, errors.HfHubHTTPError) and isinstance(error.__cause__, Exception):
         cause = error.__cause__
-    login = "the token of HF_TOKEN or `hf auth login`" if get_token() else "no token is set"
     if isinstance(error, errors.GatedRepoError):
+        lacking = "the token has no access" if get_token() else "no token is set"
         return (
-            f"{name} is gated, and {login if get_token() is None else login + ' has no access'}; "
-            f"request access at {endpoint}/{repository} and set HF_TOKEN"
+            f"{name} is gated, and {lacking}; request access at {endpoint}/{repository} and set "
+            "HF_TOKEN"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         hidden = "" if get_token() else " (a private one needs HF_TOKEN)"
