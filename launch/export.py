@@ -158,6 +158,9 @@ def _checked(call: Callable[[], T], what: str) -> T:
         }
         reason = reasons.get(status, f"answered {status}: {' '.join(str(error).split())[:200]}")
         raise ConfigError(f"{what}; {constants.ENDPOINT} {reason}") from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{what}; {constants.ENDPOINT} refused it: {reason}") from None
     except (HTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{what}; {constants.ENDPOINT} cannot be reached ({reason})") from None
