@@ -13,7 +13,7 @@ import numpy as np
 from rayhf.config.base import Name
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.scorers import ScorerEntries, ScorerEntryConfig
-from rayhf.config.sources import PromptSource
+from rayhf.config.sources import PromptSources
 from rayhf.errors import ScorerError
 from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
 from rayhf.roles import Reference, Rollout, Scorer
@@ -36,7 +36,7 @@ class ScoredEvaluationConfig(EvaluationConfig):
     """Further held-out prompts and their scorers."""
 
     type: str = "scored"
-    prompts: PromptSource
+    prompts: PromptSources
     """Evaluation prompts, like prompts.train."""
     scorer: ScorerEntries
     """Scorers of the completions; the metric is the weighted sum of their scores."""
