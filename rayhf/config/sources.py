@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +13,6 @@ from rayhf.config.registry import SOURCES
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _DATA_FILE = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|parquet|arrow)(\.gz|\.zst)?", re.IGNORECASE)
-
-
-def expand_path(path: Path | str) -> Path:
-    """Return the path with `~` and environment variables replaced."""
-    return Path(os.path.expandvars(path)).expanduser()
 
 
 def as_list(value: object) -> object:
@@ -48,7 +42,8 @@ class SourceConfig(PluginConfig):
     drop: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
     """Columns to leave out, for example images."""
     template: str | None = None
-    """Jinja template over the columns that makes the user message: "{{ question }} Be brief." """
+    """Jinja template over the columns that makes the user message, for example
+    "{{ question }} Be brief."; no column `prompt` or `messages` is needed."""
     scorers: Annotated[tuple[str, ...], BeforeValidator(as_list), Field(min_length=1)] | None = None
     """Names of the scorers that judge its rows; a row's own column `scorers` goes first. Default:
     all scorers."""

@@ -7,8 +7,8 @@ end a turn or begin one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rayhf.errors import ConfigError
 from rayhf.types import Message
@@ -22,18 +22,46 @@ def render(
 ) -> tuple[int, ...]:
     """Return the token ids of a conversation under the chat template, generation prompt included.
 
-    Special tokens are the template's own; the tokenizer adds none. Raises ConfigError, beginning
-    with `where`, if the template refuses the messages.
+    Raises ConfigError, beginning with `where`, if the template refuses the messages.
+    """
+    (token_ids,) = encode_texts(tokenizer, [render_text(tokenizer, messages, where=where)])
+    return tuple(token_ids)
+
+
+def render_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    where: str,
+) -> str:
+    """Return a conversation as text under the chat template, generation prompt included.
+
+    Raises ConfigError, beginning with `where`, if the template refuses the messages or the tools.
     """
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+        text: str = tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            tools=None if tools is None else list(tools),
+            add_generation_prompt=True,
+            tokenize=False,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: the chat template refuses the messages ({error})") from None
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return text
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of rendered texts.
+
+    Special tokens are the template's own; the tokenizer adds none.
+    """
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -73,7 +101,7 @@ class Chat:
 
         Raises ConfigError if the template refuses the messages.
         """
-        escaped = [{"role": m["role"], "content": self._escape(m["content"])} for m in messages]
+        escaped = [{**m, "content": self._escape(m["content"])} for m in messages]
         return render(self._tokenizer, escaped, where="chat template")
 
     def text(self, token_ids: Sequence[int]) -> str:

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
-from rayhf.config.base import PluginConfig
-from rayhf.config.sources import SourceConfig, expand_path
+from rayhf.config.sources import SourceConfig
 from rayhf.data.columns import PlacedRow, Row
 from rayhf.data.readers import row_name
 from rayhf.errors import ConfigError
@@ -39,7 +38,7 @@ class FileSourceConfig(SourceConfig):
     type: str = "file"
     path: Path
     """A data file, a directory (its data files and those below it, by name), or a glob such as
-    data/*.jsonl. `~` and environment variables are replaced."""
+    data/*.jsonl."""
 
     @property
     def default_name(self) -> str:
@@ -50,10 +49,10 @@ class FileSourceConfig(SourceConfig):
 class FileSource:
     """Prompts in files: JSON Lines, JSON, CSV, TSV, Parquet or Arrow; a directory or a glob."""
 
-    Config: ClassVar[type[PluginConfig]] = FileSourceConfig
+    Config: ClassVar[type[SourceConfig]] = FileSourceConfig
 
     def __init__(self, config: FileSourceConfig, *, base: Path) -> None:
-        self._path = base / expand_path(config.path)
+        self._path = base / config.path
 
     @property
     def label(self) -> str:
@@ -89,10 +88,9 @@ def data_files(path: Path) -> list[Path]:
         if not files:
             raise ConfigError(f"no file matches {path}")
         return files
-    missing = f"no such file or directory {path}"
-    if "$" in str(path):
-        raise ConfigError(f"{missing}: an environment variable in it is not set")
-    raise ConfigError(f"{missing}; expected a data file ({FORMATS}){tiny_hint(path)}")
+    raise ConfigError(
+        f"no such file or directory {path}; expected a data file ({FORMATS}){tiny_hint(path)}"
+    )
 
 
 def _directory(path: Path) -> list[Path]:
@@ -190,7 +188,7 @@ def _record(value: object, place: str) -> Row:
 
 
 def _separated(path: Path) -> Iterator[PlacedRow]:
-    """Read CSV or TSV: the first row names the columns, all values are text, an empty one is None."""
+    """Read CSV or TSV: the first row names the columns, values are text, an empty one is None."""
     separator = "\t" if ".tsv" in path.suffixes[-2:] else ","
     csv.field_size_limit(1 << 30)
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:

@@ -118,7 +118,7 @@ def shared_out(
 ) -> list[Item]:
     """Return at most `limit` items, by weight, the first ones of each source; grouped by source."""
     counts = dict.fromkeys(items, 0)
-    schedule = Schedule(weights, {name: 1 for name in items}, batch=1)
+    schedule = Schedule(weights, dict.fromkeys(items, 1), batch=1)
     left = min(limit, sum(map(len, items.values())))
     while left:
         name = schedule._deal()
