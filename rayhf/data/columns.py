@@ -46,18 +46,16 @@ def json_row(row: Row, *, drop: Iterable[str] = ()) -> dict[str, Any]:
         if not isinstance(name, str):
             raise ConfigError(f"column {name!r:.40} is a {type(name).__name__}; expected text")
         try:
-            plain[_text(name)] = _plain(value, MAX_DEPTH)
+            _text(name)
+        except ValueError as error:
+            raise ConfigError(f"a column's name {error}") from None
+        try:
+            plain[name] = _plain(value, MAX_DEPTH)
         except ValueError as error:
             raise ConfigError(
-                f"column `{printable_name(name)}` {error}; leave it out with `drop` where no "
-                "scorer needs it"
+                f"column `{name}` {error}; leave it out with `drop` where no scorer needs it"
             ) from None
     return plain
-
-
-def printable_name(name: str) -> str:
-    """Return a column's name for a message: one line that can be encoded, at most 60 characters."""
-    return name[:60].encode("unicode_escape").decode("ascii") if not name.isprintable() else name
 
 
 def _plain(value: Any, depth: int) -> Any:
