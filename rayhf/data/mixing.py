@@ -11,9 +11,11 @@ robin). Each source has its own seeded order per epoch, and its own position in 
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from math import gcd, lcm
 from typing import TypeVar
 
@@ -33,9 +35,15 @@ def iteration_batch(items: Sequence[Item], *, batch: int, iteration: int, seed: 
 
 
 def _slice(items: Sequence[Item], seed: int, epoch: int, start: int, count: int) -> list[Item]:
-    order = list(range(len(items)))
+    return [items[i] for i in _order(len(items), seed, epoch)[start : start + count]]
+
+
+@lru_cache(maxsize=8)
+def _order(size: int, seed: int, epoch: int) -> Sequence[int]:
+    """Return the epoch's permutation; kept, because shuffling a million takes half a second."""
+    order = list(range(size))
     random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
-    return [items[i] for i in order[start : start + count]]
+    return array("q", order)
 
 
 class Schedule:
@@ -60,24 +68,29 @@ class Schedule:
         self._sizes = sizes
         self._batch = batch
         self._credit = dict.fromkeys(self._weights, 0)
+        self.period = self._total // gcd(self._total, batch)
+        """Number of iterations after which the sources' order repeats."""
+        self._patterns: list[tuple[list[str], Counter[str]]] = []
+        """The sources of an iteration's prompts and their numbers, for one period."""
         self._next = dict.fromkeys(self._weights, (0, 0))
         """Each source's epoch and position after the iterations known so far."""
-        self._known: list[tuple[list[str], dict[str, tuple[int, int]]]] = []
-        """By iteration: the source of each prompt, and each source's epoch and first position."""
+        self._starts: list[dict[str, tuple[int, int]]] = []
+        """Each source's epoch and first position, by iteration."""
 
     def of(self, iteration: int) -> tuple[list[str], dict[str, tuple[int, int]]]:
         """Return the iteration's sources, prompt by prompt, and (epoch, position) by source.
 
         Raises ValueError, naming the source, where one has fewer prompts than an iteration needs.
         """
-        while len(self._known) < iteration:
-            self._known.append(self._advance())
-        return self._known[iteration - 1]
+        while len(self._starts) < iteration:
+            self._starts.append(self._advance(len(self._starts)))
+        slots, _ = self._pattern(iteration - 1)
+        return slots, self._starts[iteration - 1]
 
-    def _advance(self) -> tuple[list[str], dict[str, tuple[int, int]]]:
-        slots = [self._deal() for _ in range(self._batch)]
+    def _advance(self, index: int) -> dict[str, tuple[int, int]]:
         starts = {}
-        for name, count in Counter(slots).items():
+        _, counts = self._pattern(index)
+        for name, count in counts.items():
             size = self._sizes[name]
             if count > size:
                 raise ValueError(
@@ -89,9 +102,16 @@ class Schedule:
                 epoch, position = epoch + 1, 0
             starts[name] = (epoch, position)
             self._next[name] = (epoch, position + count)
-        return slots, starts
+        return starts
 
-    def _deal(self) -> str:
+    def _pattern(self, index: int) -> tuple[list[str], Counter[str]]:
+        while len(self._patterns) <= index % self.period:
+            slots = [self.deal() for _ in range(self._batch)]
+            self._patterns.append((slots, Counter(slots)))
+        return self._patterns[index % self.period]
+
+    def deal(self) -> str:
+        """Return the source of the next prompt."""
         for name, weight in self._weights.items():
             self._credit[name] += weight
         chosen = max(self._credit, key=self._credit.__getitem__)  # the first of equal ones
@@ -121,7 +141,7 @@ def shared_out(
     schedule = Schedule(weights, dict.fromkeys(items, 1), batch=1)
     left = min(limit, sum(map(len, items.values())))
     while left:
-        name = schedule._deal()
+        name = schedule.deal()
         if counts[name] < len(items[name]):
             counts[name] += 1
             left -= 1

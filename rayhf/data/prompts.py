@@ -99,7 +99,8 @@ class PromptSet:
     def check_batches(self, *, batch: int, iterations: int, key: str) -> None:
         """Raise ConfigError where a source has fewer prompts than some iteration takes of it."""
         try:
-            self._schedule(batch).of(iterations)
+            schedule = self._schedule(batch)
+            schedule.of(min(iterations, schedule.period))
         except ValueError as error:
             if not self.weights:
                 raise ConfigError(

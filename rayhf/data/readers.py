@@ -65,18 +65,17 @@ class PinsCommit(Protocol):
 
 
 class ShapedSource:
-    """A source with the changes of its config: columns, filter, limit, template."""
+    """Sources with the changes of their configs (columns, filter, limit, template), one by one."""
 
     Config: ClassVar[type[SourceConfig]] = SourceConfig
 
-    def __init__(self, source: Source, config: SourceConfig) -> None:
-        self._source = source
-        self._columns = Columns(config)
+    def __init__(self, *parts: tuple[Source, SourceConfig]) -> None:
+        self._parts = [(source, Columns(config)) for source, config in parts]
 
     @property
     def label(self) -> str:
-        """Name of the source in error messages."""
-        return self._source.label
+        """Names of the sources in error messages."""
+        return ", ".join(source.label for source, _ in self._parts)
 
     def rows(self) -> Iterator[Row]:
         """Yield the changed rows."""
@@ -85,41 +84,47 @@ class ShapedSource:
 
     def placed_rows(self) -> Iterator[PlacedRow]:
         """Yield the changed rows, each after its place."""
-        return self._columns.apply(self._raw())
+        for source, columns in self._parts:
+            yield from columns.apply(_placed(source))
 
-    def _raw(self) -> Iterator[PlacedRow]:
-        if isinstance(self._source, PlacesRows):
-            yield from self._source.placed_rows()
-            return
-        for number, row in enumerate(self._source.rows(), start=1):
-            place = row_name(self.label, number)
-            if not isinstance(row, Mapping):
-                raise ConfigError(f"{place}: expected a mapping, got {type(row).__name__}")
-            yield place, row
+
+def _placed(source: Source) -> Iterator[PlacedRow]:
+    if isinstance(source, PlacesRows):
+        yield from source.placed_rows()
+        return
+    for number, row in enumerate(source.rows(), start=1):
+        place = row_name(source.label, number)
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"{place}: expected a mapping, got {type(row).__name__}")
+        yield place, row
 
 
 def open_source(
-    config: SourceConfig,
-    *,
+    *configs: SourceConfig,
     base: Path,
     key: str,
     commits: MutableMapping[str, str] | None = None,
 ) -> Source:
-    """Return the source of `config`, with the changes that `config` asks for.
+    """Return the source of a config, or the sources of several, one after the other.
 
     Args:
-        config: its settings.
+        configs: settings; rows have the changes that these ask for.
         base: start of relative paths in them.
         key: the config key to name in errors.
         commits: commits of hub data sets by name; those that are missing are added.
 
-    Raises ConfigError for any error of the source.
+    Raises ConfigError for any error of a source.
     """
-    with _named_errors(key, config.type):
-        source: Source = SOURCES.build(config, base=base)
-        if isinstance(source, PinsCommit):
-            source.pin({} if commits is None else commits)
-        return ShapedSource(source, config)
+    parts: list[tuple[Source, SourceConfig]] = []
+    for number, config in enumerate(configs):
+        own = f"{key}[{number}]" if len(configs) > 1 else key
+        with _named_errors(own, config.type):
+            source: Source = SOURCES.build(config, base=base)
+            if isinstance(source, PinsCommit):
+                source.pin({} if commits is None else commits)
+            parts.append((source, config))
+    with _named_errors(key, "source"):
+        return ShapedSource(*parts)
 
 
 def named_rows(source: Source, *, key: str) -> Iterator[PlacedRow]:
@@ -128,7 +133,7 @@ def named_rows(source: Source, *, key: str) -> Iterator[PlacedRow]:
     Raises ConfigError, which names the config key `key`, for any error of the source.
     """
     if not isinstance(source, ShapedSource):
-        source = ShapedSource(source, SourceConfig())
+        source = ShapedSource((source, SourceConfig()))
     with _named_errors(key, source.label):
         for place, row in source.placed_rows():
             yield f"{key}: {place}", row

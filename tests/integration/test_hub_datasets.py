@@ -1,7 +1,7 @@
 """Hub data sets, read by the real huggingface_hub and datasets clients from tests/hub.py.
 
-Both read their environment at import, so the client is a process; one for all cases, since importing
-datasets takes seconds.
+Both read their environment at import, so the client is a process: one for all cases, since
+importing datasets takes seconds.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
 from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeLearner, FakeRollout
@@ -21,6 +23,7 @@ def prompts(n: int, source: str = "") -> list[Prompt]:
             messages=({"role": "user", "content": str(i)},),
             token_ids=(1, i + 2),
             source=source,
+            row={"level": i, "größe": None},
         )
         for i in range(n)
     ]
@@ -137,6 +140,11 @@ def test_campaign_of_three_sources_resumes_exactly_and_measures_each(tmp_path) -
     rollout = FakeRollout()
     run_campaign(config("broken"), rollout=rollout, **given)
     assert metrics_of(config("broken")) == metrics_of(config("whole"))
+    samples = pq.read_table(config("whole").run.dir / "samples/iteration-000001.parquet")
+    for sample in samples.to_pylist():
+        number = int(sample["prompt_id"][1:])
+        assert sample["source"] == sample["prompt_id"][0]
+        assert json.loads(sample["row"]) == {"level": number, "größe": None}
     lines = metrics_of(config("whole"))
     shares = [sum(line.get(f"source/{n}/share", 0) for line in lines[1:]) for n in WEIGHTS]
     assert shares == pytest.approx([17 / 4, 5 / 4, 2 / 4])

@@ -60,7 +60,7 @@ def from_rows(*rows: dict[str, Any], **settings: Any) -> tuple[Prompt, ...]:
         given = rows
 
     config = SourceConfig(**settings)
-    source = ShapedSource(Given(SquaresConfig(), base=Path("here")), config)
+    source = ShapedSource((Given(SquaresConfig(), base=Path("here")), config))
     return load(source, limit=10_000, config=config).prompts
 
 
@@ -162,7 +162,7 @@ def test_path_is_short_for_a_file_source(tmp_path: Path) -> None:
         ({"type": "file", "pth": "p"}, "unknown key prompts.train.pth; did you mean path?"),
         (squares(cont=2), "unknown key prompts.train.cont; did you mean count?"),
         (3, "prompts.train: expected a mapping with a `type`, for example {type: file}"),
-        ([], "prompts.train: tuple should have at least 1 item"),
+        ([], "prompts.train: value should have at least 1 item"),
         (["a.jsonl", {"type": "file"}], "prompts.train.1.path is missing"),
         ([{"type": "file", "path": "p", "name": "x"}] * 2, "several sources are named 'x'"),
         ({"type": "hub", "dataset": "squad/v2/x"}, "is not the name of a data set"),

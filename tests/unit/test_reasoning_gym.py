@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from score_requests import completion
+from score_requests import request
 
 from rayhf.data.readers import named_rows, open_source
 from rayhf.data.reasoning_gym import GymSourceConfig
@@ -14,7 +15,7 @@ from rayhf.errors import ConfigError
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.reasoning_gym import GymScorerConfig, score
-from rayhf.types import Prompt, Scored, ScoreRequest
+from rayhf.types import Scored
 
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 3},
@@ -51,17 +52,12 @@ def test_tasks_and_settings_that_do_not_exist_are_refused() -> None:
 def test_scorer_of_a_config_scores_rows_of_two_tasks() -> None:
     rows = [rows_of(task, **TASKS[task])[0] for task in TASKS]
     requests = [
-        ScoreRequest(
-            prompt=Prompt(
-                prompt_id=row["task"],
-                messages=({"role": "user", "content": row["prompt"]},),
-                token_ids=(),
-                reference_answer=row["answer"],
-                row=row,
-            ),
-            completions=(completion(row["answer"]), completion("no idea")),
-        )
+        request(row["answer"], "no idea", question=row["prompt"], answer=row["answer"])
         for row in rows
+    ]
+    requests = [
+        replace(each, prompt=replace(each.prompt, row=row))
+        for each, row in zip(requests, rows, strict=True)
     ]
     scorer = build_scorer([GymScorerConfig()], ScorerSetup(base=Path.cwd()))
     try:

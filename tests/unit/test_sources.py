@@ -244,3 +244,7 @@ def test_open_source_applies_the_changes_and_keeps_row_numbers(tmp_path: Path) -
     read = list(named_rows(source, key="k"))
     assert [row["prompt"] for _, row in read] == [row["prompt"] for row in source.rows()]
     assert [where[-6:] for where, _ in read] == [" row 3", " row 4"]
+    both = open_source(config, config.model_copy(update={"limit": 1}), base=tmp_path, key="k")
+    assert [row["prompt"] for row in both.rows()] == ["2", "3", "2"]
+    with pytest.raises(ConfigError, match=r"^k: filter is not valid jinja"):
+        open_source(config.model_copy(update={"filter": "a +"}), base=tmp_path, key="k")
