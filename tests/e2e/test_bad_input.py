@@ -101,7 +101,7 @@ def test_refused_before_anything_starts(
         ),
         (
             '{"messages": [{"role": "user"}]}\n',
-            "bad.jsonl row 1: a message must have string `role` and `content`",
+            "bad.jsonl row 1: a message of `messages` must have `content` (text",
         ),
         (
             '{"prompt": "a", "answer": [1]}\n',
