@@ -14,6 +14,7 @@ from rayhf.config.base import Name
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.scorers import ScorerEntries, ScorerEntryConfig
 from rayhf.config.sources import PromptSource
+from rayhf.data.thinking import thinking_metrics
 from rayhf.errors import ScorerError
 from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
 from rayhf.roles import Reference, Rollout, Scorer
@@ -96,7 +97,7 @@ async def evaluate(
     eval/<task>/{sampled,greedy} from `scorer`; eval/<task>/reward from the training scorer where it
     is another one; of the samples eval/<task>/length in tokens, eval/<task>/truncated as a share,
     and eval/<task>/reference_kl in nats per response; eval/<task>/refined is the score of the
-    samples after `improve`.
+    samples after `improve`; of a thinking model the metrics of thinking_metrics.
 
     Prompts and seeds are the same every time, so that evaluations differ by the policy only. Raises
     ScorerError when no held-out completion could be scored.
@@ -109,6 +110,7 @@ async def evaluate(
         "greedy": await _mean(prompts, greedy, scorer),
         "length": float(np.mean([len(c.token_ids) for c in sampled])),
         "truncated": float(np.mean([c.finish_reason == "length" for c in sampled])),
+        **thinking_metrics(sampled),
     }
     if improve is not None:
         metrics["refined"] = await _mean(prompts, await improve(sampled), scorer)
