@@ -70,6 +70,8 @@ def run_campaign(
     reference: Reference | None = None,
     pairs: Path | None = None,
     evaluations: Mapping[str, Evaluation] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    exported_files: Mapping[str, str] | None = None,
 ) -> Roles:
     """Run the campaign to its end; return its roles."""
     algorithm = ALGORITHMS.build(config.algorithm)
@@ -95,6 +97,8 @@ def run_campaign(
                 prompts=PromptSet(prompts=tuple(make_prompts(12)), duplicates=0, label="test"),
                 heldout=tuple(make_prompts(3)),
                 evaluations=evaluations or {},
+                inputs=inputs or {},
+                exported_files=exported_files or {},
             ),
             store=store,
             observer=SilentObserver(),
