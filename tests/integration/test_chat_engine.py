@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-from engines import LONG, MAX_LENGTH, WORDS, logprobs_of, make_request, mean_gap
+from engines import MAX_LENGTH, WORDS, make_request, mean_gap, snapshot_of
 from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rayhf.config.schema import RolloutConfig, ThinkingConfig
 from rayhf.errors import WeightSyncError
 from rayhf.rollout.engine import RolloutEngine
-from rayhf.types import Completion, Probe
+from rayhf.types import Completion
 
 TOKENS = [*WORDS, "<think>", "</think>"]
-END, TURN, LETTER_C, THINK, THOUGHT = (
-    TOKENS.index(token) for token in ("<end>", "<turn>", "c", "<think>", "</think>")
+PAD, END, TURN, LETTER_C, THINK, THOUGHT = (
+    TOKENS.index(token) for token in ("<pad>", "<end>", "<turn>", "c", "<think>", "</think>")
 )
 WIDE = len(TOKENS) + 9
 """Rows of the embedding: more than the tokenizer has tokens."""
@@ -53,7 +54,7 @@ def thinker(
         tokenizer_object=tokenizer,
         eos_token="<end>",
         pad_token="<end>",
-        additional_special_tokens=["<turn>"],
+        additional_special_tokens=["<turn>", "<pad>"],
         chat_template=TEMPLATE,
     ).save_pretrained(directory)
     engine = RolloutEngine(
@@ -76,21 +77,19 @@ def generate(engine: RolloutEngine, *, opened: bool, **sampling: object) -> tupl
 
 
 def plain(token_ids: tuple[int, ...]) -> str:
-    return "".join(TOKENS[i] for i in token_ids if i < len(TOKENS) and i not in (END, TURN))
+    return "".join(TOKENS[i] for i in token_ids if i < len(TOKENS) and i not in (PAD, END, TURN))
 
 
 def test_stop_tokens_of_all_places_end_a_completion(
     thinker: tuple[RolloutEngine, Qwen2ForCausalLM],
 ) -> None:
     """generation_config.json, the chat template, and the caller (a template of the config)."""
-    completions = generate(thinker[0], opened=False)
     stops = {END, TURN, LETTER_C}
-    assert {c.token_ids[-1] for c in completions if len(c.token_ids) < 24} == stops
-    assert not any(stops & set(c.token_ids[:-1]) for c in completions)
-    named = generate(thinker[0], opened=False, stop=("<pad>", "x"))
-    special = [c for c in named if 0 in c.token_ids]
-    assert {c.token_ids[-1] for c in named} >= {0, END, TURN, LETTER_C, TOKENS.index("x")} - {0}
-    assert all(c.token_ids.index(0) < len(c.token_ids) for c in special)
+    for names, ids in ((), set()), (("<pad>", "x"), {PAD, TOKENS.index("x")}):
+        completions = generate(thinker[0], opened=False, stop=names)
+        ends = {c.token_ids[-1] for c in completions if len(c.token_ids) < 24}
+        assert ends == stops | ids
+        assert not any((stops | ids) & set(c.token_ids[:-1]) for c in completions)
 
 
 @pytest.mark.parametrize("opened", [True, False])
@@ -124,12 +123,8 @@ def test_version_0_is_compared_with_the_learner(
     thinker: tuple[RolloutEngine, Qwen2ForCausalLM],
 ) -> None:
     engine, model = thinker
-    ids = LONG[:40]
-    logp = logprobs_of(model, ids).gather(
-        1, logprobs_of(model, ids).new_tensor(ids[1:]).long()[:, None]
-    )
-    probe = Probe(token_ids=ids, logprobs=tuple(logp[:, 0].tolist()))
+    probe = snapshot_of(model, 0).probe
     engine.verify(probe)
-    other = Probe(token_ids=ids, logprobs=tuple(x - 0.01 for x in probe.logprobs))
+    other = replace(probe, logprobs=tuple(logp - 0.01 for logp in probe.logprobs))
     with pytest.raises(WeightSyncError, match=r"weights 0 do not compute .* by 0\.01 nats"):
         engine.verify(other)
