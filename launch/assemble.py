@@ -293,6 +293,7 @@ class ActorSet:
                 seed=config.seed % 2**31,
                 device=config.cluster.device,
                 sleeps=self.shares,
+                stop_token_ids=tuple(self.prepared.stop_tokens),
             )
 
         return self._create(role, RolloutActor, build, max_concurrency=100_000)

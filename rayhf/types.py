@@ -105,9 +105,10 @@ class Completion:
     logprobs: tuple[float, ...]
     """Log-prob of each token under the sampling policy (temperature applied), in nats."""
     finish_reason: Literal["stop", "length"]
-    """The engine's; "length" means truncated."""
+    """The engine's; "length" means truncated, and so does thinking that never ended."""
     thinking: str | None = None
-    """What a thinking model wrote before its answer, end marker excluded; None without."""
+    """What a thinking model wrote before its answer, markers included; None without. Followed by
+    `text` it is the whole text."""
     thinking_tokens: int = 0
     """Number of token_ids that belong to the thinking, end marker included."""
     policy_version: int

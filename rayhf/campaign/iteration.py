@@ -98,7 +98,10 @@ class IterationExplorer:
         Raises ScorerError when too many completions could not be scored, and any error of a role.
         """
         prompts = self.prompts_of(iteration)
-        journal = Journal(self.store.journal_file(iteration), config_hash=self.store.config_hash)
+        journal = Journal(
+            self.store.journal_file(iteration),
+            config_hash=f"{self.store.config_hash} {self.data.inputs_hash}",
+        )
         scheduler = self.scheduler(journal)
         budget = FailureBudget(
             limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples

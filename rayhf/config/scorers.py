@@ -78,6 +78,8 @@ class ScorerEntryConfig(PluginConfig):
     name: Name | None = None
     """Name in metrics and samples. Default: the function's or the class's name, or the type."""
     weight: float = 1.0
+    text: Literal["final", "whole"] = "final"
+    """What it reads of a thinking model's completion: the final answer, or the thinking as well."""
 
     @property
     def default_name(self) -> str:

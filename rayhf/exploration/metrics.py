@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rayhf.data.thinking import thinking_metrics
 from rayhf.errors import ScorerError
 from rayhf.types import Example, Failed, Group, Invalid, Sample, Scored
 
@@ -53,6 +54,7 @@ def exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, floa
         "scorer/failed": float(sum(isinstance(s.outcome, Failed) for s in samples)),
         "staleness/max": float(version - oldest),
     }
+    metrics |= {f"rollout/{name}": value for name, value in thinking_metrics(completions).items()}
     if scored:
         values = [outcome.value for outcome in scored]
         metrics["scorer/reward_mean"] = float(np.mean(values))

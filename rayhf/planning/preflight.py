@@ -6,7 +6,7 @@ and no cluster.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,13 @@ from rayhf.config.sources import SourceConfig
 from rayhf.data.chat import Chat
 from rayhf.data.loading import PromptLoader
 from rayhf.data.preferences import encode_pairs, load_pairs
+from rayhf.data.stop_tokens import stop_token_ids
+from rayhf.data.template import check_vocabulary, exported_files, policy_tokenizer
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import Evaluation, EvaluationSetup
-from rayhf.models.source import (
-    load_tokenizer,
-    model_length,
-    read_model_config,
-    tokenizer_fingerprint,
-)
+from rayhf.models.directory import check_model, vocabulary_size
+from rayhf.models.source import model_length, read_model_config, tokenizer_fingerprint
+from rayhf.planning.inputs import input_fingerprints
 from rayhf.run_dir.state import read_state
 from rayhf.types import Prompt, TransportName
 
@@ -72,6 +71,8 @@ class Prepared:
     data: CampaignData
     max_length: int
     """Prompt plus response, in tokens."""
+    stop_tokens: Mapping[int, str]
+    """Tokens that end a completion, by id."""
 
 
 def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
@@ -148,12 +149,17 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     from rayhf.scorer.build import check_entries, check_heldout
 
     algorithm, derived = check_settings(config)
-    max_length = _check_models(config, algorithm, base)
-    tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
+    models = _models(config, algorithm, base)
+    max_length = _check_models(config, models)
+    directory = models["policy.model"]
+    tokenizer = policy_tokenizer(directory, config.policy, base=base)
+    model_config = read_model_config(directory, key="policy.model")
+    check_vocabulary(tokenizer, model_config)
     recorded = read_state(config.run.dir)
     loader = PromptLoader(
         tokenizer=tokenizer,
         max_prompt_tokens=max_length - config.rollout.max_tokens,
+        embeddings=vocabulary_size(model_config),
         base=base,
         commits=dict(recorded.datasets) if recorded else {},
     )
@@ -191,13 +197,17 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         evaluations=evaluations,
         pairs=pairs,
         commits=loader.commits,
+        inputs=input_fingerprints(models, tokenizer, prompts.prompts),
+        exported_files=exported_files(config.policy, tokenizer),
     )
+    stop_ids = stop_token_ids(directory, tokenizer)
     return Prepared(
         config=config,
         algorithm=algorithm,
         derived=derived,
         data=data,
         max_length=max_length,
+        stop_tokens={token_id: str(tokenizer.decode([token_id])) for token_id in stop_ids},
     )
 
 
@@ -228,10 +238,34 @@ def _evaluations(
     return evaluations
 
 
-def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> int:
+def _models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> dict[str, Path]:
+    """Return the directories of the models that are trained or start something, by config key."""
+    given = {
+        "policy.model": config.policy.model,
+        "reference.model": config.reference.model,
+        "learner.critic_model": config.learner.critic_model,
+    }
+    if isinstance(algorithm, TrainsSeveralPolicies):
+        given |= {
+            f"algorithm.{name}.model": algorithm.other_policy(name).model
+            for name in algorithm.policies[1:]
+        }
+    return {key: base / model for key, model in given.items() if model is not None}
+
+
+def _check_models(config: CampaignConfig, models: Mapping[str, Path]) -> int:
     """Check every model directory and return the longest sequence that all take, in tokens."""
-    policy = base / config.policy.model
+    policy = models["policy.model"]
     settings = read_model_config(policy, key="policy.model")
+    lora = config.policy.lora
+    for key, path in models.items():
+        check_model(
+            path,
+            read_model_config(path, key=key),
+            key=key,
+            causal=key != "learner.critic_model",
+            lora_targets=lora.target_modules if lora and key != "reference.model" else None,
+        )
     limit = model_length(settings)
     length = config.policy.max_length or limit
     if length is None:
@@ -247,20 +281,8 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
             f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together "
             f"may have {length} tokens; expected less than {length}"
         )
-    others = [
-        ("reference.model", config.reference.model),
-        ("learner.critic_model", config.learner.critic_model),
-    ]
-    if isinstance(algorithm, TrainsSeveralPolicies):
-        others += [
-            (f"algorithm.{name}.model", algorithm.other_policy(name).model)
-            for name in algorithm.policies[1:]
-        ]
-    for key, other in others:
-        if other is None:
-            continue
-        read_model_config(base / other, key=key)
-        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(base / other)
+    for key, other in models.items():
+        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(other)
         if mine != theirs:
             raise ConfigError(
                 f"{key}: the tokenizer of {other} ({theirs}) differs from the one of policy.model "

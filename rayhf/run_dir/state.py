@@ -72,6 +72,8 @@ class CheckpointState(BaseModel):
     """Fingerprint of the training prompts."""
     pairs: str | None
     """Fingerprint of the offline pairs; None without any."""
+    inputs: dict[str, str]
+    """Fingerprints of the chat template, the rendered prompts and the files of models, by name."""
     config: JsonObject
     packages: dict[str, str]
     """Versions of the installed packages, for reproduction."""

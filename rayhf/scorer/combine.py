@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
+from rayhf.data.thinking import with_whole_texts
 from rayhf.errors import CheckpointError
 from rayhf.scorer.comparisons import (
     Problem,
@@ -50,6 +51,10 @@ class Part:
         """Name in metrics and samples."""
         return self.config.resolved_name
 
+    def readable(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreRequest]:
+        """Return the requests with the text that the scorer reads (`text` of its entry)."""
+        return with_whole_texts(requests) if self.config.text == "whole" else requests
+
 
 class Combined:
     """The combination of all parts, see the module's docstring."""
@@ -63,7 +68,10 @@ class Combined:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         """Return the combined outcome of each completion."""
-        by_part = [check_outcomes(part.engine.score(requests), requests) for part in self._parts]
+        by_part = [
+            check_outcomes(part.engine.score(part.readable(requests)), requests)
+            for part in self._parts
+        ]
         self._update_statistics(self._parts, by_part)
         return [
             tuple(self._outcome(outcomes) for outcomes in zip(*by_request, strict=True))
@@ -167,8 +175,8 @@ class Combined:
 
     def _compare(self, part: Part, requests: Sequence[ScoreRequest]) -> list[Comparison]:
         if part.config.is_pairwise:
-            return check_comparisons(part.engine.compare(requests), requests)
-        rows = check_outcomes(part.engine.score(requests), requests)
+            return check_comparisons(part.engine.compare(part.readable(requests)), requests)
+        rows = check_outcomes(part.engine.score(part.readable(requests)), requests)
         self._update_statistics([part], [rows])
         return [compare_scores([self._scaled(part, o) for o in outcomes]) for outcomes in rows]
 
