@@ -103,8 +103,8 @@ class Evaluator:
     def _scores_alone(self) -> bool:
         """Whether the training scorer can score the held-out completions, one per prompt."""
         names = set(names_of(self._config.scorer.train))
-        chosen = {name for prompt in self._data.heldout for name in prompt.scorers or ()}
-        return chosen <= names and not any(e.is_pairwise for e in self._config.scorer.train)
+        judged = all(p.scorers is None or names & set(p.scorers) for p in self._data.heldout)
+        return judged and not any(entry.is_pairwise for entry in self._config.scorer.train)
 
 
 def _at_test_time(algorithm: Algorithm) -> bool:

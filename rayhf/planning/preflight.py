@@ -163,9 +163,8 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         base=base,
         commits=dict(recorded.datasets) if recorded else {},
     )
-    prompts = loader.load(
-        config.prompts.train, key="prompts.train", scorers=names_of(config.scorer.train)
-    )
+    named = names_of([*config.scorer.train, *(config.scorer.evaluate or ())])
+    prompts = loader.load(config.prompts.train, key="prompts.train", scorers=named)
     prompts.check_batches(
         batch=config.prompts.batch, iterations=config.run.iterations, key="prompts.train"
     )
@@ -173,10 +172,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     chat = Chat(tokenizer, max_length=max_length)
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
-        judges = config.scorer.evaluate or config.scorer.train
-        loaded = loader.load(
-            config.prompts.heldout, key="prompts.heldout", scorers=names_of(judges)
-        )
+        loaded = loader.load(config.prompts.heldout, key="prompts.heldout", scorers=named)
         heldout = loaded.first(config.run.eval_prompts)
     check_entries(config.scorer.train, base)
     if heldout:
