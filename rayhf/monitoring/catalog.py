@@ -66,6 +66,7 @@ METRICS: tuple[Metric, ...] = (
             "mean of one scorer's scores, where several combine",
         ),
         ("scorer/invalid", "count", "completions whose scorer responded without a score"),
+        ("scorer/skipped", "count", "completions that no scorer applies to"),
         ("scorer/failed", "count", "completions whose scorer did not respond"),
         (
             "scorer/pointwise",

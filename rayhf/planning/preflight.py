@@ -6,7 +6,7 @@ and no cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from rayhf.campaign.data import CampaignData
 from rayhf.config.base import PluginConfig
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
+from rayhf.config.scorers import ScorerConfig
 from rayhf.data.chat import Chat
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.prompts import PromptSet, load_prompts
@@ -147,8 +148,6 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
 
     Relative paths start at `base`. Raises ConfigError.
     """
-    from rayhf.scorer.build import check_entries, check_heldout
-
     algorithm, derived = check_settings(config)
     max_length = _check_models(config, algorithm, base)
     tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
@@ -165,12 +164,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     if config.prompts.heldout is not None:
         loaded = load(config.prompts.heldout, key="prompts.heldout")
         heldout = loaded.prompts[: config.run.eval_prompts]
-    check_entries(config.scorer.train, base)
-    if heldout:
-        judged = config.scorer.evaluate or config.scorer.train
-        check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
-    if config.scorer.evaluate is not None:
-        check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
+    _check_scorers(config.scorer, prompts.prompts, heldout, base)
     evaluations = _evaluations(config, load, base, chat, heldout or prompts.prompts)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
@@ -187,6 +181,25 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         data=data,
         max_length=max_length,
     )
+
+
+def _check_scorers(
+    scorer: ScorerConfig, prompts: Sequence[Prompt], heldout: Sequence[Prompt], base: Path
+) -> None:
+    """Check the campaign's scorers, with the prompts that they judge."""
+    from rayhf.scorer.build import check_entries, check_heldout, check_named_scorers
+
+    train = scorer.train
+    evaluate = scorer.evaluate or ()
+    judged = heldout if not evaluate else ()
+    check_named_scorers(prompts, train, evaluate, where="scorer.train")
+    check_entries(train, base, prompts=[*prompts, *judged])
+    if evaluate:
+        check_entries(evaluate, base, where="scorer.evaluate", prompts=heldout)
+    if heldout:
+        where = "scorer.evaluate" if evaluate else "scorer.train"
+        check_named_scorers(heldout, evaluate or train, train, where=where)
+        check_heldout(evaluate or train, where=where)
 
 
 def _evaluations(

@@ -24,11 +24,12 @@ from rayhf.config.scorers import (
 )
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.scorer.build import build_scorer, check_entries, check_heldout
-from rayhf.scorer.combine import Combined, Part
+from rayhf.scorer.combine import Combined
 from rayhf.scorer.judge import JudgeConfig
+from rayhf.scorer.parts import Part
 from rayhf.scorer.protocol import ScorerEngine, ScorerSetup
 from rayhf.scorer.reward_model import RewardModelConfig
-from rayhf.scorer.rule import PairwiseRuleConfig, RuleConfig
+from rayhf.scorer.rule_config import PairwiseRuleConfig, RuleConfig
 from rayhf.types import (
     Compared,
     Comparison,
