@@ -8,6 +8,9 @@ a signature.
 - `ray._private.runtime_env.packaging.create_package`: the zip file that `ray job submit` uploads,
   with the rules of .gitignore and .rayignore. The public client zips and uploads in one step, too
   late to refuse a directory that is too large or lacks the config.
+- `JobConfig(_client_job=True)`: keeps the driver's current directory from the head of the workers'
+  import path, where its files would replace modules of Python's and of rayhf's. It is appended
+  instead (actors/process.py).
 - `ray._raylet.GcsClient`: a first request to a cluster's head, without a token. `ray.init` reads
   the token of a process once and keeps it.
 - `RAY_prestart_worker_first_driver`, `RAY_worker_niceness`: flags of Ray's C++ core, which has no
@@ -20,9 +23,12 @@ token and "token" where it refuses; launch/cluster_auth.py runs it in a process 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from ray.job_config import JobConfig
 
 LOCAL_ENV = {
     # Every actor has a runtime environment of its own: workers that are started ahead, without one,
@@ -32,6 +38,7 @@ LOCAL_ENV = {
     "RAY_worker_niceness": "0",
 }
 """Environment variables for a cluster that is started here."""
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _TIMEOUT_S = 5
 
 
@@ -54,6 +61,14 @@ def create_package(directory: Path, file: Path, *, excludes: Sequence[str]) -> N
         excludes=list(excludes),
         logger=logging.getLogger(__name__),
     )
+
+
+def job_config() -> JobConfig | None:
+    """Return the options of a job whose workers do not import from the current directory first.
+
+    None in a job that `ray job submit` started: it brings its own.
+    """
+    return None if _SUBMITTED in os.environ else JobConfig(_client_job=True)
 
 
 def access(address: str) -> str:

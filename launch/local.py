@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from actors.ray_internals import LOCAL_ENV
+from actors.ray_internals import LOCAL_ENV, job_config
 from launch.cluster_auth import check_head, check_token_file, refusal
 from rayhf.errors import PlacementError, SecurityError
 
@@ -48,11 +48,17 @@ def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
                 include_dashboard=False,
+                job_config=job_config(),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
         else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address=address,
+                job_config=job_config(),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except ConnectionError as error:
         raise PlacementError(
             f"cluster.address {address}: no Ray cluster responds there ({error})"

@@ -77,8 +77,10 @@ def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
     committed = _committed(run)
     try:
         while True:
+            # -P: a file launch.py in the current directory is not ours.
             child = subprocess.Popen(
-                [sys.executable, "-m", "launch.cli", *arguments], preexec_fn=_end_with_parent
+                [sys.executable, "-P", "-m", "launch.cli", *arguments],
+                preexec_fn=_end_with_parent,
             )
             code = child.wait()
             child = None
