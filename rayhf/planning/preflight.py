@@ -76,6 +76,8 @@ class Prepared:
     data: CampaignData
     max_length: int
     """Prompt plus response, in tokens."""
+    notes: tuple[str, ...] = ()
+    """Lines for `rayhf check`."""
 
 
 def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
@@ -164,7 +166,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     if config.prompts.heldout is not None:
         loaded = load(config.prompts.heldout, key="prompts.heldout")
         heldout = loaded.prompts[: config.run.eval_prompts]
-    _check_scorers(config.scorer, prompts.prompts, heldout, base)
+    notes = _check_scorers(config.scorer, prompts.prompts, heldout, base)
     evaluations = _evaluations(config, load, base, chat, heldout or prompts.prompts)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
@@ -180,26 +182,28 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         derived=derived,
         data=data,
         max_length=max_length,
+        notes=tuple(notes),
     )
 
 
 def _check_scorers(
     scorer: ScorerConfig, prompts: Sequence[Prompt], heldout: Sequence[Prompt], base: Path
-) -> None:
-    """Check the campaign's scorers, with the prompts that they judge."""
+) -> list[str]:
+    """Check the campaign's scorers, with the prompts that they judge; return lines about them."""
     from rayhf.scorer.build import check_entries, check_heldout, check_named_scorers
 
     train = scorer.train
     evaluate = scorer.evaluate or ()
     judged = heldout if not evaluate else ()
     check_named_scorers(prompts, train, evaluate, where="scorer.train")
-    check_entries(train, base, prompts=[*prompts, *judged])
+    notes = check_entries(train, base, prompts=[*prompts, *judged])
     if evaluate:
-        check_entries(evaluate, base, where="scorer.evaluate", prompts=heldout)
+        notes += check_entries(evaluate, base, where="scorer.evaluate", prompts=heldout)
     if heldout:
         where = "scorer.evaluate" if evaluate else "scorer.train"
         check_named_scorers(heldout, evaluate or train, train, where=where)
         check_heldout(evaluate or train, where=where)
+    return notes
 
 
 def _evaluations(

@@ -51,20 +51,24 @@ def check_entries(
     *,
     where: str = "scorer.train",
     prompts: Sequence[Prompt] = (),
-) -> None:
-    """Check what each scorer can check without loading weights.
+) -> list[str]:
+    """Check what each scorer can check without loading weights; return lines about them.
 
     Functions can be imported and called and can use what the prompts that they judge provide,
     models have the right files, services respond and serve what the entry says. Starts a
     short-lived child process or two per function and waits seconds for services. Raises ConfigError
     that begins with the entry's key, or UnreachableError where no service responds.
     """
+    notes = []
     for index, config in enumerate(entries):
         try:
             judged = [prompt for prompt in prompts if judges(config, prompt)]
-            _scorer_class(config).check_prompts(config, base, judged)
+            note = _scorer_class(config).check_prompts(config, base, judged)
         except (ConfigError, UnreachableError) as error:
             raise type(error)(f"{where}[{index}]: {error}") from None
+        if note:
+            notes.append(f"{where}[{index}]: {note}")
+    return notes
 
 
 def check_named_scorers(

@@ -91,13 +91,14 @@ class BaseScorer(ABC, Generic[C]):
         """
 
     @classmethod
-    def check_prompts(cls, config: C, base: Path, prompts: Sequence[Prompt]) -> None:
+    def check_prompts(cls, config: C, base: Path, prompts: Sequence[Prompt]) -> str | None:
         """Refuse settings or prompts that cannot work, before anything starts.
 
-        `prompts` are those that the scorer judges; none where they are not known. Raises as
-        `check`.
+        `prompts` are those that the scorer judges; none where they are not known. Returns what
+        `rayhf check` prints of it, if anything. Raises as `check`.
         """
         cls.check(config, base)
+        return None
 
     @abstractmethod
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:

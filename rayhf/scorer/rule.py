@@ -62,13 +62,13 @@ class _FunctionScorer(BaseScorer[F]):
         cls.check_prompts(config, base, ())
 
     @classmethod
-    def check_prompts(cls, config: F, base: Path, prompts: Sequence[Prompt]) -> None:
-        """Check also what the prompts must provide.
+    def check_prompts(cls, config: F, base: Path, prompts: Sequence[Prompt]) -> str:
+        """Check also what the prompts must provide; return how the function is called.
 
         Raises ConfigError for a parameter without a value, and for reference answers that the
         function cannot use.
         """
-        check_rule(config, cls.style(config), base, prompts)
+        return check_rule(config, cls.style(config), base, prompts)
 
     def close(self) -> None:
         """End the processes."""

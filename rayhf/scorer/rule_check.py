@@ -7,7 +7,6 @@ module, a value for a parameter, or reference answers that it can use, with thei
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from rayhf.errors import ConfigError
 from rayhf.scorer.rule_config import FunctionEntryConfig
 from rayhf.scorer.rule_process import Child, LostError
 from rayhf.types import Prompt, quoted
-
-logger = logging.getLogger(__name__)
 
 ANSWERS = 10_000
 """Reference answers that are checked, evenly spread over the prompts."""
@@ -28,17 +25,18 @@ ENDLESS = 3
 
 def check_rule(
     config: FunctionEntryConfig, style: str, base: Path, prompts: Sequence[Prompt]
-) -> None:
-    """Check a function against prompts. Raises ConfigError."""
+) -> str:
+    """Check a function against prompts; return how it is called. Raises ConfigError."""
     child = Child(config, style, base=base)
     try:
-        logger.info("rule %s: style %s", config.function, child.parameters.style)
+        how = "coroutine function" if child.parameters.is_async else "function"
+        note = f"rule {config.function} is a {how} of style {child.parameters.style}"
         for prompt in prompts:
             missing = child.parameters.missing(prompt.row)
             if missing is not None:
                 raise ConfigError(f"rule {config.function}: {missing}, for {quoted(prompt)}")
         if not (prompts and child.checks_answers):
-            return
+            return note
         checked = list(prompts[:: max(1, len(prompts) // ANSWERS)])
         unusable: list[tuple[Prompt, str]] = []
         endless = 0
@@ -67,6 +65,7 @@ def check_rule(
             f"rule {config.function} cannot use {len(unusable)} of {len(checked)} reference "
             f"answers: {named}"
         )
+    return note
 
 
 def _answers(child: Child, prompts: Sequence[Prompt]) -> Iterator[str]:
