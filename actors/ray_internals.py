@@ -11,6 +11,8 @@ a signature.
 - `JobConfig(_client_job=True)`: keeps the driver's current directory from the head of the workers'
   import path, where its files would replace modules of Python's and of rayhf's. It is appended
   instead (actors/process.py).
+- `ray._private.worker._global_node`: the processes of a cluster that this process started. Ray
+  does not report that one of them ended; calls wait for their deadlines.
 - `ray._raylet.GcsClient`: a first request to a cluster's head, without a token. `ray.init` reads
   the token of a process once and keeps it.
 - `RAY_prestart_worker_first_driver`, `RAY_worker_niceness`: flags of Ray's C++ core, which has no
@@ -27,8 +29,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ray.job_config import JobConfig
+if TYPE_CHECKING:
+    from ray.job_config import JobConfig
 
 LOCAL_ENV = {
     # Every actor has a runtime environment of its own: workers that are started ahead, without one,
@@ -50,6 +54,14 @@ def free_resources() -> dict[str, dict[str, float]]:
     return free
 
 
+def dead_processes() -> list[str]:
+    """Return which processes of the cluster that this process started have ended."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return [] if node is None else [name for name, _ in node.dead_processes()]
+
+
 def create_package(directory: Path, file: Path, *, excludes: Sequence[str]) -> None:
     """Zip a working directory as Ray does, without what .gitignore and .rayignore name."""
     from ray._private.runtime_env import packaging
@@ -68,6 +80,8 @@ def job_config() -> JobConfig | None:
 
     None in a job that `ray job submit` started: it brings its own.
     """
+    from ray.job_config import JobConfig
+
     return None if _SUBMITTED in os.environ else JobConfig(_client_job=True)
 
 

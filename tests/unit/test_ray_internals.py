@@ -14,7 +14,7 @@ from ray._private.runtime_env import packaging
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.state import available_resources_per_node
 
-from actors.ray_internals import LOCAL_ENV, create_package, job_config
+from actors.ray_internals import LOCAL_ENV, create_package, dead_processes, job_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,3 +71,10 @@ def test_job_config_has_the_option_we_set(monkeypatch: pytest.MonkeyPatch) -> No
     assert config is not None and config._client_job is True
     monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
     assert job_config() is None
+
+
+def test_processes_of_a_node_have_names_and_states() -> None:
+    from ray._private.node import Node
+
+    assert "process_type" in inspect.getsource(Node.dead_processes)
+    assert dead_processes() == []  # no cluster was started here
