@@ -6,7 +6,12 @@ runtime_env or os.environ, to be set before the process imports anything.
 
 from __future__ import annotations
 
+import os
+
 from rayhf.rollout.env import Device, engine_env
+
+USER_FOLDER = "RAYHF_USER_FOLDER"
+"""Environment variable with the directory in which the command was given."""
 
 
 def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str, str]:
@@ -18,6 +23,7 @@ def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str,
         vllm: the process runs a vLLM engine.
     """
     env = {
+        USER_FOLDER: os.getcwd(),
         # Models are local directories: no process looks anything up.
         "HF_HUB_OFFLINE": "1",
         # A tokenizer's threads would compete with the model's.

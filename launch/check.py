@@ -53,6 +53,8 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
     rows = derived.table(config)
     if hardware:
         prepared = prepare(config, base=Path.cwd())
+        for note in prepared.notes:
+            console.print(escape(note))
         if shared := overlap(prepared):
             console.print(
                 f"warning: {shared} held-out prompts are also training prompts", style="yellow"

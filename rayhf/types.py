@@ -57,6 +57,18 @@ class Prompt:
     """Names of the scorers that judge it; None: all."""
 
 
+def last_question(prompt: Prompt) -> str:
+    """Return a prompt's last user message, or else its last message."""
+    questions = [m["content"] for m in prompt.messages if m["role"] == "user"]
+    return questions[-1] if questions else prompt.messages[-1]["content"]
+
+
+def quoted(prompt: Prompt) -> str:
+    """Return the beginning of a prompt's last question, for messages."""
+    text = " ".join(last_question(prompt).split())
+    return f"the prompt {text[:60] + '...' if len(text) > 60 else text!r}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """Sampling parameters of the rollout role."""
@@ -128,6 +140,14 @@ class Invalid:
     """A scorer's reply that is not a score (NaN, None, wrong type, unparsable verdict)."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped(Invalid):
+    """A scorer's statement that it does not apply to a completion; others may score it.
+
+    A combination leaves the scorer out for this completion.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,6 +74,7 @@ class IterationExplorer:
             journal=journal,
             in_flight=run.max_in_flight
             or max(IN_FLIGHT, 2 * rollout.engines * rollout.max_num_seqs),
+            score_calls=self.config.scorer.calls_in_flight,
         )
 
     def prompts_of(self, iteration: int) -> Sequence[Prompt]:
@@ -128,6 +129,8 @@ class IterationExplorer:
             )
         finally:
             journal.close()
+        if problems := budget.summary():
+            self.observer.event("warn", f"iteration {iteration}: {problems}")
         return ExploredIteration(
             groups=groups,
             tokens={

@@ -73,6 +73,7 @@ METRICS: tuple[Metric, ...] = (
             "mean of one scorer's scores, where several combine",
         ),
         ("scorer/invalid", "count", "completions whose scorer responded without a score"),
+        ("scorer/skipped", "count", "completions that no scorer applies to"),
         ("scorer/failed", "count", "completions whose scorer did not respond"),
         ("source/<name>/reward", "score", "mean score of one source, where there are several"),
         ("source/<name>/length", "tokens", "mean length of one source's completions"),

@@ -6,7 +6,7 @@ and no cluster.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from rayhf.algorithms.base import Algorithm, TakesOfflinePairs, TrainsSeveralPol
 from rayhf.campaign.data import CampaignData
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
-from rayhf.config.scorers import names_of
+from rayhf.config.scorers import ScorerConfig, names_of
 from rayhf.config.sources import SourceConfig
 from rayhf.data.chat import Chat
 from rayhf.data.loading import PromptLoader
@@ -73,6 +73,8 @@ class Prepared:
     """Prompt plus response, in tokens."""
     stop_tokens: Mapping[int, str]
     """Tokens that end a completion, by id."""
+    notes: tuple[str, ...] = ()
+    """Lines for `rayhf check`."""
 
 
 def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
@@ -146,8 +148,6 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     Relative paths start at `base`. Hub data sets are read at the commits that the run directory has
     recorded. Raises ConfigError.
     """
-    from rayhf.scorer.build import check_entries, check_heldout
-
     algorithm, derived = check_settings(config)
     models = _models(config, algorithm, base)
     max_length = _check_models(config, models)
@@ -174,12 +174,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     if config.prompts.heldout is not None:
         loaded = loader.load(config.prompts.heldout, key="prompts.heldout", scorers=named)
         heldout = loaded.first(config.run.eval_prompts)
-    check_entries(config.scorer.train, base)
-    if heldout:
-        judged = config.scorer.evaluate or config.scorer.train
-        check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
-    if config.scorer.evaluate is not None:
-        check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
+    notes = _check_scorers(config.scorer, prompts.prompts, heldout, base)
     evaluations = _evaluations(config, loader, chat, heldout or prompts.prompts)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
@@ -204,7 +199,28 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         data=data,
         max_length=max_length,
         stop_tokens={token_id: str(tokenizer.decode([token_id])) for token_id in stop_ids},
+        notes=tuple(notes),
     )
+
+
+def _check_scorers(
+    scorer: ScorerConfig, prompts: Sequence[Prompt], heldout: Sequence[Prompt], base: Path
+) -> list[str]:
+    """Check the campaign's scorers, with the prompts that they judge; return lines about them."""
+    from rayhf.scorer.build import check_entries, check_heldout, check_named_scorers
+
+    train = scorer.train
+    evaluate = scorer.evaluate or ()
+    judged = heldout if not evaluate else ()
+    check_named_scorers(prompts, train, evaluate, where="scorer.train")
+    notes = check_entries(train, base, prompts=[*prompts, *judged])
+    if evaluate:
+        notes += check_entries(evaluate, base, where="scorer.evaluate", prompts=heldout)
+    if heldout:
+        where = "scorer.evaluate" if evaluate else "scorer.train"
+        check_named_scorers(heldout, evaluate or train, train, where=where)
+        check_heldout(evaluate or train, where=where)
+    return notes
 
 
 def _evaluations(

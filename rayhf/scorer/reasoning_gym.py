@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayhf.data.reasoning_gym import generate
-from rayhf.scorer.rule import Rule, RuleConfig
+from rayhf.scorer.rule import Rule
+from rayhf.scorer.rule_config import RuleConfig
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
