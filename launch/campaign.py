@@ -62,6 +62,7 @@ def run_campaign(
     takes_labels = isinstance(prepared.algorithm, TakesLabels)
     store = RunDir(config, lock, takes_labels=takes_labels, models=commits)
     try:
+        store.record_datasets(prepared.data.commits)
         if store.state.iteration >= config.run.iterations:
             say(
                 f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} "

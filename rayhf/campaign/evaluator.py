@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rayhf.algorithms.base import Algorithm, WorksAtTestTime
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.campaign.iteration import IterationExplorer
+from rayhf.config.scorers import names_of
 from rayhf.evaluation.base import EvaluationContext
 from rayhf.evaluation.scored import evaluate
 from rayhf.types import Completion, Group, Prompt, Sample, derive_seed
@@ -100,8 +101,10 @@ class Evaluator:
 
     @property
     def _scores_alone(self) -> bool:
-        """Whether the training scorer can score a completion without others of its prompt."""
-        return not any(entry.is_pairwise for entry in self._config.scorer.train)
+        """Whether the training scorer can score the held-out completions, one per prompt."""
+        names = set(names_of(self._config.scorer.train))
+        judged = all(p.scorers is None or names & set(p.scorers) for p in self._data.heldout)
+        return judged and not any(entry.is_pairwise for entry in self._config.scorer.train)
 
 
 def _at_test_time(algorithm: Algorithm) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rayhf.algorithms.base import Algorithm
 from rayhf.campaign.data import CampaignData
 from rayhf.config.schema import CampaignConfig
-from rayhf.data.prompts import iteration_batch, parse_prompt
+from rayhf.data.prompts import parse_prompt
 from rayhf.errors import ConfigError
 from rayhf.exploration.build import build_scheduler
 from rayhf.exploration.journal import Journal
@@ -74,14 +74,13 @@ class IterationExplorer:
             journal=journal,
             in_flight=run.max_in_flight
             or max(IN_FLIGHT, 2 * rollout.engines * rollout.max_num_seqs),
+            score_calls=self.config.scorer.calls_in_flight,
         )
 
     def prompts_of(self, iteration: int) -> Sequence[Prompt]:
         """Return the iteration's prompts; prompts added at run time replace those of the set."""
         batch = self.config.prompts.batch
-        dealt = iteration_batch(
-            self.data.prompts.prompts, batch=batch, iteration=iteration, seed=self.config.seed
-        )
+        dealt = self.data.prompts.batch(batch=batch, iteration=iteration, seed=self.config.seed)
         added: dict[str, Prompt] = {}
         room = self.data.chat.max_length - self.sampling.max_tokens
         for row in self.store.inbox.take("prompts", iteration, limit=batch):
@@ -100,7 +99,10 @@ class IterationExplorer:
         Raises ScorerError when too many completions could not be scored, and any error of a role.
         """
         prompts = self.prompts_of(iteration)
-        journal = Journal(self.store.journal_file(iteration), config_hash=self.store.config_hash)
+        journal = Journal(
+            self.store.journal_file(iteration),
+            config_hash=f"{self.store.config_hash} {self.data.inputs_hash}",
+        )
         scheduler = self.scheduler(journal)
         budget = FailureBudget(
             limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples
@@ -127,6 +129,8 @@ class IterationExplorer:
             )
         finally:
             journal.close()
+        if problems := budget.summary():
+            self.observer.event("warn", f"iteration {iteration}: {problems}")
         return ExploredIteration(
             groups=groups,
             tokens={

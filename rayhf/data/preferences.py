@@ -1,8 +1,8 @@
 """Preference pairs from a file: read, checked, and encoded as training examples.
 
-A row has `prompt` (string) or `messages` (list), `chosen` and `rejected` (different texts), and
-optionally `margin` (how much better, 0 or more), `score_chosen` and `score_rejected` (ratings).
-Error messages name the file and the row.
+A row has `prompt` or `messages`, `chosen` and `rejected` (different texts, or lists of messages as
+in UltraFeedback), and optionally `margin` (how much better, 0 or more), `score_chosen` and
+`score_rejected` (ratings). Error messages name the file and the row.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayhf.data.chat import Chat
-from rayhf.data.prompts import iteration_batch, parse_messages, prompt_id
-from rayhf.data.readers import Row, read_rows
+from rayhf.data.columns import Row
+from rayhf.data.conversations import parse_comparison
+from rayhf.data.mixing import iteration_batch
+from rayhf.data.prompts import prompt_id
+from rayhf.data.readers import read_rows
 from rayhf.errors import ConfigError
 from rayhf.types import Example, Message, given_row
 
@@ -79,9 +82,7 @@ def load_pairs(path: Path, *, key: str) -> PairSet:
 
 
 def _parse_pair(row: Row, where: str) -> TextPair:
-    messages = parse_messages(row, where)
-    chosen = _text(row, "chosen", where)
-    rejected = _text(row, "rejected", where)
+    messages, chosen, rejected = parse_comparison(row, where)
     margin = _number(row, "margin", where)
     if margin is not None and margin < 0:
         raise ConfigError(f"{where}: `margin` is {margin:g}; expected 0 or more")
@@ -93,15 +94,6 @@ def _parse_pair(row: Row, where: str) -> TextPair:
         score_chosen=_number(row, "score_chosen", where),
         score_rejected=_number(row, "score_rejected", where),
     )
-
-
-def _text(row: Row, field: str, where: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise ConfigError(
-            f"{where}: expected `{field}` (string), got keys {', '.join(sorted(row))}"
-        )
-    return value
 
 
 def _number(row: Row, field: str, where: str) -> float | None:

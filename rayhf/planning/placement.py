@@ -106,7 +106,7 @@ def _counts(
     return {
         **counts,
         "reference": int(reference),
-        "scorer": 1,
+        "scorer": config.scorer.replicas,
         "evaluator": len(config.evaluator_scorers),
     }
 
