@@ -236,6 +236,15 @@ def test_bad_completion_of_a_coroutine_function(
     assert isinstance(outcomes[0][1], Failed) and outcomes[0][1].reason.startswith(reason)
 
 
+def test_coroutine_function_that_hangs_is_given_up(rule: Callable[..., Rule]) -> None:
+    function = rule("in_flight", concurrency=2, timeout_s=0.1)
+    requests = [rows(*["hang"] * 4, row={"n": n}) for n in range(200)]
+    outcomes = function.score(requests)
+    last = outcomes[-1][-1]
+    assert isinstance(last, Failed)
+    assert last.reason == "skipped: all calls of 4 prompts were lost: no response within 0.1 s"
+
+
 def test_workers_share_the_calls(rule: Callable[..., Rule]) -> None:
     pids = values(rule("pid", workers=3).score([rows("x", row={"n": n}) for n in range(60)]))
     assert len(set(pids)) == 3
