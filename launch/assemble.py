@@ -30,6 +30,7 @@ from rayhf.algorithms.base import (
     Algorithm,
     TrainsCritic,
     TrainsSeveralPolicies,
+    generates,
     needs_frozen_reference,
     policies_of,
 )
@@ -41,6 +42,7 @@ from rayhf.planning.preflight import Prepared, transport_of
 from rayhf.roles import Learner, Roles, Rollout, Scorer
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.store import RunDir
+from rayhf.scorer.none import NoScorer
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.retrying import RetryingScorer
 
@@ -88,6 +90,7 @@ def actor_specs_of(config: CampaignConfig, algorithm: Algorithm) -> list[ActorSp
         critic=isinstance(algorithm, TrainsCritic),
         reference=needs_frozen_reference(algorithm),
         policies=policies_of(algorithm),
+        generates=generates(algorithm),
     )
 
 
@@ -152,7 +155,7 @@ class ActorSet:
         config = self.config
         timeout_s = config.run.timeout_s
         policies = policies_of(self.prepared.algorithm)
-        engines = {policy: self._rollouts(policy) for policy in policies}
+        engines = {policy: group for policy in policies if (group := self._rollouts(policy))}
         starts = [actor.start() for actor in self.actors]
         learners = {policy: self._learner(_role("learner", policy)) for policy in policies}
         pools = {
@@ -169,9 +172,7 @@ class ActorSet:
             await asyncio.gather(*(pool.sleep() for pool in pools.values()))
             starts = []
         engines_count = len(self.actors)
-        (scorer,) = self._scorers(
-            "scorer", [config.scorer.train], {"combine": config.scorer.combine}
-        )
+        scorers = self._scorers("scorer", [config.scorer.train], {"combine": config.scorer.combine})
         evaluator_scorers = config.evaluator_scorers
         evaluators = self._scorers("evaluator", list(evaluator_scorers.values()), {})
         references = self._references()
@@ -192,7 +193,7 @@ class ActorSet:
         return Roles(
             rollouts=rollouts,
             learners=trained,
-            scorer=self._retrying(scorer),
+            scorer=self._retrying(scorers[0]) if scorers else NoScorer(),
             evaluator=eval_scorers.pop(None, None),
             eval_scorers={task: scorer for task, scorer in eval_scorers.items() if task},
             critic=value,
@@ -378,6 +379,8 @@ def _role(kind: str, policy: str) -> str:
 
 async def _all(starts: list[Coroutine[Any, Any, None]]) -> None:
     """Start in parallel. Raises the first error; `shutdown` ends what was left half started."""
+    if not starts:
+        return
     tasks = [asyncio.ensure_future(start) for start in starts]
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     for task in pending:

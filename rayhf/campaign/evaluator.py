@@ -32,6 +32,11 @@ class Evaluator:
             task for task, every in intervals.items() if always or (every and not iteration % every)
         ]
 
+    def generates(self, tasks: Sequence[str | None]) -> bool:
+        """Whether any of `tasks` generates completions."""
+        evaluations = self._config.evaluations
+        return any(task is None or evaluations[task].generates for task in tasks)
+
     async def measure(
         self, tasks: Sequence[str | None], *, restore_scorer: bool
     ) -> dict[str, float]:
@@ -101,7 +106,8 @@ class Evaluator:
     @property
     def _scores_alone(self) -> bool:
         """Whether the training scorer can score a completion without others of its prompt."""
-        return not any(entry.is_pairwise for entry in self._config.scorer.train)
+        entries = self._config.scorer.train
+        return bool(entries) and not any(entry.is_pairwise for entry in entries)
 
 
 def _at_test_time(algorithm: Algorithm) -> bool:

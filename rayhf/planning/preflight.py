@@ -12,12 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayhf.algorithms.base import Algorithm, TakesOfflinePairs, TrainsSeveralPolicies
+from rayhf.algorithms.base import (
+    Algorithm,
+    TakesOfflinePairs,
+    TrainsOnRows,
+    TrainsSeveralPolicies,
+    generates,
+)
 from rayhf.campaign.data import CampaignData
 from rayhf.config.base import PluginConfig
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.chat import Chat
+from rayhf.data.examples import load_examples
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.prompts import PromptSet, load_prompts
 from rayhf.data.readers import open_source
@@ -46,6 +53,13 @@ class Derived:
 
     def table(self, config: CampaignConfig) -> list[tuple[str, str]]:
         """Return rows (name, value) for a table."""
+        steps = [
+            ("optimizer steps per iteration", f"{self.steps_per_iteration}"),
+            ("iterations", f"{config.run.iterations}"),
+            ("optimizer steps", f"{self.total_steps}"),
+        ]
+        if not self.samples_per_iteration:
+            return [("rows per iteration", f"{config.prompts.batch}"), *steps]
         return [
             ("prompts per iteration", f"{config.prompts.batch}"),
             ("responses per iteration", f"{self.samples_per_iteration}"),
@@ -53,9 +67,7 @@ class Derived:
                 "tokens per iteration",
                 f"at most {self.samples_per_iteration * config.rollout.max_tokens:,}",
             ),
-            ("optimizer steps per iteration", f"{self.steps_per_iteration}"),
-            ("iterations", f"{config.run.iterations}"),
-            ("optimizer steps", f"{self.total_steps}"),
+            *steps,
             (
                 "staleness",
                 f"{config.run.max_staleness} iteration(s)"
@@ -104,7 +116,23 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     config.algorithm.check_campaign(config)
     algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
+    _check_scorers(config, algorithm)
     return algorithm, derive(config, algorithm)
+
+
+def _check_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
+    """Refuse a campaign that scores completions without a scorer. Raises ConfigError."""
+    example = "for example [{type: rule, function: my_rules:score}]"
+    if not config.scorer.train and generates(algorithm):
+        raise ConfigError(
+            f"scorer.train: {config.algorithm.type} scores the completions that it trains on, and "
+            f"there is no scorer; expected at least one, {example}"
+        )
+    if config.prompts.heldout and not (config.scorer.train or config.scorer.evaluate):
+        raise ConfigError(
+            "prompts.heldout: completions of its prompts are scored, and there is no scorer; "
+            f"expected scorer.evaluate, {example}"
+        )
 
 
 def transport_of(config: CampaignConfig) -> TransportName:
@@ -153,14 +181,19 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     max_length = _check_models(config, algorithm, base)
     tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
     load = partial(_load, config, tokenizer=tokenizer, max_length=max_length, base=base)
-    prompts = load(config.prompts.train, key="prompts.train")
+    chat = Chat(tokenizer, max_length=max_length)
+    if isinstance(algorithm, TrainsOnRows):
+        source = open_source(config.prompts.train, base=base, key="prompts.train")
+        prompts, examples = load_examples(source, algorithm.encode, chat, key="prompts.train")
+        algorithm.set_examples(examples)
+    else:
+        prompts = load(config.prompts.train, key="prompts.train")
     if len(prompts.prompts) < config.prompts.batch:
         raise ConfigError(
             f"prompts.batch is {config.prompts.batch}, but {prompts.label} has only "
             f"{len(prompts.prompts)} different prompts; expected at most {len(prompts.prompts)}"
         )
     config.algorithm.check_prompts(config, len(prompts.prompts))
-    chat = Chat(tokenizer, max_length=max_length)
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
         loaded = load(config.prompts.heldout, key="prompts.heldout")
@@ -171,7 +204,8 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
     if config.scorer.evaluate is not None:
         check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
-    evaluations = _evaluations(config, load, base, chat, heldout or prompts.prompts)
+    shown = heldout or (prompts.prompts if generates(algorithm) else ())
+    evaluations = _evaluations(config, load, base, chat, shown)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
         pair_set = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
@@ -228,7 +262,8 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
         raise ConfigError(
             f"policy.max_length is {length}, but the model was made for at most {limit} tokens"
         )
-    if config.rollout.max_tokens >= length:
+    generated = generates(algorithm) or config.evaluates_completions
+    if generated and config.rollout.max_tokens >= length:
         raise ConfigError(
             f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together "
             f"may have {length} tokens; expected less than {length}"
