@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayhf.errors import ConfigError
 from rayhf.types import Message
@@ -79,6 +79,71 @@ class Chat:
     def text(self, token_ids: Sequence[int]) -> str:
         """Return the text that an engine gives a completion with these tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    # --- whole conversations with assistant turns, contents as they are
+
+    @property
+    def end_token(self) -> str | None:
+        """Token that ends a turn."""
+        token = self._tokenizer.eos_token
+        return None if token is None else str(token)
+
+    @property
+    def end_token_id(self) -> int | None:
+        """Id of `end_token`."""
+        identity: int | None = self._tokenizer.eos_token_id
+        return identity
+
+    @property
+    def special_pattern(self) -> str:
+        """Regular expression of every special token."""
+        return f"(?:{'|'.join(map(re.escape, special_tokens(self._tokenizer))) or '(?!)'})"
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the template marks the assistant's text with {% generation %}."""
+        template = self._tokenizer.chat_template
+        return isinstance(template, str) and bool(re.search(r"\{%-?\s*generation\b", template))
+
+    def template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        generation_prompt: bool = False,
+    ) -> str:
+        """Return the text of a conversation. Raises ConfigError if the template refuses it."""
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [dict(m) for m in messages],
+                    tools=tools,
+                    add_generation_prompt=generation_prompt,
+                    tokenize=False,
+                )
+            )
+        except TemplateError as error:
+            raise ConfigError(f"the chat template refuses the messages ({error})") from None
+
+    def tokens_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of a rendered text, and the characters (begin, end) of each."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
+    def generation_mask(
+        self, messages: Sequence[Message], *, tools: list[dict[str, Any]] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """Return the token ids of a conversation and whether the template marks each."""
+        encoded = self._tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            tools=tools,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return list(encoded["input_ids"]), [bool(marked) for marked in encoded["assistant_masks"]]
 
     def encode_response(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
         """Return the token ids of `text` as the assistant's turn after `messages`.

@@ -165,6 +165,18 @@ METRICS: tuple[Metric, ...] = (
         ("sft/nll_response", "nats", "negative log-likelihood of a response, mean over responses"),
     ),
     *_rows(
+        "sft",
+        ("sft/tokens", "tokens", "trained on in the iteration: those of the assistant"),
+    ),
+    *_rows(
+        "kto",
+        ("kto/kl", "nats/response", "estimate of KL(policy || reference) in the loss, at least 0"),
+        ("kto/desirable", "share", "examples with a thumb up"),
+        ("kto/desirable_reward", "nats", "mean implicit reward of thumbs up"),
+        ("kto/undesirable_reward", "nats", "mean implicit reward of thumbs down"),
+        ("kto/margin", "nats", "difference of the two mean rewards"),
+    ),
+    *_rows(
         "mcts_dpo",
         ("mcts/nodes", "nodes", "mean size of a tree"),
         ("mcts/depth", "steps", "mean depth of the deepest node"),
@@ -212,6 +224,12 @@ METRICS: tuple[Metric, ...] = (
         ("eval/<task>/length", "tokens", "mean length at temperature 1"),
         ("eval/<task>/truncated", "share", "completions cut at rollout.max_tokens"),
         ("eval/<task>/reference_kl", "nats/response", "KL(policy || reference)"),
+    ),
+    *_rows(
+        "evaluations of type validation_loss and pair_accuracy",
+        ("eval/<task>/nll", "nats/token", "negative log-likelihood of held-out demonstrations"),
+        ("eval/<task>/pair_accuracy", "share", "held-out pairs that the implicit reward ranks"),
+        ("eval/<task>/pair_margin", "nats", "mean margin of the implicit reward on them"),
     ),
     *_rows(
         "evaluation of type exploitability",
