@@ -214,14 +214,17 @@ class Controller:
                 mix = self._reference_mix(iteration) if policy == "policy" else None
                 if mix is None and not engines:
                     continue
-                snapshot = await self._publish(policy, stored=mix is not None)
-                if engines:
-                    await self.roles.rollouts[policy].update(snapshot)
+                snapshot = await self._push(policy, stored=mix is not None, engines=engines)
                 if mix is not None and self.roles.reference is not None:
                     await self.roles.reference.update(snapshot, mix=mix)
 
-    async def _publish(self, policy: str, *, stored: bool = False) -> WeightSnapshot:
-        return await self.roles.learners[policy].publish(self.versions[policy], stored=stored)
+    async def _push(
+        self, policy: str, *, stored: bool = False, engines: bool = True
+    ) -> WeightSnapshot:
+        snapshot = await self.roles.learners[policy].publish(self.versions[policy], stored=stored)
+        if engines:
+            await self.roles.rollouts[policy].update(snapshot)
+        return snapshot
 
     def _uses_engines(self, iteration: int) -> bool:
         """Return whether anything is generated with the weights of `iteration`."""
@@ -303,7 +306,7 @@ class Controller:
         await load_roles(checkpoint.directory, self.roles, self.algorithm)
         for policy, version in self.versions.items():
             if version and policy in self.roles.rollouts:
-                await self.roles.rollouts[policy].update(await self._publish(policy))
+                await self._push(policy)
         self.observer.event(
             "continue", f"after iteration {self.iteration}, from {checkpoint.directory.name}"
         )

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayhf.data.chat import Chat
-from rayhf.data.conversations import (
+from rayhf.data.examples import EncodedExample, EncodedRow, content_id, encoded_row
+from rayhf.data.readers import Row
+from rayhf.data.responses import (
     Messages,
     completion_of,
     parse_conversation,
     prompt_of,
     tools_of,
 )
-from rayhf.data.examples import EncodedExample, EncodedRow, content_id, encoded_row
-from rayhf.data.readers import Row
 from rayhf.errors import ConfigError
 
 Tools = list[dict[str, Any]] | None
@@ -121,7 +121,7 @@ def _mask_by_prefixes(
         upto = _without_space_after_end(upto, chat)
         if not (whole.startswith(upto) and upto.startswith(before)):
             raise ConfigError(
-                f"{where}: the chat template renders assistant turn {turn + 1} differently once "
+                f"{where}: the chat template renders message {turn + 1} differently once "
                 "other turns follow (some strip earlier thinking), so its tokens cannot be "
                 "located; expected algorithm.last_only: true, or a template with {% generation %}"
             )

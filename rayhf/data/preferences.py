@@ -1,7 +1,7 @@
 """Preference pairs from a file: read, checked, and encoded as training examples.
 
 A row has `prompt` or `messages`, `chosen` and `rejected` (texts or messages, see
-rayhf/data/conversations.py), and optionally `margin` (how much better, 0 or more), `score_chosen`
+rayhf/data/responses.py), and optionally `margin` (how much better, 0 or more), `score_chosen`
 and `score_rejected` (ratings).
 Error messages name the file and the row.
 """
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayhf.data.chat import Chat
-from rayhf.data.conversations import completion_of, pair_of, prompt_of
 from rayhf.data.examples import EncodedExample, EncodedRow, content_id, encoded_row
 from rayhf.data.prompts import iteration_batch, prompt_id
 from rayhf.data.readers import Row, read_rows
+from rayhf.data.responses import completion_of, pair_of, prompt_of
 from rayhf.errors import ConfigError
 from rayhf.types import Example, Message, given_row
 
