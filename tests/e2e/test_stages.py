@@ -1,4 +1,4 @@
-"""Stages with the real learner and no engine: exact resume, and one stage from the other's policy."""
+"""Stages with the real learner and no engine: exact resume, and a stage from another's policy."""
 
 from __future__ import annotations
 
