@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rayhf.errors import ConfigError
@@ -94,12 +95,19 @@ class Chat:
         identity: int | None = self._tokenizer.eos_token_id
         return identity
 
-    @property
-    def special_pattern(self) -> str:
-        """Regular expression of every special token."""
-        return f"(?:{'|'.join(map(re.escape, special_tokens(self._tokenizer))) or '(?!)'})"
+    def without_space_after_end(self, text: str) -> str:
+        """Return the text without white space after its last special token, if it ends so.
 
-    @property
+        Templates write such white space after a turn; a model never does.
+        """
+        stripped = text.rstrip()
+        return stripped if stripped.endswith(self._special_tokens) else text
+
+    @cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        return tuple(special_tokens(self._tokenizer))
+
+    @cached_property
     def marks_generation(self) -> bool:
         """Whether the template marks the assistant's text with {% generation %}."""
         template = self._tokenizer.chat_template

@@ -8,7 +8,6 @@ token that ends its turn, nothing of the template around them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -118,7 +117,7 @@ def _mask_by_prefixes(
             continue
         before = chat.template(messages[:turn], tools=tools, generation_prompt=True)
         upto = whole if last else chat.template(messages[: turn + 1], tools=tools)
-        upto = _without_space_after_end(upto, chat)
+        upto = chat.without_space_after_end(upto)
         if not (whole.startswith(upto) and upto.startswith(before)):
             raise ConfigError(
                 f"{where}: the chat template renders message {turn + 1} differently once "
@@ -129,12 +128,6 @@ def _mask_by_prefixes(
     ids, offsets = chat.tokens_with_offsets(whole)
     mask = [any(start <= begin < end for start, end in spans) for begin, _ in offsets]
     return ids, mask
-
-
-def _without_space_after_end(text: str, chat: Chat) -> str:
-    """Return the text without white space after its last special token, which no model writes."""
-    stripped = text.rstrip()
-    return stripped if re.search(chat.special_pattern + r"\Z", stripped) else text
 
 
 def _with_end_tokens(ids: Sequence[int], mask: Sequence[bool], end_id: int | None) -> list[bool]:

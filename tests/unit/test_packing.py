@@ -94,6 +94,6 @@ def test_rows_are_packed_once_within_the_budget(lengths: list[int], budget: int,
     assert batches == pack_rows(list(lengths), budget)
 
 
-def test_padding_fraction_counts_what_is_computed_for_nothing():
+def test_padding_fraction_counts_what_is_computed_for_nothing() -> None:
     lengths = [[4], [2], [3, 1]]
     assert padding_fraction([[[0, 1]], [[2]]], lengths) == pytest.approx(1 - 10 / (8 + 6))
