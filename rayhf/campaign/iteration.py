@@ -133,11 +133,12 @@ class IterationExplorer:
             )
         finally:
             journal.close()
+        tokens = {
+            "rollout/tokens": float(scheduler.generated_tokens),
+            "rollout/context_tokens": float(scheduler.prompt_tokens),
+        }
         return ExploredIteration(
             groups=groups,
-            tokens={
-                "rollout/tokens": float(scheduler.generated_tokens),
-                "rollout/context_tokens": float(scheduler.prompt_tokens),
-            },
+            tokens=tokens if generates(self.algorithm) else {},
             seconds={**scheduler.stopwatch.seconds, "explore": time.monotonic() - started},
         )

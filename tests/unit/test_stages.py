@@ -123,7 +123,7 @@ def test_sft_trains_on_masked_tokens_and_reports_nothing_of_samples(tmp_path):
     assert row.tokens["mask"].tolist() == [1.0, 0.0]
     last = metrics_of(config)[-1]
     assert last["sft/tokens"] == 4 and last["policy/version"] == 4
-    assert not [name for name in last if name.startswith(("scorer/", "staleness/", "eval/"))]
+    assert not [name for name in last if name.startswith(("rollout/", "scorer/", "eval/"))]
 
 
 def test_kto_estimates_the_kl_on_other_examples_responses(tmp_path):
