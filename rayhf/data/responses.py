@@ -88,7 +88,7 @@ def response_of(
         raise ConfigError(f"{where}: `{field}` has no prompt before its response")
     if prompt is not None and before and before != prompt:
         raise ConfigError(
-            f"{where}: the messages of `{field}` before its response are not those of `prompt`"
+            f"{where}: the messages of `{field}` before its response are not those of the prompt"
         )
     return before or prompt or (), messages[-1]["content"]
 
@@ -117,8 +117,7 @@ def pair_of(row: Row, where: str) -> tuple[Messages, str, str]:
     rejected_prompt, rejected = response_of(row["rejected"], prompt, where, "rejected")
     if chosen_prompt != rejected_prompt:
         raise ConfigError(
-            f"{where}: `chosen` and `rejected` answer different prompts; expected messages that "
-            "differ in the last one only"
+            f"{where}: `chosen` and `rejected` differ before their last turns; expected one prompt"
         )
     return chosen_prompt, chosen, rejected
 
