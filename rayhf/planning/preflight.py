@@ -30,6 +30,7 @@ from rayhf.data.prompts import PromptSet, load_prompts
 from rayhf.data.readers import open_source
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import Evaluation, EvaluationSetup
+from rayhf.models.hub import local_directory
 from rayhf.models.source import (
     load_tokenizer,
     model_length,
@@ -179,7 +180,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
 
     algorithm, derived = check_settings(config)
     max_length = _check_models(config, algorithm, base)
-    tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
+    tokenizer = load_tokenizer(local_directory(config.policy.model, base), key="policy.model")
     load = partial(_load, config, tokenizer=tokenizer, max_length=max_length, base=base)
     chat = Chat(tokenizer, max_length=max_length)
     if isinstance(algorithm, TrainsOnRows):
@@ -250,7 +251,7 @@ def _evaluations(
 
 def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> int:
     """Check every model directory and return the longest sequence that all take, in tokens."""
-    policy = base / config.policy.model
+    policy = local_directory(config.policy.model, base)
     settings = read_model_config(policy, key="policy.model")
     limit = model_length(settings)
     length = config.policy.max_length or limit
@@ -280,8 +281,9 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
     for key, other in others:
         if other is None:
             continue
-        read_model_config(base / other, key=key)
-        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(base / other)
+        directory = local_directory(other, base)
+        read_model_config(directory, key=key)
+        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(directory)
         if mine != theirs:
             raise ConfigError(
                 f"{key}: the tokenizer of {other} ({theirs}) differs from the one of policy.model "
