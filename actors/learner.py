@@ -26,7 +26,7 @@ from actors.supervise import SupervisedActor
 from rayhf.config.models import ModelName
 from rayhf.config.schema import LearnerConfig
 from rayhf.errors import ActorLostError
-from rayhf.learner.packing import plan_micro_batches
+from rayhf.learner.packing import padding_fraction, plan_micro_batches
 from rayhf.losses.base import Loss, Totals
 from rayhf.models.hub import local_directory, obtain
 from rayhf.run_dir.epoch_guard import EpochGuard
@@ -251,7 +251,7 @@ class LearnerClient:
             for actor, micros in zip(self._actors, shares, strict=True)
         ]
         metrics: dict[str, float] = (await self._all("learn", calls))[0]
-        return metrics
+        return {**metrics, "learner/padding_fraction": padding_fraction(shares, lengths)}
 
     async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
         world = len(self._ranks)

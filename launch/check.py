@@ -144,8 +144,10 @@ def _print_estimates(
     console.print(memory_table(needs, gpu=gpu, gpu_bytes=gpu_bytes))
     disk = plan.disk()
     free = check_disk(disk, plan.config.run.dir) if hardware else "not checked"
+    engine = next((need.memory for need in needs if need.spec.role == "rollout"), None)
+    sync = [] if engine is None else [("weights of one sync", _sync(plan))]
     rows: Rows = [
-        ("weights of one sync", _sync(plan)),
+        *sync,
         (
             "one checkpoint, and exported models",
             f"{_gib(disk.checkpoint)} + {_gib(disk.policies)} GiB",
@@ -154,9 +156,8 @@ def _print_estimates(
         ("samples of one iteration", f"at most {disk.samples / 2**20:,.1f} MiB"),
         ("run directory", f"at most {_gib(disk.total)} GiB; {free}"),
     ]
-    if not gpu or gpu_bytes is not None:
+    if engine is not None and (not gpu or gpu_bytes is not None):
         check_cache(plan, needs)
-        engine = next(need.memory for need in needs if need.spec.role == "rollout")
         rows.append(
             (
                 f"sequences of {plan.length} tokens in one engine's cache",

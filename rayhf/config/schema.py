@@ -318,7 +318,7 @@ class CampaignConfig(Section):
     """Further evaluations by task name."""
     algorithm: Annotated[AlgorithmConfig, ALGORITHMS]
     rollout: RolloutConfig = RolloutConfig()
-    scorer: ScorerConfig
+    scorer: ScorerConfig = ScorerConfig()
     reference: ReferenceConfig = ReferenceConfig()
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -331,6 +331,13 @@ class CampaignConfig(Section):
     service: ServiceConfig | None = None
     """gRPC control service of the running campaign: status, watch, pause, stop, adding prompts and
     human preferences. Default: none."""
+
+    @property
+    def evaluates_completions(self) -> bool:
+        """Whether any evaluation generates completions, and so needs the rollout engines."""
+        return self.prompts.heldout is not None or any(
+            evaluation.generates for evaluation in self.evaluations.values()
+        )
 
     @property
     def evaluator_scorers(self) -> dict[str | None, tuple[ScorerEntryConfig, ...]]:
