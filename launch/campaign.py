@@ -71,7 +71,8 @@ def run_campaign(
         )
     store = RunDir(config, lock, takes_labels=isinstance(prepared.algorithm, TakesLabels))
     try:
-        if store.state.iteration >= config.run.iterations:
+        finished = store.state.iteration >= config.run.iterations
+        if finished and store.state.state == "done":
             say(
                 f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} "
                 "iterations: nothing to do"

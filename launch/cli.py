@@ -185,9 +185,23 @@ def pause(run_dir: RunOrNone = None, address: Address = None, security: Security
 
 
 @app.command()
-def unpause(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
-    """Resume a paused campaign; a guard that paused it only warns from now on."""
-    _send("unpause", run_dir, address, security)
+def unpause(
+    run_dir: RunOrNone = None,
+    start: Annotated[
+        Literal["unhealthy", "healthy"],
+        typer.Option(
+            "--from",
+            help="After a guard's pause: unhealthy accepts the guard and loses nothing, healthy "
+            "repeats from the last healthy commit and keeps the guard active.",
+        ),
+    ] = "unhealthy",
+    address: Address = None,
+    security: Security = None,
+) -> None:
+    """Resume a paused campaign."""
+    from launch import operate
+
+    operate.unpause(operate.control_of(run_dir, address, security), console, start=start)
 
 
 @app.command()
@@ -197,7 +211,7 @@ def stop(run_dir: RunOrNone = None, address: Address = None, security: Security 
 
 
 def _send(
-    name: Literal["pause", "unpause", "stop"],
+    name: Literal["pause", "stop"],
     run_dir: Path | None,
     address: str | None,
     security: Path | None,

@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rayhf.algorithms.base import Algorithm, KeepsState, load_state, policies_of, state_of
 from rayhf.campaign.data import CampaignData
@@ -24,7 +24,7 @@ from rayhf.campaign.training import Trainer
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import InterruptedRunError, PausedError
 from rayhf.exploration.metrics import exploration_metrics
-from rayhf.monitoring.guards import check_guards
+from rayhf.monitoring.guards import Alarm, check_guards
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
 from rayhf.run_dir.state import CheckpointState
@@ -135,7 +135,8 @@ class Controller:
         metrics |= {f"time/{name}_s": s for name, s in {**seconds, **self._seconds}.items()}
         metrics["time/iteration_s"] = time.monotonic() - started
         self._report(metrics)
-        self._apply_guards()
+        if pausing := self._check_guards():
+            await self._commit_unhealthy(pausing)
         requested = self.store.requested()
         if due or requested != "run":
             await self._checkpoint(iteration, metrics)
@@ -151,24 +152,32 @@ class Controller:
                     self._explorer.explore(ahead), name=f"exploration {ahead}"
                 )
 
-    def _apply_guards(self) -> None:
-        """Report the guards' alarms.
-
-        Raises PausedError where a guard pauses the campaign: the iteration is then not committed,
-        so that the last healthy commit stays the newest.
-        """
+    def _check_guards(self) -> list[Alarm]:
+        """Report the guards' alarms; return those that pause the campaign."""
         accepted = self.store.state.accepted
         alarms = check_guards(self.store.history, self.config.guards, muted=self._muted)
         for alarm in alarms:
             if (alarm.guard, alarm.level) not in self._alarmed:
                 self.observer.event(alarm.level, alarm.message)
         self._alarmed = {(alarm.guard, alarm.level) for alarm in alarms}
-        stop = [alarm for alarm in alarms if alarm.level == "pause" and alarm.guard not in accepted]
-        if stop:
-            self.store.set_state(
-                "paused", reason=stop[0].message, guards=[alarm.guard for alarm in stop]
-            )
-            raise PausedError(f"paused by guard {stop[0].guard}: {stop[0].message}")
+        return [alarm for alarm in alarms if alarm.level == "pause" and alarm.guard not in accepted]
+
+    async def _commit_unhealthy(self, alarms: Sequence[Alarm]) -> NoReturn:
+        """Save the iteration beside the healthy checkpoints, so that an operator can accept it.
+
+        Raises PausedError.
+        """
+        self.observer.phase(self.iteration, "checkpoint")
+        directory = self.store.checkpoints.begin()
+        await save_roles(directory, self.roles, self.algorithm)
+        reason = alarms[0].message
+        self.store.commit_unhealthy(
+            directory, await self._state(), reason=reason, guards=[alarm.guard for alarm in alarms]
+        )
+        raise PausedError(
+            f"paused by guard {alarms[0].guard}: {reason}. "
+            f"{self.store.state.ways_to_continue(self.store.path)}"
+        )
 
     async def _apply_operator_request(self) -> None:
         """Pause until the operator resumes the campaign, or stop it; everything is committed."""
@@ -253,10 +262,7 @@ class Controller:
         directory = self.store.checkpoints.begin()
         await save_roles(directory, self.roles, self.algorithm)
         # Exported before the commit, so that a finished campaign always has its policy.
-        for policy, learner in self.roles.learners.items():
-            exported = self.store.policy_directory(policy)
-            await learner.export(exported)
-            self.store.publish_policy(exported, policy)
+        await self._export()
         finished = iteration >= self.config.run.iterations
         self.store.commit(
             directory,
@@ -265,6 +271,12 @@ class Controller:
             score=metrics.get(f"eval/{self.config.prompts.task}/sampled"),
         )
         self.observer.event("commit", f"iteration {iteration} is committed")
+
+    async def _export(self) -> None:
+        for policy, learner in self.roles.learners.items():
+            exported = self.store.policy_directory(policy)
+            await learner.export(exported)
+            self.store.publish_policy(exported, policy)
 
     async def _restore(self) -> None:
         """Continue from the newest verified checkpoint, or start where none was ever committed."""
@@ -277,14 +289,16 @@ class Controller:
         self.store.rewind(checkpoint.iteration)
         self.iteration = state.iteration
         self.versions.update(state.versions)
-        if self.iteration >= self.config.run.iterations:
-            self.store.set_state("done")
-            return
         self.observer.phase(self.iteration, "restore")
         load_state(self.algorithm, state.algorithm)
         await self.roles.scorer.load_state_dict(state.scorer)
         self.data.load_evaluation_state(state.evaluations)
         await load_roles(checkpoint.directory, self.roles, self.algorithm)
+        if self.iteration >= self.config.run.iterations:
+            # Not exported yet where an operator accepted the last iteration after a guard's pause.
+            await self._export()
+            self.store.set_state("done")
+            return
         for policy, version in self.versions.items():
             if version:
                 await self._push(policy)

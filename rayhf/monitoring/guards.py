@@ -68,7 +68,7 @@ def check_guards(
         "mismatch": _mismatch(history, config),
         "no_signal": _no_signal(history, config),
     }
-    advice = {"warn": "", "pause": ", or `rayhf unpause RUN` to continue"}
+    advice = {"warn": "", "pause": ", or accept it with `rayhf unpause RUN`"}
     return [
         Alarm(guard, verdict[0], iteration, verdict[1] + advice[verdict[0]])
         for guard, verdict in verdicts.items()
