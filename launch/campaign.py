@@ -37,6 +37,7 @@ from rayhf.monitoring.event_log import EventLog
 from rayhf.monitoring.observer import Observer
 from rayhf.monitoring.tracking import tracked
 from rayhf.planning.placement import ActorSpec
+from rayhf.planning.precision import precision_warning
 from rayhf.planning.preflight import Prepared, overlap, prepare
 from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.store import RunDir
@@ -69,6 +70,8 @@ def run_campaign(
         console.print(
             f"warning: {shared} held-out prompts are also training prompts", style="yellow"
         )
+    if warning := precision_warning(config, prepared.derived, base):
+        console.print(f"warning: {warning}", style="yellow")
     store = RunDir(config, lock, takes_labels=isinstance(prepared.algorithm, TakesLabels))
     try:
         finished = store.state.iteration >= config.run.iterations

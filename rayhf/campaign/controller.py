@@ -124,7 +124,7 @@ class Controller:
         for policy in changed:
             self.versions[policy] += 1
         if changed:
-            await self._sync(iteration, changed)
+            metrics |= await self._sync(iteration, changed)
         self.iteration = iteration
         metrics |= self._version_metrics()
         if isinstance(self.algorithm, KeepsState):
@@ -202,11 +202,12 @@ class Controller:
 
     # ---------------------------------------------------------------------- sync
 
-    async def _sync(self, iteration: int, changed: set[str]) -> None:
+    async def _sync(self, iteration: int, changed: set[str]) -> dict[str, float]:
         """Send the new weights to every engine, and to the reference when its schedule says so.
 
-        Waits until no exploration is in flight.
+        Waits until no exploration is in flight. Returns metrics of the sync.
         """
+        metrics: dict[str, float] = {}
         self.observer.phase(iteration, "sync")
         if self._explorations:
             await asyncio.wait(self._explorations.values())
@@ -216,6 +217,10 @@ class Controller:
                 snapshot = await self._push(policy, stored=mix is not None)
                 if mix is not None and self.roles.reference is not None:
                     await self.roles.reference.update(snapshot, mix=mix)
+                for name, value in (await self.roles.learners[policy].sync_metrics()).items():
+                    own = name if policy == "policy" else f"{policy}/{name}"
+                    metrics[own] = value
+        return metrics
 
     async def _push(self, policy: str, *, stored: bool = False) -> WeightSnapshot:
         snapshot = await self.roles.learners[policy].publish(self.versions[policy], stored=stored)

@@ -46,6 +46,8 @@ from rayhf.weights.export import (
     split_into_buckets,
     trained_weights,
 )
+from rayhf.weights.rounding import round_stochastic
+from rayhf.weights.sync_metrics import SyncMeter
 
 PROBE_TOKENS = 64
 
@@ -92,6 +94,7 @@ class LearnerEngine:
         self.device = torch.device(device)
         self.stage = effective_stage(config)
         self.lora = lora is not None
+        self.seed = seed
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         join_process_group(
@@ -112,6 +115,7 @@ class LearnerEngine:
         self.model = loaded.model
         self.steps = 0
         self._offloader = Offloader(self.engine)
+        self._meter = self._start_meter() if head == "policy" and not self.lora else None
         torch.manual_seed(derive_seed(seed, "learner", head, rank))
 
     # ----------------------------------------------------------------------------------- training
@@ -287,17 +291,40 @@ class LearnerEngine:
         buckets = split_into_buckets(weights, limit_bytes=bucket_bytes, itemsize=target.itemsize)
         return buckets, target
 
+    def gather(
+        self, plan: Sequence[Sequence[Weight]], target: torch.dtype, *, version: int, rank: int
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield each planned bucket's tensors where `rank` is 0, and an empty list elsewhere.
+
+        Rounded where learner.sync_rounding is stochastic: the bits depend on the campaign's seed,
+        `version` and the weight's name only. Otherwise the receiver of the tensors rounds them.
+        Tensors are valid until the next bucket is requested.
+        """
+        if self._meter is not None:
+            self._meter.begin()
+        for tensors in gather_buckets(plan, sharded=self.stage == 3, rank=rank):
+            yield [(name, self._round(name, tensor, target, version)) for name, tensor in tensors]
+
+    def _round(self, name: str, tensor: Tensor, target: torch.dtype, version: int) -> Tensor:
+        sent = tensor
+        if self.config.sync_rounding == "stochastic" and tensor.dtype != target:
+            seed = derive_seed(self.seed, "sync", version, name)
+            sent = round_stochastic(tensor, target, seed=seed)
+        if self._meter is not None:
+            self._meter.observe(name, tensor, sent, target)
+        return sent
+
     def buckets(
-        self, dtype: str, bucket_bytes: int, *, whole: bool = False
+        self, dtype: str, bucket_bytes: int, *, whole: bool = False, version: int = 0
     ) -> Iterator[WeightBucket]:
         """Yield the planned buckets, packed. All ranks take part, only rank 0 yields."""
         plan, target = self.plan_buckets(dtype, bucket_bytes, whole=whole)
-        for tensors in gather_buckets(plan, sharded=self.stage == 3, rank=self.rank):
+        for tensors in self.gather(plan, target, version=version, rank=self.rank):
             if tensors:
                 yield pack_bucket(tensors, target)
 
     def publish(
-        self, dtype: str, bucket_bytes: int, *, whole: bool = False
+        self, dtype: str, bucket_bytes: int, *, whole: bool = False, version: int = 0
     ) -> tuple[list[WeightBucket], Probe]:
         """Return the policy's weights as buckets (on rank 0 only), and a probe to check them by.
 
@@ -305,7 +332,24 @@ class LearnerEngine:
         the policy's log-probs are not finite.
         """
         probe = self.probe()
-        return list(self.buckets(dtype, bucket_bytes, whole=whole)), probe
+        return list(self.buckets(dtype, bucket_bytes, whole=whole, version=version)), probe
+
+    def sync_metrics(self) -> dict[str, float]:
+        """Return what the last sync changed and lost (rayhf/weights/sync_metrics.py).
+
+        Empty with LoRA, where the engines merge and round, and on ranks that send nothing.
+        """
+        return {} if self._meter is None else self._meter.metrics()
+
+    def _start_meter(self) -> SyncMeter:
+        weights = all_weights(self.model)
+        numel = sum(weight.numel() for weight in weights)
+        meter = SyncMeter(numel, is_exact=self.config.dtype == "float32")
+        buckets = split_into_buckets(weights, limit_bytes=self.config.bucket_mib << 20, itemsize=4)
+        # Every rank keeps the sample: by CUDA IPC, each of them sends to an engine of its own.
+        for tensors in gather_buckets(buckets, sharded=self.stage == 3, rank=0):
+            meter.start(tensors)
+        return meter
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face model directory in the learner's dtype, LoRA merged.

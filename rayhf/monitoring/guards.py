@@ -310,9 +310,9 @@ def _mismatch(history: History, config: GuardsConfig) -> Verdict:
     return level and (
         level,
         f"rollout/mismatch_kl is {line['rollout/mismatch_kl']:.4g} nats per token, beyond "
-        f"guards.mismatch.{level} = {getattr(limits, level):g}{raised}: check that engines and "
-        "learner have the same dtype (policy.dtype, learner.dtype), and take fewer optimizer steps "
-        "per iteration or lower learner.lr",
+        f"guards.mismatch.{level} = {getattr(limits, level):g}{raised}: see sync/update_lost; set "
+        "policy.dtype and learner.dtype alike or learner.sync_rounding=stochastic, and take fewer "
+        "optimizer steps per iteration or lower learner.lr",
     )
 
 

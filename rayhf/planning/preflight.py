@@ -104,7 +104,26 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     config.algorithm.check_campaign(config)
     algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
+    _check_rounding(config)
     return algorithm, derive(config, algorithm)
+
+
+def _check_rounding(config: CampaignConfig) -> None:
+    """Raise ConfigError where learner.sync_rounding has nothing to round."""
+    if config.learner.sync_rounding == "nearest":
+        return
+    nothing = "learner.sync_rounding=stochastic rounds float32 weights to a smaller policy.dtype"
+    if config.policy.lora is not None:
+        raise ConfigError(
+            f"{nothing}, and with policy.lora the engines merge adapters themselves; expected "
+            "nearest"
+        )
+    if config.learner.dtype != "float32" or config.policy.dtype == "float32":
+        raise ConfigError(
+            f"{nothing}, and learner.dtype is {config.learner.dtype}, policy.dtype "
+            f"{config.policy.dtype}; expected nearest, or learner.dtype=float32 with "
+            "policy.dtype=bfloat16"
+        )
 
 
 def transport_of(config: CampaignConfig) -> TransportName:
