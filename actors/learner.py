@@ -134,7 +134,7 @@ class LearnerActor(ReportsProcess):
             return send(self.engine, version, dtype, bucket_bytes, self._sender)
 
     def sync_metrics(self) -> dict[str, float]:
-        return self.engine.sync_metrics()
+        return self.engine.outgoing.metrics()
 
     def release(self) -> None:
         self._ipc_sender.release()

@@ -31,6 +31,7 @@ from rayhf.learner.build import (
 )
 from rayhf.learner.micro_batch import build_micro_batch
 from rayhf.learner.offload import Offloader
+from rayhf.learner.outgoing import OutgoingWeights
 from rayhf.losses.base import Loss, Totals
 from rayhf.models.forward import Inputs, build_inputs
 from rayhf.models.packing import pack_rows
@@ -42,12 +43,9 @@ from rayhf.weights.export import (
     Weight,
     all_weights,
     export_model,
-    gather_buckets,
     split_into_buckets,
     trained_weights,
 )
-from rayhf.weights.rounding import round_stochastic
-from rayhf.weights.sync_metrics import SyncMeter
 
 PROBE_TOKENS = 64
 
@@ -94,7 +92,6 @@ class LearnerEngine:
         self.device = torch.device(device)
         self.stage = effective_stage(config)
         self.lora = lora is not None
-        self.seed = seed
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         join_process_group(
@@ -115,7 +112,13 @@ class LearnerEngine:
         self.model = loaded.model
         self.steps = 0
         self._offloader = Offloader(self.engine)
-        self._meter = self._start_meter() if head == "policy" and not self.lora else None
+        self.outgoing = OutgoingWeights(
+            loaded.model,
+            config,
+            seed=seed,
+            sharded=self.stage == 3,
+            is_measured=head == "policy" and not self.lora,
+        )
         torch.manual_seed(derive_seed(seed, "learner", head, rank))
 
     # ----------------------------------------------------------------------------------- training
@@ -291,35 +294,12 @@ class LearnerEngine:
         buckets = split_into_buckets(weights, limit_bytes=bucket_bytes, itemsize=target.itemsize)
         return buckets, target
 
-    def gather(
-        self, plan: Sequence[Sequence[Weight]], target: torch.dtype, *, version: int, rank: int
-    ) -> Iterator[list[tuple[str, Tensor]]]:
-        """Yield each planned bucket's tensors where `rank` is 0, and an empty list elsewhere.
-
-        Rounded where learner.sync_rounding is stochastic: the bits depend on the campaign's seed,
-        `version` and the weight's name only. Otherwise the receiver of the tensors rounds them.
-        Tensors are valid until the next bucket is requested.
-        """
-        if self._meter is not None:
-            self._meter.begin()
-        for tensors in gather_buckets(plan, sharded=self.stage == 3, rank=rank):
-            yield [(name, self._round(name, tensor, target, version)) for name, tensor in tensors]
-
-    def _round(self, name: str, tensor: Tensor, target: torch.dtype, version: int) -> Tensor:
-        sent = tensor
-        if self.config.sync_rounding == "stochastic" and tensor.dtype != target:
-            seed = derive_seed(self.seed, "sync", version, name)
-            sent = round_stochastic(tensor, target, seed=seed)
-        if self._meter is not None:
-            self._meter.observe(name, tensor, sent, target)
-        return sent
-
     def buckets(
         self, dtype: str, bucket_bytes: int, *, whole: bool = False, version: int = 0
     ) -> Iterator[WeightBucket]:
         """Yield the planned buckets, packed. All ranks take part, only rank 0 yields."""
         plan, target = self.plan_buckets(dtype, bucket_bytes, whole=whole)
-        for tensors in self.gather(plan, target, version=version, rank=self.rank):
+        for tensors in self.outgoing.gather(plan, target, version=version, rank=self.rank):
             if tensors:
                 yield pack_bucket(tensors, target)
 
@@ -333,23 +313,6 @@ class LearnerEngine:
         """
         probe = self.probe()
         return list(self.buckets(dtype, bucket_bytes, whole=whole, version=version)), probe
-
-    def sync_metrics(self) -> dict[str, float]:
-        """Return what the last sync changed and lost (rayhf/weights/sync_metrics.py).
-
-        Empty with LoRA, where the engines merge and round, and on ranks that send nothing.
-        """
-        return {} if self._meter is None else self._meter.metrics()
-
-    def _start_meter(self) -> SyncMeter:
-        weights = all_weights(self.model)
-        numel = sum(weight.numel() for weight in weights)
-        meter = SyncMeter(numel, is_exact=self.config.dtype == "float32")
-        buckets = split_into_buckets(weights, limit_bytes=self.config.bucket_mib << 20, itemsize=4)
-        # Every rank keeps the sample: by CUDA IPC, each of them sends to an engine of its own.
-        for tensors in gather_buckets(buckets, sharded=self.stage == 3, rank=0):
-            meter.start(tensors)
-        return meter
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face model directory in the learner's dtype, LoRA merged.

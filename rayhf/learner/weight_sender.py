@@ -61,7 +61,7 @@ def send(
     Returns them with their checksums there, and nothing on other ranks.
     """
     buckets, target, layouts = _plan(engine, dtype, bucket_bytes)
-    gathered = engine.gather(buckets, target, version=version, rank=engine.rank)
+    gathered = engine.outgoing.gather(buckets, target, version=version, rank=engine.rank)
     for specs, tensors in zip(layouts, gathered, strict=True):
         if sender is not None:
             sender.send(version, specs, (tensor for _, tensor in tensors))
@@ -84,7 +84,7 @@ class IpcSender:
         self.release()
         probe = engine.probe()
         buckets, target, layouts = _plan(engine, dtype, bucket_bytes)
-        gathered = engine.gather(buckets, target, version=version, rank=0)
+        gathered = engine.outgoing.gather(buckets, target, version=version, rank=0)
         published = []
         for specs, tensors in zip(layouts, gathered, strict=True):
             flat = torch.zeros(bucket_nbytes(specs), dtype=torch.uint8, device=engine.device)

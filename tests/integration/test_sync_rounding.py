@@ -24,7 +24,7 @@ def rounding(keywords: dict[str, Any], model: Path, directory: Path, stage: int)
     engine = start(keywords, model, zero_stage=stage, **SMALL)
     advance(engine, range(3), 100, WeightedLogp())
     first = payload(engine, 1)
-    metrics = engine.sync_metrics()
+    metrics = engine.outgoing.metrics()
     again = payload(engine, 1)
     engine.save(directory)
     resumed = start(keywords, model, zero_stage=stage, **SMALL)
@@ -35,7 +35,7 @@ def rounding(keywords: dict[str, Any], model: Path, directory: Path, stage: int)
         advance(each, range(3, 4), 100, WeightedLogp())
     second = payload(engine, 2)
     same = payload(resumed, 2)
-    reports = [engine.sync_metrics(), resumed.sync_metrics()]
+    reports = [engine.outgoing.metrics(), resumed.outgoing.metrics()]
     if engine.rank != 0:
         assert first == again == after == second == same == {} and reports == [{}, {}]
         return None
@@ -59,7 +59,7 @@ def reported(keywords: dict[str, Any], model: Path, dtype: str, config: dict[str
     engine = start(keywords, model, zero_stage=0, **config)
     advance(engine, range(2), 100, WeightedLogp())
     payload(engine, 1, dtype)
-    return engine.sync_metrics()
+    return engine.outgoing.metrics()
 
 
 def test_nearest_hides_small_updates_and_float32_none(one: Ranks, tied: Path) -> None:
@@ -75,7 +75,7 @@ def lora_and_critic(keywords: dict[str, Any], model: Path) -> list[dict[str, flo
     adapters = start(keywords, model, zero_stage=0, lora=LoraConfig(rank=2))
     adapters.publish("bfloat16", 20_000)
     critic = start(keywords, model, zero_stage=0, head="value")
-    return [adapters.sync_metrics(), critic.sync_metrics()]
+    return [adapters.outgoing.metrics(), critic.outgoing.metrics()]
 
 
 def test_nothing_is_reported_where_nothing_is_rounded(one: Ranks, tied: Path) -> None:
