@@ -9,7 +9,10 @@ from typer.testing import CliRunner
 
 import rayhf.run_dir.store
 from launch.cli import app
+from rayhf.config.service import EndpointSecurity, ServiceConfig
 from rayhf.control.commands import FileControl
+from rayhf.control.grpc_client import GrpcControl
+from rayhf.control.grpc_server import serve_campaign
 from rayhf.control.status import read_status
 from rayhf.errors import PausedError
 from rayhf.monitoring.audit import audit
@@ -96,6 +99,16 @@ def test_from_healthy_repeats_and_the_guard_stays_active(tmp_path):
     assert [json.loads(line)["iteration"] for line in rewound] == [21, 22, 23, 24]
     state = read_state(config.run.dir)
     assert (state.iteration, state.unhealthy, state.accepted) == (20, "unhealthy-000024", ())
+
+
+@pytest.mark.parametrize(("start", "iteration"), [("unhealthy", 24), ("healthy", 0)])
+def test_both_ways_over_grpc(tmp_path, paused, start, iteration):
+    server = serve_campaign(paused.run.dir, ServiceConfig(), base=tmp_path)
+    try:
+        there = GrpcControl(server.address, EndpointSecurity(), base=tmp_path)
+        assert f"after iteration {iteration}" in there.unpause(start=start)
+    finally:
+        server.stop()
 
 
 def test_unhealthy_checkpoint_is_never_loaded_by_itself(paused):
