@@ -59,6 +59,9 @@ class ScorerActor(ReportsProcess):
         """Return the comparisons, and the scorer's state after them."""
         return self.engine.compare(requests), self.engine.state_dict()
 
+    def take_counts(self) -> dict[str, float]:
+        return self.engine.take_counts()
+
     def state_dict(self) -> State:
         return self.engine.state_dict()
 
@@ -96,6 +99,12 @@ class ScorerClient:
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         await self._persist(lambda actor: actor.load_state_dict.remote(dict(state)), "state")
         self._state = dict(state)
+
+    async def take_counts(self) -> dict[str, float]:
+        counts: dict[str, float] = await self._persist(
+            lambda actor: actor.take_counts.remote(), "counts"
+        )
+        return counts
 
     async def _persist(self, call: Call, phase: str) -> Any:
         return await self._member.persist(call, phase=phase, timeout_s=self._timeout_s)

@@ -242,7 +242,7 @@ SCORERS = Registry(
         "pairwise_rule": "rayhf.scorer.rule:PairwiseRule",
         "reward_model": "rayhf.scorer.reward_model:RewardModel",
         "preference_model": "rayhf.scorer.preference_model:PreferenceModel",
-        "judge": "rayhf.scorer.judge_model:LocalJudge",
+        "judge": "rayhf.scorer.judge_model:LanguageModelJudge",
         "grpc": "rayhf.scorer.grpc.client:GrpcScorer",
     },
 )

@@ -34,7 +34,7 @@ from rayhf.scorer.comparisons import (
     has_verdict,
 )
 from rayhf.scorer.normalize import RunningNormalizer
-from rayhf.scorer.protocol import ScorerEngine
+from rayhf.scorer.protocol import BaseScorer, ScorerEngine
 from rayhf.types import Compared, Comparison, Failed, Invalid, Outcome, Scored, ScoreRequest
 
 
@@ -98,6 +98,15 @@ class Combined:
             )
         for name, normalizer in self._normalizers.items():
             normalizer.load_state_dict(saved[name])
+
+    def take_counts(self) -> dict[str, float]:
+        """Return what the parts counted since the last call, as "<part>/<count>"."""
+        return {
+            f"{part.name}/{name}": count
+            for part in self._parts
+            if isinstance(part.engine, BaseScorer)
+            for name, count in part.engine.take_counts().items()
+        }
 
     def close(self) -> None:
         """Close every part, even where one raises."""

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rayhf.scorer.build import build_scorer
-from rayhf.scorer.judge import JudgeConfig
+from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Completion, Invalid, Prompt, Scored, ScoreRequest
 
