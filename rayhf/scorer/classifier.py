@@ -17,6 +17,7 @@ from rayhf.config.scorers import ClassifierModel, Dtype, ScorerEntryConfig
 from rayhf.errors import ConfigError
 from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA, refuse_own_code
 from rayhf.scorer.protocol import ScorerSetup
+from rayhf.scorer.reward_head import with_head
 
 if TYPE_CHECKING:
     import torch
@@ -66,21 +67,24 @@ class Classifier:
             torch.cuda.empty_cache()
 
 
-def load_classifier(config: ClassifierEntryConfig, setup: ScorerSetup, *, title: str) -> Classifier:
-    """Load the model; errors call it `title`.
+def load_classifier(
+    config: ClassifierEntryConfig, setup: ScorerSetup, *, title: str, head: str | None = None
+) -> Classifier:
+    """Load the model, with `head` in place of its own; errors call it `title`.
 
     Raises ConfigError for weights or a tokenizer that do not fit, and for a max_length beyond the
     model's.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
     directory = setup.base / config.model
     if setup.threads is not None:
         torch.set_num_threads(setup.threads)
+    auto = AutoModelForSequenceClassification if head is None else AutoModel
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, **AS_DATA)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = auto.from_pretrained(
             directory,
             dtype=getattr(torch, config.dtype),
             output_loading_info=True,
@@ -92,6 +96,8 @@ def load_classifier(config: ClassifierEntryConfig, setup: ScorerSetup, *, title:
         raise ConfigError(
             f"{title} {directory}: the checkpoint has no weights for {', '.join(missing[:3])}"
         )
+    if head is not None:
+        model = with_head(model, head, directory)
     largest = max(tokenizer.get_vocab().values())
     embedded = model.get_input_embeddings().num_embeddings
     if largest >= embedded:
@@ -117,10 +123,11 @@ def length_limit(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerB
     return min([int(limit) for limit in limits if limit and limit > 0] + [_UNBOUNDED])
 
 
-def check_classifier(directory: Path, *, title: str) -> int:
-    """Check the small files of a classifier; errors call it `title`. Returns its outputs.
+def check_classifier(directory: Path, *, title: str, own_head: bool = False) -> list[str]:
+    """Check the small files of a classifier; errors call it `title`. Returns its outputs' labels.
 
-    Raises ConfigError unless it is a sequence classifier with a tokenizer and a chat template.
+    Raises ConfigError unless it is a sequence classifier (or any model, with `own_head`) with a
+    tokenizer and a chat template.
     """
     config_file = directory / "config.json"
     if not config_file.is_file():
@@ -130,7 +137,7 @@ def check_classifier(directory: Path, *, title: str) -> int:
     config = read_json(config_file)
     refuse_own_code(directory, config, key=title)
     names = config.get("architectures") or []
-    if not any(name.endswith("ForSequenceClassification") for name in names):
+    if not own_head and not any(name.endswith("ForSequenceClassification") for name in names):
         raise ConfigError(
             f"{title} {directory}: architectures is {', '.join(names) or 'none'}; "
             "expected a ...ForSequenceClassification"
@@ -149,7 +156,10 @@ def check_classifier(directory: Path, *, title: str) -> int:
             "(chat_template.jinja or tokenizer_config.json)"
         )
     # transformers leaves id2label out for its default of two labels.
-    return len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
+    labels = config.get("id2label") or range(int(config.get("num_labels", 2)))
+    if isinstance(labels, dict):
+        return [str(labels[key]) for key in sorted(labels, key=int)]
+    return [f"LABEL_{number}" for number in labels]
 
 
 def read_json(file: Path) -> dict[str, Any]:

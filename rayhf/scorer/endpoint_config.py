@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -25,6 +25,11 @@ NO_KEY = "none"
 """Sent where no key is configured: the client must never pick up OPENAI_API_KEY by itself."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REASON_CHARS = 300
+_SPECIAL = (
+    r"<[|\uff5c][^<>\s]{1,40}[|\uff5c]>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>"
+    r"|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|SYSTEM_PROMPT)\]|<</?SYS>>"
+)
+"""Special tokens of Llama, Qwen, Gemma, Mistral, Phi, DeepSeek and their kin."""
 
 
 def _check_url(url: str) -> str:
@@ -72,6 +77,9 @@ class EndpointConfig(Section):
     structured: Literal["auto", "json_schema", "off"] = "auto"
     """Whether the server must keep the verdict to a JSON schema (response_format). auto: until it
     refuses to."""
+    special_tokens: tuple[Annotated[str, Field(min_length=2)], ...] = ()
+    """Special tokens of the model that a completion could spell to end the judge's question, besides
+    <|...|>, <s>, [INST], <start_of_turn> and the like: they are broken up with a space."""
     extra: Mapping[str, JsonValue] = {}
     """Further fields of each request, for example {top_p: 0.9}; null leaves one of ours out."""
     price: Price | None = None
@@ -105,6 +113,22 @@ def complete_body(body: Mapping[str, Any], config: EndpointConfig) -> dict[str, 
     """Return the fields of a request, those of `extra` last."""
     merged = {**body, **config.extra}
     return {name: value for name, value in merged.items() if value is not None}
+
+
+def token_escaper(config: EndpointConfig) -> Callable[[str], str]:
+    """Return a function that breaks up special tokens in a text with a space.
+
+    The model's tokenizer is not here, so these are the tokens of common chat templates and those of
+    the config.
+    """
+    special = re.compile("|".join([_SPECIAL, *map(re.escape, config.special_tokens)]))
+
+    def escape(text: str) -> str:
+        while special.search(text):  # repeatedly, because tokens may overlap
+            text = special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        return text
+
+    return escape
 
 
 def response_format(schema: Mapping[str, JsonValue]) -> dict[str, Any]:

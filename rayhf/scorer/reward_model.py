@@ -1,8 +1,8 @@
-"""Reward models: sequence classifiers with one output, and their own tokenizer and chat template.
+"""Reward models: sequence classifiers, with their own tokenizer and chat template.
 
 In: ScoreRequests. Each completion becomes messages + one assistant turn -> the model's chat
 template -> token ids; rows are sorted by length, packed by padded tokens and right-padded. Out: the
-logit as Scored; Invalid for a non-finite logit, for a text that cannot be encoded and for one that
+logit, or the weighted sum of several, as Scored; Invalid for a non-finite logit, for a text that cannot be encoded and for one that
 is too long (never truncated); Failed where the template refuses the messages. The batches depend on
 the requests alone.
 """
@@ -10,7 +10,7 @@ the requests alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -29,6 +29,7 @@ from rayhf.scorer.classifier import (
 )
 from rayhf.scorer.comparisons import Problem
 from rayhf.scorer.protocol import PointwiseScorer, ScorerSetup
+from rayhf.scorer.reward_head import import_head, output_weights
 from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 
 _TITLE = "reward model"
@@ -38,15 +39,21 @@ token differs by far more."""
 
 
 class RewardModelConfig(ClassifierEntryConfig, PointwiseEntryConfig):
-    """A sequence classifier with one output, with its own tokenizer and chat template."""
+    """A sequence classifier with its own tokenizer and chat template."""
 
     type: str = "reward_model"
+    outputs: Mapping[str, float] | None = None
+    """Weights of the outputs of a model that has several, by label (id2label in config.json) or
+    index, for example {helpfulness: 0.65, verbosity: -0.2}: the score is their weighted sum, and
+    each output is a part of it. Outputs that are not named do not count."""
+    head: str | None = None
+    """Head in place of the model's own, package.module:Class (rayhf/scorer/reward_head.py)."""
 
 
 class RewardModel(PointwiseScorer[RewardModelConfig]):
-    """A sequence classifier with one output, the score.
+    """A sequence classifier whose output is the score, or the weighted sum of its outputs.
 
-    Raises ConfigError for a model that has not exactly one output, lacks weights for its head, has
+    Raises ConfigError for a model with several outputs and no weights for them, that lacks weights for its head, has
     no chat template, does not embed all of its tokenizer's ids, or whose scores depend on padding.
     """
 
@@ -55,9 +62,11 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
     def __init__(self, config: RewardModelConfig, setup: ScorerSetup) -> None:
         super().__init__(config, setup)
         self.check(config, setup.base)
-        self._classifier = load_classifier(config, setup, title=_TITLE)
+        self._classifier = load_classifier(config, setup, title=_TITLE, head=config.head)
         self._tokenizer = self._classifier.tokenizer
         directory = setup.base / config.model
+        self._labels = _labels(config, directory)
+        self._weights = _weights(config, directory, self._labels)
         if not self._tokenizer.chat_template:
             raise ConfigError(f"{_TITLE} {directory}: its tokenizer has no chat template")
         self._escape = special_token_escaper(self._tokenizer)
@@ -68,7 +77,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
 
     @classmethod
     def check(cls, config: RewardModelConfig, base: Path) -> None:
-        """Check the small files. Raises ConfigError unless it is a one-output classifier."""
+        """Check the small files and the outputs. Raises ConfigError."""
         directory = base / config.model
         facts = directory / SCORER_FILE
         # A pairwise model has one output too, but it reads two completions.
@@ -76,11 +85,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
             raise ConfigError(
                 f"{_TITLE} {directory}: it is a {kind} model; use type: preference_model for it"
             )
-        outputs = check_classifier(directory, title=_TITLE)
-        if outputs != 1:
-            raise ConfigError(
-                f"{_TITLE} {directory}: it has {outputs} outputs (num_labels), expected 1"
-            )
+        _weights(config, directory, _labels(config, directory))
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         """Return one outcome per completion of each request, in order."""
@@ -92,13 +97,20 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
         rows = [row for row in encoded if isinstance(row, list)]
         values = iter(self._score_rows(rows))
         outcomes = iter(
-            [_outcome(next(values)) if isinstance(row, list) else row for row in encoded]
+            [self._outcome(next(values)) if isinstance(row, list) else row for row in encoded]
         )
         return [tuple(next(outcomes) for _ in request.completions) for request in requests]
 
     def close(self) -> None:
         """Release the memory of the weights."""
         self._classifier.close()
+
+    def _outcome(self, logits: Sequence[float]) -> Outcome:
+        value = sum(w * logit for w, logit in zip(self._weights, logits, strict=True))
+        if not math.isfinite(value):
+            return Invalid(reason=f"the reward model's logit is {value}")
+        parts = dict(zip(self._labels, logits, strict=True)) if len(logits) > 1 else {}
+        return Scored(value=value, parts=parts)
 
     def _encode(self, prompt: Prompt, completion: Completion) -> list[int] | Problem:
         messages = [
@@ -120,14 +132,15 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
             return Invalid(reason=f"too long: {len(row)} tokens, the reward model reads {limit}")
         return row
 
-    def _score_rows(self, rows: Sequence[list[int]]) -> list[float]:
-        values = [math.nan] * len(rows)
+    def _score_rows(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        values: list[list[float]] = [[] for _ in rows]
         for batch in pack_rows([len(row) for row in rows], self.config.token_budget):
             for index, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
                 values[index] = value
         return values
 
-    def _forward(self, rows: Sequence[list[int]]) -> list[float]:
+    def _forward(self, rows: Sequence[list[int]]) -> list[list[float]]:
+        """Return the logits of each row, one per output."""
         import torch
 
         width = max(map(len, rows))
@@ -140,7 +153,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
         )
         with torch.inference_mode():
             logits = self._classifier.model(input_ids=ids_RT, attention_mask=mask_RT).logits
-        scores: list[float] = logits.float().reshape(len(rows)).tolist()
+        scores: list[list[float]] = logits.float().reshape(len(rows), len(self._labels)).tolist()
         return scores
 
     def _pad_id(self, rows: Sequence[list[int]]) -> int:
@@ -166,19 +179,29 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
         )
         short = ids[:3]
         long = (ids * 16)[: min(16, self._classifier.max_length)]
-        alone = self._forward([short])[0]
-        padded = self._forward([long, short])[1]
-        scores = f"({alone:g} alone, {padded:g} padded)"
-        if not (math.isfinite(alone) and math.isfinite(padded)):
-            raise ConfigError(f"{_TITLE} {directory}: a score is not finite {scores}")
-        if abs(alone - padded) > tolerance * max(1.0, abs(alone)):
+        pairs = zip(self._forward([short])[0], self._forward([long, short])[1], strict=True)
+        for alone, padded in pairs:
+            scores = f"({alone:g} alone, {padded:g} padded)"
+            if not (math.isfinite(alone) and math.isfinite(padded)):
+                raise ConfigError(f"{_TITLE} {directory}: a score is not finite {scores}")
+            if abs(alone - padded) <= tolerance * max(1.0, abs(alone)):
+                continue
             raise ConfigError(
                 f"{_TITLE} {directory}: a score changes with padding {scores}; "
                 f"pad_token_id in config.json is {self._own_pad_id}"
             )
 
 
-def _outcome(value: float) -> Outcome:
-    if not math.isfinite(value):
-        return Invalid(reason=f"the reward model's logit is {value}")
-    return Scored(value=value)
+def _labels(config: RewardModelConfig, directory: Path) -> list[str]:
+    """Return the labels of the outputs. Raises ConfigError for files or a head that cannot work."""
+    own = check_classifier(directory, title=_TITLE, own_head=config.head is not None)
+    return own if config.head is None else [str(label) for label in import_head(config.head).labels]
+
+
+def _weights(
+    config: RewardModelConfig, directory: Path, labels: Sequence[str]
+) -> tuple[float, ...]:
+    try:
+        return output_weights(config.outputs, labels)
+    except ConfigError as error:
+        raise ConfigError(f"{_TITLE} {directory}: {error}") from None
