@@ -31,6 +31,7 @@ from rayhf.scorer.endpoint_config import (
     describe,
     read_key,
     response_format,
+    token_escaper,
 )
 from rayhf.scorer.judge_votes import Question, Reply
 from rayhf.types import Failed, Invalid
@@ -67,6 +68,7 @@ class EndpointModel:
         self._body = {"temperature": temperature, "max_tokens": max_tokens}
         self._key = read_key(config)
         self._client = openai.AsyncOpenAI(**client_options(config, self._key))
+        self._escape = token_escaper(config)
         self._structured = config.structured != "off"
         self._slots = asyncio.Semaphore(config.concurrency)
         self._counts: Counter[str] = Counter()
@@ -189,7 +191,7 @@ class EndpointModel:
         try:
             completion = await self._client.chat.completions.create(
                 model=self.config.model,
-                messages=[{"role": "user", "content": question.text}],
+                messages=[{"role": "user", "content": self._escape(question.text)}],
                 extra_body=complete_body(body, self.config),
             )
         except openai.APIStatusError as error:

@@ -78,8 +78,8 @@ class EndpointConfig(Section):
     """Whether the server must keep the verdict to a JSON schema (response_format). auto: until it
     refuses to."""
     special_tokens: tuple[Annotated[str, Field(min_length=2)], ...] = ()
-    """Special tokens of the model that a completion could spell to end the judge's question, besides
-    <|...|>, <s>, [INST], <start_of_turn> and the like: they are broken up with a space."""
+    """Special tokens of the model that a completion could spell to end the judge's question. They
+    are broken up with a space, as <|...|>, <s>, [INST], <start_of_turn> and the like always are."""
     extra: Mapping[str, JsonValue] = {}
     """Further fields of each request, for example {top_p: 0.9}; null leaves one of ours out."""
     price: Price | None = None

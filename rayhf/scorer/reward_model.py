@@ -2,9 +2,9 @@
 
 In: ScoreRequests. Each completion becomes messages + one assistant turn -> the model's chat
 template -> token ids; rows are sorted by length, packed by padded tokens and right-padded. Out: the
-logit, or the weighted sum of several, as Scored; Invalid for a non-finite logit, for a text that cannot be encoded and for one that
-is too long (never truncated); Failed where the template refuses the messages. The batches depend on
-the requests alone.
+logit, or the weighted sum of several, as Scored; Invalid for a non-finite logit, for a text that
+cannot be encoded and for one that is too long (never truncated); Failed where the template refuses
+the messages. The batches depend on the requests alone.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class RewardModelConfig(ClassifierEntryConfig, PointwiseEntryConfig):
 class RewardModel(PointwiseScorer[RewardModelConfig]):
     """A sequence classifier whose output is the score, or the weighted sum of its outputs.
 
-    Raises ConfigError for a model with several outputs and no weights for them, that lacks weights for its head, has
-    no chat template, does not embed all of its tokenizer's ids, or whose scores depend on padding.
+    Raises ConfigError for a model with several outputs and no weights for them, one that lacks
+    weights for its head, has no chat template, does not embed all of its tokenizer's ids, or whose
+    scores depend on padding.
     """
 
     Config = RewardModelConfig
