@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 _FIRST_WAIT_S = 0.5
 _MAX_WAIT_S = 16.0
+_OUTAGE = 8
+"""Failures in a row (or `concurrency`, if that is more) after which a server is taken to be down."""
 _FORMAT_REFUSED = (400, 422)
 """Status codes with which servers refuse a parameter they do not know."""
 
@@ -109,7 +111,7 @@ class EndpointModel:
         await self._client.close()
 
     async def _answer(self, questions: Sequence[Question]) -> list[tuple[Reply, ...] | Problem]:
-        outage = _Outage(limit=self.config.concurrency)
+        outage = _Outage(limit=max(_OUTAGE, self.config.concurrency))
         replies = await asyncio.gather(
             *(
                 self._ask(question, seed, outage)
@@ -195,7 +197,8 @@ class EndpointModel:
                 extra_body=complete_body(body, self.config),
             )
         except openai.APIStatusError as error:
-            self._count(refused=not _may_recover(error))
+            if not _may_recover(error):
+                self._count(refused=1)
             raise
         except ValueError as error:
             raise MalformedError(f"a response that is no JSON ({error})") from error
