@@ -241,6 +241,7 @@ SCORERS = Registry(
         "rule": "rayhf.scorer.rule:Rule",
         "pairwise_rule": "rayhf.scorer.rule:PairwiseRule",
         "reward_model": "rayhf.scorer.reward_model:RewardModel",
+        "pair_encoder": "rayhf.scorer.pair_encoder:PairEncoder",
         "preference_model": "rayhf.scorer.preference_model:PreferenceModel",
         "judge": "rayhf.scorer.judge_model:LanguageModelJudge",
         "grpc": "rayhf.scorer.grpc.client:GrpcScorer",

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 _FIRST_WAIT_S = 0.5
 _MAX_WAIT_S = 16.0
 _OUTAGE = 8
-"""Failures in a row (or `concurrency`, if that is more) after which a server is taken to be down."""
+"""Failures in a row (or `concurrency`, if that is more) that mean that the server is down."""
 _FORMAT_REFUSED = (400, 422)
 """Status codes with which servers refuse a parameter they do not know."""
 

@@ -18,8 +18,8 @@ import jinja2
 from rayhf.config.scorers import PointwiseEntryConfig
 from rayhf.data.chat import special_token_escaper
 from rayhf.errors import ConfigError
-from rayhf.models.packing import pack_rows
 from rayhf.scorer.classifier import (
+    PADDING_TOLERANCE,
     SCORER_FILE,
     ClassifierEntryConfig,
     check_classifier,
@@ -33,9 +33,6 @@ from rayhf.scorer.reward_head import import_head, output_weights
 from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 
 _TITLE = "reward model"
-_PADDING_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-"""Relative to max(1, |score|): rounding differs between batch shapes, but a score read at the wrong
-token differs by far more."""
 
 
 class RewardModelConfig(ClassifierEntryConfig, PointwiseEntryConfig):
@@ -71,10 +68,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
         if not self._tokenizer.chat_template:
             raise ConfigError(f"{_TITLE} {directory}: its tokenizer has no chat template")
         self._escape = special_token_escaper(self._tokenizer)
-        self._text_config = self._classifier.model.config.get_text_config()
-        self._text_config.use_cache = False
-        self._own_pad_id: int | None = self._text_config.pad_token_id
-        self._check_padding(directory, _PADDING_TOLERANCE[config.dtype])
+        self._classifier.check_padding(f"{_TITLE} {directory}", PADDING_TOLERANCE[config.dtype])
 
     @classmethod
     def check(cls, config: RewardModelConfig, base: Path) -> None:
@@ -96,7 +90,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
             for completion in request.completions
         ]
         rows = [row for row in encoded if isinstance(row, list)]
-        values = iter(self._score_rows(rows))
+        values = iter(self._classifier.logits(rows, self.config.token_budget))
         outcomes = iter(
             [self._outcome(next(values)) if isinstance(row, list) else row for row in encoded]
         )
@@ -132,65 +126,6 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
         if len(row) > limit:
             return Invalid(reason=f"too long: {len(row)} tokens, the reward model reads {limit}")
         return row
-
-    def _score_rows(self, rows: Sequence[list[int]]) -> list[list[float]]:
-        values: list[list[float]] = [[] for _ in rows]
-        for batch in pack_rows([len(row) for row in rows], self.config.token_budget):
-            for index, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
-                values[index] = value
-        return values
-
-    def _forward(self, rows: Sequence[list[int]]) -> list[list[float]]:
-        """Return the logits of each row, one per output."""
-        import torch
-
-        width = max(map(len, rows))
-        device = self._classifier.device
-        pad_id = self._pad_id(rows)
-        self._text_config.pad_token_id = pad_id
-        ids_RT = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
-        mask_RT = torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
-        )
-        with torch.inference_mode():
-            logits = self._classifier.model(input_ids=ids_RT, attention_mask=mask_RT).logits
-        scores: list[list[float]] = logits.float().reshape(len(rows), len(self._labels)).tolist()
-        return scores
-
-    def _pad_id(self, rows: Sequence[list[int]]) -> int:
-        """Return the padding id of a batch.
-
-        transformers reads the score at the last token that is not `config.pad_token_id`. The
-        model's own pad id is kept, so that the same token is read as in its training. A model
-        without one reads the last token of a lone row; any id that ends no row of the batch reads
-        the same token here.
-        """
-        if self._own_pad_id is not None:
-            return self._own_pad_id
-        ends = {row[-1] for row in rows}
-        return next(candidate for candidate in range(len(ends) + 1) if candidate not in ends)
-
-    def _check_padding(self, directory: Path, tolerance: float) -> None:
-        """Check that a short row scores the same alone and padded.
-
-        With a wrong pad id another token would be read, every time.
-        """
-        ids = sorted(
-            set(self._tokenizer.get_vocab().values()) - set(self._tokenizer.all_special_ids)
-        )
-        short = ids[:3]
-        long = (ids * 16)[: min(16, self._classifier.max_length)]
-        pairs = zip(self._forward([short])[0], self._forward([long, short])[1], strict=True)
-        for alone, padded in pairs:
-            scores = f"({alone:g} alone, {padded:g} padded)"
-            if not (math.isfinite(alone) and math.isfinite(padded)):
-                raise ConfigError(f"{_TITLE} {directory}: a score is not finite {scores}")
-            if abs(alone - padded) <= tolerance * max(1.0, abs(alone)):
-                continue
-            raise ConfigError(
-                f"{_TITLE} {directory}: a score changes with padding {scores}; "
-                f"pad_token_id in config.json is {self._own_pad_id}"
-            )
 
 
 def _labels(config: RewardModelConfig, directory: Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -32,10 +33,11 @@ from transformers import (
 
 from rayhf.errors import ConfigError
 from rayhf.scorer.build import build_scorer
+from rayhf.scorer.pair_encoder import PairEncoderConfig
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.reward_model import RewardModel, RewardModelConfig
 from rayhf.scorer.rule import RuleConfig
-from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.types import Compared, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 
 PAD, END, UNKNOWN = 256, 257, 258
 TEMPLATE = (
@@ -386,3 +388,33 @@ def test_a_head_of_ones_own_reads_the_body(directory: Path, tmp_path: Path) -> N
 def test_a_head_that_cannot_work_is_refused(directory: Path, head: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(directory, head=head, outputs={"kind": 1.0})
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_pair_encoder_reads_both_orders(labels: int, tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "model", family="bert", labels=labels)
+    entry = PairEncoderConfig(model=directory, template="{{ prompt }}<end>{{ first }}|{{ second }}")
+    scorer = build_scorer([entry], ScorerSetup(base=Path()))
+    asked = request("short", "a longer completion", "x<end>y")
+    [comparison] = scorer.compare([asked])
+    assert isinstance(comparison, Compared)
+    model = BertForSequenceClassification.from_pretrained(directory).eval()
+
+    def wins(first: str, second: str) -> float:
+        ids = byte_tokenizer()(f"Why?<end>{first}|{second}")["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0]
+        return float(torch.sigmoid(logits[0] if labels == 1 else logits[0] - logits[1]))
+
+    texts = ["short", "a longer completion", "x< end>y"]  # its special token is broken up
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        expected = (wins(texts[i], texts[j]) + 1.0 - wins(texts[j], texts[i])) / 2.0
+        assert comparison.win[i, j] == pytest.approx(expected, abs=1e-4)
+    [too_long] = scorer.compare([request("a" * 300, "b")])
+    assert isinstance(too_long, Invalid) and "too long" in too_long.reason
+
+
+def test_templates_of_a_pair_encoder_show_both_completions() -> None:
+    for template, message in (("{{ first }}", "does not show second"), ("{{ a }}", "no 'a'")):
+        with pytest.raises(ValidationError, match=message):
+            PairEncoderConfig(model=Path("m"), template=template)
