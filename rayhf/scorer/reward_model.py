@@ -69,6 +69,11 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
             raise ConfigError(f"{_TITLE} {directory}: its tokenizer has no chat template")
         self._escape = special_token_escaper(self._tokenizer)
         self._classifier.check_padding(f"{_TITLE} {directory}", PADDING_TOLERANCE[config.dtype])
+        outputs = len(self._classifier.logits([[0]], config.token_budget)[0])
+        if outputs != len(self._labels):  # only a head of one's own can be wrong about it
+            raise ConfigError(
+                f"head {config.head}: it returns {outputs} outputs for {len(self._labels)} labels"
+            )
 
     @classmethod
     def check(cls, config: RewardModelConfig, base: Path) -> None:
