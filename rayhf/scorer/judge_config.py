@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from rayhf.config.models import ModelName
 from rayhf.config.schema import RolloutConfig
 from rayhf.config.scorers import Dtype, EngineModel, PointwiseEntryConfig
 from rayhf.scorer.endpoint_config import EndpointConfig
@@ -27,8 +27,8 @@ class JudgeConfig(PointwiseEntryConfig):
     """
 
     type: str = "judge"
-    model: Path | None = None
-    """Hugging Face model directory with a tokenizer that has a chat template: the judge runs in the
+    model: ModelName | None = None
+    """Model directory or hub name, with a tokenizer that has a chat template: the judge runs in the
     scorer's process. Either this or `endpoint`."""
     endpoint: EndpointConfig | None = None
     """The judge runs behind an OpenAI-compatible server (rayhf/scorer/endpoint_config.py)."""
@@ -76,6 +76,11 @@ class JudgeConfig(PointwiseEntryConfig):
         return self.mode == "rubric"
 
     @property
+    def is_concurrent(self) -> bool:
+        """Whether several calls may run at the same time, in threads."""
+        return self.endpoint is not None
+
+    @property
     def loads(self) -> EngineModel | None:
         """The model in its process, for memory estimates; None behind an endpoint."""
         if self.model is None:
@@ -104,9 +109,7 @@ class JudgeConfig(PointwiseEntryConfig):
     @model_validator(mode="after")
     def _check_place(self) -> JudgeConfig:
         if (self.endpoint is None) == (self.model is None):
-            raise ValueError(
-                "expected either `model`, a directory, or `endpoint: {url: ..., model: ...}`"
-            )
+            raise ValueError("expected either `model` or `endpoint: {url: ..., model: ...}`")
         if self.endpoint is None:
             if self.probability:
                 raise ValueError("probability needs an endpoint; without one, use votes")

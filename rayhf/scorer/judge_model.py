@@ -13,6 +13,7 @@ from typing import Protocol
 
 from rayhf.data.chat import render, special_token_escaper
 from rayhf.errors import ConfigError
+from rayhf.models.hub import local_directory
 from rayhf.models.source import load_tokenizer, model_length, read_model_config
 from rayhf.scorer.comparisons import Problem
 from rayhf.scorer.endpoint import EndpointModel
@@ -21,7 +22,16 @@ from rayhf.scorer.judge import Judge
 from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.judge_votes import JudgeModel, Question, Reply
 from rayhf.scorer.protocol import BaseScorer, ScorerSetup
-from rayhf.types import Completion, Failed, GenerateRequest, Invalid, Message, Sampling
+from rayhf.types import (
+    Completion,
+    Failed,
+    GenerateRequest,
+    Invalid,
+    Message,
+    Prompt,
+    Sampling,
+    quoted,
+)
 
 
 class LanguageModelJudge(Judge, BaseScorer[JudgeConfig]):
@@ -42,6 +52,17 @@ class LanguageModelJudge(Judge, BaseScorer[JudgeConfig]):
             judge_length(config, base)
         else:
             check_endpoint(config.endpoint)
+
+    @classmethod
+    def check_prompts(cls, config: JudgeConfig, base: Path, prompts: Sequence[Prompt]) -> None:
+        """Check, too, that every prompt has a rubric where mode rubric reads its column."""
+        cls.check(config, base)
+        if config.rubric is not None:
+            for prompt in prompts:
+                try:
+                    config.rubric.of(prompt)
+                except ValueError as error:
+                    raise ConfigError(f"{quoted(prompt)}: {error}") from None
 
 
 def _start(config: JudgeConfig, setup: ScorerSetup) -> JudgeModel:
@@ -146,7 +167,7 @@ class JudgeEngine:
 
         loads = config.loads
         assert loads is not None  # a judge without an endpoint
-        directory = setup.base / loads.model
+        directory = local_directory(loads.model, setup.base)
         self._tokenizer = load_tokenizer(directory, key="judge")
         self._escape = special_token_escaper(self._tokenizer)
         self._engine = RolloutEngine(
@@ -182,7 +203,7 @@ def judge_length(config: JudgeConfig, base: Path) -> int:
     Raises ConfigError for a directory or limits that cannot work.
     """
     assert config.model is not None  # a judge without an endpoint
-    directory = base / config.model
+    directory = local_directory(config.model, base)
     limit = model_length(read_model_config(directory, key="model"))
     load_tokenizer(directory, key="model")
     length = config.max_length or limit

@@ -23,6 +23,7 @@ from pydantic import field_validator
 from rayhf.config.scorers import PairwiseEntryConfig
 from rayhf.data.chat import special_token_escaper
 from rayhf.errors import ConfigError, nearest
+from rayhf.models.hub import local_directory
 from rayhf.scorer.classifier import (
     PADDING_TOLERANCE,
     ClassifierEntryConfig,
@@ -76,7 +77,7 @@ class PairEncoder(PairwiseScorer[PairEncoderConfig]):
     def __init__(self, config: PairEncoderConfig, setup: ScorerSetup) -> None:
         super().__init__(config, setup)
         self.check(config, setup.base)
-        directory = setup.base / config.model
+        directory = local_directory(config.model, setup.base)
         self._classifier = load_classifier(config, setup, title=_TITLE)
         self._classifier.check_padding(f"{_TITLE} {directory}", PADDING_TOLERANCE[config.dtype])
         self._escape = special_token_escaper(self._classifier.tokenizer)
@@ -85,7 +86,7 @@ class PairEncoder(PairwiseScorer[PairEncoderConfig]):
     @classmethod
     def check(cls, config: PairEncoderConfig, base: Path) -> None:
         """Check the small files. Raises ConfigError."""
-        directory = base / config.model
+        directory = local_directory(config.model, base)
         labels = check_classifier(directory, title=_TITLE, needs_template=False)
         if len(labels) > 2:
             raise ConfigError(

@@ -18,6 +18,7 @@ import jinja2
 from rayhf.config.scorers import PointwiseEntryConfig
 from rayhf.data.chat import special_token_escaper
 from rayhf.errors import ConfigError
+from rayhf.models.hub import local_directory
 from rayhf.scorer.classifier import (
     PADDING_TOLERANCE,
     SCORER_FILE,
@@ -62,7 +63,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
         self.check(config, setup.base)
         self._classifier = load_classifier(config, setup, title=_TITLE, head=config.head)
         self._tokenizer = self._classifier.tokenizer
-        directory = setup.base / config.model
+        directory = local_directory(config.model, setup.base)
         self._labels = _labels(config, directory)
         self._weights = _weights(config, directory, self._labels)
         if not self._tokenizer.chat_template:
@@ -78,7 +79,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
     @classmethod
     def check(cls, config: RewardModelConfig, base: Path) -> None:
         """Check the small files and the outputs. Raises ConfigError."""
-        directory = base / config.model
+        directory = local_directory(config.model, base)
         facts = directory / SCORER_FILE
         # A pairwise model has one output too, but it reads two completions.
         if facts.is_file() and (kind := read_json(facts).get("kind")) != "pointwise":

@@ -12,7 +12,8 @@ from chat_server import Body, Response, asked, refuse, say, serving
 from pydantic import ValidationError
 from score_requests import request
 
-from rayhf.scorer.build import build_scorer
+from rayhf.errors import ConfigError
+from rayhf.scorer.build import build_scorer, check_entries
 from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.rubric import (
@@ -213,3 +214,13 @@ def test_data_set_names_are_understood() -> None:
     assert RubricConfig(column="r").of(with_row(request("x"), r=["a"]).prompt) == (
         Criterion(criterion="a"),
     )
+
+
+def test_rows_without_a_rubric_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    prompts = [with_row(request("x"), r=["a"]).prompt, with_row(request("x"), q=1).prompt]
+    with serving(lambda body: say("yes")) as server:
+        endpoint = {"url": server.url, "model": "m"}
+        config = JudgeConfig.model_validate({"endpoint": endpoint, "rubric": {"column": "r"}})
+        check_entries([config], tmp_path, prompts=prompts[:1])
+        with pytest.raises(ConfigError, match=r"the prompt '2\+2\?': the row has no rubric"):
+            check_entries([config], tmp_path, prompts=prompts)
