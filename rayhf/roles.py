@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rayhf.losses.base import Loss
 from rayhf.types import (
@@ -77,6 +77,15 @@ class Scorer(Protocol):
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        ...
+
+
+@runtime_checkable
+class CountsCalls(Protocol):
+    """Capability of a scorer: it counts what its services were asked for."""
+
+    async def take_counts(self) -> dict[str, float]:
+        """Return counts since the last call, as "<scorer>/<count>"; empty without a service."""
         ...
 
 

@@ -30,7 +30,7 @@ from rayhf.campaign.persistence import check_data, installed_packages, load_role
 from rayhf.campaign.training import Trainer
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import InterruptedRunError, PausedError
-from rayhf.exploration.metrics import exploration_metrics, source_metrics
+from rayhf.exploration.metrics import exploration_metrics, scorer_counts, source_metrics
 from rayhf.monitoring.guards import Alarm, check_guards
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
@@ -139,6 +139,7 @@ class Controller:
         if isinstance(self.algorithm, KeepsState):
             self.algorithm.observe(metrics)
         metrics |= await self._evaluate(iteration)
+        metrics |= await scorer_counts(self.roles)
         every = self.config.run.checkpoint_every
         due = iteration == last or bool(every and iteration % every == 0)
         metrics |= {f"time/{name}_s": s for name, s in {**seconds, **self._seconds}.items()}
