@@ -7,14 +7,19 @@ directory (version 0). The process needs the environment of rayhf.rollout.env.en
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 from rayhf.data.chat import render, special_token_escaper
+from rayhf.data.template import template_with
 from rayhf.errors import ConfigError
 from rayhf.models.source import load_tokenizer, model_length, read_model_config
 from rayhf.scorer.judge import Judge, JudgeConfig
 from rayhf.scorer.protocol import BaseScorer, ScorerSetup
 from rayhf.types import Completion, GenerateRequest, Message
+
+_TODAY = date(2026, 1, 1)
+"""What a chat template that prints the date gets: a question must be the same every day."""
 
 
 class LocalJudge(Judge, BaseScorer[JudgeConfig]):
@@ -40,6 +45,9 @@ class JudgeModel:
 
         directory = setup.base / config.model
         self._tokenizer = load_tokenizer(directory, key="judge")
+        self._tokenizer.chat_template = template_with(
+            self._tokenizer.get_chat_template(), {}, today=_TODAY
+        )
         self._escape = special_token_escaper(self._tokenizer)
         self._engine = RolloutEngine(
             directory,
