@@ -6,7 +6,13 @@ runtime_env or os.environ, to be set before the process imports anything.
 
 from __future__ import annotations
 
+import os
+
+from rayhf.models.hub import OFFLINE
 from rayhf.rollout.env import Device, engine_env
+
+USER_FOLDER = "RAYHF_USER_FOLDER"
+"""Environment variable with the directory in which the command was given."""
 
 
 def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str, str]:
@@ -18,12 +24,16 @@ def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str,
         vllm: the process runs a vLLM engine.
     """
     env = {
-        # Models are local directories: no process looks anything up.
+        USER_FOLDER: os.getcwd(),
+        # Models are local directories: no process looks anything up, except for `obtain`.
         "HF_HUB_OFFLINE": "1",
+        OFFLINE: os.environ.get("HF_HUB_OFFLINE", "0"),
         # A tokenizer's threads would compete with the model's.
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
     }
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        env["HF_ENDPOINT"] = endpoint
     if device == "cpu":
         env["DS_ACCELERATOR"] = "cpu"
         if threads is not None:

@@ -24,6 +24,7 @@ from rayhf.types import (
     Outcome,
     Scored,
     ScoreRequest,
+    Skipped,
 )
 
 RequestT = TypeVar("RequestT", bound=GenerateRequest | ScoreRequest)
@@ -120,7 +121,10 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
 
 
 class _Score(Codec[ScoreRequest, tuple[Outcome, ...]]):
-    """Outcomes: a score without parts is a number, with parts a list, an Invalid its reason."""
+    """Outcomes: a score without parts is a number, with parts a list, an Invalid its reason.
+
+    A Skipped has its reason in a list of its own.
+    """
 
     request_type = "score"
 
@@ -135,6 +139,8 @@ class _Score(Codec[ScoreRequest, tuple[Outcome, ...]]):
 
 
 def _encode_outcome(outcome: Outcome) -> object:
+    if isinstance(outcome, Skipped):
+        return [outcome.reason]
     if not isinstance(outcome, Scored):
         return outcome.reason
     return [outcome.value, dict(outcome.parts)] if outcome.parts else outcome.value
@@ -143,6 +149,8 @@ def _encode_outcome(outcome: Outcome) -> object:
 def _restore_outcome(raw: Any) -> Outcome:
     if isinstance(raw, str):
         return Invalid(reason=raw)
+    if isinstance(raw, list) and len(raw) == 1:
+        return Skipped(reason=raw[0])
     if isinstance(raw, list):
         value, parts = raw
         return Scored(value=value, parts=parts)

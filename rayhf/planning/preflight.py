@@ -6,37 +6,37 @@ and no cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rayhf.algorithms.base import Algorithm, TakesOfflinePairs, TrainsSeveralPolicies
+from rayhf.algorithms.base import (
+    Algorithm,
+    TakesOfflinePairs,
+    TrainsOnRows,
+    TrainsSeveralPolicies,
+    generates,
+)
 from rayhf.campaign.data import CampaignData
-from rayhf.config.base import PluginConfig
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
+from rayhf.config.scorers import ScorerConfig, names_of
+from rayhf.config.sources import SourceConfig
 from rayhf.data.chat import Chat
+from rayhf.data.examples import load_examples
+from rayhf.data.loading import PromptLoader
 from rayhf.data.preferences import encode_pairs, load_pairs
-from rayhf.data.prompts import PromptSet, load_prompts
-from rayhf.data.readers import open_source
 from rayhf.data.stop_tokens import stop_token_ids
-from rayhf.data.template import (
-    check_embeddings,
-    check_vocabulary,
-    exported_files,
-    policy_tokenizer,
-)
+from rayhf.data.template import check_vocabulary, exported_files, policy_tokenizer
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import Evaluation, EvaluationSetup
 from rayhf.models.directory import check_model, vocabulary_size
+from rayhf.models.hub import local_directory
 from rayhf.models.source import model_length, read_model_config, tokenizer_fingerprint
 from rayhf.planning.inputs import input_fingerprints
+from rayhf.run_dir.state import read_state
 from rayhf.types import Prompt, TransportName
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,13 @@ class Derived:
 
     def table(self, config: CampaignConfig) -> list[tuple[str, str]]:
         """Return rows (name, value) for a table."""
+        steps = [
+            ("optimizer steps per iteration", f"{self.steps_per_iteration}"),
+            ("iterations", f"{config.run.iterations}"),
+            ("optimizer steps", f"{self.total_steps}"),
+        ]
+        if not self.samples_per_iteration:
+            return [("rows per iteration", f"{config.prompts.batch}"), *steps]
         return [
             ("prompts per iteration", f"{config.prompts.batch}"),
             ("responses per iteration", f"{self.samples_per_iteration}"),
@@ -57,9 +64,7 @@ class Derived:
                 "tokens per iteration",
                 f"at most {self.samples_per_iteration * config.rollout.max_tokens:,}",
             ),
-            ("optimizer steps per iteration", f"{self.steps_per_iteration}"),
-            ("iterations", f"{config.run.iterations}"),
-            ("optimizer steps", f"{self.total_steps}"),
+            *steps,
             (
                 "staleness",
                 f"{config.run.max_staleness} iteration(s)"
@@ -81,6 +86,8 @@ class Prepared:
     """Prompt plus response, in tokens."""
     stop_tokens: Mapping[int, str]
     """Tokens that end a completion, by id."""
+    notes: tuple[str, ...] = ()
+    """Lines for `rayhf check`."""
 
 
 def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
@@ -110,7 +117,23 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     config.algorithm.check_campaign(config)
     algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
+    _require_scorers(config, algorithm)
     return algorithm, derive(config, algorithm)
+
+
+def _require_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
+    """Refuse a campaign that scores completions without a scorer. Raises ConfigError."""
+    example = "for example [{type: rule, function: my_rules:score}]"
+    if not config.scorer.train and generates(algorithm):
+        raise ConfigError(
+            f"scorer.train: {config.algorithm.type} scores the completions that it trains on, and "
+            f"there is no scorer; expected at least one, {example}"
+        )
+    if config.prompts.heldout and not (config.scorer.train or config.scorer.evaluate):
+        raise ConfigError(
+            "prompts.heldout: completions of its prompts are scored, and there is no scorer; "
+            f"expected scorer.evaluate, {example}"
+        )
 
 
 def transport_of(config: CampaignConfig) -> TransportName:
@@ -151,36 +174,43 @@ def transport_of(config: CampaignConfig) -> TransportName:
 def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     """Check models, tokenizers, prompts and scorers, and load what the campaign reads.
 
-    Relative paths start at `base`. Raises ConfigError.
+    Relative paths start at `base`. Hub data sets are read at the commits that the run directory has
+    recorded. Raises ConfigError.
     """
-    from rayhf.scorer.build import check_entries, check_heldout
-
     algorithm, derived = check_settings(config)
     models = _models(config, algorithm, base)
-    max_length = _check_models(config, models)
+    max_length = _check_models(config, algorithm, models)
     directory = models["policy.model"]
     tokenizer = policy_tokenizer(directory, config.policy, base=base)
-    check_vocabulary(tokenizer, read_model_config(directory, key="policy.model"))
-    load = partial(_load, config, tokenizer=tokenizer, max_length=max_length, base=base)
-    prompts = load(config.prompts.train, key="prompts.train")
-    if len(prompts.prompts) < config.prompts.batch:
-        raise ConfigError(
-            f"prompts.batch is {config.prompts.batch}, but {prompts.label} has only "
-            f"{len(prompts.prompts)} different prompts; expected at most {len(prompts.prompts)}"
-        )
-    config.algorithm.check_prompts(config, len(prompts.prompts))
+    model_config = read_model_config(directory, key="policy.model")
+    check_vocabulary(tokenizer, model_config)
+    recorded = read_state(config.run.dir)
+    loader = PromptLoader(
+        tokenizer=tokenizer,
+        max_prompt_tokens=max_length - config.rollout.max_tokens,
+        embeddings=vocabulary_size(model_config),
+        base=base,
+        commits=dict(recorded.datasets) if recorded else {},
+    )
     chat = Chat(tokenizer, max_length=max_length)
+    named = names_of([*config.scorer.train, *(config.scorer.evaluate or ())])
+    if isinstance(algorithm, TrainsOnRows):
+        opened = loader.open(config.prompts.train, key="prompts.train")
+        prompts, examples = load_examples(opened, algorithm.encode, chat, key="prompts.train")
+        algorithm.set_examples(examples)
+    else:
+        prompts = loader.load(config.prompts.train, key="prompts.train", scorers=named)
+    prompts.check_batches(
+        batch=config.prompts.batch, iterations=config.run.iterations, key="prompts.train"
+    )
+    config.algorithm.check_prompts(config, len(prompts.prompts))
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
-        loaded = load(config.prompts.heldout, key="prompts.heldout")
-        heldout = loaded.prompts[: config.run.eval_prompts]
-    check_entries(config.scorer.train, base)
-    if heldout:
-        judged = config.scorer.evaluate or config.scorer.train
-        check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
-    if config.scorer.evaluate is not None:
-        check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
-    evaluations = _evaluations(config, load, base, chat, heldout or prompts.prompts)
+        loaded = loader.load(config.prompts.heldout, key="prompts.heldout", scorers=named)
+        heldout = loaded.first(config.run.eval_prompts)
+    judged = prompts.prompts if generates(algorithm) else ()
+    notes = _check_scorers(config.scorer, judged, heldout, base)
+    evaluations = _evaluations(config, loader, chat, heldout or judged)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
         pair_set = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
@@ -192,6 +222,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         heldout=heldout,
         evaluations=evaluations,
         pairs=pairs,
+        commits=loader.commits,
         inputs=input_fingerprints(models, tokenizer, prompts.prompts),
         exported_files=exported_files(config.policy, tokenizer),
     )
@@ -203,29 +234,52 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         data=data,
         max_length=max_length,
         stop_tokens={token_id: str(tokenizer.decode([token_id])) for token_id in stop_ids},
+        notes=tuple(notes),
     )
+
+
+def _check_scorers(
+    scorer: ScorerConfig, prompts: Sequence[Prompt], heldout: Sequence[Prompt], base: Path
+) -> list[str]:
+    """Check the campaign's scorers, with the prompts that they judge; return lines about them."""
+    from rayhf.scorer.build import check_entries, check_heldout, check_named_scorers
+
+    train = scorer.train
+    evaluate = scorer.evaluate or ()
+    judged = heldout if not evaluate else ()
+    check_named_scorers(prompts, train, evaluate, where="scorer.train")
+    notes = check_entries(train, base, prompts=[*prompts, *judged])
+    if evaluate:
+        notes += check_entries(evaluate, base, where="scorer.evaluate", prompts=heldout)
+    if heldout:
+        where = "scorer.evaluate" if evaluate else "scorer.train"
+        check_named_scorers(heldout, evaluate or train, train, where=where)
+        check_heldout(evaluate or train, where=where)
+    return notes
 
 
 def _evaluations(
     config: CampaignConfig,
-    load: Callable[..., PromptSet],
-    base: Path,
+    loader: PromptLoader,
     chat: Chat,
     heldout: tuple[Prompt, ...],
 ) -> dict[str, Evaluation]:
     """Check the scorers of the config's further evaluations, and build these by task."""
     from rayhf.scorer.build import check_entries, check_heldout
 
-    def load_prompts_of(source: PluginConfig, key: str) -> tuple[Prompt, ...]:
-        return load(source, key=key).prompts[: config.run.eval_prompts]
-
+    base = loader.base
     evaluations: dict[str, Evaluation] = {}
     for task, evaluation in config.evaluations.items():
         where = f"evaluations.{task}.scorer"
         check_entries(evaluation.scorers, base, where=where)
         check_heldout(evaluation.scorers, where=where)
+        names = names_of(evaluation.scorers or config.scorer.train)
         setup = EvaluationSetup(
-            task=task, base=base, chat=chat, heldout=heldout, load_prompts=load_prompts_of
+            task=task,
+            base=base,
+            chat=chat,
+            heldout=heldout,
+            load_prompts=partial(_evaluation_prompts, config, loader, names),
         )
         evaluations[task] = EVALUATIONS.build(evaluation, setup)
     return evaluations
@@ -243,10 +297,10 @@ def _models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> dict[st
             f"algorithm.{name}.model": algorithm.other_policy(name).model
             for name in algorithm.policies[1:]
         }
-    return {key: base / model for key, model in given.items() if model is not None}
+    return {key: local_directory(model, base) for key, model in given.items() if model is not None}
 
 
-def _check_models(config: CampaignConfig, models: Mapping[str, Path]) -> int:
+def _check_models(config: CampaignConfig, algorithm: Algorithm, models: Mapping[str, Path]) -> int:
     """Check every model directory and return the longest sequence that all take, in tokens."""
     policy = models["policy.model"]
     settings = read_model_config(policy, key="policy.model")
@@ -269,7 +323,8 @@ def _check_models(config: CampaignConfig, models: Mapping[str, Path]) -> int:
         raise ConfigError(
             f"policy.max_length is {length}, but the model was made for at most {limit} tokens"
         )
-    if config.rollout.max_tokens >= length:
+    generated = generates(algorithm) or config.evaluates_completions
+    if generated and config.rollout.max_tokens >= length:
         raise ConfigError(
             f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together "
             f"may have {length} tokens; expected less than {length}"
@@ -285,27 +340,18 @@ def _check_models(config: CampaignConfig, models: Mapping[str, Path]) -> int:
     return length
 
 
-def _load(
+def _evaluation_prompts(
     config: CampaignConfig,
-    source: PluginConfig,
-    *,
+    loader: PromptLoader,
+    scorers: Collection[str],
+    sources: tuple[SourceConfig, ...],
     key: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    base: Path,
-) -> PromptSet:
-    prompts = load_prompts(
-        open_source(source, base=base, key=key),
-        tokenizer,
-        key=key,
-        max_prompt_tokens=max_length - config.rollout.max_tokens,
-    )
-    size = vocabulary_size(read_model_config(base / config.policy.model, key="policy.model"))
-    check_embeddings(prompts.prompts, tokenizer, size, where=key)
-    return prompts
+) -> tuple[Prompt, ...]:
+    return loader.load(sources, key=key, scorers=scorers).first(config.run.eval_prompts)
 
 
 def overlap(prepared: Prepared) -> int:
     """Return how many held-out prompts are also training prompts."""
     data = prepared.data
-    return len({p.prompt_id for p in data.prompts.prompts} & {p.prompt_id for p in data.heldout})
+    heldout = {p.token_ids for p in data.heldout}
+    return len(heldout & {p.token_ids for p in data.prompts.prompts})
