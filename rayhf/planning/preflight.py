@@ -174,7 +174,9 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     if config.prompts.heldout is not None:
         loaded = loader.load(config.prompts.heldout, key="prompts.heldout", scorers=named)
         heldout = loaded.first(config.run.eval_prompts)
-    notes = _check_scorers(config.scorer, prompts.prompts, heldout, base)
+    notes = [f"prompts.train: {prompts.summary}"]
+    notes += [f"data set {name} at commit {commit}" for name, commit in loader.commits.items()]
+    notes += _check_scorers(config.scorer, prompts.prompts, heldout, base)
     evaluations = _evaluations(config, loader, chat, heldout or prompts.prompts)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
