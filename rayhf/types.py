@@ -60,7 +60,7 @@ class Prompt:
 def last_question(prompt: Prompt) -> str:
     """Return a prompt's last user message, or else its last message."""
     questions = [m["content"] for m in prompt.messages if m["role"] == "user"]
-    return questions[-1] if questions else prompt.messages[-1]["content"]
+    return str(questions[-1] if questions else prompt.messages[-1]["content"])
 
 
 def quoted(prompt: Prompt) -> str:

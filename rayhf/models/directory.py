@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rayhf.errors import ConfigError
+from rayhf.models.hub import has_weights
 from rayhf.models.source import AS_DATA, ModelConfig
 from rayhf.models.weight_files import read_json_object, stored_shapes
 
@@ -44,11 +45,12 @@ def check_model(
         lora_targets: modules that get an adapter.
     """
     _check_settings(path, config, key=key)
-    shapes = stored_shapes(path, key=key)
+    shapes = stored_shapes(path, key=key) if has_weights(path) else None
     if not causal:
         return
     model = build_on_meta(path, key=key)
-    check_parameters(model, shapes, where=f"{key}: {path}")
+    if shapes is not None:
+        check_parameters(model, shapes, where=f"{key}: {path}")
     if lora_targets is not None and lora_targets != "all-linear":
         check_lora_targets(model, lora_targets)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rayhf.errors import ConfigError
+from rayhf.models.hub import has_weights
 from rayhf.models.weight_files import read_json_object, weight_files
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def read_model_config(path: Path, *, key: str) -> ModelConfig:
     if not path.is_dir():
         raise ConfigError(
             f"{key}: no such model directory {path}; expected a Hugging Face model "
-            f"(config.json, *.safetensors){tiny_hint(path)}"
+            f"(config.json, *.safetensors) or a hub name org/name{tiny_hint(path)}"
         )
     file = path / "config.json"
     if not file.is_file():
@@ -42,7 +43,8 @@ def read_model_config(path: Path, *, key: str) -> ModelConfig:
             f"{key}: {path} has no config.json; expected a Hugging Face model directory"
         )
     config: ModelConfig = read_json_object(file, key=key)
-    weight_files(path, key=key)
+    if has_weights(path):
+        weight_files(path, key=key)
     refuse_own_code(path, config, key=key)
     return config
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rayhf.models.hub import has_weights
 from rayhf.models.weight_files import fingerprints
 from rayhf.types import Prompt
 
@@ -32,6 +33,7 @@ def input_fingerprints(
     inputs = {
         f"{key}/{name}": value
         for key, path in models.items()
+        if has_weights(path)
         for name, value in fingerprints(path, key=key).items()
     }
     inputs["chat template"] = _hash([tokenizer.get_chat_template().encode()])

@@ -25,6 +25,7 @@ from rayhf.data.template import check_vocabulary, exported_files, policy_tokeniz
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import Evaluation, EvaluationSetup
 from rayhf.models.directory import check_model, vocabulary_size
+from rayhf.models.hub import local_directory
 from rayhf.models.source import model_length, read_model_config, tokenizer_fingerprint
 from rayhf.planning.inputs import input_fingerprints
 from rayhf.run_dir.state import read_state
@@ -264,7 +265,7 @@ def _models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> dict[st
             f"algorithm.{name}.model": algorithm.other_policy(name).model
             for name in algorithm.policies[1:]
         }
-    return {key: base / model for key, model in given.items() if model is not None}
+    return {key: local_directory(model, base) for key, model in given.items() if model is not None}
 
 
 def _check_models(config: CampaignConfig, models: Mapping[str, Path]) -> int:

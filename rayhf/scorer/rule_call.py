@@ -118,7 +118,7 @@ class UserFunction:
             return read_results(value, self.style, count)
         except BaseException as error:  # noqa: BLE001 - as above
             if limit.expired():
-                return [("failed", f"no response within {timeout_s:g} s")] * count
+                return [("hung", f"no response within {timeout_s:g} s")] * count
             return [problem_of(error)] * count
 
     def check_answer(self, answer: str | None) -> str | None:
@@ -216,8 +216,9 @@ def as_number(value: object) -> float | None:
 def problem_of(error: BaseException) -> Result:
     """Return the result of a call that raised.
 
-    Statuses: failed, late (failed; an outage where every call is), unreachable (failed, and may
-    succeed later), and broken (failed, and the process must be restarted).
+    Statuses, beside hung for a coroutine that did not end: failed, late (failed; an outage where
+    every call is), unreachable (failed, and may succeed later), and broken (failed, and the process
+    must be restarted).
     """
     if isinstance(error, MemoryError):
         return "broken", describe_error(error)

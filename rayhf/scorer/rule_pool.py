@@ -335,14 +335,17 @@ class _Work:
         statuses = {result[0] for result in results}
         if "broken" in statuses:
             raise LostError(results[0][1])
-        self.losses.answered()
-        if len(task) > 1 and statuses & {"failed", "late", "unreachable"}:
+        if "hung" not in statuses:
+            self.losses.answered()
+        if len(task) > 1 and statuses & {"failed", "hung", "late", "unreachable"}:
             self._alone.update(task)
             return
         for number, result in zip(task, results, strict=True):
             self.results[number] = _outcome(result)
             if result[0] == "late":
                 self._late.add(number)
+            if result[0] == "hung":  # its process went on with others
+                self.losses.add(self.calls[number][0].prompt_id, result[1], 0.0)
 
     def fail(self, tasks: Sequence[Task], failed: Failed) -> None:
         """Give all calls of the tasks the same outcome."""
@@ -367,11 +370,16 @@ class _Work:
 
 
 def _chunks(tasks: Sequence[Task], *, workers: int, width: int) -> Iterator[Sequence[Task]]:
-    """Divide tasks into chunks that get smaller, so that all processes end at the same time."""
+    """Divide tasks into chunks that get smaller, so that all processes end at the same time.
+
+    Those of a coroutine function are small: what hangs is given up from one chunk to the next.
+    """
     start = 0
     while start < len(tasks):
         left = len(tasks) - start
         size = left if workers == 1 else max(width, left // (4 * workers))
+        if width > 1:
+            size = min(size, 4 * width)
         yield tasks[start : start + size]
         start += size
 
@@ -385,6 +393,6 @@ def _outcome(result: Sequence[Any]) -> Outcome:
             return Invalid(reason=reason)
         case ["skipped", reason]:
             return Skipped(reason=reason)
-        case ["failed" | "late" | "unreachable", reason]:
+        case ["failed" | "hung" | "late" | "unreachable", reason]:
             return Failed(reason=reason, transient=result[0] == "unreachable")
     raise LostError(f"the rule's process sent an unknown result {result!r:.80}")

@@ -224,8 +224,7 @@ class Child:
 
     def interrupt(self) -> None:
         """Kill the child alone; who waits for its responses finds that it exited."""
-        with suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGKILL)
+        self._process.kill()
 
     def kill(self) -> None:
         """End the child and every process that it started.
