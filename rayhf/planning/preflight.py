@@ -228,7 +228,9 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         loaded = loader.load(config.prompts.heldout, key="prompts.heldout", scorers=named)
         heldout = loaded.first(config.run.eval_prompts)
     judged = prompts.prompts if generates(algorithm) else ()
-    notes = _check_scorers(config.scorer, judged, heldout, base)
+    notes = [f"prompts.train: {prompts.summary}"]
+    notes += [f"data set {name} at commit {commit}" for name, commit in loader.commits.items()]
+    notes += _check_scorers(config.scorer, judged, heldout, base)
     evaluations = _evaluations(config, loader, chat, heldout or judged)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
