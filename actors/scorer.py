@@ -26,6 +26,7 @@ from ray.actor import ActorHandle
 from actors.process import ReportsProcess
 from actors.supervise import SupervisedActor
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
+from rayhf.models.hub import obtain
 from rayhf.scorer.combine import Combination
 from rayhf.scorer.parts import Answers, Parts, Rows
 from rayhf.scorer.protocol import ScorerSetup
@@ -41,6 +42,7 @@ class ScorerActor(ReportsProcess):
     def build(self, entries: Sequence[ScorerEntryConfig], setup: ScorerSetup) -> None:
         from rayhf.scorer.build import build_parts
 
+        obtain(tuple(entries))
         self.parts = Parts(build_parts(entries, setup))
 
     @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]

@@ -30,9 +30,11 @@ from rayhf.algorithms.base import (
     Algorithm,
     TrainsCritic,
     TrainsSeveralPolicies,
+    generates,
     needs_frozen_reference,
     policies_of,
 )
+from rayhf.config.models import ModelName
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
 from rayhf.monitoring.observer import Observer
@@ -41,6 +43,7 @@ from rayhf.planning.preflight import Prepared, transport_of
 from rayhf.roles import Learner, Roles, Rollout, Scorer
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.store import RunDir
+from rayhf.scorer.none import NoScorer
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.retrying import RetryingScorer
 
@@ -88,6 +91,7 @@ def actor_specs_of(config: CampaignConfig, algorithm: Algorithm) -> list[ActorSp
         critic=isinstance(algorithm, TrainsCritic),
         reference=needs_frozen_reference(algorithm),
         policies=policies_of(algorithm),
+        generates=generates(algorithm),
     )
 
 
@@ -152,7 +156,7 @@ class ActorSet:
         config = self.config
         timeout_s = config.run.timeout_s
         policies = policies_of(self.prepared.algorithm)
-        engines = {policy: self._rollouts(policy) for policy in policies}
+        engines = {policy: group for policy in policies if (group := self._rollouts(policy))}
         starts = [actor.start() for actor in self.actors]
         learners = {policy: self._learner(_role("learner", policy)) for policy in policies}
         pools = {
@@ -191,7 +195,9 @@ class ActorSet:
         return Roles(
             rollouts=rollouts,
             learners=trained,
-            scorer=self._retrying(scorers, section.train, section.combine),
+            scorer=self._retrying(scorers, section.train, section.combine)
+            if scorers
+            else NoScorer(),
             evaluator=eval_scorers.pop(None, None),
             eval_scorers={task: scorer for task, scorer in eval_scorers.items() if task},
             critic=value,
@@ -230,7 +236,7 @@ class ActorSet:
         )
         self.placement_group.release()
 
-    def _start_of(self, policy: str) -> tuple[Path, float]:
+    def _start_of(self, policy: str) -> tuple[ModelName, float]:
         """Return the model that a policy starts from, and its learning rate."""
         if policy == "policy":
             return self.config.policy.model, self.config.learner.lr
@@ -281,7 +287,7 @@ class ActorSet:
         if caching is None:
             caching = not (config.run.is_deterministic and config.cluster.device == "cpu")
         rollout = config.rollout.model_copy(update={"prefix_caching": caching})
-        model = self.base / self._start_of(policy)[0]
+        model = self._start_of(policy)[0].below(self.base)
 
         def build(actor: Any, number: int) -> ray.ObjectRef:
             return actor.build.remote(
@@ -292,6 +298,7 @@ class ActorSet:
                 seed=config.seed % 2**31,
                 device=config.cluster.device,
                 sleeps=self.shares,
+                stop_token_ids=tuple(self.prepared.stop_tokens),
             )
 
         return self._create(role, RolloutActor, build, max_concurrency=100_000)
@@ -335,7 +342,7 @@ class ActorSet:
         config = self.config
 
         def build(actor: Any, number: int) -> ray.ObjectRef:
-            model = self.base / (config.reference.model or config.policy.model)
+            model = (config.reference.model or config.policy.model).below(self.base)
             return actor.build.remote(
                 model,
                 config.reference,
@@ -367,12 +374,12 @@ class ActorSet:
         )
 
     async def _start_learner(
-        self, group: LearnerClient, start: tuple[Path, float], *, critic: bool = False
+        self, group: LearnerClient, start: tuple[ModelName, float], *, critic: bool = False
     ) -> None:
         config = self.config
         model, lr = start
         await group.start(
-            self.base / model,
+            model.below(self.base),
             epoch_guard=self.epoch_guard,
             head="value" if critic else "policy",
             lr=lr,
@@ -390,6 +397,8 @@ def _role(kind: str, policy: str) -> str:
 
 async def _all(starts: list[Coroutine[Any, Any, None]]) -> None:
     """Start in parallel. Raises the first error; `shutdown` ends what was left half started."""
+    if not starts:
+        return
     tasks = [asyncio.ensure_future(start) for start in starts]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)

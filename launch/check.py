@@ -15,6 +15,7 @@ from rich.table import Table
 
 from launch.assemble import actor_specs_of
 from launch.local import ray_cluster
+from launch.models import pin_models
 from launch.view import placement_table
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
@@ -50,7 +51,9 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
     """Print the plan. Raises ConfigError or PlacementError for a run that cannot work."""
     algorithm, derived = check_settings(config)
     specs = actor_specs_of(config, algorithm)
+    rows = derived.table(config)
     if hardware:
+        config, _ = pin_models(config, Path.cwd(), console, weights=False)
         prepared = prepare(config, base=Path.cwd())
         for note in prepared.notes:
             console.print(escape(note))
@@ -58,13 +61,15 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
             console.print(
                 f"warning: {shared} held-out prompts are also training prompts", style="yellow"
             )
+        stops = [f"{text} ({token_id})" for token_id, text in prepared.stop_tokens.items()]
+        rows.append(("stop tokens", ", ".join(stops)))
     plan = Plan(config, algorithm, derived, base=Path.cwd())
     with _cluster(config, hardware=hardware) as (nodes, gpu_bytes):
         console.print(
             _table(
                 f"{config.algorithm.type} in {config.run.dir}",
                 ("derived", "value"),
-                derived.table(config),
+                rows,
             )
         )
         _print_placement(specs, nodes, console)
@@ -127,7 +132,7 @@ def _print_estimates(
 
     Raises PlacementError for what does not fit a GPU, ConfigError for what does not fit the disk.
     """
-    if not hardware and not (plan.base / plan.config.policy.model / "config.json").is_file():
+    if not hardware and not plan.config_file.is_file():
         console.print(
             f"no estimates: {plan.config.policy.model}/config.json is missing "
             "(no weights are needed)",
@@ -139,8 +144,10 @@ def _print_estimates(
     console.print(memory_table(needs, gpu=gpu, gpu_bytes=gpu_bytes))
     disk = plan.disk()
     free = check_disk(disk, plan.config.run.dir) if hardware else "not checked"
+    engine = next((need.memory for need in needs if need.spec.role == "rollout"), None)
+    sync = [] if engine is None else [("weights of one sync", _sync(plan))]
     rows: Rows = [
-        ("weights of one sync", _sync(plan)),
+        *sync,
         (
             "one checkpoint, and exported models",
             f"{_gib(disk.checkpoint)} + {_gib(disk.policies)} GiB",
@@ -149,9 +156,8 @@ def _print_estimates(
         ("samples of one iteration", f"at most {disk.samples / 2**20:,.1f} MiB"),
         ("run directory", f"at most {_gib(disk.total)} GiB; {free}"),
     ]
-    if not gpu or gpu_bytes is not None:
+    if engine is not None and (not gpu or gpu_bytes is not None):
         check_cache(plan, needs)
-        engine = next(need.memory for need in needs if need.spec.role == "rollout")
         rows.append(
             (
                 f"sequences of {plan.length} tokens in one engine's cache",

@@ -6,12 +6,14 @@ The docstring under a field is its help. The one batch unit is prompts. Imports 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
+    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -23,10 +25,11 @@ from rayhf.config.algorithms import AlgorithmConfig
 from rayhf.config.base import Name, Section
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.guards import GuardsConfig
+from rayhf.config.models import ModelName
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS, TRACKERS
 from rayhf.config.scorers import ScorerConfig, ScorerEntryConfig
 from rayhf.config.service import ServiceConfig
-from rayhf.config.sources import PromptSource
+from rayhf.config.sources import PromptSources
 from rayhf.config.trackers import TrackerConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -96,28 +99,48 @@ class LoraConfig(Section):
 class PolicyConfig(Section):
     """The model that is trained."""
 
-    model: Path
-    """Hugging Face model directory with a tokenizer that has a chat template."""
+    model: ModelName
+    """Model directory, or a hub name such as Qwen/Qwen3-0.6B or Qwen/Qwen3-0.6B@REVISION. Its
+    tokenizer must have a chat template."""
     dtype: Dtype = "bfloat16"
     """Precision of the rollout engines and the reference; learner.dtype is the learner's."""
     lora: LoraConfig | None = None
     """LoRA settings. Default: all parameters are trained."""
     max_length: PositiveInt | None = None
     """Maximum length of prompt plus completion, in tokens. Default: the model's own limit."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """Chat template in place of the tokenizer's: the path of a file, or the Jinja text itself."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables of the chat template, for example {enable_thinking: false}."""
+    chat_date: date | None = None
+    """The date that the chat template sees as today (YYYY-MM-DD), for templates that print it: a
+    campaign must render the same prompt every day. Default: such templates are refused."""
 
 
 class PromptsConfig(Section):
     """Training and held-out prompts."""
 
-    train: PromptSource
-    """Training prompts: the path of a JSONL or Parquet file with `prompt` (string) or `messages`
-    (list of role/content) and optional `answer`, or a source with its `type` and settings."""
-    heldout: PromptSource | None = None
-    """Evaluation prompts, like train. Default: no evaluation."""
+    train: PromptSources
+    """Training prompts: one source or a list of sources. A source is a path (file, directory or
+    glob), a hub data set `org/name`, or a mapping with `type` and settings. Rows have `prompt` or
+    `messages`, and optionally `answer`."""
+    heldout: PromptSources | None = None
+    """Evaluation prompts, like train. Several sources are also measured each by itself. Default: no
+    evaluation."""
     task: Name = "heldout"
     """Name of the held-out task in metrics: eval/<task>/..."""
     batch: PositiveInt = 64
     """Prompts per iteration: the one batch unit."""
+
+
+class ThinkingConfig(Section):
+    """How a thinking model marks what it writes before its answer."""
+
+    start: Annotated[str, Field(min_length=1)] = "<think>"
+    """Text that opens the thinking; written by the model, or by the chat template at the end of the
+    prompt."""
+    end: Annotated[str, Field(min_length=1)] = "</think>"
+    """Text that ends it: what follows is the answer."""
 
 
 class RolloutConfig(Section):
@@ -131,8 +154,11 @@ class RolloutConfig(Section):
     """Probability mass that nucleus sampling keeps; 1 is off."""
     top_k: NonNegativeInt = 0
     """Number of most likely tokens to sample from; 0 is off."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that end a completion, besides the model's own end of a turn. A special token may be
+    named by its text."""
+    thinking: ThinkingConfig | None = None
+    """Markers of a thinking model: scorers get the answer only. Default: all text is the answer."""
     engines: PositiveInt = 1
     """vLLM engines (data parallel)."""
     tensor_parallel: PositiveInt = 1
@@ -158,8 +184,9 @@ class RolloutConfig(Section):
 class ReferenceConfig(Section):
     """The frozen reference model."""
 
-    model: Path | None = None
-    """Initial reference model, with the policy's tokenizer. Default: the policy's model."""
+    model: ModelName | None = None
+    """Initial reference model (directory or hub name), with the policy's tokenizer. Default: the
+    policy's model."""
     token_budget: PositiveInt = 16384
     """Padded tokens per forward pass."""
     threads: PositiveInt | None = None
@@ -173,9 +200,9 @@ class LearnerConfig(Section):
     """Learning rate of the policy."""
     critic_lr: PositiveFloat = 9e-6
     """Learning rate of the critic (OpenRLHF's PPO)."""
-    critic_model: Path | None = None
-    """Initial model of the critic, with the policy's tokenizer; the value head is new. Default: the
-    policy's model."""
+    critic_model: ModelName | None = None
+    """Initial model of the critic (directory or hub name), with the policy's tokenizer; the value
+    head is new. Default: the policy's model."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate schedule after the warm-up."""
     warmup: Fraction = 0.0
@@ -291,7 +318,7 @@ class CampaignConfig(Section):
     """Further evaluations by task name."""
     algorithm: Annotated[AlgorithmConfig, ALGORITHMS]
     rollout: RolloutConfig = RolloutConfig()
-    scorer: ScorerConfig
+    scorer: ScorerConfig = ScorerConfig()
     reference: ReferenceConfig = ReferenceConfig()
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -304,6 +331,13 @@ class CampaignConfig(Section):
     service: ServiceConfig | None = None
     """gRPC control service of the running campaign: status, watch, pause, stop, adding prompts and
     human preferences. Default: none."""
+
+    @property
+    def evaluates_completions(self) -> bool:
+        """Whether any evaluation generates completions, and so needs the rollout engines."""
+        return self.prompts.heldout is not None or any(
+            evaluation.generates for evaluation in self.evaluations.values()
+        )
 
     @property
     def evaluator_scorers(self) -> dict[str | None, tuple[ScorerEntryConfig, ...]]:

@@ -11,12 +11,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from rayhf.config.base import Name, PluginConfig, Section
+from rayhf.config.models import ModelName
 from rayhf.config.registry import SCORERS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _PART_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 class ClassifierModel:
     """A sequence classifier in a scorer's process, as memory estimates see it."""
 
-    model: Path
+    model: ModelName
     dtype: Dtype
     token_budget: int
     """Padded tokens per forward pass."""
@@ -43,7 +43,7 @@ class ClassifierModel:
 class EngineModel:
     """A language model in a vLLM engine in a scorer's process, as memory estimates see it."""
 
-    model: Path
+    model: ModelName
     dtype: Dtype
     engine: RolloutConfig
 
@@ -78,6 +78,8 @@ class ScorerEntryConfig(PluginConfig):
     name: Name | None = None
     """Name in metrics and samples. Default: the function's or the class's name, or the type."""
     weight: float = 1.0
+    text: Literal["final", "whole"] = "final"
+    """What it reads of a thinking model's completion: the final answer, or the thinking as well."""
 
     @property
     def default_name(self) -> str:
@@ -172,6 +174,11 @@ def _check_names(entries: tuple[ScorerEntryConfig, ...]) -> tuple[ScorerEntryCon
     return entries
 
 
+def names_of(entries: Sequence[ScorerEntryConfig]) -> tuple[str, ...]:
+    """Return the entries' names, which a row may give as its scorers."""
+    return tuple(entry.resolved_name for entry in entries)
+
+
 ScorerEntries = Annotated[
     tuple[ScorerEntry, ...], Field(min_length=1), AfterValidator(_check_names)
 ]
@@ -237,6 +244,8 @@ def _list(weights: Sequence[float]) -> str:
 class ScorerConfig(CombinedScorersConfig):
     """The campaign's scorers."""
 
+    train: ScorerEntries = ()
+    """Combined, they are the score. Empty only where nothing is generated for training."""
     evaluate: ScorerEntries | None = None
     """For held-out evaluation only. Default: the training scorers."""
     max_failed: Annotated[float, Field(ge=0, le=1)] = 0.1

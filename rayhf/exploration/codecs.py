@@ -71,6 +71,8 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
             "texts": [c.text for c in completions],
             "lengths": [len(c.token_ids) for c in completions],
             "reasons": [c.finish_reason for c in completions],
+            "thinking": [c.thinking for c in completions],
+            "thinking_tokens": [c.thinking_tokens for c in completions],
             "versions": [c.policy_version for c in completions],
             "logprobs": "<f4" if is_short else "<f8",
         }
@@ -80,12 +82,14 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
         size = 4 * sum(columns["lengths"])
         tokens = np.frombuffer(data[:size], dtype="<i4")
         logprobs = np.frombuffer(data[size:], dtype=columns["logprobs"])
-        names = ("texts", "reasons", "versions", "lengths")
+        names = ("texts", "reasons", "versions", "thinking", "thinking_tokens")
         start = 0
         rows = []
-        for text, reason, version, length in zip(*(columns[name] for name in names), strict=True):
+        for length, *values in zip(
+            columns["lengths"], *(columns[name] for name in names), strict=True
+        ):
             end = start + length
-            rows.append((text, reason, version, tokens[start:end], logprobs[start:end]))
+            rows.append((*values, tokens[start:end], logprobs[start:end]))
             start = end
         remaining = iter(rows)
         return ([next(remaining) for _ in range(count)] for count in columns["counts"])
@@ -101,8 +105,18 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
                 logprobs=tuple(logprobs.tolist()),
                 finish_reason=finish_reason,
                 policy_version=version,
+                thinking=thinking,
+                thinking_tokens=thinking_tokens,
             )
-            for index, (text, finish_reason, version, token_ids, logprobs) in enumerate(raw)
+            for index, (
+                text,
+                finish_reason,
+                version,
+                thinking,
+                thinking_tokens,
+                token_ids,
+                logprobs,
+            ) in enumerate(raw)
         )
 
 

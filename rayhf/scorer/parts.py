@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayhf.config.scorers import ScorerEntryConfig
+from rayhf.data.thinking import with_whole_texts
 from rayhf.scorer.comparisons import check_comparisons, check_outcomes
 from rayhf.scorer.protocol import ScorerEngine
 from rayhf.types import Comparison, Outcome, Prompt, ScoreRequest, Skipped
@@ -40,6 +41,10 @@ class Part:
     def name(self) -> str:
         """Name in metrics and samples."""
         return self.config.resolved_name
+
+    def readable(self, requests: Sequence[ScoreRequest]) -> Sequence[ScoreRequest]:
+        """Return the requests with the text that the scorer reads (`text` of its entry)."""
+        return with_whole_texts(requests) if self.config.text == "whole" else requests
 
 
 def judges(config: ScorerEntryConfig, prompt: Prompt) -> bool:
@@ -117,13 +122,13 @@ def _skipped(part: Part, request: ScoreRequest, *, compares: bool) -> Skipped | 
 
 def _score(part: Part, requests: Sequence[ScoreRequest]) -> Rows:
     if part.config.is_concurrent:
-        return check_outcomes(part.engine.score(requests), requests)
+        return check_outcomes(part.engine.score(part.readable(requests)), requests)
     with part.lock:
-        return check_outcomes(part.engine.score(requests), requests)
+        return check_outcomes(part.engine.score(part.readable(requests)), requests)
 
 
 def _compare(part: Part, requests: Sequence[ScoreRequest]) -> list[Comparison]:
     if part.config.is_concurrent:
-        return check_comparisons(part.engine.compare(requests), requests)
+        return check_comparisons(part.engine.compare(part.readable(requests)), requests)
     with part.lock:
-        return check_comparisons(part.engine.compare(requests), requests)
+        return check_comparisons(part.engine.compare(part.readable(requests)), requests)
