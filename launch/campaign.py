@@ -57,6 +57,7 @@ def run_campaign(
         )
     store = RunDir(config, lock, takes_labels=isinstance(prepared.algorithm, TakesLabels))
     try:
+        store.record_datasets(prepared.data.commits)
         if store.state.iteration >= config.run.iterations:
             say(
                 f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} "

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rayhf.config.schema import CampaignConfig as CampaignConfig
     from rayhf.config.scorers import PairwiseEntryConfig as PairwiseEntryConfig
     from rayhf.config.scorers import PointwiseEntryConfig as PointwiseEntryConfig
+    from rayhf.config.sources import SourceConfig as SourceConfig
     from rayhf.config.trackers import TrackerConfig as TrackerConfig
     from rayhf.data.readers import Source as Source
     from rayhf.evaluation.base import Evaluation as Evaluation
@@ -100,6 +101,7 @@ _HOMES = {
     "rayhf.config.load": ("load_config",),
     "rayhf.config.schema": ("CampaignConfig",),
     "rayhf.config.scorers": ("PairwiseEntryConfig", "PointwiseEntryConfig"),
+    "rayhf.config.sources": ("SourceConfig",),
     "rayhf.config.trackers": ("TrackerConfig",),
     "rayhf.data.readers": ("Source",),
     "rayhf.evaluation.base": ("Evaluation", "EvaluationContext", "EvaluationSetup"),

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from pydantic import JsonValue
 
 FloatArray = npt.NDArray[np.float32]
-Message = Mapping[str, str]
-"""{"role": ..., "content": ...}, as chat templates expect it."""
+Message = Mapping[str, Any]
+"""{"role": ..., "content": ...}, as chat templates expect it; `content` is always text. Further
+keys are the row's: tool_calls, name ..."""
 JsonObject = Mapping[str, JsonValue]
 """State of a component, as stored in a checkpoint's JSON."""
 TransportName = Literal["object_store", "broadcast", "cuda_ipc"]
@@ -41,7 +42,7 @@ class Prompt:
     """A prompt, rendered for the policy."""
 
     prompt_id: str
-    """Stable hash of messages and reference answer; identifies the prompt everywhere."""
+    """Stable hash of all that the policy and the scorers see; identifies the prompt everywhere."""
     messages: tuple[Message, ...]
     """Messages before any chat template, for scorers with another tokenizer."""
     token_ids: tuple[int, ...]

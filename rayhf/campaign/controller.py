@@ -30,7 +30,7 @@ from rayhf.campaign.persistence import check_data, installed_packages, load_role
 from rayhf.campaign.training import Trainer
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import InterruptedRunError, PausedError
-from rayhf.exploration.metrics import exploration_metrics
+from rayhf.exploration.metrics import exploration_metrics, source_metrics
 from rayhf.monitoring.guards import check_guards
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
@@ -123,6 +123,7 @@ class Controller:
         metrics |= exploration_metrics(explored.groups, self.versions["policy"])
         await self.store.write_samples(iteration, explored.groups)
         selected = await self._trainer.select(iteration, explored.groups, metrics)
+        metrics |= source_metrics(explored.groups, selected.examples)
         seconds = explored.seconds
         # The groups are most of an iteration's memory: free them before training, while the next
         # iteration may already be exploring.

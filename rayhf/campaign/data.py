@@ -20,6 +20,8 @@ class CampaignData:
     heldout: tuple[Prompt, ...] = ()
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     """The config's further evaluations, by task."""
+    commits: Mapping[str, str] = field(default_factory=dict)
+    """Commits of the hub data sets that were read, by name."""
     pairs: str | None = None
     """Fingerprint of the offline pairs; the algorithm holds the pairs themselves."""
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rayhf.algorithms.base import Algorithm, WorksAtTestTime
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.campaign.iteration import IterationExplorer
+from rayhf.config.scorers import names_of
 from rayhf.evaluation.base import EvaluationContext
 from rayhf.evaluation.scored import evaluate
 from rayhf.types import Completion, Group, Prompt, Sample, derive_seed
@@ -105,9 +106,11 @@ class Evaluator:
 
     @property
     def _scores_alone(self) -> bool:
-        """Whether the training scorer can score a completion without others of its prompt."""
+        """Whether the training scorer can score the held-out completions, one per prompt."""
         entries = self._config.scorer.train
-        return bool(entries) and not any(entry.is_pairwise for entry in entries)
+        names = set(names_of(entries))
+        chosen = {name for prompt in self._data.heldout for name in prompt.scorers or ()}
+        return bool(entries) and chosen <= names and not any(e.is_pairwise for e in entries)
 
 
 def _at_test_time(algorithm: Algorithm) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rayhf.algorithms.base import Algorithm, generates
 from rayhf.campaign.data import CampaignData
 from rayhf.config.schema import CampaignConfig
-from rayhf.data.prompts import iteration_batch, parse_prompt
+from rayhf.data.prompts import parse_prompt
 from rayhf.errors import ConfigError
 from rayhf.exploration.build import build_scheduler
 from rayhf.exploration.journal import Journal
@@ -79,9 +79,7 @@ class IterationExplorer:
     def prompts_of(self, iteration: int) -> Sequence[Prompt]:
         """Return the iteration's prompts; prompts added at run time replace those of the set."""
         batch = self.config.prompts.batch
-        dealt = iteration_batch(
-            self.data.prompts.prompts, batch=batch, iteration=iteration, seed=self.config.seed
-        )
+        dealt = self.data.prompts.batch(batch=batch, iteration=iteration, seed=self.config.seed)
         added: dict[str, Prompt] = {}
         room = self.data.chat.max_length - self.sampling.max_tokens
         submitted = self.store.inbox.take("prompts", iteration, limit=batch)

@@ -248,10 +248,19 @@ SCORERS = Registry(
         "preference_model": "rayhf.scorer.preference_model:PreferenceModel",
         "judge": "rayhf.scorer.judge_model:LocalJudge",
         "grpc": "rayhf.scorer.grpc.client:GrpcScorer",
+        "reasoning_gym": "rayhf.scorer.reasoning_gym:GymScorer",
     },
 )
 
-SOURCES = Registry("prompt source", "rayhf.sources", {"file": "rayhf.data.readers:FileSource"})
+SOURCES = Registry(
+    "prompt source",
+    "rayhf.sources",
+    {
+        "file": "rayhf.data.files:FileSource",
+        "hub": "rayhf.data.hub:HubSource",
+        "reasoning_gym": "rayhf.data.reasoning_gym:GymSource",
+    },
+)
 
 TRACKERS = Registry("tracker", "rayhf.trackers", {"wandb": "rayhf.monitoring.wandb:WandbTracker"})
 

@@ -26,7 +26,7 @@ from rayhf.config.guards import GuardsConfig
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS, TRACKERS
 from rayhf.config.scorers import ScorerConfig, ScorerEntryConfig
 from rayhf.config.service import ServiceConfig
-from rayhf.config.sources import PromptSource
+from rayhf.config.sources import PromptSources
 from rayhf.config.trackers import TrackerConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -109,11 +109,13 @@ class PolicyConfig(Section):
 class PromptsConfig(Section):
     """Training and held-out prompts."""
 
-    train: PromptSource
-    """Training prompts: the path of a JSONL or Parquet file with `prompt` (string) or `messages`
-    (list of role/content) and optional `answer`, or a source with its `type` and settings."""
-    heldout: PromptSource | None = None
-    """Evaluation prompts, like train. Default: no evaluation."""
+    train: PromptSources
+    """Training prompts: one source or a list of sources. A source is a path (file, directory or
+    glob), a hub data set `org/name`, or a mapping with `type` and settings. Rows have `prompt` or
+    `messages`, and optionally `answer`."""
+    heldout: PromptSources | None = None
+    """Evaluation prompts, like train. Several sources are also measured each by itself. Default: no
+    evaluation."""
     task: Name = "heldout"
     """Name of the held-out task in metrics: eval/<task>/..."""
     batch: PositiveInt = 64

@@ -167,6 +167,11 @@ def _check_names(entries: tuple[ScorerEntryConfig, ...]) -> tuple[ScorerEntryCon
     return entries
 
 
+def names_of(entries: Sequence[ScorerEntryConfig]) -> tuple[str, ...]:
+    """Return the entries' names, which a row may give as its scorers."""
+    return tuple(entry.resolved_name for entry in entries)
+
+
 ScorerEntries = Annotated[
     tuple[ScorerEntry, ...], Field(min_length=1), AfterValidator(_check_names)
 ]

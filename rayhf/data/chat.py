@@ -7,7 +7,7 @@ end a turn or begin one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +23,46 @@ def render(
 ) -> tuple[int, ...]:
     """Return the token ids of a conversation under the chat template, generation prompt included.
 
-    Special tokens are the template's own; the tokenizer adds none. Raises ConfigError, beginning
-    with `where`, if the template refuses the messages.
+    Raises ConfigError, beginning with `where`, if the template refuses the messages.
+    """
+    (token_ids,) = encode_texts(tokenizer, [render_text(tokenizer, messages, where=where)])
+    return tuple(token_ids)
+
+
+def render_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    where: str,
+) -> str:
+    """Return a conversation as text under the chat template, generation prompt included.
+
+    Raises ConfigError, beginning with `where`, if the template refuses the messages or the tools.
     """
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+        text: str = tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            tools=None if tools is None else list(tools),
+            add_generation_prompt=True,
+            tokenize=False,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: the chat template refuses the messages ({error})") from None
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return text
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of rendered texts.
+
+    Special tokens are the template's own; the tokenizer adds none.
+    """
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -74,7 +102,7 @@ class Chat:
 
         Raises ConfigError if the template refuses the messages.
         """
-        escaped = [{"role": m["role"], "content": self._escape(m["content"])} for m in messages]
+        escaped = [{**m, "content": self._escape(m["content"])} for m in messages]
         return render(self._tokenizer, escaped, where="chat template")
 
     def text(self, token_ids: Sequence[int]) -> str:
@@ -117,7 +145,7 @@ class Chat:
         self,
         messages: Sequence[Message],
         *,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         generation_prompt: bool = False,
     ) -> str:
         """Return the text of a conversation. Raises ConfigError if the template refuses it."""
@@ -127,7 +155,7 @@ class Chat:
             return str(
                 self._tokenizer.apply_chat_template(
                     [dict(m) for m in messages],
-                    tools=tools,
+                    tools=None if tools is None else list(tools),
                     add_generation_prompt=generation_prompt,
                     tokenize=False,
                 )
@@ -141,12 +169,12 @@ class Chat:
         return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
     def generation_mask(
-        self, messages: Sequence[Message], *, tools: list[dict[str, Any]] | None = None
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> tuple[list[int], list[bool]]:
         """Return the token ids of a conversation and whether the template marks each."""
         encoded = self._tokenizer.apply_chat_template(
             [dict(m) for m in messages],
-            tools=tools,
+            tools=None if tools is None else list(tools),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,

@@ -8,22 +8,19 @@ token that ends its turn, nothing of the template around them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayhf.data.chat import Chat
+from rayhf.data.columns import Row
+from rayhf.data.conversations import message_list, parse_tools
 from rayhf.data.examples import EncodedExample, EncodedRow, content_id, encoded_row
-from rayhf.data.readers import Row
-from rayhf.data.responses import (
-    Messages,
-    completion_of,
-    parse_conversation,
-    prompt_of,
-    tools_of,
-)
+from rayhf.data.responses import parse_completion
 from rayhf.errors import ConfigError
+from rayhf.types import Message
 
-Tools = list[dict[str, Any]] | None
+Messages = tuple[Message, ...]
+Tools = Sequence[Mapping[str, Any]] | None
 
 
 def encode_demonstration(row: Row, where: str, chat: Chat, *, last_only: bool) -> EncodedExample:
@@ -39,7 +36,7 @@ def encode_demonstration(row: Row, where: str, chat: Chat, *, last_only: bool) -
     tokens cannot be located.
     """
     messages, last_only = _conversation(row, where, last_only)
-    tools = tools_of(row, where)
+    tools = parse_tools(row, where)
     encoded = encode_conversation(messages, where, chat, tools=tools, last_only=last_only)
     return EncodedExample(
         prompt_id=content_id("demonstration", messages, tools),
@@ -50,15 +47,12 @@ def encode_demonstration(row: Row, where: str, chat: Chat, *, last_only: bool) -
 
 def _conversation(row: Row, where: str, last_only: bool) -> tuple[Messages, bool]:
     """Return the messages up to the last assistant turn, and whether only that one is trained."""
-    given = any(row.get(field) is not None for field in ("completion", "response"))
-    if given:
-        completion = completion_of(row, prompt_of(row, where), where)
-        assert completion is not None
+    if (completion := parse_completion(row, where)) is not None:
         prompt, text = completion
         messages: Messages = (*prompt, {"role": "assistant", "content": text})
         last_only = True
     elif row.get("messages") is not None:
-        messages = parse_conversation(row["messages"], where, "messages")
+        messages = message_list(row["messages"], "messages", where)
     else:
         raise ConfigError(
             f"{where}: expected `messages`, or `prompt` with `completion`, got keys "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayhf.errors import ScorerError
-from rayhf.types import Failed, Group, Invalid, Scored
+from rayhf.types import Example, Failed, Group, Invalid, Sample, Scored
 
 
 class FailureBudget:
@@ -41,8 +41,7 @@ def exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, floa
     Lengths and truncation are those of samples of kind "answer", where there are any.
     """
     samples = [s for g in groups for s in g.samples]
-    completions = [s.completion for s in samples if s.kind == "answer"]
-    completions = completions or [s.completion for s in samples]
+    completions = [s.completion for s in _answers(samples)]
     if not completions:
         return {}
     scored = [s.outcome for s in samples if isinstance(s.outcome, Scored)]
@@ -69,3 +68,30 @@ def exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, floa
         values = [group.metrics[name] for group in groups if name in group.metrics]
         metrics[name] = float(np.mean(values))
     return metrics
+
+
+def source_metrics(groups: Sequence[Group], examples: Sequence[Example]) -> dict[str, float]:
+    """Return reward, length, share and kept prompts of each source, where there are several."""
+    by_source: dict[str, list[Group]] = {}
+    for group in groups:
+        by_source.setdefault(group.prompt.source, []).append(group)
+    if len(by_source) < 2:
+        return {}
+    trained = {e.rows[0].prompt_id for e in examples if not e.iterations_back}
+    metrics: dict[str, float] = {}
+    for name, own in by_source.items():
+        samples = _answers([sample for group in own for sample in group.samples])
+        scores = [s.outcome.value for s in samples if isinstance(s.outcome, Scored)]
+        kept = sum(group.prompt.prompt_id in trained for group in own)
+        values = {"share": len(own) / len(groups), "kept": kept / len(own)}
+        if samples:
+            values["length"] = float(np.mean([len(s.completion.token_ids) for s in samples]))
+        if scores:
+            values["reward"] = float(np.mean(scores))
+        metrics |= {f"source/{name}/{metric}": value for metric, value in values.items()}
+    return metrics
+
+
+def _answers(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples of kind "answer", or all where there are none."""
+    return [s for s in samples if s.kind == "answer"] or list(samples)

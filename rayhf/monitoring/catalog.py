@@ -67,6 +67,10 @@ METRICS: tuple[Metric, ...] = (
         ),
         ("scorer/invalid", "count", "completions whose scorer responded without a score"),
         ("scorer/failed", "count", "completions whose scorer did not respond"),
+        ("source/<name>/reward", "score", "mean score of one source, where there are several"),
+        ("source/<name>/length", "tokens", "mean length of one source's completions"),
+        ("source/<name>/share", "share", "prompts of the iteration that are of this source"),
+        ("source/<name>/kept", "share", "the source's prompts that gave a training example"),
         (
             "scorer/pointwise",
             "share",
@@ -221,6 +225,7 @@ METRICS: tuple[Metric, ...] = (
     *_rows(
         "evaluation of type scored, and prompts.heldout",
         ("eval/<task>/sampled", "score", "mean score at temperature 1"),
+        ("eval/<task>/<source>/sampled", "score", "of one source, where there are several; so all"),
         ("eval/<task>/greedy", "score", "mean score of greedy decoding"),
         ("eval/<task>/reward", "score", "training scorer's mean, where evaluation has its own"),
         ("eval/<task>/refined", "score", "mean score after the algorithm's test-time work"),

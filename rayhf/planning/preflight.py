@@ -6,11 +6,10 @@ and no cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rayhf.algorithms.base import (
     Algorithm,
@@ -20,14 +19,15 @@ from rayhf.algorithms.base import (
     generates,
 )
 from rayhf.campaign.data import CampaignData
-from rayhf.config.base import PluginConfig
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
+from rayhf.config.scorers import names_of
+from rayhf.config.sources import SourceConfig
 from rayhf.data.chat import Chat
 from rayhf.data.examples import load_examples
+from rayhf.data.loading import PromptLoader
 from rayhf.data.preferences import encode_pairs, load_pairs
-from rayhf.data.prompts import PromptSet, load_prompts
-from rayhf.data.readers import open_source
+from rayhf.data.prompts import PromptSet
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import Evaluation, EvaluationSetup
 from rayhf.models.source import (
@@ -36,10 +36,8 @@ from rayhf.models.source import (
     read_model_config,
     tokenizer_fingerprint,
 )
+from rayhf.run_dir.state import read_state
 from rayhf.types import Prompt, TransportName
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,31 +171,31 @@ def transport_of(config: CampaignConfig) -> TransportName:
 def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     """Check models, tokenizers, prompts and scorers, and load what the campaign reads.
 
-    Relative paths start at `base`. Raises ConfigError.
+    Relative paths start at `base`. Hub data sets are read at the commits that the run directory has
+    recorded. Raises ConfigError.
     """
     from rayhf.scorer.build import check_entries, check_heldout
 
     algorithm, derived = check_settings(config)
     max_length = _check_models(config, algorithm, base)
     tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
-    load = partial(_load, config, tokenizer=tokenizer, max_length=max_length, base=base)
     chat = Chat(tokenizer, max_length=max_length)
-    if isinstance(algorithm, TrainsOnRows):
-        source = open_source(config.prompts.train, base=base, key="prompts.train")
-        prompts, examples = load_examples(source, algorithm.encode, chat, key="prompts.train")
-        algorithm.set_examples(examples)
-    else:
-        prompts = load(config.prompts.train, key="prompts.train")
-    if len(prompts.prompts) < config.prompts.batch:
-        raise ConfigError(
-            f"prompts.batch is {config.prompts.batch}, but {prompts.label} has only "
-            f"{len(prompts.prompts)} different prompts; expected at most {len(prompts.prompts)}"
-        )
+    recorded = read_state(config.run.dir)
+    loader = PromptLoader(
+        tokenizer=tokenizer,
+        max_prompt_tokens=max_length - config.rollout.max_tokens,
+        base=base,
+        commits=dict(recorded.datasets) if recorded else {},
+    )
+    prompts = _training_prompts(config, algorithm, loader, chat)
     config.algorithm.check_prompts(config, len(prompts.prompts))
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
-        loaded = load(config.prompts.heldout, key="prompts.heldout")
-        heldout = loaded.prompts[: config.run.eval_prompts]
+        judges = config.scorer.evaluate or config.scorer.train
+        loaded = loader.load(
+            config.prompts.heldout, key="prompts.heldout", scorers=names_of(judges)
+        )
+        heldout = loaded.first(config.run.eval_prompts)
     check_entries(config.scorer.train, base)
     if heldout:
         judged = config.scorer.evaluate or config.scorer.train
@@ -205,14 +203,19 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     if config.scorer.evaluate is not None:
         check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
     shown = heldout or (prompts.prompts if generates(algorithm) else ())
-    evaluations = _evaluations(config, load, base, chat, shown)
+    evaluations = _evaluations(config, loader, chat, shown)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
         pair_set = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
         algorithm.set_pairs(encode_pairs(pair_set.pairs, chat, key="algorithm.offline.path"))
         pairs = pair_set.fingerprint
     data = CampaignData(
-        chat=chat, prompts=prompts, heldout=heldout, evaluations=evaluations, pairs=pairs
+        chat=chat,
+        prompts=prompts,
+        heldout=heldout,
+        evaluations=evaluations,
+        pairs=pairs,
+        commits=loader.commits,
     )
     return Prepared(
         config=config,
@@ -223,26 +226,45 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     )
 
 
+def _training_prompts(
+    config: CampaignConfig, algorithm: Algorithm, loader: PromptLoader, chat: Chat
+) -> PromptSet:
+    """Return the training prompts; give an algorithm that trains on rows its examples."""
+    key = "prompts.train"
+    if isinstance(algorithm, TrainsOnRows):
+        sources = loader.open(config.prompts.train, key)
+        prompts, examples = load_examples(sources, algorithm.encode, chat, key=key)
+        algorithm.set_examples(examples)
+    else:
+        names = names_of(config.scorer.train)
+        prompts = loader.load(config.prompts.train, key=key, scorers=names)
+    prompts.check_batches(batch=config.prompts.batch, iterations=config.run.iterations, key=key)
+    return prompts
+
+
 def _evaluations(
     config: CampaignConfig,
-    load: Callable[..., PromptSet],
-    base: Path,
+    loader: PromptLoader,
     chat: Chat,
     heldout: tuple[Prompt, ...],
 ) -> dict[str, Evaluation]:
     """Check the scorers of the config's further evaluations, and build these by task."""
     from rayhf.scorer.build import check_entries, check_heldout
 
-    def load_prompts_of(source: PluginConfig, key: str) -> tuple[Prompt, ...]:
-        return load(source, key=key).prompts[: config.run.eval_prompts]
-
+    base = loader.base
     evaluations: dict[str, Evaluation] = {}
     for task, evaluation in config.evaluations.items():
         where = f"evaluations.{task}.scorer"
         check_entries(evaluation.scorers, base, where=where)
         check_heldout(evaluation.scorers, where=where)
+        names = names_of(evaluation.scorers or config.scorer.train)
         setup = EvaluationSetup(
-            task=task, base=base, chat=chat, heldout=heldout, load_prompts=load_prompts_of
+            task=task,
+            base=base,
+            chat=chat,
+            heldout=heldout,
+            open_sources=loader.open,
+            load_prompts=partial(_evaluation_prompts, config, loader, names),
         )
         evaluations[task] = EVALUATIONS.build(evaluation, setup)
     return evaluations
@@ -291,24 +313,18 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
     return length
 
 
-def _load(
+def _evaluation_prompts(
     config: CampaignConfig,
-    source: PluginConfig,
-    *,
+    loader: PromptLoader,
+    scorers: Collection[str],
+    sources: tuple[SourceConfig, ...],
     key: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    base: Path,
-) -> PromptSet:
-    return load_prompts(
-        open_source(source, base=base, key=key),
-        tokenizer,
-        key=key,
-        max_prompt_tokens=max_length - config.rollout.max_tokens,
-    )
+) -> tuple[Prompt, ...]:
+    return loader.load(sources, key=key, scorers=scorers).first(config.run.eval_prompts)
 
 
 def overlap(prepared: Prepared) -> int:
     """Return how many held-out prompts are also training prompts."""
     data = prepared.data
-    return len({p.prompt_id for p in data.prompts.prompts} & {p.prompt_id for p in data.heldout})
+    heldout = {p.token_ids for p in data.heldout}
+    return len(heldout & {p.token_ids for p in data.prompts.prompts})

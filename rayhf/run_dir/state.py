@@ -52,6 +52,8 @@ class CampaignState(BaseModel):
     """Guards that an operator accepted: they only warn."""
     takes_labels: bool = False
     """Whether the algorithm trains on human labels of pairs of completions."""
+    datasets: dict[str, str] = {}
+    """Commits of hub data sets by name: a continued campaign reads the same rows."""
 
 
 class CheckpointState(BaseModel):

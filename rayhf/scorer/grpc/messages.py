@@ -6,6 +6,7 @@ size of its request, and a text is cut and made printable before it is passed on
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -60,7 +61,11 @@ def encode_request(request: ScoreRequest) -> pb.ScoreRequest:
     ]
     return pb.ScoreRequest(
         prompt=pb.Prompt(
-            prompt_id=prompt.prompt_id, messages=messages, answer=prompt.reference_answer
+            prompt_id=prompt.prompt_id,
+            messages=messages,
+            answer=prompt.reference_answer,
+            row=json.dumps(dict(prompt.row), ensure_ascii=False) if prompt.row else "",
+            source=prompt.source,
         ),
         completions=completions,
     )
@@ -69,7 +74,8 @@ def encode_request(request: ScoreRequest) -> pb.ScoreRequest:
 def decode_requests(message: pb.ScoreRequests) -> list[ScoreRequest]:
     """Decode all requests of a call.
 
-    Raises ConfigError for a prompt without messages and for an unknown finish reason.
+    Raises ConfigError for a prompt without messages, for a row that is no JSON object, and for an
+    unknown finish reason.
     """
     return [
         _decode_request(request, f"requests[{index}]")
@@ -86,6 +92,8 @@ def _decode_request(message: pb.ScoreRequest, where: str) -> ScoreRequest:
         messages=tuple({"role": m.role, "content": m.content} for m in sent.messages),
         token_ids=(),
         reference_answer=sent.answer if sent.HasField("answer") else None,
+        row=_decode_row(sent.row, where),
+        source=sent.source,
     )
     completions = []
     for index, completion in enumerate(message.completions):
@@ -108,6 +116,18 @@ def _decode_request(message: pb.ScoreRequest, where: str) -> ScoreRequest:
             )
         )
     return ScoreRequest(prompt=prompt, completions=tuple(completions))
+
+
+def _decode_row(text: str, where: str) -> dict[str, object]:
+    if not text:
+        return {}
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: the prompt's row is not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: the prompt's row is no JSON object")
+    return row
 
 
 def encode_outcomes(outcomes: Sequence[Sequence[Outcome]]) -> pb.ScoreReply:

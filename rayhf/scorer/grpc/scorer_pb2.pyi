@@ -55,14 +55,18 @@ class ScoreRequest(_message.Message):
     def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ...) -> None: ...
 
 class Prompt(_message.Message):
-    __slots__ = ("prompt_id", "messages", "answer")
+    __slots__ = ("prompt_id", "messages", "answer", "row", "source")
     PROMPT_ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     prompt_id: str
     messages: _containers.RepeatedCompositeFieldContainer[_chat_pb2.Message]
     answer: str
-    def __init__(self, prompt_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_chat_pb2.Message, _Mapping]]] = ..., answer: _Optional[str] = ...) -> None: ...
+    row: str
+    source: str
+    def __init__(self, prompt_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_chat_pb2.Message, _Mapping]]] = ..., answer: _Optional[str] = ..., row: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Completion(_message.Message):
     __slots__ = ("text", "finish_reason")

@@ -1,0 +1,54 @@
+"""From the sources of a config to its prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayhf.config.sources import SourceConfig, source_names
+from rayhf.data.prompts import OpenSource, PromptReader, PromptSet, load_prompts
+from rayhf.data.readers import open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLoader:
+    """Loads prompts for one policy; see `load`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """The policy's."""
+    max_prompt_tokens: int
+    """Longest prompt."""
+    base: Path
+    """Start of relative paths."""
+    commits: MutableMapping[str, str]
+    """Commits of hub data sets by name; those that are missing are added."""
+
+    def load(
+        self, sources: Sequence[SourceConfig], *, key: str, scorers: Collection[str]
+    ) -> PromptSet:
+        """Open the sources of the config key `key` and read their prompts.
+
+        `scorers` are the names that rows may give. Raises ConfigError.
+        """
+        reader = PromptReader(
+            tokenizer=self.tokenizer,
+            max_prompt_tokens=self.max_prompt_tokens,
+            scorers=scorers,
+        )
+        return load_prompts(self.open(sources, key), reader, key=key)
+
+    def open(self, sources: Sequence[SourceConfig], key: str) -> list[OpenSource]:
+        """Open the sources of the config key `key`. Raises ConfigError."""
+        opened = []
+        for number, (name, config) in enumerate(
+            zip(source_names(tuple(sources)), sources, strict=True)
+        ):
+            own = f"{key}[{number}]" if len(sources) > 1 else key
+            source = open_source(config, base=self.base, key=own, commits=self.commits)
+            opened.append((name, source, config))
+        return opened
