@@ -10,6 +10,7 @@ from campaigns import make_config, metrics_of
 from fakes import FakeChat, FakeLearner, FakeReference, FakeRollout, FakeScorer, SilentObserver
 from fakes import make_prompts as heldout_prompts
 
+from launch.assemble import actor_specs_of
 from rayhf.algorithms.base import needs_frozen_reference
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.data import CampaignData
@@ -22,10 +23,12 @@ from rayhf.data.readers import open_source
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import EvaluationSetup
 from rayhf.planning.placement import actor_specs
-from rayhf.planning.preflight import check_settings
+from rayhf.planning.plan import Plan
+from rayhf.planning.preflight import check_settings, prepare
 from rayhf.roles import Roles
 from rayhf.run_dir.store import RunDir
 from rayhf.scorer.none import NoScorer
+from rayhf.tiny.language_model import ModelSize, new_model
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 from rayhf.types import Prompt
 
@@ -275,3 +278,48 @@ def test_pair_accuracy_is_of_the_implicit_reward(tmp_path):
     assert metrics["eval/val/pair_margin"] == pytest.approx(sum(margins) / 3)
     free = measure(tmp_path, "pair_accuracy", rows, reference=False)
     assert free["eval/val/pair_margin"] == pytest.approx((7 - 7 - 3) / 3)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("policy")
+    tokenizer = train_tokenizer(["a b c"], POLICY_FORMAT, max_vocab=270, max_length=64)
+    size = ModelSize(hidden=16, layers=1, intermediate=16)
+    new_model(size, tokenizer, seed=0).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def prepare_rows(tmp_path, policy, rows, **algorithm):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(
+        tmp_path,
+        algorithm={"type": "sft", **algorithm},
+        policy={"model": str(policy), "max_length": 32},
+        prompts={"train": str(file), "batch": 2},
+        scorer={},
+    )
+    return prepare(config, base=tmp_path)
+
+
+def test_rows_are_checked_before_anything_starts(tmp_path, policy):
+    rows = [{"prompt": "a", "completion": word} for word in ("a", "b", "c" * 40, "b")]
+    with pytest.raises(ConfigError, match=r"^prompts\.train: .*rows\.jsonl row 3: \d+ tokens"):
+        prepare_rows(tmp_path, policy, rows)
+    # rollout.max_tokens is far above the model's length: nothing is generated.
+    prepared = prepare_rows(tmp_path, policy, rows, too_long="drop")
+    assert len(prepared.data.prompts.prompts) == 2 and prepared.data.prompts.duplicates == 1
+    with pytest.raises(ConfigError, match=r"row 1: `messages` has no assistant turn"):
+        prepare_rows(tmp_path, policy, [{"messages": [{"role": "user", "content": "a"}]}])
+
+
+def test_plan_has_no_engine(tmp_path, policy):
+    rows = [{"prompt": "a", "completion": word} for word in ("a", "b")]
+    prepared = prepare_rows(tmp_path, policy, rows)
+    specs = actor_specs_of(prepared.config, prepared.algorithm)
+    plan = Plan(prepared.config, prepared.algorithm, prepared.derived, base=tmp_path)
+    assert [need.spec.name for need in plan.needs(specs, None)] == ["learner rank 0"]
+    names = [name for name, _ in prepared.derived.table(prepared.config)]
+    assert "rows per iteration" in names and "weight transport" not in names
+    assert plan.disk().samples > 0
