@@ -113,10 +113,11 @@ def _mask_by_prefixes(
         upto = whole if last else chat.template(messages[: turn + 1], tools=tools)
         upto = chat.without_space_after_end(upto)
         if not (whole.startswith(upto) and upto.startswith(before)):
+            remedy = "" if last else "algorithm.last_only: true, or "
             raise ConfigError(
-                f"{where}: the chat template renders message {turn + 1} differently once "
-                "other turns follow (some strip earlier thinking), so its tokens cannot be "
-                "located; expected algorithm.last_only: true, or a template with {% generation %}"
+                f"{where}: the chat template does not render message {turn + 1} as a continuation "
+                "that later turns leave unchanged (some leave out earlier thinking), so its tokens "
+                f"cannot be located; expected {remedy}a template with {{% generation %}}"
             )
         spans.append((len(before), len(upto)))
     ids, offsets = chat.tokens_with_offsets(whole)

@@ -101,10 +101,16 @@ def test_turns_after_the_last_assistant_turn_are_left_out(tokenizer):
 
 def test_template_that_strips_thinking(tokenizer):
     chat = chat_of(tokenizer, STRIPS)
-    with pytest.raises(ConfigError, match=r"row 1: .* message 3 differently .*last_only"):
+    with pytest.raises(ConfigError, match=r"row 1: .* message 3 as .*last_only"):
         trained(chat, {"messages": TALK})
     parts, whole = trained(chat, {"messages": TALK}, last_only=True)
     assert parts == [" four<|end|>"] and "hm" not in whole
+
+
+def test_template_whose_generation_prompt_is_not_how_the_turn_begins(tokenizer):
+    chat = chat_of(tokenizer, LINES.replace("<|assistant|>\n{% endif", "<|assistant|>\nhm{% endif"))
+    with pytest.raises(ConfigError, match=r"message 5 as .*expected a template with"):
+        trained(chat, {"messages": TALK}, last_only=True)
 
 
 def test_tools_are_rendered(tokenizer):
