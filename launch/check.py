@@ -15,6 +15,7 @@ from rich.table import Table
 
 from launch.assemble import actor_specs_of
 from launch.local import ray_cluster
+from launch.models import pin_models
 from launch.view import placement_table
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
@@ -51,6 +52,7 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
     algorithm, derived = check_settings(config)
     specs = actor_specs_of(config, algorithm)
     if hardware:
+        config, _ = pin_models(config, Path.cwd(), console, weights=False)
         prepared = prepare(config, base=Path.cwd())
         if shared := overlap(prepared):
             console.print(
@@ -125,7 +127,7 @@ def _print_estimates(
 
     Raises PlacementError for what does not fit a GPU, ConfigError for what does not fit the disk.
     """
-    if not hardware and not (plan.base / plan.config.policy.model / "config.json").is_file():
+    if not hardware and not plan.config_file.is_file():
         console.print(
             f"no estimates: {plan.config.policy.model}/config.json is missing "
             "(no weights are needed)",
@@ -206,23 +208,24 @@ def _pace_rows(plan: Plan, pace: Pace) -> Rows:
 def memory_table(needs: Sequence[Need], *, gpu: bool, gpu_bytes: float | None) -> Table:
     """Return a table of each actor's GiB at its peak; equal actors of a role share a row."""
     of = f", of a GPU with {_gib(gpu_bytes)}" if gpu_bytes is not None else ""
-    names = [
-        field.name
-        for field in fields(Memory)
-        if any(getattr(need.memory, field.name) for need in needs)
-    ]
     table = Table(
         "actor",
-        *names,
         "total",
+        "largest parts",
         title=f"GiB {'per GPU' if gpu else 'per process'} at the peak, estimated{of}",
     )
     for (role, _), group in groupby(needs, key=lambda need: (need.spec.role, need.memory)):
         alike = list(group)
         name = alike[0].spec.name if len(alike) == 1 else f"{role} ({len(alike)})"
-        cells = [_gib(getattr(alike[0].memory, field)) for field in names]
-        table.add_row(name, *cells, _gib(alike[0].memory.total))
+        memory = alike[0].memory
+        table.add_row(name, _gib(memory.total), ", ".join(_parts(memory)))
     return table
+
+
+def _parts(memory: Memory) -> list[str]:
+    """Return the parts that are at least 0.01 GiB, the largest first."""
+    parts = [(getattr(memory, field.name), field.name) for field in fields(Memory)]
+    return [f"{name} {_gib(size)}" for size, name in sorted(parts, reverse=True) if size > GIB / 99]
 
 
 def _table(title: str, columns: Sequence[str], rows: Rows) -> Table:

@@ -130,7 +130,7 @@ def test_tools_are_rendered(tokenizer):
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image"),
         ({"prompt": "a", "completion": [TALK[1]]}, "must end with an assistant"),
         ({"completion": "a"}, "expected a `prompt`"),
-        ({"prompt": "one", "completion": TALK[:3]}, "are not those of `prompt`"),
+        ({"prompt": "one", "completion": TALK[:3]}, "are not those of the prompt"),
     ],
 )
 def test_refused_rows(tokenizer, row, expected):
@@ -178,7 +178,7 @@ def test_pairs_and_labels_of_responses(tokenizer):
     for label in (None, "yes", 2):
         with pytest.raises(ConfigError, match=r"row 1: expected .* `label`"):
             encode_labeled({**row, "label": label}, "row 1", chat)
-    with pytest.raises(ConfigError, match="answer different prompts"):
+    with pytest.raises(ConfigError, match="differ before their last turns"):
         encode_pair({**PAIRS[3], "chosen": TALK[:3]}, "row 1", chat)
 
 

@@ -284,7 +284,7 @@ def test_pair_accuracy_is_of_the_implicit_reward(tmp_path):
 def policy(tmp_path_factory):
     directory = tmp_path_factory.mktemp("policy")
     tokenizer = train_tokenizer(["a b c"], POLICY_FORMAT, max_vocab=270, max_length=64)
-    size = ModelSize(hidden=16, layers=1, intermediate=16)
+    size = ModelSize(hidden=64, layers=1, intermediate=64)
     new_model(size, tokenizer, seed=0).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
