@@ -103,6 +103,10 @@ class LearnerActor(ReportsProcess):
         with _collectives():
             return self.engine.outputs(rows, temperature)
 
+    def probe(self) -> Probe:
+        with _collectives():
+            return self.engine.probe()
+
     def publish(
         self, version: int, dtype: str, bucket_bytes: int, transport: TransportName, whole: bool
     ) -> tuple[list[WeightBucket], Probe]:
@@ -261,6 +265,11 @@ class LearnerClient:
         for share, outputs in zip(shares, await self._all("log-probs", calls), strict=True):
             results |= dict(zip(share, outputs, strict=True))
         return [results[i] for i in range(len(rows))]
+
+    async def probe(self) -> Probe:
+        probes = await self._all("probe", [actor.probe.remote() for actor in self._actors])
+        first: Probe = probes[0]
+        return first
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
         """Return the current weights, ready to be sent.

@@ -51,20 +51,25 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
     """Print the plan. Raises ConfigError or PlacementError for a run that cannot work."""
     algorithm, derived = check_settings(config)
     specs = actor_specs_of(config, algorithm)
+    rows = derived.table(config)
     if hardware:
         config, _ = pin_models(config, Path.cwd(), console, weights=False)
         prepared = prepare(config, base=Path.cwd())
+        for note in prepared.notes:
+            console.print(escape(note))
         if shared := overlap(prepared):
             console.print(
                 f"warning: {shared} held-out prompts are also training prompts", style="yellow"
             )
+        stops = [f"{text} ({token_id})" for token_id, text in prepared.stop_tokens.items()]
+        rows.append(("stop tokens", ", ".join(stops)))
     plan = Plan(config, algorithm, derived, base=Path.cwd())
     with _cluster(config, hardware=hardware) as (nodes, gpu_bytes):
         console.print(
             _table(
                 f"{config.algorithm.type} in {config.run.dir}",
                 ("derived", "value"),
-                derived.table(config),
+                rows,
             )
         )
         _print_placement(specs, nodes, console)

@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from rayhf.types import Sampling as Sampling
     from rayhf.types import Scored as Scored
     from rayhf.types import ScoreRequest as ScoreRequest
+    from rayhf.types import Skipped as Skipped
     from rayhf.types import given_row as given_row
     from rayhf.types import make_row as make_row
 
@@ -129,6 +130,7 @@ _HOMES = {
         "Sampling",
         "ScoreRequest",
         "Scored",
+        "Skipped",
         "given_row",
         "make_row",
     ),

@@ -57,6 +57,18 @@ class Prompt:
     """Names of the scorers that judge it; None: all."""
 
 
+def last_question(prompt: Prompt) -> str:
+    """Return a prompt's last user message, or else its last message."""
+    questions = [m["content"] for m in prompt.messages if m["role"] == "user"]
+    return str(questions[-1] if questions else prompt.messages[-1]["content"])
+
+
+def quoted(prompt: Prompt) -> str:
+    """Return the beginning of a prompt's last question, for messages."""
+    text = " ".join(last_question(prompt).split())
+    return f"the prompt {text[:60] + '...' if len(text) > 60 else text!r}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """Sampling parameters of the rollout role."""
@@ -105,9 +117,10 @@ class Completion:
     logprobs: tuple[float, ...]
     """Log-prob of each token under the sampling policy (temperature applied), in nats."""
     finish_reason: Literal["stop", "length"]
-    """The engine's; "length" means truncated."""
+    """The engine's; "length" means truncated, and so does thinking that never ended."""
     thinking: str | None = None
-    """What a thinking model wrote before its answer, end marker excluded; None without."""
+    """What a thinking model wrote before its answer, markers included; None without. Followed by
+    `text` it is the whole text."""
     thinking_tokens: int = 0
     """Number of token_ids that belong to the thinking, end marker included."""
     policy_version: int
@@ -127,6 +140,14 @@ class Invalid:
     """A scorer's reply that is not a score (NaN, None, wrong type, unparsable verdict)."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped(Invalid):
+    """A scorer's statement that it does not apply to a completion; others may score it.
+
+    A combination leaves the scorer out for this completion.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,6 +102,7 @@ class Controller:
         await self._restore()
         if self.iteration >= self.config.run.iterations:
             return
+        await self._verify_initial_weights()
         if self.iteration == 0:
             versions = self._version_metrics()
             self._report({"iteration": 0, **versions, **await self._evaluate(0)})
@@ -219,6 +220,12 @@ class Controller:
                 if mix is not None and self.roles.reference is not None:
                     await self.roles.reference.update(snapshot, mix=mix)
 
+    async def _verify_initial_weights(self) -> None:
+        """Check that engines and learner loaded the same weights; a sync does it for later ones."""
+        for policy, rollout in self.roles.rollouts.items():
+            if self.versions[policy] == 0:
+                await rollout.verify(await self.roles.learners[policy].probe())
+
     async def _push(
         self, policy: str, *, stored: bool = False, engines: bool = True
     ) -> WeightSnapshot:
@@ -264,6 +271,7 @@ class Controller:
             evaluations=self.data.evaluation_state(),
             prompts=self.data.prompts.fingerprint,
             pairs=self.data.pairs,
+            inputs=dict(self.data.inputs),
             config=self.config.model_dump(mode="json"),
             packages=installed_packages(),
         )
@@ -276,6 +284,8 @@ class Controller:
         for policy, learner in self.roles.learners.items():
             exported = self.store.policy_directory(policy)
             await learner.export(exported)
+            for name, text in self.data.exported_files.items():
+                (exported / name).write_text(text, encoding="utf-8")
             self.store.publish_policy(exported, policy)
         finished = iteration >= self.config.run.iterations
         self.store.commit(
@@ -293,7 +303,7 @@ class Controller:
             self.store.rewind(-1)
             return
         state = checkpoint.state
-        check_data(state, prompts=self.data.prompts.fingerprint, pairs=self.data.pairs)
+        check_data(state, self.data)
         self.store.rewind(checkpoint.iteration)
         self.iteration = state.iteration
         self.versions.update(state.versions)

@@ -109,8 +109,8 @@ class Evaluator:
         """Whether the training scorer can score the held-out completions, one per prompt."""
         entries = self._config.scorer.train
         names = set(names_of(entries))
-        chosen = {name for prompt in self._data.heldout for name in prompt.scorers or ()}
-        return bool(entries) and chosen <= names and not any(e.is_pairwise for e in entries)
+        judged = all(p.scorers is None or names & set(p.scorers) for p in self._data.heldout)
+        return bool(entries) and judged and not any(entry.is_pairwise for entry in entries)
 
 
 def _at_test_time(algorithm: Algorithm) -> bool:

@@ -74,6 +74,7 @@ class IterationExplorer:
             journal=journal,
             in_flight=run.max_in_flight
             or max(IN_FLIGHT, 2 * rollout.engines * rollout.max_num_seqs),
+            score_calls=self.config.scorer.calls_in_flight,
         )
 
     def prompts_of(self, iteration: int) -> Sequence[Prompt]:
@@ -104,7 +105,10 @@ class IterationExplorer:
         Raises ScorerError when too many completions could not be scored, and any error of a role.
         """
         prompts = self.prompts_of(iteration)
-        journal = Journal(self.store.journal_file(iteration), config_hash=self.store.config_hash)
+        journal = Journal(
+            self.store.journal_file(iteration),
+            config_hash=f"{self.store.config_hash} {self.data.inputs_hash}",
+        )
         scheduler = self.scheduler(journal)
         budget = FailureBudget(
             limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples
@@ -131,6 +135,8 @@ class IterationExplorer:
             )
         finally:
             journal.close()
+        if problems := budget.summary():
+            self.observer.event("warn", f"iteration {iteration}: {problems}")
         tokens = {
             "rollout/tokens": float(scheduler.generated_tokens),
             "rollout/context_tokens": float(scheduler.prompt_tokens),

@@ -6,12 +6,14 @@ The docstring under a field is its help. The one batch unit is prompts. Imports 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
+    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -106,6 +108,13 @@ class PolicyConfig(Section):
     """LoRA settings. Default: all parameters are trained."""
     max_length: PositiveInt | None = None
     """Maximum length of prompt plus completion, in tokens. Default: the model's own limit."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """Chat template in place of the tokenizer's: the path of a file, or the Jinja text itself."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables of the chat template, for example {enable_thinking: false}."""
+    chat_date: date | None = None
+    """The date that the chat template sees as today (YYYY-MM-DD), for templates that print it: a
+    campaign must render the same prompt every day. Default: such templates are refused."""
 
 
 class PromptsConfig(Section):
@@ -124,6 +133,16 @@ class PromptsConfig(Section):
     """Prompts per iteration: the one batch unit."""
 
 
+class ThinkingConfig(Section):
+    """How a thinking model marks what it writes before its answer."""
+
+    start: Annotated[str, Field(min_length=1)] = "<think>"
+    """Text that opens the thinking; written by the model, or by the chat template at the end of the
+    prompt."""
+    end: Annotated[str, Field(min_length=1)] = "</think>"
+    """Text that ends it: what follows is the answer."""
+
+
 class RolloutConfig(Section):
     """Sampling parameters and the vLLM engines."""
 
@@ -135,8 +154,11 @@ class RolloutConfig(Section):
     """Probability mass that nucleus sampling keeps; 1 is off."""
     top_k: NonNegativeInt = 0
     """Number of most likely tokens to sample from; 0 is off."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that end a completion, besides the model's own end of a turn. A special token may be
+    named by its text."""
+    thinking: ThinkingConfig | None = None
+    """Markers of a thinking model: scorers get the answer only. Default: all text is the answer."""
     engines: PositiveInt = 1
     """vLLM engines (data parallel)."""
     tensor_parallel: PositiveInt = 1

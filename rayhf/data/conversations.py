@@ -39,6 +39,10 @@ def parse_messages(row: Row, where: str) -> tuple[Message, ...]:
             raise ConfigError(f"{where}: `prompt` is empty")
         return ({"role": "user", "content": prompt},)
     if prompt is not None:
+        if not isinstance(prompt, list):
+            raise ConfigError(
+                f"{where}: `prompt` must be text or a list of messages, got {prompt!r:.60}"
+            )
         return message_list(prompt, "prompt", where)
     return message_list(messages, "messages", where)
 

@@ -76,8 +76,7 @@ def encode_conversation(
     """
     messages = tuple(_without_end(message, chat) for message in messages)
     if chat.marks_generation:
-        ids, mask = chat.generation_mask(messages, tools=tools)
-        mask = _with_end_tokens(ids, mask, chat.end_token_id)
+        ids, mask = chat.generation_mask(messages, tools=tools, where=where)
     else:
         ids, mask = _mask_by_prefixes(messages, where, chat, tools=tools, last_only=last_only)
     if last_only:
@@ -103,14 +102,14 @@ def _mask_by_prefixes(
     messages: Messages, where: str, chat: Chat, *, tools: Tools, last_only: bool
 ) -> tuple[list[int], list[bool]]:
     """Locate each assistant turn by rendering the conversation before it and up to its end."""
-    whole = chat.template(messages, tools=tools)
+    whole = chat.template(messages, tools=tools, where=where)
     spans = []
     for turn, message in enumerate(messages):
         last = turn == len(messages) - 1
         if message["role"] != "assistant" or (last_only and not last):
             continue
-        before = chat.template(messages[:turn], tools=tools, generation_prompt=True)
-        upto = whole if last else chat.template(messages[: turn + 1], tools=tools)
+        before = chat.template(messages[:turn], tools=tools, generation_prompt=True, where=where)
+        upto = whole if last else chat.template(messages[: turn + 1], tools=tools, where=where)
         upto = chat.without_space_after_end(upto)
         if not (whole.startswith(upto) and upto.startswith(before)):
             remedy = "" if last else "algorithm.last_only: true, or "
@@ -123,14 +122,6 @@ def _mask_by_prefixes(
     ids, offsets = chat.tokens_with_offsets(whole)
     mask = [any(start <= begin < end for start, end in spans) for begin, _ in offsets]
     return ids, mask
-
-
-def _with_end_tokens(ids: Sequence[int], mask: Sequence[bool], end_id: int | None) -> list[bool]:
-    """Return the mask with the end-of-turn token that follows a marked text."""
-    return [
-        marked or (number > 0 and mask[number - 1] and ids[number] == end_id)
-        for number, marked in enumerate(mask)
-    ]
 
 
 def _last_run(mask: Sequence[bool]) -> list[bool]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rayhf.config.sources import SourceConfig, source_names
 from rayhf.data.prompts import OpenSource, PromptReader, PromptSet, load_prompts
 from rayhf.data.readers import open_source
+from rayhf.data.template import check_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,8 @@ class PromptLoader:
     """The policy's."""
     max_prompt_tokens: int
     """Longest prompt."""
+    embeddings: int | None = None
+    """Number of tokens that the model has embeddings for; None where it is not known."""
     base: Path
     """Start of relative paths."""
     commits: MutableMapping[str, str]
@@ -40,7 +43,9 @@ class PromptLoader:
             max_prompt_tokens=self.max_prompt_tokens,
             scorers=scorers,
         )
-        return load_prompts(self.open(sources, key), reader, key=key)
+        prompts = load_prompts(self.open(sources, key), reader, key=key)
+        check_embeddings(prompts.prompts, self.tokenizer, self.embeddings, where=key)
+        return prompts
 
     def open(self, sources: Sequence[SourceConfig], key: str) -> list[OpenSource]:
         """Open the sources of the config key `key`. Raises ConfigError."""

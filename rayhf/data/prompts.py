@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rayhf.config.sources import SourceConfig
-from rayhf.data.chat import Chat, encode_texts, render_text
+from rayhf.data.chat import Chat, encode_prompts, render_prompt
 from rayhf.data.columns import PlacedRow, Row
 from rayhf.data.conversations import parse_answer, parse_messages, parse_tools, prompt_messages
 from rayhf.data.mixing import Schedule, iteration_batch, mixed_batch, shared_out
@@ -161,7 +161,8 @@ class PromptReader:
                     repeated += 1
                 else:
                     parsed[prompt.prompt_id] = (where, prompt, text)
-            encoded = encode_texts(self.tokenizer, [text for _, _, text in parsed.values()])
+            texts = [(where, text) for where, _, text in parsed.values()]
+            encoded = encode_prompts(self.tokenizer, texts)
             for (where, prompt, _), token_ids in zip(parsed.values(), encoded, strict=True):
                 self._check_length(len(token_ids), where)
                 ids = tuple(shared.setdefault(token, token) for token in token_ids)
@@ -184,7 +185,7 @@ class PromptReader:
         further = {k: v for k, v in row.items() if k not in ("prompt", "messages", "answer")}
         if scorers is not None:
             further["scorers"] = list(scorers)
-        text = render_text(self.tokenizer, messages, tools=parse_tools(row, where), where=where)
+        text = render_prompt(self.tokenizer, messages, tools=parse_tools(row, where), where=where)
         prompt = Prompt(
             prompt_id=prompt_id(messages, answer, further=further),
             messages=messages,

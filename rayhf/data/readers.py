@@ -69,8 +69,8 @@ class ShapedSource:
 
     Config: ClassVar[type[SourceConfig]] = SourceConfig
 
-    def __init__(self, *parts: tuple[Source, SourceConfig]) -> None:
-        self._parts = [(source, Columns(config)) for source, config in parts]
+    def __init__(self, *parts: tuple[Source, Columns]) -> None:
+        self._parts = parts
 
     @property
     def label(self) -> str:
@@ -115,16 +115,15 @@ def open_source(
 
     Raises ConfigError for any error of a source.
     """
-    parts: list[tuple[Source, SourceConfig]] = []
+    parts: list[tuple[Source, Columns]] = []
     for number, config in enumerate(configs):
         own = f"{key}[{number}]" if len(configs) > 1 else key
         with _named_errors(own, config.type):
             source: Source = SOURCES.build(config, base=base)
             if isinstance(source, PinsCommit):
                 source.pin({} if commits is None else commits)
-            parts.append((source, config))
-    with _named_errors(key, "source"):
-        return ShapedSource(*parts)
+            parts.append((source, Columns(config)))
+    return ShapedSource(*parts)
 
 
 def named_rows(source: Source, *, key: str) -> Iterator[PlacedRow]:
@@ -133,7 +132,7 @@ def named_rows(source: Source, *, key: str) -> Iterator[PlacedRow]:
     Raises ConfigError, which names the config key `key`, for any error of the source.
     """
     if not isinstance(source, ShapedSource):
-        source = ShapedSource((source, SourceConfig()))
+        source = ShapedSource((source, Columns(SourceConfig())))
     with _named_errors(key, source.label):
         for place, row in source.placed_rows():
             yield f"{key}: {place}", row

@@ -14,6 +14,7 @@ from rayhf.config.base import Name
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.scorers import ScorerEntries, ScorerEntryConfig
 from rayhf.config.sources import PromptSources
+from rayhf.data.thinking import thinking_metrics
 from rayhf.errors import ScorerError
 from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
 from rayhf.roles import Reference, Rollout, Scorer
@@ -96,8 +97,8 @@ async def evaluate(
     eval/<task>/{sampled,greedy} from `scorer`; eval/<task>/reward from the training scorer where it
     is another one; of the samples eval/<task>/length in tokens, eval/<task>/truncated as a share,
     and eval/<task>/reference_kl in nats per response; eval/<task>/refined is the score of the
-    samples after `improve`. Where the prompts are of several sources, the same for each source:
-    eval/<task>/<source>/...
+    samples after `improve`; of a thinking model the metrics of thinking_metrics. Where the prompts
+    are of several sources, the same for each source: eval/<task>/<source>/...
 
     Prompts and seeds are the same every time, so that evaluations differ by the policy only. Raises
     ScorerError when no held-out completion could be scored.
@@ -117,33 +118,39 @@ async def evaluate(
         columns["reward"] = await _scores(prompts, sampled, reward)
     if reference is not None:
         columns["reference_kl"] = await _log_ratios(prompts, sampled, reference)
-    return _means(prompts, columns, f"eval/{task}")
+    return {
+        f"eval/{task}/{group}{metric}": value
+        for group, members in _groups(prompts).items()
+        for metric, value in {
+            **_means(columns, members),
+            **thinking_metrics([sampled[i] for i in members]),
+        }.items()
+    }
+
+
+def _groups(prompts: Sequence[Prompt]) -> dict[str, Sequence[int]]:
+    """Return all prompts, and where they are of several sources those of each: name -> indices."""
+    groups: dict[str, Sequence[int]] = {"": range(len(prompts))}
+    sources = dict.fromkeys(prompt.source for prompt in prompts)
+    if len(sources) > 1:
+        for source in sources:
+            groups[f"{source}/"] = [i for i, p in enumerate(prompts) if p.source == source]
+    return groups
 
 
 def _means(
-    prompts: Sequence[Prompt], columns: Mapping[str, Sequence[float | None]], name: str
+    columns: Mapping[str, Sequence[float | None]], members: Sequence[int]
 ) -> dict[str, float]:
-    """Return the mean of each column, and where prompts are of several sources, of each source.
+    """Return the mean of each column over `members`.
 
     None (a completion without a score) is left out, not counted as 0; a mean of nothing is no
     metric.
     """
-    sources = list(dict.fromkeys(prompt.source for prompt in prompts))
-    groups = {name: range(len(prompts))} | (
-        {
-            f"{name}/{source}": [i for i, p in enumerate(prompts) if p.source == source]
-            for source in sources
-        }
-        if len(sources) > 1
-        else {}
-    )
-    metrics = {}
-    for group, members in groups.items():
-        for metric, values in columns.items():
-            known = [value for i in members if (value := values[i]) is not None]
-            if known:
-                metrics[f"{group}/{metric}"] = float(np.mean(known))
-    return metrics
+    known = {
+        name: [value for i in members if (value := values[i]) is not None]
+        for name, values in columns.items()
+    }
+    return {name: float(np.mean(values)) for name, values in known.items() if values}
 
 
 async def _complete(

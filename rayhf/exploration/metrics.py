@@ -6,12 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rayhf.data.thinking import thinking_metrics
 from rayhf.errors import ScorerError
-from rayhf.types import Example, Failed, Group, Invalid, Sample, Scored
+from rayhf.types import Example, Failed, Group, Invalid, Sample, Scored, Skipped, quoted
+
+_NAMED = 3
+"""Prompts that a summary names."""
 
 
 class FailureBudget:
-    """Stops an iteration as soon as too many completions could not be scored."""
+    """Stops an iteration as soon as too many completions could not be scored.
+
+    Those that every scorer skipped do not count.
+    """
 
     def __init__(self, *, limit: float, expected: int) -> None:
         """Allow the share `limit` of `expected` completions to be without a score."""
@@ -19,20 +26,37 @@ class FailureBudget:
         self.expected = expected
         self.unscored = 0
         self.outcomes = 0
+        self.problems: dict[str, int] = {}
+        """Completions without a score, by prompt and first reason."""
 
     def count(self, group: Group) -> None:
         """Count a finished group. Raises ScorerError where the budget is exceeded."""
         outcomes = [s.outcome for s in group.samples if s.outcome is not None]
-        unscored = [outcome for outcome in outcomes if not isinstance(outcome, Scored)]
+        unscored = [o for o in outcomes if not isinstance(o, Scored | Skipped)]
         self.unscored += len(unscored)
         self.outcomes += len(outcomes)
-        if unscored and self.unscored > self.limit * self.expected:
-            last = unscored[0]
+        if not unscored:
+            return
+        last = unscored[0]
+        problem = f"{quoted(group.prompt)}: {type(last).__name__}: {last.reason}"
+        self.problems[problem] = self.problems.get(problem, 0) + len(unscored)
+        if self.unscored > self.limit * self.expected:
             raise ScorerError(
                 f"{self.unscored} of {self.outcomes} completions could not be scored "
                 f"(scorer.max_failed allows {self.limit:.0%} of {self.expected} per iteration); "
-                f"the last: {type(last).__name__}: {last.reason}"
+                f"the last: {problem}"
             )
+
+    def summary(self) -> str:
+        """Return which completions could not be scored; "" where all could."""
+        if not self.problems:
+            return ""
+        named = sorted(self.problems.items(), key=lambda item: -item[1])[:_NAMED]
+        listed = "; ".join(f"{count} of {problem}" for problem, count in named)
+        more = len(self.problems) - len(named)
+        return f"{self.unscored} of {self.outcomes} completions could not be scored: {listed}" + (
+            f"; and of {more} other prompts" if more else ""
+        )
 
 
 def exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
@@ -49,10 +73,12 @@ def exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, floa
     metrics = {
         "rollout/length_mean": float(np.mean([len(c.token_ids) for c in completions])),
         "rollout/truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
-        "scorer/invalid": float(sum(isinstance(s.outcome, Invalid) for s in samples)),
+        "scorer/invalid": float(sum(type(s.outcome) is Invalid for s in samples)),
+        "scorer/skipped": float(sum(isinstance(s.outcome, Skipped) for s in samples)),
         "scorer/failed": float(sum(isinstance(s.outcome, Failed) for s in samples)),
         "staleness/max": float(version - oldest),
     }
+    metrics |= {f"rollout/{name}": value for name, value in thinking_metrics(completions).items()}
     if scored:
         values = [outcome.value for outcome in scored]
         metrics["scorer/reward_mean"] = float(np.mean(values))

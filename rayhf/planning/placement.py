@@ -122,7 +122,7 @@ def _counts(
     return {
         **counts,
         "reference": int(reference),
-        "scorer": int(scores and bool(config.scorer.train)),
+        "scorer": config.scorer.replicas * (scores and bool(config.scorer.train)),
         "evaluator": len(config.evaluator_scorers),
     }
 

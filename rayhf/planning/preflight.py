@@ -6,7 +6,7 @@ and no cluster.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,21 +21,21 @@ from rayhf.algorithms.base import (
 from rayhf.campaign.data import CampaignData
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
-from rayhf.config.scorers import names_of
+from rayhf.config.scorers import ScorerConfig, names_of
 from rayhf.config.sources import SourceConfig
 from rayhf.data.chat import Chat
 from rayhf.data.examples import load_examples
 from rayhf.data.loading import PromptLoader
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.prompts import PromptSet
+from rayhf.data.stop_tokens import stop_token_ids
+from rayhf.data.template import check_vocabulary, exported_files, policy_tokenizer
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import Evaluation, EvaluationSetup
-from rayhf.models.source import (
-    load_tokenizer,
-    model_length,
-    read_model_config,
-    tokenizer_fingerprint,
-)
+from rayhf.models.directory import check_model, vocabulary_size
+from rayhf.models.hub import local_directory
+from rayhf.models.source import model_length, read_model_config, tokenizer_fingerprint
+from rayhf.planning.inputs import input_fingerprints
 from rayhf.run_dir.state import read_state
 from rayhf.types import Prompt, TransportName
 
@@ -85,6 +85,10 @@ class Prepared:
     data: CampaignData
     max_length: int
     """Prompt plus response, in tokens."""
+    stop_tokens: Mapping[int, str]
+    """Tokens that end a completion, by id."""
+    notes: tuple[str, ...] = ()
+    """Lines for `rayhf check`."""
 
 
 def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
@@ -114,11 +118,11 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     config.algorithm.check_campaign(config)
     algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
-    _check_scorers(config, algorithm)
+    _check_has_scorers(config, algorithm)
     return algorithm, derive(config, algorithm)
 
 
-def _check_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
+def _check_has_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
     """Refuse a campaign that scores completions without a scorer. Raises ConfigError."""
     example = "for example [{type: rule, function: my_rules:score}]"
     if not config.scorer.train and generates(algorithm):
@@ -174,36 +178,34 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     Relative paths start at `base`. Hub data sets are read at the commits that the run directory has
     recorded. Raises ConfigError.
     """
-    from rayhf.scorer.build import check_entries, check_heldout
-
     algorithm, derived = check_settings(config)
-    max_length = _check_models(config, algorithm, base)
-    tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
-    chat = Chat(tokenizer, max_length=max_length)
+    models = _models(config, algorithm, base)
+    max_length = _check_models(config, algorithm, models)
+    directory = models["policy.model"]
+    tokenizer = policy_tokenizer(directory, config.policy, base=base)
+    model_config = read_model_config(directory, key="policy.model")
+    check_vocabulary(tokenizer, model_config)
     recorded = read_state(config.run.dir)
     loader = PromptLoader(
         tokenizer=tokenizer,
         max_prompt_tokens=max_length - config.rollout.max_tokens,
+        embeddings=vocabulary_size(model_config),
         base=base,
         commits=dict(recorded.datasets) if recorded else {},
     )
+    chat = Chat(tokenizer, max_length=max_length)
     prompts = _training_prompts(config, algorithm, loader, chat)
     config.algorithm.check_prompts(config, len(prompts.prompts))
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
-        judges = config.scorer.evaluate or config.scorer.train
         loaded = loader.load(
-            config.prompts.heldout, key="prompts.heldout", scorers=names_of(judges)
+            config.prompts.heldout, key="prompts.heldout", scorers=_scorer_names(config)
         )
         heldout = loaded.first(config.run.eval_prompts)
-    check_entries(config.scorer.train, base)
-    if heldout:
-        judged = config.scorer.evaluate or config.scorer.train
-        check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
-    if config.scorer.evaluate is not None:
-        check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
-    shown = heldout or (prompts.prompts if generates(algorithm) else ())
-    evaluations = _evaluations(config, loader, chat, shown)
+    # The rows of an algorithm that generates nothing are no prompts that anything can complete.
+    own = prompts.prompts if generates(algorithm) else ()
+    notes = _check_scorers(config.scorer, own, heldout, base)
+    evaluations = _evaluations(config, loader, chat, heldout or own)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
         pair_set = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
@@ -216,14 +218,24 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         evaluations=evaluations,
         pairs=pairs,
         commits=loader.commits,
+        inputs=input_fingerprints(models, tokenizer, prompts.prompts),
+        exported_files=exported_files(config.policy, tokenizer),
     )
+    stop_ids = stop_token_ids(directory, tokenizer)
     return Prepared(
         config=config,
         algorithm=algorithm,
         derived=derived,
         data=data,
         max_length=max_length,
+        stop_tokens={token_id: str(tokenizer.decode([token_id])) for token_id in stop_ids},
+        notes=tuple(notes),
     )
+
+
+def _scorer_names(config: CampaignConfig) -> tuple[str, ...]:
+    """Return the names that a row may give as its scorers."""
+    return tuple(names_of([*config.scorer.train, *(config.scorer.evaluate or ())]))
 
 
 def _training_prompts(
@@ -236,10 +248,29 @@ def _training_prompts(
         prompts, examples = load_examples(sources, algorithm.encode, chat, key=key)
         algorithm.set_examples(examples)
     else:
-        names = names_of(config.scorer.train)
-        prompts = loader.load(config.prompts.train, key=key, scorers=names)
+        prompts = loader.load(config.prompts.train, key=key, scorers=_scorer_names(config))
     prompts.check_batches(batch=config.prompts.batch, iterations=config.run.iterations, key=key)
     return prompts
+
+
+def _check_scorers(
+    scorer: ScorerConfig, prompts: Sequence[Prompt], heldout: Sequence[Prompt], base: Path
+) -> list[str]:
+    """Check the campaign's scorers, with the prompts that they judge; return lines about them."""
+    from rayhf.scorer.build import check_entries, check_heldout, check_named_scorers
+
+    train = scorer.train
+    evaluate = scorer.evaluate or ()
+    judged = heldout if not evaluate else ()
+    check_named_scorers(prompts, train, evaluate, where="scorer.train")
+    notes = check_entries(train, base, prompts=[*prompts, *judged])
+    if evaluate:
+        notes += check_entries(evaluate, base, where="scorer.evaluate", prompts=heldout)
+    if heldout:
+        where = "scorer.evaluate" if evaluate else "scorer.train"
+        check_named_scorers(heldout, evaluate or train, train, where=where)
+        check_heldout(evaluate or train, where=where)
+    return notes
 
 
 def _evaluations(
@@ -270,10 +301,34 @@ def _evaluations(
     return evaluations
 
 
-def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> int:
+def _models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> dict[str, Path]:
+    """Return the directories of the models that are trained or start something, by config key."""
+    given = {
+        "policy.model": config.policy.model,
+        "reference.model": config.reference.model,
+        "learner.critic_model": config.learner.critic_model,
+    }
+    if isinstance(algorithm, TrainsSeveralPolicies):
+        given |= {
+            f"algorithm.{name}.model": algorithm.other_policy(name).model
+            for name in algorithm.policies[1:]
+        }
+    return {key: local_directory(model, base) for key, model in given.items() if model is not None}
+
+
+def _check_models(config: CampaignConfig, algorithm: Algorithm, models: Mapping[str, Path]) -> int:
     """Check every model directory and return the longest sequence that all take, in tokens."""
-    policy = base / config.policy.model
+    policy = models["policy.model"]
     settings = read_model_config(policy, key="policy.model")
+    lora = config.policy.lora
+    for key, path in models.items():
+        check_model(
+            path,
+            read_model_config(path, key=key),
+            key=key,
+            causal=key != "learner.critic_model",
+            lora_targets=lora.target_modules if lora and key != "reference.model" else None,
+        )
     limit = model_length(settings)
     length = config.policy.max_length or limit
     if length is None:
@@ -290,20 +345,8 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
             f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together "
             f"may have {length} tokens; expected less than {length}"
         )
-    others = [
-        ("reference.model", config.reference.model),
-        ("learner.critic_model", config.learner.critic_model),
-    ]
-    if isinstance(algorithm, TrainsSeveralPolicies):
-        others += [
-            (f"algorithm.{name}.model", algorithm.other_policy(name).model)
-            for name in algorithm.policies[1:]
-        ]
-    for key, other in others:
-        if other is None:
-            continue
-        read_model_config(base / other, key=key)
-        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(base / other)
+    for key, other in models.items():
+        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(other)
         if mine != theirs:
             raise ConfigError(
                 f"{key}: the tokenizer of {other} ({theirs}) differs from the one of policy.model "

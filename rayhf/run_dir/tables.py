@@ -29,6 +29,8 @@ SAMPLES = pa.schema(
         ("kind", pa.string()),
         ("parent", pa.int32()),
         ("text", pa.string()),
+        ("thinking", pa.string()),
+        ("thinking_tokens", pa.int32()),
         ("context_ids", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.int32())),
         ("logprobs", pa.list_(pa.float32())),
@@ -81,6 +83,8 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
         "kind": [sample.kind for sample in samples],
         "parent": [sample.parent for sample in samples],
         "text": [c.text for c in completions],
+        "thinking": [c.thinking for c in completions],
+        "thinking_tokens": [c.thinking_tokens for c in completions],
         "context_ids": [
             g.prompt.token_ids if s.context_ids is None else s.context_ids
             for g, s in zip(owners, samples, strict=True)

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayhf.data.reasoning_gym import generate
-from rayhf.scorer.rule import Rule, RuleConfig
+from rayhf.scorer.rule import Rule
+from rayhf.scorer.rule_config import RuleConfig
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -34,15 +35,13 @@ class GymScorer(Rule):
     Config = GymScorerConfig
 
 
-def score(completion: str, *, row: Mapping[str, Any]) -> float:
+def score(completion: str, *, reasoning_gym: Mapping[str, Any]) -> float:
     """Return the task's score of the text in the last <answer> tag, or of the whole completion.
 
-    Raises ValueError for a row that is not of a source of type reasoning_gym.
+    `reasoning_gym` is the column of that name, with which the task generates its entry again.
     """
-    origin = row.get("reasoning_gym")
-    if origin is None:
-        raise ValueError("the row is not of a source of type reasoning_gym; give it other scorers")
     tagged = _TAGGED.findall(completion)
     answer = (tagged[-1] if tagged else completion).strip()
-    task = generate(origin["task"], origin["size"], origin["seed"], origin["settings"])
-    return float(task.score_answer(answer, task[origin["index"]]))
+    index = reasoning_gym["index"]
+    task = generate(**{key: value for key, value in reasoning_gym.items() if key != "index"})
+    return float(task.score_answer(answer, task[index]))

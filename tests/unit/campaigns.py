@@ -73,6 +73,8 @@ def run_campaign(
     evaluations: Mapping[str, Evaluation] | None = None,
     prompts: PromptSet | None = None,
     heldout: Sequence[Prompt] = tuple(make_prompts(3)),
+    inputs: Mapping[str, str] | None = None,
+    exported_files: Mapping[str, str] | None = None,
 ) -> Roles:
     """Run the campaign to its end; return its roles."""
     algorithm = ALGORITHMS.build(config.algorithm)
@@ -99,6 +101,8 @@ def run_campaign(
                 or PromptSet(prompts=tuple(make_prompts(12)), duplicates=0, label="test"),
                 heldout=tuple(heldout),
                 evaluations=evaluations or {},
+                inputs=inputs or {},
+                exported_files=exported_files or {},
             ),
             store=store,
             observer=SilentObserver(),

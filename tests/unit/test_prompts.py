@@ -12,6 +12,7 @@ import yaml
 
 from rayhf.config.load import dump_config, load_config
 from rayhf.config.sources import SourceConfig, source_names
+from rayhf.data.columns import Columns
 from rayhf.data.files import FileSourceConfig
 from rayhf.data.hub import HubSourceConfig
 from rayhf.data.preferences import load_pairs
@@ -60,7 +61,7 @@ def from_rows(*rows: dict[str, Any], **settings: Any) -> tuple[Prompt, ...]:
         given = rows
 
     config = SourceConfig(**settings)
-    source = ShapedSource((Given(SquaresConfig(), base=Path("here")), config))
+    source = ShapedSource((Given(SquaresConfig(), base=Path("here")), Columns(config)))
     return load(source, limit=10_000, config=config).prompts
 
 

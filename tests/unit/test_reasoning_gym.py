@@ -12,7 +12,7 @@ from score_requests import request
 from rayhf.data.readers import named_rows, open_source
 from rayhf.data.reasoning_gym import GymSourceConfig
 from rayhf.errors import ConfigError
-from rayhf.scorer.build import build_scorer
+from rayhf.scorer.build import build_scorer, check_entries
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.reasoning_gym import GymScorerConfig, score
 from rayhf.types import Scored
@@ -35,9 +35,10 @@ def test_task_scores_answers_to_its_own_prompts(task: str) -> None:
     assert rows == rows_of(task, **TASKS[task])
     assert len({row["prompt"] for row in rows}) == 3
     for row in rows:
-        assert score(f"Let me think. <answer> {row['answer']} </answer>", row=row) == 1.0
-        assert score(row["answer"], row=row) == 1.0
-        assert score(f"<answer>{row['answer']}7</answer>", row=row) < 0.5
+        entry = row["reasoning_gym"]
+        assert score(f"So <answer> {row['answer']} </answer>", reasoning_gym=entry) == 1.0
+        assert score(row["answer"], reasoning_gym=entry) == 1.0
+        assert score(f"<answer>{row['answer']}7</answer>", reasoning_gym=entry) < 0.5
 
 
 def test_tasks_and_settings_that_do_not_exist_are_refused() -> None:
@@ -45,8 +46,6 @@ def test_tasks_and_settings_that_do_not_exist_are_refused() -> None:
         rows_of("chain_sm")
     with pytest.raises(ConfigError, match=r"^k: reasoning_gym task chain_sum: .*max_trms"):
         rows_of("chain_sum", max_trms=3)
-    with pytest.raises(ValueError, match="not of a source of type reasoning_gym"):
-        score("1", row={"prompt": "a"})
 
 
 def test_scorer_of_a_config_scores_rows_of_two_tasks() -> None:
@@ -59,6 +58,11 @@ def test_scorer_of_a_config_scores_rows_of_two_tasks() -> None:
         replace(each, prompt=replace(each.prompt, row=row))
         for each, row in zip(requests, rows, strict=True)
     ]
+    prompts = [each.prompt for each in requests]
+    check_entries([GymScorerConfig()], Path.cwd(), prompts=prompts)
+    other = replace(prompts[0], row={"prompt": "a"})
+    with pytest.raises(ConfigError, match="nothing provides its parameter 'reasoning_gym'"):
+        check_entries([GymScorerConfig()], Path.cwd(), prompts=[*prompts, other])
     scorer = build_scorer([GymScorerConfig()], ScorerSetup(base=Path.cwd()))
     try:
         outcomes = scorer.score(requests)

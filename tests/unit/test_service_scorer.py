@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from rayhf.scorer.grpc.scorer_pb2_grpc import (
     ScorerStub,
     add_ScorerServicer_to_server,
 )
-from rayhf.scorer.rule import PairwiseRuleConfig, RuleConfig
+from rayhf.scorer.rule_config import PairwiseRuleConfig, RuleConfig
 from rayhf.service.chat_pb2 import Message
 from rayhf.service.client import Client
 from rayhf.service.server import Server
@@ -107,21 +106,11 @@ def test_served_scorer_receives_all_fields():
     server = serve(Curious())
     engine = GrpcScorer(grpc_entry(server), SETUP)
     try:
-        plain = request("a", answer=None)
-        row = {"prompt": "ü", "n": 10**30, "nested": {"x": [None, 0.5]}}
-        prompt = replace(plain.prompt, row=row, source="math")
-        engine.score(
-            [
-                replace(plain, prompt=prompt),
-                request("b", answer="", finish_reason="length"),
-            ]
-        )
+        engine.score([request("a", answer=None), request("b", answer="", finish_reason="length")])
         first, second = sorted(seen, key=lambda r: r.completions[0].text)
         assert (
             first.prompt.messages == request("a").prompt.messages and first.prompt.prompt_id == "p0"
         )
-        assert (dict(first.prompt.row), first.prompt.source) == (row, "math")
-        assert (dict(second.prompt.row), second.prompt.source) == ({}, "")
         assert (first.prompt.reference_answer, second.prompt.reference_answer) == (None, "")
         assert [r.completions[0].finish_reason for r in (first, second)] == ["stop", "length"]
     finally:
@@ -241,14 +230,6 @@ def test_requests_that_no_scorer_could_read_are_refused():
                 pb.ScoreRequests(requests=[no_messages]),
                 timeout_s=5,
             )
-        for text in ("{", "[1]"):
-            prompt = pb.Prompt(messages=[Message(role="user")], row=text)
-            with pytest.raises(ConfigError, match=r"requests\[0\]: the prompt's row is"):
-                client.call(
-                    ScorerStub(client.channel).Score,
-                    pb.ScoreRequests(requests=[pb.ScoreRequest(prompt=prompt)]),
-                    timeout_s=5,
-                )
         no_reason = pb.ScoreRequest(
             prompt=pb.Prompt(messages=[Message(role="user")]), completions=[pb.Completion()]
         )

@@ -27,6 +27,7 @@ from rayhf.types import (
     Prompt,
     Scored,
     ScoreRequest,
+    Skipped,
 )
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Scorer"].full_name
@@ -56,7 +57,11 @@ def encode_request(request: ScoreRequest) -> pb.ScoreRequest:
         Message(role=message["role"], content=message["content"]) for message in prompt.messages
     ]
     completions = [
-        pb.Completion(text=completion.text, finish_reason=_ENCODED_REASON[completion.finish_reason])
+        pb.Completion(
+            text=completion.text,
+            finish_reason=_ENCODED_REASON[completion.finish_reason],
+            thinking=completion.thinking,
+        )
         for completion in request.completions
     ]
     return pb.ScoreRequest(
@@ -112,6 +117,7 @@ def _decode_request(message: pb.ScoreRequest, where: str) -> ScoreRequest:
                 token_ids=(),
                 logprobs=(),
                 finish_reason=reason,
+                thinking=completion.thinking if completion.HasField("thinking") else None,
                 policy_version=0,
             )
         )
@@ -119,14 +125,12 @@ def _decode_request(message: pb.ScoreRequest, where: str) -> ScoreRequest:
 
 
 def _decode_row(text: str, where: str) -> dict[str, object]:
-    if not text:
-        return {}
     try:
-        row = json.loads(text)
+        row = json.loads(text) if text else {}
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: the prompt's row is not valid JSON ({error})") from None
+        raise ConfigError(f"{where}: the prompt's row is no JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: the prompt's row is no JSON object")
+        raise ConfigError(f"{where}: the prompt's row is a {type(row).__name__}, not an object")
     return row
 
 
@@ -140,6 +144,8 @@ def encode_outcomes(outcomes: Sequence[Sequence[Outcome]]) -> pb.ScoreReply:
 def _encode_outcome(outcome: Outcome) -> pb.Outcome:
     if isinstance(outcome, Scored):
         return pb.Outcome(scored=pb.Scored(value=outcome.value, parts=outcome.parts))
+    if isinstance(outcome, Skipped):
+        return pb.Outcome(skipped=pb.Skipped(reason=printable(outcome.reason)))
     if isinstance(outcome, Invalid):
         return pb.Outcome(invalid=_encode_invalid(outcome))
     return pb.Outcome(failed=_encode_failed(outcome))
@@ -163,6 +169,8 @@ def _decode_outcome(message: pb.Outcome) -> Outcome:
             return _decode_invalid(message.invalid)
         case "failed":
             return _decode_failed(message.failed)
+        case "skipped":
+            return Skipped(reason=printable(message.skipped.reason))
     return Failed(reason="the service sent an outcome of no kind")
 
 
