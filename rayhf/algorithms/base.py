@@ -23,8 +23,8 @@ from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import AlgorithmConfig, ReferenceSchedule
 from rayhf.config.models import ModelName
 from rayhf.data.chat import Chat
-from rayhf.data.columns import Row as DataRow
 from rayhf.data.examples import EncodedExample
+from rayhf.data.readers import Row as DataRow
 from rayhf.losses.base import Loss
 from rayhf.types import (
     Compared,

@@ -17,9 +17,9 @@ from rayhf.algorithms.given_rows import GivenRowsAlgorithm, GivenRowsConfig
 from rayhf.config.algorithms import InitialReference, ReferenceSchedule
 from rayhf.config.registry import LOSSES
 from rayhf.data.chat import Chat
-from rayhf.data.columns import Row
 from rayhf.data.examples import EncodedExample, fits
 from rayhf.data.preferences import encode_pair
+from rayhf.data.readers import Row
 from rayhf.losses.base import Loss
 from rayhf.losses.pairs import PairLoss, PairLossConfig
 from rayhf.losses.preference import SigmoidConfig

@@ -14,8 +14,8 @@ from rayhf.algorithms.base import AlgorithmBase, Selection, SelectionContext
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import AlgorithmConfig
 from rayhf.data.chat import Chat
-from rayhf.data.columns import Row
 from rayhf.data.examples import EncodedExample
+from rayhf.data.readers import Row
 from rayhf.errors import ConfigError
 from rayhf.types import Example, Group, Prompt
 

@@ -20,9 +20,9 @@ from rayhf.algorithms.given_rows import GivenRowsAlgorithm, GivenRowsConfig
 from rayhf.config.algorithms import InitialReference, ReferenceSchedule
 from rayhf.config.registry import LOSSES
 from rayhf.data.chat import Chat
-from rayhf.data.columns import Row
 from rayhf.data.examples import EncodedExample, fits
 from rayhf.data.preferences import encode_labeled
+from rayhf.data.readers import Row
 from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss
 from rayhf.losses.kto import KTOLossConfig

@@ -12,9 +12,9 @@ from typing import Literal
 from rayhf.algorithms.base import Selection, SelectionContext
 from rayhf.algorithms.given_rows import GivenRowsAlgorithm, GivenRowsConfig
 from rayhf.data.chat import Chat
-from rayhf.data.columns import Row
 from rayhf.data.demonstrations import encode_demonstration
 from rayhf.data.examples import EncodedExample, fits
+from rayhf.data.readers import Row
 from rayhf.losses.base import Loss
 from rayhf.losses.sft import SFTLoss
 from rayhf.types import Group

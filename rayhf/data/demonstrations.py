@@ -15,11 +15,9 @@ from rayhf.data.chat import Chat
 from rayhf.data.columns import Row
 from rayhf.data.conversations import message_list, parse_tools
 from rayhf.data.examples import EncodedExample, EncodedRow, content_id, encoded_row
-from rayhf.data.responses import parse_completion
+from rayhf.data.responses import Messages, completion_of, prompt_of
 from rayhf.errors import ConfigError
-from rayhf.types import Message
 
-Messages = tuple[Message, ...]
 Tools = Sequence[Mapping[str, Any]] | None
 
 
@@ -47,7 +45,10 @@ def encode_demonstration(row: Row, where: str, chat: Chat, *, last_only: bool) -
 
 def _conversation(row: Row, where: str, last_only: bool) -> tuple[Messages, bool]:
     """Return the messages up to the last assistant turn, and whether only that one is trained."""
-    if (completion := parse_completion(row, where)) is not None:
+    given = any(row.get(field) is not None for field in ("completion", "response"))
+    if given:
+        completion = completion_of(row, prompt_of(row, where), where)
+        assert completion is not None
         prompt, text = completion
         messages: Messages = (*prompt, {"role": "assistant", "content": text})
         last_only = True
@@ -76,7 +77,8 @@ def encode_conversation(
     """
     messages = tuple(_without_end(message, chat) for message in messages)
     if chat.marks_generation:
-        ids, mask = chat.generation_mask(messages, tools=tools, where=where)
+        ids, mask = chat.generation_mask(messages, tools=tools)
+        mask = _with_end_tokens(ids, mask, chat.end_token_id)
     else:
         ids, mask = _mask_by_prefixes(messages, where, chat, tools=tools, last_only=last_only)
     if last_only:
@@ -102,14 +104,14 @@ def _mask_by_prefixes(
     messages: Messages, where: str, chat: Chat, *, tools: Tools, last_only: bool
 ) -> tuple[list[int], list[bool]]:
     """Locate each assistant turn by rendering the conversation before it and up to its end."""
-    whole = chat.template(messages, tools=tools, where=where)
+    whole = chat.template(messages, tools=tools)
     spans = []
     for turn, message in enumerate(messages):
         last = turn == len(messages) - 1
         if message["role"] != "assistant" or (last_only and not last):
             continue
-        before = chat.template(messages[:turn], tools=tools, generation_prompt=True, where=where)
-        upto = whole if last else chat.template(messages[: turn + 1], tools=tools, where=where)
+        before = chat.template(messages[:turn], tools=tools, generation_prompt=True)
+        upto = whole if last else chat.template(messages[: turn + 1], tools=tools)
         upto = chat.without_space_after_end(upto)
         if not (whole.startswith(upto) and upto.startswith(before)):
             remedy = "" if last else "algorithm.last_only: true, or "
@@ -122,6 +124,14 @@ def _mask_by_prefixes(
     ids, offsets = chat.tokens_with_offsets(whole)
     mask = [any(start <= begin < end for start, end in spans) for begin, _ in offsets]
     return ids, mask
+
+
+def _with_end_tokens(ids: Sequence[int], mask: Sequence[bool], end_id: int | None) -> list[bool]:
+    """Return the mask with the end-of-turn token that follows a marked text."""
+    return [
+        marked or (number > 0 and mask[number - 1] and ids[number] == end_id)
+        for number, marked in enumerate(mask)
+    ]
 
 
 def _last_run(mask: Sequence[bool]) -> list[bool]:

@@ -1,6 +1,6 @@
 """Training examples from a source: what algorithms train on that generate nothing.
 
-In: sources of rows, and a function that encodes one row. Out: a `PromptSet` with one prompt per
+In: a source of rows, and a function that encodes one row. Out: a `PromptSet` with one prompt per
 example, from which the iterations draw, and the examples themselves.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from rayhf.data.chat import Chat
-from rayhf.data.columns import Row as DataRow
-from rayhf.data.prompts import OpenSource, PromptSet
+from rayhf.data.prompts import NamedSource, PromptSet, prompt_set
+from rayhf.data.readers import Row as DataRow
 from rayhf.data.readers import named_rows
 from rayhf.errors import ConfigError
 from rayhf.types import Example, Prompt, Row, given_row
@@ -101,37 +101,28 @@ Encode = Callable[[DataRow, str, Chat], Sequence[EncodedExample]]
 
 
 def load_examples(
-    sources: Sequence[OpenSource], encode: Encode, chat: Chat, *, key: str
+    sources: Sequence[NamedSource], encode: Encode, chat: Chat, *, key: str
 ) -> tuple[PromptSet, tuple[EncodedExample, ...]]:
-    """Encode every row of the sources, which the config key `key` names.
+    """Encode every row of the config key `key`; exact repeats are left out.
 
-    Exact repeats within a source are left out. Raises ConfigError for a row that cannot be encoded,
-    and for a source without examples.
+    Raises ConfigError for a row that cannot be encoded, and where a source has no example.
     """
-    prompts: list[Prompt] = []
     examples: dict[str, EncodedExample] = {}
+    prompts: list[Prompt] = []
     duplicates = 0
-    for number, (name, source, _) in enumerate(sources):
-        own = f"{key}[{number}]" if len(sources) > 1 else key
-        encoded: dict[str, EncodedExample] = {}
-        for where, row in named_rows(source, key=own):
+    for name, source, _ in sources:
+        before = len(examples)
+        rows = 0
+        for where, row in named_rows(source, key=key):
+            rows += 1
             for example in encode(row, where, chat):
-                duplicates += example.prompt_id in encoded
-                encoded.setdefault(example.prompt_id, example)
-        if not encoded:
-            raise ConfigError(f"{own}: no row of {source.label} can be trained on")
-        for identity, example in encoded.items():
-            # A batch may have an example of each source: their ids must differ.
-            if identity in examples:
-                identity = content_id(identity, name)
-                example = replace(example, prompt_id=identity)
-            examples[identity] = example
-            prompts.append(Prompt(prompt_id=identity, messages=(), token_ids=(), source=name))
-    several = len(sources) > 1
-    prompt_set = PromptSet(
-        prompts=tuple(prompts),
-        duplicates=duplicates,
-        label=", ".join(source.label for _, source, _ in sources),
-        weights={name: config.weight for name, _, config in sources} if several else {},
-    )
-    return prompt_set, tuple(examples.values())
+                if example.prompt_id in examples:
+                    duplicates += 1
+                    continue
+                examples[example.prompt_id] = example
+                prompts.append(
+                    Prompt(prompt_id=example.prompt_id, messages=(), token_ids=(), source=name)
+                )
+        if len(examples) == before:
+            raise ConfigError(f"{key}: none of the {rows} rows of {source.label} can be trained on")
+    return prompt_set(prompts, sources, duplicates=duplicates), tuple(examples.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayhf.config.sources import SourceConfig, source_names
-from rayhf.data.prompts import OpenSource, PromptReader, PromptSet, load_prompts
+from rayhf.data.prompts import NamedSource, PromptReader, PromptSet, load_prompts
 from rayhf.data.readers import open_source
 from rayhf.data.template import check_embeddings
 
@@ -31,23 +31,7 @@ class PromptLoader:
     commits: MutableMapping[str, str]
     """Commits of hub data sets by name; those that are missing are added."""
 
-    def load(
-        self, sources: Sequence[SourceConfig], *, key: str, scorers: Collection[str]
-    ) -> PromptSet:
-        """Open the sources of the config key `key` and read their prompts.
-
-        `scorers` are the names that rows may give. Raises ConfigError.
-        """
-        reader = PromptReader(
-            tokenizer=self.tokenizer,
-            max_prompt_tokens=self.max_prompt_tokens,
-            scorers=scorers,
-        )
-        prompts = load_prompts(self.open(sources, key), reader, key=key)
-        check_embeddings(prompts.prompts, self.tokenizer, self.embeddings, where=key)
-        return prompts
-
-    def open(self, sources: Sequence[SourceConfig], key: str) -> list[OpenSource]:
+    def open(self, sources: Sequence[SourceConfig], *, key: str) -> list[NamedSource]:
         """Open the sources of the config key `key`. Raises ConfigError."""
         opened = []
         for number, (name, config) in enumerate(
@@ -57,3 +41,20 @@ class PromptLoader:
             source = open_source(config, base=self.base, key=own, commits=self.commits)
             opened.append((name, source, config))
         return opened
+
+    def load(
+        self, sources: Sequence[SourceConfig], *, key: str, scorers: Collection[str]
+    ) -> PromptSet:
+        """Open the sources of the config key `key` and read their prompts.
+
+        `scorers` are the names that rows may give. Raises ConfigError.
+        """
+        opened = self.open(sources, key=key)
+        reader = PromptReader(
+            tokenizer=self.tokenizer,
+            max_prompt_tokens=self.max_prompt_tokens,
+            scorers=scorers,
+        )
+        prompts = load_prompts(opened, reader, key=key)
+        check_embeddings(prompts.prompts, self.tokenizer, self.embeddings, where=key)
+        return prompts

@@ -1,8 +1,9 @@
 """Preference pairs from a file: read, checked, and encoded as training examples.
 
-A row has `prompt` or `messages`, `chosen` and `rejected` (different texts, or lists of messages as
-in UltraFeedback), and optionally `margin` (how much better, 0 or more), `score_chosen` and
-`score_rejected` (ratings). Error messages name the file and the row.
+A row has `prompt` or `messages`, `chosen` and `rejected` (texts or messages, see
+rayhf/data/responses.py), and optionally `margin` (how much better, 0 or more), `score_chosen`
+and `score_rejected` (ratings).
+Error messages name the file and the row.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from pathlib import Path
 
 from rayhf.data.chat import Chat
 from rayhf.data.columns import Row
-from rayhf.data.conversations import parse_comparison
 from rayhf.data.examples import EncodedExample, EncodedRow, content_id, encoded_row
 from rayhf.data.mixing import iteration_batch
 from rayhf.data.prompts import prompt_id
 from rayhf.data.readers import read_rows
-from rayhf.data.responses import parse_completion
+from rayhf.data.responses import completion_of, pair_of, prompt_of
 from rayhf.errors import ConfigError
 from rayhf.types import Example, Message, given_row
 
@@ -85,7 +85,7 @@ def load_pairs(path: Path, *, key: str) -> PairSet:
 
 def parse_pair(row: Row, where: str) -> TextPair:
     """Return the pair of a row. Raises ConfigError, beginning with `where`."""
-    messages, chosen, rejected = parse_comparison(row, where)
+    messages, chosen, rejected = pair_of(row, where)
     margin = _number(row, "margin", where)
     if margin is not None and margin < 0:
         raise ConfigError(f"{where}: `margin` is {margin:g}; expected 0 or more")
@@ -157,10 +157,10 @@ def encode_labeled(row: Row, where: str, chat: Chat) -> list[EncodedExample]:
     for a malformed row.
     """
     if row.get("chosen") is not None:
-        messages, chosen, rejected = parse_comparison(row, where)
+        messages, chosen, rejected = pair_of(row, where)
         labeled = [(chosen, True), (rejected, False)]
     else:
-        completion = parse_completion(row, where)
+        completion = completion_of(row, prompt_of(row, where), where)
         label = row.get("label")
         if completion is None or label not in (True, False):
             raise ConfigError(

@@ -14,10 +14,10 @@ import numpy as np
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.sources import PromptSources
 from rayhf.data.chat import Chat
-from rayhf.data.columns import Row
 from rayhf.data.demonstrations import encode_demonstration
 from rayhf.data.examples import Encode, EncodedExample, fits, load_examples
 from rayhf.data.preferences import encode_pair
+from rayhf.data.readers import Row, open_source
 from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
 
 
@@ -108,5 +108,5 @@ def _load(
     config: GivenTextConfig, setup: EvaluationSetup, encode: Encode
 ) -> tuple[EncodedExample, ...]:
     key = f"evaluations.{setup.task}.prompts"
-    sources = setup.open_sources(config.prompts, key)
-    return load_examples(sources, encode, setup.chat, key=key)[1]
+    source = open_source(*config.prompts, base=setup.base, key=key)
+    return load_examples([("", source, config.prompts[0])], encode, setup.chat, key=key)[1]

@@ -27,7 +27,6 @@ from rayhf.data.chat import Chat
 from rayhf.data.examples import load_examples
 from rayhf.data.loading import PromptLoader
 from rayhf.data.preferences import encode_pairs, load_pairs
-from rayhf.data.prompts import PromptSet
 from rayhf.data.stop_tokens import stop_token_ids
 from rayhf.data.template import check_vocabulary, exported_files, policy_tokenizer
 from rayhf.errors import ConfigError
@@ -118,11 +117,11 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     config.algorithm.check_campaign(config)
     algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
-    _check_has_scorers(config, algorithm)
+    _require_scorers(config, algorithm)
     return algorithm, derive(config, algorithm)
 
 
-def _check_has_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
+def _require_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
     """Refuse a campaign that scores completions without a scorer. Raises ConfigError."""
     example = "for example [{type: rule, function: my_rules:score}]"
     if not config.scorer.train and generates(algorithm):
@@ -194,18 +193,24 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         commits=dict(recorded.datasets) if recorded else {},
     )
     chat = Chat(tokenizer, max_length=max_length)
-    prompts = _training_prompts(config, algorithm, loader, chat)
+    named = names_of([*config.scorer.train, *(config.scorer.evaluate or ())])
+    if isinstance(algorithm, TrainsOnRows):
+        opened = loader.open(config.prompts.train, key="prompts.train")
+        prompts, examples = load_examples(opened, algorithm.encode, chat, key="prompts.train")
+        algorithm.set_examples(examples)
+    else:
+        prompts = loader.load(config.prompts.train, key="prompts.train", scorers=named)
+    prompts.check_batches(
+        batch=config.prompts.batch, iterations=config.run.iterations, key="prompts.train"
+    )
     config.algorithm.check_prompts(config, len(prompts.prompts))
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
-        loaded = loader.load(
-            config.prompts.heldout, key="prompts.heldout", scorers=_scorer_names(config)
-        )
+        loaded = loader.load(config.prompts.heldout, key="prompts.heldout", scorers=named)
         heldout = loaded.first(config.run.eval_prompts)
-    # The rows of an algorithm that generates nothing are no prompts that anything can complete.
-    own = prompts.prompts if generates(algorithm) else ()
-    notes = _check_scorers(config.scorer, own, heldout, base)
-    evaluations = _evaluations(config, loader, chat, heldout or own)
+    judged = prompts.prompts if generates(algorithm) else ()
+    notes = _check_scorers(config.scorer, judged, heldout, base)
+    evaluations = _evaluations(config, loader, chat, heldout or judged)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
         pair_set = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
@@ -231,26 +236,6 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         stop_tokens={token_id: str(tokenizer.decode([token_id])) for token_id in stop_ids},
         notes=tuple(notes),
     )
-
-
-def _scorer_names(config: CampaignConfig) -> tuple[str, ...]:
-    """Return the names that a row may give as its scorers."""
-    return tuple(names_of([*config.scorer.train, *(config.scorer.evaluate or ())]))
-
-
-def _training_prompts(
-    config: CampaignConfig, algorithm: Algorithm, loader: PromptLoader, chat: Chat
-) -> PromptSet:
-    """Return the training prompts; give an algorithm that trains on rows its examples."""
-    key = "prompts.train"
-    if isinstance(algorithm, TrainsOnRows):
-        sources = loader.open(config.prompts.train, key)
-        prompts, examples = load_examples(sources, algorithm.encode, chat, key=key)
-        algorithm.set_examples(examples)
-    else:
-        prompts = loader.load(config.prompts.train, key=key, scorers=_scorer_names(config))
-    prompts.check_batches(batch=config.prompts.batch, iterations=config.run.iterations, key=key)
-    return prompts
 
 
 def _check_scorers(
@@ -294,7 +279,6 @@ def _evaluations(
             base=base,
             chat=chat,
             heldout=heldout,
-            open_sources=loader.open,
             load_prompts=partial(_evaluation_prompts, config, loader, names),
         )
         evaluations[task] = EVALUATIONS.build(evaluation, setup)

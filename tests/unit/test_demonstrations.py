@@ -187,7 +187,7 @@ def test_rows_that_are_too_long_name_the_row(tokenizer, tmp_path):
     rows = [{"prompt": "one", "completion": "two"}, {"prompt": "one", "completion": "two" * 30}]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
     config = FileSourceConfig(path=file)
-    source = ("", FileSource(config, base=tmp_path), config)
+    sources = [("d", FileSource(config, base=tmp_path), config)]
     chat = chat_of(tokenizer, max_length=16)
 
     def encode(row, where, chat, *, drop):
@@ -195,7 +195,7 @@ def test_rows_that_are_too_long_name_the_row(tokenizer, tmp_path):
         return (example,) if fits(example.rows, chat, where, drop=drop) else ()
 
     with pytest.raises(ConfigError, match=r"prompts.train: .*d\.jsonl row 2: \d+ tokens, but the"):
-        load_examples([source], lambda *a: encode(*a, drop=False), chat, key="prompts.train")
-    prompts, examples = load_examples([source], lambda *a: encode(*a, drop=True), chat, key="k")
+        load_examples(sources, lambda *a: encode(*a, drop=False), chat, key="prompts.train")
+    prompts, examples = load_examples(sources, lambda *a: encode(*a, drop=True), chat, key="k")
     assert len(examples) == 1 and prompts.duplicates == 1
     assert prompts.prompts[0].prompt_id == examples[0].prompt_id
