@@ -214,7 +214,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     chat = Chat(tokenizer, max_length=max_length)
     named = names_of([*config.scorer.train, *(config.scorer.evaluate or ())])
     if isinstance(algorithm, TrainsOnRows):
-        opened = loader.open(config.prompts.train, key="prompts.train")
+        opened = loader.open(config.prompts.train, "prompts.train")
         prompts, examples = load_examples(opened, algorithm.encode, chat, key="prompts.train")
         algorithm.set_examples(examples)
     else:
@@ -300,6 +300,7 @@ def _evaluations(
             base=base,
             chat=chat,
             heldout=heldout,
+            open_sources=loader.open,
             load_prompts=partial(_evaluation_prompts, config, loader, names),
         )
         evaluations[task] = EVALUATIONS.build(evaluation, setup)
