@@ -61,6 +61,10 @@ class ScorerActor(ReportsProcess):
         """Return each scorer's comparisons or outcomes."""
         return self.parts.compare(requests)
 
+    def take_counts(self) -> dict[str, float]:
+        """Return what the scorers counted since the last call."""
+        return self.parts.take_counts()
+
 
 class ScorerClient:
     """Scorer over equal actors, each of which is replaced when it is lost."""
@@ -96,6 +100,23 @@ class ScorerClient:
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._combination.load_state_dict(state)
+
+    async def take_counts(self) -> dict[str, float]:
+        of_members = await asyncio.gather(
+            *(
+                member.persist(
+                    lambda actor: actor.take_counts.remote(),
+                    phase="counts",
+                    timeout_s=self._timeout_s,
+                )
+                for member in self._members
+            )
+        )
+        total: dict[str, float] = {}
+        for counts in of_members:
+            for name, count in counts.items():
+                total[name] = total.get(name, 0.0) + count
+        return total
 
     async def _call(
         self,
