@@ -148,7 +148,7 @@ class HubSource:
         text = " ".join(str(error).partition("Example of usage")[0].split())
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
-        if isinstance(error, errors.GatedRepoError) or "gated" in text or self._is_gated(error):
+        if isinstance(error, errors.GatedRepoError) or self._is_gated(error):
             return (
                 f"{repository} is gated; request access at {endpoint}/datasets/{repository} and "
                 f"set HF_TOKEN{token}"
