@@ -30,6 +30,7 @@ from rayhf.algorithms.base import (
     Algorithm,
     TrainsCritic,
     TrainsSeveralPolicies,
+    generates,
     needs_frozen_reference,
     policies_of,
 )
@@ -42,6 +43,7 @@ from rayhf.planning.preflight import Prepared, transport_of
 from rayhf.roles import Learner, Roles, Rollout, Scorer
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.store import RunDir
+from rayhf.scorer.none import NoScorer
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.retrying import RetryingScorer
 
@@ -89,6 +91,7 @@ def actor_specs_of(config: CampaignConfig, algorithm: Algorithm) -> list[ActorSp
         critic=isinstance(algorithm, TrainsCritic),
         reference=needs_frozen_reference(algorithm),
         policies=policies_of(algorithm),
+        generates=generates(algorithm),
     )
 
 
@@ -153,7 +156,7 @@ class ActorSet:
         config = self.config
         timeout_s = config.run.timeout_s
         policies = policies_of(self.prepared.algorithm)
-        engines = {policy: self._rollouts(policy) for policy in policies}
+        engines = {policy: group for policy in policies if (group := self._rollouts(policy))}
         starts = [actor.start() for actor in self.actors]
         learners = {policy: self._learner(_role("learner", policy)) for policy in policies}
         pools = {
@@ -192,7 +195,9 @@ class ActorSet:
         return Roles(
             rollouts=rollouts,
             learners=trained,
-            scorer=self._retrying(scorers, section.train, section.combine),
+            scorer=self._retrying(scorers, section.train, section.combine)
+            if scorers
+            else NoScorer(),
             evaluator=eval_scorers.pop(None, None),
             eval_scorers={task: scorer for task, scorer in eval_scorers.items() if task},
             critic=value,
@@ -392,6 +397,8 @@ def _role(kind: str, policy: str) -> str:
 
 async def _all(starts: list[Coroutine[Any, Any, None]]) -> None:
     """Start in parallel. Raises the first error; `shutdown` ends what was left half started."""
+    if not starts:
+        return
     tasks = [asyncio.ensure_future(start) for start in starts]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)

@@ -30,6 +30,7 @@ from rayhf.planning.placement import (
     pack,
 )
 from rayhf.planning.plan import Need, Plan, check_cache, check_disk, check_gpus
+from rayhf.planning.precision import precision_warning
 from rayhf.planning.preflight import check_settings, overlap, prepare, transport_of
 
 Rows = list[tuple[str, str]]
@@ -63,6 +64,8 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
             )
         stops = [f"{text} ({token_id})" for token_id, text in prepared.stop_tokens.items()]
         rows.append(("stop tokens", ", ".join(stops)))
+        if warning := precision_warning(config, derived, Path.cwd()):
+            console.print(f"warning: {warning}", style="yellow")
     plan = Plan(config, algorithm, derived, base=Path.cwd())
     with _cluster(config, hardware=hardware) as (nodes, gpu_bytes):
         console.print(
@@ -144,8 +147,10 @@ def _print_estimates(
     console.print(memory_table(needs, gpu=gpu, gpu_bytes=gpu_bytes))
     disk = plan.disk()
     free = check_disk(disk, plan.config.run.dir) if hardware else "not checked"
+    engine = next((need.memory for need in needs if need.spec.role == "rollout"), None)
+    sync = [] if engine is None else [("weights of one sync", _sync(plan))]
     rows: Rows = [
-        ("weights of one sync", _sync(plan)),
+        *sync,
         (
             "one checkpoint, and exported models",
             f"{_gib(disk.checkpoint)} + {_gib(disk.policies)} GiB",
@@ -154,9 +159,8 @@ def _print_estimates(
         ("samples of one iteration", f"at most {disk.samples / 2**20:,.1f} MiB"),
         ("run directory", f"at most {_gib(disk.total)} GiB; {free}"),
     ]
-    if not gpu or gpu_bytes is not None:
+    if engine is not None and (not gpu or gpu_bytes is not None):
         check_cache(plan, needs)
-        engine = next(need.memory for need in needs if need.spec.role == "rollout")
         rows.append(
             (
                 f"sequences of {plan.length} tokens in one engine's cache",

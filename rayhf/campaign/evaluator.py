@@ -33,6 +33,11 @@ class Evaluator:
             task for task, every in intervals.items() if always or (every and not iteration % every)
         ]
 
+    def generates(self, tasks: Sequence[str | None]) -> bool:
+        """Whether any of `tasks` generates completions."""
+        evaluations = self._config.evaluations
+        return any(task is None or evaluations[task].generates for task in tasks)
+
     async def measure(
         self, tasks: Sequence[str | None], *, restore_scorer: bool
     ) -> dict[str, float]:
@@ -102,9 +107,10 @@ class Evaluator:
     @property
     def _scores_alone(self) -> bool:
         """Whether the training scorer can score the held-out completions, one per prompt."""
-        names = set(names_of(self._config.scorer.train))
+        entries = self._config.scorer.train
+        names = set(names_of(entries))
         judged = all(p.scorers is None or names & set(p.scorers) for p in self._data.heldout)
-        return judged and not any(entry.is_pairwise for entry in self._config.scorer.train)
+        return bool(entries) and judged and not any(entry.is_pairwise for entry in entries)
 
 
 def _at_test_time(algorithm: Algorithm) -> bool:

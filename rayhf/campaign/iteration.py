@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rayhf.algorithms.base import Algorithm
+from rayhf.algorithms.base import Algorithm, generates
 from rayhf.campaign.data import CampaignData
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.prompts import parse_prompt
@@ -83,7 +83,13 @@ class IterationExplorer:
         dealt = self.data.prompts.batch(batch=batch, iteration=iteration, seed=self.config.seed)
         added: dict[str, Prompt] = {}
         room = self.data.chat.max_length - self.sampling.max_tokens
-        for row in self.store.inbox.take("prompts", iteration, limit=batch):
+        submitted = self.store.inbox.take("prompts", iteration, limit=batch)
+        if submitted and not generates(self.algorithm):
+            self.observer.event(
+                "warn", f"ignored {len(submitted)} added prompts: nothing is generated for training"
+            )
+            return dealt
+        for row in submitted:
             try:
                 prompt = parse_prompt(row, self.data.chat, max_prompt_tokens=room)
             except ConfigError as error:
@@ -131,11 +137,12 @@ class IterationExplorer:
             journal.close()
         if problems := budget.summary():
             self.observer.event("warn", f"iteration {iteration}: {problems}")
+        tokens = {
+            "rollout/tokens": float(scheduler.generated_tokens),
+            "rollout/context_tokens": float(scheduler.prompt_tokens),
+        }
         return ExploredIteration(
             groups=groups,
-            tokens={
-                "rollout/tokens": float(scheduler.generated_tokens),
-                "rollout/context_tokens": float(scheduler.prompt_tokens),
-            },
+            tokens=tokens if generates(self.algorithm) else {},
             seconds={**scheduler.stopwatch.seconds, "explore": time.monotonic() - started},
         )

@@ -210,6 +210,9 @@ ALGORITHMS = Registry(
         "hypo": "rayhf.algorithms.hypo:HyPO",
         "mcts_dpo": "rayhf.algorithms.mcts_dpo:MCTSDPO",
         "spar": "rayhf.algorithms.spar:SPaR",
+        "sft": "rayhf.algorithms.sft:SFT",
+        "dpo": "rayhf.algorithms.dpo:OfflineDPO",
+        "kto": "rayhf.algorithms.kto:KTO",
     },
 )
 
@@ -231,6 +234,7 @@ LOSSES = Registry(
         "sppo_hard": "rayhf.losses.preference:SPPOHard",
         "discopop": "rayhf.losses.preference:DiscoPOP",
         "clipped": "rayhf.losses.policy:ClippedSurrogate",
+        "kto": "rayhf.losses.kto:KTOLoss",
     },
 )
 
@@ -241,8 +245,9 @@ SCORERS = Registry(
         "rule": "rayhf.scorer.rule:Rule",
         "pairwise_rule": "rayhf.scorer.rule:PairwiseRule",
         "reward_model": "rayhf.scorer.reward_model:RewardModel",
+        "pair_encoder": "rayhf.scorer.pair_encoder:PairEncoder",
         "preference_model": "rayhf.scorer.preference_model:PreferenceModel",
-        "judge": "rayhf.scorer.judge_model:LocalJudge",
+        "judge": "rayhf.scorer.judge_model:LanguageModelJudge",
         "grpc": "rayhf.scorer.grpc.client:GrpcScorer",
         "reasoning_gym": "rayhf.scorer.reasoning_gym:GymScorer",
     },
@@ -265,6 +270,8 @@ EVALUATIONS = Registry(
     "rayhf.evaluations",
     {
         "scored": "rayhf.evaluation.scored:ScoredEvaluation",
+        "validation_loss": "rayhf.evaluation.given:ValidationLoss",
+        "pair_accuracy": "rayhf.evaluation.given:PairAccuracy",
         "exploitability": "rayhf.tiny.exploitability:Exploitability",
     },
     default="scored",

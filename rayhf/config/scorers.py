@@ -244,6 +244,8 @@ def _list(weights: Sequence[float]) -> str:
 class ScorerConfig(CombinedScorersConfig):
     """The campaign's scorers."""
 
+    train: ScorerEntries = ()
+    """Combined, they are the score. Empty only where nothing is generated for training."""
     evaluate: ScorerEntries | None = None
     """For held-out evaluation only. Default: the training scorers."""
     max_failed: Annotated[float, Field(ge=0, le=1)] = 0.1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rayhf.errors import ConfigError
@@ -177,6 +178,73 @@ class Chat:
         """Return the text that an engine gives a completion with these tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
+    # --- whole conversations with assistant turns, contents as they are
+
+    @cached_property
+    def end_token(self) -> str | None:
+        """Token that ends an assistant's turn: the template's, else the tokenizer's."""
+        token = end_of_turn(self._tokenizer) or self._tokenizer.eos_token
+        return None if token is None else str(token)
+
+    @property
+    def end_token_id(self) -> int | None:
+        """Id of `end_token`."""
+        if self.end_token is None:
+            return None
+        return int(self._tokenizer.convert_tokens_to_ids(self.end_token))
+
+    def without_space_after_end(self, text: str) -> str:
+        """Return the text without white space after its last special token, if it ends so.
+
+        Templates write such white space after a turn; a model never does.
+        """
+        stripped = text.rstrip()
+        return stripped if stripped.endswith(self._special_tokens) else text
+
+    @cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        return tuple(special_tokens(self._tokenizer))
+
+    @cached_property
+    def marks_generation(self) -> bool:
+        """Whether the template marks the assistant's text with {% generation %}."""
+        template = self._tokenizer.chat_template
+        return isinstance(template, str) and bool(re.search(r"\{%-?\s*generation\b", template))
+
+    def template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        generation_prompt: bool = False,
+    ) -> str:
+        """Return the text of a conversation. Raises ConfigError if the template refuses it."""
+        return render_text(
+            self._tokenizer,
+            messages,
+            tools=tools,
+            generation_prompt=generation_prompt,
+            where="policy.model",
+        )
+
+    def tokens_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of a rendered text, and the characters (begin, end) of each."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
+    def generation_mask(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """Return the token ids of a conversation and whether the template marks each."""
+        encoded = self._tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            tools=None if tools is None else list(tools),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return list(encoded["input_ids"]), [bool(marked) for marked in encoded["assistant_masks"]]
+
     def encode_response(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
         """Return the token ids of `text` as the assistant's turn after `messages`.
 
@@ -197,9 +265,8 @@ class Chat:
         # Templates may end a turn with white space after the end-of-turn token, which the model
         # never generates.
         response = conversation[len(prompt) :]
-        end_token = end_of_turn(self._tokenizer) or self._tokenizer.eos_token
-        if end_token and (end := response.rfind(end_token)) >= 0:
-            end += len(end_token)
+        if self.end_token and (end := response.rfind(self.end_token)) >= 0:
+            end += len(self.end_token)
             if not response[end:].strip():
                 response = response[:end]
         return tuple(self._tokenizer(response, add_special_tokens=False)["input_ids"])

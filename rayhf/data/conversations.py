@@ -8,7 +8,7 @@ text, or a list of messages (TRL, verl). Error messages begin with the row's pla
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rayhf.data.columns import Row
@@ -147,43 +147,3 @@ def parse_answer(row: Row, where: str) -> str | None:
     if isinstance(answer, float) and answer.is_integer() and abs(answer) < 2**53:
         return str(int(answer))
     return str(answer)
-
-
-def parse_comparison(row: Row, where: str) -> tuple[tuple[Message, ...], str, str]:
-    """Return (prompt, chosen, rejected) of a preference row.
-
-    `chosen` and `rejected` are texts beside `prompt` or `messages`, or lists of messages: then
-    either the whole conversations (UltraFeedback), whose common beginning is the prompt, or the
-    last turns alone, beside a `prompt` of messages (TRL). Raises ConfigError.
-    """
-    chosen = row.get("chosen")
-    rejected = row.get("rejected")
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        return _conversations(row, where)
-    for column, value in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(value, str):
-            raise ConfigError(
-                f"{where}: expected `chosen` and `rejected`, both text or both messages; "
-                f"`{column}` is {value!r:.40} (keys {', '.join(sorted(row))})"
-            )
-    assert isinstance(chosen, str) and isinstance(rejected, str)
-    return prompt_messages(row, where), chosen, rejected
-
-
-def _conversations(row: Row, where: str) -> tuple[tuple[Message, ...], str, str]:
-    chosen = message_list(row["chosen"], "chosen", where)
-    rejected = message_list(row["rejected"], "rejected", where)
-    for column, turns in (("chosen", chosen), ("rejected", rejected)):
-        if turns[-1]["role"] != "assistant":
-            raise ConfigError(f"{where}: `{column}` must end with an assistant turn")
-    if len(chosen) == 1 and len(rejected) == 1:
-        return prompt_messages(row, where), chosen[0]["content"], rejected[0]["content"]
-    if chosen[:-1] != rejected[:-1]:
-        raise ConfigError(
-            f"{where}: `chosen` and `rejected` differ before their last turns; expected one prompt"
-        )
-    return _ends_with_user(chosen[:-1], where), chosen[-1]["content"], rejected[-1]["content"]
-
-
-def _ends_with_user(messages: Sequence[Message], where: str) -> tuple[Message, ...]:
-    return prompt_messages({"messages": [dict(message) for message in messages]}, where)

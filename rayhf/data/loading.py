@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayhf.config.sources import SourceConfig, source_names
-from rayhf.data.prompts import PromptReader, PromptSet, load_prompts
+from rayhf.data.prompts import NamedSource, PromptReader, PromptSet, load_prompts
 from rayhf.data.readers import open_source
 from rayhf.data.template import check_embeddings
 
@@ -31,13 +31,8 @@ class PromptLoader:
     commits: MutableMapping[str, str]
     """Commits of hub data sets by name; those that are missing are added."""
 
-    def load(
-        self, sources: Sequence[SourceConfig], *, key: str, scorers: Collection[str]
-    ) -> PromptSet:
-        """Open the sources of the config key `key` and read their prompts.
-
-        `scorers` are the names that rows may give. Raises ConfigError.
-        """
+    def open(self, sources: Sequence[SourceConfig], *, key: str) -> list[NamedSource]:
+        """Open the sources of the config key `key`. Raises ConfigError."""
         opened = []
         for number, (name, config) in enumerate(
             zip(source_names(tuple(sources)), sources, strict=True)
@@ -45,6 +40,16 @@ class PromptLoader:
             own = f"{key}[{number}]" if len(sources) > 1 else key
             source = open_source(config, base=self.base, key=own, commits=self.commits)
             opened.append((name, source, config))
+        return opened
+
+    def load(
+        self, sources: Sequence[SourceConfig], *, key: str, scorers: Collection[str]
+    ) -> PromptSet:
+        """Open the sources of the config key `key` and read their prompts.
+
+        `scorers` are the names that rows may give. Raises ConfigError.
+        """
+        opened = self.open(sources, key=key)
         reader = PromptReader(
             tokenizer=self.tokenizer,
             max_prompt_tokens=self.max_prompt_tokens,

@@ -241,13 +241,15 @@ class PromptReader:
         return chosen
 
 
-def load_prompts(
-    sources: Sequence[tuple[str, Source, SourceConfig]], reader: PromptReader, *, key: str
-) -> PromptSet:
+NamedSource = tuple[str, Source, SourceConfig]
+"""(name, source, its settings)."""
+
+
+def load_prompts(sources: Sequence[NamedSource], reader: PromptReader, *, key: str) -> PromptSet:
     """Read, check and render every prompt of the sources, which the config key `key` names.
 
     Args:
-        sources: (name, source, its settings).
+        sources: in the order of the config.
         reader: makes prompts of rows.
         key: for messages; a source of several is `key[number]`.
 
@@ -264,9 +266,16 @@ def load_prompts(
             if prompt.prompt_id in prompts:
                 prompt = replace(prompt, prompt_id=_digest(f"{prompt.prompt_id} {name}", 8))
             prompts[prompt.prompt_id] = prompt
+    return prompt_set(prompts.values(), sources, duplicates=duplicates)
+
+
+def prompt_set(
+    prompts: Iterable[Prompt], sources: Sequence[NamedSource], *, duplicates: int
+) -> PromptSet:
+    """Return the prompts of sources that are mixed by their weights."""
     several = len(sources) > 1
     return PromptSet(
-        prompts=tuple(prompts.values()),
+        prompts=tuple(prompts),
         duplicates=duplicates,
         label=", ".join(source.label for _, source, _ in sources),
         weights={name: config.weight for name, _, config in sources} if several else {},

@@ -11,13 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rayhf.algorithms.base import Algorithm, TakesOfflinePairs, TrainsSeveralPolicies
+from rayhf.algorithms.base import (
+    Algorithm,
+    TakesOfflinePairs,
+    TrainsOnRows,
+    TrainsSeveralPolicies,
+    generates,
+)
 from rayhf.campaign.data import CampaignData
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import ScorerConfig, names_of
 from rayhf.config.sources import SourceConfig
 from rayhf.data.chat import Chat
+from rayhf.data.examples import load_examples
 from rayhf.data.loading import PromptLoader
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.stop_tokens import stop_token_ids
@@ -43,6 +50,13 @@ class Derived:
 
     def table(self, config: CampaignConfig) -> list[tuple[str, str]]:
         """Return rows (name, value) for a table."""
+        steps = [
+            ("optimizer steps per iteration", f"{self.steps_per_iteration}"),
+            ("iterations", f"{config.run.iterations}"),
+            ("optimizer steps", f"{self.total_steps}"),
+        ]
+        if not self.samples_per_iteration:
+            return [("rows per iteration", f"{config.prompts.batch}"), *steps]
         return [
             ("prompts per iteration", f"{config.prompts.batch}"),
             ("responses per iteration", f"{self.samples_per_iteration}"),
@@ -50,9 +64,7 @@ class Derived:
                 "tokens per iteration",
                 f"at most {self.samples_per_iteration * config.rollout.max_tokens:,}",
             ),
-            ("optimizer steps per iteration", f"{self.steps_per_iteration}"),
-            ("iterations", f"{config.run.iterations}"),
-            ("optimizer steps", f"{self.total_steps}"),
+            *steps,
             (
                 "staleness",
                 f"{config.run.max_staleness} iteration(s)"
@@ -105,7 +117,42 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     config.algorithm.check_campaign(config)
     algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
+    _require_scorers(config, algorithm)
+    _check_rounding(config)
     return algorithm, derive(config, algorithm)
+
+
+def _require_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
+    """Refuse a campaign that scores completions without a scorer. Raises ConfigError."""
+    example = "for example [{type: rule, function: my_rules:score}]"
+    if not config.scorer.train and generates(algorithm):
+        raise ConfigError(
+            f"scorer.train: {config.algorithm.type} scores the completions that it trains on, and "
+            f"there is no scorer; expected at least one, {example}"
+        )
+    if config.prompts.heldout and not (config.scorer.train or config.scorer.evaluate):
+        raise ConfigError(
+            "prompts.heldout: completions of its prompts are scored, and there is no scorer; "
+            f"expected scorer.evaluate, {example}"
+        )
+
+
+def _check_rounding(config: CampaignConfig) -> None:
+    """Raise ConfigError where learner.sync_rounding has nothing to round."""
+    if config.learner.sync_rounding == "nearest":
+        return
+    nothing = "learner.sync_rounding=stochastic rounds float32 weights to a smaller policy.dtype"
+    if config.policy.lora is not None:
+        raise ConfigError(
+            f"{nothing}, and with policy.lora the engines merge adapters themselves; expected "
+            "nearest"
+        )
+    if config.learner.dtype != "float32" or config.policy.dtype == "float32":
+        raise ConfigError(
+            f"{nothing}, and learner.dtype is {config.learner.dtype}, policy.dtype "
+            f"{config.policy.dtype}; expected nearest, or learner.dtype=float32 with "
+            "policy.dtype=bfloat16"
+        )
 
 
 def transport_of(config: CampaignConfig) -> TransportName:
@@ -151,7 +198,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     """
     algorithm, derived = check_settings(config)
     models = _models(config, algorithm, base)
-    max_length = _check_models(config, models)
+    max_length = _check_models(config, algorithm, models)
     directory = models["policy.model"]
     tokenizer = policy_tokenizer(directory, config.policy, base=base)
     model_config = read_model_config(directory, key="policy.model")
@@ -164,21 +211,27 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         base=base,
         commits=dict(recorded.datasets) if recorded else {},
     )
+    chat = Chat(tokenizer, max_length=max_length)
     named = names_of([*config.scorer.train, *(config.scorer.evaluate or ())])
-    prompts = loader.load(config.prompts.train, key="prompts.train", scorers=named)
+    if isinstance(algorithm, TrainsOnRows):
+        opened = loader.open(config.prompts.train, key="prompts.train")
+        prompts, examples = load_examples(opened, algorithm.encode, chat, key="prompts.train")
+        algorithm.set_examples(examples)
+    else:
+        prompts = loader.load(config.prompts.train, key="prompts.train", scorers=named)
     prompts.check_batches(
         batch=config.prompts.batch, iterations=config.run.iterations, key="prompts.train"
     )
     config.algorithm.check_prompts(config, len(prompts.prompts))
-    chat = Chat(tokenizer, max_length=max_length)
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
         loaded = loader.load(config.prompts.heldout, key="prompts.heldout", scorers=named)
         heldout = loaded.first(config.run.eval_prompts)
+    judged = prompts.prompts if generates(algorithm) else ()
     notes = [f"prompts.train: {prompts.summary}"]
     notes += [f"data set {name} at commit {commit}" for name, commit in loader.commits.items()]
-    notes += _check_scorers(config.scorer, prompts.prompts, heldout, base)
-    evaluations = _evaluations(config, loader, chat, heldout or prompts.prompts)
+    notes += _check_scorers(config.scorer, judged, heldout, base)
+    evaluations = _evaluations(config, loader, chat, heldout or judged)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
         pair_set = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
@@ -268,7 +321,7 @@ def _models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> dict[st
     return {key: local_directory(model, base) for key, model in given.items() if model is not None}
 
 
-def _check_models(config: CampaignConfig, models: Mapping[str, Path]) -> int:
+def _check_models(config: CampaignConfig, algorithm: Algorithm, models: Mapping[str, Path]) -> int:
     """Check every model directory and return the longest sequence that all take, in tokens."""
     policy = models["policy.model"]
     settings = read_model_config(policy, key="policy.model")
@@ -291,7 +344,8 @@ def _check_models(config: CampaignConfig, models: Mapping[str, Path]) -> int:
         raise ConfigError(
             f"policy.max_length is {length}, but the model was made for at most {limit} tokens"
         )
-    if config.rollout.max_tokens >= length:
+    generated = generates(algorithm) or config.evaluates_completions
+    if generated and config.rollout.max_tokens >= length:
         raise ConfigError(
             f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together "
             f"may have {length} tokens; expected less than {length}"
