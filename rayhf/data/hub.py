@@ -160,22 +160,19 @@ class HubSource:
                 f"there is neither a file nor a directory {repository}, nor a data set of that "
                 f"name on {endpoint}, or it is private{token}"
             )
+        if "BuilderConfig" in text or "Config name is missing" in text:
+            known = text[text.find("[") :] if "[" in text else text
+            given = self._config.config
+            found = f"no configuration {given!r}" if given else "several configurations"
+            return f"{repository} has {found}; expected `config` to be one of {known}"
+        if text.startswith("Unknown split"):
+            known = text[text.find("[") :]
+            return f"{repository} has no split {self._config.split!r}; expected one of {known}"
         if constants.is_offline_mode():
             return (
                 f"HF_HUB_OFFLINE is set, and the cache does not have {self.label}; unset it, or "
                 "load the data set once before"
             )
-        if "BuilderConfig" in text or "Config name is missing" in text:
-            known = text[text.find("[") :] if "[" in text else text
-            asked = (
-                f"no configuration {self._config.config!r}"
-                if self._config.config
-                else ("several configurations")
-            )
-            return f"{repository} has {asked}; expected `config` to be one of {known}"
-        if text.startswith("Unknown split"):
-            known = text[text.find("[") :]
-            return f"{repository} has no split {self._config.split!r}; expected one of {known}"
         return f"{self.label} cannot be read from {endpoint} ({text[:300]})"
 
     def _is_gated(self, error: Exception) -> bool:
