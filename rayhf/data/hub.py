@@ -7,6 +7,7 @@ libraries: HF_HOME, HF_DATASETS_CACHE, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -19,6 +20,7 @@ from rayhf.data.files import batch_rows
 from rayhf.errors import ConfigError
 
 _BATCH = 1024
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def _check_dataset(name: str) -> str:
@@ -129,12 +131,13 @@ class HubSource:
         return loaded
 
     def _check_commit(self, loaded: Any) -> None:
-        """Refuse rows of another commit: offline, `datasets` takes the newest that it has."""
-        files = list(loaded.info.download_checksums or ())
-        if self._commit and files and not any(f"@{self._commit}/" in file for file in files):
+        """Refuse rows of another commit: without the hub, `datasets` takes the newest it has."""
+        parts = {part for file in loaded.cache_files for part in Path(file["filename"]).parts}
+        commits = {part for part in parts if _COMMIT.fullmatch(part)}
+        if commits and self._commit not in commits:
             raise ConfigError(
-                f"{self.label}: the cache does not have commit {self._commit[:12]}, and the hub "
-                "cannot be reached; unset HF_HUB_OFFLINE"
+                f"{self.label}: the cache does not have commit {(self._commit or '')[:12]}, and "
+                "the hub cannot be reached; unset HF_HUB_OFFLINE"
             )
 
     def _explain(self, error: Exception) -> str:
