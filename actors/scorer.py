@@ -16,6 +16,7 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import accumulate, chain
 from typing import Any
 
@@ -79,15 +80,20 @@ class ScorerClient:
         self._members = dict.fromkeys(members, 0)
         """Completions that each actor has to score."""
         self._combination = Combination(entries, combine)
+        normalizes = any(entry.is_normalized for entry in entries)
+        self._turn = asyncio.Lock() if normalizes else nullcontext()
+        """Calls whose scores are normalized follow each other: the order decides the statistics."""
         self._timeout_s = timeout_s
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        answers = await self._call(lambda actor: actor.score, requests, "score")
-        return self._combination.scores(answers, requests)
+        async with self._turn:
+            answers = await self._call(lambda actor: actor.score, requests, "score")
+            return self._combination.scores(answers, requests)
 
     async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        answers = await self._call(lambda actor: actor.compare, requests, "compare")
-        return self._combination.comparisons(answers, requests)
+        async with self._turn:
+            answers = await self._call(lambda actor: actor.compare, requests, "compare")
+            return self._combination.comparisons(answers, requests)
 
     async def state_dict(self) -> dict[str, Any]:
         return self._combination.state_dict()

@@ -137,6 +137,10 @@ class Learner(Protocol):
         """
         ...
 
+    async def sync_metrics(self) -> dict[str, float]:
+        """Return what the last sync changed in the engines and what rounding lost (`sync/...`)."""
+        ...
+
     async def save(self, directory: Path) -> None:
         """Write model, optimizer and random state to `directory`."""
         ...

@@ -35,7 +35,7 @@ def response_of(
     messages = message_list(value, field, where)
     if messages[-1]["role"] != "assistant":
         raise ConfigError(
-            f"{where}: `{field}` must end with an assistant message, got {messages[-1]['role']!r}"
+            f"{where}: `{field}` must end with an assistant turn, got {messages[-1]['role']!r}"
         )
     before = messages[:-1]
     if prompt is None and not before:

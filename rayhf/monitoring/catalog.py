@@ -123,6 +123,22 @@ METRICS: tuple[Metric, ...] = (
         ("<objective>/policy/entropy", "nats/token", "policy/entropy of a further objective"),
     ),
     *_rows(
+        "weight sync without LoRA",
+        (
+            "sync/changed_fraction",
+            "share",
+            "weights with another value in the engines than after the sync before",
+        ),
+        (
+            "sync/update_lost",
+            "share",
+            "of the update since the start, along its direction, that rounding keeps from the "
+            "engines; float32 learners",
+        ),
+        ("<policy>/sync/changed_fraction", "share", "sync/changed_fraction of a further policy"),
+        ("<policy>/sync/update_lost", "share", "sync/update_lost of a further policy"),
+    ),
+    *_rows(
         "every loss of a policy",
         (
             "rollout/mismatch_kl",

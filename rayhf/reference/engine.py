@@ -31,7 +31,7 @@ class ReferenceEngine:
     Args:
         model: Hugging Face model directory.
         config: settings of the section `reference`.
-        dtype: "float32" or "bfloat16".
+        dtype: "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda[:index]".
     """
 
@@ -58,7 +58,7 @@ class ReferenceEngine:
         self.policy = PolicyHead(causal.to(self.device)).eval().requires_grad_(False)
         self.weights: dict[str, Tensor] = dict(causal.named_parameters())
         self.average: dict[str, Tensor] = {}
-        """Float32 copy in host memory, once a moving average began: in bfloat16, small steps would
+        """Float32 copy in host memory, once a moving average began: in 16 bits, small steps would
         round to nothing."""
 
     @torch.inference_mode()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Protocol
 
 from rayhf.data.chat import render, special_token_escaper
+from rayhf.data.template import template_with
 from rayhf.errors import ConfigError
 from rayhf.models.hub import local_directory
 from rayhf.models.source import load_tokenizer, model_length, read_model_config
@@ -32,6 +34,9 @@ from rayhf.types import (
     Sampling,
     quoted,
 )
+
+_TODAY = date(2026, 1, 1)
+"""What a chat template that prints the date gets: a question must be the same every day."""
 
 
 class LanguageModelJudge(Judge, BaseScorer[JudgeConfig]):
@@ -169,6 +174,9 @@ class JudgeEngine:
         assert loads is not None  # a judge without an endpoint
         directory = local_directory(loads.model, setup.base)
         self._tokenizer = load_tokenizer(directory, key="judge")
+        self._tokenizer.chat_template = template_with(
+            self._tokenizer.get_chat_template(), {}, today=_TODAY
+        )
         self._escape = special_token_escaper(self._tokenizer)
         self._engine = RolloutEngine(
             directory,

@@ -328,10 +328,9 @@ def test_pairs_of_message_lists(tmp_path: Path) -> None:
         assert pair.messages == ({"role": "user", "content": "Q"},)
         assert (pair.chosen, pair.rejected) == ("yes", "no")
     for row, expected in (
-        ({**ultrafeedback, "rejected": turns("R", "no")}, "differ before their last turns"),
+        ({**ultrafeedback, "rejected": turns("R", "no")}, "are not those of the prompt"),
         ({**ultrafeedback, "rejected": turns("Q")}, "`rejected` must end with an assistant turn"),
-        ({**text, "rejected": turns("Q", "no")}, "both text or both messages"),
-        ({"prompt": "Q", "chosen": "yes"}, "`rejected` is None"),
+        ({"prompt": "Q", "chosen": "yes"}, "expected `rejected`"),
     ):
         file.write_text(json.dumps(row) + "\n")
         with pytest.raises(ConfigError, match=rf"^k: .*pairs\.jsonl row 1: .*{expected}"):
