@@ -28,7 +28,7 @@ _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 COST = (
     "the campaign configs/real/constraints_smollm2.yaml takes about 8 minutes on two idle cores "
-    "and 7 GiB of memory"
+    "and 8 GiB of memory"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,31 @@ import pytest
 import torch
 from ranks import Ranks, WeightedLogp, advance, start
 
-from rayhf.config.schema import LoraConfig, ReferenceConfig
+from rayhf.config.schema import LearnerConfig, LoraConfig, ReferenceConfig
 from rayhf.weights.buckets import unpack_bucket
 
-SMALL = {"lr": 1e-5, "sync_rounding": "stochastic"}
+STOCHASTIC = {"sync_rounding": "stochastic"}
+
+
+def train(keywords: dict[str, Any], model: Path, lr: float, **config: Any) -> Any:
+    """Return an engine whose updates are small; the model is one on bfloat16's grid."""
+    from rayhf.learner.engine import LearnerEngine
+
+    settings = LearnerConfig(
+        **{"dtype": "float32", "token_budget": 4096, "collective_timeout_s": 60, **config}
+    )
+    return LearnerEngine(model, settings, lr=lr, total_steps=10, **keywords)
+
+
+@pytest.fixture
+def on_grid(tied: Path, tmp_path: Path) -> Path:
+    """The model with weights rounded to bfloat16, as pretrained models are."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(tied, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.bfloat16)
+    model.float().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
 def payload(engine: Any, version: int, dtype: str = "bfloat16") -> dict[str, torch.Tensor]:
@@ -21,13 +43,13 @@ def payload(engine: Any, version: int, dtype: str = "bfloat16") -> dict[str, tor
 
 
 def rounding(keywords: dict[str, Any], model: Path, directory: Path, stage: int) -> Any:
-    engine = start(keywords, model, zero_stage=stage, **SMALL)
+    engine = train(keywords, model, 1e-5, zero_stage=stage, **STOCHASTIC)
     advance(engine, range(3), 100, WeightedLogp())
     first = payload(engine, 1)
     metrics = engine.outgoing.metrics()
     again = payload(engine, 1)
     engine.save(directory)
-    resumed = start(keywords, model, zero_stage=stage, **SMALL)
+    resumed = train(keywords, model, 1e-5, zero_stage=stage, **STOCHASTIC)
     resumed.load(directory)
     after = payload(resumed, 1)
     # The sync after the next step must report the same as without the restart.
@@ -48,24 +70,23 @@ def rounding(keywords: dict[str, Any], model: Path, directory: Path, stage: int)
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_stochastic_bits_depend_on_seed_version_and_name_only(
-    two: Ranks, tied: Path, tmp_path: Path, stage: int
+    two: Ranks, on_grid: Path, tmp_path: Path, stage: int
 ) -> None:
-    for metrics in two.call(rounding, tied, tmp_path, stage)[0]:
+    for metrics in two.call(rounding, on_grid, tmp_path / "saved", stage)[0]:
         assert 0 < metrics["sync/changed_fraction"] < 1
         assert abs(metrics["sync/update_lost"]) < 0.5
 
 
-def reported(keywords: dict[str, Any], model: Path, dtype: str, config: dict[str, Any]) -> Any:
-    engine = start(keywords, model, zero_stage=0, **config)
+def reported(keywords: dict[str, Any], model: Path, dtype: str) -> Any:
+    engine = train(keywords, model, 1e-6, zero_stage=0)
     advance(engine, range(2), 100, WeightedLogp())
     payload(engine, 1, dtype)
     return engine.outgoing.metrics()
 
 
-def test_nearest_hides_small_updates_and_float32_none(one: Ranks, tied: Path) -> None:
-    small = {"lr": 1e-6}
-    (hidden,) = one.call(reported, tied, "bfloat16", small)
-    (whole,) = one.call(reported, tied, "float32", small)
+def test_nearest_hides_small_updates_and_float32_none(one: Ranks, on_grid: Path) -> None:
+    (hidden,) = one.call(reported, on_grid, "bfloat16")
+    (whole,) = one.call(reported, on_grid, "float32")
     assert hidden["sync/update_lost"] > 0.5 and hidden["sync/changed_fraction"] < 0.2
     assert whole["sync/update_lost"] == pytest.approx(0.0, abs=1e-6)
     assert whole["sync/changed_fraction"] > 0.9

@@ -35,7 +35,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROSE = {name: BLOCK.sub("", text) for name, text in TEXT.items()}
 COMMANDS = typer.main.get_command(app).commands
 METRIC = re.compile(
-    r"`((?:policy|rollout|scorer|reference|learner|critic|pairs|eval|time|staleness|selection"
+    r"`((?:policy|rollout|sync|scorer|reference|learner|critic|pairs|eval|time|staleness|selection"
     r"|ppo|dpo|sppo|inpo|hypo|sft|kto|mcts|spar|value|game)/[\w/<>]+)`"
 )
 BASE = yaml.safe_load((ROOT / "configs/tiny/online_dpo_arithmetic.yaml").read_text())
