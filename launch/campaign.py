@@ -38,6 +38,7 @@ from rayhf.monitoring.observer import Observer
 from rayhf.monitoring.tracking import tracked
 from rayhf.planning.placement import ActorSpec
 from rayhf.planning.preflight import Prepared, overlap, prepare
+from rayhf.planning.quantized import with_quantized_base
 from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.store import RunDir
 
@@ -69,6 +70,8 @@ def run_campaign(
         console.print(
             f"warning: {shared} held-out prompts are also training prompts", style="yellow"
         )
+    for warning in prepared.untested:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
     store = RunDir(config, lock, takes_labels=isinstance(prepared.algorithm, TakesLabels))
     try:
         if store.state.iteration >= config.run.iterations:
@@ -78,6 +81,7 @@ def run_campaign(
             )
             return
         store.check_paused()
+        prepared = with_quantized_base(prepared, base=base)
         specs = actor_specs_of(config, prepared.algorithm)
         with (
             control_served(store.path, config.service, base=base, console=console),

@@ -56,6 +56,8 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
             console.print(
                 f"warning: {shared} held-out prompts are also training prompts", style="yellow"
             )
+        for warning in prepared.untested:
+            console.print(f"warning: {warning}", style="yellow", markup=False)
     plan = Plan(config, algorithm, derived, base=Path.cwd())
     with _cluster(config, hardware=hardware) as (nodes, gpu_bytes):
         console.print(

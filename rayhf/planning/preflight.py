@@ -23,6 +23,8 @@ from rayhf.data.prompts import PromptSet, load_prompts
 from rayhf.data.readers import open_source
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import Evaluation, EvaluationSetup
+from rayhf.models.architectures import check_architecture
+from rayhf.models.quantized import check_quantize
 from rayhf.models.source import (
     load_tokenizer,
     model_length,
@@ -75,6 +77,8 @@ class Prepared:
     data: CampaignData
     max_length: int
     """Prompt plus response, in tokens."""
+    untested: tuple[str, ...] = ()
+    """Warnings of models whose architecture is not in the table of tested ones."""
 
 
 def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
@@ -151,6 +155,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
 
     algorithm, derived = check_settings(config)
     max_length = _check_models(config, algorithm, base)
+    untested = _check_architectures(config, algorithm, base, max_length)
     tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
     load = partial(_load, config, tokenizer=tokenizer, max_length=max_length, base=base)
     prompts = load(config.prompts.train, key="prompts.train")
@@ -186,6 +191,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         derived=derived,
         data=data,
         max_length=max_length,
+        untested=untested,
     )
 
 
@@ -233,18 +239,7 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
             f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together "
             f"may have {length} tokens; expected less than {length}"
         )
-    others = [
-        ("reference.model", config.reference.model),
-        ("learner.critic_model", config.learner.critic_model),
-    ]
-    if isinstance(algorithm, TrainsSeveralPolicies):
-        others += [
-            (f"algorithm.{name}.model", algorithm.other_policy(name).model)
-            for name in algorithm.policies[1:]
-        ]
-    for key, other in others:
-        if other is None:
-            continue
+    for key, other in _other_models(config, algorithm):
         read_model_config(base / other, key=key)
         mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(base / other)
         if mine != theirs:
@@ -254,6 +249,39 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
                 "both score the same token ids, so they must be equal"
             )
     return length
+
+
+def _other_models(config: CampaignConfig, algorithm: Algorithm) -> list[tuple[str, Path]]:
+    """Return the models besides the policy's, by config key."""
+    models = [
+        ("reference.model", config.reference.model),
+        ("learner.critic_model", config.learner.critic_model),
+    ]
+    if isinstance(algorithm, TrainsSeveralPolicies):
+        models += [
+            (f"algorithm.{name}.model", algorithm.other_policy(name).model)
+            for name in algorithm.policies[1:]
+        ]
+    return [(key, model) for key, model in models if model is not None]
+
+
+def _check_architectures(
+    config: CampaignConfig, algorithm: Algorithm, base: Path, max_length: int
+) -> tuple[str, ...]:
+    """Return warnings of untested architectures. Raises ConfigError for those that do not work."""
+    models = [("policy.model", config.policy.model), *_other_models(config, algorithm)]
+    warnings = []
+    for key, model in models:
+        settings = read_model_config(base / model, key=key)
+        warnings.append(check_architecture(settings, key=key, max_length=max_length))
+        if config.policy.lora and config.policy.lora.quantize and key.startswith("algorithm."):
+            raise ConfigError(
+                f"{key}: with policy.lora.quantize all policies start from policy.model; leave it "
+                "out"
+            )
+    if config.policy.lora and config.policy.lora.quantize:
+        check_quantize(config, read_model_config(base / config.policy.model, key="policy.model"))
+    return tuple(warning for warning in warnings if warning is not None)
 
 
 def _load(
