@@ -264,7 +264,9 @@ class _GivenHiddenStates(nn.Module):
     def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> MoeModelOutputWithPast:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        output = MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        output.cross_attentions = None  # read by gpt2
+        return output
 
 
 def _logits_function(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:

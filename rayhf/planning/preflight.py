@@ -12,7 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayhf.algorithms.base import Algorithm, TakesOfflinePairs, TrainsSeveralPolicies
+from rayhf.algorithms.base import (
+    Algorithm,
+    TakesOfflinePairs,
+    TrainsCritic,
+    TrainsSeveralPolicies,
+)
 from rayhf.campaign.data import CampaignData
 from rayhf.config.base import PluginConfig
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
@@ -23,7 +28,7 @@ from rayhf.data.prompts import PromptSet, load_prompts
 from rayhf.data.readers import open_source
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import Evaluation, EvaluationSetup
-from rayhf.models.architectures import check_architecture
+from rayhf.models.architectures import check_architecture, check_critic
 from rayhf.models.quantized import check_quantize
 from rayhf.models.source import (
     load_tokenizer,
@@ -279,6 +284,11 @@ def _check_architectures(
                 f"{key}: with policy.lora.quantize all policies start from policy.model; leave it "
                 "out"
             )
+    if isinstance(algorithm, TrainsCritic):
+        critic = config.learner.critic_model
+        key = "policy.model" if critic is None else "learner.critic_model"
+        directory = base / (critic or config.policy.model)
+        check_critic(read_model_config(directory, key=key), key=key)
     if config.policy.lora and config.policy.lora.quantize:
         check_quantize(config, read_model_config(base / config.policy.model, key="policy.model"))
     return tuple(warning for warning in warnings if warning is not None)

@@ -23,6 +23,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm import LLM
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -114,11 +118,16 @@ def repack_tied_head(model: torch.nn.Module) -> None:
     if head is None or not hasattr(head, "cpu_linear") or not tied:
         return
     embedding = next(
-        (module for name, module in model.named_modules() if name.endswith("embed_tokens")), None
+        (
+            module
+            for module in model.modules()
+            if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+        ),
+        None,
     )
     if embedding is None:
         raise WeightSyncError(
-            f"{type(model).__name__}: tied output head, but no module named embed_tokens"
+            f"{type(model).__name__}: tied output head, but no input embedding of vLLM's class"
         )
     if head is not embedding:
         head.weight = embedding.weight

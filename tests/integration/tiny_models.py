@@ -92,7 +92,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "seed_oss": {},
     "olmo3": WINDOW | {"layer_types": ["sliding_attention", "full_attention"]},
     "arcee": {},
-    "apertus": {},
     "ministral3": {},
     "phi": {"partial_rotary_factor": 0.5},
     "gpt_neox": {},
@@ -122,9 +121,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64},
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64},
-    "qwen3_next": MIXTURE,
-    "lfm2": {},
-    "bloom": {"n_head": 2, "n_layer": 2},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import peft
 import pytest
 import torch
 import transformers
+from campaigns import make_config
 from safetensors.torch import load_file
 
 from rayhf.config.schema import LoraConfig, ReferenceConfig
 from rayhf.errors import ConfigError
-from rayhf.models.architectures import ARCHITECTURES, check_architecture
+from rayhf.models.architectures import ARCHITECTURES, check_architecture, check_critic
 from rayhf.models.peft import lora_targets
+from rayhf.planning.preflight import prepare
 from rayhf.reference.engine import ReferenceEngine
 from rayhf.weights.buckets import checkpoint_shapes, pack_bucket
 from rayhf.weights.export import all_weights, export_model, trained_weights
@@ -61,6 +64,30 @@ def test_window_of_an_engine_that_counts_it_otherwise() -> None:
     assert check("cohere2", name, sliding_window=64) is None
     with pytest.raises(ConfigError, match="max_length of at most 63, got 64"):
         check("cohere2", name, sliding_window=63)
+
+
+def test_model_without_a_token_classifier_is_no_critic() -> None:
+    check_critic({"model_type": "qwen2"}, key="policy.model")
+    with pytest.raises(ConfigError, match=r"no token classifier of model_type 'olmo2'.*grpo"):
+        check_critic({"model_type": "olmo2"}, key="policy.model")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "algorithm", "message"),
+    [
+        ("opt", "grpo", "policy.model: opt models do not work: its layers"),
+        ("olmo2", "ppo", "policy.model: transformers has no token classifier"),
+    ],
+)
+def test_a_campaign_is_refused_before_it_starts(
+    tmp_path: Path, model_type: str, algorithm: str, message: str
+) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").touch()
+    config = {"model_type": model_type, "max_position_embeddings": 2048}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        prepare(make_config(tmp_path, algorithm={"type": algorithm}), base=tmp_path)
 
 
 @pytest.fixture(scope="module", params=["Qwen3Moe", "Mixtral"])
