@@ -8,6 +8,8 @@ a signature.
 - `ray._private.runtime_env.packaging.create_package`: the zip file that `ray job submit` uploads,
   with the rules of .gitignore and .rayignore. The public client zips and uploads in one step, too
   late to refuse a directory that is too large or lacks the config.
+- `ray._private.worker._global_node`: the processes of a cluster that this process started. Ray
+  does not report that one of them ended; calls wait for their deadlines.
 - `ray._raylet.GcsClient`: a first request to a cluster's head, without a token. `ray.init` reads
   the token of a process once and keeps it.
 - `RAY_prestart_worker_first_driver`, `RAY_worker_niceness`: flags of Ray's C++ core, which has no
@@ -41,6 +43,14 @@ def free_resources() -> dict[str, dict[str, float]]:
 
     free: dict[str, dict[str, float]] = available_resources_per_node()
     return free
+
+
+def dead_processes() -> list[str]:
+    """Return which processes of the cluster that this process started have ended."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return [] if node is None else [name for name, _ in node.dead_processes()]
 
 
 def create_package(directory: Path, file: Path, *, excludes: Sequence[str]) -> None:

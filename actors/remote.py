@@ -14,7 +14,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from rayhf.errors import ActorLostError, DeadlineError, RayhfError
+from rayhf.errors import (
+    ActorError,
+    ActorLostError,
+    DeadlineError,
+    RayhfError,
+    StorageError,
+    is_full_disk,
+)
 
 _GRACE_S = 10.0
 _CAUSE_WORDS = ("exit", "killed", "died", "Error", "unavailable")
@@ -46,8 +53,8 @@ async def result_of(reply: asyncio.Future[Any], *, name: str, phase: str) -> Any
     """Return the result of a remote call, given its future on this loop, however long it takes.
 
     Raises ActorLostError where the actor's process died (or anything else of Ray's was lost with a
-    process or a node), and any rayhf error that the actor raised. Every other exception of an actor
-    is a bug and passes through unchanged.
+    process or a node), and any rayhf error that the actor raised; StorageError where a disk is
+    full, and ActorError for every other exception of an actor.
     """
     try:
         return await reply
@@ -62,7 +69,11 @@ def translate_error(error: BaseException, *, name: str, phase: str) -> BaseExcep
     if isinstance(cause, RayhfError):
         return cause
     if not isinstance(cause, RayError):
-        return error
+        last = (str(cause).strip().splitlines() or [""])[-1][:300]
+        kind = StorageError if is_full_disk(cause) else ActorError
+        foreign = kind(f"{phase}: {name}: {type(cause).__name__}: {last}")
+        foreign.__cause__ = error
+        return foreign
     # A RayError inside of a task's error: an object that the call needed was lost with its owner.
     event = "died" if cause is error else "could not fetch an argument of the call"
     lost = ActorLostError(f"{phase}: {name} {event} ({_cause_line(cause)})")
@@ -101,7 +112,7 @@ def _distance_from_cause(error: BaseException) -> int:
     """Return how far an error is from the cause of a joint failure: 0 is nearest."""
     if isinstance(error, ActorLostError):
         return 0
-    if isinstance(error, RayhfError) and not isinstance(error, DeadlineError):
+    if isinstance(error, RayhfError) and not isinstance(error, DeadlineError | ActorError):
         return 1
     return 3 if isinstance(error, asyncio.CancelledError) else 2
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.campaign import Interrupt, run_campaign
+from launch.campaign import run_campaign
+from launch.interrupt import Interrupt
 from rayhf.config.schema import CampaignConfig
+from rayhf.errors import InterruptedRunError
 from rayhf.run_dir.lock import RunLock
 
 
@@ -50,9 +52,11 @@ def run(config: CampaignConfig, *, console: Console | None = None) -> RunResult:
     lock = RunLock(config.run.dir)
     interrupt = Interrupt()
     try:
-        _call(
-            lambda: run_campaign(config, console or Console(), lock, interrupt=interrupt), interrupt
-        )
+        with interrupt.on_signals():
+            _call(
+                lambda: run_campaign(config, console or Console(), lock, interrupt=interrupt),
+                interrupt,
+            )
     finally:
         lock.release()
     return RunResult(config.run.dir)
@@ -78,7 +82,7 @@ def _call(work: Callable[[], None], interrupt: Interrupt) -> None:
     while thread.is_alive():
         try:
             thread.join()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, InterruptedRunError):
             interrupt.request()
     if errors:
         raise errors[0]

@@ -379,9 +379,11 @@ def _role(kind: str, policy: str) -> str:
 async def _all(starts: list[Coroutine[Any, Any, None]]) -> None:
     """Start in parallel. Raises the first error; `shutdown` ends what was left half started."""
     tasks = [asyncio.ensure_future(start) for start in starts]
-    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
         task.result()

@@ -6,9 +6,7 @@ Preflight, run directory, Ray, actors, the loop, and a summary at the end.
 from __future__ import annotations
 
 import asyncio
-import signal
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
@@ -18,7 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from actors.placement_group import nodes_now
+from actors.ray_internals import dead_processes
 from launch.assemble import ActorSet, actor_specs_of
+from launch.interrupt import Interrupt
 from launch.local import ray_cluster
 from launch.serve import control_served
 from launch.view import LiveView, placement_table, summary
@@ -42,21 +42,7 @@ from rayhf.planning.quantized import with_quantized_base
 from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.store import RunDir
 
-
-class Interrupt:
-    """A way to interrupt a campaign from another thread."""
-
-    def __init__(self) -> None:
-        self._cancel: Callable[[], object] | None = None
-
-    def bind(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
-        """Set what to cancel; called by the campaign once its loop runs."""
-        self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
-
-    def request(self) -> None:
-        """Cancel the campaign; nothing happens before it runs."""
-        if self._cancel is not None:
-            self._cancel()
+_WATCH_S = 1.0
 
 
 def run_campaign(
@@ -139,21 +125,13 @@ async def _run_until_done(
     passes its limit, all actors are restarted from the last commit, with the journal's responses:
     at most run.restarts times without a new commit in between.
     """
-    loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
-    signals: list[int] = []
-
-    def interrupt_once(number: int) -> None:
-        if not signals:  # a second signal must not cut the clean-up short
-            task.cancel()
-        signals.append(number)
-
-    interrupt.bind(loop, task)
-    if threading.current_thread() is threading.main_thread():
-        for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, interrupt_once, name)
+    interrupt.bind(asyncio.get_running_loop(), task)
     heartbeat = asyncio.create_task(beat, name="heartbeat")
+    lost: list[str] = []
+    """Processes of a local cluster whose loss ended the campaign."""
+    watch = asyncio.create_task(_watch_cluster(lost, task), name="cluster watch")
     initial = deepcopy((state_of(prepared.algorithm), prepared.data.evaluation_state()))
     restarts = 0
     committed = store.state.iteration
@@ -181,14 +159,31 @@ async def _run_until_done(
                 load_state(prepared.algorithm, deepcopy(initial[0]))
                 prepared.data.load_evaluation_state(deepcopy(initial[1]))
     except asyncio.CancelledError:
+        if lost:
+            raise ActorLostError(
+                f"Ray's {', '.join(lost)} on this machine ended; everything it ran is lost"
+            ) from None
         raise InterruptedRunError(
             f"interrupted; {store.path} is committed up to iteration {store.state.iteration}, "
             "the same command continues"
         ) from None
     finally:
-        heartbeat.cancel()
+        interrupt.end()
+        for background in (heartbeat, watch):
+            background.cancel()
         # An error of the heartbeat is one of the disk, which the campaign meets itself.
-        await asyncio.gather(heartbeat, return_exceptions=True)
+        await asyncio.gather(heartbeat, watch, return_exceptions=True)
+
+
+async def _watch_cluster(lost: list[str], campaign: asyncio.Task[None]) -> None:
+    """Cancel the campaign when a process of the cluster that it started ends, and say which.
+
+    Ray itself would let every call wait for its deadline.
+    """
+    while not lost:
+        await asyncio.sleep(_WATCH_S)
+        lost += dead_processes()
+    campaign.cancel()
 
 
 async def _run_with_actors(

@@ -207,23 +207,24 @@ def _pace_rows(plan: Plan, pace: Pace) -> Rows:
 def memory_table(needs: Sequence[Need], *, gpu: bool, gpu_bytes: float | None) -> Table:
     """Return a table of each actor's GiB at its peak; equal actors of a role share a row."""
     of = f", of a GPU with {_gib(gpu_bytes)}" if gpu_bytes is not None else ""
-    names = [
-        field.name
-        for field in fields(Memory)
-        if any(getattr(need.memory, field.name) for need in needs)
-    ]
     table = Table(
         "actor",
-        *names,
         "total",
+        "largest parts",
         title=f"GiB {'per GPU' if gpu else 'per process'} at the peak, estimated{of}",
     )
     for (role, _), group in groupby(needs, key=lambda need: (need.spec.role, need.memory)):
         alike = list(group)
         name = alike[0].spec.name if len(alike) == 1 else f"{role} ({len(alike)})"
-        cells = [_gib(getattr(alike[0].memory, field)) for field in names]
-        table.add_row(name, *cells, _gib(alike[0].memory.total))
+        memory = alike[0].memory
+        table.add_row(name, _gib(memory.total), ", ".join(_parts(memory)))
     return table
+
+
+def _parts(memory: Memory) -> list[str]:
+    """Return the parts that are at least 0.01 GiB, the largest first."""
+    parts = [(getattr(memory, field.name), field.name) for field in fields(Memory)]
+    return [f"{name} {_gib(size)}" for size, name in sorted(parts, reverse=True) if size > GIB / 99]
 
 
 def _table(title: str, columns: Sequence[str], rows: Rows) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -19,7 +20,7 @@ from rich.table import Table
 from launch.cluster_auth import INSECURE, set_auth_mode
 from launch.sanitize import plain
 from rayhf import __version__
-from rayhf.errors import ConfigError, RayhfError
+from rayhf.errors import ConfigError, RayhfError, StorageError, is_full_disk
 
 app = typer.Typer(
     add_completion=False,
@@ -90,18 +91,22 @@ def run(
     ] = False,
 ) -> None:
     """Start a campaign, or continue the one in its run directory."""
+    from launch.interrupt import Interrupt, survive_lost_output
     from rayhf.config.load import load_config
     from rayhf.run_dir.lock import RunLock
 
+    survive_lost_output()
     loaded = load_config(config, overrides or ())
     if not supervised:
-        lock = RunLock(loaded.run.dir)  # a second launcher is refused before the slow imports
-        try:
-            from launch.campaign import run_campaign
+        interrupt = Interrupt()
+        with interrupt.on_signals():
+            lock = RunLock(loaded.run.dir)  # a second launcher is refused before the slow imports
+            try:
+                from launch.campaign import run_campaign
 
-            run_campaign(loaded, console, lock)
-        finally:
-            lock.release()
+                run_campaign(loaded, console, lock, interrupt=interrupt)
+            finally:
+                lock.release()
         return
     from launch.supervise import supervise
 
@@ -405,9 +410,13 @@ def main() -> None:
         if os.environ.get("RAYHF_DEBUG"):
             raise
         _fail(f"rayhf: {plain(' '.join(str(error).split()))}", error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if os.environ.get("RAYHF_DEBUG"):
             raise
+        if is_full_disk(error):
+            _fail(f"rayhf: {plain(' '.join(str(error).split()))}", StorageError.exit_code)
         line = plain((str(error).strip().splitlines() or [""])[0][:500])
         _fail(
             f"rayhf: unexpected {type(error).__name__}: {line} "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import inspect
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -112,7 +113,15 @@ def watch(control: Control, console: Console) -> None:
 def add_prompts(control: Control, file: Path, console: Console) -> None:
     """Submit the prompts of a file."""
     rows = [row for _, row in read_rows(file, key="FILE")]
-    print_plain(console, control.add_prompts(rows, source=getpass.getuser()))
+    print_plain(console, control.add_prompts(rows, source=_user()))
+
+
+def _user() -> str:
+    """Return who runs this command; containers often have no name for their user id."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def show_pairs(control: Control, count: int, console: Console) -> None:
@@ -135,7 +144,7 @@ def label(control: Control, console: Console, *, file: Path | None, count: int) 
     else:
         labels = list(_prompt_for_labels(control.uncertain_pairs(count), console))
     if labels:
-        print_plain(console, control.label(labels, source=getpass.getuser()))
+        print_plain(console, control.label(labels, source=_user()))
     else:
         print_plain(console, "no verdicts were given")
 

@@ -19,6 +19,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from launch.interrupt import SIGNALS
 from rayhf.control.status import read_status
 from rayhf.errors import (
     ActorLostError,
@@ -70,15 +71,15 @@ def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
         signals.append(number)
         child.send_signal(number)
 
-    handlers = {
-        number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    handlers = {number: signal.signal(number, forward) for number in SIGNALS}
     crashes = 0
     committed = _committed(run)
     try:
         while True:
             child = subprocess.Popen(
-                [sys.executable, "-m", "launch.cli", *arguments], preexec_fn=_end_with_parent
+                [sys.executable, "-m", "launch.cli", *arguments],
+                preexec_fn=_end_with_parent,
+                process_group=0,  # a terminal's Ctrl-C reaches it once, forwarded
             )
             code = child.wait()
             child = None

@@ -3,6 +3,7 @@
 Each can be pickled, says what it got, and has an exit code and a remedy.
 
 RayhfError                      1   base of the others, for `except` at the command line
+├── ActorError                  1   an actor raised an error that rayhf does not expect
 ├── ConfigError                 2   a key, a file or a row of the user's input is refused before
                                     anything starts
 ├── PlacementError              2   the cluster does not have the resources that the config needs
@@ -28,8 +29,21 @@ RayhfError                      1   base of the others, for `except` at the comm
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Collection
 from typing import ClassVar
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Return whether a foreign error says that a disk is full.
+
+    Libraries in other languages only say so in their text.
+    """
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return "No space left on device" in str(error)
 
 
 class RayhfError(Exception):
@@ -55,6 +69,10 @@ class PlacementError(RayhfError):
     exit_code = 2
     meaning = "the cluster does not have the resources that the config needs"
     remedy = "request less in `cluster`, `rollout`, `learner`, or add nodes"
+
+
+class ActorError(RayhfError):
+    """An error that rayhf does not expect, raised in an actor; its cause is Ray's error."""
 
 
 class LockedError(RayhfError):

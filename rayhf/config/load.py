@@ -5,6 +5,7 @@ Out: a validated config, or a ConfigError of one line that names the key and the
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,11 +14,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from rayhf.config.registry import Registry
 from rayhf.config.schema import CampaignConfig
+from rayhf.config.yaml_text import dump_yaml, parse_yaml
 from rayhf.errors import ConfigError, nearest
 
 S = TypeVar("S", bound=BaseModel)
@@ -44,13 +45,14 @@ def load_section(
     if isinstance(source, Mapping):
         data, name = deepcopy(dict(source)), "mapping"
     else:
-        data, name = _read(Path(source)), str(source)
+        data, name = read_mapping(Path(source)), str(source)
     for override in overrides:
         _apply(data, override)
     return _validate(data, name, root)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML file of sections, not validated. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -59,13 +61,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: cannot be read ({error})") from None
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(
-            f"config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})"
-        ) from None
+        data = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"config {path}: not valid YAML ({error})") from None
     if not isinstance(data, dict):
         raise ConfigError(
             f"config {path}: expected a mapping of sections, got {type(data).__name__}"
@@ -82,7 +80,7 @@ def _validate(data: dict[str, Any], source: str, root: type[S]) -> S:
 
 def dump_config(config: CampaignConfig) -> str:
     """Return the resolved config as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -90,9 +88,11 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected key=value, for example learner.lr=1e-6")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+        value = _override_value(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"override {_short(override)}: the value is not valid YAML ({error})"
+        ) from None
     *parents, last = key.split(".")
     node: Any = data
     for depth, part in enumerate(parents):
@@ -106,9 +106,18 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {'.'.join(parents)}: {node!r} is a value, not a section")
 
 
+def _override_value(text: str) -> Any:
+    """Return the value of an override. Raises ValueError where it is not valid YAML.
+
+    A "#" begins no comment: `run.dir=runs/a #1` names a directory.
+    """
+    structured = text.lstrip().startswith(("[", "{", '"', "'")) or ": " in text
+    return text if "#" in text and not structured else parse_yaml(text)
+
+
 def _child(node: Any, part: str, where: str, *, create: bool) -> Any:
     if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
+        if not re.fullmatch("[0-9]{1,6}", part) or int(part) >= len(node):
             raise ConfigError(
                 f"override {where}: expected an index from 0 to {len(node) - 1}, got {part!r}"
             )

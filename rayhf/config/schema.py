@@ -5,10 +5,12 @@ The docstring under a field is its help. The one batch unit is prompts. Imports 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -273,6 +275,13 @@ class ClusterConfig(Section):
         return resources
 
 
+def _list_trackers(value: object) -> object:
+    """Return a list for `off` and for one tracker."""
+    if value == "off":
+        return ()
+    return [value] if isinstance(value, str | Mapping) else value
+
+
 class CampaignConfig(Section):
     """All settings of a campaign."""
 
@@ -289,8 +298,11 @@ class CampaignConfig(Section):
     reference: ReferenceConfig = ReferenceConfig()
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
-    trackers: tuple[Annotated[TrackerConfig, TRACKERS], ...] = ()
-    """Where metrics are also sent, for example [wandb]; metrics.jsonl is always written."""
+    trackers: Annotated[
+        tuple[Annotated[TrackerConfig, TRACKERS], ...], BeforeValidator(_list_trackers)
+    ] = ()
+    """Where metrics are also sent, for example [wandb]; off by default. metrics.jsonl is always
+    written."""
     guards: GuardsConfig = GuardsConfig()
     service: ServiceConfig | None = None
     """gRPC control service of the running campaign: status, watch, pause, stop, adding prompts and

@@ -15,8 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
+from rayhf.config.load import read_mapping
 from rayhf.errors import ConfigError
 from rayhf.run_dir.files import MANIFEST
 from rayhf.run_dir.progress import Event, Progress, parse_event, read_progress
@@ -91,8 +90,8 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
     if campaign is None:
         raise ConfigError(f"{run} is not a run directory: there is no campaign.json in it")
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except OSError as error:
+        config = read_mapping(run / "config.yaml")
+    except ConfigError as error:
         raise ConfigError(f"{run} is not a run directory yet: {error}") from None
     progress = read_progress(run) or Progress()
     events = _events(run)

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import yaml
 
+from rayhf.config.load import read_mapping
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.run_dir.checkpoints import read_checkpoint
 from rayhf.run_dir.files import MANIFEST, iteration_name, sha256
@@ -40,7 +40,7 @@ def audit(run: Path, *, deep: bool) -> Iterator[Finding]:
         campaign = read_state(run)
         if campaign is None:
             raise ConfigError(f"{run} is not a run directory: there is no campaign.json in it")
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = read_mapping(run / "config.yaml")
         batch = int(config["prompts"]["batch"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{run} is not a run directory ({error})") from None

@@ -13,7 +13,12 @@ import socket
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rayhf.errors import ConfigError, LockedError
+from rayhf.errors import ConfigError, LockedError, StorageError, is_full_disk
+
+
+def _refusal(run: Path, error: OSError) -> ConfigError | StorageError:
+    message = f"run.dir {run} cannot be written: {error.strerror or error}"
+    return StorageError(message) if is_full_disk(error) else ConfigError(message)
 
 
 class RunLock:
@@ -23,7 +28,7 @@ class RunLock:
         """Take the lock, and create the directory where it is missing.
 
         Raises LockedError that names the holder, ConfigError for a directory that cannot be
-        written.
+        written, StorageError where the disk is full.
         """
         self._run = run
         self._created = not run.exists()
@@ -31,9 +36,7 @@ class RunLock:
             run.mkdir(parents=True, exist_ok=True)
             self._file = (run / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(
-                f"run.dir {run} cannot be written: {error.strerror or error}"
-            ) from None
+            raise _refusal(run, error) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -42,9 +45,12 @@ class RunLock:
             self._file.close()
             raise LockedError(f"run directory {run} is in use by {holder}") from None
         now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        self._file.truncate(0)
-        self._file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {now}")
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {now}")
+            self._file.flush()
+        except OSError as error:
+            raise _refusal(run, error) from None
 
     def release(self) -> None:
         """Release the lock, and remove a directory that was created for it and is still empty.

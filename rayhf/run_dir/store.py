@@ -29,10 +29,10 @@ from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
-from rayhf.config.load import dump_config
+from rayhf.config.load import dump_config, read_mapping
 from rayhf.config.schema import CampaignConfig
+from rayhf.config.yaml_text import parse_yaml
 from rayhf.errors import CheckpointError, ConfigError, PausedError
 from rayhf.run_dir import tables
 from rayhf.run_dir.checkpoints import Checkpoint, Checkpoints, Retention
@@ -125,8 +125,8 @@ class RunDir:
         file = self.path / "config.yaml"
         if not file.exists():
             return
-        old = yaml.safe_load(file.read_text(encoding="utf-8"))
-        new = yaml.safe_load(dump_config(config))
+        old = read_mapping(file)
+        new = parse_yaml(dump_config(config))
         for key in IDENTITY:
             if difference := _difference(_pick(old, key), _pick(new, key), key):
                 raise ConfigError(

@@ -108,7 +108,7 @@ def test_contradicting_settings_are_refused(section, expected):
         (["learner.lr"], "expected key=value"),
         (["scorer.train.4.weight=2"], "expected an index from 0 to 0"),
         (["learner.lr=1", "learner.lr.x=1"], "learner.lr: 1 is a value"),
-        (["prompts=: :"], "not valid YAML"),
+        (["prompts={"], "not valid YAML"),
     ],
 )
 def test_overrides_are_validated(tmp_path, overrides, expected):

@@ -13,7 +13,7 @@ import ray
 from ray._private.runtime_env import packaging
 from ray._private.state import available_resources_per_node
 
-from actors.ray_internals import LOCAL_ENV, create_package
+from actors.ray_internals import LOCAL_ENV, create_package, dead_processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,3 +62,10 @@ def test_flag_is_one_of_rays_core(name: str) -> None:
     library = Path(ray.__file__).parent / "_raylet.so"
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         assert text.find(name.removeprefix("RAY_").encode()) >= 0
+
+
+def test_processes_of_a_node_have_names_and_states() -> None:
+    from ray._private.node import Node
+
+    assert "process_type" in inspect.getsource(Node.dead_processes)
+    assert dead_processes() == []  # no cluster was started here
