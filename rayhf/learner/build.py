@@ -241,6 +241,7 @@ def _rebuild_rotary(model: nn.Module) -> None:
 
 def _with_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
     import peft
+    from peft.tuners.lora.layer import ParamWrapper
 
     settings = peft.LoraConfig(
         r=lora.rank,
@@ -252,6 +253,12 @@ def _with_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
     # Adapters in the model's own dtype: ZeRO-3 shards one dtype only, and DeepSpeed keeps float32
     # masters anyway.
     wrapped: nn.Module = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    if any(isinstance(module, ParamWrapper) for module in wrapped.modules()):
+        raise ConfigError(
+            f"policy.lora.target_modules: {', '.join(lora.target_modules)} names layers of the "
+            "experts, which transformers holds as one tensor and whose adapters no engine reads; "
+            "expected all-linear or layers of the attention"
+        )
     score = getattr(model, "score", None)
     if score is not None:
         # A value or score head is new, so it is trained itself rather than adapted.

@@ -13,8 +13,9 @@ import transformers
 from campaigns import make_config
 from safetensors.torch import load_file
 
-from rayhf.config.schema import LoraConfig, ReferenceConfig
+from rayhf.config.schema import LearnerConfig, LoraConfig, ReferenceConfig
 from rayhf.errors import ConfigError
+from rayhf.learner.build import load_model
 from rayhf.models.architectures import ARCHITECTURES, check_architecture, check_critic
 from rayhf.models.peft import lora_targets
 from rayhf.planning.preflight import prepare
@@ -151,3 +152,11 @@ def test_lora_on_a_mixture_adapts_the_attention(mixture: Path) -> None:
     names = {weight.name for weight in trained_weights(adapted)}
     assert len(names) == 2 * 4 * 2
     assert all(".self_attn." in name for name in names)
+
+
+def test_adapters_of_experts_are_refused(mixture: Path) -> None:
+    config = LearnerConfig(dtype="float32")
+    lora = LoraConfig(target_modules=("q_proj", "w1", "w3", "gate_proj", "up_proj"))
+    settings = {"zero_optimization": {"stage": 0}}
+    with pytest.raises(ConfigError, match=r"q_proj, w1.* names layers of the experts"):
+        load_model(mixture, config, head="policy", lora=lora, settings=settings)
