@@ -6,6 +6,9 @@ runtime_env or os.environ, to be set before the process imports anything.
 
 from __future__ import annotations
 
+import os
+
+from rayhf.models.hub import OFFLINE
 from rayhf.rollout.env import Device, engine_env
 
 
@@ -18,12 +21,15 @@ def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str,
         vllm: the process runs a vLLM engine.
     """
     env = {
-        # Models are local directories: no process looks anything up.
+        # Models are local directories: no process looks anything up, except for `obtain`.
         "HF_HUB_OFFLINE": "1",
+        OFFLINE: os.environ.get("HF_HUB_OFFLINE", "0"),
         # A tokenizer's threads would compete with the model's.
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
     }
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        env["HF_ENDPOINT"] = endpoint
     if device == "cpu":
         env["DS_ACCELERATOR"] = "cpu"
         if threads is not None:

@@ -23,10 +23,12 @@ from ray.actor import ActorHandle
 from actors.process import ReportsProcess
 from actors.remote import wait, wait_all
 from actors.supervise import SupervisedActor
+from rayhf.config.models import ModelName
 from rayhf.config.schema import LearnerConfig
 from rayhf.errors import ActorLostError
 from rayhf.learner.packing import plan_micro_batches
 from rayhf.losses.base import Loss, Totals
+from rayhf.models.hub import local_directory, obtain
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.types import (
     Batch,
@@ -76,7 +78,7 @@ class LearnerActor(ReportsProcess):
 
     def build(
         self,
-        model: Path,
+        model: ModelName,
         config: LearnerConfig,
         *,
         epoch_guard: EpochGuard | None = None,
@@ -88,7 +90,8 @@ class LearnerActor(ReportsProcess):
 
         self.epoch_guard = epoch_guard
         self._ipc_sender = IpcSender()
-        self.engine = LearnerEngine(model, config, **settings)
+        obtain(model)
+        self.engine = LearnerEngine(local_directory(model), config, **settings)
 
     def step(
         self, micros: list[list[Example]], totals: Totals, loss: Loss, temperature: float
@@ -192,7 +195,7 @@ class LearnerClient:
     def _actors(self) -> list[ActorHandle]:
         return [rank.actor for rank in self._ranks]
 
-    async def start(self, model: Path, **settings: Any) -> None:
+    async def start(self, model: ModelName, **settings: Any) -> None:
         """Start every rank's engine; they find each other at rank 0."""
         await asyncio.gather(*(rank.start() for rank in self._ranks))
         master = await wait(

@@ -17,7 +17,9 @@ from actors.process import ReportsProcess
 from actors.remote import wait
 from actors.supervise import SupervisedActor
 from actors.transport import without_payloads
+from rayhf.config.models import ModelName
 from rayhf.config.schema import ReferenceConfig
+from rayhf.models.hub import local_directory, obtain
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.types import FloatArray, Row, WeightSnapshot
 
@@ -27,7 +29,7 @@ class ReferenceActor(ReportsProcess):
 
     def build(
         self,
-        model: Path,
+        model: ModelName,
         config: ReferenceConfig,
         *,
         dtype: str,
@@ -37,7 +39,8 @@ class ReferenceActor(ReportsProcess):
         from rayhf.reference.engine import ReferenceEngine
 
         self.epoch_guard = epoch_guard
-        self.engine = ReferenceEngine(model, config, dtype=dtype, device=device)
+        obtain(model)
+        self.engine = ReferenceEngine(local_directory(model), config, dtype=dtype, device=device)
 
     def logprobs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
         return self.engine.logprobs(rows, temperature=temperature)

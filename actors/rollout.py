@@ -12,14 +12,15 @@ import asyncio
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.process import ReportsProcess
 from actors.supervise import SupervisedActor
 from actors.transport import Transport
 from actors.watch import Call
+from rayhf.config.models import ModelName
 from rayhf.config.schema import Dtype, RolloutConfig
+from rayhf.models.hub import local_directory, obtain
 from rayhf.rollout.env import Device
 from rayhf.types import Completion, GenerateRequest, WeightSnapshot
 
@@ -36,7 +37,7 @@ class RolloutActor(ReportsProcess):
 
     def build(
         self,
-        model: Path,
+        model: ModelName,
         config: RolloutConfig,
         *,
         dtype: Dtype,
@@ -47,8 +48,9 @@ class RolloutActor(ReportsProcess):
     ) -> None:
         from rayhf.rollout.engine import RolloutEngine
 
+        obtain(model)
         self.engine = RolloutEngine(
-            model,
+            local_directory(model),
             config,
             dtype=dtype,
             max_length=max_length,

@@ -20,6 +20,7 @@ from actors.remote import wait
 from actors.supervise import SupervisedActor
 from actors.watch import Call
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
+from rayhf.models.hub import obtain
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Comparison, Outcome, ScoreRequest
 
@@ -41,6 +42,7 @@ class ScorerActor(ReportsProcess):
     ) -> None:
         from rayhf.scorer.build import build_scorer
 
+        obtain(tuple(entries))
         self.engine = build_scorer(entries, setup, combine=combine)
 
     @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]

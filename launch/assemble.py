@@ -33,6 +33,7 @@ from rayhf.algorithms.base import (
     needs_frozen_reference,
     policies_of,
 )
+from rayhf.config.models import ModelName
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import ScorerEntryConfig
 from rayhf.monitoring.observer import Observer
@@ -231,7 +232,7 @@ class ActorSet:
         )
         self.placement_group.release()
 
-    def _start_of(self, policy: str) -> tuple[Path, float]:
+    def _start_of(self, policy: str) -> tuple[ModelName, float]:
         """Return the model that a policy starts from, and its learning rate."""
         if policy == "policy":
             return self.config.policy.model, self.config.learner.lr
@@ -282,7 +283,7 @@ class ActorSet:
         if caching is None:
             caching = not (config.run.is_deterministic and config.cluster.device == "cpu")
         rollout = config.rollout.model_copy(update={"prefix_caching": caching})
-        model = self.base / self._start_of(policy)[0]
+        model = self._start_of(policy)[0].below(self.base)
 
         def build(actor: Any, number: int) -> ray.ObjectRef:
             return actor.build.remote(
@@ -323,7 +324,7 @@ class ActorSet:
         config = self.config
 
         def build(actor: Any, number: int) -> ray.ObjectRef:
-            model = self.base / (config.reference.model or config.policy.model)
+            model = (config.reference.model or config.policy.model).below(self.base)
             return actor.build.remote(
                 model,
                 config.reference,
@@ -355,12 +356,12 @@ class ActorSet:
         )
 
     async def _start_learner(
-        self, group: LearnerClient, start: tuple[Path, float], *, critic: bool = False
+        self, group: LearnerClient, start: tuple[ModelName, float], *, critic: bool = False
     ) -> None:
         config = self.config
         model, lr = start
         await group.start(
-            self.base / model,
+            model.below(self.base),
             epoch_guard=self.epoch_guard,
             head="value" if critic else "policy",
             lr=lr,

@@ -20,6 +20,7 @@ from actors.ray_internals import dead_processes
 from launch.assemble import ActorSet, actor_specs_of
 from launch.interrupt import Interrupt
 from launch.local import ray_cluster
+from launch.models import pin_models
 from launch.serve import control_served
 from launch.view import LiveView, placement_table, summary
 from rayhf.algorithms.base import TakesLabels, load_state, state_of
@@ -40,6 +41,7 @@ from rayhf.planning.placement import ActorSpec
 from rayhf.planning.preflight import Prepared, overlap, prepare
 from rayhf.planning.quantized import with_quantized_base
 from rayhf.run_dir.lock import RunLock
+from rayhf.run_dir.state import read_state
 from rayhf.run_dir.store import RunDir
 
 _WATCH_S = 1.0
@@ -51,14 +53,17 @@ def run_campaign(
     """Start or continue the campaign in `run.dir`. Raises the errors of rayhf.errors."""
     base = Path.cwd()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    prepared = prepare(config, base=base)
+    known = read_state(config.run.dir)
+    pinned, commits = pin_models(config, base, console, commits=known.models if known else None)
+    prepared = prepare(pinned, base=base)
     if shared := overlap(prepared):
         console.print(
             f"warning: {shared} held-out prompts are also training prompts", style="yellow"
         )
     for warning in prepared.untested:
         console.print(f"warning: {warning}", style="yellow", markup=False)
-    store = RunDir(config, lock, takes_labels=isinstance(prepared.algorithm, TakesLabels))
+    takes_labels = isinstance(prepared.algorithm, TakesLabels)
+    store = RunDir(config, lock, takes_labels=takes_labels, models=commits)
     try:
         if store.state.iteration >= config.run.iterations:
             say(

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from launch.assemble import actor_specs_of
 from launch.local import ray_cluster
+from launch.models import pin_models
 from launch.view import placement_table
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
@@ -51,6 +52,7 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
     algorithm, derived = check_settings(config)
     specs = actor_specs_of(config, algorithm)
     if hardware:
+        config, _ = pin_models(config, Path.cwd(), console, weights=False)
         prepared = prepare(config, base=Path.cwd())
         if shared := overlap(prepared):
             console.print(
@@ -127,7 +129,7 @@ def _print_estimates(
 
     Raises PlacementError for what does not fit a GPU, ConfigError for what does not fit the disk.
     """
-    if not hardware and not (plan.base / plan.config.policy.model / "config.json").is_file():
+    if not hardware and not plan.config_file.is_file():
         console.print(
             f"no estimates: {plan.config.policy.model}/config.json is missing "
             "(no weights are needed)",

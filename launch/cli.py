@@ -7,7 +7,6 @@ lists the other exit codes.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from launch.cluster_auth import INSECURE, set_auth_mode
 from launch.sanitize import plain
@@ -378,24 +376,20 @@ def export(
         Path,
         typer.Argument(metavar="DIR", help="New directory for the Hugging Face model."),
     ],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="The LoRA adapter only, in PEFT's format.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also upload it to the hub, as org/name.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Create the repository as a private one.")
+    ] = False,
 ) -> None:
-    """Copy a campaign's latest policy as a Hugging Face model (safetensors, tokenizer)."""
-    policy = run_dir / "policy"
-    if not (policy / "config.json").is_file():
-        raise ConfigError(
-            f"{run_dir} has no exported policy yet; expected {policy} (written with every "
-            "checkpoint)"
-        )
-    if directory.exists():
-        raise ConfigError(f"{directory} exists; expected a new directory")
-    try:
-        shutil.copytree(policy, directory)
-    except OSError as error:
-        raise ConfigError(f"{directory}: cannot be written ({error.strerror or error})") from None
-    table = Table("file", "bytes")
-    for file in sorted(directory.iterdir()):
-        table.add_row(file.name, f"{file.stat().st_size:,}")
-    console.print(table)
+    """Copy a campaign's latest policy as a Hugging Face model, with a model card."""
+    from launch.export import export
+
+    export(run_dir, directory, console, adapter=adapter, push=push, private=private)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from launch.local import ray_cluster
+from launch.models import pin_models
 from launch.sanitize import print_plain
 from rayhf.config.fit import FitConfig
 from rayhf.errors import ConfigError, InterruptedRunError
@@ -57,6 +58,7 @@ def fit_scorer(config: FitConfig, console: Console) -> None:
     base = Path.cwd()
     output = base / config.output
     _check_output(output)
+    config, _ = pin_models(config, base, console)
     plan = prepare_fit(config, base=base)
     for name, pairs in (("train", plan.train), ("test", plan.test)):
         print_plain(console, _pairs_line(name, pairs))
@@ -159,7 +161,7 @@ async def _start_learner(config: FitConfig, plan: FitPlan, base: Path) -> Learne
         timeout_s=config.learner.collective_timeout_s,
     )
     await learner.start(
-        base / config.model,
+        config.model.below(base),
         head="score",
         head_size=config.objective.outputs,
         lr=config.learner.lr,

@@ -94,6 +94,10 @@ def _status_rows(status: Status) -> list[tuple[str, str]]:
         ("locked by", status.holder),
         ("attempt", str(status.epoch)),
         ("weights", ", ".join(versions)),
+        (
+            "models",
+            "\n".join(f"{name} at {commit[:12]}" for name, commit in status.models.items()),
+        ),
         ("last commit", status.commit),
         ("health", ", ".join(f"{name} {value:.3g}" for name, value in status.health.items())),
         (f"faults in 24 h: {status.fault_count}", "\n".join(status.faults)),

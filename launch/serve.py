@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from actors.environment import process_env
+from launch.models import pin_models
 from launch.sanitize import print_plain
 from rayhf.config.load import load_config
 from rayhf.config.serve import ServeScorerConfig
@@ -28,6 +29,7 @@ def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
     the process must be restarted.
     """
     base = Path.cwd()
+    config, _ = pin_models(config, base, console)
     scorers = config.scorer
     threads = scorers.threads
     if config.device == "cpu":

@@ -44,7 +44,7 @@ from rayhf.errors import (
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-ALLOWED = ("HF_HUB_OFFLINE", "NCCL_DEBUG", "RAYHF_DEBUG")
+ALLOWED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "NCCL_DEBUG", "RAYHF_DEBUG")
 """Environment variables that every job gets. None is a secret or names a place on this machine."""
 EXCLUDED = (
     "runs", ".git", ".venv", "venv", ".tiny", "wandb", "__pycache__", ".*_cache", ".hypothesis",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rayhf.config.base import Section as Section
     from rayhf.config.evaluations import EvaluationConfig as EvaluationConfig
     from rayhf.config.load import load_config as load_config
+    from rayhf.config.models import ModelName as ModelName
     from rayhf.config.schema import CampaignConfig as CampaignConfig
     from rayhf.config.scorers import PairwiseEntryConfig as PairwiseEntryConfig
     from rayhf.config.scorers import PointwiseEntryConfig as PointwiseEntryConfig
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from rayhf.losses.pairs import PairLogps as PairLogps
     from rayhf.losses.pairs import PairLoss as PairLoss
     from rayhf.losses.pairs import PairLossConfig as PairLossConfig
+    from rayhf.models.hub import local_directory as local_directory
     from rayhf.monitoring.tracking import TrackedRun as TrackedRun
     from rayhf.monitoring.tracking import Tracker as Tracker
     from rayhf.roles import Learner as Learner
@@ -98,6 +100,7 @@ _HOMES = {
     "rayhf.config.base": ("PluginConfig", "Section"),
     "rayhf.config.evaluations": ("EvaluationConfig",),
     "rayhf.config.load": ("load_config",),
+    "rayhf.config.models": ("ModelName",),
     "rayhf.config.schema": ("CampaignConfig",),
     "rayhf.config.scorers": ("PairwiseEntryConfig", "PointwiseEntryConfig"),
     "rayhf.config.trackers": ("TrackerConfig",),
@@ -105,6 +108,7 @@ _HOMES = {
     "rayhf.evaluation.base": ("Evaluation", "EvaluationContext", "EvaluationSetup"),
     "rayhf.losses.base": ("Loss", "LossOutput", "MicroBatch"),
     "rayhf.losses.pairs": ("PairLogps", "PairLoss", "PairLossConfig"),
+    "rayhf.models.hub": ("local_directory",),
     "rayhf.monitoring.tracking": ("TrackedRun", "Tracker"),
     "rayhf.roles": ("Learner", "Reference", "Rollout", "Scorer"),
     "rayhf.scorer.protocol": ("PairwiseScorer", "PointwiseScorer", "ScorerSetup"),

@@ -21,6 +21,7 @@ import numpy as np
 
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import AlgorithmConfig, ReferenceSchedule
+from rayhf.config.models import ModelName
 from rayhf.losses.base import Loss
 from rayhf.types import (
     Compared,
@@ -172,7 +173,7 @@ class TrainSchedule:
 class OtherPolicy:
     """Initial model and learning rate of a policy other than "policy"."""
 
-    model: Path | None
+    model: ModelName | None
     """Initial model; None: policy.model."""
     lr: float
 

@@ -6,7 +6,6 @@ Defaults are those of the paper's released code unless a line says ours.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 
 import jinja2
@@ -24,6 +23,7 @@ from pydantic import (
 
 from rayhf.config.algorithms import AlgorithmConfig, PreviousReference, ReferenceSchedule
 from rayhf.config.base import Section
+from rayhf.config.models import ModelName
 from rayhf.config.registry import LOSSES
 from rayhf.losses.pairs import PairLossConfig
 from rayhf.losses.preference import SigmoidConfig
@@ -80,8 +80,9 @@ class RefinerConfig(Section):
     shared: bool = False
     """Use one model as actor and refiner: the refiner's examples then train the policy, with
     learner.lr."""
-    model: Path | None = None
-    """Initial model, with the policy's tokenizer. Default: the policy's model."""
+    model: ModelName | None = None
+    """Initial model (directory or hub name), with the policy's tokenizer. Default: the policy's
+    model."""
     lr: PositiveFloat = 2e-6
     """Learning rate."""
     epochs: PositiveInt = 5

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from rayhf.config.base import Section
+from rayhf.config.models import ModelName
 from rayhf.config.schema import ClusterConfig, Fraction, LearnerConfig, LoraConfig
 from rayhf.config.scorers import ScorerKind
 
@@ -161,9 +162,9 @@ class FitConfig(Section):
     """Preference pairs in, a directory that serves as a scorer out."""
 
     seed: NonNegativeInt = 0
-    model: Path
-    """Hugging Face directory to start from, with a chat template: a causal language model, or a
-    scorer fitted before."""
+    model: ModelName
+    """Model directory or hub name to start from, with a chat template: a causal language model, or
+    a scorer fitted before."""
     train: Path
     """JSONL or Parquet; rows have `prompt` or `messages`, `chosen`, `rejected`, optionally
     `margin`, `score_chosen` and `score_rejected`."""

@@ -23,6 +23,7 @@ from rayhf.config.algorithms import AlgorithmConfig
 from rayhf.config.base import Name, Section
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.guards import GuardsConfig
+from rayhf.config.models import ModelName
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS, TRACKERS
 from rayhf.config.scorers import ScorerConfig, ScorerEntryConfig
 from rayhf.config.service import ServiceConfig
@@ -99,8 +100,9 @@ class LoraConfig(Section):
 class PolicyConfig(Section):
     """The model that is trained."""
 
-    model: Path
-    """Hugging Face model directory with a tokenizer that has a chat template."""
+    model: ModelName
+    """Model directory, or a hub name such as Qwen/Qwen3-0.6B or Qwen/Qwen3-0.6B@REVISION. Its
+    tokenizer must have a chat template."""
     dtype: Dtype = "bfloat16"
     """Precision of the rollout engines and the reference; learner.dtype is the learner's."""
     lora: LoraConfig | None = None
@@ -161,8 +163,9 @@ class RolloutConfig(Section):
 class ReferenceConfig(Section):
     """The frozen reference model."""
 
-    model: Path | None = None
-    """Initial reference model, with the policy's tokenizer. Default: the policy's model."""
+    model: ModelName | None = None
+    """Initial reference model (directory or hub name), with the policy's tokenizer. Default: the
+    policy's model."""
     token_budget: PositiveInt = 16384
     """Padded tokens per forward pass."""
     threads: PositiveInt | None = None
@@ -176,9 +179,9 @@ class LearnerConfig(Section):
     """Learning rate of the policy."""
     critic_lr: PositiveFloat = 9e-6
     """Learning rate of the critic (OpenRLHF's PPO)."""
-    critic_model: Path | None = None
-    """Initial model of the critic, with the policy's tokenizer; the value head is new. Default: the
-    policy's model."""
+    critic_model: ModelName | None = None
+    """Initial model of the critic (directory or hub name), with the policy's tokenizer; the value
+    head is new. Default: the policy's model."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate schedule after the warm-up."""
     warmup: Fraction = 0.0

@@ -11,12 +11,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from rayhf.config.base import Name, PluginConfig, Section
+from rayhf.config.models import ModelName
 from rayhf.config.registry import SCORERS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _PART_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 class ClassifierModel:
     """A sequence classifier in a scorer's process, as memory estimates see it."""
 
-    model: Path
+    model: ModelName
     dtype: Dtype
     token_budget: int
     """Padded tokens per forward pass."""
@@ -43,7 +43,7 @@ class ClassifierModel:
 class EngineModel:
     """A language model in a vLLM engine in a scorer's process, as memory estimates see it."""
 
-    model: Path
+    model: ModelName
     dtype: Dtype
     engine: RolloutConfig
 

@@ -12,7 +12,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("run", "state", "reason", "advice", "holder", "epoch", "algorithm", "takes_labels", "iteration", "iterations", "phase", "progress_age_s", "eta_s", "versions", "commit", "health", "faults", "fault_count")
+    __slots__ = ("run", "state", "reason", "advice", "holder", "epoch", "algorithm", "takes_labels", "iteration", "iterations", "phase", "progress_age_s", "eta_s", "versions", "commit", "health", "faults", "fault_count", "models")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,13 @@ class StatusReply(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class ModelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +52,7 @@ class StatusReply(_message.Message):
     HEALTH_FIELD_NUMBER: _ClassVar[int]
     FAULTS_FIELD_NUMBER: _ClassVar[int]
     FAULT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     run: str
     state: str
     reason: str
@@ -63,7 +71,8 @@ class StatusReply(_message.Message):
     health: _containers.ScalarMap[str, float]
     faults: _containers.RepeatedScalarFieldContainer[str]
     fault_count: int
-    def __init__(self, run: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., advice: _Optional[str] = ..., holder: _Optional[str] = ..., epoch: _Optional[int] = ..., algorithm: _Optional[str] = ..., takes_labels: _Optional[bool] = ..., iteration: _Optional[int] = ..., iterations: _Optional[int] = ..., phase: _Optional[str] = ..., progress_age_s: _Optional[float] = ..., eta_s: _Optional[float] = ..., versions: _Optional[_Mapping[str, float]] = ..., commit: _Optional[str] = ..., health: _Optional[_Mapping[str, float]] = ..., faults: _Optional[_Iterable[str]] = ..., fault_count: _Optional[int] = ...) -> None: ...
+    models: _containers.ScalarMap[str, str]
+    def __init__(self, run: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., advice: _Optional[str] = ..., holder: _Optional[str] = ..., epoch: _Optional[int] = ..., algorithm: _Optional[str] = ..., takes_labels: _Optional[bool] = ..., iteration: _Optional[int] = ..., iterations: _Optional[int] = ..., phase: _Optional[str] = ..., progress_age_s: _Optional[float] = ..., eta_s: _Optional[float] = ..., versions: _Optional[_Mapping[str, float]] = ..., commit: _Optional[str] = ..., health: _Optional[_Mapping[str, float]] = ..., faults: _Optional[_Iterable[str]] = ..., fault_count: _Optional[int] = ..., models: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ()

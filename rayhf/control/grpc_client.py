@@ -55,6 +55,7 @@ class GrpcControl:
             health=dict(reply.health),
             faults=tuple(reply.faults),
             fault_count=reply.fault_count,
+            models=dict(reply.models),
         )
 
     def watch(self, is_active: Callable[[], bool]) -> Iterator[Event]:

@@ -64,6 +64,7 @@ class CampaignService(campaign_pb2_grpc.CampaignServicer):  # type: ignore[misc]
             health=status.health,
             faults=status.faults,
             fault_count=status.fault_count,
+            models=status.models,
         )
 
     def Watch(self, request: pb.WatchRequest, context: grpc.ServicerContext) -> Iterator[pb.Event]:

@@ -59,6 +59,8 @@ class Status:
     eta_s: float | None
     versions: Mapping[str, float]
     """Weight version per policy, by metric name."""
+    models: Mapping[str, str]
+    """Commit of each hub name in the config."""
     commit: str
     """The committed checkpoint, its age and size."""
     health: Mapping[str, float]
@@ -121,6 +123,7 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
         progress_age_s=age,
         eta_s=_eta_s(metrics, iterations - campaign.iteration) if state == "running" else None,
         versions={name: value for name, value in latest.items() if name.endswith("/version")},
+        models=campaign.models,
         commit=_commit(run, campaign, now),
         health={name: latest[name] for name in _HEALTH if name in latest},
         faults=[f"{event.time[:19]} {event.message}" for event in faults[-_FAULTS:]],

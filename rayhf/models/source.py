@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rayhf.errors import ConfigError
+from rayhf.models.hub import is_snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ def read_model_config(path: Path, *, key: str) -> ModelConfig:
     if not path.is_dir():
         raise ConfigError(
             f"{key}: no such model directory {path}; expected a Hugging Face model "
-            f"(config.json, *.safetensors){tiny_hint(path)}"
+            f"(config.json, *.safetensors) or a hub name org/name{tiny_hint(path)}"
         )
     file = path / "config.json"
     if not file.is_file():
@@ -45,7 +46,7 @@ def read_model_config(path: Path, *, key: str) -> ModelConfig:
         config: ModelConfig = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{key}: {file} is not valid JSON ({error})") from None
-    if not list(path.glob("*.safetensors")):
+    if not (list(path.glob("*.safetensors")) or is_snapshot(path)):
         raise ConfigError(f"{key}: {path} has no *.safetensors weights; other formats are not read")
     refuse_own_code(path, config, key=key)
     return config

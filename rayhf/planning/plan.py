@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from rayhf.algorithms.base import Algorithm, TrainsCritic, TrainsSeveralPolicies, policies_of
+from rayhf.config.models import ModelName
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import ClassifierModel, EngineModel, ScorerEntryConfig
 from rayhf.errors import ConfigError, PlacementError
+from rayhf.models.hub import local_directory
 from rayhf.models.source import model_length
 from rayhf.planning import memory as estimate
 from rayhf.planning.disk import Disk, disk
@@ -26,7 +28,7 @@ from rayhf.planning.placement import ActorSpec, members, role_of
 from rayhf.planning.preflight import Derived
 from rayhf.planning.shape import BYTES, Shape, read_shape
 
-ShapeOf = Callable[[Path], Shape]
+ShapeOf = Callable[[ModelName], Shape]
 _TIGHT = 0.9
 """Share of a GPU above which an estimate is too inaccurate to be sure."""
 _ADVICE = {
@@ -57,19 +59,26 @@ class Plan:
         self.algorithm = algorithm
         self.derived = derived
         self.base = base
-        self._shape: ShapeOf = cache(lambda model: read_shape(base / model, key="model"))
+        self._shape: ShapeOf = cache(
+            lambda model: read_shape(local_directory(model, base), key="model")
+        )
+
+    @property
+    def config_file(self) -> Path:
+        """The policy's config.json."""
+        return local_directory(self.config.policy.model, self.base) / "config.json"
 
     @cached_property
     def length(self) -> int:
         """Maximum tokens of a prompt with its completion."""
-        text = (self.base / self.config.policy.model / "config.json").read_text(encoding="utf-8")
+        text = self.config_file.read_text(encoding="utf-8")
         return (
             self.config.policy.max_length
             or model_length(json.loads(text))
             or self.config.rollout.max_tokens
         )
 
-    def model_of(self, policy: str) -> Path:
+    def model_of(self, policy: str) -> ModelName:
         """Return the model that a policy starts from."""
         if policy != "policy" and isinstance(self.algorithm, TrainsSeveralPolicies):
             return self.algorithm.other_policy(policy).model or self.config.policy.model

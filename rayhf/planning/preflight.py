@@ -20,6 +20,7 @@ from rayhf.algorithms.base import (
 )
 from rayhf.campaign.data import CampaignData
 from rayhf.config.base import PluginConfig
+from rayhf.config.models import ModelName
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.chat import Chat
@@ -29,6 +30,7 @@ from rayhf.data.readers import open_source
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import Evaluation, EvaluationSetup
 from rayhf.models.architectures import check_architecture, check_critic
+from rayhf.models.hub import local_directory
 from rayhf.models.quantized import check_quantize
 from rayhf.models.source import (
     load_tokenizer,
@@ -161,7 +163,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     algorithm, derived = check_settings(config)
     max_length = _check_models(config, algorithm, base)
     untested = _check_architectures(config, algorithm, base, max_length)
-    tokenizer = load_tokenizer(base / config.policy.model, key="policy.model")
+    tokenizer = load_tokenizer(local_directory(config.policy.model, base), key="policy.model")
     load = partial(_load, config, tokenizer=tokenizer, max_length=max_length, base=base)
     prompts = load(config.prompts.train, key="prompts.train")
     if len(prompts.prompts) < config.prompts.batch:
@@ -227,7 +229,7 @@ def _evaluations(
 
 def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> int:
     """Check every model directory and return the longest sequence that all take, in tokens."""
-    policy = base / config.policy.model
+    policy = local_directory(config.policy.model, base)
     settings = read_model_config(policy, key="policy.model")
     limit = model_length(settings)
     length = config.policy.max_length or limit
@@ -245,8 +247,9 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
             f"may have {length} tokens; expected less than {length}"
         )
     for key, other in _other_models(config, algorithm):
-        read_model_config(base / other, key=key)
-        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(base / other)
+        directory = local_directory(other, base)
+        read_model_config(directory, key=key)
+        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(directory)
         if mine != theirs:
             raise ConfigError(
                 f"{key}: the tokenizer of {other} ({theirs}) differs from the one of policy.model "
@@ -256,7 +259,7 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
     return length
 
 
-def _other_models(config: CampaignConfig, algorithm: Algorithm) -> list[tuple[str, Path]]:
+def _other_models(config: CampaignConfig, algorithm: Algorithm) -> list[tuple[str, ModelName]]:
     """Return the models besides the policy's, by config key."""
     models = [
         ("reference.model", config.reference.model),
@@ -277,7 +280,7 @@ def _check_architectures(
     models = [("policy.model", config.policy.model), *_other_models(config, algorithm)]
     warnings = []
     for key, model in models:
-        settings = read_model_config(base / model, key=key)
+        settings = read_model_config(local_directory(model, base), key=key)
         warnings.append(check_architecture(settings, key=key, max_length=max_length))
         if config.policy.lora and config.policy.lora.quantize and key.startswith("algorithm."):
             raise ConfigError(
@@ -287,10 +290,11 @@ def _check_architectures(
     if isinstance(algorithm, TrainsCritic):
         critic = config.learner.critic_model
         key = "policy.model" if critic is None else "learner.critic_model"
-        directory = base / (critic or config.policy.model)
+        directory = local_directory(critic or config.policy.model, base)
         check_critic(read_model_config(directory, key=key), key=key)
     if config.policy.lora and config.policy.lora.quantize:
-        check_quantize(config, read_model_config(base / config.policy.model, key="policy.model"))
+        policy = local_directory(config.policy.model, base)
+        check_quantize(config, read_model_config(policy, key="policy.model"))
     return tuple(warning for warning in warnings if warning is not None)
 
 

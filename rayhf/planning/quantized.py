@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from rayhf.config.models import ModelName
+from rayhf.models.hub import local_directory
 from rayhf.models.quantized import write_base
 from rayhf.planning.preflight import Prepared
 
@@ -21,6 +23,6 @@ def with_quantized_base(prepared: Prepared, *, base: Path) -> Prepared:
     if policy.lora is None or policy.lora.quantize is None:
         return prepared
     target = base / prepared.config.run.dir / BASE
-    write_base(base / policy.model, target, dtype=policy.dtype)
-    changed = policy.model_copy(update={"model": target})
+    write_base(local_directory(policy.model, base), target, dtype=policy.dtype)
+    changed = policy.model_copy(update={"model": ModelName(str(target))})
     return replace(prepared, config=prepared.config.model_copy(update={"policy": changed}))

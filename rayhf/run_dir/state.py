@@ -52,6 +52,8 @@ class CampaignState(BaseModel):
     """Guards that an operator accepted: they only warn."""
     takes_labels: bool = False
     """Whether the algorithm trains on human labels of pairs of completions."""
+    models: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]] = {}
+    """Commit of each hub name in the config: later attempts load the same one."""
 
 
 class CheckpointState(BaseModel):

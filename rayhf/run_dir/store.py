@@ -81,7 +81,12 @@ class RunDir:
     """The owner of one campaign's run directory; holds its lock until `close`."""
 
     def __init__(
-        self, config: CampaignConfig, lock: RunLock | None = None, *, takes_labels: bool = False
+        self,
+        config: CampaignConfig,
+        lock: RunLock | None = None,
+        *,
+        takes_labels: bool = False,
+        models: Mapping[str, str] | None = None,
     ) -> None:
         """Open or create the directory; takes over `lock`, or takes one.
 
@@ -89,6 +94,7 @@ class RunDir:
             config: the resolved config.
             lock: the directory's lock, where the caller holds it.
             takes_labels: whether the algorithm trains on human labels; shown by `rayhf status`.
+            models: commit of each hub name in the config.
 
         Raises ConfigError for a directory that cannot be written or is another campaign's, and
         LockedError.
@@ -102,7 +108,11 @@ class RunDir:
             self._check_identity(config)
             self.state = read_state(self.path) or CampaignState()
             self.epoch = self.state.epoch + 1
-            self._write_state(epoch=self.epoch, takes_labels=takes_labels)
+            self._write_state(
+                epoch=self.epoch,
+                takes_labels=takes_labels,
+                models=self.state.models | dict(models or {}),
+            )
             write_atomic(self.path / "config.yaml", dump_config(config).encode())
             self.attempt = self.path / "logs" / f"attempt-{self.epoch:04d}"
             self.attempt.mkdir(parents=True)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveInt
 
+from rayhf.config.models import ModelName
 from rayhf.config.scorers import ClassifierModel, Dtype, ScorerEntryConfig
 from rayhf.errors import ConfigError
+from rayhf.models.hub import local_directory
 from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA, refuse_own_code
 from rayhf.scorer.protocol import ScorerSetup
 
@@ -31,8 +33,8 @@ _UNBOUNDED = 10**9
 class ClassifierEntryConfig(ScorerEntryConfig):
     """Settings of a scorer that is a sequence classifier."""
 
-    model: Path
-    """Hugging Face model directory with a tokenizer that has a chat template."""
+    model: ModelName
+    """Model directory or hub name, with a tokenizer that has a chat template."""
     dtype: Dtype = "float32"
     token_budget: PositiveInt = 16384
     """Padded tokens per forward pass; a single longer text has a pass of its own."""
@@ -75,7 +77,7 @@ def load_classifier(config: ClassifierEntryConfig, setup: ScorerSetup, *, title:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    directory = setup.base / config.model
+    directory = local_directory(config.model, setup.base)
     if setup.threads is not None:
         torch.set_num_threads(setup.threads)
     try:

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Protocol
 
 import jinja2
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from rayhf.config.models import ModelName
 from rayhf.config.schema import RolloutConfig
 from rayhf.config.scorers import Dtype, EngineModel, PointwiseEntryConfig
 from rayhf.errors import ConfigError
@@ -52,8 +52,8 @@ class JudgeConfig(PointwiseEntryConfig):
     """
 
     type: str = "judge"
-    model: Path
-    """Hugging Face model directory with a tokenizer that has a chat template."""
+    model: ModelName
+    """Model directory or hub name, with a tokenizer that has a chat template."""
     mode: JudgeMode = "yes_no"
     votes: PositiveInt = 1
     """Votes per question; in pairwise mode per order. SPaR (Cheng et al. 2024) takes 5 at

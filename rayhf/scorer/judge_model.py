@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rayhf.data.chat import render, special_token_escaper
 from rayhf.errors import ConfigError
+from rayhf.models.hub import local_directory
 from rayhf.models.source import load_tokenizer, model_length, read_model_config
 from rayhf.scorer.judge import Judge, JudgeConfig
 from rayhf.scorer.protocol import BaseScorer, ScorerSetup
@@ -38,7 +39,7 @@ class JudgeModel:
         self.max_length = judge_length(config, setup.base)
         from rayhf.rollout.engine import RolloutEngine
 
-        directory = setup.base / config.model
+        directory = local_directory(config.model, setup.base)
         self._tokenizer = load_tokenizer(directory, key="judge")
         self._escape = special_token_escaper(self._tokenizer)
         self._engine = RolloutEngine(
@@ -73,7 +74,7 @@ def judge_length(config: JudgeConfig, base: Path) -> int:
 
     Raises ConfigError for a directory or limits that cannot work.
     """
-    directory = base / config.model
+    directory = local_directory(config.model, base)
     limit = model_length(read_model_config(directory, key="model"))
     load_tokenizer(directory, key="model")
     length = config.max_length or limit

@@ -31,6 +31,7 @@ import numpy as np
 from rayhf.config.scorers import PairwiseEntryConfig, ScorerKind
 from rayhf.data.chat import special_token_escaper, special_tokens
 from rayhf.errors import ConfigError
+from rayhf.models.hub import local_directory
 from rayhf.models.packing import pack_rows
 from rayhf.scorer.classifier import (
     SCORER_FILE,
@@ -201,7 +202,7 @@ class PreferenceModel(PairwiseScorer[PreferenceModelConfig]):
     def __init__(self, config: PreferenceModelConfig, setup: ScorerSetup) -> None:
         super().__init__(config, setup)
         self.check(config, setup.base)
-        directory = setup.base / config.model
+        directory = local_directory(config.model, setup.base)
         self.facts = read_facts(directory)
         self._classifier = load_classifier(config, setup, title=_TITLE)
         if not hasattr(self._classifier.model, "score"):
@@ -216,7 +217,7 @@ class PreferenceModel(PairwiseScorer[PreferenceModelConfig]):
         Raises ConfigError unless `rayhf fit-scorer` wrote the directory with objective pairwise or
         general_preference.
         """
-        directory = base / config.model
+        directory = local_directory(config.model, base)
         facts = read_facts(directory)
         if facts.kind == "pointwise":
             raise ConfigError(

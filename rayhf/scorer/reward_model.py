@@ -18,6 +18,7 @@ import jinja2
 from rayhf.config.scorers import PointwiseEntryConfig
 from rayhf.data.chat import special_token_escaper
 from rayhf.errors import ConfigError
+from rayhf.models.hub import local_directory
 from rayhf.models.packing import pack_rows
 from rayhf.scorer.classifier import (
     SCORER_FILE,
@@ -57,7 +58,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
         self.check(config, setup.base)
         self._classifier = load_classifier(config, setup, title=_TITLE)
         self._tokenizer = self._classifier.tokenizer
-        directory = setup.base / config.model
+        directory = local_directory(config.model, setup.base)
         if not self._tokenizer.chat_template:
             raise ConfigError(f"{_TITLE} {directory}: its tokenizer has no chat template")
         self._escape = special_token_escaper(self._tokenizer)
@@ -69,7 +70,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
     @classmethod
     def check(cls, config: RewardModelConfig, base: Path) -> None:
         """Check the small files. Raises ConfigError unless it is a one-output classifier."""
-        directory = base / config.model
+        directory = local_directory(config.model, base)
         facts = directory / SCORER_FILE
         # A pairwise model has one output too, but it reads two completions.
         if facts.is_file() and (kind := read_json(facts).get("kind")) != "pointwise":

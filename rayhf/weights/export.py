@@ -1,7 +1,8 @@
 """A training model's parameters for other components: whole, named as in a directory, LoRA merged.
 
 In: a Hugging Face model, possibly inside PEFT and sharded by ZeRO-3. Out: bucket after bucket of
-(name, tensor), of all parameters or of what LoRA trains only; or a model directory.
+(name, tensor), of all parameters or of what LoRA trains only; or a model directory, and the adapter
+by itself in PEFT's format.
 
 Synchronization: all ranks walk the buckets in lockstep, since ZeRO-3 gathers each parameter from
 all of them; only rank 0 gets tensors.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ COMPANIONS = (
     "generation_config.json",
 )
 """Files of a model directory besides weights and config.json."""
+ADAPTER = "adapter"
+"""Directory with the adapter below an exported model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +225,8 @@ def export_model(
 ) -> None:
     """Write a Hugging Face model directory: safetensors, config and the source's tokenizer files.
 
-    All ranks take part; rank 0 writes.
+    LoRA is merged, and written to the directory `adapter` too where nothing else was trained. All
+    ranks take part; rank 0 writes.
     """
     from safetensors.torch import save_file
 
@@ -230,6 +234,9 @@ def export_model(
     buckets = split_into_buckets(all_weights(model), limit_bytes=FILE_BYTES, itemsize=4)
     if rank == 0:
         directory.mkdir(parents=True, exist_ok=True)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if trained and all(".lora_" in name for name in trained):
+        _export_adapter(model, directory / ADAPTER, sharded=sharded, rank=rank)
     files: dict[str, str] = {}
     size = 0
     for number, tensors in enumerate(gather_buckets(buckets, sharded=sharded, rank=rank), start=1):
@@ -259,6 +266,28 @@ def export_model(
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, directory / path.name)
+
+
+def _export_adapter(model: nn.Module, directory: Path, *, sharded: bool, rank: int) -> None:
+    """Write a PEFT adapter directory. All ranks take part; rank 0 writes."""
+    import deepspeed
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    factors = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    with deepspeed.zero.GatheredParameters([*factors.values()], enabled=sharded), torch.no_grad():
+        if rank != 0:
+            return
+        # save_embedding_layers "auto" would look the base model up on the hub.
+        tensors = get_peft_model_state_dict(
+            model,
+            state_dict={name: p.detach().cpu().contiguous() for name, p in factors.items()},
+            save_embedding_layers=False,
+        )
+        directory.mkdir()
+        save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    (settings,) = cast(Any, model).peft_config.values()
+    settings.save_pretrained(str(directory))
 
 
 def _write_config(base: PreTrainedModel, directory: Path, source: Path) -> None:

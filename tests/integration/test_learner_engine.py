@@ -191,6 +191,7 @@ def publish(
         return None
     if lora is not None:
         check_adapted(adapters, buckets, model)
+        check_adapter_directory(directory, model)
     return check_published(buckets, probe, model, directory, tied=kind == "tied")
 
 
@@ -209,6 +210,20 @@ def check_adapted(adapters: Any, buckets: Any, model: Path) -> None:
     merged = dict(merge_with_directory(model, whole.keys(), factors, device=torch.device("cpu")))
     assert merged.keys() == whole.keys()
     assert all(torch.equal(merged[name], whole[name]) for name in whole)
+
+
+def check_adapter_directory(directory: Path, model: Path) -> None:
+    """Check that the adapter, loaded with PEFT, computes what the merged model does."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(3, 20)[None]
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    initial = base(ids).logits
+    adapted = peft.PeftModel.from_pretrained(base, directory / "adapter")(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(adapted, merged, rtol=1e-5, atol=1e-5)
+    assert (adapted - initial).abs().max() > 1e-3
 
 
 def check_published(buckets: Any, probe: Any, model: Path, directory: Path, *, tied: bool) -> float:

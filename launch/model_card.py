@@ -1,0 +1,112 @@
+"""Model card of an exported policy: what it was trained from, how, on what, and its figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayhf import __version__
+from rayhf.config.models import ModelName
+from rayhf.config.yaml_text import dump_yaml
+from rayhf.run_dir.state import CampaignState
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+_PUBLISHED = ("seed", "policy", "prompts", "algorithm", "rollout", "scorer", "reference", "learner")
+"""Sections of the config in the card; the others say where it ran."""
+_FIGURES = ("scorer/reward_mean", "reference/kl", "rollout/length_mean", "rollout/truncated")
+
+
+def model_card(
+    run: Path, config: Mapping[str, Any], state: CampaignState, *, title: str, adapter: bool
+) -> ModelCard:
+    """Return the card of a campaign's policy.
+
+    Args:
+        run: run directory, for its metrics.
+        config: the campaign's config, as read from config.yaml.
+        state: its committed state.
+        title: heading.
+        adapter: the card is of the adapter, not of the merged model.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base = str(config["policy"]["model"])
+    commit = state.models.get(base)
+    repository = ModelName(base).repository if commit else None
+    algorithm = config["algorithm"]["type"]
+    data = ModelCardData(
+        base_model=repository,
+        base_model_relation=("adapter" if adapter else "finetune") if repository else None,
+        datasets=sorted(set(_datasets(config["prompts"]))) or None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["rayhf", "rlhf", algorithm.replace(":", ".")],
+        ignore_metadata_errors=True,
+    )
+    facts = {
+        "base model": f"{repository} at commit {commit}" if repository else "a local directory",
+        "weights": _weights(config, adapter=adapter),
+        "algorithm": algorithm,
+        "iterations": f"{state.iteration} of {config['prompts']['batch']} prompts",
+        "scorers": ", ".join(_name(entry) for entry in config["scorer"]["train"]),
+        "made with": f"rayhf {__version__}",
+    }
+    published = {name: config[name] for name in _PUBLISHED if name in config}
+    parts = [
+        f"# {title}",
+        _table(("", ""), facts.items()),
+        "## Figures",
+        _table(("metric", "before", "after"), _figures(run / "metrics.jsonl")),
+        "`eval/<task>/sampled` is measured on held-out prompts at temperature 1.",
+        "## Recipe",
+        f"```yaml\n{dump_yaml(published)}```",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def _weights(config: Mapping[str, Any], *, adapter: bool) -> str:
+    lora = config["policy"].get("lora")
+    if not lora:
+        return "all parameters were trained"
+    place = "the adapter by itself" if adapter else "the adapter is merged"
+    return f"LoRA of rank {lora['rank']}, alpha {lora['alpha']:g}; {place}"
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    """Describe a scorer: its type, and the function or the model."""
+    what = entry.get("function") or entry.get("model")
+    return f"{entry['type']} ({what})" if what else str(entry["type"])
+
+
+def _datasets(value: object) -> Iterator[str]:
+    """Yield the hub data sets that prompts come from, without their revisions."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("dataset"), str):
+            yield value["dataset"].partition("@")[0]
+        for item in value.values():
+            yield from _datasets(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _datasets(item)
+
+
+def _figures(file: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield name, first and last value of the metrics that say what training changed."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    names = {name for line in lines for name in line}
+    evaluated = sorted(
+        name for name in names if name.startswith("eval/") and not name.endswith("_s")
+    )
+    for name in (*evaluated, *(name for name in _FIGURES if name in names)):
+        values = [line[name] for line in lines if name in line]
+        yield f"`{name}`", f"{values[0]:.4g}", f"{values[-1]:.4g}"
+
+
+def _table(columns: tuple[str, ...], rows: Any) -> str:
+    """Return a Markdown table."""
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
