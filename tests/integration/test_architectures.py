@@ -6,7 +6,9 @@ all, and that what the table refuses still does not work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,6 @@ from rayhf.weights.export import Weight, all_weights, trained_weights
 
 TOLERANCE = 1e-4
 """Nats, largest difference; about 2e-6 is measured."""
-# A mixture first: vLLM sets up the groups of its experts in a process's first engine only.
 OFTEN = (
     "qwen3_moe",
     "mixtral",
@@ -141,35 +142,62 @@ def measure(model_type: str, directory: Path, **settings: Any) -> dict[str, floa
     return gaps
 
 
-def check(model_type: str, directory: Path) -> None:
+@pytest.fixture(scope="module")
+def processes() -> Iterator[dict[bool, ProcessPoolExecutor]]:
+    """Yield a process for mixtures of experts, and one for all others.
+
+    vLLM sets up the group of the experts with a process's first engine only. And where it has no
+    implementation of its own, it wraps transformers' classes for the rest of the process.
+    """
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, context) as mixtures,
+        ProcessPoolExecutor(1, context) as others,
+    ):
+        yield {True: mixtures, False: others}
+
+
+Measure = Callable[..., dict[str, float]]
+
+
+@pytest.fixture
+def measured(processes: dict[bool, ProcessPoolExecutor], tmp_path: Path) -> Measure:
+    def run(model_type: str, **settings: Any) -> dict[str, float]:
+        is_mixture = any("expert" in name for name in SETTINGS[model_type])
+        return processes[is_mixture].submit(measure, model_type, tmp_path, **settings).result()
+
+    return run
+
+
+def check(model_type: str, measured: Measure) -> None:
     entry = ARCHITECTURES[model_type]
     if entry.refused:
         with pytest.raises(Exception):  # noqa: B017 (whatever fails first)
-            assert max(measure(model_type, directory).values()) < TOLERANCE
+            assert max(measured(model_type).values()) < TOLERANCE
         return
     settings = {"sliding_window": MAX_LENGTH} if entry.whole_window else {}
-    gaps = measure(model_type, directory, **settings)
+    gaps = measured(model_type, **settings)
     assert all(difference < TOLERANCE for difference in gaps.values()), gaps
 
 
 @pytest.mark.parametrize("model_type", OFTEN)
-def test_learner_and_engine_agree(model_type: str, tmp_path: Path) -> None:
-    check(model_type, tmp_path)
+def test_learner_and_engine_agree(model_type: str, measured: Measure) -> None:
+    check(model_type, measured)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", REST)
-def test_rest_of_the_table(model_type: str, tmp_path: Path) -> None:
-    check(model_type, tmp_path)
+def test_rest_of_the_table(model_type: str, measured: Measure) -> None:
+    check(model_type, measured)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model_type", [name for name, entry in ARCHITECTURES.items() if entry.whole_window]
 )
-def test_beyond_the_window_they_disagree(model_type: str, tmp_path: Path) -> None:
+def test_beyond_the_window_they_disagree(model_type: str, measured: Measure) -> None:
     with pytest.raises(Exception):  # noqa: B017
-        assert max(measure(model_type, tmp_path, **WINDOW).values()) < TOLERANCE
+        assert max(measured(model_type, **WINDOW).values()) < TOLERANCE
 
 
 def test_class_names_are_those_of_vllm_and_transformers() -> None:
