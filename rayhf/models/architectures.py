@@ -125,11 +125,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         models="gpt-oss",
         refused="vLLM 0.32 fails to load new expert weights into a running engine",
     ),
-    "llama4_text": Architecture(
-        engine="Llama4ForCausalLM",
-        models="Llama 4 without images",
-        refused="TODO",
-    ),
     "gpt_neox": Architecture(
         engine="GPTNeoXForCausalLM",
         models="Pythia",

@@ -276,7 +276,7 @@ def _logits_function(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     done here too: gemma2 caps its logits, granite and cohere scale them.
     """
     head = copy.copy(causal)  # shares every parameter and submodule
-    head._modules = {**causal._modules, _body_name(causal): _GivenHiddenStates()}
+    head._modules = {**causal._modules, causal.base_model_prefix: _GivenHiddenStates()}
 
     def to_logits(hidden_TH: Tensor) -> Tensor:
         logits_TV: Tensor = head.forward(inputs_embeds=hidden_TH[None]).logits[0]
@@ -287,12 +287,6 @@ def _logits_function(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 def _hidden(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     """Return the last hidden states at the predicting positions: (T, H)."""
-    body = model.get_submodule(_body_name(model))
+    body = getattr(model, model.base_model_prefix)
     hidden_BSH: Tensor = body(input_ids=inputs.ids_BS, use_cache=False).last_hidden_state
     return hidden_BSH.flatten(0, 1).index_select(0, inputs.predict_T)
-
-
-def _body_name(model: PreTrainedModel) -> str:
-    """Return the name of the module below the head; llama4's prefix is another model's."""
-    prefix: str = model.base_model_prefix
-    return prefix if hasattr(model, prefix) else "model"

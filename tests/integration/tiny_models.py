@@ -120,7 +120,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 1,
     },
     "gpt_oss": WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64},
-    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64},
 }
 
 
