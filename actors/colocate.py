@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 
 from rayhf.losses.base import Loss
 from rayhf.roles import Learner, Rollout
-from rayhf.types import Batch, Completion, FloatArray, GenerateRequest, Row, WeightSnapshot
+from rayhf.types import Batch, Completion, FloatArray, GenerateRequest, Probe, Row, WeightSnapshot
 
 
 class SupportsSleep(Protocol):
@@ -121,6 +121,10 @@ class SharedRollout:
         async with self._gpus.rollout(self._pool):
             return await self._pool.generate(requests, version=version)
 
+    async def verify(self, probe: Probe) -> None:
+        async with self._gpus.rollout(self._pool):
+            await self._pool.verify(probe)
+
     async def update(self, snapshot: WeightSnapshot) -> None:
         async with self._gpus.rollout(self._pool, wake=lambda: self._pool.update(snapshot)):
             return
@@ -140,6 +144,10 @@ class SharedLearner:
     async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
         async with self._gpus.learner():
             return await self._client.outputs(rows, temperature=temperature)
+
+    async def probe(self) -> Probe:
+        async with self._gpus.learner():
+            return await self._client.probe()
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
         async with self._gpus.learner():

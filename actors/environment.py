@@ -11,6 +11,9 @@ import os
 from rayhf.models.hub import OFFLINE
 from rayhf.rollout.env import Device, engine_env
 
+USER_FOLDER = "RAYHF_USER_FOLDER"
+"""Environment variable with the directory in which the command was given."""
+
 
 def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str, str]:
     """Return the variables of an actor's or a service's process.
@@ -21,6 +24,7 @@ def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str,
         vllm: the process runs a vLLM engine.
     """
     env = {
+        USER_FOLDER: os.getcwd(),
         # Models are local directories: no process looks anything up, except for `obtain`.
         "HF_HUB_OFFLINE": "1",
         OFFLINE: os.environ.get("HF_HUB_OFFLINE", "0"),

@@ -26,7 +26,7 @@ from actors.supervise import SupervisedActor
 from rayhf.config.models import ModelName
 from rayhf.config.schema import LearnerConfig
 from rayhf.errors import ActorLostError
-from rayhf.learner.packing import plan_micro_batches
+from rayhf.learner.packing import padding_fraction, plan_micro_batches
 from rayhf.losses.base import Loss, Totals
 from rayhf.models.hub import local_directory, obtain
 from rayhf.run_dir.epoch_guard import EpochGuard
@@ -102,6 +102,10 @@ class LearnerActor(ReportsProcess):
     def outputs(self, rows: list[Row], temperature: float) -> list[FloatArray]:
         with _collectives():
             return self.engine.outputs(rows, temperature)
+
+    def probe(self) -> Probe:
+        with _collectives():
+            return self.engine.probe()
 
     def publish(
         self, version: int, dtype: str, bucket_bytes: int, transport: TransportName, whole: bool
@@ -247,7 +251,7 @@ class LearnerClient:
             for actor, micros in zip(self._actors, shares, strict=True)
         ]
         metrics: dict[str, float] = (await self._all("learn", calls))[0]
-        return metrics
+        return {**metrics, "learner/padding_fraction": padding_fraction(shares, lengths)}
 
     async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
         world = len(self._ranks)
@@ -261,6 +265,11 @@ class LearnerClient:
         for share, outputs in zip(shares, await self._all("log-probs", calls), strict=True):
             results |= dict(zip(share, outputs, strict=True))
         return [results[i] for i in range(len(rows))]
+
+    async def probe(self) -> Probe:
+        probes = await self._all("probe", [actor.probe.remote() for actor in self._actors])
+        first: Probe = probes[0]
+        return first
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
         """Return the current weights, ready to be sent.

@@ -24,6 +24,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.environment import USER_FOLDER
 from actors.remote import wait
 from rayhf.errors import ActorLostError, DeadlineError
 
@@ -52,6 +53,13 @@ def process_info() -> ProcessInfo:
 
 class ReportsProcess:
     """Base of the actor classes."""
+
+    def __init__(self) -> None:
+        # Last on the path: an actor may get objects of the user's modules, and nothing there may
+        # replace a module of Python's, of rayhf's or of an installed package.
+        folder = os.environ.get(USER_FOLDER)
+        if folder is not None and folder not in sys.path:
+            sys.path.append(folder)
 
     def process_info(self) -> ProcessInfo:
         return process_info()

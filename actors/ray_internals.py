@@ -8,6 +8,9 @@ a signature.
 - `ray._private.runtime_env.packaging.create_package`: the zip file that `ray job submit` uploads,
   with the rules of .gitignore and .rayignore. The public client zips and uploads in one step, too
   late to refuse a directory that is too large or lacks the config.
+- `JobConfig(_client_job=True)`: keeps the driver's current directory from the head of the workers'
+  import path, where its files would replace modules of Python's and of rayhf's. It is appended
+  instead (actors/process.py).
 - `ray._private.worker._global_node`: the processes of a cluster that this process started. Ray
   does not report that one of them ended; calls wait for their deadlines.
 - `ray._raylet.GcsClient`: a first request to a cluster's head, without a token. `ray.init` reads
@@ -22,9 +25,14 @@ token and "token" where it refuses; launch/cluster_auth.py runs it in a process 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.job_config import JobConfig
 
 LOCAL_ENV = {
     # Every actor has a runtime environment of its own: workers that are started ahead, without one,
@@ -34,6 +42,7 @@ LOCAL_ENV = {
     "RAY_worker_niceness": "0",
 }
 """Environment variables for a cluster that is started here."""
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _TIMEOUT_S = 5
 
 
@@ -64,6 +73,16 @@ def create_package(directory: Path, file: Path, *, excludes: Sequence[str]) -> N
         excludes=list(excludes),
         logger=logging.getLogger(__name__),
     )
+
+
+def job_config() -> JobConfig | None:
+    """Return the options of a job whose workers do not import from the current directory first.
+
+    None in a job that `ray job submit` started: it brings its own.
+    """
+    from ray.job_config import JobConfig
+
+    return None if _SUBMITTED in os.environ else JobConfig(_client_job=True)
 
 
 def access(address: str) -> str:

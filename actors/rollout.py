@@ -22,7 +22,7 @@ from rayhf.config.models import ModelName
 from rayhf.config.schema import Dtype, RolloutConfig
 from rayhf.models.hub import local_directory, obtain
 from rayhf.rollout.env import Device
-from rayhf.types import Completion, GenerateRequest, WeightSnapshot
+from rayhf.types import Completion, GenerateRequest, Probe, WeightSnapshot
 
 if TYPE_CHECKING:
     from rayhf.rollout.engine import UpdateReport
@@ -45,6 +45,7 @@ class RolloutActor(ReportsProcess):
         seed: int,
         device: Device,
         sleeps: bool = False,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         from rayhf.rollout.engine import RolloutEngine
 
@@ -57,6 +58,7 @@ class RolloutActor(ReportsProcess):
             seed=seed,
             device=device,
             sleep_mode=sleeps,
+            stop_token_ids=stop_token_ids,
         )
 
     async def generate(
@@ -73,6 +75,9 @@ class RolloutActor(ReportsProcess):
 
     async def update(self, snapshot: WeightSnapshot, *payloads: Any) -> UpdateReport:
         return await asyncio.to_thread(self.engine.update, snapshot, payloads)
+
+    async def verify(self, probe: Probe) -> None:
+        await asyncio.to_thread(self.engine.verify, probe)
 
     async def sleep(self, keep_weights: bool) -> None:
         await asyncio.to_thread(self.engine.sleep, keep_weights=keep_weights)
@@ -267,6 +272,9 @@ class RolloutPool:
 
     async def update(self, snapshot: WeightSnapshot) -> None:
         await self._transport.deliver(snapshot)
+
+    async def verify(self, probe: Probe) -> None:
+        await self._all("probe", lambda actor: actor.verify.remote(probe))
 
     async def sleep(self) -> None:
         """Free every engine's GPU; keep its weights in host memory unless they are stored."""

@@ -1,31 +1,36 @@
-"""The scorer role: all configured scorers behind one actor, and its client.
+"""The scorer role: all configured scorers behind one or several equal actors, and their client.
 
-In: completions of a prompt. Out: outcomes or comparisons, and the scorer's state.
+In: completions of prompts. Out: outcomes or comparisons, and the running statistics.
 
-Synchronization: calls run one after the other, except for `progress`, which runs beside them. A
-lost actor is replaced in its last state, and the call is repeated.
+Actors give each scorer's raw answers and keep no state; the client combines and normalizes them in
+one place, so that the result does not depend on which actor gave which answer.
+
+Synchronization: calls run side by side, as many as the actor was created for; `progress` runs
+beside them. The requests of a call are divided among the actors in order. A lost actor is replaced,
+and its part of the call is repeated.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from actors.process import ReportsProcess
-from actors.remote import wait
 from actors.supervise import SupervisedActor
-from actors.watch import Call
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
 from rayhf.models.hub import obtain
+from rayhf.scorer.combine import Combination
+from rayhf.scorer.parts import Answers, Parts, Rows
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Comparison, Outcome, ScoreRequest
 
-State = dict[str, Any]
-"""State of a scorer (running normalizers), as JSON values."""
 CONCURRENCY_GROUPS = {"watch": 1}
 """Option of `ray.remote` for ScorerActor: a poll of its progress must not wait for a long call."""
 
@@ -33,17 +38,11 @@ CONCURRENCY_GROUPS = {"watch": 1}
 class ScorerActor(ReportsProcess):
     """Ray actor around the engines of the configured scorers."""
 
-    def build(
-        self,
-        entries: Sequence[ScorerEntryConfig],
-        setup: ScorerSetup,
-        *,
-        combine: CombineConfig = WEIGHTED_SUM,
-    ) -> None:
-        from rayhf.scorer.build import build_scorer
+    def build(self, entries: Sequence[ScorerEntryConfig], setup: ScorerSetup) -> None:
+        from rayhf.scorer.build import build_parts
 
         obtain(tuple(entries))
-        self.engine = build_scorer(entries, setup, combine=combine)
+        self.parts = Parts(build_parts(entries, setup))
 
     @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
     def progress(self) -> float:
@@ -53,57 +52,86 @@ class ScorerActor(ReportsProcess):
         """
         return time.monotonic()
 
-    def score(self, requests: Sequence[ScoreRequest]) -> tuple[list[tuple[Outcome, ...]], State]:
-        """Return the outcomes, and the scorer's state after them."""
-        return self.engine.score(requests), self.engine.state_dict()
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Rows]:
+        """Return each scorer's outcomes."""
+        return self.parts.score(requests)
 
-    def compare(self, requests: Sequence[ScoreRequest]) -> tuple[list[Comparison], State]:
-        """Return the comparisons, and the scorer's state after them."""
-        return self.engine.compare(requests), self.engine.state_dict()
-
-    def state_dict(self) -> State:
-        return self.engine.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.engine.load_state_dict(state)
+    def compare(self, requests: Sequence[ScoreRequest]) -> list[Answers]:
+        """Return each scorer's comparisons or outcomes."""
+        return self.parts.compare(requests)
 
 
 class ScorerClient:
-    """Scorer over one actor, which is replaced when it is lost."""
+    """Scorer over equal actors, each of which is replaced when it is lost."""
 
-    def __init__(self, member: SupervisedActor, *, timeout_s: float) -> None:
-        self._member = member
+    def __init__(
+        self,
+        members: Sequence[SupervisedActor],
+        entries: Sequence[ScorerEntryConfig],
+        *,
+        combine: CombineConfig = WEIGHTED_SUM,
+        timeout_s: float,
+    ) -> None:
+        self._members = dict.fromkeys(members, 0)
+        """Completions that each actor has to score."""
+        self._combination = Combination(entries, combine)
         self._timeout_s = timeout_s
-        self._state: State | None = None
-        """The scorer's state after its last response, with which it arrived."""
-        member.prepare = self._restore
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        outcomes, self._state = await self._persist(
-            lambda actor: actor.score.remote(list(requests)), "score"
-        )
-        return list(outcomes)
+        answers = await self._call(lambda actor: actor.score, requests, "score")
+        return self._combination.scores(answers, requests)
 
     async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        comparisons, self._state = await self._persist(
-            lambda actor: actor.compare.remote(list(requests)), "compare"
-        )
-        return list(comparisons)
+        answers = await self._call(lambda actor: actor.compare, requests, "compare")
+        return self._combination.comparisons(answers, requests)
 
-    async def state_dict(self) -> State:
-        if self._state is None:
-            self._state = await self._persist(lambda actor: actor.state_dict.remote(), "state")
-        return dict(self._state or {})
+    async def state_dict(self) -> dict[str, Any]:
+        return self._combination.state_dict()
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        await self._persist(lambda actor: actor.load_state_dict.remote(dict(state)), "state")
-        self._state = dict(state)
+        self._combination.load_state_dict(state)
 
-    async def _persist(self, call: Call, phase: str) -> Any:
-        return await self._member.persist(call, phase=phase, timeout_s=self._timeout_s)
+    async def _call(
+        self,
+        method: Callable[[ActorHandle], Any],
+        requests: Sequence[ScoreRequest],
+        phase: str,
+    ) -> list[Any]:
+        """Return each scorer's answers to all requests."""
+        shares = divide(requests, len(self._members))
+        answers = await asyncio.gather(*(self._call_one(method, share, phase) for share in shares))
+        return [list(chain.from_iterable(of_part)) for of_part in zip(*answers, strict=True)]
 
-    async def _restore(self, actor: ActorHandle) -> None:
-        """Load the last known state into a new actor."""
-        if self._state is not None:
-            call = actor.load_state_dict.remote(self._state)
-            await wait(call, name="a new scorer", phase="state", timeout_s=self._timeout_s)
+    async def _call_one(
+        self, method: Callable[[ActorHandle], Any], share: Sequence[ScoreRequest], phase: str
+    ) -> Any:
+        """Call the least busy actor."""
+        member = min(self._members, key=lambda each: self._members[each])
+        size = sum(len(request.completions) for request in share)
+        self._members[member] += size
+        try:
+            return await member.persist(
+                lambda actor: method(actor).remote(list(share)),
+                phase=phase,
+                timeout_s=self._timeout_s,
+            )
+        finally:
+            self._members[member] -= size
+
+
+def divide(requests: Sequence[ScoreRequest], shares: int) -> list[Sequence[ScoreRequest]]:
+    """Divide requests into at most so many consecutive shares of about equally many completions.
+
+    It depends on the requests alone. There is at least one share, which may be empty.
+    """
+    sizes = [len(request.completions) for request in requests]
+    ends = list(accumulate(sizes, initial=0))  # completions before each request, and in all
+    divided: list[Sequence[ScoreRequest]] = []
+    start = 0
+    for number in range(1, shares + 1):
+        goal = ends[-1] * number / shares
+        end = bisect_left(ends, goal, lo=start) if number < shares else len(requests)
+        if end > start:
+            divided.append(requests[start:end])
+        start = max(start, end)
+    return divided or [requests]

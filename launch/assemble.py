@@ -30,18 +30,20 @@ from rayhf.algorithms.base import (
     Algorithm,
     TrainsCritic,
     TrainsSeveralPolicies,
+    generates,
     needs_frozen_reference,
     policies_of,
 )
 from rayhf.config.models import ModelName
 from rayhf.config.schema import CampaignConfig
-from rayhf.config.scorers import ScorerEntryConfig
+from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
 from rayhf.monitoring.observer import Observer
 from rayhf.planning.placement import ActorSpec, actor_specs, entries_of, role_of
 from rayhf.planning.preflight import Prepared, transport_of
 from rayhf.roles import Learner, Roles, Rollout, Scorer
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.store import RunDir
+from rayhf.scorer.none import NoScorer
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.retrying import RetryingScorer
 
@@ -89,6 +91,7 @@ def actor_specs_of(config: CampaignConfig, algorithm: Algorithm) -> list[ActorSp
         critic=isinstance(algorithm, TrainsCritic),
         reference=needs_frozen_reference(algorithm),
         policies=policies_of(algorithm),
+        generates=generates(algorithm),
     )
 
 
@@ -153,7 +156,7 @@ class ActorSet:
         config = self.config
         timeout_s = config.run.timeout_s
         policies = policies_of(self.prepared.algorithm)
-        engines = {policy: self._rollouts(policy) for policy in policies}
+        engines = {policy: group for policy in policies if (group := self._rollouts(policy))}
         starts = [actor.start() for actor in self.actors]
         learners = {policy: self._learner(_role("learner", policy)) for policy in policies}
         pools = {
@@ -170,11 +173,10 @@ class ActorSet:
             await asyncio.gather(*(pool.sleep() for pool in pools.values()))
             starts = []
         engines_count = len(self.actors)
-        (scorer,) = self._scorers(
-            "scorer", [config.scorer.train], {"combine": config.scorer.combine}
-        )
+        section = config.scorer
+        scorers = self._scorers("scorer", [section.train] * section.replicas)
         evaluator_scorers = config.evaluator_scorers
-        evaluators = self._scorers("evaluator", list(evaluator_scorers.values()), {})
+        evaluators = self._scorers("evaluator", list(evaluator_scorers.values()))
         references = self._references()
         starts += [actor.start() for actor in self.actors[engines_count:]]
         starts += [
@@ -186,14 +188,16 @@ class ActorSet:
             starts += [self._start_learner(critic, start, critic=True)]
         await _all(starts)
         eval_scorers = {
-            task: self._retrying(actor)
-            for task, actor in zip(evaluator_scorers, evaluators, strict=True)
+            task: self._retrying([actor], entries)
+            for (task, entries), actor in zip(evaluator_scorers.items(), evaluators, strict=True)
         }
         rollouts, trained, value = self._shared(pools, learners, critic)
         return Roles(
             rollouts=rollouts,
             learners=trained,
-            scorer=self._retrying(scorer),
+            scorer=self._retrying(scorers, section.train, section.combine)
+            if scorers
+            else NoScorer(),
             evaluator=eval_scorers.pop(None, None),
             eval_scorers={task: scorer for task, scorer in eval_scorers.items() if task},
             critic=value,
@@ -294,25 +298,39 @@ class ActorSet:
                 seed=config.seed % 2**31,
                 device=config.cluster.device,
                 sleeps=self.shares,
+                stop_token_ids=tuple(self.prepared.stop_tokens),
             )
 
         return self._create(role, RolloutActor, build, max_concurrency=100_000)
 
     def _scorers(
-        self, role: str, lists: Sequence[Sequence[ScorerEntryConfig]], settings: Mapping[str, Any]
+        self, role: str, lists: Sequence[Sequence[ScorerEntryConfig]]
     ) -> list[SupervisedActor]:
         device = self.device if any(s.gpus for s in self.specs if s.role == role) else "cpu"
         threads = threads_of(self.config, role, critic=self.trains_critic)
         setup = ScorerSetup(base=self.base, device=device, threads=threads)
 
         def build(actor: Any, number: int) -> ray.ObjectRef:
-            return actor.build.remote(lists[number], setup, **settings)
+            return actor.build.remote(lists[number], setup)
 
-        return self._create(role, ScorerActor, build, concurrency_groups=CONCURRENCY_GROUPS)
+        # Calls of models follow each other, in one thread.
+        concurrent = all(entry.is_concurrent for entries in lists for entry in entries)
+        return self._create(
+            role,
+            ScorerActor,
+            build,
+            concurrency_groups=CONCURRENCY_GROUPS,
+            max_concurrency=self.config.scorer.in_flight if concurrent else 1,
+        )
 
-    def _retrying(self, actor: SupervisedActor) -> Scorer:
-        scorer = ScorerClient(actor, timeout_s=self.config.run.timeout_s)
+    def _retrying(
+        self,
+        actors: Sequence[SupervisedActor],
+        entries: Sequence[ScorerEntryConfig],
+        combine: CombineConfig = WEIGHTED_SUM,
+    ) -> Scorer:
         section = self.config.scorer
+        scorer = ScorerClient(actors, entries, combine=combine, timeout_s=self.config.run.timeout_s)
         return RetryingScorer(
             scorer,
             attempts=section.attempts,
@@ -379,6 +397,8 @@ def _role(kind: str, policy: str) -> str:
 
 async def _all(starts: list[Coroutine[Any, Any, None]]) -> None:
     """Start in parallel. Raises the first error; `shutdown` ends what was left half started."""
+    if not starts:
+        return
     tasks = [asyncio.ensure_future(start) for start in starts]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)

@@ -60,11 +60,10 @@ def run_campaign(
         console.print(
             f"warning: {shared} held-out prompts are also training prompts", style="yellow"
         )
-    for warning in prepared.untested:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
     takes_labels = isinstance(prepared.algorithm, TakesLabels)
     store = RunDir(config, lock, takes_labels=takes_labels, models=commits)
     try:
+        store.record_datasets(prepared.data.commits)
         if store.state.iteration >= config.run.iterations:
             say(
                 f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} "

@@ -51,22 +51,25 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
     """Print the plan. Raises ConfigError or PlacementError for a run that cannot work."""
     algorithm, derived = check_settings(config)
     specs = actor_specs_of(config, algorithm)
+    rows = derived.table(config)
     if hardware:
         config, _ = pin_models(config, Path.cwd(), console, weights=False)
         prepared = prepare(config, base=Path.cwd())
+        for note in prepared.notes:
+            console.print(escape(note))
         if shared := overlap(prepared):
             console.print(
                 f"warning: {shared} held-out prompts are also training prompts", style="yellow"
             )
-        for warning in prepared.untested:
-            console.print(f"warning: {warning}", style="yellow", markup=False)
+        stops = [f"{text} ({token_id})" for token_id, text in prepared.stop_tokens.items()]
+        rows.append(("stop tokens", ", ".join(stops)))
     plan = Plan(config, algorithm, derived, base=Path.cwd())
     with _cluster(config, hardware=hardware) as (nodes, gpu_bytes):
         console.print(
             _table(
                 f"{config.algorithm.type} in {config.run.dir}",
                 ("derived", "value"),
-                derived.table(config),
+                rows,
             )
         )
         _print_placement(specs, nodes, console)
@@ -141,8 +144,10 @@ def _print_estimates(
     console.print(memory_table(needs, gpu=gpu, gpu_bytes=gpu_bytes))
     disk = plan.disk()
     free = check_disk(disk, plan.config.run.dir) if hardware else "not checked"
+    engine = next((need.memory for need in needs if need.spec.role == "rollout"), None)
+    sync = [] if engine is None else [("weights of one sync", _sync(plan))]
     rows: Rows = [
-        ("weights of one sync", _sync(plan)),
+        *sync,
         (
             "one checkpoint, and exported models",
             f"{_gib(disk.checkpoint)} + {_gib(disk.policies)} GiB",
@@ -151,9 +156,8 @@ def _print_estimates(
         ("samples of one iteration", f"at most {disk.samples / 2**20:,.1f} MiB"),
         ("run directory", f"at most {_gib(disk.total)} GiB; {free}"),
     ]
-    if not gpu or gpu_bytes is not None:
+    if engine is not None and (not gpu or gpu_bytes is not None):
         check_cache(plan, needs)
-        engine = next(need.memory for need in needs if need.spec.role == "rollout")
         rows.append(
             (
                 f"sequences of {plan.length} tokens in one engine's cache",

@@ -91,7 +91,7 @@ def check_head(address: str) -> None:
     env["RAY_AUTH_MODE"] = "disabled"
     try:
         probe = subprocess.run(
-            [sys.executable, "-m", "actors.ray_internals", address],
+            [sys.executable, "-P", "-m", "actors.ray_internals", address],
             env=env,
             capture_output=True,
             text=True,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from actors.ray_internals import LOCAL_ENV
+from actors.ray_internals import LOCAL_ENV, job_config
 from launch.cluster_auth import check_head, check_token_file, refusal
 from launch.interrupt import signals_deferred
 from rayhf.errors import (
@@ -69,7 +69,12 @@ def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
                     _start_ray(directory, cpus=max(os.cpu_count() or 1, math.ceil(cpus)))
                 else:
                     started.callback(ray.shutdown)
-                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                    ray.init(
+                        address=address,
+                        job_config=job_config(),
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                    )
             if address != "local":
                 check_head(ray.get_runtime_context().gcs_address)
             cluster = started.pop_all()
@@ -92,6 +97,7 @@ def _start_ray(directory: Path, *, cpus: int) -> None:
             address="local",
             num_cpus=cpus,
             include_dashboard=False,
+            job_config=job_config(),
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=str(directory),

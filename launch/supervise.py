@@ -76,8 +76,9 @@ def supervise(arguments: Sequence[str], run: Path, console: Console) -> int:
     committed = _committed(run)
     try:
         while True:
+            # -P: a file launch.py in the current directory is not ours.
             child = subprocess.Popen(
-                [sys.executable, "-m", "launch.cli", *arguments],
+                [sys.executable, "-P", "-m", "launch.cli", *arguments],
                 preexec_fn=_end_with_parent,
                 process_group=0,  # a terminal's Ctrl-C reaches it once, forwarded
             )

@@ -128,6 +128,9 @@ def summary(run: Path, task: str) -> Table:
         ):
             key = f"eval/{task}/{name}"
             _add_row(table, label, evaluated[0].get(key), evaluated[-1].get(key))
+        for key in sorted(evaluated[-1]):
+            if key.endswith(("/nll", "/pair_accuracy")):
+                _add_row(table, escape(plain(key)), evaluated[0].get(key), evaluated[-1][key])
     if iterations:
         _add_row(
             table,

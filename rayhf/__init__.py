@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from rayhf.config.schema import CampaignConfig as CampaignConfig
     from rayhf.config.scorers import PairwiseEntryConfig as PairwiseEntryConfig
     from rayhf.config.scorers import PointwiseEntryConfig as PointwiseEntryConfig
+    from rayhf.config.sources import SourceConfig as SourceConfig
     from rayhf.config.trackers import TrackerConfig as TrackerConfig
     from rayhf.data.readers import Source as Source
     from rayhf.evaluation.base import Evaluation as Evaluation
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from rayhf.types import Sampling as Sampling
     from rayhf.types import Scored as Scored
     from rayhf.types import ScoreRequest as ScoreRequest
+    from rayhf.types import Skipped as Skipped
     from rayhf.types import given_row as given_row
     from rayhf.types import make_row as make_row
 
@@ -103,6 +105,7 @@ _HOMES = {
     "rayhf.config.models": ("ModelName",),
     "rayhf.config.schema": ("CampaignConfig",),
     "rayhf.config.scorers": ("PairwiseEntryConfig", "PointwiseEntryConfig"),
+    "rayhf.config.sources": ("SourceConfig",),
     "rayhf.config.trackers": ("TrackerConfig",),
     "rayhf.data.readers": ("Source",),
     "rayhf.evaluation.base": ("Evaluation", "EvaluationContext", "EvaluationSetup"),
@@ -127,6 +130,7 @@ _HOMES = {
         "Sampling",
         "ScoreRequest",
         "Scored",
+        "Skipped",
         "given_row",
         "make_row",
     ),

@@ -20,6 +20,7 @@ from rayhf.types import (
     FloatArray,
     GenerateRequest,
     Outcome,
+    Probe,
     Row,
     ScoreRequest,
     WeightSnapshot,
@@ -35,6 +36,13 @@ class Rollout(Protocol):
         """Return the completions of every request, in order.
 
         Raises StaleWeightsError where an engine does not hold `version`.
+        """
+        ...
+
+    async def verify(self, probe: Probe) -> None:
+        """Check that every engine computes the learner's log-probs.
+
+        Raises WeightSyncError where one does not.
         """
         ...
 
@@ -107,6 +115,10 @@ class Learner(Protocol):
 
         Log-probs in nats for a policy, values for a critic.
         """
+        ...
+
+    async def probe(self) -> Probe:
+        """Return the current weights' log-probs of a fixed token sequence."""
         ...
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from pydantic import JsonValue
 
 FloatArray = npt.NDArray[np.float32]
-Message = Mapping[str, str]
-"""{"role": ..., "content": ...}, as chat templates expect it."""
+Message = Mapping[str, Any]
+"""{"role": ..., "content": ...}, as chat templates expect it; `content` is always text. Further
+keys are the row's: tool_calls, name ..."""
 JsonObject = Mapping[str, JsonValue]
 """State of a component, as stored in a checkpoint's JSON."""
 TransportName = Literal["object_store", "broadcast", "cuda_ipc"]
@@ -41,7 +42,7 @@ class Prompt:
     """A prompt, rendered for the policy."""
 
     prompt_id: str
-    """Stable hash of messages and reference answer; identifies the prompt everywhere."""
+    """Stable hash of all that the policy and the scorers see; identifies the prompt everywhere."""
     messages: tuple[Message, ...]
     """Messages before any chat template, for scorers with another tokenizer."""
     token_ids: tuple[int, ...]
@@ -54,6 +55,18 @@ class Prompt:
     """Name of the source it comes from."""
     scorers: tuple[str, ...] | None = None
     """Names of the scorers that judge it; None: all."""
+
+
+def last_question(prompt: Prompt) -> str:
+    """Return a prompt's last user message, or else its last message."""
+    questions = [m["content"] for m in prompt.messages if m["role"] == "user"]
+    return str(questions[-1] if questions else prompt.messages[-1]["content"])
+
+
+def quoted(prompt: Prompt) -> str:
+    """Return the beginning of a prompt's last question, for messages."""
+    text = " ".join(last_question(prompt).split())
+    return f"the prompt {text[:60] + '...' if len(text) > 60 else text!r}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +117,10 @@ class Completion:
     logprobs: tuple[float, ...]
     """Log-prob of each token under the sampling policy (temperature applied), in nats."""
     finish_reason: Literal["stop", "length"]
-    """The engine's; "length" means truncated."""
+    """The engine's; "length" means truncated, and so does thinking that never ended."""
     thinking: str | None = None
-    """What a thinking model wrote before its answer, end marker excluded; None without."""
+    """What a thinking model wrote before its answer, markers included; None without. Followed by
+    `text` it is the whole text."""
     thinking_tokens: int = 0
     """Number of token_ids that belong to the thinking, end marker included."""
     policy_version: int
@@ -126,6 +140,14 @@ class Invalid:
     """A scorer's reply that is not a score (NaN, None, wrong type, unparsable verdict)."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped(Invalid):
+    """A scorer's statement that it does not apply to a completion; others may score it.
+
+    A combination leaves the scorer out for this completion.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

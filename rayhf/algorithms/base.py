@@ -22,6 +22,9 @@ import numpy as np
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import AlgorithmConfig, ReferenceSchedule
 from rayhf.config.models import ModelName
+from rayhf.data.chat import Chat
+from rayhf.data.examples import EncodedExample
+from rayhf.data.readers import Row as DataRow
 from rayhf.losses.base import Loss
 from rayhf.types import (
     Compared,
@@ -141,6 +144,25 @@ class TrainsCritic(Protocol):
 
 
 @runtime_checkable
+class TrainsOnRows(Protocol):
+    """Trains on the rows of prompts.train as they are: it generates and scores nothing.
+
+    A campaign then has rollout engines only where an evaluation generates completions.
+    """
+
+    def encode(self, row: DataRow, where: str, chat: Chat) -> Sequence[EncodedExample]:
+        """Return the training examples of a row, encoded for the policy.
+
+        Raises ConfigError, beginning with `where`, for a row that it cannot train on.
+        """
+        ...
+
+    def set_examples(self, examples: Sequence[EncodedExample]) -> None:
+        """Receive all examples; the prompts of an iteration have their ids."""
+        ...
+
+
+@runtime_checkable
 class TakesOfflinePairs(Protocol):
     """Trains on preference pairs from a file."""
 
@@ -256,6 +278,11 @@ def load_state(algorithm: Algorithm, state: JsonObject) -> None:
         algorithm.load_state_dict(state)
     elif state:
         raise ValueError(f"{type(algorithm).__name__} has no state, got {sorted(state)}")
+
+
+def generates(algorithm: Algorithm) -> bool:
+    """Whether the algorithm trains on completions that the policy generates."""
+    return not isinstance(algorithm, TrainsOnRows)
 
 
 def needs_frozen_reference(algorithm: Algorithm) -> bool:

@@ -6,7 +6,7 @@ fb23437, "ours" is a choice of this project.
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import jinja2
 import jinja2.meta
@@ -23,6 +23,7 @@ from rayhf.config.algorithms import (
     ImportanceConfig,
     InitialReference,
     ReferenceSchedule,
+    refuse_thinking,
 )
 from rayhf.config.base import Section
 from rayhf.config.registry import LOSSES
@@ -30,6 +31,9 @@ from rayhf.losses.pairs import PairLossConfig
 from rayhf.losses.preference import SigmoidConfig
 from rayhf.search.mcts import MCTSSettings
 from rayhf.search.siblings import StepPairSettings
+
+if TYPE_CHECKING:
+    from rayhf.config.schema import CampaignConfig
 
 SELF_EVALUATION_TEMPLATE = """\
 Here is a question and a worked answer, which may be unfinished. The answer stands between the two \
@@ -138,6 +142,10 @@ class MCTSDPOConfig(StepPairSettings, MCTSSettings, AlgorithmConfig):
     def virtual_loss(self) -> float:
         """Outcome of a wrong completion."""
         return self.outcome.wrong
+
+    def check_campaign(self, campaign: CampaignConfig) -> None:
+        """Refuse a thinking model. Raises ConfigError."""
+        refuse_thinking(campaign, "it searches over the steps of a text without thinking")
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:

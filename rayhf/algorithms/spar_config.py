@@ -6,7 +6,7 @@ Defaults are those of the paper's released code unless a line says ours.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jinja2
 import jinja2.meta
@@ -21,13 +21,21 @@ from pydantic import (
     model_validator,
 )
 
-from rayhf.config.algorithms import AlgorithmConfig, PreviousReference, ReferenceSchedule
+from rayhf.config.algorithms import (
+    AlgorithmConfig,
+    PreviousReference,
+    ReferenceSchedule,
+    refuse_thinking,
+)
 from rayhf.config.base import Section
 from rayhf.config.models import ModelName
 from rayhf.config.registry import LOSSES
 from rayhf.losses.pairs import PairLossConfig
 from rayhf.losses.preference import SigmoidConfig
 from rayhf.search.refine import RefineSettings
+
+if TYPE_CHECKING:
+    from rayhf.config.schema import CampaignConfig
 
 JUDGE_REQUEST = """\
 You check whether an answer does what its instruction asks. Take the requirements of the \
@@ -188,6 +196,10 @@ class SPaRConfig(RefineSettings, AlgorithmConfig):
         if groups < 1:
             raise ValueError("expected a group ( ) around the part to extract")
         return value
+
+    def check_campaign(self, campaign: CampaignConfig) -> None:
+        """Refuse a thinking model. Raises ConfigError."""
+        refuse_thinking(campaign, "a refined answer has no thinking of its own to train on")
 
     @model_validator(mode="after")
     def _two_verdicts(self) -> SPaRConfig:

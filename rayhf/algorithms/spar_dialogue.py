@@ -78,7 +78,7 @@ def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
 def instruction_text(messages: Sequence[Message]) -> str:
     """Return the prompt as one text: a single turn as it is, several turns with their roles."""
     if len(messages) == 1:
-        return messages[0]["content"]
+        return str(messages[0]["content"])
     return "\n\n".join(
         f"{message['role'].capitalize()}: {message['content']}" for message in messages
     )

@@ -15,7 +15,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from rayhf.algorithms.base import Algorithm, KeepsState, load_state, policies_of, state_of
+from rayhf.algorithms.base import (
+    Algorithm,
+    KeepsState,
+    generates,
+    load_state,
+    policies_of,
+    state_of,
+)
 from rayhf.campaign.data import CampaignData
 from rayhf.campaign.evaluator import Evaluator
 from rayhf.campaign.iteration import ExploredIteration, IterationExplorer
@@ -23,7 +30,7 @@ from rayhf.campaign.persistence import check_data, installed_packages, load_role
 from rayhf.campaign.training import Trainer
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import InterruptedRunError, PausedError
-from rayhf.exploration.metrics import exploration_metrics
+from rayhf.exploration.metrics import exploration_metrics, source_metrics
 from rayhf.monitoring.guards import check_guards
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
@@ -95,6 +102,7 @@ class Controller:
         await self._restore()
         if self.iteration >= self.config.run.iterations:
             return
+        await self._verify_initial_weights()
         if self.iteration == 0:
             versions = self._version_metrics()
             self._report({"iteration": 0, **versions, **await self._evaluate(0)})
@@ -116,6 +124,7 @@ class Controller:
         metrics |= exploration_metrics(explored.groups, self.versions["policy"])
         await self.store.write_samples(iteration, explored.groups)
         selected = await self._trainer.select(iteration, explored.groups, metrics)
+        metrics |= source_metrics(explored.groups, selected.examples)
         seconds = explored.seconds
         # The groups are most of an iteration's memory: free them before training, while the next
         # iteration may already be exploring.
@@ -194,7 +203,7 @@ class Controller:
     # ---------------------------------------------------------------------- sync
 
     async def _sync(self, iteration: int, changed: set[str]) -> None:
-        """Send the new weights to every engine, and to the reference when its schedule says so.
+        """Send the new weights to the engines that use them, and to the reference when it is due.
 
         Waits until no exploration is in flight.
         """
@@ -202,16 +211,34 @@ class Controller:
         if self._explorations:
             await asyncio.wait(self._explorations.values())
         async with self._timed("sync"):
+            engines = self._uses_engines(iteration)
             for policy in sorted(changed):
                 mix = self._reference_mix(iteration) if policy == "policy" else None
-                snapshot = await self._push(policy, stored=mix is not None)
+                if mix is None and not engines:
+                    continue
+                snapshot = await self._push(policy, stored=mix is not None, engines=engines)
                 if mix is not None and self.roles.reference is not None:
                     await self.roles.reference.update(snapshot, mix=mix)
 
-    async def _push(self, policy: str, *, stored: bool = False) -> WeightSnapshot:
+    async def _verify_initial_weights(self) -> None:
+        """Check that engines and learner loaded the same weights; a sync does it for later ones."""
+        for policy, rollout in self.roles.rollouts.items():
+            if self.versions[policy] == 0:
+                await rollout.verify(await self.roles.learners[policy].probe())
+
+    async def _push(
+        self, policy: str, *, stored: bool = False, engines: bool = True
+    ) -> WeightSnapshot:
         snapshot = await self.roles.learners[policy].publish(self.versions[policy], stored=stored)
-        await self.roles.rollouts[policy].update(snapshot)
+        if engines:
+            await self.roles.rollouts[policy].update(snapshot)
         return snapshot
+
+    def _uses_engines(self, iteration: int) -> bool:
+        """Return whether anything is generated with the weights of `iteration`."""
+        return generates(self.algorithm) or self._evaluator.generates(
+            self._evaluator.due(iteration)
+        )
 
     def _reference_mix(self, iteration: int) -> float | None:
         """Return the share of the new weights that the reference takes; None where it stays."""
@@ -244,6 +271,7 @@ class Controller:
             evaluations=self.data.evaluation_state(),
             prompts=self.data.prompts.fingerprint,
             pairs=self.data.pairs,
+            inputs=dict(self.data.inputs),
             config=self.config.model_dump(mode="json"),
             packages=installed_packages(),
         )
@@ -256,6 +284,8 @@ class Controller:
         for policy, learner in self.roles.learners.items():
             exported = self.store.policy_directory(policy)
             await learner.export(exported)
+            for name, text in self.data.exported_files.items():
+                (exported / name).write_text(text, encoding="utf-8")
             self.store.publish_policy(exported, policy)
         finished = iteration >= self.config.run.iterations
         self.store.commit(
@@ -273,7 +303,7 @@ class Controller:
             self.store.rewind(-1)
             return
         state = checkpoint.state
-        check_data(state, prompts=self.data.prompts.fingerprint, pairs=self.data.pairs)
+        check_data(state, self.data)
         self.store.rewind(checkpoint.iteration)
         self.iteration = state.iteration
         self.versions.update(state.versions)
@@ -286,7 +316,7 @@ class Controller:
         self.data.load_evaluation_state(state.evaluations)
         await load_roles(checkpoint.directory, self.roles, self.algorithm)
         for policy, version in self.versions.items():
-            if version:
+            if version and policy in self.roles.rollouts:
                 await self._push(policy)
         self.observer.event(
             "continue", f"after iteration {self.iteration}, from {checkpoint.directory.name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,8 +22,20 @@ class CampaignData:
     heldout: tuple[Prompt, ...] = ()
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     """The config's further evaluations, by task."""
+    commits: Mapping[str, str] = field(default_factory=dict)
+    """Commits of the hub data sets that were read, by name."""
     pairs: str | None = None
     """Fingerprint of the offline pairs; the algorithm holds the pairs themselves."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of the chat template, the rendered prompts and the files of models, by name."""
+    exported_files: Mapping[str, str] = field(default_factory=dict)
+    """Texts of files, by name, that an exported policy has instead of its directory's."""
+
+    @property
+    def inputs_hash(self) -> str:
+        """One hash of `inputs`."""
+        text = json.dumps(dict(self.inputs), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def evaluation_state(self) -> dict[str, JsonObject]:
         """Return the state that evaluations have accumulated, by task."""

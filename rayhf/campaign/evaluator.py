@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rayhf.algorithms.base import Algorithm, WorksAtTestTime
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.campaign.iteration import IterationExplorer
+from rayhf.config.scorers import names_of
 from rayhf.evaluation.base import EvaluationContext
 from rayhf.evaluation.scored import evaluate
 from rayhf.types import Completion, Group, Prompt, Sample, derive_seed
@@ -31,6 +32,11 @@ class Evaluator:
         return [
             task for task, every in intervals.items() if always or (every and not iteration % every)
         ]
+
+    def generates(self, tasks: Sequence[str | None]) -> bool:
+        """Whether any of `tasks` generates completions."""
+        evaluations = self._config.evaluations
+        return any(task is None or evaluations[task].generates for task in tasks)
 
     async def measure(
         self, tasks: Sequence[str | None], *, restore_scorer: bool
@@ -100,8 +106,11 @@ class Evaluator:
 
     @property
     def _scores_alone(self) -> bool:
-        """Whether the training scorer can score a completion without others of its prompt."""
-        return not any(entry.is_pairwise for entry in self._config.scorer.train)
+        """Whether the training scorer can score the held-out completions, one per prompt."""
+        entries = self._config.scorer.train
+        names = set(names_of(entries))
+        judged = all(p.scorers is None or names & set(p.scorers) for p in self._data.heldout)
+        return bool(entries) and judged and not any(entry.is_pairwise for entry in entries)
 
 
 def _at_test_time(algorithm: Algorithm) -> bool:

@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rayhf.algorithms.base import Algorithm
+from rayhf.algorithms.base import Algorithm, generates
 from rayhf.campaign.data import CampaignData
 from rayhf.config.schema import CampaignConfig
-from rayhf.data.prompts import iteration_batch, parse_prompt
+from rayhf.data.prompts import parse_prompt
 from rayhf.errors import ConfigError
 from rayhf.exploration.build import build_scheduler
 from rayhf.exploration.journal import Journal
@@ -74,17 +74,22 @@ class IterationExplorer:
             journal=journal,
             in_flight=run.max_in_flight
             or max(IN_FLIGHT, 2 * rollout.engines * rollout.max_num_seqs),
+            score_calls=self.config.scorer.calls_in_flight,
         )
 
     def prompts_of(self, iteration: int) -> Sequence[Prompt]:
         """Return the iteration's prompts; prompts added at run time replace those of the set."""
         batch = self.config.prompts.batch
-        dealt = iteration_batch(
-            self.data.prompts.prompts, batch=batch, iteration=iteration, seed=self.config.seed
-        )
+        dealt = self.data.prompts.batch(batch=batch, iteration=iteration, seed=self.config.seed)
         added: dict[str, Prompt] = {}
         room = self.data.chat.max_length - self.sampling.max_tokens
-        for row in self.store.inbox.take("prompts", iteration, limit=batch):
+        submitted = self.store.inbox.take("prompts", iteration, limit=batch)
+        if submitted and not generates(self.algorithm):
+            self.observer.event(
+                "warn", f"ignored {len(submitted)} added prompts: nothing is generated for training"
+            )
+            return dealt
+        for row in submitted:
             try:
                 prompt = parse_prompt(row, self.data.chat, max_prompt_tokens=room)
             except ConfigError as error:
@@ -100,7 +105,10 @@ class IterationExplorer:
         Raises ScorerError when too many completions could not be scored, and any error of a role.
         """
         prompts = self.prompts_of(iteration)
-        journal = Journal(self.store.journal_file(iteration), config_hash=self.store.config_hash)
+        journal = Journal(
+            self.store.journal_file(iteration),
+            config_hash=f"{self.store.config_hash} {self.data.inputs_hash}",
+        )
         scheduler = self.scheduler(journal)
         budget = FailureBudget(
             limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples
@@ -127,11 +135,14 @@ class IterationExplorer:
             )
         finally:
             journal.close()
+        if problems := budget.summary():
+            self.observer.event("warn", f"iteration {iteration}: {problems}")
+        tokens = {
+            "rollout/tokens": float(scheduler.generated_tokens),
+            "rollout/context_tokens": float(scheduler.prompt_tokens),
+        }
         return ExploredIteration(
             groups=groups,
-            tokens={
-                "rollout/tokens": float(scheduler.generated_tokens),
-                "rollout/context_tokens": float(scheduler.prompt_tokens),
-            },
+            tokens=tokens if generates(self.algorithm) else {},
             seconds={**scheduler.stopwatch.seconds, "explore": time.monotonic() - started},
         )

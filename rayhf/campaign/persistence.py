@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rayhf.algorithms.base import Algorithm
+from rayhf.campaign.data import CampaignData
 from rayhf.errors import CheckpointError
 from rayhf.roles import Roles
 from rayhf.run_dir.state import CheckpointState
@@ -81,14 +82,24 @@ def installed_packages() -> dict[str, str]:
     }
 
 
-def check_data(state: CheckpointState, *, prompts: str, pairs: str | None) -> None:
+def check_data(state: CheckpointState, data: CampaignData) -> None:
     """Check that the data is what the campaign was started with. Raises CheckpointError."""
     for name, before, now, source in (
-        ("prompts", state.prompts, prompts, "the source of prompts.train"),
-        ("pairs", state.pairs, pairs, "the file of offline pairs"),
+        ("prompts", state.prompts, data.prompts.fingerprint, "the source of prompts.train"),
+        ("pairs", state.pairs, data.pairs, "the file of offline pairs"),
     ):
         if before != now:
             raise CheckpointError(
                 f"{source} is not what this campaign was started with (its {name} changed); "
                 "restore it, or choose another run.dir"
             )
+    changed = [
+        name
+        for name in sorted(state.inputs.keys() | data.inputs.keys())
+        if state.inputs.get(name) != data.inputs.get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"this campaign was started with other inputs; changed since: {', '.join(changed)}; "
+            "restore them, or choose another run.dir"
+        )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rayhf.config.base import PluginConfig, Section
+from rayhf.errors import ConfigError
 
 if TYPE_CHECKING:
     from rayhf.config.schema import CampaignConfig
@@ -28,6 +29,16 @@ class AlgorithmConfig(PluginConfig):
 
     def check_prompts(self, campaign: CampaignConfig, prompts: int) -> None:
         """Refuse a number of different training prompts that is too small. Raises ConfigError."""
+
+
+def refuse_thinking(campaign: CampaignConfig, reason: str) -> None:
+    """Raise ConfigError for a campaign that splits completions into thinking and answer."""
+    if campaign.rollout.thinking is not None:
+        raise ConfigError(
+            f"rollout.thinking: {campaign.algorithm.type} does not take thinking models: {reason}; "
+            "leave it out, and set policy.chat_template_kwargs where the model can answer without "
+            "thinking"
+        )
 
 
 class InitialReference(Section):

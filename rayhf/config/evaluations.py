@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import NonNegativeInt
 
 from rayhf.config.base import PluginConfig
@@ -10,6 +12,9 @@ from rayhf.config.scorers import ScorerEntryConfig
 
 class EvaluationConfig(PluginConfig):
     """A further evaluation with its own task name."""
+
+    generates: ClassVar[bool] = True
+    """Whether it needs the rollout engines; False where log-probs of given texts are enough."""
 
     every: NonNegativeInt | None = None
     """Iterations between evaluations; also before the first and after the last iteration. Default:

@@ -177,6 +177,11 @@ def _locate(
         if section is None and part in (tags := _tags(inside)):
             section = tags[str(part)]
             continue
+        if isinstance(part, int) and data is not None and not isinstance(data, list | tuple):
+            # A single item that stands for a list of one: the user wrote no index.
+            inside = [piece for kind in inside for piece in _items(kind)]
+            section = _section_of(inside, data)
+            continue
         written.append(part)
         if position == len(loc) - 1:
             break

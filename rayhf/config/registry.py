@@ -210,6 +210,9 @@ ALGORITHMS = Registry(
         "hypo": "rayhf.algorithms.hypo:HyPO",
         "mcts_dpo": "rayhf.algorithms.mcts_dpo:MCTSDPO",
         "spar": "rayhf.algorithms.spar:SPaR",
+        "sft": "rayhf.algorithms.sft:SFT",
+        "dpo": "rayhf.algorithms.dpo:OfflineDPO",
+        "kto": "rayhf.algorithms.kto:KTO",
     },
 )
 
@@ -231,6 +234,7 @@ LOSSES = Registry(
         "sppo_hard": "rayhf.losses.preference:SPPOHard",
         "discopop": "rayhf.losses.preference:DiscoPOP",
         "clipped": "rayhf.losses.policy:ClippedSurrogate",
+        "kto": "rayhf.losses.kto:KTOLoss",
     },
 )
 
@@ -244,10 +248,19 @@ SCORERS = Registry(
         "preference_model": "rayhf.scorer.preference_model:PreferenceModel",
         "judge": "rayhf.scorer.judge_model:LocalJudge",
         "grpc": "rayhf.scorer.grpc.client:GrpcScorer",
+        "reasoning_gym": "rayhf.scorer.reasoning_gym:GymScorer",
     },
 )
 
-SOURCES = Registry("prompt source", "rayhf.sources", {"file": "rayhf.data.readers:FileSource"})
+SOURCES = Registry(
+    "prompt source",
+    "rayhf.sources",
+    {
+        "file": "rayhf.data.files:FileSource",
+        "hub": "rayhf.data.hub:HubSource",
+        "reasoning_gym": "rayhf.data.reasoning_gym:GymSource",
+    },
+)
 
 TRACKERS = Registry("tracker", "rayhf.trackers", {"wandb": "rayhf.monitoring.wandb:WandbTracker"})
 
@@ -256,6 +269,8 @@ EVALUATIONS = Registry(
     "rayhf.evaluations",
     {
         "scored": "rayhf.evaluation.scored:ScoredEvaluation",
+        "validation_loss": "rayhf.evaluation.given:ValidationLoss",
+        "pair_accuracy": "rayhf.evaluation.given:PairAccuracy",
         "exploitability": "rayhf.tiny.exploitability:Exploitability",
     },
     default="scored",

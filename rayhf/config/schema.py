@@ -6,12 +6,14 @@ The docstring under a field is its help. The one batch unit is prompts. Imports 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
+    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -27,7 +29,7 @@ from rayhf.config.models import ModelName
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS, TRACKERS
 from rayhf.config.scorers import ScorerConfig, ScorerEntryConfig
 from rayhf.config.service import ServiceConfig
-from rayhf.config.sources import PromptSource
+from rayhf.config.sources import PromptSources
 from rayhf.config.trackers import TrackerConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -109,20 +111,39 @@ class PolicyConfig(Section):
     """LoRA settings. Default: all parameters are trained."""
     max_length: PositiveInt | None = None
     """Maximum length of prompt plus completion, in tokens. Default: the model's own limit."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """Chat template in place of the tokenizer's: the path of a file, or the Jinja text itself."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables of the chat template, for example {enable_thinking: false}."""
+    chat_date: date | None = None
+    """The date that the chat template sees as today (YYYY-MM-DD), for templates that print it: a
+    campaign must render the same prompt every day. Default: such templates are refused."""
 
 
 class PromptsConfig(Section):
     """Training and held-out prompts."""
 
-    train: PromptSource
-    """Training prompts: the path of a JSONL or Parquet file with `prompt` (string) or `messages`
-    (list of role/content) and optional `answer`, or a source with its `type` and settings."""
-    heldout: PromptSource | None = None
-    """Evaluation prompts, like train. Default: no evaluation."""
+    train: PromptSources
+    """Training prompts: one source or a list of sources. A source is a path (file, directory or
+    glob), a hub data set `org/name`, or a mapping with `type` and settings. Rows have `prompt` or
+    `messages`, and optionally `answer`."""
+    heldout: PromptSources | None = None
+    """Evaluation prompts, like train. Several sources are also measured each by itself. Default: no
+    evaluation."""
     task: Name = "heldout"
     """Name of the held-out task in metrics: eval/<task>/..."""
     batch: PositiveInt = 64
     """Prompts per iteration: the one batch unit."""
+
+
+class ThinkingConfig(Section):
+    """How a thinking model marks what it writes before its answer."""
+
+    start: Annotated[str, Field(min_length=1)] = "<think>"
+    """Text that opens the thinking; written by the model, or by the chat template at the end of the
+    prompt."""
+    end: Annotated[str, Field(min_length=1)] = "</think>"
+    """Text that ends it: what follows is the answer."""
 
 
 class RolloutConfig(Section):
@@ -136,8 +157,11 @@ class RolloutConfig(Section):
     """Probability mass that nucleus sampling keeps; 1 is off."""
     top_k: NonNegativeInt = 0
     """Number of most likely tokens to sample from; 0 is off."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that end a completion, besides the model's own end of a turn. A special token may be
+    named by its text."""
+    thinking: ThinkingConfig | None = None
+    """Markers of a thinking model: scorers get the answer only. Default: all text is the answer."""
     engines: PositiveInt = 1
     """vLLM engines (data parallel)."""
     tensor_parallel: PositiveInt = 1
@@ -297,7 +321,7 @@ class CampaignConfig(Section):
     """Further evaluations by task name."""
     algorithm: Annotated[AlgorithmConfig, ALGORITHMS]
     rollout: RolloutConfig = RolloutConfig()
-    scorer: ScorerConfig
+    scorer: ScorerConfig = ScorerConfig()
     reference: ReferenceConfig = ReferenceConfig()
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -310,6 +334,13 @@ class CampaignConfig(Section):
     service: ServiceConfig | None = None
     """gRPC control service of the running campaign: status, watch, pause, stop, adding prompts and
     human preferences. Default: none."""
+
+    @property
+    def evaluates_completions(self) -> bool:
+        """Whether any evaluation generates completions, and so needs the rollout engines."""
+        return self.prompts.heldout is not None or any(
+            evaluation.generates for evaluation in self.evaluations.values()
+        )
 
     @property
     def evaluator_scorers(self) -> dict[str | None, tuple[ScorerEntryConfig, ...]]:

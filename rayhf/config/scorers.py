@@ -2,7 +2,7 @@
 
 The settings of each scorer stand beside its code (rayhf/scorer/); `type` names it. Everything that
 the planner, the preflight checks and the service must know of a scorer is a fact that its settings
-declare: `is_pairwise`, `is_normalized`, `uses_gpu`, `runs_engine`, `loads`.
+declare: `is_pairwise`, `is_normalized`, `is_concurrent`, `uses_gpu`, `runs_engine`, `loads`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ class ScorerEntryConfig(PluginConfig):
     name: Name | None = None
     """Name in metrics and samples. Default: the function's or the class's name, or the type."""
     weight: float = 1.0
+    text: Literal["final", "whole"] = "final"
+    """What it reads of a thinking model's completion: the final answer, or the thinking as well."""
 
     @property
     def default_name(self) -> str:
@@ -97,6 +99,11 @@ class ScorerEntryConfig(PluginConfig):
     @property
     def is_normalized(self) -> bool:
         """Whether its scores are normalized by statistics of the campaign so far."""
+        return False
+
+    @property
+    def is_concurrent(self) -> bool:
+        """Whether several calls may run at the same time, in threads."""
         return False
 
     @property
@@ -167,6 +174,11 @@ def _check_names(entries: tuple[ScorerEntryConfig, ...]) -> tuple[ScorerEntryCon
     return entries
 
 
+def names_of(entries: Sequence[ScorerEntryConfig]) -> tuple[str, ...]:
+    """Return the entries' names, which a row may give as its scorers."""
+    return tuple(entry.resolved_name for entry in entries)
+
+
 ScorerEntries = Annotated[
     tuple[ScorerEntry, ...], Field(min_length=1), AfterValidator(_check_names)
 ]
@@ -232,10 +244,24 @@ def _list(weights: Sequence[float]) -> str:
 class ScorerConfig(CombinedScorersConfig):
     """The campaign's scorers."""
 
+    train: ScorerEntries = ()
+    """Combined, they are the score. Empty only where nothing is generated for training."""
     evaluate: ScorerEntries | None = None
     """For held-out evaluation only. Default: the training scorers."""
     max_failed: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of an iteration's completions that may be Failed or Invalid before the run stops."""
+    in_flight: PositiveInt = 8
+    """Calls of the training scorers in flight, where all of them take several at a time (rules,
+    judges and services behind an endpoint) and none is normalized; otherwise calls follow each
+    other, with all that waits in one call."""
+    replicas: PositiveInt = 1
+    """Actors of the training scorers; the completions of a call are divided among them."""
     attempts: PositiveInt = 4
     """Maximum number of calls for a completion whose scorer is unreachable. A scorer that responds
     to nothing pauses the campaign until it is back."""
+
+    @property
+    def calls_in_flight(self) -> int:
+        """Calls of the training scorers that may be in flight at a time."""
+        several = all(entry.is_concurrent and not entry.is_normalized for entry in self.train)
+        return self.in_flight if several else 1

@@ -7,8 +7,10 @@ end a turn or begin one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from rayhf.errors import ConfigError
 from rayhf.types import Message
@@ -22,18 +24,98 @@ def render(
 ) -> tuple[int, ...]:
     """Return the token ids of a conversation under the chat template, generation prompt included.
 
-    Special tokens are the template's own; the tokenizer adds none. Raises ConfigError, beginning
-    with `where`, if the template refuses the messages.
+    Raises ConfigError as `render_prompt` and `encode_prompts`.
     """
-    from jinja2 import TemplateError
+    text = render_prompt(tokenizer, messages, where=where)
+    (token_ids,) = encode_prompts(tokenizer, [(where, text)])
+    return tuple(token_ids)
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    where: str,
+) -> str:
+    """Return a conversation under the chat template, generation prompt included.
+
+    Raises ConfigError, beginning with `where`, if the template refuses the messages or leaves the
+    question out.
+    """
+    text = render_text(tokenizer, messages, tools=tools, generation_prompt=True, where=where)
+    last = messages[-1]
+    if last["role"] == "user" and last["content"].strip() not in text:
+        raise ConfigError(
+            f"{where}: the chat template leaves out the content of the last message, it renders "
+            f"{text[-80:]!r}; set policy.chat_template to one that writes it"
+        )
+    return text
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str]]
+) -> list[list[int]]:
+    """Return the token ids of (where, rendered text).
+
+    Special tokens are the template's own; the tokenizer adds none. Raises ConfigError, beginning
+    with `where`, for a text without tokens.
+    """
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer([text for _, text in texts], add_special_tokens=False)[
+        "input_ids"
+    ]
+    for (where, _), token_ids in zip(texts, ids, strict=True):
+        if not token_ids:
+            raise ConfigError(f"{where}: the chat template renders nothing")
+    return ids
+
+
+def render_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    generation_prompt: bool,
+    where: str,
+) -> str:
+    """Return a conversation under the chat template.
+
+    Raises ConfigError, beginning with `where`, if the template refuses the messages, fails, or
+    prints the date.
+    """
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    def refuse_clock(form: str) -> str:
+        raise ConfigError(
+            f"{where}: the chat template prints the date (strftime_now({form!r})), so the prompt "
+            "would change from day to day; set policy.chat_date to the date that it shall print, "
+            f"for example {date.today()}"
+        )
 
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else list(tools),
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                strftime_now=refuse_clock,
+            )
         )
+    except ConfigError:
+        raise
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"{where}: the chat template is not valid Jinja: {error.message}, line {error.lineno}"
+        ) from None
     except TemplateError as error:
         raise ConfigError(f"{where}: the chat template refuses the messages ({error})") from None
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # noqa: BLE001  whatever an expression in the template raises
+        raise ConfigError(
+            f"{where}: the chat template fails: {type(error).__name__}: {error}"
+        ) from None
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -59,6 +141,22 @@ def special_token_escaper(tokenizer: PreTrainedTokenizerBase) -> Callable[[str],
     return escape
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the special token that the chat template writes after an assistant's turn.
+
+    None where it writes none, or takes no such conversation.
+    """
+    answer = "the answer of the assistant"
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = render_text(tokenizer, turns, generation_prompt=False, where="chat template")
+    except ConfigError:
+        return None
+    _, found, rest = text.rpartition(answer)
+    tokens = special_tokens(tokenizer) if found else []
+    return next((token for token in tokens if rest.lstrip().startswith(token)), None)
+
+
 class Chat:
     """The policy's chat template, for what a campaign renders besides its prompts."""
 
@@ -73,12 +171,79 @@ class Chat:
 
         Raises ConfigError if the template refuses the messages.
         """
-        escaped = [{"role": m["role"], "content": self._escape(m["content"])} for m in messages]
+        escaped = [{**m, "content": self._escape(m["content"])} for m in messages]
         return render(self._tokenizer, escaped, where="chat template")
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Return the text that an engine gives a completion with these tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    # --- whole conversations with assistant turns, contents as they are
+
+    @cached_property
+    def end_token(self) -> str | None:
+        """Token that ends an assistant's turn: the template's, else the tokenizer's."""
+        token = end_of_turn(self._tokenizer) or self._tokenizer.eos_token
+        return None if token is None else str(token)
+
+    @property
+    def end_token_id(self) -> int | None:
+        """Id of `end_token`."""
+        if self.end_token is None:
+            return None
+        return int(self._tokenizer.convert_tokens_to_ids(self.end_token))
+
+    def without_space_after_end(self, text: str) -> str:
+        """Return the text without white space after its last special token, if it ends so.
+
+        Templates write such white space after a turn; a model never does.
+        """
+        stripped = text.rstrip()
+        return stripped if stripped.endswith(self._special_tokens) else text
+
+    @cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        return tuple(special_tokens(self._tokenizer))
+
+    @cached_property
+    def marks_generation(self) -> bool:
+        """Whether the template marks the assistant's text with {% generation %}."""
+        template = self._tokenizer.chat_template
+        return isinstance(template, str) and bool(re.search(r"\{%-?\s*generation\b", template))
+
+    def template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        generation_prompt: bool = False,
+    ) -> str:
+        """Return the text of a conversation. Raises ConfigError if the template refuses it."""
+        return render_text(
+            self._tokenizer,
+            messages,
+            tools=tools,
+            generation_prompt=generation_prompt,
+            where="policy.model",
+        )
+
+    def tokens_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the token ids of a rendered text, and the characters (begin, end) of each."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
+    def generation_mask(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """Return the token ids of a conversation and whether the template marks each."""
+        encoded = self._tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            tools=None if tools is None else list(tools),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return list(encoded["input_ids"]), [bool(marked) for marked in encoded["assistant_masks"]]
 
     def encode_response(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
         """Return the token ids of `text` as the assistant's turn after `messages`.
@@ -86,15 +251,10 @@ class Chat:
         They include what the template puts at the end of a turn. Raises ConfigError if the template
         does not render the conversation with the response as an extension of the one without.
         """
-        prompt = str(
-            self._tokenizer.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
-            )
-        )
-        turns = [*map(dict, messages), {"role": "assistant", "content": text}]
-        conversation = str(
-            self._tokenizer.apply_chat_template(turns, add_generation_prompt=False, tokenize=False)
-        )
+        where = "chat template"
+        prompt = render_text(self._tokenizer, messages, generation_prompt=True, where=where)
+        turns = [*messages, {"role": "assistant", "content": text}]
+        conversation = render_text(self._tokenizer, turns, generation_prompt=False, where=where)
         if not conversation.startswith(prompt):
             raise ConfigError(
                 "policy.model: the chat template renders a conversation with a response "
@@ -105,9 +265,8 @@ class Chat:
         # Templates may end a turn with white space after the end-of-turn token, which the model
         # never generates.
         response = conversation[len(prompt) :]
-        end_token = self._tokenizer.eos_token
-        if end_token and (end := response.rfind(end_token)) >= 0:
-            end += len(end_token)
+        if self.end_token and (end := response.rfind(self.end_token)) >= 0:
+            end += len(self.end_token)
             if not response[end:].strip():
                 response = response[:end]
         return tuple(self._tokenizer(response, add_special_tokens=False)["input_ids"])

@@ -1,7 +1,8 @@
 """Preference pairs from a file: read, checked, and encoded as training examples.
 
-A row has `prompt` (string) or `messages` (list), `chosen` and `rejected` (different texts), and
-optionally `margin` (how much better, 0 or more), `score_chosen` and `score_rejected` (ratings).
+A row has `prompt` or `messages`, `chosen` and `rejected` (texts or messages, see
+rayhf/data/responses.py), and optionally `margin` (how much better, 0 or more), `score_chosen`
+and `score_rejected` (ratings).
 Error messages name the file and the row.
 """
 
@@ -14,8 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayhf.data.chat import Chat
-from rayhf.data.prompts import iteration_batch, parse_messages, prompt_id
-from rayhf.data.readers import Row, read_rows
+from rayhf.data.columns import Row
+from rayhf.data.examples import EncodedExample, EncodedRow, content_id, encoded_row
+from rayhf.data.mixing import iteration_batch
+from rayhf.data.prompts import prompt_id
+from rayhf.data.readers import read_rows
+from rayhf.data.responses import completion_of, pair_of, prompt_of
 from rayhf.errors import ConfigError
 from rayhf.types import Example, Message, given_row
 
@@ -63,7 +68,7 @@ def load_pairs(path: Path, *, key: str) -> PairSet:
     places: list[str] = []
     identical = 0
     for where, row in read_rows(path, key=key):
-        pair = _parse_pair(row, where)
+        pair = parse_pair(row, where)
         if pair.chosen == pair.rejected:
             identical += 1
             continue
@@ -78,10 +83,9 @@ def load_pairs(path: Path, *, key: str) -> PairSet:
     return PairSet(pairs=tuple(pairs), places=tuple(places), identical=identical)
 
 
-def _parse_pair(row: Row, where: str) -> TextPair:
-    messages = parse_messages(row, where)
-    chosen = _text(row, "chosen", where)
-    rejected = _text(row, "rejected", where)
+def parse_pair(row: Row, where: str) -> TextPair:
+    """Return the pair of a row. Raises ConfigError, beginning with `where`."""
+    messages, chosen, rejected = pair_of(row, where)
     margin = _number(row, "margin", where)
     if margin is not None and margin < 0:
         raise ConfigError(f"{where}: `margin` is {margin:g}; expected 0 or more")
@@ -93,15 +97,6 @@ def _parse_pair(row: Row, where: str) -> TextPair:
         score_chosen=_number(row, "score_chosen", where),
         score_rejected=_number(row, "score_rejected", where),
     )
-
-
-def _text(row: Row, field: str, where: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise ConfigError(
-            f"{where}: expected `{field}` (string), got keys {', '.join(sorted(row))}"
-        )
-    return value
 
 
 def _number(row: Row, field: str, where: str) -> float | None:
@@ -137,6 +132,59 @@ def encode_pairs(pairs: Sequence[TextPair], chat: Chat, *, key: str) -> tuple[Ex
             Example(rows=rows, scalars={} if pair.margin is None else {"margin": pair.margin})
         )
     return tuple(examples)
+
+
+def encode_pair(row: Row, where: str, chat: Chat) -> EncodedExample | None:
+    """Return a row's pair with the rows (chosen, rejected); None where both texts are the same.
+
+    Raises ConfigError, beginning with `where`, for a malformed row.
+    """
+    pair = parse_pair(row, where)
+    if pair.chosen == pair.rejected:
+        return None
+    return EncodedExample(
+        prompt_id=content_id("pair", pair.messages, pair.chosen, pair.rejected),
+        rows=_responses(pair.messages, (pair.chosen, pair.rejected), chat),
+        scalars={} if pair.margin is None else {"margin": pair.margin},
+    )
+
+
+def encode_labeled(row: Row, where: str, chat: Chat) -> list[EncodedExample]:
+    """Return a row's response with the scalar `desirable`, 1 or 0.
+
+    A row has a prompt, `completion` (or `response`) and `label` (true or false). A pair counts as
+    two: `chosen` with true and `rejected` with false. Raises ConfigError, beginning with `where`,
+    for a malformed row.
+    """
+    if row.get("chosen") is not None:
+        messages, chosen, rejected = pair_of(row, where)
+        labeled = [(chosen, True), (rejected, False)]
+    else:
+        completion = completion_of(row, prompt_of(row, where), where)
+        label = row.get("label")
+        if completion is None or label not in (True, False):
+            raise ConfigError(
+                f"{where}: expected `prompt`, `completion` and `label` (true or false), or a pair "
+                f"with `chosen` and `rejected`, got keys {', '.join(sorted(row))}"
+                + (f" and label {label!r:.20}" if "label" in row else "")
+            )
+        messages, text = completion
+        labeled = [(text, bool(label))]
+    return [
+        EncodedExample(
+            prompt_id=content_id("labeled", messages, text, label),
+            rows=_responses(messages, (text,), chat),
+            scalars={"desirable": float(label)},
+        )
+        for text, label in labeled
+    ]
+
+
+def _responses(
+    messages: Sequence[Message], texts: Sequence[str], chat: Chat
+) -> tuple[EncodedRow, ...]:
+    prompt = chat.render(messages)
+    return tuple(encoded_row(prompt, chat.encode_response(messages, text)) for text in texts)
 
 
 def iteration_pairs(

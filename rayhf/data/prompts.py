@@ -1,8 +1,7 @@
-"""Prompts: rows of a source, checked and rendered with the policy's chat template.
+"""Prompts: rows of sources, checked and rendered with the policy's chat template.
 
-In: a source of rows with `prompt` (string) or `messages` (list of {"role", "content"}), and
-optionally `answer`, the reference answer. Out: a `PromptSet`, and the batch of each iteration: a
-pure function of (seed, iteration), so that the loader has no state to save. Error messages name the
+In: sources of rows (readers.py). Out: a `PromptSet`, and the batch of each iteration: a pure
+function of (seed, iteration), so that the loader has no state to save. Error messages name the
 source and the row.
 """
 
@@ -10,121 +9,263 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-from rayhf.data.chat import Chat, render
-from rayhf.data.readers import Row, Source, named_rows
-from rayhf.errors import ConfigError
-from rayhf.types import Message, Prompt, derive_seed
+from rayhf.config.sources import SourceConfig
+from rayhf.data.chat import Chat, encode_prompts, render_prompt
+from rayhf.data.columns import PlacedRow, Row
+from rayhf.data.conversations import parse_answer, parse_messages, parse_tools, prompt_messages
+from rayhf.data.mixing import Schedule, iteration_batch, mixed_batch, shared_out
+from rayhf.data.readers import Source, named_rows
+from rayhf.errors import ConfigError, nearest
+from rayhf.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["PromptSet", "check_row", "iteration_batch", "load_prompts", "parse_messages"]
 
-Item = TypeVar("Item")
-
-
-def parse_messages(row: Row, where: str) -> tuple[Message, ...]:
-    """Return the conversation of a row: `prompt` as one user message, or `messages`.
-
-    Raises ConfigError, beginning with `where`, for a row that has neither or a malformed one.
-    """
-    prompt = row.get("prompt")
-    messages = row.get("messages")
-    if (prompt is None) == (messages is None):
-        keys = ", ".join(sorted(row)) or "nothing"
-        raise ConfigError(
-            f"{where}: expected either `prompt` (string) or `messages` (list), got keys {keys}"
-        )
-    if prompt is not None:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ConfigError(f"{where}: `prompt` must be a non-empty string, got {prompt!r:.60}")
-        return ({"role": "user", "content": prompt},)
-    if not isinstance(messages, list) or not messages:
-        raise ConfigError(f"{where}: `messages` must be a non-empty list, got {messages!r:.60}")
-    for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        ):
-            raise ConfigError(
-                f"{where}: a message must have string `role` and `content`, got {message!r:.60}"
-            )
-    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
-
-
-def _parse_answer(row: Row, where: str) -> str | None:
-    answer = row.get("answer")
-    if answer is None or isinstance(answer, str):
-        return answer
-    if isinstance(answer, bool) or not isinstance(answer, int | float):
-        raise ConfigError(f"{where}: `answer` must be a string or a number, got {answer!r:.60}")
-    return str(answer)
+_CHUNK = 1024
+"""Prompts that are tokenized at once."""
 
 
 def check_row(row: Row, where: str) -> None:
     """Raise ConfigError, beginning with `where`, for a row that is not a prompt."""
-    parse_messages(row, where)
-    _parse_answer(row, where)
+    prompt_messages(row, where)
+    parse_answer(row, where)
 
 
-def prompt_id(messages: Sequence[Message], answer: str | None) -> str:
-    """Return 16 hex digits that depend on the content only."""
-    text = json.dumps([list(map(dict, messages)), answer], ensure_ascii=False, sort_keys=True)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+def prompt_id(
+    messages: Sequence[Message], answer: str | None, *, further: Mapping[str, object] | None = None
+) -> str:
+    """Return 16 hex digits that depend on the content only.
+
+    `further` is what policy and scorers see besides: the row's other columns, its scorers.
+    """
+    content: list[Any] = [list(map(dict, messages)), answer]
+    if further:
+        content.append(further)
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    return _digest(text, 8)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def _digest(text: str, size: int) -> str:
+    """Return a hash of `size` bytes as hex digits."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """Prompts of one source in its order, without exact repetitions."""
+    """Prompts of one source or several, source by source in their order, without repetitions."""
 
     prompts: tuple[Prompt, ...]
     duplicates: int
-    """Rows left out because they repeat an earlier one."""
+    """Rows left out because they repeat an earlier one of their source in all columns."""
     label: str
-    """Name of the source in messages."""
+    """Name of the source or the sources in messages."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """By the name of a source; empty where there is only one."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash that changes when any prompt, its reference answer, or the order changes."""
-        return hashlib.blake2b(
-            "".join(p.prompt_id for p in self.prompts).encode(), digest_size=16
-        ).hexdigest()
+        """Hash that changes when any prompt, its columns, the order or the mixing changes."""
+        text = "".join(p.prompt_id for p in self.prompts)
+        if self.weights:
+            sizes = {name: len(own) for name, own in self.by_source.items()}
+            text += json.dumps([dict(self.weights), sizes])
+        return _digest(text, 16)
+
+    @cached_property
+    def by_source(self) -> dict[str, tuple[Prompt, ...]]:
+        """The prompts by the name of their source, in the order of the config."""
+        if not self.weights:
+            return {"": self.prompts}
+        groups: dict[str, list[Prompt]] = {name: [] for name in self.weights}
+        for prompt in self.prompts:
+            groups[prompt.source].append(prompt)
+        return {name: tuple(group) for name, group in groups.items()}
+
+    def batch(self, *, batch: int, iteration: int, seed: int) -> list[Prompt]:
+        """Return the prompts of `iteration` (from 1), by the weights of the sources."""
+        schedule = self._schedules.get(batch)
+        if schedule is None:
+            schedule = self._schedules[batch] = self._schedule(batch)
+        return mixed_batch(self.by_source, schedule, iteration=iteration, seed=seed)
+
+    def check_batches(self, *, batch: int, iterations: int, key: str) -> None:
+        """Raise ConfigError where a source has fewer prompts than some iteration takes of it."""
+        try:
+            schedule = self._schedule(batch)
+            schedule.of(min(iterations, schedule.period))
+        except ValueError as error:
+            if not self.weights:
+                raise ConfigError(
+                    f"prompts.batch is {batch}, but {self.label} has only {len(self.prompts)} "
+                    f"different prompts; expected at most {len(self.prompts)}"
+                ) from None
+            raise ConfigError(f"{key}: {error}; lower its weight or prompts.batch") from None
+
+    def first(self, limit: int | None) -> tuple[Prompt, ...]:
+        """Return at most `limit` prompts, by the weights of the sources; None is all."""
+        if limit is None:
+            return self.prompts
+        return tuple(shared_out(self.by_source, self._weights, limit))
+
+    @property
+    def _weights(self) -> Mapping[str, float]:
+        return self.weights or {"": 1.0}
+
+    @cached_property
+    def _schedules(self) -> dict[int, Schedule]:
+        return {}
+
+    def _schedule(self, batch: int) -> Schedule:
+        sizes = {name: len(own) for name, own in self.by_source.items()}
+        return Schedule(self._weights, sizes, batch=batch)
 
 
-def load_prompts(
-    source: Source, tokenizer: PreTrainedTokenizerBase, *, key: str, max_prompt_tokens: int
-) -> PromptSet:
-    """Read, check and render every prompt of `source`, which the config key `key` names.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptReader:
+    """Makes prompts of rows.
 
-    Raises ConfigError for a malformed row, for a prompt that is too long, and for an empty source.
+    Args:
+        tokenizer: the policy's.
+        max_prompt_tokens: longest prompt.
+        scorers: names that a row or a source may give as its scorers; None: any.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_prompt_tokens: int
+    scorers: Collection[str] | None = None
+
+    def read(
+        self, source: Source, config: SourceConfig, *, name: str, key: str
+    ) -> tuple[list[Prompt], int]:
+        """Return the prompts of one source, and the number of repeated rows.
+
+        Raises ConfigError for a malformed row, for a prompt that is too long, and for an empty
+        source.
+        """
+        prompts: dict[str, Prompt] = {}
+        repeated = 0
+        shared: dict[int, int] = {}  # one object for each token: a third of the memory
+        for chunk in _chunks(named_rows(source, key=key)):
+            parsed = {}
+            for where, row in chunk:
+                prompt, text = self._parse(row, config, name=name, where=where)
+                if prompt.prompt_id in prompts or prompt.prompt_id in parsed:
+                    repeated += 1
+                else:
+                    parsed[prompt.prompt_id] = (where, prompt, text)
+            texts = [(where, text) for where, _, text in parsed.values()]
+            encoded = encode_prompts(self.tokenizer, texts)
+            for (where, prompt, _), token_ids in zip(parsed.values(), encoded, strict=True):
+                self._check_length(len(token_ids), where)
+                ids = tuple(shared.setdefault(token, token) for token in token_ids)
+                prompts[prompt.prompt_id] = replace(prompt, token_ids=ids)
+        if not prompts:
+            raise ConfigError(
+                f"{key}: {source.label} is empty; expected at least one row with `prompt` or "
+                "`messages`"
+            )
+        return list(prompts.values()), repeated
+
+    def _parse(
+        self, row: Row, config: SourceConfig, *, name: str, where: str
+    ) -> tuple[Prompt, str]:
+        """Return the row's prompt without tokens, and its text under the chat template."""
+        cut = config.drop_last_assistant
+        messages = prompt_messages(row, where, drop_last_assistant=cut)
+        answer = parse_answer(row, where)
+        scorers = self._scorers(row, config, where)
+        further = {k: v for k, v in row.items() if k not in ("prompt", "messages", "answer")}
+        if scorers is not None:
+            further["scorers"] = list(scorers)
+        text = render_prompt(self.tokenizer, messages, tools=parse_tools(row, where), where=where)
+        prompt = Prompt(
+            prompt_id=prompt_id(messages, answer, further=further),
+            messages=messages,
+            token_ids=(),
+            reference_answer=answer,
+            row=row,
+            source=name,
+            scorers=scorers,
+        )
+        return prompt, text
+
+    def _check_length(self, tokens: int, where: str) -> None:
+        if tokens > self.max_prompt_tokens:
+            raise ConfigError(
+                f"{where}: the prompt has {tokens} tokens, but the model's length minus "
+                f"rollout.max_tokens leaves {self.max_prompt_tokens}; shorten it, or lower "
+                "rollout.max_tokens"
+            )
+
+    def _scorers(self, row: Row, config: SourceConfig, where: str) -> tuple[str, ...] | None:
+        """Return the names of the row's scorers: its column `scorers`, else those of the source."""
+        names = row.get("scorers")
+        if names is None:
+            names = config.scorers
+        if names is None:
+            return None
+        listed = names if isinstance(names, list | tuple) else [names]
+        if not listed or not all(isinstance(name, str) for name in listed):
+            raise ConfigError(
+                f"{where}: `scorers` must be a scorer's name or a list of names, got {names!r:.60}"
+            )
+        chosen = tuple(dict.fromkeys(listed))
+        for name in chosen:
+            if self.scorers is not None and name not in self.scorers:
+                raise ConfigError(
+                    f"{where}: `scorers` has {name!r}, which is not the name of a scorer"
+                    f"{nearest(name, sorted(self.scorers))}"
+                )
+        return chosen
+
+
+NamedSource = tuple[str, Source, SourceConfig]
+"""(name, source, its settings)."""
+
+
+def load_prompts(sources: Sequence[NamedSource], reader: PromptReader, *, key: str) -> PromptSet:
+    """Read, check and render every prompt of the sources, which the config key `key` names.
+
+    Args:
+        sources: in the order of the config.
+        reader: makes prompts of rows.
+        key: for messages; a source of several is `key[number]`.
+
+    Raises ConfigError; see `PromptReader.read`.
     """
     prompts: dict[str, Prompt] = {}
     duplicates = 0
-    for where, row in named_rows(source, key=key):
-        messages = parse_messages(row, where)
-        answer = _parse_answer(row, where)
-        identity = prompt_id(messages, answer)
-        if identity in prompts:
-            duplicates += 1
-            continue
-        token_ids = render(tokenizer, messages, where=where)
-        if len(token_ids) > max_prompt_tokens:
-            raise ConfigError(
-                f"{where}: the prompt has {len(token_ids)} tokens, but the model's length minus "
-                f"rollout.max_tokens leaves {max_prompt_tokens}; shorten it, or lower "
-                "rollout.max_tokens"
-            )
-        prompts[identity] = Prompt(
-            prompt_id=identity, messages=messages, token_ids=token_ids, reference_answer=answer
-        )
-    if not prompts:
-        raise ConfigError(
-            f"{key}: {source.label} is empty; expected at least one row with `prompt` or `messages`"
-        )
-    return PromptSet(prompts=tuple(prompts.values()), duplicates=duplicates, label=source.label)
+    for number, (name, source, config) in enumerate(sources):
+        own = f"{key}[{number}]" if len(sources) > 1 else key
+        read, repeated = reader.read(source, config, name=name, key=own)
+        duplicates += repeated
+        for prompt in read:
+            # A batch may have a prompt of each source: their ids must differ.
+            if prompt.prompt_id in prompts:
+                prompt = replace(prompt, prompt_id=_digest(f"{prompt.prompt_id} {name}", 8))
+            prompts[prompt.prompt_id] = prompt
+    return prompt_set(prompts.values(), sources, duplicates=duplicates)
+
+
+def prompt_set(
+    prompts: Iterable[Prompt], sources: Sequence[NamedSource], *, duplicates: int
+) -> PromptSet:
+    """Return the prompts of sources that are mixed by their weights."""
+    several = len(sources) > 1
+    return PromptSet(
+        prompts=tuple(prompts),
+        duplicates=duplicates,
+        label=", ".join(source.label for _, source, _ in sources),
+        weights={name: config.weight for name, _, config in sources} if several else {},
+    )
 
 
 def parse_prompt(row: Row, chat: Chat, *, max_prompt_tokens: int) -> Prompt:
@@ -134,8 +275,8 @@ def parse_prompt(row: Row, chat: Chat, *, max_prompt_tokens: int) -> Prompt:
     Raises ConfigError for a row that is not a prompt and for one that is too long.
     """
     where = f"inbox: submitted by {row['source']}"
-    messages = parse_messages(row, where)
-    answer = _parse_answer(row, where)
+    messages = prompt_messages(row, where)
+    answer = parse_answer(row, where)
     token_ids = tuple(chat.render(messages))
     if len(token_ids) > max_prompt_tokens:
         raise ConfigError(
@@ -146,16 +287,12 @@ def parse_prompt(row: Row, chat: Chat, *, max_prompt_tokens: int) -> Prompt:
         messages=messages,
         token_ids=token_ids,
         reference_answer=answer,
+        row={key: row[key] for key in ("prompt", "messages", "answer") if key in row},
+        source="inbox",
     )
 
 
-def iteration_batch(items: Sequence[Item], *, batch: int, iteration: int, seed: int) -> list[Item]:
-    """Return the items of `iteration` (from 1): a slice of the epoch's seeded permutation.
-
-    An epoch has len(items) // batch iterations; the remainder, a different one each epoch, is left
-    out.
-    """
-    epoch, index = divmod(iteration - 1, len(items) // batch)
-    order = list(range(len(items)))
-    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
-    return [items[i] for i in order[index * batch : (index + 1) * batch]]
+def _chunks(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, _CHUNK)):
+        yield chunk

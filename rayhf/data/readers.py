@@ -1,22 +1,23 @@
-"""Sources of prompts, and the reader of JSONL and Parquet files.
+"""Sources of prompts: what a source is, and its rows after the changes that its config asks for.
 
-In: the `type` and settings of a source. Out: rows, which `rayhf.data.prompts` checks.
+In: the `type` and settings of a source. Out: rows of JSON values, each with the place that error
+messages name. `rayhf.data.prompts` makes prompts of them. The sources themselves are files.py,
+hub.py and reasoning_gym.py beside this file, or classes of other packages.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
-from rayhf.config.base import PluginConfig
 from rayhf.config.registry import SOURCES
+from rayhf.config.sources import SourceConfig
+from rayhf.data.columns import Columns, PlacedRow, Row
 from rayhf.errors import ConfigError
-from rayhf.models.source import tiny_hint
 
-Row = Mapping[str, object]
+__all__ = ["Row", "Source", "named_rows", "open_source", "read_rows", "row_name"]
 
 
 class Source(Protocol):
@@ -26,7 +27,7 @@ class Source(Protocol):
     relative paths in it start at `base`. Errors in the settings or the data are ConfigErrors.
     """
 
-    Config: ClassVar[type[PluginConfig]]
+    Config: ClassVar[type[SourceConfig]]
 
     @property
     def label(self) -> str:
@@ -36,82 +37,112 @@ class Source(Protocol):
     def rows(self) -> Iterator[Row]:
         """Yield the rows in an order that is the same for every call.
 
-        A row has `prompt` (string) or `messages` (list of {"role", "content"}), and optionally
-        `answer`, the reference answer.
+        A row has `prompt` (string or messages) or `messages` (list of {"role", "content"}),
+        optionally `answer`, the reference answer, and any further columns.
         """
         ...
 
 
-class FileSourceConfig(PluginConfig):
-    """Settings of a file of prompts."""
+@runtime_checkable
+class PlacesRows(Protocol):
+    """A source of several files: it knows where each row comes from."""
 
-    type: str = "file"
-    path: Path
-    """JSONL or Parquet with `prompt` (string) or `messages` (list of role/content), optional
-    `answer`."""
+    def placed_rows(self) -> Iterator[PlacedRow]:
+        """Yield the rows, each after its place, for example "data/a.jsonl row 3"."""
+        ...
 
 
-class FileSource:
-    """JSONL or Parquet file of prompts."""
+@runtime_checkable
+class PinsCommit(Protocol):
+    """A source whose content may change under the same name."""
 
-    Config: ClassVar[type[PluginConfig]] = FileSourceConfig
+    def pin(self, commits: MutableMapping[str, str]) -> None:
+        """Read the commit that `commits` has for its name, or add the present one.
 
-    def __init__(self, config: FileSourceConfig, *, base: Path) -> None:
-        self._path = base / config.path
+        Raises ConfigError where the name cannot be resolved.
+        """
+        ...
+
+
+class ShapedSource:
+    """Sources with the changes of their configs (columns, filter, limit, template), one by one."""
+
+    Config: ClassVar[type[SourceConfig]] = SourceConfig
+
+    def __init__(self, *parts: tuple[Source, Columns]) -> None:
+        self._parts = parts
 
     @property
     def label(self) -> str:
-        """Path of the file."""
-        return str(self._path)
+        """Names of the sources in error messages."""
+        return ", ".join(source.label for source, _ in self._parts)
 
     def rows(self) -> Iterator[Row]:
-        """Yield the records of the file; blank lines are skipped and not counted.
+        """Yield the changed rows."""
+        for _, row in self.placed_rows():
+            yield row
 
-        Raises ConfigError for a file that cannot be read and for a malformed row.
-        """
-        path = self._path
-        if not path.is_file():
-            raise ConfigError(
-                f"no such file {path}; expected a .jsonl or .parquet file{tiny_hint(path)}"
-            )
-        if path.suffix == ".parquet":
-            return _read_parquet(path)
-        if path.suffix in (".jsonl", ".json"):
-            return _read_jsonl(path)
-        raise ConfigError(f"{path} has ending {path.suffix!r}; expected .jsonl or .parquet")
+    def placed_rows(self) -> Iterator[PlacedRow]:
+        """Yield the changed rows, each after its place."""
+        for source, columns in self._parts:
+            yield from columns.apply(_placed(source))
 
 
-def open_source(config: PluginConfig, *, base: Path, key: str) -> Source:
-    """Return the source of `config`; relative paths in it start at `base`.
+def _placed(source: Source) -> Iterator[PlacedRow]:
+    if isinstance(source, PlacesRows):
+        yield from source.placed_rows()
+        return
+    for number, row in enumerate(source.rows(), start=1):
+        place = row_name(source.label, number)
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"{place}: expected a mapping, got {type(row).__name__}")
+        yield place, row
 
-    Raises ConfigError, which names the config key `key`, for any error of the source.
+
+def open_source(
+    *configs: SourceConfig,
+    base: Path,
+    key: str,
+    commits: MutableMapping[str, str] | None = None,
+) -> Source:
+    """Return the source of a config, or the sources of several, one after the other.
+
+    Args:
+        configs: settings; rows have the changes that these ask for.
+        base: start of relative paths in them.
+        key: the config key to name in errors.
+        commits: commits of hub data sets by name; those that are missing are added.
+
+    Raises ConfigError for any error of a source.
     """
-    source: Source
-    with _named_errors(key, config.type):
-        source = SOURCES.build(config, base=base)
-    return source
+    parts: list[tuple[Source, Columns]] = []
+    for number, config in enumerate(configs):
+        own = f"{key}[{number}]" if len(configs) > 1 else key
+        with _named_errors(own, config.type):
+            source: Source = SOURCES.build(config, base=base)
+            if isinstance(source, PinsCommit):
+                source.pin({} if commits is None else commits)
+            parts.append((source, Columns(config)))
+    return ShapedSource(*parts)
 
 
-def named_rows(source: Source, *, key: str) -> Iterator[tuple[str, Row]]:
+def named_rows(source: Source, *, key: str) -> Iterator[PlacedRow]:
     """Yield (where, row) for each row; error messages about a row begin with `where`.
 
     Raises ConfigError, which names the config key `key`, for any error of the source.
     """
-    for number, row in enumerate(_checked(source, key), start=1):
-        where = f"{key}: {row_name(source.label, number)}"
-        if not isinstance(row, Mapping):
-            raise ConfigError(f"{where}: expected a mapping, got {type(row).__name__}")
-        yield where, row
-
-
-def read_rows(path: Path, *, key: str) -> Iterator[tuple[str, Row]]:
-    """Yield (where, row) for each record of a JSONL or Parquet file, as `named_rows`."""
-    return named_rows(FileSource(FileSourceConfig(path=path), base=Path()), key=key)
-
-
-def _checked(source: Source, key: str) -> Iterator[Row]:
+    if not isinstance(source, ShapedSource):
+        source = ShapedSource((source, Columns(SourceConfig())))
     with _named_errors(key, source.label):
-        yield from source.rows()
+        for place, row in source.placed_rows():
+            yield f"{key}: {place}", row
+
+
+def read_rows(path: Path, *, key: str) -> Iterator[PlacedRow]:
+    """Yield (where, row) for each record of a file, a directory or a glob, as `named_rows`."""
+    from rayhf.data.files import FileSource, FileSourceConfig
+
+    return named_rows(FileSource(FileSourceConfig(path=path), base=Path()), key=key)
 
 
 @contextmanager
@@ -128,32 +159,3 @@ def _named_errors(key: str, label: str) -> Iterator[None]:
 def row_name(label: str, number: int) -> str:
     """Return how error messages name row `number` (from 1) of a source."""
     return f"{label} row {number}"
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        lines = (line for line in file if line.strip())
-        for number, line in enumerate(lines, start=1):
-            where = row_name(str(path), number)
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError:
-                raise ConfigError(f"{where}: not valid UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"{where}: not valid JSON ({error.msg} at column {error.colno})"
-                ) from None
-            if not isinstance(row, dict):
-                raise ConfigError(f"{where}: expected an object, got {type(row).__name__}")
-            yield row
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ConfigError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
-    yield from table.to_pylist()

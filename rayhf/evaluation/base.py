@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
-from rayhf.config.base import PluginConfig
 from rayhf.config.evaluations import EvaluationConfig
+from rayhf.config.sources import SourceConfig
 from rayhf.data.chat import Chat
 from rayhf.roles import Roles, Scorer
 from rayhf.types import JsonObject, Prompt, Sampling
@@ -30,8 +30,8 @@ class EvaluationSetup:
     chat: Chat
     heldout: tuple[Prompt, ...]
     """The campaign's held-out prompts, or its training prompts where there are none."""
-    load_prompts: Callable[[PluginConfig, str], tuple[Prompt, ...]]
-    """(source, config key) -> rendered prompts, at most run.eval_prompts. Raises ConfigError."""
+    load_prompts: Callable[[tuple[SourceConfig, ...], str], tuple[Prompt, ...]]
+    """(sources, config key) -> rendered prompts, at most run.eval_prompts. Raises ConfigError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

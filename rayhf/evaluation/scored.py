@@ -5,7 +5,7 @@ Used for prompts.heldout (`evaluate`) and for further evaluations of type scored
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,8 @@ import numpy as np
 from rayhf.config.base import Name
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.scorers import ScorerEntries, ScorerEntryConfig
-from rayhf.config.sources import PromptSource
+from rayhf.config.sources import PromptSources
+from rayhf.data.thinking import thinking_metrics
 from rayhf.errors import ScorerError
 from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
 from rayhf.roles import Reference, Rollout, Scorer
@@ -36,7 +37,7 @@ class ScoredEvaluationConfig(EvaluationConfig):
     """Further held-out prompts and their scorers."""
 
     type: str = "scored"
-    prompts: PromptSource
+    prompts: PromptSources
     """Evaluation prompts, like prompts.train."""
     scorer: ScorerEntries
     """Scorers of the completions; the metric is the weighted sum of their scores."""
@@ -96,7 +97,8 @@ async def evaluate(
     eval/<task>/{sampled,greedy} from `scorer`; eval/<task>/reward from the training scorer where it
     is another one; of the samples eval/<task>/length in tokens, eval/<task>/truncated as a share,
     and eval/<task>/reference_kl in nats per response; eval/<task>/refined is the score of the
-    samples after `improve`.
+    samples after `improve`; of a thinking model the metrics of thinking_metrics. Where the prompts
+    are of several sources, the same for each source: eval/<task>/<source>/...
 
     Prompts and seeds are the same every time, so that evaluations differ by the policy only. Raises
     ScorerError when no held-out completion could be scored.
@@ -104,19 +106,51 @@ async def evaluate(
     plain = replace(sampling, temperature=1.0, top_p=1.0, top_k=0)
     sampled = await _complete(prompts, rollout, version, plain, seed)
     greedy = await _complete(prompts, rollout, version, replace(plain, temperature=0.0), seed)
-    metrics = {
-        "sampled": await _mean(prompts, sampled, scorer),
-        "greedy": await _mean(prompts, greedy, scorer),
-        "length": float(np.mean([len(c.token_ids) for c in sampled])),
-        "truncated": float(np.mean([c.finish_reason == "length" for c in sampled])),
+    columns: dict[str, Sequence[float | None]] = {
+        "sampled": await _scores(prompts, sampled, scorer),
+        "greedy": await _scores(prompts, greedy, scorer),
+        "length": [float(len(c.token_ids)) for c in sampled],
+        "truncated": [float(c.finish_reason == "length") for c in sampled],
     }
     if improve is not None:
-        metrics["refined"] = await _mean(prompts, await improve(sampled), scorer)
+        columns["refined"] = await _scores(prompts, await improve(sampled), scorer)
     if reward is not None:
-        metrics["reward"] = await _mean(prompts, sampled, reward)
+        columns["reward"] = await _scores(prompts, sampled, reward)
     if reference is not None:
-        metrics["reference_kl"] = await _kl(prompts, sampled, reference)
-    return {f"eval/{task}/{name}": value for name, value in metrics.items()}
+        columns["reference_kl"] = await _log_ratios(prompts, sampled, reference)
+    return {
+        f"eval/{task}/{group}{metric}": value
+        for group, members in _groups(prompts).items()
+        for metric, value in {
+            **_means(columns, members),
+            **thinking_metrics([sampled[i] for i in members]),
+        }.items()
+    }
+
+
+def _groups(prompts: Sequence[Prompt]) -> dict[str, Sequence[int]]:
+    """Return all prompts, and where they are of several sources those of each: name -> indices."""
+    groups: dict[str, Sequence[int]] = {"": range(len(prompts))}
+    sources = dict.fromkeys(prompt.source for prompt in prompts)
+    if len(sources) > 1:
+        for source in sources:
+            groups[f"{source}/"] = [i for i, p in enumerate(prompts) if p.source == source]
+    return groups
+
+
+def _means(
+    columns: Mapping[str, Sequence[float | None]], members: Sequence[int]
+) -> dict[str, float]:
+    """Return the mean of each column over `members`.
+
+    None (a completion without a score) is left out, not counted as 0; a mean of nothing is no
+    metric.
+    """
+    known = {
+        name: [value for i in members if (value := values[i]) is not None]
+        for name, values in columns.items()
+    }
+    return {name: float(np.mean(values)) for name, values in known.items() if values}
 
 
 async def _complete(
@@ -135,18 +169,20 @@ async def _complete(
     return [completions[0] for completions in await rollout.generate(requests, version=version)]
 
 
-async def _mean(
+async def _scores(
     prompts: Sequence[Prompt], completions: Sequence[Completion], scorer: Scorer
-) -> float:
-    """Return the mean score; a completion that could not be scored is skipped, not counted as 0."""
+) -> list[float | None]:
+    """Return each completion's score; None for one that could not be scored.
+
+    Raises ScorerError where none could be scored.
+    """
     requests = [
         ScoreRequest(prompt=p, completions=(c,)) for p, c in zip(prompts, completions, strict=True)
     ]
     outcomes: list[Outcome] = [
         outcome for response in await scorer.score(requests) for outcome in response
     ]
-    values = [o.value for o in outcomes if isinstance(o, Scored)]
-    if not values:
+    if not any(isinstance(outcome, Scored) for outcome in outcomes):
         reason = next(
             (o.reason for o in outcomes if not isinstance(o, Scored)), "no held-out prompts"
         )
@@ -154,15 +190,15 @@ async def _mean(
             f"evaluation: none of {len(outcomes)} held-out completions could be scored; "
             f"the first: {reason}"
         )
-    return float(np.mean(values))
+    return [outcome.value if isinstance(outcome, Scored) else None for outcome in outcomes]
 
 
-async def _kl(
+async def _log_ratios(
     prompts: Sequence[Prompt], completions: Sequence[Completion], reference: Reference
-) -> float:
-    """Return the mean over completions of log p_policy - log p_reference.
+) -> list[float | None]:
+    """Return log p_policy - log p_reference of each completion.
 
-    An unbiased estimate of the sequence KL, because the policy sampled them.
+    Their mean is an unbiased estimate of the sequence KL, because the policy sampled them.
     """
     rows = [
         make_row(
@@ -173,7 +209,7 @@ async def _kl(
         for p, c in zip(prompts, completions, strict=True)
     ]
     frozen = await reference.logprobs(rows, temperature=1.0)
-    ratios = [
-        row.tokens["behavior_logp"].sum() - ref.sum() for row, ref in zip(rows, frozen, strict=True)
+    return [
+        float(row.tokens["behavior_logp"].sum() - ref.sum())
+        for row, ref in zip(rows, frozen, strict=True)
     ]
-    return float(np.mean(ratios))

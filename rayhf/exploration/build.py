@@ -21,9 +21,16 @@ def build_scheduler(
     deterministic: bool,
     journal: Journal | None = None,
     in_flight: int = IN_FLIGHT,
+    score_calls: int = 1,
 ) -> RequestScheduler:
     """Return the scheduler for one iteration; the arguments are those of RequestScheduler."""
     scheduler = WaveScheduler if deterministic else EagerScheduler
     return scheduler(
-        rollouts, scorer, chat=chat, versions=versions, journal=journal, in_flight=in_flight
+        rollouts,
+        scorer,
+        chat=chat,
+        versions=versions,
+        journal=journal,
+        in_flight=in_flight,
+        score_calls=score_calls,
     )

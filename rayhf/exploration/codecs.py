@@ -24,6 +24,7 @@ from rayhf.types import (
     Outcome,
     Scored,
     ScoreRequest,
+    Skipped,
 )
 
 RequestT = TypeVar("RequestT", bound=GenerateRequest | ScoreRequest)
@@ -70,6 +71,8 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
             "texts": [c.text for c in completions],
             "lengths": [len(c.token_ids) for c in completions],
             "reasons": [c.finish_reason for c in completions],
+            "thinking": [c.thinking for c in completions],
+            "thinking_tokens": [c.thinking_tokens for c in completions],
             "versions": [c.policy_version for c in completions],
             "logprobs": "<f4" if is_short else "<f8",
         }
@@ -79,12 +82,14 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
         size = 4 * sum(columns["lengths"])
         tokens = np.frombuffer(data[:size], dtype="<i4")
         logprobs = np.frombuffer(data[size:], dtype=columns["logprobs"])
-        names = ("texts", "reasons", "versions", "lengths")
+        names = ("texts", "reasons", "versions", "thinking", "thinking_tokens")
         start = 0
         rows = []
-        for text, reason, version, length in zip(*(columns[name] for name in names), strict=True):
+        for length, *values in zip(
+            columns["lengths"], *(columns[name] for name in names), strict=True
+        ):
             end = start + length
-            rows.append((text, reason, version, tokens[start:end], logprobs[start:end]))
+            rows.append((*values, tokens[start:end], logprobs[start:end]))
             start = end
         remaining = iter(rows)
         return ([next(remaining) for _ in range(count)] for count in columns["counts"])
@@ -100,13 +105,26 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
                 logprobs=tuple(logprobs.tolist()),
                 finish_reason=finish_reason,
                 policy_version=version,
+                thinking=thinking,
+                thinking_tokens=thinking_tokens,
             )
-            for index, (text, finish_reason, version, token_ids, logprobs) in enumerate(raw)
+            for index, (
+                text,
+                finish_reason,
+                version,
+                thinking,
+                thinking_tokens,
+                token_ids,
+                logprobs,
+            ) in enumerate(raw)
         )
 
 
 class _Score(Codec[ScoreRequest, tuple[Outcome, ...]]):
-    """Outcomes: a score without parts is a number, with parts a list, an Invalid its reason."""
+    """Outcomes: a score without parts is a number, with parts a list, an Invalid its reason.
+
+    A Skipped has its reason in a list of its own.
+    """
 
     request_type = "score"
 
@@ -121,6 +139,8 @@ class _Score(Codec[ScoreRequest, tuple[Outcome, ...]]):
 
 
 def _encode_outcome(outcome: Outcome) -> object:
+    if isinstance(outcome, Skipped):
+        return [outcome.reason]
     if not isinstance(outcome, Scored):
         return outcome.reason
     return [outcome.value, dict(outcome.parts)] if outcome.parts else outcome.value
@@ -129,6 +149,8 @@ def _encode_outcome(outcome: Outcome) -> object:
 def _restore_outcome(raw: Any) -> Outcome:
     if isinstance(raw, str):
         return Invalid(reason=raw)
+    if isinstance(raw, list) and len(raw) == 1:
+        return Skipped(reason=raw[0])
     if isinstance(raw, list):
         value, parts = raw
         return Scored(value=value, parts=parts)

@@ -1,8 +1,8 @@
 """The fast scheduler: requests are sent as early as the roles can take them.
 
 A generation is sent at once, since engines batch continuously. Score requests are sent as soon as
-the previous call has returned, together with all that arrived meanwhile. The journal is written
-several times a second: a campaign that was killed repeats its last requests.
+fewer than `score_calls` calls are in flight, together with all that arrived meanwhile. The journal
+is written several times a second: a campaign that was killed repeats its last requests.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _FLUSH_EVERY_S = 0.2
 
 
 class EagerScheduler(RequestScheduler):
-    """Sends generations at once, and score requests in one call after the other."""
+    """Sends generations at once, and score requests in a few calls at a time."""
 
     writes_through: ClassVar[bool] = False
     _calls: set[asyncio.Task[Any]]
     """Tasks with a call in progress: those of the scheduler, and any that `explore` created."""
-    _scoring: set[object]
-    """Queues with a call in progress."""
+    _senders: dict[object, int]
+    """By queue, the number of its tasks that send calls."""
 
     async def _run(self, workers: Sequence[Coroutine[object, object, None]]) -> None:
         self._calls = set()
-        self._scoring = set()
+        self._senders = {}
         tasks = [asyncio.create_task(worker) for worker in workers]
         ended = asyncio.gather(*tasks)
         try:
@@ -52,8 +52,8 @@ class EagerScheduler(RequestScheduler):
         if queue.is_continuous:
             return await self._send_one(queue, request)
         response = queue.put(request)
-        if queue not in self._scoring:
-            self._scoring.add(queue)
+        if self._senders.get(queue, 0) < self._score_calls and len(queue.pending) == 1:
+            self._senders[queue] = self._senders.get(queue, 0) + 1
             task = asyncio.create_task(self._send_batches(queue))
             self._calls.add(task)
             task.add_done_callback(self._calls.discard)
@@ -82,4 +82,4 @@ class EagerScheduler(RequestScheduler):
         await asyncio.sleep(0)  # coroutines that continue in the same turn share a call
         while pending := queue.take():
             await self._send(queue, pending)
-        self._scoring.discard(queue)
+        self._senders[queue] -= 1

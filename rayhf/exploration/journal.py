@@ -166,7 +166,8 @@ def _key(request_type: str, request: GenerateRequest | ScoreRequest) -> bytes:
         prompt = request.prompt.prompt_id
         text = f"{request_type} {request.number} {len(prompt)} {prompt}"
         for c in request.completions:
-            text += f" {c.finish_reason} {len(c.token_ids)} {len(c.text)} {c.text}"
+            written = (c.thinking or "") + c.text
+            text += f" {c.finish_reason} {len(c.token_ids)} {len(c.text)} {len(written)} {written}"
         data = text.encode(errors="surrogatepass")
     return hashlib.blake2b(data, digest_size=_KEY_BYTES).digest()
 

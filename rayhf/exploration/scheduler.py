@@ -215,6 +215,7 @@ class RequestScheduler(ABC):
         versions: Mapping[str, int],
         journal: Journal | None = None,
         in_flight: int = IN_FLIGHT,
+        score_calls: int = 1,
     ) -> None:
         """Connect to the roles.
 
@@ -225,6 +226,7 @@ class RequestScheduler(ABC):
             versions: by policy, the weight version that must generate.
             journal: responses of an earlier attempt at this iteration; gets the new ones.
             in_flight: maximum number of prompts explored at the same time.
+            score_calls: maximum number of calls of the scorer in flight.
         """
         self.chat = chat
         self.stopwatch = Stopwatch()
@@ -234,6 +236,7 @@ class RequestScheduler(ABC):
         """Tokens of the contexts they continue, once per completion."""
         self._journal = journal
         self._in_flight = in_flight
+        self._score_calls = score_calls
         self._generate = {
             policy: RequestQueue(GENERATE, _generator(rollout, versions[policy]), timer="rollout")
             for policy, rollout in rollouts.items()

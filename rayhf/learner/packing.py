@@ -51,6 +51,14 @@ def padded_tokens(micro: Sequence[int], row_lengths: Sequence[Sequence[int]]) ->
     )
 
 
+def padding_fraction(
+    shares: Sequence[Sequence[MicroBatchIndices]], row_lengths: Sequence[Sequence[int]]
+) -> float:
+    """Return the share of padding among the tokens of all ranks' micro-batches."""
+    padded = sum(padded_tokens(micro, row_lengths) for micros in shares for micro in micros)
+    return 1.0 - sum(map(sum, row_lengths)) / padded
+
+
 def _split_until_divisible(
     micros: list[MicroBatchIndices], row_lengths: Sequence[Sequence[int]], ranks: int
 ) -> None:

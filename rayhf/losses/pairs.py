@@ -98,7 +98,6 @@ class PairLoss(ABC, Generic[C]):
     """Whether the loss reads ref_logp."""
     accepts_soft_labels: ClassVar[bool] = False
     """Whether examples may carry a label_smoothing each."""
-    entropy: ClassVar[Literal["off", "metric", "loss"]] = "metric"
 
     config: C
     importance_cap: float | None = 2.0
@@ -106,6 +105,14 @@ class PairLoss(ABC, Generic[C]):
     nll_coef: float = 0.0
     """Weight of the chosen response's negative log-likelihood, mean per token (Pang et al. 2024);
     added to the one that cpo and orpo contain."""
+    sampled: bool = True
+    """Whether responses are the policy's own: only then do they measure its entropy, its KL to the
+    reference, and the mismatch with the engines."""
+
+    @property
+    def entropy(self) -> Literal["off", "metric", "loss"]:
+        """Whether entropy_T is computed, and whether it carries gradient."""
+        return "metric" if self.sampled else "off"
 
     @abstractmethod
     def per_pair(self, pairs: PairLogps) -> Tensor:
@@ -136,12 +143,12 @@ class PairLoss(ABC, Generic[C]):
             "dpo/accuracy": (chosen_P > rejected_P).to(chosen_P.dtype),
             "dpo/chosen_logp": pairs.chosen_P,
             "dpo/rejected_logp": pairs.rejected_P,
-            "dpo/importance_mean": weight_P,
-            "dpo/importance_capped": capped_P,
         }
-        metrics = policy_metrics(output_T, micro) | {
-            name: x_P.detach().sum() / count for name, x_P in means_P.items()
-        }
+        metrics = {}
+        if self.sampled:
+            means_P |= {"dpo/importance_mean": weight_P, "dpo/importance_capped": capped_P}
+            metrics = policy_metrics(output_T, micro)
+        metrics |= {name: x_P.detach().sum() / count for name, x_P in means_P.items()}
         metrics["learner/loss"] = loss.detach()
         return LossOutput(loss=loss, metrics=metrics)
 

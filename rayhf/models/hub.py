@@ -11,6 +11,7 @@ repository, no second copy of the weights in another format.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -163,9 +164,18 @@ def local_directory(name: ModelName, base: Path = Path()) -> Path:
     return Path(HF_HUB_CACHE).expanduser() / folder / "snapshots" / commit
 
 
-def is_snapshot(directory: Path) -> bool:
-    """Return whether a directory is a commit in the cache, whose weights may not be there yet."""
-    return directory.parent.name == "snapshots"
+def has_weights(directory: Path) -> bool:
+    """Return False for a commit in the cache whose weights are not all downloaded yet.
+
+    `rayhf check` only needs its config and tokenizer.
+    """
+    if directory.parent.name != "snapshots":
+        return True
+    index = directory / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((directory / name).is_file() for name in names)
 
 
 def _repository(name: ModelName) -> str:

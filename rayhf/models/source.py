@@ -8,13 +8,13 @@ are safetensors.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rayhf.errors import ConfigError
-from rayhf.models.hub import is_snapshot
+from rayhf.models.hub import has_weights
+from rayhf.models.weight_files import read_json_object, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ ModelConfig = Mapping[str, Any]
 def read_model_config(path: Path, *, key: str) -> ModelConfig:
     """Return the model's config.json.
 
-    Raises ConfigError where the directory is not a Hugging Face model.
+    Raises ConfigError where the directory is not a Hugging Face model with its weights.
     """
     if not path.is_dir():
         raise ConfigError(
@@ -42,12 +42,9 @@ def read_model_config(path: Path, *, key: str) -> ModelConfig:
         raise ConfigError(
             f"{key}: {path} has no config.json; expected a Hugging Face model directory"
         )
-    try:
-        config: ModelConfig = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{key}: {file} is not valid JSON ({error})") from None
-    if not (list(path.glob("*.safetensors")) or is_snapshot(path)):
-        raise ConfigError(f"{key}: {path} has no *.safetensors weights; other formats are not read")
+    config: ModelConfig = read_json_object(file, key=key)
+    if has_weights(path):
+        weight_files(path, key=key)
     refuse_own_code(path, config, key=key)
     return config
 
@@ -75,8 +72,8 @@ def refuse_own_code(path: Path, config: ModelConfig, *, key: str) -> None:
         )
 
 
-def load_tokenizer(path: Path, *, key: str) -> PreTrainedTokenizerBase:
-    """Load the directory's tokenizer.
+def load_tokenizer(path: Path, *, key: str, template: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the directory's tokenizer; `template` replaces its chat template.
 
     Raises ConfigError where there is none, or it has no chat template.
     """
@@ -90,10 +87,12 @@ def load_tokenizer(path: Path, *, key: str) -> PreTrainedTokenizerBase:
         raise ConfigError(
             f"{key}: the tokenizer of {path} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from None
+    if template is not None:
+        tokenizer.chat_template = template
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"{key}: the tokenizer of {path} has no chat template; add chat_template.jinja or a "
-            "chat_template entry"
+            f"{key}: the tokenizer of {path} has no chat template; add chat_template.jinja, or set "
+            "policy.chat_template"
         )
     return tokenizer
 

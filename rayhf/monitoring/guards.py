@@ -192,15 +192,33 @@ def _truncated(history: History, config: GuardsConfig) -> Verdict:
     read = _reader("rollout/truncated")
     values = _last(history, read, FEW)
     start = _first(history, read)
-    if start is None:
-        return None
-    level = _level(values, _at_least(2 * start, limits.warn), _at_least(2 * start, limits.pause))
+    level: Level | None = None
+    if start is not None:
+        level = _level(
+            values, _at_least(2 * start, limits.warn), _at_least(2 * start, limits.pause)
+        )
+    if limits.warn is not None and values and values[-1] >= 1:
+        return level or "warn", _never_ends(history[-1])
     return level and (
         level,
         f"rollout/truncated is {values[-1]:.0%} of the completions, "
         f"above guards.truncated.{level} = {getattr(limits, level):g} "
         f"and twice the first iterations' {start:.0%}: raise rollout.max_tokens, "
         "or penalize length in the reward",
+    )
+
+
+def _never_ends(line: Line) -> str:
+    """Explain why every completion of an iteration was truncated."""
+    text = "rollout/truncated is 100%: "
+    if line.get("rollout/thinking_unfinished", 0) >= 1:
+        return text + (
+            "no completion ended its thinking: raise rollout.max_tokens, or set "
+            "rollout.thinking.end to the text with which this model ends it"
+        )
+    return text + (
+        "no completion contains a stop token: raise rollout.max_tokens, or name the token that "
+        "ends this model's turn in rollout.stop; `rayhf check` prints the stop tokens"
     )
 
 

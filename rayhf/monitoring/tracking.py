@@ -30,7 +30,7 @@ from rayhf.types import JsonObject
 
 FINISH_S = 30.0
 _LINES = 1000
-COMMAND = (sys.executable, "-m", "rayhf.monitoring.tracking")
+COMMAND = (sys.executable, "-P", "-m", "rayhf.monitoring.tracking")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,19 +78,21 @@ class TrackerObserver:
         self.dropped = 0
         """Iterations that did not fit into the queue."""
         self._exited = False
+        here = os.getcwd()
+        path = [entry for entry in sys.path if entry not in ("", here)]
         with log.open("ab") as file:
             # Not in the current directory: Ray may unpack a job's directory anew while the job
             # starts, and then the current one no longer exists. The module path stays this
-            # process's: the tracker may be a class of the user's.
+            # process's, with the user's directory last: the tracker may be a class in it.
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
                 cwd=log.parent,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             )
-        self._lines.put(dict(settings))
+        self._lines.put({**settings, "user_folder": here})
         self._feeder = threading.Thread(target=self._feed, name=f"{name} tracker", daemon=True)
         self._feeder.start()
 
@@ -180,6 +182,7 @@ def _run_tracker() -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())
+    sys.path.append(settings["user_folder"])
     plugin = TRACKERS.resolve(settings["tracker"]["type"])
     config = plugin.Config.model_validate(settings["tracker"])
     tracker: Tracker = plugin(config, TrackedRun(**settings["run"]))

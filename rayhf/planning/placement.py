@@ -60,11 +60,21 @@ class NodeResources:
 
 
 def actor_specs(
-    config: CampaignConfig, *, critic: bool, reference: bool, policies: Sequence[str] = ("policy",)
+    config: CampaignConfig,
+    *,
+    critic: bool,
+    reference: bool,
+    policies: Sequence[str] = ("policy",),
+    generates: bool = True,
 ) -> list[ActorSpec]:
-    """Return the actors of a campaign. Raise ConfigError for a placement that cannot work."""
+    """Return the actors of a campaign. Raise ConfigError for a placement that cannot work.
+
+    `generates`: whether the algorithm trains on completions of the policy.
+    """
     _check(config)
-    counts = _counts(config, critic=critic, reference=reference, policies=policies)
+    counts = _counts(
+        config, critic=critic, reference=reference, policies=policies, generates=generates
+    )
     actors = [(role, index) for role, count in counts.items() for index in range(count)]
     on_gpu = config.cluster.device == "gpu"
     shared = {role: _shares_gpus(config, role) for role in counts}
@@ -94,10 +104,16 @@ def actor_specs(
 
 
 def _counts(
-    config: CampaignConfig, *, critic: bool, reference: bool, policies: Sequence[str]
+    config: CampaignConfig,
+    *,
+    critic: bool,
+    reference: bool,
+    policies: Sequence[str],
+    generates: bool,
 ) -> dict[str, int]:
     """Return the number of actors of each role."""
-    engines = config.rollout.engines
+    engines = config.rollout.engines * (generates or config.evaluates_completions)
+    scores = generates or config.prompts.heldout is not None
     ranks = config.learner.ranks
     counts = {"rollout": engines, "learner": ranks, "critic": ranks * critic}
     for other in policies[1:]:  # each further policy has engines and a learner of its own
@@ -106,7 +122,7 @@ def _counts(
     return {
         **counts,
         "reference": int(reference),
-        "scorer": 1,
+        "scorer": config.scorer.replicas * (scores and bool(config.scorer.train)),
         "evaluator": len(config.evaluator_scorers),
     }
 

@@ -197,8 +197,8 @@ class Plan:
             trained=trained,
             reference=reference,
             exported=float(exported),
-            samples=self.derived.samples_per_iteration,
-            tokens=config.rollout.max_tokens,
+            samples=max(self.derived.samples_per_iteration, config.prompts.batch),
+            tokens=min(config.rollout.max_tokens, self.length),
             length=self.length,
         )
 

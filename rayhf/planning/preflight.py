@@ -6,42 +6,38 @@ and no cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rayhf.algorithms.base import (
     Algorithm,
     TakesOfflinePairs,
-    TrainsCritic,
+    TrainsOnRows,
     TrainsSeveralPolicies,
+    generates,
 )
 from rayhf.campaign.data import CampaignData
-from rayhf.config.base import PluginConfig
-from rayhf.config.models import ModelName
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
+from rayhf.config.scorers import ScorerConfig, names_of
+from rayhf.config.sources import SourceConfig
 from rayhf.data.chat import Chat
+from rayhf.data.examples import load_examples
+from rayhf.data.loading import PromptLoader
 from rayhf.data.preferences import encode_pairs, load_pairs
-from rayhf.data.prompts import PromptSet, load_prompts
-from rayhf.data.readers import open_source
+from rayhf.data.stop_tokens import stop_token_ids
+from rayhf.data.template import check_vocabulary, exported_files, policy_tokenizer
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import Evaluation, EvaluationSetup
-from rayhf.models.architectures import check_architecture, check_critic
+from rayhf.models.directory import check_model, vocabulary_size
 from rayhf.models.hub import local_directory
-from rayhf.models.quantized import check_quantize
-from rayhf.models.source import (
-    load_tokenizer,
-    model_length,
-    read_model_config,
-    tokenizer_fingerprint,
-)
+from rayhf.models.source import model_length, read_model_config, tokenizer_fingerprint
+from rayhf.planning.architectures import check_architectures
+from rayhf.planning.inputs import input_fingerprints
+from rayhf.run_dir.state import read_state
 from rayhf.types import Prompt, TransportName
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +51,13 @@ class Derived:
 
     def table(self, config: CampaignConfig) -> list[tuple[str, str]]:
         """Return rows (name, value) for a table."""
+        steps = [
+            ("optimizer steps per iteration", f"{self.steps_per_iteration}"),
+            ("iterations", f"{config.run.iterations}"),
+            ("optimizer steps", f"{self.total_steps}"),
+        ]
+        if not self.samples_per_iteration:
+            return [("rows per iteration", f"{config.prompts.batch}"), *steps]
         return [
             ("prompts per iteration", f"{config.prompts.batch}"),
             ("responses per iteration", f"{self.samples_per_iteration}"),
@@ -62,9 +65,7 @@ class Derived:
                 "tokens per iteration",
                 f"at most {self.samples_per_iteration * config.rollout.max_tokens:,}",
             ),
-            ("optimizer steps per iteration", f"{self.steps_per_iteration}"),
-            ("iterations", f"{config.run.iterations}"),
-            ("optimizer steps", f"{self.total_steps}"),
+            *steps,
             (
                 "staleness",
                 f"{config.run.max_staleness} iteration(s)"
@@ -84,8 +85,10 @@ class Prepared:
     data: CampaignData
     max_length: int
     """Prompt plus response, in tokens."""
-    untested: tuple[str, ...] = ()
-    """Warnings of models whose architecture is not in the table of tested ones."""
+    stop_tokens: Mapping[int, str]
+    """Tokens that end a completion, by id."""
+    notes: tuple[str, ...] = ()
+    """Lines for `rayhf check`."""
 
 
 def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
@@ -115,7 +118,23 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     config.algorithm.check_campaign(config)
     algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
+    _require_scorers(config, algorithm)
     return algorithm, derive(config, algorithm)
+
+
+def _require_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
+    """Refuse a campaign that scores completions without a scorer. Raises ConfigError."""
+    example = "for example [{type: rule, function: my_rules:score}]"
+    if not config.scorer.train and generates(algorithm):
+        raise ConfigError(
+            f"scorer.train: {config.algorithm.type} scores the completions that it trains on, and "
+            f"there is no scorer; expected at least one, {example}"
+        )
+    if config.prompts.heldout and not (config.scorer.train or config.scorer.evaluate):
+        raise ConfigError(
+            "prompts.heldout: completions of its prompts are scored, and there is no scorer; "
+            f"expected scorer.evaluate, {example}"
+        )
 
 
 def transport_of(config: CampaignConfig) -> TransportName:
@@ -156,81 +175,146 @@ def transport_of(config: CampaignConfig) -> TransportName:
 def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     """Check models, tokenizers, prompts and scorers, and load what the campaign reads.
 
-    Relative paths start at `base`. Raises ConfigError.
+    Relative paths start at `base`. Hub data sets are read at the commits that the run directory has
+    recorded. Raises ConfigError.
     """
-    from rayhf.scorer.build import check_entries, check_heldout
-
     algorithm, derived = check_settings(config)
-    max_length = _check_models(config, algorithm, base)
-    untested = _check_architectures(config, algorithm, base, max_length)
-    tokenizer = load_tokenizer(local_directory(config.policy.model, base), key="policy.model")
-    load = partial(_load, config, tokenizer=tokenizer, max_length=max_length, base=base)
-    prompts = load(config.prompts.train, key="prompts.train")
-    if len(prompts.prompts) < config.prompts.batch:
-        raise ConfigError(
-            f"prompts.batch is {config.prompts.batch}, but {prompts.label} has only "
-            f"{len(prompts.prompts)} different prompts; expected at most {len(prompts.prompts)}"
-        )
-    config.algorithm.check_prompts(config, len(prompts.prompts))
+    models = _models(config, algorithm, base)
+    untested = check_architectures(config, algorithm, models)
+    max_length = _check_models(config, algorithm, models)
+    directory = models["policy.model"]
+    tokenizer = policy_tokenizer(directory, config.policy, base=base)
+    model_config = read_model_config(directory, key="policy.model")
+    check_vocabulary(tokenizer, model_config)
+    recorded = read_state(config.run.dir)
+    loader = PromptLoader(
+        tokenizer=tokenizer,
+        max_prompt_tokens=max_length - config.rollout.max_tokens,
+        embeddings=vocabulary_size(model_config),
+        base=base,
+        commits=dict(recorded.datasets) if recorded else {},
+    )
     chat = Chat(tokenizer, max_length=max_length)
+    named = names_of([*config.scorer.train, *(config.scorer.evaluate or ())])
+    if isinstance(algorithm, TrainsOnRows):
+        opened = loader.open(config.prompts.train, key="prompts.train")
+        prompts, examples = load_examples(opened, algorithm.encode, chat, key="prompts.train")
+        algorithm.set_examples(examples)
+    else:
+        prompts = loader.load(config.prompts.train, key="prompts.train", scorers=named)
+    prompts.check_batches(
+        batch=config.prompts.batch, iterations=config.run.iterations, key="prompts.train"
+    )
+    config.algorithm.check_prompts(config, len(prompts.prompts))
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
-        loaded = load(config.prompts.heldout, key="prompts.heldout")
-        heldout = loaded.prompts[: config.run.eval_prompts]
-    check_entries(config.scorer.train, base)
-    if heldout:
-        judged = config.scorer.evaluate or config.scorer.train
-        check_heldout(judged, where="scorer.evaluate" if config.scorer.evaluate else "scorer.train")
-    if config.scorer.evaluate is not None:
-        check_entries(config.scorer.evaluate, base, where="scorer.evaluate")
-    evaluations = _evaluations(config, load, base, chat, heldout or prompts.prompts)
+        loaded = loader.load(config.prompts.heldout, key="prompts.heldout", scorers=named)
+        heldout = loaded.first(config.run.eval_prompts)
+    judged = prompts.prompts if generates(algorithm) else ()
+    notes = _check_scorers(config.scorer, judged, heldout, base)
+    evaluations = _evaluations(config, loader, chat, heldout or judged)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
         pair_set = load_pairs(base / algorithm.pair_file, key="algorithm.offline.path")
         algorithm.set_pairs(encode_pairs(pair_set.pairs, chat, key="algorithm.offline.path"))
         pairs = pair_set.fingerprint
     data = CampaignData(
-        chat=chat, prompts=prompts, heldout=heldout, evaluations=evaluations, pairs=pairs
+        chat=chat,
+        prompts=prompts,
+        heldout=heldout,
+        evaluations=evaluations,
+        pairs=pairs,
+        commits=loader.commits,
+        inputs=input_fingerprints(models, tokenizer, prompts.prompts),
+        exported_files=exported_files(config.policy, tokenizer),
     )
+    stop_ids = stop_token_ids(directory, tokenizer)
     return Prepared(
         config=config,
         algorithm=algorithm,
         derived=derived,
         data=data,
         max_length=max_length,
-        untested=untested,
+        stop_tokens={token_id: str(tokenizer.decode([token_id])) for token_id in stop_ids},
+        notes=(*untested, *notes),
     )
+
+
+def _check_scorers(
+    scorer: ScorerConfig, prompts: Sequence[Prompt], heldout: Sequence[Prompt], base: Path
+) -> list[str]:
+    """Check the campaign's scorers, with the prompts that they judge; return lines about them."""
+    from rayhf.scorer.build import check_entries, check_heldout, check_named_scorers
+
+    train = scorer.train
+    evaluate = scorer.evaluate or ()
+    judged = heldout if not evaluate else ()
+    check_named_scorers(prompts, train, evaluate, where="scorer.train")
+    notes = check_entries(train, base, prompts=[*prompts, *judged])
+    if evaluate:
+        notes += check_entries(evaluate, base, where="scorer.evaluate", prompts=heldout)
+    if heldout:
+        where = "scorer.evaluate" if evaluate else "scorer.train"
+        check_named_scorers(heldout, evaluate or train, train, where=where)
+        check_heldout(evaluate or train, where=where)
+    return notes
 
 
 def _evaluations(
     config: CampaignConfig,
-    load: Callable[..., PromptSet],
-    base: Path,
+    loader: PromptLoader,
     chat: Chat,
     heldout: tuple[Prompt, ...],
 ) -> dict[str, Evaluation]:
     """Check the scorers of the config's further evaluations, and build these by task."""
     from rayhf.scorer.build import check_entries, check_heldout
 
-    def load_prompts_of(source: PluginConfig, key: str) -> tuple[Prompt, ...]:
-        return load(source, key=key).prompts[: config.run.eval_prompts]
-
+    base = loader.base
     evaluations: dict[str, Evaluation] = {}
     for task, evaluation in config.evaluations.items():
         where = f"evaluations.{task}.scorer"
         check_entries(evaluation.scorers, base, where=where)
         check_heldout(evaluation.scorers, where=where)
+        names = names_of(evaluation.scorers or config.scorer.train)
         setup = EvaluationSetup(
-            task=task, base=base, chat=chat, heldout=heldout, load_prompts=load_prompts_of
+            task=task,
+            base=base,
+            chat=chat,
+            heldout=heldout,
+            load_prompts=partial(_evaluation_prompts, config, loader, names),
         )
         evaluations[task] = EVALUATIONS.build(evaluation, setup)
     return evaluations
 
 
-def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> int:
+def _models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> dict[str, Path]:
+    """Return the directories of the models that are trained or start something, by config key."""
+    given = {
+        "policy.model": config.policy.model,
+        "reference.model": config.reference.model,
+        "learner.critic_model": config.learner.critic_model,
+    }
+    if isinstance(algorithm, TrainsSeveralPolicies):
+        given |= {
+            f"algorithm.{name}.model": algorithm.other_policy(name).model
+            for name in algorithm.policies[1:]
+        }
+    return {key: local_directory(model, base) for key, model in given.items() if model is not None}
+
+
+def _check_models(config: CampaignConfig, algorithm: Algorithm, models: Mapping[str, Path]) -> int:
     """Check every model directory and return the longest sequence that all take, in tokens."""
-    policy = local_directory(config.policy.model, base)
+    policy = models["policy.model"]
     settings = read_model_config(policy, key="policy.model")
+    lora = config.policy.lora
+    for key, path in models.items():
+        check_model(
+            path,
+            read_model_config(path, key=key),
+            key=key,
+            causal=key != "learner.critic_model",
+            lora_targets=lora.target_modules if lora and key != "reference.model" else None,
+        )
     limit = model_length(settings)
     length = config.policy.max_length or limit
     if length is None:
@@ -241,15 +325,14 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
         raise ConfigError(
             f"policy.max_length is {length}, but the model was made for at most {limit} tokens"
         )
-    if config.rollout.max_tokens >= length:
+    generated = generates(algorithm) or config.evaluates_completions
+    if generated and config.rollout.max_tokens >= length:
         raise ConfigError(
             f"rollout.max_tokens is {config.rollout.max_tokens}, but prompt and response together "
             f"may have {length} tokens; expected less than {length}"
         )
-    for key, other in _other_models(config, algorithm):
-        directory = local_directory(other, base)
-        read_model_config(directory, key=key)
-        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(directory)
+    for key, other in models.items():
+        mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(other)
         if mine != theirs:
             raise ConfigError(
                 f"{key}: the tokenizer of {other} ({theirs}) differs from the one of policy.model "
@@ -259,63 +342,18 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> i
     return length
 
 
-def _other_models(config: CampaignConfig, algorithm: Algorithm) -> list[tuple[str, ModelName]]:
-    """Return the models besides the policy's, by config key."""
-    models = [
-        ("reference.model", config.reference.model),
-        ("learner.critic_model", config.learner.critic_model),
-    ]
-    if isinstance(algorithm, TrainsSeveralPolicies):
-        models += [
-            (f"algorithm.{name}.model", algorithm.other_policy(name).model)
-            for name in algorithm.policies[1:]
-        ]
-    return [(key, model) for key, model in models if model is not None]
-
-
-def _check_architectures(
-    config: CampaignConfig, algorithm: Algorithm, base: Path, max_length: int
-) -> tuple[str, ...]:
-    """Return warnings of untested architectures. Raises ConfigError for those that do not work."""
-    models = [("policy.model", config.policy.model), *_other_models(config, algorithm)]
-    warnings = []
-    for key, model in models:
-        settings = read_model_config(local_directory(model, base), key=key)
-        warnings.append(check_architecture(settings, key=key, max_length=max_length))
-        if config.policy.lora and config.policy.lora.quantize and key.startswith("algorithm."):
-            raise ConfigError(
-                f"{key}: with policy.lora.quantize all policies start from policy.model; leave it "
-                "out"
-            )
-    if isinstance(algorithm, TrainsCritic):
-        critic = config.learner.critic_model
-        key = "policy.model" if critic is None else "learner.critic_model"
-        directory = local_directory(critic or config.policy.model, base)
-        check_critic(read_model_config(directory, key=key), key=key)
-    if config.policy.lora and config.policy.lora.quantize:
-        policy = local_directory(config.policy.model, base)
-        check_quantize(config, read_model_config(policy, key="policy.model"))
-    return tuple(warning for warning in warnings if warning is not None)
-
-
-def _load(
+def _evaluation_prompts(
     config: CampaignConfig,
-    source: PluginConfig,
-    *,
+    loader: PromptLoader,
+    scorers: Collection[str],
+    sources: tuple[SourceConfig, ...],
     key: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    base: Path,
-) -> PromptSet:
-    return load_prompts(
-        open_source(source, base=base, key=key),
-        tokenizer,
-        key=key,
-        max_prompt_tokens=max_length - config.rollout.max_tokens,
-    )
+) -> tuple[Prompt, ...]:
+    return loader.load(sources, key=key, scorers=scorers).first(config.run.eval_prompts)
 
 
 def overlap(prepared: Prepared) -> int:
     """Return how many held-out prompts are also training prompts."""
     data = prepared.data
-    return len({p.prompt_id for p in data.prompts.prompts} & {p.prompt_id for p in data.heldout})
+    heldout = {p.token_ids for p in data.heldout}
+    return len(heldout & {p.token_ids for p in data.prompts.prompts})

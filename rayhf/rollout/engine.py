@@ -93,6 +93,7 @@ class RolloutEngine:
         seed: of vLLM; requests have their own.
         device: "cpu" or "gpu".
         sleep_mode: make `sleep` free GPU memory, for which vLLM allocates it differently.
+        stop_token_ids: tokens that end a completion, besides those of the directory.
 
     Raises ConfigError where vLLM refuses the model or the settings.
     """
@@ -107,6 +108,7 @@ class RolloutEngine:
         seed: int,
         device: Device,
         sleep_mode: bool = False,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         check_env(device)
         from rayhf.rollout.vllm_driver import VllmDriver
@@ -124,6 +126,7 @@ class RolloutEngine:
                 seed=seed,
                 device=device,
                 sleep_mode=sleep_mode,
+                stop_token_ids=stop_token_ids,
             )
             return self._driver
 
@@ -209,6 +212,26 @@ class RolloutEngine:
         """Compare this engine's log-probs with the learner's. Waits for running waves."""
         return self._loop.call(lambda driver: _gap(driver, probe)).result()
 
+    def verify(self, probe: Probe) -> None:
+        """Check that the weights compute the learner's log-probs. Waits for running waves.
+
+        Raises WeightSyncError where they do not, as `update` does.
+        """
+        if difference := self._difference(self.check(probe)):
+            raise WeightSyncError(
+                f"weights {self.weight_version} do not compute what the learner computes: "
+                + difference
+            )
+
+    def _difference(self, gap: ProbeGap) -> str | None:
+        """Describe a gap beyond the limit; None where it is within."""
+        if gap.mean <= self._limit:  # NaN fails, too
+            return None
+        return (
+            f"the probe's log-probs differ by {gap.mean:.3g} nats on average "
+            f"(limit {self._limit:g}), {gap.max:.3g} at most"
+        )
+
     def fingerprint(self) -> tuple[int, str]:
         """Return version and checksum of the weights in use.
 
@@ -280,11 +303,9 @@ class RolloutEngine:
                 f"the update to weights {snapshot.version} failed: {type(error).__name__}: {error}"
             )
             raise WeightSyncError(driver.damage) from error
-        if not gap.mean <= self._limit:  # NaN fails, too
+        if difference := self._difference(gap):
             driver.damage = (
-                f"weights {snapshot.version} do not compute what the learner computes: the probe's "
-                f"log-probs differ by {gap.mean:.3g} nats on average (limit {self._limit:g}), "
-                f"{gap.max:.3g} at most"
+                f"weights {snapshot.version} do not compute what the learner computes: {difference}"
             )
             raise WeightSyncError(driver.damage)
         driver.version = snapshot.version

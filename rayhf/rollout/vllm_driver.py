@@ -6,7 +6,6 @@ the distribution that was sampled from. vLLM's errors are translated here.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,9 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from rayhf.config.schema import RolloutConfig
+from rayhf.data.stop_tokens import special_token_ids
+from rayhf.data.stop_tokens import stop_token_ids as directory_stop_ids
+from rayhf.data.thinking import ThinkingParser
 from rayhf.errors import ConfigError, NumericalError, RayhfError, StaleWeightsError, WeightSyncError
 from rayhf.rollout import vllm_internals
 from rayhf.rollout.env import Device
@@ -63,6 +65,7 @@ class VllmDriver:
         seed: int,
         device: Device,
         sleep_mode: bool,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         self.llm = _build(
             model,
@@ -76,7 +79,11 @@ class VllmDriver:
         self._engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer()
         self.vocab_size = vllm_internals.vocabulary_size(self.llm)
-        self.stop_token_ids = stop_token_ids(model, self.tokenizer.eos_token_id)
+        self.stop_token_ids = sorted({*stop_token_ids, *directory_stop_ids(model, self.tokenizer)})
+        self._special_ids = special_token_ids(self.tokenizer)
+        self._thinking = (
+            None if config.thinking is None else ThinkingParser(config.thinking, self.tokenizer)
+        )
         self.shapes = checkpoint_shapes(model, tied=vllm_internals.has_tied_embeddings(self.llm))
         self.tokens = 0
         """Generated tokens."""
@@ -172,17 +179,20 @@ class VllmDriver:
         return np.asarray(logprobs.logprobs, dtype=np.float64)
 
     def _params(self, sampling: Sampling, seed: int) -> SamplingParams:
+        # Special tokens are not in the text: they are stopped at by their ids.
+        texts = [text for text in sampling.stop if text not in self._special_ids]
+        special = [self._special_ids[text] for text in sampling.stop if text in self._special_ids]
         return SamplingParams(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             seed=seed,
-            stop=list(sampling.stop) or None,
+            stop=texts or None,
             include_stop_str_in_output=True,
-            stop_token_ids=self.stop_token_ids,
+            stop_token_ids=[*self.stop_token_ids, *special],
             # vLLM decodes token by token, which only stop strings need; _completions decodes once.
-            detokenize=bool(sampling.stop),
+            detokenize=bool(texts),
             logprobs=0,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -202,9 +212,12 @@ class VllmDriver:
         result: Result = []
         for request, outputs in zip(running.wave.requests, running.outputs, strict=True):
             completions = []
+            thinks = self._thinking is not None and self._thinking.opened_by(request.token_ids)
             for index, output in enumerate(outputs):
                 assert output is not None
                 completion = _completion(request, index, output, next(texts), self.version)
+                if self._thinking is not None:
+                    completion = self._thinking.split(completion, opened=thinks)
                 if not all(map(math.isfinite, completion.logprobs)):
                     return NumericalError(
                         f"weights of version {self.version} give a non-finite log-prob for prompt "
@@ -290,24 +303,6 @@ def _completion(
         finish_reason=reason,
         policy_version=version,
     )
-
-
-def stop_token_ids(model: Path, eos_token_id: int | None) -> list[int]:
-    """Return the end-of-turn tokens of the tokenizer and of generation_config.json.
-
-    A chat model often has several.
-    """
-    ids = set() if eos_token_id is None else {eos_token_id}
-    file = model / "generation_config.json"
-    if file.exists():
-        listed = json.loads(file.read_text()).get("eos_token_id")
-        ids.update([listed] if isinstance(listed, int) else listed or [])
-    if not ids:
-        raise ConfigError(
-            "policy.model: neither the tokenizer nor generation_config.json of "
-            f"{model} names an EOS token"
-        )
-    return sorted(ids)
 
 
 # ------------------------------------------------------------------------------- settings of vLLM

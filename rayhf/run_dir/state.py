@@ -54,6 +54,8 @@ class CampaignState(BaseModel):
     """Whether the algorithm trains on human labels of pairs of completions."""
     models: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]] = {}
     """Commit of each hub name in the config: later attempts load the same one."""
+    datasets: dict[str, str] = {}
+    """Commits of hub data sets by name: a continued campaign reads the same rows."""
 
 
 class CheckpointState(BaseModel):
@@ -72,6 +74,8 @@ class CheckpointState(BaseModel):
     """Fingerprint of the training prompts."""
     pairs: str | None
     """Fingerprint of the offline pairs; None without any."""
+    inputs: dict[str, str]
+    """Fingerprints of the chat template, the rendered prompts and the files of models, by name."""
     config: JsonObject
     packages: dict[str, str]
     """Versions of the installed packages, for reproduction."""

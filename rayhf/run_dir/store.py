@@ -131,6 +131,10 @@ class RunDir:
             self.path / "checkpoints", epoch=self.epoch, retention=retention
         )
 
+    def record_datasets(self, commits: Mapping[str, str]) -> None:
+        """Record the commits of hub data sets, by name."""
+        self._write_state(datasets={**self.state.datasets, **commits})
+
     def _check_identity(self, config: CampaignConfig) -> None:
         file = self.path / "config.yaml"
         if not file.exists():

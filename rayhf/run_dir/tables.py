@@ -1,13 +1,14 @@
 """The samples and training examples of an iteration as Arrow tables, and examples back from them.
 
 samples    one row per completion, also the inner ones of a search: `parent`, `kind`, `context_ids`
-           and `stats` are its tree
+           and `stats` are its tree; `row` has all columns of the prompt's row as JSON
 examples   one row per training example, with indices into its prompt's samples `iterations_back`
            iterations ago; index -1 for a text that was not sampled (an offline pair, a label)
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,11 +22,15 @@ SAMPLES = pa.schema(
     [
         ("iteration", pa.int32()),
         ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("row", pa.string()),
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("sample", pa.int32()),
         ("kind", pa.string()),
         ("parent", pa.int32()),
         ("text", pa.string()),
+        ("thinking", pa.string()),
+        ("thinking_tokens", pa.int32()),
         ("context_ids", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.int32())),
         ("logprobs", pa.list_(pa.float32())),
@@ -63,6 +68,7 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
     Built column by column: a dictionary per row takes several times as long.
     """
     owners = [group for group in groups for _ in group.samples]
+    rows = [json.dumps(dict(group.prompt.row), ensure_ascii=False) for group in groups]
     samples = [sample for group in groups for sample in group.samples]
     numbers = [number for group in groups for number in range(len(group.samples))]
     completions = [sample.completion for sample in samples]
@@ -70,11 +76,15 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
     columns = {
         "iteration": [iteration] * len(samples),
         "prompt_id": [group.prompt.prompt_id for group in owners],
+        "source": [group.prompt.source for group in owners],
+        "row": [row for group, row in zip(groups, rows, strict=True) for _ in group.samples],
         "messages": [group.prompt.messages for group in owners],
         "sample": numbers,
         "kind": [sample.kind for sample in samples],
         "parent": [sample.parent for sample in samples],
         "text": [c.text for c in completions],
+        "thinking": [c.thinking for c in completions],
+        "thinking_tokens": [c.thinking_tokens for c in completions],
         "context_ids": [
             g.prompt.token_ids if s.context_ids is None else s.context_ids
             for g, s in zip(owners, samples, strict=True)

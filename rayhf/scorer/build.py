@@ -13,17 +13,14 @@ from pathlib import Path
 
 from rayhf.config.registry import SCORERS
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
-from rayhf.errors import ConfigError, UnreachableError
-from rayhf.scorer.combine import Combined, Part
+from rayhf.errors import ConfigError, UnreachableError, nearest
+from rayhf.scorer.combine import Combined
+from rayhf.scorer.parts import Part, judges
 from rayhf.scorer.protocol import BaseScorer, ScorerSetup
+from rayhf.types import Prompt, quoted
 
 
-def build_scorer(
-    entries: Sequence[ScorerEntryConfig],
-    setup: ScorerSetup,
-    *,
-    combine: CombineConfig = WEIGHTED_SUM,
-) -> Combined:
+def build_parts(entries: Sequence[ScorerEntryConfig], setup: ScorerSetup) -> list[Part]:
     """Start the scorers of all entries.
 
     Raises ConfigError as check_entries, and for a model whose weights do not fit.
@@ -35,24 +32,68 @@ def build_scorer(
             started.callback(engine.close)
             parts.append(Part(config, engine))
         started.pop_all()
-    return Combined(parts, combine)
+    return parts
+
+
+def build_scorer(
+    entries: Sequence[ScorerEntryConfig],
+    setup: ScorerSetup,
+    *,
+    combine: CombineConfig = WEIGHTED_SUM,
+) -> Combined:
+    """Start the scorers of all entries and combine them; raises as build_parts."""
+    return Combined(build_parts(entries, setup), combine)
 
 
 def check_entries(
-    entries: Sequence[ScorerEntryConfig], base: Path, *, where: str = "scorer.train"
-) -> None:
-    """Check what each scorer can check without loading weights.
+    entries: Sequence[ScorerEntryConfig],
+    base: Path,
+    *,
+    where: str = "scorer.train",
+    prompts: Sequence[Prompt] = (),
+) -> list[str]:
+    """Check what each scorer can check without loading weights; return lines about them.
 
-    Functions can be imported and called, models have the right files, services respond and serve
-    what the entry says. Starts one short-lived child process per function and waits seconds for
-    services. Raises ConfigError that begins with the entry's key, or UnreachableError where no
-    service responds.
+    Functions can be imported and called and can use what the prompts that they judge provide,
+    models have the right files, services respond and serve what the entry says. Starts a
+    short-lived child process or two per function and waits seconds for services. Raises ConfigError
+    that begins with the entry's key, or UnreachableError where no service responds.
     """
+    notes = []
     for index, config in enumerate(entries):
         try:
-            _scorer_class(config).check(config, base)
+            judged = [prompt for prompt in prompts if judges(config, prompt)]
+            note = _scorer_class(config).check_prompts(config, base, judged)
         except (ConfigError, UnreachableError) as error:
             raise type(error)(f"{where}[{index}]: {error}") from None
+        if note:
+            notes.append(f"{where}[{index}]: {note}")
+    return notes
+
+
+def check_named_scorers(
+    prompts: Sequence[Prompt],
+    entries: Sequence[ScorerEntryConfig],
+    others: Sequence[ScorerEntryConfig] = (),
+    *,
+    where: str,
+) -> None:
+    """Check that each prompt names scorers that there are, one of `entries` at least.
+
+    It may name `others` as well. Raises ConfigError.
+    """
+    own = {entry.resolved_name for entry in entries}
+    known = own | {entry.resolved_name for entry in others}
+    for named, prompt in {prompt.scorers: prompt for prompt in prompts if prompt.scorers}.items():
+        assert named is not None
+        problem = ""
+        for name in named:
+            if name not in known:
+                problem = f"no scorer is named {name!r}{nearest(name, sorted(known))}"
+        if not problem and own.isdisjoint(named):
+            problem = f"none of the scorers {', '.join(named)} is in {where}"
+        if problem:
+            raise ConfigError(f"{quoted(prompt)}: {problem}")
 
 
 def check_heldout(entries: Sequence[ScorerEntryConfig], *, where: str) -> None:

@@ -1,8 +1,9 @@
 """Several scorers combined into one: transform, normalize, combine.
 
-In: ScoreRequests, given to each scorer in turn. Out: Scored with the combined value and the raw
-parts, or, where any part has no score, Failed or Invalid with the name of that scorer: a missing
-part never counts as 0.
+In: each scorer's answers (parts.py). Out: Scored with the combined value and the raw parts, or,
+where any part has no score, Failed or Invalid with the name of that scorer: a missing part never
+counts as 0. A part that skipped a completion is left out of its combination; where all did, the
+completion is Skipped, and Invalid where its prompt names none of the scorers.
 
 score:   r_i -> log sigmoid(r_i - reference) -> (. - mean) / std -> weighted sum, mean, worst, or
          mean minus variance.
@@ -12,70 +13,70 @@ compare: without a pairwise part, sigmoids of differences of that score. With on
 
 A call (score or compare) first updates the running statistics with all its finite scores, in the
 order of requests and completions, and then normalizes with them: all completions of a call are on
-one scale, and the first call already has one.
+one scale, and the first call already has one. The statistics are in one place, the Combination,
+however many actors give scores, and normalized scorers have one call at a time
+(`ScorerConfig.calls_in_flight`): they are exact, and the same in every repetition.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
 from rayhf.errors import CheckpointError
-from rayhf.scorer.comparisons import (
-    Problem,
-    check_comparisons,
-    check_outcomes,
-    compare_scores,
-    has_verdict,
-)
+from rayhf.scorer.comparisons import Problem, compare_scores, has_verdict
 from rayhf.scorer.normalize import RunningNormalizer
-from rayhf.scorer.protocol import ScorerEngine
-from rayhf.types import Compared, Comparison, Failed, Invalid, Outcome, Scored, ScoreRequest
+from rayhf.scorer.parts import Answers, Part, Parts, Rows, judges
+from rayhf.types import (
+    Compared,
+    Comparison,
+    Failed,
+    Invalid,
+    Outcome,
+    Scored,
+    ScoreRequest,
+    Skipped,
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One of the combined scorers."""
+class Combination:
+    """What makes one score of several scorers' scores, with its running statistics."""
 
-    config: ScorerEntryConfig
-    engine: ScorerEngine
-
-    @property
-    def name(self) -> str:
-        """Name in metrics and samples."""
-        return self.config.resolved_name
-
-
-class Combined:
-    """The combination of all parts, see the module's docstring."""
-
-    def __init__(self, parts: Sequence[Part], combine: CombineConfig = WEIGHTED_SUM) -> None:
-        self._parts = tuple(parts)
+    def __init__(
+        self, entries: Sequence[ScorerEntryConfig], combine: CombineConfig = WEIGHTED_SUM
+    ) -> None:
+        self._entries = tuple(entries)
         self._combine = combine
         self._normalizers = {
-            part.name: RunningNormalizer() for part in parts if part.config.is_normalized
+            entry.resolved_name: RunningNormalizer() for entry in entries if entry.is_normalized
         }
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
+    def scores(self, by_part: Sequence[Rows], requests: Sequence[ScoreRequest]) -> Rows:
         """Return the combined outcome of each completion."""
-        by_part = [check_outcomes(part.engine.score(requests), requests) for part in self._parts]
-        self._update_statistics(self._parts, by_part)
+        self._update_statistics(self._entries, by_part)
         return [
-            tuple(self._outcome(outcomes) for outcomes in zip(*by_request, strict=True))
-            for by_request in zip(*by_part, strict=True)
+            tuple(self._outcome(outcomes, request) for outcomes in zip(*rows, strict=True))
+            for request, rows in zip(requests, zip(*by_part, strict=True), strict=True)
         ]
 
-    def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
+    def comparisons(
+        self, by_part: Sequence[Answers], requests: Sequence[ScoreRequest]
+    ) -> list[Comparison]:
         """Return the combined win probabilities of each request."""
-        if not any(part.config.is_pairwise for part in self._parts):
-            return [compare_scores(outcomes) for outcomes in self.score(requests)]
-        by_part = [self._compare(part, requests) for part in self._parts]
-        return [self._mix(comparisons) for comparisons in zip(*by_part, strict=True)]
+        if not any(entry.is_pairwise for entry in self._entries):
+            rows: Sequence[Rows] = by_part  # type: ignore[assignment]  # no part compares
+            return [compare_scores(outcomes) for outcomes in self.scores(rows, requests)]
+        compared = [
+            self._comparisons_of(entry, answers)
+            for entry, answers in zip(self._entries, by_part, strict=True)
+        ]
+        return [
+            self._mix(comparisons, request)
+            for request, comparisons in zip(requests, zip(*compared, strict=True), strict=True)
+        ]
 
     def state_dict(self) -> dict[str, dict[str, dict[str, float]]]:
         """Return the running statistics by part name, as plain JSON values."""
@@ -99,14 +100,8 @@ class Combined:
         for name, normalizer in self._normalizers.items():
             normalizer.load_state_dict(saved[name])
 
-    def close(self) -> None:
-        """Close every part, even where one raises."""
-        with ExitStack() as stack:
-            for part in self._parts:
-                stack.callback(part.engine.close)
-
     def _update_statistics(
-        self, parts: Sequence[Part], by_part: Sequence[Sequence[tuple[Outcome, ...]]]
+        self, entries: Sequence[ScorerEntryConfig], by_part: Sequence[Rows]
     ) -> None:
         """Add all scores that are final.
 
@@ -118,39 +113,42 @@ class Combined:
             not any(isinstance(outcome, Failed) and outcome.transient for outcome in outcomes)
             for outcomes in zip(*flat, strict=True)
         ]
-        for part, outcomes in zip(parts, flat, strict=True):
-            if part.config.is_normalized:
+        for entry, outcomes in zip(entries, flat, strict=True):
+            if entry.is_normalized:
                 scores = (
-                    part.config.transformed(outcome.value)
+                    entry.transformed(outcome.value)
                     for outcome, counts in zip(outcomes, final, strict=True)
                     if counts and isinstance(outcome, Scored)
                 )
-                self._normalizers[part.name].update(filter(math.isfinite, scores))
+                self._normalizers[entry.resolved_name].update(filter(math.isfinite, scores))
 
-    def _utility(self, part: Part, score: float) -> float:
-        value = part.config.transformed(score)
-        return self._normalizers[part.name](value) if part.config.is_normalized else value
+    def _utility(self, entry: ScorerEntryConfig, score: float) -> float:
+        value = entry.transformed(score)
+        return self._normalizers[entry.resolved_name](value) if entry.is_normalized else value
 
-    def _outcome(self, outcomes: tuple[Outcome, ...]) -> Outcome:
-        problem = _problem(self._parts, outcomes)
+    def _outcome(self, outcomes: tuple[Outcome, ...], request: ScoreRequest) -> Outcome:
+        problem = self._problem(outcomes, request)
         if problem is not None:
             return problem
         scored = [
-            (part, outcome)
-            for part, outcome in zip(self._parts, outcomes, strict=True)
+            (entry, outcome)
+            for entry, outcome in zip(self._entries, outcomes, strict=True)
             if isinstance(outcome, Scored)
         ]
-        total = self._total([self._utility(part, outcome.value) for part, outcome in scored])
+        total = self._total(
+            [entry.weight for entry, _ in scored],
+            [self._utility(entry, outcome.value) for entry, outcome in scored],
+        )
         if not math.isfinite(total):
             return Invalid(reason=f"the {self._combine.type.replace('_', ' ')} is {total}")
         parts: dict[str, float] = {}
-        for part, outcome in scored:
-            parts[part.name] = outcome.value
-            parts |= {f"{part.name}/{key}": value for key, value in outcome.parts.items()}
+        for entry, outcome in scored:
+            name = entry.resolved_name
+            parts[name] = outcome.value
+            parts |= {f"{name}/{key}": value for key, value in outcome.parts.items()}
         return Scored(value=total, parts=parts)
 
-    def _total(self, values: Sequence[float]) -> float:
-        weights = [part.config.weight for part in self._parts]
+    def _total(self, weights: Sequence[float], values: Sequence[float]) -> float:
         total = sum(weight * value for weight, value in zip(weights, values, strict=True))
         if self._combine.type == "weighted_sum":
             return total
@@ -165,58 +163,103 @@ class Combined:
         )
         return mean - self._combine.coef * spread / sum(weights)
 
-    def _compare(self, part: Part, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        if part.config.is_pairwise:
-            return check_comparisons(part.engine.compare(requests), requests)
-        rows = check_outcomes(part.engine.score(requests), requests)
-        self._update_statistics([part], [rows])
-        return [compare_scores([self._scaled(part, o) for o in outcomes]) for outcomes in rows]
+    def _comparisons_of(self, entry: ScorerEntryConfig, answers: Answers) -> list[Comparison]:
+        """Return one part's comparisons: its own, or those of its scores."""
+        if entry.is_pairwise:
+            return answers  # type: ignore[return-value]  # a pairwise part's answers
+        rows: Rows = answers  # type: ignore[assignment]
+        self._update_statistics([entry], [rows])
+        return [
+            compare_scores([self._scaled(entry, outcome) for outcome in outcomes])
+            for outcomes in rows
+        ]
 
-    def _scaled(self, part: Part, outcome: Outcome) -> Outcome:
+    def _scaled(self, entry: ScorerEntryConfig, outcome: Outcome) -> Outcome:
         if not isinstance(outcome, Scored):
             return outcome
-        value = self._utility(part, outcome.value)
+        value = self._utility(entry, outcome.value)
         if not math.isfinite(value):
             return Invalid(reason=f"the transformed score is {value}")
         return Scored(value=value)
 
-    def _mix(self, comparisons: tuple[Comparison, ...]) -> Comparison:
-        problem = _problem(self._parts, comparisons)
+    def _mix(self, comparisons: tuple[Comparison, ...], request: ScoreRequest) -> Comparison:
+        problem = self._problem(comparisons, request)
         if problem is not None:
             return problem
         known = [
-            (part.config.weight, comparison.win)
-            for part, comparison in zip(self._parts, comparisons, strict=True)
+            (entry, comparison.win)
+            for entry, comparison in zip(self._entries, comparisons, strict=True)
             if isinstance(comparison, Compared)
         ]
-        mixed_KK = sum(weight * win_KK for weight, win_KK in known) / sum(
-            weight for weight, _ in known
+        mixed_KK = sum(entry.weight * win_KK for entry, win_KK in known) / sum(
+            entry.weight for entry, _ in known
         )
         # Mirrored once more: rounding of a weighted mean must not make win[i, j] + win[j, i] differ
         # from 1.
         upper_KK = np.triu(mixed_KK, 1)
         win_KK = upper_KK + np.tril(1.0 - upper_KK.T, -1) + 0.5 * np.eye(len(upper_KK))
         if not has_verdict(win_KK):
-            names = ", ".join(part.name for part in self._parts)
+            names = ", ".join(entry.resolved_name for entry, _ in known)
             return Invalid(reason=f"no two completions were compared by all of {names}")
         return Compared(win=win_KK, source="pairwise")
 
+    def _problem(
+        self, responses: Sequence[Outcome | Comparison], request: ScoreRequest
+    ) -> Problem | None:
+        """Return why the combination has no value; None where it has one.
 
-def _problem(parts: Sequence[Part], responses: Sequence[Outcome | Comparison]) -> Problem | None:
-    """Return why the combination has no value; None where it has one.
+        Failed where any part failed (transient only where all failures are), Invalid where any is
+        invalid; with names and reasons.
+        """
+        present = [
+            (entry.resolved_name, response)
+            for entry, response in zip(self._entries, responses, strict=True)
+            if not isinstance(response, Skipped)
+        ]
+        if not present:
+            return self._no_part(responses, request)
+        problems = [
+            (name, response) for name, response in present if isinstance(response, Invalid | Failed)
+        ]
+        if not problems:
+            return None
+        reason = "; ".join(f"{name}: {problem.reason}" for name, problem in problems)
+        failures = [problem for _, problem in problems if isinstance(problem, Failed)]
+        if not failures:
+            return Invalid(reason=reason)
+        return Failed(reason=reason, transient=all(failure.transient for failure in failures))
 
-    Failed where any part failed (transient only where all failures are), Invalid where any is
-    invalid; with names and reasons.
-    """
-    problems = [
-        (part.name, response)
-        for part, response in zip(parts, responses, strict=True)
-        if isinstance(response, Invalid | Failed)
-    ]
-    if not problems:
-        return None
-    reason = "; ".join(f"{name}: {problem.reason}" for name, problem in problems)
-    failures = [problem for _, problem in problems if isinstance(problem, Failed)]
-    if not failures:
-        return Invalid(reason=reason)
-    return Failed(reason=reason, transient=all(failure.transient for failure in failures))
+    def _no_part(self, responses: Sequence[Outcome | Comparison], request: ScoreRequest) -> Invalid:
+        names = ", ".join(entry.resolved_name for entry in self._entries)
+        if not any(judges(entry, request.prompt) for entry in self._entries):
+            named = ", ".join(request.prompt.scorers or ()) or "none"
+            return Invalid(reason=f"no scorer judges it: its prompt names {named}, not {names}")
+        return Skipped(reason=f"skipped by all scorers that judge it ({names})")
+
+
+class Combined:
+    """Scorers in this process and their combination, see the module's docstring."""
+
+    def __init__(self, parts: Sequence[Part], combine: CombineConfig = WEIGHTED_SUM) -> None:
+        self.parts = Parts(parts)
+        self._combination = Combination([part.config for part in parts], combine)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
+        """Return the combined outcome of each completion."""
+        return self._combination.scores(self.parts.score(requests), requests)
+
+    def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
+        """Return the combined win probabilities of each request."""
+        return self._combination.comparisons(self.parts.compare(requests), requests)
+
+    def state_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Return the running statistics."""
+        return self._combination.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+        """Restore the running statistics."""
+        self._combination.load_state_dict(state)
+
+    def close(self) -> None:
+        """Close every part, even where one raises."""
+        self.parts.close()

@@ -262,3 +262,8 @@ def _check_count(where: str, spec: Spec) -> None:
         raise ConfigError(f"{where} must have min, max or both, or exactly; got {got}")
     if spec.get("min", 0) > spec.get("max", spec.get("min", 0)):
         raise ConfigError(f"{where}: min is {spec['min']}, above max {spec['max']}")
+
+
+# Checked by `rayhf check`, before anything is generated.
+all_constraints.check_reference_answer = parse_constraints  # type: ignore[attr-defined]
+share_of_constraints.check_reference_answer = parse_constraints  # type: ignore[attr-defined]

@@ -230,5 +230,5 @@ def _fenced(name: str, text: str, fence: str) -> str:
 
 def _conversation(prompt: Prompt) -> str:
     if len(prompt.messages) == 1:
-        return prompt.messages[0]["content"]
+        return str(prompt.messages[0]["content"])
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)

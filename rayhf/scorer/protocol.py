@@ -18,7 +18,7 @@ A scorer is one class and its settings. This one scores short completions high; 
 
 A scorer that compares completions derives from PairwiseScorer, its settings from
 PairwiseEntryConfig, and it defines `compare`. Both run in the scorer's actor, or behind
-`rayhf serve-scorer`, with one caller at a time.
+`rayhf serve-scorer`, with one caller at a time unless the settings declare `is_concurrent`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Generic, Protocol, TypeVar
 
 from rayhf.config.scorers import ScorerEntryConfig
 from rayhf.scorer.comparisons import check_comparisons, compare_scores, mean_wins
-from rayhf.types import Comparison, Outcome, ScoreRequest
+from rayhf.types import Comparison, Outcome, Prompt, ScoreRequest
 
 C = TypeVar("C", bound=ScorerEntryConfig)
 
@@ -66,7 +66,7 @@ class ScorerSetup:
     """Environment of a scorer: where it runs, and where relative paths start."""
 
     base: Path
-    """The campaign's directory: start of relative paths, and first on the import path of rules."""
+    """The campaign's directory: start of relative paths, and last on the import path of rules."""
     device: str = "cpu"
     """torch device of models, "cpu" or "cuda"."""
     threads: int | None = None
@@ -89,6 +89,16 @@ class BaseScorer(ABC, Generic[C]):
         Relative paths start at `base`. Raises ConfigError, or UnreachableError for services that do
         not respond.
         """
+
+    @classmethod
+    def check_prompts(cls, config: C, base: Path, prompts: Sequence[Prompt]) -> str | None:
+        """Refuse settings or prompts that cannot work, before anything starts.
+
+        `prompts` are those that the scorer judges; none where they are not known. Returns what
+        `rayhf check` prints of it, if anything. Raises as `check`.
+        """
+        cls.check(config, base)
+        return None
 
     @abstractmethod
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:

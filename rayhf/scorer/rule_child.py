@@ -1,25 +1,24 @@
 """The process of a user's rule function, started by rule_process.py as a script.
 
-In: JSON lines on the request pipe, first {"path", "module", "function", "positional", "keywords",
-and the limits "memory_bytes", "file_bytes", "timeout_s", "network"}, then one [number, texts,
-context, messages] per call: the positional and the keyword arguments. Out, on the response pipe:
-one line that says ready or refused, then one [number, status, value] per call, in order, written as
-soon as it is known: the parent times each call by the responses. The life pipe carries nothing; the
-kernel kills this process group when the parent's end closes. The rule's own stdout goes to stderr
-and its stdin is empty, so nothing that it prints reaches the protocol.
+In: JSON lines on the request pipe, first {"path", "module", "function", "style", "concurrency", and
+the limits "memory_bytes", "file_bytes", "timeout_s", "network"}, then per call [number, count,
+arguments], for `count` completions; count 0 asks whether `arguments` is a usable reference answer.
+Out, on the response pipe: one line that says ready or refused, then one [number, results] per call,
+written as soon as it is known: the parent times each call by the responses. A plain function's come
+in order; of a coroutine function up to `concurrency` calls run at a time, and their responses come
+as they end. The life pipe carries nothing; the kernel kills this process group when the parent's
+end closes. The rule's stdout and stderr go to another pipe and its stdin is empty, so nothing that
+it prints reaches the protocol.
 
 Imports only the standard library, so that it starts quickly.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import fcntl
-import hashlib
-import importlib
-import inspect
 import json
 import math
-import numbers
 import os
 import re
 import resource
@@ -27,15 +26,15 @@ import select
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-REASON_CHARS = 400
-"""Limit on an error's text."""
+if TYPE_CHECKING:
+    from rayhf.scorer.rule_call import Result, UserFunction
+
 PROCESSES = 512
 """Limit on processes and threads, of the rule and of what it starts."""
+LINE_BYTES = 1 << 28
+"""Limit on one line for a coroutine function."""
 _NEW_USER = 0x10000000
 _NEW_NETWORK = 0x40000000
 """CLONE_NEWUSER and CLONE_NEWNET of linux/sched.h."""
@@ -55,140 +54,84 @@ def main() -> None:
     apart = _set_apart(network=hello["network"])
     _limit(hello["memory_bytes"], hello["file_bytes"], apart=apart)
     sys.path[:] = hello["path"]
+    from rayhf.scorer.rule_call import RefusedError, UserFunction
+
     try:
-        module, function = _load(hello["module"], hello["function"])
-        takes_messages = _takes_messages(function, hello["positional"], hello["keywords"])
-    except _RefusedError as error:
+        function = UserFunction(hello["module"], hello["function"], hello["style"])
+    except RefusedError as error:
         _send(response_fd, error.response)
         return
-    _send(response_fd, {"ready": True, "fingerprint": _fingerprint(module), "apart": apart})
-    hint = _HINT if apart and not hello["network"] else ""
-    due = 0.0
-    for line in requests:
-        number, texts, context, messages = _decode(line)
-        if time.monotonic() >= due:
-            due = _allow_cpu(hello["timeout_s"])
-        if takes_messages:
-            context["messages"] = messages
-        status, value = _call(function, texts, context)
-        if hint and isinstance(value, str) and _NO_NETWORK.search(value):
-            value += hint
-        _send(response_fd, [number, status, value])
+    _send(response_fd, {"ready": True, "apart": apart, **function.describe()})
+    caller = _Caller(function, response_fd, hello, hint=apart and not hello["network"])
+    if function.is_async:
+        asyncio.run(caller.serve_async(requests, hello["concurrency"]))
+    else:
+        caller.serve(requests)
 
 
-def _call(
-    function: Callable[..., object], texts: list[str], context: dict[str, Any]
-) -> tuple[str, float | str]:
-    """Call the function. Returns (status, score or reason).
+class _Caller:
+    """Reads calls, calls the function, writes results."""
 
-    Status: scored, invalid, failed, unreachable (failed, and may succeed later), or broken (failed,
-    and the process must be restarted).
-    """
-    try:
-        value = function(*texts, **context)
-        # numpy scalars are Real too; bool is an int, but a rule that returns one has most likely
-        # forgotten something
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            return "invalid", f"the rule returned {_describe_value(value)}, not a number"
-        try:
-            score = float(value)
-        except OverflowError:
-            return "invalid", "the rule returned a number beyond the range of a float"
-    except MemoryError as error:
-        return "broken", describe(error)
-    except (ConnectionError, TimeoutError) as error:
-        # A service that the rule calls is unreachable, whatever the completion.
-        return "unreachable", describe(error)
-    except BaseException as error:  # noqa: BLE001 - foreign code may raise anything, SystemExit too
-        return "failed", describe(error)
-    if not math.isfinite(score):
-        return "invalid", f"the rule returned {score}"
-    return "scored", score
+    def __init__(
+        self, function: "UserFunction", response_fd: int, hello: dict[str, Any], *, hint: bool
+    ) -> None:
+        self._function = function
+        self._response_fd = response_fd
+        self._timeout_s = hello["timeout_s"]
+        self._hint = hint
+        self._due = 0.0
 
+    def serve(self, requests: BinaryIO) -> None:
+        """Answer one call after the other."""
+        for line in requests:
+            number, count, arguments = self._read(line)
+            results = self._function.score(arguments, count) if count else self._check(arguments)
+            self._respond(number, results)
 
-class _RefusedError(Exception):
-    """The function cannot be imported or called."""
-
-    def __init__(self, refused: str, **details: object) -> None:
-        super().__init__(refused)
-        self.response = {"refused": refused, **details}
-
-
-def _load(module_name: str, function_name: str) -> tuple[ModuleType, Callable[..., object]]:
-    """Import the function. Raises _RefusedError."""
-    try:
-        module = importlib.import_module(module_name)
-    except BaseException as error:  # noqa: BLE001 - foreign code runs at import
-        # A module that is absent, not one that it imports in turn.
-        absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(
-            f"{error.name}."
+    async def serve_async(self, requests: BinaryIO, concurrency: int) -> None:
+        """Answer up to `concurrency` calls at a time."""
+        reader = asyncio.StreamReader(limit=LINE_BYTES)
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), requests
         )
-        refused = "no module" if absent else "import"
-        raise _RefusedError(refused, reason=describe(error)) from None
-    function = getattr(module, function_name, None)
-    if function is None:
-        public = [name for name in vars(module) if not name.startswith("_")]
-        names = [name for name in public if callable(getattr(module, name))]
-        raise _RefusedError("no function", names=names)
-    if not callable(function):
-        reason = f"it is a {type(function).__name__}, not a function"
-        raise _RefusedError("signature", reason=reason)
-    if inspect.iscoroutinefunction(function):
-        reason = "it is a coroutine function; a plain one is needed"
-        raise _RefusedError("signature", reason=reason)
-    return module, function
+        free = asyncio.Semaphore(concurrency)
+        running = set()
+        while True:
+            await free.acquire()
+            line = await reader.readline()
+            if not line:
+                break
+            task = asyncio.create_task(self._answer(line, free))
+            running.add(task)
+            task.add_done_callback(running.discard)
 
+    async def _answer(self, line: bytes, free: asyncio.Semaphore) -> None:
+        number, count, arguments = self._read(line)
+        if count:
+            results = await self._function.score_async(arguments, count, self._timeout_s)
+        else:
+            results = self._check(arguments)
+        self._respond(number, results)
+        free.release()
 
-def _takes_messages(
-    function: Callable[..., object], positional: list[str], keywords: list[str]
-) -> bool:
-    """Return whether the function takes `messages` beside its other arguments.
+    def _check(self, answer: str | None) -> "list[Result]":
+        reason = self._function.check_answer(answer)
+        return [("scored", 1.0, {}) if reason is None else ("invalid", reason)]
 
-    Raises _RefusedError where it cannot be called with those.
-    """
-    takes_messages = False
-    try:
-        signature = inspect.signature(function)
-        kinds = {parameter.kind for parameter in signature.parameters.values()}
-        takes_messages = (
-            "messages" in signature.parameters or inspect.Parameter.VAR_KEYWORD in kinds
-        )
-        names = [*keywords, "messages"] if takes_messages else keywords
-        signature.bind(*positional, **dict.fromkeys(names))
-    except TypeError as error:
-        raise _RefusedError("signature", reason=str(error)) from None
-    except ValueError:
-        pass  # a builtin without a signature: the first call shows whether it fits
-    return takes_messages
+    def _read(self, line: bytes) -> Any:
+        if time.monotonic() >= self._due:
+            self._due = _allow_cpu(self._timeout_s)
+        return _decode(line)
 
-
-def _fingerprint(module: ModuleType) -> str:
-    """Return the SHA-256 of the module's source file: a restarted process must run the same."""
-    file = getattr(module, "__file__", None)
-    if file is None:
-        return ""
-    with open(file, "rb") as source:
-        return hashlib.sha256(source.read()).hexdigest()
-
-
-def describe(error: BaseException) -> str:
-    """Return one line with type, message and the place that raised it.
-
-    Never raises, whatever the error's own __str__ does.
-    """
-    text = " ".join("".join(traceback.format_exception_only(error)).split())
-    place = ""
-    last = error.__traceback__
-    while last is not None:
-        code = last.tb_frame.f_code
-        if code.co_filename != __file__ and not code.co_filename.startswith("<"):
-            place = f" ({os.path.basename(code.co_filename)}:{last.tb_lineno})"
-        last = last.tb_next
-    return text[:REASON_CHARS] + place
-
-
-def _describe_value(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    def _respond(self, number: int, results: "list[Result]") -> None:
+        if self._hint:
+            results = [
+                (result[0], result[1] + _HINT)
+                if isinstance(result[1], str) and _NO_NETWORK.search(result[1])
+                else result
+                for result in results
+            ]
+        _send(self._response_fd, [number, results])
 
 
 def _set_apart(*, network: bool) -> bool:

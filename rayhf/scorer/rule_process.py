@@ -15,33 +15,32 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, PositiveFloat
-
-from rayhf.config.scorers import ScorerEntryConfig
 from rayhf.errors import ConfigError, did_you_mean
+from rayhf.scorer.rule_arguments import OWN, Parameters
+from rayhf.scorer.rule_config import FunctionEntryConfig
 
 MEMORY_BYTES = 4 << 30
 """Limit on the address space of a rule's process."""
 FILE_BYTES = 1 << 30
 """Limit on each file that a rule writes."""
-START_TIMEOUT_S = 60.0
-"""Limit on importing the user's module, in seconds."""
+OUTPUT_BYTES = 1 << 18
+"""What a process prints is passed on up to here; the rest is read and dropped."""
 
 _CHILD = Path(__file__).with_name("rule_child.py")
-_FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
+_GRACE_S = 2.0
+"""Of a coroutine function, the child ends a late call itself; the parent waits so much longer."""
 _KEPT = (
     "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH",
     "CUDA_VISIBLE_DEVICES", "HF_HOME", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
@@ -57,44 +56,6 @@ _RESPONSE_BYTES = 1 << 20
 """Limit on one response."""
 
 
-def _check_function(function: str) -> str:
-    if _FUNCTION.fullmatch(function):
-        return function
-    dotted = function.replace(".py:", ":").replace("/", ".")
-    module, _, name = dotted.rpartition(":" if ":" in function else ".")
-    guess = f"{module.strip('.')}:{name}"
-    hint = f"; did you mean {guess}?" if _FUNCTION.fullmatch(guess) else ""
-    raise ValueError(f"{function!r} is not of the form module:function{hint}")
-
-
-class FunctionEntryConfig(ScorerEntryConfig):
-    """Settings of a function that runs in a process of its own."""
-
-    function: Annotated[str, AfterValidator(_check_function)]
-    """module:function."""
-    timeout_s: PositiveFloat = 10.0
-    """Limit on one call, in seconds."""
-    network: bool = False
-    """The function calls a service. Otherwise its process has no network where the kernel allows
-    that."""
-
-    @property
-    def default_name(self) -> str:
-        """Name where the config gives none: the function's."""
-        return self.function.rpartition(":")[2]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Signature:
-    """How a user's function is called; with `messages`, too, where it accepts that."""
-
-    positional: tuple[str, ...]
-    keywords: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.positional)}, *, {', '.join(self.keywords)}"
-
-
 class LostError(Exception):
     """The current call got no response: the child is too slow, has exited or is broken."""
 
@@ -102,46 +63,61 @@ class LostError(Exception):
 class Child:
     """The parent's end of one rule_child.py process.
 
-    Raises ConfigError unless the function can be imported and called with `signature`.
+    Raises ConfigError unless the function can be imported and called in `style` ("" recognizes it).
     """
 
-    def __init__(self, config: FunctionEntryConfig, signature: Signature, *, base: Path) -> None:
+    def __init__(self, config: FunctionEntryConfig, style: str, *, base: Path) -> None:
         function = config.function
         module, _, name = function.partition(":")
         base = base.resolve()
         if not base.is_dir():
             raise ConfigError(f"rule {function}: {base} is not a directory")
+        self._timeout_s = config.timeout_s
         self._spawn(base)
         self._buffer = b""
         hello = {
-            "path": [str(base), *(entry for entry in sys.path if entry not in ("", str(base)))],
+            "path": import_path(base),
             "module": module,
             "function": name,
-            "positional": signature.positional,
-            "keywords": signature.keywords,
+            "style": style,
+            "concurrency": config.concurrency,
             "timeout_s": config.timeout_s,
             "network": config.network,
             "memory_bytes": MEMORY_BYTES,
             "file_bytes": FILE_BYTES,
         }
         try:
-            ready = next(self._exchange([json.dumps(hello).encode() + b"\n"], START_TIMEOUT_S))
+            line = json.dumps(hello).encode() + b"\n"
+            ready = next(self._exchange([line], config.import_timeout_s))
         except LostError as lost:
             self.kill()
             raise ConfigError(
-                f"rule {function}: {module} could not be imported from {base}: {lost}"
+                f"rule {function}: {module} could not be imported from {base}: {lost} "
+                "(import_timeout_s, in the scorer's entry, is the limit)"
             ) from None
         if not ready.get("ready"):
             self.kill()
-            raise ConfigError(_refusal(function, signature, base, ready))
+            raise ConfigError(_refusal(function, base, ready))
         self.fingerprint: str = ready["fingerprint"]
         self.apart: bool = ready["apart"]
         """Whether it has a user namespace of its own."""
+        self.checks_answers: bool = ready["checks_answers"]
+        """Whether the function can say which reference answers it can use."""
+        self.parameters = Parameters(
+            style=ready["style"],
+            names=tuple(ready["names"]),
+            required=tuple(ready["required"]),
+            takes_any=ready["takes_any"],
+            is_async=ready["is_async"],
+        )
+        if self.parameters.is_async:
+            self._timeout_s += _GRACE_S
 
     def _spawn(self, base: Path) -> None:
         request_in, self._requests = os.pipe()
         self._responses, response_out = os.pipe()
         life_in, self._life = os.pipe()
+        output, printed = os.pipe()
         inherited = (request_in, response_out, life_in)
         self._cookie = secrets.token_hex(16)
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ} | {
@@ -151,41 +127,45 @@ class Child:
             "OMP_NUM_THREADS": "1",
         }
         try:
-            # -P: rayhf/scorer is not on the rule's import path. stdout=2: its prints go to stderr.
-            # A session of its own: one kill ends what the rule started, too.
+            # -P: rayhf/scorer is not on the rule's import path. A session of its own: one kill
+            # ends what the rule started, too.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(_CHILD), *map(str, inherited)],
                 stdin=subprocess.DEVNULL,
-                stdout=2,
+                stdout=printed,
+                stderr=printed,
                 pass_fds=inherited,
                 cwd=base,
                 env=environment,
                 start_new_session=True,
             )
         except OSError:
-            for fd in (self._requests, self._responses, self._life):
+            for fd in (self._requests, self._responses, self._life, output):
                 os.close(fd)
             raise
         finally:
-            for fd in inherited:
+            for fd in (*inherited, printed):
                 os.close(fd)
         os.set_blocking(self._requests, False)
+        self._drain = threading.Thread(target=_pass_on, args=(output,), daemon=True)
+        self._drain.start()
 
     def is_alive(self) -> bool:
         """Return whether the process is running."""
         return self._process.poll() is None
 
-    def call(
-        self, lines: Sequence[bytes], *, first: int, timeout_s: float
-    ) -> Iterator[tuple[str, Any]]:
-        """Yield (status, value) for lines[first:] as they arrive.
+    def call(self, payloads: Sequence[bytes]) -> Iterator[tuple[int, list[Any]]]:
+        """Yield (number of the call, its results) as they arrive; of a plain function in order.
 
-        Raises LostError when one does not arrive.
+        A payload is b"count,arguments". Raises LostError when a response does not arrive in time.
         """
-        for number, response in enumerate(self._exchange(lines[first:], timeout_s), first):
-            if not (isinstance(response, list) and len(response) == 3 and response[0] == number):
+        lines = [b"[%d,%s]\n" % (number, payload) for number, payload in enumerate(payloads)]
+        missing = set(range(len(lines)))
+        for response in self._exchange(lines, self._timeout_s):
+            if not (isinstance(response, list) and len(response) == 2 and response[0] in missing):
                 raise LostError("the rule's process responded out of order")
-            yield response[1], response[2]
+            missing.remove(response[0])
+            yield response[0], response[1]
 
     def _exchange(self, lines: Sequence[bytes], timeout_s: float) -> Iterator[Any]:
         """Send all lines while reading one response per line.
@@ -242,6 +222,10 @@ class Child:
             return f"signal {signal.Signals(-code).name}"
         return f"exit code {code}"
 
+    def interrupt(self) -> None:
+        """Kill the child alone; who waits for its responses finds that it exited."""
+        self._process.kill()
+
     def kill(self) -> None:
         """End the child and every process that it started.
 
@@ -259,6 +243,29 @@ class Child:
                 break
         for fd in (self._requests, self._responses, self._life):
             os.close(fd)
+        self._drain.join(timeout=1.0)
+
+
+def import_path(base: Path) -> list[str]:
+    """Return the import path of a rule: the user's directory is last.
+
+    Nothing there can replace a module of Python's, of rayhf's or of an installed package.
+    """
+    return [*(entry for entry in sys.path if entry not in ("", str(base))), str(base)]
+
+
+def _pass_on(output: int) -> None:
+    """Copy what a process prints to our stderr, up to OUTPUT_BYTES; read and drop the rest."""
+    left = OUTPUT_BYTES
+    with open(output, "rb", buffering=0) as pipe:
+        while data := pipe.read(1 << 16):
+            if left <= 0:
+                continue
+            with suppress(OSError):  # a full disk must not stop the rule
+                os.write(2, data[:left])
+                if left <= len(data):
+                    os.write(2, b"\n[what this rule prints further is dropped]\n")
+            left -= len(data)
 
 
 def _carriers(entry: bytes) -> list[int]:
@@ -274,7 +281,7 @@ def _carriers(entry: bytes) -> list[int]:
     return pids
 
 
-def _refusal(function: str, signature: Signature, base: Path, ready: dict[str, Any]) -> str:
+def _refusal(function: str, base: Path, ready: dict[str, Any]) -> str:
     module, _, name = function.partition(":")
     refused = ready["refused"]
     if refused == "no module":
@@ -282,10 +289,13 @@ def _refusal(function: str, signature: Signature, base: Path, ready: dict[str, A
         return f"rule {function}: there is no module {module} in {base} or on sys.path{hint}"
     if refused == "no function":
         hint = did_you_mean(name, ready["names"])
-        return f"rule {function}: module {module} has no function {name}{hint}"
+        return f"rule {function}: module {module} ({ready['file']}) has no function {name}{hint}"
     if refused == "import":
         return f"rule {function}: importing {module} failed: {ready['reason']}"
-    return f"rule {function} cannot be called as {name}({signature}): {ready['reason']}"
+    expected = ""
+    if "style" in ready:
+        expected = f" in style {ready['style']}; expected {', '.join(OWN[ready['style']])}"
+    return f"rule {function} cannot be called{expected}: {ready['reason']}"
 
 
 def _parse(line: bytes) -> Any:

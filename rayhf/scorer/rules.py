@@ -14,11 +14,14 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+_MINUS = re.compile("[\u2212\u2013\ufe63\uff0d](?=\\s?[\\d.\\\\(])")
+"""Minus signs that are not ASCII's: minus, en dash, small and full-width hyphen."""
+_CURRENCY = re.compile(r"\\?[$€£¥]\s?(?=[-+]?[\d.])")
 # A sign only where no word or bracket stands before it ("10-5" ends in 5); thousands separators
 # only in groups of three; the exponent is bounded so that a number stays cheap to compare.
 _NUMBER = re.compile(
     r"(?:(?<![\w.)\]])[-+])?"
-    r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[-+]?\d{1,3}(?!\d))?",
+    r"(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3}(?!\d))?",
     re.ASCII | re.IGNORECASE,
 )
 
@@ -38,16 +41,14 @@ def final_number(
 ) -> float:
     """Return 1.0 where the last number in the text equals the reference answer as a number.
 
-    "1,250.0" equals "1250". Raises ValueError for a prompt whose reference answer is missing or is
-    not one number.
+    "1,250.0" equals "1250"; signs of money and percent count for nothing. Raises ValueError for a
+    prompt whose reference answer is missing or is not one number.
     """
-    text = _required(reference_answer).strip()
-    if _NUMBER.fullmatch(text) is None:
-        raise ValueError(f"the reference answer is not a number: {text[:40]!r}")
+    expected = _number(reference_answer)
     last = ""
-    for match in _NUMBER.finditer(completion):
+    for match in _NUMBER.finditer(_CURRENCY.sub("", plain_signs(completion))):
         last = match.group()
-    return float(bool(last) and _value(last) == _value(text))
+    return float(bool(last) and _value(last) == expected)
 
 
 def regex_search(
@@ -71,6 +72,19 @@ def regex_match(
     return float(_pattern(reference_answer).fullmatch(completion.strip()) is not None)
 
 
+def plain_signs(text: str) -> str:
+    """Return the text with a hyphen for every other minus sign that stands before a number."""
+    return _MINUS.sub("-", text)
+
+
+def _number(answer: str | None) -> Decimal:
+    text = _CURRENCY.sub("", plain_signs(_required(answer)).strip())
+    text = text.removesuffix("%").removesuffix("\\").strip()
+    if _NUMBER.fullmatch(text) is None:
+        raise ValueError(f"the reference answer is not a number: {answer!r:.40}")
+    return _value(text)
+
+
 def _pattern(answer: str | None) -> re.Pattern[str]:
     try:
         return re.compile(_required(answer))
@@ -88,3 +102,10 @@ def _required(answer: str | None) -> str:
 
 def _value(number: str) -> Decimal:
     return Decimal(number.replace(",", ""))
+
+
+# Checked by `rayhf check`, before anything is generated.
+exact_match.check_reference_answer = _required  # type: ignore[attr-defined]
+final_number.check_reference_answer = _number  # type: ignore[attr-defined]
+regex_search.check_reference_answer = _pattern  # type: ignore[attr-defined]
+regex_match.check_reference_answer = _pattern  # type: ignore[attr-defined]

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from rayhf.errors import ConfigError, WeightSyncError
+from rayhf.errors import WeightSyncError
+from rayhf.models.weight_files import stored_shapes, weight_files
 from rayhf.types import TensorSpec, WeightBucket
 
 ALIGNMENT = 16
@@ -188,21 +189,12 @@ def checkpoint_shapes(model: Path, *, tied: bool) -> dict[str, tuple[int, ...]]:
     `tied`: the output head is the embedding; some checkpoints store it again, a learner never sends
     it.
     """
-    from safetensors import safe_open
-
-    files = sorted(model.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(
-            f"policy.model: no *.safetensors in {model}; save the model with save_pretrained()"
-        )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, framework="numpy") as handle:
-            names = handle.keys()  # the handle itself is not iterable
-            for name in names:
-                # Old checkpoints store this buffer of the rotary embedding as well.
-                if not name.endswith("rotary_emb.inv_freq"):
-                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+    # Old checkpoints store a buffer of the rotary embedding as well.
+    shapes = {
+        name: shape
+        for name, shape in stored_shapes(model, key="policy.model").items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
     if tied:
         shapes.pop("lm_head.weight", None)
     return shapes
@@ -215,7 +207,7 @@ def checkpoint_tensors(model: Path, names: Collection[str]) -> Iterator[tuple[st
     """
     from safetensors import safe_open
 
-    for file in sorted(model.glob("*.safetensors")):
+    for file in weight_files(model, key="policy.model"):
         with safe_open(file, framework="pt") as handle:
             stored = handle.keys()
             for name in stored:

@@ -314,13 +314,15 @@ def vllm(turns: Turns) -> None:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from rayhf.data.prompts import iteration_batch, load_prompts
-    from rayhf.data.readers import FileSource, FileSourceConfig
+    from rayhf.data.files import FileSource, FileSourceConfig
+    from rayhf.data.prompts import PromptReader, iteration_batch
 
     spec = turns.spec
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
-    source = FileSource(FileSourceConfig(path=Path(spec.train)), base=Path())
-    prompts = load_prompts(source, tokenizer, key="prompts.train", max_prompt_tokens=256).prompts
+    train = FileSourceConfig(path=Path(spec.train))
+    reader = PromptReader(tokenizer=tokenizer, max_prompt_tokens=256)
+    source = FileSource(train, base=Path())
+    prompts, _ = reader.read(source, train, name="train", key="prompts.train")
     llm = LLM(
         spec.model,
         dtype=spec.dtype,

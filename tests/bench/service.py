@@ -30,7 +30,7 @@ from rayhf.config.service import NO_SECURITY, EndpointSecurity
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.grpc.client import GrpcScorerConfig
 from rayhf.scorer.protocol import ScorerEngine, ScorerSetup
-from rayhf.scorer.rule import RuleConfig
+from rayhf.scorer.rule_config import RuleConfig
 from rayhf.types import Completion, Prompt, Scored, ScoreRequest
 from tests.bench.results import put_section
 

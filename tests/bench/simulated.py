@@ -194,6 +194,7 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self.generate = Method(self._generate)
         self.update = Method(self._update)
+        self.verify = Method(lambda probe: self._respond(None))
         self.progress = Method(self._progress)
         self.process_info = Method(lambda: self._respond(ProcessInfo("nowhere", 0, 0.0)))
         life_s = random.Random(derive_seed(world.seed, "life", number, life)).expovariate(
@@ -387,6 +388,9 @@ class SimLearner:
 
     async def logprobs(self, rows: Any, *, temperature: float) -> list[Any]:
         return await self.outputs(rows, temperature=temperature)
+
+    async def probe(self) -> Probe:
+        return Probe(token_ids=(), logprobs=())
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
         await asyncio.sleep(self.world.sync_s)

@@ -91,21 +91,21 @@ def test_refused_before_anything_starts(
         ("", "bad.jsonl is empty"),
         (
             '{"prompt": "a"}\n{"prompt": 3}\n',
-            "bad.jsonl row 2: `prompt` must be a non-empty string, got 3",
+            "bad.jsonl row 2: `prompt` must be text or a list of messages, got 3",
         ),
         ('{"prompt": "a"}\nnot json\n', "bad.jsonl row 2: not valid JSON"),
         (
             '{"question": "a"}\n',
-            "bad.jsonl row 1: expected either `prompt` (string) or `messages` (list), "
+            "bad.jsonl row 1: expected either `prompt` (text or messages) or `messages` (list), "
             "got keys question",
         ),
         (
             '{"messages": [{"role": "user"}]}\n',
-            "bad.jsonl row 1: a message must have string `role` and `content`",
+            "bad.jsonl row 1: a message of `messages` must have `content` (text",
         ),
         (
             '{"prompt": "a", "answer": [1]}\n',
-            "bad.jsonl row 1: `answer` must be a string or a number",
+            "bad.jsonl row 1: `answer` must be text or a number",
         ),
         (json.dumps({"prompt": "long " * 400}) + "\n", "bad.jsonl row 1: the prompt has"),
     ],

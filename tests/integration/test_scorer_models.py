@@ -33,7 +33,7 @@ from rayhf.errors import ConfigError
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.reward_model import RewardModel, RewardModelConfig
-from rayhf.scorer.rule import RuleConfig
+from rayhf.scorer.rule_config import RuleConfig
 from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 
 PAD, END, UNKNOWN = 256, 257, 258

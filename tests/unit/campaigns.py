@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from rayhf.data.prompts import PromptSet
 from rayhf.evaluation.base import Evaluation
 from rayhf.roles import Learner, Reference, Roles, Rollout, Scorer
 from rayhf.run_dir.store import RunDir
+from rayhf.types import Prompt
 
 
 def make_config(
@@ -70,6 +71,10 @@ def run_campaign(
     reference: Reference | None = None,
     pairs: Path | None = None,
     evaluations: Mapping[str, Evaluation] | None = None,
+    prompts: PromptSet | None = None,
+    heldout: Sequence[Prompt] = tuple(make_prompts(3)),
+    inputs: Mapping[str, str] | None = None,
+    exported_files: Mapping[str, str] | None = None,
 ) -> Roles:
     """Run the campaign to its end; return its roles."""
     algorithm = ALGORITHMS.build(config.algorithm)
@@ -92,9 +97,12 @@ def run_campaign(
             roles=roles,
             data=CampaignData(
                 chat=FakeChat(),
-                prompts=PromptSet(prompts=tuple(make_prompts(12)), duplicates=0, label="test"),
-                heldout=tuple(make_prompts(3)),
+                prompts=prompts
+                or PromptSet(prompts=tuple(make_prompts(12)), duplicates=0, label="test"),
+                heldout=tuple(heldout),
                 evaluations=evaluations or {},
+                inputs=inputs or {},
+                exported_files=exported_files or {},
             ),
             store=store,
             observer=SilentObserver(),

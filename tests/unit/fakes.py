@@ -61,6 +61,7 @@ def checkpoint_state(iteration: int, **packages: str) -> CheckpointState:
         scorer={},
         prompts="",
         pairs=None,
+        inputs={},
         config={},
         packages=packages,
     )
@@ -78,6 +79,8 @@ class FakeRollout:
         """Calls in progress."""
         self.busy_at_update = 0
         """Largest number of calls in progress at any update."""
+        self.verified: list[int] = []
+        """Version at every comparison with the learner."""
 
     async def generate(
         self, requests: Sequence[GenerateRequest], *, version: int
@@ -104,6 +107,9 @@ class FakeRollout:
             finish_reason="stop",
             policy_version=self.version,
         )
+
+    async def verify(self, probe: Probe) -> None:
+        self.verified.append(self.version)
 
     async def update(self, snapshot: WeightSnapshot) -> None:
         self.busy_at_update = max(self.busy_at_update, self.running)
@@ -212,6 +218,9 @@ class FakeLearner:
 
     async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
         return [np.zeros(len(row.response_ids), dtype=np.float32) for row in rows]
+
+    async def probe(self) -> Probe:
+        return Probe(token_ids=(), logprobs=())
 
     async def publish(self, version: int, *, stored: bool = False) -> WeightSnapshot:
         return WeightSnapshot(

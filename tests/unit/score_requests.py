@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rayhf.scorer.protocol import ScorerSetup
-from rayhf.scorer.rule import Rule, RuleConfig
+from rayhf.scorer.rule import Rule
+from rayhf.scorer.rule_config import RuleConfig
 from rayhf.types import Compared, Completion, Message, Prompt, Scored, ScoreRequest
 
 

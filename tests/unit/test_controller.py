@@ -7,7 +7,13 @@ import pytest
 from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeLearner, FakeRollout, FakeScorer
 
-from rayhf.errors import CheckpointError, ConfigError, LockedError, ScorerError
+from rayhf.errors import (
+    CheckpointError,
+    ConfigError,
+    LockedError,
+    ScorerError,
+    WeightSyncError,
+)
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Failed, Invalid
 
@@ -140,3 +146,40 @@ def test_damaged_checkpoint_is_replaced_by_the_older_one(tmp_path):
         store.latest()
     store.close()
     assert len(list(checkpoints.glob(".corrupt-*"))) == 2
+
+
+def test_continued_with_other_inputs_is_refused(tmp_path):
+    """The reference loads its model again, and the prompts are rendered again."""
+    config = make_config(tmp_path)
+    inputs = {"chat template": "a", "policy.model/model.safetensors": "b"}
+    with pytest.raises(RuntimeError, match="killed"):
+        run_campaign(config, learner=FakeLearner(fail_at=3), inputs=inputs)
+    for changed, names in (
+        ({"chat template": "x"}, "chat template"),
+        ({"policy.model/config.json": "new"}, "policy.model/config.json"),
+    ):
+        with pytest.raises(CheckpointError, match=f"changed since: {names}; restore") as error:
+            run_campaign(config, inputs=inputs | changed)
+        assert error.value.exit_code == 5
+    run_campaign(config, inputs=inputs)
+
+
+def test_exported_policy_gets_the_campaigns_files(tmp_path):
+    run_campaign(make_config(tmp_path), exported_files={"chat_template.jinja": "{{ é }}"})
+    exported = tmp_path / "run" / "policy" / "chat_template.jinja"
+    assert exported.read_text(encoding="utf-8") == "{{ é }}"
+
+
+def test_engines_are_compared_with_the_learner_before_the_first_iteration(tmp_path):
+    class OtherWeights(FakeRollout):
+        async def verify(self, probe):
+            raise WeightSyncError("weights 0 do not compute what the learner computes")
+
+    config = make_config(tmp_path)
+    rollout = OtherWeights()
+    with pytest.raises(WeightSyncError, match="weights 0"):
+        run_campaign(config, rollout=rollout)
+    assert rollout.calls == [] and metrics_of(config) == []
+    rollout = FakeRollout()
+    run_campaign(config, rollout=rollout)
+    assert rollout.verified == [0]

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
 
@@ -190,6 +191,23 @@ def test_truncation_from_the_start_does_not_pause():
     assert (
         levels(short("rollout/truncated", 0.0, 0.0, 0.0, 0.3, 0.3), truncated={"warn": 0.4}) == {}
     )
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({}, "no completion contains a stop token: .* rollout.stop"),
+        ({"rollout/thinking_unfinished": 0.5}, "no completion contains a stop token"),
+        ({"rollout/thinking_unfinished": 1.0}, "no completion ended its thinking: .*thinking.end"),
+    ],
+)
+def test_total_truncation_is_explained_in_the_first_iteration(metrics, expected):
+    line = {"iteration": 1, "rollout/truncated": 1.0, **metrics}
+    (alarm,) = check_guards([line], DEFAULT)
+    assert (alarm.guard, alarm.level) == ("truncated", "warn")
+    assert re.search(f"rollout/truncated is 100%: {expected}", alarm.message)
+    line["rollout/truncated"] = 0.9
+    assert check_guards([line], DEFAULT) == []
 
 
 def test_length_is_compared_over_twenty_iterations():

@@ -217,7 +217,7 @@ def test_disjoint_iterations_are_guaranteed_or_refused(tmp_path):
     ("rows", "problem"),
     [
         ([{"prompt": "a", "chosen": "b"}], "row 1: expected `rejected`"),
-        ([{"chosen": "b", "rejected": "c"}], "expected either `prompt`"),
+        ([{"chosen": "b", "rejected": "c"}], "expected a `prompt` with it"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1}], "margin"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "x"}], "finite number"),
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "equal texts"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayhf.errors import ConfigError
-from rayhf.learner.packing import padded_tokens, plan_micro_batches
+from rayhf.learner.packing import padded_tokens, padding_fraction, plan_micro_batches
 from rayhf.models.packing import pack_rows
 
 Lengths = list[list[int]]
@@ -92,3 +92,8 @@ def test_rows_are_packed_once_within_the_budget(lengths: list[int], budget: int,
     )
     assert [long] in batches, "a row over the budget gets its own batch: without gradient it fits"
     assert batches == pack_rows(list(lengths), budget)
+
+
+def test_padding_fraction_counts_what_is_computed_for_nothing() -> None:
+    lengths = [[4], [2], [3, 1]]
+    assert padding_fraction([[[0, 1]], [[2]]], lengths) == pytest.approx(1 - 10 / (8 + 6))

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import ray
 from ray._private.runtime_env import packaging
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.state import available_resources_per_node
 
-from actors.ray_internals import LOCAL_ENV, create_package, dead_processes
+from actors.ray_internals import LOCAL_ENV, create_package, dead_processes, job_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +63,14 @@ def test_flag_is_one_of_rays_core(name: str) -> None:
     library = Path(ray.__file__).parent / "_raylet.so"
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         assert text.find(name.removeprefix("RAY_").encode()) >= 0
+
+
+def test_job_config_has_the_option_we_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/integration/test_user_folder.py shows that it works."""
+    config = job_config()
+    assert config is not None and config._client_job is True
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
+    assert job_config() is None
 
 
 def test_processes_of_a_node_have_names_and_states() -> None:

@@ -57,6 +57,12 @@ def cpu(completion, **context):
 def counted(completion, **context):
     return resource.getrlimit(resource.RLIMIT_NPROC)[0]
 
+def noisy(completion, **context):
+    for _ in range(4):
+        os.write(1, b"x" * (1 << 20))
+        os.write(2, b"y" * (1 << 20))
+    return 1.0
+
 def endless(completion, **context):
     while True:
         os.write(int(sys.argv[2]), b"x" * 65536)  # the pipe for answers
@@ -86,7 +92,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.mktemp("apart")
     (base / "hostile.py").write_text(RULES)
     rule = make_rule("hostile:counted", base)
-    allowed = rule._child is not None and rule._child.apart
+    allowed = rule.pool.apart
     rule.close()
     if not allowed:
         pytest.skip("this kernel or container allows no user namespaces")
@@ -101,6 +107,17 @@ def test_disk(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     outcome = ask("disk")
     assert isinstance(outcome, Failed) and "File too large" in outcome.reason
     assert (tmp_path / "big").stat().st_size <= 32 << 20
+
+
+def test_output_is_capped_and_dropped(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise a log would grow to the limit on files, and every later call would fail."""
+    monkeypatch.setattr(rule_process, "FILE_BYTES", 1 << 20)
+    assert ask("noisy") == Scored(value=1.0)
+    printed = capfd.readouterr().err
+    assert 0 < len(printed) < 1 << 19
+    assert printed.rstrip().endswith("[what this rule prints further is dropped]")
 
 
 def test_all_processes_are_killed_even_outside_the_session(ask: Ask, tmp_path: Path) -> None:

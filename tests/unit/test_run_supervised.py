@@ -95,3 +95,10 @@ time.sleep(30)
 
 def test_nothing_is_committed_without_a_run_directory(tmp_path):
     assert _committed(tmp_path / "nothing") == -1
+
+
+def test_users_launch_py_is_not_run(tmp_path, monkeypatch):
+    (tmp_path / "launch.py").write_text("open('executed', 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    assert supervise(["--help"], tmp_path / "run", Console(force_terminal=False)) == 0
+    assert not (tmp_path / "executed").exists()

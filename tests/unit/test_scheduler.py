@@ -19,7 +19,16 @@ def group(prompt, completions=()):
     return Group(prompt=prompt, samples=samples)
 
 
-def run(explore, *, prompts=3, rollout=None, scorer=None, deterministic=True, done=None):
+def run(
+    explore,
+    *,
+    prompts=3,
+    rollout=None,
+    scorer=None,
+    deterministic=True,
+    done=None,
+    score_calls=1,
+):
     """Explore with fake roles; return the groups and the calls of the rollout."""
     rollout = rollout or FakeRollout()
 
@@ -30,6 +39,7 @@ def run(explore, *, prompts=3, rollout=None, scorer=None, deterministic=True, do
             chat=FakeChat(),
             versions={"policy": 0},
             deterministic=deterministic,
+            score_calls=score_calls,
         )
         return await scheduler.run(
             make_prompts(prompts),
@@ -180,3 +190,39 @@ def test_both_schedulers_give_equal_groups():
         return await sample_and_score(prompt, context, 3)
 
     assert run(explore)[0] == run(explore, deterministic=False)[0]
+
+
+class CountingScorer(FakeScorer):
+    """Counts calls in progress and the requests of each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.running = 0
+        self.most = 0
+        self.sizes = []
+
+    async def score(self, requests):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        self.sizes.append(len(requests))
+        await asyncio.sleep(0.01)
+        self.running -= 1
+        return await super().score(requests)
+
+
+@pytest.mark.parametrize("score_calls", [1, 3])
+def test_eager_scheduler_has_a_few_score_calls_in_flight(score_calls):
+    scorer = CountingScorer()
+    explore = lambda prompt, context: sample_and_score(prompt, context, 2)  # noqa: E731
+    groups, _ = run(
+        explore,
+        prompts=40,
+        rollout=FakeRollout(delay=0.1),
+        scorer=scorer,
+        deterministic=False,
+        score_calls=score_calls,
+    )
+    assert scorer.most == score_calls
+    assert sum(scorer.sizes) == 40
+    expected, _ = run(explore, prompts=40)
+    assert groups == expected

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +28,12 @@ from rayhf.config.scorers import (
 )
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.scorer.build import build_scorer, check_entries, check_heldout
-from rayhf.scorer.combine import Combined, Part
+from rayhf.scorer.combine import Combined
 from rayhf.scorer.judge import JudgeConfig
+from rayhf.scorer.parts import Part
 from rayhf.scorer.protocol import ScorerEngine, ScorerSetup
 from rayhf.scorer.reward_model import RewardModelConfig
-from rayhf.scorer.rule import PairwiseRuleConfig, RuleConfig
+from rayhf.scorer.rule_config import PairwiseRuleConfig, RuleConfig
 from rayhf.types import (
     Compared,
     Comparison,
@@ -39,6 +44,7 @@ from rayhf.types import (
     Prompt,
     Scored,
     ScoreRequest,
+    Skipped,
 )
 
 
@@ -454,6 +460,76 @@ def test_missing_reward_model_files_are_refused(tmp_path: Path) -> None:
     (model / "tokenizer_config.json").unlink()
     with pytest.raises(ConfigError, match=r"no tokenizer_config\.json"):
         check_entries([RewardModelConfig(model=model)], tmp_path)
+
+
+def test_part_that_skips_or_is_not_named_is_left_out() -> None:
+    two = Scored(value=2.0)
+    skipped = Skipped(reason="None")
+    other = part(Fixed(Scored(value=3.0)), "b", 0.5)
+
+    def score(first: Outcome, scorers: tuple[str, ...] | None, kind: str) -> Outcome:
+        engine = Combined([part(Fixed(first), "a"), other], CombineConfig(type=kind))
+        made = request("text", "4")
+        [outcomes] = engine.score([replace(made, prompt=replace(made.prompt, scorers=scorers))])
+        return outcomes[0]
+
+    for kind, alone, both in (("weighted_sum", 1.5, 3.5), ("mean", 3.0, 3.5 / 1.5)):
+        assert score(skipped, None, kind) == Scored(value=alone, parts={"b": 3.0})
+        assert score(two, ("b",), kind) == Scored(value=alone, parts={"b": 3.0})
+        assert score(two, ("b", "a"), kind) == Scored(
+            value=pytest.approx(both), parts={"a": 2.0, "b": 3.0}
+        )
+    assert score(Failed(reason="?"), ("b",), "mean") == Scored(value=3.0, parts={"b": 3.0})
+    assert score(two, ("c",), "mean") == Invalid(
+        reason="no scorer judges it: its prompt names c, not a, b"
+    )
+    assert isinstance(score(skipped, ("a",), "mean"), Skipped)
+
+
+def test_pairwise_part_that_is_not_named_is_left_out() -> None:
+    game = pairwise_part(Pairwise([[0.5, 0.9], [0.1, 0.5]]))
+    engine = Combined([game, part(Listed(0.0, 2.0), "model")])
+    made = request("text", "4")
+    [compared] = engine.compare([replace(made, prompt=replace(made.prompt, scorers=("model",)))])
+    assert isinstance(compared, Compared)
+    assert compared.win[0, 1] == pytest.approx(1 / (1 + math.exp(2.0)))
+
+
+def test_parts_run_side_by_side_where_they_may() -> None:
+    """Each waits for the other; a third one, which is not concurrent, has one caller at a time."""
+    both = threading.Barrier(2)
+
+    class Meets(Fixed):
+        def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
+            both.wait(timeout=10)
+            return super().score(requests)
+
+    class Concurrent(PointwiseEntryConfig):
+        @property
+        def is_concurrent(self) -> bool:
+            return True
+
+    class Alone(Fixed):
+        inside = 0
+
+        def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
+            self.inside += 1
+            time.sleep(0.02)
+            assert self.inside == 1
+            self.inside -= 1
+            return super().score(requests)
+
+    one = Scored(value=1.0)
+    engine = Combined(
+        [
+            Part(Concurrent(name="a"), Meets(one)),
+            Part(Concurrent(name="b"), Meets(one)),
+            part(Alone(one), "c"),
+        ]
+    )
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(engine.score, [[request("text", "4")]] * 4))
+    assert all(values_of(row) == [3.0, 3.0] for row in rows)
 
 
 def test_names_fit_metrics() -> None:

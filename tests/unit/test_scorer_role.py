@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from actors.process import ProcessInfo
-from actors.scorer import ScorerActor, ScorerClient
+from actors.scorer import ScorerActor, ScorerClient, divide
 from actors.supervise import SupervisedActor
-from rayhf.config.scorers import CombineConfig
+from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig
 from rayhf.data.chat import special_token_escaper, special_tokens
 from rayhf.errors import ActorLostError, ConfigError
 from rayhf.scorer.build import check_entries
@@ -27,7 +27,7 @@ from rayhf.scorer.judge import JudgeConfig
 from rayhf.scorer.judge_model import judge_length
 from rayhf.scorer.preference_model import PreferenceModelConfig
 from rayhf.scorer.protocol import ScorerSetup
-from rayhf.scorer.rule import RuleConfig
+from rayhf.scorer.rule_config import RuleConfig
 from rayhf.types import Compared, Scored
 
 RULES = """
@@ -43,19 +43,25 @@ def handle(actor: object) -> Any:
         function: Callable[..., Any] = getattr(actor, name)
         return SimpleNamespace(remote=lambda *arguments: finished(function(*arguments)))
 
-    return SimpleNamespace(
-        **{name: method(name) for name in ("score", "compare", "state_dict", "load_state_dict")}
-    )
+    return SimpleNamespace(**{name: method(name) for name in ("score", "compare")})
 
 
-async def client(actor: SimpleNamespace, *, timeout_s: float) -> ScorerClient:
-    """Return the client of an actor that is never restarted."""
+async def client(
+    *actors: SimpleNamespace,
+    timeout_s: float,
+    entries: Sequence[RuleConfig] = (RuleConfig(function="mine:one"),),
+    combine: CombineConfig = WEIGHTED_SUM,
+) -> ScorerClient:
+    """Return the client of actors that are never restarted."""
     info = ProcessInfo("node", 0, 0.0)
-    actor.process_info = SimpleNamespace(remote=lambda: finished(info))
-    member = SupervisedActor("scorer", lambda: actor, terminate=no_process)
-    scorer = ScorerClient(member, timeout_s=timeout_s)
-    await member.start()
-    return scorer
+    members = []
+    for actor in actors:
+        actor.process_info = SimpleNamespace(remote=lambda: finished(info))
+        members.append(
+            SupervisedActor("scorer", lambda actor=actor: actor, terminate=no_process)  # type: ignore[misc]
+        )
+        await members[-1].start()
+    return ScorerClient(members, entries, combine=combine, timeout_s=timeout_s)
 
 
 def test_client_scores_compares_and_restores_its_state(tmp_path: Path) -> None:
@@ -64,10 +70,11 @@ def test_client_scores_compares_and_restores_its_state(tmp_path: Path) -> None:
     actors = []
     for _ in range(2):
         actors.append(ScorerActor())
-        actors[-1].build(entries, ScorerSetup(base=tmp_path), combine=CombineConfig(type="worst"))
+        actors[-1].build(entries, ScorerSetup(base=tmp_path))
 
     async def scenario() -> None:
-        scorer, resumed = [await client(handle(actor), timeout_s=5) for actor in actors]
+        settings: Any = {"entries": entries, "combine": CombineConfig(type="worst")}
+        scorer, resumed = [await client(handle(actor), timeout_s=5, **settings) for actor in actors]
         [outcomes] = await scorer.score([request("a", "aaa")])
         assert outcomes == (
             Scored(value=-1.0, parts={"length": 1.0, "one": 1.0}),
@@ -88,7 +95,7 @@ def test_client_scores_compares_and_restores_its_state(tmp_path: Path) -> None:
 
     asyncio.run(scenario())
     for actor in actors:
-        actor.engine.close()
+        actor.parts.close()
 
 
 @pytest.mark.parametrize(
@@ -96,13 +103,11 @@ def test_client_scores_compares_and_restores_its_state(tmp_path: Path) -> None:
     [
         (lambda scorer: scorer.score([request("a")]), "score"),
         (lambda scorer: scorer.compare([request("a")]), "compare"),
-        (lambda scorer: scorer.state_dict(), "state"),
-        (lambda scorer: scorer.load_state_dict({}), "state"),
     ],
 )
 def test_late_call_names_its_phase(call: Any, phase: str) -> None:
     never = SimpleNamespace(remote=lambda *arguments: FakeRef())
-    actor = SimpleNamespace(score=never, compare=never, state_dict=never, load_state_dict=never)
+    actor = SimpleNamespace(score=never, compare=never)
 
     async def scenario() -> None:
         await call(await client(actor, timeout_s=0.01))
@@ -113,6 +118,37 @@ def test_late_call_names_its_phase(call: Any, phase: str) -> None:
         f"{phase}: no response from scorer within 0.01 s",
     ):
         asyncio.run(scenario())
+
+
+def test_replicas_answer_as_one_actor_does(tmp_path: Path) -> None:
+    """Statistics too: they are in one place, and see the scores in the order of requests."""
+    (tmp_path / "mine.py").write_text(RULES)
+    entries = [RuleConfig(function="mine:length", normalize=True), RuleConfig(function="mine:one")]
+    actors = [ScorerActor() for _ in range(3)]
+    for actor in actors:
+        actor.build(entries, ScorerSetup(base=tmp_path))
+    requests = [request(*("x" * (n % 5) for n in range(size))) for size in (3, 1, 0, 7, 2, 2)]
+
+    async def scenario() -> None:
+        one = await client(handle(actors[0]), timeout_s=5, entries=entries)
+        three = await client(*map(handle, actors), timeout_s=5, entries=entries)
+        for _ in range(2):
+            assert await one.score(requests) == await three.score(requests)
+        assert await one.state_dict() == await three.state_dict()
+        assert await three.score([]) == []
+
+    asyncio.run(scenario())
+    for actor in actors:
+        actor.parts.close()
+
+
+def test_requests_are_divided_in_order_and_evenly() -> None:
+    requests = [request(*["x"] * size) for size in (4, 4, 4, 4, 8, 8)]
+    assert [len(share) for share in divide(requests, 4)] == [2, 2, 1, 1]
+    assert [r for share in divide(requests, 4) for r in share] == requests
+    assert divide(requests, 1) == [requests]
+    assert len(divide(requests, 100)) == 6
+    assert divide([], 4) == [[]]
 
 
 def judge_directory(

@@ -19,7 +19,9 @@ from score_requests import make_rule, request
 from waiting import is_running, wait_until
 
 from rayhf.errors import ConfigError
-from rayhf.scorer.rule import Rule, RuleConfig
+from rayhf.scorer.rule import Rule
+from rayhf.scorer.rule_config import RuleConfig
+from rayhf.scorer.rule_pool import Losses
 from rayhf.types import Failed, Invalid, Outcome, Scored
 
 RULES = """
@@ -36,6 +38,9 @@ def misbehave(completion, *, prompt, reference_answer, finish_reason):
     if completion == "none": return None
     if completion == "text": return "1.0"
     if completion == "bool": return True
+    if completion == "dict": return {"reward": 1.0}
+    if completion == "part": return {"score": 1.0, "a b": 1.0}
+    if completion == "late": raise TimeoutError("too slow")
     if completion == "list": return [1.0]
     if completion == "exit": os._exit(3)
     if completion == "sys.exit": sys.exit(2)
@@ -60,15 +65,15 @@ def context(completion, *, prompt, reference_answer, finish_reason, messages):
     return len(messages)
 
 def everything(completion, **context):
-    return len(context)
+    names = {"prompt", "messages", "reference_answer", "row", "finish_reason", "thinking"}
+    assert set(context) == names, context
+    return len(context["messages"])
 
 def digest(completion, *, prompt, reference_answer, finish_reason):
     import zlib
     return zlib.crc32(completion.encode("utf-8", "surrogatepass"))
 
-def old_style(completion, gold): return 1.0
-
-async def later(completion, *, prompt, reference_answer, finish_reason): return 1.0
+def constant_time(text): return 1.0
 
 constant = 3
 """
@@ -102,7 +107,9 @@ def misbehave(base: Path) -> Iterator[Rule]:
         ("overflow", Invalid, "the rule returned a number beyond the range of a float"),
         ("none", Invalid, "the rule returned None, not a number"),
         ("text", Invalid, "the rule returned a str, not a number"),
-        ("bool", Invalid, "the rule returned a bool, not a number"),
+        ("dict", Invalid, "the rule returned a dict without `score`, only reward"),
+        ("part", Invalid, "the rule's part 'a b' is 1.0"),
+        ("late", Failed, "TimeoutError: too slow"),
         ("list", Invalid, "the rule returned a list, not a number"),
         ("exit", Failed, "the rule's process exited (exit code 3)"),
         ("sys.exit", Failed, "SystemExit: 2"),
@@ -178,25 +185,29 @@ def test_hostile_text_arrives_unchanged(base: Path) -> None:
     assert [outcome.value for outcome in outcomes if isinstance(outcome, Scored)] == wanted
 
 
+def pid_of(rule: Rule) -> int:
+    child = rule.pool._processes[0].child
+    assert child is not None
+    return child._process.pid
+
+
 def test_thousands_of_scores_come_from_one_child_in_order(base: Path) -> None:
     rule = make_rule("my_rules:digest", base)
-    assert rule._child is not None
-    child = rule._child._process.pid
+    child = pid_of(rule)
     texts = [[f"answer {i} of {n}" for n in range(4)] for i in range(1250)]
     batches = [rule.score([request(*four) for four in texts]) for _ in range(2)]
     wanted = [
         tuple(Scored(value=float(zlib.crc32(text.encode()))) for text in four) for four in texts
     ]
-    assert batches == [wanted, wanted] and rule._child._process.pid == child
+    assert batches == [wanted, wanted] and pid_of(rule) == child
     rule.close()
 
 
 def test_child_that_crashed_between_batches_is_restarted(base: Path) -> None:
     rule = make_rule("my_rules:everything", base)
-    assert rule._child is not None
-    os.kill(rule._child._process.pid, signal.SIGKILL)
-    rule._child._process.wait()
-    assert rule.score([request("a")]) == [(Scored(value=4.0),)]
+    os.kill(pid_of(rule), signal.SIGKILL)
+    wait_until(lambda: not is_running(pid_of(rule)))
+    assert rule.score([request("a")]) == [(Scored(value=1.0),)]
     rule.close()
 
 
@@ -222,7 +233,7 @@ def test_child_dies_with_its_parent(base: Path) -> None:
         from pathlib import Path
         from score_requests import make_rule, request
         rule = make_rule("my_rules:misbehave", Path(sys.argv[1]), timeout_s=60)
-        print(rule._child._process.pid, flush=True)
+        print(rule.pool._processes[0].child._process.pid, flush=True)
         rule.score([request("regex")])
     """)
     root = Path(__file__).parents[2]
@@ -257,10 +268,9 @@ def test_close_ends_what_the_rule_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("my_rules:misbehav", "module my_rules has no function misbehav; did you mean misbehave?"),
+        ("my_rules:misbehav", "my_rules.py\\) has no function misbehav; did you mean misbehave?"),
         ("my_rule:misbehave", "did you mean my_rules?"),
-        ("my_rules:old_style", "missing a required argument: 'gold'|too many|unexpected keyword"),
-        ("my_rules:later", "coroutine"),
+        ("my_rules:constant_time", "cannot be called in style rayhf; expected completion, prompt"),
         ("my_rules:constant", "it is a int, not a function"),
         (
             "broken:f",
@@ -311,13 +321,51 @@ def test_no_descriptor_is_left_behind(base: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_hanging_rule_is_aborted_early(base: Path) -> None:
+def test_prompt_whose_calls_hang_is_given_up_and_others_are_scored(base: Path) -> None:
     rule = make_rule("my_rules:misbehave", base, timeout_s=0.3)
-    try:
-        (outcomes,) = rule.score([request(*["sleep"] * 50)])
-        assert len(outcomes) == 50 and all(isinstance(o, Failed) for o in outcomes)
-        assert "3 calls in a row were lost: no response within 0.3 s" in outcomes[-1].reason
-        (again,) = rule.score([request("fine")])
-        assert isinstance(again[0], Scored)
-    finally:
-        rule.close()
+    requests = [
+        request("a", "b", prompt_id="before"),
+        request(*["sleep"] * 8, prompt_id="hangs"),
+        *(request("a", "b", prompt_id=f"after {number}") for number in range(4)),
+    ]
+    before, hanging, *after = rule.score(requests)
+    rule.close()
+    good = (Scored(value=0.5),) * 2
+    assert [before, *after] == [good] * 5
+    assert [outcome.reason for outcome in hanging if isinstance(outcome, Failed)] == [
+        *["no response within 0.3 s"] * 3,
+        *["skipped: 3 calls of this prompt were lost: no response within 0.3 s"] * 5,
+    ]
+
+
+def test_rule_that_hangs_on_everything_is_aborted_early(base: Path) -> None:
+    rule = make_rule("my_rules:misbehave", base, timeout_s=0.1)
+    rows = rule.score([request(*["sleep"] * 50, prompt_id=str(n)) for n in range(20)])
+    again = rule.score([request("fine")])
+    rule.close()
+    assert all(isinstance(outcome, Failed) for row in rows for outcome in row)
+    last = rows[-1][-1]
+    assert isinstance(last, Failed)
+    assert last.reason == ("skipped: all calls of 4 prompts were lost: no response within 0.1 s")
+    assert again == [(Scored(value=0.5),)]
+
+
+def test_lost_calls_have_a_budget_of_time() -> None:
+    losses = Losses(limit_s=10.0)
+    for number in range(5):
+        losses.add(str(number), "hung", 2.0)
+        losses.answered()
+    assert losses.skipping("other") == "skipped: lost calls took 10 s: hung"
+
+
+def test_everything_timing_out_is_an_outage_and_a_few_are_not(base: Path) -> None:
+    rule = make_rule("my_rules:misbehave", base)
+
+    def transient(*rows: tuple[str, ...]) -> set[bool]:
+        outcomes = rule.score([request(*row, prompt_id=str(n)) for n, row in enumerate(rows)])
+        return {o.transient for row in outcomes for o in row if isinstance(o, Failed)}
+
+    assert transient(*[("late", "late")] * 4) == {True}
+    assert transient(*[("late", "late")] * 3, ("late", "a")) == {False}
+    assert transient(("late",) * 8) == {False}
+    rule.close()

@@ -39,13 +39,24 @@ def check(completion: str, answer: str | None) -> float:
         ("", "5", 0.0),
         ("__import__('os').getpid()", "5", 0.0),
         ("٤٢", "42", 0.0),
+        ("The answer is \u22125", "-5", 1.0),
+        ("The answer is \u22125", "5", 0.0),
+        ("it is \u20135", "-5", 1.0),
+        ("pages 3\u20135", "5", 1.0),
+        ("x = -.5", "-0.5", 1.0),
+        (".5", "0.5", 1.0),
+        ("0.5", ".5", 1.0),
+        (r"it costs \$18.90", "18.90", 1.0),
+        ("it costs $1,018.90", r"\$1018.90", 1.0),
+        ("50%", "50%", 1.0),
+        (r"50\%", "50", 1.0),
     ],
 )
 def test_final_number(completion: str, answer: str, score: float) -> None:
     assert check(completion, answer) == score
 
 
-@pytest.mark.parametrize("answer", [None, "", "forty", "1 or 2", "1/2"])
+@pytest.mark.parametrize("answer", [None, "", "forty", "1 or 2", "1/2", "12:00", "nan"])
 def test_final_number_needs_an_answer(answer: str | None) -> None:
     with pytest.raises(ValueError, match="answer"):
         check("42", answer)
@@ -104,6 +115,28 @@ def test_regular_expressions() -> None:
         ("no idea", "1/2", 0.0),
         ("", "4", 0.0),
         ('__import__("os").getpid()', "5", 0.0),
+        (r"\boxed{\$18.90}", r"\$18.90", 1.0),
+        (r"\boxed{18.90}", r"\$18.90", 1.0),
+        (r"The cost is \$18.90", "18.90", 1.0),
+        (r"\boxed{18}", "$18", 1.0),
+        (r"\boxed{18}", "18 dollars", 1.0),
+        (r"\boxed{1\,234}", "1,234", 1.0),
+        (r"\boxed{1{,}234}", "1234", 1.0),
+        (r"First \boxed{1}. Wait, so \boxed{2}.", "2", 1.0),
+        (r"First \boxed{1}. Wait, so \boxed{2}.", "1", 0.0),
+        ("\\boxed{1}\n\\boxed{2}", "2", 1.0),
+        (r"\boxed{7} and \boxed{8", "7", 1.0),
+        (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{\sqrt{2}}{2}", 1.0),
+        (r"\boxed{\frac{1}{2^{98}}}", r"\frac{1}{2^{99}}", 0.0),
+        (r"\boxed{\frac{1}{2^{99}}}", r"\frac{1}{2^{99}}", 1.0),
+        ("The answer is \u22125", "-5", 1.0),
+        ("The answer is \u22125", "5", 0.0),
+        (r"\boxed{.5}", "0.5", 1.0),
+        ("0.5", ".5", 1.0),
+        (r"\boxed{12:00}", "12:00", 1.0),
+        ("at 11:30, no, 12:00", "12:00", 1.0),
+        (r"\boxed{3{:}2}", "3:2", 1.0),
+        (r"\boxed{1:00}", "12:00", 0.0),
     ],
 )
 def test_math_equal(completion: str, answer: str, score: float) -> None:

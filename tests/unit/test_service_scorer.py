@@ -26,7 +26,7 @@ from rayhf.scorer.grpc.scorer_pb2_grpc import (
     ScorerStub,
     add_ScorerServicer_to_server,
 )
-from rayhf.scorer.rule import PairwiseRuleConfig, RuleConfig
+from rayhf.scorer.rule_config import PairwiseRuleConfig, RuleConfig
 from rayhf.service.chat_pb2 import Message
 from rayhf.service.client import Client
 from rayhf.service.server import Server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,8 @@ def test_checkpoint_shapes(tmp_path: Path) -> None:
     save_file(
         {"a": torch.zeros(3), "lm_head.weight": torch.zeros(4, 3)}, tmp_path / "1.safetensors"
     )
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file(
         {"b": torch.zeros(2, 2), "layer.rotary_emb.inv_freq": torch.zeros(2)},
         tmp_path / "2.safetensors",

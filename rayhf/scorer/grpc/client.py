@@ -80,6 +80,11 @@ class GrpcScorerConfig(PointwiseEntryConfig):
         """Whether it compares completions by itself, with no score for a single completion."""
         return self.pairwise
 
+    @property
+    def is_concurrent(self) -> bool:
+        """Whether several calls may run at the same time."""
+        return True
+
     @model_validator(mode="after")
     def _check_endpoints(self) -> GrpcScorerConfig:
         for endpoint in self.endpoints:

@@ -6,6 +6,7 @@ size of its request, and a text is cut and made printable before it is passed on
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -26,6 +27,7 @@ from rayhf.types import (
     Prompt,
     Scored,
     ScoreRequest,
+    Skipped,
 )
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Scorer"].full_name
@@ -55,12 +57,20 @@ def encode_request(request: ScoreRequest) -> pb.ScoreRequest:
         Message(role=message["role"], content=message["content"]) for message in prompt.messages
     ]
     completions = [
-        pb.Completion(text=completion.text, finish_reason=_ENCODED_REASON[completion.finish_reason])
+        pb.Completion(
+            text=completion.text,
+            finish_reason=_ENCODED_REASON[completion.finish_reason],
+            thinking=completion.thinking,
+        )
         for completion in request.completions
     ]
     return pb.ScoreRequest(
         prompt=pb.Prompt(
-            prompt_id=prompt.prompt_id, messages=messages, answer=prompt.reference_answer
+            prompt_id=prompt.prompt_id,
+            messages=messages,
+            answer=prompt.reference_answer,
+            row=json.dumps(dict(prompt.row), ensure_ascii=False) if prompt.row else "",
+            source=prompt.source,
         ),
         completions=completions,
     )
@@ -69,7 +79,8 @@ def encode_request(request: ScoreRequest) -> pb.ScoreRequest:
 def decode_requests(message: pb.ScoreRequests) -> list[ScoreRequest]:
     """Decode all requests of a call.
 
-    Raises ConfigError for a prompt without messages and for an unknown finish reason.
+    Raises ConfigError for a prompt without messages, for a row that is no JSON object, and for an
+    unknown finish reason.
     """
     return [
         _decode_request(request, f"requests[{index}]")
@@ -86,6 +97,8 @@ def _decode_request(message: pb.ScoreRequest, where: str) -> ScoreRequest:
         messages=tuple({"role": m.role, "content": m.content} for m in sent.messages),
         token_ids=(),
         reference_answer=sent.answer if sent.HasField("answer") else None,
+        row=_decode_row(sent.row, where),
+        source=sent.source,
     )
     completions = []
     for index, completion in enumerate(message.completions):
@@ -104,10 +117,21 @@ def _decode_request(message: pb.ScoreRequest, where: str) -> ScoreRequest:
                 token_ids=(),
                 logprobs=(),
                 finish_reason=reason,
+                thinking=completion.thinking if completion.HasField("thinking") else None,
                 policy_version=0,
             )
         )
     return ScoreRequest(prompt=prompt, completions=tuple(completions))
+
+
+def _decode_row(text: str, where: str) -> dict[str, object]:
+    try:
+        row = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: the prompt's row is no JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: the prompt's row is a {type(row).__name__}, not an object")
+    return row
 
 
 def encode_outcomes(outcomes: Sequence[Sequence[Outcome]]) -> pb.ScoreReply:
@@ -120,6 +144,8 @@ def encode_outcomes(outcomes: Sequence[Sequence[Outcome]]) -> pb.ScoreReply:
 def _encode_outcome(outcome: Outcome) -> pb.Outcome:
     if isinstance(outcome, Scored):
         return pb.Outcome(scored=pb.Scored(value=outcome.value, parts=outcome.parts))
+    if isinstance(outcome, Skipped):
+        return pb.Outcome(skipped=pb.Skipped(reason=printable(outcome.reason)))
     if isinstance(outcome, Invalid):
         return pb.Outcome(invalid=_encode_invalid(outcome))
     return pb.Outcome(failed=_encode_failed(outcome))
@@ -143,6 +169,8 @@ def _decode_outcome(message: pb.Outcome) -> Outcome:
             return _decode_invalid(message.invalid)
         case "failed":
             return _decode_failed(message.failed)
+        case "skipped":
+            return Skipped(reason=printable(message.skipped.reason))
     return Failed(reason="the service sent an outcome of no kind")
 
 

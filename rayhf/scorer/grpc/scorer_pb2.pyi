@@ -55,22 +55,28 @@ class ScoreRequest(_message.Message):
     def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ...) -> None: ...
 
 class Prompt(_message.Message):
-    __slots__ = ("prompt_id", "messages", "answer")
+    __slots__ = ("prompt_id", "messages", "answer", "row", "source")
     PROMPT_ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     prompt_id: str
     messages: _containers.RepeatedCompositeFieldContainer[_chat_pb2.Message]
     answer: str
-    def __init__(self, prompt_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_chat_pb2.Message, _Mapping]]] = ..., answer: _Optional[str] = ...) -> None: ...
+    row: str
+    source: str
+    def __init__(self, prompt_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_chat_pb2.Message, _Mapping]]] = ..., answer: _Optional[str] = ..., row: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Completion(_message.Message):
-    __slots__ = ("text", "finish_reason")
+    __slots__ = ("text", "finish_reason", "thinking")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    THINKING_FIELD_NUMBER: _ClassVar[int]
     text: str
     finish_reason: FinishReason
-    def __init__(self, text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
+    thinking: str
+    def __init__(self, text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., thinking: _Optional[str] = ...) -> None: ...
 
 class ScoreReply(_message.Message):
     __slots__ = ("results",)
@@ -85,14 +91,22 @@ class Outcomes(_message.Message):
     def __init__(self, outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ...) -> None: ...
 
 class Outcome(_message.Message):
-    __slots__ = ("scored", "invalid", "failed")
+    __slots__ = ("scored", "invalid", "failed", "skipped")
     SCORED_FIELD_NUMBER: _ClassVar[int]
     INVALID_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
     scored: Scored
     invalid: Invalid
     failed: Failed
-    def __init__(self, scored: _Optional[_Union[Scored, _Mapping]] = ..., invalid: _Optional[_Union[Invalid, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    skipped: Skipped
+    def __init__(self, scored: _Optional[_Union[Scored, _Mapping]] = ..., invalid: _Optional[_Union[Invalid, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ...) -> None: ...
+
+class Skipped(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Scored(_message.Message):
     __slots__ = ("value", "parts")
