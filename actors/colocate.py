@@ -153,6 +153,9 @@ class SharedLearner:
         async with self._gpus.learner():
             return await self._client.publish(version, stored=stored)
 
+    async def sync_metrics(self) -> dict[str, float]:
+        return await self._client.sync_metrics()
+
     async def save(self, directory: Path) -> None:
         async with self._gpus.learner():
             await self._client.save(directory)

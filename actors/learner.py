@@ -116,8 +116,8 @@ class LearnerActor(ReportsProcess):
             if transport == "broadcast":
                 return announce(self.engine, dtype, bucket_bytes)
             if transport == "cuda_ipc":
-                return self._ipc_sender.publish(self.engine, dtype, bucket_bytes)
-            buckets, probe = self.engine.publish(dtype, bucket_bytes, whole=whole)
+                return self._ipc_sender.publish(self.engine, dtype, bucket_bytes, version=version)
+            buckets, probe = self.engine.publish(dtype, bucket_bytes, whole=whole, version=version)
         return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in buckets], probe
 
     def open_broadcast(self, members: int, timeout_s: float) -> Rendezvous:
@@ -139,6 +139,9 @@ class LearnerActor(ReportsProcess):
 
         with _collectives():
             return send(self.engine, version, dtype, bucket_bytes, self._sender)
+
+    def sync_metrics(self) -> dict[str, float]:
+        return self.engine.outgoing.metrics()
 
     def release(self) -> None:
         self._ipc_sender.release()
@@ -317,6 +320,15 @@ class LearnerClient:
         The first call returns the buckets with their checksums.
         """
         return [actor.send.remote(version, *self._format) for actor in self._actors]
+
+    async def sync_metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = await wait(
+            self._actors[0].sync_metrics.remote(),
+            name=self.names[0],
+            phase="sync",
+            timeout_s=self._timeout_s,
+        )
+        return metrics
 
     async def release(self) -> None:
         """Free the memory of what was published on the device."""

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.environment import USER_FOLDER
 from actors.remote import wait
+from rayhf.config.import_path import import_path
 from rayhf.errors import ActorLostError, DeadlineError
 
 _DUMP_S = 10.0
@@ -55,11 +56,9 @@ class ReportsProcess:
     """Base of the actor classes."""
 
     def __init__(self) -> None:
-        # Last on the path: an actor may get objects of the user's modules, and nothing there may
-        # replace a module of Python's, of rayhf's or of an installed package.
         folder = os.environ.get(USER_FOLDER)
-        if folder is not None and folder not in sys.path:
-            sys.path.append(folder)
+        if folder is not None:  # an actor may get objects of the user's modules
+            sys.path[:] = import_path(sys.path, folder)
 
     def process_info(self) -> ProcessInfo:
         return process_info()

@@ -16,6 +16,7 @@ import asyncio
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import accumulate, chain
 from typing import Any
 
@@ -60,6 +61,10 @@ class ScorerActor(ReportsProcess):
         """Return each scorer's comparisons or outcomes."""
         return self.parts.compare(requests)
 
+    def take_counts(self) -> dict[str, float]:
+        """Return what the scorers counted since the last call."""
+        return self.parts.take_counts()
+
 
 class ScorerClient:
     """Scorer over equal actors, each of which is replaced when it is lost."""
@@ -75,21 +80,43 @@ class ScorerClient:
         self._members = dict.fromkeys(members, 0)
         """Completions that each actor has to score."""
         self._combination = Combination(entries, combine)
+        normalizes = any(entry.is_normalized for entry in entries)
+        self._turn = asyncio.Lock() if normalizes else nullcontext()
+        """Calls whose scores are normalized follow each other: the order decides the statistics."""
         self._timeout_s = timeout_s
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
-        answers = await self._call(lambda actor: actor.score, requests, "score")
-        return self._combination.scores(answers, requests)
+        async with self._turn:
+            answers = await self._call(lambda actor: actor.score, requests, "score")
+            return self._combination.scores(answers, requests)
 
     async def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
-        answers = await self._call(lambda actor: actor.compare, requests, "compare")
-        return self._combination.comparisons(answers, requests)
+        async with self._turn:
+            answers = await self._call(lambda actor: actor.compare, requests, "compare")
+            return self._combination.comparisons(answers, requests)
 
     async def state_dict(self) -> dict[str, Any]:
         return self._combination.state_dict()
 
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._combination.load_state_dict(state)
+
+    async def take_counts(self) -> dict[str, float]:
+        of_members = await asyncio.gather(
+            *(
+                member.persist(
+                    lambda actor: actor.take_counts.remote(),
+                    phase="counts",
+                    timeout_s=self._timeout_s,
+                )
+                for member in self._members
+            )
+        )
+        total: dict[str, float] = {}
+        for counts in of_members:
+            for name, count in counts.items():
+                total[name] = total.get(name, 0.0) + count
+        return total
 
     async def _call(
         self,

@@ -38,6 +38,7 @@ from rayhf.monitoring.event_log import EventLog
 from rayhf.monitoring.observer import Observer
 from rayhf.monitoring.tracking import tracked
 from rayhf.planning.placement import ActorSpec
+from rayhf.planning.precision import precision_warning
 from rayhf.planning.preflight import Prepared, overlap, prepare
 from rayhf.planning.quantized import with_quantized_base
 from rayhf.run_dir.lock import RunLock
@@ -60,11 +61,14 @@ def run_campaign(
         console.print(
             f"warning: {shared} held-out prompts are also training prompts", style="yellow"
         )
+    if warning := precision_warning(pinned, prepared.derived, base):
+        console.print(f"warning: {warning}", style="yellow")
     takes_labels = isinstance(prepared.algorithm, TakesLabels)
     store = RunDir(config, lock, takes_labels=takes_labels, models=commits)
     try:
         store.record_datasets(prepared.data.commits)
-        if store.state.iteration >= config.run.iterations:
+        finished = store.state.iteration >= config.run.iterations
+        if finished and store.state.state == "done":
             say(
                 f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} "
                 "iterations: nothing to do"

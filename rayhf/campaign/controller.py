@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rayhf.algorithms.base import (
     Algorithm,
@@ -30,8 +30,8 @@ from rayhf.campaign.persistence import check_data, installed_packages, load_role
 from rayhf.campaign.training import Trainer
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import InterruptedRunError, PausedError
-from rayhf.exploration.metrics import exploration_metrics, source_metrics
-from rayhf.monitoring.guards import check_guards
+from rayhf.exploration.metrics import exploration_metrics, scorer_counts, source_metrics
+from rayhf.monitoring.guards import Alarm, check_guards
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
 from rayhf.run_dir.state import CheckpointState
@@ -133,18 +133,20 @@ class Controller:
         for policy in changed:
             self.versions[policy] += 1
         if changed:
-            await self._sync(iteration, changed)
+            metrics |= await self._sync(iteration, changed)
         self.iteration = iteration
         metrics |= self._version_metrics()
         if isinstance(self.algorithm, KeepsState):
             self.algorithm.observe(metrics)
         metrics |= await self._evaluate(iteration)
+        metrics |= await scorer_counts(self.roles)
         every = self.config.run.checkpoint_every
         due = iteration == last or bool(every and iteration % every == 0)
         metrics |= {f"time/{name}_s": s for name, s in {**seconds, **self._seconds}.items()}
         metrics["time/iteration_s"] = time.monotonic() - started
         self._report(metrics)
-        self._apply_guards()
+        if pausing := self._check_guards():
+            await self._commit_unhealthy(pausing)
         requested = self.store.requested()
         if due or requested != "run":
             await self._checkpoint(iteration, metrics)
@@ -160,24 +162,32 @@ class Controller:
                     self._explorer.explore(ahead), name=f"exploration {ahead}"
                 )
 
-    def _apply_guards(self) -> None:
-        """Report the guards' alarms.
-
-        Raises PausedError where a guard pauses the campaign: the iteration is then not committed,
-        so that the last healthy commit stays the newest.
-        """
+    def _check_guards(self) -> list[Alarm]:
+        """Report the guards' alarms; return those that pause the campaign."""
         accepted = self.store.state.accepted
         alarms = check_guards(self.store.history, self.config.guards, muted=self._muted)
         for alarm in alarms:
             if (alarm.guard, alarm.level) not in self._alarmed:
                 self.observer.event(alarm.level, alarm.message)
         self._alarmed = {(alarm.guard, alarm.level) for alarm in alarms}
-        stop = [alarm for alarm in alarms if alarm.level == "pause" and alarm.guard not in accepted]
-        if stop:
-            self.store.set_state(
-                "paused", reason=stop[0].message, guards=[alarm.guard for alarm in stop]
-            )
-            raise PausedError(f"paused by guard {stop[0].guard}: {stop[0].message}")
+        return [alarm for alarm in alarms if alarm.level == "pause" and alarm.guard not in accepted]
+
+    async def _commit_unhealthy(self, alarms: Sequence[Alarm]) -> NoReturn:
+        """Save the iteration beside the healthy checkpoints, so that an operator can accept it.
+
+        Raises PausedError.
+        """
+        self.observer.phase(self.iteration, "checkpoint")
+        directory = self.store.checkpoints.begin()
+        await save_roles(directory, self.roles, self.algorithm)
+        reason = alarms[0].message
+        self.store.commit_unhealthy(
+            directory, await self._state(), reason=reason, guards=[alarm.guard for alarm in alarms]
+        )
+        raise PausedError(
+            f"paused by guard {alarms[0].guard}: {reason}. "
+            f"{self.store.state.ways_to_continue(self.store.path)}"
+        )
 
     async def _apply_operator_request(self) -> None:
         """Pause until the operator resumes the campaign, or stop it; everything is committed."""
@@ -202,11 +212,12 @@ class Controller:
 
     # ---------------------------------------------------------------------- sync
 
-    async def _sync(self, iteration: int, changed: set[str]) -> None:
+    async def _sync(self, iteration: int, changed: set[str]) -> dict[str, float]:
         """Send the new weights to the engines that use them, and to the reference when it is due.
 
-        Waits until no exploration is in flight.
+        Waits until no exploration is in flight. Returns metrics of the sync.
         """
+        metrics: dict[str, float] = {}
         self.observer.phase(iteration, "sync")
         if self._explorations:
             await asyncio.wait(self._explorations.values())
@@ -219,6 +230,10 @@ class Controller:
                 snapshot = await self._push(policy, stored=mix is not None, engines=engines)
                 if mix is not None and self.roles.reference is not None:
                     await self.roles.reference.update(snapshot, mix=mix)
+                for name, value in (await self.roles.learners[policy].sync_metrics()).items():
+                    own = name if policy == "policy" else f"{policy}/{name}"
+                    metrics[own] = value
+        return metrics
 
     async def _verify_initial_weights(self) -> None:
         """Check that engines and learner loaded the same weights; a sync does it for later ones."""
@@ -281,12 +296,7 @@ class Controller:
         directory = self.store.checkpoints.begin()
         await save_roles(directory, self.roles, self.algorithm)
         # Exported before the commit, so that a finished campaign always has its policy.
-        for policy, learner in self.roles.learners.items():
-            exported = self.store.policy_directory(policy)
-            await learner.export(exported)
-            for name, text in self.data.exported_files.items():
-                (exported / name).write_text(text, encoding="utf-8")
-            self.store.publish_policy(exported, policy)
+        await self._export()
         finished = iteration >= self.config.run.iterations
         self.store.commit(
             directory,
@@ -295,6 +305,14 @@ class Controller:
             score=metrics.get(f"eval/{self.config.prompts.task}/sampled"),
         )
         self.observer.event("commit", f"iteration {iteration} is committed")
+
+    async def _export(self) -> None:
+        for policy, learner in self.roles.learners.items():
+            exported = self.store.policy_directory(policy)
+            await learner.export(exported)
+            for name, text in self.data.exported_files.items():
+                (exported / name).write_text(text, encoding="utf-8")
+            self.store.publish_policy(exported, policy)
 
     async def _restore(self) -> None:
         """Continue from the newest verified checkpoint, or start where none was ever committed."""
@@ -307,14 +325,16 @@ class Controller:
         self.store.rewind(checkpoint.iteration)
         self.iteration = state.iteration
         self.versions.update(state.versions)
-        if self.iteration >= self.config.run.iterations:
-            self.store.set_state("done")
-            return
         self.observer.phase(self.iteration, "restore")
         load_state(self.algorithm, state.algorithm)
         await self.roles.scorer.load_state_dict(state.scorer)
         self.data.load_evaluation_state(state.evaluations)
         await load_roles(checkpoint.directory, self.roles, self.algorithm)
+        if self.iteration >= self.config.run.iterations:
+            # Not exported yet where an operator accepted the last iteration after a guard's pause.
+            await self._export()
+            self.store.set_state("done")
+            return
         for policy, version in self.versions.items():
             if version and policy in self.roles.rollouts:
                 await self._push(policy)

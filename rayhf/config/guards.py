@@ -154,7 +154,7 @@ class NoSignalGuard(_Rising):
 
 
 class GuardsConfig(Section):
-    """Monitored metrics; after a pause, `rayhf unpause` continues from the last checkpoint."""
+    """Monitored metrics; `rayhf unpause` continues after a pause, and nothing is lost."""
 
     kl: KLGuard = KLGuard()
     entropy: EntropyGuard = EntropyGuard()

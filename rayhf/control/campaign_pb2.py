@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from rayhf.service import chat_pb2 as rayhf_dot_service_dot_chat__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1crayhf/control/campaign.proto\x12\x08rayhf.v1\x1a\x18rayhf/service/chat.proto\"\x0f\n\rStatusRequest\"\xf6\x04\n\x0bStatusReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x64vice\x18\x04 \x01(\t\x12\x0e\n\x06holder\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x03\x12\x11\n\talgorithm\x18\x07 \x01(\t\x12\x14\n\x0ctakes_labels\x18\x08 \x01(\x08\x12\x11\n\titeration\x18\t \x01(\x03\x12\x12\n\niterations\x18\n \x01(\x03\x12\r\n\x05phase\x18\x0b \x01(\t\x12\x1b\n\x0eprogress_age_s\x18\x0c \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x65ta_s\x18\r \x01(\x01H\x01\x88\x01\x01\x12\x35\n\x08versions\x18\x0e \x03(\x0b\x32#.rayhf.v1.StatusReply.VersionsEntry\x12\x0e\n\x06\x63ommit\x18\x0f \x01(\t\x12\x31\n\x06health\x18\x10 \x03(\x0b\x32!.rayhf.v1.StatusReply.HealthEntry\x12\x0e\n\x06\x66\x61ults\x18\x11 \x03(\t\x12\x13\n\x0b\x66\x61ult_count\x18\x12 \x01(\x03\x12\x31\n\x06models\x18\x13 \x03(\x0b\x32!.rayhf.v1.StatusReply.ModelsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a-\n\x0bHealthEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a-\n\x0bModelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_progress_age_sB\x08\n\x06_eta_s\"\x0e\n\x0cWatchRequest\"C\n\x05\x45vent\x12\x0c\n\x04time\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x0e\n\x0cPauseRequest\"\x10\n\x0eUnpauseRequest\"\r\n\x0bStopRequest\"\x17\n\x04\x44one\x12\x0f\n\x07message\x18\x01 \x01(\t\"I\n\x11\x41\x64\x64PromptsRequest\x12$\n\x07prompts\x18\x01 \x03(\x0b\x32\x13.rayhf.v1.NewPrompt\x12\x0e\n\x06source\x18\x02 \x01(\t\"P\n\tNewPrompt\x12#\n\x08messages\x18\x01 \x03(\x0b\x32\x11.rayhf.v1.Message\x12\x13\n\x06\x61nswer\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_answer\"\x1d\n\x0cPairsRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\"+\n\nPairsReply\x12\x1d\n\x05pairs\x18\x01 \x03(\x0b\x32\x0e.rayhf.v1.Pair\"n\n\x04Pair\x12\x0f\n\x07pair_id\x18\x01 \x01(\t\x12#\n\x08messages\x18\x02 \x03(\x0b\x32\x11.rayhf.v1.Message\x12\r\n\x05\x66irst\x18\x03 \x01(\t\x12\x0e\n\x06second\x18\x04 \x01(\t\x12\x11\n\tcertainty\x18\x05 \x01(\x01\"C\n\x0cLabelRequest\x12#\n\x06labels\x18\x01 \x03(\x0b\x32\x13.rayhf.v1.PairLabel\x12\x0e\n\x06source\x18\x02 \x01(\t\"-\n\tPairLabel\x12\x0f\n\x07pair_id\x18\x01 \x01(\t\x12\x0f\n\x07verdict\x18\x02 \x01(\t2\xb0\x03\n\x08\x43\x61mpaign\x12\x38\n\x06Status\x12\x17.rayhf.v1.StatusRequest\x1a\x15.rayhf.v1.StatusReply\x12\x32\n\x05Watch\x12\x16.rayhf.v1.WatchRequest\x1a\x0f.rayhf.v1.Event0\x01\x12/\n\x05Pause\x12\x16.rayhf.v1.PauseRequest\x1a\x0e.rayhf.v1.Done\x12\x33\n\x07Unpause\x12\x18.rayhf.v1.UnpauseRequest\x1a\x0e.rayhf.v1.Done\x12-\n\x04Stop\x12\x15.rayhf.v1.StopRequest\x1a\x0e.rayhf.v1.Done\x12\x39\n\nAddPrompts\x12\x1b.rayhf.v1.AddPromptsRequest\x1a\x0e.rayhf.v1.Done\x12\x35\n\x05Pairs\x12\x16.rayhf.v1.PairsRequest\x1a\x14.rayhf.v1.PairsReply\x12/\n\x05Label\x12\x16.rayhf.v1.LabelRequest\x1a\x0e.rayhf.v1.Doneb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1crayhf/control/campaign.proto\x12\x08rayhf.v1\x1a\x18rayhf/service/chat.proto\"\x0f\n\rStatusRequest\"\xf6\x04\n\x0bStatusReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x64vice\x18\x04 \x01(\t\x12\x0e\n\x06holder\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x03\x12\x11\n\talgorithm\x18\x07 \x01(\t\x12\x14\n\x0ctakes_labels\x18\x08 \x01(\x08\x12\x11\n\titeration\x18\t \x01(\x03\x12\x12\n\niterations\x18\n \x01(\x03\x12\r\n\x05phase\x18\x0b \x01(\t\x12\x1b\n\x0eprogress_age_s\x18\x0c \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x65ta_s\x18\r \x01(\x01H\x01\x88\x01\x01\x12\x35\n\x08versions\x18\x0e \x03(\x0b\x32#.rayhf.v1.StatusReply.VersionsEntry\x12\x0e\n\x06\x63ommit\x18\x0f \x01(\t\x12\x31\n\x06health\x18\x10 \x03(\x0b\x32!.rayhf.v1.StatusReply.HealthEntry\x12\x0e\n\x06\x66\x61ults\x18\x11 \x03(\t\x12\x13\n\x0b\x66\x61ult_count\x18\x12 \x01(\x03\x12\x31\n\x06models\x18\x13 \x03(\x0b\x32!.rayhf.v1.StatusReply.ModelsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a-\n\x0bHealthEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a-\n\x0bModelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_progress_age_sB\x08\n\x06_eta_s\"\x0e\n\x0cWatchRequest\"C\n\x05\x45vent\x12\x0c\n\x04time\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x0e\n\x0cPauseRequest\"&\n\x0eUnpauseRequest\x12\x14\n\x0c\x66rom_healthy\x18\x01 \x01(\x08\"\r\n\x0bStopRequest\"\x17\n\x04\x44one\x12\x0f\n\x07message\x18\x01 \x01(\t\"I\n\x11\x41\x64\x64PromptsRequest\x12$\n\x07prompts\x18\x01 \x03(\x0b\x32\x13.rayhf.v1.NewPrompt\x12\x0e\n\x06source\x18\x02 \x01(\t\"P\n\tNewPrompt\x12#\n\x08messages\x18\x01 \x03(\x0b\x32\x11.rayhf.v1.Message\x12\x13\n\x06\x61nswer\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_answer\"\x1d\n\x0cPairsRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\"+\n\nPairsReply\x12\x1d\n\x05pairs\x18\x01 \x03(\x0b\x32\x0e.rayhf.v1.Pair\"n\n\x04Pair\x12\x0f\n\x07pair_id\x18\x01 \x01(\t\x12#\n\x08messages\x18\x02 \x03(\x0b\x32\x11.rayhf.v1.Message\x12\r\n\x05\x66irst\x18\x03 \x01(\t\x12\x0e\n\x06second\x18\x04 \x01(\t\x12\x11\n\tcertainty\x18\x05 \x01(\x01\"C\n\x0cLabelRequest\x12#\n\x06labels\x18\x01 \x03(\x0b\x32\x13.rayhf.v1.PairLabel\x12\x0e\n\x06source\x18\x02 \x01(\t\"-\n\tPairLabel\x12\x0f\n\x07pair_id\x18\x01 \x01(\t\x12\x0f\n\x07verdict\x18\x02 \x01(\t2\xb0\x03\n\x08\x43\x61mpaign\x12\x38\n\x06Status\x12\x17.rayhf.v1.StatusRequest\x1a\x15.rayhf.v1.StatusReply\x12\x32\n\x05Watch\x12\x16.rayhf.v1.WatchRequest\x1a\x0f.rayhf.v1.Event0\x01\x12/\n\x05Pause\x12\x16.rayhf.v1.PauseRequest\x1a\x0e.rayhf.v1.Done\x12\x33\n\x07Unpause\x12\x18.rayhf.v1.UnpauseRequest\x1a\x0e.rayhf.v1.Done\x12-\n\x04Stop\x12\x15.rayhf.v1.StopRequest\x1a\x0e.rayhf.v1.Done\x12\x39\n\nAddPrompts\x12\x1b.rayhf.v1.AddPromptsRequest\x1a\x0e.rayhf.v1.Done\x12\x35\n\x05Pairs\x12\x16.rayhf.v1.PairsRequest\x1a\x14.rayhf.v1.PairsReply\x12/\n\x05Label\x12\x16.rayhf.v1.LabelRequest\x1a\x0e.rayhf.v1.Doneb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,25 +55,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PAUSEREQUEST']._serialized_start=803
   _globals['_PAUSEREQUEST']._serialized_end=817
   _globals['_UNPAUSEREQUEST']._serialized_start=819
-  _globals['_UNPAUSEREQUEST']._serialized_end=835
-  _globals['_STOPREQUEST']._serialized_start=837
-  _globals['_STOPREQUEST']._serialized_end=850
-  _globals['_DONE']._serialized_start=852
-  _globals['_DONE']._serialized_end=875
-  _globals['_ADDPROMPTSREQUEST']._serialized_start=877
-  _globals['_ADDPROMPTSREQUEST']._serialized_end=950
-  _globals['_NEWPROMPT']._serialized_start=952
-  _globals['_NEWPROMPT']._serialized_end=1032
-  _globals['_PAIRSREQUEST']._serialized_start=1034
-  _globals['_PAIRSREQUEST']._serialized_end=1063
-  _globals['_PAIRSREPLY']._serialized_start=1065
-  _globals['_PAIRSREPLY']._serialized_end=1108
-  _globals['_PAIR']._serialized_start=1110
-  _globals['_PAIR']._serialized_end=1220
-  _globals['_LABELREQUEST']._serialized_start=1222
-  _globals['_LABELREQUEST']._serialized_end=1289
-  _globals['_PAIRLABEL']._serialized_start=1291
-  _globals['_PAIRLABEL']._serialized_end=1336
-  _globals['_CAMPAIGN']._serialized_start=1339
-  _globals['_CAMPAIGN']._serialized_end=1771
+  _globals['_UNPAUSEREQUEST']._serialized_end=857
+  _globals['_STOPREQUEST']._serialized_start=859
+  _globals['_STOPREQUEST']._serialized_end=872
+  _globals['_DONE']._serialized_start=874
+  _globals['_DONE']._serialized_end=897
+  _globals['_ADDPROMPTSREQUEST']._serialized_start=899
+  _globals['_ADDPROMPTSREQUEST']._serialized_end=972
+  _globals['_NEWPROMPT']._serialized_start=974
+  _globals['_NEWPROMPT']._serialized_end=1054
+  _globals['_PAIRSREQUEST']._serialized_start=1056
+  _globals['_PAIRSREQUEST']._serialized_end=1085
+  _globals['_PAIRSREPLY']._serialized_start=1087
+  _globals['_PAIRSREPLY']._serialized_end=1130
+  _globals['_PAIR']._serialized_start=1132
+  _globals['_PAIR']._serialized_end=1242
+  _globals['_LABELREQUEST']._serialized_start=1244
+  _globals['_LABELREQUEST']._serialized_end=1311
+  _globals['_PAIRLABEL']._serialized_start=1313
+  _globals['_PAIRLABEL']._serialized_end=1358
+  _globals['_CAMPAIGN']._serialized_start=1361
+  _globals['_CAMPAIGN']._serialized_end=1793
 # @@protoc_insertion_point(module_scope)

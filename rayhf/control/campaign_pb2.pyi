@@ -95,8 +95,10 @@ class PauseRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class UnpauseRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("from_healthy",)
+    FROM_HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    from_healthy: bool
+    def __init__(self, from_healthy: _Optional[bool] = ...) -> None: ...
 
 class StopRequest(_message.Message):
     __slots__ = ()

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from rayhf.control.status import Status, read_status
-from rayhf.errors import ConfigError
+from rayhf.errors import CheckpointError, ConfigError
+from rayhf.run_dir.checkpoints import accept_unhealthy
+from rayhf.run_dir.files import MANIFEST, sha256
 from rayhf.run_dir.inbox import submit_rows
 from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.operator_request import write_request
@@ -24,6 +26,8 @@ from rayhf.run_dir.state import CampaignState, read_state, write_state
 if TYPE_CHECKING:
     from rayhf.control.labels import UncertainPair
 
+Start = Literal["unhealthy", "healthy"]
+"""From which checkpoint a campaign continues after a guard's pause."""
 _POLL_S = 0.5
 _FIRST_EVENTS = 10
 """Past events that `watch` shows."""
@@ -54,8 +58,14 @@ class Control(Protocol):
         """Request that the campaign pauses or stops after its current iteration."""
         ...
 
-    def unpause(self) -> str:
-        """Resume a paused campaign; guards that paused it are accepted and only warn from then."""
+    def unpause(self, *, start: Start = "unhealthy") -> str:
+        """Resume a paused campaign.
+
+        Args:
+            start: after a guard's pause, "unhealthy" continues after the iteration that the guard
+                objected to, and the guard only warns from then; "healthy" repeats from the last
+                healthy commit, and the guard stays active.
+        """
         ...
 
     def add_prompts(self, rows: Sequence[Mapping[str, object]], *, source: str) -> str:
@@ -117,8 +127,8 @@ class FileControl:
         action = "pauses" if request == "pause" else "stops"
         return f"{self.run} {action} once iteration {status.iteration + 1} is committed"
 
-    def unpause(self) -> str:
-        """Resume a paused campaign; guards that paused it are accepted."""
+    def unpause(self, *, start: Start = "unhealthy") -> str:
+        """Resume a paused campaign."""
         status = self.status()
         if status.state != "paused":
             raise ConfigError(f"{self.run} is {status.state}, not paused")
@@ -129,20 +139,33 @@ class FileControl:
         # starting meanwhile.
         lock = RunLock(self.run)
         try:
-            campaign = self._campaign()
-            accepted = sorted({*campaign.accepted, *campaign.guards})
-            changes = {
-                "state": "stopped",
-                "reason": None,
-                "guards": (),
-                "accepted": tuple(accepted),
-            }
-            write_state(self.run, campaign.model_copy(update=changes))
+            return self._end_pause(self._campaign(), start)
         finally:
             lock.release()
+
+    def _end_pause(self, campaign: CampaignState, start: Start) -> str:
+        """End a guard's pause in campaign.json; return what will happen."""
+        changes: dict[str, object] = {
+            "state": "stopped",
+            "reason": None,
+            "guards": (),
+            "unhealthy": None,
+        }
+        guards = ", ".join(campaign.guards)
+        word = f"{guards} stays active"
+        problem = ""
+        if start == "unhealthy":
+            changes["accepted"] = tuple(sorted({*campaign.accepted, *campaign.guards}))
+            word = f"{guards} only warns from now on"
+            try:
+                changes |= _accepted_checkpoint(self.run, campaign)
+            except CheckpointError as error:
+                problem = f"{error}, so the last healthy checkpoint is used; "
+        continued = campaign.model_copy(update=changes)
+        write_state(self.run, continued)
         return (
-            f"{self.run}: {', '.join(campaign.guards)} only warns from now on; the same "
-            f"`rayhf run` command continues after iteration {campaign.iteration}"
+            f"{self.run}: {problem}{word}; the same `rayhf run` command continues after iteration "
+            f"{continued.iteration}"
         )
 
     def _campaign(self) -> CampaignState:
@@ -183,6 +206,22 @@ class FileControl:
         rows = [{key: label[key] for key in ("pair_id", "verdict")} for label in labels]
         submit_rows(self.run, "labels", rows, source=source)
         return f"{len(labels)} labels submitted for iteration {status.iteration + 1} or later"
+
+
+def _accepted_checkpoint(run: Path, campaign: CampaignState) -> dict[str, object]:
+    """Make the unhealthy checkpoint the newest; return what changes in campaign.json.
+
+    Raises CheckpointError where it is damaged.
+    """
+    if campaign.unhealthy is None:
+        return {}
+    directory = run / "checkpoints" / campaign.unhealthy
+    checkpoint = accept_unhealthy(directory, epoch=campaign.epoch)
+    return {
+        "iteration": checkpoint.iteration,
+        "checkpoint": checkpoint.directory.name,
+        "manifest": sha256(checkpoint.directory / MANIFEST),
+    }
 
 
 def _check_size(rows: Sequence[Mapping[str, object]], what: str) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar, cast
 from rayhf.config.service import EndpointSecurity
 from rayhf.control import campaign_pb2 as pb
 from rayhf.control import campaign_pb2_grpc
+from rayhf.control.commands import Start
 from rayhf.control.labels import UncertainPair
 from rayhf.control.status import RunState, Status
 from rayhf.data.prompts import parse_messages
@@ -71,9 +72,10 @@ class GrpcControl:
             return self._message(self._stub.Pause, pb.PauseRequest())
         return self._message(self._stub.Stop, pb.StopRequest())
 
-    def unpause(self) -> str:
-        """Resume a paused campaign; guards that paused it are accepted."""
-        return self._message(self._stub.Unpause, pb.UnpauseRequest())
+    def unpause(self, *, start: Start = "unhealthy") -> str:
+        """Resume a paused campaign."""
+        request = pb.UnpauseRequest(from_healthy=start == "healthy")
+        return self._message(self._stub.Unpause, request)
 
     def add_prompts(self, rows: Sequence[Mapping[str, object]], *, source: str) -> str:
         """Submit prompts for the next iteration."""

@@ -15,7 +15,7 @@ import grpc
 from rayhf.config.service import ServiceConfig
 from rayhf.control import campaign_pb2 as pb
 from rayhf.control import campaign_pb2_grpc
-from rayhf.control.commands import FileControl
+from rayhf.control.commands import FileControl, Start
 from rayhf.service import chat_pb2
 from rayhf.service.server import Server, error_statuses
 
@@ -79,8 +79,9 @@ class CampaignService(campaign_pb2_grpc.CampaignServicer):  # type: ignore[misc]
             return pb.Done(message=self._control.request("pause"))
 
     def Unpause(self, request: pb.UnpauseRequest, context: grpc.ServicerContext) -> pb.Done:
+        start: Start = "healthy" if request.from_healthy else "unhealthy"
         with error_statuses(context):
-            return pb.Done(message=self._control.unpause())
+            return pb.Done(message=self._control.unpause(start=start))
 
     def Stop(self, request: pb.StopRequest, context: grpc.ServicerContext) -> pb.Done:
         with error_statuses(context):

@@ -163,12 +163,13 @@ def _state(
 
 def _advice(state: RunState, run: Path, campaign: CampaignState) -> str:
     again = f"the same `rayhf run` command continues after iteration {campaign.iteration}"
-    unpause = f"`rayhf unpause {run}`"
     return {
         "new": again,
         "running": "nothing to do",
         "stalled": f"see {run}/logs for the actor that hangs; end the process, then {again}",
-        "paused": f"{unpause}, then {again}" if campaign.guards else f"{unpause} resumes it",
+        "paused": f"{campaign.ways_to_continue(run)}; then start the same `rayhf run` command"
+        if campaign.guards
+        else f"`rayhf unpause {run}` resumes it",
         "stopped": again,
         "crashed": f"fix the reason above, then {again}",
         "done": f"the policy is in {run}/policy",

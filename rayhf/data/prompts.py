@@ -79,6 +79,20 @@ class PromptSet:
             text += json.dumps([dict(self.weights), sizes])
         return _digest(text, 16)
 
+    @property
+    def summary(self) -> str:
+        """One line about what was read, for `rayhf check`."""
+        parts = [f"{len(self.prompts):,} prompts of {self.label}"]
+        if self.weights:
+            total = sum(self.weights.values())
+            parts = [
+                f"{len(own):,} prompts of {name} ({self.weights[name] / total:.0%})"
+                for name, own in self.by_source.items()
+            ]
+        if self.duplicates:
+            parts.append(f"{self.duplicates:,} repeated rows left out")
+        return ", ".join(parts)
+
     @cached_property
     def by_source(self) -> dict[str, tuple[Prompt, ...]]:
         """The prompts by the name of their source, in the order of the config."""

@@ -84,6 +84,20 @@ def generate(task: str, size: int, seed: int, settings: Mapping[str, Any]) -> An
 
 @lru_cache(maxsize=64)
 def _generate(task: str, size: int, seed: int, settings: str) -> Any:
+    create, tasks = import_package()
+    if task not in tasks:
+        raise ConfigError(f"reasoning_gym has no task {task!r}{nearest(task, sorted(tasks))}")
+    try:
+        return create(task, size=size, seed=seed, **json.loads(settings))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"reasoning_gym task {task}: {error}") from None
+
+
+def import_package() -> tuple[Any, Mapping[str, Any]]:
+    """Import reasoning-gym, which takes seconds; return its factory and its tasks by name.
+
+    Raises ConfigError where it is not installed.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the packages that it imports
@@ -94,9 +108,4 @@ def _generate(task: str, size: int, seed: int, settings: str) -> Any:
             f"a source of type reasoning_gym needs the package reasoning-gym ({error}): "
             'pip install "rayhf[reasoning-gym]"'
         ) from None
-    if task not in DATASETS:
-        raise ConfigError(f"reasoning_gym has no task {task!r}{nearest(task, sorted(DATASETS))}")
-    try:
-        return create_dataset(task, size=size, seed=seed, **json.loads(settings))
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"reasoning_gym task {task}: {error}") from None
+    return create_dataset, DATASETS

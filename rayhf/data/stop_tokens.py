@@ -6,6 +6,7 @@ then run on until they are cut.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end a completion, in order.
+def stop_token_ids(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, *, known: Collection[int] = ()
+) -> tuple[int, ...]:
+    """Return the ids that end a completion, those in `known` included, in order.
 
     They are the eos_token_id of generation_config.json (one or several), the tokenizer's EOS token,
     and the token that its chat template writes after an assistant's turn. Raises ConfigError where
     there are none.
     """
-    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    ids = set(known)
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
     file = directory / "generation_config.json"
     if file.is_file():
         listed = read_json_object(file, key="policy.model").get("eos_token_id")

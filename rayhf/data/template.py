@@ -99,7 +99,7 @@ def template_with(
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
         for name, value in variables.items()
     ]
-    if today is not None:
+    if today is not None and "strftime_now" in template:
         moment = datetime(today.year, today.month, today.day)
         replaced = "".join(
             f" | replace({_literal(directive)}, {_literal(moment.strftime(directive))})"

@@ -8,10 +8,25 @@ import numpy as np
 
 from rayhf.data.thinking import thinking_metrics
 from rayhf.errors import ScorerError
+from rayhf.roles import CountsCalls, Roles
 from rayhf.types import Example, Failed, Group, Invalid, Sample, Scored, Skipped, quoted
 
 _NAMED = 3
 """Prompts that a summary names."""
+
+
+async def scorer_counts(roles: Roles) -> dict[str, float]:
+    """Return what the scorers counted since the last call (requests, tokens), as metrics.
+
+    Training and evaluation scorers of the same name are added up: what counts is what was used.
+    """
+    scorers = [roles.scorer, roles.evaluator, *roles.eval_scorers.values()]
+    metrics: dict[str, float] = {}
+    for scorer in scorers:
+        if isinstance(scorer, CountsCalls):
+            for name, count in (await scorer.take_counts()).items():
+                metrics[f"scorer/{name}"] = metrics.get(f"scorer/{name}", 0.0) + count
+    return metrics
 
 
 class FailureBudget:

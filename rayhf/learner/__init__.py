@@ -6,5 +6,6 @@ build.py          a model directory and a config to a DeepSpeed engine
 engine.py         LearnerEngine, what an actor wraps
 checkpoint.py     checkpoints that any number of ranks can continue
 offload.py        tensors out of GPU memory and back
+outgoing.py       weights of a sync: gathered, rounded, measured
 weight_sender.py  weights by broadcast or by CUDA IPC
 """

@@ -31,6 +31,7 @@ from rayhf.learner.build import (
 )
 from rayhf.learner.micro_batch import build_micro_batch
 from rayhf.learner.offload import Offloader
+from rayhf.learner.outgoing import OutgoingWeights
 from rayhf.losses.base import Loss, Totals
 from rayhf.models.forward import Inputs, build_inputs
 from rayhf.models.packing import pack_rows
@@ -42,7 +43,6 @@ from rayhf.weights.export import (
     Weight,
     all_weights,
     export_model,
-    gather_buckets,
     split_into_buckets,
     trained_weights,
 )
@@ -112,6 +112,13 @@ class LearnerEngine:
         self.model = loaded.model
         self.steps = 0
         self._offloader = Offloader(self.engine)
+        self.outgoing = OutgoingWeights(
+            loaded.model,
+            config,
+            seed=seed,
+            sharded=self.stage == 3,
+            is_measured=head == "policy" and not self.lora,
+        )
         torch.manual_seed(derive_seed(seed, "learner", head, rank))
 
     # ----------------------------------------------------------------------------------- training
@@ -288,16 +295,16 @@ class LearnerEngine:
         return buckets, target
 
     def buckets(
-        self, dtype: str, bucket_bytes: int, *, whole: bool = False
+        self, dtype: str, bucket_bytes: int, *, whole: bool = False, version: int = 0
     ) -> Iterator[WeightBucket]:
         """Yield the planned buckets, packed. All ranks take part, only rank 0 yields."""
         plan, target = self.plan_buckets(dtype, bucket_bytes, whole=whole)
-        for tensors in gather_buckets(plan, sharded=self.stage == 3, rank=self.rank):
+        for tensors in self.outgoing.gather(plan, target, version=version, rank=self.rank):
             if tensors:
                 yield pack_bucket(tensors, target)
 
     def publish(
-        self, dtype: str, bucket_bytes: int, *, whole: bool = False
+        self, dtype: str, bucket_bytes: int, *, whole: bool = False, version: int = 0
     ) -> tuple[list[WeightBucket], Probe]:
         """Return the policy's weights as buckets (on rank 0 only), and a probe to check them by.
 
@@ -305,7 +312,7 @@ class LearnerEngine:
         the policy's log-probs are not finite.
         """
         probe = self.probe()
-        return list(self.buckets(dtype, bucket_bytes, whole=whole)), probe
+        return list(self.buckets(dtype, bucket_bytes, whole=whole, version=version)), probe
 
     def export(self, directory: Path) -> None:
         """Write a Hugging Face model directory in the learner's dtype, LoRA merged.

@@ -25,10 +25,10 @@ from rayhf.weights.buckets import (
     format_checksum,
 )
 from rayhf.weights.cuda_ipc import export
-from rayhf.weights.export import Weight, gather_buckets
+from rayhf.weights.export import Weight
 
-Plan = tuple[Sequence[Sequence[Weight]], list[tuple[TensorSpec, ...]]]
-"""Buckets of weights, and their layouts."""
+Plan = tuple[Sequence[Sequence[Weight]], torch.dtype, list[tuple[TensorSpec, ...]]]
+"""Buckets of weights, the dtype they are sent in, and their layouts."""
 
 
 def _plan(engine: LearnerEngine, dtype: str, bucket_bytes: int) -> Plan:
@@ -38,7 +38,7 @@ def _plan(engine: LearnerEngine, dtype: str, bucket_bytes: int) -> Plan:
         bucket_layout([(weight.name, weight.shape) for weight in bucket], target)
         for bucket in buckets
     ]
-    return buckets, layouts
+    return buckets, target, layouts
 
 
 def announce(
@@ -49,7 +49,7 @@ def announce(
     The same on every rank. Raises NumericalError where the policy's log-probs are not finite.
     """
     probe = engine.probe()
-    _, layouts = _plan(engine, dtype, bucket_bytes)
+    _, _, layouts = _plan(engine, dtype, bucket_bytes)
     return [WeightBucket(tensors=specs, payload=None, checksum="") for specs in layouts], probe
 
 
@@ -60,8 +60,8 @@ def send(
 
     Returns them with their checksums there, and nothing on other ranks.
     """
-    buckets, layouts = _plan(engine, dtype, bucket_bytes)
-    gathered = gather_buckets(buckets, sharded=engine.stage == 3, rank=engine.rank)
+    buckets, target, layouts = _plan(engine, dtype, bucket_bytes)
+    gathered = engine.outgoing.gather(buckets, target, version=version, rank=engine.rank)
     for specs, tensors in zip(layouts, gathered, strict=True):
         if sender is not None:
             sender.send(version, specs, (tensor for _, tensor in tensors))
@@ -75,7 +75,7 @@ class IpcSender:
         self._memory: list[Tensor] = []
 
     def publish(
-        self, engine: LearnerEngine, dtype: str, bucket_bytes: int
+        self, engine: LearnerEngine, dtype: str, bucket_bytes: int, *, version: int = 0
     ) -> tuple[list[WeightBucket], Probe]:
         """Return this rank's handles to the buckets, and a probe to check them by.
 
@@ -83,8 +83,8 @@ class IpcSender:
         """
         self.release()
         probe = engine.probe()
-        buckets, layouts = _plan(engine, dtype, bucket_bytes)
-        gathered = gather_buckets(buckets, sharded=engine.stage == 3, rank=0)
+        buckets, target, layouts = _plan(engine, dtype, bucket_bytes)
+        gathered = engine.outgoing.gather(buckets, target, version=version, rank=0)
         published = []
         for specs, tensors in zip(layouts, gathered, strict=True):
             flat = torch.zeros(bucket_nbytes(specs), dtype=torch.uint8, device=engine.device)

@@ -59,7 +59,8 @@ def audit(run: Path, *, deep: bool) -> Iterator[Finding]:
 
 def _checkpoints(run: Path, campaign: CampaignState) -> Iterator[Finding]:
     folders = sorted((run / "checkpoints").glob("iteration-*"))
-    for folder in folders:
+    unhealthy = [] if campaign.unhealthy is None else [run / "checkpoints" / campaign.unhealthy]
+    for folder in (*folders, *unhealthy):
         yield Finding(f"checkpoint {folder.name}", _problem(partial(read_checkpoint, folder)))
     if campaign.checkpoint is None:
         return

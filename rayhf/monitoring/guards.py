@@ -68,7 +68,7 @@ def check_guards(
         "mismatch": _mismatch(history, config),
         "no_signal": _no_signal(history, config),
     }
-    advice = {"warn": "", "pause": ", or `rayhf unpause RUN` to continue"}
+    advice = {"warn": "", "pause": ", or accept it with `rayhf unpause RUN`"}
     return [
         Alarm(guard, verdict[0], iteration, verdict[1] + advice[verdict[0]])
         for guard, verdict in verdicts.items()
@@ -328,9 +328,9 @@ def _mismatch(history: History, config: GuardsConfig) -> Verdict:
     return level and (
         level,
         f"rollout/mismatch_kl is {line['rollout/mismatch_kl']:.4g} nats per token, beyond "
-        f"guards.mismatch.{level} = {getattr(limits, level):g}{raised}: check that engines and "
-        "learner have the same dtype (policy.dtype, learner.dtype), and take fewer optimizer steps "
-        "per iteration or lower learner.lr",
+        f"guards.mismatch.{level} = {getattr(limits, level):g}{raised}: see sync/update_lost; set "
+        "policy.dtype and learner.dtype alike or learner.sync_rounding=stochastic, and take fewer "
+        "optimizer steps per iteration or lower learner.lr",
     )
 
 

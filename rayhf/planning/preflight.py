@@ -119,6 +119,7 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
     _require_scorers(config, algorithm)
+    _check_rounding(config)
     return algorithm, derive(config, algorithm)
 
 
@@ -134,6 +135,24 @@ def _require_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
         raise ConfigError(
             "prompts.heldout: completions of its prompts are scored, and there is no scorer; "
             f"expected scorer.evaluate, {example}"
+        )
+
+
+def _check_rounding(config: CampaignConfig) -> None:
+    """Raise ConfigError where learner.sync_rounding has nothing to round."""
+    if config.learner.sync_rounding == "nearest":
+        return
+    nothing = "learner.sync_rounding=stochastic rounds float32 weights to a smaller policy.dtype"
+    if config.policy.lora is not None:
+        raise ConfigError(
+            f"{nothing}, and with policy.lora the engines merge adapters themselves; expected "
+            "nearest"
+        )
+    if config.learner.dtype != "float32" or config.policy.dtype == "float32":
+        raise ConfigError(
+            f"{nothing}, and learner.dtype is {config.learner.dtype}, policy.dtype "
+            f"{config.policy.dtype}; expected nearest, or learner.dtype=float32 with "
+            "policy.dtype=bfloat16"
         )
 
 
@@ -211,7 +230,9 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         loaded = loader.load(config.prompts.heldout, key="prompts.heldout", scorers=named)
         heldout = loaded.first(config.run.eval_prompts)
     judged = prompts.prompts if generates(algorithm) else ()
-    notes = _check_scorers(config.scorer, judged, heldout, base)
+    notes = [f"prompts.train: {prompts.summary}"]
+    notes += [f"data set {name} at commit {commit}" for name, commit in loader.commits.items()]
+    notes += _check_scorers(config.scorer, judged, heldout, base)
     evaluations = _evaluations(config, loader, chat, heldout or judged)
     pairs = None
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:

@@ -14,7 +14,7 @@ from rayhf.config.schema import Dtype, LoraConfig
 from rayhf.errors import ConfigError
 from rayhf.models.source import AS_DATA
 
-BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ class ReferenceEngine:
     Args:
         model: Hugging Face model directory.
         config: settings of the section `reference`.
-        dtype: "float32" or "bfloat16".
+        dtype: "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda[:index]".
     """
 
@@ -61,7 +61,7 @@ class ReferenceEngine:
             weight.name: weight.value() for weight in all_weights(causal)
         }
         self.average: dict[str, Tensor] = {}
-        """Float32 copy in host memory, once a moving average began: in bfloat16, small steps would
+        """Float32 copy in host memory, once a moving average began: in 16 bits, small steps would
         round to nothing."""
 
     @torch.inference_mode()

@@ -126,7 +126,7 @@ class RolloutEngine:
                 seed=seed,
                 device=device,
                 sleep_mode=sleep_mode,
-                stop_token_ids=stop_token_ids,
+                stop_ids=stop_token_ids,
             )
             return self._driver
 

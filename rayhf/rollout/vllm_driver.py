@@ -18,8 +18,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from rayhf.config.schema import RolloutConfig
-from rayhf.data.stop_tokens import special_token_ids
-from rayhf.data.stop_tokens import stop_token_ids as directory_stop_ids
+from rayhf.data.stop_tokens import special_token_ids, stop_token_ids
 from rayhf.data.thinking import ThinkingParser
 from rayhf.errors import ConfigError, NumericalError, RayhfError, StaleWeightsError, WeightSyncError
 from rayhf.rollout import vllm_internals
@@ -65,7 +64,7 @@ class VllmDriver:
         seed: int,
         device: Device,
         sleep_mode: bool,
-        stop_token_ids: Sequence[int] = (),
+        stop_ids: Sequence[int] = (),
     ) -> None:
         self.llm = _build(
             model,
@@ -79,7 +78,7 @@ class VllmDriver:
         self._engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer()
         self.vocab_size = vllm_internals.vocabulary_size(self.llm)
-        self.stop_token_ids = sorted({*stop_token_ids, *directory_stop_ids(model, self.tokenizer)})
+        self.stop_token_ids = stop_token_ids(model, self.tokenizer, known=stop_ids)
         self._special_ids = special_token_ids(self.tokenizer)
         self._thinking = (
             None if config.thinking is None else ThinkingParser(config.thinking, self.tokenizer)

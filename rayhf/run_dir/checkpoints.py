@@ -1,6 +1,8 @@
 """The checkpoints of one run directory: written aside, verified before use, deleted by retention.
 
 checkpoints/iteration-000012/            complete: its manifest lists every file, size and SHA-256
+checkpoints/unhealthy-000012/            complete, of an iteration after which a guard paused the
+                                         campaign; loaded only once an operator accepted it
 checkpoints/.saving-000004/              being written by epoch 4; never loaded
 checkpoints/.corrupt-000004-iteration-.. failed verification in epoch 4; kept for inspection,
                                          never loaded
@@ -18,11 +20,13 @@ from pydantic import ValidationError
 from rayhf.errors import CheckpointError, StorageError
 from rayhf.run_dir.files import (
     MANIFEST,
+    fsync_path,
     iteration_name,
     iteration_of,
     seal,
     sha256,
     storage_errors,
+    unhealthy_name,
     verify,
     write_json,
 )
@@ -88,11 +92,17 @@ class Checkpoints:
         return sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
 
     def commit(
-        self, temporary: Path, state: CheckpointState, facts: Mapping[str, object]
+        self,
+        temporary: Path,
+        state: CheckpointState,
+        facts: Mapping[str, object],
+        *,
+        healthy: bool = True,
     ) -> tuple[Path, str]:
         """Seal a saved checkpoint under its final name; return that and its manifest's SHA-256."""
         write_json(temporary / _STATE_FILE, state.model_dump(mode="json"))
-        final = self.root / iteration_name(state.iteration)
+        name = iteration_name if healthy else unhealthy_name
+        final = self.root / name(state.iteration)
         if final.exists():  # an attempt sealed it, crashed, and it did not verify since
             self._set_aside(final)
         seal(temporary, final, {"iteration": state.iteration, "epoch": self._epoch, **facts})
@@ -113,26 +123,53 @@ class Checkpoints:
         return None, problems
 
     def prune(self, best: int | None) -> None:
-        """Delete what retention does not keep. A failure to free space must not stop training."""
+        """Delete what retention does not keep, and unhealthy checkpoints.
+
+        A failure to free space must not stop training.
+        """
         numbers = sorted(map(iteration_of, self.root.glob("iteration-*")))
         keep = set(numbers[-self._retention.last :])
         if self._retention.every:
             keep |= {number for number in numbers if number % self._retention.every == 0}
         if self._retention.best and best is not None:
             keep.add(best)
-        for number in set(numbers) - keep:
+        obsolete = [self.root / iteration_name(number) for number in set(numbers) - keep]
+        for directory in (*obsolete, *self.root.glob("unhealthy-*")):
             # Renamed first: a half-deleted directory must not look like a damaged checkpoint.
-            name = iteration_name(number)
             try:
-                (self.root / name).rename(self.root / f".deleting-{name}")
+                directory.rename(self.root / f".deleting-{directory.name}")
             except OSError:
                 continue
         for directory in self.root.glob(".deleting-*"):
             shutil.rmtree(directory, ignore_errors=True)
 
     def _set_aside(self, directory: Path) -> None:
-        with storage_errors("set aside", directory):
-            directory.rename(directory.with_name(f".corrupt-{self._epoch:06d}-{directory.name}"))
+        _rename_corrupt(directory, self._epoch)
+
+
+def accept_unhealthy(directory: Path, *, epoch: int) -> Checkpoint:
+    """Make an unhealthy checkpoint the campaign's newest; it stays under its iteration's name.
+
+    Raises CheckpointError where it does not verify; it is then set aside.
+    """
+    final = directory.with_name(directory.name.replace("unhealthy-", "iteration-"))
+    if not directory.exists() and final.exists():  # an earlier call was killed half-way
+        return read_checkpoint(final)
+    try:
+        read_checkpoint(directory)
+    except CheckpointError:
+        if directory.exists():
+            _rename_corrupt(directory, epoch)
+        raise
+    with storage_errors("rename", directory):
+        directory.rename(final)
+        fsync_path(final.parent)
+    return read_checkpoint(final)
+
+
+def _rename_corrupt(directory: Path, epoch: int) -> None:
+    with storage_errors("set aside", directory):
+        directory.rename(directory.with_name(f".corrupt-{epoch:06d}-{directory.name}"))
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
@@ -141,7 +178,10 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises CheckpointError unless every file is as the manifest says.
     """
     iteration = verify(directory).get("iteration")
-    if not isinstance(iteration, int) or directory.name != iteration_name(iteration):
+    if not isinstance(iteration, int) or directory.name not in (
+        iteration_name(iteration),
+        unhealthy_name(iteration),
+    ):
         raise CheckpointError(f"{directory}: its manifest is that of iteration {iteration}")
     try:
         state = CheckpointState.model_validate_json((directory / _STATE_FILE).read_bytes())

@@ -27,6 +27,11 @@ def iteration_name(iteration: int) -> str:
     return f"iteration-{iteration:06d}"
 
 
+def unhealthy_name(iteration: int) -> str:
+    """Return the directory name of a checkpoint at which a guard paused the campaign."""
+    return f"unhealthy-{iteration:06d}"
+
+
 def iteration_of(path: Path) -> int:
     """Return the number in a name made by `iteration_name`."""
     return int(path.stem.removeprefix("iteration-"))

@@ -42,6 +42,8 @@ class CampaignState(BaseModel):
     """Directory name of the committed checkpoint."""
     manifest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """SHA-256 of that checkpoint's manifest."""
+    unhealthy: Annotated[str, Field(pattern=r"^unhealthy-[0-9]{6,12}$")] | None = None
+    """Directory name of the checkpoint after which a guard paused the campaign."""
     best: Best | None = None
     state: StateName = "new"
     reason: str | None = None
@@ -56,6 +58,22 @@ class CampaignState(BaseModel):
     """Commit of each hub name in the config: later attempts load the same one."""
     datasets: dict[str, str] = {}
     """Commits of hub data sets by name: a continued campaign reads the same rows."""
+
+    @property
+    def unhealthy_iteration(self) -> int | None:
+        """Iteration of the unhealthy checkpoint; None without one."""
+        return None if self.unhealthy is None else int(self.unhealthy.removeprefix("unhealthy-"))
+
+    def ways_to_continue(self, run: Path) -> str:
+        """Describe what an operator can do after a guard's pause, in one sentence."""
+        healthy = f"repeats from iteration {self.iteration + 1}, with what you change in the config"
+        if self.unhealthy is None:
+            return f"`rayhf unpause {run}` accepts the guard and {healthy}"
+        return (
+            f"`rayhf unpause {run}` accepts the guard and continues after iteration "
+            f"{self.unhealthy_iteration}; `rayhf unpause {run} --from healthy` keeps it active and "
+            f"{healthy}"
+        )
 
 
 class CheckpointState(BaseModel):

@@ -165,9 +165,8 @@ class RunDir:
         """Raise PausedError where guards paused the campaign and no operator accepted that."""
         if self.state.state == "paused" and self.state.guards:
             raise PausedError(
-                f"{self.path} is paused: {self.state.reason}. It continues from iteration "
-                f"{self.state.iteration} after `rayhf unpause {self.path}`, with what you change "
-                "in the config"
+                f"{self.path} is paused: {self.state.reason}. "
+                f"{self.state.ways_to_continue(self.path)}. Then start the same command again"
             )
 
     def write_progress(self, progress: Progress) -> None:
@@ -247,9 +246,7 @@ class RunDir:
             campaign_state: the campaign's state from now on.
             score: evaluation score of this checkpoint, higher is better; None without one.
         """
-        metrics = self.path / "metrics.jsonl"
-        size = metrics.stat().st_size if metrics.exists() else 0
-        final, manifest = self.checkpoints.commit(temporary, state, {"metrics_bytes": size})
+        final, manifest = self.checkpoints.commit(temporary, state, self._facts())
         best = self.state.best
         if score is not None and (best is None or score > best.score):
             best = Best(iteration=state.iteration, score=score)
@@ -257,6 +254,7 @@ class RunDir:
             iteration=state.iteration,
             checkpoint=final.name,
             manifest=manifest,
+            unhealthy=None,
             state=campaign_state,
             reason=None,
             best=best,
@@ -267,11 +265,24 @@ class RunDir:
                     journal.unlink()
         self.checkpoints.prune(best.iteration if best else None)
 
-    def set_state(
-        self, state: StateName, *, reason: str | None = None, guards: Sequence[str] = ()
+    def commit_unhealthy(
+        self, temporary: Path, state: CheckpointState, *, reason: str, guards: Sequence[str]
     ) -> None:
-        """Record the campaign's state, why, and which guards an operator must accept."""
-        self._write_state(state=state, reason=reason, guards=tuple(guards))
+        """Seal a saved checkpoint beside the healthy ones and record that guards paused here.
+
+        It is loaded only after an operator accepted it; the next healthy commit deletes it.
+        """
+        final, _ = self.checkpoints.commit(temporary, state, self._facts(), healthy=False)
+        self._write_state(state="paused", reason=reason, guards=tuple(guards), unhealthy=final.name)
+
+    def _facts(self) -> dict[str, object]:
+        """Return what a manifest says besides its files."""
+        metrics = self.path / "metrics.jsonl"
+        return {"metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}
+
+    def set_state(self, state: StateName, *, reason: str | None = None) -> None:
+        """Record the campaign's state, and why."""
+        self._write_state(state=state, reason=reason, guards=())
 
     def _write_state(self, **changes: object) -> None:
         self.state = self.state.model_copy(update=changes)

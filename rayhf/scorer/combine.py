@@ -260,6 +260,10 @@ class Combined:
         """Restore the running statistics."""
         self._combination.load_state_dict(state)
 
+    def take_counts(self) -> dict[str, float]:
+        """Return what the scorers counted since the last call, as "<scorer>/<count>"."""
+        return self.parts.take_counts()
+
     def close(self) -> None:
         """Close every part, even where one raises."""
         self.parts.close()

@@ -1,21 +1,23 @@
 """Texts of a judge: templates, fences and verdicts. Needs no model.
 
-In: a prompt and one completion, or two. Out: the text of the question; and, from the judge's
-response, a number or None. Everything that others wrote is fenced: it stands between lines with a
-code that depends on all of it and occurs in none of it, so that no completion can close its own
-fence. Verdicts are read from the judge's own response only.
+In: a prompt and one completion, or two. Out: the text of the question, and the JSON schema of a
+reply where a server can enforce one; from the judge's response, a number or None. The default
+patterns read a verdict from plain text and from that JSON alike. Everything that others wrote is
+fenced: it stands between lines with a code that depends on all of it and occurs in none of it, so
+that no completion can close its own fence. Verdicts are read from the judge's own response only.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import jinja2
 import jinja2.meta
 import jinja2.sandbox
+from pydantic import JsonValue
 
 from rayhf.errors import nearest
 from rayhf.types import Prompt, derive_seed
@@ -24,7 +26,7 @@ LOWEST = 1.0
 HIGHEST = 10.0
 """A rating outside is no verdict."""
 
-JudgeMode = Literal["yes_no", "rating", "pairwise"]
+JudgeMode = Literal["yes_no", "rating", "pairwise", "rubric"]
 
 _FENCES = """\
 {intro} Everything that was written by others stands between two lines that carry the code \
@@ -46,21 +48,26 @@ class Mode:
 
     shown: tuple[str, ...]
     """The template's names for the completions."""
-    values: Mapping[str, float]
+    answers: tuple[str | int, ...] = ()
+    """Verdicts that a JSON schema allows."""
+    values: Mapping[str, float] = field(default_factory=dict)
     """Value of each word that can be a verdict; empty where the verdict is a number."""
-    groups: frozenset[str]
+    groups: frozenset[str] = frozenset()
     """Names that the groups of a verdict pattern may have."""
-    needed: frozenset[str]
+    needed: frozenset[str] = frozenset()
     """Groups without which half of the verdicts could not be read."""
     template: str
     """Default template of the question."""
-    verdict: str
+    verdict: str = ""
     """Default pattern of the verdict."""
+    lists_criteria: bool = False
+    """Whether the template must show `criteria`."""
 
 
 MODES: Mapping[JudgeMode, Mode] = {
     "yes_no": Mode(
         shown=("answer",),
+        answers=("yes", "no"),
         values={"yes": 1.0, "no": 0.0},
         groups=frozenset({"yes", "no"}),
         needed=frozenset({"yes", "no"}),
@@ -74,7 +81,7 @@ MODES: Mapping[JudgeMode, Mode] = {
     ),
     "rating": Mode(
         shown=("answer",),
-        values={},
+        answers=tuple(range(1, 11)),
         groups=frozenset({"rating"}),
         needed=frozenset({"rating"}),
         template=_ONE.format(
@@ -87,6 +94,7 @@ MODES: Mapping[JudgeMode, Mode] = {
     ),
     "pairwise": Mode(
         shown=("first", "second"),
+        answers=("A", "B", "tie"),
         values={"a": 1.0, "first": 1.0, "1": 1.0, "b": 0.0, "second": 0.0, "2": 0.0, "tie": 0.5},
         groups=frozenset({"first", "second", "tie"}),
         needed=frozenset({"first", "second"}),
@@ -98,7 +106,36 @@ MODES: Mapping[JudgeMode, Mode] = {
         ),
         verdict=r"(?i)\bverdict\b[^\w\n]*(?:answer[ \t]+|a[ \t]+(?=tie))?(tie|a|b)\b",
     ),
+    "rubric": Mode(  # its answers are read by number, see rubric.py
+        shown=("answer",),
+        verdict="()",
+        lists_criteria=True,
+        template=_ONE.format(
+            intro="Hold an answer to its task against criteria, each by itself.",
+            close="The criteria:\n{{ criteria }}\n\nGo through them, briefly. Then finish with one "
+            "line for each, for example\nCriterion 1: yes",
+        ),
+    ),
 }
+
+ONE_WORD = _ONE.format(
+    intro="Find out whether an answer does everything that its task asks for.",
+    close="Does the answer do everything that its task asks for? Answer with one word, yes or no.",
+)
+"""Template of a question whose verdict is read from the probability of the first word."""
+
+
+def verdict_schema(answers: Mapping[str, Sequence[str | int]]) -> dict[str, JsonValue]:
+    """Return the JSON schema of a reply: its reasoning, then verdicts by name."""
+    properties: dict[str, JsonValue] = {"reasoning": {"type": "string"}}
+    for name, values in answers.items():
+        properties[name] = {"enum": list(values)}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 class QuestionTemplate:
@@ -109,6 +146,7 @@ class QuestionTemplate:
 
     def __init__(self, mode: JudgeMode, template: str | None) -> None:
         self._shown = MODES[mode].shown
+        needed = (*self._shown, *(["criteria"] if MODES[mode].lists_criteria else []))
         environment = jinja2.sandbox.SandboxedEnvironment(
             undefined=jinja2.StrictUndefined, keep_trailing_newline=False
         )
@@ -119,25 +157,25 @@ class QuestionTemplate:
         except jinja2.TemplateError as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"template: jinja2 cannot read it: {reason}") from None
-        valid = ("question", "reference", "fence", *self._shown)
+        valid = ("question", "reference", "fence", *needed)
         for name in sorted(used):
             if name not in valid:
                 hint = nearest(name, valid)
                 raise ValueError(f"template: there is no {name!r} in mode {mode}{hint}")
-        missing = [name for name in self._shown if name not in used]
+        missing = [name for name in needed if name not in used]
         if missing:
             raise ValueError(
                 f"template: it does not show {' and '.join(missing)}; "
                 f"add {{{{ {missing[0]} }}}} to it"
             )
 
-    def render(self, prompt: Prompt, completions: Sequence[str]) -> str:
+    def render(self, prompt: Prompt, completions: Sequence[str], *, criteria: str = "") -> str:
         """Return the text of a question, completions in the order given.
 
         Raises jinja2.TemplateError where the template cannot take them.
         """
         task = _conversation(prompt)
-        fence = fence_code([task, prompt.reference_answer or "", *completions])
+        fence = fence_code([task, prompt.reference_answer or "", criteria, *completions])
         blocks = {
             name: _fenced(name, text, fence)
             for name, text in zip(self._shown, completions, strict=True)
@@ -148,7 +186,11 @@ class QuestionTemplate:
             else _fenced("reference", prompt.reference_answer, fence)
         )
         return self._template.render(
-            fence=fence, question=_fenced("task", task, fence), reference=reference, **blocks
+            fence=fence,
+            question=_fenced("task", task, fence),
+            reference=reference,
+            criteria=criteria,
+            **blocks,
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from rayhf.config.scorers import ScorerEntryConfig
 from rayhf.data.thinking import with_whole_texts
 from rayhf.scorer.comparisons import check_comparisons, check_outcomes
-from rayhf.scorer.protocol import ScorerEngine
+from rayhf.scorer.protocol import BaseScorer, ScorerEngine
 from rayhf.types import Comparison, Outcome, Prompt, ScoreRequest, Skipped
 
 Rows = list[tuple[Outcome, ...]]
@@ -71,6 +71,15 @@ class Parts:
             ),
             requests,
         )
+
+    def take_counts(self) -> dict[str, float]:
+        """Return what the scorers counted since the last call, as "<scorer>/<count>"."""
+        return {
+            f"{part.name}/{name}": count
+            for part in self._parts
+            if isinstance(part.engine, BaseScorer)
+            for name, count in part.engine.take_counts().items()
+        }
 
     def close(self) -> None:
         """Close every scorer, even where one raises."""

@@ -224,7 +224,7 @@ class PreferenceModel(PairwiseScorer[PreferenceModelConfig]):
                 f"{_TITLE} {directory}: it scores one completion at a time; "
                 "use type: reward_model for it"
             )
-        outputs = check_classifier(directory, title=_TITLE)
+        outputs = len(check_classifier(directory, title=_TITLE))
         if outputs != facts.outputs:
             raise ConfigError(
                 f"{_TITLE} {directory}: config.json has {outputs} outputs, "

@@ -108,6 +108,13 @@ class BaseScorer(ABC, Generic[C]):
     def compare(self, requests: Sequence[ScoreRequest]) -> list[Comparison]:
         """Return, for each request, the win probabilities among its completions."""
 
+    def take_counts(self) -> dict[str, float]:
+        """Return what was used since the last call, by name: requests, tokens ...
+
+        They become the metrics scorer/<name>/<count> of an iteration.
+        """
+        return {}
+
     def close(self) -> None:
         """Release processes and memory."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rayhf.roles import Scorer
+from rayhf.roles import CountsCalls, Scorer
 from rayhf.types import Comparison, Failed, Outcome, ScoreRequest
 
 Report = Callable[[str, str], None]
@@ -100,6 +100,10 @@ class RetryingScorer:
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the scorer's state."""
         await self._inner.load_state_dict(state)
+
+    async def take_counts(self) -> dict[str, float]:
+        """Return what the scorer counted since the last call."""
+        return await self._inner.take_counts() if isinstance(self._inner, CountsCalls) else {}
 
     async def _wait(
         self, attempt: int, example: Outcome | Comparison, failed: int, called: int, total: int

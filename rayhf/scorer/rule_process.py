@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rayhf.config.import_path import import_path
 from rayhf.errors import ConfigError, did_you_mean
 from rayhf.scorer.rule_arguments import OWN, Parameters
 from rayhf.scorer.rule_config import FunctionEntryConfig
@@ -76,7 +77,7 @@ class Child:
         self._spawn(base)
         self._buffer = b""
         hello = {
-            "path": import_path(base),
+            "path": import_path(sys.path, str(base)),
             "module": module,
             "function": name,
             "style": style,
@@ -244,14 +245,6 @@ class Child:
         for fd in (self._requests, self._responses, self._life):
             os.close(fd)
         self._drain.join(timeout=1.0)
-
-
-def import_path(base: Path) -> list[str]:
-    """Return the import path of a rule: the user's directory is last.
-
-    Nothing there can replace a module of Python's, of rayhf's or of an installed package.
-    """
-    return [*(entry for entry in sys.path if entry not in ("", str(base))), str(base)]
 
 
 def _pass_on(output: int) -> None:

@@ -399,6 +399,9 @@ class SimLearner:
             version=version, buckets=buckets, checksum="", probe=Probe(token_ids=(), logprobs=())
         )
 
+    async def sync_metrics(self) -> dict[str, float]:
+        return {}
+
     async def save(self, directory: Any) -> None:
         directory.mkdir(parents=True)
         (directory / "steps").write_text(str(self.steps))

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -31,10 +33,11 @@ from transformers import (
 
 from rayhf.errors import ConfigError
 from rayhf.scorer.build import build_scorer
+from rayhf.scorer.pair_encoder import PairEncoderConfig
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.reward_model import RewardModel, RewardModelConfig
 from rayhf.scorer.rule_config import RuleConfig
-from rayhf.types import Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.types import Compared, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
 
 PAD, END, UNKNOWN = 256, 257, 258
 TEMPLATE = (
@@ -236,7 +239,7 @@ def test_non_finite_logit_is_invalid(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"id2label": {"0": "a", "1": "b"}}, "it has 2 outputs"),
+        ({"id2label": {"0": "a", "1": "b"}}, r"it has 2 outputs \(a, b\).*outputs: {a: 1.0}"),
         ({"architectures": ["LlamaForCausalLM"]}, "architectures is LlamaForCausalLM"),
         ({"model_type": "no-such-model"}, "no-such-model"),
     ],
@@ -318,3 +321,100 @@ def test_model_and_rule_together(directory: Path) -> None:
     assert right.value == pytest.approx(2.0 * right.parts["preference"] - 1.0)
     assert isinstance(long, Invalid)
     assert long.reason.startswith("preference: too long")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_outputs_are_weighted_and_kept(family: str, tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "model", family=family, labels=3)
+    weights = {"LABEL_0": 0.5, "2": -2.0}
+    requests = [request("short", "a longer completion")]
+    [outcomes] = load(directory, outputs=weights).score(requests)
+    [alone] = load(directory, outputs={"LABEL_1": 1.0}).score(requests)
+    for outcome, other in zip(outcomes, alone, strict=True):
+        assert isinstance(outcome, Scored) and isinstance(other, Scored)
+        assert list(outcome.parts) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+        expected = 0.5 * outcome.parts["LABEL_0"] - 2.0 * outcome.parts["LABEL_2"]
+        assert outcome.value == pytest.approx(expected, rel=1e-5)
+        assert other.value == outcome.parts["LABEL_1"]
+    with pytest.raises(ConfigError, match="it has no output 'LABEL_9'; did you mean LABEL_"):
+        RewardModel.check(RewardModelConfig(model=directory, outputs={"LABEL_9": 1.0}), Path())
+
+
+class LastToken(torch.nn.Module):
+    """A head that reads the last token, with weights in a file of its own."""
+
+    labels = ("kind", "clear")
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.score = torch.nn.Linear(config.hidden_size, 2)
+
+    def load(self, directory: Path) -> None:
+        self.score.load_state_dict(load_file(directory / "head.safetensors"))
+
+    def forward(self, hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        last_B = mask_BT.sum(1) - 1
+        scores_BO: torch.Tensor = self.score(hidden_BTD[torch.arange(len(last_B)), last_B])
+        return scores_BO
+
+
+def test_a_head_of_ones_own_reads_the_body(directory: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    head = LastToken(LlamaConfig(hidden_size=32))
+    save_file(head.score.state_dict(), copy / "head.safetensors")
+    path = f"{__name__}:LastToken"
+    model = load(copy, head=path, outputs={"kind": 1.0, "clear": 0.25})
+    [(first, second)] = model.score([request("short", "a longer completion")])
+    body = LlamaForSequenceClassification.from_pretrained(copy).model.eval()
+    for text, outcome in (("short", first), ("a longer completion", second)):
+        ids = byte_tokenizer()(f"user: Why?<end>assistant: {text}<end>")["input_ids"]
+        with torch.no_grad():
+            kind, clear = head.score(body(torch.tensor([ids])).last_hidden_state[0, -1]).tolist()
+        assert isinstance(outcome, Scored)
+        assert outcome.parts == pytest.approx({"kind": kind, "clear": clear}, abs=1e-4)
+        assert outcome.value == pytest.approx(kind + 0.25 * clear, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("nowhere:Head", "cannot be imported"),
+        (f"{__name__}:Nothing", "cannot be imported"),
+        ("pathlib:Path", "it has no labels, load, forward"),
+        (f"{__name__}:LastToken", "head.safetensors"),
+    ],
+)
+def test_a_head_that_cannot_work_is_refused(directory: Path, head: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(directory, head=head, outputs={"kind": 1.0})
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_pair_encoder_reads_both_orders(labels: int, tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "model", family="bert", labels=labels)
+    entry = PairEncoderConfig(model=directory, template="{{ prompt }}<end>{{ first }}|{{ second }}")
+    scorer = build_scorer([entry], ScorerSetup(base=Path()))
+    asked = request("short", "a longer completion", "x<end>y")
+    [comparison] = scorer.compare([asked])
+    assert isinstance(comparison, Compared)
+    model = BertForSequenceClassification.from_pretrained(directory).eval()
+
+    def wins(first: str, second: str) -> float:
+        ids = byte_tokenizer()(f"Why?<end>{first}|{second}")["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0]
+        return float(torch.sigmoid(logits[0] if labels == 1 else logits[0] - logits[1]))
+
+    texts = ["short", "a longer completion", "x< end>y"]  # its special token is broken up
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        expected = (wins(texts[i], texts[j]) + 1.0 - wins(texts[j], texts[i])) / 2.0
+        assert comparison.win[i, j] == pytest.approx(expected, abs=1e-4)
+    [too_long] = scorer.compare([request("a" * 300, "b")])
+    assert isinstance(too_long, Invalid) and "too long" in too_long.reason
+
+
+def test_templates_of_a_pair_encoder_show_both_completions() -> None:
+    for template, message in (("{{ first }}", "does not show second"), ("{{ a }}", "no 'a'")):
+        with pytest.raises(ValidationError, match=message):
+            PairEncoderConfig(model=Path("m"), template=template)

@@ -231,6 +231,9 @@ class FakeLearner:
             transport="object_store" if stored else "broadcast",
         )
 
+    async def sync_metrics(self) -> dict[str, float]:
+        return {"sync/changed_fraction": 1.0}
+
     async def save(self, directory: Path) -> None:
         directory.mkdir(parents=True)
         (directory / "steps").write_text(str(self.steps))

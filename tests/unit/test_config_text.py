@@ -67,7 +67,11 @@ def test_section_that_stands_twice_is_refused(tmp_path):
         ("run.dir=runs/a #1", lambda config: str(config.run.dir), "runs/a #1"),
         ("run.dir=~/x", lambda config: str(config.run.dir), "/somewhere/x"),
         ("run.dir=$WORK/x", lambda config: str(config.run.dir), "/elsewhere/x"),
-        ("prompts.train=~/p.jsonl", lambda config: str(config.prompts.train.path), "/somewhere/p"),
+        (
+            "prompts.train=~/p.jsonl",
+            lambda config: str(config.prompts.train[0].path),
+            "/somewhere/p",
+        ),
         ("trackers=off", lambda config: config.trackers, ()),
         ("trackers=wandb", lambda config: config.trackers[0].type, "wandb"),
         ("rollout.stop=['#']", lambda config: config.rollout.stop, ("#",)),

@@ -13,7 +13,7 @@ import pytest
 from campaigns import make_config, run_campaign
 from rich.console import Console
 
-from launch.operate import command, show_audit, show_status
+from launch.operate import show_audit, show_status, unpause
 from launch.submit import plan
 from rayhf.control.commands import FileControl
 from rayhf.errors import CheckpointError, ConfigError, RayhfError
@@ -100,7 +100,7 @@ def test_names_in_campaign_json(payload: str, world: Path) -> None:
         lambda: RunDir(make_config(world)),
         lambda: show_status(FileControl(world / "run"), console),
         lambda: show_audit(world / "run", console, deep=True),
-        lambda: command(FileControl(world / "run"), "unpause", console),
+        lambda: unpause(FileControl(world / "run"), console, start="unhealthy"),
     ):
         with pytest.raises(CheckpointError, match=r"campaign\.json is damaged, checkpoint"):
             operation()

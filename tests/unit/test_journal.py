@@ -22,6 +22,7 @@ from rayhf.types import (
     Sampling,
     Scored,
     ScoreRequest,
+    Skipped,
 )
 
 
@@ -71,7 +72,11 @@ def test_responses_are_restored_exactly(tmp_path):
     journal = Journal(tmp_path / "j")
     request = generation()
     record(journal, GENERATE, [request], [completions(request)])
-    outcomes = (Scored(value=0.1, parts={"a": 1e-300}), Invalid(reason="NaN"))
+    outcomes = (
+        Scored(value=0.1, parts={"a": 1e-300}),
+        Invalid(reason="NaN"),
+        Skipped(reason="None"),
+    )
     record(journal, SCORE, [judgement()], [outcomes], {"seen": 3})
     record(journal, COMPARE, [judgement(1), judgement(2)], [COMPARED, Invalid(reason="no verdict")])
     journal.close()

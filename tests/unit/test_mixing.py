@@ -120,6 +120,7 @@ def test_first_prompts_are_shared_out_by_weight() -> None:
     data = mixed({"a": 10, "b": 2}, {"a": 1, "b": 1})
     assert Counter(p.source for p in data.first(6)) == {"a": 4, "b": 2}
     assert data.first(None) == data.first(99) == data.prompts
+    assert data.summary == "10 prompts of a (50%), 2 prompts of b (50%)"
 
 
 def test_campaign_of_three_sources_resumes_exactly_and_measures_each(tmp_path) -> None:

@@ -275,7 +275,7 @@ def campaign(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     shutil.copytree(whole, tmp_path / "policy")
     rows = [{"prompt": f"Say {n}", "answer": str(n)} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr("rayhf.scorer.build.check_entries", lambda *_, **__: None)
+    monkeypatch.setattr("rayhf.scorer.build.check_entries", lambda *_, **__: [])
 
     def prepared(policy: dict[str, Any] | None = None, **sections: Any) -> Any:
         config = make_config(

@@ -207,7 +207,7 @@ def test_finished_campaign_takes_no_commands(finished):
         FileControl(finished.run.dir).unpause()
 
 
-def test_guard_pauses_without_a_commit_and_can_be_overruled(tmp_path):
+def test_guard_pauses_and_can_be_overruled(tmp_path):
     config = make_config(
         tmp_path,
         run={"iterations": 4, "checkpoint_every": 1},

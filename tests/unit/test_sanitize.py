@@ -17,6 +17,7 @@ from rayhf.control.commands import FileControl
 from rayhf.control.labels import UncertainPair
 from rayhf.errors import CheckpointError, ScorerError
 from rayhf.run_dir.progress import Event
+from rayhf.run_dir.state import write_state
 from rayhf.run_dir.store import RunDir
 
 HOSTILE = (
@@ -55,7 +56,9 @@ def hostile_run(tmp_path):
     run_campaign(config)
     store = RunDir(config)
     store.event("fault", HOSTILE)
-    store.set_state("paused", reason=HOSTILE.replace("\ud800", ""), guards=["kl"])
+    reason = HOSTILE.replace("\ud800", "")
+    paused = {"state": "paused", "reason": reason, "guards": ("kl",)}
+    write_state(store.path, store.state.model_copy(update=paused))
     store.close()
     (config.run.dir / ".lock").write_text(
         f"host elsewhere {HOSTILE.encode('ascii', 'replace').decode()}"

@@ -29,7 +29,7 @@ from rayhf.config.scorers import (
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.scorer.build import build_scorer, check_entries, check_heldout
 from rayhf.scorer.combine import Combined
-from rayhf.scorer.judge import JudgeConfig
+from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.parts import Part
 from rayhf.scorer.protocol import ScorerEngine, ScorerSetup
 from rayhf.scorer.reward_model import RewardModelConfig

@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from score_requests import request, scored, win_of
 
 from rayhf.errors import ConfigError
-from rayhf.scorer.judge import Judge, JudgeConfig
+from rayhf.scorer.judge import Judge
+from rayhf.scorer.judge_config import JudgeConfig
+from rayhf.scorer.judge_model import LocalModel
 from rayhf.scorer.judge_text import MODES, QuestionTemplate, VerdictPattern, fence_code
 from rayhf.types import (
     Compared,
@@ -70,7 +72,8 @@ class FakeGenerator:
 
 
 def make_judge(generator: FakeGenerator, **settings: Any) -> Judge:
-    return Judge(JudgeConfig(model=Path("j"), **settings), generator)
+    config = JudgeConfig(model=Path("j"), **settings)
+    return Judge(config, LocalModel(config, generator))
 
 
 def shown(question: str, name: str) -> str:
@@ -297,11 +300,7 @@ def test_generator_with_the_wrong_count_fails_everything() -> None:
     [outcomes] = judge.score([request("a", "b")])
     assert (
         outcomes
-        == (
-            Failed(
-                reason="the judge's model returned 2 votes on 2 questions, expected 3 on each of 2"
-            ),
-        )
+        == (Failed(reason="the judge's model returned 2 votes on 2 questions, expected 6 on 2"),)
         * 2
     )
 
@@ -427,7 +426,7 @@ def test_invalid_templates_and_verdicts_are_refused(
 
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_defaults_pass_their_own_check(mode: Any) -> None:
-    JudgeConfig(model=Path("j"), mode=mode)
+    JudgeConfig(model=Path("j"), mode=mode, rubric=["x"] if mode == "rubric" else None)
 
 
 @pytest.mark.parametrize(

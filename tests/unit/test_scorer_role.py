@@ -23,7 +23,7 @@ from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig
 from rayhf.data.chat import special_token_escaper, special_tokens
 from rayhf.errors import ActorLostError, ConfigError
 from rayhf.scorer.build import check_entries
-from rayhf.scorer.judge import JudgeConfig
+from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.judge_model import judge_length
 from rayhf.scorer.preference_model import PreferenceModelConfig
 from rayhf.scorer.protocol import ScorerSetup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from rayhf.scorer.rule_config import PairwiseRuleConfig, RuleConfig
 from rayhf.service.chat_pb2 import Message
 from rayhf.service.client import Client
 from rayhf.service.server import Server
-from rayhf.types import Compared, Failed, Invalid, Scored
+from rayhf.types import Compared, Failed, Invalid, Scored, Skipped
 
 RIGHT = RuleConfig(function="rayhf.tiny.arithmetic:correct", name="right")
 BEATS = PairwiseRuleConfig(function="rayhf.tiny.game:beats")
@@ -95,7 +96,7 @@ def test_pairwise_rule_compares_the_same_behind_the_service():
 
 
 def test_served_scorer_receives_all_fields():
-    """Prompt id, every message, the answer or that there is none, why the text ended."""
+    """Prompt id, messages, the answer or that there is none, row, source, why the text ended."""
     seen = []
 
     class Curious(Lengths):
@@ -106,13 +107,25 @@ def test_served_scorer_receives_all_fields():
     server = serve(Curious())
     engine = GrpcScorer(grpc_entry(server), SETUP)
     try:
-        engine.score([request("a", answer=None), request("b", answer="", finish_reason="length")])
+        sent = request("a", answer=None)
+        row = {"level": 3, "tags": ["é", None], "nested": {"x": 0.5}}
+        prompt = replace(sent.prompt, row=row, source="math")
+        thought = tuple(replace(c, thinking="hm") for c in sent.completions)
+        engine.score(
+            [
+                replace(sent, prompt=prompt, completions=thought),
+                request("b", answer="", finish_reason="length"),
+            ]
+        )
         first, second = sorted(seen, key=lambda r: r.completions[0].text)
         assert (
             first.prompt.messages == request("a").prompt.messages and first.prompt.prompt_id == "p0"
         )
         assert (first.prompt.reference_answer, second.prompt.reference_answer) == (None, "")
+        assert (first.prompt.row, first.prompt.source) == (row, "math")
+        assert (second.prompt.row, second.prompt.source) == ({}, "")
         assert [r.completions[0].finish_reason for r in (first, second)] == ["stop", "length"]
+        assert [r.completions[0].thinking for r in (first, second)] == ["hm", None]
     finally:
         engine.close()
         server.stop()
@@ -287,6 +300,11 @@ def scored(*values, **parts):
     [
         ([scored(1.0, math.nan)], [Scored, Invalid], "the score is nan"),
         ([scored(math.inf, -math.inf)], [Invalid, Invalid], "the score is inf"),
+        (
+            [pb.Outcomes(outcomes=[pb.Outcome(skipped=pb.Skipped(reason="None"))] * 2)],
+            [Skipped, Skipped],
+            "None",
+        ),
         ([scored(1.0, 2.0, part=math.nan)], [Invalid, Invalid], "with parts {'part': nan}"),
         ([scored(1.0)], [Failed, Failed], "1 scores for 2 completions"),
         ([scored(1.0, 2.0, 3.0)], [Failed, Failed], "3 scores for 2 completions"),

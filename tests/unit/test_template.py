@@ -209,3 +209,9 @@ def test_tokens_without_an_embedding(tokenizer: PreTrainedTokenizerBase) -> None
     with pytest.raises(ConfigError, match=rf"'ordinary' \({size + 1}\).* are {size} embeddings"):
         check_vocabulary(tokenizer, {"text_config": {"vocab_size": size}})
     check_vocabulary(tokenizer, {"vocab_size": size + 100})
+
+
+def test_stop_tokens_that_a_template_of_the_config_adds(tmp_path: Path) -> None:
+    tokenizer = with_template("{{ messages[-1].content }}")
+    tokenizer.eos_token = None
+    assert stop_token_ids(tmp_path, tokenizer, known=[9, 4]) == (4, 9)

@@ -19,7 +19,8 @@ from rayhf.exploration.codecs import GENERATE, SCORE
 from rayhf.exploration.journal import Journal
 from rayhf.planning.preflight import check_settings
 from rayhf.run_dir.tables import sample_table
-from rayhf.scorer.combine import Combined, Part
+from rayhf.scorer.combine import Combined
+from rayhf.scorer.parts import Part
 from rayhf.types import (
     Completion,
     GenerateRequest,

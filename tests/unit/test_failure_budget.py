@@ -1,0 +1,52 @@
+"""Completions without a score: which count, and how a message names them."""
+
+import pytest
+from fakes import make_prompts
+from score_requests import request
+
+from rayhf.errors import ScorerError
+from rayhf.exploration.metrics import FailureBudget, exploration_metrics
+from rayhf.types import Failed, Group, Invalid, Sample, Scored, Skipped
+
+HUNG = Failed(reason="no response within 2 s")
+
+
+def group(index, *outcomes):
+    completions = request(*["x"] * len(outcomes)).completions
+    return Group(
+        prompt=make_prompts(20)[index],
+        samples=tuple(
+            Sample(completion=completion, outcome=outcome)
+            for completion, outcome in zip(completions, outcomes, strict=True)
+        ),
+    )
+
+
+def test_summary_names_the_prompts_with_most_failures():
+    budget = FailureBudget(limit=1.0, expected=100)
+    assert budget.summary() == ""
+    budget.count(group(3, HUNG, Scored(value=1.0)))
+    for index in (5, 6, 7, 8):
+        budget.count(group(index, HUNG, HUNG))
+    assert budget.summary() == (
+        "9 of 10 completions could not be scored: "
+        + "; ".join(f"2 of the prompt '{n}': Failed: no response within 2 s" for n in (5, 6, 7))
+        + "; and of 2 other prompts"
+    )
+
+
+def test_error_names_the_prompt():
+    budget = FailureBudget(limit=0.1, expected=10)
+    budget.count(group(1, HUNG))
+    with pytest.raises(ScorerError, match=r"2 of 2 .* the last: the prompt '2': Invalid: NaN$"):
+        budget.count(group(2, Invalid(reason="NaN")))
+
+
+def test_skipped_completions_do_not_count():
+    budget = FailureBudget(limit=0.0, expected=10)
+    groups = [group(0, Skipped(reason="None"), Scored(value=1.0), Invalid(reason="NaN"))]
+    with pytest.raises(ScorerError, match="1 of 3 completions"):
+        budget.count(groups[0])
+    metrics = exploration_metrics(groups, version=0)
+    counts = [metrics[f"scorer/{kind}"] for kind in ("skipped", "invalid", "failed")]
+    assert counts == [1.0, 1.0, 0.0]
