@@ -130,7 +130,7 @@ def _has_sdpa(config: PreTrainedConfig) -> bool:
 
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    return not capped and getattr(model_class, "_supports_sdpa", True)
+    return not capped and bool(getattr(model_class, "_supports_sdpa", True))
 
 
 # ------------------------------------------------------------------------------------------ heads

@@ -54,7 +54,7 @@ def use_exact_kernels(model: nn.Module) -> None:
     """Keep the CPU from packing weights for a bfloat16 kernel, which rounds their scales."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def dequantize(weight: Tensor) -> Tensor:
