@@ -98,10 +98,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm4_moe": Architecture(
         engine="Glm4MoeForCausalLM", models="GLM 4.5", note=f"{_MIXTURE}; router bias not trained"
     ),
-    "falcon": Architecture(
-        engine="FalconForCausalLM", models="Falcon 7B", note="one key and value head"
-    ),
-    "gpt2": Architecture(engine="GPT2LMHeadModel", models="GPT-2", note="tied embeddings"),
     "deepseek_v2": Architecture(
         engine="DeepseekV2ForCausalLM",
         models="DeepSeek V2",

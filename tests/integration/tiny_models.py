@@ -96,8 +96,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phi": {"partial_rotary_factor": 0.5},
     "gpt_neox": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
-    "falcon": {"head_dim": "unset", "new_decoder_architecture": False},
-    "gpt2": {"n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": MAX_LENGTH},
     "qwen2_moe": MIXTURE | {"shared_expert_intermediate_size": 64},
     "olmoe": MIXTURE,
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 3.0},
