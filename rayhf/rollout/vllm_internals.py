@@ -91,7 +91,7 @@ def start_reload(model: torch.nn.Module) -> None:
     """Restore the layers' checkpoint layout; they take weights until `finish_reload`."""
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is None:
+        if method is None or getattr(method, "moe_kernel", None) is None:
             continue
         if current_platform.is_cpu():
             method.moe_kernel = None  # built again, which packs the new weights

@@ -95,7 +95,7 @@ def step_was_skipped(engine: DeepSpeedEngine) -> bool:
 # ------------------------------------------------------------------------------- parameter shards
 
 
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Return a parameter's shape; ZeRO-3 leaves an empty tensor between uses and keeps it here."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
