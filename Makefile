@@ -9,7 +9,7 @@ TINY ?= .tiny
 unexport PYTHONDONTWRITEBYTECODE
 export RAYHF_TINY_DIR := $(abspath $(TINY))
 
-.PHONY: setup demo demo-real test test-gpu lint bench chaos learn claims proto lock clean
+.PHONY: setup demo demo-real test test-gpu lint architectures bench chaos learn claims proto lock clean
 
 setup: $(READY)
 
@@ -37,7 +37,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 \
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=25 \
 	    tests/tiny tests/e2e tests/integration tests/unit tests/gpu
 
 # On a machine with an NVIDIA GPU, in an environment with `pip install -e ".[gpu,dev]"`: make test-gpu GPU_PYTHON=python
@@ -46,6 +46,10 @@ test-gpu:
 	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or \
 	sys.exit(f'make test-gpu: torch {torch.__version__} sees no CUDA device here; nothing was run')"
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
+
+# Every entry of docs/architectures.md against real engines; about three minutes on two cores.
+architectures: $(READY)
+	$(BIN)/python -m pytest tests/integration/test_architectures.py
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench.speed

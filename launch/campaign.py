@@ -40,6 +40,7 @@ from rayhf.monitoring.tracking import tracked
 from rayhf.planning.placement import ActorSpec
 from rayhf.planning.precision import precision_warning
 from rayhf.planning.preflight import Prepared, overlap, prepare
+from rayhf.planning.quantized import with_quantized_base
 from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.state import read_state
 from rayhf.run_dir.store import RunDir
@@ -74,6 +75,7 @@ def run_campaign(
             )
             return
         store.check_paused()
+        prepared = with_quantized_base(prepared, base=base)
         specs = actor_specs_of(config, prepared.algorithm)
         with (
             control_served(store.path, config.service, base=base, console=console),

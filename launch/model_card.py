@@ -52,13 +52,14 @@ def model_card(
         "weights": _weights(config, adapter=adapter),
         "algorithm": algorithm,
         "iterations": f"{state.iteration} of {config['prompts']['batch']} prompts",
-        "scorers": ", ".join(_name(entry) for entry in config["scorer"]["train"]),
+        "prompts": _sources(config["prompts"].get("train")),
+        "scorers": ", ".join(_name(entry) for entry in config.get("scorer", {}).get("train") or ()),
         "made with": f"rayhf {__version__}",
     }
     published = {name: config[name] for name in _PUBLISHED if name in config}
     parts = [
         f"# {title}",
-        _table(("", ""), facts.items()),
+        _table(("", ""), [row for row in facts.items() if row[1]]),
         "## Figures",
         _table(("metric", "before", "after"), _figures(run / "metrics.jsonl")),
         "`eval/<task>/sampled` is measured on held-out prompts at temperature 1.",
@@ -80,6 +81,18 @@ def _name(entry: Mapping[str, Any]) -> str:
     """Describe a scorer: its type, and the function or the model."""
     what = entry.get("function") or entry.get("model")
     return f"{entry['type']} ({what})" if what else str(entry["type"])
+
+
+def _sources(value: object) -> str:
+    """Describe where training prompts come from: data sets, files or types of sources."""
+    sources = value if isinstance(value, list) else [value]
+    keys = ("dataset", "path", "task", "type")
+    named = [
+        next((str(source[key]) for key in keys if source.get(key)), "")
+        for source in sources
+        if isinstance(source, Mapping)
+    ]
+    return ", ".join(filter(None, named))
 
 
 def _datasets(value: object) -> Iterator[str]:

@@ -181,6 +181,13 @@ class FitConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @field_validator("lora")
+    @classmethod
+    def _refuse_quantize(cls, lora: LoraConfig | None) -> LoraConfig | None:
+        if lora is not None and lora.quantize is not None:
+            raise ValueError("quantize is for policies, not for scorers; leave it out")
+        return lora
+
     @field_validator("learner")
     @classmethod
     def _refuse_unread(cls, learner: LearnerConfig) -> LearnerConfig:

@@ -95,6 +95,9 @@ class LoraConfig(Section):
     """Dropout probability on the adapters' input."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the modules that get an adapter."""
+    quantize: Literal["nf4"] | None = None
+    """Precision of the frozen base weights of linear layers: nf4 is 4 bits (QLoRA, needs the extra
+    qlora). Default: learner.dtype."""
 
 
 class PolicyConfig(Section):

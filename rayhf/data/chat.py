@@ -217,14 +217,15 @@ class Chat:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         generation_prompt: bool = False,
+        where: str = "policy.model",
     ) -> str:
-        """Return the text of a conversation. Raises ConfigError if the template refuses it."""
+        """Return the text of a conversation. Raises ConfigError as `render_text`."""
         return render_text(
             self._tokenizer,
             messages,
             tools=tools,
             generation_prompt=generation_prompt,
-            where="policy.model",
+            where=where,
         )
 
     def tokens_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -233,9 +234,17 @@ class Chat:
         return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
     def generation_mask(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        where: str = "policy.model",
     ) -> tuple[list[int], list[bool]]:
-        """Return the token ids of a conversation and whether the template marks each."""
+        """Return the token ids of a conversation and whether the template marks each.
+
+        Raises ConfigError as `render_text`.
+        """
+        self.template(messages, tools=tools, where=where)  # refuses what cannot be rendered
         encoded = self._tokenizer.apply_chat_template(
             [dict(m) for m in messages],
             tools=None if tools is None else list(tools),

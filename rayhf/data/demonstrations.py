@@ -77,7 +77,7 @@ def encode_conversation(
     """
     messages = tuple(_without_end(message, chat) for message in messages)
     if chat.marks_generation:
-        ids, mask = chat.generation_mask(messages, tools=tools)
+        ids, mask = chat.generation_mask(messages, tools=tools, where=where)
         mask = _with_end_tokens(ids, mask, chat.end_token_id)
     else:
         ids, mask = _mask_by_prefixes(messages, where, chat, tools=tools, last_only=last_only)
@@ -104,14 +104,14 @@ def _mask_by_prefixes(
     messages: Messages, where: str, chat: Chat, *, tools: Tools, last_only: bool
 ) -> tuple[list[int], list[bool]]:
     """Locate each assistant turn by rendering the conversation before it and up to its end."""
-    whole = chat.template(messages, tools=tools)
+    whole = chat.template(messages, tools=tools, where=where)
     spans = []
     for turn, message in enumerate(messages):
         last = turn == len(messages) - 1
         if message["role"] != "assistant" or (last_only and not last):
             continue
-        before = chat.template(messages[:turn], tools=tools, generation_prompt=True)
-        upto = whole if last else chat.template(messages[: turn + 1], tools=tools)
+        before = chat.template(messages[:turn], tools=tools, generation_prompt=True, where=where)
+        upto = whole if last else chat.template(messages[: turn + 1], tools=tools, where=where)
         upto = chat.without_space_after_end(upto)
         if not (whole.startswith(upto) and upto.startswith(before)):
             remedy = "" if last else "algorithm.last_only: true, or "

@@ -7,6 +7,7 @@ libraries: HF_HOME, HF_DATASETS_CACHE, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -19,6 +20,7 @@ from rayhf.data.files import batch_rows
 from rayhf.errors import ConfigError
 
 _BATCH = 1024
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def _check_dataset(name: str) -> str:
@@ -129,12 +131,13 @@ class HubSource:
         return loaded
 
     def _check_commit(self, loaded: Any) -> None:
-        """Refuse rows of another commit: offline, `datasets` takes the newest that it has."""
-        files = list(loaded.info.download_checksums or ())
-        if self._commit and files and not any(f"@{self._commit}/" in file for file in files):
+        """Refuse rows of another commit: without the hub, `datasets` takes the newest it has."""
+        parts = {part for file in loaded.cache_files for part in Path(file["filename"]).parts}
+        commits = {part for part in parts if _COMMIT.fullmatch(part)}
+        if commits and self._commit not in commits:
             raise ConfigError(
-                f"{self.label}: the cache does not have commit {self._commit[:12]}, and the hub "
-                "cannot be reached; unset HF_HUB_OFFLINE"
+                f"{self.label}: the cache does not have commit {(self._commit or '')[:12]}, and "
+                "the hub cannot be reached; unset HF_HUB_OFFLINE"
             )
 
     def _explain(self, error: Exception) -> str:
@@ -148,7 +151,7 @@ class HubSource:
         text = " ".join(str(error).partition("Example of usage")[0].split())
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
-        if isinstance(error, errors.GatedRepoError) or "gated" in text or self._is_gated(error):
+        if isinstance(error, errors.GatedRepoError) or self._is_gated(error):
             return (
                 f"{repository} is gated; request access at {endpoint}/datasets/{repository} and "
                 f"set HF_TOKEN{token}"
@@ -160,22 +163,19 @@ class HubSource:
                 f"there is neither a file nor a directory {repository}, nor a data set of that "
                 f"name on {endpoint}, or it is private{token}"
             )
+        if "BuilderConfig" in text or "Config name is missing" in text:
+            known = text[text.find("[") :] if "[" in text else text
+            given = self._config.config
+            found = f"no configuration {given!r}" if given else "several configurations"
+            return f"{repository} has {found}; expected `config` to be one of {known}"
+        if text.startswith("Unknown split"):
+            known = text[text.find("[") :]
+            return f"{repository} has no split {self._config.split!r}; expected one of {known}"
         if constants.is_offline_mode():
             return (
                 f"HF_HUB_OFFLINE is set, and the cache does not have {self.label}; unset it, or "
                 "load the data set once before"
             )
-        if "BuilderConfig" in text or "Config name is missing" in text:
-            known = text[text.find("[") :] if "[" in text else text
-            asked = (
-                f"no configuration {self._config.config!r}"
-                if self._config.config
-                else ("several configurations")
-            )
-            return f"{repository} has {asked}; expected `config` to be one of {known}"
-        if text.startswith("Unknown split"):
-            known = text[text.find("[") :]
-            return f"{repository} has no split {self._config.split!r}; expected one of {known}"
         return f"{self.label} cannot be read from {endpoint} ({text[:300]})"
 
     def _is_gated(self, error: Exception) -> bool:

@@ -31,7 +31,7 @@ class PromptLoader:
     commits: MutableMapping[str, str]
     """Commits of hub data sets by name; those that are missing are added."""
 
-    def open(self, sources: Sequence[SourceConfig], *, key: str) -> list[NamedSource]:
+    def open(self, sources: Sequence[SourceConfig], key: str) -> list[NamedSource]:
         """Open the sources of the config key `key`. Raises ConfigError."""
         opened = []
         for number, (name, config) in enumerate(
@@ -49,7 +49,7 @@ class PromptLoader:
 
         `scorers` are the names that rows may give. Raises ConfigError.
         """
-        opened = self.open(sources, key=key)
+        opened = self.open(sources, key)
         reader = PromptReader(
             tokenizer=self.tokenizer,
             max_prompt_tokens=self.max_prompt_tokens,

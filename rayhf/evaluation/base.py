@@ -7,7 +7,7 @@ side effects: the next iteration must be the same with and without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.sources import SourceConfig
 from rayhf.data.chat import Chat
+from rayhf.data.prompts import NamedSource
 from rayhf.roles import Roles, Scorer
 from rayhf.types import JsonObject, Prompt, Sampling
 
@@ -30,6 +31,8 @@ class EvaluationSetup:
     chat: Chat
     heldout: tuple[Prompt, ...]
     """The campaign's held-out prompts, or its training prompts where there are none."""
+    open_sources: Callable[[tuple[SourceConfig, ...], str], Sequence[NamedSource]]
+    """(sources, config key) -> the same, open. Raises ConfigError."""
     load_prompts: Callable[[tuple[SourceConfig, ...], str], tuple[Prompt, ...]]
     """(sources, config key) -> rendered prompts, at most run.eval_prompts. Raises ConfigError."""
 

@@ -17,7 +17,7 @@ from rayhf.data.chat import Chat
 from rayhf.data.demonstrations import encode_demonstration
 from rayhf.data.examples import Encode, EncodedExample, fits, load_examples
 from rayhf.data.preferences import encode_pair
-from rayhf.data.readers import Row, open_source
+from rayhf.data.readers import Row
 from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
 
 
@@ -108,5 +108,5 @@ def _load(
     config: GivenTextConfig, setup: EvaluationSetup, encode: Encode
 ) -> tuple[EncodedExample, ...]:
     key = f"evaluations.{setup.task}.prompts"
-    source = open_source(*config.prompts, base=setup.base, key=key)
-    return load_examples([("", source, config.prompts[0])], encode, setup.chat, key=key)[1]
+    sources = setup.open_sources(config.prompts, key)
+    return load_examples(sources, encode, setup.chat, key=key)[1]

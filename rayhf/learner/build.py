@@ -26,7 +26,8 @@ from rayhf.config.schema import LearnerConfig, LoraConfig
 from rayhf.errors import ConfigError
 from rayhf.learner.schedule import lr_factor
 from rayhf.models.forward import PolicyHead, ScoreHead, ValueHead, prepare_config
-from rayhf.models.peft import base_model
+from rayhf.models.peft import base_model, lora_targets
+from rayhf.models.quantized import quantization_settings, use_exact_kernels
 from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA
 from rayhf.weights.deepspeed_internals import (
     DeepSpeedEngine,
@@ -137,6 +138,9 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    quantize = lora is not None and lora.quantize is not None
+    if quantize and head != "policy":
+        raise ConfigError(f"lora.quantize is for a policy, not for a {head} head; leave it out")
     sharded = settings["zero_optimization"]["stage"] == 3
     # While this object exists, from_pretrained shards each parameter as it is loaded (ZeRO-3).
     sharding = HfDeepSpeedConfig(dict(settings)) if sharded else None
@@ -145,7 +149,6 @@ def load_model(
     arguments: Settings = {
         "config": model_config,
         "dtype": getattr(torch, config.dtype),
-        "attn_implementation": config.attention,
     }
     model: nn.Module
     if head == "value":
@@ -153,7 +156,10 @@ def load_model(
     elif head == "score":
         model = _load_scorer(path, arguments, head_size=head_size, sharded=sharded)
     else:
+        if quantize:
+            arguments["quantization_config"] = quantization_settings(arguments["dtype"])
         model = AutoModelForCausalLM.from_pretrained(str(path), **WEIGHTS_AS_DATA, **arguments)
+        use_exact_kernels(model)
     if sharded:
         _rebuild_rotary(model)
     del sharding
@@ -235,20 +241,24 @@ def _rebuild_rotary(model: nn.Module) -> None:
 
 def _with_lora(model: nn.Module, lora: LoraConfig) -> nn.Module:
     import peft
+    from peft.tuners.lora.layer import ParamWrapper
 
-    targets = (
-        lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    )
     settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=lora_targets(model, lora),
         exclude_modules=["score"],
     )
     # Adapters in the model's own dtype: ZeRO-3 shards one dtype only, and DeepSpeed keeps float32
     # masters anyway.
     wrapped: nn.Module = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    if any(isinstance(module, ParamWrapper) for module in wrapped.modules()):
+        raise ConfigError(
+            f"policy.lora.target_modules: {', '.join(lora.target_modules)} names layers of the "
+            "experts, which transformers holds as one tensor and whose adapters no engine reads; "
+            "expected all-linear or layers of the attention"
+        )
     score = getattr(model, "score", None)
     if score is not None:
         # A value or score head is new, so it is trained itself rather than adapted.

@@ -16,6 +16,7 @@ outputs of a score head.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +33,7 @@ from rayhf.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import MoeModelOutputWithPast
 
 Entropy = Literal["off", "metric", "loss"]
 HeadOutput = tuple[Tensor, Tensor | None]
@@ -109,16 +111,11 @@ def scored_row(
 def prepare_config(config: PreTrainedConfig, *, attention: str) -> None:
     """Set up a transformers config for this forward pass.
 
-    Dropout is turned off: a second pass must give the same numbers. Raises ConfigError for a model
-    that computes its logits in a way this forward pass does not.
+    Dropout is turned off: a second pass must give the same numbers. "sdpa" becomes "eager" for
+    attention that it does not compute: capped scores (gemma2), sinks (gpt_oss).
     """
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ConfigError(
-                f"policy.model: {config.model_type} rescales its logits "
-                f"({name}={getattr(config, name)}), which the learner does not compute; expected a "
-                "model whose logits are lm_head(hidden), such as qwen2, qwen3, llama or mistral"
-            )
+    if attention == "sdpa" and not _has_sdpa(config):
+        attention = "eager"
     for name, value in vars(config).items():
         if (name.endswith(("dropout", "_pdrop", "dropout_prob", "dropout_rate"))) and isinstance(
             value, float
@@ -126,6 +123,14 @@ def prepare_config(config: PreTrainedConfig, *, attention: str) -> None:
             setattr(config, name, 0.0)
     config.use_cache = False
     config._attn_implementation = attention
+
+
+def _has_sdpa(config: PreTrainedConfig) -> bool:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return not capped and bool(getattr(model_class, "_supports_sdpa", True))
 
 
 # ------------------------------------------------------------------------------------------ heads
@@ -180,10 +185,10 @@ class PolicyHead(nn.Module):
         """Return (log p(target)_T, entropy_T) at this temperature, float32, in nats."""
         causal = base_model(self.model)
         hidden_TH = _hidden(causal, inputs)
-        head = causal.get_output_embeddings()
+        to_logits = _logits_function(causal)
 
         def select(hidden_TH: Tensor, target_T: Tensor) -> HeadOutput:
-            logits_TV = head(hidden_TH)
+            logits_TV = to_logits(hidden_TH)
             if temperature != 1:
                 logits_TV = logits_TV.float() / temperature
             apply: Callable[..., HeadOutput] = SelectLogSoftmax.apply
@@ -251,6 +256,33 @@ def score_texts(
     rows = [scored_row(ids, prompt_id="text", sample=i) for i, ids in enumerate(texts)]
     output_Rd: Tensor = ScoreHead(classifier)(build_inputs(rows, device), 1.0)[0]
     return output_Rd
+
+
+class _GivenHiddenStates(nn.Module):
+    """A model body that returns the hidden states it is given as embeddings."""
+
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> MoeModelOutputWithPast:
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        output = MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        output.cross_attentions = None  # read by gpt2
+        return output
+
+
+def _logits_function(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Return the model's own function from hidden states (T, H) to logits (T, V).
+
+    It is the model's forward pass with another body. So whatever a model does after its body is
+    done here too: gemma2 caps its logits, granite and cohere scale them.
+    """
+    head = copy.copy(causal)  # shares every parameter and submodule
+    head._modules = {**causal._modules, causal.base_model_prefix: _GivenHiddenStates()}
+
+    def to_logits(hidden_TH: Tensor) -> Tensor:
+        logits_TV: Tensor = head.forward(inputs_embeds=hidden_TH[None]).logits[0]
+        return logits_TV
+
+    return to_logits
 
 
 def _hidden(model: PreTrainedModel, inputs: Inputs) -> Tensor:

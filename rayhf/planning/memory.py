@@ -41,6 +41,8 @@ FRAMEWORK: dict[Device, dict[str, float]] = {
 CPU: its engine, Ray and torch, imported; the learner's was measured. GPU: CUDA's context and
 workspaces, about 0.7 GiB, and NCCL's buffers or an engine's CUDA graphs; not measured.
 """
+NF4_BYTES = 0.5 + 4 / 64
+"""Of a weight in 4 bits: one float32 scale for 64 of them."""
 BUCKET = 500_000_000
 """Maximum elements of DeepSpeed's reduce_bucket_size and sub_group_size here."""
 LIVE = 1_000_000_000
@@ -124,7 +126,8 @@ def learner_memory(
     parameters = shape.body + shape.hidden if critic else shape.parameters
     trained = shape.adapters(lora) if lora else parameters
     part = trained / n if stage else float(trained)
-    weights = s * parameters / (n if stage == 3 else 1)
+    quantized = shape.linear_weights if lora and lora.quantize else 0
+    weights = (s * (parameters - quantized) + NF4_BYTES * quantized) / (n if stage == 3 else 1)
     masters = 0.0 if config.dtype == "float32" and stage in (0, 3) else 4 * part
     gradients = {0: 4.0 * trained, 1: (4.0 + s) * trained, 2: 4 * part, 3: 4 * part}[stage]
     optimizer = masters + 8 * part

@@ -34,6 +34,7 @@ from rayhf.evaluation.base import Evaluation, EvaluationSetup
 from rayhf.models.directory import check_model, vocabulary_size
 from rayhf.models.hub import local_directory
 from rayhf.models.source import model_length, read_model_config, tokenizer_fingerprint
+from rayhf.planning.architectures import check_architectures
 from rayhf.planning.inputs import input_fingerprints
 from rayhf.run_dir.state import read_state
 from rayhf.types import Prompt, TransportName
@@ -198,6 +199,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     """
     algorithm, derived = check_settings(config)
     models = _models(config, algorithm, base)
+    untested = check_architectures(config, algorithm, models)
     max_length = _check_models(config, algorithm, models)
     directory = models["policy.model"]
     tokenizer = policy_tokenizer(directory, config.policy, base=base)
@@ -214,7 +216,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     chat = Chat(tokenizer, max_length=max_length)
     named = names_of([*config.scorer.train, *(config.scorer.evaluate or ())])
     if isinstance(algorithm, TrainsOnRows):
-        opened = loader.open(config.prompts.train, key="prompts.train")
+        opened = loader.open(config.prompts.train, "prompts.train")
         prompts, examples = load_examples(opened, algorithm.encode, chat, key="prompts.train")
         algorithm.set_examples(examples)
     else:
@@ -255,7 +257,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         data=data,
         max_length=max_length,
         stop_tokens={token_id: str(tokenizer.decode([token_id])) for token_id in stop_ids},
-        notes=tuple(notes),
+        notes=(*untested, *notes),
     )
 
 
@@ -300,6 +302,7 @@ def _evaluations(
             base=base,
             chat=chat,
             heldout=heldout,
+            open_sources=loader.open,
             load_prompts=partial(_evaluation_prompts, config, loader, names),
         )
         evaluations[task] = EVALUATIONS.build(evaluation, setup)

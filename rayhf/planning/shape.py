@@ -40,6 +40,11 @@ class Shape:
         """Parameters of the language model."""
         return self.body + (0 if self.tied else self.vocabulary * self.hidden)
 
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the body's linear layers, which QLoRA keeps in 4 bits."""
+        return sum(inputs * outputs for _, inputs, outputs in self.linears)
+
     def adapters(self, lora: LoraConfig) -> int:
         """Return the parameters of LoRA: A is rank x inputs, B is outputs x rank."""
         targets = lora.target_modules

@@ -21,6 +21,7 @@ from rayhf.models.packing import pack_rows
 from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA
 from rayhf.types import FloatArray, Row, WeightBucket
 from rayhf.weights.buckets import Payload, check_complete, unpack_bucket, verify_bucket
+from rayhf.weights.export import all_weights
 
 FILE = "reference.safetensors"
 
@@ -52,11 +53,13 @@ class ReferenceEngine:
             str(model),
             config=model_config,
             dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
             **WEIGHTS_AS_DATA,
         )
         self.policy = PolicyHead(causal.to(self.device)).eval().requires_grad_(False)
-        self.weights: dict[str, Tensor] = dict(causal.named_parameters())
+        # Views into the parameters, named and shaped as the learner sends them.
+        self.weights: dict[str, Tensor] = {
+            weight.name: weight.value() for weight in all_weights(causal)
+        }
         self.average: dict[str, Tensor] = {}
         """Float32 copy in host memory, once a moving average began: in 16 bits, small steps would
         round to nothing."""

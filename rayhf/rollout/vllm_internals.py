@@ -4,12 +4,16 @@ Out for the driver: facts of a loaded engine, and the calls of a weight update. 
 the reload of a model's layers. tests/integration/test_rollout_internals.py fails where another
 version of vLLM lacks one of these names or gives it another signature.
 
-Three things go wrong without this file:
+Five things go wrong without this file:
 1. CPU kernels repack weights after loading, so `model.load_weights` alone fails: the layerwise
    reload restores the original layout and repacks at the end.
 2. With tied embeddings, the CPU output head keeps a packed copy that the reload does not know
    (`repack_tied_head`).
-3. The prefix cache holds keys and values of the old weights: the driver resets it afterwards.
+3. The CPU kernels of mixture-of-experts layers pack weights when they are built, which happens at
+   the first load only (`start_reload`).
+4. A router's bias is a parameter of two layers, and the reload fills it twice, the second time with
+   what was never loaded (`start_reload`).
+5. The prefix cache holds keys and values of the old weights: the driver resets it afterwards.
 """
 
 from __future__ import annotations
@@ -19,10 +23,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm import LLM
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
 
 from rayhf.errors import WeightSyncError
 from rayhf.types import WeightBucket
@@ -32,6 +42,7 @@ from rayhf.weights.cuda_ipc import IpcExport
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
+ROUTER_BIAS = "e_score_correction_bias"
 BucketBytes = Payload | torch.Tensor | IpcExport
 """A bucket's bytes in host memory or on the engine's device, or a handle to them on that device."""
 
@@ -78,6 +89,16 @@ def finish_update(llm: LLM) -> None:
 
 def start_reload(model: torch.nn.Module) -> None:
     """Restore the layers' checkpoint layout; they take weights until `finish_reload`."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is None:
+            continue
+        if current_platform.is_cpu():
+            method.moe_kernel = None  # built again, which packs the new weights
+        bias = layer._parameters.pop(ROUTER_BIAS, None)
+        if bias is not None:  # from now on an attribute here, and a parameter of the gate alone
+            get_layerwise_info(layer).restore_metadata[0].pop(ROUTER_BIAS, None)
+            layer.__dict__[ROUTER_BIAS] = bias
     initialize_layerwise_reload(model)
 
 
@@ -97,11 +118,16 @@ def repack_tied_head(model: torch.nn.Module) -> None:
     if head is None or not hasattr(head, "cpu_linear") or not tied:
         return
     embedding = next(
-        (module for name, module in model.named_modules() if name.endswith("embed_tokens")), None
+        (
+            module
+            for module in model.modules()
+            if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+        ),
+        None,
     )
     if embedding is None:
         raise WeightSyncError(
-            f"{type(model).__name__}: tied output head, but no module named embed_tokens"
+            f"{type(model).__name__}: tied output head, but no input embedding of vLLM's class"
         )
     if head is not embedding:
         head.weight = embedding.weight

@@ -202,7 +202,7 @@ class EndpointModel:
             raise
         except ValueError as error:
             raise MalformedError(f"a response that is no JSON ({error})") from error
-        reply = _read(completion)
+        reply = read_completion(completion)
         if (usage := completion.usage) is not None:
             self._count(
                 prompt_tokens=usage.prompt_tokens or 0,
@@ -287,7 +287,7 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def _read(completion: ChatCompletion) -> Reply:
+def read_completion(completion: ChatCompletion) -> Reply:
     """Return the first choice. Raises MalformedError where there is none.
 
     The client does not check a response: it may be a string, or lack fields.

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from rayhf.config.service import is_loopback
 from rayhf.errors import ConfigError, UnreachableError, nearest
+from rayhf.scorer.endpoint import MalformedError, read_completion
 from rayhf.scorer.endpoint_config import (
     NO_KEY,
     EndpointConfig,
@@ -43,11 +44,12 @@ def check_endpoint(config: EndpointConfig) -> None:
     options["timeout"] = min(config.timeout_s, CHECK_TIMEOUT_S)
     with openai.OpenAI(**options) as client:
         try:
-            client.chat.completions.create(
+            completion = client.chat.completions.create(
                 model=config.model,
                 messages=[{"role": "user", "content": "Answer yes."}],
                 extra_body=complete_body({"max_tokens": _TOKENS, "seed": 0}, config),
             )
+            read_completion(completion)
         except openai.RateLimitError as error:
             logger.warning("%s: busy (%s)", config.url, describe(error, key))
         except openai.NotFoundError as error:
@@ -64,6 +66,8 @@ def check_endpoint(config: EndpointConfig) -> None:
             if error.status_code >= 500 or error.status_code == 408:
                 raise UnreachableError(message) from None
             raise ConfigError(message) from None
+        except (MalformedError, ValueError) as error:
+            raise ConfigError(f"endpoint {config.url}: {describe(error, key)}") from None
         except openai.APIConnectionError as error:
             raise UnreachableError(
                 f"endpoint {config.url} does not respond: {describe(error, key)}"

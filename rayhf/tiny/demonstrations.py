@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rayhf.config.base import PluginConfig
+from rayhf.config.sources import SourceConfig
 from rayhf.data.readers import read_rows
 from rayhf.errors import ConfigError
 from rayhf.tiny.arithmetic import Chain
@@ -18,7 +18,7 @@ from rayhf.tiny.arithmetic import Chain
 _TERM = re.compile(r"[+-]?[0-9]+")
 
 
-class WorkedAnswersConfig(PluginConfig):
+class WorkedAnswersConfig(SourceConfig):
     """Which prompts."""
 
     type: str = "rayhf.tiny.demonstrations:WorkedAnswers"

@@ -1,4 +1,4 @@
-"""A training model's parameters for other components: whole, with Hugging Face names, LoRA merged.
+"""A training model's parameters for other components: whole, named as in a directory, LoRA merged.
 
 In: a Hugging Face model, possibly inside PEFT and sharded by ZeRO-3. Out: bucket after bucket of
 (name, tensor), of all parameters or of what LoRA trains only; or a model directory, and the adapter
@@ -22,9 +22,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from rayhf.errors import ConfigError
 from rayhf.models.peft import base_model
+from rayhf.models.quantized import dequantize
 from rayhf.weights.deepspeed_internals import whole_shape
 from rayhf.weights.lora import LORA_A, LORA_B, merge
+from rayhf.weights.stored import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -53,10 +56,10 @@ class Weight:
     """One exported tensor: its name and shape, and how to compute it."""
 
     name: str
-    """Hugging Face parameter name, with a suffix for a factor of an adapter."""
+    """Name in a Hugging Face directory, with a suffix for a factor of an adapter."""
     shape: tuple[int, ...]
-    parameters: list[nn.Parameter]
-    """Parameters that must be whole before `value` is called."""
+    parameters: list[Tensor]
+    """Tensors that must be whole before `value` is called."""
     value: Callable[[], Tensor]
 
     def numel(self) -> int:
@@ -82,46 +85,82 @@ class _Factor:
 
 
 def all_weights(model: nn.Module) -> list[Weight]:
-    """Return all parameters in the model's order, adapters merged.
+    """Return all tensors of the model's directory in the model's order, adapters merged.
 
-    A tied output head is not among them: it is the embedding.
+    A tied output head is not among them: it is the embedding. Buffers that a directory stores
+    (the router bias of deepseek_v3) are.
     """
     return [
         Weight(
-            name,
-            whole_shape(parameter),
-            [parameter, *(factor.parameter for factor in factors)],
-            partial(_merged_value, parameter, factors),
+            stored.name,
+            stored.shape,
+            [tensor, *(factor.parameter for factor in factors)],
+            partial(_merged_value, tensor, factors, stored),
         )
-        for name, parameter, factors in _parameters(model)
+        for tensor, factors, parts in _tensors(model)
+        for stored in parts
     ]
 
 
 def trained_weights(model: nn.Module) -> list[Weight]:
-    """Return what LoRA training changes: the adapters' factors, and parameters trained directly."""
+    """Return what LoRA training changes: the adapters' factors, and parameters trained directly.
+
+    Raises ConfigError for an adapter of a layer that the directory stores in parts.
+    """
     weights: list[Weight] = []
-    for name, parameter, factors in _parameters(model):
-        if not factors and parameter.requires_grad:
-            weights.append(Weight(name, whole_shape(parameter), [parameter], parameter.detach))
-        for suffix, factor in zip((LORA_A, LORA_B), factors, strict=False):
-            weights.append(Weight(name + suffix, factor.shape, [factor.parameter], factor.value))
+    for tensor, factors, parts in _tensors(model):
+        if not factors and tensor.requires_grad:
+            weights += [
+                Weight(
+                    stored.name, stored.shape, [tensor], partial(_merged_value, tensor, (), stored)
+                )
+                for stored in parts
+            ]
+        if not factors:
+            continue
+        if len(parts) > 1:
+            raise ConfigError(
+                f"policy.lora.target_modules: the layer of {parts[0].name} is stored in "
+                f"{len(parts)} parts, to which one adapter cannot be sent; leave it out"
+            )
+        for suffix, factor in zip((LORA_A, LORA_B), factors, strict=True):
+            name = parts[0].name + suffix
+            weights.append(Weight(name, factor.shape, [factor.parameter], factor.value))
     return weights
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Sequence[_Factor]]]:
-    """Yield every parameter of the base model under its name there, and its adapter's factors."""
+def _tensors(
+    model: nn.Module,
+) -> Iterator[tuple[Tensor, Sequence[_Factor], Sequence[StoredTensor]]]:
+    """Yield every parameter and stored buffer of the base model.
+
+    With it, its adapter's factors, and the tensors that a directory has of it.
+    """
     base = base_model(model)
     adapted = {
         id(layer.base_layer.weight): layer for layer in base.modules() if hasattr(layer, "lora_A")
     }
-    for name, parameter in base.named_parameters():
-        if ".lora_" not in name:
-            layer = adapted.get(id(parameter))
-            yield (
-                name.replace(".base_layer.", "."),
-                parameter,
-                () if layer is None else _factors(layer),
-            )
+    tensors = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in [*base.named_parameters(), *_stored_buffers(base)]
+        if ".lora_" not in name
+    }
+    shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
+    for name, parts in stored_tensors(base, shapes).items():
+        layer = adapted.get(id(tensors[name]))
+        yield tensors[name], () if layer is None else _factors(layer), parts
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    state = getattr(tensor, "quant_state", None)
+    return whole_shape(tensor) if state is None else tuple(state.shape)
+
+
+def _stored_buffers(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in base.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}".removeprefix("."), buffer
 
 
 def _factors(layer: LoraLayer) -> Sequence[_Factor]:
@@ -140,9 +179,11 @@ def _factors(layer: LoraLayer) -> Sequence[_Factor]:
     return (second, first) if transposed else (first, second)
 
 
-def _merged_value(parameter: nn.Parameter, factors: Sequence[_Factor]) -> Tensor:
-    weight: Tensor = parameter.detach()
-    return merge(weight, *(factor.value() for factor in factors)) if factors else weight
+def _merged_value(tensor: Tensor, factors: Sequence[_Factor], stored: StoredTensor) -> Tensor:
+    weight = dequantize(tensor)
+    if factors:
+        weight = merge(weight, *(factor.value() for factor in factors))
+    return stored.of(weight)
 
 
 def split_into_buckets(
@@ -171,7 +212,10 @@ def gather_buckets(
     import deepspeed
 
     for bucket in buckets:
-        parameters = [parameter for weight in bucket for parameter in weight.parameters]
+        # Several stored tensors may be views into one parameter.
+        parameters = list(
+            dict.fromkeys(parameter for weight in bucket for parameter in weight.parameters)
+        )
         with deepspeed.zero.GatheredParameters(parameters, enabled=sharded), torch.no_grad():
             yield [(weight.name, weight.value()) for weight in bucket] if rank == 0 else []
 

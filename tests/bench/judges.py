@@ -2,8 +2,8 @@
 
     python -m tests.bench.judges [--questions 256] [--record]
 
-The tiny judge of tests/integration answers in four tokens, so that what is measured is the way to
-the server and back, and the server's own overhead. Server and caller share the machine. Prints a
+The tiny judge of tests/judge_server.py answers in four tokens, so that what is measured is the way
+to the server and back, and the server's own overhead. Server and caller share the machine. Prints a
 Markdown table and writes it into RESULTS.md with --record; takes about two minutes.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -22,9 +21,7 @@ from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Completion, Prompt, Scored, ScoreRequest
 from tests.bench.results import put_section
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "integration"))
-from judge_server import QUESTION, Served, make_judge, served
+from tests.judge_server import QUESTION, Served, make_judge, served
 
 IN_FLIGHT = (1, 8, 32)
 KEY = "bench"

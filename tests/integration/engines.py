@@ -49,6 +49,11 @@ def make_model(
     # Like a chat model: the tokenizer names one end token, the generation config a second one.
     model.generation_config = GenerationConfig(eos_token_id=[END, TURN])
     model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return model
+
+
+def save_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>")
     )
@@ -57,7 +62,6 @@ def make_model(
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", **special
     ).save_pretrained(directory)
-    return model
 
 
 def perturb(model: Qwen2ForCausalLM, seed: int) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import QUESTION, Served, make_judge, served
 from test_judge_engine import BAD, GOOD, MUTE, request
 
 from rayhf.errors import ConfigError, UnreachableError
@@ -16,6 +15,7 @@ from rayhf.scorer.build import build_scorer, check_entries
 from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Compared, Failed, Invalid, Scored, ScoreRequest
+from tests.judge_server import QUESTION, Served, make_judge, served
 
 KEY = "a-key-of-the-test"
 

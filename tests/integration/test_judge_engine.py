@@ -11,12 +11,11 @@ from rayhf.rollout.env import engine_env
 
 os.environ.update(engine_env("cpu", 1))
 
-from judge_server import QUESTION, make_judge
-
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Completion, Invalid, Prompt, Scored, ScoreRequest
+from tests.judge_server import QUESTION, make_judge
 
 
 @pytest.fixture(scope="module")

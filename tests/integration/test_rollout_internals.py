@@ -19,6 +19,7 @@ from vllm import LLM
 from vllm.distributed.weight_transfer import WeightTransferEngine
 from vllm.logprobs import FlatLogprobs
 from vllm.model_executor.model_loader import reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -35,6 +36,7 @@ from rayhf.rollout.vllm_worker import BucketTransfer
         (CPUWorker.finish_weight_update, ["self"]),
         (WeightTransferEngine.receive_weights, ["self", "update_info"]),
         (reload.initialize_layerwise_reload, ["model"]),
+        (get_layerwise_info, ["layer"]),
         (reload.finalize_layerwise_processing, ["model", "model_config"]),
         (LLMEngine.step, ["self"]),
         (LLMEngine.has_unfinished_requests, ["self"]),

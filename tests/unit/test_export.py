@@ -8,6 +8,8 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from launch import cli
+from launch.model_card import model_card
+from rayhf.config.load import read_mapping
 from rayhf.run_dir.state import read_state, write_state
 
 COMMIT = "0123456789" * 4
@@ -58,6 +60,16 @@ def test_merged_model_with_its_card(run, tmp_path):
     assert f"| `scorer/reward_mean` | {rewards[0]:.4g} | {rewards[-1]:.4g} |" in card.text
     assert "model: org/base" in card.text
     assert str(run) not in card.text
+
+
+def test_card_of_a_campaign_without_scorers(run):
+    config = read_mapping(run / "config.yaml")
+    config["scorer"]["train"] = []
+    config["prompts"]["train"] = [{"type": "hub", "dataset": "org/data@v1"}, {"type": "file"}]
+    card = model_card(run, config, read_state(run), title="t", adapter=False)
+    assert "| prompts | org/data@v1, file |" in card.text
+    assert "| scorers |" not in card.text
+    assert card.data.datasets == ["org/data"]
 
 
 def test_adapter_names_its_base_model_and_commit(run, tmp_path):

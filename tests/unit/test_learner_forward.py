@@ -26,6 +26,14 @@ from rayhf.types import Example, Row
 V = 61
 
 
+RESCALED = {
+    "Gemma2": {"final_logit_softcapping": 1.5, "attn_logit_softcapping": 1.5, "head_dim": 8},
+    "Granite": {"logits_scaling": 3.0, "embedding_multiplier": 5.0, "residual_multiplier": 0.6},
+    "Cohere": {"logit_scale": 0.3},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
 def make_policy(*, tied: bool = False, kind: str = "Qwen2") -> nn.Module:
     import transformers
 
@@ -41,6 +49,7 @@ def make_policy(*, tied: bool = False, kind: str = "Qwen2") -> nn.Module:
         tie_word_embeddings=tied,
         initializer_range=0.2,
         attention_dropout=0.1,
+        **RESCALED.get(kind, {}),
     )
     prepare_config(config, attention="sdpa")
     model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
@@ -70,7 +79,7 @@ def plain_logprobs(model: nn.Module, row: Row, temperature: float) -> Tensor:
     return logp[start:-1].gather(1, ids[0, start + 1 :, None]).squeeze(1)
 
 
-@pytest.mark.parametrize("kind", ["Qwen2", "Llama", "Qwen3"])
+@pytest.mark.parametrize("kind", ["Qwen2", "Llama", "Qwen3", *RESCALED])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pieces", [False, True])
 def test_logprobs_and_gradients_match_the_plain_formula(
@@ -168,11 +177,9 @@ def test_row_without_prompt_or_response_is_refused() -> None:
         build_inputs([row], "cpu")
 
 
-def test_model_that_rescales_its_logits_is_refused() -> None:
-    import transformers
-
-    with pytest.raises(ConfigError, match="final_logit_softcapping=30"):
-        prepare_config(transformers.Gemma2Config(), attention="sdpa")
+def test_attention_with_capped_scores_is_not_left_to_sdpa() -> None:
+    capped, plain = make_policy(kind="Gemma2").config, make_policy().config
+    assert capped._attn_implementation == "eager" and plain._attn_implementation == "sdpa"
 
 
 def test_schedule() -> None:

@@ -13,6 +13,8 @@ from fakes import FakeLearner, FakeRollout
 from rayhf.data.mixing import Schedule, iteration_batch
 from rayhf.data.prompts import PromptSet
 from rayhf.errors import ConfigError
+from rayhf.run_dir.state import read_state
+from rayhf.run_dir.store import RunDir
 from rayhf.types import Prompt
 
 
@@ -153,3 +155,14 @@ def test_campaign_of_three_sources_resumes_exactly_and_measures_each(tmp_path) -
     each = [lines[0][f"eval/toy/{name}/sampled"] for name in ("a", "b")]
     assert sum(each) / 2 == pytest.approx(lines[0]["eval/toy/sampled"])
     assert {f"eval/toy/b/{m}" for m in ("greedy", "length", "truncated")} <= set(lines[0])
+
+
+def test_commits_of_hub_data_sets_are_recorded(tmp_path) -> None:
+    config = make_config(tmp_path)
+    for commits in ({"org/data": "0" * 40}, {"org/other@v1": "1" * 40}):
+        store = RunDir(config)
+        store.record_datasets(commits)
+        store.close()
+    state = read_state(config.run.dir)
+    assert state is not None
+    assert state.datasets == {"org/data": "0" * 40, "org/other@v1": "1" * 40}

@@ -67,6 +67,12 @@ def module_blocks():
     return [(match[1], text) for match, text in named if match]
 
 
+def shown_config(file):
+    """The config of a YAML block that begins with the name of its file; None without one."""
+    text = next((text for text in blocks("yaml") if text.startswith(f"# {file}\n")), None)
+    return None if text is None else yaml.safe_load(text)
+
+
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
     """The modules that the pages show, importable."""
@@ -80,7 +86,10 @@ def modules(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", TEXT)
 def test_lines_are_at_most_120_characters(name):
-    assert [line for line in TEXT[name].splitlines() if len(line) > 120] == []
+    lines = TEXT[name].splitlines()
+    if name == "architectures.md":  # rows of a generated table, which cannot be wrapped
+        lines = [line for line in lines if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 120] == []
 
 
 def test_generated_pages_are_up_to_date():
@@ -100,7 +109,9 @@ def test_commands_exist_and_configs_are_valid(words):
     if root is not None:
         load_section(ROOT / given["config"], given["overrides"] or (), root)
     elif "config" in given:
-        check_settings(load_config(ROOT / given["config"], given["overrides"] or ()))
+        shown = shown_config(given["config"].name)
+        source = ROOT / given["config"] if shown is None else BASE | shown
+        check_settings(load_config(source, given["overrides"] or ()))
 
 
 def test_readme_has_commands():

@@ -428,6 +428,12 @@ def test_check_refuses_keys_and_settings_in_one_line(monkeypatch: pytest.MonkeyP
         assert "400: seed is not supported" in check(server.url)
 
 
+@pytest.mark.parametrize("body", ["<html>a web page</html>", {"choices": []}])
+def test_check_refuses_what_is_no_chat_server(body: Any) -> None:
+    with serving(lambda _: Response(body=body)) as server:
+        assert check(server.url).startswith("ConfigError: scorer.train[0]: endpoint http")
+
+
 def test_check_says_when_nothing_responds() -> None:
     with serving(by_quality) as server:
         url = server.url

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.process import ProcessInfo
 from actors.scorer import ScorerActor, ScorerClient, divide
 from actors.supervise import SupervisedActor
+from rayhf.config.models import ModelName
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig
 from rayhf.data.chat import special_token_escaper, special_tokens
 from rayhf.errors import ActorLostError, ConfigError
@@ -176,7 +177,7 @@ def test_judge_files_are_checked_early(tmp_path: Path) -> None:
     good = JudgeConfig(model=Path("judge"), max_tokens=16)
     check_entries([good], tmp_path)
     for changes, message in (
-        ({"model": Path("absent")}, "no such model directory"),
+        ({"model": ModelName("absent")}, "no such model directory"),
         ({"max_length": 128}, "max_length is 128, but .* was made for at most 64 tokens"),
         ({"max_length": 16}, "max_tokens is 16, but question and vote together may have 16"),
     ):

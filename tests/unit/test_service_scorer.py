@@ -303,7 +303,7 @@ def scored(*values, **parts):
         (
             [pb.Outcomes(outcomes=[pb.Outcome(skipped=pb.Skipped(reason="None"))] * 2)],
             [Skipped, Skipped],
-            "None",
+            "skipped by all scorers that judge it (grpc)",
         ),
         ([scored(1.0, 2.0, part=math.nan)], [Invalid, Invalid], "with parts {'part': nan}"),
         ([scored(1.0)], [Failed, Failed], "1 scores for 2 completions"),

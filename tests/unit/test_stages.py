@@ -19,6 +19,7 @@ from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.data.chat import Chat
 from rayhf.data.examples import EncodedExample, encoded_row
 from rayhf.data.prompts import PromptSet
+from rayhf.data.readers import open_source
 from rayhf.errors import ConfigError
 from rayhf.evaluation.base import EvaluationSetup
 from rayhf.planning.placement import actor_specs
@@ -244,6 +245,9 @@ def measure(tmp_path, kind, rows, *, reference):
         base=tmp_path,
         chat=Chat(tokenizer, max_length=64),
         heldout=(),
+        open_sources=lambda sources, key: [
+            ("", open_source(source, base=tmp_path, key=key), source) for source in sources
+        ],
         load_prompts=lambda *_: (),
     )
     evaluation = EVALUATIONS.build(config, setup)

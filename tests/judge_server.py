@@ -127,7 +127,7 @@ def served(directory: Path, *, name: str, key: str, start_s: float = 240.0) -> I
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
         "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20),
-        "--max-num-seqs", "64", "--disable-uvicorn-access-log",
+        "--max-num-seqs", "64",
     ]  # fmt: skip
     env = {**os.environ, **engine_env("cpu", 1), "VLLM_API_KEY": key}
     env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # the server's engine is a process of its own
