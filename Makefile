@@ -49,7 +49,7 @@ test-gpu:
 
 # Every entry of docs/architectures.md against real engines; about three minutes on two cores.
 architectures: $(READY)
-	$(BIN)/python -m pytest tests/integration/test_architectures.py
+	$(BIN)/python -m pytest tests/integration/test_architecture_engines.py
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench.speed

@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 
 from rayhf.errors import ConfigError
+from rayhf.models.source import AS_DATA
 
 
 def convert_gguf(file: Path, directory: Path) -> None:
@@ -28,12 +29,13 @@ def convert_gguf(file: Path, directory: Path) -> None:
         vocabulary = GGUFReader(file).fields["tokenizer.ggml.tokens"].contents()
         # Both print progress bars; what goes wrong is raised.
         with redirect_stderr(StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **AS_DATA)
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
+                **AS_DATA,
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"{file}: cannot be read as GGUF ({error})") from None

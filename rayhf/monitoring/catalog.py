@@ -90,7 +90,7 @@ METRICS: tuple[Metric, ...] = (
         (
             "scorer/<name>/pairs_order_dependent",
             "count",
-            "of these, where the completion shown first (or second) won both times",
+            "of these, where the same position won in both orders",
         ),
         ("source/<name>/reward", "score", "mean score of one source, where there are several"),
         ("source/<name>/length", "tokens", "mean length of one source's completions"),
@@ -132,8 +132,7 @@ METRICS: tuple[Metric, ...] = (
         (
             "sync/update_lost",
             "share",
-            "of the update since the start, along its direction, that rounding keeps from the "
-            "engines; float32 learners",
+            "of the update since the start that rounding keeps from the engines",
         ),
         ("<policy>/sync/changed_fraction", "share", "sync/changed_fraction of a further policy"),
         ("<policy>/sync/update_lost", "share", "sync/update_lost of a further policy"),

@@ -43,7 +43,8 @@ def test_tracker_receives_settings_and_every_iteration(tmp_path):
         tracked.metrics({"iteration": float(iteration)})
     tracked.close()
     got = [json.loads(line) for line in (tmp_path / "got").read_text().splitlines()]
-    assert got == [{"project": "p"}, {"iteration": 0.0}, {"iteration": 1.0}, {"iteration": 2.0}]
+    settings = {"project": "p", "user_folder": os.getcwd()}
+    assert got == [settings, {"iteration": 0.0}, {"iteration": 1.0}, {"iteration": 2.0}]
     assert inner.iterations == [0, 1, 2] and inner.events == []
 
 
