@@ -4,8 +4,8 @@ In: a model's config.json. Out: nothing for a tested architecture, a warning for
 ConfigError for one that does not work, or that transformers or vLLM does not have.
 
 An entry is what tests/integration/test_architecture_engines.py measured with a random tiny model:
-the learner's log-probs against transformers' own forward pass; the engine's against the learner's, at
-the start, after a weight sync with LoRA adapters and after one with all weights; several rows in
+the learner's log-probs against transformers' own forward pass; the engine's against the learner's,
+at the start, after a weight sync with LoRA adapters and after one with all weights; several rows in
 one batch and one at a time. All float32 on CPU, largest difference below 1e-4 nats.
 """
 

@@ -20,8 +20,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-SETTINGS = (
-    "config.json",
+COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -31,6 +30,8 @@ SETTINGS = (
     "*.model",
     "chat_template*",
 )
+"""Files of a model directory besides weights and config.json."""
+SETTINGS = ("config.json", *COMPANIONS)
 """Files besides the weights that decide what a model reads and computes."""
 _LFS = b"version https://git-lfs"
 _MAX_HEADER = 100 << 20

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rayhf.errors import ConfigError
 from rayhf.models.peft import base_model
 from rayhf.models.quantized import dequantize
+from rayhf.models.weight_files import COMPANIONS
 from rayhf.weights.deepspeed_internals import whole_shape
 from rayhf.weights.lora import LORA_A, LORA_B, merge
 from rayhf.weights.stored import StoredTensor, stored_tensors
@@ -36,17 +37,6 @@ if TYPE_CHECKING:
 FILE_BYTES = 4 << 30
 """Largest file of an exported model."""
 
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-)
-"""Files of a model directory besides weights and config.json."""
 ADAPTER = "adapter"
 """Directory with the adapter below an exported model."""
 
