@@ -357,8 +357,7 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, models: Mapping[
         mine, theirs = tokenizer_fingerprint(policy), tokenizer_fingerprint(other)
         if mine != theirs:
             raise ConfigError(
-                f"{key}: the tokenizer of {other} ({theirs}) differs from the one of policy.model "
-                f"{config.policy.model} ({mine}); "
+                f"{key}: its tokenizer ({theirs}) differs from the one of policy.model ({mine}); "
                 "both score the same token ids, so they must be equal"
             )
     return length

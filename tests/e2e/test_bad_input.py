@@ -141,7 +141,7 @@ def test_reference_with_another_tokenizer(
     config = write_config(world, "other-run", reference={"model": "other"})
     line = refuse(world, ["run", str(config)], monkeypatch, capsys)
     assert (
-        "reference.model: the tokenizer of other" in line
+        "reference.model: its tokenizer (" in line
         and "differs from the one of policy.model" in line
     )
 
