@@ -53,6 +53,7 @@ def run_campaign(
 ) -> None:
     """Start or continue the campaign in `run.dir`. Raises the errors of rayhf.errors."""
     base = Path.cwd()
+    interrupt = interrupt or Interrupt()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     known = read_state(config.run.dir)
     pinned, commits = pin_models(config, base, console, commits=known.models if known else None)
@@ -83,15 +84,12 @@ def run_campaign(
             _placement_shown(specs, console),
             LiveView(console, iterations=config.run.iterations, task=config.prompts.task) as view,
             tracked(event_log := EventLog(store, view), config, logs=store.attempt) as observer,
+            # Last: Ray and other libraries set handlers of their own while they start.
+            interrupt.on_signals(),
         ):
             asyncio.run(
                 _run_until_done(
-                    prepared,
-                    store,
-                    observer,
-                    event_log.beat(),
-                    base=base,
-                    interrupt=interrupt or Interrupt(),
+                    prepared, store, observer, event_log.beat(), base=base, interrupt=interrupt
                 )
             )
         console.print(summary(config.run.dir, config.prompts.task))
