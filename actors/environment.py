@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 
+from rayhf.config.import_path import USER_FOLDER, user_folder
 from rayhf.models.hub import OFFLINE
 from rayhf.rollout.env import Device, engine_env
-
-USER_FOLDER = "RAYHF_USER_FOLDER"
-"""Environment variable with the directory in which the command was given."""
 
 
 def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str, str]:
@@ -24,7 +22,7 @@ def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str,
         vllm: the process runs a vLLM engine.
     """
     env = {
-        USER_FOLDER: os.getcwd(),
+        USER_FOLDER: user_folder(),
         # Models are local directories: no process looks anything up, except for `obtain`.
         "HF_HUB_OFFLINE": "1",
         OFFLINE: os.environ.get("HF_HUB_OFFLINE", "0"),

@@ -24,9 +24,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.environment import USER_FOLDER
 from actors.remote import wait
-from rayhf.config.import_path import import_path
+from rayhf.config.import_path import USER_FOLDER, import_path
 from rayhf.errors import ActorLostError, DeadlineError
 
 _DUMP_S = 10.0

@@ -18,7 +18,7 @@ from rich.console import Console
 from launch.cluster_auth import INSECURE, set_auth_mode
 from launch.sanitize import plain
 from rayhf import __version__
-from rayhf.config.import_path import import_path
+from rayhf.config.import_path import USER_FOLDER, import_path
 from rayhf.errors import ConfigError, RayhfError, StorageError, is_full_disk
 
 app = typer.Typer(
@@ -431,7 +431,8 @@ def main() -> None:
     """Run a command; print an error as one line and exit with its code."""
     # A config may name classes of modules in the working directory, as with `python -m`. Last on
     # the path: nothing there can replace an installed package.
-    sys.path[:] = import_path(sys.path, os.getcwd())
+    os.environ[USER_FOLDER] = os.getcwd()
+    sys.path[:] = import_path(sys.path, os.environ[USER_FOLDER])
     try:
         app()
     except RayhfError as error:

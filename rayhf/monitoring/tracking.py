@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from rayhf.config.import_path import import_path
+from rayhf.config.import_path import import_path, user_folder
 from rayhf.config.registry import TRACKERS
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.trackers import TrackerConfig
@@ -79,7 +79,7 @@ class TrackerObserver:
         self.dropped = 0
         """Iterations that did not fit into the queue."""
         self._exited = False
-        *path, here = import_path(sys.path, os.getcwd())
+        *path, here = import_path(sys.path, user_folder())
         with log.open("ab") as file:
             # Not in the current directory: Ray may unpack a job's directory anew while the job
             # starts, and then the current one no longer exists. The module path stays this

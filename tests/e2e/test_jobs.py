@@ -302,6 +302,7 @@ def test_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
         ),
         300,
     )
+    assert followed.poll() is None, followed.communicate()
     actors = cluster.get("/api/v0/actors?detail=1&limit=1000")["data"]["result"]["result"]
     alive = [a for a in actors if a["state"] == "ALIVE" and a["class_name"].endswith("Actor")]
     assert len({actor["node_id"] for actor in alive}) == 2, actors
