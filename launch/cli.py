@@ -455,8 +455,6 @@ def main() -> None:
 
 
 def _fail(line: str, code: int) -> NoReturn:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)  # it is ending: the exit code stands
     print(line, file=sys.stderr)  # noqa: T201
     sys.exit(code)
 

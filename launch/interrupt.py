@@ -87,7 +87,7 @@ def _handled(handler: Callable[[int, FrameType | None], object]) -> Iterator[Non
     before = {
         number: signal.signal(number, handler)
         for number in SIGNALS
-        if signal.getsignal(number) is not signal.SIG_IGN
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         yield

@@ -11,7 +11,11 @@ def main() -> None:
     from launch import cli
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.main()
+    try:
+        cli.main()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)  # it is ending: the exit code stands
 
 
 if __name__ == "__main__":
