@@ -30,7 +30,7 @@ from rayhf.types import Failed, Invalid, Outcome, Scored, Skipped
 logger = logging.getLogger(__name__)
 
 LOST_PER_PROMPT = 3
-"""Calls of one prompt that may be lost before its others are given up."""
+"""Calls of one prompt in a row that may be lost before its others are given up."""
 LOST_PROMPTS = 4
 """Prompts in a row, with no response between them, that may be given up before all others are."""
 LOST_S = 300.0
@@ -63,11 +63,12 @@ class Losses:
             if self._by_prompt[prompt_id] >= LOST_PER_PROMPT:
                 self._in_a_row.add(prompt_id)
 
-    def answered(self) -> None:
-        """Note a response."""
-        if self._in_a_row:
-            with self._lock:
-                self._in_a_row.clear()
+    def answered(self, prompt_ids: set[str]) -> None:
+        """Note a response to calls of these prompts."""
+        with self._lock:
+            self._in_a_row.clear()
+            for prompt_id in prompt_ids:
+                self._by_prompt.pop(prompt_id, None)
 
     def skipping(self, prompt_id: str) -> str | None:
         """Return why a call of this prompt is not made; None where it is."""
@@ -78,7 +79,7 @@ class Losses:
                 return f"skipped: lost calls took {self._seconds:.0f} s: {self._reason}"
             lost = self._by_prompt.get(prompt_id, 0)
             if lost >= LOST_PER_PROMPT:
-                return f"skipped: {lost} calls of this prompt were lost: {self._reason}"
+                return f"skipped: {lost} calls in a row of this prompt were lost: {self._reason}"
             return None
 
 
@@ -336,7 +337,7 @@ class _Work:
         if "broken" in statuses:
             raise LostError(results[0][1])
         if "hung" not in statuses:
-            self.losses.answered()
+            self.losses.answered({self.calls[number][0].prompt_id for number in task})
         if len(task) > 1 and statuses & {"failed", "hung", "late", "unreachable"}:
             self._alone.update(task)
             return

@@ -24,6 +24,7 @@ from actors.rollout import RolloutActor, RolloutPool
 from actors.supervise import SupervisedActor, SupervisionLimits
 from actors.transport import make_transport
 from launch.local import ray_cluster
+from rayhf.config.models import ModelName
 from rayhf.config.schema import LearnerConfig, LoraConfig, RolloutConfig
 from rayhf.errors import ActorLostError
 from rayhf.losses.sft import SFTLoss
@@ -69,7 +70,10 @@ class Stage:
     """One engine and its learner."""
 
     def __init__(
-        self, model: Path, transport: TransportName = "broadcast", lora: LoraConfig | None = None
+        self,
+        model: ModelName,
+        transport: TransportName = "broadcast",
+        lora: LoraConfig | None = None,
     ) -> None:
         self.events: list[tuple[str, str]] = []
         rollout, learner = (
@@ -171,7 +175,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.R
 @pytest.fixture(scope="module")
 def stage(ground: tuple[asyncio.Runner, Path]) -> Iterator[tuple[asyncio.Runner, Stage]]:
     runner, directory = ground
-    one = Stage(directory)
+    one = Stage(ModelName(str(directory)))
     runner.run(one.start())
     yield runner, one
     one.end()
@@ -238,7 +242,7 @@ def test_with_lora_only_adapters_are_sent(ground: tuple[asyncio.Runner, Path]) -
         await scenario(one, "broadcast", 3)
 
     runner, directory = ground
-    one = Stage(directory, "object_store", LoraConfig(rank=4, alpha=16))
+    one = Stage(ModelName(str(directory)), "object_store", LoraConfig(rank=4, alpha=16))
     try:
         runner.run(scenarios(one))
     finally:

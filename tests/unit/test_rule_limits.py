@@ -74,11 +74,11 @@ Ask = Callable[..., Outcome]
 @pytest.fixture
 def ask(tmp_path: Path) -> Iterator[Ask]:
     """Return the outcome of one text under a function of RULES."""
-    (tmp_path / "hostile.py").write_text(RULES)
+    (tmp_path / "limits.py").write_text(RULES)
     started: list[Rule] = []
 
     def ask(function: str, text: str = "", **settings: object) -> Outcome:
-        started.append(make_rule(f"hostile:{function}", tmp_path, **{"timeout_s": 5.0, **settings}))
+        started.append(make_rule(f"limits:{function}", tmp_path, **{"timeout_s": 5.0, **settings}))
         [(outcome,)] = started[-1].score([request(text)])
         return outcome
 
@@ -90,8 +90,8 @@ def ask(tmp_path: Path) -> Iterator[Ask]:
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tmp_path_factory.mktemp("apart")
-    (base / "hostile.py").write_text(RULES)
-    rule = make_rule("hostile:counted", base)
+    (base / "limits.py").write_text(RULES)
+    rule = make_rule("limits:counted", base)
     allowed = rule.pool.apart
     rule.close()
     if not allowed:
@@ -99,7 +99,7 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def test_memory(ask: Ask) -> None:
-    assert ask("memory") == Failed(reason="MemoryError (hostile.py:5)")
+    assert ask("memory") == Failed(reason="MemoryError (limits.py:5)")
 
 
 def test_disk(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

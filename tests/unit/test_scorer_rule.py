@@ -334,8 +334,16 @@ def test_prompt_whose_calls_hang_is_given_up_and_others_are_scored(base: Path) -
     assert [before, *after] == [good] * 5
     assert [outcome.reason for outcome in hanging if isinstance(outcome, Failed)] == [
         *["no response within 0.3 s"] * 3,
-        *["skipped: 3 calls of this prompt were lost: no response within 0.3 s"] * 5,
+        *["skipped: 3 calls in a row of this prompt were lost: no response within 0.3 s"] * 5,
     ]
+
+
+def test_prompt_with_responses_between_lost_calls_is_not_given_up(base: Path) -> None:
+    rule = make_rule("my_rules:misbehave", base, timeout_s=0.3)
+    [outcomes] = rule.score([request(*["sleep", "sleep", "a"] * 3)])
+    rule.close()
+    lost = Failed(reason="no response within 0.3 s")
+    assert list(outcomes) == [lost, lost, Scored(value=0.5)] * 3
 
 
 def test_rule_that_hangs_on_everything_is_aborted_early(base: Path) -> None:
@@ -354,7 +362,7 @@ def test_lost_calls_have_a_budget_of_time() -> None:
     losses = Losses(limit_s=10.0)
     for number in range(5):
         losses.add(str(number), "hung", 2.0)
-        losses.answered()
+        losses.answered({"another"})
     assert losses.skipping("other") == "skipped: lost calls took 10 s: hung"
 
 
