@@ -8,6 +8,8 @@ engines   kill -9 and SIGSTOP of rollout engines, kill -9 of learners and contro
 nodes     kill -9 of a whole node of a two-node cluster
 scorers   a scorer that raises, stalls and returns NaN; one that is down
 launches  ten launches of one campaign at the same time
+attack    every attack of tests/chaos/attacks: damaged files, hostile rules and completions, floods,
+          signals
 soak      one campaign, a fault every minute (--minutes)
 
 Every case prints its figures and fails where a guarantee was violated. The same seed injects the
@@ -34,6 +36,7 @@ from rich.table import Table
 from rayhf.errors import CheckpointError
 from rayhf.run_dir.files import verify
 from tests.bench.results import put_section
+from tests.chaos.attacks import doors, ends, rules, storage
 from tests.chaos.cluster import TwoNodes
 from tests.chaos.faults import RAYHF, SIGNALS, orphans
 from tests.chaos.harness import (
@@ -231,9 +234,29 @@ def nodes(world: Path, seed: int, options: argparse.Namespace) -> Rows:
     ]
 
 
+def attack(world: Path, seed: int, options: argparse.Namespace) -> Rows:
+    """Play every attack; one that does not hold is a row, and fails at the end."""
+    rows: Rows = []
+    failed: list[str] = []
+    for number, one in enumerate(a for part in (storage, doors, rules, ends) for a in part.ATTACKS):
+        folder = world / f"attack-{number}"
+        folder.mkdir()
+        try:
+            tried, held, figures = one.play(folder, seed)
+        except SystemExit as violated:
+            tried, held, figures = 1, 0, str(violated)
+        if held < tried:
+            failed.append(one.name)
+        rows.append((one.name, f"{held} of {tried} held; {figures} (before: {one.before})"))
+        console.print(rows[-1], markup=False)
+    check(not failed, f"attacks that did not hold: {', '.join(failed)}")
+    return rows
+
+
 CASES: dict[str, Callable[[Path, int, argparse.Namespace], Rows]] = {
     "commits": commits,
     "launches": launches,
+    "attack": attack,
     "scorers": scorers,
     "engines": engines,
     "nodes": nodes,

@@ -47,7 +47,7 @@ def outcomes_of(rule: Rule, texts: list[str], answer: str) -> list[Outcome]:
 @pytest.mark.parametrize("function", RULES)
 def test_hostile_completions_do_no_harm(function: str, tmp_path: Path) -> None:
     answer, good, bad = RULES[function], benign(200), hostile(200)
-    rule = make_rule(f"rayhf.scorer.{function}", tmp_path, timeout_s=5.0)
+    rule = make_rule(f"rayhf.scorer.{function}", tmp_path, timeout_s=3.0)
     try:
         before = outcomes_of(rule, good, answer)
         assert (
