@@ -1,0 +1,94 @@
+"""Packed rows compute what padded ones do, one row at a time: every architecture of the table.
+
+Random tiny models in float32 on CPU, with sequences longer than their sliding windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import BASE, SETTINGS, VOCABULARY
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from rayhf.config.schema import Packing
+from rayhf.models.architectures import ARCHITECTURES
+from rayhf.models.forward import PolicyHead, build_inputs, prepare_config
+from rayhf.types import Row
+
+TOLERANCE = 1e-5
+"""Of log-probs in nats, and of gradients as a share of the largest."""
+
+
+def make_row(prompt_id: str, prompt: Sequence[int], response: Sequence[int]) -> Row:
+    return Row(
+        prompt_id=prompt_id, sample=0, prompt_ids=tuple(prompt), response_ids=tuple(response)
+    )
+
+
+def make_rows() -> list[Row]:
+    """Return samples of one prompt, a pair, paths of a search tree, and a row twice."""
+    rng = np.random.default_rng(0)
+
+    def ids(count: int) -> list[int]:
+        return rng.integers(3, VOCABULARY, count).tolist()
+
+    prompt = ids(40)
+    samples = [make_row("samples", prompt, ids(int(n))) for n in rng.integers(1, 12, 4)]
+    stem = ids(30)
+    steps = [ids(9), ids(7)]
+    paths = [
+        make_row("tree", stem, steps[0]),
+        make_row("tree", stem, steps[1]),
+        make_row("tree", stem + steps[0], ids(5)),
+        make_row("tree", stem + steps[0], ids(8)),
+        make_row("tree", stem + steps[0][:4], ids(8)),
+    ]
+    pair = [make_row("pair", ids(3), ids(20)), make_row("pair", ids(3), ids(2))]
+    return [samples[0], pair[0], *paths, *samples[1:], pair[1], samples[2]]
+
+
+def make_model(model_type: str, packing: Packing) -> PreTrainedModel:
+    torch.manual_seed(0)
+    settings = {k: v for k, v in (BASE | SETTINGS[model_type]).items() if v != "unset"}
+    config = CONFIG_MAPPING[model_type](**settings)
+    prepare_config(config, attention="sdpa", packing=packing)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.dim() == 1 or name.endswith("bias"):
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+    return model
+
+
+def run(model: PreTrainedModel, batches: Sequence[Sequence[Row]], packing: Packing) -> list[Tensor]:
+    """Return log-probs, and the gradients of their weighted sum."""
+    head = PolicyHead(model)
+    logp_T = torch.cat([head(build_inputs(b, "cpu", packing=packing), 0.7)[0] for b in batches])
+    weight_T = torch.linspace(-1, 1, len(logp_T))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad((logp_T * weight_T).sum(), parameters, allow_unused=True)
+    return [logp_T.detach(), *(g for g in gradients if g is not None)]
+
+
+def gap(model_type: str, packing: Packing) -> float:
+    """Return the largest difference between packed rows and rows one at a time."""
+    rows = make_rows()
+    alone = run(make_model(model_type, "off"), [[row] for row in rows], "off")
+    packed = run(make_model(model_type, packing), [rows], packing)
+    assert len(alone) == len(packed)
+    logprobs = float((alone[0] - packed[0]).abs().max())
+    largest = max(float(gradient.abs().max()) for gradient in alone[1:])
+    gradients = [
+        float((a - b).abs().max()) / largest for a, b in zip(alone[1:], packed[1:], strict=True)
+    ]
+    return max(logprobs, *gradients)
+
+
+@pytest.mark.parametrize("packing", ["tree", "rows"])
+@pytest.mark.parametrize("model_type", [n for n, e in ARCHITECTURES.items() if not e.refused])
+def test_packed_rows_equal_rows_one_at_a_time(model_type: str, packing: Packing) -> None:
+    assert gap(model_type, packing) < TOLERANCE
