@@ -61,7 +61,8 @@ def test_ranks_packing_micro_batches_and_stages_do_not_matter(
         runs[f"one rank, stage {stage}"] = one.call(
             train, tied_llama, 100, head, {"zero_stage": stage}
         )[0]
-    check_equal(runs, expected)
+    # A value head starts at zero: Adam makes full steps out of the body's first, tiny gradients.
+    check_equal(runs, expected, tolerance=4e-5 if head == "value" else 1e-5)
     fed = {name: run[0][0]["learner/tokens_fed"] for name, run in runs.items()}
     assert fed["one micro-batch"] < fed["whole rows"] < fed["padded"]
 
