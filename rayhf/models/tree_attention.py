@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 NAME = "rayhf_tree"
 """Name of this attention function in transformers."""
+FLEX_DEVICES = ("cuda",)
 BLOCK = 256
 """Nodes of a block of queries on CPU."""
 
@@ -200,7 +201,7 @@ def tree_attention(
             f"{type(module).__name__} does not compute attention over packed rows; set "
             "learner.packing=off"
         )
-    if query.device.type == "cuda":
+    if query.device.type in FLEX_DEVICES:
         return _flex(module, query, key, value, tree.block_mask(sliding_window), scaling, softcap)
     blocks = tree.blocks(sliding_window, query.dtype)
     take: Any = _TakeKeys.apply

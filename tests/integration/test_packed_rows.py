@@ -14,8 +14,10 @@ from tiny_models import BASE, SETTINGS, VOCABULARY
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from rayhf.config.schema import Packing
-from rayhf.models.architectures import ARCHITECTURES
+import rayhf.models.tree_attention as tree_attention
+from rayhf.config.schema import LearnerConfig, Packing
+from rayhf.errors import ConfigError
+from rayhf.models.architectures import ARCHITECTURES, check_packing, packing_of
 from rayhf.models.forward import PolicyHead, build_inputs, prepare_config
 from rayhf.types import Row
 
@@ -88,7 +90,56 @@ def gap(model_type: str, packing: Packing) -> float:
     return max(logprobs, *gradients)
 
 
+PACKED = [name for name, e in ARCHITECTURES.items() if not (e.refused or e.padded)]
+
+
+@pytest.mark.parametrize("model_type", PACKED)
+def test_packed_rows_equal_rows_one_at_a_time(model_type: str) -> None:
+    assert gap(model_type, "tree") < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "qwen3_moe"])
 @pytest.mark.parametrize("packing", ["tree", "rows"])
-@pytest.mark.parametrize("model_type", [n for n, e in ARCHITECTURES.items() if not e.refused])
-def test_packed_rows_equal_rows_one_at_a_time(model_type: str, packing: Packing) -> None:
+def test_sequences_of_several_blocks(
+    model_type: str, packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree_attention, "BLOCK", 16)
     assert gap(model_type, packing) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", [n for n, e in ARCHITECTURES.items() if e.padded])
+def test_models_that_cannot_take_packed_rows_fail_rather_than_ignore_the_tree(
+    model_type: str,
+) -> None:
+    with pytest.raises(RuntimeError, match="set learner.packing=off"):
+        gap(model_type, "tree")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2"])
+@torch.no_grad()
+def test_flex_attention_computes_the_same(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled, on the CPU: only its forward pass runs there."""
+    rows = make_rows()
+    head = PolicyHead(make_model(model_type, "tree"))
+    inputs = build_inputs(rows, "cpu", packing="tree")
+    expected = head(inputs, 1.0)[0]
+    monkeypatch.setattr(tree_attention, "FLEX_DEVICES", ("cpu",))
+    with torch.compiler.set_stance("force_eager"):
+        actual = head(build_inputs(rows, "cpu", packing="tree"), 1.0)[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_what_cannot_be_packed_is_padded_or_refused() -> None:
+    def line(model_type: str, **settings: str) -> str:
+        config = LearnerConfig(**settings)  # type: ignore[arg-type]
+        return check_packing({"model_type": model_type}, config, key="policy.model")
+
+    assert line("llama") == "policy.model: rows packed, shared prefixes once"
+    assert line("llama", packing="rows") == "policy.model: rows packed, every row whole"
+    assert line("llama", packing="off") == "policy.model: padded rows (learner.packing=off)"
+    assert line("nemotron").startswith("policy.model: padded rows (nemotron: its layers")
+    assert line("llama", attention="eager").startswith("policy.model: padded rows (learner.atten")
+    assert packing_of("bloom", LearnerConfig()) == "off"
+    for packing in ("tree", "rows"):
+        with pytest.raises(ConfigError, match=f"learner.packing is {packing}, but rows of policy"):
+            line("stablelm", packing=packing)
