@@ -245,9 +245,10 @@ class LearnerEngine:
         shape (1, d). Under ZeRO-3 all ranks call it together; their numbers of rows may differ, and
         may be 0.
         """
-        batches = pack_examples(
+        packed = pack_examples(
             [(row,) for row in rows], packing=self.packing, budget=self.config.token_budget
         )
+        batches = [batch.examples for batch in packed]
         lengths = [sum(len(rows[i].response_ids) for i in batch) for batch in batches]
         # Counted before the first forward pass, so that collectives run in the same order.
         most = self._most(lengths)

@@ -10,15 +10,15 @@ too little work gets empty micro-batches, which the engine runs with zero weight
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from rayhf.config.schema import Packing
 from rayhf.errors import ConfigError
-from rayhf.models.packing import Rows, batch_cost, pack_examples
+from rayhf.models.packing import RowBatch, Rows, batch_cost, pack_examples
 
 MicroBatchIndices = list[int]
 """Indices of the examples that go through the model at once."""
-Costs = Mapping[tuple[int, ...], int]
 
 
 def plan_micro_batches(
@@ -30,53 +30,44 @@ def plan_micro_batches(
     most `budget` tokens each; surplus ones are empty. Deterministic. Raises ConfigError where one
     example alone exceeds the budget, or has no row.
     """
-    costs = _Costs(examples, packing)
     for index, rows in enumerate(examples):
         if not rows:
             raise ConfigError(f"example {index} has no rows; expected at least one")
-        if costs[(index,)] > budget:
+    micros = pack_examples(examples, packing=packing, budget=budget, multiple=ranks)
+    for micro in micros:
+        if micro.cost > budget:
+            (index,) = micro.examples
+            rows = examples[index]
             raise ConfigError(
                 f"token_budget is {budget}, but example {index} alone has {len(rows)} rows of "
-                f"up to {max(map(len, rows))} tokens; it needs at least {costs[(index,)]}"
+                f"up to {max(map(len, rows))} tokens; it needs at least {micro.cost}"
             )
-    micros = pack_examples(examples, packing=packing, budget=budget, multiple=ranks)
-    _split_until_divisible(micros, costs, ranks)
-    micros.sort(key=lambda micro: (-costs[tuple(micro)], micro))
-    micros += [[] for _ in range(-len(micros) % ranks)]
-    return _assign(micros, costs, ranks)
+    cost = partial(batch_cost, examples, packing=packing)
+    _split_until_divisible(micros, cost, ranks)
+    micros.sort(key=lambda micro: (-micro.cost, micro.examples))
+    micros += [RowBatch([], 0) for _ in range(-len(micros) % ranks)]
+    return _assign(micros, ranks)
 
 
-class _Costs(dict[tuple[int, ...], int]):
-    """Costs of sets of examples in tokens, computed once."""
-
-    def __init__(self, examples: Sequence[Rows], packing: Packing) -> None:
-        super().__init__()
-        self._examples = examples
-        self._packing = packing
-
-    def __missing__(self, micro: tuple[int, ...]) -> int:
-        self[micro] = batch_cost(self._examples, micro, self._packing)
-        return self[micro]
-
-
-def _split_until_divisible(micros: list[MicroBatchIndices], costs: Costs, ranks: int) -> None:
+def _split_until_divisible(
+    micros: list[RowBatch], cost: Callable[[Sequence[int]], int], ranks: int
+) -> None:
     """Halve the costliest micro-batches until their number is a multiple of `ranks`.
 
     Stops earlier where every micro-batch is down to one example.
     """
     while len(micros) % ranks:
-        divisible = [micro for micro in micros if len(micro) > 1]
+        divisible = [micro for micro in micros if len(micro.examples) > 1]
         if not divisible:
             return
-        costliest = max(divisible, key=lambda micro: (costs[tuple(micro)], micro))
+        costliest = max(divisible, key=lambda micro: (micro.cost, micro.examples))
         micros.remove(costliest)
-        middle = len(costliest) // 2
-        micros += [costliest[:middle], costliest[middle:]]
+        middle = len(costliest.examples) // 2
+        halves = (costliest.examples[:middle], costliest.examples[middle:])
+        micros += [RowBatch(half, cost(half)) for half in halves]
 
 
-def _assign(
-    micros: Sequence[MicroBatchIndices], costs: Costs, ranks: int
-) -> list[list[MicroBatchIndices]]:
+def _assign(micros: Sequence[RowBatch], ranks: int) -> list[list[MicroBatchIndices]]:
     """Give each rank one of every `ranks` micro-batches of similar cost.
 
     The costliest of them goes to the rank with the least work so far.
@@ -86,6 +77,6 @@ def _assign(
     for start in range(0, len(micros), ranks):
         by_work = sorted(range(ranks), key=lambda rank: (work[rank], rank))
         for rank, micro in zip(by_work, micros[start : start + ranks], strict=True):
-            assigned[rank].append(micro)
-            work[rank] += costs[tuple(micro)]
+            assigned[rank].append(micro.examples)
+            work[rank] += micro.cost
     return assigned

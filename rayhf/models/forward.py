@@ -98,8 +98,13 @@ def build_inputs(
         layout = build_tree(rows, share=packing == "tree")
         ids_BS, predict_T = layout.ids_N[None], layout.predict_T
         tree = place_tree(layout, device)
-    tensors = [torch.from_numpy(array).to(device) for array in (ids_BS, predict_T, target_T)]
-    return Inputs(*tensors, tree=tree, most=most)
+    return Inputs(
+        ids_BS=torch.from_numpy(ids_BS).to(device),
+        predict_T=torch.from_numpy(predict_T).to(device),
+        target_T=torch.from_numpy(target_T).to(device),
+        tree=tree,
+        most=most,
+    )
 
 
 def _pad(rows: Sequence[Row]) -> tuple[Ints, Ints]:
@@ -171,12 +176,20 @@ class SelectLogSoftmax(torch.autograd.Function):
     """Log-prob and entropy of chosen tokens without storing a (T, V) log-softmax.
 
     (logits_TV, target_T) -> (log p(target)_T, entropy_T). Backward uses d logp_t/d z_v = 1[v = t] -
-    p_v and d H/d z_v = -p_v (log p_v + H). Arithmetic is in float32.
+    p_v and d H/d z_v = -p_v (log p_v + H), with z = logits / temperature. Arithmetic is in float32;
+    what is kept for backward is the logits as they come.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, target_T: Tensor, entropy: Entropy) -> HeadOutput:
-        z_TV = logits_TV.float()
+    def forward(
+        ctx: Any,
+        logits_TV: Tensor,
+        target_T: Tensor,
+        entropy: Entropy,
+        temperature: float = 1.0,
+    ) -> HeadOutput:
+        ctx.temperature = temperature
+        z_TV = _scaled(logits_TV, temperature)
         lse_T = torch.logsumexp(z_TV, dim=-1)
         logp_T = z_TV.gather(1, target_T[:, None]).squeeze(1) - lse_T
         entropy_T = None
@@ -190,9 +203,10 @@ class SelectLogSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_logp_T: Tensor, grad_entropy_T: Tensor | None
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor, None, None, None]:
         logits_TV, target_T, lse_T, entropy_T = ctx.saved_tensors
-        grad_TV = logits_TV.float() - lse_T[:, None]
+        z_TV = _scaled(logits_TV, ctx.temperature)
+        grad_TV = z_TV - lse_T[:, None] if z_TV is logits_TV else z_TV.sub_(lse_T[:, None])
         if entropy_T is None:
             grad_TV.exp_().mul_(-grad_logp_T[:, None])
         else:
@@ -202,7 +216,17 @@ class SelectLogSoftmax(torch.autograd.Function):
                 grad_logp_T[:, None]
             ).mul_(p_TV)
         grad_TV.scatter_add_(1, target_T[:, None], grad_logp_T[:, None])
-        return grad_TV.to(logits_TV.dtype), None, None
+        if ctx.temperature != 1:
+            grad_TV.div_(ctx.temperature)
+        return grad_TV.to(logits_TV.dtype), None, None, None
+
+
+def _scaled(logits_TV: Tensor, temperature: float) -> Tensor:
+    """Return logits / temperature in float32; the logits themselves where that is the same."""
+    z_TV = logits_TV.float()
+    if temperature == 1:
+        return z_TV
+    return z_TV / temperature if z_TV is logits_TV else z_TV.div_(temperature)
 
 
 class Head(nn.Module):
@@ -224,11 +248,8 @@ class PolicyHead(Head):
         to_logits = _logits_function(causal)
 
         def select(hidden_TH: Tensor, target_T: Tensor) -> HeadOutput:
-            logits_TV = to_logits(hidden_TH)
-            if temperature != 1:
-                logits_TV = logits_TV.float() / temperature
             apply: Callable[..., HeadOutput] = SelectLogSoftmax.apply
-            return apply(logits_TV, target_T, entropy)
+            return apply(to_logits(hidden_TH), target_T, entropy, temperature)
 
         most = max(len(hidden_TH), inputs.most)
         pieces = math.ceil(most * int(causal.config.vocab_size) / LOGITS_LIMIT)

@@ -21,22 +21,31 @@ from rayhf.types import Row
 Rows = Sequence[Row]
 
 
+@dataclass(slots=True)
+class RowBatch:
+    """Examples whose rows go through the model together."""
+
+    examples: list[int]
+    """Their indices."""
+    cost: int
+    """In tokens; of packed rows at most that."""
+
+
 def pack_rows(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Cut rows into batches of at most `budget` padded tokens; a longer row gets its own batch."""
-    return _pack_padded([(length,) for length in lengths], budget)
+    return [batch.examples for batch in _pack_padded([(length,) for length in lengths], budget)]
 
 
 def pack_examples(
     examples: Sequence[Rows], *, packing: Packing, budget: int, multiple: int = 1
-) -> list[list[int]]:
+) -> list[RowBatch]:
     """Return batches of at most `budget` tokens, or of one example that has more.
 
     Packed rows: about a multiple of `multiple` batches, of similar cost. Deterministic.
     """
     if packing == "off":
         return _pack_padded([[len(row) for row in rows] for rows in examples], budget)
-    units = list(_units(examples, packing, budget))
-    return _fill(units, budget, multiple)
+    return _fill(list(_units(examples, packing, budget)), budget, multiple)
 
 
 def batch_cost(examples: Sequence[Rows], batch: Sequence[int], packing: Packing) -> int:
@@ -53,40 +62,30 @@ def distinct_tokens(rows: Rows) -> int:
     """Return the tokens that rows feed where prefixes of one prompt's rows count once."""
     counts: dict[str, DistinctTokens] = {}
     for row in rows:
-        counts.setdefault(row.prompt_id, DistinctTokens()).add(row)
+        counts.setdefault(row.prompt_id, DistinctTokens()).add([row])
     return sum(tokens.count for tokens in counts.values())
 
 
-def _pack_padded(row_lengths: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+def _pack_padded(row_lengths: Sequence[Sequence[int]], budget: int) -> list[RowBatch]:
     """Sort by length, which keeps the padding small, and cut."""
     order = sorted(range(len(row_lengths)), key=lambda e: (-max(row_lengths[e]), e))
-    batches: list[list[int]] = []
-    rows = 0
+    batches: list[RowBatch] = []
     longest = 0
     for example in order:
         lengths = row_lengths[example]
-        if not batches or (rows + len(lengths)) * longest > budget:
-            batches.append([])
-            rows = 0
+        if not batches or batches[-1].cost + len(lengths) * longest > budget:
+            batches.append(RowBatch([], 0))
             longest = max(lengths)
-        batches[-1].append(example)
-        rows += len(lengths)
+        batches[-1].examples.append(example)
+        batches[-1].cost += len(lengths) * longest
     return batches
 
 
-@dataclass(slots=True)
-class _Unit:
-    """Examples that share prefixes and a batch."""
-
-    examples: list[int]
-    cost: int
-
-
-def _units(examples: Sequence[Rows], packing: Packing, budget: int) -> Iterator[_Unit]:
+def _units(examples: Sequence[Rows], packing: Packing, budget: int) -> Iterator[RowBatch]:
     """Yield the examples of each prompt, cut where they exceed the budget."""
     if packing == "rows":
         for index in range(len(examples)):
-            yield _Unit([index], batch_cost(examples, [index], packing))
+            yield RowBatch([index], batch_cost(examples, [index], packing))
         return
     by_prompt: dict[str, list[int]] = {}
     for index, rows in enumerate(examples):
@@ -97,41 +96,40 @@ def _units(examples: Sequence[Rows], packing: Packing, budget: int) -> Iterator[
         yield from _cut(examples, members, budget)
 
 
-def _cut(examples: Sequence[Rows], members: Sequence[int], budget: int) -> Iterator[_Unit]:
-    unit = _Unit([], 0)
+def _cut(examples: Sequence[Rows], members: Sequence[int], budget: int) -> Iterator[RowBatch]:
+    unit = RowBatch([], 0)
     tokens = DistinctTokens()
     responses = 0
     for index in members:
-        for row in examples[index]:
-            tokens.add(row)
-            responses += len(row.response_ids)
+        rows = examples[index]
+        tokens.add(rows)
+        responses += sum(len(row.response_ids) for row in rows)
         if unit.examples and max(tokens.count, responses) > budget:
             yield unit
-            unit = _Unit([], 0)
+            unit = RowBatch([], 0)
             tokens = DistinctTokens()
-            responses = 0
-            for row in examples[index]:
-                tokens.add(row)
-                responses += len(row.response_ids)
+            tokens.add(rows)
+            responses = sum(len(row.response_ids) for row in rows)
         unit.examples.append(index)
         unit.cost = max(tokens.count, responses)
     yield unit
 
 
-def _fill(units: list[_Unit], budget: int, multiple: int) -> list[list[int]]:
+def _fill(units: list[RowBatch], budget: int, multiple: int) -> list[RowBatch]:
     """Give each unit, the costliest first, to the batch that costs least so far."""
     units.sort(key=lambda unit: (-unit.cost, unit.examples))
     count = -(-sum(unit.cost for unit in units) // budget)
     count += -count % multiple
-    batches: list[list[int]] = [[] for _ in range(count)]
-    costs = [(0, number) for number in range(count)]  # a heap
+    batches = [RowBatch([], 0) for _ in range(count)]
+    heap = [(0, number) for number in range(count)]
     for unit in units:
-        cost, number = costs[0]
+        cost, number = heap[0]
         if cost and cost + unit.cost > budget:
             number = len(batches)
-            batches.append([])
-            heappush(costs, (unit.cost, number))
+            batches.append(RowBatch([], 0))
+            heappush(heap, (unit.cost, number))
         else:
-            heapreplace(costs, (cost + unit.cost, number))
-        batches[number] += unit.examples
-    return [batch for batch in batches if batch]
+            heapreplace(heap, (cost + unit.cost, number))
+        batches[number].examples += unit.examples
+        batches[number].cost += unit.cost
+    return [batch for batch in batches if batch.examples]

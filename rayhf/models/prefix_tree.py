@@ -47,7 +47,7 @@ class PrefixTree:
 
 def fed_tokens(row: Row) -> TokenIds:
     """Return the tokens that go through the model: all but the last."""
-    return (*row.prompt_ids, *row.response_ids)[:-1]
+    return row.prompt_ids + row.response_ids[:-1]
 
 
 def shared_prefix(first: TokenIds, second: TokenIds) -> int:
@@ -125,11 +125,12 @@ class DistinctTokens:
         self._sorted: list[TokenIds] = []
         self.count = 0
 
-    def add(self, row: Row) -> None:
-        """Add a row; its longest shared prefix is with a neighbor in sorted order."""
-        tokens = fed_tokens(row)
-        place = bisect_left(self._sorted, tokens)
-        neighbors = self._sorted[max(0, place - 1) : place + 1]
-        shared = max((shared_prefix(tokens, other) for other in neighbors), default=0)
-        self.count += len(tokens) - shared
-        self._sorted.insert(place, tokens)
+    def add(self, rows: Sequence[Row]) -> None:
+        """Add rows; the longest prefix that one shares is with a neighbor in sorted order."""
+        for row in rows:
+            tokens = fed_tokens(row)
+            place = bisect_left(self._sorted, tokens)
+            neighbors = self._sorted[max(0, place - 1) : place + 1]
+            shared = max((shared_prefix(tokens, other) for other in neighbors), default=0)
+            self.count += len(tokens) - shared
+            self._sorted.insert(place, tokens)

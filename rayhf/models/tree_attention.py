@@ -149,7 +149,8 @@ def block_bounds(end_N: Ints) -> list[tuple[int, int]]:
 class _TakeKeys(torch.autograd.Function):
     """Keys or values of each block: (1, heads, N, D) -> one (1, heads, K, D) per block.
 
-    The gradients of all blocks are added into one tensor; autograd would make one for each.
+    Neighboring keys are views. The gradients of all blocks are added into one tensor; autograd
+    would make one for each.
     """
 
     @staticmethod
@@ -157,7 +158,7 @@ class _TakeKeys(torch.autograd.Function):
         ctx.blocks = blocks
         ctx.shape = all_N.shape
         return tuple(
-            all_N[:, :, block.keys].clone()
+            all_N[:, :, block.keys]
             if isinstance(block.keys, slice)
             else all_N.index_select(2, block.keys)
             for block in blocks

@@ -80,9 +80,10 @@ class ReferenceEngine:
         float32 arrays of shape (len(response_ids),).
         """
         results: dict[int, FloatArray] = {}
-        for batch in pack_examples(
+        batches = pack_examples(
             [(row,) for row in rows], packing=self.packing, budget=self.config.token_budget
-        ):
+        )
+        for batch in [batch.examples for batch in batches]:
             inputs = build_inputs([rows[i] for i in batch], self.device, packing=self.packing)
             logp_T, _ = self.policy(inputs, temperature)
             parts = torch.split(logp_T.cpu(), [len(rows[i].response_ids) for i in batch])

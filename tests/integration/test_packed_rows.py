@@ -111,7 +111,7 @@ def test_sequences_of_several_blocks(
 def test_models_that_cannot_take_packed_rows_fail_rather_than_ignore_the_tree(
     model_type: str,
 ) -> None:
-    with pytest.raises(RuntimeError, match="set learner.packing=off"):
+    with pytest.raises(RuntimeError, match=r"set learner\.packing=off"):
         gap(model_type, "tree")
 
 
