@@ -6,6 +6,7 @@ Random tiny models in float32 on CPU, with sequences longer than their sliding w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 import rayhf.models.tree_attention as tree_attention
 from rayhf.config.schema import LearnerConfig, Packing
 from rayhf.errors import ConfigError
+from rayhf.learner.micro_batch import build_micro_batch
+from rayhf.losses.base import Totals
+from rayhf.losses.sft import SFTLoss
 from rayhf.models.architectures import ARCHITECTURES, check_packing, packing_of
 from rayhf.models.forward import PolicyHead, build_inputs, prepare_config
-from rayhf.types import Row
+from rayhf.types import Example, Row
 
 TOLERANCE = 1e-5
 """Of log-probs in nats, and of gradients as a share of the largest."""
@@ -127,6 +131,31 @@ def test_flex_attention_computes_the_same(model_type: str, monkeypatch: pytest.M
     with torch.compiler.set_stance("force_eager"):
         actual = head(build_inputs(rows, "cpu", packing="tree"), 1.0)[0]
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_loss_of_packed_conversations_is_the_padded_one() -> None:
+    """sft: assistant tokens only, of conversations that share nothing."""
+    rng = np.random.default_rng(1)
+    examples = []
+    for number, length in enumerate((3, 40, 17, 5, 29)):
+        mask = (rng.random(length) < 0.6).astype(np.float32)
+        row = make_row(f"p{number}", rng.integers(3, VOCABULARY, 4).tolist(), [7] * length)
+        row = row.with_tokens(mask=mask)
+        examples.append(Example(rows=(row,), scalars={"trained_tokens": float(mask.sum())}))
+    rows = [row for example in examples for row in example.rows]
+    trained = sum(example.scalars["trained_tokens"] for example in examples)
+    totals = Totals(tokens=94, rows=5, examples=5, scalars={"trained_tokens": trained})
+    micro = build_micro_batch(examples, totals, "cpu")
+
+    def loss(packing: Packing) -> dict[str, float]:
+        head = PolicyHead(make_model("llama", packing))
+        inputs = build_inputs(rows, "cpu", packing=packing)
+        logp_T, entropy_T = head(inputs, 1.0, "metric")
+        output = SFTLoss()(logp_T, replace(micro, entropy_T=entropy_T))
+        return {name: float(value) for name, value in output.metrics.items()}
+
+    for packing in ("tree", "rows"):
+        assert loss(packing) == pytest.approx(loss("off"), rel=1e-5)
 
 
 def test_what_cannot_be_packed_is_padded_or_refused() -> None:
