@@ -17,6 +17,7 @@ from rich.console import Console
 
 from actors.placement_group import nodes_now
 from actors.ray_internals import dead_processes
+from actors.remote import errors_translated
 from launch.assemble import ActorSet, actor_specs_of
 from launch.interrupt import Interrupt
 from launch.local import ray_cluster
@@ -86,6 +87,7 @@ def run_campaign(
             tracked(event_log := EventLog(store, view), config, logs=store.attempt) as observer,
             # Last: Ray and other libraries set handlers of their own while they start.
             interrupt.on_signals(),
+            errors_translated(name="the Ray cluster", phase="campaign"),
         ):
             asyncio.run(
                 _run_until_done(
