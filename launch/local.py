@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from actors.ray_internals import LOCAL_ENV, job_config
+from actors.ray_internals import LOCAL_ENV, job_config, shut_down
 from launch.cluster_auth import check_head, check_token_file, refusal
 from launch.interrupt import signals_deferred
 from rayhf.errors import (
@@ -68,10 +68,10 @@ def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
                 if address == "local":
                     _check_loopback()
                     directory = started.enter_context(_session_directory())
-                    started.callback(ray.shutdown)
+                    started.callback(shut_down)
                     _start_ray(directory, cpus=max(os.cpu_count() or 1, math.ceil(cpus)))
                 else:
-                    started.callback(ray.shutdown)
+                    started.callback(shut_down)
                     ray.init(
                         address=address,
                         job_config=job_config(),

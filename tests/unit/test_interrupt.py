@@ -146,9 +146,11 @@ def test_rays_own_errors_are_one_line():
     )
     assert isinstance(error, ActorError)
     assert str(error) == "generate: engine 0: ValueError: bad value"
-    with pytest.raises(ActorLostError, match="campaign: the Ray cluster died"):
-        with errors_translated(name="the Ray cluster", phase="campaign"):
-            raise RayActorError
+    with (
+        pytest.raises(ActorLostError, match="campaign: the Ray cluster died"),
+        errors_translated(name="the Ray cluster", phase="campaign"),
+    ):
+        raise RayActorError
 
 
 def _task_error(cause, traceback="traceback"):

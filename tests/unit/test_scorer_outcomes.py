@@ -65,9 +65,9 @@ def test_reasons_are_cleaned():
 
 
 def test_last_line_of_an_error():
-    class Unprintable(Exception):
+    class UnprintableError(Exception):
         def __str__(self):
             raise ValueError
 
     assert last_line(ValueError("a\n\x1b[36mb\x1b[39m\n")) == "ValueError: b"
-    assert last_line(Unprintable()) == "Unprintable"
+    assert last_line(UnprintableError()) == "UnprintableError"
