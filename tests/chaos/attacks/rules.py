@@ -17,10 +17,10 @@ import pyarrow as pa
 from rayhf.exploration.codecs import SCORE
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.protocol import ScorerSetup
+from rayhf.scorer.rule import Rule
 from rayhf.scorer.rule_config import RuleConfig
-from rayhf.types import Outcome, Scored, ScoreRequest
+from rayhf.types import Completion, Outcome, Prompt, Scored, ScoreRequest
 from tests.chaos.attacks.attack import Attack, Result
-from tests.unit.score_requests import make_rule, request
 from tests.unit.waiting import HOLD, is_held, wait_until
 
 GOOD = Scored(value=0.5, parts={"attack": 0.5})
@@ -164,6 +164,27 @@ LINES = (
 BREAKS = ("real-time signal", "closes", "all descriptors", "stopped")
 
 
+def request(*texts: str, prompt_id: str = "p") -> ScoreRequest:
+    """Return completions of one prompt."""
+    question = {"role": "user", "content": "?"}
+    return ScoreRequest(
+        prompt=Prompt(prompt_id=prompt_id, messages=(question,), token_ids=(1,)),
+        completions=tuple(
+            Completion(
+                prompt_id=prompt_id,
+                index=index,
+                seed=index,
+                text=text,
+                token_ids=(1,),
+                logprobs=(0.0,),
+                finish_reason="stop",
+                policy_version=0,
+            )
+            for index, text in enumerate(texts)
+        ),
+    )
+
+
 @contextmanager
 def scorer(
     folder: Path, function: str, **settings: object
@@ -237,7 +258,7 @@ def output(folder: Path, seed: int) -> Result:
 def started(function: str, folder: Path, seed: int) -> Result:
     """What a rule started ends with it."""
     (folder / "attack.py").write_text(ATTACK)
-    rule = make_rule(f"attack:{function}", folder)
+    rule = Rule(RuleConfig(function=f"attack:{function}"), ScorerSetup(base=folder))
     unprotected = rule.pool.unprotected
     [(outcome,)] = rule.score([request("x")])
     before = is_held(folder / "held")
