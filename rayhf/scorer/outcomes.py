@@ -6,9 +6,10 @@ with and store: a bounded score, or a reason of one printable line.
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import replace
 from typing import TypeVar
+
+import numpy as np
 
 from rayhf.errors import clean_line
 from rayhf.types import Failed, Invalid, Outcome, Scored
@@ -49,7 +50,9 @@ def clean(problem: P) -> P:
 
 def _is_within(value: object, limit: float) -> bool:
     # Compared before the conversion: an integer may be beyond the range of a float.
-    return isinstance(value, numbers.Real) and -limit <= value <= limit  # False for NaN
+    if not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(-limit <= value <= limit)  # False for NaN
 
 
 def _show(value: object) -> str:

@@ -60,7 +60,7 @@ def read_response(line: bytes, expected: Mapping[int, int]) -> tuple[int, list[R
 def _result(result: object) -> Result:
     """Translate one result. Raises LostError."""
     match result:
-        case ["scored", value, dict(parts)] if _are_numbers((value, *parts.values())):
+        case ["scored", float(value), dict(parts)] if _are_numbers(parts.values()):
             if len(parts) > PARTS:
                 reason = f"the rule returned {len(parts)} parts; expected at most {PARTS}"
                 return "invalid", Invalid(reason=reason)

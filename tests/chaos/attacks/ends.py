@@ -36,7 +36,9 @@ class Run:
     ) -> None:
         if not (folder / "policy").exists():
             make_world(folder)
-        self.campaign: Campaign = make_campaign(folder, "run", "online_dpo", run={"dir": run_dir})
+        self.campaign: Campaign = make_campaign(
+            folder, "run", "online_dpo", run={"dir": run_dir, "checkpoint_every": 1}
+        )
         self.process = subprocess.Popen(
             [*command, RAYHF, "run", self.campaign.config],
             cwd=folder,
@@ -64,15 +66,15 @@ class Run:
             if _name(process) == name:
                 process.kill()
 
-    def end(self, code: int, said: str) -> str:
+    def end(self, code: int, said: str, timeout_s: float = END_S) -> str:
         """Return "" where it ends with `code`, at most one line with `said`, and no orphan."""
         started = time.monotonic()
         try:
-            _, stderr = self.process.communicate(timeout=END_S)
+            _, stderr = self.process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.communicate()
-            return f"alive after {END_S:g} s"
+            return f"alive after {timeout_s:g} s"
         self.seconds = time.monotonic() - started
         if self.process.returncode != code:
             return f"exit code {self.process.returncode} instead of {code}: {stderr[-300:]}"
@@ -143,7 +145,7 @@ def full_disk(size: str, free: str, folder: Path, seed: int) -> Result:
     command = ["unshare", "-rm", "sh", "-c", script, "sh"]
     run = Run(folder, command=command, run_dir="disk/run")
     run.wait_for(lambda: run.has("gcs_server"))
-    return _result(run, run.end(8, "No space left on device"))
+    return _result(run, run.end(8, "No space left on device", START_S + END_S))
 
 
 def _may_mount() -> bool:
