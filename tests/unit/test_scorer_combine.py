@@ -143,6 +143,10 @@ def test_weighted_sum_with_its_parts() -> None:
     )
 
 
+HUGE = Scored(value=1e308)
+LARGE = Scored(value=-9e5)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "wanted"),
     [
