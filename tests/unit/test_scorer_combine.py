@@ -153,11 +153,8 @@ LARGE = Scored(value=-9e5)
         (Scored(value=1.0), Invalid(reason="nan"), Invalid(reason="b: nan")),
         (Failed(reason="died"), Scored(value=1.0), Failed(reason="a: died")),
         (Invalid(reason="nan"), Failed(reason="died"), Failed(reason="a: nan; b: died")),
-        (
-            Scored(value=1e308),
-            Scored(value=0.0),
-            Invalid(reason=f"the weighted sum is 1e+308; {EXPECTED}"),
-        ),
+        (HUGE, Scored(value=0.0), Invalid(reason=f"a: the score is 1e+308; {EXPECTED}")),
+        (LARGE, LARGE, Invalid(reason=f"the weighted sum is -1.35e+06; {EXPECTED}")),
     ],
 )
 def test_missing_part_is_never_zero(first: Outcome, second: Outcome, wanted: Outcome) -> None:
