@@ -30,10 +30,15 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Collection
 from typing import ClassVar
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_ESCAPE_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])")
+"""Codes that control a terminal: colors, cursor, title."""
+REASON_CHARS = 600
+"""Limit on foreign text in a message."""
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -192,3 +197,24 @@ def did_you_mean(word: str, valid: Collection[str]) -> str:
 def nearest(word: str, valid: Collection[str]) -> str:
     """Return the end of a message that refuses `word`: the nearest valid word, or else all."""
     return did_you_mean(word, valid) or (f"; valid: {', '.join(valid)}" if valid else "")
+
+
+def clean_line(text: str, limit: int = REASON_CHARS) -> str:
+    """Return foreign text as one printable line of at most `limit` characters.
+
+    Without escape codes; other characters that are not printable, such as lone surrogates, which no
+    file format takes, become "?".
+    """
+    line = " ".join(_ESCAPE_CODE.sub("", text[: 16 * limit]).split())[:limit]
+    if line.isprintable():
+        return line
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def last_line(error: BaseException) -> str:
+    """Return type and last line of a foreign error, which is where it says what went wrong."""
+    try:
+        lines = [line for line in map(clean_line, str(error).splitlines()) if line]
+    except Exception:  # noqa: BLE001 - foreign code raises in its __str__, too
+        lines = []
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
