@@ -252,7 +252,7 @@ def output(folder: Path, seed: int) -> Result:
     )
     held = done.stdout.count(b"Scored(value=0.5") == 2
     held = held and len(done.stderr) < 1 << 20 and b"\x1b" not in done.stderr
-    return 1, int(held), f"{len(done.stderr) >> 10} KiB of 24 MiB passed on"
+    return 1, int(held), f"{len(done.stderr) >> 10} KiB of 64 MiB passed on"
 
 
 def started(function: str, folder: Path, seed: int) -> Result:
