@@ -70,9 +70,9 @@ def audit(run: Path, *, deep: bool) -> Iterator[Finding]:
     lines = _metrics_lines(run)
     for iteration in range(committed + 1 if campaign.checkpoint else 0):
         recorded_line = checksums.get(iteration)
-        problem = _changed(run, iteration, recorded_line, lines, deep=deep)
-        if iteration and not problem:
-            problem = _tables(run, iteration, batch)
+        problems = [_tables(run, iteration, batch)] if iteration else []
+        problems.append(_changed(run, iteration, recorded_line, lines, deep=deep))
+        problem = "; ".join(filter(None, problems))
         what = f"samples and examples of iteration {iteration}" if iteration else "iteration 0"
         yield Finding(what, problem)
     for policy in _policies(run):

@@ -110,6 +110,7 @@ class Checkpoints:
         healthy: bool = True,
     ) -> tuple[Path, str]:
         """Seal a saved checkpoint under its final name; return that and its manifest's SHA-256."""
+        self._check()
         write_json(temporary / _STATE_FILE, state.model_dump(mode="json"))
         name = iteration_name if healthy else unhealthy_name
         final = self.root / name(state.iteration)

@@ -301,6 +301,7 @@ class RunDir:
 
         Reads all its files: call it in a thread.
         """
+        self.check_owner()
         write_manifest(temporary, {"iteration": iteration, "epoch": self.epoch})
         self.check_owner()
         final = self.path / policy
