@@ -1,6 +1,7 @@
 """The run directory of one campaign: one class owns it, and every write is complete or absent.
 
 config.yaml      the config as resolved          campaign.json        committed state, replaced last
+checksums.jsonl  of samples, examples, metrics   .lock                held by the launcher
 metrics.jsonl    one object per iteration        samples/, examples/  Parquet per iteration
 checkpoints/iteration-000012/  roles, state.json; MANIFEST.json last
 journal/         responses of unfinished iterations
@@ -85,7 +86,9 @@ class RunDir:
             self.path = config.run.dir.resolve()
             self.state = read_state(self.path) or CampaignState()
             damage = check_identity(self.path, self.state, config)
-            self.epoch = self.state.epoch + 1
+            attempts = numbered(self.path / "logs", "attempt-", digits=4)
+            # Higher than any before, also where campaign.json was restored from an older copy.
+            self.epoch = max(self.state.epoch, *attempts, 0) + 1
             written = dump_config(config).encode()
             self.state = self.state.model_copy(
                 update={
