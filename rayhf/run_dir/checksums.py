@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import TypedDict
 
+from pydantic import JsonValue
+
 from rayhf.run_dir.files import checksum, open_file, read_bytes, storage_errors
 from rayhf.types import JsonObject
 
@@ -51,9 +53,9 @@ class ChecksumLog:
 
     def append(self, iteration: int, metrics: bytes) -> None:
         """Append an iteration's line; `metrics` is its line in metrics.jsonl, without its end."""
-        content: JsonObject = {
+        content: IterationChecksums = {
             "iteration": iteration,
-            "files": dict(self._noted.pop(iteration, {})),
+            "files": self._noted.pop(iteration, {}),
             "metrics": hashlib.sha256(metrics).hexdigest(),
         }
         line = json.dumps({**content, "checksum": checksum(content)}).encode() + b"\n"
@@ -64,7 +66,7 @@ class ChecksumLog:
         self._hash.update(line)
         self._size += len(line)
 
-    def committed(self) -> JsonObject:
+    def committed(self) -> dict[str, JsonValue]:
         """Return what a checkpoint's manifest says of the file."""
         return {"bytes": self._size, "sha256": self._hash.hexdigest()}
 

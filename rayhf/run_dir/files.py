@@ -108,8 +108,11 @@ def write_json(path: Path, value: object, check: Check | None = None) -> None:
 
 def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
     with open_file(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def checksum(content: Mapping[str, object]) -> str:

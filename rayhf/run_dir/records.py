@@ -124,7 +124,8 @@ class Records:
         self._check()
         self._rewind_metrics(iteration, facts)
         checksums = facts.get("checksums")
-        self._checksums.rewind(int(checksums["bytes"]) if isinstance(checksums, dict) else 0)
+        size = checksums["bytes"] if isinstance(checksums, dict) else 0
+        self._checksums.rewind(int(str(size)))
         for folder in ("samples", "examples"):
             for number, file in numbered(self._run / folder, "iteration-", ".parquet").items():
                 if number > iteration:

@@ -53,7 +53,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual.now
 
-    def run_in_executor(
+    def run_in_executor(  # type: ignore[override]  # of any callable
         self, executor: Any, func: Callable[..., Result], *args: Any
     ) -> asyncio.Future[Result]:
         """Call `func` at once, as part of this turn."""
