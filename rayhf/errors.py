@@ -8,14 +8,15 @@ RayhfError                      1   base of the others, for `except` at the comm
                                     anything starts
 ├── PlacementError              2   the cluster does not have the resources that the config needs
 ├── LockedError                 4   another process is writing this run directory
-│   └── FencedError             4   a later attempt owns the run directory: this one may not write
+│   └── FencedError             4   a later attempt owns the run directory, or its lock file was
+                                    removed: this one may not write
 ├── CheckpointError             5   no valid checkpoint, or one that does not match
 ├── SecurityError               6   a cluster without token authentication, or a secret that others
                                     can read
 ├── NumericalError              7   a non-finite loss, gradient or weight
 ├── WeightSyncError             7   an engine does not hold the learner's weights
 │   └── StaleWeightsError       7   a request for a weight version that an engine does not hold
-├── StorageError                8   the run directory cannot be written
+├── StorageError                8   the run directory cannot be read or written
 ├── ScorerError                 9   too many completions could not be scored
 ├── ActorLostError             10   an actor's process died too often
 ├── DeadlineError              11   a wait passed its limit; says which phase waited for which actor
@@ -87,8 +88,11 @@ class LockedError(RayhfError):
 
 
 class FencedError(LockedError):
-    meaning = "a later attempt owns the run directory; nothing was written"
-    remedy = "nothing: the later attempt continues"
+    meaning = (
+        "a later attempt owns the run directory, or the lock file was removed; nothing was written "
+        "since"
+    )
+    remedy = "nothing where a later attempt runs; otherwise the same command continues"
 
 
 class CheckpointError(RayhfError):
@@ -131,7 +135,7 @@ class StaleWeightsError(WeightSyncError):
 
 class StorageError(RayhfError):
     exit_code = 8
-    meaning = "the run directory cannot be written; the last commit is complete"
+    meaning = "the run directory cannot be read or written; the last commit is complete"
     remedy = "free space or repair the permissions; the same command continues"
 
 
