@@ -19,7 +19,7 @@ from rayhf.control.grpc_client import GrpcControl
 from rayhf.control.grpc_server import serve_campaign
 from rayhf.errors import ConfigError, ServiceError, UnreachableError
 from rayhf.monitoring.event_log import EventLog
-from rayhf.run_dir.inbox import submitted_rows
+from rayhf.run_dir.inbox import RowFile
 from rayhf.run_dir.operator_request import read_request
 from rayhf.run_dir.store import RunDir
 
@@ -56,6 +56,10 @@ def served(finished, files):
     )
     yield f"localhost:{server.address.rpartition(':')[2]}"
     server.stop()
+
+
+def submitted_rows(run, row_type):
+    return RowFile(run, row_type).read()[0]
 
 
 def remote(address, files, **security):
