@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayhf.data.jinja_child import CPU_S, MEMORY_BYTES
+from rayhf.errors import ConfigError
 
 Kind = Literal["chat", "text", "text_newline", "expression"]
 MAX_TEXT = 4 << 20
@@ -48,20 +49,30 @@ class TemplateFailedError(ValueError):
 class SandboxedTemplate:
     """A template whose undefined variables are errors.
 
-    Raises TemplateFailedError where it is not valid.
+    Raises TemplateFailedError where it is not valid; with a config key, ConfigError that names it.
     """
 
-    def __init__(self, source: str, *, keep_trailing_newline: bool = False) -> None:
+    def __init__(self, source: str, *, key: str = "", keep_trailing_newline: bool = False) -> None:
         self._kind: Kind = "text_newline" if keep_trailing_newline else "text"
         self._source = source
-        list(evaluate(self._kind, source, []))
+        self._key = key
+        self._evaluate([])
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """Return the text. Raises TemplateFailedError."""
-        (text,) = evaluate(self._kind, self._source, [variables])
-        if isinstance(text, TemplateFailedError):
-            raise text
+        """Return the text. Raises as the class."""
+        (text,) = self._evaluate([variables])
         return str(text)
+
+    def _evaluate(self, items: Sequence[Mapping[str, Any]]) -> list[Any]:
+        try:
+            results = list(evaluate(self._kind, self._source, items))
+            if results and isinstance(results[0], TemplateFailedError):
+                raise results[0]
+            return results
+        except TemplateFailedError as error:
+            if not self._key:
+                raise
+            raise ConfigError(f"{self._key}: {error}") from None
 
 
 def evaluate(

@@ -236,7 +236,7 @@ def test_label_of_unknown_pair_is_refused(tmp_path):
     prompt = uncertain_pairs(run, 1)[0].pair_id.split("/")[1]
     numbers = (f"9/{prompt}/0/1", f"2/{prompt}/0/0", f"2/{prompt}/0/9", f"2/{prompt}/-1/0")
     for pair in ("", "2/p/0/1", *numbers, f"../../etc/{prompt}/0", "²/p/0/1"):
-        with pytest.raises(ConfigError, match="no pair|`pair_id` must be text"):
+        with pytest.raises(ConfigError, match=r"no pair|`pair_id` must be text"):
             check_labels(run, [verdict(pair)])
     with pytest.raises(ConfigError, match="the verdict is 'best'; expected first, second, tie"):
         check_labels(run, [verdict(f"2/{prompt}/0/1", "best")])
@@ -257,7 +257,8 @@ def test_last_verdict_of_an_annotator_counts_and_contradictions_are_named(tmp_pa
     rows = Inbox(config.run.dir).take("labels", 3)
     examples = labeled_examples(config.run.dir, rows, warn=warnings.append)
     first, second = (example.rows for example in examples)
-    assert first == second[::-1] and "contradict" in warnings[0]
+    one, other = ([row.response_ids for row in rows] for rows in (first, second))
+    assert one == other[::-1] and one != other and "contradict" in warnings[0]
     for row in rows:
         row["completions"] = "another"
     assert labeled_examples(config.run.dir, rows, warn=warnings.append) == ()
