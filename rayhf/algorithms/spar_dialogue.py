@@ -29,13 +29,8 @@ class Dialogue:
 
     def judge(self, instruction: str, response: str) -> list[Message]:
         """Return the conversation that asks for a judgment of `response`."""
-        return [
-            {
-                "role": role,
-                "content": turn.render({"instruction": instruction, "response": response}),
-            }
-            for role, turn in self._judge
-        ]
+        variables = {"instruction": instruction, "response": response}
+        return [{"role": role, "content": turn.render(variables)} for role, turn in self._judge]
 
     def refine(self, instruction: str, response: str, judgment: str) -> list[Message]:
         """Return the conversation that asks for a refinement of `response`."""

@@ -37,7 +37,7 @@ class _Constructor(SafeConstructor):
         )
 
     def flatten_mapping(self, node: Any) -> Any:
-        """Merge what `<<` names. Raises MarkedYAMLError where that multiplies into a huge mapping."""
+        """Merge what `<<` names. Raises MarkedYAMLError where that makes a huge mapping."""
         merged = super().flatten_mapping(node)
         if len(node.value) > MAX_VALUES:
             raise MarkedYAMLError(

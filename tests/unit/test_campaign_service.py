@@ -352,6 +352,6 @@ def test_retried_calls_write_once(finished, served, files):
 @pytest.mark.parametrize("answer", [float("inf"), float("nan"), "\ud800"])
 def test_values_that_are_no_json_are_refused_by_both_controls(finished, served, files, answer):
     for control in (FileControl(finished.run.dir), remote(served, files)):
-        with pytest.raises(ConfigError, match="^prompts: row 1: ") as error:
+        with pytest.raises(ConfigError, match=r"^prompts: row 1: ") as error:
             control.add_prompts([{"prompt": "x", "answer": answer}], source="")
         assert "\n" not in str(error.value)

@@ -173,7 +173,7 @@ def test_secrets_are_refused_by_name(
 
 def test_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, console = planned(RUN), Console(record=True, width=200)
-    folder = here.parent / "zips"
+    folder = here.parent / f"{here.name}-zips"
     folder.mkdir()
     job, file = submit.package(here, folder, job, Path("configs/c.yaml"), console)
     with zipfile.ZipFile(file) as archive:
@@ -222,7 +222,7 @@ def test_secrets_are_left_out_by_name_and_content(here: Path) -> None:
     for name, content in (SECRETS | INNOCENT).items():
         (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_text(content)
-    folder = here.parent / "zips"
+    folder = here.parent / f"{here.name}-zips"
     folder.mkdir()
     console = Console(record=True, width=200)
     config = Path("configs/c.yaml")
