@@ -135,11 +135,11 @@ def text_problem(text: bytes, *, urls: bool = False) -> str:
 
 def name_problem(path: str) -> str:
     """Return why a file's path looks like one of a secret; empty where it does not."""
-    *parents, name = PurePosixPath(path).parts
-    for parent in parents:
+    parts = PurePosixPath(path).parts
+    for parent in parts[:-1]:
         if parent.lower() in _DIRECTORIES:
             return f"it is in {parent}"
-    lower = name.lower()
+    lower = parts[-1].lower()
     stems = [lower.removesuffix(ending) for ending in _PLAIN_ENDINGS if lower.endswith(ending)]
     is_plain = any(map(_STEM.search, stems))
     if is_plain or any(fnmatch(lower, pattern) for pattern in _FILES):

@@ -131,10 +131,10 @@ def check_labels(run: Path, labels: Sequence[Mapping[str, object]]) -> list[Json
     ]
     committed = _committed(run)
     pairs = _Pairs(run, [str(row["pair_id"]) for row in rows])
-    for row in rows:
-        completions = pairs.find(str(row["pair_id"]), committed=committed)
-        row["completions"] = _digest(completions)
-    return rows
+    return [
+        {**row, "completions": _digest(pairs.find(str(row["pair_id"]), committed=committed))}
+        for row in rows
+    ]
 
 
 def label_is_due(label: JsonObject, iteration: int) -> bool:

@@ -62,18 +62,24 @@ class Admission(grpc.ServerInterceptor):
         # they are the same.
         codec = (handler.request_deserializer, handler.response_serializer)
         if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(self._stream(handler, method), *codec)
+            return grpc.stream_stream_rpc_method_handler(self._stream(handler), *codec)
         return grpc.stream_unary_rpc_method_handler(self._unary(handler, method), *codec)
 
     def _unary(self, handler: Handler, method: str) -> Callable[..., Any]:
+        behavior = handler.unary_unary
+        assert behavior is not None
+
         def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             limits = self._urgent_limit(method) or (("calls", self._limit),)
             with self._place(limits, context):
-                return handler.unary_unary(_only(requests, context), context)
+                return behavior(_only(requests, context), context)
 
         return call
 
-    def _stream(self, handler: Handler, method: str) -> Callable[..., Iterator[Any]]:
+    def _stream(self, handler: Handler) -> Callable[..., Iterator[Any]]:
+        behavior = handler.unary_stream
+        assert behavior is not None
+
         def call(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
             host = str(context.peer()).rpartition(":")[0]
             limits = (
@@ -82,7 +88,7 @@ class Admission(grpc.ServerInterceptor):
                 (f"streams of {host}", STREAMS_PER_HOST),
             )
             with self._place(limits, context):
-                yield from handler.unary_stream(_only(requests, context), context)
+                yield from behavior(_only(requests, context), context)
 
         return call
 

@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def long_prompt(folder: Path, seed: int) -> Result:
 def streams(folder: Path, seed: int) -> Result:
     with _served(folder) as (_, client, address):
         channel = grpc.insecure_channel(address)
-        watch = channel.unary_stream("/rayhf.v1.Campaign/Watch")
+        watch: Any = channel.unary_stream("/rayhf.v1.Campaign/Watch")
         opened = [watch(b"") for _ in range(_STREAMS)]
         time.sleep(1.0)
         ended = sum(not stream.is_active() for stream in opened)
@@ -187,7 +188,7 @@ def yaml_bombs(folder: Path, seed: int) -> Result:
     texts = [f"a0: &a0 [1,2,3,4,5,6,7,8,9]\n{aliases}", f"a0: &a0 {{k: 1}}\n{merges}"]
     texts += ["[" * 100_000, "a" * 1_000_000]
     started = time.monotonic()
-    held = sum(_refuses(ValueError, lambda text=text: parse_yaml(text)) for text in texts)
+    held = sum(_refuses(ValueError, partial(parse_yaml, text)) for text in texts)
     return len(texts), held, f"refused in {time.monotonic() - started:.2f} s"
 
 
@@ -220,8 +221,8 @@ def secrets(folder: Path, seed: int) -> Result:
         len(_FILES) + len(_VARIABLES),
         left_out + variables,
         (
-            f"{left_out} of {len(_FILES)} files left out, {variables} of {len(_VARIABLES)} variables "
-            "refused"
+            f"{left_out} of {len(_FILES)} files left out, {variables} of {len(_VARIABLES)} "
+            "variables refused"
         ),
     )
 
