@@ -57,56 +57,6 @@ _WORDS = frozenset(
     | {"SECRET", "SECRETS", "CREDENTIAL", "CREDENTIALS", "CREDS", "AUTH", "PAT", "JWT", "DSN"}
     | {"COOKIE", "BEARER", "WEBHOOK", "NETRC"}
 )
-_ENDINGS = ("", ".txt", ".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".csv")
-"""Files that hold values; `token.py` is code."""
-
-_CONTENTS = {
-    "a private key": (
-        rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----|PuTTY-User-Key-File-\d"
-        rb"|AGE-SECRET-KEY-1[0-9A-Z]{20}|client-key-data:"
-    ),
-    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}",
-    "an API key (sk-...)": rb"(?<![\w-])sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}",
-    "a GitHub token": rb"\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_[A-Za-z0-9_]{22,}",
-    "a GitLab token": rb"\bglpat-[\w-]{20,}",
-    "an AWS key": rb"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a Google key": rb"\bAIza[\w-]{35}|\bya29\.[\w-]{20,}",
-    "a Slack token": rb"\bxox[abeoprs]-[0-9A-Za-z-]{10,}",
-    "a package registry's token": rb"\bnpm_[A-Za-z0-9]{36}|\bpypi-AgEI[\w-]{20,}",
-    "a JSON web token": rb"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
-}
-_CONTENT = {name: re.compile(pattern) for name, pattern in _CONTENTS.items()}
-_URL_PASSWORD = re.compile(rb"[a-z+]+://[^/\s:@]*:[^/\s@]+@", re.IGNORECASE)
-_PIECE = 1 << 20
-_OVERLAP = 4096
-
-_WORDS = frozenset(
-    [
-        "PASS",
-        "PASSWD",
-        "PASSWORD",
-        "PASSPHRASE",
-        "PWD",
-        "PW",
-        "KEY",
-        "KEYS",
-        "TOKEN",
-        "TOKENS",
-        "SECRET",
-        "SECRETS",
-        "CREDENTIAL",
-        "CREDENTIALS",
-        "CREDS",
-        "AUTH",
-        "PAT",
-        "JWT",
-        "DSN",
-        "COOKIE",
-        "BEARER",
-        "WEBHOOK",
-        "NETRC",
-    ]
-)
 _ENDINGS = ("KEY", "TOKEN", "SECRET", "PASS", "PASSWD", "PASSWORD", "PASSPHRASE", "JWT")
 _DATABASE = re.compile(
     r"(DATABASE|DB|POSTGRES|POSTGRESQL|PG|MYSQL|MONGO|MONGODB|REDIS|AMQP|BROKER|SQLALCHEMY)"

@@ -240,8 +240,8 @@ def test_secrets_are_left_out_by_name_and_content(here: Path) -> None:
         text.write("# AKIA" + "Q1" * 8)
     with pytest.raises(SecurityError, match=r"c.yaml looks like a secret .it contains an AWS key"):
         submit.package(here, _fresh(folder), planned(RUN), config, console)
-    with pytest.raises(SecurityError, match="override seed looks like a secret"):
-        planned(RUN, "seed=AKIA" + "Q1" * 8)
+    with pytest.raises(SecurityError, match="override trackers looks like a secret"):
+        planned(RUN, "trackers=[{type: wandb, name: AKIA" + "Q1" * 8 + "}]")
 
 
 @pytest.mark.parametrize(
