@@ -41,9 +41,7 @@ def invoke(*arguments):
 
 
 @pytest.mark.parametrize("algorithm", [entry.name for entry in ALGORITHMS.entries()])
-def test_every_first_project_passes_the_check(
-    tmp_path, monkeypatch, model, validators, algorithm
-):
+def test_every_first_project_passes_the_check(tmp_path, monkeypatch, model, validators, algorithm):
     project = tmp_path / "project"
     made = invoke("init", project, "--algorithm", algorithm, "--model", model)
     assert made.exit_code == 0, made.output
