@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -217,7 +218,14 @@ def plugins_page() -> str:
         for name, target in registry.builtin.items():
             plugin = registry.resolve(name)
             where = target.partition(":")[0].replace(".", "/")
-            lines += ["", f"### {name}", "", f"{summary(plugin)} `{where}.py`"]
+            lines += [
+                "",
+                f"### {name}",
+                "",
+                *textwrap.wrap(summary(plugin), 100),
+                "",
+                f"`{where}.py`",
+            ]
             if table := rows(plugin.Config):
                 lines += ["", *HEAD, *table]
     return "\n".join(lines) + "\n"
@@ -226,7 +234,7 @@ def plugins_page() -> str:
 def commands_page() -> str:
     """Return docs/reference/cli.md: every command with its arguments and options."""
     group = typer.main.get_command(app)
-    lines = ["# Commands", "", WRITTEN, "`rayhf COMMAND --help` prints the same.", ""]
+    lines = ["# Commands", "", WRITTEN, "`--help` after a command prints the same.", ""]
     lines += ["| option of `rayhf` itself | meaning |", "|---|---|"]
     lines += [
         _row(f"`{', '.join(p.opts)}`", p.help or "") for p in group.params if p.help is not None

@@ -80,10 +80,10 @@ def curve(
         return f"{60 + 560 * x / right:.1f},{290 - 230 * (y - low) / (high - low):.1f}"
 
     lines = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 350" role="img">',
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 370" role="img">',
         f"  <title>{escape(title)}</title>",
         STYLE.rstrip("\n"),
-        '  <rect class="card" x="1" y="1" width="658" height="348" rx="8"/>',
+        '  <rect class="card" x="1" y="1" width="658" height="368" rx="8"/>',
         f'  <text x="60" y="28" font-weight="bold">{escape(title)}</text>',
     ]
     for step in range(6):
@@ -96,15 +96,15 @@ def curve(
         x = right * tick / ticks
         left = 60 + 560 * tick / ticks
         lines.append(f'  <text x="{left:.0f}" y="310" text-anchor="middle">{x:g}</text>')
-    lines.append(f'  <text x="620" y="334" text-anchor="end">{escape(x_label)}</text>')
+    lines.append(f'  <text x="340" y="328" text-anchor="middle">{escape(x_label)}</text>')
     for number, (name, points) in enumerate(series):
         path = " ".join(place(x, y) for x, y in points)
         lines.append(f'  <polyline class="line s{number}" points="{path}"/>')
         lines.append(
             f'  <line class="line s{number}" x1="{60 + 190 * number}" '
-            f'x2="{84 + 190 * number}" y1="330" y2="330"/>'
+            f'x2="{84 + 190 * number}" y1="350" y2="350"/>'
         )
-        lines.append(f'  <text x="{90 + 190 * number}" y="334">{escape(name)}</text>')
+        lines.append(f'  <text x="{90 + 190 * number}" y="354">{escape(name)}</text>')
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
