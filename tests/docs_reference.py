@@ -270,6 +270,8 @@ def exit_codes_page() -> str:
     ]
     for error in sorted(found, key=lambda error: error.exit_code):
         lines.append(_row(str(error.exit_code), f"`{error.__name__}`", error.meaning, error.remedy))
+    signals = "ended by a signal in the first second of a start"
+    lines.append(_row("129, 130, 131, 143", "", signals, "the same command continues"))
     return "\n".join(lines) + "\n"
 
 
