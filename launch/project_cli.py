@@ -52,6 +52,7 @@ def config(
     ] = "run",
 ) -> None:
     """Print a config with every default, or the JSON schema of all configs."""
+    from rayhf.config.base import Section
     from rayhf.config.fit import FitConfig
     from rayhf.config.json_schema import json_schema
     from rayhf.config.load import dump_config, load_config
@@ -63,5 +64,9 @@ def config(
     if file is not None:
         typer.echo(dump_config(load_config(file, overrides or ())), nl=False)
         return
-    roots = {"run": CampaignConfig, "fit-scorer": FitConfig, "serve-scorer": ServeScorerConfig}
+    roots: dict[str, type[Section]] = {
+        "run": CampaignConfig,
+        "fit-scorer": FitConfig,
+        "serve-scorer": ServeScorerConfig,
+    }
     typer.echo(json.dumps(json_schema(roots[command]), indent=2))
