@@ -148,6 +148,5 @@ def test_notebook_runs(tiny: dict[str, TaskInfo], tmp_path: Path) -> None:
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )
-    assert "held-out, temperature 1" in printed  # the table at the end of a campaign
     assert "model.safetensors" in printed
     assert len((tmp_path / "runs/notebook/metrics.jsonl").read_text().splitlines()) == 3
