@@ -1,8 +1,8 @@
 """Generated parts of docs/: `python -m tests.docs` writes them, tests/unit/test_readme.py compares.
 
-docs/metrics.md is the catalog of metrics, docs/architectures.md the table of architectures. In any
-page, a code block that follows a line with
-nothing but the name of a file, "`path`:", holds that file.
+docs/metrics.md is the catalog of metrics, docs/architectures.md the table of architectures,
+docs/reference/ is made by tests/docs_reference.py, figures by tests/docs_results.py. In any page, a
+code block that follows a line with nothing but the name of a file, "`path`:", holds that file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 
 from rayhf.models.architectures import ARCHITECTURES, can_be_critic
 from rayhf.monitoring.catalog import METRICS
+from tests.docs_reference import reference_pages
+from tests.docs_results import CURVES, with_results
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -93,12 +95,17 @@ def with_files(page: str) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """Return every page of docs/ as it should be."""
-    pages = {page: with_files(page.read_text(encoding="utf-8")) for page in DOCS.glob("*.md")}
-    return pages | {
-        DOCS / "metrics.md": metrics_page(),
-        DOCS / "architectures.md": architectures_page(),
+    """Return every page and every generated picture of docs/ as it should be."""
+    pages = {
+        page: with_results(with_files(page.read_text(encoding="utf-8")))
+        for page in DOCS.rglob("*.md")
     }
+    return (
+        pages
+        | reference_pages(DOCS)
+        | {DOCS / "img" / name: make() for name, make in CURVES.items()}
+        | {DOCS / "metrics.md": metrics_page(), DOCS / "architectures.md": architectures_page()}
+    )
 
 
 if __name__ == "__main__":

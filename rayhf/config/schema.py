@@ -315,6 +315,9 @@ class ClusterConfig(Section):
         return resources
 
 
+Tracker = Annotated[TrackerConfig, TRACKERS]
+
+
 def _list_trackers(value: object) -> object:
     """Return a list for `off` and for one tracker."""
     if value == "off":
@@ -339,7 +342,8 @@ class CampaignConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
     trackers: Annotated[
-        tuple[Annotated[TrackerConfig, TRACKERS], ...], BeforeValidator(_list_trackers)
+        tuple[Tracker, ...],
+        BeforeValidator(_list_trackers, json_schema_input_type=Tracker | tuple[Tracker, ...]),
     ] = ()
     """Where metrics are also sent, for example [wandb]; off by default. metrics.jsonl is always
     written."""
