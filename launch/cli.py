@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -91,24 +92,29 @@ def run(
 ) -> None:
     """Start a campaign, or continue the one in its run directory."""
     from launch.interrupt import Interrupt, survive_lost_output
-    from rayhf.config.load import load_config
+    from rayhf.config.load import existing_run, load_config
     from rayhf.run_dir.lock import RunLock
 
     survive_lost_output()
-    loaded = load_config(config, overrides or ())
     if not supervised:
         interrupt = Interrupt()
-        with interrupt.on_signals():
-            lock = RunLock(loaded.run.dir)  # a second launcher is refused before the slow imports
-            try:
-                from launch.campaign import run_campaign
+        with interrupt.on_signals(), ExitStack() as held:
+            # A second launcher is refused before the slow imports.
+            run = existing_run(config, overrides or ())
+            lock = RunLock(run) if run is not None else None
+            if lock is not None:
+                held.callback(lock.release)
+            loaded = load_config(config, overrides or ())
+            if lock is None:
+                lock = RunLock(loaded.run.dir)
+                held.callback(lock.release)
+            from launch.campaign import run_campaign
 
-                run_campaign(loaded, console, lock, interrupt=interrupt)
-            finally:
-                lock.release()
+            run_campaign(loaded, console, lock, interrupt=interrupt)
         return
     from launch.supervise import supervise
 
+    loaded = load_config(config, overrides or ())
     raise typer.Exit(supervise(["run", str(config), *(overrides or ())], loaded.run.dir, console))
 
 
