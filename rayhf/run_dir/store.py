@@ -2,6 +2,7 @@
 
 config.yaml      the config as resolved          campaign.json        committed state, replaced last
 metrics.jsonl    one object per iteration        samples/, examples/  Parquet per iteration
+                                                credit/, heldout/  likewise, where there are any
 checkpoints/iteration-000012/  roles, state.json; MANIFEST.json last
 journal/         responses of unfinished iterations
 logs/attempt-0003/events.jsonl  what happened in one attempt
@@ -58,6 +59,7 @@ from rayhf.run_dir.state import (
     read_state,
     write_state,
 )
+from rayhf.run_dir.tables import CREDIT_VALUES
 from rayhf.types import Example, Group
 
 Item = TypeVar("Item")
@@ -73,6 +75,8 @@ IDENTITY = (
 )
 """Config keys that identify a campaign: its run directory refuses a config that differs here."""
 
+_TABLES = ("samples", "examples", "credit", "heldout")
+"""Directories with a Parquet file per iteration."""
 _PART = 4096
 """Groups or examples per row group: the tables of a whole iteration may not fit into memory."""
 
@@ -103,7 +107,7 @@ class RunDir:
         self._lock = lock or RunLock(config.run.dir)
         try:
             with storage_errors("write", self.path):
-                for name in ("samples", "examples", "checkpoints", "journal"):
+                for name in (*_TABLES, "checkpoints", "journal"):
                     (self.path / name).mkdir(exist_ok=True)
             self._check_identity(config)
             self.state = read_state(self.path) or CampaignState()
@@ -203,6 +207,20 @@ class RunDir:
         """Write every training example with its lineage: indices into its prompt's samples."""
         parts = (tables.example_table(iteration, part) for part in _parts(examples))
         await self._write_parquet(self._table("examples", iteration), tables.EXAMPLES, parts)
+
+    async def write_credit(self, iteration: int, examples: Sequence[Example]) -> None:
+        """Write the token values that training added to the policy's examples, if any."""
+        if not any(
+            name in row.tokens for e in examples for row in e.rows for name in CREDIT_VALUES
+        ):
+            return
+        parts = (tables.credit_table(iteration, part) for part in _parts(examples))
+        await self._write_parquet(self._table("credit", iteration), tables.CREDIT, parts)
+
+    async def write_heldout(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Write an evaluation's completions of the held-out prompts."""
+        parts = (tables.sample_table(iteration, part) for part in _parts(groups))
+        await self._write_parquet(self._table("heldout", iteration), tables.SAMPLES, parts)
 
     def read_examples(self, iteration: int) -> list[Example]:
         """Return the policy's examples of an earlier iteration; none where there was none."""
@@ -328,7 +346,7 @@ class RunDir:
                 with (self.path / "metrics.rewound.jsonl").open("ab") as rewound:
                     rewound.writelines(lines[len(kept) :])
                 write_atomic(metrics, b"".join(kept))
-        for folder in ("samples", "examples"):
+        for folder in _TABLES:
             for file in (self.path / folder).glob("iteration-*.parquet"):
                 if iteration_of(file) > iteration:
                     file.unlink()
