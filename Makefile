@@ -37,6 +37,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
+	@sh requirements/browser.sh
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=25 \
 	    tests/tiny tests/e2e tests/integration tests/unit tests/gpu
 
