@@ -78,7 +78,7 @@ def read_groups(run: Run, iteration: int, prompts: Sequence[str]) -> list[dict[s
     Raises OSError where the iteration's samples cannot be read.
     """
     files = run.tables("samples")
-    if iteration not in files:
+    if iteration not in files or not prompts:
         return []
     rows = _rows_of(files[iteration], prompts)
     examples = _by_prompt(run.tables("examples").get(iteration), prompts, EXAMPLE_COLUMNS)

@@ -32,7 +32,7 @@ TABS = ("overview", "samples", "heldout", "pairs", "wins", "judgments", "trees",
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(runs):  # the runs first: playwright's event loop would refuse theirs
     with sync_api.sync_playwright() as playwright:
         # In a container the browser has no user namespace for its sandbox.
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -87,9 +87,11 @@ class Tab:
     def show(self, address):
         """Go to a page of the application, and wait until it is drawn."""
         before = self.page.get_attribute("body", "data-shown")
-        self.page.evaluate("address => { location.hash = address }", address)
+        if not self.page.evaluate("address => location.hash === `#${address}`", address):
+            self.page.evaluate("address => { location.hash = address }", address)
+        else:
+            self.page.evaluate("show()")
         self.page.wait_for_function("old => document.body.dataset.shown !== old", arg=before)
-        self.page.wait_for_load_state("networkidle")
 
     def click(self, selector):
         before = self.page.get_attribute("body", "data-shown")
@@ -110,11 +112,19 @@ class Tab:
         return [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))]
 
 
-@pytest.fixture
-def tab(browser, report):
+@pytest.fixture(scope="module")
+def report_tab(browser, report):
     tab = Tab(browser, report.as_uri())
     yield tab
     tab.page.close()
+
+
+@pytest.fixture
+def tab(report_tab):
+    """The open report, at its overview."""
+    report_tab.show("overview")
+    report_tab.problems.clear()
+    return report_tab
 
 
 @pytest.mark.parametrize("width", [1280, 800])

@@ -61,6 +61,7 @@ async function show() {
     if (mine !== shows) return;
     replace(main, oneRun(), page);
     if (shown) await shown();
+    await Promise.all(pending.splice(0));
   } catch (error) {
     if (mine === shows) replace(main, h("p", { class: "note", role: "alert" }, error.message));
   }

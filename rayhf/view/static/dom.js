@@ -86,6 +86,9 @@ function flags(sample) {
   ];
 }
 
+// First pages of lists that are being loaded; a page counts as shown once they are there.
+const pending = [];
+
 // A list that loads page after page: load(next) => page; show(rows) => node.
 function pagedList(load, show, empty) {
   const rows = h("div", {});
@@ -108,7 +111,7 @@ function pagedList(load, show, empty) {
     }
     more.disabled = false;
   }
-  next(null);
+  pending.push(next(null));
   return h("div", {}, rows, status, more);
 }
 
