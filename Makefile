@@ -28,7 +28,7 @@ demo-real: $(READY)
 	@rm -rf runs/demo-real
 	$(BIN)/rayhf real .real
 	$(BIN)/rayhf run configs/real/constraints_smollm2.yaml run.dir=runs/demo-real
-	$(BIN)/rayhf compare runs/demo-real
+	$(BIN)/rayhf report runs/demo-real
 
 lint: $(READY)
 	$(BIN)/ruff check .

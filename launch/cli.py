@@ -397,14 +397,6 @@ def real(
 
 
 @app.command()
-def compare(run_dir: RunDirectory) -> None:
-    """Complete the held-out prompts before and after training, and show both side by side."""
-    from launch import compare
-
-    compare.compare(run_dir, console)
-
-
-@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[

@@ -23,18 +23,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayhf.config.service import ServiceConfig, is_loopback
 from rayhf.errors import ConfigError, RayhfError
 from rayhf.service.credentials import read_private, read_public, read_token
 from rayhf.view.groups import read_groups
+from rayhf.view.heldout import heldout_answers, heldout_prompts
 from rayhf.view.overview import overview, timeline
 from rayhf.view.page import SCRIPTS, SERVER_POLICY, STYLE, dashboard_page, plotly, static
 from rayhf.view.run import Run, find_runs
 from rayhf.view.samples import (
     Query,
-    heldout_answers,
-    heldout_prompts,
     list_examples,
     list_prompts,
     list_samples,
@@ -77,7 +77,7 @@ class Runs:
         return self._runs[name]
 
 
-def build_app(root: Path, *, token: str | None, hosts: frozenset[str] | None) -> Starlette:
+def build_app(root: Path, *, token: str | None, hosts: frozenset[str] | None) -> ASGIApp:
     """Return the application.
 
     Args:
@@ -120,13 +120,9 @@ def build_app(root: Path, *, token: str | None, hosts: frozenset[str] | None) ->
         Route("/api/timeline", api(lambda p, _: timeline(runs.get(p["run"])))),
         Route("/api/group", api(lambda p, _: _group(runs.get(p["run"]), p))),
         Route("/api/heldout", api(lambda p, _: _heldout(runs.get(p["run"]), p))),
-        Route(
-            "/api/{what:str}",
-            _list_endpoint(runs),
-        ),
+        Route("/api/{what:str}", _list_endpoint(runs)),
     ]
-    app = Starlette(routes=routes)
-    return _guarded(app, token=token, hosts=hosts)
+    return _Guard(Starlette(routes=routes), token=token, hosts=hosts)
 
 
 def _list_endpoint(runs: Runs) -> Callable[[Request], Awaitable[Response]]:
@@ -203,17 +199,17 @@ def _heldout(run: Run, parameters: Mapping[str, str]) -> Any:
 class _Guard:
     """ASGI middleware: refuses other methods, hosts and missing tokens; adds security headers."""
 
-    def __init__(self, app: Any, *, token: str | None, hosts: frozenset[str] | None) -> None:
+    def __init__(self, app: ASGIApp, *, token: str | None, hosts: frozenset[str] | None) -> None:
         self._app = app
         self._token = token
         self._hosts = hosts
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
-        async def send_with_headers(message: Any) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] += [
                     (name.lower().encode(), value.encode()) for name, value in _HEADERS.items()
@@ -246,10 +242,6 @@ class _Guard:
         elif scheme.lower() != "bearer":
             return False
         return hmac.compare_digest(sent.encode(), str(self._token).encode())
-
-
-def _guarded(app: Starlette, *, token: str | None, hosts: frozenset[str] | None) -> Any:
-    return _Guard(app, token=token, hosts=hosts)
 
 
 def _host(header: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rayhf.errors import RayhfError
+from rayhf.view.heldout import heldout_change, heldout_intervals
 from rayhf.view.run import Run, TimedEvent, scorer_names
-from rayhf.view.samples import heldout_intervals
 
 MAX_POINTS = 1000
 """Iterations of a curve; longer runs are thinned out evenly."""
@@ -55,6 +55,7 @@ def run_overview(run: Run) -> dict[str, Any]:
             kind: [(i, _number(low), _number(high)) for i, low, high in rows]
             for kind, rows in heldout_intervals(run).items()
         },
+        "change": [_rounded(row) for row in heldout_change(run)],
         "alarms": [
             {"iteration": e.iteration, "kind": e.event.kind, "message": e.event.message}
             for e in events
@@ -244,6 +245,11 @@ def _rewound(run: Run) -> list[str]:
     except OSError:
         return []
     return text.splitlines()
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    keys = ("before", "after", "difference")
+    return row | {key: [_number(value) for value in row[key]] for key in keys}
 
 
 def _number(value: float | None) -> float | None:

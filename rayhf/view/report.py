@@ -18,10 +18,11 @@ from typing import Any
 from rayhf.errors import ConfigError
 from rayhf.run_dir.files import write_atomic
 from rayhf.view.groups import read_groups
+from rayhf.view.heldout import heldout_answers, heldout_prompts
 from rayhf.view.overview import overview, timeline
 from rayhf.view.page import report_page
 from rayhf.view.run import Run
-from rayhf.view.samples import heldout_answers, heldout_prompts, read_columns
+from rayhf.view.samples import read_columns
 
 DATA_BYTES = 3_300_000
 """Limit on the compressed data. In base64, with plotly.js (4.8 MB), that stays below 10 MB."""

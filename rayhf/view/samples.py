@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -113,49 +114,6 @@ def list_examples(run: Run, query: Query) -> Page:
     return _list(run, "examples", query, _pairs, _example_rows)
 
 
-def heldout_prompts(run: Run) -> list[dict[str, Any]]:
-    """Return the held-out prompts of the newest evaluation."""
-    files = run.tables("heldout")
-    if not files:
-        return []
-    table = read_columns(files[max(files)], ["prompt_id", "messages"])
-    first = _first_of(table["prompt_id"].to_pylist())
-    return [
-        {"prompt_id": row["prompt_id"], "prompt": question(row["messages"])}
-        for row in table.take(first).to_pylist()
-    ]
-
-
-def heldout_answers(run: Run, prompt_id: str) -> list[dict[str, Any]]:
-    """Return the completions of one held-out prompt, oldest evaluation first."""
-    columns = ["iteration", "kind", "text", "score", "outcome", "reason", "finish_reason"]
-    rows = []
-    for file in run.tables("heldout").values():
-        try:
-            table = pq.read_table(file, columns=columns, filters=[("prompt_id", "=", prompt_id)])
-        except OSError:
-            continue
-        rows += table.to_pylist()
-    return rows
-
-
-def heldout_intervals(run: Run) -> dict[str, list[tuple[int, float, float]]]:
-    """Return (iteration, low, high) of the mean held-out score by kind: 95 %, over prompts."""
-    intervals: dict[str, list[tuple[int, float, float]]] = {}
-    for iteration, file in run.tables("heldout").items():
-        try:
-            table = read_columns(file, ["kind", "score"])
-        except OSError:
-            continue
-        for kind in table["kind"].unique().to_pylist():
-            scores = table.filter(pc.equal(table["kind"], kind))["score"].drop_null().to_numpy()
-            if len(scores) > 1:
-                mean = float(scores.mean())
-                half = 1.96 * float(scores.std(ddof=1)) / float(np.sqrt(len(scores)))
-                intervals.setdefault(kind, []).append((iteration, mean - half, mean + half))
-    return intervals
-
-
 def read_columns(file: Path, columns: list[str]) -> pa.Table:
     """Read columns of a table; one that the file lacks is null. Raises OSError."""
     schema = pq.read_schema(file)
@@ -216,9 +174,15 @@ def _is_wanted(iteration: int, query: Query) -> bool:
 
 def _rows_in(file: Path) -> int:
     try:
-        return int(pq.read_metadata(file).num_rows)
+        return _counted_rows(file, file.stat().st_mtime_ns)
     except OSError:
         return 0
+
+
+@lru_cache(maxsize=100_000)
+def _counted_rows(file: Path, _changed: int) -> int:
+    """Count the rows of a file that was last changed at `_changed`."""
+    return int(pq.read_metadata(file).num_rows)
 
 
 def take(file: Path, columns: list[str], numbers: list[int]) -> pa.Table:
@@ -310,7 +274,7 @@ def _sample_rows(run: Run, iteration: int, file: Path, numbers: list[int]) -> li
 # ----------------------------------------------------------------------------------------- prompts
 
 
-def _first_of(keys: list[str]) -> list[int]:
+def first_of(keys: list[str]) -> list[int]:
     """Return the index of the first occurrence of each key."""
     seen: dict[str, int] = {}
     for index, key in enumerate(keys):
@@ -329,9 +293,9 @@ def _first_samples(file: Path, query: Query) -> list[int]:
     elif query.has == "wins":
         has = pc.is_valid(table["wins"])
     else:
-        return _first_of(prompts)
+        return first_of(prompts)
     kept = {prompts[i] for i in np.flatnonzero(pc.fill_null(has, False).to_numpy())}
-    return [number for number in _first_of(prompts) if prompts[number] in kept]
+    return [number for number in first_of(prompts) if prompts[number] in kept]
 
 
 def _prompt_rows(run: Run, iteration: int, file: Path, numbers: list[int]) -> list[dict[str, Any]]:

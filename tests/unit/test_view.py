@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
@@ -19,14 +20,13 @@ from rayhf.errors import ConfigError
 from rayhf.view import report
 from rayhf.view.dashboard import build_app
 from rayhf.view.groups import cycles, read_groups
+from rayhf.view.heldout import heldout_answers, heldout_prompts, interval
 from rayhf.view.overview import config_differences, run_overview, timeline
 from rayhf.view.report import write_report
 from rayhf.view.run import Run, find_runs
 from rayhf.view.samples import (
     PAGE,
     Query,
-    heldout_answers,
-    heldout_prompts,
     list_examples,
     list_prompts,
     list_samples,
@@ -189,6 +189,26 @@ def test_overview_has_facts_curves_and_alarms(run):
     assert {alarm["iteration"] for alarm in view["alarms"]} == {2}
     iteration, low, high = view["intervals"]["sampled"][0]
     assert iteration == 0 and low < 0.5 < high
+
+
+def test_change_of_the_held_out_score_is_paired(run):
+    sampled, greedy = run_overview(run)["change"]
+    assert (sampled["kind"], greedy["kind"], sampled["prompts"]) == ("sampled", "greedy", 6)
+    assert sampled["iterations"] == (0, 4)
+    # Every prompt gained the same: no doubt about the difference, though much about the means.
+    assert sampled["difference"] == pytest.approx([0.4, 0.4, 0.4])
+    assert sampled["before"][2] - sampled["before"][1] > 0.5
+
+
+def test_interval_covers_the_true_mean():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        mean, low, high = interval(list((rng.random(120) < 0.3).astype(float)))
+        assert low <= mean <= high
+        covered += low <= 0.3 <= high
+    assert covered >= 180
+    assert interval([1.0] * 5) == (1.0, 1.0, 1.0) and interval([1.0]) is None
 
 
 def test_config_differences_name_the_keys(run, tmp_path):

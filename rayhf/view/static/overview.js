@@ -147,6 +147,8 @@ async function overviewPage(app) {
       ...all.map((run, i) => [run.id, (row) => (row.values[i] === null ? h("span", { class: "quiet" }, "not set") : row.values[i]), "wide"]),
     ], differences));
   }
+  const changes = runs.flatMap((run) => run.change.map((row) => ({ ...row, run: run.id })));
+  if (changes.length) page.append(h("h2", {}, "Held-out score, before and after"), changeTable(changes));
   const charts = h("div", { class: "charts" });
   page.append(h("h2", {}, "Curves"), charts);
   const jobs = [];
@@ -171,6 +173,18 @@ async function overviewPage(app) {
       table([["key", (r) => r[0], ""], ["value", (r) => r[1], "wide"]], rows)));
   }
   return { page, shown: () => Promise.all(jobs.map((job) => job())) };
+}
+
+function changeTable(rows) {
+  const digits = (values) => h("span", {}, number(values[0], 3), h("span", { class: "quiet" }, ` (${number(values[1], 3)} to ${number(values[2], 3)})`));
+  return table([
+    ["run", (r) => r.run, ""],
+    ["completions", (r) => r.kind, ""],
+    ["prompts", (r) => r.prompts, "number"],
+    ["before", (r) => digits(r.before), "number"],
+    ["after", (r) => digits(r.after), "number"],
+    ["difference (95 %)", (r) => digits(r.difference), "number"],
+  ], rows);
 }
 
 function moreCurves(app, runs, jobs) {
