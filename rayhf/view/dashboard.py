@@ -284,6 +284,7 @@ def serve(
         raise ConfigError(
             f"service: cannot listen on {config.host}:{config.port}; is the port in use?"
         ) from None
+    socket.listen()  # whoever reads the address may connect at once
     scheme = "http" if config.tls is None else "https"
     host = f"[{config.host}]" if ":" in config.host else config.host
     announce(f"{scheme}://{host}:{socket.getsockname()[1]}/")

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 SCRIPTS = ("source.js", "dom.js", "overview.js", "samples.js", "pairs.js", "timeline.js", "app.js")
-"""Files of static/, in the order in which they must run."""
+"""Files of static/, in the order in which they must run; plotly.js follows."""
 STYLE = "style.css"
 SERVER_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
@@ -40,7 +40,7 @@ def plotly() -> str:
 
 def report_page(title: str, data: bytes) -> str:
     """Return a page that holds its data (gzip of JSON), scripts and styles."""
-    sources = [_inline(text) for text in (plotly(), *map(static, SCRIPTS))]
+    sources = [_inline(text) for text in (*map(static, SCRIPTS), plotly())]
     hashes = " ".join(f"'sha256-{_digest(text)}'" for text in sources)
     policy = (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
@@ -65,7 +65,7 @@ def dashboard_page(title: str) -> str:
             "policy": "",
             "style": "",
             "data": "",
-            "names": ["plotly.js", *SCRIPTS],
+            "names": [*SCRIPTS, "plotly.js"],
         }
     )
 

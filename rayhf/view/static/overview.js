@@ -48,7 +48,14 @@ function figure(title, name, tall) {
   return [h("figure", {}, h("figcaption", {}, title), element), element];
 }
 
-function draw(element, traces, shape) {
+// Plotly is the last script: facts are shown while the browser still reads it.
+const plotlyLoaded = new Promise((resolve) => {
+  if (document.readyState === "complete") resolve();
+  else window.addEventListener("load", resolve);
+});
+
+async function draw(element, traces, shape) {
+  await plotlyLoaded;
   return Plotly.react(element, traces, shape, { displaylogo: false, responsive: true, displayModeBar: "hover",
     modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] });
 }
