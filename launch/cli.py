@@ -174,7 +174,7 @@ def watch(run_dir: RunOrNone = None, address: Address = None, security: Security
 @app.command()
 def verify(
     run_dir: RunDirectory,
-    deep: Annotated[bool, typer.Option(help="Also read every tensor.")] = False,
+    deep: Annotated[bool, typer.Option(help="Read every file and compare its checksum.")] = False,
 ) -> None:
     """Check that all committed files are as they were written, with every sample exactly once."""
     from launch.operate import show_audit

@@ -11,6 +11,7 @@ import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from rayhf.algorithms.base import (
     trained_policy,
 )
 from rayhf.config.schema import CampaignConfig
-from rayhf.control.labels import labeled_examples
+from rayhf.control.labels import is_ready, labeled_examples
 from rayhf.losses.value import explained_variance
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Roles
@@ -105,7 +106,11 @@ class Trainer:
         return changed
 
     def _labels(self, iteration: int) -> tuple[Example, ...]:
-        return labeled_examples(self.store.path, self.store.inbox.take("labels", iteration))
+        run = self.store.path
+        labels = self.store.inbox.take(
+            "labels", iteration, is_ready=partial(is_ready, run, iteration)
+        )
+        return labeled_examples(run, labels, warn=partial(self.observer.event, "warn"))
 
     async def _learn_policy(
         self,

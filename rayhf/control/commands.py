@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from rayhf.control.status import Status, read_status
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.run_dir.checkpoints import accept_unhealthy
-from rayhf.run_dir.files import MANIFEST, sha256
+from rayhf.run_dir.files import MANIFEST, Check, open_file, sha256
 from rayhf.run_dir.inbox import submit_rows
 from rayhf.run_dir.lock import RunLock
+from rayhf.run_dir.names import event_logs
 from rayhf.run_dir.operator_request import write_request
 from rayhf.run_dir.progress import Event, parse_event
 from rayhf.run_dir.state import CampaignState, read_state, write_state
@@ -111,7 +112,8 @@ class FileControl:
             time.sleep(_POLL_S)
 
     def _newest_log(self) -> Path | None:
-        return max((self.run / "logs").glob("attempt-*/events.jsonl"), default=None)
+        logs = event_logs(self.run)
+        return logs[-1] if logs else None
 
     def request(self, request: Literal["pause", "stop"]) -> str:
         """Request that the campaign pauses or stops after its current iteration."""
@@ -139,11 +141,11 @@ class FileControl:
         # starting meanwhile.
         lock = RunLock(self.run)
         try:
-            return self._end_pause(self._campaign(), start)
+            return self._end_pause(self._campaign(), start, lock.check)
         finally:
             lock.release()
 
-    def _end_pause(self, campaign: CampaignState, start: Start) -> str:
+    def _end_pause(self, campaign: CampaignState, start: Start, check: Check) -> str:
         """End a guard's pause in campaign.json; return what will happen."""
         changes: dict[str, object] = {
             "state": "stopped",
@@ -162,7 +164,7 @@ class FileControl:
             except CheckpointError as error:
                 problem = f"{error}, so the last healthy checkpoint is used; "
         continued = campaign.model_copy(update=changes)
-        write_state(self.run, continued)
+        write_state(self.run, continued, check)
         return (
             f"{self.run}: {problem}{word}; the same `rayhf run` command continues after iteration "
             f"{continued.iteration}"
@@ -201,9 +203,11 @@ class FileControl:
                 f"{self.run}: the algorithm {status.algorithm} does not train on human labels"
             )
         _check_size(labels, "labels")
+        rows = []
         for label in labels:
-            check_label(self.run, label["pair_id"], label["verdict"])
-        rows = [{key: label[key] for key in ("pair_id", "verdict")} for label in labels]
+            completions = check_label(self.run, label["pair_id"], label["verdict"])
+            row = {key: label[key] for key in ("pair_id", "verdict")}
+            rows.append({**row, "completions": completions})
         submit_rows(self.run, "labels", rows, source=source)
         return f"{len(labels)} labels submitted for iteration {status.iteration + 1} or later"
 
@@ -237,7 +241,7 @@ def _check_size(rows: Sequence[Mapping[str, object]], what: str) -> None:
 
 def _complete_lines(file: Path, offset: int) -> tuple[list[bytes], int]:
     """Return the complete lines from `offset` on, and where the next one begins."""
-    with file.open("rb") as stream:
+    with open_file(file, "rb") as stream:
         stream.seek(offset)
         data = stream.read()
     end = data.rfind(b"\n") + 1

@@ -6,8 +6,10 @@ first; training examples.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -16,8 +18,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rayhf.errors import ConfigError
-from rayhf.run_dir.files import iteration_name, storage_errors
+from rayhf.run_dir.files import storage_errors
 from rayhf.run_dir.inbox import submitted_rows
+from rayhf.run_dir.names import iteration_name
 from rayhf.run_dir.state import CampaignState, read_state
 from rayhf.types import Example, JsonObject, Message, given_row
 
@@ -116,24 +119,56 @@ def _certainty(first: _ScoredRow, second: _ScoredRow, spread: float) -> float:
     return abs(first["score"] - second["score"]) / spread if spread else 0.0
 
 
-def check_label(run: Path, pair_id: str, verdict: str) -> None:
-    """Raise ConfigError for an unknown verdict, or a pair of no committed iteration."""
+def check_label(run: Path, pair_id: str, verdict: str) -> str:
+    """Return a hash of the pair's tokens: the campaign trains on these completions only.
+
+    Raises ConfigError for an unknown verdict, or a pair of no committed iteration.
+    """
     if verdict not in VERDICTS:
         raise ConfigError(f"the verdict is {verdict!r:.40}; expected {', '.join(VERDICTS)}")
-    _completions(run, pair_id, committed=_committed(run))
+    return _hash(_completions(run, pair_id, committed=_committed(run)))
 
 
-def labeled_examples(run: Path, labels: Sequence[JsonObject]) -> tuple[Example, ...]:
+def _hash(rows: Sequence[_TokenRow]) -> str:
+    tokens = [(row["context_ids"], row["token_ids"]) for row in rows]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def is_ready(run: Path, iteration: int, label: JsonObject) -> bool:
+    """Return whether `iteration` can use a label: its pair's iteration has been explored.
+
+    It waits where that iteration is repeated, because its checkpoint was damaged.
+    """
+    number = str(label.get("pair_id")).partition("/")[0]
+    if not _is_index(number):
+        return True  # it never becomes a pair: `labeled_examples` leaves it out
+    return int(number) < iteration and _samples_file(run, int(number)).exists()
+
+
+def labeled_examples(
+    run: Path, labels: Sequence[JsonObject], *, warn: Callable[[str], None]
+) -> tuple[Example, ...]:
     """Return a (preferred, other) example for every label that is not a tie.
 
     Their rows count as given, not sampled: their lineage is the inbox, and their completions may be
-    older than importance weights can correct.
+    older than importance weights can correct. A label whose pair does not exist, or not with the
+    completions that were labeled, is left out with a warning.
     """
     examples = []
     for label in labels:
         if label["verdict"] == "tie":
             continue
-        first, second = _completions(run, str(label["pair_id"]))
+        try:
+            first, second = _completions(run, str(label["pair_id"]))
+        except ConfigError as error:
+            warn(f"skipped a label: {error}")
+            continue
+        if label.get("completions") not in (None, _hash((first, second))):
+            warn(
+                f"skipped a label of pair {label['pair_id']!r:.80}: its iteration was repeated "
+                "with other completions"
+            )
+            continue
         chosen, rejected = (first, second) if label["verdict"] == "first" else (second, first)
         rows = tuple(
             given_row(row["prompt_id"], row["context_ids"], row["token_ids"])

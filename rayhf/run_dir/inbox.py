@@ -12,13 +12,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from rayhf.run_dir.files import storage_errors, write_json
+from rayhf.run_dir.files import (
+    Check,
+    checksum,
+    open_file,
+    read_bytes,
+    storage_errors,
+    write_json,
+)
+from rayhf.run_dir.names import check_links, numbered
 from rayhf.types import JsonObject
 
 RowType = Literal["prompts", "labels"]
@@ -39,9 +48,10 @@ def submit_rows(
     ]
     data = "".join(f"{line}\n" for line in lines).encode()
     folder = run / "inbox"
+    check_links(run)
     with storage_errors("write", folder):
         folder.mkdir(exist_ok=True)
-        with (folder / f"{row_type}.jsonl").open("ab+") as file:
+        with open_file(folder / f"{row_type}.jsonl", "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if file.tell() and not _ends_with_newline(file):  # an earlier submitter crashed
                 data = b"\n" + data
@@ -61,10 +71,9 @@ def submitted_rows(run: Path, row_type: RowType) -> list[JsonObject]:
 
     A torn line does not count: its submission was never confirmed.
     """
-    try:
-        lines = (run / "inbox" / f"{row_type}.jsonl").read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
+    file = run / "inbox" / f"{row_type}.jsonl"
+    with storage_errors("read", file):
+        lines = read_bytes(file).splitlines() if file.exists() else []
     rows: list[JsonObject] = []
     for line in lines:
         try:
@@ -77,35 +86,64 @@ def submitted_rows(run: Path, row_type: RowType) -> list[JsonObject]:
 
 
 class Inbox:
-    """The campaign's side of the inbox: the only one that takes rows."""
+    """The campaign's side of the inbox: the only one that takes rows.
 
-    def __init__(self, run: Path) -> None:
+    Args:
+        run: its run directory.
+        check: called before anything is written.
+        warn: gets a line for each damaged file.
+    """
+
+    def __init__(self, run: Path, *, check: Check, warn: Callable[[str], None]) -> None:
         self._run = run
+        self._check = check
+        self._warn = warn
 
     def take(
-        self, row_type: RowType, iteration: int, *, limit: int | None = None
+        self,
+        row_type: RowType,
+        iteration: int,
+        *,
+        limit: int | None = None,
+        is_ready: Callable[[JsonObject], bool] = lambda row: True,
     ) -> list[JsonObject]:
         """Return the rows of an iteration.
 
         These are the ones it took before; otherwise at most `limit` rows that no iteration has
-        taken.
+        taken and that are ready. The others wait. Where the record of what it took is damaged, it
+        takes them again.
         """
         folder = self._run / "inbox" / "taken"
         own = folder / f"{row_type}-{iteration:06d}.json"
         if own.exists():
-            return _read(own)
+            rows, _ = self._read(own)
+            if rows is not None:
+                return rows
         submitted = submitted_rows(self._run, row_type)
         if not submitted:
             return []
         with storage_errors("write", folder):
             folder.mkdir(exist_ok=True)
-        taken = {row["id"] for file in folder.glob(f"{row_type}-*.json") for row in _read(file)}
-        rows = [row for row in submitted if row["id"] not in taken][:limit]
+        taken: set[str] = set()
+        for number, file in numbered(folder, f"{row_type}-", ".json").items():
+            if number != iteration:
+                taken |= self._read(file)[1]
+        rows = [row for row in submitted if row["id"] not in taken and is_ready(row)][:limit]
         if rows:
-            write_json(own, rows)
+            write_json(own, {"rows": rows, "checksum": checksum({"rows": rows})}, self._check)
         return rows
 
-
-def _read(file: Path) -> list[JsonObject]:
-    rows: list[JsonObject] = json.loads(file.read_text(encoding="utf-8"))
-    return rows
+    def _read(self, file: Path) -> tuple[list[JsonObject] | None, set[str]]:
+        """Return the rows in a file, None where it is damaged, and the ids that can be read."""
+        with storage_errors("read", file):
+            data = read_bytes(file)
+        try:
+            content = json.loads(data)
+            own = content.pop("checksum")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            own = None
+        if own is None or own != checksum(content):
+            self._warn(f"inbox/taken/{file.name} is damaged")
+            return None, set(re.findall('"id": "([0-9a-f]{32})"', data.decode(errors="replace")))
+        rows: list[JsonObject] = content["rows"]
+        return rows, {str(row["id"]) for row in rows}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rayhf.config.load import read_mapping
 from rayhf.control.status import Status, read_status
 from rayhf.errors import ConfigError
-from rayhf.run_dir.files import MANIFEST, iteration_of
+from rayhf.run_dir.files import MANIFEST
+from rayhf.run_dir.identity import read_config
 from rayhf.run_dir.inbox import submitted_rows
+from rayhf.run_dir.names import event_logs, numbered
 from rayhf.run_dir.progress import Event, parse_event
+from rayhf.run_dir.records import read_metrics
 from rayhf.run_dir.state import CampaignState, read_state
 from rayhf.view.tokens import TokenTexts
 
@@ -47,10 +49,7 @@ class Run:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The resolved config, not validated: it may be of another version of rayhf."""
-        try:
-            return read_mapping(self.path / "config.yaml")
-        except ConfigError as error:
-            raise ConfigError(f"{self.path} is not a run directory yet: {error}") from None
+        return read_config(self.path)
 
     @property
     def state(self) -> CampaignState:
@@ -63,12 +62,15 @@ class Run:
 
     def metrics(self) -> list[dict[str, float]]:
         """Return the lines of metrics.jsonl; one that is not complete yet is left out."""
-        return list(_json_lines(self.path / "metrics.jsonl"))
+        return [
+            {name: value for name, value in line.items() if isinstance(value, int | float)}
+            for line in read_metrics(self.path)
+        ]
 
     def events(self) -> list[TimedEvent]:
         """Return the events of all attempts, oldest first."""
         events = []
-        for file in sorted((self.path / "logs").glob("attempt-*/events.jsonl")):
+        for file in event_logs(self.path):
             iteration = 0
             for line in _lines(file):
                 event = parse_event(line)
@@ -81,8 +83,7 @@ class Run:
 
     def tables(self, folder: str) -> dict[int, Path]:
         """Return the Parquet files of `folder` by iteration, in order."""
-        files = (self.path / folder).glob("iteration-*.parquet")
-        return {iteration_of(file): file for file in sorted(files)}
+        return numbered(self.path / folder, "iteration-", ".parquet")
 
     def checkpoints(self) -> list[dict[str, Any]]:
         """Return name, size in bytes, time in seconds since 1970 and health of each checkpoint."""
@@ -181,17 +182,3 @@ def _lines(file: Path) -> list[bytes]:
         return file.read_bytes().splitlines()
     except OSError:
         return []
-
-
-def _json_lines(file: Path) -> Iterator[dict[str, float]]:
-    for line in _lines(file):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("iteration"), int | float):
-            yield {
-                str(name): float(value)
-                for name, value in row.items()
-                if isinstance(value, int | float)
-            }
