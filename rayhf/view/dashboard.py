@@ -14,6 +14,7 @@ import os
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -277,18 +278,19 @@ def serve(
         timeout_graceful_shutdown=1,
         **_tls(config, base),
     )
-    os.nice(_NICE)
     try:
         socket = settings.bind_socket()
     except SystemExit:  # how uvicorn reports a port in use, after logging it
         raise ConfigError(
             f"service: cannot listen on {config.host}:{config.port}; is the port in use?"
         ) from None
+    os.nice(_NICE)
     socket.listen()  # whoever reads the address may connect at once
     scheme = "http" if config.tls is None else "https"
     host = f"[{config.host}]" if ":" in config.host else config.host
     announce(f"{scheme}://{host}:{socket.getsockname()[1]}/")
-    uvicorn.Server(settings).run(sockets=[socket])
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(settings).run(sockets=[socket])
 
 
 def _tls(config: ServiceConfig, base: Path) -> dict[str, Any]:

@@ -4,13 +4,21 @@ import base64
 import gzip
 import html
 import json
+import os
 import re
+import signal
+import socket
+import ssl
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import trustme
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 from view_runs import write_run
@@ -32,6 +40,7 @@ from rayhf.view.samples import (
     list_samples,
 )
 
+ROOT = Path(__file__).parents[2]
 HEAVY = ("ray", "torch", "vllm", "deepspeed", "transformers", "datasets", "grpc", "wandb", "openai")
 
 
@@ -373,3 +382,55 @@ def test_reading_changes_no_file(path, client):
     for what in ("runs", "overview?run=run", "samples?run=run", "timeline?run=run"):
         assert client.get(f"/api/{what}").status_code == 200
     assert {f: f.stat().st_mtime_ns for f in path.rglob("*")} == before
+
+
+def test_command_serves_over_tls_with_a_token_until_ctrl_c(path, tmp_path):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    (tmp_path / "token").write_text(TOKEN)
+    for secret in ("key.pem", "token"):
+        (tmp_path / secret).chmod(0o600)
+    (tmp_path / "service.yaml").write_text(
+        "tls: {certificate: cert.pem, key: key.pem}\ntoken_file: token\n"
+    )
+    command = [sys.executable, "-u", "-m", "launch.main", "dashboard", str(path.parent)]
+    command += ["--service", "service.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    ) as server:
+        url = next(w for w in server.stdout.readline().split() if w.startswith("https://"))
+        context = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(url, context=context)
+        asked = urllib.request.Request(f"{url}api/runs")
+        asked.add_header("Authorization", f"Bearer {TOKEN}")
+        with urllib.request.urlopen(asked, context=context) as answer:
+            assert [run["id"] for run in json.load(answer)] == ["run"]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("host: 0.0.0.0", "reachable from other machines"),
+        ("token_file: missing", "cannot be read"),
+        ("prot: 1", "unknown key prot"),
+    ],
+)
+def test_command_refuses_a_service_that_is_not_safe(path, tmp_path, text, said):
+    (tmp_path / "service.yaml").write_text(text)
+    arguments = ["dashboard", str(path.parent), "--service", str(tmp_path / "service.yaml")]
+    with pytest.raises(ConfigError, match=said):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_command_refuses_a_port_in_use(path):
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        arguments = ["dashboard", str(path.parent), "--port", str(used.getsockname()[1])]
+        with pytest.raises(ConfigError, match="cannot listen"):
+            CliRunner().invoke(app, arguments, catch_exceptions=False)
