@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from view_runs import write_run
 
-from rayhf.run_dir.files import iteration_name
+from rayhf.run_dir.names import iteration_name
 from tests.bench.results import put_section
 
 PROMPTS = 1250
