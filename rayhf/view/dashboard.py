@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import base64
 import hmac
+import json
 import os
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,6 +37,7 @@ from rayhf.view.overview import overview, timeline
 from rayhf.view.page import SCRIPTS, SERVER_POLICY, STYLE, dashboard_page, plotly, static
 from rayhf.view.run import Run, find_runs
 from rayhf.view.samples import (
+    Page,
     Query,
     list_examples,
     list_prompts,
@@ -95,9 +98,11 @@ def build_app(root: Path, *, token: str | None, hosts: frozenset[str] | None) ->
             asked = request.query_params.getlist("run")
             try:
                 value = await run_in_threadpool(answer, request.query_params, asked)
+            except KeyError as error:
+                return _json({"error": f"missing parameter {error}"}, 400)
             except (RayhfError, OSError, ValueError) as error:
-                return JSONResponse({"error": str(error)}, status_code=400)
-            return JSONResponse(value)
+                return _json({"error": str(error)}, 400)
+            return _json(value)
 
         return endpoint
 
@@ -121,24 +126,15 @@ def build_app(root: Path, *, token: str | None, hosts: frozenset[str] | None) ->
         Route("/api/timeline", api(lambda p, _: timeline(runs.get(p["run"])))),
         Route("/api/group", api(lambda p, _: _group(runs.get(p["run"]), p))),
         Route("/api/heldout", api(lambda p, _: _heldout(runs.get(p["run"]), p))),
-        Route("/api/{what:str}", _list_endpoint(runs)),
+        *(Route(f"/api/{what}", api(partial(_page, runs, each))) for what, each in _LISTS.items()),
     ]
     return _Guard(Starlette(routes=routes), token=token, hosts=hosts)
 
 
-def _list_endpoint(runs: Runs) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        listing = _LISTS.get(request.path_params["what"])
-        if listing is None:
-            return JSONResponse({"error": "not found"}, status_code=404)
-        try:
-            run = runs.get(request.query_params.get("run", ""))
-            page = await run_in_threadpool(listing, run, parse_query(request.query_params))
-        except (RayhfError, OSError, ValueError) as error:
-            return JSONResponse({"error": str(error)}, status_code=400)
-        return JSONResponse(page.as_json())
-
-    return endpoint
+def _json(value: object, status: int = 200) -> Response:
+    # In ASCII: a message of an event may contain text that is not valid Unicode.
+    text = json.dumps(value, allow_nan=False)
+    return Response(text, status_code=status, media_type="application/json")
 
 
 def parse_query(parameters: Mapping[str, str]) -> Query:
@@ -180,6 +176,12 @@ def _summaries(runs: Runs) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _page(
+    runs: Runs, listing: Callable[[Run, Query], Page], parameters: Mapping[str, str], _: list[str]
+) -> dict[str, Any]:
+    return listing(runs.get(parameters["run"]), parse_query(parameters)).as_json()
 
 
 def _group(run: Run, parameters: Mapping[str, str]) -> dict[str, Any]:

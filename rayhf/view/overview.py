@@ -21,10 +21,9 @@ _HIDDEN = ("run.dir",)
 
 def overview(runs: Sequence[Run]) -> dict[str, Any]:
     """Return what the page Overview shows of `runs`."""
-    return {
-        "runs": [run_overview(run) for run in runs],
-        "differences": config_differences(runs) if len(runs) > 1 else [],
-    }
+    views = [run_overview(run) for run in runs]
+    intact = [run for run, view in zip(runs, views, strict=True) if "error" not in view]
+    return {"runs": views, "differences": config_differences(intact)}
 
 
 def run_overview(run: Run) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class Report:
 def open_runs(paths: Sequence[Path]) -> list[Run]:
     """Return runs under names that tell them apart.
 
-    Raises ConfigError for what is not a run directory, and for the same one twice.
+    Raises ConfigError for what is not a run directory, and for the same one twice; CheckpointError
+    for one that is damaged.
     """
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
@@ -60,7 +61,10 @@ def open_runs(paths: Sequence[Path]) -> list[Run]:
         names = [f"{path.parent.name}/{path.name}" for path in resolved]
     if len(set(names)) < len(names):
         names = [str(path) for path in resolved]
-    return [Run(path, name) for path, name in zip(resolved, names, strict=True)]
+    runs = [Run(path, name) for path, name in zip(resolved, names, strict=True)]
+    for run in runs:
+        run.status()
+    return runs
 
 
 def write_report(paths: Sequence[Path], file: Path) -> Report:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,10 @@ class Run:
         if read_state(path) is None:
             raise ConfigError(f"{path} is not a run directory: there is no campaign.json in it")
 
-    @cached_property
+    @property
     def config(self) -> Mapping[str, Any]:
         """The resolved config, not validated: it may be of another version of rayhf."""
-        return read_config(self.path)
+        return _config(self.path, _stamp(self.path / "config.yaml"))
 
     @property
     def state(self) -> CampaignState:
@@ -135,6 +135,11 @@ class Run:
         """Return a string that changes when the pages about the run may."""
         files = ("campaign.json", "metrics.jsonl", "progress.json")
         return " ".join(_stamp(self.path / name) for name in files)
+
+
+@lru_cache(maxsize=100)
+def _config(run: Path, _changed: str) -> Mapping[str, Any]:
+    return read_config(run)
 
 
 def scorer_names(config: Mapping[str, Any]) -> list[str]:

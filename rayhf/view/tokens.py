@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,37 @@ class TokenTexts:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._tokenizer: Any = None
 
-    @cached_property
-    def _tokenizer(self) -> Any:
+    def _load(self) -> Any:
+        """Return the tokenizer; it may appear later, with the first checkpoint."""
         from tokenizers import Tokenizer
 
-        try:
-            return Tokenizer.from_file(str(self._file))
-        except Exception:  # noqa: BLE001  the library raises bare Exception for a missing file
-            return None
+        if self._tokenizer is None and self._file.is_file():
+            try:
+                self._tokenizer = Tokenizer.from_file(str(self._file))
+            except Exception:  # noqa: BLE001  the library raises bare Exception for a damaged file
+                return None
+        return self._tokenizer
 
     def pieces(self, ids: Sequence[int]) -> list[str] | None:
         """Return the text that each token adds; a character of several tokens is its last one's."""
         from tokenizers.decoders import DecodeStream
 
-        if self._tokenizer is None:
+        tokenizer = self._load()
+        if tokenizer is None:
             return None
         stream = DecodeStream(ids=[], skip_special_tokens=False)
-        size = self._tokenizer.get_vocab_size()
+        size = tokenizer.get_vocab_size()
         return [
-            stream.step(self._tokenizer, int(token)) or "" if token < size else f"[{token}]"
+            stream.step(tokenizer, int(token)) or "" if token < size else f"[{token}]"
             for token in ids
         ]
 
     def text(self, ids: Sequence[int]) -> str | None:
         """Return the text of a sequence, without special tokens."""
-        if self._tokenizer is None:
+        tokenizer = self._load()
+        if tokenizer is None:
             return None
-        decoded: str = self._tokenizer.decode([int(token) for token in ids])
+        decoded: str = tokenizer.decode([int(token) for token in ids])
         return decoded

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from view_runs import write_run
 
 from launch.cli import app
-from rayhf.errors import ConfigError
+from rayhf.errors import CheckpointError, ConfigError
 from rayhf.view import report
 from rayhf.view.dashboard import build_app
 from rayhf.view.groups import cycles, read_groups
@@ -350,6 +350,7 @@ def test_server_answers_what_the_pages_ask(client):
         ("overview?run=../../etc", "there is no run"),
         ("samples?run=other", "there is no run"),
         ("samples?run=run&first=x", "invalid literal"),
+        ("timeline", "missing parameter 'run'"),
         ("group?run=run&iteration=4&prompt=nothing", "has no prompt nothing"),
     ],
 )
@@ -375,6 +376,28 @@ def test_token_is_a_bearer_token_or_a_password(path):
     assert client.get("/", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
     for value in (f"Bearer {TOKEN}x", "Basic !", f"Digest {TOKEN}", "Basic w6Q6w6Q="):
         assert client.get("/api/runs", headers={"Authorization": value}).status_code == 401
+
+
+def test_damaged_run_is_named_and_the_others_are_shown(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name, iterations=1)
+    (tmp_path / "a/run/config.yaml").unlink()
+    client = TestClient(build_app(tmp_path, token=None, hosts=None))
+    first, second = client.get("/api/overview?run=a/run&run=b/run").json()["runs"]
+    assert "config.yaml is missing" in first["error"] and second["state"] == "done"
+    assert [row.get("state") for row in client.get("/api/runs").json()] == [None, "done"]
+    with pytest.raises(CheckpointError, match=r"config\.yaml is missing"):
+        write_report([tmp_path / "a/run"], tmp_path / "report.html")
+
+
+def test_event_that_is_not_valid_unicode_is_served(tmp_path):
+    path = write_run(tmp_path, iterations=1)
+    with (path / "logs/attempt-0001/events.jsonl").open("a") as file:
+        line = {"time": "2026-01-01T00:00:00+00:00", "epoch": 1, "kind": "warn"}
+        file.write(json.dumps({**line, "message": "\udcff"}) + "\n")
+    client = TestClient(build_app(tmp_path, token=None, hosts=None))
+    assert client.get("/api/timeline?run=run").json()["events"][-1]["message"] == "\udcff"
+    assert write_report([path], tmp_path / "report.html").shown == 4
 
 
 def test_reading_changes_no_file(path, client):

@@ -151,7 +151,7 @@ async function overviewPage(app) {
   if (differences.length) {
     page.append(h("h2", {}, "Config differences"), table([
       ["key", (row) => row.key, ""],
-      ...all.map((run, i) => [run.id, (row) => (row.values[i] === null ? h("span", { class: "quiet" }, "not set") : row.values[i]), "wide"]),
+      ...runs.map((run, i) => [run.id, (row) => (row.values[i] === null ? h("span", { class: "quiet" }, "not set") : row.values[i]), "wide"]),
     ], differences));
   }
   const changes = runs.flatMap((run) => run.change.map((row) => ({ ...row, run: run.id })));
