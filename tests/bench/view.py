@@ -50,8 +50,8 @@ def make_run(directory: Path, samples: int) -> Path:
         for number in range(2, iterations + 1):
             column = pa.array([number] * len(table), pa.int32())
             copied = table.set_column(0, "iteration", column)
-            file = run / folder / f"{iteration_name(number)}.parquet"
-            pq.write_table(copied, file, compression="zstd", use_dictionary=False)
+            target = run / folder / f"{iteration_name(number)}.parquet"
+            pq.write_table(copied, target, compression="zstd", use_dictionary=False)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     with (run / "metrics.jsonl").open("a") as file:
         for number in range(2, iterations + 1):

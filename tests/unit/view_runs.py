@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from campaigns import make_config
@@ -55,7 +56,7 @@ def write_run(
     samples: int = 4,
     words: int = 8,
     texts: Sequence[str] = (),
-    **sections: object,
+    **sections: Any,
 ) -> Path:
     """Write a finished run with trees, win rates, failed scores, labels and faults.
 
