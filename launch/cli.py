@@ -128,6 +128,12 @@ def submit(
         list[str] | None,
         typer.Option(metavar="NAME", help="Environment variable to pass to the job; repeatable."),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="Pack a file although it looks like a secret; repeatable."
+        ),
+    ] = None,
     entrypoint_cpus: Annotated[
         float | None,
         typer.Option(
@@ -150,6 +156,7 @@ def submit(
             cpus=entrypoint_cpus,
             supervised=supervised,
             follow=follow,
+            include=include or (),
             console=console,
         )
     )

@@ -5,7 +5,8 @@ Each can be pickled, says what it got, and has an exit code and a remedy.
 RayhfError                      1   base of the others, for `except` at the command line
 ├── ActorError                  1   an actor raised an error that rayhf does not expect
 ├── ConfigError                 2   a key, a file or a row of the user's input is refused before
-                                    anything starts
+│   │                               anything starts
+│   └── QuotaError              2   a limit on what is handed in is reached
 ├── PlacementError              2   the cluster does not have the resources that the config needs
 ├── LockedError                 4   another process is writing this run directory
 │   └── FencedError             4   a later attempt owns the run directory, or its lock file was
@@ -69,6 +70,13 @@ class ConfigError(RayhfError):
     exit_code = 2
     meaning = "a key, a file or a row of the input was refused before anything started"
     remedy = "correct what the message names"
+
+
+class QuotaError(ConfigError):
+    """A limit on what is handed in is reached; a service reports it as RESOURCE_EXHAUSTED."""
+
+    meaning = "a limit on what is handed in was reached; nothing was stored"
+    remedy = "hand in less, or later, as the message says"
 
 
 class PlacementError(RayhfError):

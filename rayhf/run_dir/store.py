@@ -118,7 +118,7 @@ class RunDir:
         run = config.run
         self.config_hash = config_hash(config)
         """Hash of everything that decides the weights; a journal under another one is dropped."""
-        self.inbox = Inbox(self.path, check=self.check_owner, warn=warn)
+        self.inbox = Inbox(self.path, check=self.check_owner)
         self._records = Records(self.path, check=self.check_owner, warn=warn)
         retention = Retention(last=run.keep_checkpoints, every=run.keep_every, best=run.keep_best)
         self.checkpoints = Checkpoints(
