@@ -13,7 +13,7 @@ from rayhf.control.status import Status, read_status
 from rayhf.errors import ConfigError
 from rayhf.run_dir.files import MANIFEST
 from rayhf.run_dir.identity import read_config
-from rayhf.run_dir.inbox import submitted_rows
+from rayhf.run_dir.inbox import RowFile
 from rayhf.run_dir.names import event_logs, numbered
 from rayhf.run_dir.progress import Event, parse_event
 from rayhf.run_dir.records import read_metrics
@@ -114,7 +114,7 @@ class Run:
     def labeled(self) -> dict[tuple[int, str, int], str]:
         """Return what people said of samples: (iteration, prompt, sample) -> verdict."""
         said = {}
-        for row in submitted_rows(self.path, "labels"):
+        for row in RowFile(self.path, "labels").read()[0]:
             try:
                 iteration, prompt, first, second = str(row["pair_id"]).split("/")
                 verdict = str(row["verdict"])

@@ -13,7 +13,7 @@ import numpy as np
 from campaigns import make_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from rayhf.run_dir.inbox import submit_rows
+from rayhf.run_dir.inbox import Submissions
 from rayhf.run_dir.state import CheckpointState
 from rayhf.run_dir.store import RunDir
 from rayhf.types import (
@@ -89,7 +89,7 @@ def write_run(
         store.close()
     _write_tokenizer(store.path / "policy")
     label = {"pair_id": f"{iterations}/prompt-{iterations}-0/0/1", "verdict": "second"}
-    submit_rows(store.path, "labels", [label], source="test")
+    Submissions(store.path, "labels").submit([label], source="test")
     return store.path
 
 
