@@ -15,6 +15,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
+from launch import project_cli
 from launch.cluster_auth import INSECURE, set_auth_mode
 from launch.sanitize import plain
 from rayhf import __version__
@@ -22,7 +23,6 @@ from rayhf.config.import_path import USER_FOLDER, import_path
 from rayhf.errors import ConfigError, RayhfError, StorageError, is_full_disk
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -462,6 +462,10 @@ def export(
     from launch.export import export
 
     export(run_dir, directory, console, adapter=adapter, push=push, private=private)
+
+
+app.command()(project_cli.init)
+app.command()(project_cli.config)
 
 
 def main() -> None:

@@ -224,7 +224,12 @@ def clean_line(text: str, limit: int = REASON_CHARS) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """Return type and last line of a foreign error, which is where it says what went wrong."""
+    """Return type and last line of an error, which is where it says what went wrong.
+
+    Errors of rayhf's own say so without their type.
+    """
+    if isinstance(error, RayhfError):
+        return clean_line(str(error))
     try:
         lines = [line for line in map(clean_line, str(error).splitlines()) if line]
     except Exception:  # noqa: BLE001 - foreign code raises in its __str__, too

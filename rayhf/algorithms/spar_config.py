@@ -70,7 +70,10 @@ def _one_turn(value: object) -> object:
     return ({"role": "user", "content": value},) if isinstance(value, str) else value
 
 
-Conversation = Annotated[tuple[TurnTemplate, ...], BeforeValidator(_one_turn)]
+Conversation = Annotated[
+    tuple[TurnTemplate, ...],
+    BeforeValidator(_one_turn, json_schema_input_type=str | tuple[TurnTemplate, ...]),
+]
 """A string is one user turn."""
 
 JUDGE_TEMPLATE = (TurnTemplate(role="user", content=JUDGE_REQUEST),)

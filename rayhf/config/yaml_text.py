@@ -98,3 +98,14 @@ def dump_yaml(value: Mapping[str, Any]) -> str:
     text = io.StringIO()
     yaml.dump(value, text)
     return text.getvalue()
+
+
+def dump_flow(value: object) -> str:
+    """Return a value as YAML text of one line, `{a: 1, b: [2, 3]}`, that `parse_yaml` reads."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = True
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
+    yaml.width = 10_000
+    text = io.StringIO()
+    yaml.dump(value, text)
+    return text.getvalue().removesuffix("...\n").strip()

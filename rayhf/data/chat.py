@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, clean_line
 from rayhf.types import Message
 
 if TYPE_CHECKING:
@@ -128,7 +128,12 @@ def render_texts(
     # A tokenizer may have a template of its own for tools.
     for has_tools, group in groupby(conversations, key=lambda one: bool(one[2])):
         own = list(group)
-        source = tokenizer.get_chat_template(None, [{}] if has_tools else None)
+        try:
+            source = tokenizer.get_chat_template(None, [{}] if has_tools else None)
+        except ValueError as error:  # a tokenizer without one
+            raise ConfigError(
+                f"{own[0][0]}: the chat template fails: {clean_line(str(error))}"
+            ) from None
         variables = [
             {
                 **names,

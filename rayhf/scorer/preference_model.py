@@ -29,7 +29,7 @@ import numpy as np
 
 from rayhf.config.scorers import PairwiseEntryConfig, ScorerKind
 from rayhf.data.chat import render_text, special_token_escaper, special_tokens
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, last_line
 from rayhf.models.hub import local_directory
 from rayhf.models.packing import pack_rows
 from rayhf.scorer.classifier import (
@@ -37,7 +37,6 @@ from rayhf.scorer.classifier import (
     ClassifierEntryConfig,
     check_classifier,
     load_classifier,
-    one_line,
     read_json,
 )
 from rayhf.scorer.comparisons import Matrix, Problem, has_verdict, mean_wins
@@ -132,7 +131,7 @@ class Reader:
         except UnicodeEncodeError as error:
             return Invalid(reason=f"the text cannot be encoded as UTF-8: {error.reason}")
         except ConfigError as error:
-            return Failed(reason=one_line(error))
+            return Failed(reason=last_line(error))
         row = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return row or Invalid(reason="the chat template returned an empty text")
 
