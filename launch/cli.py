@@ -410,11 +410,41 @@ def real(
 
 
 @app.command()
-def compare(run_dir: RunDirectory) -> None:
-    """Complete the held-out prompts before and after training, and show both side by side."""
-    from launch import compare
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="HTML file to write; default: RUN/report.html, or report.html for several runs.",
+        ),
+    ] = None,
+) -> None:
+    """Write one HTML file with curves, samples, pairs, trees and faults of one or more runs."""
+    from launch import pages
 
-    compare.compare(run_dir, console)
+    pages.report(runs, out, console)
+
+
+@app.command()
+def dashboard(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory; every run below it is shown.")
+    ],
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; default: any free one.")
+    ] = None,
+    service: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="YAML", help="File with host, port, tls and token_file, to serve elsewhere."
+        ),
+    ] = None,
+) -> None:
+    """Serve the pages of `rayhf report` live, for every run below a directory."""
+    from launch import pages
+
+    pages.dashboard(directory, port=port, service=service, console=console)
 
 
 @app.command()
