@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from launch.cluster_auth import INSECURE, set_auth_mode
+from launch.eval_cli import add_commands as add_eval_commands
 from launch.sanitize import plain
 from rayhf import __version__
 from rayhf.config.import_path import USER_FOLDER, import_path
@@ -332,7 +333,7 @@ def list_(
     kind: Annotated[
         str,
         typer.Argument(
-            help="algorithms, losses, scorers, sources, trackers, evaluations or metrics."
+            help="algorithms, losses, scorers, sources, trackers, evaluations, suites or metrics."
         ),
     ],
 ) -> None:
@@ -425,6 +426,9 @@ def export(
     from launch.export import export
 
     export(run_dir, directory, console, adapter=adapter, push=push, private=private)
+
+
+add_eval_commands(app)
 
 
 def main() -> None:

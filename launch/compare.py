@@ -8,7 +8,6 @@ models complete the same prompts with the same seeds, in a vLLM engine of this p
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -19,11 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.local_engine import generate_here
 from launch.models import pin_models
 from launch.sanitize import plain, print_plain
 from rayhf.config.load import load_config
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
+from rayhf.evaluation.statistics import Estimate, mean_estimate
 from rayhf.models.hub import local_directory
 from rayhf.planning.preflight import Prepared, prepare
 from rayhf.run_dir.files import write_atomic
@@ -45,7 +46,6 @@ SAMPLES = 2
 """Completions per held-out prompt and model."""
 _SHOWN = 6
 """Prompts on the console; the page has all."""
-_RESAMPLES = 10_000
 PAGE = "comparison.html"
 
 
@@ -84,9 +84,9 @@ def compare(run: Path, console: Console) -> None:
     before = _answer(prepared, local_directory(config.policy.model, base))
     after = _answer(prepared, policy)
     figures = {
-        "before": interval(before.scores),
-        "after": interval(after.scores),
-        "difference": interval(after.scores - before.scores),
+        "before": mean_estimate(before.scores.mean(1)),
+        "after": mean_estimate(after.scores.mean(1)),
+        "difference": mean_estimate((after.scores - before.scores).mean(1)),
     }
     _print(prompts, before, after, figures, console)
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -97,26 +97,17 @@ def compare(run: Path, console: Console) -> None:
 
 def _answer(prepared: Prepared, model: Path) -> Answers:
     """Complete and score the held-out prompts with one model."""
-    from rayhf.rollout.env import engine_env
-
     config = prepared.config
-    device = config.cluster.device
-    os.environ |= engine_env(device, config.rollout.threads)
-    from rayhf.rollout.engine import RolloutEngine
-
     prompts = prepared.data.heldout
-    engine = RolloutEngine(
+    completions = generate_here(
         model,
-        config.rollout,
+        _requests(config, prompts),
+        rollout=config.rollout,
         dtype=config.policy.dtype,
         max_length=prepared.max_length,
-        seed=config.seed,
-        device=device,
+        device=config.cluster.device,
+        stop_token_ids=tuple(prepared.stop_tokens),
     )
-    try:
-        completions = engine.generate(_requests(config, prompts), version=0)
-    finally:
-        engine.close()
     return Answers(
         texts=[[completion.text for completion in each] for each in completions],
         scores=_score(config, prompts, completions),
@@ -166,17 +157,9 @@ def _score(
     return np.asarray(values, dtype=np.float32).reshape(len(prompts), -1)
 
 
-def interval(scores: FloatArray) -> tuple[float, float, float]:
-    """Return the mean and a 95 % interval: bootstrap over prompts (Efron 1979), fixed seed."""
-    by_prompt = scores.mean(1)
-    draws = np.random.default_rng(0).integers(len(by_prompt), size=(_RESAMPLES, len(by_prompt)))
-    low, high = np.quantile(by_prompt[draws].mean(1), (0.025, 0.975))
-    return float(by_prompt.mean()), float(low), float(high)
-
-
 # ------------------------------------------------------------------------------------------ output
 
-Figures = Mapping[str, tuple[float, float, float]]
+Figures = Mapping[str, Estimate]
 
 
 def _print(
@@ -187,8 +170,8 @@ def _print(
     console: Console,
 ) -> None:
     table = Table("held-out score", "mean", "95 % interval", title=f"{len(prompts)} prompts")
-    for name, (mean, low, high) in figures.items():
-        table.add_row(name, f"{mean:.3f}", f"{low:.3f} to {high:.3f}")
+    for name, figure in figures.items():
+        table.add_row(name, f"{figure.value:.3f}", figure.interval)
     console.print(table)
     samples = Table("prompt", "before", "after", title="first samples", show_lines=True)
     for index in range(min(_SHOWN, len(prompts))):
@@ -221,10 +204,10 @@ def _page(
         x, y = zip(*points, strict=True) if points else ((), ())
         figure.add_trace(go.Scatter(x=x, y=y, name=name, visible=shown), row=1, col=1)
     names = ["before", "after"]
-    means = [figures[name][0] for name in names]
+    means = [figures[name].value for name in names]
     error = {
-        "array": [figures[name][2] - figures[name][0] for name in names],
-        "arrayminus": [figures[name][0] - figures[name][1] for name in names],
+        "array": [figures[name].high - figures[name].value for name in names],
+        "arrayminus": [figures[name].value - figures[name].low for name in names],
     }
     figure.add_trace(go.Bar(x=names, y=means, error_y=error, showlegend=False), row=1, col=2)
     rows = "".join(
