@@ -24,7 +24,7 @@ from rayhf.config.schema import PolicyConfig
 from rayhf.data.loading import PromptLoader
 from rayhf.data.template import check_vocabulary, policy_tokenizer
 from rayhf.errors import ConfigError
-from rayhf.evaluation.answers import answers_to, read_answers
+from rayhf.evaluation.answers import Answered, answers_to, read_answers
 from rayhf.evaluation.duels import given_completion
 from rayhf.evaluation.suites.base import Suite
 from rayhf.evaluation.suites.preferences import Preferences
@@ -118,17 +118,7 @@ def _baseline_answers(
     path = Path(config.baseline)
     if path.is_file():
         found = read_answers(path, key="baseline")
-        return {
-            each.name: [
-                tuple(given_completion(prompt, text, i) for i, text in enumerate(texts))
-                for prompt, texts in zip(
-                    each.prompts,
-                    answers_to(each.prompts, found, key="baseline"),
-                    strict=True,
-                )
-            ]
-            for each in loaded
-        }
+        return {each.name: _given_answers(each.prompts, found) for each in loaded}
     base = Path.cwd()
     policy = config.policy.model_copy(update={"model": find_target(config.baseline).model})
     policy, _ = pin_models(policy, base, console)
@@ -137,6 +127,18 @@ def _baseline_answers(
         config.model_copy(update={"policy": policy}), {e.name: e.suite for e in loaded}, base
     )
     return _generate(policy, config, own, length, base)
+
+
+def _given_answers(
+    prompts: Sequence[Prompt], found: Mapping[str, Answered]
+) -> list[tuple[Completion, ...]]:
+    """Return the answers of a file, as many of each prompt as there are of every prompt."""
+    texts = answers_to(prompts, found, key="baseline")
+    count = min(map(len, texts))
+    return [
+        tuple(given_completion(prompt, text, i) for i, text in enumerate(own[:count]))
+        for prompt, own in zip(prompts, texts, strict=True)
+    ]
 
 
 def _generate(

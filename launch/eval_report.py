@@ -52,13 +52,16 @@ def figures_of(
     answers = None
     if each.suite.votes:
         answers = [[each.suite.answer(text) for text in row] for row in texts]
-    sizes = [k for k in config.sizes if k <= len(texts[0])]
+    smallest = min(map(len, texts))
+    sizes = [k for k in config.sizes if k <= smallest]
     figures = {}
     for metric, scores_PN in scores.items():
         weights = np.array([each.suite.weight(metric, prompt) for prompt in each.prompts])
         votes = answers if metric == next(iter(scores)) else None
-        for suffix, values in prompt_figures(scores_PN, votes, sizes).items():
-            figures[f"{metric}/{suffix}" if suffix else metric] = (values, weights)
+        for name, values in prompt_figures(scores_PN, votes, sizes).items():
+            # A baseline may have another number of samples; its mean is of the same thing.
+            shown = f"mean@{config.completions}" if name == "mean" else name
+            figures[f"{metric}/{shown}" if config.completions > 1 else metric] = (values, weights)
     return figures
 
 
@@ -256,6 +259,7 @@ def _write(
                     "messages": messages,
                     "answer": prompt.reference_answer,
                     "completions": completions,
+                    "row": dict(prompt.row),
                 },
                 ensure_ascii=False,
             )

@@ -19,7 +19,7 @@ from rayhf.config.load import load_section
 from rayhf.config.scorers import ScorerEntries
 from rayhf.data.prompts import prompt_id
 from rayhf.errors import ConfigError
-from rayhf.evaluation.answers import read_answers
+from rayhf.evaluation.answers import Answered, read_answers
 from rayhf.evaluation.duels import Contest
 from rayhf.evaluation.win_rates import bradley_terry
 from rayhf.run_dir.files import write_atomic
@@ -83,17 +83,22 @@ def rank(files: Sequence[Path], judge: Path, out: Path | None, console: Console)
         print_plain(console, f"results: {out}")
 
 
-def _contests(answers: Sequence[dict[str, tuple[str, ...]]]) -> tuple[list[Contest], int]:
+def _contests(answers: Sequence[dict[str, Answered]]) -> tuple[list[Contest], int]:
     """Return one contest per common prompt and number of an answer, and the number of prompts."""
     common = [key for key in answers[0] if all(key in each for each in answers)]
     contests = []
     for key in common:
-        messages = tuple({"role": r, "content": c} for r, c in json.loads(key))
-        prompt = Prompt(prompt_id=prompt_id(messages, None), messages=messages, token_ids=())
-        texts = [each[key] for each in answers]
+        own = [each[key] for each in answers]
+        prompt = Prompt(
+            prompt_id=prompt_id(own[0].messages, None),
+            messages=own[0].messages,
+            token_ids=(),
+            reference_answer=next((each.answer for each in own if each.answer is not None), None),
+            row=next((each.row for each in own if each.row), {}),
+        )
+        texts = [each.texts for each in own]
         for number in range(min(map(len, texts))):
-            own = tuple(each[number] for each in texts)
-            contests.append(Contest(prompt=prompt, texts=own))
+            contests.append(Contest(prompt=prompt, texts=tuple(each[number] for each in texts)))
     return contests, len(common)
 
 

@@ -21,7 +21,7 @@ def prompt_figures(
         answers_PN: answers that vote for maj@k; None leaves it out.
         sizes: values of k.
 
-    mean@N is the mean over all N samples. pass@k and maj@k are there for N > 1 only, pass@k where
+    mean is the mean over all samples. pass@k and maj@k are there for N > 1 only, pass@k where
     all scores are 0 or 1.
     """
     samples = scores_PN.shape[1]
@@ -29,7 +29,7 @@ def prompt_figures(
     counts = known.sum(1)
     totals = np.where(known, scores_PN, 0.0).sum(1)
     means = np.divide(totals, counts, out=np.full(len(counts), np.nan), where=counts > 0)
-    figures = {f"mean@{samples}" if samples > 1 else "": means}
+    figures = {"mean": means}
     if samples == 1:
         return figures
     if np.isin(scores_PN[known], (0.0, 1.0)).all():

@@ -89,12 +89,12 @@ def test_figures_of_samples_leave_out_what_has_no_score():
     scores = np.array([[1, 0, 1, np.nan], [0, 0, 0, 0]])
     answers = [["7", "8", "7", "9"], ["1", "2", "3", "4"]]
     figures = prompt_figures(scores, answers, (1, 3, 4))
-    assert set(figures) == {"mean@4", "pass@1", "pass@3", "pass@4", "maj@1", "maj@3", "maj@4"}
-    assert figures["mean@4"].tolist() == pytest.approx([2 / 3, 0])
+    assert set(figures) == {"mean", "pass@1", "pass@3", "pass@4", "maj@1", "maj@3", "maj@4"}
+    assert figures["mean"].tolist() == pytest.approx([2 / 3, 0])
     assert figures["pass@3"].tolist() == [1, 0] and math.isnan(figures["pass@4"][0])
     assert figures["maj@3"][0] == 1
     graded = prompt_figures(np.array([[0.5, 1.0]]), None, (1, 2))
-    assert set(graded) == {"mean@2"}
+    assert set(graded) == {"mean"}
 
 
 # ---------------------------------------------------------------------------------------- win rates

@@ -134,7 +134,8 @@ def test_judge_that_fails_stops_the_evaluation(tmp_path):
 def test_files_of_other_programs_are_read(tmp_path):
     file = tmp_path / "outputs.json"
     file.write_text(json.dumps([{"instruction": "Hi", "output": "Hello", "generator": "gpt4"}]))
-    assert list(read_answers(file, key="baseline").values()) == [("Hello",)]
+    (answered,) = read_answers(file, key="baseline").values()
+    assert answered.texts == ("Hello",) and answered.answer is None
     file.write_text(json.dumps([{"instruction": "Hi", "text": "Hello"}]))
     with pytest.raises(ConfigError, match="expected `completions`"):
         read_answers(file, key="baseline")
