@@ -33,7 +33,7 @@ from rayhf.models.hub import local_directory
 from rayhf.models.source import read_model_config
 from rayhf.planning.preflight import policy_length
 from rayhf.scorer.build import check_entries, check_heldout
-from rayhf.types import Completion, GenerateRequest, Sampling, derive_seed
+from rayhf.types import Completion, GenerateRequest, Prompt, Sampling, derive_seed
 
 Answers = Mapping[str, Sequence[tuple[Completion, ...]]]
 """By suite, each prompt's completions."""
