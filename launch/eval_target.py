@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.export import checked_files
 from rayhf.config.load import load_config
 from rayhf.config.models import ModelName
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
 from rayhf.run_dir.checkpoints import read_checkpoint
-from rayhf.run_dir.files import iteration_name, iteration_of, seal
+from rayhf.run_dir.files import MANIFEST, iteration_name, iteration_of, seal
 from rayhf.run_dir.state import read_state
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Target:
 def find_target(text: str) -> Target:
     """Return the model that `text` names.
 
-    Raises ConfigError for a run without that iteration.
+    Raises ConfigError for a run without that iteration, CheckpointError for damaged files.
     """
     at = _AT_ITERATION.fullmatch(text)
     run = Path(at[1] if at else text)
@@ -72,6 +73,7 @@ def _latest(run: Path) -> Path:
         raise ConfigError(
             f"{run} has no exported policy yet; expected {policy} (written with every checkpoint)"
         )
+    checked_files(run)
     return policy
 
 
@@ -111,7 +113,7 @@ def _assemble(policy: Path, learner: Path, directory: Path) -> None:
     masters: dict[str, Tensor] = {}
     for file in sorted(learner.glob("weights-*.safetensors")):
         masters |= load_file(file)
-    shutil.copytree(policy, directory, ignore=shutil.ignore_patterns("adapter", _WEIGHTS))
+    shutil.copytree(policy, directory, ignore=shutil.ignore_patterns("adapter", MANIFEST, _WEIGHTS))
     unused = set(masters)
     for file in sorted(policy.glob(_WEIGHTS)):
         tensors = {}

@@ -1,6 +1,7 @@
 """`rayhf eval`: what the command line means, and what it refuses before anything starts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,18 +35,26 @@ def build(model="m", **given):
     return build_config(model, **given)[0]
 
 
+def write_policy(run, name):
+    """Export a policy of one weight."""
+    shutil.rmtree(run / "policy", ignore_errors=True)
+    temporary = run / ".policy"
+    temporary.mkdir()
+    weights = {name: torch.full((2,), 4.0, dtype=torch.bfloat16)}
+    save_file(weights, temporary / "model.safetensors")
+    (temporary / "config.json").write_text("{}")
+    seal(temporary, run / "policy", {})
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run directory with checkpoints of iterations 2 and 4, and a policy of one weight."""
     monkeypatch.chdir(tmp_path)
     directory = tmp_path / "run"
-    (directory / "policy").mkdir(parents=True)
+    directory.mkdir()
     (directory / "config.yaml").write_text(dump_config(load_config(CAMPAIGN)))
     write_state(directory, CampaignState.model_construct(iteration=4, models={}))
-    save_file(
-        {"w": torch.full((2,), 4.0, dtype=torch.bfloat16)}, directory / "policy/model.safetensors"
-    )
-    (directory / "policy/config.json").write_text("{}")
+    write_policy(directory, "w")
     for iteration in (2, 4):
         temporary = directory / f"temporary-{iteration}"
         (temporary / "learner").mkdir(parents=True)
@@ -79,7 +88,7 @@ def test_iterations_of_a_run(run):
 
 
 def test_checkpoint_in_another_form_is_refused(run):
-    save_file({"v": torch.ones(2)}, run / "policy/model.safetensors")
+    write_policy(run, "v")
     with pytest.raises(ConfigError, match="another form"):
         find_target(f"{run}@2")
 
