@@ -29,7 +29,7 @@ class WinRateConfig(EvaluationConfig):
     """Scorers that compare two answers: a pairwise judge or model, or scores, whose difference
     decides."""
     prompts: PromptSources | None = None
-    """Prompts, like prompts.heldout. Default: prompts.heldout."""
+    """Prompts, like prompts.heldout. Default: prompts.heldout, or else the training prompts."""
     against: Literal["initial"] | Path = "initial"
     """initial: the policy's own answers before training. Otherwise a file of answers to the same
     prompts (rayhf/evaluation/answers.py), for example of another model."""
