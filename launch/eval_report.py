@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from launch.eval_scores import compare_all, score_combined, score_each
@@ -61,7 +62,8 @@ def figures_of(
         for name, values in prompt_figures(scores_PN, votes, sizes).items():
             # A baseline may have another number of samples; its mean is of the same thing.
             shown = f"mean@{config.completions}" if name == "mean" else name
-            figures[f"{metric}/{shown}" if config.completions > 1 else metric] = (values, weights)
+            single = name == "mean" and config.completions == 1
+            figures[metric if single else f"{metric}/{shown}"] = (values, weights)
     return figures
 
 
@@ -81,9 +83,8 @@ def report(
     """Score, print and write one suite; return its results."""
     scores = _scores(config, each, own)
     figures = figures_of(config, each, scores, _texts(own))
-    table = Table(
-        title=plain(f"{each.name}: {len(each.prompts)} prompts x {len(own[0])} of {target.text}")
-    )
+    title = f"{each.name}: {len(each.prompts)} prompts x {len(own[0])} of {target.text}"
+    table = Table(title=escape(plain(title)))
     columns = ["figure", "value", "95 % interval"]
     columns += ["baseline", "difference", "95 % interval"] if baseline is not None else []
     for column in columns:
@@ -155,7 +156,9 @@ def _win_rates(
     values = [contest.prompt.row.get("difficulty") for contest in contests]
     difficulty = [float(v) for v in values if isinstance(v, int | float)]
     duels = duels_of(contests, wins, difficulty if len(difficulty) == len(values) else None)
-    table = Table("figure", "value", "95 % interval", title=plain(f"against {config.baseline}"))
+    table = Table(
+        "figure", "value", "95 % interval", title=escape(plain(f"against {config.baseline}"))
+    )
     results: dict[str, Any] = {
         "comparisons": len(duels.win_D),
         "without_verdict": len(contests) - len(duels.win_D),

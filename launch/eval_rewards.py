@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from launch.eval_scores import check_judge, compare_all
@@ -164,13 +165,13 @@ def _print(
     bins: Sequence[Bin],
     console: Console,
 ) -> None:
-    title = plain(f"{name}: {len(judged)} pairs, {target.text}")
+    title = escape(plain(f"{name}: {len(judged)} pairs, {target.text}"))
     table = Table("", "figure", "pairs", "value", "95 % interval", title=title)
     for group, own in figures.items():
         for index, (key, estimate) in enumerate(own.items()):
             table.add_row(
                 "" if index else group,
-                plain(key.replace("_", " ") if group != "category" else key),
+                escape(plain(key if group == "category" else key.replace("_", " "))),
                 str(estimate.count),
                 f"{estimate.value:.3f}",
                 estimate.interval,

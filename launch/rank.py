@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from launch.eval_scores import check_judge, compare_all
@@ -64,7 +65,7 @@ def rank(files: Sequence[Path], judge: Path, out: Path | None, console: Console)
     table.title = f"{prompts} prompts, {len(contests)} answers each"
     for each in ranked:
         strength = each.strength
-        cells = (plain(each.name), f"{each.rating:.0f}", f"{strength.value:+.3f}")
+        cells = (escape(plain(each.name)), f"{each.rating:.0f}", f"{strength.value:+.3f}")
         table.add_row(*cells, strength.interval)
     console.print(table)
     wins_MM = wins_PMM.sum(0)
@@ -109,8 +110,8 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 def _win_table(names: Sequence[str], wins_MM: np.ndarray[Any, Any]) -> Table:
     """Return how often each policy beat each other one: counts, where a tie is one half."""
-    table = Table("wins of \\ against", *(plain(name) for name in names))
+    table = Table("wins of \\ against", *(escape(plain(name)) for name in names))
     for i, name in enumerate(names):
         cells = ["" if i == j else f"{wins_MM[i, j]:g}" for j in range(len(names))]
-        table.add_row(plain(name), *cells)
+        table.add_row(escape(plain(name)), *cells)
     return table
