@@ -19,7 +19,8 @@ from rayhf.config.models import ModelName
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
 from rayhf.run_dir.checkpoints import read_checkpoint
-from rayhf.run_dir.files import MANIFEST, iteration_name, iteration_of, seal
+from rayhf.run_dir.files import MANIFEST, seal
+from rayhf.run_dir.names import iteration_name, numbered
 from rayhf.run_dir.state import read_state
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ def _latest(run: Path) -> Path:
 def _policy_at(run: Path, iteration: int) -> Path:
     """Return the model directory of an iteration's checkpoint, made where it does not exist."""
     state = read_state(run)
-    checkpoints = sorted((run / "checkpoints").glob("iteration-*"))
-    kept = [iteration_of(path) for path in checkpoints]
+    kept = numbered(run / "checkpoints", "iteration-")
     if state is not None and iteration == state.iteration and iteration == max(kept, default=-1):
         return _latest(run)
     if iteration not in kept:
@@ -92,7 +92,7 @@ def _policy_at(run: Path, iteration: int) -> Path:
         )
     made = run / "policies" / iteration_name(iteration)
     if not (made / "config.json").is_file():
-        checkpoint = read_checkpoint(run / "checkpoints" / iteration_name(iteration))
+        checkpoint = read_checkpoint(kept[iteration])
         made.parent.mkdir(exist_ok=True)
         temporary = made.with_name(f".{made.name}")
         shutil.rmtree(temporary, ignore_errors=True)

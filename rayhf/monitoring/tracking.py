@@ -30,7 +30,7 @@ from rayhf.config.schema import CampaignConfig
 from rayhf.config.trackers import TrackerConfig
 from rayhf.errors import ConfigError
 from rayhf.monitoring.observer import Observer
-from rayhf.run_dir.files import iteration_name
+from rayhf.run_dir.names import iteration_name
 from rayhf.types import JsonObject
 
 FINISH_S = 30.0
