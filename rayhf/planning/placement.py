@@ -265,6 +265,14 @@ def fits(bundle: Amounts, room: Mapping[str, float]) -> bool:
     return all(amount <= room.get(resource, 0.0) for resource, amount in bundle.items())
 
 
+def cores_per_gpu(nodes: Sequence[NodeResources]) -> int | None:
+    """Return the CPU cores that one GPU's actors may use on every node; None without any GPU."""
+    shares = [
+        node.total.get("CPU", 0.0) / node.total["GPU"] for node in nodes if node.total.get("GPU")
+    ]
+    return max(1, int(min(shares))) if shares else None
+
+
 def impossible(specs: Sequence[ActorSpec], nodes: Sequence[NodeResources]) -> str | None:
     """Return why these nodes can never hold the actors, even without other users.
 
