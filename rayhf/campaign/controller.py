@@ -23,6 +23,7 @@ from rayhf.algorithms.base import (
     policies_of,
     state_of,
 )
+from rayhf.campaign.blocking import in_thread
 from rayhf.campaign.data import CampaignData
 from rayhf.campaign.evaluator import Evaluator
 from rayhf.campaign.iteration import ExploredIteration, IterationExplorer
@@ -181,8 +182,12 @@ class Controller:
         directory = self.store.checkpoints.begin()
         await save_roles(directory, self.roles, self.algorithm)
         reason = alarms[0].message
-        self.store.commit_unhealthy(
-            directory, await self._state(), reason=reason, guards=[alarm.guard for alarm in alarms]
+        await in_thread(
+            self.store.commit_unhealthy,
+            directory,
+            await self._state(),
+            reason=reason,
+            guards=[alarm.guard for alarm in alarms],
         )
         raise PausedError(
             f"paused by guard {alarms[0].guard}: {reason}. "
@@ -298,7 +303,8 @@ class Controller:
         # Exported before the commit, so that a finished campaign always has its policy.
         await self._export()
         finished = iteration >= self.config.run.iterations
-        self.store.commit(
+        await in_thread(  # reads all files: minutes for a large model
+            self.store.commit,
             directory,
             await self._state(),
             campaign_state="done" if finished else "running",
@@ -312,11 +318,11 @@ class Controller:
             await learner.export(exported)
             for name, text in self.data.exported_files.items():
                 (exported / name).write_text(text, encoding="utf-8")
-            self.store.publish_policy(exported, policy)
+            await in_thread(self.store.publish_policy, exported, policy)
 
     async def _restore(self) -> None:
         """Continue from the newest verified checkpoint, or start where none was ever committed."""
-        checkpoint = self.store.latest()
+        checkpoint = await in_thread(self.store.latest)
         if checkpoint is None:
             self.store.rewind(-1)
             return
