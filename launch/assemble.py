@@ -2,7 +2,7 @@
 
 Synchronization: the placement group is reserved first, then all actors are created and built in
 parallel; until all are ready, an event every few seconds names those that are not. On shared GPUs
-the engines are built first and sleep before the learners load.
+the engines are built first, one policy's after the other's, and sleep before the learners load.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
@@ -174,7 +174,6 @@ class ActorSet:
         timeout_s = config.run.timeout_s
         policies = policies_of(self.prepared.algorithm)
         engines = {policy: group for policy in policies if (group := self._rollouts(policy))}
-        starts = [actor.start() for actor in self.actors]
         learners = {policy: self._learner(_role("learner", policy)) for policy in policies}
         pools = {
             policy: RolloutPool(
@@ -185,17 +184,18 @@ class ActorSet:
             )
             for policy, group in engines.items()
         }
+        starts = []
         if self.shares:
-            await _all(starts)
-            await asyncio.gather(*(pool.sleep() for pool in pools.values()))
-            starts = []
-        engines_count = len(self.actors)
+            await start_in_turn([(engines[policy], pool) for policy, pool in pools.items()])
+        else:
+            starts += [actor.start() for group in engines.values() for actor in group]
+        before = len(self.actors)
         section = config.scorer
         scorers = self._scorers("scorer", [section.train] * section.replicas)
         evaluator_scorers = config.evaluator_scorers
         evaluators = self._scorers("evaluator", list(evaluator_scorers.values()))
         references = self._references()
-        starts += [actor.start() for actor in self.actors[engines_count:]]
+        starts += [actor.start() for actor in self.actors[before:]]
         starts += [
             self._start_learner(group, self._start_of(policy)) for policy, group in learners.items()
         ]
@@ -414,6 +414,23 @@ class ActorSet:
 def _role(kind: str, policy: str) -> str:
     """Return the role of a policy's actors, for example `rollout` or `rollout refiner`."""
     return kind if policy == "policy" else f"{kind} {policy}"
+
+
+class Sleeps(Protocol):
+    async def sleep(self) -> None: ...
+
+
+async def start_in_turn(
+    policies: Sequence[tuple[Sequence[SupervisedActor], Sleeps]],
+) -> None:
+    """Start each policy's engines and put them to sleep, one policy after the other.
+
+    While an engine starts, vLLM measures the GPU's free memory, and assumes that no other process
+    changes it.
+    """
+    for engines, pool in policies:
+        await _all([engine.start() for engine in engines])
+        await pool.sleep()
 
 
 async def _all(starts: list[Coroutine[Any, Any, None]]) -> None:

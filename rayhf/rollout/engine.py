@@ -95,7 +95,8 @@ class RolloutEngine:
         sleep_mode: make `sleep` free GPU memory, for which vLLM allocates it differently.
         stop_token_ids: tokens that end a completion, besides those of the directory.
 
-    Raises ConfigError where vLLM refuses the model or the settings.
+    Raises ConfigError where vLLM refuses the model or the settings, GpuMemoryError where its GPU
+    has too little free memory.
     """
 
     def __init__(
