@@ -75,8 +75,9 @@ class RunConfig(Section):
     restarts: NonNegativeInt = 5
     """Maximum number of restarts of any one actor within an hour, and of the learners without a
     commit in between, before the run stops."""
-    start_timeout_s: PositiveFloat = 300
-    """Timeout for placing and starting all actors, in seconds."""
+    start_timeout_s: PositiveFloat = 1800
+    """Timeout for placing and starting all actors, in seconds: an engine loads and compiles the
+    model and captures CUDA graphs, which takes minutes for a large one."""
 
     @property
     def is_deterministic(self) -> bool:
