@@ -22,7 +22,7 @@ from ranks import (
 )
 
 from rayhf.config.schema import LoraConfig, ReferenceConfig
-from rayhf.errors import NumericalError
+from rayhf.errors import ConfigError, NumericalError
 from rayhf.losses.base import Totals
 from rayhf.types import Example, Row
 
@@ -47,6 +47,37 @@ def test_ranks_micro_batches_and_stages_do_not_matter(
         for actual, wanted in zip(run[0], expected[0], strict=True):
             assert actual == pytest.approx(wanted, rel=1e-5, abs=1e-6), name
         assert relative(run, expected) < 1e-5, (name, relative(run, expected))
+
+
+NOTHING_PERSISTS = {
+    "zero_stage": 3,
+    "deepspeed": {
+        "zero_optimization": {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": 1000,
+        }
+    },
+}
+"""Every parameter is gathered when it is used, as those of a large model are."""
+
+
+def persistent(keywords: dict[str, Any], model: Path, config: dict[str, Any]) -> int:
+    """Return the number of parameters that stay whole; refuse what DeepSpeed does not know."""
+    unknown = {"zero_optimization": {"stage3_prefetch_size": 1}}
+    with pytest.raises(ConfigError, match=r"zero_optimization.stage3_prefetch_size: DeepSpeed"):
+        start(keywords, model, zero_stage=3, deepspeed=unknown)
+    engine = start(keywords, model, **config)
+    return sum(parameter.ds_persist for parameter in engine.engine.module.parameters())
+
+
+def test_deepspeed_settings_reach_it_and_change_no_result(
+    one: Ranks, two: Ranks, tied_llama: Path
+) -> None:
+    assert two.call(persistent, tied_llama, NOTHING_PERSISTS) == [0, 0]
+    assert min(two.call(persistent, tied_llama, {"zero_stage": 3})) > 0
+    expected = one.call(train, tied_llama, 4096, "policy", {"zero_stage": 0})[0]
+    gathered = two.call(train, tied_llama, 100, "policy", NOTHING_PERSISTS)[0]
+    assert relative(gathered, expected) < 1e-5
 
 
 def overflowing_ranks(keywords: dict[str, Any], model: Path) -> list[dict[str, float]]:
