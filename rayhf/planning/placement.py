@@ -130,8 +130,6 @@ def _counts(
 def _check(config: CampaignConfig) -> None:
     cluster = config.cluster
     tensor_parallel = config.rollout.tensor_parallel
-    if cluster.device == "cpu" and tensor_parallel > 1:
-        raise ConfigError(f"rollout.tensor_parallel is {tensor_parallel} on cpu; expected 1")
     if cluster.placement == "colocate":
         if tensor_parallel > 1:
             raise ConfigError(

@@ -354,6 +354,11 @@ def _build(
         settings |= _cpu_settings(max_length)
     else:
         settings |= _gpu_settings(config, kv_cache_gib, sleep_mode=sleep_mode)
+    if config.tensor_parallel > 1:
+        # By default vLLM would detect Ray's placement group and request workers in a bundle that
+        # this actor fills.
+        settings["tensor_parallel_size"] = config.tensor_parallel
+        settings["distributed_executor_backend"] = "mp"
     try:
         return LLM(str(model), **settings)
     except (ValueError, AssertionError, torch.OutOfMemoryError) as error:
@@ -382,17 +387,11 @@ def _cpu_settings(max_length: int) -> dict[str, Any]:
 def _gpu_settings(
     config: RolloutConfig, kv_cache_gib: float | None, *, sleep_mode: bool
 ) -> dict[str, Any]:
-    settings: dict[str, Any] = {
+    return {
         # With a cache of a given size this decides nothing, but vLLM would still require this
         # fraction to be free at the start.
         "gpu_memory_utilization": config.memory_fraction
         if kv_cache_gib is None
         else _UNCHECKED_FRACTION,
-        "tensor_parallel_size": config.tensor_parallel,
         "enable_sleep_mode": sleep_mode,
     }
-    if config.tensor_parallel > 1:
-        # By default vLLM would detect Ray's placement group and request workers in a bundle that
-        # this actor fills.
-        settings["distributed_executor_backend"] = "mp"
-    return settings
