@@ -135,7 +135,8 @@ def _print_estimates(
 ) -> None:
     """Print memory, disk and pace.
 
-    Raises PlacementError for what does not fit a GPU or a node, ConfigError for what does not fit the disk.
+    Raises PlacementError for what does not fit a GPU or a node, ConfigError for what does not fit
+    the disk.
     """
     if not hardware and not plan.config_file.is_file():
         console.print(
