@@ -162,8 +162,8 @@ def _kl(history: History, config: GuardsConfig) -> Verdict:
         kl = history[-1][name]
         limit = getattr(limits, level) * kl / values[-1]
         return level, (
-            f"{name} is {kl:.4g} nats per response, above {limit:.4g} (guards.kl.{level}, for "
-            "this length): lower learner.lr, or raise algorithm.loss.beta or algorithm.kl.coef"
+            f"{name} is {kl:.4g} nats per response, above guards.kl.{level} = {limit:.4g} at this "
+            "length: lower learner.lr, or raise algorithm.loss.beta or algorithm.kl.coef"
         )
 
     return _worst(verdict(name) for name in sorted(names, reverse=True))
