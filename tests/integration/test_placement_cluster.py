@@ -126,6 +126,7 @@ def test_colocated_engines_and_ranks_share_a_gpu_each_on_a_local_cluster(
     cluster: Any,
 ) -> None:
     config = load_config(COLOCATED, ["rollout.engines=2", "learner.ranks=2"])
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     specs = [replace(one, cpus=0.25) for one in actor_specs(config, critic=False, reference=False)]
     group = PlacementGroup(specs, grouped=True)
     reserve(group, 0.0)  # as on a cluster that was started here
