@@ -318,17 +318,17 @@ class Controller:
             await learner.export(exported)
             for name, text in self.data.exported_files.items():
                 (exported / name).write_text(text, encoding="utf-8")
-            await in_thread(self.store.publish_policy, exported, policy)
+            await in_thread(self.store.publish_policy, exported, self.iteration, policy)
 
     async def _restore(self) -> None:
         """Continue from the newest verified checkpoint, or start where none was ever committed."""
         checkpoint = await in_thread(self.store.latest)
         if checkpoint is None:
-            self.store.rewind(-1)
+            self.store.rewind(None)
             return
         state = checkpoint.state
         check_data(state, self.data)
-        self.store.rewind(checkpoint.iteration)
+        self.store.rewind(checkpoint)
         self.iteration = state.iteration
         self.versions.update(state.versions)
         self.observer.phase(self.iteration, "restore")

@@ -37,16 +37,17 @@ class Step:
 
 
 STEPS = {
-    "tests": Step(gpu_steps.gpu_tests, 140),
+    "tests": Step(gpu_steps.gpu_tests, 130),
     "nccl": Step(gpu_steps.nccl, 30),
-    "pace": Step(gpu_steps.pace, 110),
+    "pace": Step(gpu_steps.pace, 90),
+    "packed": Step(gpu_steps.packed, 60),
     "head": Step(gpu_steps.head, 60),
     "attention": Step(gpu_steps.attention, 30),
     "offload": Step(gpu_steps.offload, 60),
     "sleep": Step(gpu_steps.sleep, 40),
     "release": Step(gpu_steps.release, 40),
     "release-expandable": Step(gpu_steps.release, 40, expandable=True),
-    "campaign": Step(gpu_steps.campaign, 110),
+    "campaign": Step(gpu_steps.campaign, 90),
 }
 
 

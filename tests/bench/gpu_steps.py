@@ -91,6 +91,16 @@ def pace() -> str:
     return report(JOB, checkpointing=(True,), devices=False)
 
 
+def packed() -> str:
+    """Time steps over padded rows, and over packed ones."""
+    lines = []
+    for packing in ("off", "rows"):
+        with learner(packing=packing) as (engine, job):
+            step(engine, job)  # compiles the mask
+            lines.append(f"packing {packing}: {step(engine, job):.2f} s per step")
+    return "\n".join(lines)
+
+
 def head() -> str:
     """Measure the head over 128,256 words under ZeRO-3, at temperature 1 and another one."""
     import torch
