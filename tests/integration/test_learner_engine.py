@@ -244,10 +244,11 @@ def sleep(
         # At stage 0 on CPU the weights are in a mapped file, which cannot be emptied.
         if config["zero_stage"]:
             assert not paused.model.lm_head.weight.untyped_storage().nbytes()
-        copies = [
-            b.untyped_storage() for _, _, blocks in paused._offloader._offloaded for b in blocks
-        ]
-        left = new_storages([*known, *copies])
+        blocks = [block for _, _, blocks in paused._offloader._offloaded for block in blocks]
+        # The sample of a weight sync's meter is in host memory, also on a GPU.
+        meter = paused.outgoing._meter
+        sampled = [*meter._initial.values(), *meter._sent.values()] if meter else []
+        left = new_storages([*known, *(t.untyped_storage() for t in [*blocks, *sampled])])
         shares.append(sum(storage.nbytes() for storage in left) / before)
         paused.wake()
     a = weights(straight)
