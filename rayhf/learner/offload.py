@@ -84,4 +84,5 @@ def block_sizes(nbytes: int) -> list[int]:
 def _parts(storage: torch.UntypedStorage, blocks: Sequence[Tensor]) -> list[Tensor]:
     """Return a storage's bytes, cut as the blocks hold them; the last part may be shorter."""
     flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    return list(flat.split([*map(len, blocks[:-1]), len(flat) - sum(map(len, blocks[:-1]))]))
+    sizes = [len(block) for block in blocks[:-1]]
+    return list(torch.split(flat, [*sizes, len(flat) - sum(sizes)]))
