@@ -2,7 +2,7 @@
 
     make test-gpu GPU_PYTHON=python           # or: python -m tests.bench.gpu [--record] [STEP ...]
 
-Starts from wheels alone (`pip install -e ".[gpu,dev]"`): models are random, nothing is downloaded.
+Needs the packages alone (`pip install -e ".[gpu,dev]"`): models are random, nothing is downloaded.
 Every step is a process with a time limit of its own; a step that fails or is too slow does not stop
 the others. The exit code is 1 where one did not work.
 
