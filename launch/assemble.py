@@ -299,6 +299,7 @@ class ActorSet:
                 device=config.cluster.device,
                 sleeps=self.shares,
                 stop_token_ids=tuple(self.prepared.stop_tokens),
+                scaled_logprobs=config.train_temperature != 1,
             )
 
         return self._create(role, RolloutActor, build, max_concurrency=100_000)

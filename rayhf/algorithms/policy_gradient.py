@@ -74,6 +74,7 @@ class KLConfig(Section):
 class PolicyGradientConfig(AlgorithmConfig):
     """Settings of the whole family."""
 
+    trains_at_sampling_temperature: ClassVar[bool] = True
     samples: PositiveInt = 1
     """Completions per prompt."""
     loss: Annotated[PolicyLossConfig, LOSSES.defaulting("clipped")] = ClippedSurrogateConfig()
@@ -93,7 +94,16 @@ class PolicyGradientConfig(AlgorithmConfig):
     importance: ImportanceConfig = ImportanceConfig()
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
-        """Refuse a length penalty that starts before the first token. Raises ConfigError."""
+        """Refuse a length penalty that starts before the first token, and truncated sampling at
+        another temperature than 1, of which engines give no log-probs. Raises ConfigError."""
+        rollout = campaign.rollout
+        if rollout.temperature != 1 and (rollout.top_p < 1 or rollout.top_k):
+            raise ConfigError(
+                f"rollout.top_p is {rollout.top_p:g} and rollout.top_k {rollout.top_k} with "
+                f"rollout.temperature {rollout.temperature:g}: the engines' log-probs would not be "
+                f"those of the policy that {self.type} trains; expected temperature 1, or top_p 1 "
+                "and top_k 0"
+            )
         if self.overlong_buffer > campaign.rollout.max_tokens:
             raise ConfigError(
                 f"algorithm.overlong_buffer is {self.overlong_buffer}; expected at most "

@@ -173,7 +173,7 @@ class Trainer:
     async def _annotate(self, iteration: int, examples: Sequence[Example]) -> list[Example]:
         """Add the token values that credit and loss read: ref_logp, value, old_logp."""
         rows = [row for example in examples for row in example.rows]
-        temperature = self.config.rollout.temperature
+        temperature = self.config.train_temperature
         schedule = self.algorithm.reference
         learner_is_reference = schedule is not None and schedule.is_learner
         several_steps = self._steps_per_iteration > 1
@@ -231,7 +231,7 @@ class Trainer:
             for example in examples:
                 parts[step_of[example.rows[0].prompt_id]].append(example)
             batches += [
-                Batch(examples=tuple(part), temperature=self.config.rollout.temperature)
+                Batch(examples=tuple(part), temperature=self.config.train_temperature)
                 for part in parts
                 if part
             ]

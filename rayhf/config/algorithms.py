@@ -6,7 +6,7 @@ The config of each algorithm is beside its code (rayhf/algorithms/*.py).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 class AlgorithmConfig(PluginConfig):
     """Settings of an algorithm; the defaults are those of its source."""
+
+    trains_at_sampling_temperature: ClassVar[bool] = False
+    """Whether log-probs are those of the policy at rollout.temperature, which an estimate of its
+    gradient or its KL from its own samples needs. False: those at temperature 1, which evaluations
+    sample from (as RLHFlow and SPPO's code)."""
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
         """Refuse settings of other sections that contradict these. Raises ConfigError."""
