@@ -22,6 +22,7 @@ import numpy as np
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import AlgorithmConfig, ReferenceSchedule
 from rayhf.config.models import ModelName
+from rayhf.config.schema import LearnerConfig
 from rayhf.data.chat import Chat
 from rayhf.data.examples import EncodedExample
 from rayhf.data.readers import Row as DataRow
@@ -198,6 +199,14 @@ class OtherPolicy:
     model: ModelName | None
     """Initial model; None: policy.model."""
     lr: float
+    warmup_steps: int = 0
+    """Optimizer steps over which the rate rises to `lr`. It then stays: how many steps the policy
+    takes depends on what the campaign generates."""
+
+    def learner_settings(self, learner: LearnerConfig) -> tuple[LearnerConfig, int]:
+        """Return the learner's settings with this schedule, and its length in optimizer steps."""
+        schedule = {"schedule": "constant", "warmup": 1.0 if self.warmup_steps else 0.0}
+        return learner.model_copy(update=schedule), max(self.warmup_steps, 1)
 
 
 @runtime_checkable

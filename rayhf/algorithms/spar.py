@@ -142,7 +142,8 @@ class SPaR(AlgorithmBase):
         """Return the refiner's settings. Raises KeyError for any other policy."""
         if name not in self.policies[1:]:
             raise KeyError(f"SPaR has no further policy {name!r}")
-        return OtherPolicy(model=self.config.refiner.model, lr=self.config.refiner.lr)
+        refiner = self.config.refiner
+        return OtherPolicy(model=refiner.model, lr=refiner.lr, warmup_steps=refiner.warmup_steps)
 
 
 def _fails(verdict: RefineVerdict) -> bool:

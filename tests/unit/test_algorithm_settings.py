@@ -23,6 +23,11 @@ def test_train_temperature(tmp_path, algorithm, expected):
     [
         ({"type": "grpo"}, {"rollout": {"temperature": 0.9, "top_p": 0.9}}, "top_p is 0.9 and"),
         ({"type": "ppo"}, {"rollout": {"temperature": 0.9, "top_k": 8}}, "rollout.top_k 8 with"),
+        (
+            {"type": "spar", "refiner": {"shared": True}},
+            {"learner": {"schedule": "linear"}},
+            "learner.schedule is linear: with algorithm.refiner.shared",
+        ),
         (HYPO, {"rollout": {"temperature": 0.9}}, "hypo estimates the policy's KL"),
         (HYPO, {"rollout": {"top_p": 0.9}}, "hypo estimates the policy's KL"),
     ],
