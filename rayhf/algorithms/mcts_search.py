@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import jinja2
 import jinja2.sandbox
@@ -152,7 +153,7 @@ class PromptSearch:
         """
         if node.terminal:
             assert node.step is not None
-            whole = join(steps, "stop" if node.step.end == "answer" else "length")
+            whole = self._whole(steps, "stop" if node.step.end == "answer" else "length")
             (node.outcome,) = await self.context.score([whole])
             return outcome_value(node.outcome, self.config.outcome)
         if not self.config.rollouts:
@@ -164,12 +165,19 @@ class PromptSearch:
         if missing > 0:
             rollouts += await self.context.sample(missing, prefix=written, sampling=sampling)
         outcomes = await self.context.score(
-            [join([*steps, rollout], rollout.finish_reason) for rollout in rollouts]
+            [self._whole([*steps, rollout], rollout.finish_reason) for rollout in rollouts]
         )
         self.rollouts[node.id] = list(zip(rollouts, outcomes, strict=True))
         optional = [outcome_value(outcome, self.config.outcome) for outcome in outcomes]
         values = [value for value in optional if value is not None]
         return math.fsum(values) / len(values) if values else None
+
+    def _whole(
+        self, steps: Sequence[Completion], finish_reason: Literal["stop", "length"]
+    ) -> Completion:
+        """Return consecutive parts of a completion as one, its text decoded from all tokens."""
+        whole = join(steps, finish_reason)
+        return replace(whole, text=self.context.decode(whole.token_ids))
 
     async def _confidence(self, steps: list[Completion]) -> float | None:
         """Return the weighted share of yes among the critic's verdicts.
@@ -201,7 +209,7 @@ class PromptSearch:
         ]
         variables = {
             "question": questions[-1] if questions else "",
-            "work": "".join(step.text for step in steps),
+            "work": self._whole(steps, "stop").text if steps else "",
         }
         if critic.gold_conditioned_critic:
             if self.prompt.reference_answer is None:

@@ -94,8 +94,10 @@ class PolicyGradientConfig(AlgorithmConfig):
     importance: ImportanceConfig = ImportanceConfig()
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
-        """Refuse a length penalty that starts before the first token, and truncated sampling at
-        another temperature than 1, of which engines give no log-probs. Raises ConfigError."""
+        """Refuse sampling whose log-probs are not known, and a length penalty from token 0 on.
+
+        Raises ConfigError.
+        """
         rollout = campaign.rollout
         if rollout.temperature != 1 and (rollout.top_p < 1 or rollout.top_k):
             raise ConfigError(
