@@ -163,6 +163,11 @@ METRICS: tuple[Metric, ...] = (
         "ppo, grpo, rloo, reinforce++",
         ("ppo/groups_uniform", "share", "prompts whose responses all have one score"),
         ("ppo/groups_dropped", "count", "prompts with too few scored responses"),
+        (
+            "ppo/reward_clipped",
+            "share",
+            "responses whose score (grpo, rloo: advantage) was beyond algorithm.reward_clip",
+        ),
         ("ppo/kl_coef", "", "coefficient of the KL penalty"),
     ),
     *_rows(
