@@ -176,7 +176,7 @@ class Trainer:
         temperature = self.config.train_temperature
         schedule = self.algorithm.reference
         learner_is_reference = schedule is not None and schedule.is_learner
-        several_steps = self._steps_per_iteration > 1
+        several_steps = self.steps_per_iteration > 1
         work: dict[str, Awaitable[list[FloatArray]]] = {}
         if self.roles.reference is not None:
             work["ref_logp"] = self.roles.reference.logprobs(rows, temperature=temperature)
@@ -201,7 +201,8 @@ class Trainer:
         return [replace(e, rows=tuple(next(annotated) for _ in e.rows)) for e in examples]
 
     @property
-    def _steps_per_iteration(self) -> int:
+    def steps_per_iteration(self) -> int:
+        """Planned optimizer steps of the policy per iteration."""
         learner = self.config.learner
         prompts = self.config.prompts.batch
         return learner.epochs * (prompts // (learner.prompts_per_step or prompts))
@@ -214,7 +215,7 @@ class Trainer:
         An iteration has the same number of steps whatever was dropped or mixed in: prompts that are
         not its own (earlier iterations, offline pairs) are spread over its steps.
         """
-        steps = self._steps_per_iteration // self.config.learner.epochs
+        steps = self.steps_per_iteration // self.config.learner.epochs
         order = list(dict.fromkeys([*prompt_ids, *(e.rows[0].prompt_id for e in examples)]))
         batches = []
         for epoch in range(self.config.learner.epochs):

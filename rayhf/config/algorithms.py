@@ -66,8 +66,11 @@ class InitialReference(Section):
         """Whether the reference is an average, which is kept in float32."""
         return False
 
-    def mix(self, iteration: int) -> float | None:
-        """Return the share of the new weights that the reference takes; None: it keeps its own."""
+    def mix(self, iteration: int, steps: int) -> float | None:
+        """Return the share of the new weights that the reference takes; None: it keeps its own.
+
+        `steps` are planned optimizer steps per iteration.
+        """
         return None
 
 
@@ -93,8 +96,11 @@ class PreviousReference(Section):
         """Whether the reference is an average, which is kept in float32."""
         return False
 
-    def mix(self, iteration: int) -> float | None:
-        """Return the share of the new weights that the reference takes; None: it keeps its own."""
+    def mix(self, iteration: int, steps: int) -> float | None:
+        """Return the share of the new weights that the reference takes; None: it keeps its own.
+
+        `steps` are planned optimizer steps per iteration.
+        """
         return None if iteration % self.every else 1.0
 
 
@@ -108,7 +114,9 @@ class EmaReference(Section):
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Share of the new weights (TR-DPO)."""
     every: PositiveInt = 512
-    """Iterations between updates (TR-DPO)."""
+    """Optimizer steps between updates (TR-DPO), as planned: learner.epochs * prompts.batch /
+    learner.prompts_per_step per iteration. An update is at the end of an iteration, at most one in
+    each."""
 
     @property
     def moves(self) -> bool:
@@ -125,9 +133,13 @@ class EmaReference(Section):
         """Whether the reference is an average, which is kept in float32."""
         return True
 
-    def mix(self, iteration: int) -> float | None:
-        """Return the share of the new weights that the reference takes; None: it keeps its own."""
-        return None if iteration % self.every else self.alpha
+    def mix(self, iteration: int, steps: int) -> float | None:
+        """Return the share of the new weights that the reference takes; None: it keeps its own.
+
+        `steps` are planned optimizer steps per iteration.
+        """
+        is_due = iteration * steps // self.every > (iteration - 1) * steps // self.every
+        return self.alpha if is_due else None
 
 
 ReferenceSchedule = Annotated[

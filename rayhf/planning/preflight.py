@@ -17,8 +17,10 @@ from rayhf.algorithms.base import (
     TrainsOnRows,
     TrainsSeveralPolicies,
     generates,
+    needs_frozen_reference,
 )
 from rayhf.campaign.data import CampaignData
+from rayhf.config.algorithms import EmaReference
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import ScorerConfig, names_of
@@ -120,7 +122,31 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     transport_of(config)
     _require_scorers(config, algorithm)
     _check_rounding(config)
-    return algorithm, derive(config, algorithm)
+    derived = derive(config, algorithm)
+    _check_reference(config, algorithm, derived)
+    return algorithm, derived
+
+
+def _check_reference(config: CampaignConfig, algorithm: Algorithm, derived: Derived) -> None:
+    """Refuse a reference that would never move, and one that is not used. Raises ConfigError."""
+    schedule = algorithm.reference
+    if isinstance(schedule, EmaReference) and schedule.every > derived.total_steps:
+        raise ConfigError(
+            f"algorithm.reference.every is {schedule.every} optimizer steps, and the campaign has "
+            f"{derived.total_steps}: the reference would never move; expected at most "
+            f"{derived.total_steps}"
+        )
+    if config.reference.model is not None and not needs_frozen_reference(algorithm):
+        reason = (
+            "has no reference"
+            if schedule is None
+            else "takes the policy before each iteration as its reference"
+        )
+        raise ConfigError(
+            f"reference.model is {config.reference.model.text}, but {config.algorithm.type} {reason}; "
+            "leave it out"
+            + ("" if schedule is None else ", or set algorithm.reference={type: initial}")
+        )
 
 
 def _require_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:

@@ -28,6 +28,17 @@ def test_train_temperature(tmp_path, algorithm, expected):
             {"learner": {"schedule": "linear"}},
             "learner.schedule is linear: with algorithm.refiner.shared",
         ),
+        (
+            {"type": "online_dpo", "reference": {"type": "ema"}},
+            {},
+            "every is 512 optimizer steps, and the campaign has 4",
+        ),
+        (
+            {"type": "iterative_dpo"},
+            {"reference": {"model": "m2"}},
+            "reference.model is m2, but iterative_dpo takes the policy before",
+        ),
+        ({"type": "grpo", "kl": {"coef": 0}}, {"reference": {"model": "m2"}}, "has no reference"),
         (HYPO, {"rollout": {"temperature": 0.9}}, "hypo estimates the policy's KL"),
         (HYPO, {"rollout": {"top_p": 0.9}}, "hypo estimates the policy's KL"),
     ],

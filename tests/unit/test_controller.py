@@ -15,7 +15,7 @@ from rayhf.errors import (
     WeightSyncError,
 )
 from rayhf.run_dir.store import RunDir
-from rayhf.types import Failed, Invalid
+from rayhf.types import Failed, Invalid, Scored
 
 
 def test_campaign_writes_the_documented_run_directory(tmp_path):
@@ -104,6 +104,38 @@ def test_reference_follows_its_schedule(tmp_path, schedule, expected):
         tmp_path, algorithm={"type": "online_dpo", "samples": 4, "reference": schedule}
     )
     assert run_campaign(config).reference.updates == expected
+
+
+def test_ema_reference_counts_optimizer_steps(tmp_path):
+    config = make_config(
+        tmp_path,
+        run={"iterations": 6},
+        algorithm={"type": "online_dpo", "samples": 4, "reference": {"type": "ema", "every": 5}},
+        learner={"prompts_per_step": 2},
+    )
+    # Two steps an iteration: steps 5 and 10 are in iterations 3 and 5.
+    assert run_campaign(config).reference.updates == [(3, 0.6), (5, 0.6)]
+
+
+def test_reference_refresh_is_not_lost_where_an_iteration_trains_nothing(tmp_path):
+    class TiesLater(FakeScorer):
+        """Scores differ under the first weights only: iterations 2, 3 and 4 are all ties."""
+
+        async def score(self, requests):
+            later = any(c.policy_version for r in requests for c in r.completions)
+            return await FakeScorer(Scored(value=0.0) if later else None).score(requests)
+
+    config = make_config(
+        tmp_path,
+        algorithm={
+            "type": "online_dpo",
+            "samples": 4,
+            "reference": {"type": "previous", "every": 2},
+        },
+    )
+    roles = run_campaign(config, scorer=TiesLater())
+    assert metrics_of(config)[-1]["policy/version"] == 1
+    assert roles.reference.updates == [(1, 1.0), (1, 1.0)]
 
 
 @pytest.mark.parametrize("outcome", [Failed(reason="ValueError: no"), Invalid(reason="NaN")])
