@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import AlgorithmConfig, ReferenceSchedule
@@ -315,13 +316,15 @@ async def sample_and_score(prompt: Prompt, context: ExplorationContext, n: int) 
 async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int) -> Group:
     """Draw n completions and compare each with every other; a score is a win rate against all.
 
-    Where the scorer could not compare them, every sample's outcome is the reason.
+    Equal completions tie, whatever the scorer says of them, and have one win rate. Where the scorer
+    could not compare them, every sample's outcome is the reason.
     """
     completions = await context.sample(n)
     comparison = await context.compare(completions)
     outcomes: list[Outcome]
     if isinstance(comparison, Compared):
-        rates = win_rates(comparison.win, include_self=True)
+        win = with_ties(comparison.win, [completion.token_ids for completion in completions])
+        rates = win_rates(win, include_self=True)
         missing = Invalid(reason="the scorer had no verdict on it")
         outcomes = [Scored(value=float(rate)) if np.isfinite(rate) else missing for rate in rates]
     else:
@@ -336,6 +339,29 @@ async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int
         compared=compared,
         metrics={"scorer/pointwise": float(pointwise)},
     )
+
+
+def with_ties(
+    win: npt.NDArray[np.float64], completions: Sequence[Sequence[int]]
+) -> npt.NDArray[np.float64]:
+    """Return the win matrix in which equal completions tie and win alike: (K, K) -> (K, K).
+
+    An entry becomes the mean over the known entries of all copies of its two completions.
+    """
+    keys = [tuple(token_ids) for token_ids in completions]
+    copies: dict[tuple[int, ...], list[int]] = {}
+    for index, key in enumerate(keys):
+        copies.setdefault(key, []).append(index)
+    if len(copies) == len(keys):
+        return win
+    out = np.array(win, dtype=np.float64)
+    for first, rows in copies.items():
+        for second, columns in copies.items():
+            block = win[np.ix_(rows, columns)]
+            known = block[np.isfinite(block)]
+            tied = 0.5 if first == second else known.mean() if known.size else np.nan
+            out[np.ix_(rows, columns)] = tied
+    return out
 
 
 def scored(group: Group) -> list[tuple[int, Sample, float]]:

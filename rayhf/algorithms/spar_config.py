@@ -25,6 +25,7 @@ from rayhf.config.algorithms import (
     AlgorithmConfig,
     PreviousReference,
     ReferenceSchedule,
+    refuse_staleness,
     refuse_thinking,
 )
 from rayhf.config.base import Section
@@ -201,7 +202,13 @@ class SPaRConfig(RefineSettings, AlgorithmConfig):
         return value
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
-        """Refuse a thinking model, and a schedule whose length is not known. Raises ConfigError."""
+        """Refuse a thinking model, samples of earlier weights, and a schedule of unknown length.
+
+        Raises ConfigError.
+        """
+        refuse_staleness(
+            campaign, "has no importance weights: its chosen answers are the refiner's"
+        )
         refuse_thinking(campaign, "a refined answer has no thinking of its own to train on")
         schedule = campaign.learner.schedule
         if self.refiner.shared and schedule != "constant":

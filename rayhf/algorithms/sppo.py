@@ -23,7 +23,13 @@ from rayhf.algorithms.base import (
     tie_share,
 )
 from rayhf.algorithms.context import ExplorationContext
-from rayhf.config.algorithms import AlgorithmConfig, PreviousReference, ReferenceSchedule
+from rayhf.config.algorithms import (
+    AlgorithmConfig,
+    PreviousReference,
+    ReferenceSchedule,
+    refuse_staleness,
+)
+from rayhf.config.schema import CampaignConfig
 from rayhf.losses.base import Loss
 from rayhf.losses.selfplay import SPPOLoss
 from rayhf.types import Example, Group, Prompt, make_row
@@ -48,6 +54,10 @@ class SPPOConfig(AlgorithmConfig):
     are dropped and counted."""
     reference: ReferenceSchedule = PreviousReference()
     """Schedule of the reference."""
+
+    def check_campaign(self, campaign: CampaignConfig) -> None:
+        """Refuse samples of earlier weights. Raises ConfigError."""
+        refuse_staleness(campaign, "regresses onto win rates against the current policy's samples")
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:

@@ -22,6 +22,7 @@ from rayhf.algorithms.base import (
     TrainsSeveralPolicies,
     trained_policy,
 )
+from rayhf.campaign.drift import drift_kl, initial_rows
 from rayhf.config.schema import CampaignConfig
 from rayhf.control.labels import labeled_examples
 from rayhf.losses.value import explained_variance
@@ -63,6 +64,8 @@ class Trainer:
         self.observer = observer
         self.sampling = sampling
         self._timed = timed
+        self._initial_rows: list[Row] | None = None
+        """Rows of the first iteration, once they were read."""
 
     async def select(
         self, iteration: int, groups: Sequence[Group], metrics: dict[str, float]
@@ -127,7 +130,23 @@ class Trainer:
                 steps.append(await self._step(batch, trains))
         metrics |= over_steps(steps)
         metrics["learner/steps"] = len(steps)
+        metrics |= await self._drift()
         return trains
+
+    async def _drift(self) -> dict[str, float]:
+        """Return the policy's distance from the initial one; nothing where the reference is that."""
+        schedule = self.algorithm.reference
+        if schedule is None or not schedule.moves:
+            return {}
+        if self._initial_rows is None:
+            self._initial_rows = initial_rows(self.store.read_examples(1))
+        rows = self._initial_rows
+        if not rows:
+            return {}
+        async with self._timed("reference"):
+            temperature = self.config.train_temperature
+            logp = await self.roles.learners["policy"].outputs(rows, temperature=temperature)
+        return {"policy/drift_kl": drift_kl(rows, logp)}
 
     async def _learn_other(
         self, iteration: int, objective: str, examples: Sequence[Example], metrics: dict[str, float]

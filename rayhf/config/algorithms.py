@@ -46,6 +46,15 @@ def refuse_thinking(campaign: CampaignConfig, reason: str) -> None:
         )
 
 
+def refuse_staleness(campaign: CampaignConfig, reason: str) -> None:
+    """Raise ConfigError for a campaign that trains on samples of earlier weights."""
+    if campaign.run.max_staleness:
+        raise ConfigError(
+            f"run.max_staleness is {campaign.run.max_staleness}, but {campaign.algorithm.type} "
+            f"{reason}; expected 0"
+        )
+
+
 class InitialReference(Section):
     """Reference fixed at the campaign's initial policy."""
 

@@ -38,7 +38,7 @@ class _Rising(Section):
 
 
 class KLGuard(_Rising):
-    """reference/kl and eval/<task>/reference_kl: KL(policy || reference), in nats per response.
+    """|reference/kl| and eval/<task>/reference_kl: KL(policy || reference), in nats per response.
 
     Not per token. The thresholds are 2 and 5 times a target of 20 nats, which is ours: the tiny
     presets' runs stay below 6 in evaluations and below 13 in single iterations. For completions of
@@ -47,6 +47,16 @@ class KLGuard(_Rising):
 
     warn: PositiveFloat | None = 40.0
     pause: PositiveFloat | None = 100.0
+
+
+class DriftGuard(_Rising):
+    """policy/drift_kl: KL(initial policy || policy) where the reference moves, in nats per response.
+
+    Ours, and not calibrated: therefore it does not pause by default.
+    """
+
+    warn: PositiveFloat | None = 100.0
+    pause: PositiveFloat | None = None
 
 
 class EntropyGuard(Section):
@@ -157,6 +167,7 @@ class GuardsConfig(Section):
     """Monitored metrics; `rayhf unpause` continues after a pause, and nothing is lost."""
 
     kl: KLGuard = KLGuard()
+    drift: DriftGuard = DriftGuard()
     entropy: EntropyGuard = EntropyGuard()
     truncated: TruncatedGuard = TruncatedGuard()
     length: LengthGuard = LengthGuard()

@@ -46,6 +46,12 @@ METRICS: tuple[Metric, ...] = (
         ("time/evaluate_s", "s", "evaluations"),
         ("learner/steps", "steps", "optimizer steps of the iteration"),
         (
+            "policy/drift_kl",
+            "nats/response",
+            "KL(initial policy || policy), never negative, on samples of the first iteration; where "
+            "the reference moves",
+        ),
+        (
             "selection/no_signal",
             "share",
             "groups or pairs that teach nothing: all their completions score alike",
@@ -146,6 +152,11 @@ METRICS: tuple[Metric, ...] = (
         ),
         ("rollout/mismatch_abs_max", "nats", "largest gap of one token's log-probs"),
         ("reference/kl", "nats/response", "KL(policy || reference) of the trained responses"),
+        (
+            "reference/kl_k3",
+            "nats/response",
+            "the same by the estimator k3, never negative; single rare tokens can dominate it",
+        ),
         ("policy/entropy", "nats/token", "entropy of the next-token distribution"),
     ),
     *_rows(

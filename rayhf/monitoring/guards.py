@@ -67,6 +67,7 @@ def check_guards(
         "reward_gap": _reward_gap(history, config.reward_gap),
         "mismatch": _mismatch(history, config),
         "no_signal": _no_signal(history, config),
+        "drift": _drift(history, config),
     }
     advice = {"warn": "", "pause": ", or accept it with `rayhf unpause RUN`"}
     return [
@@ -142,17 +143,35 @@ def _kl(history: History, config: GuardsConfig) -> Verdict:
         if n == "reference/kl" or (n.startswith("eval/") and n.endswith("/reference_kl"))
     ]
 
+    def size(name: str) -> Callable[[Line], float | None]:
+        # Over responses that the policy did not sample itself the estimate may be negative: a large
+        # negative one says as much as a positive one that policy and reference are far apart.
+        return lambda line: None if (value := _value(line, name)) is None else abs(value)
+
     def verdict(name: str) -> Verdict:
-        values = _last(history, _reader(name), FEW)
+        values = _last(history, size(name), FEW)
         level = _level(values, limits.warn, limits.pause)
         return level and (
             level,
-            f"{name} is {values[-1]:.4g} nats per response, "
-            f"above guards.kl.{level} = {getattr(limits, level):g}: "
+            f"{name} is {history[-1][name]:.4g} nats per response, "
+            f"beyond guards.kl.{level} = {getattr(limits, level):g}: "
             "lower learner.lr, or raise algorithm.loss.beta or algorithm.kl.coef",
         )
 
     return _worst(verdict(name) for name in sorted(names, reverse=True))
+
+
+def _drift(history: History, config: GuardsConfig) -> Verdict:
+    limits = config.drift
+    values = _last(history, _reader("policy/drift_kl"), FEW)
+    level = _level(values, limits.warn, limits.pause)
+    return level and (
+        level,
+        f"policy/drift_kl is {values[-1]:.4g} nats per response, above "
+        f"guards.drift.{level} = {getattr(limits, level):g}: the policy is far from the one that "
+        "the campaign started with; look at the samples, and lower learner.lr, raise "
+        "algorithm.loss.beta, or refresh the reference less often",
+    )
 
 
 def _entropy(history: History, limits: EntropyGuard) -> Verdict:

@@ -138,14 +138,14 @@ def _check_reference(config: CampaignConfig, algorithm: Algorithm, derived: Deri
         )
     if config.reference.model is not None and not needs_frozen_reference(algorithm):
         reason = (
-            "has no reference"
+            "has no reference; leave it out"
             if schedule is None
-            else "takes the policy before each iteration as its reference"
+            else "takes the policy before each iteration as its reference; leave it out, or set "
+            "algorithm.reference={type: initial}"
         )
         raise ConfigError(
-            f"reference.model is {config.reference.model.text}, but {config.algorithm.type} {reason}; "
-            "leave it out"
-            + ("" if schedule is None else ", or set algorithm.reference={type: initial}")
+            f"reference.model is {config.reference.model.text}, but {config.algorithm.type} "
+            + reason
         )
 
 
