@@ -1,7 +1,7 @@
 """Distance of the policy from the one that the campaign started with, where the reference moves.
 
 In: responses of the campaign's first iteration, which the initial policy sampled, with its
-log-probs. Out: an estimate of KL(initial policy || policy). No copy of the initial policy is needed.
+log-probs. Out: an estimate of KL(initial policy || policy). It needs no copy of that policy.
 """
 
 from __future__ import annotations

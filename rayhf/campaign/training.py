@@ -29,7 +29,7 @@ from rayhf.losses.value import explained_variance
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Roles
 from rayhf.run_dir.store import RunDir
-from rayhf.types import Batch, Example, FloatArray, Group, Sampling, derive_seed
+from rayhf.types import Batch, Example, FloatArray, Group, Row, Sampling, derive_seed
 
 Timed = Callable[[str], AbstractAsyncContextManager[None]]
 
@@ -134,7 +134,7 @@ class Trainer:
         return trains
 
     async def _drift(self) -> dict[str, float]:
-        """Return the policy's distance from the initial one; nothing where the reference is that."""
+        """Return the distance from the initial policy; nothing where that is the reference."""
         schedule = self.algorithm.reference
         if schedule is None or not schedule.moves:
             return {}

@@ -50,7 +50,7 @@ class KLGuard(_Rising):
 
 
 class DriftGuard(_Rising):
-    """policy/drift_kl: KL(initial policy || policy) where the reference moves, in nats per response.
+    """policy/drift_kl: KL(initial policy || policy), in nats per response; for moving references.
 
     Ours, and not calibrated: therefore it does not pause by default.
     """

@@ -48,8 +48,8 @@ METRICS: tuple[Metric, ...] = (
         (
             "policy/drift_kl",
             "nats/response",
-            "KL(initial policy || policy), never negative, on samples of the first iteration; where "
-            "the reference moves",
+            "KL(initial policy || policy), never negative, on samples of the first iteration; "
+            "where the reference moves",
         ),
         (
             "selection/no_signal",
