@@ -233,6 +233,18 @@ class TrainsSeveralPolicies(Protocol):
 
 
 @runtime_checkable
+class RendersConversations(Protocol):
+    """Renders conversations and answers of its own, which not every chat template can."""
+
+    def check_chat(self, chat: Chat, prompt: Prompt) -> None:
+        """Render an example of each for `prompt`, before anything starts.
+
+        Raises ConfigError.
+        """
+        ...
+
+
+@runtime_checkable
 class WorksAtTestTime(Protocol):
     """Improves held-out completions, which are then scored as eval/<task>/refined."""
 

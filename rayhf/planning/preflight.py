@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rayhf.algorithms.base import (
     Algorithm,
+    RendersConversations,
     TakesOfflinePairs,
     TrainsOnRows,
     TrainsSeveralPolicies,
@@ -251,6 +252,8 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         batch=config.prompts.batch, iterations=config.run.iterations, key="prompts.train"
     )
     config.algorithm.check_prompts(config, len(prompts.prompts))
+    if isinstance(algorithm, RendersConversations):
+        algorithm.check_chat(chat, prompts.prompts[0])
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
         loaded = loader.load(config.prompts.heldout, key="prompts.heldout", scorers=named)

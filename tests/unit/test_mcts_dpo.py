@@ -102,7 +102,7 @@ class ToyChat:
     def text(self, token_ids):
         return text_of(token_ids)
 
-    def encode_response(self, messages, text):
+    def encode_generated(self, messages, text):
         return (*(NEWLINE if c == "\n" else 10 + int(c) for c in text), END)
 
 
