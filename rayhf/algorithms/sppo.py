@@ -52,6 +52,10 @@ class SPPOConfig(AlgorithmConfig):
     min_margin: NonNegativeFloat = 0.0
     """Difference between a prompt's best and worst win probability up to which it is a tie; ties
     are dropped and counted."""
+    pull: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the log-ratio to the initial policy that an iteration takes back. A step of 0 (the
+    paper) lets an answer die out, which is then never sampled again: above 0 the last policy stays
+    near a Nash policy with a pull. Expects reference: {type: initial}."""
     reference: ReferenceSchedule = PreviousReference()
     """Schedule of the reference."""
 
@@ -61,6 +65,11 @@ class SPPOConfig(AlgorithmConfig):
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:
+        if self.pull and self.reference.type != "initial":
+            raise ValueError(
+                f"pull {self.pull:g} is toward the initial policy, and the reference is "
+                f"{self.reference.type}; expected reference: {{type: initial}}"
+            )
         if self.train_on == "all" and self.target != "soft":
             raise ValueError(
                 f"target {self.target} is about a best and a worst completion; "
@@ -78,7 +87,8 @@ class SPPO(AlgorithmBase):
         self.config = config
         self.samples = config.samples
         self.reference: ReferenceSchedule | None = config.reference
-        self._loss = SPPOLoss(eta=config.eta)
+        self.needs_old_logp = config.pull > 0
+        self._loss = SPPOLoss(eta=config.eta, pull=config.pull)
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
         """Draw `samples` completions and compare each with every other."""

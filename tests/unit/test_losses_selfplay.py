@@ -57,6 +57,18 @@ def run(loss, examples, logps, *, totals=None):
     return result, [g[0].item() if len(g) else 0.0 for g in output.grad.split(sizes)]
 
 
+def test_sppo_with_a_pull_has_the_mirror_descent_step_as_its_minimizer():
+    eta, pull, old, ref, target = 3.0, 0.25, -1.2, -4.0, 0.3
+    step = old + eta * target - pull * (old - ref)
+    loss = SPPOLoss(eta=eta, pull=pull)
+    examples = [Example(rows=(row([step], ref=[ref], old=[old], target=target),))]
+    result, gradients = run(loss, examples, [[step]])
+    assert gradients == pytest.approx([0.0], abs=1e-6)
+    assert result.loss.item() == pytest.approx(0.0, abs=1e-6)
+    _, gradients = run(loss, examples, [[step + 0.5]])
+    assert gradients == pytest.approx([0.5 / eta * 1.0], rel=1e-5)
+
+
 def test_sppo_equals_the_papers_regression_up_to_scale():
     eta, ratio, target = 1000.0, 3.25, 0.2
     paper = (ratio - eta * target) ** 2
