@@ -2,9 +2,9 @@
 
 Notation: lp = sum of log-probs over a response, d = lp - lp of the reference, D = d_chosen -
 d_rejected, u = beta * D, S = sigmoid. Everything is on sequence SUMS; only simpo, orpo, ipo with
-log_ratios mean, and the NLL term divide by the response's length. All losses and gradients are finite for log-ratios of +-500;
-those that are unbounded by definition grow at most quadratically (ipo, sppo_hard) or linearly (the
-others), robust also downwards.
+log_ratios mean, and the NLL term divide by the response's length. All losses and gradients are
+finite for log-ratios of +-500; those that are unbounded by definition grow at most quadratically
+(ipo, sppo_hard) or linearly (the others), robust also downwards.
 
 The table LOSSES in rayhf/config/registry.py gives each class its name in `algorithm.loss`.
 """

@@ -63,7 +63,7 @@ def test_truncated_sampling_is_accepted_where_log_probs_are_raw(tmp_path, algori
 
 
 def test_a_pull_is_toward_the_initial_policy(tmp_path):
-    with pytest.raises(ConfigError, match="pull 0.1 is toward the initial policy"):
+    with pytest.raises(ConfigError, match=r"pull 0\.1 is toward the initial policy"):
         make_config(tmp_path, algorithm={"type": "sppo", "pull": 0.1})
     settings = {"type": "sppo", "pull": 0.1, "reference": {"type": "initial"}}
     algorithm, _ = check_settings(make_config(tmp_path, algorithm=settings))
