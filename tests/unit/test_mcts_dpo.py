@@ -119,7 +119,7 @@ def prompts(n=1, answer="123"):
 
 
 def config_of(**more):
-    base = {"iterations": 12, "depth": 3, "width": (6, 5), "step_tokens": 8}
+    base = {"iterations": 12, "depth": 3, "width": (6, 5), "step_tokens": 8, "expansion": "leaf"}
     return MCTSDPOConfig(**{**base, **more})
 
 
@@ -578,6 +578,7 @@ def test_defaults_are_those_of_the_paper():
     config = MCTSDPOConfig()
     expected = {
         "iterations": 5,
+        "expansion": "path",
         "depth": 4,
         "width": (4, 2),
         "exploration": 1.0,
