@@ -24,11 +24,12 @@ from actors.process import ReportsProcess
 from actors.remote import wait, wait_all
 from actors.supervise import SupervisedActor
 from rayhf.config.models import ModelName
-from rayhf.config.schema import LearnerConfig
+from rayhf.config.schema import LearnerConfig, Packing
 from rayhf.errors import ActorLostError
-from rayhf.learner.packing import padding_fraction, plan_micro_batches
+from rayhf.learner.packing import plan_micro_batches
 from rayhf.losses.base import Loss, Totals
 from rayhf.models.hub import local_directory, obtain
+from rayhf.models.packing import distinct_tokens
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.types import (
     Batch,
@@ -83,8 +84,11 @@ class LearnerActor(ReportsProcess):
         *,
         epoch_guard: EpochGuard | None = None,
         **settings: Any,
-    ) -> None:
-        """Build the engine; `epoch_guard` checks each write into a run directory."""
+    ) -> Packing:
+        """Build the engine and return how it feeds rows.
+
+        `epoch_guard` checks each write into a run directory.
+        """
         from rayhf.learner.engine import LearnerEngine
         from rayhf.learner.weight_sender import IpcSender
 
@@ -92,6 +96,7 @@ class LearnerActor(ReportsProcess):
         self._ipc_sender = IpcSender()
         obtain(model)
         self.engine = LearnerEngine(local_directory(model), config, **settings)
+        return self.engine.packing
 
     def step(
         self, micros: list[list[Example]], totals: Totals, loss: Loss, temperature: float
@@ -194,6 +199,7 @@ class LearnerClient:
         self._timeout_s = timeout_s
         self._transport = transport
         self._format = (sync_dtype, config.bucket_mib << 20)
+        self._packing: Packing = "off"
         self.names = [rank.name for rank in ranks]
         self.published_version: int | None = None
         """Version that was published last, until the next step changes the weights."""
@@ -224,7 +230,7 @@ class LearnerClient:
             )
             for rank, actor in enumerate(self._actors)
         ]
-        await self._all("start", calls)
+        self._packing = (await self._all("start", calls))[0]
         for rank in self._ranks:
             rank.stage = "ready"
 
@@ -233,10 +239,7 @@ class LearnerClient:
 
     async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:
         self.published_version = None
-        lengths = [[len(row) for row in example.rows] for example in batch.examples]
-        shares = plan_micro_batches(
-            lengths, ranks=len(self._ranks), budget=self._config.token_budget
-        )
+        shares = self._plan([example.rows for example in batch.examples])
         rows = [row for example in batch.examples for row in example.rows]
         totals = Totals(
             tokens=float(sum(len(row.response_ids) for row in rows)),
@@ -254,12 +257,12 @@ class LearnerClient:
             for actor, micros in zip(self._actors, shares, strict=True)
         ]
         metrics: dict[str, float] = (await self._all("learn", calls))[0]
-        return {**metrics, "learner/padding_fraction": padding_fraction(shares, lengths)}
+        return {**metrics, "learner/tokens_distinct": float(distinct_tokens(rows))}
 
     async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
-        world = len(self._ranks)
-        longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-        shares = [longest_first[rank::world] for rank in range(world)]  # alike in length
+        longest = max(map(len, rows), default=0)
+        plan = self._plan([(row,) for row in rows], budget=max(longest, self._config.token_budget))
+        shares = [[i for micro in micros for i in micro] for micros in plan]
         calls = [
             actor.outputs.remote([rows[i] for i in share], temperature)
             for actor, share in zip(self._actors, shares, strict=True)
@@ -268,6 +271,16 @@ class LearnerClient:
         for share, outputs in zip(shares, await self._all("log-probs", calls), strict=True):
             results |= dict(zip(share, outputs, strict=True))
         return [results[i] for i in range(len(rows))]
+
+    def _plan(
+        self, examples: Sequence[Sequence[Row]], *, budget: int | None = None
+    ) -> list[list[list[int]]]:
+        return plan_micro_batches(
+            examples,
+            packing=self._packing,
+            ranks=len(self._ranks),
+            budget=budget or self._config.token_budget,
+        )
 
     async def probe(self) -> Probe:
         probes = await self._all("probe", [actor.probe.remote() for actor in self._actors])

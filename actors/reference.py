@@ -18,7 +18,7 @@ from actors.remote import wait
 from actors.supervise import SupervisedActor
 from actors.transport import without_payloads
 from rayhf.config.models import ModelName
-from rayhf.config.schema import ReferenceConfig
+from rayhf.config.schema import LearnerConfig, ReferenceConfig
 from rayhf.models.hub import local_directory, obtain
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.types import FloatArray, Row, WeightSnapshot
@@ -34,13 +34,16 @@ class ReferenceActor(ReportsProcess):
         *,
         dtype: str,
         device: str,
+        learner: LearnerConfig,
         epoch_guard: EpochGuard,
     ) -> None:
         from rayhf.reference.engine import ReferenceEngine
 
         self.epoch_guard = epoch_guard
         obtain(model)
-        self.engine = ReferenceEngine(local_directory(model), config, dtype=dtype, device=device)
+        self.engine = ReferenceEngine(
+            local_directory(model), config, dtype=dtype, device=device, learner=learner
+        )
 
     def logprobs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
         return self.engine.logprobs(rows, temperature=temperature)

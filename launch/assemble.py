@@ -369,6 +369,7 @@ class ActorSet:
                 config.reference,
                 dtype=config.policy.dtype,
                 device=self.device,
+                learner=config.learner,
                 epoch_guard=self.epoch_guard,
             )
 

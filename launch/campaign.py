@@ -70,7 +70,7 @@ def run_campaign(
     try:
         store.record_datasets(prepared.data.commits)
         finished = store.state.iteration >= config.run.iterations
-        if finished and store.state.state == "done":
+        if finished and store.state.state == "done" and store.has_policy():
             say(
                 f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} "
                 "iterations: nothing to do"

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
+from launch import project_cli
 from launch.cluster_auth import INSECURE, set_auth_mode
 from launch.sanitize import plain
 from rayhf import __version__
@@ -22,7 +23,6 @@ from rayhf.config.import_path import USER_FOLDER, import_path
 from rayhf.errors import ConfigError, RayhfError, StorageError, is_full_disk
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -128,6 +128,12 @@ def submit(
         list[str] | None,
         typer.Option(metavar="NAME", help="Environment variable to pass to the job; repeatable."),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="Pack a file although it looks like a secret; repeatable."
+        ),
+    ] = None,
     entrypoint_cpus: Annotated[
         float | None,
         typer.Option(
@@ -150,6 +156,7 @@ def submit(
             cpus=entrypoint_cpus,
             supervised=supervised,
             follow=follow,
+            include=include or (),
             console=console,
         )
     )
@@ -174,7 +181,7 @@ def watch(run_dir: RunOrNone = None, address: Address = None, security: Security
 @app.command()
 def verify(
     run_dir: RunDirectory,
-    deep: Annotated[bool, typer.Option(help="Also read every tensor.")] = False,
+    deep: Annotated[bool, typer.Option(help="Read every file and compare its checksum.")] = False,
 ) -> None:
     """Check that all committed files are as they were written, with every sample exactly once."""
     from launch.operate import show_audit
@@ -425,6 +432,10 @@ def export(
     from launch.export import export
 
     export(run_dir, directory, console, adapter=adapter, push=push, private=private)
+
+
+app.command()(project_cli.init)
+app.command()(project_cli.config)
 
 
 def main() -> None:

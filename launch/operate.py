@@ -210,7 +210,8 @@ def show_audit(run: Path, console: Console, *, deep: bool) -> None:
             else:
                 sound += 1
     rest = f"{sound} other{'s' if sound != 1 else ''}" if problems else f"all {sound}"
-    table.add_row(rest, "as they were written")
+    scope = "" if deep else " (names and sizes; --deep compares checksums)"
+    table.add_row(rest, f"as they were written{scope}")
     console.print(table)
     if problems:
         raise CheckpointError(

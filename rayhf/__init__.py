@@ -8,7 +8,7 @@ The Python API: what is listed in `__all__` below, each imported when it is firs
     print(result.metrics[-1]["scorer/reward_mean"], result.policy)
 
 A campaign's own algorithm, loss, scorer, prompt source, tracker or evaluation is a class with a
-`Config`; the config's `type` names it as `package.module:Class` (docs: README, "Your own parts").
+`Config`; the config's `type` names it as `package.module:Class` (docs/extending.md).
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import jinja2
-import jinja2.meta
 from pydantic import (
     BeforeValidator,
     NonNegativeFloat,
@@ -29,6 +27,7 @@ from rayhf.config.algorithms import (
     refuse_thinking,
 )
 from rayhf.config.base import Section
+from rayhf.config.jinja_text import variables_of
 from rayhf.config.models import ModelName
 from rayhf.config.registry import LOSSES
 from rayhf.errors import ConfigError
@@ -73,7 +72,10 @@ def _one_turn(value: object) -> object:
     return ({"role": "user", "content": value},) if isinstance(value, str) else value
 
 
-Conversation = Annotated[tuple[TurnTemplate, ...], BeforeValidator(_one_turn)]
+Conversation = Annotated[
+    tuple[TurnTemplate, ...],
+    BeforeValidator(_one_turn, json_schema_input_type=str | tuple[TurnTemplate, ...]),
+]
 """A string is one user turn."""
 
 JUDGE_TEMPLATE = (TurnTemplate(role="user", content=JUDGE_REQUEST),)
@@ -177,13 +179,9 @@ class SPaRConfig(RefineSettings, AlgorithmConfig):
         names: set[str] = set()
         for turn in value:
             try:
-                names |= jinja2.meta.find_undeclared_variables(
-                    jinja2.Environment().parse(turn.content)
-                )
-            except jinja2.TemplateSyntaxError as error:
-                raise ValueError(
-                    f"not a Jinja2 template (line {error.lineno}: {error.message})"
-                ) from None
+                names |= variables_of(turn.content)
+            except ValueError as error:
+                raise ValueError(f"not a Jinja2 template ({error})") from None
         if unknown := sorted(names - known):
             raise ValueError(f"unknown variable {unknown[0]}; valid: {', '.join(sorted(known))}")
         return value

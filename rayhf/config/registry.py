@@ -23,6 +23,9 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from rayhf.config.base import PluginConfig
 from rayhf.errors import did_you_mean, nearest
 
+PLUGIN_FIELD = "rayhf_plugin"
+"""Key in the metadata of a field's core schema: (registry, base class of its configs)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -99,7 +102,9 @@ class Registry:
         """
         return core_schema.no_info_before_validator_function(
             self._parse,
-            core_schema.no_info_plain_validator_function(partial(self._check_family, source)),
+            core_schema.no_info_plain_validator_function(
+                partial(self._check_family, source), metadata={PLUGIN_FIELD: (self, source)}
+            ),
             serialization=core_schema.plain_serializer_function_ser_schema(
                 lambda config, info: config.model_dump(mode=info.mode), info_arg=True
             ),

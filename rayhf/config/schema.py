@@ -37,6 +37,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Pool = Literal["rollout", "learner", "reference", "scorer"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 TrainDtype = Literal["float32", "bfloat16"]
+Packing = Literal["tree", "rows", "off"]
 
 
 class RunConfig(Section):
@@ -196,7 +197,7 @@ class ReferenceConfig(Section):
     """Initial reference model (directory or hub name), with the policy's tokenizer. Default: the
     policy's model."""
     token_budget: PositiveInt = 16384
-    """Padded tokens per forward pass."""
+    """Tokens per forward pass, as in learner.token_budget."""
     threads: PositiveInt | None = None
     """CPU threads. Default: derived from the machine."""
 
@@ -242,7 +243,12 @@ class LearnerConfig(Section):
     update until it reaches half a step of policy.dtype; stochastic is unbiased and seeded: every
     engine gets the same bits, also after a resume."""
     token_budget: PositiveInt = 16384
-    """Padded tokens per micro-batch and rank."""
+    """Tokens per micro-batch and rank: with packing those that are fed, and as many response tokens
+    at most; else with their padding."""
+    packing: Packing | Literal["auto"] = "auto"
+    """How learner, critic and reference feed rows. tree: one sequence without padding, in which a
+    prefix that rows share is computed once. rows: without padding, but every row whole. off: padded
+    rows. Default: tree where the architecture and learner.attention allow it, else off."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -311,6 +317,9 @@ class ClusterConfig(Section):
         return resources
 
 
+Tracker = Annotated[TrackerConfig, TRACKERS]
+
+
 def _list_trackers(value: object) -> object:
     """Return a list for `off` and for one tracker."""
     if value == "off":
@@ -335,7 +344,8 @@ class CampaignConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     cluster: ClusterConfig = ClusterConfig()
     trackers: Annotated[
-        tuple[Annotated[TrackerConfig, TRACKERS], ...], BeforeValidator(_list_trackers)
+        tuple[Tracker, ...],
+        BeforeValidator(_list_trackers, json_schema_input_type=Tracker | tuple[Tracker, ...]),
     ] = ()
     """Where metrics are also sent, for example [wandb]; off by default. metrics.jsonl is always
     written."""

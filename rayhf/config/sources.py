@@ -20,6 +20,12 @@ def as_list(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
 
+StringOrList = Annotated[
+    tuple[str, ...], BeforeValidator(as_list, json_schema_input_type=str | tuple[str, ...])
+]
+"""Strings; a single one stands for a list of one."""
+
+
 class SourceConfig(PluginConfig):
     """Keys that every source of prompts has.
 
@@ -39,12 +45,12 @@ class SourceConfig(PluginConfig):
     rename: dict[str, str] = Field(default_factory=dict)
     """Columns to rename, {question: prompt, solution: answer}. A dotted path copies a value from
     inside a column: {reward_model.ground_truth: answer}."""
-    drop: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
+    drop: StringOrList = ()
     """Columns to leave out, for example images."""
     template: str | None = None
     """Jinja template over the columns that makes the user message, for example
     "{{ question }} Be brief."; no column `prompt` or `messages` is needed."""
-    scorers: Annotated[tuple[str, ...], BeforeValidator(as_list), Field(min_length=1)] | None = None
+    scorers: Annotated[StringOrList, Field(min_length=1)] | None = None
     """Names of the scorers that judge its rows; a row's own column `scorers` goes first. Default:
     all scorers."""
     drop_last_assistant: bool = False
@@ -68,7 +74,11 @@ def _of_string(value: object) -> object:
     return {"type": "file", "path": value}
 
 
-PromptSource = Annotated[SourceConfig, SOURCES, BeforeValidator(_of_string)]
+PromptSource = Annotated[
+    SourceConfig,
+    SOURCES,
+    BeforeValidator(_of_string, json_schema_input_type=str | Annotated[SourceConfig, SOURCES]),
+]
 """A path, a hub data set's name, or the `type` and settings of a source."""
 
 
@@ -97,7 +107,7 @@ def _check_names(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
 
 PromptSources = Annotated[
     tuple[PromptSource, ...],
-    BeforeValidator(as_list),
+    BeforeValidator(as_list, json_schema_input_type=PromptSource | tuple[PromptSource, ...]),
     Field(min_length=1),
     AfterValidator(_check_names),
 ]

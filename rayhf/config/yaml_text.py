@@ -14,7 +14,8 @@ from ruamel.yaml import YAML, MappingNode, Node
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-MAX_CHARACTERS = 4 << 20
+MAX_CHARACTERS = 1 << 18
+"""Longest document: reading a list of so many characters takes five seconds."""
 MAX_VALUES = 100_000
 """Most values of a document, each alias counted as the values it stands for."""
 
@@ -34,6 +35,15 @@ class _Constructor(SafeConstructor):
             problem=f"key {key!r} stands twice, first in line {first.start_mark.line + 1}",
             problem_mark=key_node.start_mark,
         )
+
+    def flatten_mapping(self, node: Any) -> Any:
+        """Merge what `<<` names. Raises MarkedYAMLError where that makes a huge mapping."""
+        merged = super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise MarkedYAMLError(
+                problem=f"merges more than {MAX_VALUES:,} values", problem_mark=node.start_mark
+            )
+        return merged
 
 
 # YAML 1.2 has no dates.
@@ -88,3 +98,14 @@ def dump_yaml(value: Mapping[str, Any]) -> str:
     text = io.StringIO()
     yaml.dump(value, text)
     return text.getvalue()
+
+
+def dump_flow(value: object) -> str:
+    """Return a value as YAML text of one line, `{a: 1, b: [2, 3]}`, that `parse_yaml` reads."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = True
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
+    yaml.width = 10_000
+    text = io.StringIO()
+    yaml.dump(value, text)
+    return text.getvalue().removesuffix("...\n").strip()

@@ -25,7 +25,8 @@ from torch import nn
 from rayhf.config.schema import LearnerConfig, LoraConfig
 from rayhf.errors import ConfigError
 from rayhf.learner.schedule import lr_factor
-from rayhf.models.forward import PolicyHead, ScoreHead, ValueHead, prepare_config
+from rayhf.models.architectures import packing_of
+from rayhf.models.forward import Head, PolicyHead, ScoreHead, ValueHead, prepare_config
 from rayhf.models.peft import base_model, lora_targets
 from rayhf.models.quantized import quantization_settings, use_exact_kernels
 from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 HeadName = Literal["policy", "value", "score"]
-Head = PolicyHead | ValueHead | ScoreHead
 HEADS: dict[HeadName, type[Head]] = {"policy": PolicyHead, "value": ValueHead, "score": ScoreHead}
 Settings = dict[str, Any]
 """A DeepSpeed configuration, or arguments of from_pretrained."""
@@ -145,7 +145,8 @@ def load_model(
     # While this object exists, from_pretrained shards each parameter as it is loaded (ZeRO-3).
     sharding = HfDeepSpeedConfig(dict(settings)) if sharded else None
     model_config = AutoConfig.from_pretrained(str(path), **AS_DATA)
-    prepare_config(model_config, attention=config.attention)
+    packing = packing_of(model_config.model_type, config)
+    prepare_config(model_config, attention=config.attention, packing=packing)
     arguments: Settings = {
         "config": model_config,
         "dtype": getattr(torch, config.dtype),
@@ -167,7 +168,7 @@ def load_model(
         model = _with_lora(model, lora)
     if config.activation_checkpointing:
         base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-    return HEADS[head](model)
+    return HEADS[head](model, packing)
 
 
 def _load_critic(path: Path, arguments: Settings, *, sharded: bool) -> PreTrainedModel:

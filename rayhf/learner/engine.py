@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from rayhf.learner.offload import Offloader
 from rayhf.learner.outgoing import OutgoingWeights
 from rayhf.losses.base import Loss, Totals
 from rayhf.models.forward import Inputs, build_inputs
-from rayhf.models.packing import pack_rows
+from rayhf.models.packing import pack_examples
 from rayhf.models.peft import base_model
 from rayhf.types import Example, FloatArray, Probe, Row, WeightBucket, derive_seed
 from rayhf.weights.buckets import pack_bucket
@@ -110,6 +111,7 @@ class LearnerEngine:
             loaded, config, settings=settings, lr=lr, total_steps=total_steps
         )
         self.model = loaded.model
+        self.packing = loaded.packing
         self.steps = 0
         self._offloader = Offloader(self.engine)
         self.outgoing = OutgoingWeights(
@@ -129,18 +131,19 @@ class LearnerEngine:
         """Take one optimizer step over all micro-batches of all ranks.
 
         Every rank brings the same number of micro-batches. Returns the loss's metrics over the
-        whole step, and learner/loss, learner/grad_norm (before clipping), learner/lr. Raises
-        NumericalError on every rank where a loss or the gradient is not finite; the weights are
-        then unchanged.
+        whole step, and learner/loss, learner/grad_norm (before clipping), learner/lr,
+        learner/tokens_fed. Raises NumericalError on every rank where a loss or the gradient is not
+        finite; the weights are then unchanged.
         """
         if not micros:
             raise ConfigError("a learner step without micro-batches; expected at least one example")
         self.engine.train()
         lr = self.engine.get_lr()[0]
         parts: list[dict[str, Tensor]] = []
+        most = self._most([_response_tokens(examples) for examples in micros])
         for number, examples in enumerate(micros, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micros))
-            value, metrics = self._forward(examples, totals, loss, temperature)
+            value, metrics = self._forward(examples, totals, loss, temperature, most[number - 1])
             # DeepSpeed averages over ranks; losses are shares of a sum, hence `world`. A loss that
             # is not finite makes its gradient NaN, and so the reduced norm of every rank: all of
             # them notice without one more collective.
@@ -159,21 +162,33 @@ class LearnerEngine:
         return {**result, "learner/grad_norm": norm, "learner/lr": lr}
 
     def _forward(
-        self, examples: Sequence[Example], totals: Totals, loss: Loss, temperature: float
+        self,
+        examples: Sequence[Example],
+        totals: Totals,
+        loss: Loss,
+        temperature: float,
+        most: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this micro-batch's share of the loss, and its metrics.
 
-        An empty micro-batch runs the model too, because its collectives need every rank.
+        An empty micro-batch runs the model too, because its collectives need every rank. `most`:
+        largest number of response tokens of any rank.
         """
+        rows = [row for example in examples for row in example.rows]
+        inputs = self._inputs(rows, most)
         if not examples:
-            output_T, _ = self.engine(build_inputs([], self.device), temperature)
+            output_T, _ = self.engine(inputs, temperature)
             return output_T.sum() * 0.0, {}
-        inputs, micro = build_micro_batch(examples, totals, self.device)
+        micro = build_micro_batch(examples, totals, self.device)
         output_T, entropy_T = self.engine(inputs, temperature, loss.entropy)
         if entropy_T is not None:
             micro = replace(micro, entropy_T=entropy_T)
         result = loss(output_T, micro)
-        return result.loss, dict(result.metrics)
+        fed = torch.tensor(float(inputs.fed), device=self.device)
+        return result.loss, {**result.metrics, "learner/tokens_fed": fed}
+
+    def _inputs(self, rows: Sequence[Row], most: int = 0) -> Inputs:
+        return build_inputs(rows, self.device, packing=self.packing, most=most)
 
     def _update(self) -> float:
         """Clip and step, unless the gradient norm is not finite.
@@ -230,31 +245,36 @@ class LearnerEngine:
         shape (1, d). Under ZeRO-3 all ranks call it together; their numbers of rows may differ, and
         may be 0.
         """
-        batches = pack_rows([len(row) for row in rows], self.config.token_budget)
+        packed = pack_examples(
+            [(row,) for row in rows], packing=self.packing, budget=self.config.token_budget
+        )
+        batches = [batch.examples for batch in packed]
+        lengths = [sum(len(rows[i].response_ids) for i in batch) for batch in batches]
         # Counted before the first forward pass, so that collectives run in the same order.
-        most = self._most_batches(len(batches))
+        most = self._most(lengths)
         results: list[FloatArray | None] = [None] * len(rows)
-        for batch in batches:
+        for batch, most_tokens in zip(batches, most, strict=False):
             output_T = self._evaluate(
-                build_inputs([rows[i] for i in batch], self.device), temperature
+                self._inputs([rows[i] for i in batch], most_tokens), temperature
             )
             parts = torch.split(output_T.cpu(), [len(rows[i].response_ids) for i in batch])
             for i, part in zip(batch, parts, strict=True):
                 results[i] = part.numpy().copy()
-        for _ in range(most - len(batches)):
-            self._evaluate(build_inputs([], self.device), temperature)
+        for most_tokens in most[len(batches) :]:
+            self._evaluate(self._inputs([], most_tokens), temperature)
         return [result for result in results if result is not None]
 
-    def _most_batches(self, own: int) -> int:
-        """Return the largest number of batches of any rank.
+    def _most(self, tokens: Sequence[int]) -> list[int]:
+        """Return the largest number of response tokens of any rank, for each forward pass.
 
-        Under ZeRO-3 every forward pass is a collective, so all ranks run as many.
+        Under ZeRO-3 every call of a module is a collective: all ranks run as many forward passes,
+        and in each of them call the head equally often.
         """
         if self.stage < 3 or self.world == 1:
-            return own
-        count = torch.tensor(own, device=self.device)
-        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
-        return int(count)
+            return list(tokens)
+        by_rank: list[list[int]] = [[] for _ in range(self.world)]
+        torch.distributed.all_gather_object(by_rank, list(tokens))
+        return [max(passes) for passes in zip_longest(*by_rank, fillvalue=0)]
 
     def _evaluate(self, inputs: Inputs, temperature: float) -> Tensor:
         self.engine.eval()
@@ -270,7 +290,7 @@ class LearnerEngine:
         vocabulary = base_model(self.model).config.get_text_config().vocab_size
         ids = tuple((7919 * i + 104729) % vocabulary for i in range(PROBE_TOKENS))
         row = Row(prompt_id="probe", sample=0, prompt_ids=ids[:1], response_ids=ids[1:])
-        logprobs = tuple(self._evaluate(build_inputs([row], self.device), 1.0).tolist())
+        logprobs = tuple(self._evaluate(self._inputs([row]), 1.0).tolist())
         if not all(map(math.isfinite, logprobs)):
             raise NumericalError(
                 f"the policy's weights after optimizer step {self.steps} give log-probs that are "
@@ -365,3 +385,7 @@ class LearnerEngine:
         self.engine.destroy()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _response_tokens(examples: Sequence[Example]) -> int:
+    return sum(len(row.response_ids) for example in examples for row in example.rows)

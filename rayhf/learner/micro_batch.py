@@ -1,4 +1,4 @@
-"""Examples as tensors: the model's inputs, and what the loss sees."""
+"""Examples as the tensors that a loss sees."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from rayhf.losses.base import MicroBatch, Totals
-from rayhf.models.forward import Inputs, build_inputs
 from rayhf.types import Example, FloatArray
 
 
 def build_micro_batch(
     examples: Sequence[Example], totals: Totals, device: torch.device | str
-) -> tuple[Inputs, MicroBatch]:
-    """Return the tensors for the model and for the loss.
+) -> MicroBatch:
+    """Return the tensors for the loss.
 
     A named value that only some rows or examples have is NaN for the others.
     """
@@ -47,7 +46,7 @@ def build_micro_batch(
     count_E = torch.tensor(
         [len(example.rows) for example in examples], dtype=torch.int64, device=device
     )
-    micro = MicroBatch(
+    return MicroBatch(
         tokens=to_tensors(token_names, token_values),
         rows=to_tensors(row_names, lambda name: [row.scalars.get(name, np.nan) for row in rows]),
         examples=to_tensors(
@@ -58,4 +57,3 @@ def build_micro_batch(
         example_R=torch.repeat_interleave(torch.arange(len(examples), device=device), count_E),
         totals=totals,
     )
-    return build_inputs(rows, device), micro

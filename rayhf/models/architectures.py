@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rayhf.config.schema import LearnerConfig, Packing
 from rayhf.errors import ConfigError
 from rayhf.models.source import ModelConfig
 
@@ -31,11 +32,14 @@ class Architecture:
     """Why it does not work; empty where it does."""
     whole_window: bool = False
     """Works only for sequences that fit the model's sliding window."""
+    padded: str = ""
+    """Why its rows cannot be packed (learner.packing); empty where they can."""
 
 
 _MIXTURE = "mixture of experts; LoRA adapts the attention only"
 _WINDOW = "sliding window"
 _PARTIAL = "partial rotary embedding"
+_NO_TREE = "its layers in transformers do not hand the tree of rows through to their attention"
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
@@ -80,11 +84,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         "more than transformers",
         whole_window=True,
     ),
-    "stablelm": Architecture(engine="StableLmForCausalLM", models="StableLM 2", note=_PARTIAL),
+    "stablelm": Architecture(
+        engine="StableLmForCausalLM", models="StableLM 2", note=_PARTIAL, padded=_NO_TREE
+    ),
     "starcoder2": Architecture(engine="Starcoder2ForCausalLM", models="StarCoder 2", note=_WINDOW),
     "exaone4": Architecture(engine="Exaone4ForCausalLM", models="EXAONE 4", note=_WINDOW),
     "ernie4_5": Architecture(engine="Ernie4_5ForCausalLM", models="ERNIE 4.5 0.3B"),
-    "nemotron": Architecture(engine="NemotronForCausalLM", models="Nemotron 4", note=_PARTIAL),
+    "nemotron": Architecture(
+        engine="NemotronForCausalLM", models="Nemotron 4", note=_PARTIAL, padded=_NO_TREE
+    ),
     "hunyuan_v1_dense": Architecture(engine="HunYuanDenseV1ForCausalLM", models="Hunyuan dense"),
     "seed_oss": Architecture(engine="SeedOssForCausalLM", models="Seed-OSS"),
     "arcee": Architecture(engine="ArceeForCausalLM", models="AFM 4.5B"),
@@ -183,6 +191,42 @@ def check_architecture(config: ModelConfig, *, key: str, max_length: int | None)
             f"{window}, got {max_length}"
         )
     return None
+
+
+def why_padded(model_type: str | None, learner: LearnerConfig) -> str | None:
+    """Return why rows of this model cannot be packed; None where they can."""
+    if learner.attention != "sdpa":
+        return f"learner.attention={learner.attention} has no mask for them"
+    entry = ARCHITECTURES.get(str(model_type))
+    if entry is None:
+        return f"{model_type} models are not tested with packed rows"
+    return f"{model_type}: {entry.padded}" if entry.padded else None
+
+
+def packing_of(model_type: str | None, learner: LearnerConfig) -> Packing:
+    """Return how rows of this model are fed; "auto" packs them where it can."""
+    if learner.packing != "auto":
+        return learner.packing
+    return "off" if why_padded(model_type, learner) else "tree"
+
+
+def check_packing(config: ModelConfig, learner: LearnerConfig, *, key: str) -> str:
+    """Return a line about how the model's rows are fed.
+
+    Raises ConfigError where learner.packing asks for what the model cannot do.
+    """
+    model_type = config.get("model_type")
+    reason = why_padded(model_type, learner)
+    packing = packing_of(model_type, learner)
+    if packing != "off" and reason:
+        raise ConfigError(
+            f"learner.packing is {packing}, but rows of {key} cannot be packed ({reason}); "
+            "expected auto or off"
+        )
+    if packing == "off":
+        return f"{key}: padded rows ({reason or 'learner.packing=off'})"
+    shared = "packed, shared prefixes once" if packing == "tree" else "packed, every row whole"
+    return f"{key}: rows {shared}"
 
 
 def can_be_critic(model_type: str | None) -> bool:

@@ -1,34 +1,39 @@
 """The forward pass that learner, reference and preference models share: rows in, numbers out.
 
-rows -> Inputs (padded token ids, the positions that predict response tokens, the tokens to predict)
+rows -> Inputs (token ids, the positions that predict response tokens, the tokens to predict)
      -> PolicyHead: log-probs and entropy of the response tokens, shape (T,)
      -> ValueHead: values before the response tokens, shape (T,)
      -> ScoreHead: d outputs for a whole text, shape (T, d); see scored_row.
 
-The response tokens of all rows are concatenated without padding. Rows are padded on the right and
-attention is causal, so no real token ever attends to padding: no attention mask is needed, and
-position ids are the plain 0, 1, 2 ... The last token of a row predicts no trained token, so it is
-not fed. The language-model head runs only at the positions that predict response tokens.
+The response tokens of all rows are concatenated without padding. Rows are fed in one of two forms.
+Packed: one sequence without padding, in which rows may share prefixes (prefix_tree.py); attention
+is over the tree, position ids are depths. Padded: a row per line, padded on the right; attention is
+causal, so no real token ever attends to padding: no attention mask is needed, and position ids are
+the plain 0, 1, 2 ... The last token of a row predicts no trained token, so it is not fed. The
+language-model head runs only at the positions that predict response tokens.
 
-Shapes: B rows of a micro-batch, S padded length, T response tokens, H hidden size, V vocabulary, d
-outputs of a score head.
+Shapes: B rows of a micro-batch, S padded length (packed: B is 1, S the number of tree nodes), T
+response tokens, H hidden size, V vocabulary, d outputs of a score head.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rayhf.config.schema import Packing
 from rayhf.errors import ConfigError
 from rayhf.models.peft import base_model
+from rayhf.models.prefix_tree import Ints, build_tree, fed_tokens
+from rayhf.models.tree_attention import NAME, Tree, place_tree, register
 from rayhf.types import Row
 
 if TYPE_CHECKING:
@@ -51,40 +56,67 @@ class Inputs:
     """Model inputs of one micro-batch."""
 
     ids_BS: Tensor
-    """int64, padded with 0 on the right, without the last token of the longest row."""
+    """int64. Padded rows: without the last token of the longest row, 0 on the right."""
     predict_T: Tensor
     """int64 index into the flattened (B*S,) positions that predict the response tokens."""
     target_T: Tensor
     """int64, the response tokens."""
+    tree: Tree | None = None
+    """Of packed rows."""
+    most: int = 0
+    """Largest T of any rank in this forward pass: the head runs in as many pieces as that needs."""
+
+    @property
+    def fed(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return self.ids_BS.numel()
 
 
-def build_inputs(rows: Sequence[Row], device: torch.device | str) -> Inputs:
-    """Pad rows into model inputs.
+EMPTY = Row(prompt_id="", sample=0, prompt_ids=(0,), response_ids=(0,))
+"""What an empty micro-batch feeds, so that it still runs every collective."""
 
-    Without rows there is one dummy position, so that an empty micro-batch still runs every
-    collective. Raises ConfigError for a row without prompt or response.
+
+def build_inputs(
+    rows: Sequence[Row], device: torch.device | str, *, packing: Packing = "off", most: int = 0
+) -> Inputs:
+    """Lay rows out as model inputs; without rows, one dummy position.
+
+    `most`: largest T of any rank. Raises ConfigError for a row without prompt or response.
     """
-    if not rows:
-        zero = torch.zeros(1, dtype=torch.int64, device=device)
-        return Inputs(torch.zeros(1, 1, dtype=torch.int64, device=device), zero, zero.clone())
+    rows = rows or [EMPTY]
     for row in rows:
         if not row.prompt_ids or not row.response_ids:
             raise ConfigError(
                 f"row of prompt {row.prompt_id!r}, sample {row.sample}: {len(row.prompt_ids)} "
                 f"prompt and {len(row.response_ids)} response tokens; expected at least one of each"
             )
+    target_T = np.concatenate([np.asarray(row.response_ids, dtype=np.int64) for row in rows])
+    tree = None
+    if packing == "off":
+        ids_BS, predict_T = _pad(rows)
+    else:
+        layout = build_tree(rows, share=packing == "tree")
+        ids_BS, predict_T = layout.ids_N[None], layout.predict_T
+        tree = place_tree(layout, device)
+    return Inputs(
+        ids_BS=torch.from_numpy(ids_BS).to(device),
+        predict_T=torch.from_numpy(predict_T).to(device),
+        target_T=torch.from_numpy(target_T).to(device),
+        tree=tree,
+        most=most,
+    )
+
+
+def _pad(rows: Sequence[Row]) -> tuple[Ints, Ints]:
+    """Return ids_BS and predict_T of padded rows."""
     length = max(len(row) for row in rows) - 1
     ids_BS = np.zeros((len(rows), length), dtype=np.int64)
-    predict: list[npt.NDArray[np.int64]] = []
+    predict: list[Ints] = []
     for b, row in enumerate(rows):
-        ids_BS[b, : len(row) - 1] = (row.prompt_ids + row.response_ids)[:-1]
+        ids_BS[b, : len(row) - 1] = fed_tokens(row)
         first = b * length + len(row.prompt_ids) - 1
         predict.append(np.arange(first, first + len(row.response_ids)))
-    target_T = np.concatenate([np.asarray(row.response_ids, dtype=np.int64) for row in rows])
-    tensors = [
-        torch.from_numpy(array).to(device) for array in (ids_BS, np.concatenate(predict), target_T)
-    ]
-    return Inputs(*tensors)
+    return ids_BS, np.concatenate(predict)
 
 
 def scored_row(
@@ -108,13 +140,17 @@ def scored_row(
     )
 
 
-def prepare_config(config: PreTrainedConfig, *, attention: str) -> None:
+def prepare_config(config: PreTrainedConfig, *, attention: str, packing: Packing = "off") -> None:
     """Set up a transformers config for this forward pass.
 
-    Dropout is turned off: a second pass must give the same numbers. "sdpa" becomes "eager" for
-    attention that it does not compute: capped scores (gemma2), sinks (gpt_oss).
+    Dropout is turned off: a second pass must give the same numbers. Packed rows need attention over
+    their tree. For padded ones, "sdpa" becomes "eager" for attention that it does not compute:
+    capped scores (gemma2), sinks (gpt_oss).
     """
-    if attention == "sdpa" and not _has_sdpa(config):
+    if packing != "off":
+        register()
+        attention = NAME
+    elif attention == "sdpa" and not _has_sdpa(config):
         attention = "eager"
     for name, value in vars(config).items():
         if (name.endswith(("dropout", "_pdrop", "dropout_prob", "dropout_rate"))) and isinstance(
@@ -140,12 +176,20 @@ class SelectLogSoftmax(torch.autograd.Function):
     """Log-prob and entropy of chosen tokens without storing a (T, V) log-softmax.
 
     (logits_TV, target_T) -> (log p(target)_T, entropy_T). Backward uses d logp_t/d z_v = 1[v = t] -
-    p_v and d H/d z_v = -p_v (log p_v + H). Arithmetic is in float32.
+    p_v and d H/d z_v = -p_v (log p_v + H), with z = logits / temperature. Arithmetic is in float32;
+    what is kept for backward is the logits as they come.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, target_T: Tensor, entropy: Entropy) -> HeadOutput:
-        z_TV = logits_TV.float()
+    def forward(
+        ctx: Any,
+        logits_TV: Tensor,
+        target_T: Tensor,
+        entropy: Entropy,
+        temperature: float = 1.0,
+    ) -> HeadOutput:
+        ctx.temperature = temperature
+        z_TV = _scaled(logits_TV, temperature)
         lse_T = torch.logsumexp(z_TV, dim=-1)
         logp_T = z_TV.gather(1, target_T[:, None]).squeeze(1) - lse_T
         entropy_T = None
@@ -159,9 +203,10 @@ class SelectLogSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_logp_T: Tensor, grad_entropy_T: Tensor | None
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor, None, None, None]:
         logits_TV, target_T, lse_T, entropy_T = ctx.saved_tensors
-        grad_TV = logits_TV.float() - lse_T[:, None]
+        z_TV = _scaled(logits_TV, ctx.temperature)
+        grad_TV = z_TV - lse_T[:, None] if z_TV is logits_TV else z_TV.sub_(lse_T[:, None])
         if entropy_T is None:
             grad_TV.exp_().mul_(-grad_logp_T[:, None])
         else:
@@ -171,15 +216,30 @@ class SelectLogSoftmax(torch.autograd.Function):
                 grad_logp_T[:, None]
             ).mul_(p_TV)
         grad_TV.scatter_add_(1, target_T[:, None], grad_logp_T[:, None])
-        return grad_TV.to(logits_TV.dtype), None, None
+        if ctx.temperature != 1:
+            grad_TV.div_(ctx.temperature)
+        return grad_TV.to(logits_TV.dtype), None, None, None
 
 
-class PolicyHead(nn.Module):
-    """A Hugging Face causal language model, or PEFT around one, that returns log-probs."""
+def _scaled(logits_TV: Tensor, temperature: float) -> Tensor:
+    """Return logits / temperature in float32; the logits themselves where that is the same."""
+    z_TV = logits_TV.float()
+    if temperature == 1:
+        return z_TV
+    return z_TV / temperature if z_TV is logits_TV else z_TV.div_(temperature)
 
-    def __init__(self, model: nn.Module) -> None:
+
+class Head(nn.Module):
+    """A Hugging Face model, or PEFT around one, and how its rows are fed."""
+
+    def __init__(self, model: nn.Module, packing: Packing = "off") -> None:
         super().__init__()
         self.model = model
+        self.packing: Packing = packing
+
+
+class PolicyHead(Head):
+    """A causal language model that returns log-probs."""
 
     def forward(self, inputs: Inputs, temperature: float, entropy: Entropy = "off") -> HeadOutput:
         """Return (log p(target)_T, entropy_T) at this temperature, float32, in nats."""
@@ -188,16 +248,16 @@ class PolicyHead(nn.Module):
         to_logits = _logits_function(causal)
 
         def select(hidden_TH: Tensor, target_T: Tensor) -> HeadOutput:
-            logits_TV = to_logits(hidden_TH)
-            if temperature != 1:
-                logits_TV = logits_TV.float() / temperature
             apply: Callable[..., HeadOutput] = SelectLogSoftmax.apply
-            return apply(logits_TV, target_T, entropy)
+            return apply(to_logits(hidden_TH), target_T, entropy, temperature)
 
-        piece: int = max(1, LOGITS_LIMIT // int(causal.config.vocab_size))
-        if len(hidden_TH) <= piece:
+        most = max(len(hidden_TH), inputs.most)
+        pieces = math.ceil(most * int(causal.config.vocab_size) / LOGITS_LIMIT)
+        if pieces == 1:
             return select(hidden_TH, inputs.target_T)
         # Recomputing each piece's logits in backward keeps only one piece in memory at a time.
+        # ZeRO-3 gathers the head's weights in each call, on all ranks together: every rank calls it
+        # equally often, with empty pieces where it has fewer tokens than pieces.
         run = (
             (lambda h, t: checkpoint(select, h, t, use_reentrant=False))
             if torch.is_grad_enabled()
@@ -206,7 +266,9 @@ class PolicyHead(nn.Module):
         parts = [
             run(h, t)
             for h, t in zip(
-                torch.split(hidden_TH, piece), torch.split(inputs.target_T, piece), strict=True
+                torch.tensor_split(hidden_TH, pieces),
+                torch.tensor_split(inputs.target_T, pieces),
+                strict=True,
             )
         ]
         logp_T = torch.cat([logp for logp, _ in parts])
@@ -215,12 +277,8 @@ class PolicyHead(nn.Module):
         )
 
 
-class ValueHead(nn.Module):
-    """A Hugging Face token classifier with one label that returns values."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+class ValueHead(Head):
+    """A token classifier with one label that returns values."""
 
     def forward(self, inputs: Inputs, temperature: float, entropy: Entropy = "off") -> HeadOutput:
         """Return (value_T, None), float32.
@@ -232,15 +290,11 @@ class ValueHead(nn.Module):
         return value_T, None
 
 
-class ScoreHead(nn.Module):
-    """A Hugging Face sequence classifier with d labels, read at each text's last token.
+class ScoreHead(Head):
+    """A sequence classifier with d labels, read at each text's last token.
 
     The model's padding token plays no part, unlike in transformers' own forward pass.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, inputs: Inputs, temperature: float, entropy: Entropy = "off") -> HeadOutput:
         """Return (output_Td, None), float32; for rows of `scored_row` T is the number of rows."""
@@ -288,5 +342,10 @@ def _logits_function(causal: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 def _hidden(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     """Return the last hidden states at the predicting positions: (T, H)."""
     body = getattr(model, model.base_model_prefix)
-    hidden_BSH: Tensor = body(input_ids=inputs.ids_BS, use_cache=False).last_hidden_state
+    packed = (
+        {}
+        if inputs.tree is None
+        else {"position_ids": inputs.tree.depth_N[None], "tree": inputs.tree}
+    )
+    hidden_BSH: Tensor = body(input_ids=inputs.ids_BS, use_cache=False, **packed).last_hidden_state
     return hidden_BSH.flatten(0, 1).index_select(0, inputs.predict_T)

@@ -85,19 +85,31 @@ class Memory:
 
 
 def logits_bytes(
-    shape: Shape, dtype: Dtype, tokens: int, *, backward: bool, entropy: bool = False
+    shape: Shape,
+    dtype: Dtype,
+    tokens: int,
+    *,
+    backward: bool,
+    entropy: bool = False,
+    scaled: bool = False,
+    trained: bool = False,
 ) -> float:
     """Return the bytes of the language-model head, which computes LOGITS elements at a time.
 
-    Forward: the logits, in bfloat16 also in float32, and one float32 tensor inside logsumexp; for
-    the entropy two. Backward: the logits and their float32 gradient, in bfloat16 that gradient
-    again in bfloat16 and the float32 logits.
+    Forward: the logits, in bfloat16 also in float32 (so they are in float32 where they are `scaled`
+    by a temperature), and one float32 tensor inside logsumexp; for the entropy two. Backward: the
+    logits and their float32 gradient, in bfloat16 that gradient again in bfloat16. Where a
+    `trained` head runs in pieces, the gradient of its weights from one piece, and their sum.
     """
     elements = min(tokens * shape.vocabulary, max(LOGITS, shape.vocabulary))
-    own = 4 if dtype == "float32" else 2 + 4
+    own = 4 * (1 + scaled) if dtype == "float32" else 2 + 4
     forward = own + (8 if entropy else 4)
     back = 4 + 4 if dtype == "float32" else 2 + 4 + 4
-    return float(elements * (max(forward, back) if backward else forward))
+    weights = 2 * BYTES[dtype] * shape.vocabulary * shape.hidden
+    pieces = trained and tokens * shape.vocabulary > LOGITS
+    return float(
+        elements * (max(forward, back) if backward else forward) + (weights if pieces else 0)
+    )
 
 
 def learner_memory(
@@ -108,8 +120,9 @@ def learner_memory(
     critic: bool = False,
     lora: LoraConfig | None = None,
     entropy: bool = False,
+    scaled: bool = False,
 ) -> Memory:
-    """Return the memory of one learner rank.
+    """Return the memory of one learner rank; `scaled`: at a temperature that is not 1.
 
     The ZeRO arithmetic is Rajbhandari et al. 2020 (1910.02054), section 3, with what DeepSpeed 0.19
     adds to it:
@@ -143,7 +156,17 @@ def learner_memory(
     ends = 5 * s * shape.hidden  # embedding, last norm, hidden states at the predicting positions
     activations = tokens * (kept + ends + shape.transient_per_token(config.dtype))
     logits = (
-        0.0 if critic else logits_bytes(shape, config.dtype, tokens, backward=True, entropy=entropy)
+        0.0
+        if critic
+        else logits_bytes(
+            shape,
+            config.dtype,
+            tokens,
+            backward=True,
+            entropy=entropy,
+            scaled=scaled,
+            trained=lora is None,
+        )
     )
     return Memory(
         weights=weights,
@@ -185,14 +208,19 @@ def _zero_buffers(
 
 
 def reference_memory(
-    shape: Shape, config: ReferenceConfig, *, dtype: Dtype, device: Device
+    shape: Shape,
+    config: ReferenceConfig,
+    *,
+    dtype: Dtype,
+    device: Device,
+    scaled: bool = False,
 ) -> Memory:
-    """Return the memory of the reference."""
+    """Return the memory of the reference; `scaled`: at a temperature that is not 1."""
     tokens = config.token_budget
     return Memory(
         weights=BYTES[dtype] * shape.parameters,
         activations=tokens * (shape.transient_per_token(dtype) + 5 * BYTES[dtype] * shape.hidden),
-        logits=logits_bytes(shape, dtype, tokens, backward=False),
+        logits=logits_bytes(shape, dtype, tokens, backward=False, scaled=scaled),
         framework=FRAMEWORK[device]["reference"],
     )
 

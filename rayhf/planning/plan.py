@@ -99,6 +99,7 @@ class Plan:
         dtype = config.policy.dtype
         role = role_of(spec.role)
         policy = spec.role.removeprefix(role).strip() or "policy"
+        scaled = config.rollout.temperature != 1
         if role == "rollout":
             shape = self._shape(self.model_of(policy))
             return estimate.engine_memory(
@@ -106,15 +107,21 @@ class Plan:
             )
         if role == "reference":
             shape = self._shape(config.reference.model or config.policy.model)
-            return estimate.reference_memory(shape, config.reference, dtype=dtype, device=device)
+            return estimate.reference_memory(
+                shape, config.reference, dtype=dtype, device=device, scaled=scaled
+            )
         if role in ("scorer", "evaluator"):
             return self._scorer_memory(spec, gpu_bytes)
         memory = partial(estimate.learner_memory, config=config.learner, device=device)
         if role == "critic":
             shape = self._shape(config.learner.critic_model or config.policy.model)
             return memory(shape, critic=True)
-        entropy = self.algorithm.loss().entropy != "off"
-        return memory(self._shape(self.model_of(policy)), lora=config.policy.lora, entropy=entropy)
+        return memory(
+            self._shape(self.model_of(policy)),
+            lora=config.policy.lora,
+            entropy=self.algorithm.loss().entropy != "off",
+            scaled=scaled,
+        )
 
     def _scorer_memory(self, spec: ActorSpec, gpu_bytes: float | None) -> Memory:
         device = self.config.cluster.device

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rayhf.config.schema import ReferenceConfig
+from rayhf.config.schema import LearnerConfig, ReferenceConfig
 from rayhf.errors import CheckpointError
+from rayhf.models.architectures import packing_of
 from rayhf.models.forward import PolicyHead, build_inputs, prepare_config
-from rayhf.models.packing import pack_rows
+from rayhf.models.packing import pack_examples
 from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA
 from rayhf.types import FloatArray, Row, WeightBucket
 from rayhf.weights.buckets import Payload, check_complete, unpack_bucket, verify_bucket
@@ -34,10 +35,17 @@ class ReferenceEngine:
         config: settings of the section `reference`.
         dtype: "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda[:index]".
+        learner: settings of the section `learner`; `packing` and `attention` are the reference's.
     """
 
     def __init__(
-        self, model: Path, config: ReferenceConfig, *, dtype: str, device: str = "cpu"
+        self,
+        model: Path,
+        config: ReferenceConfig,
+        *,
+        dtype: str,
+        device: str = "cpu",
+        learner: LearnerConfig | None = None,
     ) -> None:
         import transformers
 
@@ -48,7 +56,8 @@ class ReferenceEngine:
         self.config = config
         self.device = torch.device(device)
         model_config = transformers.AutoConfig.from_pretrained(str(model), **AS_DATA)
-        prepare_config(model_config, attention="sdpa")
+        self.packing = packing_of(model_config.model_type, learner or LearnerConfig())
+        prepare_config(model_config, attention="sdpa", packing=self.packing)
         causal: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
             str(model),
             config=model_config,
@@ -71,8 +80,11 @@ class ReferenceEngine:
         float32 arrays of shape (len(response_ids),).
         """
         results: dict[int, FloatArray] = {}
-        for batch in pack_rows([len(row) for row in rows], self.config.token_budget):
-            inputs = build_inputs([rows[i] for i in batch], self.device)
+        batches = pack_examples(
+            [(row,) for row in rows], packing=self.packing, budget=self.config.token_budget
+        )
+        for batch in [batch.examples for batch in batches]:
+            inputs = build_inputs([rows[i] for i in batch], self.device, packing=self.packing)
             logp_T, _ = self.policy(inputs, temperature)
             parts = torch.split(logp_T.cpu(), [len(rows[i].response_ids) for i in batch])
             results.update((i, part.numpy().copy()) for i, part in zip(batch, parts, strict=True))

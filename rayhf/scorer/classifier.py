@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 
 from rayhf.config.models import ModelName
 from rayhf.config.scorers import ClassifierModel, Dtype, ScorerEntryConfig
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, one_line
 from rayhf.models.hub import local_directory
 from rayhf.models.packing import pack_rows
 from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA, refuse_own_code
@@ -249,8 +249,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file} is not a JSON object")
     return content
-
-
-def one_line(error: Exception) -> str:
-    """Return type and message in one line of at most 400 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from rayhf.config.fit import FitConfig, Objective
 from rayhf.data.preferences import TextPair, load_pairs
 from rayhf.errors import ConfigError, NumericalError
+from rayhf.models.architectures import check_packing
 from rayhf.models.hub import local_directory
 from rayhf.models.source import AS_DATA, load_tokenizer, read_model_config
 from rayhf.scorer.classifier import SCORER_FILE, length_limit
@@ -87,7 +88,7 @@ def prepare_fit(config: FitConfig, *, base: Path) -> FitPlan:
     Raises ConfigError in one line.
     """
     path = local_directory(config.model, base)
-    read_model_config(path, key="model")
+    check_packing(read_model_config(path, key="model"), config.learner, key="model")
     tokenizer = load_tokenizer(path, key="model")
     limit = _model_limit(path, tokenizer)
     reader = Reader(tokenizer)

@@ -25,12 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
 import numpy as np
 
 from rayhf.config.scorers import PairwiseEntryConfig, ScorerKind
-from rayhf.data.chat import special_token_escaper, special_tokens
-from rayhf.errors import ConfigError
+from rayhf.data.chat import render_text, special_token_escaper, special_tokens
+from rayhf.errors import ConfigError, one_line
 from rayhf.models.hub import local_directory
 from rayhf.models.packing import pack_rows
 from rayhf.scorer.classifier import (
@@ -38,7 +37,6 @@ from rayhf.scorer.classifier import (
     ClassifierEntryConfig,
     check_classifier,
     load_classifier,
-    one_line,
     read_json,
 )
 from rayhf.scorer.comparisons import Matrix, Problem, has_verdict, mean_wins
@@ -126,12 +124,14 @@ class Reader:
         """
         turns = [*map(dict, messages), {"role": "assistant", "content": self._escape(completion)}]
         try:
-            text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+            text = render_text(
+                self._tokenizer, turns, generation_prompt=False, where="preference model"
+            )
             text.encode()
         except UnicodeEncodeError as error:
             return Invalid(reason=f"the text cannot be encoded as UTF-8: {error.reason}")
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            return Failed(reason=f"the chat template refused the messages: {one_line(error)}")
+        except ConfigError as error:
+            return Failed(reason=one_line(error))
         row = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return row or Invalid(reason="the chat template returned an empty text")
 

@@ -74,7 +74,7 @@ class RubricConfig(Section):
     criteria: tuple[
         Annotated[
             Criterion,
-            BeforeValidator(lambda value: _expand(value)),
+            BeforeValidator(lambda value: _expand(value), json_schema_input_type=str | Criterion),
         ],
         ...,
     ] = ()
@@ -103,7 +103,8 @@ class RubricConfig(Section):
 Rubric = Annotated[
     RubricConfig,
     BeforeValidator(
-        lambda value: {"criteria": value} if isinstance(value, list | tuple) else value
+        lambda value: {"criteria": value} if isinstance(value, list | tuple) else value,
+        json_schema_input_type=RubricConfig | tuple[str | Criterion, ...],
     ),
 ]
 """A list is short for {criteria: list}."""

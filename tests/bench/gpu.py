@@ -138,6 +138,7 @@ class Job:
             dtype="bfloat16",
             zero_stage=2,
             token_budget=SIZES[self.size].budget,
+            packing="off",
             activation_checkpointing=self.checkpointing,
             attention=self.attention,  # type: ignore[arg-type]
             offload=self.offload,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rayhf.config.schema import Packing
 from rayhf.learner.packing import plan_micro_batches
 from rayhf.types import Row
 
@@ -97,7 +98,9 @@ def make_rows(size: Size, seed: int) -> list[Row]:
     ]
 
 
-def micro_batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """Pack rows as the learner does on a single rank."""
-    (packed,) = plan_micro_batches([[len(row)] for row in rows], ranks=1, budget=budget)
+def micro_batches(rows: Sequence[Row], budget: int, *, packing: Packing = "off") -> list[list[Row]]:
+    """Plan rows as the learner does on a single rank."""
+    (packed,) = plan_micro_batches(
+        [(row,) for row in rows], packing=packing, ranks=1, budget=budget
+    )
     return [[rows[i] for i in micro] for micro in packed]

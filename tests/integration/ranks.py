@@ -80,14 +80,19 @@ def make_model(directory: Path, *, tied: bool, kind: Literal["qwen2", "llama"] =
 
 
 def make_examples(count: int, seed: int = 0) -> list[Example]:
+    """Return pairs; two examples have the same prompt, the next two another one."""
     rng = np.random.default_rng(seed)
+    prompts = [
+        tuple(rng.integers(0, VOCABULARY, rng.integers(1, 9)).tolist()) for _ in range(count)
+    ]
 
     def row(number: int) -> Row:
-        prompt, response = rng.integers(1, 9), rng.integers(1, 17)
+        response = rng.integers(1, 17)
+        prompt = number // 4
         return Row(
-            prompt_id=f"p{number}",
-            sample=0,
-            prompt_ids=tuple(rng.integers(0, VOCABULARY, prompt).tolist()),
+            prompt_id=f"p{prompt}",
+            sample=number,
+            prompt_ids=prompts[prompt],
             response_ids=tuple(rng.integers(0, VOCABULARY, response).tolist()),
             tokens={"advantage": rng.normal(size=response).astype(np.float32)},
         )
@@ -189,8 +194,9 @@ def advance(
         totals = Totals(
             tokens=sum(len(r.response_ids) for r in rows), rows=len(rows), examples=len(examples)
         )
-        lengths = [[len(r) for r in e.rows] for e in examples]
-        plans = plan_micro_batches(lengths, ranks=engine.world, budget=budget)
+        plans = plan_micro_batches(
+            [e.rows for e in examples], packing=engine.packing, ranks=engine.world, budget=budget
+        )
         results.append(
             engine.step(
                 [[examples[i] for i in m] for m in plans[engine.rank]], totals, loss, temperature

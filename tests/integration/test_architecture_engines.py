@@ -54,9 +54,9 @@ def row(prompt: Sequence[int], response: Sequence[int]) -> Row:
 
 
 @torch.no_grad()
-def logprobs(head: nn.Module, rows: Sequence[Row]) -> Tensor:
-    """Return the learner's log-probs of all rows, padded into one batch."""
-    result: Tensor = head(build_inputs(rows, "cpu"), 1.0)[0]
+def logprobs(head: PolicyHead, rows: Sequence[Row]) -> Tensor:
+    """Return the learner's log-probs of all rows, in one batch."""
+    result: Tensor = head(build_inputs(rows, "cpu", packing=head.packing), 1.0)[0]
     return result
 
 

@@ -248,7 +248,7 @@ def short(world: Path, tmp_path: Path) -> Iterator[Path]:
         (
             [{"messages": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}],
             "bradley_terry",
-            "row 1: the chat template refused",
+            "row 1: preference model: the chat template refuses",
         ),
     ],
 )

@@ -224,7 +224,7 @@ def test_text_that_cannot_be_encoded_does_not_affect_others(directory: Path) -> 
     assert lone == Invalid(reason="the text cannot be encoded as UTF-8: surrogates not allowed")
     assert isinstance(good, Scored)
     assert isinstance(tool, Failed)
-    assert "the chat template refused the messages" in tool.reason
+    assert "the chat template refuses the messages" in tool.reason
     assert "no tools" in tool.reason
 
 

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rayhf.rollout.env import engine_env
@@ -21,7 +23,8 @@ from rayhf.tiny.reward_model import score
 
 pytestmark = pytest.mark.timeout(1800)
 
-DIRECTORY = Path(os.environ.get("RAYHF_TINY_DIR") or Path(__file__).parents[2] / ".tiny")
+ROOT = Path(__file__).parents[2]
+DIRECTORY = Path(os.environ.get("RAYHF_TINY_DIR") or ROOT / ".tiny")
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +135,18 @@ def test_reward_model_judges_with_its_own_tokenizer(tiny: dict[str, TaskInfo]) -
     )
     better, worse = score(model, tokenizer, [prompt, prompt], [good, bad])
     assert better > worse
+
+
+def test_notebook_runs(tiny: dict[str, TaskInfo], tmp_path: Path) -> None:
+    """The notebook of the documentation, in a folder that has what a clone has."""
+    (tmp_path / ".tiny").symlink_to(DIRECTORY)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    notebook = nbformat.read(ROOT / "docs/notebooks/first_run.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
+    )
+    assert "model.safetensors" in printed
+    assert len((tmp_path / "runs/notebook/metrics.jsonl").read_text().splitlines()) == 3

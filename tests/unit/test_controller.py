@@ -166,6 +166,20 @@ def test_other_and_locked_campaigns_are_refused(tmp_path):
     ).close()  # going on longer is the same campaign
 
 
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"rollout": {"top_p": 0.9}}, r"rollout\.top_p was 1\.0, now 0\.9"),
+        ({"rollout": {"top_k": 8}}, r"rollout\.top_k was 0, now 8"),
+        ({"reference": {"model": "m2"}}, r"reference\.model was None, now 'm2'"),
+    ],
+)
+def test_other_sampling_and_another_reference_are_another_campaign(tmp_path, section, expected):
+    RunDir(make_config(tmp_path)).close()
+    with pytest.raises(ConfigError, match=rf"holds another campaign: {expected}"):
+        RunDir(make_config(tmp_path, **section))
+
+
 def test_damaged_checkpoint_is_replaced_by_the_older_one(tmp_path):
     config = make_config(tmp_path)
     run_campaign(config)

@@ -157,7 +157,7 @@ def test_value_is_read_before_each_response_token() -> None:
 def test_micro_batch_concatenates_rows() -> None:
     rows = make_rows([(3, 2), (1, 4), (2, 1)])
     examples = [Example(rows=(rows[0], rows[1]), scalars={"margin": 0.5}), Example(rows=(rows[2],))]
-    _, micro = build_micro_batch(examples, Totals(tokens=7, rows=3, examples=2), "cpu")
+    micro = build_micro_batch(examples, Totals(tokens=7, rows=3, examples=2), "cpu")
     assert micro.row_T.tolist() == [0, 0, 1, 1, 1, 1, 2]
     assert micro.length_R.tolist() == [2, 4, 1]
     assert micro.example_R.tolist() == [0, 0, 1]

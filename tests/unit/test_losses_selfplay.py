@@ -49,7 +49,7 @@ def totals_of(examples):
 
 def run(loss, examples, logps, *, totals=None):
     """Loss and gradient per row, on one micro-batch."""
-    _, micro = build_micro_batch(examples, totals or totals_of(examples), "cpu")
+    micro = build_micro_batch(examples, totals or totals_of(examples), "cpu")
     output = torch.tensor(np.concatenate(logps), dtype=torch.float32, requires_grad=True)
     result = loss(output, micro)
     result.loss.backward()

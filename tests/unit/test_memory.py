@@ -86,9 +86,10 @@ def test_zero_3_on_eight_gpus(shape):
     # MLP, 32 float32 sums. Passing: 3 x 4,096 + 3 x 14,336.
     layer = 2 * 8 * 4096 + 2 * (2 * 4096 + 2 * 1024 + 4 * 14336) + 4 * 32
     assert memory.activations == 16384 * (32 * 8192 + layer + 5 * 8192 + 2 * (3 * 4096 + 3 * 14336))
-    # 1,046 tokens at a time: logits, float32 logits, float32 gradient.
-    assert memory.logits == (1 << 27) * 10
-    assert 31 * GIB < memory.total < 33 * GIB
+    # 1,046 tokens at a time: logits, float32 logits, float32 gradient. And the gradient of the
+    # head's weights twice, of one piece and of those before it.
+    assert memory.logits == (1 << 27) * 10 + 2 * 2 * 128256 * 4096
+    assert 33 * GIB < memory.total < 35 * GIB
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,9 @@ def test_logits_have_a_maximum(shape):
     assert logits_bytes(shape, "float32", 100, backward=True) == 100 * 128256 * 8
     assert logits_bytes(shape, "float32", 10**6, backward=True) == (1 << 27) * 8
     assert logits_bytes(shape, "float32", 10**6, backward=True, entropy=True) == (1 << 27) * 12
+    assert logits_bytes(shape, "float32", 10**6, backward=True, scaled=True) == (1 << 27) * 12
+    assert logits_bytes(shape, "bfloat16", 10**6, backward=True, scaled=True) == (1 << 27) * 10
+    assert logits_bytes(shape, "float32", 100, backward=True, trained=True) == 100 * 128256 * 8
 
 
 def test_engine_cache_gets_the_rest_of_the_gpu(shape):

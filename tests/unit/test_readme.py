@@ -8,6 +8,7 @@ import re
 import shlex
 import sqlite3
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,19 +19,24 @@ from fakes import FakeRollout, make_prompts
 import rayhf
 from launch.cli import app
 from launch.listing import KINDS
+from launch.new_project import write_project
 from rayhf import errors
 from rayhf.config.fit import FitConfig
 from rayhf.config.guards import GuardsConfig
 from rayhf.config.load import load_config, load_section
+from rayhf.config.registry import ALGORITHMS
 from rayhf.config.serve import ServeScorerConfig
 from rayhf.monitoring.catalog import find
 from rayhf.planning.preflight import check_settings
 from rayhf.tiny import TASKS
 from rayhf.types import Sampling
 from tests.docs import DOCS, ROOT, generated
+from tests.docs_results import RESULTS
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-TEXT = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+PATHS = {"README.md": ROOT / "README.md"} | {
+    path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md"))
+}
+TEXT = {name: path.read_text(encoding="utf-8") for name, path in PATHS.items()}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROSE = {name: BLOCK.sub("", text) for name, text in TEXT.items()}
 COMMANDS = typer.main.get_command(app).commands
@@ -86,10 +92,12 @@ def modules(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", TEXT)
 def test_lines_are_at_most_120_characters(name):
-    lines = TEXT[name].splitlines()
-    if name == "architectures.md":  # rows of a generated table, which cannot be wrapped
-        lines = [line for line in lines if not line.startswith("|")]
+    lines = [line for line in TEXT[name].splitlines() if not line.startswith("|")]
     assert [line for line in lines if len(line) > 120] == []
+
+
+def test_readme_is_short():
+    assert len(TEXT["README.md"].splitlines()) <= 150
 
 
 def test_generated_pages_are_up_to_date():
@@ -98,11 +106,16 @@ def test_generated_pages_are_up_to_date():
 
 
 @pytest.mark.parametrize("words", command_lines())
-def test_commands_exist_and_configs_are_valid(words):
+def test_commands_exist_and_configs_are_valid(tmp_path, words):
     verb, *arguments = words
+    if verb.startswith("-"):
+        assert verb in {option for p in typer.main.get_command(app).params for option in p.opts}
+        return
     given = COMMANDS[verb].make_context(verb, arguments).params
     if verb == "list":
         assert given["kind"] in KINDS
+    if verb == "init":
+        assert given["algorithm"] in ALGORITHMS.builtin
     if verb == "tiny":
         assert set(given["task"] or ()) <= set(TASKS)
     root = {"fit-scorer": FitConfig, "serve-scorer": ServeScorerConfig}.get(verb)
@@ -111,6 +124,9 @@ def test_commands_exist_and_configs_are_valid(words):
     elif "config" in given:
         shown = shown_config(given["config"].name)
         source = ROOT / given["config"] if shown is None else BASE | shown
+        if given["config"] == Path("config.yaml"):  # what `rayhf init` writes
+            write_project(tmp_path, "online_dpo", "org/model", "cpu")
+            source = tmp_path / "config.yaml"
         check_settings(load_config(source, given["overrides"] or ()))
 
 
@@ -132,7 +148,7 @@ def test_commands_in_prose_exist(name):
 
 
 def test_presets_of_the_table_exist():
-    rows = re.findall(r"^\| (`\w+_\w+`(?:, `\w+`)?) \|", TEXT["README.md"], re.MULTILINE)
+    rows = re.findall(r"^\| (`\w+_\w+`(?:, `\w+`)?) \|", TEXT["loops/index.md"], re.MULTILINE)
     names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     loops = {
         path.stem
@@ -197,18 +213,34 @@ def test_metrics_that_are_named_exist(name):
     assert {metric for metric in METRIC.findall(TEXT[name]) if find(metric) is None} == set()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", PROSE[page.name]):
+def anchors(text):
+    """The anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_links_lead_somewhere(name):
+    names = {path: name for name, path in PATHS.items()}
+    shown = TEXT | {"results.md": RESULTS.read_text(encoding="utf-8")}  # appended to that page
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub("`[^`]*`", "", PROSE[name])):
         file, _, anchor = target.partition("#")
-        text = TEXT[(page.parent / file).resolve().name if file else page.name]
-        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-        assert not anchor or anchor in slugs, target
+        path = (PATHS[name].parent / file).resolve() if file else PATHS[name]
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(shown[names[path]]), target
 
 
-def test_every_page_is_linked_from_the_readme():
-    assert set(re.findall(r"\]\(docs/([\w.]+)\)", TEXT["README.md"])) == set(TEXT) - {"README.md"}
+def test_every_page_is_in_the_navigation():
+    def pages(entries):
+        for entry in entries:
+            if isinstance(entry, str):
+                yield entry
+            else:
+                for value in entry.values():
+                    yield from pages(value if isinstance(value, list) else [value])
+
+    navigation = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(navigation) == sorted(set(TEXT) - {"README.md"})
 
 
 def test_exit_codes_are_those_of_the_errors():
@@ -219,8 +251,7 @@ def test_exit_codes_are_those_of_the_errors():
     }
     table = {
         int(code)
-        for row in re.findall(r"^\| ([\d /]+) \|", TEXT["README.md"], re.MULTILINE)
-        for code in row.split("/")
+        for code in re.findall(r"^\| (\d+) \|", TEXT["reference/exit_codes.md"], re.MULTILINE)
     }
     assert codes == table - {0}
 

@@ -13,7 +13,7 @@ from actors.rollout import LeastLoaded, RolloutPool
 from rayhf.algorithms.base import sample_and_score
 from rayhf.exploration.build import build_scheduler
 from rayhf.monitoring.audit import audit
-from rayhf.run_dir import store
+from rayhf.run_dir import records
 from rayhf.types import GenerateRequest, Sampling
 from tests.bench.scale_sim import Case, measure
 from tests.bench.simulated import World
@@ -253,7 +253,7 @@ def test_tables_written_in_parts_are_the_same(tmp_path, monkeypatch):
     whole = make_config(tmp_path / "whole")
     parts = make_config(tmp_path / "parts")
     run_campaign(whole)
-    monkeypatch.setattr(store, "_PART", 1)
+    monkeypatch.setattr(records, "_PART", 1)
     run_campaign(parts)
     assert metrics_of(whole) == metrics_of(parts)
     for folder in ("samples", "examples"):

@@ -249,7 +249,7 @@ def test_both_objectives_give_finite_losses():
             for e in examples
         ]
         tokens = sum(len(row.response_ids) for row in rows)
-        _, micro = build_micro_batch(
+        micro = build_micro_batch(
             annotated, Totals(tokens=tokens, rows=len(rows), examples=len(examples)), "cpu"
         )
         out = algorithm.loss(name)(torch.full((tokens,), -2.0, requires_grad=True), micro)

@@ -1,0 +1,136 @@
+"""Rows as a tree of tokens: a prefix that rows share is one path of nodes; without torch.
+
+In: rows. Out: the nodes in depth-first order (a node comes before its descendants, and these follow
+it without gap), so that the whole tree is two integers per node: its depth, which is its position
+id, and the end of its subtree. Node j is an ancestor of node i, or i itself, exactly where
+j <= i < end[j]: that is the attention mask.
+
+Several trees in one sequence are a forest: their subtrees do not overlap, so no node sees another
+tree. The last token of a row predicts no trained token, so it is no node.
+
+N nodes, T response tokens of all rows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rayhf.types import Row
+
+Ints = npt.NDArray[np.int64]
+TokenIds = tuple[int, ...]
+
+MIN_SHARED = 32
+"""Shortest prefix in tokens that rows of different prompts share, such as a system prompt.
+
+Shorter ones (the beginning of a chat template) would join unrelated rows into one tree.
+"""
+_CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixTree:
+    """A forest of token nodes, and the nodes that predict the rows' response tokens."""
+
+    ids_N: Ints
+    depth_N: Ints
+    end_N: Ints
+    """First node after each node's subtree."""
+    predict_T: Ints
+    """In the order of the rows; rows that share a node repeat it."""
+
+
+def fed_tokens(row: Row) -> TokenIds:
+    """Return the tokens that go through the model: all but the last."""
+    return row.prompt_ids + row.response_ids[:-1]
+
+
+def shared_prefix(first: TokenIds, second: TokenIds) -> int:
+    """Return the number of leading tokens that two sequences share."""
+    limit = min(len(first), len(second))
+    start = 0
+    while start < limit and first[start : start + _CHUNK] == second[start : start + _CHUNK]:
+        start += _CHUNK
+    while start < limit and first[start] == second[start]:
+        start += 1
+    return min(start, limit)
+
+
+def build_tree(rows: Sequence[Row], *, share: bool) -> PrefixTree:
+    """Return the forest of at least one row; without `share` every row is a tree of its own.
+
+    In order, rows that share a prefix are neighbors: each row adds the nodes that the one before it
+    lacks.
+    """
+    tokens = [fed_tokens(row) for row in rows]
+    order = _in_order(rows, tokens) if share else range(len(rows))
+    ids: list[Ints] = []
+    depth: list[Ints] = []
+    ends: list[tuple[Ints, int]] = []
+    predict: dict[int, Ints] = {}
+    path = np.empty(0, dtype=np.int64)
+    previous: int | None = None
+    count = 0
+    for index in order:
+        shared = _shared(rows, tokens, previous, index) if share and previous is not None else 0
+        new = len(tokens[index]) - shared
+        ids.append(np.asarray(tokens[index][shared:], dtype=np.int64))
+        depth.append(np.arange(shared, shared + new))
+        ends.append((path[shared:], count))  # the branch that this row leaves
+        path = np.concatenate([path[:shared], np.arange(count, count + new)])
+        first = len(rows[index].prompt_ids) - 1
+        predict[index] = path[first:]
+        previous = index
+        count += new
+    ends.append((path, count))
+    end_N = np.empty(count, dtype=np.int64)
+    for nodes, end in ends:
+        end_N[nodes] = end
+    return PrefixTree(
+        ids_N=np.concatenate(ids),
+        depth_N=np.concatenate(depth),
+        end_N=end_N,
+        predict_T=np.concatenate([predict[index] for index in range(len(rows))]),
+    )
+
+
+def _in_order(rows: Sequence[Row], tokens: Sequence[TokenIds]) -> list[int]:
+    """Sort rows by tokens, with those of a prompt together."""
+    first: dict[str, TokenIds] = {}
+    for row, ids in zip(rows, tokens, strict=True):
+        first[row.prompt_id] = min(first.get(row.prompt_id, ids), ids)
+
+    def key(index: int) -> tuple[TokenIds, str, TokenIds]:
+        prompt_id = rows[index].prompt_id
+        return first[prompt_id], prompt_id, tokens[index]
+
+    return sorted(range(len(rows)), key=key)
+
+
+def _shared(rows: Sequence[Row], tokens: Sequence[TokenIds], previous: int, index: int) -> int:
+    shared = shared_prefix(tokens[previous], tokens[index])
+    same_prompt = rows[previous].prompt_id == rows[index].prompt_id
+    return shared if same_prompt or shared >= MIN_SHARED else 0
+
+
+class DistinctTokens:
+    """Count of the nodes of a growing set of rows of one prompt."""
+
+    def __init__(self) -> None:
+        self._sorted: list[TokenIds] = []
+        self.count = 0
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Add rows; the longest prefix that one shares is with a neighbor in sorted order."""
+        for row in rows:
+            tokens = fed_tokens(row)
+            place = bisect_left(self._sorted, tokens)
+            neighbors = self._sorted[max(0, place - 1) : place + 1]
+            shared = max((shared_prefix(tokens, other) for other in neighbors), default=0)
+            self.count += len(tokens) - shared
+            self._sorted.insert(place, tokens)
