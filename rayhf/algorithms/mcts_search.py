@@ -25,6 +25,7 @@ from typing import Literal
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig, OutcomeConfig, SelfEvaluationConfig
 from rayhf.algorithms.mcts_samples import tree_samples
+from rayhf.algorithms.spar_dialogue import instruction_text
 from rayhf.data.jinja_sandbox import SandboxedTemplate
 from rayhf.errors import ConfigError
 from rayhf.search.mcts import End, Step, Tree, TreeNode
@@ -201,11 +202,8 @@ class PromptSearch:
         self, critic: SelfEvaluationConfig, steps: list[Completion]
     ) -> dict[str, str]:
         """Return the variables of the critic's template."""
-        questions = [
-            message["content"] for message in self.prompt.messages if message["role"] == "user"
-        ]
         variables = {
-            "question": questions[-1] if questions else "",
+            "question": instruction_text(self.prompt.messages),
             "work": self._whole(steps, "stop").text if steps else "",
         }
         if critic.gold_conditioned_critic:

@@ -228,9 +228,8 @@ Evaluate = Callable[[Tree, TreeNode], Awaitable[float | None]]
 def prior(logprobs: Sequence[float], length_exponent: float) -> float:
     """Return p = exp(sum of log-probs / length^length_exponent), in 0..1; 1 for an empty step.
 
-    The authors use log-probs of the policy itself. Here they are those of the sampling
-    distribution, which completions carry: the same at temperature 1 without top-p and top-k,
-    sharper or flatter otherwise. Not normalized over siblings.
+    The log-probs are those of the policy at temperature 1, as the authors'. Not normalized over
+    siblings.
     """
     return math.exp(math.fsum(logprobs) / len(logprobs) ** length_exponent) if logprobs else 1.0
 
