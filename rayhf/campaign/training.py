@@ -136,16 +136,17 @@ class Trainer:
                 steps.append(await self._step(batch, trains))
         metrics |= over_steps(steps)
         metrics["learner/steps"] = len(steps)
-        metrics |= await self._drift()
+        metrics |= await self._drift(iteration, examples)
         return trains
 
-    async def _drift(self) -> dict[str, float]:
+    async def _drift(self, iteration: int, examples: Sequence[Example]) -> dict[str, float]:
         """Return the distance from the initial policy; nothing where that is the reference."""
         schedule = self.algorithm.reference
         if schedule is None or not schedule.moves:
             return {}
         if self._initial_rows is None:
-            self._initial_rows = initial_rows(self.store.read_examples(1))
+            first = examples if iteration == 1 else self.store.read_examples(1)
+            self._initial_rows = initial_rows(first)
         rows = self._initial_rows
         if not rows:
             return {}

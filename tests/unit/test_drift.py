@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from campaigns import make_config, metrics_of, run_campaign
+from fakes import FakeLearner
 
 from rayhf.algorithms.base import with_ties
 from rayhf.campaign.drift import drift_kl, initial_rows
@@ -40,6 +41,22 @@ def test_only_sampled_rows_are_measured():
     earlier = Example(rows=(row_of([0.1]),), iterations_back=1)
     rows = initial_rows([Example(rows=(given,)), earlier, *sampled])
     assert len(rows) == 64 and all(len(row.response_ids) == 1 for row in rows)
+
+
+def test_drift_is_the_same_after_a_resume(tmp_path):
+    class Learner(FakeLearner):
+        async def outputs(self, rows, *, temperature):
+            return [np.full(len(r.response_ids), -0.1 * self.steps, np.float32) for r in rows]
+
+    algorithm = {"type": "iterative_dpo", "samples": 4, "disjoint_iterations": False}
+    whole = make_config(tmp_path / "whole", algorithm=algorithm)
+    broken = make_config(tmp_path / "broken", algorithm=algorithm)
+    run_campaign(whole, learner=Learner())
+    with pytest.raises(RuntimeError, match="killed"):
+        run_campaign(broken, learner=Learner(fail_at=3))
+    run_campaign(broken, learner=Learner())
+    drifts = [[line.get("policy/drift_kl") for line in metrics_of(c)] for c in (whole, broken)]
+    assert drifts[0] == drifts[1] and len(set(drifts[0][1:])) == 4
 
 
 @pytest.mark.parametrize(("name", "shown"), [("iterative_dpo", True), ("online_dpo", False)])
