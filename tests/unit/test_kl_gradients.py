@@ -64,4 +64,4 @@ def test_kl_in_the_loss_has_the_gradient_with_states_held_fixed(estimator, direc
     loss = (probability.detach()[:, None] * kl_loss(logp, ref, estimator)).sum()
     ours = gradient(parameters, loss)
     assert ours.tolist() == pytest.approx(state_kl(direction).tolist())
-    assert float((ours - sequence_kl()).norm() / sequence_kl().norm()) > 0.1
+    assert float((ours - sequence_kl()).norm() / sequence_kl().norm()) > 0.05
