@@ -276,7 +276,9 @@ class Controller:
             return {}
         self.observer.phase(iteration, "evaluate")
         async with self._timed("evaluate"):
-            return await self._evaluator.measure(tasks, restore_scorer=not self._explorations)
+            return await self._evaluator.measure(
+                tasks, iteration=iteration, restore_scorer=not self._explorations
+            )
 
     def _version_metrics(self) -> dict[str, float]:
         return {f"{policy}/version": float(version) for policy, version in self.versions.items()}

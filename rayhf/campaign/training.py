@@ -125,6 +125,7 @@ class Trainer:
     ) -> bool:
         credited, credit_metrics = self.algorithm.credit(await self._annotate(iteration, examples))
         metrics |= credit_metrics
+        await self.store.write_credit(iteration, credited)
         trains = not isinstance(self.algorithm, TrainsCritic) or self.algorithm.trains_policy(
             iteration
         )

@@ -33,6 +33,8 @@ from rayhf.types import Example, Group, JsonObject
 
 Item = TypeVar("Item")
 METRICS = "metrics.jsonl"
+TABLES = ("samples", "examples", "credit", "heldout")
+"""Directories with a Parquet file per iteration, where it has one."""
 _PART = 4096
 """Groups or examples per row group: the tables of a whole iteration may not fit into memory."""
 
@@ -75,6 +77,19 @@ class Records:
         """Write every training example with its lineage: indices into its prompt's samples."""
         parts = (tables.example_table(iteration, part) for part in _parts(examples))
         await asyncio.to_thread(self._write_table, "examples", iteration, tables.EXAMPLES, parts)
+
+    async def write_credit(self, iteration: int, examples: Sequence[Example]) -> None:
+        """Write the token values that training added to the policy's examples, if any."""
+        # The rows of one objective all have the same values.
+        if not examples or not examples[0].rows[0].tokens.keys() & set(tables.CREDIT_VALUES):
+            return
+        parts = (tables.credit_table(iteration, part) for part in _parts(examples))
+        await asyncio.to_thread(self._write_table, "credit", iteration, tables.CREDIT, parts)
+
+    async def write_heldout(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Write an evaluation's completions of the held-out prompts."""
+        parts = (tables.sample_table(iteration, part) for part in _parts(groups))
+        await asyncio.to_thread(self._write_table, "heldout", iteration, tables.SAMPLES, parts)
 
     def read_examples(self, iteration: int) -> list[Example]:
         """Return the policy's examples of an earlier iteration; none where there was none."""
@@ -126,7 +141,7 @@ class Records:
         checksums = facts.get("checksums")
         size = checksums["bytes"] if isinstance(checksums, dict) else 0
         self._checksums.rewind(int(str(size)))
-        for folder in ("samples", "examples"):
+        for folder in TABLES:
             for number, file in numbered(self._run / folder, "iteration-", ".parquet").items():
                 if number > iteration:
                     with storage_errors("delete", file):
