@@ -18,10 +18,8 @@ from rayhf.algorithms.base import (
     TrainsOnRows,
     TrainsSeveralPolicies,
     generates,
-    needs_frozen_reference,
 )
 from rayhf.campaign.data import CampaignData
-from rayhf.config.algorithms import EmaReference
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig, PolicyConfig
 from rayhf.config.scorers import ScorerConfig, names_of
@@ -40,6 +38,7 @@ from rayhf.models.source import model_length, read_model_config, tokenizer_finge
 from rayhf.monitoring.tracking import check_trackers
 from rayhf.planning.architectures import check_architectures
 from rayhf.planning.inputs import input_fingerprints
+from rayhf.planning.reference import check_reference
 from rayhf.run_dir.state import read_state
 from rayhf.types import Prompt, TransportName
 
@@ -125,30 +124,8 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     _require_scorers(config, algorithm)
     _check_rounding(config)
     derived = derive(config, algorithm)
-    _check_reference(config, algorithm, derived)
+    check_reference(config, algorithm, derived.total_steps)
     return algorithm, derived
-
-
-def _check_reference(config: CampaignConfig, algorithm: Algorithm, derived: Derived) -> None:
-    """Refuse a reference that would never move, and one that is not used. Raises ConfigError."""
-    schedule = algorithm.reference
-    if isinstance(schedule, EmaReference) and schedule.every > derived.total_steps:
-        raise ConfigError(
-            f"algorithm.reference.every is {schedule.every} optimizer steps, and the campaign has "
-            f"{derived.total_steps}: the reference would never move; expected at most "
-            f"{derived.total_steps}"
-        )
-    if config.reference.model is not None and not needs_frozen_reference(algorithm):
-        reason = (
-            "has no reference; leave it out"
-            if schedule is None
-            else "takes the policy before each iteration as its reference; leave it out, or set "
-            "algorithm.reference={type: initial}"
-        )
-        raise ConfigError(
-            f"reference.model is {config.reference.model.text}, but {config.algorithm.type} "
-            + reason
-        )
 
 
 def _require_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
