@@ -46,6 +46,7 @@ class RolloutActor(ReportsProcess):
         device: Device,
         sleeps: bool = False,
         stop_token_ids: Sequence[int] = (),
+        scaled_logprobs: bool = False,
     ) -> None:
         from rayhf.rollout.engine import RolloutEngine
 
@@ -59,6 +60,7 @@ class RolloutActor(ReportsProcess):
             device=device,
             sleep_mode=sleeps,
             stop_token_ids=stop_token_ids,
+            scaled_logprobs=scaled_logprobs,
         )
 
     async def generate(

@@ -28,6 +28,7 @@ from actors.supervise import SupervisedActor, SupervisionLimits
 from actors.transport import Transport, make_transport
 from rayhf.algorithms.base import (
     Algorithm,
+    OtherPolicy,
     TrainsCritic,
     TrainsSeveralPolicies,
     generates,
@@ -35,7 +36,7 @@ from rayhf.algorithms.base import (
     policies_of,
 )
 from rayhf.config.models import ModelName
-from rayhf.config.schema import CampaignConfig
+from rayhf.config.schema import CampaignConfig, LearnerConfig
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
 from rayhf.monitoring.observer import Observer
 from rayhf.planning.placement import (
@@ -174,7 +175,11 @@ class ActorSet:
         timeout_s = config.run.timeout_s
         policies = policies_of(self.prepared.algorithm)
         engines = {policy: group for policy in policies if (group := self._rollouts(policy))}
-        learners = {policy: self._learner(_role("learner", policy)) for policy in policies}
+        schedules = {policy: self._schedule_of(policy) for policy in policies}
+        learners = {
+            policy: self._learner(_role("learner", policy), schedules[policy][0])
+            for policy in policies
+        }
         pools = {
             policy: RolloutPool(
                 group,
@@ -197,12 +202,14 @@ class ActorSet:
         references = self._references()
         starts += [actor.start() for actor in self.actors[before:]]
         starts += [
-            self._start_learner(group, self._start_of(policy)) for policy, group in learners.items()
+            self._start_learner(group, self._start_of(policy), steps=schedules[policy][1])
+            for policy, group in learners.items()
         ]
-        critic = self._learner("critic") if self.trains_critic else None
+        critic = self._learner("critic", config.learner) if self.trains_critic else None
         if critic:
             start = config.learner.critic_model or config.policy.model, config.learner.critic_lr
-            starts += [self._start_learner(critic, start, critic=True)]
+            steps = self.prepared.derived.total_steps
+            starts += [self._start_learner(critic, start, steps=steps, critic=True)]
         await _all(starts)
         eval_scorers = {
             task: self._retrying([actor], entries)
@@ -253,14 +260,27 @@ class ActorSet:
         )
         self.placement_group.release()
 
-    def _start_of(self, policy: str) -> tuple[ModelName, float]:
-        """Return the model that a policy starts from, and its learning rate."""
+    def _other(self, policy: str) -> OtherPolicy | None:
+        """Return the settings of a policy other than "policy"; None for that one."""
         if policy == "policy":
-            return self.config.policy.model, self.config.learner.lr
+            return None
         algorithm = self.prepared.algorithm
         assert isinstance(algorithm, TrainsSeveralPolicies)
-        other = algorithm.other_policy(policy)
+        return algorithm.other_policy(policy)
+
+    def _start_of(self, policy: str) -> tuple[ModelName, float]:
+        """Return the model that a policy starts from, and its learning rate."""
+        other = self._other(policy)
+        if other is None:
+            return self.config.policy.model, self.config.learner.lr
         return other.model or self.config.policy.model, other.lr
+
+    def _schedule_of(self, policy: str) -> tuple[LearnerConfig, int]:
+        """Return a policy's learner settings, and its schedule's length in optimizer steps."""
+        other = self._other(policy)
+        if other is None:
+            return self.config.learner, self.prepared.derived.total_steps
+        return other.learner_settings(self.config.learner)
 
     def _create(
         self, role: str, actor_class: type, build: Build | None, **options: Any
@@ -318,6 +338,7 @@ class ActorSet:
                 device=config.cluster.device,
                 sleeps=self.shares,
                 stop_token_ids=tuple(self.prepared.stop_tokens),
+                scaled_logprobs=config.train_temperature != 1,
             )
 
         return self._create(role, RolloutActor, build, max_concurrency=100_000)
@@ -375,12 +396,12 @@ class ActorSet:
 
         return self._create("reference", ReferenceActor, build)
 
-    def _learner(self, role: str) -> LearnerClient:
+    def _learner(self, role: str, config: LearnerConfig) -> LearnerClient:
         run = self.config.run
         ranks = self._create(role, LearnerActor, None)
         return LearnerClient(
             ranks,
-            self.config.learner,
+            config,
             sync_dtype=self.config.policy.dtype,
             timeout_s=max(run.timeout_s, run.start_timeout_s),
             transport=transport_of(self.config),
@@ -396,7 +417,12 @@ class ActorSet:
         )
 
     async def _start_learner(
-        self, group: LearnerClient, start: tuple[ModelName, float], *, critic: bool = False
+        self,
+        group: LearnerClient,
+        start: tuple[ModelName, float],
+        *,
+        steps: int,
+        critic: bool = False,
     ) -> None:
         config = self.config
         model, lr = start
@@ -405,7 +431,7 @@ class ActorSet:
             epoch_guard=self.epoch_guard,
             head="value" if critic else "policy",
             lr=lr,
-            total_steps=self.prepared.derived.total_steps,
+            total_steps=steps,
             lora=None if critic else config.policy.lora,
             device=self.device,
             seed=config.seed,

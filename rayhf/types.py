@@ -115,7 +115,8 @@ class Completion:
     token_ids: tuple[int, ...]
     """Generated tokens, end-of-turn token included where the model generated one."""
     logprobs: tuple[float, ...]
-    """Log-prob of each token under the sampling policy (temperature applied), in nats."""
+    """Log-prob of each token, in nats, among the whole vocabulary (top_p and top_k do not change
+    it) at the campaign's train_temperature."""
     finish_reason: Literal["stop", "length"]
     """The engine's; "length" means truncated, and so does thinking that never ended."""
     thinking: str | None = None
@@ -348,8 +349,7 @@ class Batch:
 
     examples: tuple[Example, ...]
     temperature: float = 1.0
-    """Sampling temperature: the learner divides its logits by it before log-softmax, so that
-    log-probs are those of the policy that sampled."""
+    """The campaign's train_temperature: the learner divides its logits by it before log-softmax."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

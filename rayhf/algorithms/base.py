@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import AlgorithmConfig, ReferenceSchedule
 from rayhf.config.models import ModelName
+from rayhf.config.schema import LearnerConfig
 from rayhf.data.chat import Chat
 from rayhf.data.examples import EncodedExample
 from rayhf.data.readers import Row as DataRow
@@ -198,6 +200,14 @@ class OtherPolicy:
     model: ModelName | None
     """Initial model; None: policy.model."""
     lr: float
+    warmup_steps: int = 0
+    """Optimizer steps over which the rate rises to `lr`. It then stays: how many steps the policy
+    takes depends on what the campaign generates."""
+
+    def learner_settings(self, learner: LearnerConfig) -> tuple[LearnerConfig, int]:
+        """Return the learner's settings with this schedule, and its length in optimizer steps."""
+        schedule = {"schedule": "constant", "warmup": 1.0 if self.warmup_steps else 0.0}
+        return learner.model_copy(update=schedule), max(self.warmup_steps, 1)
 
 
 @runtime_checkable
@@ -219,6 +229,18 @@ class TrainsSeveralPolicies(Protocol):
 
     def other_policy(self, name: str) -> OtherPolicy:
         """Return the settings of a policy other than "policy"."""
+        ...
+
+
+@runtime_checkable
+class RendersConversations(Protocol):
+    """Renders conversations and answers of its own, which not every chat template can."""
+
+    def check_chat(self, chat: Chat, prompt: Prompt) -> None:
+        """Render an example of each for `prompt`, before anything starts.
+
+        Raises ConfigError.
+        """
         ...
 
 
@@ -306,13 +328,15 @@ async def sample_and_score(prompt: Prompt, context: ExplorationContext, n: int) 
 async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int) -> Group:
     """Draw n completions and compare each with every other; a score is a win rate against all.
 
-    Where the scorer could not compare them, every sample's outcome is the reason.
+    Equal completions tie, whatever the scorer says of them, and have one win rate. Where the scorer
+    could not compare them, every sample's outcome is the reason.
     """
     completions = await context.sample(n)
     comparison = await context.compare(completions)
     outcomes: list[Outcome]
     if isinstance(comparison, Compared):
-        rates = win_rates(comparison.win, include_self=True)
+        win = with_ties(comparison.win, [completion.token_ids for completion in completions])
+        rates = win_rates(win, include_self=True)
         missing = Invalid(reason="the scorer had no verdict on it")
         outcomes = [Scored(value=float(rate)) if np.isfinite(rate) else missing for rate in rates]
     else:
@@ -327,6 +351,29 @@ async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int
         compared=compared,
         metrics={"scorer/pointwise": float(pointwise)},
     )
+
+
+def with_ties(
+    win: npt.NDArray[np.float64], completions: Sequence[Sequence[int]]
+) -> npt.NDArray[np.float64]:
+    """Return the win matrix in which equal completions tie and win alike: (K, K) -> (K, K).
+
+    An entry becomes the mean over the known entries of all copies of its two completions.
+    """
+    keys = [tuple(token_ids) for token_ids in completions]
+    copies: dict[tuple[int, ...], list[int]] = {}
+    for index, key in enumerate(keys):
+        copies.setdefault(key, []).append(index)
+    if len(copies) == len(keys):
+        return win
+    out = np.array(win, dtype=np.float64)
+    for first, rows in copies.items():
+        for second, columns in copies.items():
+            block = win[np.ix_(rows, columns)]
+            known = block[np.isfinite(block)]
+            tied = 0.5 if first == second else known.mean() if known.size else np.nan
+            out[np.ix_(rows, columns)] = tied
+    return out
 
 
 def scored(group: Group) -> list[tuple[int, Sample, float]]:

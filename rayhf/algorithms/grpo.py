@@ -42,6 +42,7 @@ class GRPO(PolicyGradient):
 
     Config = GRPOConfig
     min_group = 2
+    has_group_baseline = True
 
     def advantages(self, rows: list[Row], kl: list[Array], kl_coef: float) -> list[Row]:
         """Return the rows with `advantage`."""

@@ -23,7 +23,9 @@ from rayhf.config.algorithms import (
     OfflineConfig,
     ReferenceSchedule,
 )
+from rayhf.config.schema import CampaignConfig
 from rayhf.data.preferences import iteration_pairs
+from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss
 from rayhf.losses.hypo import HyPOLoss, HyPOLossConfig
 from rayhf.types import Example, Group, Prompt, Scored, make_row
@@ -37,6 +39,16 @@ class HyPOConfig(HyPOLossConfig, AlgorithmConfig):
     samples: Annotated[int, Field(ge=2)] = 2
     """Fresh completions per prompt for the KL term (k of the leave-one-out baseline)."""
     importance: ImportanceConfig = ImportanceConfig()
+
+    def check_campaign(self, campaign: CampaignConfig) -> None:
+        """Refuse samples that are not the policy's at temperature 1. Raises ConfigError."""
+        rollout = campaign.rollout
+        if rollout.temperature != 1 or rollout.top_p < 1 or rollout.top_k:
+            raise ConfigError(
+                "rollout: hypo estimates the policy's KL from its samples; expected temperature 1, "
+                f"top_p 1 and top_k 0, got {rollout.temperature:g}, {rollout.top_p:g} and "
+                f"{rollout.top_k}"
+            )
 
 
 class HyPO(AlgorithmBase):

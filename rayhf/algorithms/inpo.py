@@ -22,7 +22,13 @@ from rayhf.algorithms.base import (
 )
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.pair_selection import best_worst
-from rayhf.config.algorithms import AlgorithmConfig, InitialReference, ReferenceSchedule
+from rayhf.config.algorithms import (
+    AlgorithmConfig,
+    InitialReference,
+    ReferenceSchedule,
+    refuse_staleness,
+)
+from rayhf.config.schema import CampaignConfig
 from rayhf.losses.base import Loss
 from rayhf.losses.selfplay import INPOLoss
 from rayhf.types import Example, Group, Prompt, make_row
@@ -42,6 +48,10 @@ class INPOConfig(AlgorithmConfig):
     """Difference of win probabilities up to which a pair is a tie."""
     reference: ReferenceSchedule = InitialReference()
     """Schedule of the fixed reference."""
+
+    def check_campaign(self, campaign: CampaignConfig) -> None:
+        """Refuse samples of earlier weights. Raises ConfigError."""
+        refuse_staleness(campaign, "regresses onto win rates against the current policy's samples")
 
     @model_validator(mode="after")
     def _check_tau(self) -> Self:

@@ -24,7 +24,7 @@ from rayhf.config.algorithms import ReferenceSchedule
 from rayhf.config.registry import LOSSES
 from rayhf.losses.base import Loss
 from rayhf.losses.pairs import PairLoss, PairLossConfig
-from rayhf.search.mcts import grow
+from rayhf.search.grow import grow
 from rayhf.search.siblings import pair_rows, step_pairs
 from rayhf.types import Example, Group, Prompt, derive_seed
 

@@ -73,8 +73,8 @@ class SelfEvaluationConfig(Section):
     """
 
     template: str = SELF_EVALUATION_TEMPLATE
-    """Jinja2 template of one user message. Variables: `question` (the prompt's last user message)
-    and `work` (the completion so far)."""
+    """Jinja2 template of one user message. Variables: `question` (the prompt, several
+    turns with their roles) and `work` (the completion so far)."""
     votes: PositiveInt = 4
     """Verdicts sampled per node. Those that say neither yes nor no do not count; a node without
     any verdict has no estimate."""

@@ -20,10 +20,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig, OutcomeConfig, SelfEvaluationConfig
 from rayhf.algorithms.mcts_samples import tree_samples
+from rayhf.algorithms.spar_dialogue import instruction_text
 from rayhf.data.jinja_sandbox import SandboxedTemplate
 from rayhf.errors import ConfigError
 from rayhf.search.mcts import End, Step, Tree, TreeNode
@@ -149,7 +151,7 @@ class PromptSearch:
         """
         if node.terminal:
             assert node.step is not None
-            whole = join(steps, "stop" if node.step.end == "answer" else "length")
+            whole = self._whole(steps, "stop" if node.step.end == "answer" else "length")
             (node.outcome,) = await self.context.score([whole])
             return outcome_value(node.outcome, self.config.outcome)
         if not self.config.rollouts:
@@ -161,12 +163,19 @@ class PromptSearch:
         if missing > 0:
             rollouts += await self.context.sample(missing, prefix=written, sampling=sampling)
         outcomes = await self.context.score(
-            [join([*steps, rollout], rollout.finish_reason) for rollout in rollouts]
+            [self._whole([*steps, rollout], rollout.finish_reason) for rollout in rollouts]
         )
         self.rollouts[node.id] = list(zip(rollouts, outcomes, strict=True))
         optional = [outcome_value(outcome, self.config.outcome) for outcome in outcomes]
         values = [value for value in optional if value is not None]
         return math.fsum(values) / len(values) if values else None
+
+    def _whole(
+        self, steps: Sequence[Completion], finish_reason: Literal["stop", "length"]
+    ) -> Completion:
+        """Return consecutive parts of a completion as one, its text decoded from all tokens."""
+        whole = join(steps, finish_reason)
+        return replace(whole, text=self.context.decode(whole.token_ids))
 
     async def _confidence(self, steps: list[Completion]) -> float | None:
         """Return the weighted share of yes among the critic's verdicts.
@@ -193,12 +202,9 @@ class PromptSearch:
         self, critic: SelfEvaluationConfig, steps: list[Completion]
     ) -> dict[str, str]:
         """Return the variables of the critic's template."""
-        questions = [
-            message["content"] for message in self.prompt.messages if message["role"] == "user"
-        ]
         variables = {
-            "question": questions[-1] if questions else "",
-            "work": "".join(step.text for step in steps),
+            "question": instruction_text(self.prompt.messages),
+            "work": self._whole(steps, "stop").text if steps else "",
         }
         if critic.gold_conditioned_critic:
             if self.prompt.reference_answer is None:

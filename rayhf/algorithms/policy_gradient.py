@@ -74,13 +74,15 @@ class KLConfig(Section):
 class PolicyGradientConfig(AlgorithmConfig):
     """Settings of the whole family."""
 
+    trains_at_sampling_temperature: ClassVar[bool] = True
     samples: PositiveInt = 1
     """Completions per prompt."""
     loss: Annotated[PolicyLossConfig, LOSSES.defaulting("clipped")] = ClippedSurrogateConfig()
     """A policy-gradient loss."""
     kl: KLConfig = KLConfig()
     reward_clip: PositiveFloat | None = 10.0
-    """Largest absolute score; larger ones are clipped (OpenRLHF). null is off."""
+    """Largest absolute score, after the group's baseline where there is one (grpo, rloo); larger
+    ones are clipped (OpenRLHF) and counted as ppo/reward_clipped. null is off."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Penalty on the score of a truncated completion (finish_reason "length")."""
     overlong_buffer: NonNegativeInt = 0
@@ -93,7 +95,18 @@ class PolicyGradientConfig(AlgorithmConfig):
     importance: ImportanceConfig = ImportanceConfig()
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
-        """Refuse a length penalty that starts before the first token. Raises ConfigError."""
+        """Refuse sampling whose log-probs are not known, and a length penalty from token 0 on.
+
+        Raises ConfigError.
+        """
+        rollout = campaign.rollout
+        if rollout.temperature != 1 and (rollout.top_p < 1 or rollout.top_k):
+            raise ConfigError(
+                f"rollout.top_p is {rollout.top_p:g} and rollout.top_k {rollout.top_k} with "
+                f"rollout.temperature {rollout.temperature:g}: the engines' log-probs would not be "
+                f"those of the policy that {self.type} trains; expected temperature 1, or top_p 1 "
+                "and top_k 0"
+            )
         if self.overlong_buffer > campaign.rollout.max_tokens:
             raise ConfigError(
                 f"algorithm.overlong_buffer is {self.overlong_buffer}; expected at most "
@@ -106,6 +119,9 @@ class PolicyGradient(AlgorithmBase, ABC):
 
     min_group: ClassVar[int] = 1
     """Smallest number of scored completions in a prompt's group."""
+    has_group_baseline: ClassVar[bool] = False
+    """Whether advantages are scores minus a baseline of the group: reward_clip then bounds the
+    advantage, because clipping scores would make different ones equal."""
 
     def __init__(self, config: PolicyGradientConfig) -> None:
         self.config = config
@@ -131,12 +147,14 @@ class PolicyGradient(AlgorithmBase, ABC):
         examples: list[Example] = []
         small = 0
         uniform = 0
+        clipped = 0
         max_tokens = context.sampling.max_tokens
         for group in groups:
-            usable = [
-                (i, self._shape_score(sample.completion, score, max_tokens))
-                for i, sample, score in scored(group)
-            ]
+            usable = []
+            for i, sample, score in scored(group):
+                bounded = self._clip_score(score)
+                clipped += bounded != score
+                usable.append((i, self._shape_score(sample.completion, bounded, max_tokens)))
             if len({score for _, score in usable}) == 1 and len(usable) > 1:
                 uniform += 1
                 if self.config.drop_uniform_groups:
@@ -147,17 +165,25 @@ class PolicyGradient(AlgorithmBase, ABC):
             examples += [Example(rows=(make_row(group, i, score=score),)) for i, score in usable]
         self._completions = len(examples)
         uniform_share = uniform / max(len(groups), 1)
+        metrics = {"ppo/groups_uniform": uniform_share, "ppo/groups_dropped": float(small)}
+        if examples and not self.has_group_baseline:
+            metrics["ppo/reward_clipped"] = clipped / len(examples)
         return Selection(
             examples=tuple(examples),
-            metrics={"ppo/groups_uniform": uniform_share, "ppo/groups_dropped": float(small)},
+            metrics=metrics,
             no_signal=uniform_share,
         )
 
+    def _clip_score(self, score: float) -> float:
+        """Bound a score that no group baseline is subtracted from."""
+        limit = self.config.reward_clip
+        if limit is None or self.has_group_baseline:
+            return score
+        return min(max(score, -limit), limit)
+
     def _shape_score(self, completion: Completion, score: float, max_tokens: int) -> float:
-        """Clip a score and subtract the penalties on truncation and length."""
+        """Subtract the penalties on truncation and length from a score."""
         config = self.config
-        if config.reward_clip is not None:
-            score = float(np.clip(score, -config.reward_clip, config.reward_clip))
         score -= missing_eos_penalty(
             truncated=completion.finish_reason == "length", penalty=config.missing_eos_penalty
         )
@@ -175,6 +201,9 @@ class PolicyGradient(AlgorithmBase, ABC):
         in_reward = self.kl_coef if self.config.kl.where == "reward" else 0.0
         metrics = {"ppo/kl_coef": self.kl_coef} if self.reference else {}
         advantages = self.advantages(rows, kl, in_reward)
+        limit = self.config.reward_clip
+        if rows and limit is not None and self.has_group_baseline:
+            advantages, metrics["ppo/reward_clipped"] = clip_advantages(advantages, limit)
         credited = [
             replace(example, rows=(row,)) for example, row in zip(examples, advantages, strict=True)
         ]
@@ -219,6 +248,18 @@ class PolicyGradient(AlgorithmBase, ABC):
         """Restore the adaptive coefficient."""
         if self._adaptive_kl:
             self._adaptive_kl.load_state_dict(state)
+
+
+def clip_advantages(rows: Sequence[Row], limit: float) -> tuple[list[Row], float]:
+    """Return the rows with advantages bounded to +-limit, and the share of rows that changed."""
+    clipped = []
+    changed = 0
+    for row in rows:
+        advantage = row.tokens["advantage"]
+        bounded = np.clip(advantage, -limit, limit)
+        changed += bool((bounded != advantage).any())
+        clipped.append(row.with_tokens(advantage=bounded))
+    return clipped, changed / len(rows)
 
 
 def group_advantages(

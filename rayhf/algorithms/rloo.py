@@ -37,6 +37,7 @@ class RLOO(PolicyGradient):
 
     Config = RLOOConfig
     min_group = 2
+    has_group_baseline = True
 
     def advantages(self, rows: list[Row], kl: list[Array], kl_coef: float) -> list[Row]:
         """Return the rows with `advantage`."""

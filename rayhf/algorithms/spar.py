@@ -29,10 +29,12 @@ from rayhf.algorithms.base import (
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.spar_config import SPaRConfig
 from rayhf.algorithms.spar_data import actor_examples, judge_accuracy, refiner_examples
-from rayhf.algorithms.spar_dialogue import Dialogue
+from rayhf.algorithms.spar_dialogue import Dialogue, instruction_text
 from rayhf.algorithms.spar_exploration import PromptExploration, search_metrics
 from rayhf.config.algorithms import ReferenceSchedule
 from rayhf.config.registry import LOSSES
+from rayhf.data.chat import Chat
+from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss
 from rayhf.losses.sft import SFTLoss
 from rayhf.search.refine import Draft, RefineVerdict
@@ -55,6 +57,34 @@ class SPaR(AlgorithmBase):
             "policy": LOSSES.build(config.loss, importance_cap=None, nll_coef=config.nll_coef),
             "refiner": SFTLoss(),
         }
+
+    def check_chat(self, chat: Chat, prompt: Prompt) -> None:
+        """Check that the policy's chat template renders what the refiner reads and writes.
+
+        Raises ConfigError.
+        """
+        answer = "An answer."
+        instruction = instruction_text(prompt.messages)
+        for key, messages in (
+            ("judge_template", self._dialogue.judge(instruction, answer)),
+            ("refine_template", self._dialogue.refine(instruction, answer, "A judgment.")),
+        ):
+            try:
+                chat.render(messages)
+            except ConfigError as error:
+                raise ConfigError(f"algorithm.{key}: {error}") from None
+        if self._dialogue.whole_text_is_refined:
+            return
+        # A refined part is encoded as an answer of the policy, which the policy never writes so
+        # where the template puts something before it.
+        written = chat.text(chat.encode_generated(prompt.messages, answer))
+        if written.strip() != answer:
+            raise ConfigError(
+                f"policy.model: the chat template renders the answer {answer!r} as {written!r}, "
+                "which refined answers would be trained on; expected the answer alone: set "
+                "policy.chat_template_kwargs (for example {enable_thinking: false}), or "
+                "policy.chat_template"
+            )
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
         """Generate completions, judge them, and refine one that fails."""
@@ -142,7 +172,8 @@ class SPaR(AlgorithmBase):
         """Return the refiner's settings. Raises KeyError for any other policy."""
         if name not in self.policies[1:]:
             raise KeyError(f"SPaR has no further policy {name!r}")
-        return OtherPolicy(model=self.config.refiner.model, lr=self.config.refiner.lr)
+        refiner = self.config.refiner
+        return OtherPolicy(model=refiner.model, lr=refiner.lr, warmup_steps=refiner.warmup_steps)
 
 
 def _fails(verdict: RefineVerdict) -> bool:

@@ -23,12 +23,14 @@ from rayhf.config.algorithms import (
     AlgorithmConfig,
     PreviousReference,
     ReferenceSchedule,
+    refuse_staleness,
     refuse_thinking,
 )
 from rayhf.config.base import Section
 from rayhf.config.jinja_text import variables_of
 from rayhf.config.models import ModelName
 from rayhf.config.registry import LOSSES
+from rayhf.errors import ConfigError
 from rayhf.losses.pairs import PairLossConfig
 from rayhf.losses.preference import SigmoidConfig
 from rayhf.search.refine import RefineSettings
@@ -94,7 +96,9 @@ class RefinerConfig(Section):
     """Initial model (directory or hub name), with the policy's tokenizer. Default: the policy's
     model."""
     lr: PositiveFloat = 2e-6
-    """Learning rate."""
+    """Learning rate; constant after the warm-up, as in the source."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up (ours; the source warms up too)."""
     epochs: PositiveInt = 5
     """Passes over an iteration's refiner examples."""
     examples_per_step: PositiveInt = 64
@@ -196,8 +200,20 @@ class SPaRConfig(RefineSettings, AlgorithmConfig):
         return value
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
-        """Refuse a thinking model. Raises ConfigError."""
+        """Refuse a thinking model, samples of earlier weights, and a schedule of unknown length.
+
+        Raises ConfigError.
+        """
+        refuse_staleness(
+            campaign, "has no importance weights: its chosen answers are the refiner's"
+        )
         refuse_thinking(campaign, "a refined answer has no thinking of its own to train on")
+        schedule = campaign.learner.schedule
+        if self.refiner.shared and schedule != "constant":
+            raise ConfigError(
+                f"learner.schedule is {schedule}: with algorithm.refiner.shared the number of "
+                "optimizer steps depends on what is generated; expected constant"
+            )
 
     @model_validator(mode="after")
     def _two_verdicts(self) -> SPaRConfig:

@@ -23,7 +23,13 @@ from rayhf.algorithms.base import (
     tie_share,
 )
 from rayhf.algorithms.context import ExplorationContext
-from rayhf.config.algorithms import AlgorithmConfig, PreviousReference, ReferenceSchedule
+from rayhf.config.algorithms import (
+    AlgorithmConfig,
+    PreviousReference,
+    ReferenceSchedule,
+    refuse_staleness,
+)
+from rayhf.config.schema import CampaignConfig
 from rayhf.losses.base import Loss
 from rayhf.losses.selfplay import SPPOLoss
 from rayhf.types import Example, Group, Prompt, make_row
@@ -46,11 +52,24 @@ class SPPOConfig(AlgorithmConfig):
     min_margin: NonNegativeFloat = 0.0
     """Difference between a prompt's best and worst win probability up to which it is a tie; ties
     are dropped and counted."""
+    pull: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the log-ratio to the initial policy that an iteration takes back. A step of 0 (the
+    paper) lets an answer die out, which is then never sampled again: above 0 the last policy stays
+    near a Nash policy with a pull. Expects reference: {type: initial}."""
     reference: ReferenceSchedule = PreviousReference()
     """Schedule of the reference."""
 
+    def check_campaign(self, campaign: CampaignConfig) -> None:
+        """Refuse samples of earlier weights. Raises ConfigError."""
+        refuse_staleness(campaign, "regresses onto win rates against the current policy's samples")
+
     @model_validator(mode="after")
     def _check_target(self) -> Self:
+        if self.pull and self.reference.type != "initial":
+            raise ValueError(
+                f"pull {self.pull:g} is toward the initial policy, and the reference is "
+                f"{self.reference.type}; expected reference: {{type: initial}}"
+            )
         if self.train_on == "all" and self.target != "soft":
             raise ValueError(
                 f"target {self.target} is about a best and a worst completion; "
@@ -68,7 +87,8 @@ class SPPO(AlgorithmBase):
         self.config = config
         self.samples = config.samples
         self.reference: ReferenceSchedule | None = config.reference
-        self._loss = SPPOLoss(eta=config.eta)
+        self.needs_old_logp = config.pull > 0
+        self._loss = SPPOLoss(eta=config.eta, pull=config.pull)
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
         """Draw `samples` completions and compare each with every other."""

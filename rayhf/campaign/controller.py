@@ -133,7 +133,7 @@ class Controller:
         changed = await self._trainer.learn(iteration, selected, metrics)
         for policy in changed:
             self.versions[policy] += 1
-        if changed:
+        if changed or self._reference_mix(iteration) is not None:
             metrics |= await self._sync(iteration, changed)
         self.iteration = iteration
         metrics |= self._version_metrics()
@@ -220,16 +220,18 @@ class Controller:
     async def _sync(self, iteration: int, changed: set[str]) -> dict[str, float]:
         """Send the new weights to the engines that use them, and to the reference when it is due.
 
-        Waits until no exploration is in flight. Returns metrics of the sync.
+        The reference takes the policy's weights also after an iteration that did not change them:
+        earlier ones did. Waits until no exploration is in flight. Returns metrics of the sync.
         """
         metrics: dict[str, float] = {}
         self.observer.phase(iteration, "sync")
         if self._explorations:
             await asyncio.wait(self._explorations.values())
         async with self._timed("sync"):
-            engines = self._uses_engines(iteration)
-            for policy in sorted(changed):
-                mix = self._reference_mix(iteration) if policy == "policy" else None
+            refresh = self._reference_mix(iteration)
+            for policy in sorted(changed | ({"policy"} if refresh is not None else set())):
+                mix = refresh if policy == "policy" else None
+                engines = policy in changed and self._uses_engines(iteration)
                 if mix is None and not engines:
                     continue
                 snapshot = await self._push(policy, stored=mix is not None, engines=engines)
@@ -265,7 +267,7 @@ class Controller:
         schedule = self.algorithm.reference
         if self.roles.reference is None or schedule is None:
             return None
-        return schedule.mix(iteration)
+        return schedule.mix(iteration, self._trainer.steps_per_iteration)
 
     # ---------------------------------------------------------------- evaluation
 

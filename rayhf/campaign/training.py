@@ -22,13 +22,14 @@ from rayhf.algorithms.base import (
     TrainsSeveralPolicies,
     trained_policy,
 )
+from rayhf.campaign.drift import drift_kl, initial_rows
 from rayhf.config.schema import CampaignConfig
 from rayhf.control.labels import label_is_due, labeled_examples
 from rayhf.losses.value import explained_variance
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Roles
 from rayhf.run_dir.store import RunDir
-from rayhf.types import Batch, Example, FloatArray, Group, Sampling, derive_seed
+from rayhf.types import Batch, Example, FloatArray, Group, Row, Sampling, derive_seed
 
 Timed = Callable[[str], AbstractAsyncContextManager[None]]
 
@@ -63,6 +64,8 @@ class Trainer:
         self.observer = observer
         self.sampling = sampling
         self._timed = timed
+        self._initial_rows: list[Row] | None = None
+        """Rows of the first iteration, once they were read."""
 
     async def select(
         self, iteration: int, groups: Sequence[Group], metrics: dict[str, float]
@@ -134,7 +137,24 @@ class Trainer:
                 steps.append(await self._step(batch, trains))
         metrics |= over_steps(steps)
         metrics["learner/steps"] = len(steps)
+        metrics |= await self._drift(iteration, examples)
         return trains
+
+    async def _drift(self, iteration: int, examples: Sequence[Example]) -> dict[str, float]:
+        """Return the distance from the initial policy; nothing where that is the reference."""
+        schedule = self.algorithm.reference
+        if schedule is None or not schedule.moves:
+            return {}
+        if self._initial_rows is None:
+            first = examples if iteration == 1 else self.store.read_examples(1)
+            self._initial_rows = initial_rows(first)
+        rows = self._initial_rows
+        if not rows:
+            return {}
+        async with self._timed("reference"):
+            temperature = self.config.train_temperature
+            logp = await self.roles.learners["policy"].outputs(rows, temperature=temperature)
+        return {"policy/drift_kl": drift_kl(rows, logp)}
 
     async def _learn_other(
         self, iteration: int, objective: str, examples: Sequence[Example], metrics: dict[str, float]
@@ -180,10 +200,10 @@ class Trainer:
     async def _annotate(self, iteration: int, examples: Sequence[Example]) -> list[Example]:
         """Add the token values that credit and loss read: ref_logp, value, old_logp."""
         rows = [row for example in examples for row in example.rows]
-        temperature = self.config.rollout.temperature
+        temperature = self.config.train_temperature
         schedule = self.algorithm.reference
         learner_is_reference = schedule is not None and schedule.is_learner
-        several_steps = self._steps_per_iteration > 1
+        several_steps = self.steps_per_iteration > 1
         work: dict[str, Awaitable[list[FloatArray]]] = {}
         if self.roles.reference is not None:
             work["ref_logp"] = self.roles.reference.logprobs(rows, temperature=temperature)
@@ -208,7 +228,8 @@ class Trainer:
         return [replace(e, rows=tuple(next(annotated) for _ in e.rows)) for e in examples]
 
     @property
-    def _steps_per_iteration(self) -> int:
+    def steps_per_iteration(self) -> int:
+        """Planned optimizer steps of the policy per iteration."""
         learner = self.config.learner
         prompts = self.config.prompts.batch
         return learner.epochs * (prompts // (learner.prompts_per_step or prompts))
@@ -221,7 +242,7 @@ class Trainer:
         An iteration has the same number of steps whatever was dropped or mixed in: prompts that are
         not its own (earlier iterations, offline pairs) are spread over its steps.
         """
-        steps = self._steps_per_iteration // self.config.learner.epochs
+        steps = self.steps_per_iteration // self.config.learner.epochs
         order = list(dict.fromkeys([*prompt_ids, *(e.rows[0].prompt_id for e in examples)]))
         batches = []
         for epoch in range(self.config.learner.epochs):
@@ -238,7 +259,7 @@ class Trainer:
             for example in examples:
                 parts[step_of[example.rows[0].prompt_id]].append(example)
             batches += [
-                Batch(examples=tuple(part), temperature=self.config.rollout.temperature)
+                Batch(examples=tuple(part), temperature=self.config.train_temperature)
                 for part in parts
                 if part
             ]

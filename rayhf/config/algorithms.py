@@ -6,7 +6,7 @@ The config of each algorithm is beside its code (rayhf/algorithms/*.py).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 class AlgorithmConfig(PluginConfig):
     """Settings of an algorithm; the defaults are those of its source."""
+
+    trains_at_sampling_temperature: ClassVar[bool] = False
+    """Whether log-probs are those of the policy at rollout.temperature, which an estimate of its
+    gradient or its KL from its own samples needs. False: those at temperature 1, which evaluations
+    sample from (as RLHFlow and SPPO's code)."""
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
         """Refuse settings of other sections that contradict these. Raises ConfigError."""
@@ -38,6 +43,15 @@ def refuse_thinking(campaign: CampaignConfig, reason: str) -> None:
             f"rollout.thinking: {campaign.algorithm.type} does not take thinking models: {reason}; "
             "leave it out, and set policy.chat_template_kwargs where the model can answer without "
             "thinking"
+        )
+
+
+def refuse_staleness(campaign: CampaignConfig, reason: str) -> None:
+    """Raise ConfigError for a campaign that trains on samples of earlier weights."""
+    if campaign.run.max_staleness:
+        raise ConfigError(
+            f"run.max_staleness is {campaign.run.max_staleness}, but {campaign.algorithm.type} "
+            f"{reason}; expected 0"
         )
 
 
@@ -61,8 +75,11 @@ class InitialReference(Section):
         """Whether the reference is an average, which is kept in float32."""
         return False
 
-    def mix(self, iteration: int) -> float | None:
-        """Return the share of the new weights that the reference takes; None: it keeps its own."""
+    def mix(self, iteration: int, steps: int) -> float | None:
+        """Return the share of the new weights that the reference takes; None: it keeps its own.
+
+        `steps` are planned optimizer steps per iteration.
+        """
         return None
 
 
@@ -88,8 +105,11 @@ class PreviousReference(Section):
         """Whether the reference is an average, which is kept in float32."""
         return False
 
-    def mix(self, iteration: int) -> float | None:
-        """Return the share of the new weights that the reference takes; None: it keeps its own."""
+    def mix(self, iteration: int, steps: int) -> float | None:
+        """Return the share of the new weights that the reference takes; None: it keeps its own.
+
+        `steps` are planned optimizer steps per iteration.
+        """
         return None if iteration % self.every else 1.0
 
 
@@ -103,7 +123,9 @@ class EmaReference(Section):
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Share of the new weights (TR-DPO)."""
     every: PositiveInt = 512
-    """Iterations between updates (TR-DPO)."""
+    """Optimizer steps between updates (TR-DPO), as planned: learner.epochs * prompts.batch /
+    learner.prompts_per_step per iteration. An update is at the end of an iteration, at most one in
+    each."""
 
     @property
     def moves(self) -> bool:
@@ -120,9 +142,13 @@ class EmaReference(Section):
         """Whether the reference is an average, which is kept in float32."""
         return True
 
-    def mix(self, iteration: int) -> float | None:
-        """Return the share of the new weights that the reference takes; None: it keeps its own."""
-        return None if iteration % self.every else self.alpha
+    def mix(self, iteration: int, steps: int) -> float | None:
+        """Return the share of the new weights that the reference takes; None: it keeps its own.
+
+        `steps` are planned optimizer steps per iteration.
+        """
+        is_due = iteration * steps // self.every > (iteration - 1) * steps // self.every
+        return self.alpha if is_due else None
 
 
 ReferenceSchedule = Annotated[

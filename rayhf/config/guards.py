@@ -38,7 +38,7 @@ class _Rising(Section):
 
 
 class KLGuard(_Rising):
-    """reference/kl and eval/<task>/reference_kl: KL(policy || reference), in nats per response.
+    """|reference/kl| and eval/<task>/reference_kl: KL(policy || reference), in nats per response.
 
     The thresholds are 2 and 5 times a target of 20 nats, which is ours: the tiny presets' runs stay
     below 6 in evaluations and below 13 in single iterations.
@@ -50,6 +50,16 @@ class KLGuard(_Rising):
     """Mean length of responses, in tokens, up to which the thresholds hold; those of longer ones
     grow in proportion, since every token adds to the KL. By default the pause is at 0.25 nats per
     token: ours."""
+
+
+class DriftGuard(_Rising):
+    """policy/drift_kl: KL(initial policy || policy), in nats per response; for moving references.
+
+    Ours, and not calibrated: therefore it does not pause by default.
+    """
+
+    warn: PositiveFloat | None = 100.0
+    pause: PositiveFloat | None = None
 
 
 class EntropyGuard(Section):
@@ -160,6 +170,7 @@ class GuardsConfig(Section):
     """Monitored metrics; `rayhf unpause` continues after a pause, and nothing is lost."""
 
     kl: KLGuard = KLGuard()
+    drift: DriftGuard = DriftGuard()
     entropy: EntropyGuard = EntropyGuard()
     truncated: TruncatedGuard = TruncatedGuard()
     length: LengthGuard = LengthGuard()

@@ -157,9 +157,11 @@ class RolloutConfig(Section):
     max_tokens: PositiveInt = 1024
     """Maximum number of tokens per completion."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature."""
+    """Sampling temperature. ppo, grpo, rloo and reinforce++ train the policy at this temperature;
+    all others train it at 1, where evaluations sample too."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Probability mass that nucleus sampling keeps; 1 is off."""
+    """Probability mass that nucleus sampling keeps; 1 is off. Log-probs are always those of the
+    whole vocabulary."""
     top_k: NonNegativeInt = 0
     """Number of most likely tokens to sample from; 0 is off."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -362,6 +364,12 @@ class CampaignConfig(Section):
     service: ServiceConfig | None = None
     """gRPC control service of the running campaign: status, watch, pause, stop, adding prompts and
     human preferences. Default: none."""
+
+    @property
+    def train_temperature(self) -> float:
+        """Temperature of all log-probs that losses, KL and importance weights read."""
+        at_sampling = self.algorithm.trains_at_sampling_temperature
+        return self.rollout.temperature if at_sampling else 1.0
 
     @property
     def evaluates_completions(self) -> bool:

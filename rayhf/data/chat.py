@@ -241,6 +241,17 @@ class Chat:
         escaped = [{**m, "content": self._escape(m["content"])} for m in messages]
         return render(self._tokenizer, escaped, where="chat template")
 
+    def render_given(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Return the token ids of a conversation as those of a prompt source: contents as they are.
+
+        Raises ConfigError if the template refuses the messages.
+        """
+        return render(self._tokenizer, messages, where="chat template")
+
+    def encode_generated(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
+        """Return `encode_response` of a generated text, in which special tokens are broken up."""
+        return self.encode_response(messages, self._escape(text))
+
     def text(self, token_ids: Sequence[int]) -> str:
         """Return the text that an engine gives a completion with these tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))

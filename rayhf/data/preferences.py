@@ -117,7 +117,7 @@ def encode_pairs(pairs: Sequence[TextPair], chat: Chat, *, key: str) -> tuple[Ex
     for number, pair in enumerate(pairs, start=1):
         # Without a reference answer: a pair file has none, and the prompt's id depends on it.
         identity = prompt_id(pair.messages, None)
-        prompt = chat.render(pair.messages)
+        prompt = chat.render_given(pair.messages)
         rows = tuple(
             given_row(identity, prompt, chat.encode_response(pair.messages, text))
             for text in (pair.chosen, pair.rejected)
@@ -183,7 +183,7 @@ def encode_labeled(row: Row, where: str, chat: Chat) -> list[EncodedExample]:
 def _responses(
     messages: Sequence[Message], texts: Sequence[str], chat: Chat
 ) -> tuple[EncodedRow, ...]:
-    prompt = chat.render(messages)
+    prompt = chat.render_given(messages)
     return tuple(encoded_row(prompt, chat.encode_response(messages, text)) for text in texts)
 
 

@@ -89,7 +89,7 @@ class PromptContext:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the token ids of `text` as a completion, end-of-turn token included."""
-        return self._scheduler.chat.encode_response(self._prompt.messages, text)
+        return self._scheduler.chat.encode_generated(self._prompt.messages, text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a part of a completion."""

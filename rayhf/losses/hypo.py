@@ -26,7 +26,7 @@ from torch.nn.functional import logsigmoid
 
 from rayhf.config.base import Section
 from rayhf.losses.base import LossOutput, MicroBatch, sum_rows
-from rayhf.losses.policy import MAX_EXPONENT, fill_unknown, need, policy_metrics
+from rayhf.losses.policy import MAX_EXPONENT, fill_unknown, kl_estimate, need, policy_metrics
 
 
 def leave_one_out(cost_R: Tensor, example_R: Tensor, count_E: Tensor) -> Tensor:
@@ -79,7 +79,9 @@ class HyPOLoss:
             "hypo/online_kl": kl_sum / samples,
         }
         # The mean log-ratio over offline pairs is no KL of the policy: only samples count.
+        k3_T = kl_estimate(output_T.detach(), micro.tokens["ref_logp"], "k3")
         metrics["reference/kl"] = metrics["hypo/online_kl"]
+        metrics["reference/kl_k3"] = sum_rows(k3_T, micro)[~paired_R].sum() / samples
         return LossOutput(loss=loss, metrics=metrics)
 
     def _dpo(self, ratio_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,10 @@ MAX_EXPONENT = 20.0
 """Nats. exp(20) is about 5e8: a larger ratio carries no information but that training broke."""
 
 
+KL_METRICS: Mapping[str, KLEstimator] = {"reference/kl": "k1", "reference/kl_k3": "k3"}
+"""Estimates of the KL to the reference that a loss on the policy's samples reports."""
+
+
 def safe_exp(x: Tensor) -> Tensor:
     """Return exp(x) up to MAX_EXPONENT and its tangent line beyond.
 
@@ -101,10 +105,13 @@ def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> T
 def kl_loss(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tensor:
     """Return the per-token KL term to be minimized, on tokens of the policy: (T,).
 
-    k2's gradient is g * grad(logp), the unbiased gradient of the reverse KL(policy || reference):
-    use this one. k3's gradient is (1 - exp(-g)) * grad(logp), in expectation the gradient of the
-    forward KL(reference || policy): close to k2's near the reference, much stronger where the
-    policy avoids tokens that the reference prefers. k1's gradient is grad(logp), zero in
+    Each token's term is differentiated with its prefix held fixed, so no estimator has the gradient
+    of the sequence KL: an early token's effect on later states is left out. Exact for that is k1 on
+    the reward, with the reward-to-go of each token (Ziegler et al. 2019). Within a state, k2's
+    gradient g * grad(logp) is unbiased for the reverse KL(policy || reference): use this one. k3's
+    gradient (1 - exp(-g)) * grad(logp) is that of the forward KL(reference || policy): close to
+    k2's near the reference, much stronger where the policy avoids tokens that the reference
+    prefers. k1's gradient is grad(logp), zero in
     expectation. Raises ConfigError for k1.
     """
     if estimator == "k1":
@@ -187,6 +194,7 @@ def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
     rollout/mismatch_kl: mean over tokens of behavior_logp - logp, the k1 estimate of KL(rollout ||
     learner), nats per token. rollout/mismatch_abs_max: the largest absolute gap of a token.
     reference/kl: mean per response of the summed logp - ref_logp, nats per response.
+    reference/kl_k3: the same of k3, which is never negative.
     policy/entropy: mean over tokens, nats.
     """
     logp_T = logp_T.detach()
@@ -196,9 +204,9 @@ def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
         "rollout/mismatch_abs_max": gap_T.abs().max() if gap_T.numel() else gap_T.sum(),
     }
     if "ref_logp" in micro.tokens:
-        metrics["reference/kl"] = aggregate(
-            logp_T - micro.tokens["ref_logp"], micro, "sequence_sum"
-        )
+        ref_T = micro.tokens["ref_logp"]
+        for name, estimator in KL_METRICS.items():
+            metrics[name] = aggregate(kl_estimate(logp_T, ref_T, estimator), micro, "sequence_sum")
     if micro.entropy_T is not None:
         metrics["policy/entropy"] = aggregate(micro.entropy_T.detach(), micro, "token_mean")
     return metrics

@@ -1,10 +1,10 @@
 """The preference family: one loss per pair (chosen, rejected), each with its config.
 
 Notation: lp = sum of log-probs over a response, d = lp - lp of the reference, D = d_chosen -
-d_rejected, u = beta * D, S = sigmoid. Everything is on sequence SUMS; only simpo, orpo and the NLL
-term divide by the response's length. All losses and gradients are finite for log-ratios of +-500;
-those that are unbounded by definition grow at most quadratically (ipo, sppo_hard) or linearly (the
-others), robust also downwards.
+d_rejected, u = beta * D, S = sigmoid. Everything is on sequence SUMS; only simpo, orpo, ipo with
+log_ratios mean, and the NLL term divide by the response's length. All losses and gradients are
+finite for log-ratios of +-500; those that are unbounded by definition grow at most quadratically
+(ipo, sppo_hard) or linearly (the others), robust also downwards.
 
 The table LOSSES in rayhf/config/registry.py gives each class its name in `algorithm.loss`.
 """
@@ -12,7 +12,7 @@ The table LOSSES in rayhf/config/registry.py gives each class its name in `algor
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -63,13 +63,16 @@ class IPOConfig(PairLossConfig):
     """IPO; beta is the paper's tau."""
 
     type: str = "ipo"
+    log_ratios: Literal["sum", "mean"] = "sum"
+    """What is regressed onto 1 / (2 beta). sum: log-ratios of whole responses, as in the paper (5
+    nats at beta 0.1). mean: of each response per token, as in TRL and the authors' later advice: a
+    beta of one convention does not carry over to the other."""
 
 
 class IPO(PairLoss[IPOConfig]):
-    """IPO (Azar et al. 2023, eq. 17, beta as tau): (D - 1 / (2 beta))^2 on sequence sums.
+    """IPO (Azar et al. 2023, eq. 17, beta as tau): (D - 1 / (2 beta))^2.
 
-    D is the paper's, not divided by lengths: a beta tuned for a length-normalized IPO does not
-    carry over.
+    D is that of sequence sums, or of means per token (log_ratios).
     """
 
     Config = IPOConfig
@@ -77,7 +80,11 @@ class IPO(PairLoss[IPOConfig]):
     def per_pair(self, pairs: PairLogps) -> Tensor:
         """Return the loss of each pair."""
         target = 1.0 / (2.0 * self.config.beta)
-        return (pairs.gap_P - target).square()
+        gap_P = pairs.gap_P
+        if self.config.log_ratios == "mean":
+            chosen_P = pairs.chosen_ratio_P / pairs.chosen_length_P.clamp(min=1.0)
+            gap_P = chosen_P - pairs.rejected_ratio_P / pairs.rejected_length_P.clamp(min=1.0)
+        return (gap_P - target).square()
 
 
 class HingeConfig(PairLossConfig):
@@ -127,8 +134,10 @@ class SimPOConfig(PairLossConfig):
     """SimPO; beta scales mean log-probs."""
 
     type: str = "simpo"
+    beta: PositiveFloat = 2.0
+    """Scale of mean log-probs (the paper's lowest; it tunes 2 to 10)."""
     gamma: NonNegativeFloat = 1.0
-    """Target margin, in nats of beta-scaled mean log-prob."""
+    """Target margin, in nats of beta-scaled mean log-prob (the paper: half of beta or less)."""
 
 
 class SimPO(PairLoss[SimPOConfig]):
@@ -238,6 +247,8 @@ class NCAConfig(PairLossConfig):
     """NCA for pairs."""
 
     type: str = "nca"
+    beta: PositiveFloat = 0.01
+    """Strength of the pull toward the reference (the paper's)."""
 
 
 class NCA(PairLoss[NCAConfig]):
@@ -299,6 +310,8 @@ class SPPOHardConfig(PairLossConfig):
     """SPPO on pairs; beta is 1 / eta."""
 
     type: str = "sppo_hard"
+    beta: PositiveFloat = 0.001
+    """1 / eta; the paper's eta is 1000."""
 
 
 class SPPOHard(PairLoss[SPPOHardConfig]):

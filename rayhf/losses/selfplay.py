@@ -45,9 +45,16 @@ def inpo(gap_P: Tensor, ref_gap_P: Tensor, old_gap_P: Tensor, eta: float, tau: f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SPPOLoss:
-    """Mean over the step's responses of `sppo`."""
+    """Mean over the step's responses of `sppo`.
+
+    With `pull` d is the log-ratio to the policy before the iteration (old_logp), and the target is
+    lower by pull / eta times that policy's log-ratio to the fixed reference. The minimizer is then
+    log p = log p_old + eta * (P(win) - 1/2) - pull * log(p_old / p_ref): a step of magnetic mirror
+    descent (Sokota et al. 2023), as Nash-MD regularizes (Munos et al. 2023).
+    """
 
     eta: float
+    pull: float = 0.0
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
@@ -60,8 +67,13 @@ class SPPOLoss:
             raise ValueError(
                 f"the loss needs the row scalar 'target'; the batch has {sorted(micro.rows)}"
             )
-        ratio_R = sum_rows(output_T - need(micro, "ref_logp"), micro)
+        ref_T = need(micro, "ref_logp")
         target_R = micro.rows["target"]
+        if self.pull:
+            old_T = need(micro, "old_logp")
+            target_R = target_R - self.pull / self.eta * sum_rows(old_T - ref_T, micro)
+            ref_T = old_T
+        ratio_R = sum_rows(output_T - ref_T, micro)
         count = max(micro.totals.rows, 1.0)
         loss = sppo(ratio_R, target_R, self.eta).sum() / count
         residual_R = (ratio_R / self.eta - target_R).detach()

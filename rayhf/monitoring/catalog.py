@@ -46,6 +46,12 @@ METRICS: tuple[Metric, ...] = (
         ("time/evaluate_s", "s", "evaluations"),
         ("learner/steps", "steps", "optimizer steps of the iteration"),
         (
+            "policy/drift_kl",
+            "nats/response",
+            "KL(initial policy || policy), never negative, on samples of the first iteration; "
+            "where the reference moves",
+        ),
+        (
             "selection/no_signal",
             "share",
             "groups or pairs that teach nothing: all their completions score alike",
@@ -157,6 +163,11 @@ METRICS: tuple[Metric, ...] = (
         ),
         ("rollout/mismatch_abs_max", "nats", "largest gap of one token's log-probs"),
         ("reference/kl", "nats/response", "KL(policy || reference) of the trained responses"),
+        (
+            "reference/kl_k3",
+            "nats/response",
+            "the same by the estimator k3, never negative; single rare tokens can dominate it",
+        ),
         ("policy/entropy", "nats/token", "entropy of the next-token distribution"),
     ),
     *_rows(
@@ -174,6 +185,11 @@ METRICS: tuple[Metric, ...] = (
         "ppo, grpo, rloo, reinforce++",
         ("ppo/groups_uniform", "share", "prompts whose responses all have one score"),
         ("ppo/groups_dropped", "count", "prompts with too few scored responses"),
+        (
+            "ppo/reward_clipped",
+            "share",
+            "responses whose score (grpo, rloo: advantage) was beyond algorithm.reward_clip",
+        ),
         ("ppo/kl_coef", "", "coefficient of the KL penalty"),
     ),
     *_rows(

@@ -67,6 +67,7 @@ def check_guards(
         "reward_gap": _reward_gap(history, config.reward_gap),
         "mismatch": _mismatch(history, config),
         "no_signal": _no_signal(history, config),
+        "drift": _drift(history, config),
     }
     advice = {"warn": "", "pause": ", or accept it with `rayhf unpause RUN`"}
     return [
@@ -142,6 +143,8 @@ def _kl(history: History, config: GuardsConfig) -> Verdict:
         if n == "reference/kl" or (n.startswith("eval/") and n.endswith("/reference_kl"))
     ]
 
+    # Over responses that the policy did not sample itself the estimate may be negative: a large
+    # negative one says as much as a positive one that policy and reference are far apart.
     def verdict(name: str) -> Verdict:
         length = (
             "rollout/length_mean"
@@ -150,23 +153,36 @@ def _kl(history: History, config: GuardsConfig) -> Verdict:
         )
 
         def scaled(line: Line) -> float | None:
-            """Return the KL of responses of `tokens` tokens at the same KL per token."""
+            """Return the size of the KL of responses of `tokens` tokens at the same per token."""
             kl = _value(line, name)
             tokens = _value(line, length) or 0.0
-            return kl if kl is None else kl / max(1.0, tokens / limits.tokens)
+            return kl if kl is None else abs(kl) / max(1.0, tokens / limits.tokens)
 
         values = _last(history, scaled, FEW)
         level = _level(values, limits.warn, limits.pause)
         if level is None:
             return None
         kl = history[-1][name]
-        limit = getattr(limits, level) * kl / values[-1]
+        limit = getattr(limits, level) * abs(kl) / values[-1]
         return level, (
-            f"{name} is {kl:.4g} nats per response, above guards.kl.{level} = {limit:.4g} at this "
+            f"{name} is {kl:.4g} nats per response, beyond guards.kl.{level} = {limit:.4g} at this "
             "length: lower learner.lr, or raise algorithm.loss.beta or algorithm.kl.coef"
         )
 
     return _worst(verdict(name) for name in sorted(names, reverse=True))
+
+
+def _drift(history: History, config: GuardsConfig) -> Verdict:
+    limits = config.drift
+    values = _last(history, _reader("policy/drift_kl"), FEW)
+    level = _level(values, limits.warn, limits.pause)
+    return level and (
+        level,
+        f"policy/drift_kl is {values[-1]:.4g} nats per response, above "
+        f"guards.drift.{level} = {getattr(limits, level):g}: the policy is far from the one that "
+        "the campaign started with; look at the samples, and lower learner.lr, raise "
+        "algorithm.loss.beta, or refresh the reference less often",
+    )
 
 
 def _entropy(history: History, limits: EntropyGuard) -> Verdict:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rayhf.algorithms.base import (
     Algorithm,
+    RendersConversations,
     TakesOfflinePairs,
     TrainsOnRows,
     TrainsSeveralPolicies,
@@ -38,6 +39,7 @@ from rayhf.models.source import model_length, read_model_config, tokenizer_finge
 from rayhf.monitoring.tracking import check_trackers
 from rayhf.planning.architectures import check_architectures
 from rayhf.planning.inputs import input_fingerprints
+from rayhf.planning.reference import check_reference
 from rayhf.run_dir.state import read_state
 from rayhf.types import Prompt, TransportName
 
@@ -122,7 +124,9 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     transport_of(config)
     _require_scorers(config, algorithm)
     _check_rounding(config)
-    return algorithm, derive(config, algorithm)
+    derived = derive(config, algorithm)
+    check_reference(config, algorithm, derived.total_steps)
+    return algorithm, derived
 
 
 def _require_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
@@ -242,6 +246,8 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         batch=config.prompts.batch, iterations=config.run.iterations, key="prompts.train"
     )
     config.algorithm.check_prompts(config, len(prompts.prompts))
+    if isinstance(algorithm, RendersConversations):
+        algorithm.check_chat(chat, prompts.prompts[0])
     heldout: tuple[Prompt, ...] = ()
     if config.prompts.heldout is not None:
         loaded = loader.load(config.prompts.heldout, key="prompts.heldout", scorers=named)

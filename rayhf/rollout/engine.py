@@ -94,6 +94,8 @@ class RolloutEngine:
         device: "cpu" or "gpu".
         sleep_mode: make `sleep` free GPU memory, for which vLLM allocates it differently.
         stop_token_ids: tokens that end a completion, besides those of the directory.
+        scaled_logprobs: return log-probs at the request's temperature instead of 1. top_p and top_k
+            then renormalize them: leave these off.
 
     Raises ConfigError where vLLM refuses the model or the settings, GpuMemoryError where its GPU
     has too little free memory.
@@ -110,6 +112,7 @@ class RolloutEngine:
         device: Device,
         sleep_mode: bool = False,
         stop_token_ids: Sequence[int] = (),
+        scaled_logprobs: bool = False,
     ) -> None:
         check_env(device)
         from rayhf.rollout.vllm_driver import VllmDriver
@@ -128,6 +131,7 @@ class RolloutEngine:
                 device=device,
                 sleep_mode=sleep_mode,
                 stop_ids=stop_token_ids,
+                scaled_logprobs=scaled_logprobs,
             )
             return self._driver
 

@@ -74,6 +74,7 @@ class VllmDriver:
         device: Device,
         sleep_mode: bool,
         stop_ids: Sequence[int] = (),
+        scaled_logprobs: bool = False,
     ) -> None:
         self.llm = _build(
             model,
@@ -83,6 +84,7 @@ class VllmDriver:
             seed=seed,
             device=device,
             sleep_mode=sleep_mode,
+            scaled_logprobs=scaled_logprobs,
         )
         self._engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer()
@@ -325,6 +327,7 @@ def _build(
     seed: int,
     device: Device,
     sleep_mode: bool,
+    scaled_logprobs: bool,
 ) -> LLM:
     kv_cache_gib = config.kv_cache_gib or (CPU_KV_CACHE_GIB if device == "cpu" else None)
     eager = config.enforce_eager if config.enforce_eager is not None else device == "cpu"
@@ -342,8 +345,9 @@ def _build(
         "seed": seed,
         "worker_extension_cls": "rayhf.rollout.vllm_worker.WorkerExtension",
         "weight_transfer_config": {"backend": BACKEND},
-        # Temperature, top-k and top-p applied: the distribution that was sampled from.
-        "logprobs_mode": "processed_logprobs",
+        # Raw: of the whole vocabulary at temperature 1, as the learner computes them. Processed
+        # ones have the temperature, but top-k and top-p renormalize them too.
+        "logprobs_mode": "processed_logprobs" if scaled_logprobs else "raw_logprobs",
         # Sampling is set by the request alone, not by defaults that ship with a checkpoint.
         "generation_config": "vllm",
         "enable_prefix_caching": config.prefix_caching is not False,

@@ -27,6 +27,9 @@ IDENTITY = (
     "scorer.train",
     "scorer.combine",
     "rollout.temperature",
+    "rollout.top_p",
+    "rollout.top_k",
+    "reference.model",
 )
 """Config keys that identify a campaign: its run directory refuses a config that differs here."""
 

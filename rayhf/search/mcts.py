@@ -3,8 +3,9 @@
 In: `expand` (generate continuations of a node) and `evaluate` (estimate how good a node is), both
 coroutines, and settings. Out: a Tree, which is plain data: it can be stored, read back and drawn.
 
-One iteration selects a leaf by PUCT from the root, expands the leaf, evaluates all its children and
-backs up:
+One iteration selects a leaf by PUCT from the root, expands the leaf and evaluates all its children,
+goes on to the best of them by PUCT in the same way, to the end of a completion or the depth limit,
+and backs up. With expansion leaf it backs up after the first.
 
     select    argmax of Q + c * p * sqrt(N_parent) / (1 + N)
     reward    r = R - R_parent, where R is the estimate of the node (0 for the root): the paper's
@@ -28,7 +29,6 @@ of the wave have finished, and ties go to the older node.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +52,10 @@ class MCTSSettings(Section):
 
     iterations: PositiveInt = 5
     """Search iterations per root (paper: K = 5; code: 64)."""
+    expansion: Literal["path", "leaf"] = "path"
+    """What one iteration expands. path: every node on its way down, until a completion ends or the
+    depth limit is reached (code). leaf: the first one only, as in Monte Carlo tree search with
+    rollouts (ours): cheaper iterations, of which more are needed."""
     depth: PositiveInt = 4
     """Levels below the current root that are expanded (paper; code: 3 or 4)."""
     width: tuple[PositiveInt, ...] = Field(default=(4, 2), min_length=1)
@@ -70,7 +74,7 @@ class MCTSSettings(Section):
     """Maximum number of searches per prompt with reroot step (ours: the token limit alone would
     allow hundreds)."""
     parallel: PositiveInt = 1
-    """Leaves expanded together in one tree. 1 is the paper's search; prompts fill the batch."""
+    """Iterations under way together in one tree. 1 is the paper's; prompts fill the batch."""
 
     @property
     def virtual_loss(self) -> float:
@@ -224,9 +228,8 @@ Evaluate = Callable[[Tree, TreeNode], Awaitable[float | None]]
 def prior(logprobs: Sequence[float], length_exponent: float) -> float:
     """Return p = exp(sum of log-probs / length^length_exponent), in 0..1; 1 for an empty step.
 
-    The authors use log-probs of the policy itself. Here they are those of the sampling
-    distribution, which completions carry: the same at temperature 1 without top-p and top-k,
-    sharper or flatter otherwise. Not normalized over siblings.
+    The log-probs are those of the policy at temperature 1, as the authors'. Not normalized over
+    siblings.
     """
     return math.exp(math.fsum(logprobs) / len(logprobs) ** length_exponent) if logprobs else 1.0
 
@@ -308,83 +311,3 @@ def backup(tree: Tree, path: Sequence[TreeNode], gamma: float) -> None:
         node.value = mean_value(known_children(tree, node))
         node.q = node.reward + gamma * node.value
     root.value = mean_value(known_children(tree, root))
-
-
-async def search(
-    tree: Tree, root: TreeNode, settings: MCTSSettings, expand: Expand, evaluate: Evaluate
-) -> None:
-    """Run `settings.iterations` iterations from `root`, in waves of up to `settings.parallel`.
-
-    A wave ends early where it would expand a leaf a second time. An iteration that ends where
-    nothing can be expanded (the end of a completion, the depth limit) only counts a visit.
-    """
-    done = 0
-    while done < settings.iterations:
-        wave, leaves = _select_wave(tree, root, settings, settings.iterations - done)
-        expansions = await asyncio.gather(
-            *(expand(tree, leaf, settings.width_at(leaf)) for leaf in leaves)
-        )
-        created = [
-            node
-            for leaf, steps in zip(leaves, expansions, strict=True)
-            for node in tree.attach(leaf, steps, length_exponent=settings.length_exponent)
-        ]
-        estimates = await asyncio.gather(*(evaluate(tree, node) for node in created))
-        for node, estimate in zip(created, estimates, strict=True):
-            record_estimate(tree, node, estimate)
-        for path in wave:
-            backup(tree, path, settings.gamma)
-            for node in path:
-                node.pending -= 1
-        done += len(wave)
-
-
-def _select_wave(
-    tree: Tree, root: TreeNode, settings: MCTSSettings, left: int
-) -> tuple[list[list[TreeNode]], list[TreeNode]]:
-    """Return the paths of the next wave, at most `left`, and the leaves that it expands."""
-    wave: list[list[TreeNode]] = []
-    leaves: list[TreeNode] = []
-    while len(wave) < min(settings.parallel, left):
-        path = descend(tree, root, settings)
-        leaf = path[-1]
-        if not (leaf.terminal or leaf.expanded or leaf.depth - root.depth >= settings.depth):
-            if leaf.pending:
-                break
-            leaves.append(leaf)
-        for node in path:
-            node.pending += 1
-        wave.append(path)
-    return wave, leaves
-
-
-def choose(tree: Tree, node: TreeNode) -> TreeNode | None:
-    """Return the best child by visits, then Q, prior and age; None where no child has an estimate.
-
-    The authors' code multiplies visits by 1 + the spread of the grandchildren's visits; the paper
-    does not.
-    """
-    return max(
-        known_children(tree, node), key=lambda n: (n.visits, n.q, n.prior, -n.id), default=None
-    )
-
-
-async def grow(settings: MCTSSettings, expand: Expand, evaluate: Evaluate) -> Tree:
-    """Search for a completion, and mark the chosen path.
-
-    The path ends at the end of a completion, at the token limit, or where no child has an estimate.
-    """
-    tree = Tree()
-    node = tree.root
-    searches = 0
-    limit = settings.max_steps if settings.reroot == "step" else 1
-    while not node.terminal:
-        if searches < limit:
-            await search(tree, node, settings, expand, evaluate)
-            searches += 1
-        best = choose(tree, node)
-        if best is None:
-            break
-        best.chosen = True
-        node = best
-    return tree

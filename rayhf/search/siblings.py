@@ -177,7 +177,8 @@ def _span(tree: Tree, node: TreeNode, merge_chains: bool) -> Completion:
 def join(parts: Sequence[Completion], finish_reason: Literal["stop", "length"]) -> Completion:
     """Return consecutive completions as one.
 
-    Their texts were decoded one by one: a character that is split between two of them is lost.
+    Its text is that of the parts, which were decoded one by one: not always that of all tokens,
+    because some decoders strip a leading space, and a character may be split between two parts.
     """
     return replace(
         parts[-1],

@@ -57,13 +57,18 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     with ExitStack() as ends:
 
         def one_more(
-            *, tied: bool = False, dtype: str = "float32", tensor_parallel: int = 1
+            *,
+            tied: bool = False,
+            dtype: str = "float32",
+            tensor_parallel: int = 1,
+            scaled_logprobs: bool = False,
         ) -> Any:
             engine, model = build(
                 tmp_path_factory.mktemp("model"),
                 tied=tied,
                 dtype=dtype,
                 tensor_parallel=tensor_parallel,
+                scaled_logprobs=scaled_logprobs,
             )
             ends.callback(engine.close)
             return engine, model

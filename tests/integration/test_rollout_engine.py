@@ -60,21 +60,24 @@ def test_16_bit_engine_takes_weights(start: Start, dtype: str, limit: float) -> 
     assert mean_gap(model, make_request(LONG), completions) < limit
 
 
-def test_logprobs_follow_temperature(shared: tuple[RolloutEngine, Qwen2ForCausalLM]) -> None:
-    engine, model = shared
+def test_scaled_logprobs_follow_temperature(start: Start) -> None:
+    engine, model = start(tied=True, scaled_logprobs=True)
     request = make_request(temperature=0.6, seeds=tuple(range(8)))
     (completions,) = engine.generate([request], version=0)
     assert mean_gap(model, request, completions) <= 1e-4
     assert mean_gap(model, replace(request, sampling=Sampling(max_tokens=24)), completions) > 0.1
 
 
-@pytest.mark.parametrize("limits", [{"top_k": 5}, {"top_p": 0.5}])
-def test_logprobs_are_renormalized_over_the_allowed_tokens(
+@pytest.mark.parametrize(
+    "limits", [{"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.6, "top_p": 0.9}]
+)
+def test_logprobs_are_of_the_whole_vocabulary(
     shared: tuple[RolloutEngine, Qwen2ForCausalLM], limits: dict[str, Any]
 ) -> None:
     engine, model = shared
     request = make_request(seeds=tuple(range(8)), **limits)
     (completions,) = engine.generate([request], version=0)
+    temperature = limits.get("temperature", 1.0)
     for completion in completions:
         rows = logprobs_of(model, request.token_ids + completion.token_ids)[
             len(request.token_ids) - 1 :
@@ -82,13 +85,13 @@ def test_logprobs_are_renormalized_over_the_allowed_tokens(
         for row, token, logprob in zip(
             rows, completion.token_ids, completion.logprobs, strict=True
         ):
-            ordered, tokens = row.exp().sort(descending=True)
+            ordered, tokens = (row / temperature).softmax(0).sort(descending=True)
             # Top-p keeps the smallest set whose probability reaches it.
             kept = tokens[
                 : limits.get("top_k") or int((ordered.cumsum(0) < limits["top_p"]).sum()) + 1
             ]
             assert token in kept
-            assert logprob == pytest.approx(float(row[token] - row[kept].logsumexp(0)), abs=1e-3)
+            assert logprob == pytest.approx(float(row[token]), abs=1e-3)
 
 
 def test_greedy_takes_the_best_token(shared: tuple[RolloutEngine, Qwen2ForCausalLM]) -> None:

@@ -163,6 +163,12 @@ class FakeChat(Chat):
     def render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return tuple(2 + ord(c) % 40 for m in messages for c in m["content"])
 
+    def render_given(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return self.render(messages)
+
+    def encode_generated(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
+        return self.encode_response(messages, text)
+
     def encode_response(self, messages: Sequence[Message], text: str) -> tuple[int, ...]:
         return (*(2 + ord(c) % 40 for c in text), 1)
 

@@ -15,7 +15,7 @@ from rayhf.errors import (
     WeightSyncError,
 )
 from rayhf.run_dir.store import RunDir
-from rayhf.types import Failed, Invalid
+from rayhf.types import Failed, Invalid, Scored
 
 
 def test_campaign_writes_the_documented_run_directory(tmp_path):
@@ -106,6 +106,38 @@ def test_reference_follows_its_schedule(tmp_path, schedule, expected):
     assert run_campaign(config).reference.updates == expected
 
 
+def test_ema_reference_counts_optimizer_steps(tmp_path):
+    config = make_config(
+        tmp_path,
+        run={"iterations": 6},
+        algorithm={"type": "online_dpo", "samples": 4, "reference": {"type": "ema", "every": 5}},
+        learner={"prompts_per_step": 2},
+    )
+    # Two steps an iteration: steps 5 and 10 are in iterations 3 and 5.
+    assert run_campaign(config).reference.updates == [(3, 0.6), (5, 0.6)]
+
+
+def test_reference_refresh_is_not_lost_where_an_iteration_trains_nothing(tmp_path):
+    class TiesLater(FakeScorer):
+        """Scores differ under the first weights only: iterations 2, 3 and 4 are all ties."""
+
+        async def score(self, requests):
+            later = any(c.policy_version for r in requests for c in r.completions)
+            return await FakeScorer(Scored(value=0.0) if later else None).score(requests)
+
+    config = make_config(
+        tmp_path,
+        algorithm={
+            "type": "online_dpo",
+            "samples": 4,
+            "reference": {"type": "previous", "every": 2},
+        },
+    )
+    roles = run_campaign(config, scorer=TiesLater())
+    assert metrics_of(config)[-1]["policy/version"] == 1
+    assert roles.reference.updates == [(1, 1.0), (1, 1.0)]
+
+
 @pytest.mark.parametrize("outcome", [Failed(reason="ValueError: no"), Invalid(reason="NaN")])
 def test_missing_scores_stop_the_run_and_never_train(tmp_path, outcome):
     config, learner = make_config(tmp_path, prompts={"train": "t", "batch": 4}), FakeLearner()
@@ -132,6 +164,20 @@ def test_other_and_locked_campaigns_are_refused(tmp_path):
     RunDir(
         make_config(tmp_path, run={"iterations": 9})
     ).close()  # going on longer is the same campaign
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"rollout": {"top_p": 0.9}}, r"rollout\.top_p was 1\.0, now 0\.9"),
+        ({"rollout": {"top_k": 8}}, r"rollout\.top_k was 0, now 8"),
+        ({"reference": {"model": "m2"}}, r"reference\.model was None, now 'm2'"),
+    ],
+)
+def test_other_sampling_and_another_reference_are_another_campaign(tmp_path, section, expected):
+    RunDir(make_config(tmp_path)).close()
+    with pytest.raises(ConfigError, match=rf"holds another campaign: {expected}"):
+        RunDir(make_config(tmp_path, **section))
 
 
 def test_damaged_checkpoint_is_replaced_by_the_older_one(tmp_path):

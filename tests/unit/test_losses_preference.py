@@ -64,6 +64,19 @@ def test_per_pair_loss_equals_the_papers_equation(name: str) -> None:
     assert got.tolist() == pytest.approx([EXPECTED[name](p) for p in pairs], rel=1e-9, abs=1e-12)
 
 
+def test_ipo_of_means_divides_each_log_ratio_by_its_length() -> None:
+    pairs = random_pairs(7, 40, "ipo")
+    loss = LOSSES.build(LOSSES.config_type("ipo")(beta=0.3, log_ratios="mean"))
+    expected = [((p.w - p.rw) / p.nw - (p.l - p.rl) / p.nl - 1 / 0.6) ** 2 for p in pairs]
+    assert loss.per_pair(logps_of(pairs)).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_defaults_of_beta_are_those_of_each_loss() -> None:
+    betas = {name: LOSSES.config_type(name)().beta for name in NAMES}
+    own = {"simpo": 2.0, "nca": 0.01, "sppo_hard": 0.001}
+    assert betas == {name: own.get(name, 0.1) for name in NAMES}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_per_pair_loss_gradcheck(name: str) -> None:
     pairs = random_pairs(2, 6, name)

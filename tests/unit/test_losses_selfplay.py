@@ -57,6 +57,48 @@ def run(loss, examples, logps, *, totals=None):
     return result, [g[0].item() if len(g) else 0.0 for g in output.grad.split(sizes)]
 
 
+def test_sppo_with_a_pull_has_the_mirror_descent_step_as_its_minimizer():
+    eta, pull, old, ref, target = 3.0, 0.25, -1.2, -4.0, 0.3
+    step = old + eta * target - pull * (old - ref)
+    loss = SPPOLoss(eta=eta, pull=pull)
+    examples = [Example(rows=(row([step], ref=[ref], old=[old], target=target),))]
+    result, gradients = run(loss, examples, [[step]])
+    assert gradients == pytest.approx([0.0], abs=1e-6)
+    assert result.loss.item() == pytest.approx(0.0, abs=1e-6)
+    _, gradients = run(loss, examples, [[step + 0.5]])
+    assert gradients == pytest.approx([0.5 / eta * 1.0], rel=1e-5)
+
+
+def last_policies(odds, *, eta, pull, steps=200, samples=64):
+    """Play SPPO's exact steps on sampled win rates from uniform play; the last 20 policies."""
+    rng = np.random.default_rng(1)
+    start = np.full(3, 1 / 3)
+    policy = start.copy()
+    policies = []
+    for _ in range(steps):
+        share = np.bincount(rng.choice(3, size=samples, p=policy), minlength=3) / samples
+        logp = np.log(policy + 1e-300)
+        step = eta * (odds @ share - 0.5) - pull * (logp - np.log(start))
+        logp = np.where(share > 0, logp + step, logp)  # only sampled moves are trained
+        policy = np.exp(logp - logp.max())
+        policy /= policy.sum()
+        policies.append(policy)
+    return policies[-20:]
+
+
+def test_a_pull_keeps_every_move_alive_on_games_of_random_odds():
+    """Without it a move dies out, and the others' order then decides alone."""
+    rng = np.random.default_rng(7)
+    for _ in range(10):
+        a, b, c = rng.uniform(0.6, 0.9, size=3)
+        odds = np.array([[0.5, a, 1 - b], [1 - a, 0.5, c], [b, 1 - c, 0.5]])
+        pulled = last_policies(odds, eta=2.0, pull=0.1)
+        plain = last_policies(odds, eta=2.0, pull=0.0)
+        exploitability = [2 * ((odds @ p).max() - 0.5) for p in pulled]
+        assert np.mean(exploitability) < 0.2
+        assert min(p.min() for p in pulled) > 0.05 > min(p.min() for p in plain)
+
+
 def test_sppo_equals_the_papers_regression_up_to_scale():
     eta, ratio, target = 1000.0, 3.25, 0.2
     paper = (ratio - eta * target) ** 2

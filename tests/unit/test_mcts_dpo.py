@@ -102,7 +102,7 @@ class ToyChat:
     def text(self, token_ids):
         return text_of(token_ids)
 
-    def encode_response(self, messages, text):
+    def encode_generated(self, messages, text):
         return (*(NEWLINE if c == "\n" else 10 + int(c) for c in text), END)
 
 
@@ -119,7 +119,7 @@ def prompts(n=1, answer="123"):
 
 
 def config_of(**more):
-    base = {"iterations": 12, "depth": 3, "width": (6, 5), "step_tokens": 8}
+    base = {"iterations": 12, "depth": 3, "width": (6, 5), "step_tokens": 8, "expansion": "leaf"}
     return MCTSDPOConfig(**{**base, **more})
 
 
@@ -267,6 +267,49 @@ def test_split_character_is_dropped_and_nothing_is_repeated():
     (group,) = explore(config, rollout=Writes(), chat=Bytes())
     assert [s.completion.text for s in group.samples] == ["a\ufffd", "\ufffd\nb"]
     assert [s.completion.finish_reason for s in group.samples] == ["length", "stop"]
+
+
+@pytest.mark.parametrize("rollouts", [0, 2])
+def test_scorer_and_critic_read_the_text_of_all_tokens(rollouts):
+    def decode(tokens):  # as SentencePiece: the first token's leading space is stripped
+        return "".join(f" {token}" for token in tokens).removeprefix(" ")
+
+    class Spaces(ToyChat):
+        def text(self, token_ids):
+            return decode(token_ids)
+
+    class Writes:
+        async def generate(self, requests, *, version):
+            return [tuple(self.write(r) for _ in r.seeds) for r in requests]
+
+        def write(self, request):
+            written = len(request.token_ids) - 2
+            tokens = (12, 34, 56)[written:][: request.sampling.max_tokens]
+            if request.token_ids[0] == 900:
+                tokens = (77,)
+            return Completion(
+                prompt_id="p0",
+                index=0,
+                seed=0,
+                text="yes" if request.token_ids[0] == 900 else decode(tokens),
+                token_ids=tokens,
+                logprobs=(-1.0,) * len(tokens),
+                finish_reason="stop" if tokens[-1] in (56, 77) else "length",
+                policy_version=0,
+            )
+
+    chat, scorer = Spaces(), ToyScorer(lambda c: Scored(value=1.0))
+    config = config_of(
+        iterations=4,
+        width=(1,),
+        step_tokens=1,
+        reroot="never",
+        rollouts=rollouts,
+        self_evaluation={"template": "{{ question }}|{{ work }}", "votes": 1},
+    )
+    explore(config, rollout=Writes(), chat=chat, scorer=scorer)
+    assert {c.text for c in scorer.seen} == {"12 34 56"}
+    assert chat.rendered == ["q0|12", "q0|12 34", "q0|12 34 56"]
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
@@ -535,6 +578,7 @@ def test_defaults_are_those_of_the_paper():
     config = MCTSDPOConfig()
     expected = {
         "iterations": 5,
+        "expansion": "path",
         "depth": 4,
         "width": (4, 2),
         "exploration": 1.0,

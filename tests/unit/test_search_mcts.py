@@ -13,19 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from rayhf.search.grow import choose, grow, search
 from rayhf.search.mcts import (
     MCTSSettings,
     Step,
     Tree,
     TreeNode,
-    choose,
     descend,
-    grow,
     mean_value,
     parent_visits,
     prior,
     puct,
-    search,
 )
 from rayhf.types import Completion
 
@@ -74,7 +72,7 @@ SMALL = {
     "": {"A": (0.5, 1.0, None), "B": (0.4, -1.0, None)},
     "A": {"1": (0.5, 1.0, "answer"), "2": (0.2, 0.0, None)},
 }
-ONE = MCTSSettings(iterations=4, depth=4, width=(2,), reroot="never")
+ONE = MCTSSettings(iterations=4, depth=4, width=(2,), reroot="never", expansion="leaf")
 
 
 def changed(settings, **changes):
@@ -203,6 +201,37 @@ def test_counts_and_values_are_consistent(seed, iterations, parallel, depth):
         assert node.parent is None or node.q == pytest.approx(node.reward + node.value)
         # Rewards are differences of R: along a path they add up to the R of its end.
         assert sum(n.reward for n in tree.path(node)) == pytest.approx(node.estimate)
+
+
+def test_an_iteration_expands_its_whole_way_down():
+    """Depth 4 with widths 4, 2, 2, 2: the first iteration makes 10 nodes and ends at depth 4."""
+    table = {}
+    level = [""]
+    for width in (4, 2, 2, 2):
+        for where in level:
+            table[where] = dict.fromkeys("abcd"[:width], (0.5, 0.0, None))
+        level = [where + c for where in level for c in "abcd"[:width]]
+    config = changed(ONE, expansion="path", iterations=1, width=(4, 2))
+    tree = run(World(table), config)
+    assert len(tree.nodes) - 1 == 4 + 2 + 2 + 2
+    assert [n.depth for n in tree.nodes if n.visits] == [1, 2, 3, 4]
+    # Of one expansion each, four iterations under one leaf reach depth 4 only once.
+    assert len(run(World(table), changed(config, expansion="leaf")).nodes) - 1 == 4
+    five = run(World(table), changed(config, iterations=5))
+    assert sum(n.visits for n in five.nodes if n.depth == 4) == 5
+    assert sorted(n.visits for n in five.children(five.root)) == [1, 1, 1, 2]
+    assert all(n.pending == 0 for n in five.nodes)
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_iterations_of_a_wave_do_not_meet(parallel):
+    config = changed(ONE, expansion="path", iterations=9, parallel=parallel)
+    for seed in range(20):
+        world = World(random_world(seed))
+        tree = run(world, config)
+        wheres = [where for where, _ in world.expanded]
+        assert len(wheres) == len(set(wheres))
+        assert sum(n.visits for n in tree.children(tree.root)) == (9 if len(tree.nodes) > 1 else 0)
 
 
 @given(seed=st.integers(0, 10**6), order=st.randoms(use_true_random=False))

@@ -32,7 +32,9 @@ from rayhf.algorithms.spar import SPaR
 from rayhf.algorithms.spar_config import RefinerDataConfig, SPaRConfig
 from rayhf.algorithms.spar_data import judge_accuracy, refiner_examples
 from rayhf.algorithms.spar_dialogue import Dialogue
+from rayhf.config.schema import LearnerConfig
 from rayhf.learner.micro_batch import build_micro_batch
+from rayhf.learner.schedule import lr_factor
 from rayhf.losses.base import Totals
 from rayhf.types import Failed, Sampling, Scored, derive_seed
 
@@ -213,6 +215,19 @@ def test_policies_objectives_and_losses():
         64,
     )
     assert separate.other_policy("refiner").lr == 2e-6
+    warming = spar(refiner={"warmup_steps": 4}).other_policy("refiner")
+    settings, steps = warming.learner_settings(LearnerConfig(schedule="linear", warmup=0.1))
+    rates = [
+        lr_factor(
+            step,
+            total_steps=steps,
+            warmup=settings.warmup,
+            kind=settings.schedule,
+            min_lr=settings.min_lr,
+        )
+        for step in (0, 1, 2, 3, 4, 2234)
+    ]
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     for call in (separate.train_schedule, separate.other_policy, separate.loss):
         with pytest.raises(KeyError):
             call("critic")

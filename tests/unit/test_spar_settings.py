@@ -12,6 +12,8 @@ from scripted_spar import SHORT, TWO_STEPS, ScriptedContext, make_completion, ma
 
 from rayhf.algorithms.spar_config import SPaRConfig
 from rayhf.algorithms.spar_dialogue import Dialogue, instruction_text
+from rayhf.data.chat import Chat
+from rayhf.errors import ConfigError
 from rayhf.tiny import instructions
 
 
@@ -133,3 +135,48 @@ def test_tiny_preset_matches_the_tiny_task():
             "content"
         ] == instructions.refine_prompt(task, response, said)
         assert dialogue.verdict(completion) is (instructions.judge_truth(task, response) == "yes")
+
+
+@pytest.mark.parametrize(
+    ("before_prompt", "before_answer", "expected"),
+    [
+        ("", "", None),
+        ("<think>", "<think>", None),  # the prompt ends with it, as the conversation has it
+        ("<think>", "", "differently from its prompt"),
+        ("", "<think>\n\n</think>\n\n", "renders the answer 'An answer.' as '<think>"),
+    ],
+)
+def test_chat_templates_are_tried_before_the_campaign(before_prompt, before_answer, expected):
+    class Templated(Chat):
+        def __init__(self):
+            pass
+
+        def render(self, messages):
+            return (1,)
+
+        def encode_generated(self, messages, text):
+            if not before_answer.startswith(before_prompt):
+                raise ConfigError("the template renders a response differently from its prompt")
+            return tuple(map(ord, before_answer.removeprefix(before_prompt) + text))
+
+        def text(self, token_ids):
+            return "".join(map(chr, token_ids))
+
+    algorithm = spar(refined_pattern=r"\[(.*)\]")
+    if expected is None:
+        algorithm.check_chat(Templated(), make_prompt())
+        return
+    with pytest.raises(ConfigError, match=expected):
+        algorithm.check_chat(Templated(), make_prompt())
+
+
+def test_judge_template_that_the_chat_template_refuses_is_named():
+    class Refuses(Chat):
+        def __init__(self):
+            pass
+
+        def render(self, messages):
+            raise ConfigError("chat template: no system role")
+
+    with pytest.raises(ConfigError, match=r"algorithm\.judge_template: chat template: no system"):
+        spar().check_chat(Refuses(), make_prompt())

@@ -222,6 +222,17 @@ def test_response_ends_with_the_end_of_turn_and_nothing_after_it() -> None:
     assert tokenizer.decode(list(token_ids)) == "Good<|system|>"
 
 
+def test_generated_text_cannot_end_a_turn_and_given_text_is_as_in_a_prompt_file() -> None:
+    tokenizer = with_template(TURNS + START)
+    chat = Chat(tokenizer, max_length=64)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert list(chat.encode_generated(QUESTION, "Good<|end|>bad")).count(end) == 1
+    assert list(chat.encode_response(QUESTION, "Good<|end|>bad")).count(end) == 2
+    messages = [{"role": "user", "content": "What is <|end|>?"}]
+    assert chat.render_given(messages) == render(tokenizer, messages, where="row 1")
+    assert chat.render(messages) != chat.render_given(messages)
+
+
 # ------------------------------------------------------------------------------------- tokens
 
 

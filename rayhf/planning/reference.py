@@ -1,0 +1,30 @@
+"""Refuse settings of the reference that have no effect."""
+
+from __future__ import annotations
+
+from rayhf.algorithms.base import Algorithm, needs_frozen_reference
+from rayhf.config.algorithms import EmaReference
+from rayhf.config.schema import CampaignConfig
+from rayhf.errors import ConfigError
+
+
+def check_reference(config: CampaignConfig, algorithm: Algorithm, total_steps: int) -> None:
+    """Refuse a reference that would never move, and one that is not used. Raises ConfigError."""
+    schedule = algorithm.reference
+    if isinstance(schedule, EmaReference) and schedule.every > total_steps:
+        raise ConfigError(
+            f"algorithm.reference.every is {schedule.every} optimizer steps, and the campaign has "
+            f"{total_steps}: the reference would never move; expected at most "
+            f"{total_steps}"
+        )
+    if config.reference.model is not None and not needs_frozen_reference(algorithm):
+        reason = (
+            "has no reference; leave it out"
+            if schedule is None
+            else "takes the policy before each iteration as its reference; leave it out, or set "
+            "algorithm.reference={type: initial}"
+        )
+        raise ConfigError(
+            f"reference.model is {config.reference.model.text}, but {config.algorithm.type} "
+            + reason
+        )
