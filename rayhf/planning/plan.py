@@ -89,9 +89,22 @@ class Plan:
     def needs(self, specs: Sequence[ActorSpec], gpu_bytes: float | None) -> list[Need]:
         """Return the memory of each actor.
 
-        `gpu_bytes`: memory of one GPU; None on CPU, and where it is unknown.
+        `gpu_bytes`: memory of one GPU; None on CPU, and where it is unknown. Raises ConfigError
+        where an engine cannot be divided as configured.
         """
+        self._check_heads()
         return [Need(spec=spec, memory=self._memory(spec, gpu_bytes)) for spec in specs]
+
+    def _check_heads(self) -> None:
+        parts = self.config.rollout.tensor_parallel
+        for model in map(self.model_of, policies_of(self.algorithm)):
+            heads = self._shape(model).heads
+            if heads % parts:
+                divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+                raise ConfigError(
+                    f"rollout.tensor_parallel is {parts}, but {model} has {heads} attention heads; "
+                    f"expected a divisor: {', '.join(divisors)}"
+                )
 
     def _memory(self, spec: ActorSpec, gpu_bytes: float | None) -> Memory:
         config = self.config

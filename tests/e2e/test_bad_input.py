@@ -56,7 +56,7 @@ def refuse(
         ("prompts.train=nothing.jsonl", "prompts.train: no such file"),
         ("rollout.max_tokens=400", "rollout.max_tokens is 400"),
         ("rollout.max_tokens=126", "train.jsonl row 1: the prompt has"),
-        ("rollout.tensor_parallel=2", "rollout.tensor_parallel is 2 on cpu; expected 1"),
+        ("rollout.tensor_parallel=3", "policy has 2 attention heads; expected a divisor: 1, 2"),
         (
             "cluster.device=gpu",
             "3 GPU requested (rollout 1, learner 1, reference 1), 0 available on 1 node(s)",
