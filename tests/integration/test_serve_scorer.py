@@ -50,6 +50,14 @@ def ask(text, answer="7"):
     return ScoreRequest(prompt=prompt, completions=(completion,))
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether the process runs; one that ended is a zombie until process 1 has reaped it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_served_preset_scores_until_a_signal(tmp_path, number):
     token = tmp_path / "token"
@@ -74,7 +82,7 @@ def test_served_preset_scores_until_a_signal(tmp_path, number):
         rules = psutil.Process(server.pid).children(recursive=True)
         server.send_signal(number)
         assert server.wait(timeout=20) == 0
-        assert rules and not any(rule.is_running() for rule in rules)
+        assert rules and not any(map(is_alive, rules))
         assert server.stderr.read() == ""
     finally:
         server.kill()

@@ -18,6 +18,8 @@ from rayhf.errors import ActorError, ActorLostError, InterruptedRunError, Storag
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_before_the_loop_raises(number):
+    if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)  # as if the tests were not started under nohup
     interrupt = Interrupt()
     with interrupt.on_signals(), pytest.raises(InterruptedRunError):
         signal.raise_signal(number)
