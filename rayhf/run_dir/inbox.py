@@ -60,7 +60,7 @@ class RowFile:
     def read(self) -> tuple[list[JsonObject], list[str]]:
         """Return the new rows, and what is wrong with each new line that is none.
 
-        A last line without its end is left for the next read: somebody may be writing it.
+        A last line without its end is left for the next read: it may be being written.
         """
         rows: list[JsonObject] = []
         problems: list[str] = []

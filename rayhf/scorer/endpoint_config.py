@@ -45,7 +45,7 @@ def _check_url(url: str) -> str:
 
 
 def _check_variable(name: str) -> str:
-    # The value is not repeated: somebody may have written the key itself.
+    # The value is not repeated: it may be the key itself.
     if not _VARIABLE.fullmatch(name):
         raise ValueError("expected the name of an environment variable, not the key itself")
     return name
