@@ -18,11 +18,12 @@ from rayhf.errors import ActorError, ActorLostError, InterruptedRunError, Storag
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_before_the_loop_raises(number):
-    if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, signal.SIG_DFL)  # as if the tests were not started under nohup
-    interrupt = Interrupt()
-    with interrupt.on_signals(), pytest.raises(InterruptedRunError):
-        signal.raise_signal(number)
+    before = signal.signal(number, signal.default_int_handler)  # nohup starts tests without SIGHUP
+    try:
+        with Interrupt().on_signals(), pytest.raises(InterruptedRunError):
+            signal.raise_signal(number)
+    finally:
+        signal.signal(number, before)
 
 
 def test_ignored_hangup_stays_ignored():
