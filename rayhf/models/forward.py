@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rayhf.errors import ConfigError
 from rayhf.models.peft import base_model
-from rayhf.types import Row
+from rayhf.types import Row, token_array
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -68,7 +68,7 @@ def build_inputs(rows: Sequence[Row], device: torch.device | str) -> Inputs:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         return Inputs(torch.zeros(1, 1, dtype=torch.int64, device=device), zero, zero.clone())
     for row in rows:
-        if not row.prompt_ids or not row.response_ids:
+        if not row.prompt_ids.size or not row.response_ids.size:
             raise ConfigError(
                 f"row of prompt {row.prompt_id!r}, sample {row.sample}: {len(row.prompt_ids)} "
                 f"prompt and {len(row.response_ids)} response tokens; expected at least one of each"
@@ -77,10 +77,10 @@ def build_inputs(rows: Sequence[Row], device: torch.device | str) -> Inputs:
     ids_BS = np.zeros((len(rows), length), dtype=np.int64)
     predict: list[npt.NDArray[np.int64]] = []
     for b, row in enumerate(rows):
-        ids_BS[b, : len(row) - 1] = (row.prompt_ids + row.response_ids)[:-1]
+        ids_BS[b, : len(row) - 1] = np.concatenate((row.prompt_ids, row.response_ids))[:-1]
         first = b * length + len(row.prompt_ids) - 1
         predict.append(np.arange(first, first + len(row.response_ids)))
-    target_T = np.concatenate([np.asarray(row.response_ids, dtype=np.int64) for row in rows])
+    target_T = np.concatenate([row.response_ids for row in rows]).astype(np.int64)
     tensors = [
         torch.from_numpy(array).to(device) for array in (ids_BS, np.concatenate(predict), target_T)
     ]
@@ -102,8 +102,8 @@ def scored_row(
     return Row(
         prompt_id=prompt_id,
         sample=sample,
-        prompt_ids=tuple(token_ids),
-        response_ids=(0,),
+        prompt_ids=token_array(token_ids),
+        response_ids=token_array((0,)),
         scalars=scalars or {},
     )
 

@@ -12,11 +12,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayhf.types import Example, Failed, Group, Invalid, Row, Scored
+from rayhf.types import (
+    Example,
+    Failed,
+    Group,
+    Invalid,
+    Row,
+    Scored,
+    float_array,
+    token_array,
+)
 
 SAMPLES = pa.schema(
     [
@@ -85,10 +93,7 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
         "text": [c.text for c in completions],
         "thinking": [c.thinking for c in completions],
         "thinking_tokens": [c.thinking_tokens for c in completions],
-        "context_ids": [
-            g.prompt.token_ids if s.context_ids is None else s.context_ids
-            for g, s in zip(owners, samples, strict=True)
-        ],
+        "context_ids": [g.context_ids(n) for g, n in zip(owners, numbers, strict=True)],
         "token_ids": [c.token_ids for c in completions],
         "logprobs": [c.logprobs for c in completions],
         "score": [outcome.value if isinstance(outcome, Scored) else None for outcome in outcomes],
@@ -142,9 +147,9 @@ def read_examples(file: Path) -> list[Example]:
             Row(
                 prompt_id=record["prompt_id"],
                 sample=sample,
-                prompt_ids=tuple(prompt_ids),
-                response_ids=tuple(response_ids),
-                tokens={"behavior_logp": np.asarray(logp, dtype=np.float32)},
+                prompt_ids=token_array(prompt_ids),
+                response_ids=token_array(response_ids),
+                tokens={"behavior_logp": float_array(logp)},
                 scalars={"score": score},
             )
             for sample, prompt_ids, response_ids, logp, score in zip(

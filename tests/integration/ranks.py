@@ -18,7 +18,7 @@ from rayhf.learner.packing import plan_micro_batches
 from rayhf.losses.base import LossOutput, MicroBatch, Totals
 from rayhf.losses.reward import BradleyTerryLoss
 from rayhf.models.forward import scored_row
-from rayhf.types import Example, Row
+from rayhf.types import Example, Row, token_array
 
 VOCABULARY = 97
 LR = 1e-3
@@ -87,8 +87,8 @@ def make_examples(count: int, seed: int = 0) -> list[Example]:
         return Row(
             prompt_id=f"p{number}",
             sample=0,
-            prompt_ids=tuple(rng.integers(0, VOCABULARY, prompt).tolist()),
-            response_ids=tuple(rng.integers(0, VOCABULARY, response).tolist()),
+            prompt_ids=token_array(rng.integers(0, VOCABULARY, prompt).tolist()),
+            response_ids=token_array(rng.integers(0, VOCABULARY, response).tolist()),
             tokens={"advantage": rng.normal(size=response).astype(np.float32)},
         )
 

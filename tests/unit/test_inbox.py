@@ -121,7 +121,7 @@ def test_preference_algorithms_take_labels(tmp_path, algorithm):
         [], SelectionContext(iteration=1, seed=1, sampling=Sampling(max_tokens=8), labels=(label,))
     )
     assert isinstance(loop, TakesLabels) and selection.metrics["pairs/human"] == 1
-    assert [row.response_ids for row in selection.examples[0].rows] == [(2, 3), (4,)]
+    assert [row.response_ids.tolist() for row in selection.examples[0].rows] == [[2, 3], [4]]
 
 
 def test_label_of_unknown_pair_is_refused(tmp_path):
