@@ -15,20 +15,16 @@ came back): EpochGuard refuses its writes.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rayhf.config.load import dump_config, read_mapping
 from rayhf.config.schema import CampaignConfig
@@ -38,7 +34,6 @@ from rayhf.run_dir import tables
 from rayhf.run_dir.checkpoints import Checkpoint, Checkpoints, Retention
 from rayhf.run_dir.files import (
     MANIFEST,
-    atomic_file,
     fsync_path,
     iteration_name,
     iteration_of,
@@ -58,9 +53,8 @@ from rayhf.run_dir.state import (
     read_state,
     write_state,
 )
+from rayhf.run_dir.table_writer import TableWriter
 from rayhf.types import Example, Group
-
-Item = TypeVar("Item")
 
 IDENTITY = (
     "seed",
@@ -72,9 +66,6 @@ IDENTITY = (
     "rollout.temperature",
 )
 """Config keys that identify a campaign: its run directory refuses a config that differs here."""
-
-_PART = 4096
-"""Groups or examples per row group: the tables of a whole iteration may not fit into memory."""
 
 
 class RunDir:
@@ -124,6 +115,7 @@ class RunDir:
         self.config_hash = _config_hash(config)
         """Hash of everything that decides the weights; a journal under another one is dropped."""
         self.inbox = Inbox(self.path)
+        self._tables = TableWriter()
         self.history: list[dict[str, float]] = []
         """The lines of metrics.jsonl, once `rewind` has dropped those after the checkpoint."""
         retention = Retention(last=run.keep_checkpoints, every=run.keep_every, best=run.keep_best)
@@ -150,6 +142,7 @@ class RunDir:
 
     def close(self) -> None:
         """Close the event log and release the lock."""
+        self._tables.close()
         self._events.close()
         self._lock.release()
 
@@ -194,15 +187,30 @@ class RunDir:
             stream.flush()
             os.fsync(stream.fileno())
 
-    async def write_samples(self, iteration: int, groups: Sequence[Group]) -> None:
-        """Write every completion of an iteration, one row each."""
-        parts = (tables.sample_table(iteration, part) for part in _parts(groups))
-        await self._write_parquet(self._table("samples", iteration), tables.SAMPLES, parts)
+    def write_samples(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Start writing every completion of an iteration, one row each; see `tables_written`."""
+        self._tables.start(
+            self._table("samples", iteration),
+            tables.SAMPLES,
+            groups,
+            partial(tables.sample_table, iteration),
+        )
 
-    async def write_examples(self, iteration: int, examples: Sequence[Example]) -> None:
-        """Write every training example with its lineage: indices into its prompt's samples."""
-        parts = (tables.example_table(iteration, part) for part in _parts(examples))
-        await self._write_parquet(self._table("examples", iteration), tables.EXAMPLES, parts)
+    def write_examples(self, iteration: int, examples: Sequence[Example]) -> None:
+        """Start writing every training example with its lineage.
+
+        That is indices into its prompt's samples. See `tables_written`.
+        """
+        self._tables.start(
+            self._table("examples", iteration),
+            tables.EXAMPLES,
+            examples,
+            partial(tables.example_table, iteration),
+        )
+
+    async def tables_written(self) -> None:
+        """Wait until the tables that were started are on the disk. Raises StorageError."""
+        await self._tables.written()
 
     def read_examples(self, iteration: int) -> list[Example]:
         """Return the policy's examples of an earlier iteration; none where there was none."""
@@ -212,17 +220,6 @@ class RunDir:
 
     def _table(self, folder: str, iteration: int) -> Path:
         return self.path / folder / f"{iteration_name(iteration)}.parquet"
-
-    async def _write_parquet(
-        self, file: Path, schema: pa.Schema, parts: Iterator[pa.Table]
-    ) -> None:
-        """Write a table atomically, and let other coroutines run between two of its parts."""
-        # Values rarely repeat: dictionaries would take most of the time and enlarge the file.
-        settings = {"compression": "zstd", "use_dictionary": False}
-        with atomic_file(file) as stream, pq.ParquetWriter(stream, schema, **settings) as writer:
-            for part in parts:
-                writer.write_table(part)
-                await asyncio.sleep(0)
 
     def journal_file(self, iteration: int) -> Path:
         """Return where an iteration's journal belongs; deleted by a later commit."""
@@ -354,10 +351,6 @@ class RunDir:
                 final.rename(old)
             temporary.rename(final)
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _parts(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    return (items[start : start + _PART] for start in range(0, len(items), _PART))
 
 
 def _pick(config: object, key: str) -> object:
