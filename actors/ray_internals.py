@@ -12,7 +12,8 @@ a signature.
   import path, where its files would replace modules of Python's and of rayhf's. It is appended
   instead (actors/process.py).
 - `ray._private.worker._global_node`: the processes of a cluster that this process started. Ray
-  does not report that one of them ended; calls wait for their deadlines.
+  does not report that one of them ended (calls wait for their deadlines), and does not wait for
+  what they started.
 - `ray._raylet.GcsClient`: a first request to a cluster's head, without a token. `ray.init` reads
   the token of a process once and keeps it.
 - `RAY_prestart_worker_first_driver`, `RAY_worker_niceness`: flags of Ray's C++ core, which has no
@@ -27,11 +28,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import psutil
     from ray.job_config import JobConfig
 
 LOCAL_ENV = {
@@ -44,6 +47,7 @@ LOCAL_ENV = {
 """Environment variables for a cluster that is started here."""
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _TIMEOUT_S = 5
+_EXIT_S = 2.0
 
 
 def free_resources() -> dict[str, dict[str, float]]:
@@ -60,6 +64,37 @@ def dead_processes() -> list[str]:
 
     node = worker._global_node
     return [] if node is None else [name for name, _ in node.dead_processes()]
+
+
+def shut_down() -> None:
+    """Disconnect from Ray, and end the cluster that this process started with all its processes.
+
+    Ray itself leaves its agents, which take up to 90 s to notice; and where one of the cluster's
+    processes has ended, the others would wait for it.
+    """
+    import psutil
+    import ray
+    from ray._private import worker
+
+    node = worker._global_node
+    started: list[psutil.Process] = []
+    for _, process in node.live_processes() if node is not None else ():
+        with suppress(psutil.NoSuchProcess):
+            top = psutil.Process(process.pid)
+            started += [top, *top.children(recursive=True)]
+    if dead_processes():
+        _kill(started)
+    ray.shutdown()
+    _, left = psutil.wait_procs(started, timeout=_EXIT_S)
+    _kill(left)
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    import psutil
+
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def create_package(directory: Path, file: Path, *, excludes: Sequence[str]) -> None:

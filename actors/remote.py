@@ -8,11 +8,12 @@ Synchronization: `wait` waits for one call, `wait_all` for calls that belong tog
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfDiskError, RayError, RayTaskError
 
 from rayhf.errors import (
     ActorError,
@@ -20,7 +21,9 @@ from rayhf.errors import (
     DeadlineError,
     RayhfError,
     StorageError,
+    clean_line,
     is_full_disk,
+    last_line,
 )
 
 _GRACE_S = 10.0
@@ -68,17 +71,31 @@ def translate_error(error: BaseException, *, name: str, phase: str) -> BaseExcep
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RayhfError):
         return cause
+    if is_full_disk(cause) or isinstance(cause, OutOfDiskError):
+        return _caused(StorageError(f"{phase}: {name}: {last_line(cause)}"), error)
     if not isinstance(cause, RayError):
-        last = (str(cause).strip().splitlines() or [""])[-1][:300]
-        kind = StorageError if is_full_disk(cause) else ActorError
-        foreign = kind(f"{phase}: {name}: {type(cause).__name__}: {last}")
-        foreign.__cause__ = error
-        return foreign
+        return _caused(ActorError(f"{phase}: {name}: {last_line(cause)}"), error)
+    if isinstance(error, RayTaskError) and type(cause) is RayError:
+        # The actor's error cannot be pickled: Ray only has its traceback.
+        text = clean_line((error.traceback_str.strip().splitlines() or [""])[-1])
+        return _caused(ActorError(f"{phase}: {name}: {text}"), error)
     # A RayError inside of a task's error: an object that the call needed was lost with its owner.
     event = "died" if cause is error else "could not fetch an argument of the call"
-    lost = ActorLostError(f"{phase}: {name} {event} ({_cause_line(cause)})")
-    lost.__cause__ = error
-    return lost
+    return _caused(ActorLostError(f"{phase}: {name} {event} ({_cause_line(cause)})"), error)
+
+
+def _caused(translated: RayhfError, error: BaseException) -> RayhfError:
+    translated.__cause__ = error
+    return translated
+
+
+@contextmanager
+def errors_translated(*, name: str, phase: str) -> Iterator[None]:
+    """Translate what Ray itself raises within the block: no command ends with an error of Ray's."""
+    try:
+        yield
+    except RayError as error:
+        raise translate_error(error, name=name, phase=phase) from error
 
 
 async def wait_all(
@@ -119,6 +136,6 @@ def _distance_from_cause(error: BaseException) -> int:
 
 def _cause_line(error: BaseException) -> str:
     """Return the one line of Ray's multi-line message that names a cause, else its first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in map(clean_line, str(error).splitlines()) if line]
     causes = [line for line in lines if any(word in line for word in _CAUSE_WORDS)]
     return (causes or lines or [type(error).__name__])[0][:300]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from launch.interrupt import Interrupt
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import InterruptedRunError
 from rayhf.run_dir.lock import RunLock
+from rayhf.run_dir.records import read_metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,7 @@ class RunResult:
     @property
     def metrics(self) -> list[dict[str, float]]:
         """One dict per iteration, from 0; the names are in `rayhf list metrics`."""
-        lines = (self.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return read_metrics(self.directory)
 
     @property
     def policy(self) -> Path:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from actors.placement_group import nodes_now
 from actors.ray_internals import dead_processes
+from actors.remote import errors_translated
 from launch.assemble import ActorSet, actor_specs_of
 from launch.interrupt import Interrupt
 from launch.local import ray_cluster
@@ -69,7 +70,7 @@ def run_campaign(
     try:
         store.record_datasets(prepared.data.commits)
         finished = store.state.iteration >= config.run.iterations
-        if finished and store.state.state == "done":
+        if finished and store.state.state == "done" and store.has_policy():
             say(
                 f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} "
                 "iterations: nothing to do"
@@ -86,6 +87,7 @@ def run_campaign(
             tracked(event_log := EventLog(store, view), config, logs=store.attempt) as observer,
             # Last: Ray and other libraries set handlers of their own while they start.
             interrupt.on_signals(),
+            errors_translated(name="the Ray cluster", phase="campaign"),
         ):
             asyncio.run(
                 _run_until_done(
@@ -149,6 +151,7 @@ async def _run_until_done(
                     store,
                     observer,
                     base=base,
+                    ended=lost,
                     again=restarts > 0 or store.state.checkpoint is not None,
                 )
                 return
@@ -193,9 +196,19 @@ async def _watch_cluster(lost: list[str], campaign: asyncio.Task[None]) -> None:
 
 
 async def _run_with_actors(
-    prepared: Prepared, store: RunDir, observer: Observer, *, base: Path, again: bool
+    prepared: Prepared,
+    store: RunDir,
+    observer: Observer,
+    *,
+    base: Path,
+    ended: Sequence[str],
+    again: bool,
 ) -> None:
-    """Start the actors, run the controller, and end the actors' processes."""
+    """Start the actors, run the controller, and end the actors' processes.
+
+    `ended` names processes of the cluster that are gone: then Ray answers no call, and the actors
+    end with the rest of the cluster.
+    """
     observer.phase(store.state.iteration, "start actors")
     actors = ActorSet(prepared, store, observer, base=base)
     lost = False
@@ -216,4 +229,5 @@ async def _run_with_actors(
         lost = True
         raise
     finally:
-        await actors.shutdown(stacks=lost)
+        if not ended:
+            await actors.shutdown(stacks=lost)

@@ -128,6 +128,12 @@ def submit(
         list[str] | None,
         typer.Option(metavar="NAME", help="Environment variable to pass to the job; repeatable."),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="Pack a file although it looks like a secret; repeatable."
+        ),
+    ] = None,
     entrypoint_cpus: Annotated[
         float | None,
         typer.Option(
@@ -150,6 +156,7 @@ def submit(
             cpus=entrypoint_cpus,
             supervised=supervised,
             follow=follow,
+            include=include or (),
             console=console,
         )
     )
@@ -174,7 +181,7 @@ def watch(run_dir: RunOrNone = None, address: Address = None, security: Security
 @app.command()
 def verify(
     run_dir: RunDirectory,
-    deep: Annotated[bool, typer.Option(help="Also read every tensor.")] = False,
+    deep: Annotated[bool, typer.Option(help="Read every file and compare its checksum.")] = False,
 ) -> None:
     """Check that all committed files are as they were written, with every sample exactly once."""
     from launch.operate import show_audit

@@ -40,7 +40,7 @@ def refusal(message: str) -> str:
 
 
 def check_token_file() -> None:
-    """Raise SecurityError for a token file of ours that other users can read.
+    """Raise SecurityError for a token file that others can read, or that another user owns.
 
     Ray itself writes ~/.ray/auth_token readable by all.
     """
@@ -51,7 +51,12 @@ def check_token_file() -> None:
         status = file.stat()
     except OSError:
         return  # Ray's own error says what is missing
-    if status.st_uid == os.geteuid() and status.st_mode & 0o077:
+    if status.st_uid not in (os.geteuid(), 0):
+        raise SecurityError(
+            f"{file} holds a cluster's token and belongs to uid {status.st_uid}, who may read and "
+            f"change it; expected a file of uid {os.geteuid()} or of root"
+        )
+    if status.st_mode & 0o077:
         raise SecurityError(
             f"{file} holds a cluster's token and has mode {status.st_mode & 0o777:o}: "
             f"chmod 600 {file}"

@@ -7,7 +7,6 @@ models complete the same prompts with the same seeds, in a vLLM engine of this p
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.export import checked_files
 from launch.models import pin_models
 from launch.sanitize import plain, print_plain
 from rayhf.config.load import load_config
@@ -27,6 +27,7 @@ from rayhf.errors import ConfigError
 from rayhf.models.hub import local_directory
 from rayhf.planning.preflight import Prepared, prepare
 from rayhf.run_dir.files import write_atomic
+from rayhf.run_dir.records import read_metrics
 from rayhf.run_dir.state import read_state
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.protocol import ScorerSetup
@@ -66,13 +67,15 @@ class Answers:
 def compare(run: Path, console: Console) -> None:
     """Print the comparison and write RUN/comparison.html.
 
-    Raises ConfigError where the run has no exported policy or no held-out prompts.
+    Raises ConfigError where the run has no exported policy or no held-out prompts, CheckpointError
+    where the policy is damaged.
     """
     policy = run / "policy"
     if not (policy / "config.json").is_file():
         raise ConfigError(
             f"{run} has no exported policy yet; expected {policy} (written with every checkpoint)"
         )
+    checked_files(run)
     base = Path.cwd()
     state = read_state(run)
     commits = state.models if state else None
@@ -89,8 +92,7 @@ def compare(run: Path, console: Console) -> None:
         "difference": interval(after.scores - before.scores),
     }
     _print(prompts, before, after, figures, console)
-    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    page = _page(config, prompts, before, after, figures, history)
+    page = _page(config, prompts, before, after, figures, read_metrics(run))
     write_atomic(run / PAGE, page.encode())
     print_plain(console, f"page: {run / PAGE}")
 

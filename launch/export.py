@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from launch.model_card import model_card
 from launch.sanitize import print_plain
-from rayhf.config.load import read_mapping
 from rayhf.config.models import ModelName
 from rayhf.errors import CheckpointError, ConfigError
+from rayhf.run_dir.files import MANIFEST, verify
+from rayhf.run_dir.identity import read_config
+from rayhf.run_dir.names import check_links
 from rayhf.run_dir.state import CampaignState, read_state
 
 if TYPE_CHECKING:
@@ -47,22 +49,27 @@ def export(
         private: create it as a private one.
 
     Raises ConfigError for a run without a policy or an adapter, a directory that exists or cannot
-    be written, and a hub that does not take the upload.
+    be written, and a hub that does not take the upload; CheckpointError for damaged files.
     """
     source = _source(run, adapter=adapter)
     if directory.exists():
         raise ConfigError(f"{directory} exists; expected a new directory")
     if private and push is None:
         raise ConfigError("--private is for a repository on the hub; expected --push NAME")
-    api = _open_repository(push, private=private) if push is not None else None
-    config = read_mapping(run / "config.yaml")
     state = read_state(run)
     if state is None:
         raise CheckpointError(f"{run} has no campaign.json")
+    config = read_config(run, state)
+    files = checked_files(run)
+    api = _open_repository(push, private=private) if push is not None else None
     try:
-        shutil.copytree(source, directory, ignore=shutil.ignore_patterns(ADAPTER))
+        directory.mkdir(parents=True)
+        for file in files:
+            if file.parent == source:
+                shutil.copyfile(file, directory / file.name, follow_symlinks=False)
         if adapter:
-            _complete_adapter(source.parent, directory, config, state)
+            beside = [file for file in files if file.parent == source.parent]
+            _complete_adapter(beside, directory, config, state)
         card = model_card(run, config, state, title=push or run.name, adapter=adapter)
         card.save(directory / "README.md")
     except OSError as error:
@@ -78,7 +85,9 @@ def export(
 def _source(run: Path, *, adapter: bool) -> Path:
     """Return the directory to copy. Raises ConfigError where there is none."""
     policy = run / "policy"
-    if not (policy / "config.json").is_file():
+    if run.is_dir():
+        check_links(run)
+    if not (policy / "config.json").is_file() and not (policy / MANIFEST).is_file():
         raise ConfigError(
             f"{run} has no exported policy yet; expected {policy} (written with every checkpoint)"
         )
@@ -92,13 +101,28 @@ def _source(run: Path, *, adapter: bool) -> Path:
     return policy / ADAPTER
 
 
+def checked_files(run: Path) -> list[Path]:
+    """Return the files of a campaign's latest policy, once every checksum was compared.
+
+    Raises CheckpointError where one is damaged or missing.
+    """
+    policy = run / "policy"
+    try:
+        facts = verify(policy)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; nothing was exported: delete {policy}, then the same `rayhf run` command "
+            "exports it again"
+        ) from None
+    return [policy / name for name in cast(dict[str, object], facts["files"])]
+
+
 def _complete_adapter(
-    policy: Path, directory: Path, config: dict[str, Any], state: CampaignState
+    policy: Sequence[Path], directory: Path, config: dict[str, Any], state: CampaignState
 ) -> None:
     """Add the tokenizer to an adapter, and the base model's name in place of a local directory."""
-    for file in policy.iterdir():
-        beside = file.suffix == ".safetensors" or file.name in _NOT_BESIDE_ADAPTER
-        if file.is_file() and not beside:
+    for file in policy:
+        if file.suffix != ".safetensors" and file.name not in _NOT_BESIDE_ADAPTER:
             shutil.copyfile(file, directory / file.name)
     base = str(config["policy"]["model"])
     file = directory / "adapter_config.json"

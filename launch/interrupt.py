@@ -16,6 +16,7 @@ from typing import TextIO
 from rayhf.errors import InterruptedRunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_STARTING = "interrupted while starting; the same command continues"
 _CANCELLATIONS = 2
 """The first request cancels the campaign, the second its clean-up; others change nothing."""
 
@@ -62,22 +63,36 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.request()
-        if self._cancel is None and not self._ended:
-            raise InterruptedRunError("interrupted while starting; the same command continues")
+        if self._cancel is None and not self._ended and not _is_ending():
+            raise InterruptedRunError(_STARTING)
+
+
+def _is_ending() -> bool:
+    """Return whether an interruption is being handled: another one would cut its clean-up short."""
+    error = sys.exception()
+    while error is not None:
+        if isinstance(error, InterruptedRunError):
+            return True
+        error = error.__context__
+    return False
 
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
     """Deliver signals that arrive within the block at its end.
 
-    For starting processes: an exception halfway would leave them behind.
+    For starting processes: an exception halfway would leave them behind. Ray's own handler of
+    SIGTERM, set by `ray.init`, ends what it has started and raises SystemExit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     arrived: list[int] = []
-    with _handled(lambda number, frame: arrived.append(number)):
-        yield
+    try:
+        with _handled(lambda number, frame: arrived.append(number)):
+            yield
+    except SystemExit:
+        raise InterruptedRunError(_STARTING) from None
     for number in arrived[:1]:
         signal.raise_signal(number)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from actors.ray_internals import LOCAL_ENV, job_config
+from actors.ray_internals import LOCAL_ENV, job_config, shut_down
 from launch.cluster_auth import check_head, check_token_file, refusal
 from launch.interrupt import signals_deferred
 from rayhf.errors import (
@@ -23,6 +23,9 @@ from rayhf.errors import (
     PlacementError,
     RayhfError,
     SecurityError,
+    StorageError,
+    clean_line,
+    is_full_disk,
 )
 
 _TOKEN = secrets.token_hex(32)
@@ -65,10 +68,10 @@ def ray_cluster(address: str, *, cpus: float) -> Iterator[None]:
                 if address == "local":
                     _check_loopback()
                     directory = started.enter_context(_session_directory())
-                    started.callback(ray.shutdown)
+                    started.callback(shut_down)
                     _start_ray(directory, cpus=max(os.cpu_count() or 1, math.ceil(cpus)))
                 else:
-                    started.callback(ray.shutdown)
+                    started.callback(shut_down)
                     ray.init(
                         address=address,
                         job_config=job_config(),
@@ -103,8 +106,9 @@ def _start_ray(directory: Path, *, cpus: int) -> None:
             _temp_dir=str(directory),
         )
     except Exception as error:  # Ray raises plain Exceptions for slow and failed processes
-        line = str(error).strip().splitlines()[0][:300]
-        raise ActorLostError(f"Ray did not start on this machine: {line}") from error
+        kind = StorageError if is_full_disk(error) else ActorLostError
+        line = clean_line((str(error).strip().splitlines() or [type(error).__name__])[0])
+        raise kind(f"Ray did not start on this machine: {line}") from error
 
 
 def _check_loopback() -> None:
@@ -133,6 +137,8 @@ def _session_directory() -> Iterator[Path]:
     try:
         directory = Path(tempfile.mkdtemp(prefix="rayhf-", dir=parent))
     except OSError as error:
+        if is_full_disk(error):
+            raise StorageError(f"{parent} cannot hold Ray's session: {error.strerror}") from None
         raise PlacementError(
             f"cluster.address local: {parent} cannot hold Ray's session ({error.strerror}); "
             f"expected a writable RAY_TMPDIR of at most {_MAX_PARENT} characters, got {wanted}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rayhf import __version__
 from rayhf.config.models import ModelName
 from rayhf.config.yaml_text import dump_yaml
+from rayhf.run_dir.records import read_metrics
 from rayhf.run_dir.state import CampaignState
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def model_card(
         f"# {title}",
         _table(("", ""), [row for row in facts.items() if row[1]]),
         "## Figures",
-        _table(("metric", "before", "after"), _figures(run / "metrics.jsonl")),
+        _table(("metric", "before", "after"), _figures(run)),
         "`eval/<task>/sampled` is measured on held-out prompts at temperature 1.",
         "## Recipe",
         f"```yaml\n{dump_yaml(published)}```",
@@ -107,9 +107,9 @@ def _datasets(value: object) -> Iterator[str]:
             yield from _datasets(item)
 
 
-def _figures(file: Path) -> Iterator[tuple[str, str, str]]:
+def _figures(run: Path) -> Iterator[tuple[str, str, str]]:
     """Yield name, first and last value of the metrics that say what training changed."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(run)
     names = {name for line in lines for name in line}
     evaluated = sorted(
         name for name in names if name.startswith("eval/") and not name.endswith("_s")

@@ -210,7 +210,8 @@ def show_audit(run: Path, console: Console, *, deep: bool) -> None:
             else:
                 sound += 1
     rest = f"{sound} other{'s' if sound != 1 else ''}" if problems else f"all {sound}"
-    table.add_row(rest, "as they were written")
+    scope = "" if deep else " (names and sizes; --deep compares checksums)"
+    table.add_row(rest, f"as they were written{scope}")
     console.print(table)
     if problems:
         raise CheckpointError(
@@ -241,11 +242,23 @@ def exit_codes() -> list[tuple[int, str, str, str]]:
         (
             130,
             "",
-            "`rayhf submit --follow` was left with Ctrl-C; the job continues",
-            "`rayhf stop RUN` stops it",
+            "ended by Ctrl-C before it could report anything; or `rayhf submit --follow` was left "
+            "with it, and the job continues",
+            "the same command continues; `rayhf stop RUN` stops a job",
         ),
-        (143, "", "ended by SIGTERM before it could report anything", "the same command continues"),
     ]
+    # In the first second of a start, or of another command than `run`, a signal itself ends it.
+    for number, name in ((129, "SIGHUP"), (131, "SIGQUIT"), (143, "SIGTERM")):
+        meaning = f"ended by {name} before it could report anything"
+        codes.append((number, "", meaning, "the same command continues"))
+    codes.append(
+        (
+            137,
+            "",
+            "ended by SIGKILL, for instance by the kernel because memory was short",
+            "see `rayhf check` for the memory that it needs; the same command continues",
+        )
+    )
     for name, each in inspect.getmembers(errors, inspect.isclass):
         if issubclass(each, errors.RayhfError):
             codes.append((each.exit_code, name, each.meaning, each.remedy))

@@ -65,6 +65,7 @@ def serve_scorer(config: ServeScorerConfig, console: Console) -> None:
             broken=broken,
         )
         server.start()
+        warn_open(config.service, "send completions to be scored", console)
         print_plain(console, f"serving {', '.join(names)} at {server.address}")
         stop.wait()
         server.stop()
@@ -103,11 +104,21 @@ def control_served(
     from rayhf.control.grpc_server import serve_campaign
 
     server = serve_campaign(run, config, base=base)
+    warn_open(config, "stop this campaign, label and add prompts", console)
     print_plain(console, f"control of {run}: --address {server.address}")
     try:
         yield
     finally:
         server.stop()
+
+
+def warn_open(config: ServiceConfig, rights: str, console: Console) -> None:
+    """Say what a service on loopback without a token means."""
+    if config.token_file is None and (config.tls is None or config.tls.client_ca is None):
+        print_plain(
+            console,
+            f"no token: every user of this machine may {rights}; service.token_file restricts it",
+        )
 
 
 def _stop_event() -> threading.Event:

@@ -1,7 +1,8 @@
 """`rayhf submit`: run a campaign as a job of a Ray cluster, with the means of `ray job submit`.
 
 In: a config below the current directory, and the URL of the cluster's job server. Out: a job that
-runs `rayhf run`. It gets this directory, without the files that runs and tools leave in it, and an
+runs `rayhf run`. It gets this directory, without the files that runs and tools leave in it and
+without what looks like a secret (launch/secret_files.py), and an
 allow-list of our environment variables: everyone on the cluster can read a job's environment.
 
 Synchronization: with --follow we wait for the job, print its log, and exit with its code. The job
@@ -22,7 +23,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from rich.console import Console
 from actors.ray_internals import create_package
 from launch.cluster_auth import check_server, check_token_file, insecure, refusal
 from launch.sanitize import plain, print_plain
+from launch.secret_files import secrets_in, text_problem, variable_problem
 from rayhf.config.load import load_config
 from rayhf.errors import (
     ActorLostError,
@@ -48,15 +50,18 @@ ALLOWED = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "NCCL_DEBUG", "RAYHF_DEBUG")
 """Environment variables that every job gets. None is a secret or names a place on this machine."""
 EXCLUDED = (
     "runs", ".git", ".venv", "venv", ".tiny", "wandb", "__pycache__", ".*_cache", ".hypothesis",
-    "*.egg-info", ".env", ".env.*", ".netrc", ".ssh", ".aws", "*.pem", "*.key", "auth_token",
+    "*.egg-info",
 )  # fmt: skip
-"""Files that stay here, besides those of .gitignore and .rayignore: output of runs and tools, and
-usual places of secrets."""
+"""Output of runs and tools, which stays here, besides the files of .gitignore and .rayignore and
+what looks like a secret (launch/secret_files.py)."""
 LIMIT_BYTES = 100 << 20
 """Maximum size of a working directory that Ray's job server accepts."""
 DETACHED = 130
 """Our exit code after Ctrl-C: the job continues."""
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
+_ADVICE = (
+    "everyone on the cluster can read a job's files, environment and command; put it into a file "
+    "of mode 600 that every node sees, or into the environment of the nodes (docs/security.md)"
+)
 _SILENCE_S = 60.0
 _POLL_S = 1.0
 
@@ -97,6 +102,7 @@ def submit(
     cpus: float | None,
     supervised: bool,
     follow: bool,
+    include: Sequence[str] = (),
     console: Console,
 ) -> int:
     """Submit a job and return 0; with `follow`, wait for it and return its exit code.
@@ -110,7 +116,7 @@ def submit(
     client = _connect(url)
     submission_id = _next_id(client, job)
     with tempfile.TemporaryDirectory() as folder:
-        working_dir = _package(Path.cwd(), Path(folder) / "working_dir.zip", job, config, console)
+        job, working_dir = package(Path.cwd(), Path(folder), job, config, console, include)
         runtime_env = {"working_dir": str(working_dir), "env_vars": job.environment}
         try:
             client.submit_job(
@@ -171,6 +177,10 @@ def plan(
             f"config {config} is not below {here}, the directory that the job gets; run this "
             "command in a directory above it"
         ) from None
+    for override in overrides:
+        if problem := text_problem(override.encode(errors="replace"), urls=True):
+            key = override.partition("=")[0]
+            raise SecurityError(f"override {key} looks like a secret ({problem}): {_ADVICE}")
     command = ["rayhf", *(["--insecure-cluster"] if insecure() else [])]
     command += ["run", str(inside), *overrides]
     command += ["cluster.address=auto"] if loaded.cluster.address != "auto" else []
@@ -196,11 +206,8 @@ def _run_directories(here: Path) -> list[str]:
 def _environment(requested: Sequence[str]) -> dict[str, str]:
     """Return the job's variables: the allowed ones that are set here, and `requested`."""
     for name in requested:
-        if _SECRET.search(name):
-            raise SecurityError(
-                f"--env {name} looks like a secret, and everyone on the cluster can read a job's "
-                "environment; put it into a file, or into the environment of the nodes"
-            )
+        if problem := variable_problem(name, os.environ.get(name, "")):
+            raise SecurityError(f"--env {name} looks like a secret ({problem}): {_ADVICE}")
         if name not in os.environ:
             raise ConfigError(f"--env {name}: no such variable here")
     return {name: os.environ[name] for name in (*ALLOWED, *requested) if name in os.environ}
@@ -246,9 +253,53 @@ def _next_id(client: JobSubmissionClient, job: Job) -> str:
     return f"{job.name}-{max(numbers) + 1}"
 
 
-def _package(directory: Path, file: Path, job: Job, config: Path, console: Console) -> Path:
-    """Zip the working directory. Raise ConfigError where it is too large, or lacks the config."""
+def package(
+    directory: Path,
+    folder: Path,
+    job: Job,
+    config: Path,
+    console: Console,
+    include: Sequence[str] = (),
+) -> tuple[Job, Path]:
+    """Zip the working directory without what looks like a secret, and print what was left out.
+
+    Args:
+        folder: where the zip file is written.
+        include: files, relative to the directory, that are no secrets.
+
+    Returns the job, which now excludes the secrets, and the file. Raises ConfigError where it is
+    too large or lacks the config, SecurityError where the config itself looks like a secret.
+    """
+    for name in include:
+        if not (directory / name).is_file():
+            raise ConfigError(f"--include {name}: no such file in {directory}")
+    file = folder / "all.zip"
     create_package(directory, file, excludes=job.excludes)
+    with zipfile.ZipFile(file) as archive:
+        kept = {os.path.normpath(name) for name in include}
+        secrets = {name: why for name, why in secrets_in(archive).items() if name not in kept}
+    inside = str(config.resolve().relative_to(directory.resolve()))
+    if inside in secrets:
+        raise SecurityError(f"config {config} looks like a secret ({secrets[inside]}): {_ADVICE}")
+    if secrets:
+        for name, why in secrets.items():
+            print_plain(console, f"left out {name}: {why} (--include {shlex.quote(name)} packs it)")
+        job = replace(job, excludes=(*job.excludes, *map(_pattern, secrets)))
+        file = folder / "working_dir.zip"
+        create_package(directory, file, excludes=job.excludes)
+    _check_package(directory, file, config, inside, console)
+    return job, file
+
+
+def _pattern(name: str) -> str:
+    """Return the pattern of .gitignore that matches this file only."""
+    return "/" + re.sub(r"([\\*?\[\]!# ])", r"\\\1", name)
+
+
+def _check_package(
+    directory: Path, file: Path, config: Path, inside: str, console: Console
+) -> None:
+    """Raise ConfigError where the zip file is too large, or lacks the config."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     size = file.stat().st_size
@@ -262,13 +313,11 @@ def _package(directory: Path, file: Path, job: Job, config: Path, console: Conso
             f"the largest: {largest}. Name them in .rayignore, and give models and data as "
             "absolute paths that every node sees"
         )
-    inside = str(config.resolve().relative_to(directory.resolve()))
     if inside not in {entry.filename for entry in entries}:
         raise ConfigError(
             f"config {config} is left out by .gitignore or .rayignore: the job would not find it"
         )
     print_plain(console, f"working directory: {len(entries)} files, {size / 2**20:,.1f} MiB")
-    return file
 
 
 # -------------------------------------------------------------------------------------- following

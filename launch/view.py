@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from launch.sanitize import plain, print_plain
 from rayhf.planning.placement import ActorSpec, NodeResources, amounts, bundles, members, pack
+from rayhf.run_dir.records import read_metrics
 
 _SILENT = ("commit",)
 _STYLES = {"fault": "red", "pause": "yellow", "warn": "yellow"}
@@ -108,8 +108,7 @@ def iteration_line(metrics: Mapping[str, float], iterations: int, task: str) -> 
 
 def summary(run: Path, task: str) -> Table:
     """Return a table of metrics before and after, and of time per phase, from metrics.jsonl."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = read_metrics(run)
     evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
     iterations = [line for line in lines if line["iteration"] > 0]
     title = f"{escape(plain(run.name))}: before and after {len(iterations)} iterations"

@@ -5,17 +5,19 @@ Each can be pickled, says what it got, and has an exit code and a remedy.
 RayhfError                      1   base of the others, for `except` at the command line
 ├── ActorError                  1   an actor raised an error that rayhf does not expect
 ├── ConfigError                 2   a key, a file or a row of the user's input is refused before
-                                    anything starts
+│   │                               anything starts
+│   └── QuotaError              2   a limit on what is handed in is reached
 ├── PlacementError              2   the cluster does not have the resources that the config needs
 ├── LockedError                 4   another process is writing this run directory
-│   └── FencedError             4   a later attempt owns the run directory: this one may not write
+│   └── FencedError             4   a later attempt owns the run directory, or its lock file was
+                                    removed: this one may not write
 ├── CheckpointError             5   no valid checkpoint, or one that does not match
 ├── SecurityError               6   a cluster without token authentication, or a secret that others
                                     can read
 ├── NumericalError              7   a non-finite loss, gradient or weight
 ├── WeightSyncError             7   an engine does not hold the learner's weights
 │   └── StaleWeightsError       7   a request for a weight version that an engine does not hold
-├── StorageError                8   the run directory cannot be written
+├── StorageError                8   the run directory cannot be read or written
 ├── ScorerError                 9   too many completions could not be scored
 ├── ActorLostError             10   an actor's process died too often
 ├── DeadlineError              11   a wait passed its limit; says which phase waited for which actor
@@ -30,10 +32,15 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Collection
 from typing import ClassVar
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_ESCAPE_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])")
+"""Codes that control a terminal: colors, cursor, title."""
+REASON_CHARS = 600
+"""Limit on foreign text in a message."""
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -65,6 +72,13 @@ class ConfigError(RayhfError):
     remedy = "correct what the message names"
 
 
+class QuotaError(ConfigError):
+    """A limit on what is handed in is reached; a service reports it as RESOURCE_EXHAUSTED."""
+
+    meaning = "a limit on what is handed in was reached; nothing was stored"
+    remedy = "hand in less, or later, as the message says"
+
+
 class PlacementError(RayhfError):
     exit_code = 2
     meaning = "the cluster does not have the resources that the config needs"
@@ -82,8 +96,11 @@ class LockedError(RayhfError):
 
 
 class FencedError(LockedError):
-    meaning = "a later attempt owns the run directory; nothing was written"
-    remedy = "nothing: the later attempt continues"
+    meaning = (
+        "a later attempt owns the run directory, or the lock file was removed; nothing was written "
+        "since"
+    )
+    remedy = "nothing where a later attempt runs; otherwise the same command continues"
 
 
 class CheckpointError(RayhfError):
@@ -126,7 +143,7 @@ class StaleWeightsError(WeightSyncError):
 
 class StorageError(RayhfError):
     exit_code = 8
-    meaning = "the run directory cannot be written; the last commit is complete"
+    meaning = "the run directory cannot be read or written; the last commit is complete"
     remedy = "free space or repair the permissions; the same command continues"
 
 
@@ -192,3 +209,24 @@ def did_you_mean(word: str, valid: Collection[str]) -> str:
 def nearest(word: str, valid: Collection[str]) -> str:
     """Return the end of a message that refuses `word`: the nearest valid word, or else all."""
     return did_you_mean(word, valid) or (f"; valid: {', '.join(valid)}" if valid else "")
+
+
+def clean_line(text: str, limit: int = REASON_CHARS) -> str:
+    """Return foreign text as one printable line of at most `limit` characters.
+
+    Without escape codes; other characters that are not printable, such as lone surrogates, which no
+    file format takes, become "?".
+    """
+    line = " ".join(_ESCAPE_CODE.sub("", text[: 16 * limit]).split())[:limit]
+    if line.isprintable():
+        return line
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def last_line(error: BaseException) -> str:
+    """Return type and last line of a foreign error, which is where it says what went wrong."""
+    try:
+        lines = [line for line in map(clean_line, str(error).splitlines()) if line]
+    except Exception:  # noqa: BLE001 - foreign code raises in its __str__, too
+        lines = []
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

@@ -179,7 +179,7 @@ class Completion(_ByValue):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A finite score and, for a weighted sum, its parts."""
+    """A score, bounded by scorer/outcomes.py, and, for a weighted sum, its parts."""
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)

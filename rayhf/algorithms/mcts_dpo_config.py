@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Self
 
-import jinja2
-import jinja2.meta
 from pydantic import (
     Field,
     NonNegativeInt,
@@ -26,6 +24,7 @@ from rayhf.config.algorithms import (
     refuse_thinking,
 )
 from rayhf.config.base import Section
+from rayhf.config.jinja_text import variables_of
 from rayhf.config.registry import LOSSES
 from rayhf.losses.pairs import PairLossConfig
 from rayhf.losses.preference import SigmoidConfig
@@ -91,9 +90,9 @@ class SelfEvaluationConfig(Section):
     @model_validator(mode="after")
     def _check_template(self) -> Self:
         try:
-            names = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(self.template))
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"template: line {error.lineno}: {error.message}") from None
+            names = variables_of(self.template)
+        except ValueError as error:
+            raise ValueError(f"template: {error}") from None
         known = {"question", "work"}
         if self.gold_conditioned_critic:
             known.add("answer")

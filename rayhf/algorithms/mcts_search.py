@@ -21,13 +21,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-import jinja2
-import jinja2.sandbox
 import numpy as np
 
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig, OutcomeConfig, SelfEvaluationConfig
 from rayhf.algorithms.mcts_samples import tree_samples
+from rayhf.data.jinja_sandbox import SandboxedTemplate
 from rayhf.errors import ConfigError
 from rayhf.search.mcts import End, Step, Tree, TreeNode
 from rayhf.search.siblings import join
@@ -54,10 +53,9 @@ def parse_verdict(text: str) -> bool | None:
     return None if match is None else match[1].lower() == "yes"
 
 
-def critic_template(config: SelfEvaluationConfig) -> jinja2.Template:
+def critic_template(config: SelfEvaluationConfig) -> SandboxedTemplate:
     """Return the critic's template, sandboxed because it renders generated text."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-    return environment.from_string(config.template)
+    return SandboxedTemplate(config.template, key="algorithm.self_evaluation.template")
 
 
 class PromptSearch:
@@ -66,7 +64,7 @@ class PromptSearch:
     def __init__(
         self,
         config: MCTSDPOConfig,
-        template: jinja2.Template | None,
+        template: SandboxedTemplate | None,
         prompt: Prompt,
         context: ExplorationContext,
     ) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import jinja2
-import jinja2.meta
 from pydantic import (
     BeforeValidator,
     NonNegativeFloat,
@@ -28,6 +26,7 @@ from rayhf.config.algorithms import (
     refuse_thinking,
 )
 from rayhf.config.base import Section
+from rayhf.config.jinja_text import variables_of
 from rayhf.config.models import ModelName
 from rayhf.config.registry import LOSSES
 from rayhf.losses.pairs import PairLossConfig
@@ -173,13 +172,9 @@ class SPaRConfig(RefineSettings, AlgorithmConfig):
         names: set[str] = set()
         for turn in value:
             try:
-                names |= jinja2.meta.find_undeclared_variables(
-                    jinja2.Environment().parse(turn.content)
-                )
-            except jinja2.TemplateSyntaxError as error:
-                raise ValueError(
-                    f"not a Jinja2 template (line {error.lineno}: {error.message})"
-                ) from None
+                names |= variables_of(turn.content)
+            except ValueError as error:
+                raise ValueError(f"not a Jinja2 template ({error})") from None
         if unknown := sorted(names - known):
             raise ValueError(f"unknown variable {unknown[0]}; valid: {', '.join(sorted(known))}")
         return value

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from jinja2 import StrictUndefined, Template
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from rayhf.algorithms.spar_config import SPaRConfig, TurnTemplate
+from rayhf.data.jinja_sandbox import SandboxedTemplate
 from rayhf.types import Completion, Message
 
 
@@ -16,8 +14,8 @@ class Dialogue:
     """Templates and patterns of the config, compiled."""
 
     def __init__(self, config: SPaRConfig) -> None:
-        self._judge = _turns(config.judge_template)
-        self._refine = _turns(config.refine_template)
+        self._judge = _turns(config.judge_template, "algorithm.judge_template")
+        self._refine = _turns(config.refine_template, "algorithm.refine_template")
         self._verdict = re.compile(config.verdict_pattern)
         self._words = {config.verdict_yes.casefold(): True, config.verdict_no.casefold(): False}
         self._refined = (
@@ -31,10 +29,8 @@ class Dialogue:
 
     def judge(self, instruction: str, response: str) -> list[Message]:
         """Return the conversation that asks for a judgment of `response`."""
-        return [
-            {"role": role, "content": turn.render(instruction=instruction, response=response)}
-            for role, turn in self._judge
-        ]
+        variables = {"instruction": instruction, "response": response}
+        return [{"role": role, "content": turn.render(variables)} for role, turn in self._judge]
 
     def refine(self, instruction: str, response: str, judgment: str) -> list[Message]:
         """Return the conversation that asks for a refinement of `response`."""
@@ -61,12 +57,12 @@ class Dialogue:
         return text if text.strip() and refinement.finish_reason == "stop" else None
 
 
-def _turns(conversation: Sequence[TurnTemplate]) -> list[tuple[str, Template]]:
+def _turns(conversation: Sequence[TurnTemplate], key: str) -> list[tuple[str, SandboxedTemplate]]:
     # The templates are the user's own, but they render generated text: therefore the sandbox.
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    return [(turn.role, environment.from_string(turn.content)) for turn in conversation]
+    return [
+        (turn.role, SandboxedTemplate(turn.content, key=key, keep_trailing_newline=True))
+        for turn in conversation
+    ]
 
 
 def _last_group(pattern: re.Pattern[str], text: str) -> str | None:

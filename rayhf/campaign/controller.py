@@ -187,8 +187,12 @@ class Controller:
         directory = self.store.checkpoints.begin()
         await save_roles(directory, self.roles, self.algorithm)
         reason = alarms[0].message
-        self.store.commit_unhealthy(
-            directory, await self._state(), reason=reason, guards=[alarm.guard for alarm in alarms]
+        await asyncio.to_thread(
+            self.store.commit_unhealthy,
+            directory,
+            await self._state(),
+            reason=reason,
+            guards=[alarm.guard for alarm in alarms],
         )
         raise PausedError(
             f"paused by guard {alarms[0].guard}: {reason}. "
@@ -304,7 +308,8 @@ class Controller:
         # Exported before the commit, so that a finished campaign always has its policy.
         await self._export()
         finished = iteration >= self.config.run.iterations
-        self.store.commit(
+        await asyncio.to_thread(
+            self.store.commit,
             directory,
             await self._state(),
             campaign_state="done" if finished else "running",
@@ -318,17 +323,17 @@ class Controller:
             await learner.export(exported)
             for name, text in self.data.exported_files.items():
                 (exported / name).write_text(text, encoding="utf-8")
-            self.store.publish_policy(exported, policy)
+            await asyncio.to_thread(self.store.publish_policy, exported, self.iteration, policy)
 
     async def _restore(self) -> None:
         """Continue from the newest verified checkpoint, or start where none was ever committed."""
-        checkpoint = self.store.latest()
+        checkpoint = await asyncio.to_thread(self.store.latest)
         if checkpoint is None:
-            self.store.rewind(-1)
+            self.store.rewind(None)
             return
         state = checkpoint.state
         check_data(state, self.data)
-        self.store.rewind(checkpoint.iteration)
+        self.store.rewind(checkpoint)
         self.iteration = state.iteration
         self.versions.update(state.versions)
         self.observer.phase(self.iteration, "restore")

@@ -83,7 +83,9 @@ class IterationExplorer:
         dealt = self.data.prompts.batch(batch=batch, iteration=iteration, seed=self.config.seed)
         added: dict[str, Prompt] = {}
         room = self.data.chat.max_length - self.sampling.max_tokens
-        submitted = self.store.inbox.take("prompts", iteration, limit=batch)
+        submitted = self.store.inbox.take(
+            "prompts", iteration, limit=batch, warn=lambda line: self.observer.event("warn", line)
+        )
         if submitted and not generates(self.algorithm):
             self.observer.event(
                 "warn", f"ignored {len(submitted)} added prompts: nothing is generated for training"

@@ -24,7 +24,7 @@ from rayhf.algorithms.base import (
     trained_policy,
 )
 from rayhf.config.schema import CampaignConfig
-from rayhf.control.labels import labeled_examples
+from rayhf.control.labels import label_is_due, labeled_examples
 from rayhf.losses.value import explained_variance
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Roles
@@ -106,7 +106,13 @@ class Trainer:
         return changed
 
     def _labels(self, iteration: int) -> tuple[Example, ...]:
-        return labeled_examples(self.store.path, self.store.inbox.take("labels", iteration))
+        def warn(line: str) -> None:
+            self.observer.event("warn", line)
+
+        labels = self.store.inbox.take(
+            "labels", iteration, is_due=lambda row: label_is_due(row, iteration), warn=warn
+        )
+        return labeled_examples(self.store.path, labels, warn=warn)
 
     async def _learn_policy(
         self,

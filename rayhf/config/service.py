@@ -50,7 +50,8 @@ class ServiceConfig(Section):
     max_message_mib: PositiveInt = 16
     """Maximum size of one message, in either direction."""
     max_concurrent: PositiveInt = 64
-    """Maximum number of calls in progress; further ones are refused at once."""
+    """Maximum number of calls in progress; further ones are refused at once. At most half of them
+    may be streams (`rayhf watch`), at most 16 of one client host."""
     grace_s: PositiveFloat = 10.0
     """Seconds that calls in progress may still take when the server stops."""
 

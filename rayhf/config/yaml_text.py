@@ -14,7 +14,8 @@ from ruamel.yaml import YAML, MappingNode, Node
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-MAX_CHARACTERS = 4 << 20
+MAX_CHARACTERS = 1 << 18
+"""Longest document: reading a list of so many characters takes five seconds."""
 MAX_VALUES = 100_000
 """Most values of a document, each alias counted as the values it stands for."""
 
@@ -34,6 +35,15 @@ class _Constructor(SafeConstructor):
             problem=f"key {key!r} stands twice, first in line {first.start_mark.line + 1}",
             problem_mark=key_node.start_mark,
         )
+
+    def flatten_mapping(self, node: Any) -> Any:
+        """Merge what `<<` names. Raises MarkedYAMLError where that makes a huge mapping."""
+        merged = super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise MarkedYAMLError(
+                problem=f"merges more than {MAX_VALUES:,} values", problem_mark=node.start_mark
+            )
+        return merged
 
 
 # YAML 1.2 has no dates.

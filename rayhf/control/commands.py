@@ -7,7 +7,6 @@ commands for a campaign elsewhere.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,14 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from rayhf.control.status import Status, read_status
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.run_dir.checkpoints import accept_unhealthy
-from rayhf.run_dir.files import MANIFEST, sha256
-from rayhf.run_dir.inbox import submit_rows
+from rayhf.run_dir.files import MANIFEST, Check, open_file, sha256
+from rayhf.run_dir.inbox import Submissions, Submitted, check_submission
 from rayhf.run_dir.lock import RunLock
+from rayhf.run_dir.names import event_logs
 from rayhf.run_dir.operator_request import write_request
 from rayhf.run_dir.progress import Event, parse_event
 from rayhf.run_dir.state import CampaignState, read_state, write_state
+from rayhf.types import JsonObject
 
 if TYPE_CHECKING:
     from rayhf.control.labels import UncertainPair
@@ -33,7 +34,8 @@ _FIRST_EVENTS = 10
 """Past events that `watch` shows."""
 MAX_ROWS = 10_000
 """Rows of one submission."""
-MAX_ROW_BYTES = 1 << 20
+_PIECE = 1 << 18
+"""Bytes of an event log that are read at once; a longer line is skipped."""
 
 
 class Control(Protocol):
@@ -86,6 +88,8 @@ class FileControl:
 
     def __init__(self, run: Path) -> None:
         self.run = run
+        self._prompts = Submissions(run, "prompts")
+        self._labels = Submissions(run, "labels")
 
     def status(self) -> Status:
         """Return the campaign's status."""
@@ -94,24 +98,26 @@ class FileControl:
     def watch(self, is_active: Callable[[], bool]) -> Iterator[Event]:
         """Yield the last events, then new ones as they come."""
         self.status()
-        file = self._newest_log()
-        offset = 0
+        log = self._newest_log()
+        offset = 0 if log is None else max(0, log.stat().st_size - _PIECE)
         is_first = True
         while is_active():
             newest = self._newest_log()
-            if newest != file:
-                file = newest
+            if newest != log:
+                log = newest
                 offset = 0
-            lines, offset = _complete_lines(file, offset) if file is not None else ([], 0)
+            lines, offset = ([], 0) if log is None else _complete_lines(log, offset)
             events = [event for line in lines if (event := parse_event(line)) is not None]
             yield from events[-_FIRST_EVENTS:] if is_first else events
             is_first = False
             if events and events[-1].kind == "end":
                 return
-            time.sleep(_POLL_S)
+            if not lines:
+                time.sleep(_POLL_S)
 
     def _newest_log(self) -> Path | None:
-        return max((self.run / "logs").glob("attempt-*/events.jsonl"), default=None)
+        logs = event_logs(self.run)
+        return logs[-1] if logs else None
 
     def request(self, request: Literal["pause", "stop"]) -> str:
         """Request that the campaign pauses or stops after its current iteration."""
@@ -139,11 +145,11 @@ class FileControl:
         # starting meanwhile.
         lock = RunLock(self.run)
         try:
-            return self._end_pause(self._campaign(), start)
+            return self._end_pause(self._campaign(), start, lock.check)
         finally:
             lock.release()
 
-    def _end_pause(self, campaign: CampaignState, start: Start) -> str:
+    def _end_pause(self, campaign: CampaignState, start: Start, check: Check) -> str:
         """End a guard's pause in campaign.json; return what will happen."""
         changes: dict[str, object] = {
             "state": "stopped",
@@ -162,7 +168,7 @@ class FileControl:
             except CheckpointError as error:
                 problem = f"{error}, so the last healthy checkpoint is used; "
         continued = campaign.model_copy(update=changes)
-        write_state(self.run, continued)
+        write_state(self.run, continued, check)
         return (
             f"{self.run}: {problem}{word}; the same `rayhf run` command continues after iteration "
             f"{continued.iteration}"
@@ -173,39 +179,65 @@ class FileControl:
 
     def add_prompts(self, rows: Sequence[Mapping[str, object]], *, source: str) -> str:
         """Submit prompts for the next iteration."""
-        from rayhf.data.prompts import check_row
-
-        _check_size(rows, "prompts")
-        for number, row in enumerate(rows, start=1):
-            check_row(row, f"prompts: row {number}")
+        kept = checked_prompts(rows)
         status = self.status()
-        keys = ("prompt", "messages", "answer")
-        kept = [{key: row[key] for key in keys if key in row} for row in rows]
-        submit_rows(self.run, "prompts", kept, source=source)
-        return f"{len(kept)} prompts submitted for iteration {status.iteration + 1} or later"
+        submitted = self._prompts.submit(kept, source=source)
+        return _confirmation("prompts", submitted, status)
 
     def uncertain_pairs(self, count: int) -> Sequence[UncertainPair]:
         """Return the pairs of completions that the scorers are least certain about."""
         from rayhf.control.labels import uncertain_pairs
 
         self.status()
-        return uncertain_pairs(self.run, count)
+        labeled = {pair_id for pair_id, _ in self._labels.last()}
+        return uncertain_pairs(self.run, count, labeled=labeled)
 
     def label(self, labels: Sequence[Mapping[str, str]], *, source: str) -> str:
         """Submit labels of pairs for the next iteration."""
-        from rayhf.control.labels import check_label
+        from rayhf.control.labels import check_labels, contradictions
 
         status = self.status()
         if not status.takes_labels:
             raise ConfigError(
                 f"{self.run}: the algorithm {status.algorithm} does not train on human labels"
             )
-        _check_size(labels, "labels")
-        for label in labels:
-            check_label(self.run, label["pair_id"], label["verdict"])
-        rows = [{key: label[key] for key in ("pair_id", "verdict")} for label in labels]
-        submit_rows(self.run, "labels", rows, source=source)
-        return f"{len(labels)} labels submitted for iteration {status.iteration + 1} or later"
+        check_count(labels, "labels")
+        rows = check_labels(self.run, labels)
+        submitted = self._labels.submit(rows, source=source)
+        here = {str(row["pair_id"]) for row in rows}
+        line = contradictions(
+            (pair_id, verdict.partition(" ")[0])
+            for (pair_id, _), verdict in self._labels.last().items()
+            if pair_id in here
+        )
+        return "; ".join(filter(None, [_confirmation("labels", submitted, status), line]))
+
+
+def checked_prompts(rows: Sequence[Mapping[str, object]]) -> list[JsonObject]:
+    """Return prompts as they are stored. Raises ConfigError; see `check_submission`."""
+    check_count(rows, "prompts")
+    keys = ("prompt", "messages", "answer")
+    return [
+        check_submission(
+            {key: row[key] for key in keys if key in row}, "prompts", f"prompts: row {number}"
+        )
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def check_count(rows: Sequence[object], what: str) -> None:
+    """Raise ConfigError for a submission of no rows, and of too many."""
+    if not 0 < len(rows) <= MAX_ROWS:
+        raise ConfigError(f"{len(rows)} {what} at once; expected 1 to {MAX_ROWS:,}")
+
+
+def _confirmation(what: str, submitted: Submitted, status: Status) -> str:
+    parts = [f"{submitted.new} {what} submitted for iteration {status.iteration + 1} or later"]
+    if submitted.repeated:
+        parts.append(f"{submitted.repeated} were submitted before")
+    if submitted.replaced:
+        parts.append(f"{submitted.replaced} replace an earlier verdict of yours")
+    return "; ".join(parts)
 
 
 def _accepted_checkpoint(run: Path, campaign: CampaignState) -> dict[str, object]:
@@ -224,21 +256,15 @@ def _accepted_checkpoint(run: Path, campaign: CampaignState) -> dict[str, object
     }
 
 
-def _check_size(rows: Sequence[Mapping[str, object]], what: str) -> None:
-    """Raise ConfigError for a submission of no rows, of too many, or of one too large."""
-    if not 0 < len(rows) <= MAX_ROWS:
-        raise ConfigError(f"{len(rows)} {what} at once; expected 1 to {MAX_ROWS:,}")
-    for number, row in enumerate(rows, start=1):
-        if (size := len(json.dumps(dict(row)))) > MAX_ROW_BYTES:
-            raise ConfigError(
-                f"{what}: row {number} has {size:,} bytes; expected at most {MAX_ROW_BYTES:,}"
-            )
-
-
 def _complete_lines(file: Path, offset: int) -> tuple[list[bytes], int]:
-    """Return the complete lines from `offset` on, and where the next one begins."""
-    with file.open("rb") as stream:
+    """Return complete lines of one piece from `offset` on, and where the next one begins.
+
+    An incomplete line that is as long as a piece is skipped.
+    """
+    with open_file(file, "rb") as stream:
         stream.seek(offset)
-        data = stream.read()
+        data = stream.read(_PIECE)
     end = data.rfind(b"\n") + 1
+    if not end and len(data) == _PIECE:
+        return [b""], offset + _PIECE
     return data[:end].splitlines(), offset + end

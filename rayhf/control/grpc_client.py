@@ -9,10 +9,11 @@ from typing import Literal, TypeVar, cast
 from rayhf.config.service import EndpointSecurity
 from rayhf.control import campaign_pb2 as pb
 from rayhf.control import campaign_pb2_grpc
-from rayhf.control.commands import Start
+from rayhf.control.commands import Start, check_count, checked_prompts
 from rayhf.control.labels import UncertainPair
 from rayhf.control.status import RunState, Status
-from rayhf.data.prompts import parse_messages
+from rayhf.data.conversations import parse_answer, parse_messages
+from rayhf.run_dir.inbox import check_submission
 from rayhf.run_dir.progress import Event
 from rayhf.service import chat_pb2
 from rayhf.service.client import Client
@@ -80,9 +81,9 @@ class GrpcControl:
     def add_prompts(self, rows: Sequence[Mapping[str, object]], *, source: str) -> str:
         """Submit prompts for the next iteration."""
         prompts = []
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(checked_prompts(rows), start=1):
             messages = parse_messages(row, f"prompts: row {number}")
-            answer = None if row.get("answer") is None else str(row["answer"])
+            answer = parse_answer(row, f"prompts: row {number}")
             prompts.append(pb.NewPrompt(messages=_messages(messages), answer=answer))
         return self._message(
             self._stub.AddPrompts, pb.AddPromptsRequest(prompts=prompts, source=source)
@@ -106,7 +107,11 @@ class GrpcControl:
 
     def label(self, labels: Sequence[Mapping[str, str]], *, source: str) -> str:
         """Submit labels of pairs for the next iteration."""
-        rows = [pb.PairLabel(pair_id=row["pair_id"], verdict=row["verdict"]) for row in labels]
+        check_count(labels, "labels")
+        rows = []
+        for number, label in enumerate(labels, start=1):
+            row = check_submission(label, "labels", f"labels: row {number}")
+            rows.append(pb.PairLabel(pair_id=str(row["pair_id"]), verdict=str(row["verdict"])))
         return self._message(self._stub.Label, pb.LabelRequest(labels=rows, source=source))
 
     def _message(self, method: Callable[..., pb.Done], request: Request) -> str:

@@ -6,6 +6,8 @@ or in a process of its own for a campaign that is not running.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,11 +18,16 @@ from rayhf.config.service import ServiceConfig
 from rayhf.control import campaign_pb2 as pb
 from rayhf.control import campaign_pb2_grpc
 from rayhf.control.commands import FileControl, Start
+from rayhf.errors import QuotaError
 from rayhf.service import chat_pb2
+from rayhf.service.client import printable
 from rayhf.service.server import Server, error_statuses
 
 SERVICE = "rayhf.v1.Campaign"
 _MAX_PAIRS = 1000
+BURST_BYTES = 16 << 20
+_ROW_BYTES = 200
+"""What the inbox adds to a row."""
 
 
 def serve_campaign(run: Path, config: ServiceConfig, *, base: Path) -> Server:
@@ -31,7 +38,7 @@ def serve_campaign(run: Path, config: ServiceConfig, *, base: Path) -> Server:
     register = partial(
         campaign_pb2_grpc.add_CampaignServicer_to_server, CampaignService(FileControl(run))
     )
-    server = Server(config, {SERVICE: register}, base=base)
+    server = Server(config, {SERVICE: register}, base=base, urgent=(f"/{SERVICE}/Stop",))
     server.start()
     return server
 
@@ -41,6 +48,7 @@ class CampaignService(campaign_pb2_grpc.CampaignServicer):  # type: ignore[misc]
 
     def __init__(self, control: FileControl) -> None:
         self._control = control
+        self._budget = ByteBudget()
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:
         with error_statuses(context):
@@ -88,7 +96,9 @@ class CampaignService(campaign_pb2_grpc.CampaignServicer):  # type: ignore[misc]
             return pb.Done(message=self._control.request("stop"))
 
     def AddPrompts(self, request: pb.AddPromptsRequest, context: grpc.ServicerContext) -> pb.Done:
-        rows = []
+        rows: list[dict[str, object]] = []
+        with error_statuses(context):
+            self._budget.spend(request.ByteSize() + _ROW_BYTES * len(request.prompts))
         for prompt in request.prompts:
             row: dict[str, object] = {
                 "messages": [{"role": m.role, "content": m.content} for m in prompt.messages]
@@ -120,12 +130,43 @@ class CampaignService(campaign_pb2_grpc.CampaignServicer):  # type: ignore[misc]
         )
 
     def Label(self, request: pb.LabelRequest, context: grpc.ServicerContext) -> pb.Done:
+        with error_statuses(context):
+            self._budget.spend(request.ByteSize() + _ROW_BYTES * len(request.labels))
         rows = [{"pair_id": label.pair_id, "verdict": label.verdict} for label in request.labels]
         source = _source(request.source, context)
         with error_statuses(context):
             return pb.Done(message=self._control.label(rows, source=source))
 
 
+class ByteBudget:
+    """Limit on what all clients together hand in: a burst, and as much again per minute."""
+
+    def __init__(self, burst: int = BURST_BYTES) -> None:
+        self._burst = burst
+        self._left = float(burst)
+        self._time = time.monotonic()
+        self._lock = threading.Lock()
+
+    def spend(self, size: int) -> None:
+        """Count a submission. Raises QuotaError where it has to wait."""
+        cost = min(size, self._burst)
+        with self._lock:
+            now = time.monotonic()
+            self._left = min(self._burst, self._left + (now - self._time) * self._burst / 60)
+            self._time = now
+            if cost > self._left:
+                wait_s = (cost - self._left) * 60 / self._burst
+                raise QuotaError(
+                    f"{size:,} bytes now are too many: the campaign accepts "
+                    f"{self._burst >> 20} MiB per minute; try again in {wait_s:.0f} s"
+                )
+            self._left -= cost
+
+
 def _source(name: str, context: grpc.ServicerContext) -> str:
-    """Return who submits: the name the client gives, and the address it connects from."""
-    return f"{name[:100] or 'unnamed'} at {context.peer()}"
+    """Return who submits: the name the client gives, and the host it connects from.
+
+    An annotator is known by it, so it has no port, which changes with each connection.
+    """
+    host = str(context.peer()).rpartition(":")[0]
+    return f"{printable(name)[:100] or 'unnamed'} at {host}"

@@ -6,8 +6,10 @@ first; training examples.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -16,12 +18,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rayhf.errors import ConfigError
-from rayhf.run_dir.files import iteration_name, storage_errors
-from rayhf.run_dir.inbox import submitted_rows
+from rayhf.run_dir.files import storage_errors
+from rayhf.run_dir.inbox import check_submission
+from rayhf.run_dir.names import iteration_name
 from rayhf.run_dir.state import CampaignState, read_state
 from rayhf.types import Example, JsonObject, Message, given_row
 
-VERDICTS = ("first", "second", "tie")
 _RECENT = 5
 """Committed iterations that pairs come from: older completions no longer represent the policy."""
 
@@ -60,13 +62,12 @@ class _TokenRow(TypedDict):
     token_ids: list[int]
 
 
-def uncertain_pairs(run: Path, count: int) -> list[UncertainPair]:
-    """Return the least certain pairs without a label, newest iteration first.
+def uncertain_pairs(run: Path, count: int, *, labeled: Collection[str] = ()) -> list[UncertainPair]:
+    """Return the least certain pairs that are not `labeled`, newest iteration first.
 
     At most one per prompt and iteration.
     """
     committed = _committed(run)
-    labeled = {row["pair_id"] for row in submitted_rows(run, "labels")}
     pairs: list[UncertainPair] = []
     for iteration in range(committed, max(0, committed - _RECENT), -1):
         file = _samples_file(run, iteration)
@@ -116,60 +117,141 @@ def _certainty(first: _ScoredRow, second: _ScoredRow, spread: float) -> float:
     return abs(first["score"] - second["score"]) / spread if spread else 0.0
 
 
-def check_label(run: Path, pair_id: str, verdict: str) -> None:
-    """Raise ConfigError for an unknown verdict, or a pair of no committed iteration."""
-    if verdict not in VERDICTS:
-        raise ConfigError(f"the verdict is {verdict!r:.40}; expected {', '.join(VERDICTS)}")
-    _completions(run, pair_id, committed=_committed(run))
+def check_labels(run: Path, labels: Sequence[Mapping[str, object]]) -> list[JsonObject]:
+    """Return labels as they are stored, with a digest of the completions that were judged.
+
+    Raises ConfigError for an unknown verdict, and for a pair of no committed iteration.
+    """
+    rows = [
+        check_submission(
+            {key: label.get(key) for key in ("pair_id", "verdict")},
+            "labels",
+            f"labels: row {number}",
+        )
+        for number, label in enumerate(labels, start=1)
+    ]
+    committed = _committed(run)
+    pairs = _Pairs(run, [str(row["pair_id"]) for row in rows])
+    return [
+        {**row, "completions": _digest(pairs.find(str(row["pair_id"]), committed=committed))}
+        for row in rows
+    ]
 
 
-def labeled_examples(run: Path, labels: Sequence[JsonObject]) -> tuple[Example, ...]:
+def label_is_due(label: JsonObject, iteration: int) -> bool:
+    """Return whether the label's pair is of an iteration before this one.
+
+    A label waits where its pair's iteration is to be repeated.
+    """
+    number = str(label["pair_id"]).partition("/")[0]
+    return not _is_index(number) or int(number) < iteration
+
+
+def labeled_examples(
+    run: Path, labels: Sequence[JsonObject], *, warn: Callable[[str], object]
+) -> tuple[Example, ...]:
     """Return a (preferred, other) example for every label that is not a tie.
 
-    Their rows count as given, not sampled: their lineage is the inbox, and their completions may be
-    older than importance weights can correct.
+    The last verdict of an annotator on a pair counts; those of several annotators all do. Their
+    rows count as given, not sampled: their lineage is the inbox, and their completions may be older
+    than importance weights can correct. `warn` gets a line about each label that cannot be used,
+    and one about pairs on which annotators contradict each other.
     """
+    last = {(str(row["pair_id"]), str(row["source"])): row for row in labels}
+    pairs = _Pairs(run, [pair_id for pair_id, _ in last])
+    used: list[JsonObject] = []
     examples = []
-    for label in labels:
+    for (pair_id, _), label in last.items():
+        try:
+            first, second = pairs.find(pair_id)
+            if label.get("completions", "") not in ("", _digest((first, second))):
+                raise ConfigError(
+                    f"pair {pair_id!r:.80}: its completions are not the ones that were judged: the "
+                    "iteration was repeated"
+                )
+        except ConfigError as error:
+            warn(f"skipped a label: {label['place']}, submitted by {label['source']}: {error}")
+            continue
+        used.append(label)
         if label["verdict"] == "tie":
             continue
-        first, second = _completions(run, str(label["pair_id"]))
         chosen, rejected = (first, second) if label["verdict"] == "first" else (second, first)
         rows = tuple(
             given_row(row["prompt_id"], row["context_ids"], row["token_ids"])
             for row in (chosen, rejected)
         )
         examples.append(Example(rows=rows))
+    if line := contradictions((str(row["pair_id"]), str(row["verdict"])) for row in used):
+        warn(line)
     return tuple(examples)
 
 
-def _completions(
-    run: Path, pair_id: str, *, committed: int | None = None
-) -> tuple[_TokenRow, _TokenRow]:
-    """Return the two rows of a pair.
+def contradictions(verdicts: Iterable[tuple[str, str]]) -> str:
+    """Return a line about the pairs whose verdicts differ; empty where there are none."""
+    by_pair: dict[str, set[str]] = defaultdict(set)
+    for pair_id, verdict in verdicts:
+        by_pair[pair_id].add(verdict)
+    differing = {pair: sorted(words) for pair, words in by_pair.items() if len(words) > 1}
+    if not differing:
+        return ""
+    pair, words = next(iter(differing.items()))
+    return (
+        f"annotators contradict each other on {len(differing)} pairs; the first is {pair!r:.80}: "
+        f"{' and '.join(words)}; each verdict counts"
+    )
 
-    Raises ConfigError for a pair that does not exist, or that is newer than `committed`.
-    """
-    parts = pair_id.split("/")
-    if len(parts) != 4 or not all(map(_is_index, (parts[0], *parts[2:]))):
-        raise ConfigError(
-            f"no pair {pair_id!r:.80}; expected iteration/prompt/first/second, as in `rayhf pairs`"
-        )
-    iteration = int(parts[0])
-    first = int(parts[2])
-    second = int(parts[3])
-    file = _samples_file(run, iteration)
-    if not file.exists() or (committed is not None and iteration > committed):
-        raise ConfigError(f"no pair {pair_id!r:.80}: iteration {iteration} is not committed")
-    columns = ["prompt_id", "sample", "context_ids", "token_ids"]
-    with storage_errors("read", file):
-        table = pq.read_table(file, columns=columns, filters=[("prompt_id", "==", parts[1])])
-    rows: dict[int, _TokenRow] = {row["sample"]: row for row in table.to_pylist()}
-    if first == second or not {first, second} <= rows.keys():
-        raise ConfigError(
-            f"no pair {pair_id!r:.80}: iteration {iteration} does not have these two completions"
-        )
-    return rows[first], rows[second]
+
+class _Pairs:
+    """Rows of pairs of completions; each iteration's file is read once."""
+
+    def __init__(self, run: Path, pair_ids: Iterable[str]) -> None:
+        self._run = run
+        self._prompts: dict[int, set[str]] = defaultdict(set)
+        for pair_id in pair_ids:
+            parts = pair_id.split("/")
+            if len(parts) == 4 and _is_index(parts[0]):
+                self._prompts[int(parts[0])].add(parts[1])
+        self._rows: dict[int, dict[tuple[str, int], _TokenRow]] = {}
+
+    def find(self, pair_id: str, *, committed: int | None = None) -> tuple[_TokenRow, _TokenRow]:
+        """Return the two rows of a pair.
+
+        Raises ConfigError for a pair that does not exist, or that is newer than `committed`.
+        """
+        parts = pair_id.split("/")
+        if len(parts) != 4 or not all(map(_is_index, (parts[0], *parts[2:]))):
+            raise ConfigError(
+                f"no pair {pair_id!r:.80}; expected iteration/prompt/first/second, as in "
+                "`rayhf pairs`"
+            )
+        iteration = int(parts[0])
+        first = int(parts[2])
+        second = int(parts[3])
+        file = _samples_file(self._run, iteration)
+        if not file.exists() or (committed is not None and iteration > committed):
+            raise ConfigError(f"no pair {pair_id!r:.80}: iteration {iteration} is not committed")
+        if iteration not in self._rows:
+            self._rows[iteration] = self._read(file, self._prompts[iteration])
+        rows = [self._rows[iteration].get((parts[1], number)) for number in (first, second)]
+        if first == second or rows[0] is None or rows[1] is None:
+            raise ConfigError(
+                f"no pair {pair_id!r:.80}: iteration {iteration} does not have these two "
+                "completions"
+            )
+        return rows[0], rows[1]
+
+    @staticmethod
+    def _read(file: Path, prompts: set[str]) -> dict[tuple[str, int], _TokenRow]:
+        columns = ["prompt_id", "sample", "context_ids", "token_ids"]
+        with storage_errors("read", file):
+            chosen = [("prompt_id", "in", sorted(prompts))]
+            table = pq.read_table(file, columns=columns, filters=chosen)
+        return {(row["prompt_id"], row["sample"]): row for row in table.to_pylist()}
+
+
+def _digest(completions: Sequence[_TokenRow]) -> str:
+    text = json.dumps([list(row["token_ids"]) for row in completions])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _is_index(text: str) -> bool:

@@ -15,9 +15,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from rayhf.config.load import read_mapping
-from rayhf.errors import ConfigError
-from rayhf.run_dir.files import MANIFEST
+from rayhf.errors import CheckpointError, ConfigError
+from rayhf.run_dir.files import MANIFEST, open_file, read_bytes
+from rayhf.run_dir.identity import read_config
+from rayhf.run_dir.lock import is_locked
+from rayhf.run_dir.names import check_links, event_logs
 from rayhf.run_dir.progress import Event, Progress, parse_event, read_progress
 from rayhf.run_dir.state import CampaignState, read_state
 
@@ -84,17 +86,25 @@ _HEALTH = (
 def read_status(run: Path, *, now: float | None = None) -> Status:
     """Return the status of the campaign in `run`; `now` is in seconds since 1970.
 
-    Raises ConfigError where `run` is not a run directory, CheckpointError where its campaign.json
-    is damaged.
+    Raises ConfigError where `run` is not a run directory or has links in it, CheckpointError where
+    its campaign.json or config.yaml is damaged.
     """
     now = time.time() if now is None else now
+    if run.is_dir():
+        check_links(run)
     campaign = read_state(run)
     if campaign is None:
         raise ConfigError(f"{run} is not a run directory: there is no campaign.json in it")
+    config = read_config(run)
     try:
-        config = read_mapping(run / "config.yaml")
-    except ConfigError as error:
-        raise ConfigError(f"{run} is not a run directory yet: {error}") from None
+        stall_s = float(config["run"]["stall_s"])
+        iterations = int(config["run"]["iterations"])
+        algorithm = str(config["algorithm"]["type"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{run}/config.yaml is damaged ({error!r}); the same `rayhf run` command writes it "
+            "again"
+        ) from None
     progress = read_progress(run) or Progress()
     events = _events(run)
     metrics = list(_metrics(run))
@@ -103,10 +113,8 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
     age = None if progress.time is None else now - progress.time
     waiting = progress.waiting if progress.epoch == campaign.epoch else ""
     end = next((e for e in reversed(events) if e.kind == "end" and e.epoch == campaign.epoch), None)
-    stall_s = float(config["run"]["stall_s"])
     state, reason = _state(campaign, holder, age, end, waiting, stall_s=stall_s)
     resumes = bool(waiting and holder) and campaign.state != "paused"
-    iterations = int(config["run"]["iterations"])
     faults = _faults(events, now)
     return Status(
         run=run,
@@ -115,7 +123,7 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
         advice=_RESUMES if resumes else _advice(state, run, campaign),
         holder=holder,
         epoch=campaign.epoch,
-        algorithm=config["algorithm"]["type"],
+        algorithm=algorithm,
         takes_labels=campaign.takes_labels,
         iteration=campaign.iteration,
         iterations=iterations,
@@ -205,16 +213,12 @@ def lock_holder(run: Path) -> str:
     Takes no lock itself, so that it can never refuse a launcher: on the holder's own host it reads
     /proc/locks, for another host it trusts a fresh heartbeat.
     """
-    file = run / ".lock"
     try:
-        text = file.read_text(encoding="utf-8")
-        inode = file.stat().st_ino
-        locks = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
+        text = read_bytes(run / ".lock").decode(errors="replace")
+        if is_locked(run):
+            return text
     except OSError:
         return ""
-    entries = [line.split() for line in locks]
-    if any(entry[1:2] == ["FLOCK"] and entry[5].endswith(f":{inode}") for entry in entries):
-        return text
     is_here = text.startswith(f"host {os.uname().nodename}, ")
     progress = read_progress(run)
     is_fresh = progress is not None and time.time() - progress.alive < _STALE_S
@@ -227,7 +231,7 @@ def _commit(run: Path, campaign: CampaignState, now: float) -> str:
         return "none yet"
     manifest = run / "checkpoints" / campaign.checkpoint / MANIFEST
     try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"].values()
+        entries = json.loads(read_bytes(manifest))["files"].values()
         size = sum(entry["bytes"] for entry in entries)
         age = now - manifest.stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -244,7 +248,7 @@ def _age(seconds: float) -> str:
 
 def _events(run: Path) -> list[Event]:
     """Return recent events, oldest first."""
-    files = sorted((run / "logs").glob("attempt-*/events.jsonl"))[-_EVENT_FILES:]
+    files = event_logs(run)[-_EVENT_FILES:]
     events = (parse_event(line) for file in files for line in _last_lines(file))
     return [event for event in events if event is not None]
 
@@ -263,7 +267,7 @@ def _metrics(run: Path) -> Iterator[dict[str, float]]:
 def _last_lines(file: Path) -> list[bytes]:
     """Return the lines in a file's last part; the first and the last one may be incomplete."""
     try:
-        with file.open("rb") as stream:
+        with open_file(file, "rb") as stream:
             stream.seek(max(0, file.stat().st_size - _TAIL_BYTES))
             return stream.read().splitlines()
     except OSError:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rayhf.errors import ConfigError
@@ -17,6 +18,12 @@ from rayhf.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rayhf.data.jinja_sandbox import TemplateFailedError
+
+
+_MAX_PASSES = 16
+"""Passes over a text that break up special tokens; after them, every two characters are parted."""
 
 
 def render(
@@ -31,26 +38,35 @@ def render(
     return tuple(token_ids)
 
 
+Conversation = tuple[str, Sequence[Message], Sequence[Mapping[str, Any]] | None]
+"""(where, messages, tools); error messages about it begin with `where`."""
+
+
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    where: str,
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, where: str
 ) -> str:
-    """Return a conversation under the chat template, generation prompt included.
+    """Return a conversation under the chat template, as `render_prompts`."""
+    (text,) = render_prompts(tokenizer, [(where, messages, None)])
+    return text
+
+
+def render_prompts(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
+) -> list[str]:
+    """Return conversations under the chat template, generation prompt included.
 
     Raises ConfigError, beginning with `where`, if the template refuses the messages or leaves the
     question out.
     """
-    text = render_text(tokenizer, messages, tools=tools, generation_prompt=True, where=where)
-    last = messages[-1]
-    if last["role"] == "user" and last["content"].strip() not in text:
-        raise ConfigError(
-            f"{where}: the chat template leaves out the content of the last message, it renders "
-            f"{text[-80:]!r}; set policy.chat_template to one that writes it"
-        )
-    return text
+    texts = render_texts(tokenizer, conversations, generation_prompt=True)
+    for (where, messages, _), text in zip(conversations, texts, strict=True):
+        last = messages[-1]
+        if last["role"] == "user" and last["content"].strip() not in text:
+            raise ConfigError(
+                f"{where}: the chat template leaves out the content of the last message, it "
+                f"renders {text[-80:]!r}; set policy.chat_template to one that writes it"
+            )
+    return texts
 
 
 def encode_prompts(
@@ -85,37 +101,67 @@ def render_text(
     Raises ConfigError, beginning with `where`, if the template refuses the messages, fails, or
     prints the date.
     """
-    from jinja2 import TemplateError, TemplateSyntaxError
+    (text,) = render_texts(
+        tokenizer, [(where, messages, tools)], generation_prompt=generation_prompt
+    )
+    return text
 
-    def refuse_clock(form: str) -> str:
-        raise ConfigError(
-            f"{where}: the chat template prints the date (strftime_now({form!r})), so the prompt "
+
+def render_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    *,
+    generation_prompt: bool,
+) -> list[str]:
+    """Return conversations under the chat template.
+
+    The template runs in a process with limits (jinja_sandbox.py). Raises ConfigError, beginning
+    with `where`, if the template refuses the messages, fails, exceeds a limit, or prints the date.
+    """
+    from rayhf.data.jinja_sandbox import TemplateFailedError, evaluate
+
+    names = {
+        name: list(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        for name, value in tokenizer.special_tokens_map.items()
+    }
+    texts: list[str] = []
+    # A tokenizer may have a template of its own for tools.
+    for has_tools, group in groupby(conversations, key=lambda one: bool(one[2])):
+        own = list(group)
+        source = tokenizer.get_chat_template(None, [{}] if has_tools else None)
+        variables = [
+            {
+                **names,
+                "messages": messages,
+                "tools": None if tools is None else list(tools),
+                "documents": None,
+                "add_generation_prompt": generation_prompt,
+            }
+            for _, messages, tools in own
+        ]
+        try:
+            results = list(evaluate("chat", source, variables))
+        except TemplateFailedError as problem:
+            raise ConfigError(f"{own[0][0]}: {_refusal(problem)}") from None
+        for (where, _, _), text in zip(own, results, strict=True):
+            if isinstance(text, TemplateFailedError):
+                raise ConfigError(f"{where}: {_refusal(text)}")
+            texts.append(text)
+    return texts
+
+
+def _refusal(problem: TemplateFailedError) -> str:
+    if problem.kind == "ClockError":
+        return (
+            f"the chat template prints the date (strftime_now({problem.message!r})), so the prompt "
             "would change from day to day; set policy.chat_date to the date that it shall print, "
             f"for example {date.today()}"
         )
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=None if tools is None else list(tools),
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                strftime_now=refuse_clock,
-            )
-        )
-    except ConfigError:
-        raise
-    except TemplateSyntaxError as error:
-        raise ConfigError(
-            f"{where}: the chat template is not valid Jinja: {error.message}, line {error.lineno}"
-        ) from None
-    except TemplateError as error:
-        raise ConfigError(f"{where}: the chat template refuses the messages ({error})") from None
-    except Exception as error:  # noqa: BLE001  whatever an expression in the template raises
-        raise ConfigError(
-            f"{where}: the chat template fails: {type(error).__name__}: {error}"
-        ) from None
+    if problem.line is not None and problem.refuses:
+        return f"the chat template is not valid Jinja: {problem.message}, line {problem.line}"
+    if problem.refuses:
+        return f"the chat template refuses the messages ({problem.message})"
+    return f"the chat template fails: {problem}"
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -130,13 +176,29 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def special_token_escaper(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """Return a function that breaks up every special token in a text with a space."""
-    special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or r"(?!)")
+    """Return a function that breaks up every special token in a text with a space.
+
+    Tokens of white space only stay: they end no turn. Raises ConfigError for a token that spaces do
+    not break up.
+    """
+    tokens = [token for token in special_tokens(tokenizer) if not token.isspace()]
+    for token in tokens:
+        if " " in token and {" "} in (set(token[::2]), set(token[1::2])):
+            raise ConfigError(
+                f"the tokenizer has the special token {token!r:.60}, which a space in a text does "
+                "not break up; remove it from the model's tokenizer"
+            )
+    special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
     def escape(text: str) -> str:
-        while special.search(text):  # repeatedly, because tokens may overlap
-            text = special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-        return text
+        broken = text
+        for _ in range(_MAX_PASSES):  # several, because tokens may overlap
+            if not special.search(broken):
+                return broken
+            broken = special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", broken)
+            if len(broken) > 2 * len(text):
+                break
+        return " ".join(text)
 
     return escape
 

@@ -7,7 +7,7 @@ and the user message of a template. Error messages name the column; callers add 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from rayhf.config.sources import SourceConfig
 from rayhf.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from jinja2.sandbox import SandboxedEnvironment
+    from rayhf.data.jinja_sandbox import Kind
 
 Row = Mapping[str, object]
 PlacedRow = tuple[str, Row]
@@ -118,28 +118,6 @@ def _converted(value: Any) -> Any:
     raise ValueError(f"is a {type(value).__name__}; expected text, a number, a list or a mapping")
 
 
-def environment() -> SandboxedEnvironment:
-    """Return the jinja environment of filters and templates: sandboxed, undefined is an error."""
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Limited(ImmutableSandboxedEnvironment):
-        """Sandbox in which repetition and powers cannot fill the memory."""
-
-        intercepted_binops = frozenset({"*", "**"})
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "**" and (abs(left) > 1e6 or abs(right) > 100):
-                raise OverflowError("a power of such numbers is too large")
-            if operator == "*":
-                for sized, count in ((left, right), (right, left)):
-                    if isinstance(sized, str | list | tuple) and len(sized) * count > MAX_TEXT:
-                        raise OverflowError(f"a repetition gives more than {MAX_TEXT:,} items")
-            return super().call_binop(context, operator, left, right)
-
-    return Limited(undefined=StrictUndefined)
-
-
 class Columns:
     """The changes of one source's config, applied to its rows.
 
@@ -152,22 +130,10 @@ class Columns:
         """Columns of all rows so far, before renaming."""
         self._found: set[str] = set()
         """Keys of `rename` and `drop` that some row has."""
-        self._filter: Callable[..., object] | None = None
-        self._template: Any = None
-        if config.filter is None and config.template is None:
-            return
-        from jinja2 import TemplateError
-
-        jinja = environment()
-        key = "filter"
-        try:
-            if config.filter is not None:
-                self._filter = jinja.compile_expression(config.filter, undefined_to_none=False)
-            key = "template"
-            if config.template is not None:
-                self._template = jinja.from_string(config.template)
-        except TemplateError as error:
-            raise ConfigError(f"{key} is not valid jinja ({error})") from None
+        if config.filter is not None:
+            self._evaluate("filter", "expression", config.filter, None)
+        if config.template is not None:
+            self._evaluate("template", "text", config.template, None)
 
     def apply(self, rows: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
         """Yield the rows to take, at most `limit`, changed.
@@ -195,9 +161,9 @@ class Columns:
         self._seen.update(name for name in row if isinstance(name, str))
         self._found.update(name for name in self._config.drop if name in row)
         columns = self._rename(json_row(row, drop=self._config.drop))
-        if self._filter is not None and not self._passes(columns):
+        if self._config.filter is not None and not self._passes(columns):
             return None
-        if self._template is not None:
+        if self._config.template is not None:
             text = self._render(columns)
             columns.pop("messages", None)
             columns["prompt"] = text
@@ -225,31 +191,27 @@ class Columns:
         return columns | targets
 
     def _passes(self, columns: dict[str, Any]) -> bool:
-        assert self._filter is not None
-        passes = self._evaluate("filter", lambda: self._filter(_variables(columns)))  # type: ignore[misc]
+        passes = self._evaluate("filter", "expression", self._config.filter, columns)
         if not isinstance(passes, bool):
             raise ConfigError(f"filter gives {passes!r:.40}; expected true or false")
         return passes
 
     def _render(self, columns: dict[str, Any]) -> str:
-        def render() -> str:
-            pieces = []
-            size = 0
-            for piece in self._template.generate(_variables(columns)):
-                size += len(piece)
-                if size > MAX_TEXT:
-                    raise OverflowError(f"the text has more than {MAX_TEXT:,} characters")
-                pieces.append(piece)
-            return "".join(pieces)
+        return str(self._evaluate("template", "text", self._config.template, columns))
 
-        text: str = self._evaluate("template", render)
-        return text
+    @staticmethod
+    def _evaluate(key: str, kind: Kind, source: str | None, columns: dict[str, Any] | None) -> Any:
+        """Return a template's text or an expression's value; without columns, only compile it."""
+        from rayhf.data.jinja_sandbox import TemplateFailedError, evaluate
 
-    def _evaluate(self, key: str, call: Callable[[], Any]) -> Any:
+        items = [] if columns is None else [_variables(columns)]
         try:
-            return call()
-        except Exception as error:  # noqa: BLE001  an expression over foreign data may raise anything
-            raise ConfigError(f"{key}: {type(error).__name__}: {error}") from None
+            results = list(evaluate(kind, str(source), items, limit=MAX_TEXT))
+        except TemplateFailedError as problem:
+            raise ConfigError(f"{key} is not valid jinja ({problem.message})") from None
+        if results and isinstance(results[0], TemplateFailedError):
+            raise ConfigError(f"{key}: {results[0]}")
+        return results[0] if results else None
 
     def _check_columns(self) -> None:
         for key, names in (("rename", self._config.rename), ("drop", self._config.drop)):

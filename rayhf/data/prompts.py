@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rayhf.config.sources import SourceConfig
-from rayhf.data.chat import Chat, encode_prompts, render_prompt
+from rayhf.data.chat import Chat, Conversation, encode_prompts, render_prompts
 from rayhf.data.columns import PlacedRow, Row
 from rayhf.data.conversations import parse_answer, parse_messages, parse_tools, prompt_messages
 from rayhf.data.mixing import Schedule, iteration_batch, mixed_batch, shared_out
@@ -33,10 +33,19 @@ _CHUNK = 1024
 """Prompts that are tokenized at once."""
 
 
+CHARACTERS_PER_TOKEN = 16
+"""A submitted prompt with more, on average, is refused before it costs seconds of tokenizing."""
+
+
 def check_row(row: Row, where: str) -> None:
     """Raise ConfigError, beginning with `where`, for a row that is not a prompt."""
     prompt_messages(row, where)
     parse_answer(row, where)
+
+
+def row_id(row: Row) -> str:
+    """Return the id of the prompt in a checked row. Raises ConfigError."""
+    return prompt_id(parse_messages(row, "prompt"), parse_answer(row, "prompt"))
 
 
 def prompt_id(
@@ -170,13 +179,14 @@ class PromptReader:
         for chunk in _chunks(named_rows(source, key=key)):
             parsed = {}
             for where, row in chunk:
-                prompt, text = self._parse(row, config, name=name, where=where)
+                prompt, conversation = self._parse(row, config, name=name, where=where)
                 if prompt.prompt_id in prompts or prompt.prompt_id in parsed:
                     repeated += 1
                 else:
-                    parsed[prompt.prompt_id] = (where, prompt, text)
-            texts = [(where, text) for where, _, text in parsed.values()]
-            encoded = encode_prompts(self.tokenizer, texts)
+                    parsed[prompt.prompt_id] = (where, prompt, conversation)
+            texts = render_prompts(self.tokenizer, [row for _, _, row in parsed.values()])
+            places = [where for where, _, _ in parsed.values()]
+            encoded = encode_prompts(self.tokenizer, list(zip(places, texts, strict=True)))
             for (where, prompt, _), token_ids in zip(parsed.values(), encoded, strict=True):
                 self._check_length(len(token_ids), where)
                 ids = tuple(shared.setdefault(token, token) for token in token_ids)
@@ -190,8 +200,8 @@ class PromptReader:
 
     def _parse(
         self, row: Row, config: SourceConfig, *, name: str, where: str
-    ) -> tuple[Prompt, str]:
-        """Return the row's prompt without tokens, and its text under the chat template."""
+    ) -> tuple[Prompt, Conversation]:
+        """Return the row's prompt without tokens, and the conversation to render."""
         cut = config.drop_last_assistant
         messages = prompt_messages(row, where, drop_last_assistant=cut)
         answer = parse_answer(row, where)
@@ -199,7 +209,6 @@ class PromptReader:
         further = {k: v for k, v in row.items() if k not in ("prompt", "messages", "answer")}
         if scorers is not None:
             further["scorers"] = list(scorers)
-        text = render_prompt(self.tokenizer, messages, tools=parse_tools(row, where), where=where)
         prompt = Prompt(
             prompt_id=prompt_id(messages, answer, further=further),
             messages=messages,
@@ -209,7 +218,7 @@ class PromptReader:
             source=name,
             scorers=scorers,
         )
-        return prompt, text
+        return prompt, (where, messages, parse_tools(row, where))
 
     def _check_length(self, tokens: int, where: str) -> None:
         if tokens > self.max_prompt_tokens:
@@ -288,9 +297,15 @@ def parse_prompt(row: Row, chat: Chat, *, max_prompt_tokens: int) -> Prompt:
     Its contents are escaped: unlike a source of the config, a submission may come from anywhere.
     Raises ConfigError for a row that is not a prompt and for one that is too long.
     """
-    where = f"inbox: submitted by {row['source']}"
+    where = f"{row['place']}, submitted by {row['source']}"
     messages = prompt_messages(row, where)
     answer = parse_answer(row, where)
+    characters = sum(len(message["content"]) for message in messages)
+    if characters > CHARACTERS_PER_TOKEN * max_prompt_tokens:
+        raise ConfigError(
+            f"{where}: the prompt has {characters:,} characters, too many for "
+            f"{max_prompt_tokens:,} tokens; expected at most {CHARACTERS_PER_TOKEN} for each"
+        )
     token_ids = tuple(chat.render(messages))
     if len(token_ids) > max_prompt_tokens:
         raise ConfigError(

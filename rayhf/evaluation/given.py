@@ -1,7 +1,8 @@
 """Evaluations on given texts: log-probs under the learner, without generation.
 
 validation_loss    held-out demonstrations: negative log-likelihood of the assistant's tokens
-pair_accuracy      held-out pairs: how often the chosen response has the larger implicit reward
+pair_accuracy      held-out pairs: how often the chosen response has the larger implicit reward;
+                   equal ones count half
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class PairAccuracy:
             rewards -= np.array([float(logp.sum()) for logp in frozen])
         margins = rewards[0::2] - rewards[1::2]
         return {
-            f"eval/{self._task}/pair_accuracy": float(np.mean(margins > 0)),
+            f"eval/{self._task}/pair_accuracy": float(np.mean((np.sign(margins) + 1) / 2)),
             f"eval/{self._task}/pair_margin": float(np.mean(margins)),
         }
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rayhf.exploration.codecs import CODECS, Codec, RequestT, ResponseT
-from rayhf.run_dir.files import storage_errors
+from rayhf.run_dir.files import open_file, read_bytes, storage_errors
 from rayhf.types import Failed, GenerateRequest, JsonObject, Sampling, ScoreRequest
 
 _HEADER = struct.Struct("<II")
@@ -57,9 +57,9 @@ class Journal:
         self._added_state: JsonObject | None = None
         self._records_scores = True
         with storage_errors("read", path):
-            data = path.read_bytes() if path.exists() else b""
+            data = read_bytes(path) if path.exists() else b""
             intact = self._read(data)
-            self._file = path.open("ab")
+            self._file = open_file(path, "ab")
             self._file.truncate(intact)
 
     def _read(self, data: bytes) -> int:

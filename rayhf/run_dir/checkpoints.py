@@ -20,17 +20,20 @@ from pydantic import ValidationError
 from rayhf.errors import CheckpointError, StorageError
 from rayhf.run_dir.files import (
     MANIFEST,
+    Check,
     fsync_path,
-    iteration_name,
-    iteration_of,
-    seal,
+    publish,
+    read_bytes,
+    read_error,
     sha256,
     storage_errors,
-    unhealthy_name,
     verify,
     write_json,
+    write_manifest,
 )
+from rayhf.run_dir.names import iteration_name, numbered, unhealthy_name
 from rayhf.run_dir.state import CheckpointState, first_problem
+from rayhf.types import JsonObject
 
 _STATE_FILE = "state.json"
 
@@ -43,6 +46,8 @@ class Checkpoint:
     directory: Path
     state: CheckpointState
     """The controller's state at the end of `iteration`."""
+    facts: JsonObject
+    """What its manifest says besides its files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +63,16 @@ class Retention:
 
 
 class Checkpoints:
-    """The directory `checkpoints`. Each attempt (`epoch`) writes under a name of its own."""
+    """The directory `checkpoints`. Each attempt (`epoch`) writes under a name of its own.
 
-    def __init__(self, root: Path, *, epoch: int, retention: Retention) -> None:
+    `check` is called before anything is written, renamed or deleted.
+    """
+
+    def __init__(self, root: Path, *, epoch: int, retention: Retention, check: Check) -> None:
         self.root = root
         self._epoch = epoch
         self._retention = retention
+        self._check = check
 
     def begin(self) -> Path:
         """Create an empty directory to save into; nothing in it counts before `commit`.
@@ -71,9 +80,10 @@ class Checkpoints:
         Raises StorageError where the disk has less space than the last checkpoint took, instead of
         failing half-way.
         """
+        self._check()
         temporary = self.root / f".saving-{self._epoch:06d}"
         with storage_errors("write", temporary):
-            for old in self.root.glob(".saving-*"):
+            for old in numbered(self.root, ".saving-").values():
                 shutil.rmtree(old)
             temporary.mkdir()
             free = shutil.disk_usage(self.root).free
@@ -86,10 +96,10 @@ class Checkpoints:
         return temporary
 
     def _last_bytes(self) -> int:
-        newest = max(self.root.glob("iteration-*"), default=None)
-        if newest is None:
+        newest = list(numbered(self.root, "iteration-").values())[-1:]
+        if not newest:
             return 0
-        return sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
+        return sum(file.stat().st_size for file in newest[0].rglob("*") if file.is_file())
 
     def commit(
         self,
@@ -100,21 +110,25 @@ class Checkpoints:
         healthy: bool = True,
     ) -> tuple[Path, str]:
         """Seal a saved checkpoint under its final name; return that and its manifest's SHA-256."""
+        self._check()
         write_json(temporary / _STATE_FILE, state.model_dump(mode="json"))
         name = iteration_name if healthy else unhealthy_name
         final = self.root / name(state.iteration)
+        write_manifest(temporary, {"iteration": state.iteration, "epoch": self._epoch, **facts})
+        self._check()
         if final.exists():  # an attempt sealed it, crashed, and it did not verify since
             self._set_aside(final)
-        seal(temporary, final, {"iteration": state.iteration, "epoch": self._epoch, **facts})
+        publish(temporary, final)
         return final, sha256(final / MANIFEST)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest checkpoint that verifies, and what is wrong with newer ones.
 
-        Those that do not verify are set aside.
+        Those that do not verify are set aside. Raises StorageError for one that cannot be read for
+        another reason than damage: it stays.
         """
         problems: list[str] = []
-        for directory in sorted(self.root.glob("iteration-*"), reverse=True):
+        for directory in reversed(numbered(self.root, "iteration-").values()):
             try:
                 return read_checkpoint(directory), problems
             except CheckpointError as error:
@@ -127,23 +141,26 @@ class Checkpoints:
 
         A failure to free space must not stop training.
         """
-        numbers = sorted(map(iteration_of, self.root.glob("iteration-*")))
+        self._check()
+        numbers = list(numbered(self.root, "iteration-"))
         keep = set(numbers[-self._retention.last :])
         if self._retention.every:
             keep |= {number for number in numbers if number % self._retention.every == 0}
         if self._retention.best and best is not None:
             keep.add(best)
         obsolete = [self.root / iteration_name(number) for number in set(numbers) - keep]
-        for directory in (*obsolete, *self.root.glob("unhealthy-*")):
+        for directory in (*obsolete, *numbered(self.root, "unhealthy-").values()):
             # Renamed first: a half-deleted directory must not look like a damaged checkpoint.
             try:
                 directory.rename(self.root / f".deleting-{directory.name}")
             except OSError:
                 continue
-        for directory in self.root.glob(".deleting-*"):
-            shutil.rmtree(directory, ignore_errors=True)
+        for name in ("iteration-", "unhealthy-"):
+            for directory in numbered(self.root, f".deleting-{name}").values():
+                shutil.rmtree(directory, ignore_errors=True)
 
     def _set_aside(self, directory: Path) -> None:
+        self._check()
         _rename_corrupt(directory, self._epoch)
 
 
@@ -172,22 +189,24 @@ def _rename_corrupt(directory: Path, epoch: int) -> None:
         directory.rename(directory.with_name(f".corrupt-{epoch:06d}-{directory.name}"))
 
 
-def read_checkpoint(directory: Path) -> Checkpoint:
-    """Verify and read a checkpoint.
+def read_checkpoint(directory: Path, *, contents: bool = True) -> Checkpoint:
+    """Verify and read a checkpoint; without `contents`, only the sizes of its files.
 
-    Raises CheckpointError unless every file is as the manifest says.
+    Raises CheckpointError unless every file is as the manifest says, and StorageError where one
+    cannot be read for another reason than damage.
     """
-    iteration = verify(directory).get("iteration")
+    facts = verify(directory, contents=contents)
+    iteration = facts.get("iteration")
     if not isinstance(iteration, int) or directory.name not in (
         iteration_name(iteration),
         unhealthy_name(iteration),
     ):
         raise CheckpointError(f"{directory}: its manifest is that of iteration {iteration}")
     try:
-        state = CheckpointState.model_validate_json((directory / _STATE_FILE).read_bytes())
+        state = CheckpointState.model_validate_json(read_bytes(directory / _STATE_FILE))
     except ValidationError as error:
         problem = first_problem(error)
         raise CheckpointError(f"{directory}: {_STATE_FILE} cannot be read{problem}") from None
     except OSError as error:
-        raise CheckpointError(f"{directory}: {_STATE_FILE} cannot be read ({error})") from None
-    return Checkpoint(iteration=iteration, directory=directory, state=state)
+        raise read_error(directory / _STATE_FILE, error) from None
+    return Checkpoint(iteration=iteration, directory=directory, state=state, facts=facts)

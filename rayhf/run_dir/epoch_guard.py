@@ -30,6 +30,6 @@ class EpochGuard:
             raise FencedError(f"{self.run / FILE} cannot be read; nothing was written")
         if state.epoch != self.epoch:
             raise FencedError(
-                f"{self.run} is at epoch {state.epoch}, this actor belongs to epoch {self.epoch}; "
-                "nothing was written"
+                f"{self.run} is at epoch {state.epoch}, this process belongs to epoch "
+                f"{self.epoch}; nothing was written"
             )

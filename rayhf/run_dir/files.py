@@ -6,13 +6,15 @@ sealed directory has a manifest with the size and SHA-256 of every file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from pydantic import JsonValue
 
@@ -20,21 +22,11 @@ from rayhf.errors import CheckpointError, StorageError
 from rayhf.types import JsonObject
 
 MANIFEST = "MANIFEST.json"
-
-
-def iteration_name(iteration: int) -> str:
-    """Return the stem of every file and directory that belongs to one iteration."""
-    return f"iteration-{iteration:06d}"
-
-
-def unhealthy_name(iteration: int) -> str:
-    """Return the directory name of a checkpoint at which a guard paused the campaign."""
-    return f"unhealthy-{iteration:06d}"
-
-
-def iteration_of(path: Path) -> int:
-    """Return the number in a name made by `iteration_name`."""
-    return int(path.stem.removeprefix("iteration-"))
+Check = Callable[[], None]
+"""Raises FencedError where this process may no longer write."""
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
+"""Errors that mean damage; any other one (too many open files, no permission) may pass."""
+_HASHED_AT_ONCE = 4
 
 
 @contextmanager
@@ -43,7 +35,34 @@ def storage_errors(action: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot {action} {path}: {error.strerror or error}") from error
+        raise StorageError(f"cannot {action} {path}: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return "it is a symbolic link"
+    return error.strerror or str(error)
+
+
+def read_error(path: Path, error: OSError) -> CheckpointError | StorageError:
+    """Return CheckpointError for a file that is missing or damaged, otherwise StorageError."""
+    kind = CheckpointError if error.errno in _DAMAGE else StorageError
+    return kind(f"{path}: cannot be read ({_reason(error)})")
+
+
+def open_file(path: Path, mode: str) -> BinaryIO:
+    """Open a file in binary mode. Raises OSError also where it is a symbolic link."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+    return cast(BinaryIO, open(path, mode, opener=opener))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content. Raises OSError also where it is a symbolic link."""
+    with open_file(path, "rb") as file:
+        return file.read()
 
 
 def fsync_path(path: Path) -> None:
@@ -56,36 +75,58 @@ def fsync_path(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, check: Check | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file for writing, then fsync it, rename it and fsync its directory.
 
-    The temporary file stays behind where writing fails.
+    `check` is called first, and again right before the file is renamed. The temporary file stays
+    behind where writing fails.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    if check is not None:
+        check()
     with storage_errors("write", path):
-        with temporary.open("wb") as file:
+        with open_file(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check()
         temporary.replace(path)
         fsync_path(path.parent)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file's content."""
-    with atomic_file(path) as file:
+def write_atomic(path: Path, data: bytes, check: Check | None = None) -> None:
+    """Replace a file's content; `check` as for `atomic_file`."""
+    with atomic_file(path, check) as file:
         file.write(data)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, check: Check | None = None) -> None:
     """Replace a file by `value` as JSON. Raises ValueError for NaN and infinity."""
-    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode(), check)
 
 
 def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open_file(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def checksum(content: Mapping[str, object]) -> str:
+    """Hash JSON content that carries its own checksum: with a flipped bit it may still be valid."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    """Yield everything below a directory. Raises OSError, which rglob would swallow."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            yield Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(Path(entry.path))
 
 
 def _files(directory: Path) -> list[Path]:
@@ -93,7 +134,10 @@ def _files(directory: Path) -> list[Path]:
 
     Raises CheckpointError for a symbolic link: a checkpoint must not depend on files elsewhere.
     """
-    paths = sorted(directory.rglob("*"))
+    try:
+        paths = sorted(_walk(directory))
+    except OSError as error:
+        raise read_error(directory, error) from None
     for path in (directory, *paths):
         if path.is_symlink():
             raise CheckpointError(
@@ -108,55 +152,84 @@ def seal(temporary: Path, final: Path, facts: Mapping[str, object]) -> None:
     Order: fsync every file, write the manifest (`facts` and the file list), rename, fsync the
     parent. A directory with a valid manifest is therefore complete.
     """
+    write_manifest(temporary, facts)
+    publish(temporary, final)
+
+
+def write_manifest(directory: Path, facts: Mapping[str, object]) -> None:
+    """Write the manifest of a finished directory once all its files are on the disk."""
+    with storage_errors("commit", directory):
+        files = _files(directory)
+        with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+            entries = list(pool.map(_flushed, files))
+        names = [str(file.relative_to(directory)) for file in files]
+        content = {**facts, "files": dict(zip(names, entries, strict=True))}
+        write_json(directory / MANIFEST, {**content, "checksum": checksum(content)})
+        for folder in (path for path in directory.rglob("*") if path.is_dir()):
+            fsync_path(folder)
+        fsync_path(directory)
+
+
+def _flushed(file: Path) -> JsonObject:
+    """Flush a file to the disk; return its size and SHA-256."""
+    fsync_path(file)
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a directory with a manifest its final name."""
     with storage_errors("commit", final):
-        entries = {}
-        for file in _files(temporary):
-            fsync_path(file)
-            entries[str(file.relative_to(temporary))] = {
-                "bytes": file.stat().st_size,
-                "sha256": sha256(file),
-            }
-        content = {**facts, "files": entries}
-        write_json(temporary / MANIFEST, {**content, "checksum": _checksum(content)})
-        for directory in (path for path in temporary.rglob("*") if path.is_dir()):
-            fsync_path(directory)
-        fsync_path(temporary)
         temporary.rename(final)
         fsync_path(final.parent)
 
 
-def _checksum(content: Mapping[str, object]) -> str:
-    """Hash a manifest's own content: a manifest with a flipped bit may still be valid JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def verify(directory: Path) -> JsonObject:
+def verify(directory: Path, *, contents: bool = True) -> JsonObject:
     """Check every file against the manifest and return the manifest's facts.
 
-    Raises CheckpointError that names the first file that is missing, unexpected or changed.
+    Files that the manifest does not list are ignored. Without `contents` only sizes are compared.
+
+    Raises CheckpointError that names the first file that is missing or changed, and StorageError
+    where one cannot be read for another reason than damage.
     """
     manifest = directory / MANIFEST
     try:
-        facts: dict[str, JsonValue] = json.loads(manifest.read_text(encoding="utf-8"))
-        checksum = facts.pop("checksum")
+        facts: dict[str, JsonValue] = json.loads(read_bytes(manifest))
+        own = facts.pop("checksum")
         expected = _expected_files(facts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise read_error(manifest, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory}: {MANIFEST} cannot be read ({error})") from None
-    if checksum != _checksum(facts):
+    if own != checksum(facts):
         raise CheckpointError(f"{directory}: {MANIFEST} does not match its own checksum")
     present = {str(path.relative_to(directory)): path for path in _files(directory)}
-    for name in expected.keys() ^ present.keys():
-        problem = "is missing" if name in expected else "is not in the manifest"
-        raise CheckpointError(f"{directory}: {name} {problem}")
-    for name, (size, digest) in expected.items():
+    for name, (size, _) in expected.items():
+        if name not in present:
+            raise CheckpointError(f"{directory}: {name} is missing")
         actual = present[name].stat().st_size
         if actual != size:
             raise CheckpointError(
                 f"{directory}: {name} has {actual} bytes, the manifest says {size}"
             )
-        if sha256(present[name]) != digest:
-            raise CheckpointError(f"{directory}: {name} does not have the manifest's checksum")
+    if contents:
+        files = [present[name] for name in expected]
+        for (name, (_, digest)), actual_digest in zip(
+            expected.items(), _digests(files), strict=True
+        ):
+            if actual_digest != digest:
+                raise CheckpointError(f"{directory}: {name} does not have the manifest's checksum")
     return facts
+
+
+def _digests(files: Iterable[Path]) -> Iterator[str]:
+    def digest(file: Path) -> str:
+        try:
+            return sha256(file)
+        except OSError as error:
+            raise read_error(file, error) from None
+
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        yield from pool.map(digest, files)
 
 
 def _expected_files(facts: JsonObject) -> dict[str, tuple[int, str]]:

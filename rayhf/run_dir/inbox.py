@@ -5,50 +5,295 @@ inbox/taken/labels-000012.json            what iteration 12 took, written before
 
 A row is taken by one iteration, once; an iteration that is repeated takes what it took before.
 Submitting needs no lock on the run directory: the campaign may be paused, or not running at all.
+Anyone who may write to the files may have written them by hand: a line that is no row is skipped
+and named, and no line can stop a campaign.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
+import re
+import stat
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NoReturn
 
-from rayhf.run_dir.files import storage_errors, write_json
+from rayhf.errors import ConfigError, QuotaError
+from rayhf.run_dir.files import Check, checksum, read_bytes, storage_errors, write_json
+from rayhf.run_dir.names import check_links, numbered
 from rayhf.types import JsonObject
 
+logger = logging.getLogger(__name__)
+
 RowType = Literal["prompts", "labels"]
+VERDICTS = ("first", "second", "tie")
+MAX_ROW_BYTES = 1 << 20
+"""Longest row, as JSON."""
+MAX_FILE_BYTES = 64 << 20
+"""Most that a campaign accepts of one type of row, in all."""
+_MAX_LINE = MAX_ROW_BYTES + 4096
+_MAX_NAME = 300
+"""Characters of an id, a source and the id of a pair."""
+_KEPT_OPEN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""A symbolic link is not followed, and a pipe in the file's place blocks nobody."""
 
 
-def submit_rows(
-    run: Path, row_type: RowType, rows: Sequence[Mapping[str, object]], *, source: str
-) -> list[str]:
-    """Append rows with an id, the time and their source.
+class RowFile:
+    """Rows of one inbox file, each read once: a read continues where the last one ended."""
 
-    Returns the ids once the rows are on the disk.
+    def __init__(self, run: Path, row_type: RowType) -> None:
+        self.path = run / "inbox" / f"{row_type}.jsonl"
+        self._row_type = row_type
+        self._offset = 0
+        self._lines = 0
+        self._ids: set[str] = set()
+
+    def read(self) -> tuple[list[JsonObject], list[str]]:
+        """Return the new rows, and what is wrong with each new line that is none.
+
+        A last line without its end is left for the next read: somebody may be writing it.
+        """
+        rows: list[JsonObject] = []
+        problems: list[str] = []
+        try:
+            with self._open() as file:
+                file.seek(self._offset)
+                for line in self._complete_lines(file):
+                    self._lines += 1
+                    place = f"inbox/{self.path.name} row {self._lines}"
+                    try:
+                        rows.append(self._row(line, place))
+                    except ValueError as error:
+                        problems.append(f"{place}: {error}")
+                    except ConfigError as error:
+                        problems.append(str(error))
+                if os.fstat(file.fileno()).st_size > self._offset >= MAX_FILE_BYTES:
+                    problems.append(f"inbox/{self.path.name}: all after {MAX_FILE_BYTES:,} bytes")
+        except FileNotFoundError:
+            return [], []
+        except OSError as error:
+            problems.append(f"inbox/{self.path.name} cannot be read ({error.strerror or error})")
+        return rows, problems
+
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        with open(os.open(self.path, os.O_RDONLY | _KEPT_OPEN), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("it is no regular file")
+            yield file
+
+    def _complete_lines(self, file: BinaryIO) -> Iterator[bytes | None]:
+        """Yield the complete lines up to the limit on the file; None for one that is too long."""
+        while self._offset < MAX_FILE_BYTES:
+            line = file.readline(_MAX_LINE)
+            size = len(line)
+            is_long = False
+            while line and not line.endswith(b"\n"):
+                line = file.readline(_MAX_LINE)
+                is_long = True
+                size += len(line)
+            if not line:
+                return
+            self._offset += size
+            yield None if is_long else line
+
+    def _row(self, line: bytes | None, place: str) -> JsonObject:
+        """Return a line's row. Raises ValueError or ConfigError, which names the place."""
+        if line is None:
+            raise ValueError(f"longer than {_MAX_LINE:,} bytes")
+        row = _parse(line)
+        if row["id"] in self._ids:
+            raise ValueError(f"the id {row['id']!r:.80} stands in an earlier row")
+        _CHECKS[self._row_type](row, place)
+        self._ids.add(str(row["id"]))
+        return {**row, "place": place}
+
+
+def _parse(line: bytes) -> JsonObject:
+    """Return the JSON object of a line with id and source. Raises ValueError or ConfigError."""
+    from rayhf.data.columns import json_row
+
+    try:
+        row = json.loads(line, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+    for name in ("id", "source"):
+        _check_name(row, name)
+    try:
+        return json_row(row)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_name(row: Mapping[str, object], name: str) -> None:
+    value = row.get(name)
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME:
+        raise ValueError(f"`{name}` must be text of 1 to {_MAX_NAME} characters, got {value!r:.60}")
+
+
+def _check_prompt(row: Mapping[str, object], place: str) -> None:
+    from rayhf.data.prompts import check_row
+
+    check_row(row, place)
+
+
+def _check_label(row: Mapping[str, object], place: str) -> None:
+    _check_name(row, "pair_id")
+    if row.get("verdict") not in VERDICTS:
+        raise ValueError(
+            f"the verdict is {row.get('verdict')!r:.40}; expected {', '.join(VERDICTS)}"
+        )
+
+
+_CHECKS: Mapping[RowType, Callable[[Mapping[str, object], str], None]] = {
+    "prompts": _check_prompt,
+    "labels": _check_label,
+}
+
+
+def check_submission(row: Mapping[str, object], row_type: RowType, where: str) -> JsonObject:
+    """Return a row as it will be stored. Raises ConfigError, beginning with `where`, otherwise.
+
+    Refused are a row that is no prompt or label, NaN, infinity, text that UTF-8 does not have, and
+    a row above MAX_ROW_BYTES.
     """
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    ids = [uuid.uuid4().hex for _ in rows]
-    lines = [
-        json.dumps({"id": row_id, "time": now, "source": source, **row})
-        for row_id, row in zip(ids, rows, strict=True)
-    ]
-    data = "".join(f"{line}\n" for line in lines).encode()
-    folder = run / "inbox"
-    with storage_errors("write", folder):
-        folder.mkdir(exist_ok=True)
-        with (folder / f"{row_type}.jsonl").open("ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if file.tell() and not _ends_with_newline(file):  # an earlier submitter crashed
-                data = b"\n" + data
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    return ids
+    from rayhf.data.columns import json_row
+
+    try:
+        text = json.dumps(dict(row), allow_nan=False)
+        if len(text) > MAX_ROW_BYTES:
+            raise ConfigError(f"{len(text):,} bytes; expected at most {MAX_ROW_BYTES:,}")
+        checked = json_row(row)
+        _CHECKS[row_type](checked, where)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+    return checked
+
+
+# ---------------------------------------------------------------------------------- submitters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """What became of a submission."""
+
+    new: int
+    """Rows that were written."""
+    repeated: int = 0
+    """Rows that the inbox had before."""
+    replaced: int = 0
+    """Verdicts that replace an earlier one of the same annotator."""
+
+
+class Submissions:
+    """The submitters' side of one inbox file. Calls may come from many threads.
+
+    A submission that is sent again adds nothing: a prompt is known by its content, a label by its
+    pair and its annotator, whose last verdict counts.
+    """
+
+    def __init__(self, run: Path, row_type: RowType) -> None:
+        self._run = run
+        self._row_type = row_type
+        self._rows = RowFile(run, row_type)
+        self._last: dict[tuple[str, str], str] = {}
+        self._lock = threading.Lock()
+
+    def last(self) -> dict[tuple[str, str], str]:
+        """Return the last value of each identity: of labels, by (pair, annotator)."""
+        with self._lock:
+            self._catch_up()
+            return dict(self._last)
+
+    def submit(self, rows: Sequence[Mapping[str, object]], *, source: str) -> Submitted:
+        """Append the rows that are new; returns once they are on the disk.
+
+        Raises QuotaError where the inbox is full, ConfigError where the run directory has links.
+        """
+        path = self._rows.path
+        check_links(self._run)
+        with self._lock, storage_errors("write", path):
+            path.parent.mkdir(exist_ok=True)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | _KEPT_OPEN
+            with open(os.open(path, flags, 0o666), "ab+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._catch_up()
+                new, submitted = self._new(rows, source)
+                self._append(file, new, source)
+        return submitted
+
+    def _catch_up(self) -> None:
+        for row in self._rows.read()[0]:
+            key, value = _identity(self._row_type, row, str(row["source"]))
+            self._last[key] = value
+
+    def _new(
+        self, rows: Sequence[Mapping[str, object]], source: str
+    ) -> tuple[list[Mapping[str, object]], Submitted]:
+        last: MutableMapping[tuple[str, str], str] = ChainMap({}, self._last)
+        new = []
+        replaced = 0
+        for row in rows:
+            key, value = _identity(self._row_type, row, source)
+            if last.get(key) == value:
+                continue
+            replaced += key in last
+            last[key] = value
+            new.append(row)
+        repeated = len(rows) - len(new)
+        return new, Submitted(new=len(new), repeated=repeated, replaced=replaced)
+
+    def _append(self, file: BinaryIO, rows: Sequence[Mapping[str, object]], source: str) -> None:
+        if not rows:
+            return
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        lines = [
+            json.dumps({"id": uuid.uuid4().hex, "time": now, "source": source, **row})
+            for row in rows
+        ]
+        data = "".join(f"{line}\n" for line in lines).encode()
+        size = file.seek(0, os.SEEK_END)
+        if size and not _ends_with_newline(file):  # an earlier submitter crashed
+            data = b"\n" + data
+        if size + len(data) > MAX_FILE_BYTES:
+            raise QuotaError(
+                f"{self._rows.path} has {size / 2**20:,.1f} MiB, and this adds "
+                f"{len(data) / 2**20:,.1f}; a campaign accepts {MAX_FILE_BYTES >> 20} MiB of "
+                f"{self._row_type} in all"
+            )
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _identity(
+    row_type: RowType, row: Mapping[str, object], source: str
+) -> tuple[tuple[str, str], str]:
+    """Return what a row is about, and what it says about that."""
+    if row_type == "labels":
+        return (str(row["pair_id"]), source), f"{row['verdict']} {row.get('completions', '')}"
+    from rayhf.data.prompts import row_id
+
+    return (row_id(row), ""), ""
 
 
 def _ends_with_newline(file: BinaryIO) -> bool:
@@ -56,56 +301,95 @@ def _ends_with_newline(file: BinaryIO) -> bool:
     return file.read(1) == b"\n"
 
 
-def submitted_rows(run: Path, row_type: RowType) -> list[JsonObject]:
-    """Return every row so far, oldest first.
-
-    A torn line does not count: its submission was never confirmed.
-    """
-    try:
-        lines = (run / "inbox" / f"{row_type}.jsonl").read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    rows: list[JsonObject] = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "id" in row:
-            rows.append(row)
-    return rows
+# ------------------------------------------------------------------------------------ campaign
 
 
 class Inbox:
-    """The campaign's side of the inbox: the only one that takes rows."""
+    """The campaign's side of the inbox: the only one that takes rows.
 
-    def __init__(self, run: Path) -> None:
+    Args:
+        run: its run directory.
+        check: called before anything is written.
+    """
+
+    def __init__(self, run: Path, *, check: Check = lambda: None) -> None:
         self._run = run
+        self._check = check
+        self._sides: dict[RowType, _Side] = {}
 
     def take(
-        self, row_type: RowType, iteration: int, *, limit: int | None = None
+        self,
+        row_type: RowType,
+        iteration: int,
+        *,
+        limit: int | None = None,
+        is_due: Callable[[JsonObject], bool] = lambda row: True,
+        warn: Callable[[str], object] = logger.warning,
     ) -> list[JsonObject]:
-        """Return the rows of an iteration.
+        """Return the rows of an iteration, each with its `place` in the inbox.
 
-        These are the ones it took before; otherwise at most `limit` rows that no iteration has
-        taken.
+        These are the ones it took before; otherwise those that no iteration has taken and that are
+        due, at most `limit`. Where the record of what it took is damaged, it takes them again.
+        `warn` gets a line about each line that is no row, and about each damaged record.
         """
         folder = self._run / "inbox" / "taken"
         own = folder / f"{row_type}-{iteration:06d}.json"
         if own.exists():
-            return _read(own)
-        submitted = submitted_rows(self._run, row_type)
-        if not submitted:
-            return []
-        with storage_errors("write", folder):
-            folder.mkdir(exist_ok=True)
-        taken = {row["id"] for file in folder.glob(f"{row_type}-*.json") for row in _read(file)}
-        rows = [row for row in submitted if row["id"] not in taken][:limit]
-        if rows:
-            write_json(own, rows)
-        return rows
+            rows, _ = _read(own, warn)
+            if rows is not None:
+                return rows
+        side = self._sides.get(row_type)
+        if side is None:
+            side = _Side(self._run, row_type)
+            for number, file in numbered(folder, f"{row_type}-", ".json").items():
+                if number != iteration:
+                    side.remove(_read(file, warn)[1])
+            self._sides[row_type] = side
+        waiting = side.waiting(is_due, warn)[:limit]
+        if waiting:
+            with storage_errors("write", folder):
+                folder.mkdir(exist_ok=True)
+            write_json(own, {"rows": waiting, "checksum": checksum({"rows": waiting})}, self._check)
+            side.remove({str(row["id"]) for row in waiting})
+        return waiting
 
 
-def _read(file: Path) -> list[JsonObject]:
-    rows: list[JsonObject] = json.loads(file.read_text(encoding="utf-8"))
-    return rows
+class _Side:
+    """Rows of one type that no iteration has taken."""
+
+    def __init__(self, run: Path, row_type: RowType) -> None:
+        self._file = RowFile(run, row_type)
+        self._taken: set[str] = set()
+        self._waiting: dict[str, JsonObject] = {}
+
+    def waiting(
+        self, is_due: Callable[[JsonObject], bool], warn: Callable[[str], object]
+    ) -> list[JsonObject]:
+        """Return the rows that are due, oldest first."""
+        rows, problems = self._file.read()
+        for problem in problems:
+            warn(f"skipped: {problem}")
+        self._waiting |= {str(row["id"]): row for row in rows if row["id"] not in self._taken}
+        return [row for row in self._waiting.values() if is_due(row)]
+
+    def remove(self, ids: Set[str]) -> None:
+        """Forget rows that an iteration has taken."""
+        self._taken |= ids
+        for row_id in ids & self._waiting.keys():
+            del self._waiting[row_id]
+
+
+def _read(file: Path, warn: Callable[[str], object]) -> tuple[list[JsonObject] | None, set[str]]:
+    """Return the rows in a record, None where it is damaged, and the ids that can be read."""
+    with storage_errors("read", file):
+        data = read_bytes(file)
+    try:
+        content = json.loads(data)
+        own = content.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        own = None
+    if own is None or own != checksum(content):
+        warn(f"inbox/taken/{file.name} is damaged")
+        return None, set(re.findall('"id": "([0-9a-f]{32})"', data.decode(errors="replace")))
+    rows: list[JsonObject] = content["rows"]
+    return rows, {str(row["id"]) for row in rows}

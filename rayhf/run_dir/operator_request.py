@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from rayhf.run_dir.files import write_json
+from rayhf.run_dir.files import Check, read_bytes, write_json
 
 OperatorRequest = Literal["run", "pause", "stop"]
 FILE = "control.json"
@@ -18,12 +18,12 @@ FILE = "control.json"
 def read_request(run: Path) -> OperatorRequest:
     """Return the last request: "run" where there is none, or one that is not known."""
     try:
-        request = json.loads((run / FILE).read_text(encoding="utf-8"))["request"]
+        request = json.loads(read_bytes(run / FILE))["request"]
     except (OSError, ValueError, KeyError, TypeError):
         return "run"
     return request if request in ("pause", "stop") else "run"
 
 
-def write_request(run: Path, request: OperatorRequest) -> None:
-    """Replace the request."""
-    write_json(run / FILE, {"request": request})
+def write_request(run: Path, request: OperatorRequest, check: Check | None = None) -> None:
+    """Replace the request; `check` as for `atomic_file`."""
+    write_json(run / FILE, {"request": request}, check)

@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rayhf.run_dir.files import open_file, read_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
@@ -62,13 +64,14 @@ class Progress:
 def write_progress(run: Path, progress: Progress) -> None:
     """Replace progress.json, atomically but without fsync: it is outdated within a second."""
     temporary = run / ".progress.json.tmp"
-    temporary.write_text(json.dumps(asdict(progress)), encoding="utf-8")
+    with open_file(temporary, "wb") as file:
+        file.write(json.dumps(asdict(progress)).encode())
     temporary.replace(run / "progress.json")
 
 
 def read_progress(run: Path) -> Progress | None:
     """Return the content of progress.json; None where it is missing or cannot be read."""
     try:
-        return Progress(**json.loads((run / "progress.json").read_text(encoding="utf-8")))
+        return Progress(**json.loads(read_bytes(run / "progress.json")))
     except (OSError, ValueError, TypeError):
         return None

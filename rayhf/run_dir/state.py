@@ -6,17 +6,19 @@ its type, and a name in it must stay inside the run directory.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rayhf.errors import CheckpointError
-from rayhf.run_dir.files import write_json
+from rayhf.run_dir.files import Check, checksum, read_bytes, read_error, write_json
 from rayhf.types import JsonObject
 
 FILE = "campaign.json"
 Count = Annotated[int, Field(ge=0, lt=10**12)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 StateName = Literal["new", "running", "paused", "stopped", "done"]
 
 
@@ -40,7 +42,7 @@ class CampaignState(BaseModel):
     """The last committed iteration."""
     checkpoint: Annotated[str, Field(pattern=r"^iteration-[0-9]{6,12}$")] | None = None
     """Directory name of the committed checkpoint."""
-    manifest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    manifest: Sha256 | None = None
     """SHA-256 of that checkpoint's manifest."""
     unhealthy: Annotated[str, Field(pattern=r"^unhealthy-[0-9]{6,12}$")] | None = None
     """Directory name of the checkpoint after which a guard paused the campaign."""
@@ -52,6 +54,10 @@ class CampaignState(BaseModel):
     """Guards that paused the campaign and that no operator has accepted yet."""
     accepted: tuple[str, ...] = ()
     """Guards that an operator accepted: they only warn."""
+    identity: Sha256 | None = None
+    """SHA-256 of the config keys that identify the campaign."""
+    config: Sha256 | None = None
+    """SHA-256 of config.yaml."""
     takes_labels: bool = False
     """Whether the algorithm trains on human labels of pairs of completions."""
     models: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]] = {}
@@ -102,22 +108,29 @@ class CheckpointState(BaseModel):
 def read_state(run: Path) -> CampaignState | None:
     """Return a run directory's state; None where it has none.
 
-    Raises CheckpointError for a file that cannot be read or is damaged.
+    Raises CheckpointError for a file that is damaged, StorageError for one that cannot be read.
     """
     file = run / FILE
     try:
-        return CampaignState.model_validate_json(file.read_bytes())
+        data = read_bytes(file)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from None
+        raise read_error(file, error) from None
+    try:
+        state = CampaignState.model_validate_json(data)
     except ValidationError as error:
         raise CheckpointError(f"{file} is damaged{first_problem(error)}") from None
+    content = json.loads(data)
+    if content.pop("checksum", None) != checksum(content):
+        raise CheckpointError(f"{file} is damaged: it does not match its own checksum")
+    return state
 
 
-def write_state(run: Path, state: CampaignState) -> None:
-    """Replace a run directory's campaign.json."""
-    write_json(run / FILE, state.model_dump(mode="json"))
+def write_state(run: Path, state: CampaignState, check: Check | None = None) -> None:
+    """Replace a run directory's campaign.json; `check` as for `atomic_file`."""
+    content = state.model_dump(mode="json")
+    write_json(run / FILE, {**content, "checksum": checksum(content)}, check)
 
 
 def first_problem(error: ValidationError) -> str:

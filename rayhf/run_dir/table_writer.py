@@ -9,13 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-
-from rayhf.run_dir.files import atomic_file
 
 Item = TypeVar("Item")
 
@@ -28,26 +24,19 @@ _ROW_GROUP_BYTES = 64 << 20
 
 
 class TableWriter:
-    """Writes Parquet files, one at a time."""
+    """Writes files, one at a time."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tables")
         self._writes: list[asyncio.Future[None]] = []
 
-    def start(
-        self,
-        file: Path,
-        schema: pa.Schema,
-        items: Sequence[Item],
-        convert: Callable[[Sequence[Item]], pa.Table],
-    ) -> None:
-        """Start writing a file that appears complete or not at all."""
+    def start(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Start `write(*arguments)`, after what was started before."""
         loop = asyncio.get_running_loop()
-        write = loop.run_in_executor(self._thread, _write, file, schema, items, convert)
-        self._writes.append(write)
+        self._writes.append(loop.run_in_executor(self._thread, write, *arguments))
 
     async def written(self) -> None:
-        """Wait until all files that were started are on the disk. Raises StorageError."""
+        """Wait until everything that was started is written. Raises the first error."""
         writes = self._writes
         self._writes = []
         for result in await asyncio.gather(*writes, return_exceptions=True):
@@ -59,22 +48,10 @@ class TableWriter:
         self._thread.shutdown(cancel_futures=True)
 
 
-def _write(
-    file: Path,
-    schema: pa.Schema,
-    items: Sequence[Item],
-    convert: Callable[[Sequence[Item]], pa.Table],
-) -> None:
-    # Values rarely repeat: dictionaries would take most of the time and enlarge the file.
-    settings = {"compression": "zstd", "use_dictionary": False}
-    with atomic_file(file) as stream, pq.ParquetWriter(stream, schema, **settings) as writer:
-        for table in _row_groups(items, convert):
-            writer.write_table(table)
-
-
-def _row_groups(
+def row_groups(
     items: Sequence[Item], convert: Callable[[Sequence[Item]], pa.Table]
 ) -> Iterator[pa.Table]:
+    """Yield `items` as tables, one for each row group of a file."""
     pieces: list[pa.Table] = []
     for start in range(0, len(items), _PIECE):
         pieces.append(convert(items[start : start + _PIECE]))

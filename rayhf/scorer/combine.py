@@ -29,6 +29,7 @@ from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
 from rayhf.errors import CheckpointError
 from rayhf.scorer.comparisons import Problem, compare_scores, has_verdict
 from rayhf.scorer.normalize import RunningNormalizer
+from rayhf.scorer.outcomes import EXPECTED, MAX_SCORE
 from rayhf.scorer.parts import Answers, Part, Parts, Rows, judges
 from rayhf.types import (
     Compared,
@@ -139,8 +140,9 @@ class Combination:
             [entry.weight for entry, _ in scored],
             [self._utility(entry, outcome.value) for entry, outcome in scored],
         )
-        if not math.isfinite(total):
-            return Invalid(reason=f"the {self._combine.type.replace('_', ' ')} is {total}")
+        if not abs(total) <= MAX_SCORE:  # NaN too
+            what = self._combine.type.replace("_", " ")
+            return Invalid(reason=f"the {what} is {total:g}; {EXPECTED}")
         parts: dict[str, float] = {}
         for entry, outcome in scored:
             name = entry.resolved_name
@@ -178,8 +180,8 @@ class Combination:
         if not isinstance(outcome, Scored):
             return outcome
         value = self._utility(entry, outcome.value)
-        if not math.isfinite(value):
-            return Invalid(reason=f"the transformed score is {value}")
+        if not abs(value) <= MAX_SCORE:
+            return Invalid(reason=f"the transformed score is {value:g}; {EXPECTED}")
         return Scored(value=value)
 
     def _mix(self, comparisons: tuple[Comparison, ...], request: ScoreRequest) -> Comparison:

@@ -3,8 +3,8 @@
 In: outcomes (pointwise) or verdicts on pairs (pairwise). Out: Comparisons whose matrix is mirrored
 (win[j, i] = 1 - win[i, j]), with 1/2 on the diagonal and NaN where nothing is known of a pair.
 Where nothing is known of any pair, there is no matrix but a reason. `check_outcomes` and
-`check_comparisons` stand behind every scorer: a wrong count or shape is Failed, a value that is not
-finite is Invalid.
+`check_comparisons` stand behind every scorer: a wrong count or shape is Failed, a value out of
+bounds is Invalid.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from rayhf.scorer.outcomes import bounded, clean
 from rayhf.types import (
     Compared,
     Comparison,
@@ -100,7 +101,8 @@ def check_outcomes(
 ) -> list[tuple[Outcome, ...]]:
     """Return one outcome per completion, whatever the scorer returned.
 
-    A wrong count is Failed, a score that is not finite Invalid.
+    A wrong count is Failed, and a score or part that is not a number within its bound Invalid
+    (outcomes.py).
     """
     if len(responses) != len(requests):
         failed = _wrong_count(len(responses), len(requests))
@@ -121,12 +123,7 @@ def _check_row(row: Sequence[Outcome], completions: int) -> tuple[Outcome, ...]:
             reason=f"the scorer returned {len(row)} scores for {completions} completions"
         )
         return (failed,) * completions
-    return tuple(
-        Invalid(reason=f"the score is {outcome.value}")
-        if isinstance(outcome, Scored) and not math.isfinite(outcome.value)
-        else outcome
-        for outcome in row
-    )
+    return tuple(map(bounded, row))
 
 
 def check_comparisons(
@@ -144,9 +141,12 @@ def check_comparisons(
     ]
 
 
-def _check_matrix(comparison: Comparison, completions: int) -> Comparison:
+def _check_matrix(comparison: object, completions: int) -> Comparison:
+    if isinstance(comparison, Invalid | Failed):
+        return clean(comparison)
     if not isinstance(comparison, Compared):
-        return comparison
+        kind = type(comparison).__name__
+        return Failed(reason=f"the scorer returned a {kind}, not a comparison")
     win_KK = comparison.win
     expected = (completions, completions)
     if win_KK.shape != expected:

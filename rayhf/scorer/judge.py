@@ -18,8 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 
-import jinja2
-
+from rayhf.data.jinja_sandbox import TemplateFailedError
 from rayhf.scorer.comparisons import Pair, Problem, compare_pairs, compare_scores, mean_wins
 from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.judge_text import (
@@ -199,9 +198,8 @@ class Judge:
             text = self._template.render(prompt, completions, criteria=listed)
         except UnicodeEncodeError as error:
             return Invalid(reason=f"the text cannot be encoded as UTF-8: {error.reason}")
-        except jinja2.TemplateError as error:
-            reason = " ".join(str(error).split())
-            return Failed(reason=f"the question cannot be rendered: {reason}")
+        except TemplateFailedError as error:
+            return Failed(reason=f"the question cannot be rendered: {error}")
         return Question(
             text=text,
             seeds=seeds_of(key, self.config.votes),

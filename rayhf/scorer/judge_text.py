@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import jinja2
-import jinja2.meta
-import jinja2.sandbox
 from pydantic import JsonValue
 
+from rayhf.config.jinja_text import variables_of
+from rayhf.data.jinja_sandbox import SandboxedTemplate
 from rayhf.errors import nearest
 from rayhf.types import Prompt, derive_seed
 
@@ -147,16 +146,12 @@ class QuestionTemplate:
     def __init__(self, mode: JudgeMode, template: str | None) -> None:
         self._shown = MODES[mode].shown
         needed = (*self._shown, *(["criteria"] if MODES[mode].lists_criteria else []))
-        environment = jinja2.sandbox.SandboxedEnvironment(
-            undefined=jinja2.StrictUndefined, keep_trailing_newline=False
-        )
         source = MODES[mode].template if template is None else template
         try:
-            used = jinja2.meta.find_undeclared_variables(environment.parse(source))
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"template: jinja2 cannot read it: {reason}") from None
+            used = variables_of(source)
+            self._template = SandboxedTemplate(source)
+        except ValueError as error:
+            raise ValueError(f"template: jinja2 cannot read it: {error}") from None
         valid = ("question", "reference", "fence", *needed)
         for name in sorted(used):
             if name not in valid:
@@ -172,7 +167,7 @@ class QuestionTemplate:
     def render(self, prompt: Prompt, completions: Sequence[str], *, criteria: str = "") -> str:
         """Return the text of a question, completions in the order given.
 
-        Raises jinja2.TemplateError where the template cannot take them.
+        Raises TemplateFailedError where the template cannot take them.
         """
         task = _conversation(prompt)
         fence = fence_code([task, prompt.reference_answer or "", criteria, *completions])
@@ -185,13 +180,14 @@ class QuestionTemplate:
             if prompt.reference_answer is None
             else _fenced("reference", prompt.reference_answer, fence)
         )
-        return self._template.render(
-            fence=fence,
-            question=_fenced("task", task, fence),
-            reference=reference,
-            criteria=criteria,
+        variables = {
+            "fence": fence,
+            "question": _fenced("task", task, fence),
+            "reference": reference,
+            "criteria": criteria,
             **blocks,
-        )
+        }
+        return self._template.render(variables)
 
 
 class VerdictPattern:

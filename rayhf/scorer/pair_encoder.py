@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 
-import jinja2
-import jinja2.meta
-import jinja2.sandbox
 import numpy as np
 from pydantic import field_validator
 
+from rayhf.config.jinja_text import variables_of
 from rayhf.config.scorers import PairwiseEntryConfig
 from rayhf.data.chat import special_token_escaper
+from rayhf.data.jinja_sandbox import SandboxedTemplate, TemplateFailedError
 from rayhf.errors import ConfigError, nearest
 from rayhf.models.hub import local_directory
 from rayhf.scorer.classifier import (
@@ -51,8 +50,8 @@ class PairEncoderConfig(ClassifierEntryConfig, PairwiseEntryConfig):
     @classmethod
     def _check_template(cls, template: str) -> str:
         try:
-            used = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
-        except jinja2.TemplateError as error:
+            used = variables_of(template)
+        except ValueError as error:
             raise ValueError(f"jinja2 cannot read it: {error}") from None
         for name in sorted(used):
             if name not in _SHOWN:
@@ -60,9 +59,6 @@ class PairEncoderConfig(ClassifierEntryConfig, PairwiseEntryConfig):
         if missing := [name for name in ("first", "second") if name not in used]:
             raise ValueError(f"it does not show {missing[0]}; add {{{{ {missing[0]} }}}} to it")
         return template
-
-
-_ENVIRONMENT = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
 
 class PairEncoder(PairwiseScorer[PairEncoderConfig]):
@@ -81,7 +77,7 @@ class PairEncoder(PairwiseScorer[PairEncoderConfig]):
         self._classifier = load_classifier(config, setup, title=_TITLE)
         self._classifier.check_padding(f"{_TITLE} {directory}", PADDING_TOLERANCE[config.dtype])
         self._escape = special_token_escaper(self._classifier.tokenizer)
-        self._template = _ENVIRONMENT.from_string(config.template)
+        self._template = SandboxedTemplate(config.template)
 
     @classmethod
     def check(cls, config: PairEncoderConfig, base: Path) -> None:
@@ -144,15 +140,16 @@ class PairEncoder(PairwiseScorer[PairEncoderConfig]):
     def _row(self, prompt: Prompt, first: str, second: str) -> tuple[int, ...] | Problem:
         question = "\n\n".join(message["content"] for message in prompt.messages)
         try:
-            text = self._template.render(
-                prompt=self._escape(question),
-                first=self._escape(first),
-                second=self._escape(second),
-            )
+            variables = {
+                "prompt": self._escape(question),
+                "first": self._escape(first),
+                "second": self._escape(second),
+            }
+            text = self._template.render(variables)
             text.encode()
         except UnicodeEncodeError as error:
             return Invalid(reason=f"the text cannot be encoded as UTF-8: {error.reason}")
-        except jinja2.TemplateError as error:
+        except TemplateFailedError as error:
             return Failed(reason=f"the template cannot be rendered: {error}")
         row = tuple(self._classifier.tokenizer(text)["input_ids"])
         limit = self._classifier.max_length

@@ -25,11 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
 import numpy as np
 
 from rayhf.config.scorers import PairwiseEntryConfig, ScorerKind
-from rayhf.data.chat import special_token_escaper, special_tokens
+from rayhf.data.chat import render_text, special_token_escaper, special_tokens
 from rayhf.errors import ConfigError
 from rayhf.models.hub import local_directory
 from rayhf.models.packing import pack_rows
@@ -126,12 +125,14 @@ class Reader:
         """
         turns = [*map(dict, messages), {"role": "assistant", "content": self._escape(completion)}]
         try:
-            text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+            text = render_text(
+                self._tokenizer, turns, generation_prompt=False, where="preference model"
+            )
             text.encode()
         except UnicodeEncodeError as error:
             return Invalid(reason=f"the text cannot be encoded as UTF-8: {error.reason}")
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            return Failed(reason=f"the chat template refused the messages: {one_line(error)}")
+        except ConfigError as error:
+            return Failed(reason=one_line(error))
         row = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return row or Invalid(reason="the chat template returned an empty text")
 

@@ -42,7 +42,8 @@ class ScorerEngine(Protocol):
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         """Return one outcome per completion of each request, in order.
 
-        Scores are unbounded and higher is better; a pairwise scorer returns mean win probabilities.
+        Higher is better, and a score beyond outcomes.MAX_SCORE becomes Invalid; a pairwise scorer
+        returns mean win probabilities.
         Never raises for a completion that cannot be scored: that is Invalid (the scorer responded,
         but not with a number) or Failed (it did not respond).
         """

@@ -13,10 +13,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
-
 from rayhf.config.scorers import PointwiseEntryConfig
-from rayhf.data.chat import special_token_escaper
+from rayhf.data.chat import render_text, special_token_escaper
 from rayhf.errors import ConfigError
 from rayhf.models.hub import local_directory
 from rayhf.scorer.classifier import (
@@ -119,12 +117,12 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
             {"role": "assistant", "content": self._escape(completion.text)},
         ]
         try:
-            text = str(self._tokenizer.apply_chat_template(messages, tokenize=False))
+            text = render_text(self._tokenizer, messages, generation_prompt=False, where=_TITLE)
             text.encode()
         except UnicodeEncodeError as error:
             return Invalid(reason=f"the text cannot be encoded as UTF-8: {error.reason}")
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            return Failed(reason=f"the chat template refused the messages: {one_line(error)}")
+        except ConfigError as error:
+            return Failed(reason=one_line(error))
         row: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if not row:
             return Invalid(reason="the chat template returned an empty text")

@@ -44,12 +44,8 @@ class _FunctionScorer(BaseScorer[F]):
             concurrency=config.concurrency,
             conversational=getattr(config, "conversational", None),
         )
-        if not self.pool.apart:
-            logger.warning(
-                "rule %s: the kernel allows it no namespace of its own; it shares its user's "
-                "network and processes",
-                config.function,
-            )
+        if self.pool.unprotected:
+            logger.warning("rule %s: %s", config.function, self.pool.unprotected)
 
     @classmethod
     def style(cls, config: F) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from rayhf.errors import ConfigError
 from rayhf.scorer.rule_config import FunctionEntryConfig
-from rayhf.scorer.rule_process import Child, LostError
-from rayhf.types import Prompt, quoted
+from rayhf.scorer.rule_process import Child
+from rayhf.scorer.rule_reply import LostError
+from rayhf.types import Prompt, Scored, quoted
 
 ANSWERS = 10_000
 """Reference answers that are checked, evenly spread over the prompts."""
@@ -31,6 +32,8 @@ def check_rule(
     try:
         how = "coroutine function" if child.parameters.is_async else "function"
         note = f"rule {config.function} is a {how} of style {child.parameters.style}"
+        if missing_rights := child.unprotected:
+            note += f"; {missing_rights}"
         for prompt in prompts:
             missing = child.parameters.missing(prompt.row)
             if missing is not None:
@@ -70,6 +73,6 @@ def check_rule(
 
 def _answers(child: Child, prompts: Sequence[Prompt]) -> Iterator[str]:
     """Yield why each reference answer cannot be used; "" where it can."""
-    payloads = [b"0," + json.dumps(prompt.reference_answer).encode() for prompt in prompts]
-    for _, [(status, reason, *_)] in child.call(payloads):
-        yield "" if status == "scored" else reason
+    payloads = [(0, json.dumps(prompt.reference_answer).encode()) for prompt in prompts]
+    for _, [(_, outcome)] in child.call(payloads):
+        yield "" if isinstance(outcome, Scored) else outcome.reason

@@ -7,15 +7,13 @@ Out, on the response pipe: one line that says ready or refused, then one [number
 written as soon as it is known: the parent times each call by the responses. A plain function's come
 in order; of a coroutine function up to `concurrency` calls run at a time, and their responses come
 as they end. The life pipe carries nothing; the kernel kills this process group when the parent's
-end closes. The rule's stdout and stderr go to another pipe and its stdin is empty, so nothing that
-it prints reaches the protocol.
+end closes, and what left the group with it (rule_namespaces.py). The rule's stdout and stderr go to
+another pipe and its stdin is empty, so nothing that it prints reaches the protocol.
 
 Imports only the standard library, so that it starts quickly.
 """
 
 import asyncio
-import contextlib
-import ctypes
 import fcntl
 import json
 import math
@@ -35,9 +33,6 @@ PROCESSES = 512
 """Limit on processes and threads, of the rule and of what it starts."""
 LINE_BYTES = 1 << 28
 """Limit on one line for a coroutine function."""
-_NEW_USER = 0x10000000
-_NEW_NETWORK = 0x40000000
-"""CLONE_NEWUSER and CLONE_NEWNET of linux/sched.h."""
 _CORES = os.cpu_count() or 1
 _NO_NETWORK = re.compile("Network is unreachable|name resolution|Name or service not known")
 _HINT = " (a rule has no network by default; set `network: true` in the scorer's entry)"
@@ -51,17 +46,23 @@ def main() -> None:
     _die_with_parent(life_fd)
     requests = open(request_fd, "rb", buffering=1 << 16)  # noqa: SIM115 - open until the end
     hello = _decode(requests.readline())
-    apart = _set_apart(network=hello["network"])
-    _limit(hello["memory_bytes"], hello["file_bytes"], apart=apart)
     sys.path[:] = hello["path"]
     from rayhf.scorer.rule_call import RefusedError, UserFunction
+    from rayhf.scorer.rule_namespaces import enter
+
+    apart, contained = enter(
+        network=hello["network"], life_fd=life_fd, pipes=(request_fd, response_fd)
+    )
+    _limit(hello["memory_bytes"], hello["file_bytes"], apart=apart)
 
     try:
         function = UserFunction(hello["module"], hello["function"], hello["style"])
     except RefusedError as error:
         _send(response_fd, error.response)
         return
-    _send(response_fd, {"ready": True, "apart": apart, **function.describe()})
+    _send(
+        response_fd, {"ready": True, "apart": apart, "contained": contained, **function.describe()}
+    )
     caller = _Caller(function, response_fd, hello, hint=apart and not hello["network"])
     if function.is_async:
         asyncio.run(caller.serve_async(requests, hello["concurrency"]))
@@ -132,29 +133,6 @@ class _Caller:
                 for result in results
             ]
         _send(self._response_fd, [number, results])
-
-
-def _set_apart(*, network: bool) -> bool:
-    """Enter a user namespace of our own, and without `network` a network without an interface.
-
-    From there the environments and the memory of other processes cannot be read, not even of the
-    same user's. Returns False where the kernel or the container does not allow it: then the rule
-    has the rights of its user.
-    """
-    uid = os.geteuid()
-    gid = os.getegid()
-    if ctypes.CDLL(None).unshare(_NEW_USER | (0 if network else _NEW_NETWORK)) != 0:
-        return False
-    # Some distributions forbid even this; the process is then shown as the user nobody.
-    with contextlib.suppress(OSError):
-        for file, content in (
-            ("setgroups", "deny"),
-            ("uid_map", f"{uid} {uid} 1"),
-            ("gid_map", f"{gid} {gid} 1"),
-        ):
-            with open(f"/proc/self/{file}", "w") as opened:
-                opened.write(content)
-    return True
 
 
 def _limit(memory_bytes: int, file_bytes: int, *, apart: bool) -> None:

@@ -20,12 +20,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from rayhf.errors import ConfigError
 from rayhf.scorer.rule_arguments import Call, Parameters
-from rayhf.scorer.rule_process import Child, LostError
-from rayhf.types import Failed, Invalid, Outcome, Scored, Skipped
+from rayhf.scorer.rule_process import Child, Payload
+from rayhf.scorer.rule_reply import LostError, Result
+from rayhf.types import Failed, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ class RulePool:
         first = start()
         self.parameters: Parameters = first.parameters
         self.apart = first.apart
+        self.unprotected = first.unprotected
         self._name = name
         self._start = start
         self._workers = workers
@@ -302,15 +303,15 @@ class _Work:
         if group:
             yield group
 
-    def payload(self, task: Task) -> bytes:
-        """Return the line of one task, without its number."""
+    def payload(self, task: Task) -> Payload:
+        """Return what the process gets for one task."""
         arguments = self._parameters.arguments(
             [self.calls[number] for number in task], conversational=self._conversational
         )
         # Not ascii: escapes would join a lone pair of surrogates into one character on the other
         # side.
         text = json.dumps(arguments, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        return b"%d,%s" % (len(task), text)
+        return len(task), text
 
     def remaining(self, tasks: Sequence[Task]) -> list[Task]:
         """Return what is still to be answered; give up what was lost too often."""
@@ -328,25 +329,26 @@ class _Work:
                 left += [(number,) for number in open_calls]
         return left
 
-    def answer(self, task: Task, results: Sequence[Any]) -> None:
+    def answer(self, task: Task, results: Sequence[Result]) -> None:
         """Note the results of one task. Raise LostError where the process must be replaced.
 
         Where a function raised for several completions together, they stay open.
         """
-        statuses = {result[0] for result in results}
-        if "broken" in statuses:
-            raise LostError(results[0][1])
+        statuses = {status for status, _ in results}
+        for status, outcome in results:
+            if status == "broken" and isinstance(outcome, Failed):
+                raise LostError(outcome.reason)
         if "hung" not in statuses:
             self.losses.answered({self.calls[number][0].prompt_id for number in task})
         if len(task) > 1 and statuses & {"failed", "hung", "late", "unreachable"}:
             self._alone.update(task)
             return
-        for number, result in zip(task, results, strict=True):
-            self.results[number] = _outcome(result)
-            if result[0] == "late":
+        for number, (status, outcome) in zip(task, results, strict=True):
+            self.results[number] = outcome
+            if status == "late":
                 self._late.add(number)
-            if result[0] == "hung":  # its process went on with others
-                self.losses.add(self.calls[number][0].prompt_id, result[1], 0.0)
+            if status == "hung" and isinstance(outcome, Failed):  # its process went on with others
+                self.losses.add(self.calls[number][0].prompt_id, outcome.reason, 0.0)
 
     def fail(self, tasks: Sequence[Task], failed: Failed) -> None:
         """Give all calls of the tasks the same outcome."""
@@ -383,17 +385,3 @@ def _chunks(tasks: Sequence[Task], *, workers: int, width: int) -> Iterator[Sequ
             size = min(size, 4 * width)
         yield tasks[start : start + size]
         start += size
-
-
-def _outcome(result: Sequence[Any]) -> Outcome:
-    """Translate one result of the child."""
-    match result:
-        case ["scored", value, parts]:
-            return Scored(value=value, parts=parts)
-        case ["invalid", reason]:
-            return Invalid(reason=reason)
-        case ["skipped", reason]:
-            return Skipped(reason=reason)
-        case ["failed" | "hung" | "late" | "unreachable", reason]:
-            return Failed(reason=reason, transient=result[0] == "unreachable")
-    raise LostError(f"the rule's process sent an unknown result {result!r:.80}")

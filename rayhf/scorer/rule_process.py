@@ -6,9 +6,9 @@ Synchronization: the parent waits for the child (rule_child.py), never longer th
 call; the child waits for lines, and dies with the parent.
 
 The child has limits on memory, files and CPU time, few of our environment variables, and where the
-kernel allows it a user namespace of its own, without a network. That contains accidents and hostile
-completions. It does not contain a rule that is hostile itself: it may read and write what its user
-may.
+kernel allows it namespaces of its own: for users, for processes, and without a network. That
+contains accidents and hostile completions. It does not contain a rule that is hostile itself: it
+may read and write what its user may.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rayhf.config.import_path import import_path
 from rayhf.errors import ConfigError, did_you_mean
 from rayhf.scorer.rule_arguments import OWN, Parameters
 from rayhf.scorer.rule_config import FunctionEntryConfig
+from rayhf.scorer.rule_reply import LostError, Result, read_ready, read_response
 
 MEMORY_BYTES = 4 << 30
 """Limit on the address space of a rule's process."""
@@ -39,6 +40,8 @@ FILE_BYTES = 1 << 30
 OUTPUT_BYTES = 1 << 18
 """What a process prints is passed on up to here; the rest is read and dropped."""
 
+_CONTROL = bytes(set(range(32)) - set(b"\n\t"))
+"""Control characters are not passed on: a rule may print any completion."""
 _CHILD = Path(__file__).with_name("rule_child.py")
 _GRACE_S = 2.0
 """Of a coroutine function, the child ends a late call itself; the parent waits so much longer."""
@@ -57,8 +60,8 @@ _RESPONSE_BYTES = 1 << 20
 """Limit on one response."""
 
 
-class LostError(Exception):
-    """The current call got no response: the child is too slow, has exited or is broken."""
+Payload = tuple[int, bytes]
+"""Number of completions of a call, and its arguments as JSON. 0 checks a reference answer."""
 
 
 class Child:
@@ -74,6 +77,8 @@ class Child:
         if not base.is_dir():
             raise ConfigError(f"rule {function}: {base} is not a directory")
         self._timeout_s = config.timeout_s
+        self.contained = False
+        """Whether it has a process namespace of its own: then all that it started ends with it."""
         self._spawn(base)
         self._buffer = b""
         hello = {
@@ -89,19 +94,20 @@ class Child:
         }
         try:
             line = json.dumps(hello).encode() + b"\n"
-            ready = next(self._exchange([line], config.import_timeout_s))
+            ready = read_ready(next(self._exchange([line], config.import_timeout_s)))
         except LostError as lost:
             self.kill()
             raise ConfigError(
                 f"rule {function}: {module} could not be imported from {base}: {lost} "
                 "(import_timeout_s, in the scorer's entry, is the limit)"
             ) from None
-        if not ready.get("ready"):
+        if "refused" in ready:
             self.kill()
             raise ConfigError(_refusal(function, base, ready))
         self.fingerprint: str = ready["fingerprint"]
         self.apart: bool = ready["apart"]
         """Whether it has a user namespace of its own."""
+        self.contained = ready["contained"]
         self.checks_answers: bool = ready["checks_answers"]
         """Whether the function can say which reference answers it can use."""
         self.parameters = Parameters(
@@ -113,6 +119,18 @@ class Child:
         )
         if self.parameters.is_async:
             self._timeout_s += _GRACE_S
+
+    @property
+    def unprotected(self) -> str:
+        """What the kernel does not allow, and what follows; "" where it allows all namespaces."""
+        if not self.apart:
+            return (
+                "the kernel allows it no namespaces of its own; it shares its user's network and "
+                "processes, and what it starts may outlive it"
+            )
+        if not self.contained:
+            return "the kernel allows it no process namespace; what it starts may outlive it"
+        return ""
 
     def _spawn(self, base: Path) -> None:
         request_in, self._requests = os.pipe()
@@ -155,20 +173,23 @@ class Child:
         """Return whether the process is running."""
         return self._process.poll() is None
 
-    def call(self, payloads: Sequence[bytes]) -> Iterator[tuple[int, list[Any]]]:
+    def call(self, payloads: Sequence[Payload]) -> Iterator[tuple[int, list[Result]]]:
         """Yield (number of the call, its results) as they arrive; of a plain function in order.
 
-        A payload is b"count,arguments". Raises LostError when a response does not arrive in time.
+        Raises LostError when a response does not arrive in time.
         """
-        lines = [b"[%d,%s]\n" % (number, payload) for number, payload in enumerate(payloads)]
-        missing = set(range(len(lines)))
-        for response in self._exchange(lines, self._timeout_s):
-            if not (isinstance(response, list) and len(response) == 2 and response[0] in missing):
-                raise LostError("the rule's process responded out of order")
-            missing.remove(response[0])
-            yield response[0], response[1]
+        lines = [
+            b"[%d,%d,%s]\n" % (number, count, arguments)
+            for number, (count, arguments) in enumerate(payloads)
+        ]
+        missing = {number: max(count, 1) for number, (count, _) in enumerate(payloads)}
+        for due, line in enumerate(self._exchange(lines, self._timeout_s)):
+            expected = missing if self.parameters.is_async else {due: missing[due]}
+            number, results = read_response(line, expected)
+            del missing[number]
+            yield number, results
 
-    def _exchange(self, lines: Sequence[bytes], timeout_s: float) -> Iterator[Any]:
+    def _exchange(self, lines: Sequence[bytes], timeout_s: float) -> Iterator[bytes]:
         """Send all lines while reading one response per line.
 
         Neither side waits for the other's full pipe.
@@ -179,7 +200,7 @@ class Child:
         poll.register(self._responses, select.POLLIN)
         poll.register(self._requests, select.POLLOUT)
         deadline = time.monotonic() + timeout_s
-        while missing:
+        while missing > 0:
             ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
             if not ready:
                 raise LostError(f"no response within {timeout_s:g} s")
@@ -199,8 +220,7 @@ class Child:
                 if len(self._buffer) > _RESPONSE_BYTES:
                     raise LostError("the rule's process sent something other than a response")
                 missing -= len(responses)
-                for response in responses:
-                    yield _parse(response)
+                yield from responses
 
     def _write(self, outgoing: memoryview) -> memoryview:
         """Return what is left to send.
@@ -219,9 +239,13 @@ class Child:
             code = self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             return "it closed its pipe"
-        if code < 0:
+        if 128 < code <= 192:  # a signal, passed on by the processes around the rule's
+            code = 128 - code
+        if code >= 0:
+            return f"exit code {code}"
+        with suppress(ValueError):  # a real-time signal has no name
             return f"signal {signal.Signals(-code).name}"
-        return f"exit code {code}"
+        return f"signal {-code}"
 
     def interrupt(self) -> None:
         """Kill the child alone; who waits for its responses finds that it exited."""
@@ -230,18 +254,14 @@ class Child:
     def kill(self) -> None:
         """End the child and every process that it started.
 
-        Those of its session's process group, and those that left it but kept their environment.
+        Without a process namespace these are its session's process group, and those that left it
+        but kept their environment.
         """
         with suppress(ProcessLookupError):  # it exited, and nothing it started is left
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        for _ in range(_SWEEPS):
-            strays = _carriers(f"{_COOKIE}={self._cookie}".encode())
-            for stray in strays:
-                with suppress(ProcessLookupError):
-                    os.kill(stray, signal.SIGKILL)
-            if not strays:
-                break
+        if not self.contained:
+            _kill_carriers(f"{_COOKIE}={self._cookie}".encode())
         for fd in (self._requests, self._responses, self._life):
             os.close(fd)
         self._drain.join(timeout=1.0)
@@ -255,10 +275,21 @@ def _pass_on(output: int) -> None:
             if left <= 0:
                 continue
             with suppress(OSError):  # a full disk must not stop the rule
-                os.write(2, data[:left])
+                os.write(2, data[:left].translate(None, _CONTROL))
                 if left <= len(data):
                     os.write(2, b"\n[what this rule prints further is dropped]\n")
             left -= len(data)
+
+
+def _kill_carriers(entry: bytes) -> None:
+    """Kill the processes that were started with this environment entry."""
+    for _ in range(_SWEEPS):
+        strays = _carriers(entry)
+        for stray in strays:
+            with suppress(ProcessLookupError):
+                os.kill(stray, signal.SIGKILL)
+        if not strays:
+            break
 
 
 def _carriers(entry: bytes) -> list[int]:
@@ -289,10 +320,3 @@ def _refusal(function: str, base: Path, ready: dict[str, Any]) -> str:
     if "style" in ready:
         expected = f" in style {ready['style']}; expected {', '.join(OWN[ready['style']])}"
     return f"rule {function} cannot be called{expected}: {ready['reason']}"
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        raise LostError("the rule's process sent something other than a response") from None

@@ -36,13 +36,22 @@ def read_token(path: Path, *, key: str) -> str:
 
 
 def read_private(path: Path, *, key: str) -> bytes:
-    """Return a secret file's content. Raises ConfigError unless only its owner can read it."""
+    """Return a secret file's content.
+
+    Raises ConfigError unless this user or root owns it, and only the owner can read it.
+    """
     try:
         with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            status = os.fstat(file.fileno())
             content = file.read()
     except OSError as error:
         raise ConfigError(f"{key}: {path} cannot be read ({error.strerror})") from None
+    if status.st_uid not in (os.geteuid(), 0):
+        raise ConfigError(
+            f"{key}: {path} belongs to uid {status.st_uid}; expected a file of uid {os.geteuid()} "
+            "or of root"
+        )
+    mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
         raise ConfigError(
             f"{key}: {path} has mode {mode:04o}, others may read it; "

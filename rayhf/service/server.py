@@ -20,13 +20,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from rayhf.config.service import ServiceConfig, TLSConfig
-from rayhf.errors import ConfigError, LockedError, RayhfError
+from rayhf.errors import ConfigError, LockedError, QuotaError, RayhfError
+from rayhf.service.admission import HEALTH_CHECK, Admission
 from rayhf.service.credentials import read_private, read_public, read_token
 
 logger = logging.getLogger(__name__)
 
-HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HANDSHAKE_TIMEOUT_S = 10.0
+MAX_CALLS_PER_CONNECTION = 128
+"""Further ones wait at the client."""
 Register = Callable[[grpc.Server], None]
 """Adds one service, for example `partial(add_ScorerServicer_to_server, servicer)`."""
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the type stubs only
@@ -39,21 +41,32 @@ class Server:
         config: address, credentials and limits.
         services: by full name ("rayhf.v1.Scorer"); health checks cover each, and all under "".
         base: start of relative paths.
+        urgent: full names of further methods that, like Health.Check, are served in any case: other
+            calls and open streams leave them room.
 
     Raises ConfigError for files that cannot be used and for a port in use.
     """
 
-    def __init__(self, config: ServiceConfig, services: dict[str, Register], *, base: Path) -> None:
+    def __init__(
+        self,
+        config: ServiceConfig,
+        services: dict[str, Register],
+        *,
+        base: Path,
+        urgent: Sequence[str] = (),
+    ) -> None:
         interceptors: list[grpc.ServerInterceptor] = []
         if config.token_file is not None:
             token = read_token(base / config.token_file, key="service.token_file")
             interceptors.append(_TokenCheck(token))
+        admission = Admission(config.max_concurrent, urgent=(HEALTH_CHECK, *urgent))
+        interceptors.append(admission)
         self._grace_s = config.grace_s
         self._server = grpc.server(
-            ThreadPoolExecutor(config.max_concurrent, thread_name_prefix="rpc"),
+            ThreadPoolExecutor(admission.threads, thread_name_prefix="rpc"),
             interceptors=interceptors,
             options=_options(config.max_message_mib),
-            maximum_concurrent_rpcs=config.max_concurrent,
+            maximum_concurrent_rpcs=admission.threads,
         )
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -94,6 +107,7 @@ def _options(max_message_mib: int) -> Sequence[tuple[str, int]]:
         ("grpc.so_reuseport", 0),  # a second server on the same port is refused, not mixed in
         ("grpc.max_receive_message_length", max_message_mib << 20),
         ("grpc.max_send_message_length", max_message_mib << 20),
+        ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
         ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_TIMEOUT_S * 1000)),
     )
 
@@ -114,7 +128,8 @@ class _TokenCheck(grpc.ServerInterceptor):
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
-        self._refusal: Handler = grpc.unary_unary_rpc_method_handler(_refuse)
+        # A handler of a request stream: one of a single request would first wait for it.
+        self._refusal: Handler = grpc.stream_unary_rpc_method_handler(_refuse)
 
     def intercept_service(
         self,
@@ -130,7 +145,7 @@ class _TokenCheck(grpc.ServerInterceptor):
         return self._refusal
 
 
-def _refuse(_request: object, context: grpc.ServicerContext) -> NoReturn:
+def _refuse(_requests: object, context: grpc.ServicerContext) -> NoReturn:
     context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
 
 
@@ -142,6 +157,8 @@ def error_statuses(context: grpc.ServicerContext) -> Iterator[None]:
     """
     try:
         yield
+    except QuotaError as error:
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
     except ConfigError as error:
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
     except LockedError as error:

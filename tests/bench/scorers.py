@@ -1,24 +1,25 @@
-"""Scorers under load: completions per second against the ideal.
+"""Rules under load: seconds for 4,096 completions of 512 prompts, against the ideal.
 
-    python -m tests.bench.scorers          # all
-    python -m tests.bench.scorers rules    # one
+    python -m tests.bench.scorers [--record]
 
-`rules`: 4,096 completions of 512 prompts with a rule that waits 50 ms, as a plain function in
-1 to 16 processes and as a coroutine function; through ScorerActor's engine, in this process.
+The rule waits 50 ms, as a plain function in 16 processes, as a function of lists and as a coroutine
+function; through the scorer's engine, in this process. Takes about a minute.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.rule_config import RuleConfig
 from rayhf.types import Completion, Prompt, Scored, ScoreRequest, float_array, token_array
+from tests.bench.results import put_section
 
 COMPLETIONS = 4096
 PER_PROMPT = 8
@@ -70,26 +71,6 @@ def requests(completions: int) -> list[ScoreRequest]:
     return made
 
 
-def rules() -> None:
-    """Print the table of a rule that waits."""
-    print(f"{COMPLETIONS} completions, a rule that waits {WAIT_S * 1000:g} ms")
-    print("| function | workers | concurrency | seconds | ideal | ratio |")
-    print("|---|---|---|---|---|---|")
-    for function, workers, concurrency in (
-        ("wait", 16, 1),
-        ("wait_trl", 16, 1),
-        ("wait_async", 1, 16),
-        ("wait_async", 4, 64),
-    ):
-        ideal = COMPLETIONS * WAIT_S / (workers * concurrency)
-        seconds = _measure(function, workers, concurrency)
-        print(
-            f"| {function} | {workers} | {concurrency} | {seconds:.2f} | {ideal:.2f} "
-            f"| {seconds / ideal:.2f} |",
-            flush=True,
-        )
-
-
 def _measure(function: str, workers: int, concurrency: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "waiting.py").write_text(RULES)
@@ -109,9 +90,34 @@ def _measure(function: str, workers: int, concurrency: int) -> float:
     return seconds
 
 
-BENCHES: dict[str, Callable[[], None]] = {"rules": rules}
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", action="store_true")
+    record = parser.parse_args().record
+    lines = [
+        f"`python -m tests.bench.scorers`, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, "
+        f"{os.cpu_count()} cores. {COMPLETIONS} completions, a rule that waits "
+        f"{WAIT_S * 1000:g} ms.",
+        "",
+        "| function | workers | concurrency | seconds | ideal | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for function, workers, concurrency in (
+        ("wait", 16, 1),
+        ("wait_trl", 16, 1),
+        ("wait_async", 1, 16),
+        ("wait_async", 4, 64),
+    ):
+        ideal = COMPLETIONS * WAIT_S / (workers * concurrency)
+        seconds = _measure(function, workers, concurrency)
+        lines.append(
+            f"| {function} | {workers} | {concurrency} | {seconds:.2f} | {ideal:.2f} "
+            f"| {seconds / ideal:.2f} |"
+        )
+    print("\n".join(lines))
+    if record:
+        put_section("## Rules under load", "\n".join(lines))
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or BENCHES:
-        BENCHES[name]()
+    main()

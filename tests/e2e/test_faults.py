@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
+import pyarrow.dataset
 import pytest
 from faults import Campaign, committed, fingerprint, orphans
 from world import make_world, write_config
@@ -24,9 +28,22 @@ FAULTS = (
 ITERATIONS = 24
 
 
+SOURCES: list[dict[str, object]] = [
+    {"type": "file", "path": "train.jsonl", "name": "said", "weight": 2},
+    {"type": "file", "path": "sums.csv", "name": "sums", "rename": {"question": "prompt"}},
+    {"type": "file", "path": "words.jsonl.gz", "name": "words", "template": "Say {{ word }}"},
+]
+"""Of different formats, columns, sizes and weights: none is dealt out in step with another."""
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"))
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    sums = [f"What is {n} and {n}?,{2 * n}" for n in range(7)]
+    (folder / "sums.csv").write_text("\n".join(["question,answer", *sums]) + "\n")
+    with gzip.open(folder / "words.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"word": chr(97 + n)}) + "\n" for n in range(5))
+    return folder
 
 
 def campaign(
@@ -40,7 +57,9 @@ def campaign(
         ]
     }
     run = {"iterations": ITERATIONS, "eval_every": 20, "checkpoint_every": 3, "stall_s": 8}
-    config = write_config(world, name, scorer=scorer, run=run, **sections)
+    config = write_config(
+        world, name, scorer=scorer, run=run, prompts={"train": SOURCES}, **sections
+    )
     return Campaign(world, config, supervised=supervised)
 
 
@@ -83,6 +102,9 @@ def test_faults_change_no_bit(world: Path) -> None:
     undisturbed.finish(500)
     assert orphans(processes, finished + 150.0 - time.monotonic()) == []
     assert fingerprint(faulty.run_dir) == fingerprint(undisturbed.run_dir)
+    samples = pyarrow.dataset.dataset(faulty.run_dir / "samples", format="parquet")
+    dealt = Counter(samples.to_table(columns=["source"])["source"].to_pylist())
+    assert dealt == {"said": 192, "sums": 96, "words": 96}  # 24 iterations of 4 prompts, 4 samples
     kinds = [event["kind"] for event in faulty.events()]
     assert kinds.count("recovered") == 3
     assert kinds.count("fault") == 4

@@ -14,6 +14,7 @@ from launch.cli import app
 from launch.compare import PAGE
 from rayhf.config.load import dump_config, load_config
 from rayhf.errors import ConfigError
+from rayhf.run_dir.files import write_manifest
 from rayhf.tiny import build
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +40,7 @@ def run(tmp_path: Path) -> Path:
         json.dumps({"iteration": 1, "scorer/reward_mean": 0.5}) + "\n"
     )
     shutil.copytree(task.policy, tmp_path / "policy")
+    write_manifest(tmp_path / "policy", {})
     return tmp_path
 
 

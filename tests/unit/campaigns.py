@@ -27,6 +27,7 @@ from rayhf.config.schema import CampaignConfig
 from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.prompts import PromptSet
 from rayhf.evaluation.base import Evaluation
+from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Reference, Roles, Rollout, Scorer
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Prompt
@@ -75,6 +76,7 @@ def run_campaign(
     heldout: Sequence[Prompt] = tuple(make_prompts(3)),
     inputs: Mapping[str, str] | None = None,
     exported_files: Mapping[str, str] | None = None,
+    observer: Observer | None = None,
 ) -> Roles:
     """Run the campaign to its end; return its roles."""
     algorithm = ALGORITHMS.build(config.algorithm)
@@ -105,7 +107,7 @@ def run_campaign(
                 exported_files=exported_files or {},
             ),
             store=store,
-            observer=SilentObserver(),
+            observer=observer or SilentObserver(),
         )
         asyncio.run(controller.run())
     finally:

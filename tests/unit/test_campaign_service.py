@@ -3,6 +3,7 @@
 import json
 import threading
 
+import grpc
 import pytest
 import trustme
 import yaml
@@ -14,14 +15,16 @@ from waiting import wait_until
 from launch.cli import app
 from launch.serve import control_served
 from rayhf.config.service import EndpointSecurity, ServiceConfig
+from rayhf.control import commands
 from rayhf.control.commands import FileControl
 from rayhf.control.grpc_client import GrpcControl
 from rayhf.control.grpc_server import serve_campaign
 from rayhf.errors import ConfigError, ServiceError, UnreachableError
 from rayhf.monitoring.event_log import EventLog
-from rayhf.run_dir.inbox import submitted_rows
+from rayhf.run_dir.inbox import RowFile
 from rayhf.run_dir.operator_request import read_request
 from rayhf.run_dir.store import RunDir
+from rayhf.service import admission
 
 TOKEN = "a token that is long enough".replace(" ", "-")
 
@@ -56,6 +59,10 @@ def served(finished, files):
     )
     yield f"localhost:{server.address.rpartition(':')[2]}"
     server.stop()
+
+
+def submitted_rows(run, row_type):
+    return RowFile(run, row_type).read()[0]
 
 
 def remote(address, files, **security):
@@ -239,3 +246,112 @@ def test_control_is_served_only_where_configured(finished, capsys):
         assert there.status().state == "done"
     with pytest.raises(UnreachableError):
         there.status()
+
+
+def test_watch_reads_a_long_log_in_pieces(tmp_path, monkeypatch):
+    store = RunDir(make_config(tmp_path))
+    for number in range(3000):
+        store.event("warn", f"{number} " + "x" * 100)
+    log = next(store.path.glob("logs/attempt-*/events.jsonl"))
+    with log.open("a") as file:
+        file.write("y" * 600_000 + "\n")
+    store.event("end", "done", code=0)
+    messages = [event.message for event in FileControl(store.path).watch(lambda: True)]
+    assert messages == ["done"]
+    sizes = []
+    monkeypatch.setattr(commands, "_PIECE", 10_000)
+    original = commands._complete_lines
+
+    def counting(file, offset):
+        lines, after = original(file, offset)
+        sizes.append(after - offset)
+        return lines, after
+
+    monkeypatch.setattr(commands, "_complete_lines", counting)
+    assert [event.message for event in FileControl(store.path).watch(lambda: True)] == ["done"]
+    assert max(sizes) <= 10_000
+    store.close()
+
+
+def test_open_streams_lock_nobody_out(tmp_path):
+    store = RunDir(make_config(tmp_path))
+    store.set_state("running")
+    server = serve_campaign(store.path, ServiceConfig(grace_s=0.1), base=tmp_path)
+    channel = grpc.insecure_channel(server.address)
+    watch = channel.unary_stream("/rayhf.v1.Campaign/Watch")
+    never = threading.Event()
+    label = channel.stream_unary("/rayhf.v1.Campaign/Label")
+    try:
+        streams = [watch(b"") for _ in range(64)]
+        wait_until(lambda: sum(stream.code() is not None for stream in _ended(streams)) >= 48)
+        codes = {stream.code() for stream in _ended(streams)}
+        assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        half_open = [label.future(_silent(never)) for _ in range(40)]
+        there = GrpcControl(server.address, EndpointSecurity(), base=tmp_path)
+        there._client.check_health("rayhf.v1.Campaign", timeout_s=5)
+        assert "stops once iteration 1" in there.request("stop")
+        for call in (*streams, *half_open):
+            call.cancel()
+        wait_until(lambda: there.status().state == "running")
+    finally:
+        never.set()
+        channel.close()
+        server.stop()
+        store.close()
+
+
+def _ended(streams):
+    return [stream for stream in streams if not stream.is_active()]
+
+
+def _silent(never):
+    never.wait(30)
+    yield b""
+
+
+def test_call_whose_request_never_arrives_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(admission, "REQUEST_S", 0.2)
+    store = RunDir(make_config(tmp_path))
+    server = serve_campaign(store.path, ServiceConfig(), base=tmp_path)
+    channel = grpc.insecure_channel(server.address)
+    never = threading.Event()
+    call = channel.stream_unary("/rayhf.v1.Campaign/Label").future(_silent(never))
+    try:
+        wait_until(call.done)
+        assert call.code() == grpc.StatusCode.CANCELLED
+    finally:
+        never.set()
+        channel.close()
+        server.stop()
+        store.close()
+
+
+def test_flood_is_refused_with_its_status(tmp_path):
+    store = RunDir(make_config(tmp_path))
+    server = serve_campaign(store.path, ServiceConfig(), base=tmp_path)
+    there = GrpcControl(server.address, EndpointSecurity(), base=tmp_path)
+    with pytest.raises(UnreachableError, match=r"resource_exhausted: .* 16 MiB per minute"):
+        for number in range(40):
+            prompt = f"{number}" + "x" * 900_000
+            there.add_prompts([{"prompt": prompt}], source="flood")
+    assert (store.path / "inbox/prompts.jsonl").stat().st_size < 18 << 20
+    server.stop()
+    store.close()
+
+
+def test_retried_calls_write_once(finished, served, files):
+    pair = remote(served, files).uncertain_pairs(1)[0]
+    label = {"pair_id": pair.pair_id, "verdict": "second"}
+    for _ in range(3):  # each is a connection of its own
+        remote(served, files).label([label], source="ann")
+        remote(served, files).add_prompts([{"prompt": "mine"}], source="ann")
+    assert len(submitted_rows(finished.run.dir, "labels")) == 1
+    assert len(submitted_rows(finished.run.dir, "prompts")) == 1
+
+
+@pytest.mark.parametrize("answer", [float("inf"), float("nan"), "\ud800"])
+def test_values_that_are_no_json_are_refused_by_both_controls(finished, served, files, answer):
+    for control in (FileControl(finished.run.dir), remote(served, files)):
+        with pytest.raises(ConfigError, match=r"^prompts: row 1: ") as error:
+            control.add_prompts([{"prompt": "x", "answer": answer}], source="")
+        assert "\n" not in str(error.value)

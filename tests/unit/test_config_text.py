@@ -39,6 +39,12 @@ def test_scalars_follow_yaml_1_2(text, value):
             + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 30)),
             "more than 100,000 values, counting aliases",
         ),
+        (
+            "a0: &a0 {k: 1}\n"
+            + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 30)),
+            "merges more than 100,000 values",
+        ),
+        ("a" * 300_000, "300,000 characters; expected at most 262,144"),
     ],
 )
 def test_refused_documents(text, message):

@@ -18,7 +18,7 @@ from launch.submit import plan
 from rayhf.control.commands import FileControl
 from rayhf.errors import CheckpointError, ConfigError, RayhfError
 from rayhf.run_dir.checkpoints import Checkpoints, Retention, read_checkpoint
-from rayhf.run_dir.files import MANIFEST, _checksum, verify
+from rayhf.run_dir.files import MANIFEST, checksum, verify
 from rayhf.run_dir.store import RunDir
 
 PAYLOADS = [
@@ -137,7 +137,7 @@ def test_names_in_a_manifest(payload: str, world: Path) -> None:
         facts.pop("checksum")
         files = facts["files"]
         files[payload] = files.pop(next(iter(files))) if rename else next(iter(files.values()))
-        (folder / MANIFEST).write_text(json.dumps({**facts, "checksum": _checksum(facts)}))
+        (folder / MANIFEST).write_text(json.dumps({**facts, "checksum": checksum(facts)}))
         with pytest.raises(CheckpointError, match=r"is missing|is not in the manifest"):
             verify(folder)
     store = RunDir(make_config(world))
@@ -160,26 +160,27 @@ def test_malformed_manifest(facts: dict[str, Any], world: Path) -> None:
     if "iteration" in facts:
         facts = {**json.loads((folder / MANIFEST).read_text()), **facts}
         facts.pop("checksum")
-    (folder / MANIFEST).write_text(json.dumps({**facts, "checksum": _checksum(facts)}))
+    (folder / MANIFEST).write_text(json.dumps({**facts, "checksum": checksum(facts)}))
     with pytest.raises(CheckpointError):
         read_checkpoint(folder)
 
 
 def test_links_out_of_the_run_directory_are_not_followed(world: Path) -> None:
     checkpoints, before = world / "run/checkpoints", snapshot(world / "outside")
+    store = RunDir(make_config(world))
     for name in ("iteration-000004", "iteration-000002"):
         shutil.rmtree(checkpoints / name)
     (checkpoints / "iteration-000002").symlink_to(world / "outside/iteration-000002")
     (checkpoints / ".saving-000001").symlink_to(world / "outside")
     with pytest.raises(CheckpointError, match="is a symbolic link"):
         verify(checkpoints / "iteration-000002")
-    store = RunDir(make_config(world))
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
         store.latest()
     with pytest.raises(RayhfError):
         store.checkpoints.begin()
     store.close()
-    thin = Checkpoints(checkpoints, epoch=9, retention=Retention(last=1, every=0, best=False))
+    retention = Retention(last=1, every=0, best=False)
+    thin = Checkpoints(checkpoints, epoch=9, retention=retention, check=lambda: None)
     (checkpoints / "iteration-000001").symlink_to(world / "outside/iteration-000002")
     (checkpoints / "iteration-000003").mkdir()
     thin.prune(None)

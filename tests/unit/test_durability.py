@@ -18,7 +18,7 @@ from rayhf.errors import CheckpointError, FencedError, LockedError, StorageError
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.files import seal, verify
-from rayhf.run_dir.state import Best
+from rayhf.run_dir.state import Best, read_state, write_state
 from rayhf.run_dir.store import RunDir
 
 WRITER = Path(__file__).with_name("commit_writer.py")
@@ -77,19 +77,16 @@ def test_replaced_checkpoint_is_detected(tmp_path):
     (tmp_path / "other/learner/steps").write_text("9")
     seal(tmp_path / "other", folder, {"iteration": 4})
     verify(folder)  # it is consistent with itself
-    assert [finding.problem for finding in problems(config)] == [
-        "the manifest of iteration-000004 is not the one that was committed"
-    ]
+    (finding,) = problems(config)
+    assert "the manifest of iteration-000004 is not the one that was committed" in finding.problem
 
 
 def test_sealed_but_uncommitted_checkpoint_is_used(tmp_path):
     config = make_config(tmp_path)
     run_campaign(config)
-    file = config.run.dir / "campaign.json"
-    state = json.loads(file.read_text())
-    file.write_text(
-        json.dumps({**state, "iteration": 2, "checkpoint": "iteration-000002", "state": "running"})
-    )
+    changes = {"iteration": 2, "checkpoint": "iteration-000002", "state": "running"}
+    state = read_state(config.run.dir)
+    write_state(config.run.dir, state.model_copy(update=changes))
     store = RunDir(config)
     assert store.latest().iteration == 4
     store.close()
@@ -150,7 +147,7 @@ def test_actor_of_earlier_attempt_may_not_write(tmp_path):
     stale.check()
     first.close()
     second = RunDir(config)
-    with pytest.raises(FencedError, match="is at epoch 2, this actor belongs to epoch 1"):
+    with pytest.raises(FencedError, match="is at epoch 2, this process belongs to epoch 1"):
         stale.check()
     EpochGuard(second.path, second.epoch).check()
     second.close()

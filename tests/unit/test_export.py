@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 from launch import cli
 from launch.model_card import model_card
 from rayhf.config.load import read_mapping
+from rayhf.errors import CheckpointError
+from rayhf.run_dir.files import sha256, write_manifest
 from rayhf.run_dir.state import read_state, write_state
 
 COMMIT = "0123456789" * 4
@@ -27,13 +29,17 @@ def run(tmp_path, monkeypatch):
         text = (run / name).read_text().replace(f"model: {base}\n", "model: org/base\n")
         (run / name).write_text(text)
     state = read_state(run)
-    write_state(run, state.model_copy(update={"models": {"org/base": COMMIT}}))
+    config_sum = sha256(run / "config.yaml")
+    write_state(
+        run, state.model_copy(update={"models": {"org/base": COMMIT}, "config": config_sum})
+    )
     (run / "policy" / "adapter").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (run / "policy" / name).write_text("{}")
     (run / "policy" / "adapter" / "adapter_model.safetensors").write_text("adapter")
     settings = {"base_model_name_or_path": "/cache/snapshot", "revision": None, "r": 2}
     (run / "policy" / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    write_manifest(run / "policy", {})
     return run
 
 
@@ -95,6 +101,26 @@ def test_refusals_come_before_anything_is_written(run, tmp_path, arguments, mess
     result = export(run, tmp_path / "out", *arguments)
     assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "adapter/adapter_model.safetensors"])
+def test_damaged_weights_are_not_exported(run, tmp_path, file):
+    (run / "policy" / file).write_text("x" * (run / "policy" / file).stat().st_size)
+    result = export(run, tmp_path / "out")
+    assert result.exit_code and isinstance(result.exception, CheckpointError)
+    assert f"{file} does not have the manifest's checksum" in str(result.exception)
+    assert "delete" in str(result.exception) and not (tmp_path / "out").exists()
+
+
+def test_only_files_of_the_manifest_are_exported(run, tmp_path):
+    (run / "policy" / "notes.txt").write_text("mine")
+    assert export(run, tmp_path / "out").exit_code == 0
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    (run / "policy" / "config.json").unlink()
+    (run / "policy" / "config.json").symlink_to("/etc/hostname")
+    result = export(run, tmp_path / "other")
+    assert "config.json is a symbolic link" in str(result.exception)
+    assert not (tmp_path / "other").exists()
 
 
 def test_campaign_without_lora_has_no_adapter(run, tmp_path):

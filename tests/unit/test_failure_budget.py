@@ -1,11 +1,13 @@
 """Completions without a score: which count, and how a message names them."""
 
 import pytest
-from fakes import make_prompts
+from campaigns import make_config, run_campaign
+from fakes import FakeScorer, SilentObserver, make_prompts
 from score_requests import request
 
 from rayhf.errors import ScorerError
 from rayhf.exploration.metrics import FailureBudget, exploration_metrics
+from rayhf.run_dir.tables import read_examples
 from rayhf.types import Failed, Group, Invalid, Sample, Scored, Skipped
 
 HUNG = Failed(reason="no response within 2 s")
@@ -50,3 +52,45 @@ def test_skipped_completions_do_not_count():
     metrics = exploration_metrics(groups, version=0)
     counts = [metrics[f"scorer/{kind}"] for kind in ("skipped", "invalid", "failed")]
     assert counts == [1.0, 1.0, 0.0]
+
+
+class HangsFor(FakeScorer):
+    """A scorer that has no response for the completions of one prompt."""
+
+    def __init__(self, prompt):
+        super().__init__()
+        self.prompt = prompt
+
+    async def score(self, requests):
+        rows = await super().score(requests)
+        return [
+            (HUNG,) * len(row) if request.prompt.prompt_id == self.prompt.prompt_id else row
+            for request, row in zip(requests, rows, strict=True)
+        ]
+
+
+class Events(SilentObserver):
+    def __init__(self):
+        self.warnings = []
+
+    def event(self, kind, message):
+        if kind == "warn":
+            self.warnings.append(message)
+
+
+def test_prompt_that_cannot_be_judged_is_left_out_and_named(tmp_path):
+    rule = {"type": "rule", "function": "a:b"}
+    config = make_config(
+        tmp_path, run={"iterations": 1}, scorer={"train": [rule], "max_failed": 0.25},
+        prompts={"train": "t", "batch": 12},
+    )  # fmt: skip
+    bad = make_prompts(12)[4]
+    events = Events()
+    run_campaign(config, scorer=HangsFor(bad), observer=events)
+    assert events.warnings == [
+        "iteration 1: 4 of 48 completions could not be scored: 4 of the prompt '4': Failed: no "
+        "response within 2 s"
+    ]
+    examples = read_examples(config.run.dir / "examples/iteration-000001.parquet")
+    trained = {example.rows[0].prompt_id for example in examples}
+    assert trained and bad.prompt_id not in trained

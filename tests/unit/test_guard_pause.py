@@ -151,10 +151,10 @@ def test_kill_between_seal_and_state_repeats_too(tmp_path, monkeypatch):
     config = config_of(tmp_path)
     write = rayhf.run_dir.store.write_state
 
-    def killed(run, state):
+    def killed(run, state, check):
         if state.state == "paused":
             raise RuntimeError("killed before campaign.json")
-        write(run, state)
+        write(run, state, check)
 
     with monkeypatch.context() as patch:
         patch.setattr(rayhf.run_dir.store, "write_state", killed)
@@ -174,7 +174,7 @@ def test_damaged_unhealthy_checkpoint_falls_back_with_a_word(tmp_path, healthy):
         run_campaign(config, learner=DriftingLearner())
     checkpoints = config.run.dir / "checkpoints"
     (checkpoints / "unhealthy-000024/learner/steps").write_text("99")
-    problems = [f.what for f in audit(config.run.dir, deep=False) if f.problem]
+    problems = [f.what for f in audit(config.run.dir, deep=True) if f.problem]
     assert problems == ["checkpoint unhealthy-000024"]
     message = FileControl(config.run.dir).unpause()
     assert "does not have the manifest's checksum" in message or "bytes, the manifest" in message

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
+from ray.exceptions import OutOfDiskError, RayActorError
 
-from actors.remote import translate_error
+from actors.remote import errors_translated, translate_error
 from launch.interrupt import SIGNALS, Interrupt, signals_deferred
-from rayhf.errors import ActorError, InterruptedRunError, StorageError, is_full_disk
+from rayhf.errors import ActorError, ActorLostError, InterruptedRunError, StorageError, is_full_disk
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -38,6 +40,22 @@ def test_signal_is_delivered_at_the_end_of_a_deferral():
             steps.append("started")
         steps.append("not reached")
     assert steps == ["started"]
+
+
+def test_second_signal_does_not_interrupt_the_end_of_a_start():
+    steps = []
+    with Interrupt().on_signals(), pytest.raises(InterruptedRunError):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            steps.append("ended what was started")
+    assert steps
+
+
+def test_start_that_exits_by_rays_handler_is_an_interruption():
+    with Interrupt().on_signals(), pytest.raises(InterruptedRunError), signals_deferred():
+        raise SystemExit(1)
 
 
 def test_first_signal_cancels_the_campaign_and_the_second_its_clean_up():
@@ -116,7 +134,26 @@ def test_foreign_errors_of_actors_are_one_line():
         )
 
 
-def _task_error(cause):
+def test_rays_own_errors_are_one_line():
+    full = translate_error(OutOfDiskError("spilled"), name="the Ray cluster", phase="campaign")
+    assert isinstance(full, StorageError)
+    cannot_be_pickled = ValueError("bad value")
+    cannot_be_pickled.lock = threading.Lock()
+    error = translate_error(
+        _task_error(cannot_be_pickled, "Traceback ...\n\x1b[36mValueError\x1b[39m: bad value\n"),
+        name="engine 0",
+        phase="generate",
+    )
+    assert isinstance(error, ActorError)
+    assert str(error) == "generate: engine 0: ValueError: bad value"
+    with (
+        pytest.raises(ActorLostError, match="campaign: the Ray cluster died"),
+        errors_translated(name="the Ray cluster", phase="campaign"),
+    ):
+        raise RayActorError
+
+
+def _task_error(cause, traceback="traceback"):
     from ray.exceptions import RayTaskError
 
-    return RayTaskError("method", "traceback", cause)
+    return RayTaskError("method", traceback, cause)

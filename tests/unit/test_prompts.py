@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -38,12 +38,14 @@ def test_prompt_id_depends_on_content() -> None:
 class Tokenizer:
     """One token per character, and one for the end of the prompt."""
 
-    def apply_chat_template(
-        self, messages: list[dict[str, Any]], *, tools: Any, **_: object
-    ) -> str:
-        names = "".join(tool["name"] for tool in tools or ())
-        calls = "".join(str(message.get("tool_calls", "")) for message in messages)
-        return names + "".join(message["content"] for message in messages) + calls + ">"
+    special_tokens_map: ClassVar[dict[str, str]] = {}
+
+    def get_chat_template(self, _name: None, _tools: object) -> str:
+        return (
+            "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"
+            "{% for message in messages %}{{ message.content }}{% endfor %}"
+            "{% for message in messages %}{{ message.tool_calls or '' }}{% endfor %}>"
+        )
 
     def __call__(self, texts: list[str], *, add_special_tokens: bool) -> dict[str, Any]:
         return {"input_ids": [[ord(character) for character in text] for text in texts]}

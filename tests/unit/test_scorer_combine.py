@@ -30,6 +30,7 @@ from rayhf.errors import CheckpointError, ConfigError
 from rayhf.scorer.build import build_scorer, check_entries, check_heldout
 from rayhf.scorer.combine import Combined
 from rayhf.scorer.judge_config import JudgeConfig
+from rayhf.scorer.outcomes import EXPECTED
 from rayhf.scorer.parts import Part
 from rayhf.scorer.protocol import ScorerEngine, ScorerSetup
 from rayhf.scorer.reward_model import RewardModelConfig
@@ -145,13 +146,18 @@ def test_weighted_sum_with_its_parts() -> None:
     )
 
 
+HUGE = Scored(value=1e308)
+LARGE = Scored(value=-9e5)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "wanted"),
     [
         (Scored(value=1.0), Invalid(reason="nan"), Invalid(reason="b: nan")),
         (Failed(reason="died"), Scored(value=1.0), Failed(reason="a: died")),
         (Invalid(reason="nan"), Failed(reason="died"), Failed(reason="a: nan; b: died")),
-        (Scored(value=1e308), Scored(value=0.0), Invalid(reason="the weighted sum is inf")),
+        (HUGE, Scored(value=0.0), Invalid(reason=f"a: the score is 1e+308; {EXPECTED}")),
+        (LARGE, LARGE, Invalid(reason=f"the weighted sum is -1.35e+06; {EXPECTED}")),
     ],
 )
 def test_missing_part_is_never_zero(first: Outcome, second: Outcome, wanted: Outcome) -> None:
@@ -324,7 +330,7 @@ def test_part_without_a_matrix_is_never_one_half(response: Any, wanted: Comparis
 @pytest.mark.parametrize(
     ("rows", "wanted"),
     [
-        ([(Scored(value=math.nan),) * 2], Invalid(reason="m: the score is nan")),
+        ([(Scored(value=math.nan),) * 2], Invalid(reason=f"m: the score is nan; {EXPECTED}")),
         (
             [(Scored(value=1.0),)],
             Failed(reason="m: the scorer returned 1 scores for 2 completions"),

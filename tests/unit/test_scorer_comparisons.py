@@ -18,6 +18,7 @@ from rayhf.scorer.comparisons import (
     compare_scores,
     mean_wins,
 )
+from rayhf.scorer.outcomes import EXPECTED
 from rayhf.types import Compared, Failed, Invalid, Outcome, Scored
 
 NAN = math.nan
@@ -118,8 +119,8 @@ def test_wrong_counts_are_failed_and_nan_is_invalid() -> None:
         scored(2.0),
     ]
     assert check_outcomes([scored(NAN, 1.0), scored(math.inf)], requests) == [
-        (Invalid(reason="the score is nan"), Scored(value=1.0)),
-        (Invalid(reason="the score is inf"),),
+        (Invalid(reason=f"the score is nan; {EXPECTED}"), Scored(value=1.0)),
+        (Invalid(reason=f"the score is inf; {EXPECTED}"),),
     ]
 
 

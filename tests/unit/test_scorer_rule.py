@@ -16,7 +16,7 @@ import psutil
 import pytest
 from pydantic import ValidationError
 from score_requests import make_rule, request
-from waiting import is_running, wait_until
+from waiting import HOLD, is_held, is_running, wait_until
 
 from rayhf.errors import ConfigError
 from rayhf.scorer.rule import Rule
@@ -185,6 +185,15 @@ def test_hostile_text_arrives_unchanged(base: Path) -> None:
     assert [outcome.value for outcome in outcomes if isinstance(outcome, Scored)] == wanted
 
 
+STARTS = """
+import subprocess
+def score(completion, **context):
+    hold()
+    subprocess.Popen(["sleep", "60"], close_fds=False)
+    return 1.0
+"""
+
+
 def pid_of(rule: Rule) -> int:
     child = rule.pool._processes[0].child
     assert child is not None
@@ -243,26 +252,23 @@ def test_child_dies_with_its_parent(base: Path) -> None:
     )  # fmt: skip
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
-    times = psutil.Process(child).cpu_times
+    family = [psutil.Process(child), *psutil.Process(child).children(recursive=True)]
+    times = family[-1].cpu_times
     before = times().user
     wait_until(lambda: times().user > before + 0.1)  # the regular expression has begun
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    wait_until(lambda: not is_running(child))
+    wait_until(lambda: not any(is_running(process.pid) for process in family))
 
 
 def test_close_ends_what_the_rule_started(tmp_path: Path) -> None:
-    (tmp_path / "starts.py").write_text(
-        "import subprocess\n"
-        "def score(completion, **context): return subprocess.Popen(['sleep', '60']).pid\n"
-    )
+    (tmp_path / "starts.py").write_text(HOLD + STARTS)
     rule = make_rule("starts:score", tmp_path)
-    [(outcome,)] = rule.score([request("a")])
-    assert isinstance(outcome, Scored)
-    assert is_running(int(outcome.value))
+    assert rule.score([request("a")]) == [(Scored(value=1.0),)]
+    assert is_held(tmp_path / "held")
     rule.close()
-    wait_until(lambda: not is_running(int(outcome.value)))
+    wait_until(lambda: not is_held(tmp_path / "held"))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ RULES = """
 import asyncio, os, time
 import numpy as np
 
+NUMBER = int.from_bytes(os.urandom(4), "big")
+
 def columns(completion, question, *, level=7, row):
     return {"score": len(completion), "question": len(question), "level": level, "text": "x"}
 
@@ -68,9 +70,9 @@ async def in_flight(completion, **kwargs):
     running -= 1
     return most
 
-def pid(completion, **kwargs):
+def process(completion, **kwargs):
     time.sleep(0.01)
-    return os.getpid()
+    return NUMBER
 """
 ROW = {"question": "2+2?", "solution": "4"}
 
@@ -246,8 +248,10 @@ def test_coroutine_function_that_hangs_is_given_up(rule: Callable[..., Rule]) ->
 
 
 def test_workers_share_the_calls(rule: Callable[..., Rule]) -> None:
-    pids = values(rule("pid", workers=3).score([rows("x", row={"n": n}) for n in range(60)]))
-    assert len(set(pids)) == 3
+    processes = values(
+        rule("process", workers=3).score([rows("x", row={"n": n}) for n in range(60)])
+    )
+    assert len(set(processes)) == 3
 
 
 def test_prompt_must_name_scorers_that_there_are() -> None:

@@ -24,6 +24,8 @@ from rich.console import Console
 from launch import submit
 from launch.cli import app
 from launch.cluster_auth import check_server, check_token_file
+from launch.local import _session_directory
+from launch.secret_files import variable_problem
 from rayhf.config.load import dump_config, load_config
 from rayhf.errors import (
     ActorLostError,
@@ -33,6 +35,7 @@ from rayhf.errors import (
     SecurityError,
 )
 from rayhf.planning.preflight import check_settings
+from rayhf.service.credentials import read_private
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ROOT / "launch/templates"
@@ -151,6 +154,12 @@ def test_refusal_before_any_request(
         "MY_PASSWORD",
         "db_passwd",
         "GOOGLE_APPLICATION_CREDENTIALS",
+        "DB_PASS",
+        "GITHUB_PAT",
+        "JWT",
+        "DATABASE_URL",
+        "MYTOKEN",
+        "SENTRY_DSN",
     ],
 )
 def test_secrets_are_refused_by_name(
@@ -164,7 +173,9 @@ def test_secrets_are_refused_by_name(
 
 def test_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, console = planned(RUN), Console(record=True, width=200)
-    file = submit._package(here, here.parent / "a.zip", job, Path("configs/c.yaml"), console)
+    folder = here.parent / f"{here.name}-zips"
+    folder.mkdir()
+    job, file = submit.package(here, folder, job, Path("configs/c.yaml"), console)
     with zipfile.ZipFile(file) as archive:
         assert sorted(archive.namelist()) == [
             ".gitignore",
@@ -172,17 +183,65 @@ def test_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "data/train.jsonl",
             "my_rules.py",
         ]
-    assert "working directory: 4 files, 0.0 MiB" in console.export_text()
+    said = console.export_text()
+    assert "working directory: 4 files, 0.0 MiB" in said and "left out .env: its name" in said
     monkeypatch.setattr(submit, "LIMIT_BYTES", 1 << 20)
     (here / "model.safetensors").write_bytes(bytes(3 << 20))
     with pytest.raises(
         ConfigError,
         match=r"has 3 MiB, a job gets at most 1 MiB; the largest: model.safetensors 3 MiB",
     ):
-        submit._package(here, here.parent / "b.zip", job, Path("configs/c.yaml"), console)
+        submit.package(here, _fresh(folder), job, Path("configs/c.yaml"), console)
     (here / ".rayignore").write_text("model.safetensors\nconfigs\n")
     with pytest.raises(ConfigError, match=r"is left out by .gitignore or .rayignore"):
-        submit._package(here, here.parent / "c.zip", job, Path("configs/c.yaml"), console)
+        submit.package(here, _fresh(folder), job, Path("configs/c.yaml"), console)
+
+
+def _fresh(folder: Path) -> Path:
+    for file in folder.iterdir():
+        file.unlink()
+    return folder
+
+
+SECRETS = {
+    "token": "x", "auth_token": "x", "hf_token.txt": "x", "id_rsa": "x", "keys/id_ed25519": "x",
+    ".git-credentials": "x", ".huggingface/token": "x", ".kube/config": "x", ".netrc": "x",
+    "credentials.json": "x", "secrets.yaml": "x", "prod.env": "x", "server.pem": "x",
+    "my [1].key": "x", "notes.txt": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "late.bin": "." * (1 << 20) + "hf_" + "a1B2" * 9, "a.py": 'key = "sk-' + "a1B2" * 9 + '"',
+    "b.md": "ghp_" + "a1B2" * 9, "c.sh": "AKIA" + "Q1" * 8,
+}  # fmt: skip
+INNOCENT = {
+    "token.py": "def tokenize(): ...", "tokenizer.json": "{}", "added_tokens.json": "{}",
+    "special_tokens_map.json": "{}", "id_rsa.pub": "ssh-rsa AAAA", "keys.py": "sk-learn-is-a-name",
+    "monkey.txt": "hf_transformers", "tokens.jsonl": "{}",
+}  # fmt: skip
+
+
+def test_secrets_are_left_out_by_name_and_content(here: Path) -> None:
+    for name, content in (SECRETS | INNOCENT).items():
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text(content)
+    folder = here.parent / f"{here.name}-zips"
+    folder.mkdir()
+    console = Console(record=True, width=200)
+    config = Path("configs/c.yaml")
+    job, file = submit.package(here, folder, planned(RUN), config, console, ["credentials.json"])
+    with zipfile.ZipFile(file) as archive:
+        packed = set(archive.namelist())
+    assert packed & SECRETS.keys() == {"credentials.json"} and INNOCENT.keys() <= packed
+    said = console.export_text()
+    for name in SECRETS.keys() - {"credentials.json"}:
+        assert f"left out {name}: " in said
+    assert "/my\\ \\[1\\].key" in job.excludes
+    with pytest.raises(ConfigError, match="--include nothing: no such file"):
+        submit.package(here, folder, planned(RUN), config, console, ["nothing"])
+    with (here / "configs/c.yaml").open("a") as text:
+        text.write("# AKIA" + "Q1" * 8)
+    with pytest.raises(SecurityError, match=r"c.yaml looks like a secret .it contains an AWS key"):
+        submit.package(here, _fresh(folder), planned(RUN), config, console)
+    with pytest.raises(SecurityError, match="override trackers looks like a secret"):
+        planned(RUN, "trackers=[{type: wandb, name: AKIA" + "Q1" * 8 + "}]")
 
 
 @pytest.mark.parametrize(
@@ -263,6 +322,34 @@ def test_cluster_without_token_authentication(
         check_server("http://127.0.0.1:9")
 
 
+def test_session_directory_of_a_local_cluster_is_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    before = os.umask(0)
+    try:
+        with _session_directory() as directory:
+            assert directory.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("MINE", "postgres://me:pass@host/db", True),
+        ("MINE", "hf_" + "a1B2" * 9, True),
+        ("TOKENIZERS_PARALLELISM", "false", False),
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:True", False),
+        ("HF_ENDPOINT", "https://mirror:8080/x", False),
+    ],
+)
+def test_variables_are_refused_by_content_too(name: str, value: str, refused: bool) -> None:
+    assert bool(variable_problem(name, value)) is refused
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a file away")
 def test_token_file_that_others_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "token"
     file.write_text("canary")
@@ -276,6 +363,11 @@ def test_token_file_that_others_can_read(tmp_path: Path, monkeypatch: pytest.Mon
         assert "canary" not in str(refused.value)
     file.chmod(0o600)
     check_token_file()
+    os.chown(file, 12345, -1)
+    with pytest.raises(SecurityError, match="belongs to uid 12345"):
+        check_token_file()
+    with pytest.raises(ConfigError, match="belongs to uid 12345"):
+        read_private(file, key="k")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
     check_token_file()
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from chat_tokenizer import make_model_directory, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from rayhf.config.schema import PolicyConfig
-from rayhf.data.chat import Chat, end_of_turn, render
+from rayhf.data.chat import Chat, end_of_turn, render, render_text, special_token_escaper
 from rayhf.data.stop_tokens import special_token_ids, stop_token_ids
 from rayhf.data.template import (
     check_embeddings,
@@ -144,6 +144,58 @@ def test_template_that_cannot_render_names_the_row(template: str, expected: str)
     with pytest.raises(ConfigError, match=f"^train.jsonl row 7: .*{expected}") as error:
         render(with_template(template), QUESTION, where="train.jsonl row 7")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "no end",
+        ),
+        ("{{ '0' * 1073741824 }}", "OverflowError"),
+        ("{{ 'x' | center(10000000000) }}", "MemoryError"),
+        ("{% for i in range(99999) %}{{ 'x' | center(1000) }}{% endfor %}", "4,194,304 characters"),
+        ("{{ " + "(" * 100_000 + " }}", "RecursionError|not valid Jinja"),
+        ("{{ 1 + 'a' }}", "TypeError"),
+    ],
+)
+def test_template_without_end_costs_its_rendering_only(
+    template: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=f"^row 1: the chat template .*({expected})") as error:
+        render(with_template(template), QUESTION, where="row 1")
+    assert "\n" not in str(error.value)
+    assert text_of(with_template(TURNS)) == "<|user|>Hello there<|end|>"
+
+
+def test_rendering_equals_that_of_transformers() -> None:
+    template = (
+        "{{ bos_token }}{%- for m in messages %}\n  {% if loop.index0 > 5 %}{% break %}{% endif %}"
+        "{% generation %}{{ m | tojson(indent=1) }}{% endgeneration %}\n{% endfor %}"
+        "{{ tools | tojson if tools else namespace(a=1).a }}{{ undefined_name }}\n"
+    )
+    for tokenizer in (make_tokenizer(), with_template(template)):
+        for tools in (None, [{"name": "f"}]):
+            own = render_text(
+                tokenizer, QUESTION, tools=tools, generation_prompt=True, where="row 1"
+            )
+            assert own == tokenizer.apply_chat_template(
+                [dict(m) for m in QUESTION], tools=tools, add_generation_prompt=True, tokenize=False
+            )
+
+
+def test_special_tokens_of_spaces_do_not_make_an_endless_loop() -> None:
+    class Hostile:
+        all_special_tokens: ClassVar[list[str]] = ["  ", "ab", "aab", "<|end|>"]
+        added_tokens_decoder: ClassVar[dict[int, str]] = {}
+
+    escape = special_token_escaper(Hostile())  # type: ignore[arg-type]
+    assert escape("x  y aab<|end|>") == "x  y a a b< |end|>"
+    assert "ab" not in escape("a" * 1000 + "b" * 1000)
+    Hostile.all_special_tokens = ["a b"]
+    with pytest.raises(ConfigError, match="which a space in a text does not break up"):
+        special_token_escaper(Hostile())  # type: ignore[arg-type]
 
 
 def test_date_is_asked_only_where_it_is_printed() -> None:
