@@ -2,6 +2,7 @@
 
 Synchronization: annotations (reference, critic, the learner before its first step) run
 concurrently; then credit; then the steps of one objective after the other, "policy" first.
+Selection and credit run in a thread, so that the event loop keeps the engines busy.
 """
 
 from __future__ import annotations
@@ -75,11 +76,11 @@ class Trainer:
             earlier=self.store.read_examples,
             labels=self._labels(iteration) if isinstance(self.algorithm, TakesLabels) else (),
         )
-        selection = self.algorithm.select(groups, context)
+        selection = await asyncio.to_thread(self.algorithm.select, groups, context)
         metrics |= selection.metrics
         if selection.no_signal is not None:
             metrics["selection/no_signal"] = selection.no_signal
-        await self.store.write_examples(iteration, selection.examples)
+        self.store.write_examples(iteration, selection.examples)
         return SelectedExamples(
             examples=selection.examples,
             prompt_ids=tuple(group.prompt.prompt_id for group in groups),
@@ -120,12 +121,14 @@ class Trainer:
         examples: Sequence[Example],
         metrics: dict[str, float],
     ) -> bool:
-        credited, credit_metrics = self.algorithm.credit(await self._annotate(iteration, examples))
+        columns = await self._annotations(iteration, examples)
+        batches, credit_metrics = await asyncio.to_thread(
+            self._credited_batches, iteration, prompt_ids, examples, columns
+        )
         metrics |= credit_metrics
         trains = not isinstance(self.algorithm, TrainsCritic) or self.algorithm.trains_policy(
             iteration
         )
-        batches = self._batches(iteration, prompt_ids, credited)
         steps: list[dict[str, float]] = []
         async with self._timed("learner"):
             for number, batch in enumerate(batches):
@@ -176,8 +179,13 @@ class Trainer:
             metrics["critic/explained_variance"] = explained_variance(critic)
         return metrics
 
-    async def _annotate(self, iteration: int, examples: Sequence[Example]) -> list[Example]:
-        """Add the token values that credit and loss read: ref_logp, value, old_logp."""
+    async def _annotations(
+        self, iteration: int, examples: Sequence[Example]
+    ) -> dict[str, list[FloatArray]]:
+        """Return the token values that credit and loss read, by name, an array per row.
+
+        They are ref_logp, value and old_logp, as far as they are needed.
+        """
         rows = [row for example in examples for row in example.rows]
         temperature = self.config.rollout.temperature
         schedule = self.algorithm.reference
@@ -192,19 +200,25 @@ class Trainer:
             policy = self.roles.learners["policy"]
             work["old_logp"] = policy.outputs(rows, temperature=temperature)
         if not work:
-            return list(examples)
+            return {}
         self.observer.phase(iteration, "reference")
         async with self._timed("reference"):
             columns = await asyncio.gather(*work.values())
         named = dict(zip(work, columns, strict=True))
         if learner_is_reference:
             named["ref_logp"] = named["old_logp"]
-        values_by_row = zip(*named.values(), strict=True)
-        annotated = (
-            row.with_tokens(**dict(zip(named, values, strict=True)))
-            for row, values in zip(rows, values_by_row, strict=True)
-        )
-        return [replace(e, rows=tuple(next(annotated) for _ in e.rows)) for e in examples]
+        return named
+
+    def _credited_batches(
+        self,
+        iteration: int,
+        prompt_ids: Sequence[str],
+        examples: Sequence[Example],
+        columns: Mapping[str, list[FloatArray]],
+    ) -> tuple[list[Batch], dict[str, float]]:
+        """Return the batches of the iteration, with credit, and the metrics of credit."""
+        credited, metrics = self.algorithm.credit(_annotated(examples, columns))
+        return self._batches(iteration, prompt_ids, credited), metrics
 
     @property
     def _steps_per_iteration(self) -> int:
@@ -242,6 +256,21 @@ class Trainer:
                 if part
             ]
         return batches
+
+
+def _annotated(
+    examples: Sequence[Example], columns: Mapping[str, list[FloatArray]]
+) -> list[Example]:
+    """Return the examples with the token values of their rows."""
+    if not columns:
+        return list(examples)
+    rows = [row for example in examples for row in example.rows]
+    values_by_row = zip(*columns.values(), strict=True)
+    annotated = (
+        row.with_tokens(**dict(zip(columns, values, strict=True)))
+        for row, values in zip(rows, values_by_row, strict=True)
+    )
+    return [replace(e, rows=tuple(next(annotated) for _ in e.rows)) for e in examples]
 
 
 def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
