@@ -28,7 +28,7 @@ demo-real: $(READY)
 	@rm -rf runs/demo-real
 	$(BIN)/rayhf real .real
 	$(BIN)/rayhf run configs/real/constraints_smollm2.yaml run.dir=runs/demo-real
-	$(BIN)/rayhf compare runs/demo-real
+	$(BIN)/rayhf report runs/demo-real
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -44,6 +44,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: lint
+	@sh requirements/browser.sh
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=25 \
 	    tests/tiny tests/e2e tests/integration tests/unit tests/gpu
 

@@ -13,7 +13,7 @@ RUN mkdir /opt/rayhf /work && chown ubuntu /opt/rayhf /work
 USER 1000
 WORKDIR /opt/rayhf
 COPY --chown=ubuntu . .
-RUN python3 -m venv .venv && .venv/bin/pip install --no-cache-dir ".[gpu,qlora,plots]"
+RUN python3 -m venv .venv && .venv/bin/pip install --no-cache-dir ".[gpu,qlora]"
 
 ENV PATH="/opt/rayhf/.venv/bin:$PATH"
 WORKDIR /work

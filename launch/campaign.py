@@ -96,6 +96,7 @@ def run_campaign(
             )
         console.print(summary(config.run.dir, config.prompts.task))
         say(f"policy: {config.run.dir / 'policy'}")
+        say(f"curves, samples and pairs as a page: rayhf report {config.run.dir}")
     except BaseException as error:
         with suppress(StorageError):  # the disk may be what went wrong
             store.event(

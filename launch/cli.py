@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -91,24 +92,29 @@ def run(
 ) -> None:
     """Start a campaign, or continue the one in its run directory."""
     from launch.interrupt import Interrupt, survive_lost_output
-    from rayhf.config.load import load_config
+    from rayhf.config.load import existing_run, load_config
     from rayhf.run_dir.lock import RunLock
 
     survive_lost_output()
-    loaded = load_config(config, overrides or ())
     if not supervised:
         interrupt = Interrupt()
-        with interrupt.on_signals():
-            lock = RunLock(loaded.run.dir)  # a second launcher is refused before the slow imports
-            try:
-                from launch.campaign import run_campaign
+        with interrupt.on_signals(), ExitStack() as held:
+            # A second launcher is refused before the slow imports.
+            run = existing_run(config, overrides or ())
+            lock = RunLock(run) if run is not None else None
+            if lock is not None:
+                held.callback(lock.release)
+            loaded = load_config(config, overrides or ())
+            if lock is None:
+                lock = RunLock(loaded.run.dir)
+                held.callback(lock.release)
+            from launch.campaign import run_campaign
 
-                run_campaign(loaded, console, lock, interrupt=interrupt)
-            finally:
-                lock.release()
+            run_campaign(loaded, console, lock, interrupt=interrupt)
         return
     from launch.supervise import supervise
 
+    loaded = load_config(config, overrides or ())
     raise typer.Exit(supervise(["run", str(config), *(overrides or ())], loaded.run.dir, console))
 
 
@@ -404,11 +410,41 @@ def real(
 
 
 @app.command()
-def compare(run_dir: RunDirectory) -> None:
-    """Complete the held-out prompts before and after training, and show both side by side."""
-    from launch import compare
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="HTML file to write; default: RUN/report.html, or report.html for several runs.",
+        ),
+    ] = None,
+) -> None:
+    """Write one HTML file with curves, samples, pairs, trees and faults of one or more runs."""
+    from launch import pages
 
-    compare.compare(run_dir, console)
+    pages.report(runs, out, console)
+
+
+@app.command()
+def dashboard(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory; every run below it is shown.")
+    ],
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; default: any free one.")
+    ] = None,
+    service: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="YAML", help="File with host, port, tls and token_file, to serve elsewhere."
+        ),
+    ] = None,
+) -> None:
+    """Serve the pages of `rayhf report` live, for every run below a directory."""
+    from launch import pages
+
+    pages.dashboard(directory, port=port, service=service, console=console)
 
 
 @app.command()

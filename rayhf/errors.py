@@ -224,14 +224,16 @@ def clean_line(text: str, limit: int = REASON_CHARS) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """Return type and last line of an error, which is where it says what went wrong.
-
-    Errors of rayhf's own say so without their type.
-    """
-    if isinstance(error, RayhfError):
-        return clean_line(str(error))
+    """Return type and last line of a foreign error, which is where it says what went wrong."""
     try:
         lines = [line for line in map(clean_line, str(error).splitlines()) if line]
     except Exception:  # noqa: BLE001 - foreign code raises in its __str__, too
         lines = []
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """Return type and message of an error in one line; rayhf's own errors without their type."""
+    if isinstance(error, RayhfError):
+        return clean_line(str(error))
+    return clean_line(f"{type(error).__name__}: {error}")

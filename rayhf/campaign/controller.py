@@ -104,8 +104,9 @@ class Controller:
             return
         await self._verify_initial_weights()
         if self.iteration == 0:
-            versions = self._version_metrics()
-            self._report({"iteration": 0, **versions, **await self._evaluate(0)})
+            metrics = {"iteration": 0, **self._version_metrics(), **await self._evaluate(0)}
+            await self.store.tables_written()
+            self._report(metrics)
         try:
             for iteration in range(self.iteration + 1, self.config.run.iterations + 1):
                 await self._run_iteration(iteration)
@@ -280,7 +281,9 @@ class Controller:
             return {}
         self.observer.phase(iteration, "evaluate")
         async with self._timed("evaluate"):
-            return await self._evaluator.measure(tasks, restore_scorer=not self._explorations)
+            return await self._evaluator.measure(
+                tasks, iteration=iteration, restore_scorer=not self._explorations
+            )
 
     def _version_metrics(self) -> dict[str, float]:
         return {f"{policy}/version": float(version) for policy, version in self.versions.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from rayhf.algorithms.base import Algorithm, WorksAtTestTime
 from rayhf.algorithms.context import ExplorationContext
@@ -39,12 +40,13 @@ class Evaluator:
         return any(task is None or evaluations[task].generates for task in tasks)
 
     async def measure(
-        self, tasks: Sequence[str | None], *, restore_scorer: bool
+        self, tasks: Sequence[str | None], *, iteration: int, restore_scorer: bool
     ) -> dict[str, float]:
         """Evaluate `tasks` and return their metrics.
 
         Args:
             tasks: see `due`.
+            iteration: under which the held-out completions are recorded.
             restore_scorer: restore the training scorer's state afterwards, so that an evaluation
                 does not move a running normalizer. Must be off while the next iteration is already
                 being scored (staleness): restoring the old state would lose its updates.
@@ -52,12 +54,12 @@ class Evaluator:
         before = await self._roles.scorer.state_dict() if restore_scorer else None
         metrics: dict[str, float] = {}
         for task in tasks:
-            metrics |= await (self._heldout() if task is None else self._further(task))
+            metrics |= await (self._heldout(iteration) if task is None else self._further(task))
         if before is not None:
             await self._roles.scorer.load_state_dict(before)
         return metrics
 
-    async def _heldout(self) -> dict[str, float]:
+    async def _heldout(self, iteration: int) -> dict[str, float]:
         roles = self._roles
         return await evaluate(
             self._data.heldout,
@@ -70,6 +72,7 @@ class Evaluator:
             seed=self._config.seed,
             task=self._config.prompts.task,
             improve=self._improve if _at_test_time(self._explorer.algorithm) else None,
+            record=partial(self._explorer.store.write_heldout, iteration),
         )
 
     async def _further(self, task: str) -> dict[str, float]:

@@ -122,10 +122,12 @@ class Trainer:
         metrics: dict[str, float],
     ) -> bool:
         columns = await self._annotations(iteration, examples)
-        batches, credit_metrics = await asyncio.to_thread(
-            self._credited_batches, iteration, prompt_ids, examples, columns
+        credited, credit_metrics = await asyncio.to_thread(
+            lambda: self.algorithm.credit(_annotated(examples, columns))
         )
         metrics |= credit_metrics
+        self.store.write_credit(iteration, credited)
+        batches = await asyncio.to_thread(self._batches, iteration, prompt_ids, credited)
         trains = not isinstance(self.algorithm, TrainsCritic) or self.algorithm.trains_policy(
             iteration
         )
@@ -208,17 +210,6 @@ class Trainer:
         if learner_is_reference:
             named["ref_logp"] = named["old_logp"]
         return named
-
-    def _credited_batches(
-        self,
-        iteration: int,
-        prompt_ids: Sequence[str],
-        examples: Sequence[Example],
-        columns: Mapping[str, list[FloatArray]],
-    ) -> tuple[list[Batch], dict[str, float]]:
-        """Return the batches of the iteration, with credit, and the metrics of credit."""
-        credited, metrics = self.algorithm.credit(_annotated(examples, columns))
-        return self._batches(iteration, prompt_ids, credited), metrics
 
     @property
     def _steps_per_iteration(self) -> int:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from rayhf.config.base import expand_path
 from rayhf.config.registry import Registry
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.yaml_text import dump_yaml, parse_yaml
@@ -42,13 +43,31 @@ def load_section(
     source: Path | str | Mapping[str, Any], overrides: Sequence[str], root: type[S]
 ) -> S:
     """Read a config as `root`; see `load_config`. Raises ConfigError."""
-    if isinstance(source, Mapping):
-        data, name = deepcopy(dict(source)), "mapping"
-    else:
-        data, name = read_mapping(Path(source)), str(source)
+    name = "mapping" if isinstance(source, Mapping) else str(source)
+    return _validate(_overridden(source, overrides), name, root)
+
+
+def existing_run(source: Path | str, overrides: Sequence[str]) -> Path | None:
+    """Return a config's run directory where it exists, without looking at other settings.
+
+    Validating all of a config imports the modules of its algorithm and its scorers, which takes
+    seconds. Raises ConfigError where the file is no YAML.
+    """
+    run = _overridden(source, overrides).get("run")
+    directory = run.get("dir") if isinstance(run, dict) else None
+    if not isinstance(directory, str):
+        return None
+    with suppress(ValueError):  # which validation names
+        path = Path(expand_path(directory))
+        return path if path.is_dir() else None
+    return None
+
+
+def _overridden(source: Path | str | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    data = deepcopy(dict(source)) if isinstance(source, Mapping) else read_mapping(Path(source))
     for override in overrides:
         _apply(data, override)
-    return _validate(data, name, root)
+    return data
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

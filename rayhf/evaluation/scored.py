@@ -91,6 +91,7 @@ async def evaluate(
     seed: int,
     task: str,
     improve: Callable[[Sequence[Completion]], Awaitable[list[Completion]]] | None = None,
+    record: Callable[[Sequence[Group]], None] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of one held-out task.
 
@@ -98,7 +99,8 @@ async def evaluate(
     is another one; of the samples eval/<task>/length in tokens, eval/<task>/truncated as a share,
     and eval/<task>/reference_kl in nats per response; eval/<task>/refined is the score of the
     samples after `improve`; of a thinking model the metrics of thinking_metrics. Where the prompts
-    are of several sources, the same for each source: eval/<task>/<source>/...
+    are of several sources, the same for each source: eval/<task>/<source>/... `record` gets a group
+    per prompt, with samples of the kinds sampled, greedy and refined.
 
     Prompts and seeds are the same every time, so that evaluations differ by the policy only. Raises
     ScorerError when no held-out completion could be scored.
@@ -106,16 +108,21 @@ async def evaluate(
     plain = replace(sampling, temperature=1.0, top_p=1.0, top_k=0)
     sampled = await _complete(prompts, rollout, version, plain, seed)
     greedy = await _complete(prompts, rollout, version, replace(plain, temperature=0.0), seed)
+    answers = {"sampled": sampled, "greedy": greedy}
+    if improve is not None:
+        answers["refined"] = await improve(sampled)
+    outcomes = {
+        kind: await _outcomes(prompts, completions, scorer) for kind, completions in answers.items()
+    }
+    if record is not None:
+        record(_answer_groups(prompts, answers, outcomes))
     columns: dict[str, Sequence[float | None]] = {
-        "sampled": await _scores(prompts, sampled, scorer),
-        "greedy": await _scores(prompts, greedy, scorer),
+        **{kind: _values(each) for kind, each in outcomes.items()},
         "length": [float(len(c.token_ids)) for c in sampled],
         "truncated": [float(c.finish_reason == "length") for c in sampled],
     }
-    if improve is not None:
-        columns["refined"] = await _scores(prompts, await improve(sampled), scorer)
     if reward is not None:
-        columns["reward"] = await _scores(prompts, sampled, reward)
+        columns["reward"] = _values(await _outcomes(prompts, sampled, reward))
     if reference is not None:
         columns["reference_kl"] = await _log_ratios(prompts, sampled, reference)
     return {
@@ -169,10 +176,27 @@ async def _complete(
     return [completions[0] for completions in await rollout.generate(requests, version=version)]
 
 
-async def _scores(
+def _answer_groups(
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Sequence[Completion]],
+    outcomes: Mapping[str, Sequence[Outcome]],
+) -> list[Group]:
+    return [
+        Group(
+            prompt=prompt,
+            samples=tuple(
+                Sample(completion=answers[kind][i], outcome=outcomes[kind][i], kind=kind)
+                for kind in answers
+            ),
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+async def _outcomes(
     prompts: Sequence[Prompt], completions: Sequence[Completion], scorer: Scorer
-) -> list[float | None]:
-    """Return each completion's score; None for one that could not be scored.
+) -> list[Outcome]:
+    """Return each completion's outcome.
 
     Raises ScorerError where none could be scored.
     """
@@ -190,6 +214,11 @@ async def _scores(
             f"evaluation: none of {len(outcomes)} held-out completions could be scored; "
             f"the first: {reason}"
         )
+    return outcomes
+
+
+def _values(outcomes: Sequence[Outcome]) -> list[float | None]:
+    """Return each score; None for a completion that could not be scored."""
     return [outcome.value if isinstance(outcome, Scored) else None for outcome in outcomes]
 
 

@@ -13,7 +13,17 @@ from pathlib import Path
 from rayhf.errors import ConfigError
 from rayhf.run_dir.files import storage_errors
 
-_FOLDERS = ("samples", "examples", "checkpoints", "journal", "inbox", "inbox/taken", "logs")
+_FOLDERS = (
+    "samples",
+    "examples",
+    "credit",
+    "heldout",
+    "checkpoints",
+    "journal",
+    "inbox",
+    "inbox/taken",
+    "logs",
+)
 
 
 def iteration_name(iteration: int) -> str:

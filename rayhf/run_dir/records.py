@@ -33,6 +33,8 @@ from rayhf.run_dir.table_writer import TableWriter, row_groups
 from rayhf.types import Example, Group, JsonObject
 
 METRICS = "metrics.jsonl"
+TABLES = ("samples", "examples", "credit", "heldout")
+"""Directories with a Parquet file per iteration, where it has one."""
 
 
 class Records:
@@ -74,6 +76,19 @@ class Records:
         """Start writing every training example: indices into its prompt's samples."""
         parts = row_groups(examples, partial(tables.example_table, iteration))
         self._writer.start(self._write_table, "examples", iteration, tables.EXAMPLES, parts)
+
+    def write_credit(self, iteration: int, examples: Sequence[Example]) -> None:
+        """Start writing the token values that training added to the policy's examples, if any."""
+        # The rows of one objective all have the same values.
+        if not examples or not examples[0].rows[0].tokens.keys() & set(tables.CREDIT_VALUES):
+            return
+        parts = row_groups(examples, partial(tables.credit_table, iteration))
+        self._writer.start(self._write_table, "credit", iteration, tables.CREDIT, parts)
+
+    def write_heldout(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Start writing an evaluation's completions of the held-out prompts."""
+        parts = row_groups(groups, partial(tables.sample_table, iteration))
+        self._writer.start(self._write_table, "heldout", iteration, tables.SAMPLES, parts)
 
     async def tables_written(self) -> None:
         """Wait until the tables that were started are on the disk. Raises their first error."""
@@ -133,7 +148,7 @@ class Records:
         checksums = facts.get("checksums")
         size = checksums["bytes"] if isinstance(checksums, dict) else 0
         self._checksums.rewind(int(str(size)))
-        for folder in ("samples", "examples"):
+        for folder in TABLES:
             for number, file in numbered(self._run / folder, "iteration-", ".parquet").items():
                 if number > iteration:
                     with storage_errors("delete", file):

@@ -3,6 +3,7 @@
 config.yaml      the config as resolved          campaign.json        committed state, replaced last
 checksums.jsonl  of samples, examples, metrics   .lock                held by the launcher
 metrics.jsonl    one object per iteration        samples/, examples/  Parquet per iteration
+                                                credit/, heldout/  likewise, where there are any
 checkpoints/iteration-000012/  roles, state.json; MANIFEST.json last
 journal/         responses of unfinished iterations
 logs/attempt-0003/events.jsonl  what happened in one attempt
@@ -47,7 +48,7 @@ from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.names import iteration_name, numbered
 from rayhf.run_dir.operator_request import OperatorRequest, read_request, write_request
 from rayhf.run_dir.progress import Progress, write_progress
-from rayhf.run_dir.records import Records
+from rayhf.run_dir.records import TABLES, Records
 from rayhf.run_dir.state import (
     Best,
     CampaignState,
@@ -104,7 +105,7 @@ class RunDir:
             write_atomic(self.path / CONFIG, written, self.check_owner)
             self.attempt = self.path / "logs" / f"attempt-{self.epoch:04d}"
             with storage_errors("write", self.path):
-                for name in ("samples", "examples", "checkpoints", "journal"):
+                for name in (*TABLES, "checkpoints", "journal"):
                     (self.path / name).mkdir(exist_ok=True)
                 self.attempt.mkdir(parents=True)
                 self._events = open_file(self.attempt / "events.jsonl", "ab")
@@ -193,6 +194,14 @@ class RunDir:
         The lineage is indices into its prompt's samples.
         """
         self._records.write_examples(iteration, examples)
+
+    def write_credit(self, iteration: int, examples: Sequence[Example]) -> None:
+        """Start writing the token values that training added to the policy's examples, if any."""
+        self._records.write_credit(iteration, examples)
+
+    def write_heldout(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Start writing an evaluation's completions of the held-out prompts."""
+        self._records.write_heldout(iteration, groups)
 
     async def tables_written(self) -> None:
         """Wait until the tables that were started are on the disk. Raises their first error."""

@@ -4,6 +4,8 @@ samples    one row per completion, also the inner ones of a search: `parent`, `k
            and `stats` are its tree; `row` has all columns of the prompt's row as JSON
 examples   one row per training example, with indices into its prompt's samples `iterations_back`
            iterations ago; index -1 for a text that was not sampled (an offline pair, a label)
+credit     one row per row of the policy's examples: what training added to each of its tokens
+heldout    an evaluation's completions of prompts.heldout, in the form of samples
 """
 
 from __future__ import annotations
@@ -69,6 +71,18 @@ EXAMPLES = pa.schema(
         ("scores", pa.list_(pa.float64())),
         ("margin", pa.float64()),
         ("scalars", pa.map_(pa.string(), pa.float64())),
+    ]
+)
+
+CREDIT_VALUES = ("ref_logp", "old_logp", "value", "advantage")
+"""Names of token values that the credit table keeps, where an algorithm has them."""
+CREDIT = pa.schema(
+    [
+        ("iteration", pa.int32()),
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("iterations_back", pa.int32()),
+        *((name, pa.list_(pa.float32())) for name in CREDIT_VALUES),
     ]
 )
 
@@ -145,6 +159,19 @@ def example_table(iteration: int, examples: Sequence[Example]) -> pa.Table:
         "scalars": [list(e.scalars.items()) for e in examples],
     }
     return pa.Table.from_pydict(columns, schema=EXAMPLES)
+
+
+def credit_table(iteration: int, examples: Sequence[Example]) -> pa.Table:
+    """Return one row per row of the examples; null for values that it does not have."""
+    rows = [(example, row) for example in examples for row in example.rows]
+    columns: dict[str, Sequence[object]] = {
+        "iteration": [iteration] * len(rows),
+        "prompt_id": [row.prompt_id for _, row in rows],
+        "sample": [row.sample for _, row in rows],
+        "iterations_back": [example.iterations_back for example, _ in rows],
+    }
+    columns |= {name: [row.tokens.get(name) for _, row in rows] for name in CREDIT_VALUES}
+    return pa.Table.from_pydict(columns, schema=CREDIT)
 
 
 def _lists(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> pa.ListArray:

@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 
 from rayhf.config.models import ModelName
 from rayhf.config.scorers import ClassifierModel, Dtype, ScorerEntryConfig
-from rayhf.errors import ConfigError, last_line
+from rayhf.errors import ConfigError, one_line
 from rayhf.models.hub import local_directory
 from rayhf.models.packing import pack_rows
 from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA, refuse_own_code
@@ -160,7 +160,7 @@ def load_classifier(
             **WEIGHTS_AS_DATA,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{title} {directory}: {last_line(error)}") from error
+        raise ConfigError(f"{title} {directory}: {one_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(
             f"{title} {directory}: the checkpoint has no weights for {', '.join(missing[:3])}"
@@ -245,7 +245,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read as JSON: {last_line(error)}") from None
+        raise ConfigError(f"{file} cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} is not a JSON object")
     return content

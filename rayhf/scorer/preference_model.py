@@ -29,7 +29,7 @@ import numpy as np
 
 from rayhf.config.scorers import PairwiseEntryConfig, ScorerKind
 from rayhf.data.chat import render_text, special_token_escaper, special_tokens
-from rayhf.errors import ConfigError, last_line
+from rayhf.errors import ConfigError, one_line
 from rayhf.models.hub import local_directory
 from rayhf.models.packing import pack_rows
 from rayhf.scorer.classifier import (
@@ -131,7 +131,7 @@ class Reader:
         except UnicodeEncodeError as error:
             return Invalid(reason=f"the text cannot be encoded as UTF-8: {error.reason}")
         except ConfigError as error:
-            return Failed(reason=last_line(error))
+            return Failed(reason=one_line(error))
         row = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return row or Invalid(reason="the chat template returned an empty text")
 

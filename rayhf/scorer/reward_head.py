@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from rayhf.errors import ConfigError, last_line, nearest
+from rayhf.errors import ConfigError, nearest, one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,7 +65,7 @@ def import_head(path: str) -> type[Any]:
     try:
         head = getattr(importlib.import_module(module_name), class_name)
     except Exception as error:  # noqa: BLE001  importing foreign code may raise anything
-        raise ConfigError(f"head {path} cannot be imported ({last_line(error)})") from None
+        raise ConfigError(f"head {path} cannot be imported ({one_line(error)})") from None
     missing = [name for name in ("labels", "load", "forward") if not hasattr(head, name)]
     if not isinstance(head, type) or missing:
         raise ConfigError(
@@ -104,7 +104,7 @@ def with_head(body: PreTrainedModel, path: str, directory: Path) -> PreTrainedMo
         raise
     except Exception as error:  # noqa: BLE001  foreign code may raise anything
         raise ConfigError(
-            f"head {path} cannot be loaded from {directory}: {last_line(error)}"
+            f"head {path} cannot be loaded from {directory}: {one_line(error)}"
         ) from None
     model: Any = Headed(head.to(body.dtype))
     headed: PreTrainedModel = model

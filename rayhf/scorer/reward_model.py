@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rayhf.config.scorers import PointwiseEntryConfig
 from rayhf.data.chat import render_text, special_token_escaper
-from rayhf.errors import ConfigError, last_line
+from rayhf.errors import ConfigError, one_line
 from rayhf.models.hub import local_directory
 from rayhf.scorer.classifier import (
     PADDING_TOLERANCE,
@@ -121,7 +121,7 @@ class RewardModel(PointwiseScorer[RewardModelConfig]):
         except UnicodeEncodeError as error:
             return Invalid(reason=f"the text cannot be encoded as UTF-8: {error.reason}")
         except ConfigError as error:
-            return Failed(reason=last_line(error))
+            return Failed(reason=one_line(error))
         row: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if not row:
             return Invalid(reason="the chat template returned an empty text")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from launch.compare import interval
 from launch.real import NAME
 from rayhf.errors import ConfigError
 from rayhf.models.gguf import convert_gguf
@@ -182,18 +181,3 @@ def test_all_constraints_can_hold_together():
     rule = {"prompt": "", "reference_answer": answer, "finish_reason": "stop"}
     assert all_constraints("well rain is nice. that is all.", **rule) == 1.0
     assert all_constraints("Well, rain is nice.", **rule) == 0.0
-
-
-# ---------------------------------------------------------------------------------------- intervals
-
-
-def test_interval_covers_the_true_mean():
-    rng = np.random.default_rng(1)
-    covered = 0
-    for _ in range(100):
-        scores = (rng.random((120, 2)) < 0.3).astype(np.float32)
-        mean, low, high = interval(scores)
-        assert low <= mean <= high
-        covered += low <= 0.3 <= high
-    assert covered >= 88
-    assert interval(np.ones((5, 2), dtype=np.float32)) == (1.0, 1.0, 1.0)

@@ -1,6 +1,8 @@
 """The lock file and the exact names of a run directory."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from campaigns import make_config, run_campaign
@@ -68,3 +70,23 @@ def test_only_exact_names_are_listed(tmp_path):
         (tmp_path / name).write_text("")
     assert list(numbered(tmp_path, "a-", ".x")) == [2, 10, 1_000_000]
     assert numbered(tmp_path / "missing", "a-") == {}
+
+
+def test_second_launcher_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "run").mkdir()
+    config = tmp_path / "c.yaml"
+    config.write_text("run: {dir: elsewhere}\nalgorithm: {type: online_dpo}\n")
+    lock = RunLock(tmp_path / "run")
+    command = f"""
+import sys
+from launch.main import main
+sys.argv = ["rayhf", "run", {str(config)!r}, "run.dir={tmp_path / "run"}"]
+try:
+    main()
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    lock.release()
+    assert done.returncode == 4 and "is in use by" in done.stderr
+    assert done.stdout == "False\n"

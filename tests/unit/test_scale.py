@@ -259,7 +259,7 @@ def test_tables_written_in_parts_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(table_writer, "_ROW_GROUP", 2)
     run_campaign(parts)
     assert metrics_of(whole) == metrics_of(parts)
-    for folder in ("samples", "examples"):
+    for folder in ("samples", "examples", "credit"):
         one, many = (
             config.run.dir / folder / "iteration-000001.parquet" for config in (whole, parts)
         )
@@ -286,8 +286,8 @@ def test_failed_table_stops_the_campaign_before_the_metrics_line(tmp_path, monke
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tables, "sample_table", full)
-    with pytest.raises(StorageError, match=r"samples/iteration-000001.parquet: No space left"):
+    monkeypatch.setattr(tables, "example_table", full)
+    with pytest.raises(StorageError, match=r"examples/iteration-000001.parquet: No space left"):
         run_campaign(config)
     assert [line["iteration"] for line in metrics_of(config)] == [0]
 

@@ -1,0 +1,217 @@
+// Overview: what a run was, its state, its curves; several runs overlaid.
+"use strict";
+
+const COLORS = ["#1f5f99", "#c2571a", "#3b8254", "#7b4fa3", "#8a6d1f", "#b23a6b", "#4b5a68", "#2a8c94"];
+const PHASES = ["rollout", "scorer", "reference", "learner", "sync", "evaluate"];
+const PHASE_COLORS = ["#1f5f99", "#6d9fce", "#9aa7b4", "#c2571a", "#8a6d1f", "#3b8254"];
+const FONT = { family: "system-ui, sans-serif", size: 12, color: "#3b444d" };
+
+// [title, unit, metrics: names or patterns]
+const CHARTS = [
+  ["Reward", "score", ["scorer/reward_mean"]],
+  ["Held-out score, 95 % over prompts", "score", [/^eval\/[^/]+\/(sampled|greedy|refined|pair_accuracy)$/, /exploitability/]],
+  ["KL to the reference", "nats per response", ["reference/kl", /^eval\/[^/]+\/reference_kl$/]],
+  ["Length", "tokens", ["rollout/length_mean", /^eval\/[^/]+\/length$/]],
+  ["Truncated", "share", ["rollout/truncated"]],
+  ["Entropy of the policy", "nats per token", ["policy/entropy"]],
+  ["Loss", "", ["learner/loss", "critic/loss", /^eval\/[^/]+\/nll$/]],
+  ["Gradient norm", "", ["learner/grad_norm", "critic/grad_norm"]],
+  ["Tokens per second while generating", "tokens/s", ["tokens/s"]],
+  ["Staleness", "versions", ["staleness/max"]],
+  ["Engine against learner", "nats per token", ["rollout/mismatch_kl"]],
+];
+const FROM_ZERO = ["Truncated", "Staleness", "Length", "Tokens per second while generating"];
+
+function layout(unit, more) {
+  return {
+    font: FONT,
+    margin: { l: 60, r: 8, t: 8, b: 36 },
+    paper_bgcolor: "#fff",
+    plot_bgcolor: "#fff",
+    hovermode: "x unified",
+    xaxis: { gridcolor: "#eef1f4", zeroline: false, title: { text: "iteration", standoff: 6 } },
+    yaxis: { gridcolor: "#eef1f4", zeroline: false, title: { text: unit, standoff: 8 }, exponentformat: "power" },
+    showlegend: true,
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, xanchor: "left", font: { size: 11 }, traceorder: "normal" },
+    ...more,
+  };
+}
+
+// Whole numbers on an axis of few iterations.
+function iterationAxis(runs) {
+  const last = Math.max(...runs.flatMap((run) => run.x), 0);
+  return { gridcolor: "#eef1f4", zeroline: false, title: { text: "iteration", standoff: 6 }, ...(last <= 10 ? { dtick: 1 } : {}) };
+}
+
+function figure(title, name, tall) {
+  const element = h("div", { class: tall ? "chart tall" : "chart", "data-chart": name });
+  return [h("figure", {}, h("figcaption", {}, title), element), element];
+}
+
+// Plotly is the last script: facts are shown while the browser still reads it.
+const plotlyLoaded = new Promise((resolve) => {
+  if (document.readyState === "complete") resolve();
+  else window.addEventListener("load", resolve);
+});
+
+async function draw(element, traces, shape) {
+  await plotlyLoaded;
+  return Plotly.react(element, traces, shape, { displaylogo: false, responsive: true, displayModeBar: "hover",
+    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] });
+}
+
+function curve(run, name) {
+  if (name !== "tokens/s") return run.curves[name];
+  const tokens = run.curves["rollout/tokens"];
+  const seconds = run.curves["time/rollout_s"];
+  return tokens && seconds && tokens.map((t, i) => (t !== null && seconds[i] ? t / seconds[i] : null));
+}
+
+function names(run, patterns) {
+  const all = Object.keys(run.curves);
+  return patterns.flatMap((p) =>
+    p instanceof RegExp ? all.filter((name) => p.test(name)) : curve(run, p) ? [p] : []);
+}
+
+function lines(runs, patterns) {
+  const traces = [];
+  const one = new Set(runs.flatMap((run) => names(run, patterns))).size === 1;
+  runs.forEach((run, index) => {
+    names(run, patterns).forEach((name, nth) => {
+      const color = COLORS[(runs.length > 1 ? index : nth) % COLORS.length];
+      const dash = runs.length > 1 ? ["solid", "dot", "dash", "dashdot"][nth % 4] : "solid";
+      const points = run.x.map((x, i) => [x, curve(run, name)[i]]).filter(([, y]) => y !== null && y !== undefined);
+      if (!points.length) return;
+      traces.push(...band(run, name, color), {
+        x: points.map(([x]) => x),
+        y: points.map(([, y]) => y),
+        name: plain(runs.length === 1 ? name : one ? run.id : `${run.id}: ${name}`),
+        mode: points.length < 25 ? "lines+markers" : "lines",
+        marker: { size: 5 },
+        line: { color, width: 2, dash },
+      });
+    });
+  });
+  return traces;
+}
+
+// The confidence band of a held-out score, where its samples were recorded.
+function band(run, name, color) {
+  const kind = name.match(/^eval\/([^/]+)\/(sampled|greedy|refined)$/);
+  const rows = kind && kind[1] === run.task && run.intervals[kind[2]];
+  if (!rows) return [];
+  const x = [...rows.map((r) => r[0]), ...rows.map((r) => r[0]).reverse()];
+  const y = [...rows.map((r) => r[1]), ...rows.map((r) => r[2]).reverse()];
+  return [{ x, y, fill: "toself", fillcolor: color + "26", line: { width: 0 }, mode: "lines",
+    hoverinfo: "skip", showlegend: false }];
+}
+
+function marks(runs) {
+  const colors = { warn: "#d9a521", pause: "#c2571a", fault: "#b3261e" };
+  return runs.flatMap((run) => run.alarms.map((alarm) => ({
+    type: "line", x0: alarm.iteration, x1: alarm.iteration, yref: "paper", y0: 0, y1: 1,
+    line: { color: colors[alarm.kind], width: 1, dash: "dot" },
+  })));
+}
+
+function phaseChart(element, run) {
+  const traces = PHASES.filter((phase) => run.curves[`time/${phase}_s`]).map((phase) => ({
+    x: run.x,
+    y: run.curves[`time/${phase}_s`],
+    name: phase,
+    type: "bar",
+    marker: { color: PHASE_COLORS[PHASES.indexOf(phase)], line: { width: 0 } },
+  }));
+  return draw(element, traces, layout("s", { barmode: "stack", bargap: 0.1, xaxis: iterationAxis([run]) }));
+}
+
+function factsOf(run) {
+  const left = run.eta_s ? `, about ${Math.round(run.eta_s / 60)} min left` : "";
+  const kind = { running: "good", done: "good", crashed: "bad", stalled: "bad", paused: "warn", stopped: "warn" };
+  return [
+    h("dl", { class: "facts" },
+      h("dt", {}, "state"), h("dd", {}, badge(run.state, kind[run.state]), ` ${run.iteration} of ${run.iterations} iterations${left}`),
+      run.reason && [h("dt", {}, "reason"), h("dd", {}, run.reason)],
+      run.phase && [h("dt", {}, "phase"), h("dd", {}, run.phase)],
+      h("dt", {}, "next step"), h("dd", {}, run.advice),
+      run.facts.map(([label, text]) => [h("dt", {}, label), h("dd", {}, text)])),
+    run.thinned && h("p", { class: "quiet" }, `The curves show ${run.x.length} of ${run.thinned} iterations.`),
+  ];
+}
+
+async function overviewPage(app) {
+  const { runs: all, differences } = await app.source.overview(app.selected);
+  const runs = all.filter((run) => !run.error);
+  const page = h("div", {});
+  page.append(h("h1", {}, runs.length === 1 ? runs[0].id : `${all.length} runs`));
+  for (const run of all.filter((each) => each.error)) page.append(h("p", { class: "note" }, `${run.id}: ${run.error}`));
+  page.append(h("div", { class: "cards" }, runs.map((run, i) =>
+    h("section", { class: "card" },
+      runs.length > 1 && h("h3", {}, h("span", { style: { color: COLORS[i % COLORS.length] } }, "● "), run.id), factsOf(run)))));
+  if (differences.length) {
+    page.append(h("h2", {}, "Config differences"), table([
+      ["key", (row) => row.key, ""],
+      ...runs.map((run, i) => [run.id, (row) => (row.values[i] === null ? h("span", { class: "quiet" }, "not set") : row.values[i]), "wide"]),
+    ], differences));
+  }
+  const changes = runs.flatMap((run) => run.change.map((row) => ({ ...row, run: run.id })));
+  if (changes.length) page.append(h("h2", {}, "Held-out score, before and after"), changeTable(changes));
+  const charts = h("div", { class: "charts" });
+  page.append(h("h2", {}, "Curves"), charts);
+  const jobs = [];
+  for (const [title, unit, patterns] of CHARTS) {
+    const traces = lines(runs, patterns);
+    if (!traces.length) continue;
+    const [frame, element] = figure(title, title);
+    charts.append(frame);
+    const yaxis = { ...layout(unit).yaxis, ...(FROM_ZERO.includes(title) ? { rangemode: "tozero" } : {}) };
+    jobs.push(() => draw(element, traces, layout(unit, { shapes: marks(runs), xaxis: iterationAxis(runs), yaxis })));
+  }
+  for (const run of runs.filter((each) => PHASES.some((phase) => each.curves[`time/${phase}_s`]))) {
+    const [frame, element] = figure(runs.length > 1 ? `Seconds by phase, ${run.id}` : "Seconds by phase", "phases");
+    charts.append(frame);
+    jobs.push(() => phaseChart(element, run));
+  }
+  page.append(moreCurves(app, runs, jobs));
+  page.append(alarmsOf(runs));
+  for (const run of runs) {
+    const rows = Object.entries(run.config);
+    page.append(h("details", {}, h("summary", {}, `Config of ${run.id}`),
+      table([["key", (r) => r[0], ""], ["value", (r) => r[1], "wide"]], rows)));
+  }
+  return { page, shown: () => Promise.all(jobs.map((job) => job())) };
+}
+
+function changeTable(rows) {
+  const digits = (values) => h("span", {}, number(values[0], 3), h("span", { class: "quiet" }, ` (${number(values[1], 3)} to ${number(values[2], 3)})`));
+  return table([
+    ["run", (r) => r.run, ""],
+    ["completions", (r) => r.kind, ""],
+    ["prompts", (r) => r.prompts, "number"],
+    ["before", (r) => digits(r.before), "number"],
+    ["after", (r) => digits(r.after), "number"],
+    ["difference (95 %)", (r) => digits(r.difference), "number"],
+  ], rows);
+}
+
+function moreCurves(app, runs, jobs) {
+  const all = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))].sort();
+  const element = h("div", { class: "chart tall" });
+  const show = (name) => draw(element, lines(runs, [name]), layout("", { shapes: marks(runs), xaxis: iterationAxis(runs) }));
+  if (!all.length) return h("p", { class: "quiet" }, "There are no metrics yet.");
+  app.metric = all.includes(app.metric) ? app.metric : all[0];
+  jobs.push(() => show(app.metric));
+  return h("div", {}, h("h2", {}, "Any metric"),
+    select(all.map((name) => [name, name]), app.metric, (name) => { app.metric = name; show(name); }, { "aria-label": "metric" }), element);
+}
+
+function alarmsOf(runs) {
+  const rows = runs.flatMap((run) => run.alarms.map((alarm) => ({ ...alarm, run: run.id })));
+  if (!rows.length) return h("p", { class: "quiet" }, "No warnings, pauses or faults.");
+  return h("div", {}, h("h2", {}, "Warnings, pauses and faults"), table([
+    ["run", (r) => r.run, ""],
+    ["iteration", (r) => r.iteration, "number"],
+    ["kind", (r) => badge(r.kind, r.kind === "fault" ? "bad" : "warn"), ""],
+    ["message", (r) => r.message, "wide"],
+  ], rows));
+}
