@@ -18,6 +18,7 @@ from rich.console import Console
 
 from launch import project_cli
 from launch.cluster_auth import INSECURE, set_auth_mode
+from launch.eval_cli import add_commands as add_eval_commands
 from launch.sanitize import plain
 from rayhf import __version__
 from rayhf.config.import_path import USER_FOLDER, import_path
@@ -345,7 +346,7 @@ def list_(
     kind: Annotated[
         str,
         typer.Argument(
-            help="algorithms, losses, scorers, sources, trackers, evaluations or metrics."
+            help="algorithms, losses, scorers, sources, trackers, evaluations, suites or metrics."
         ),
     ],
 ) -> None:
@@ -472,6 +473,7 @@ def export(
 
 app.command()(project_cli.init)
 app.command()(project_cli.config)
+add_eval_commands(app)
 
 
 def main() -> None:

@@ -148,6 +148,8 @@ def _default(field: FieldInfo) -> str:
         return ""
     if isinstance(value, tuple) and any(isinstance(item, BaseModel) for item in value):
         return "its text"
+    if isinstance(value, Path):
+        value = str(value)
     text = dump_flow(list(value) if isinstance(value, tuple) else value)
     return f"`{text}`" if len(text) <= 40 else "its text"
 

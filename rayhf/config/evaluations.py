@@ -15,6 +15,8 @@ class EvaluationConfig(PluginConfig):
 
     generates: ClassVar[bool] = True
     """Whether it needs the rollout engines; False where log-probs of given texts are enough."""
+    compares: ClassVar[bool] = False
+    """Whether its scorers compare completions with each other: pairwise scorers are allowed."""
 
     every: NonNegativeInt | None = None
     """Iterations between evaluations; also before the first and after the last iteration. Default:

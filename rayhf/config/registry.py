@@ -268,7 +268,16 @@ SOURCES = Registry(
     },
 )
 
-TRACKERS = Registry("tracker", "rayhf.trackers", {"wandb": "rayhf.monitoring.wandb:WandbTracker"})
+TRACKERS = Registry(
+    "tracker",
+    "rayhf.trackers",
+    {
+        "wandb": "rayhf.monitoring.wandb:WandbTracker",
+        "tensorboard": "rayhf.monitoring.tensorboard:TensorboardTracker",
+        "mlflow": "rayhf.monitoring.mlflow:MlflowTracker",
+        "trackio": "rayhf.monitoring.trackio:TrackioTracker",
+    },
+)
 
 EVALUATIONS = Registry(
     "evaluation",
@@ -277,9 +286,24 @@ EVALUATIONS = Registry(
         "scored": "rayhf.evaluation.scored:ScoredEvaluation",
         "validation_loss": "rayhf.evaluation.given:ValidationLoss",
         "pair_accuracy": "rayhf.evaluation.given:PairAccuracy",
+        "win_rate": "rayhf.evaluation.win_rate:WinRateEvaluation",
         "exploitability": "rayhf.tiny.exploitability:Exploitability",
     },
     default="scored",
+)
+
+SUITES = Registry(
+    "suite",
+    "rayhf.suites",
+    {
+        "ifeval": "rayhf.evaluation.suites.ifeval:IFEval",
+        "gsm8k": "rayhf.evaluation.suites.gsm8k:GSM8K",
+        "math": "rayhf.evaluation.suites.math:Math",
+        "constraints": "rayhf.evaluation.suites.constraints:Constraints",
+        "scored": "rayhf.evaluation.suites.scored:Scored",
+        "rewardbench": "rayhf.evaluation.suites.preferences:RewardBench",
+        "preferences": "rayhf.evaluation.suites.preferences:Preferences",
+    },
 )
 
 REGISTRIES: Mapping[str, Registry] = {
@@ -289,5 +313,6 @@ REGISTRIES: Mapping[str, Registry] = {
     "sources": SOURCES,
     "trackers": TRACKERS,
     "evaluations": EVALUATIONS,
+    "suites": SUITES,
 }
 """Registries by the plural that `rayhf list` takes."""

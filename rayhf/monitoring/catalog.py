@@ -294,6 +294,21 @@ METRICS: tuple[Metric, ...] = (
         ("eval/<task>/pair_margin", "nats", "mean margin of the implicit reward on them"),
     ),
     *_rows(
+        "evaluation of type win_rate",
+        ("eval/<task>/win_rate", "share", "answers better than the baseline's; ties are half"),
+        ("eval/<task>/win_rate_low", "share", "lower end of its 95 % interval, over prompts"),
+        ("eval/<task>/win_rate_high", "share", "upper end"),
+        (
+            "eval/<task>/win_rate_length_controlled",
+            "share",
+            "the same for answers as long as the baseline's, by logistic regression",
+        ),
+        ("eval/<task>/win_rate_length_controlled_low", "share", "lower end of its 95 % interval"),
+        ("eval/<task>/win_rate_length_controlled_high", "share", "upper end"),
+        ("eval/<task>/ties", "share", "comparisons without a better answer"),
+        ("eval/<task>/length_gap", "characters", "mean length of answers minus the baseline's"),
+    ),
+    *_rows(
         "evaluation of type exploitability",
         ("<task>/exploitability", "share", "what the best answer wins beyond a draw"),
         ("<task>/exploitability_average", "share", "the same against the average of all policies"),

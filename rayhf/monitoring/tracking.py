@@ -3,7 +3,8 @@
 Each tracker runs in its own process (`python -m rayhf.monitoring.tracking`), which reads one JSON
 object per line: first its config and a description of the run, then one line per iteration. A
 thread feeds it from a bounded queue; iterations that do not fit are dropped and counted. At the end
-it has `FINISH_S` seconds, then it is killed. Its output is in the attempt's <type>.log.
+it has `FINISH_S` seconds, then it is killed. Its output is in the attempt's <type>.log. A tracker
+with `log_samples` also gets completions: its process reads them from the run directory.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from rayhf.config.import_path import import_path, user_folder
 from rayhf.config.registry import TRACKERS
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.trackers import TrackerConfig
+from rayhf.errors import ConfigError
 from rayhf.monitoring.observer import Observer
+from rayhf.run_dir.names import iteration_name
 from rayhf.types import JsonObject
 
 FINISH_S = 30.0
@@ -58,6 +62,32 @@ class Tracker(Protocol):
     def close(self) -> None:
         """Finish; called once at the end of the campaign's process."""
         ...
+
+
+@runtime_checkable
+class LogsSamples(Protocol):
+    """A tracker that also takes completions as a table."""
+
+    def log_samples(self, iteration: int, rows: Sequence[SampleRow]) -> None:
+        """Log some of an iteration's completions; called after its metrics."""
+        ...
+
+
+SampleRow = Mapping[str, str | float | None]
+"""One completion with the columns SAMPLE_COLUMNS."""
+SAMPLE_COLUMNS = ("iteration", "prompt", "completion", "score", "finish_reason")
+
+
+def check_trackers(trackers: Sequence[TrackerConfig]) -> None:
+    """Refuse a tracker whose library is not installed. Raises ConfigError."""
+    for index, tracker in enumerate(trackers):
+        if tracker.library is None or find_spec(tracker.library) is not None:
+            continue
+        install = f'"rayhf[{tracker.extra}]"' if tracker.extra else tracker.library
+        raise ConfigError(
+            f"trackers[{index}]: {tracker.type} needs the package {tracker.library}, which is not "
+            f"installed; pip install {install}"
+        )
 
 
 class TrackerObserver:
@@ -187,8 +217,44 @@ def _run_tracker() -> None:
     config = plugin.Config.model_validate(settings["tracker"])
     tracker: Tracker = plugin(config, TrackedRun(**settings["run"]))
     for line in sys.stdin:
-        tracker.log(json.loads(line))
+        metrics = json.loads(line)
+        tracker.log(metrics)
+        iteration = int(metrics["iteration"])
+        if config.samples and iteration and iteration % config.samples_every == 0:
+            rows = read_samples(Path(settings["run"]["directory"]), iteration, config.samples)
+            if rows and isinstance(tracker, LogsSamples):
+                tracker.log_samples(iteration, rows)
     tracker.close()
+
+
+def read_samples(run: Path, iteration: int, count: int) -> list[dict[str, Any]]:
+    """Return the first `count` whole completions of an iteration, with SAMPLE_COLUMNS.
+
+    None where the iteration has no samples (an algorithm that trains on given rows).
+    """
+    import pyarrow.parquet as pq
+
+    file = run / "samples" / f"{iteration_name(iteration)}.parquet"
+    if not file.exists():
+        return []
+    columns = ["messages", "kind", "thinking", "text", "score", "finish_reason"]
+    rows: list[dict[str, Any]] = []
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=1024, columns=columns):
+        for row in batch.to_pylist():
+            if row["kind"] != "answer":
+                continue
+            rows.append(
+                {
+                    "iteration": iteration,
+                    "prompt": "\n".join(f"{m['role']}: {m['content']}" for m in row["messages"]),
+                    "completion": (row["thinking"] or "") + row["text"],
+                    "score": row["score"],
+                    "finish_reason": row["finish_reason"],
+                }
+            )
+            if len(rows) == count:
+                return rows
+    return rows
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 from rayhf.config.trackers import TrackerConfig
-from rayhf.monitoring.tracking import TrackedRun
+from rayhf.monitoring.tracking import SAMPLE_COLUMNS, SampleRow, TrackedRun
 
 
 class WandbConfig(TrackerConfig):
     """Project and name of the run in wandb."""
+
+    library: ClassVar[str | None] = "wandb"
 
     type: str = "wandb"
     mode: Literal["offline", "online"] = "online"
@@ -44,6 +46,14 @@ class WandbTracker:
     def log(self, metrics: Mapping[str, float]) -> None:
         """Log one iteration's metrics."""
         self._run.log(dict(metrics), step=int(metrics["iteration"]))
+
+    def log_samples(self, iteration: int, rows: Sequence[SampleRow]) -> None:
+        """Log a table of completions."""
+        import wandb
+
+        data = [[row[column] for column in SAMPLE_COLUMNS] for row in rows]
+        table = wandb.Table(columns=list(SAMPLE_COLUMNS), data=data)
+        self._run.log({"samples": table}, step=iteration)
 
     def close(self) -> None:
         """Finish the upload."""

@@ -20,7 +20,7 @@ from rayhf.algorithms.base import (
 )
 from rayhf.campaign.data import CampaignData
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
-from rayhf.config.schema import CampaignConfig
+from rayhf.config.schema import CampaignConfig, PolicyConfig
 from rayhf.config.scorers import ScorerConfig, names_of
 from rayhf.config.sources import SourceConfig
 from rayhf.data.chat import Chat
@@ -34,6 +34,7 @@ from rayhf.evaluation.base import Evaluation, EvaluationSetup
 from rayhf.models.directory import check_model, vocabulary_size
 from rayhf.models.hub import local_directory
 from rayhf.models.source import model_length, read_model_config, tokenizer_fingerprint
+from rayhf.monitoring.tracking import check_trackers
 from rayhf.planning.architectures import check_architectures
 from rayhf.planning.inputs import input_fingerprints
 from rayhf.run_dir.state import read_state
@@ -198,6 +199,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     recorded. Raises ConfigError.
     """
     algorithm, derived = check_settings(config)
+    check_trackers(config.trackers)
     models = _models(config, algorithm, base)
     untested = check_architectures(config, algorithm, models)
     max_length = _check_models(config, algorithm, models)
@@ -295,7 +297,8 @@ def _evaluations(
     for task, evaluation in config.evaluations.items():
         where = f"evaluations.{task}.scorer"
         check_entries(evaluation.scorers, base, where=where)
-        check_heldout(evaluation.scorers, where=where)
+        if not evaluation.compares:
+            check_heldout(evaluation.scorers, where=where)
         names = names_of(evaluation.scorers or config.scorer.train)
         setup = EvaluationSetup(
             task=task,
@@ -327,7 +330,6 @@ def _models(config: CampaignConfig, algorithm: Algorithm, base: Path) -> dict[st
 def _check_models(config: CampaignConfig, algorithm: Algorithm, models: Mapping[str, Path]) -> int:
     """Check every model directory and return the longest sequence that all take, in tokens."""
     policy = models["policy.model"]
-    settings = read_model_config(policy, key="policy.model")
     lora = config.policy.lora
     for key, path in models.items():
         check_model(
@@ -337,16 +339,7 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, models: Mapping[
             causal=key != "learner.critic_model",
             lora_targets=lora.target_modules if lora and key != "reference.model" else None,
         )
-    limit = model_length(settings)
-    length = config.policy.max_length or limit
-    if length is None:
-        raise ConfigError(
-            f"policy.max_length: {policy} does not say how long its sequences may be; set it"
-        )
-    if limit is not None and length > limit:
-        raise ConfigError(
-            f"policy.max_length is {length}, but the model was made for at most {limit} tokens"
-        )
+    length = policy_length(config.policy, policy)
     generated = generates(algorithm) or config.evaluates_completions
     if generated and config.rollout.max_tokens >= length:
         raise ConfigError(
@@ -360,6 +353,21 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, models: Mapping[
                 f"{key}: its tokenizer ({theirs}) differs from the one of policy.model ({mine}); "
                 "both score the same token ids, so they must be equal"
             )
+    return length
+
+
+def policy_length(policy: PolicyConfig, directory: Path) -> int:
+    """Return the longest sequence of a policy, in tokens. Raises ConfigError."""
+    limit = model_length(read_model_config(directory, key="policy.model"))
+    length = policy.max_length or limit
+    if length is None:
+        raise ConfigError(
+            f"policy.max_length: {directory} does not say how long its sequences may be; set it"
+        )
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"policy.max_length is {length}, but the model was made for at most {limit} tokens"
+        )
     return length
 
 

@@ -20,7 +20,9 @@ import rayhf
 from launch.cli import app
 from launch.listing import KINDS
 from launch.new_project import write_project
+from launch.rank import RankConfig
 from rayhf import errors
+from rayhf.config.evaluate import EvalConfig
 from rayhf.config.fit import FitConfig
 from rayhf.config.guards import GuardsConfig
 from rayhf.config.load import load_config, load_section
@@ -163,6 +165,10 @@ def test_configs_are_valid(modules, text):
     data = yaml.safe_load(text)
     if text.startswith("# rayhf serve-scorer"):
         load_section(data, (), ServeScorerConfig)
+    elif text.startswith("# rayhf eval"):
+        load_section({"policy": {"model": "m"}, **data}, (), EvalConfig)
+    elif text.startswith("# rayhf rank"):
+        load_section(data, (), RankConfig)
     else:
         check_settings(load_config(BASE | data))
 
