@@ -18,7 +18,8 @@ def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str,
 
     Args:
         device: of its models.
-        threads: CPU threads; None leaves them to the libraries.
+        threads: CPU threads; None leaves them to the libraries, and in an actor to Ray, which
+            allows one thread for each CPU that the actor reserves.
         vllm: the process runs a vLLM engine.
     """
     env = {
@@ -34,8 +35,8 @@ def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str,
         env["HF_ENDPOINT"] = endpoint
     if device == "cpu":
         env["DS_ACCELERATOR"] = "cpu"
-        if threads is not None:
-            env["OMP_NUM_THREADS"] = str(threads)
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = str(threads)
     if vllm:
         env |= engine_env(device, threads)
     return env

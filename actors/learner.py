@@ -122,8 +122,10 @@ class LearnerActor(ReportsProcess):
                 return announce(self.engine, dtype, bucket_bytes)
             if transport == "cuda_ipc":
                 return self._ipc_sender.publish(self.engine, dtype, bucket_bytes, version=version)
-            buckets, probe = self.engine.publish(dtype, bucket_bytes, whole=whole, version=version)
-        return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in buckets], probe
+            probe = self.engine.probe()
+            packed = self.engine.buckets(dtype, bucket_bytes, whole=whole, version=version)
+            # One at a time: all of them together are as large as the model.
+            return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in packed], probe
 
     def open_broadcast(self, members: int, timeout_s: float) -> Rendezvous:
         """Open a new process group, of which this rank is the sender."""

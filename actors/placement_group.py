@@ -5,7 +5,8 @@ Its resources are reserved before any model loads.
 In: actor specs. Out: scheduled actors.
 
 Synchronization: `reserve` waits for the cluster, up to a limit, and reports every few seconds what
-is missing. A cluster that was started here for this campaign has room at once or never.
+is missing. A cluster that was started here for this campaign has room at once or never; it has a
+group too where there are GPUs, because only a bundle puts several actors on the same one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from rayhf.planning.placement import ActorSpec, NodeResources, bundles, crowded,
 _POLL_S = 0.5
 _REPORT_S = 5.0
 _QUERY_S = 30.0
+_CREATE_S = 30.0
+"""Time in which Ray creates a group for which there is room."""
 
 
 def nodes_now() -> list[NodeResources]:
@@ -65,12 +68,20 @@ class PlacementGroup:
     async def reserve(self, *, limit_s: float, report: Callable[[str], None]) -> None:
         """Hold the resources of every actor.
 
-        Raises PlacementError, naming what was requested and what is available, after `limit_s`
-        seconds.
+        Args:
+            limit_s: time to wait for room; 0 for a cluster whose nodes are all there.
+            report: receives what is missing, every few seconds.
+
+        Raises PlacementError, naming what was requested and what is available: at once for actors
+        that a cluster with all its nodes can never hold, else after `limit_s` seconds.
         """
         started = time.monotonic()
         reported = started
-        if self._grouped and limit_s > 0:
+        if limit_s == 0:
+            if problem := impossible(self._specs, nodes_now()):
+                raise PlacementError(f"no room in the cluster: {problem}")
+            limit_s = _CREATE_S
+        if self._grouped:
             # Requested also where there is no room yet: an autoscaler acts on pending requests.
             self._group = ray.util.placement_group(bundles(self._specs), strategy="PACK")
             self._ready = self._group.ready()
@@ -79,8 +90,7 @@ class PlacementGroup:
             if now - started >= limit_s:
                 shortage = self._shortage()
                 self.release()
-                waited = f" after {limit_s:g} s" if limit_s else ""
-                raise PlacementError(f"no room in the cluster{waited}: {shortage}")
+                raise PlacementError(f"no room in the cluster after {limit_s:g} s: {shortage}")
             if now - reported >= _REPORT_S:
                 report(f"waiting for room: {self._shortage()}")
                 reported = now

@@ -1,5 +1,7 @@
 """Restarts of an actor that is lost: it died, does not respond, or stopped making progress.
 
+An engine that does not start because memory of its GPU is taken is started again, too.
+
 actors/watch.py notices the loss, actors/process.py terminates the process, and a new actor is
 created, built, and brought to the state of the lost one.
 
@@ -23,13 +25,15 @@ from ray.actor import ActorHandle
 from actors.process import ProcessInfo, Terminate, terminate
 from actors.remote import wait
 from actors.watch import Call, WatchedActor
-from rayhf.errors import ActorLostError, DeadlineError
+from rayhf.errors import ActorLostError, DeadlineError, GpuMemoryError
 
 Report = Callable[[str, str], None]
 """(kind, message) of an event: to the campaign's event log and the console."""
 Stage = Literal["not placed", "building", "ready"]
 """Of an actor: without a process; loading its model; able to work."""
 _HOUR_S = 3600.0
+_MEMORY_WAIT_S = 10.0
+"""Time for other processes to give GPU memory back before an engine is started again."""
 _START_S = 300.0
 """Time for an actor's process to start, before it builds anything."""
 
@@ -157,6 +161,15 @@ class SupervisedActor:
         self._report("fault", f"restarting {self.name}: {error}")
 
     async def _launch(self) -> _Incarnation:
+        """Create an actor and build it, again where its GPU has too little free memory."""
+        while True:
+            try:
+                return await self._launch_once()
+            except GpuMemoryError as error:
+                self._record_loss(error)
+                await asyncio.sleep(_MEMORY_WAIT_S)
+
+    async def _launch_once(self) -> _Incarnation:
         """Create an actor and build it."""
         self.stage = "not placed"
         actor = self._create()

@@ -2,7 +2,7 @@
 
 Synchronization: the placement group is reserved first, then all actors are created and built in
 parallel; until all are ready, an event every few seconds names those that are not. On shared GPUs
-the engines are built first and sleep before the learners load.
+the engines are built first, one policy's after the other's, and sleep before the learners load.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
 from actors.colocate import GpuTimeSharing, SharedLearner, SharedRollout
 from actors.environment import process_env
 from actors.learner import LearnerActor, LearnerClient
-from actors.placement_group import PlacementGroup
+from actors.placement_group import PlacementGroup, nodes_now
 from actors.reference import ReferenceActor, ReferenceClient
 from actors.remote import wait
 from actors.rollout import RolloutActor, RolloutPool
@@ -38,7 +38,13 @@ from rayhf.config.models import ModelName
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
 from rayhf.monitoring.observer import Observer
-from rayhf.planning.placement import ActorSpec, actor_specs, entries_of, role_of
+from rayhf.planning.placement import (
+    ActorSpec,
+    actor_specs,
+    cores_per_gpu,
+    entries_of,
+    role_of,
+)
 from rayhf.planning.preflight import Prepared, transport_of
 from rayhf.roles import Learner, Roles, Rollout, Scorer
 from rayhf.run_dir.epoch_guard import EpochGuard
@@ -53,12 +59,16 @@ Build = Callable[[Any, int], ray.ObjectRef]
 """(actor handle, index within its role) -> the call that builds the actor's engine."""
 
 
-def threads_of(config: CampaignConfig, role: str, *, critic: bool) -> int | None:
-    """Return the CPU threads of an actor; None leaves it to the libraries (GPU).
+def threads_of(
+    config: CampaignConfig, role: str, *, critic: bool, gpu_cores: int | None = None
+) -> int | None:
+    """Return the CPU threads of an actor; None leaves it to Ray and the libraries.
 
-    The config's number, where it gives one. Otherwise all cores for a role that works alone, and
-    half of them for one that works beside another: where generation overlaps learning, where a
-    critic learns beside the policy, and for an engine in any case, whose steps are many and small.
+    The config's number, where it gives one. On GPU `gpu_cores`, the cores that one GPU's actors
+    have: a learner's offloaded optimizer runs on them, and roles without a GPU. An engine needs
+    none. On CPU all cores for a role that works alone, and half of them for one that works beside
+    another: where generation overlaps learning, where a critic learns beside the policy, and for an
+    engine in any case, whose steps are many and small.
     """
     sections = {
         "rollout": config.rollout,
@@ -67,18 +77,22 @@ def threads_of(config: CampaignConfig, role: str, *, critic: bool) -> int | None
         "evaluator": config.scorer,
     }
     threads: int | None = getattr(sections.get(role_of(role), config.learner), "threads", None)
-    if threads is not None or config.cluster.device == "gpu":
+    if threads is not None:
         return threads
+    if config.cluster.device == "gpu":
+        return None if role_of(role) == "rollout" else gpu_cores
     cores = os.cpu_count() or 1
     alone = config.run.max_staleness == 0 and not critic and role_of(role) != "rollout"
     return cores if alone else max(1, cores // 2)
 
 
-def environment(config: CampaignConfig, role: str, *, critic: bool) -> dict[str, str]:
+def environment(
+    config: CampaignConfig, role: str, *, critic: bool, gpu_cores: int | None = None
+) -> dict[str, str]:
     """Return the environment variables of an actor's process."""
     return process_env(
         config.cluster.device,
-        threads_of(config, role, critic=critic),
+        threads_of(config, role, critic=critic, gpu_cores=gpu_cores),
         vllm=role_of(role) == "rollout"
         or any(entry.runs_engine for entry in entries_of(config, role)),
     )
@@ -109,6 +123,8 @@ class ActorSet:
         self.diagnosis = store.attempt / "stacks"
         self.specs = actor_specs_of(prepared.config, prepared.algorithm)
         self.trains_critic = isinstance(prepared.algorithm, TrainsCritic)
+        self._gpu_cores: int | None = None
+        """CPU cores of one GPU's actors, once the cluster is known."""
         self.actors: list[SupervisedActor] = []
         """All that were started."""
         cluster = self.config.cluster
@@ -137,6 +153,7 @@ class ActorSet:
         await self.placement_group.reserve(
             limit_s=limit_s, report=partial(self.observer.event, "warn")
         )
+        self._gpu_cores = cores_per_gpu(nodes_now())
         reporter = asyncio.create_task(self._report_missing(), name="actors not ready")
         try:
             return await self._start()
@@ -157,7 +174,6 @@ class ActorSet:
         timeout_s = config.run.timeout_s
         policies = policies_of(self.prepared.algorithm)
         engines = {policy: group for policy in policies if (group := self._rollouts(policy))}
-        starts = [actor.start() for actor in self.actors]
         learners = {policy: self._learner(_role("learner", policy)) for policy in policies}
         pools = {
             policy: RolloutPool(
@@ -168,17 +184,18 @@ class ActorSet:
             )
             for policy, group in engines.items()
         }
+        starts = []
         if self.shares:
-            await _all(starts)
-            await asyncio.gather(*(pool.sleep() for pool in pools.values()))
-            starts = []
-        engines_count = len(self.actors)
+            await start_in_turn([(engines[policy], pool) for policy, pool in pools.items()])
+        else:
+            starts += [actor.start() for group in engines.values() for actor in group]
+        before = len(self.actors)
         section = config.scorer
         scorers = self._scorers("scorer", [section.train] * section.replicas)
         evaluator_scorers = config.evaluator_scorers
         evaluators = self._scorers("evaluator", list(evaluator_scorers.values()))
         references = self._references()
-        starts += [actor.start() for actor in self.actors[engines_count:]]
+        starts += [actor.start() for actor in self.actors[before:]]
         starts += [
             self._start_learner(group, self._start_of(policy)) for policy, group in learners.items()
         ]
@@ -252,7 +269,9 @@ class ActorSet:
         specs = [spec for spec in self.specs if spec.role == role]
 
         def create(spec: ActorSpec) -> Any:
-            env = environment(self.config, role, critic=self.trains_critic)
+            env = environment(
+                self.config, role, critic=self.trains_critic, gpu_cores=self._gpu_cores
+            )
             return self.placement_group.create(actor_class, spec, env, **options)
 
         run = self.config.run
@@ -307,7 +326,9 @@ class ActorSet:
         self, role: str, lists: Sequence[Sequence[ScorerEntryConfig]]
     ) -> list[SupervisedActor]:
         device = self.device if any(s.gpus for s in self.specs if s.role == role) else "cpu"
-        threads = threads_of(self.config, role, critic=self.trains_critic)
+        threads = threads_of(
+            self.config, role, critic=self.trains_critic, gpu_cores=self._gpu_cores
+        )
         setup = ScorerSetup(base=self.base, device=device, threads=threads)
 
         def build(actor: Any, number: int) -> ray.ObjectRef:
@@ -394,6 +415,23 @@ class ActorSet:
 def _role(kind: str, policy: str) -> str:
     """Return the role of a policy's actors, for example `rollout` or `rollout refiner`."""
     return kind if policy == "policy" else f"{kind} {policy}"
+
+
+class Sleeps(Protocol):
+    async def sleep(self) -> None: ...
+
+
+async def start_in_turn(
+    policies: Sequence[tuple[Sequence[SupervisedActor], Sleeps]],
+) -> None:
+    """Start each policy's engines and put them to sleep, one policy after the other.
+
+    While an engine starts, vLLM measures the GPU's free memory, and assumes that no other process
+    changes it.
+    """
+    for engines, pool in policies:
+        await _all([engine.start() for engine in engines])
+        await pool.sleep()
 
 
 async def _all(starts: list[Coroutine[Any, Any, None]]) -> None:

@@ -19,6 +19,7 @@ from launch.models import pin_models
 from launch.view import placement_table
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
+from rayhf.planning.host import check_hosts, host_bytes
 from rayhf.planning.memory import GIB, Memory
 from rayhf.planning.pace import seconds_per_iteration
 from rayhf.planning.placement import (
@@ -76,7 +77,7 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
             )
         )
         _print_placement(specs, nodes, console)
-        _print_estimates(plan, specs, gpu_bytes, console, hardware=hardware, pace=pace)
+        _print_estimates(plan, specs, nodes, gpu_bytes, console, hardware=hardware, pace=pace)
     if pace.calibrate:
         from launch.calibrate import calibrate
 
@@ -125,6 +126,7 @@ def _print_placement(
 def _print_estimates(
     plan: Plan,
     specs: Sequence[ActorSpec],
+    nodes: Sequence[NodeResources],
     gpu_bytes: float | None,
     console: Console,
     *,
@@ -133,7 +135,8 @@ def _print_estimates(
 ) -> None:
     """Print memory, disk and pace.
 
-    Raises PlacementError for what does not fit a GPU, ConfigError for what does not fit the disk.
+    Raises PlacementError for what does not fit a GPU or a node, ConfigError for what does not fit
+    the disk.
     """
     if not hardware and not plan.config_file.is_file():
         console.print(
@@ -167,6 +170,8 @@ def _print_estimates(
                 f"{plan.sequences(engine):,.0f}",
             )
         )
+    if gpu:
+        rows.append(("host memory of all actors", f"{_gib(_host(plan, needs))} GiB"))
     rows += _pace_rows(plan, pace)
     console.print(_table("estimates", ("what", "how much"), rows))
     if gpu and gpu_bytes is None:
@@ -174,6 +179,9 @@ def _print_estimates(
             "cluster.gpu_memory_gib is not set: whether this fits a GPU was not checked",
             style="yellow",
         )
+    if gpu:
+        for tight in check_hosts(plan, needs, nodes):
+            console.print(f"warning: tight: {tight}", style="yellow")
     if gpu_bytes is not None:
         published = plan.weights() if transport_of(plan.config) == "cuda_ipc" else 0.0
         for tight in check_gpus(
@@ -183,6 +191,10 @@ def _print_estimates(
             published=published,
         ):
             console.print(f"warning: tight: {tight}", style="yellow")
+
+
+def _host(plan: Plan, needs: Sequence[Need]) -> float:
+    return sum(host_bytes(plan, need) for need in needs)
 
 
 def _sync(plan: Plan) -> str:

@@ -20,6 +20,7 @@ RayhfError                      1   base of the others, for `except` at the comm
 ├── StorageError                8   the run directory cannot be read or written
 ├── ScorerError                 9   too many completions could not be scored
 ├── ActorLostError             10   an actor's process died too often
+│   └── GpuMemoryError         10   a GPU has too little free memory for an engine to start
 ├── DeadlineError              11   a wait passed its limit; says which phase waited for which actor
 ├── PausedError                12   a guard paused the campaign; `rayhf unpause` resumes it
 ├── ServiceError               13   a gRPC service refused a call
@@ -161,6 +162,16 @@ class ActorLostError(RayhfError):
     meaning = "an actor was lost more often than run.restarts allows"
     remedy = (
         "look for memory in the message and in logs/attempt-*/stacks; the same command continues"
+    )
+
+
+class GpuMemoryError(ActorLostError):
+    """Too little free memory on a GPU at the moment: other processes may still hold some."""
+
+    meaning = "a GPU had too little free memory for an engine to start"
+    remedy = (
+        "end what else runs on the GPU, or lower rollout.memory_fraction; the same command "
+        "continues"
     )
 
 

@@ -23,6 +23,7 @@ from rayhf.algorithms.base import (
     policies_of,
     state_of,
 )
+from rayhf.campaign.blocking import in_thread
 from rayhf.campaign.data import CampaignData
 from rayhf.campaign.evaluator import Evaluator
 from rayhf.campaign.iteration import ExploredIteration, IterationExplorer
@@ -188,7 +189,7 @@ class Controller:
         directory = self.store.checkpoints.begin()
         await save_roles(directory, self.roles, self.algorithm)
         reason = alarms[0].message
-        await asyncio.to_thread(
+        await in_thread(
             self.store.commit_unhealthy,
             directory,
             await self._state(),
@@ -311,7 +312,7 @@ class Controller:
         # Exported before the commit, so that a finished campaign always has its policy.
         await self._export()
         finished = iteration >= self.config.run.iterations
-        await asyncio.to_thread(
+        await in_thread(  # reads all files: minutes for a large model
             self.store.commit,
             directory,
             await self._state(),
@@ -326,11 +327,11 @@ class Controller:
             await learner.export(exported)
             for name, text in self.data.exported_files.items():
                 (exported / name).write_text(text, encoding="utf-8")
-            await asyncio.to_thread(self.store.publish_policy, exported, self.iteration, policy)
+            await in_thread(self.store.publish_policy, exported, self.iteration, policy)
 
     async def _restore(self) -> None:
         """Continue from the newest verified checkpoint, or start where none was ever committed."""
-        checkpoint = await asyncio.to_thread(self.store.latest)
+        checkpoint = await in_thread(self.store.latest)
         if checkpoint is None:
             self.store.rewind(None)
             return

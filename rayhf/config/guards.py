@@ -40,13 +40,16 @@ class _Rising(Section):
 class KLGuard(_Rising):
     """reference/kl and eval/<task>/reference_kl: KL(policy || reference), in nats per response.
 
-    Not per token. The thresholds are 2 and 5 times a target of 20 nats, which is ours: the tiny
-    presets' runs stay below 6 in evaluations and below 13 in single iterations. For completions of
-    thousands of tokens, raise both.
+    The thresholds are 2 and 5 times a target of 20 nats, which is ours: the tiny presets' runs stay
+    below 6 in evaluations and below 13 in single iterations.
     """
 
     warn: PositiveFloat | None = 40.0
     pause: PositiveFloat | None = 100.0
+    tokens: PositiveInt = 400
+    """Mean length of responses, in tokens, up to which the thresholds hold; those of longer ones
+    grow in proportion, since every token adds to the KL. By default the pause is at 0.25 nats per
+    token: ours."""
 
 
 class EntropyGuard(Section):

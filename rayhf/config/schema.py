@@ -23,6 +23,7 @@ from pydantic import (
 
 from rayhf.config.algorithms import AlgorithmConfig
 from rayhf.config.base import Name, Section
+from rayhf.config.deepspeed import check_deepspeed
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.guards import GuardsConfig
 from rayhf.config.models import ModelName
@@ -76,8 +77,9 @@ class RunConfig(Section):
     restarts: NonNegativeInt = 5
     """Maximum number of restarts of any one actor within an hour, and of the learners without a
     commit in between, before the run stops."""
-    start_timeout_s: PositiveFloat = 300
-    """Timeout for placing and starting all actors, in seconds."""
+    start_timeout_s: PositiveFloat = 1800
+    """Timeout for placing and starting all actors, in seconds: an engine loads and compiles the
+    model and captures CUDA graphs, which takes minutes for a large one."""
 
     @property
     def is_deterministic(self) -> bool:
@@ -168,7 +170,7 @@ class RolloutConfig(Section):
     engines: PositiveInt = 1
     """vLLM engines (data parallel)."""
     tensor_parallel: PositiveInt = 1
-    """GPUs per engine."""
+    """GPUs (on CPU: processes) per engine."""
     max_num_seqs: PositiveInt = 256
     """Sequences in one engine's batch."""
     kv_cache_gib: PositiveFloat | None = None
@@ -257,6 +259,15 @@ class LearnerConfig(Section):
     """Timeout of a collective operation between ranks, in seconds."""
     threads: PositiveInt | None = None
     """CPU threads per rank. Default: derived from the machine."""
+    deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
+    """Further DeepSpeed settings, which may not override what other keys set, for example
+    {zero_optimization: {stage3_prefetch_bucket_size: 200000000, zero_hpz_partition_size: 8}}."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _check_deepspeed(cls, settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        check_deepspeed(settings)
+        return settings
 
 
 class ClusterConfig(Section):

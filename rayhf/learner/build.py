@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from rayhf.config.schema import LearnerConfig, LoraConfig
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, clean_line
 from rayhf.learner.schedule import lr_factor
 from rayhf.models.architectures import packing_of
 from rayhf.models.forward import Head, PolicyHead, ScoreHead, ValueHead, prepare_config
@@ -115,7 +116,29 @@ def deepspeed_config(config: LearnerConfig, *, device: torch.device) -> Settings
     if config.dtype == "bfloat16":
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
+    return settings | _passed_settings(config, zero)
+
+
+def _passed_settings(config: LearnerConfig, zero: Settings) -> Settings:
+    """Return the config's own DeepSpeed settings, those of ZeRO with ours.
+
+    Raises ConfigError for a name or a value that DeepSpeed's ZeRO does not know.
+    """
+    if not config.deepspeed:
+        return {}
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    passed: Settings = dict(config.deepspeed)
+    merged = {**passed.get("zero_optimization", {}), **zero}
+    try:
+        DeepSpeedZeroConfig(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"learner.deepspeed.zero_optimization.{'.'.join(map(str, first['loc']))}: DeepSpeed "
+            f"refuses {first['input']!r} ({clean_line(first['msg'])})"
+        ) from None
+    return {**passed, "zero_optimization": merged}
 
 
 # ------------------------------------------------------------------------------------------ model

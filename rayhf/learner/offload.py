@@ -7,10 +7,15 @@ views of the same memory therefore remain valid at every ZeRO stage, and not a b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rayhf.weights.deepspeed_internals import DeepSpeedEngine, device_storages
+
+_SMALLEST_BLOCK = 1 << 20
+"""Smallest block of host memory, in bytes."""
 
 
 class Offloader:
@@ -18,8 +23,9 @@ class Offloader:
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._engine = engine
-        self._offloaded: list[tuple[torch.UntypedStorage, Tensor]] = []
-        """Emptied storages and their bytes, in pinned host memory where the device is a GPU."""
+        self._offloaded: list[tuple[torch.UntypedStorage, int, Sequence[Tensor]]] = []
+        """Emptied storages, their sizes, and their bytes in blocks of host memory, which is pinned
+        where the device is a GPU."""
 
     def offload(self) -> None:
         """Move parameters, masters, moments and buffers to host memory, between steps.
@@ -30,11 +36,15 @@ class Offloader:
             return
         for storage in device_storages(self._engine):
             on_gpu = storage.device.type == "cuda"
-            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=on_gpu)
-            host.copy_(_bytes(storage), non_blocking=True)
-            self._offloaded.append((storage, host))
+            blocks = [
+                torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+                for size in block_sizes(storage.nbytes())
+            ]
+            for block, part in zip(blocks, _parts(storage, blocks), strict=True):
+                block[: len(part)].copy_(part, non_blocking=True)
+            self._offloaded.append((storage, storage.nbytes(), blocks))
         self._synchronize()
-        for storage, _ in self._offloaded:
+        for storage, _, _ in self._offloaded:
             storage.resize_(0)
         if self._engine.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -45,9 +55,10 @@ class Offloader:
         Raises torch's OutOfMemoryError where the device has too little free memory.
         """
         while self._offloaded:
-            storage, host = self._offloaded[-1]
-            storage.resize_(host.nbytes)
-            _bytes(storage).copy_(host, non_blocking=True)
+            storage, nbytes, blocks = self._offloaded[-1]
+            storage.resize_(nbytes)
+            for block, part in zip(blocks, _parts(storage, blocks), strict=True):
+                part.copy_(block[: len(part)], non_blocking=True)
             self._offloaded.pop()
         self._synchronize()
 
@@ -56,5 +67,22 @@ class Offloader:
             torch.cuda.synchronize()
 
 
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def block_sizes(nbytes: int) -> list[int]:
+    """Return sizes of blocks that together hold `nbytes`, largest first, all powers of two.
+
+    torch rounds each piece of pinned memory up to a power of two: in one piece, half of it could be
+    wasted.
+    """
+    sizes = []
+    while nbytes > 0:
+        size = max(_SMALLEST_BLOCK, 1 << (nbytes.bit_length() - 1))
+        sizes.append(size)
+        nbytes -= size
+    return sizes
+
+
+def _parts(storage: torch.UntypedStorage, blocks: Sequence[Tensor]) -> list[Tensor]:
+    """Return a storage's bytes, cut as the blocks hold them; the last part may be shorter."""
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    sizes = [len(block) for block in blocks[:-1]]
+    return list(torch.split(flat, [*sizes, len(flat) - sum(sizes)]))

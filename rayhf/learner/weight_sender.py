@@ -84,14 +84,19 @@ class IpcSender:
         self.release()
         probe = engine.probe()
         buckets, target, layouts = _plan(engine, dtype, bucket_bytes)
+        # Buckets that were carved out of segments which the allocator had kept would hold these
+        # whole segments while the engine wakes. So they get segments of their own.
+        torch.cuda.empty_cache()
+        self._memory = [
+            torch.zeros(bucket_nbytes(specs), dtype=torch.uint8, device=engine.device)
+            for specs in layouts
+        ]
         gathered = engine.outgoing.gather(buckets, target, version=version, rank=0)
         published = []
-        for specs, tensors in zip(layouts, gathered, strict=True):
-            flat = torch.zeros(bucket_nbytes(specs), dtype=torch.uint8, device=engine.device)
+        for specs, flat, tensors in zip(layouts, self._memory, gathered, strict=True):
             fill_bucket(flat, specs, (tensor for _, tensor in tensors))
             # Reading the checksum waits for the device: the bytes are there before the handle is.
             checksum = format_checksum(int(device_checksum(flat)))
-            self._memory.append(flat)
             published.append(WeightBucket(tensors=specs, payload=export(flat), checksum=checksum))
         return published, probe
 

@@ -143,13 +143,27 @@ def _kl(history: History, config: GuardsConfig) -> Verdict:
     ]
 
     def verdict(name: str) -> Verdict:
-        values = _last(history, _reader(name), FEW)
+        length = (
+            "rollout/length_mean"
+            if name == "reference/kl"
+            else name.removesuffix("reference_kl") + "length"
+        )
+
+        def scaled(line: Line) -> float | None:
+            """Return the KL of responses of `tokens` tokens at the same KL per token."""
+            kl = _value(line, name)
+            tokens = _value(line, length) or 0.0
+            return kl if kl is None else kl / max(1.0, tokens / limits.tokens)
+
+        values = _last(history, scaled, FEW)
         level = _level(values, limits.warn, limits.pause)
-        return level and (
-            level,
-            f"{name} is {values[-1]:.4g} nats per response, "
-            f"above guards.kl.{level} = {getattr(limits, level):g}: "
-            "lower learner.lr, or raise algorithm.loss.beta or algorithm.kl.coef",
+        if level is None:
+            return None
+        kl = history[-1][name]
+        limit = getattr(limits, level) * kl / values[-1]
+        return level, (
+            f"{name} is {kl:.4g} nats per response, above guards.kl.{level} = {limit:.4g} at this "
+            "length: lower learner.lr, or raise algorithm.loss.beta or algorithm.kl.coef"
         )
 
     return _worst(verdict(name) for name in sorted(names, reverse=True))

@@ -130,8 +130,6 @@ def _counts(
 def _check(config: CampaignConfig) -> None:
     cluster = config.cluster
     tensor_parallel = config.rollout.tensor_parallel
-    if cluster.device == "cpu" and tensor_parallel > 1:
-        raise ConfigError(f"rollout.tensor_parallel is {tensor_parallel} on cpu; expected 1")
     if cluster.placement == "colocate":
         if tensor_parallel > 1:
             raise ConfigError(
@@ -263,6 +261,14 @@ def pack(requests: Sequence[Amounts], nodes: Sequence[NodeResources]) -> list[st
 
 def fits(bundle: Amounts, room: Mapping[str, float]) -> bool:
     return all(amount <= room.get(resource, 0.0) for resource, amount in bundle.items())
+
+
+def cores_per_gpu(nodes: Sequence[NodeResources]) -> int | None:
+    """Return the CPU cores that one GPU's actors may use on every node; None without any GPU."""
+    shares = [
+        node.total.get("CPU", 0.0) / node.total["GPU"] for node in nodes if node.total.get("GPU")
+    ]
+    return max(1, int(min(shares))) if shares else None
 
 
 def impossible(specs: Sequence[ActorSpec], nodes: Sequence[NodeResources]) -> str | None:

@@ -123,6 +123,16 @@ class Plan:
             scaled=scaled,
         )
 
+    def trained(self, spec: ActorSpec) -> int:
+        """Return the number of parameters that a learner or a critic trains."""
+        if role_of(spec.role) == "critic":
+            shape = self._shape(self.config.learner.critic_model or self.config.policy.model)
+            return shape.body + shape.hidden
+        policy = spec.role.removeprefix("learner").strip() or "policy"
+        shape = self._shape(self.model_of(policy))
+        lora = self.config.policy.lora
+        return shape.adapters(lora) if lora else shape.parameters
+
     def _scorer_memory(self, spec: ActorSpec, gpu_bytes: float | None) -> Memory:
         device = self.config.cluster.device
         parts = [self._entry_memory(entry, gpu_bytes) for entry in self._entries(spec)]

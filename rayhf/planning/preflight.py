@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from rayhf.algorithms.base import (
@@ -157,6 +158,19 @@ def _check_rounding(config: CampaignConfig) -> None:
         )
 
 
+def _check_attention(config: CampaignConfig) -> None:
+    """Raise ConfigError where learner.attention needs a package or a device that is missing."""
+    if config.learner.attention != "flash_attention_2":
+        return
+    if config.cluster.device == "cpu":
+        raise ConfigError("learner.attention flash_attention_2 needs cluster.device gpu; use sdpa")
+    if find_spec("flash_attn") is None:
+        raise ConfigError(
+            "learner.attention flash_attention_2 needs the package flash-attn, which is not among "
+            "rayhf's (docs/cluster.md); expected sdpa, which uses torch's own flash kernels"
+        )
+
+
 def transport_of(config: CampaignConfig) -> TransportName:
     """Return how the campaign's weights get to the engines.
 
@@ -199,6 +213,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     recorded. Raises ConfigError.
     """
     algorithm, derived = check_settings(config)
+    _check_attention(config)
     check_trackers(config.trackers)
     models = _models(config, algorithm, base)
     untested = check_architectures(config, algorithm, models)

@@ -95,7 +95,8 @@ class RolloutEngine:
         sleep_mode: make `sleep` free GPU memory, for which vLLM allocates it differently.
         stop_token_ids: tokens that end a completion, besides those of the directory.
 
-    Raises ConfigError where vLLM refuses the model or the settings.
+    Raises ConfigError where vLLM refuses the model or the settings, GpuMemoryError where its GPU
+    has too little free memory.
     """
 
     def __init__(
@@ -190,8 +191,8 @@ class RolloutEngine:
     def join_broadcast(self, rendezvous: Rendezvous, first_rank: int) -> None:
         """Prepare for weights by broadcast; the workers take the ranks from `first_rank` on.
 
-        Waits for running waves and for all other members. Raises ActorLostError or DeadlineError
-        where a member does not join.
+        Waits for running waves and, with gloo, for all other members. Raises ActorLostError or
+        DeadlineError where a member does not join.
         """
         self._loop.call(lambda driver: driver.join_broadcast(rendezvous, first_rank)).result()
 

@@ -13,13 +13,22 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from rayhf.config.schema import RolloutConfig
 from rayhf.data.stop_tokens import special_token_ids, stop_token_ids
 from rayhf.data.thinking import ThinkingParser
-from rayhf.errors import ConfigError, NumericalError, RayhfError, StaleWeightsError, WeightSyncError
+from rayhf.errors import (
+    ConfigError,
+    GpuMemoryError,
+    NumericalError,
+    RayhfError,
+    StaleWeightsError,
+    WeightSyncError,
+    clean_line,
+)
 from rayhf.rollout import vllm_internals
 from rayhf.rollout.env import Device
 from rayhf.rollout.loop import Result, Wave
@@ -352,9 +361,19 @@ def _build(
         settings |= _cpu_settings(max_length)
     else:
         settings |= _gpu_settings(config, kv_cache_gib, sleep_mode=sleep_mode)
+    if config.tensor_parallel > 1:
+        # By default vLLM would detect Ray's placement group and request workers in a bundle that
+        # this actor fills.
+        settings["tensor_parallel_size"] = config.tensor_parallel
+        settings["distributed_executor_backend"] = "mp"
     try:
         return LLM(str(model), **settings)
-    except ValueError as error:
+    except (ValueError, AssertionError, torch.OutOfMemoryError) as error:
+        # A cache of a given size, as on CPU, is too small whenever it is tried.
+        if kv_cache_gib is None and vllm_internals.is_memory_shortage(error):
+            raise GpuMemoryError(f"vLLM does not start: {clean_line(str(error))}") from error
+        if not isinstance(error, ValueError):
+            raise
         raise ConfigError(
             f"vLLM refuses {model} with the settings of section rollout: {error}"
         ) from error
@@ -375,17 +394,11 @@ def _cpu_settings(max_length: int) -> dict[str, Any]:
 def _gpu_settings(
     config: RolloutConfig, kv_cache_gib: float | None, *, sleep_mode: bool
 ) -> dict[str, Any]:
-    settings: dict[str, Any] = {
+    return {
         # With a cache of a given size this decides nothing, but vLLM would still require this
         # fraction to be free at the start.
         "gpu_memory_utilization": config.memory_fraction
         if kv_cache_gib is None
         else _UNCHECKED_FRACTION,
-        "tensor_parallel_size": config.tensor_parallel,
         "enable_sleep_mode": sleep_mode,
     }
-    if config.tensor_parallel > 1:
-        # By default vLLM would detect Ray's placement group and request workers in a bundle that
-        # this actor fills.
-        settings["distributed_executor_backend"] = "mp"
-    return settings

@@ -43,6 +43,13 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 ROUTER_BIAS = "e_score_correction_bias"
+MEMORY_SHORTAGES = (
+    "Free memory on device",
+    "Error in memory profiling",
+    "No available memory for the cache blocks",
+    "To serve at least one request with the model's max seq len",
+)
+"""What vLLM's errors say where a GPU has too little memory, or its free memory changes."""
 BucketBytes = Payload | torch.Tensor | IpcExport
 """A bucket's bytes in host memory or on the engine's device, or a handle to them on that device."""
 
@@ -63,6 +70,16 @@ def has_tied_embeddings(llm: LLM) -> bool:
 def shut_down(llm: LLM) -> None:
     """Stop the in-process engine; LLM itself has no method for it."""
     llm.llm_engine.engine_core.shutdown()
+
+
+def is_memory_shortage(error: Exception) -> bool:
+    """Return whether vLLM did not start because other processes hold or release GPU memory.
+
+    It raises ValueError and AssertionError for that, and ValueError for wrong settings too.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in MEMORY_SHORTAGES
+    )
 
 
 def init_weight_transfer(llm: LLM, names: frozenset[str], directory: Path) -> None:

@@ -5,11 +5,12 @@ receiver's device, each checked against the seal that follows its bytes. NCCL be
 between CPUs; nothing else differs. torch's default group is not touched, since DeepSpeed and vLLM
 each have theirs.
 
-Synchronization: opening a group waits for no one, joining waits for all members. A bucket is sent
-while the sender gathers and packs the next one, and received while the receiver loads the previous
-one. Every wait ends after `timeout_s`: with gloo as an error here; with NCCL torch's watchdog ends
-the process, and its supervisor restarts it. Like every torch process group this one trusts the
-network between its members.
+Synchronization: opening a group waits for no one. Joining waits for all members with gloo, and for
+none with NCCL, whose members connect in the first broadcast: one that is missing shows up there. A
+bucket is sent while the sender gathers and packs the next one, and received while the receiver
+loads the previous one. Every wait ends after `timeout_s`: with gloo as an error here; with NCCL
+torch's watchdog ends the process, and its supervisor restarts it. Like every torch process group
+this one trusts the network between its members.
 
 This is the only file that creates torch's process groups directly, read from torch 2.13.
 """
@@ -68,7 +69,7 @@ class Sender:
         """Layouts and checksums of the buckets sent so far."""
 
     def join(self) -> None:
-        """Wait for all members."""
+        """Join the group; with gloo, wait for all members."""
         self._group = _join(self._store, self.rendezvous, 0, self._device)
 
     def close(self) -> None:
@@ -159,7 +160,7 @@ class Receiver:
 def _join(store: Store, rendezvous: Rendezvous, rank: int, device: torch.device) -> ProcessGroup:
     """Return the group of one backend, without torch's wrapper around several backends.
 
-    Waits for all members.
+    gloo waits for all members; NCCL connects them in the first collective.
     """
     import torch.distributed.distributed_c10d as c10d
 

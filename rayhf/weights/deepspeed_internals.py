@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,9 +21,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayhf.models.forward import Entropy, HeadOutput, Inputs
-
-_OPTIMIZER_DEPTH = 5
-"""Levels of attributes and containers below which a DeepSpeed optimizer has no tensors."""
 
 
 class DeepSpeedEngine(Protocol):
@@ -228,24 +226,34 @@ def device_storages(engine: DeepSpeedEngine) -> list[torch.UntypedStorage]:
         engine.basic_optimizer.param_groups,
         vars(engine.optimizer),
     ]
-    for tensor in _tensors(roots, _OPTIMIZER_DEPTH):
+    for tensor in _tensors(roots, set()):
         storage = tensor.untyped_storage()
         if storage.device.type == engine.device.type and storage.nbytes() and storage.resizable():
             storages[storage._cdata] = storage
     return list(storages.values())
 
 
-def _tensors(value: object, depth: int) -> Iterator[Tensor]:
-    """Yield the tensors in `value`, their gradients and their ZeRO-3 partitions."""
+def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in `value`, their gradients and their ZeRO-3 partitions.
+
+    Looks into containers and dataclasses at any depth, each once: `seen` has their ids. Every value
+    that is looked into belongs to the engine, so that no id is used again meanwhile.
+    """
+    if id(value) in seen:
+        return
     if isinstance(value, Tensor):
+        seen.add(id(value))
         yield value
-        yield from _tensors(
-            [getattr(value, "ds_tensor", None), value.grad if value.is_leaf else None], depth
-        )
-    elif depth and isinstance(value, dict):
-        yield from _tensors([*value.keys(), *value.values()], depth - 1)
-    elif depth and isinstance(value, list | tuple | set):
+        yield from _tensors(getattr(value, "ds_tensor", None), seen)
+        yield from _tensors(value.grad if value.is_leaf else None, seen)
+    elif isinstance(value, dict):
+        seen.add(id(value))
+        for key, part in value.items():
+            yield from _tensors(key, seen)
+            yield from _tensors(part, seen)
+    elif isinstance(value, list | tuple | set | deque):
+        seen.add(id(value))
         for part in value:
-            yield from _tensors(part, depth - 1)
-    elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors(vars(value), depth - 1)
+            yield from _tensors(part, seen)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors(vars(value), seen)

@@ -56,8 +56,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
     with ExitStack() as ends:
 
-        def one_more(*, tied: bool = False, dtype: str = "float32") -> Any:
-            engine, model = build(tmp_path_factory.mktemp("model"), tied=tied, dtype=dtype)
+        def one_more(
+            *, tied: bool = False, dtype: str = "float32", tensor_parallel: int = 1
+        ) -> Any:
+            engine, model = build(
+                tmp_path_factory.mktemp("model"),
+                tied=tied,
+                dtype=dtype,
+                tensor_parallel=tensor_parallel,
+            )
             ends.callback(engine.close)
             return engine, model
 

@@ -133,9 +133,13 @@ def mean_gap(
 Start = Callable[..., tuple[RolloutEngine, Qwen2ForCausalLM]]
 
 
-def build(directory: Path, *, tied: bool, dtype: str) -> tuple[RolloutEngine, Qwen2ForCausalLM]:
+def build(
+    directory: Path, *, tied: bool, dtype: str, tensor_parallel: int = 1
+) -> tuple[RolloutEngine, Qwen2ForCausalLM]:
     model = make_model(directory, tied=tied, dtype=getattr(torch, dtype))
-    config = RolloutConfig(max_num_seqs=192, kv_cache_gib=0.05, mismatch_limit=0.2)
+    config = RolloutConfig(
+        max_num_seqs=192, kv_cache_gib=0.05, mismatch_limit=0.2, tensor_parallel=tensor_parallel
+    )
     return RolloutEngine(
         directory, config, dtype=dtype, max_length=MAX_LENGTH, seed=0, device="cpu"
     ), model  # type: ignore[arg-type]

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from actors.environment import process_env
 from actors.placement_group import PlacementGroup, nodes_now
+from rayhf.config.load import load_config
 from rayhf.errors import PlacementError
-from rayhf.planning.placement import ActorSpec
+from rayhf.planning.placement import ActorSpec, actor_specs
+
+COLOCATED = Path(__file__).parents[2] / "configs/recipes/online_dpo_8b_8gpu_colocate.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,8 @@ def cluster() -> Iterator[Any]:
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
     )
-    cluster.add_node(num_cpus=3, resources={"scale": 1})
+    # GPUs are numbers to Ray: an actor's own ones are what it finds in CUDA_VISIBLE_DEVICES.
+    cluster.add_node(num_cpus=3, num_gpus=2, resources={"scale": 1})
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
@@ -106,3 +113,35 @@ def test_resources_are_reserved_and_released(cluster: Any) -> None:
     group.release()
     reserve(PlacementGroup([spec("scorer", 0, scale=1)], grouped=True), 20.0)
     assert len({node.name for node in nodes_now()}) == 2
+
+
+class Devices:
+    """Actor that reports the GPUs and the threads that its libraries would use."""
+
+    def visible(self) -> tuple[str | None, str | None]:
+        return os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("OMP_NUM_THREADS")
+
+
+def test_colocated_engines_and_ranks_share_a_gpu_each_on_a_local_cluster(
+    cluster: Any,
+) -> None:
+    config = load_config(COLOCATED, ["rollout.engines=2", "learner.ranks=2"])
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    specs = [replace(one, cpus=0.25) for one in actor_specs(config, critic=False, reference=False)]
+    group = PlacementGroup(specs, grouped=True)
+    reserve(group, 0.0)  # as on a cluster that was started here
+    actors = [
+        (one.name, group.create(Devices, one, process_env("gpu", 7, vllm=False)))
+        for one in specs
+        if one.role in ("rollout", "learner")
+    ]
+    calls = [actor.visible.remote() for _, actor in actors]
+    seen = dict(zip([name for name, _ in actors], ray.get(calls, timeout=120), strict=True))
+    for _, actor in actors:
+        ray.kill(actor)
+    group.release()
+    gpu_of = {name: gpu for name, (gpu, _) in seen.items()}
+    assert gpu_of["rollout engine 0"] == gpu_of["learner rank 0"]
+    assert gpu_of["rollout engine 1"] == gpu_of["learner rank 1"]
+    assert {gpu_of["rollout engine 0"], gpu_of["rollout engine 1"]} == {"0", "1"}
+    assert {threads for _, threads in seen.values()} == {"7"}, "Ray would set 1"

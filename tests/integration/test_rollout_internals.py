@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -20,10 +21,13 @@ from vllm.distributed.weight_transfer import WeightTransferEngine
 from vllm.logprobs import FlatLogprobs
 from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.worker import utils
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from rayhf.rollout.vllm_internals import MEMORY_SHORTAGES
 from rayhf.rollout.vllm_worker import BucketTransfer
 
 
@@ -58,3 +62,11 @@ def test_attributes_exist() -> None:
         "request_ids",
     ]
     assert "logprobs" in FlatLogprobs.__dataclass_fields__
+
+
+def test_errors_about_gpu_memory_have_the_texts_that_they_are_known_by() -> None:
+    # Not imported: its imports need CUDA.
+    gpu_worker = Path(inspect.getfile(CPUWorker)).with_name("gpu_worker.py").read_text()
+    sources = "".join([inspect.getsource(kv_cache_utils), inspect.getsource(utils), gpu_worker])
+    for text in MEMORY_SHORTAGES:
+        assert text in sources, text

@@ -122,9 +122,10 @@ def broadcast(
     version: int = 1,
     sender: type[Sender] = Sender,
     buckets: int = 3,
+    workers: int = 1,
 ) -> tuple[str, Future[UpdateReport]]:
     """Announce three buckets and send `buckets`; return their checksum and the engine's report."""
-    learner = sender("127.0.0.1", members=2, timeout_s=20.0, device=torch.device("cpu"))
+    learner = sender("127.0.0.1", members=1 + workers, timeout_s=20.0, device=torch.device("cpu"))
     snapshot = snapshot_of(model, version)
     parameters = dict(model.named_parameters())
     with ThreadPoolExecutor() as pool:
@@ -151,6 +152,20 @@ def test_weights_by_broadcast_are_the_learners(start: Start, tied: bool) -> None
         assert report.result().gap.mean < 1e-4 and engine.fingerprint() == (version, checksum)
         (completions,) = engine.generate([make_request(LONG)], version=version)
         assert mean_gap(model, make_request(LONG), completions) <= 1e-4
+
+
+@pytest.mark.timeout(300)
+def test_engine_of_two_workers_takes_weights_by_each_transport(start: Start) -> None:
+    engine, model = start(tensor_parallel=2)
+    perturb(model, 1)
+    snapshot = snapshot_of(model, 1)
+    report = engine.update(snapshot, payloads_of(snapshot))
+    assert report.checksum == snapshot.checksum and report.gap.mean < 1e-4
+    perturb(model, 2)
+    checksum, sent = broadcast(engine, model, version=2, workers=2)
+    assert sent.result().checksum == checksum and sent.result().gap.mean < 1e-4
+    (completions,) = engine.generate([make_request(LONG)], version=2)
+    assert mean_gap(model, make_request(LONG), completions) <= 1e-4
 
 
 class Damaging(Sender):

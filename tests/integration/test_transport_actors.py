@@ -1,6 +1,6 @@
-"""Weight sync between real actors: a learner of two ranks (ZeRO-3) and a vLLM engine.
+"""Weight sync between real actors: a learner of two ranks (ZeRO-3) and one or two vLLM engines.
 
-By broadcast, also when the engine dies, and with LoRA through the object store.
+By broadcast to two engines, also when one dies, and with LoRA through the object store.
 """
 
 from __future__ import annotations
@@ -73,13 +73,15 @@ class Mortal(RolloutActor):
 
 
 class Stage:
-    """One engine and its learner."""
+    """Engines and their learner."""
 
     def __init__(
         self,
         model: ModelName,
         transport: TransportName = "broadcast",
         lora: LoraConfig | None = None,
+        *,
+        engines: int = 1,
     ) -> None:
         self.events: list[tuple[str, str]] = []
         rollout, learner = (
@@ -97,9 +99,13 @@ class Stage:
             await asyncio.wrap_future(actor.build.remote(model, rollout, **settings).future())
 
         limits = SupervisionLimits(stall_s=TIMEOUT_S, restarts=3)
-        self.engine = SupervisedActor(
-            "rollout engine 0", remote.remote, build, limits=limits, report=self.report
-        )
+        self.engines = [
+            SupervisedActor(
+                f"rollout engine {i}", remote.remote, build, limits=limits, report=self.report
+            )
+            for i in range(engines)
+        ]
+        self.engine = self.engines[0]
         env = process_env("cpu", 1, vllm=False)
         rank = ray.remote(LearnerActor).options(num_cpus=0.25, runtime_env={"env_vars": env})
         self._ranks, self._settings = (
@@ -109,7 +115,7 @@ class Stage:
         self._max_num_seqs = rollout.max_num_seqs
         self.use(transport)
         self._begin = partial(self.learner.start, model, lr=1e-2, total_steps=10, lora=lora)
-        self._actors = [self.engine, *self._ranks]
+        self._actors = [*self.engines, *self._ranks]
 
     def use(self, transport: TransportName) -> None:
         """Sync with this transport from now on, between the same actors."""
@@ -120,13 +126,13 @@ class Stage:
             timeout_s=TIMEOUT_S,
             transport=transport,
         )
-        way = make_transport(transport, self.learner, [self.engine], workers=1, timeout_s=TIMEOUT_S)
+        way = make_transport(transport, self.learner, self.engines, workers=1, timeout_s=TIMEOUT_S)
         self.pool = RolloutPool(
-            [self.engine], way, max_num_seqs=self._max_num_seqs, timeout_s=TIMEOUT_S
+            self.engines, way, max_num_seqs=self._max_num_seqs, timeout_s=TIMEOUT_S
         )
 
     async def start(self) -> None:
-        await asyncio.gather(self.engine.start(), self._begin())
+        await asyncio.gather(*(engine.start() for engine in self.engines), self._begin())
 
     def end(self) -> None:
         for one in self._actors:
@@ -148,12 +154,17 @@ class Stage:
         return snapshot
 
     async def generate(self, version: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Return a completion and its log-probs, with which the learner must agree."""
+        """Return a completion and its log-probs, with which every engine and the learner agree."""
         sampling = Sampling(max_tokens=8, temperature=1.0)
         request = GenerateRequest(
             prompt_id="p", number=0, token_ids=(5, 6, 7), sampling=sampling, seeds=(1,)
         )
-        ((completion,),) = await self.pool.generate([request], version=version)
+        # Several requests of one call are dealt out to the engines in turn.
+        answers = await self.pool.generate([request] * len(self.engines), version=version)
+        ((completion,), *others) = answers
+        for (other,) in others:
+            assert list(other.token_ids) == list(completion.token_ids)
+            assert list(other.logprobs) == list(completion.logprobs)
         row = Row(
             prompt_id="p",
             sample=0,
@@ -186,7 +197,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.R
 @pytest.fixture(scope="module")
 def stage(ground: tuple[asyncio.Runner, Path]) -> Iterator[tuple[asyncio.Runner, Stage]]:
     runner, directory = ground
-    one = Stage(ModelName(str(directory)))
+    one = Stage(ModelName(str(directory)), engines=2)
     runner.run(one.start())
     yield runner, one
     one.end()
@@ -218,7 +229,7 @@ def test_engine_that_dies_in_a_broadcast_is_named(
     runner, one = stage
     with pytest.raises(
         ActorLostError,
-        match=r"sync: rollout engine 0 died|weights by broadcast, sending: .*[Cc]onnection",
+        match=r"sync: rollout engine \d died|weights by broadcast, sending: .*[Cc]onnection",
     ):
         runner.run(one.train_and_deliver(FATAL))
 

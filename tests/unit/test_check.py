@@ -8,6 +8,9 @@ from llama_config import LLAMA
 from typer.testing import CliRunner
 
 from launch.cli import app, main
+from rayhf.config.load import load_config
+from rayhf.errors import ConfigError
+from rayhf.planning.preflight import prepare
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
 
@@ -83,3 +86,10 @@ def test_refusal_is_one_line_after_the_tables(models, monkeypatch, capsys, overr
     output = capsys.readouterr()
     assert stop.value.code == 2 and expected in output.err and output.err.count("\n") == 1
     assert "placement" in output.out and "at the peak" in output.out
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "cluster.device gpu"), ("gpu", "sdpa")])
+def test_flash_attention_is_refused_where_it_is_missing(device, expected):
+    overrides = ["learner.attention=flash_attention_2", f"cluster.device={device}"]
+    with pytest.raises(ConfigError, match=rf"flash_attention_2 needs .*{expected}"):
+        prepare(load_config(RECIPES[0], overrides), base=Path.cwd())

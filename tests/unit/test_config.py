@@ -171,3 +171,20 @@ def test_defaults_are_those_of_their_source():
     )
     for config in (ppo, dpo):
         assert ALGORITHMS.build(config).samples == config.samples
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage follows from learner.zero"),
+        ({"bf16": {"enabled": False}}, "bf16 follows from learner.dtype; expected that instead"),
+        ({"zero_optimisation": {}}, "is not passed to DeepSpeed; did you mean zero_optimization"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "where DeepSpeed keeps master weights"),
+        ({"zero_optimization": 3}, "zero_optimization is 3; expected a mapping"),
+    ],
+)
+def test_deepspeed_settings_do_not_override_other_keys(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(with_(learner={"deepspeed": settings}))
+    passed = {"zero_optimization": {"stage3_prefetch_bucket_size": 1000}}
+    assert load_config(with_(learner={"deepspeed": passed})).learner.deepspeed == passed

@@ -175,6 +175,17 @@ def test_one_outlier_warns_and_two_of_three_pause():
     assert levels(short("eval/t/reference_kl", 500, 500, 500)) == {"kl": "pause"}
 
 
+def test_thresholds_of_the_kl_grow_with_the_length_of_responses():
+    lines = short("reference/kl", 450, 450, 450, **{"rollout/length_mean": 2000.0})
+    assert levels(lines) == {"kl": "warn"}
+    assert levels(lines, kl={"tokens": 2000}) == {"kl": "pause"}
+    assert levels(short("reference/kl", 501, 501, 501, **{"rollout/length_mean": 2000.0})) == {
+        "kl": "pause"
+    }
+    evaluated = {"eval/t/length": 2000.0, "rollout/length_mean": 10.0}
+    assert levels(short("eval/t/reference_kl", 199, 199, 199, **evaluated)) == {}
+
+
 def test_null_disables_a_threshold():
     lines = short("reference/kl", 500, 500, 500)
     assert levels(lines, kl={"pause": None}) == {"kl": "warn"}

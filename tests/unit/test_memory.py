@@ -9,6 +9,7 @@ from rayhf.config.load import load_config
 from rayhf.config.schema import LearnerConfig, LoraConfig, ReferenceConfig, RolloutConfig, RunConfig
 from rayhf.errors import ConfigError, PlacementError
 from rayhf.planning.disk import Disk, disk
+from rayhf.planning.host import check_hosts, host_bytes
 from rayhf.planning.memory import (
     GIB,
     engine_memory,
@@ -18,7 +19,7 @@ from rayhf.planning.memory import (
     sequences_in_cache,
 )
 from rayhf.planning.pace import seconds_per_iteration
-from rayhf.planning.placement import actor_specs
+from rayhf.planning.placement import NodeResources, actor_specs
 from rayhf.planning.plan import Plan, check_disk, check_gpus
 from rayhf.planning.preflight import check_settings
 from rayhf.planning.shape import read_shape
@@ -230,6 +231,32 @@ def test_shared_gpus_are_checked_for_each_side(model):
     plan, specs = campaign(model, learner={"ranks": 3})
     with pytest.raises(PlacementError, match=r"while learners run, and there are 80\.0"):
         check_gpus(plan.needs(specs, 80 * GIB), 80 * GIB, colocate=True)
+
+
+def test_host_memory_holds_what_sleeps(model):
+    """18 bytes for each parameter of every sleeping learner, and the engines' weights."""
+    plan, specs = campaign(model)
+    needs = plan.needs(specs, 80 * GIB)
+    learners = [need for need in needs if need.spec.role == "learner"]
+    sleeping = sum(host_bytes(plan, need) for need in learners)
+    assert sleeping > 18 * P
+    total = sum(host_bytes(plan, need) for need in needs)
+    assert total > sleeping + 8 * 2 * P
+
+    def nodes(gib):
+        resources = {"GPU": 8.0, "CPU": 64.0, "memory": 0.7 * gib * GIB}
+        resources["object_store_memory"] = 0.3 * gib * GIB
+        return [NodeResources(name="10.0.0.1", total=resources, free=resources)]
+
+    assert check_hosts(plan, needs, nodes(total / GIB * 2)) == []
+    (tight,) = check_hosts(plan, needs, nodes(total / GIB * 1.05))
+    assert tight.startswith("10.0.0.1 needs about ")
+    with pytest.raises(PlacementError, match=r"GiB of host memory .* expected placement separate"):
+        check_hosts(plan, needs, nodes(total / GIB * 0.9))
+    alone = {"device": "gpu", "placement": "separate"}
+    plan, specs = campaign(model, cluster=alone, learner={"offload": True, "ranks": 1})
+    (learner,) = [n for n in plan.needs(specs, 80 * GIB) if n.spec.role == "learner"]
+    assert 16 * P < host_bytes(plan, learner) < 16.1 * P
 
 
 def test_sync_sends_adapters_or_whole_weights(model):

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from launch.assemble import environment
 from rayhf.config.load import load_config
 from rayhf.errors import ConfigError
 from rayhf.planning.placement import (
     NodeResources,
     actor_specs,
     bundles,
+    cores_per_gpu,
     crowded,
     impossible,
     members,
@@ -94,6 +96,20 @@ def test_roles_with_gpus_of_their_own_leave_the_shared_gpus():
         (["scorer"], 0.5),
     ]
     assert [b["GPU"] for b in bundles(specs)] == [1.0] * 9 + [0.5]
+
+
+def test_gpu_actors_share_the_cores_of_their_node():
+    """Ray alone would give each of them one thread, also to an optimizer in host memory."""
+    nodes = [node(8, cpus=96), node(8, cpus=64), node(0, cpus=4)]
+    assert cores_per_gpu(nodes) == 8
+    assert cores_per_gpu([node(0)]) is None
+    assert cores_per_gpu([node(4, cpus=2)]) == 1
+    config = load_config(PPO)
+    env = environment(config, "learner", critic=True, gpu_cores=8)
+    assert env["OMP_NUM_THREADS"] == "8"
+    assert "OMP_NUM_THREADS" not in environment(config, "rollout", critic=True, gpu_cores=8)
+    stated = load_config(PPO, ["learner.threads=3"])
+    assert environment(stated, "critic", critic=True, gpu_cores=8)["OMP_NUM_THREADS"] == "3"
 
 
 def test_custom_resources_pin_pools_to_nodes():

@@ -5,9 +5,11 @@ import asyncio
 import pytest
 from fake_actor import FakeActor, FakeMethod, finished, no_process
 
+import actors.supervise
 from actors.process import ProcessInfo
 from actors.supervise import SupervisedActor, SupervisionLimits
-from rayhf.errors import ActorLostError
+from launch.assemble import start_in_turn
+from rayhf.errors import ActorLostError, GpuMemoryError
 
 
 class Fleet:
@@ -141,3 +143,52 @@ def test_stacks_of_a_lost_actor_are_saved(tmp_path):
         assert files == [(False, tmp_path / "rollout-engine-0-0.txt"), (True, None)]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("short", "restarts"), [(2, 2), (3, 2)])
+def test_engine_without_gpu_memory_is_started_again(monkeypatch, short, restarts):
+    """Other processes give memory back; after run.restarts attempts the error is raised."""
+    monkeypatch.setattr(actors.supervise, "_MEMORY_WAIT_S", 0.0)
+    events = []
+    fleet = Fleet()
+
+    async def build(actor):
+        if len(fleet.created) <= short:
+            raise GpuMemoryError("vLLM does not start: Free memory on device 1.0/80.0 GiB")
+
+    one = supervised(
+        fleet,
+        stall_s=30.0,
+        restarts=restarts,
+        build=build,
+        report=lambda kind, message: events.append(kind),
+    )
+    if short <= restarts:
+        asyncio.run(one.start())
+        assert one.stage == "ready" and len(fleet.created) == short + 1
+    else:
+        with pytest.raises(ActorLostError, match=r"lost 3 times .* Free memory on device"):
+            asyncio.run(one.start())
+    assert events == ["fault"] * min(short, restarts)
+
+
+def test_engines_of_two_policies_on_the_same_gpus_start_in_turn():
+    log = []
+
+    class Noted:
+        def __init__(self, name):
+            self.name = name
+
+        async def start(self):
+            log.append(f"start {self.name}")
+            await asyncio.sleep(0)
+            log.append(f"ready {self.name}")
+
+        async def sleep(self):
+            log.append(f"sleep {self.name}")
+
+    first = [Noted("actor 0"), Noted("actor 1")]
+    second = [Noted("refiner 0")]
+    asyncio.run(start_in_turn([(first, Noted("actor")), (second, Noted("refiner"))]))
+    assert log[:2] == ["start actor 0", "start actor 1"], "one policy's engines start together"
+    assert log[-4:] == ["sleep actor", "start refiner 0", "ready refiner 0", "sleep refiner"]
