@@ -304,8 +304,8 @@ def test_scorer_and_critic_read_the_text_of_all_tokens(rollouts):
                 index=0,
                 seed=0,
                 text="yes" if request.token_ids[0] == 900 else decode(tokens),
-                token_ids=tokens,
-                logprobs=(-1.0,) * len(tokens),
+                token_ids=token_array(tokens),
+                logprobs=float_array((-1.0,) * len(tokens)),
                 finish_reason="stop" if tokens[-1] in (56, 77) else "length",
                 policy_version=0,
             )
