@@ -234,12 +234,17 @@ def clean_line(text: str, limit: int = REASON_CHARS) -> str:
     return "".join(character if character.isprintable() else "?" for character in line)
 
 
+def message_of(error: BaseException) -> str:
+    """Return an error's message; "" where its own `__str__` raises, which foreign code may do."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  the error that it belongs to is reported
+        return ""
+
+
 def last_line(error: BaseException) -> str:
     """Return type and last line of a foreign error, which is where it says what went wrong."""
-    try:
-        lines = [line for line in map(clean_line, str(error).splitlines()) if line]
-    except Exception:  # noqa: BLE001 - foreign code raises in its __str__, too
-        lines = []
+    lines = [line for line in map(clean_line, message_of(error).splitlines()) if line]
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
@@ -247,4 +252,5 @@ def one_line(error: BaseException) -> str:
     """Return type and message of an error in one line; rayhf's own errors without their type."""
     if isinstance(error, RayhfError):
         return clean_line(str(error))
-    return clean_line(f"{type(error).__name__}: {error}")
+    message = message_of(error)
+    return clean_line(f"{type(error).__name__}: {message}" if message else type(error).__name__)
