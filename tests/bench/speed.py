@@ -224,9 +224,10 @@ class Bench:
             f"{peer.length:.0f}",
             f"{peer.median:.2f} ({min(peer.seconds):.2f}-{max(peer.seconds):.2f})",
         ]
-        alone = peer.label in BARE
-        cells += ["" if alone else f"{peer.rate:.1f}"]
-        cells += ["" if alone or trl is None else f"{peer.rate / trl.rate:.2f}x"]
+        if trl is None or peer.label in BARE:
+            cells += ["", ""]
+        else:
+            cells += [f"{peer.rate:.1f}", f"{peer.rate / trl.rate:.2f}x"]
         cells += ["" if s is None else f"{s:.3f}" for s in phases]
         cells += [f"{peer.rss_gib:.1f}", f"{peer.pss_gib:.1f}"]
         self.lines.append(f"| {' | '.join(cells)} |")
