@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from rayhf.config.models import ModelName
 from rayhf.config.schema import RolloutConfig
 from rayhf.config.scorers import Dtype, EngineModel, PointwiseEntryConfig
 from rayhf.scorer.endpoint_config import EndpointConfig
 from rayhf.scorer.judge_text import JudgeMode, QuestionTemplate, VerdictPattern
+from rayhf.scorer.replies import MAX_REPLIES
 from rayhf.scorer.rubric import Rubric
 
 
@@ -60,6 +61,10 @@ class JudgeConfig(PointwiseEntryConfig):
     """Regular expression of the verdict; its last match in the judge's response counts. One group
     that holds yes or no, a number from 1 to 10, or a, b or tie; or groups named `yes` and `no`,
     `rating`, or `first`, `second` and `tie`."""
+    keep_replies: Annotated[int, Field(ge=0, le=MAX_REPLIES)] = 16
+    """Largest number of replies about a completion that the run keeps beside its score, each of at
+    most 2,000 characters; 0 keeps none. Of several questions (criteria, opponents), the first
+    replies to each come first. A reply about a pair belongs to the completion shown first."""
     dtype: Dtype = "bfloat16"
     """Of the engine in the scorer's process."""
     kv_cache_gib: PositiveFloat | None = None
