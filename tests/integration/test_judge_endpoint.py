@@ -61,7 +61,8 @@ def test_verdicts_in_text(server: Served) -> None:
     [(good, bad, mute)], counts = judged(config, request(GOOD, BAD, MUTE))
     assert isinstance(good, Scored) and good.value > 0.75
     assert isinstance(bad, Scored) and bad.value < 0.25
-    assert any("Verdict : no" in reply.text for reply in bad.replies) and len(bad.replies) == 5
+    assert len(bad.replies) == 5
+    assert any(reply.text.replace(" ", "") == "Verdict:no" for reply in bad.replies)
     assert isinstance(mute, Invalid) and "hm" in mute.reason
     assert counts["judge/requests"] == 15.0
     assert counts["judge/prompt_tokens"] == counts["judge/cost"] > 15 * 10

@@ -59,7 +59,7 @@ def test_judge_on_vllm_gives_votes_or_a_reason(judge: Path) -> None:
         assert good.value > 0.75 and bad.value < 0.25
         # The judge's words are kept, one reply per vote.
         assert len(good.replies) == 5 and {reply.part for reply in good.replies} == {"judge"}
-        assert any("Verdict : yes" in reply.text for reply in good.replies)
+        assert any(reply.text.replace(" ", "") == "Verdict:yes" for reply in good.replies)
         # A judge that never gives a verdict gives no score: not 0, and the reason quotes it.
         assert isinstance(mute, Invalid) and "hm" in mute.reason
         # The same answers in other company and order get the same verdicts.
