@@ -91,7 +91,7 @@ async def evaluate(
     seed: int,
     task: str,
     improve: Callable[[Sequence[Completion]], Awaitable[list[Completion]]] | None = None,
-    record: Callable[[Sequence[Group]], Awaitable[None]] | None = None,
+    record: Callable[[Sequence[Group]], None] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of one held-out task.
 
@@ -115,7 +115,7 @@ async def evaluate(
         kind: await _outcomes(prompts, completions, scorer) for kind, completions in answers.items()
     }
     if record is not None:
-        await record(_answer_groups(prompts, answers, outcomes))
+        record(_answer_groups(prompts, answers, outcomes))
     columns: dict[str, Sequence[float | None]] = {
         **{kind: _values(each) for kind, each in outcomes.items()},
         "length": [float(len(c.token_ids)) for c in sampled],
