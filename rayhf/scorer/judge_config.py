@@ -12,8 +12,11 @@ from rayhf.config.schema import RolloutConfig
 from rayhf.config.scorers import Dtype, EngineModel, PointwiseEntryConfig
 from rayhf.scorer.endpoint_config import EndpointConfig
 from rayhf.scorer.judge_text import JudgeMode, QuestionTemplate, VerdictPattern
-from rayhf.scorer.replies import MAX_REPLIES
+from rayhf.scorer.replies import MAX_REPLIES, REPLY_CHARS
 from rayhf.scorer.rubric import Rubric
+
+_TOKEN_BYTES = 4
+"""Typical length of a token's text."""
 
 
 class JudgeConfig(PointwiseEntryConfig):
@@ -84,6 +87,13 @@ class JudgeConfig(PointwiseEntryConfig):
     def is_concurrent(self) -> bool:
         """Whether several calls may run at the same time, in threads."""
         return self.endpoint is not None
+
+    @property
+    def reply_bytes(self) -> int:
+        """Most that a run keeps of its words about one completion, for the estimate of disk."""
+        asks_once = not (self.is_pairwise or self.per_criterion)
+        replies = min(self.keep_replies, self.votes) if asks_once else self.keep_replies
+        return replies * min(REPLY_CHARS, _TOKEN_BYTES * self.max_tokens)
 
     @property
     def loads(self) -> EngineModel | None:
