@@ -42,6 +42,7 @@ _ESCAPE_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1
 """Codes that control a terminal: colors, cursor, title."""
 REASON_CHARS = 600
 """Limit on foreign text in a message."""
+_CUT = "\n[...]\n"
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -232,6 +233,22 @@ def clean_line(text: str, limit: int = REASON_CHARS) -> str:
     if line.isprintable():
         return line
     return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def clean_text(text: str, limit: int) -> str:
+    """Return foreign text of at most `limit` characters, cleaned as in clean_line.
+
+    Line breaks and tabs stay. A longer text loses its middle: a verdict stands at the end.
+    """
+    if len(text) > limit:
+        half = (limit - len(_CUT)) // 2
+        text = text[:half] + _CUT + text[-half:]
+    text = "\n".join(_ESCAPE_CODE.sub("", text).splitlines())
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else "?" for character in text
+    )
 
 
 def message_of(error: BaseException) -> str:

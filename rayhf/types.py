@@ -179,11 +179,27 @@ class Completion(_ByValue):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeReply:
+    """What a judge wrote about a completion: its reasons and its verdict."""
+
+    text: str
+    part: str = ""
+    """Name of the part of the score that it belongs to."""
+    against: int | None = None
+    """Of a judge that compares: index of the other completion in the request. It was shown second,
+    the completion that has this reply first."""
+    left_out: bool = False
+    """Whether it does not count: no verdict could be read in it, or it was cut off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
     """A score, bounded by scorer/outcomes.py, and, for a weighted sum, its parts."""
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    replies: tuple[JudgeReply, ...] = ()
+    """What judges wrote, bounded by scorer/replies.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +239,12 @@ class Compared:
     win[i, j] + win[j, i] = 1. NaN where the scorer had no verdict on a pair."""
     source: Literal["pairwise", "pointwise"]
     """pointwise: sigmoids of score differences, transitive by construction."""
+    replies: tuple[tuple[JudgeReply, ...], ...] = ()
+    """What judges wrote: K entries, one per completion, or none."""
+
+    def replies_about(self, index: int) -> tuple[JudgeReply, ...]:
+        """Return what judges wrote about a completion, or about a pair that it stood first in."""
+        return self.replies[index] if self.replies else ()
 
 
 Comparison = Compared | Invalid | Failed

@@ -20,6 +20,7 @@ from rayhf.types import (
     Completion,
     GenerateRequest,
     Invalid,
+    JudgeReply,
     Outcome,
     Scored,
     ScoreRequest,
@@ -116,7 +117,7 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
 
 
 class _Score(Codec[ScoreRequest, tuple[Outcome, ...]]):
-    """Outcomes: a score without parts is a number, with parts a list, an Invalid its reason.
+    """Outcomes: a score is a number, with parts or replies a list, an Invalid its reason.
 
     A Skipped has its reason in a list of its own.
     """
@@ -138,7 +139,9 @@ def _encode_outcome(outcome: Outcome) -> object:
         return [outcome.reason]
     if not isinstance(outcome, Scored):
         return outcome.reason
-    return [outcome.value, dict(outcome.parts)] if outcome.parts else outcome.value
+    if outcome.parts or outcome.replies:
+        return [outcome.value, dict(outcome.parts), _encode_replies(outcome.replies)]
+    return outcome.value
 
 
 def _restore_outcome(raw: Any) -> Outcome:
@@ -147,19 +150,30 @@ def _restore_outcome(raw: Any) -> Outcome:
     if isinstance(raw, list) and len(raw) == 1:
         return Skipped(reason=raw[0])
     if isinstance(raw, list):
-        value, parts = raw
-        return Scored(value=value, parts=parts)
+        value, parts, replies = raw
+        return Scored(value=value, parts=parts, replies=_restore_replies(replies))
     return Scored(value=raw)
 
 
+def _encode_replies(replies: Sequence[JudgeReply]) -> list[object]:
+    return [[reply.text, reply.part, reply.against, reply.left_out] for reply in replies]
+
+
+def _restore_replies(raw: Any) -> tuple[JudgeReply, ...]:
+    return tuple(
+        JudgeReply(text=text, part=part, against=against, left_out=left_out)
+        for text, part, against, left_out in raw
+    )
+
+
 class _Compare(Codec[ScoreRequest, Comparison]):
-    """Comparisons: source and size as JSON and the matrix as an array; an Invalid's reason."""
+    """Comparisons: source, size and replies as JSON and the matrix as an array; or a reason."""
 
     request_type = "compare"
 
     def encode(self, responses: Sequence[Comparison]) -> Encoded:
         columns = [
-            [response.source, len(response.win)]
+            [response.source, len(response.win), list(map(_encode_replies, response.replies))]
             if isinstance(response, Compared)
             else response.reason
             for response in responses
@@ -176,16 +190,16 @@ class _Compare(Codec[ScoreRequest, Comparison]):
             if isinstance(row, str):
                 yield row
                 continue
-            source, size = row
+            source, size, replies = row
             end = 8 * size * size
-            yield source, np.frombuffer(data[:end], dtype="<f8").reshape(size, size)
+            yield source, np.frombuffer(data[:end], dtype="<f8").reshape(size, size), replies
             data = data[end:]
 
     def restore(self, request: ScoreRequest, raw: Any) -> Comparison:
         if isinstance(raw, str):
             return Invalid(reason=raw)
-        source, win = raw
-        return Compared(win=win, source=source)
+        source, win, replies = raw
+        return Compared(win=win, source=source, replies=tuple(map(_restore_replies, replies)))
 
 
 GENERATE = _Generate()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ from rayhf.types import (
     token_array,
 )
 
+_REPLY = pa.struct(
+    [
+        ("part", pa.string()),
+        ("against", pa.int32()),
+        ("left_out", pa.bool_()),
+        ("text", pa.string()),
+    ]
+)
 SAMPLES = pa.schema(
     [
         ("iteration", pa.int32()),
@@ -49,6 +58,7 @@ SAMPLES = pa.schema(
         ("logprobs", pa.list_(pa.float32())),
         ("score", pa.float64()),
         ("scores", pa.map_(pa.string(), pa.float64())),
+        ("replies", pa.list_(_REPLY)),
         ("outcome", pa.string()),
         ("reason", pa.string()),
         ("wins", pa.list_(pa.float64())),
@@ -118,6 +128,7 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
             list(outcome.parts.items()) if isinstance(outcome, Scored) else []
             for outcome in outcomes
         ],
+        "replies": [_replies(g, n) for g, n in zip(owners, numbers, strict=True)],
         "outcome": [None if outcome is None else type(outcome).__name__ for outcome in outcomes],
         "reason": [
             outcome.reason if isinstance(outcome, Invalid | Failed) else None
@@ -133,6 +144,15 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
         "seed": [c.seed for c in completions],
     }
     return pa.Table.from_pydict(columns, schema=SAMPLES)
+
+
+def _replies(group: Group, index: int) -> list[dict[str, object]]:
+    """Return what judges wrote about a sample, or about a pair that it stood first in."""
+    outcome = group.samples[index].outcome
+    replies = outcome.replies if isinstance(outcome, Scored) else ()
+    if group.compared is not None:
+        replies += group.compared.replies_about(index)
+    return [asdict(reply) for reply in replies]
 
 
 def example_table(iteration: int, examples: Sequence[Example]) -> pa.Table:

@@ -19,7 +19,7 @@ from rayhf.view.samples import first_of, question, read_columns
 
 Interval = tuple[float, float, float]
 """(mean, low, high)."""
-_COLUMNS = ["iteration", "kind", "text", "score", "outcome", "reason", "finish_reason"]
+_COLUMNS = ["iteration", "kind", "text", "score", "outcome", "reason", "finish_reason", "replies"]
 
 
 def heldout_prompts(run: Run) -> list[dict[str, Any]]:
@@ -40,10 +40,12 @@ def heldout_answers(run: Run, prompt_id: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for file in run.tables("heldout").values():
         try:
-            table = pq.read_table(file, columns=_COLUMNS, filters=[("prompt_id", "=", prompt_id)])
+            names = pq.read_schema(file).names
+            columns = [name for name in _COLUMNS if name in names]
+            table = pq.read_table(file, columns=columns, filters=[("prompt_id", "=", prompt_id)])
         except OSError:
             continue
-        rows += table.to_pylist()
+        rows += [{"replies": None, **row} for row in table.to_pylist()]
     return rows
 
 

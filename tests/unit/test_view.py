@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import trustme
 from starlette.testclient import TestClient
@@ -96,6 +97,7 @@ def test_newest_samples_come_first_and_pages_join(run):
         ({"minimum": 1.0, "maximum": 2.0}, lambda row: 1.0 <= row["score"] <= 2.0),
         ({"truncated": True}, lambda row: row["truncated"]),
         ({"kind": "step"}, lambda row: row["kind"] == "step"),
+        ({"replied": True}, lambda row: row["kind"] == "answer" and row["outcome"] == "Scored"),
         ({"source": "words"}, lambda row: row["source"] == "words"),
         ({"text": "NUMBER 3"}, lambda row: "number 3" in row["prompt"]),
         ({"text": "step 2"}, lambda row: "step 2" in row["text"]),
@@ -145,10 +147,36 @@ def test_pairs_have_their_texts(run):
     assert pair["margin"] == 1.0 and pair["origin"] == "rule"
 
 
+def test_words_of_judges_are_beside_samples_and_pairs(run):
+    listed = {(row["prompt_id"], row["sample"]): row for row in found(run, replied=True, first=4)}
+    assert listed["prompt-4-3", 1]["replies"][0]["text"].startswith("Seen: ")
+    [group] = read_groups(run, 4, ["prompt-4-1"])
+    told = [[(r["text"], r["left_out"]) for r in s["replies"]] for s in group["samples"]]
+    assert told == [[("0 before 1", False)], [("1 before 2", False)], [("2 before 0", True)]]
+    # A pair shows what was said about its two samples only.
+    chosen, rejected = group["examples"][0]["rows"]
+    assert (chosen["sample"], chosen["replies"]) == (1, [])
+    assert [reply["text"] for reply in rejected["replies"]] == ["0 before 1"]
+    [judged] = list_samples(run, Query(first=4, text="number 1", replied=True)).rows[:1]
+    assert judged["replies"][0]["against"] == 1
+
+
+def test_a_run_without_words_of_judges_is_shown(tmp_path):
+    path = write_run(tmp_path, iterations=1)
+    for folder in ("samples", "heldout"):
+        for file in (path / folder).glob("*.parquet"):
+            pq.write_table(pq.read_table(file).drop_columns("replies"), file)
+    old = Run(path, "run")
+    assert found(old, replied=True) == [] and len(found(old)) > 0
+    assert all(s["replies"] == [] for s in read_groups(old, 1, ["prompt-1-0"])[0]["samples"])
+    assert all(row["replies"] is None for row in heldout_answers(old, "heldout-0"))
+    assert write_report([path], tmp_path / "report.html").total == 4
+
+
 def test_held_out_prompt_over_iterations(run):
     prompts = heldout_prompts(run)
     answers = heldout_answers(run, prompts[0]["prompt_id"])
-    assert len(prompts) == 6
+    assert len(prompts) == 6 and answers[0]["replies"][0]["part"] == "judge"
     assert [row["iteration"] for row in answers] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 

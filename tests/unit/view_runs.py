@@ -23,6 +23,7 @@ from rayhf.types import (
     Failed,
     Group,
     Invalid,
+    JudgeReply,
     Outcome,
     Prompt,
     Sample,
@@ -48,6 +49,7 @@ WORDS = [
 ]
 CYCLE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])
 """0 beats 1, 1 beats 2, 2 beats 0."""
+STRUCTURED = JudgeReply(text='{"reasoning": "<b>good</b>\\n", "verdict": "yes"}', part="judge")
 
 
 def write_run(
@@ -122,7 +124,10 @@ async def _write_iteration(
         Group(
             prompt=_prompt(f"heldout-{n}", f"held-out question {n}"),
             samples=tuple(
-                replace(_sample(_words(rng, words), Scored(value=rate + n % 2)), kind=kind)
+                replace(
+                    _sample(_words(rng, words), Scored(value=rate + n % 2, replies=(STRUCTURED,))),
+                    kind=kind,
+                )
                 for kind in ("sampled", "greedy")
             ),
         )
@@ -154,11 +159,25 @@ def _group(
     if n % 4 == 2:
         return Group(prompt=prompt, samples=_tree(rng))
     made = [
-        _sample(text, Scored(value=float(i), parts={"rule": float(i), "style": 0.5}))
+        _sample(
+            text,
+            Scored(
+                value=float(i),
+                parts={"rule": float(i), "style": 0.5},
+                replies=() if n % 4 == 1 else (JudgeReply(text=f"Seen: {text}", part="style"),),
+            ),
+        )
         for i, text in enumerate(texts or [_words(rng, words) for _ in range(samples)])
     ]
     if n % 4 == 1:
-        compared = Compared(win=CYCLE, source="pairwise")
+        compared = Compared(
+            win=CYCLE,
+            source="pairwise",
+            replies=tuple(
+                (JudgeReply(text=f"{i} before {j}", part="judge", against=j, left_out=i == 2),)
+                for i, j in ((0, 1), (1, 2), (2, 0))
+            ),
+        )
         return Group(prompt=prompt, samples=tuple(made[:3]), compared=compared)
     if n % 4 == 0:
         made[-1] = replace(made[-1], outcome=Invalid(reason="the verdict was NaN"))
