@@ -18,6 +18,7 @@ from typing import BinaryIO, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayhf.evaluation.values import PromptValues
 from rayhf.run_dir import tables
 from rayhf.run_dir.checksums import ChecksumLog
 from rayhf.run_dir.files import (
@@ -33,7 +34,7 @@ from rayhf.types import Example, Group, JsonObject
 
 Item = TypeVar("Item")
 METRICS = "metrics.jsonl"
-TABLES = ("samples", "examples", "credit", "heldout")
+TABLES = ("samples", "examples", "credit", "heldout", "evaluations")
 """Directories with a Parquet file per iteration, where it has one."""
 _PART = 4096
 """Groups or examples per row group: the tables of a whole iteration may not fit into memory."""
@@ -90,6 +91,12 @@ class Records:
         """Write an evaluation's completions of the held-out prompts."""
         parts = (tables.sample_table(iteration, part) for part in _parts(groups))
         await asyncio.to_thread(self._write_table, "heldout", iteration, tables.SAMPLES, parts)
+
+    async def write_evaluations(self, iteration: int, values: Sequence[PromptValues]) -> None:
+        """Write the figures of an iteration's evaluations by prompt."""
+        parts = iter([tables.evaluation_table(iteration, values)])
+        schema = tables.EVALUATIONS
+        await asyncio.to_thread(self._write_table, "evaluations", iteration, schema, parts)
 
     def read_examples(self, iteration: int) -> list[Example]:
         """Return the policy's examples of an earlier iteration; none where there was none."""
