@@ -43,7 +43,7 @@ def summary(path: Path, task: str) -> Table:
     iterations = [line for line in run.metrics() if line["iteration"] > 0]
     title = f"{escape(plain(path.name))}: before and after {len(iterations)} iterations"
     table = Table(title=title)
-    table.add_column("95 % intervals over prompts", overflow="fold")
+    table.add_column("95 % intervals over prompts", overflow="fold", min_width=24)
     for name in ("before", "after", "difference"):
         table.add_column(name, justify="right")
     for label, change in _figures(changes(run), task):

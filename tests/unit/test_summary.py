@@ -32,13 +32,15 @@ def test_every_difference_has_an_interval(tmp_path):
     assert lines[first + 1].split("│")[4].strip() == "0.400 to 0.400"
     for name in ("held-out, greedy", "eval/pairs/", "training reward"):
         assert name in text
-    differences = [line for line in lines if re.search(r"│ +[+-]\d", line)]
+    differences = [line for line in lines if re.search(r"│ +[+-]\d+\.\d{3} │$", line)]
     followed = [lines[lines.index(line) + 1] for line in differences]
     assert len(differences) == 4 and all(INTERVAL.search(line) for line in followed)
 
 
 def test_figure_that_was_measured_once_has_no_difference(tmp_path):
-    lines = lines_of(summary(write_run(tmp_path, iterations=0), "toy"))
+    path = write_run(tmp_path, iterations=1)
+    (path / "evaluations/iteration-000001.parquet").unlink()
+    lines = lines_of(summary(path, "toy"))
     (row,) = (line for line in lines if "held-out, temperature 1" in line)
     assert [cell.strip() for cell in row.split("│")[2:5]] == ["", "0.500", ""]
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -274,19 +275,30 @@ def test_report_holds_every_prompt_of_a_small_run(path, tmp_path):
 
 
 def test_larger_run_is_sampled_from_all_iterations_problems_first(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MAX_GROUPS", 6)
+    whole = write_report([path], tmp_path / "whole.html")
+    plain = len(json.dumps(data_of(whole.file), ensure_ascii=False))
+    monkeypatch.setattr(report, "PLAIN_BYTES", int(0.8 * plain))
     written = write_report([path], tmp_path / "report.html")
     groups = data_of(written.file)["groups"]
-    assert (written.shown, written.total) == (6, 16)
+    assert (whole.shown, whole.total) == (16, 16)
+    assert 4 <= written.shown == len(groups) < written.total == 16
     assert {group["iteration"] for group in groups} == {1, 2, 3, 4}
     assert [g["prompt_id"][-1] for g in groups].count("0") == 4  # the prompt with failed scores
+    assert written.size < whole.size
 
 
-def test_data_stay_within_their_limit(path, tmp_path, monkeypatch):
-    whole = write_report([path], tmp_path / "whole.html").size
-    monkeypatch.setattr(report, "DATA_BYTES", 6000)
-    small = write_report([path], tmp_path / "small.html")
-    assert 0 < small.shown < small.total and small.size < whole
+def test_report_fills_its_limit(tmp_path, monkeypatch):
+    """Also where the first estimate of a prompt's size is far too large."""
+    path = write_run(tmp_path, iterations=3, prompts=40, words=200)
+    whole = write_report([path], tmp_path / "whole.html")
+    limit = 120_000
+    monkeypatch.setattr(report, "DATA_BYTES", limit)
+    monkeypatch.setattr(report, "_group_bytes", lambda run, prompts: 100_000)
+    written = write_report([path], tmp_path / "report.html")
+    size = len(base64.b64decode(re.search(r'id="data">([^<]*)<', written.file.read_text())[1]))
+    assert written.shown < whole.total and 0.9 * limit < size < 1.5 * limit
+    counts = Counter(group["iteration"] for group in data_of(written.file)["groups"])
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_hostile_text_is_only_in_the_data(tmp_path):
