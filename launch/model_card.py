@@ -127,8 +127,8 @@ def _figures(run: Path) -> Iterator[tuple[str, str, str, str]]:
     }
     for name in (*sorted(evaluated), *(name for name in _FIGURES if name in names)):
         if change := measured.get(name):
-            figures = (change.before, change.after, change.difference)
-            yield (f"`{name}`", *map(_with_interval, figures))
+            before, after = _with_interval(change.before), _with_interval(change.after)
+            yield f"`{name}`", before, after, _with_interval(change.difference)
         else:
             values = [line[name] for line in lines if name in line]
             yield f"`{name}`", f"{values[0]:.4g}", f"{values[-1]:.4g}", ""

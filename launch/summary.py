@@ -88,8 +88,8 @@ def _training_reward(run: Run) -> tuple[str, str, str, str] | None:
     first, last = ((each.values_P, each.weights_P) for each in (before, after))
     gain = difference_of_means(first, last) if min(len(first[0]), len(last[0])) > 1 else None
     label = f"training reward, first and last {_LAST} iterations"
-    cells = [_cell(mean_estimate(*first)), _cell(mean_estimate(*last))]
-    return (label, *cells, "" if gain is None else _cell(gain, "+"))
+    before_cell, after_cell = (_cell(mean_estimate(*each)) for each in (first, last))
+    return label, before_cell, after_cell, _cell(gain, "+")
 
 
 def _scores(files: Sequence[Path]) -> PromptValues | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -90,14 +91,20 @@ class _Compressed:
         self._parts: list[bytes] = []
         self._plain = 0
         self.size = 0
-        """Bytes; the compressor still holds up to about 100 kB more."""
+        """Bytes; since the last `flush` the compressor may hold up to about 100 kB more."""
 
     def add(self, text: str) -> None:
         """Append a text."""
         data = text.encode(errors="replace")
-        part = self._out.compress(data)
-        self._parts.append(part)
         self._plain += len(data)
+        self._append(self._out.compress(data))
+
+    def flush(self) -> None:
+        """Make `size` exact."""
+        self._append(self._out.flush(zlib.Z_SYNC_FLUSH))
+
+    def _append(self, part: bytes) -> None:
+        self._parts.append(part)
         self.size += len(part)
 
     def fits(self, text: str) -> bool:
@@ -185,13 +192,16 @@ def _add_groups(
         left: by run and iteration, the prompts in the order in which they are worth showing.
     """
     shown = 0
+    taken: Counter[tuple[str, int]] = Counter()
+    data.flush()
     start = data.size
     mean = max((_group_bytes(run, left[run.run_id]) for run in runs), default=1)
     while any(prompts for by_iteration in left.values() for prompts in by_iteration.values()):
         if shown:
+            data.flush()
             mean = (data.size - start) // shown
         count = max(1, (DATA_BYTES - data.size) // max(1, mean))
-        for run, iteration, prompts in _shares(runs, left, count):
+        for run, iteration, prompts in _shares(runs, left, taken, count):
             for group in read_groups(run, iteration, prompts):
                 text = ("," if shown else "") + _encoded(group)
                 if not data.fits(text):
@@ -202,23 +212,26 @@ def _add_groups(
 
 
 def _shares(
-    runs: Sequence[Run], left: dict[str, dict[int, list[str]]], count: int
+    runs: Sequence[Run],
+    left: dict[str, dict[int, list[str]]],
+    taken: Counter[tuple[str, int]],
+    count: int,
 ) -> list[tuple[Run, int, list[str]]]:
-    """Take `count` prompts from `left`, spread over iterations, the runs in turns."""
+    """Move `count` prompts from `left` to `taken`: spread over iterations, the runs in turns."""
     places = []
     for run in runs:
         iterations = [i for i, prompts in left[run.run_id].items() if prompts]
-        spread = enumerate(_spread(iterations))
-        places += [(rank, run, iteration) for rank, iteration in spread]
-    places.sort(key=lambda place: place[0])
+        places += [(rank, run, iteration) for rank, iteration in enumerate(_spread(iterations))]
+    # First those with the fewest prompts: a pass may end before the last one.
+    places.sort(key=lambda place: (taken[place[1].run_id, place[2]], place[0]))
     each, extra = divmod(count, len(places))
     shares = []
     for number, (_, run, iteration) in enumerate(places):
         prompts = left[run.run_id][iteration]
-        quota = each + (number < extra)
-        if quota:
+        if quota := each + (number < extra):
             shares.append((run, iteration, prompts[:quota]))
             left[run.run_id][iteration] = prompts[quota:]
+            taken[run.run_id, iteration] += quota
     return shares
 
 

@@ -49,31 +49,32 @@ class Beside:
 def measure(pairs: int, iterations: int) -> str:
     """Run the campaign; return a table of the seconds per iteration, in Markdown."""
     blocks: list[tuple[Seconds, Beside]] = []
-    with tempfile.TemporaryDirectory(prefix="rayhf-cost-") as folder:
-        run = Path(folder) / "run"
-        with _campaign(run):
-            _wait(run, 3)  # the first iterations compile and fill caches
-            for number in range(pairs):
-                without = _block(run, iterations, time.sleep)
-                beside = _with_dashboard(run, iterations, Path(folder))
-                blocks.append((without, beside))
-                ratio = _ratio(without, beside.seconds)
-                print(
-                    f"pair {number + 1}: {statistics.median(without):.3f} s without, "
-                    f"{statistics.median(beside.seconds):.3f} s with, ratio {ratio:.3f}",
-                    flush=True,
-                )
+    with (
+        tempfile.TemporaryDirectory(prefix="rayhf-cost-") as folder,
+        _campaign(Path(folder) / "run") as campaign,
+    ):
+        campaign.wait(3)  # the first iterations compile and fill caches
+        for number in range(pairs):
+            without = campaign.block(iterations, time.sleep)
+            beside = _with_dashboard(campaign, iterations, Path(folder))
+            blocks.append((without, beside))
+            ratio = _ratio(without, beside.seconds)
+            print(
+                f"pair {number + 1}: {statistics.median(without):.3f} s without, "
+                f"{statistics.median(beside.seconds):.3f} s with, ratio {ratio:.3f}",
+                flush=True,
+            )
     return _table(blocks)
 
 
-def _with_dashboard(run: Path, iterations: int, folder: Path) -> Beside:
-    with chromium(folder) as browser, dashboard(run) as (url, server):
+def _with_dashboard(campaign: Campaign, iterations: int, folder: Path) -> Beside:
+    with chromium(folder) as browser, dashboard(campaign.run) as (url, server):
         page = browser.new_page()
         page.goto(url)
         page.wait_for_selector("body[data-shown]", timeout=1e3 * LIMIT_S)
         before = _cpu(server)
         started = time.monotonic()
-        seconds = _block(run, iterations, lambda s: page.wait_for_timeout(1e3 * s))
+        seconds = campaign.block(iterations, lambda s: page.wait_for_timeout(1e3 * s))
         took = time.monotonic() - started
         after = _cpu(server)
         entries = "performance.getEntriesByType('resource')"
@@ -85,12 +86,42 @@ def _with_dashboard(run: Path, iterations: int, folder: Path) -> Beside:
         )
 
 
+class Campaign:
+    """A running campaign and the seconds of its iterations."""
+
+    def __init__(self, run: Path, process: subprocess.Popen[bytes]) -> None:
+        self.run = run
+        self._process = process
+
+    def block(self, iterations: int, sleep: Callable[[float], None]) -> Seconds:
+        """Return the seconds of the next iterations that begin from now on."""
+        first = len(self._seconds()) + 1  # the one under way is not counted
+        return self.wait(first + iterations, sleep)[first : first + iterations]
+
+    def wait(self, count: int, sleep: Callable[[float], None] = time.sleep) -> Seconds:
+        """Wait for so many iterations; return the seconds of each."""
+        limit = time.monotonic() + LIMIT_S
+        while len(seconds := self._seconds()) < count:
+            if self._process.poll() is not None:
+                raise SystemExit(f"the campaign ended with {self._process.returncode}")
+            if time.monotonic() > limit:
+                raise SystemExit(f"{count} iterations took longer than {LIMIT_S:.0f} s")
+            sleep(0.5)
+        return seconds
+
+    def _seconds(self) -> Seconds:
+        file = self.run / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [row["time/iteration_s"] for row in rows if row["iteration"] > 0]
+
+
 @contextmanager
-def _campaign(run: Path) -> Iterator[None]:
+def _campaign(run: Path) -> Iterator[Campaign]:
     """Run a campaign until the block is left."""
     task = build(Path(os.environ.get("RAYHF_TINY_DIR", ROOT / ".tiny")), tasks=["arithmetic"])
     files = task["arithmetic"]
-    command = [Path(sys.executable).with_name("rayhf"), "run"]
+    command = [str(Path(sys.executable).with_name("rayhf")), "run"]
     command += [
         "configs/tiny/online_dpo_arithmetic.yaml",
         f"run.dir={run}",
@@ -104,33 +135,10 @@ def _campaign(run: Path) -> Iterator[None]:
     ]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         try:
-            yield
+            yield Campaign(run, process)
         finally:
             process.terminate()
             process.wait(LIMIT_S)
-
-
-def _block(run: Path, iterations: int, sleep: Callable[[float], None]) -> Seconds:
-    """Return the seconds of the next iterations that begin from now on."""
-    first = len(_seconds(run)) + 1  # the one under way is not counted
-    return _wait(run, first + iterations, sleep)[first : first + iterations]
-
-
-def _wait(run: Path, count: int, sleep: Callable[[float], None] = time.sleep) -> Seconds:
-    """Wait for so many iterations; return the seconds of each."""
-    limit = time.monotonic() + LIMIT_S
-    while len(seconds := _seconds(run)) < count:
-        if time.monotonic() > limit:
-            raise SystemExit(f"{count} iterations took longer than {LIMIT_S:.0f} s")
-        sleep(0.5)
-    return seconds
-
-
-def _seconds(run: Path) -> Seconds:
-    file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [row["time/iteration_s"] for row in rows if row["iteration"] > 0]
 
 
 def _cpu(server: psutil.Process) -> tuple[float, float]:

@@ -17,6 +17,16 @@ DIRECTORY = Path(os.environ.get("RAYHF_TINY_DIR") or ROOT / ".tiny")
 RAYHF = Path(sys.executable).with_name("rayhf")
 
 
+SETTINGS = """
+rollout: {max_tokens: 48}
+samples: 2
+suites:
+  gsm8k: {limit: 4, type: gsm8k}
+  math: {type: math}
+  ifeval: {type: ifeval}
+"""
+
+
 def lines(*rows: dict[str, Any]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -29,7 +39,7 @@ def card(config: str, split: str) -> str:
 def add_suites(hub: Hub) -> None:
     """Add data sets with the names, configurations, splits and columns of the public ones."""
     sums = [
-        {"question": f"What is {n}+3?", "answer": f"{n} and 3.\n#### {n + 3}"} for n in range(4)
+        {"question": f"What is {n}+3?", "answer": f"{n} and 3.\n#### {n + 3}"} for n in range(6)
     ]
     instructions = [
         {
@@ -47,7 +57,9 @@ def add_suites(hub: Hub) -> None:
         {"id": n, "prompt": "Say something.", "chosen": "sea", "rejected": "a", "subset": subset}
         for n, subset in enumerate(("alpacaeval-easy", "hep-cpp", "hep-cpp"))
     ]
+    problems = [{"problem": "What is $1+1$?", "solution": "", "answer": "2", "level": 1}]
     for name, config, split, rows in (
+        ("HuggingFaceH4/MATH-500", "default", "test", problems),
         ("openai/gsm8k", "main", "test", sums),
         ("google/IFEval", "default", "train", instructions),
         ("allenai/reward-bench", "default", "filtered", pairs),
@@ -76,12 +88,8 @@ def test_suites_and_models_of_a_hub(tmp_path: Path) -> None:
         add_suites(hub)
         commit = hub.add("model", "org/policy", tasks["arithmetic"].policy)
         hub.add("model", "org/reward-model", tasks["words"].policy.parent / "reward_model")
-        evaluate(
-            hub,
-            tmp_path,
-            *("org/policy", "--suite", "gsm8k", "--suite", "ifeval"),
-            *("rollout.max_tokens=48", "policy.dtype=float32", "samples=2"),
-        )
+        (tmp_path / "eval.yaml").write_text(SETTINGS)
+        evaluate(hub, tmp_path, "org/policy", "--config", "eval.yaml", "policy.dtype=float32")
         results = evaluate(
             hub, tmp_path, "org/reward-model", "--suite", "rewardbench", "policy.dtype=float32"
         )
@@ -90,6 +98,7 @@ def test_suites_and_models_of_a_hub(tmp_path: Path) -> None:
     assert sums["strict_match/mean@2"]["count"] == sums["flexible_extract/mean@2"]["count"] == 4
     # The policy ends with the sum, but not in the form that strict_match wants.
     assert sums["strict_match/mean@2"]["value"] == 0 <= sums["flexible_extract/mean@2"]["value"]
+    assert results["math"]["metrics"]["math_verify/mean@2"]["count"] == 1
     followed = results["ifeval"]["metrics"]
     assert followed["prompt_strict/mean@2"]["value"] == 0  # nothing has 500 words
     assert followed["instruction_strict/mean@2"]["value"] == 0.5

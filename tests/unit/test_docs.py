@@ -92,7 +92,7 @@ def test_curve_of_a_run_is_kept_and_drawn(tmp_path):
     assert keep(tmp_path, (), file) == ["eval/toy/sampled", "scorer/reward_mean"]
     assert file.read_text().splitlines()[1:] == ["0,0.25,", "1,,0.5", "2,0.5,0.75"]
     picture = ElementTree.fromstring(kept_curve(file))
-    drawn = [line.get("points").split() for line in picture.iter("{*}polyline")]
+    drawn = [line.get("points").split() for line in picture.findall(".//{*}polyline")]
     assert [len(points) for points in drawn] == [2, 2]
     with pytest.raises(SystemExit, match="no metric eval/toy/greedy"):
         keep(tmp_path, ["eval/toy/greedy"], file)
