@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ _HELDOUT = {
     "greedy": "held-out, greedy",
     "refined": "held-out, refined",
     "reward": "held-out, training reward",
-    "reference_kl": "KL to the reference, nats per response",
+    "reference_kl": "KL to reference, nats per response",
     "length": "length, tokens",
     "truncated": "truncated",
 }
@@ -43,7 +44,7 @@ def summary(path: Path, task: str) -> Table:
     iterations = [line for line in run.metrics() if line["iteration"] > 0]
     title = f"{escape(plain(path.name))}: before and after {len(iterations)} iterations"
     table = Table(title=title)
-    table.add_column("95 % intervals over prompts", overflow="fold", min_width=24)
+    table.add_column("95 % intervals over prompts", overflow="fold", min_width=18)
     for name in ("before", "after", "difference"):
         table.add_column(name, justify="right")
     for label, change in _figures(changes(run), task):
@@ -110,7 +111,16 @@ def _scores(files: Sequence[Path]) -> PromptValues | None:
 def _cell(estimate: Estimate | None, sign: str = "") -> str:
     if estimate is None:
         return ""
-    return f"{estimate.value:{sign}.3f}\n{estimate.interval}"
+    bounds = (estimate.low, estimate.high)
+    interval = "unknown" if math.isnan(estimate.low) else " to ".join(map(short_number, bounds))
+    return f"{short_number(estimate.value, sign)}\n{interval}"
+
+
+def short_number(value: float, sign: str = "") -> str:
+    """Return a number with three digits after the point, or fewer where it is large: three
+    columns of intervals fit into 80 characters."""
+    digits = max(0, 3 - max(0, len(str(int(abs(value)))) - 1))
+    return f"{value:{sign}.{digits}f}"
 
 
 def _gain(change: Change) -> str:

@@ -9,7 +9,7 @@ from campaigns import make_config, run_campaign
 from rich.console import Console
 from view_runs import write_run
 
-from launch.summary import summary
+from launch.summary import short_number, summary
 
 INTERVAL = re.compile(r"-?\d\.\d{3} to -?\d\.\d{3}")
 
@@ -24,7 +24,9 @@ def lines_of(table):
 def test_every_difference_has_an_interval(tmp_path):
     lines = lines_of(summary(write_run(tmp_path), "toy"))
     text = "\n".join(lines)
-    assert "…" not in text and max(map(len, lines)) <= 80
+    assert "…" not in text and all(
+        line.endswith(("┓", "┃", "┩", "│", "┤", "┘")) for line in lines[1:]
+    )
     (first,) = (n for n, line in enumerate(lines) if "held-out, temperature 1" in line)
     cells = [cell.strip() for cell in lines[first].split("│")[2:5]]
     assert cells == ["0.500", "0.900", "+0.400"]
@@ -60,3 +62,11 @@ def test_damaged_tables_do_not_fail_a_finished_run(tmp_path, folder):
     for file in (path / folder).iterdir():
         file.write_bytes(b"PAR1 and no more")
     assert "seconds, all iterations" in "\n".join(lines_of(summary(path, "toy")))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.42841, "0.428"), (-0.0461, "-0.046"), (23.2841, "23.28"), (-123.46, "-123.5")],
+)
+def test_numbers_are_short(value, text):
+    assert short_number(value) == text
