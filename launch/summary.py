@@ -117,8 +117,8 @@ def _cell(estimate: Estimate | None, sign: str = "") -> str:
 
 
 def short_number(value: float, sign: str = "") -> str:
-    """Return a number with three digits after the point, or fewer where it is large: three
-    columns of intervals fit into 80 characters."""
+    """Return a number with three digits after the point, or fewer where it is large."""
+    # Three columns of intervals fit into 80 characters.
     digits = max(0, 3 - max(0, len(str(int(abs(value)))) - 1))
     return f"{value:{sign}.{digits}f}"
 

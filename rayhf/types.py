@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,8 @@ import numpy.typing as npt
 from pydantic import JsonValue
 
 FloatArray = npt.NDArray[np.float32]
+TokenArray = npt.NDArray[np.int32]
+TokenIds = Sequence[int] | TokenArray
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...}, as chat templates expect it; `content` is always text. Further
 keys are the row's: tool_calls, name ..."""
@@ -35,6 +37,54 @@ def derive_seed(*parts: int | str) -> int:
     """
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def token_array(token_ids: Iterable[int]) -> TokenArray:
+    """Return token ids as a read-only int32 array: (T,). An int32 array is not copied."""
+    if isinstance(token_ids, np.ndarray):
+        array = token_ids.astype(np.int32, copy=False)
+    else:
+        array = np.fromiter(token_ids, dtype=np.int32)
+    array.setflags(write=False)
+    return array
+
+
+def float_array(values: Iterable[float]) -> FloatArray:
+    """Return numbers as a read-only float32 array: (T,). A float32 array is not copied."""
+    if isinstance(values, np.ndarray):
+        array = values.astype(np.float32, copy=False)
+    else:
+        array = np.fromiter(values, dtype=np.float32)
+    array.setflags(write=False)
+    return array
+
+
+class _ByValue:
+    """Equality of dataclasses with arrays, which are compared by their bytes; there is no hash."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(
+            _same(getattr(self, each.name), getattr(other, each.name))
+            for each in fields(self)  # type: ignore[arg-type]  # subclasses are dataclasses
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _same(first: object, second: object) -> bool:
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return first.dtype == second.dtype and first.tobytes() == second.tobytes()
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+    return first == second
+
+
+NO_TOKENS = token_array(())
+NO_LOGPROBS = float_array(())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +151,9 @@ class GenerateRequest:
     """One completion per seed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """Generated text for one seed of one request."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Completion(_ByValue):
+    """Generated text for one seed of one request; its arrays take eight bytes per token."""
 
     prompt_id: str
     index: int
@@ -112,9 +162,9 @@ class Completion:
     text: str
     """Decoded tokens without special tokens: what scorers judge. Of a thinking model, what follows
     the end of its thinking."""
-    token_ids: tuple[int, ...]
+    token_ids: TokenArray
     """Generated tokens, end-of-turn token included where the model generated one."""
-    logprobs: tuple[float, ...]
+    logprobs: FloatArray
     """Log-prob of each token, in nats, among the whole vocabulary (top_p and top_k do not change
     it) at the campaign's train_temperature."""
     finish_reason: Literal["stop", "length"]
@@ -215,8 +265,8 @@ class ScoreRequest:
     """Position among the score requests of one prompt's exploration."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample(_ByValue):
     """A completion and its score.
 
     The samples of a search refer to their parents: together they are its tree.
@@ -228,7 +278,7 @@ class Sample:
     kind: str = "answer"
     """"answer" for a whole completion of the prompt; otherwise the algorithm's own kind: step,
     judgement, refinement ..."""
-    context_ids: tuple[int, ...] | None = None
+    context_ids: TokenArray | None = None
     """The tokens it continues, where that is not the prompt alone."""
     parent: int | None = None
     """Index of its parent in the group."""
@@ -247,17 +297,27 @@ class Group:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Metrics of this exploration, under the algorithm's name; an iteration reports their means
     over prompts."""
+    prompt_ids: TokenArray = field(init=False, repr=False, compare=False)
+    """The prompt's tokens; all rows of the group share them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", token_array(self.prompt.token_ids))
+
+    def context_ids(self, index: int) -> TokenArray:
+        """Return the tokens that a sample continues."""
+        own = self.samples[index].context_ids
+        return self.prompt_ids if own is None else own
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Row(_ByValue):
     """One unpadded token sequence to train on; only response tokens carry loss."""
 
     prompt_id: str
     sample: int
     """Index of the sample it was made from in its group, or GIVEN."""
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+    prompt_ids: TokenArray
+    response_ids: TokenArray
     tokens: Mapping[str, FloatArray] = field(default_factory=dict)
     """Named values per response token, each of shape (len(response_ids),): behavior_logp,
     ref_logp, old_logp, value, advantage, return ..."""
@@ -292,22 +352,21 @@ GIVEN = -1
 
 def make_row(group: Group, index: int, *, score: float) -> Row:
     """Return the training row of one sample, with its behavior log-probs."""
-    sample = group.samples[index]
-    completion = sample.completion
+    completion = group.samples[index].completion
     return Row(
         prompt_id=group.prompt.prompt_id,
         sample=index,
-        prompt_ids=group.prompt.token_ids if sample.context_ids is None else sample.context_ids,
+        prompt_ids=group.context_ids(index),
         response_ids=completion.token_ids,
-        tokens={"behavior_logp": np.asarray(completion.logprobs, dtype=np.float32)},
+        tokens={"behavior_logp": completion.logprobs},
         scalars={"score": score, "truncated": float(completion.finish_reason == "length")},
     )
 
 
 def given_row(
     prompt_id: str,
-    prompt_ids: Sequence[int],
-    response_ids: Sequence[int],
+    prompt_ids: Iterable[int],
+    response_ids: Iterable[int],
     *,
     score: float = math.nan,
 ) -> Row:
@@ -315,12 +374,13 @@ def given_row(
 
     Its behavior log-probs are unknown: NaN.
     """
+    response = token_array(response_ids)
     return Row(
         prompt_id=prompt_id,
         sample=GIVEN,
-        prompt_ids=tuple(prompt_ids),
-        response_ids=tuple(response_ids),
-        tokens={"behavior_logp": np.full(len(response_ids), np.nan, dtype=np.float32)},
+        prompt_ids=token_array(prompt_ids),
+        response_ids=response,
+        tokens={"behavior_logp": np.full(len(response), np.nan, dtype=np.float32)},
         scalars={"score": score, "truncated": 0.0},
     )
 

@@ -1,18 +1,18 @@
 """Rewards and advantages from scores, log-probs and values: pure functions on numpy arrays.
 
-In: finite numbers of one row, one group or one iteration. Out: float64 arrays (cast to float32 when
+In: finite numbers of all rows or groups of an iteration. Out: float64 arrays (cast to float32 when
 they are stored in a Row).
 
 Input must be finite: the caller drops samples whose outcome is Invalid or Failed before their group
 gets here. NaN or infinity means a bug in the caller: ValueError.
 
-A row is one response: arrays of shape (T,) over its tokens, in nats where they are log-probs. A
-response may be empty.
+A row is one response. Values per token are in arrays of shape (N,), the rows of the iteration end
+to end; `lengths` (R,) has the number of tokens of each row, which may be 0. Log-probs and KL are in
+nats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -31,24 +31,46 @@ MAX_EXPONENT = 20.0
 """Nats, as in losses/policy.py."""
 
 
-def finite(values: npt.ArrayLike, name: str) -> Array:
-    """Return `values` as a 1-D float64 array. Raises ValueError for another shape, NaN or inf."""
+def finite(values: npt.ArrayLike, name: str, *, dimensions: int = 1) -> Array:
+    """Return `values` as a float64 array. Raises ValueError for another shape, NaN or inf."""
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}, one dimension was expected")
+    if array.ndim != dimensions:
+        raise ValueError(f"{name} has shape {array.shape}, {dimensions} dimensions were expected")
     bad = np.flatnonzero(~np.isfinite(array))
     if bad.size:
         raise ValueError(
-            f"{name}[{bad[0]}] is {array[bad[0]]}; drop such samples ({bad.size} of {array.size})"
+            f"{name}[{bad[0]}] is {array.flat[bad[0]]}; "
+            f"drop such samples ({bad.size} of {array.size})"
         )
     return array
 
 
-# --- rewards of one row -------------------------------------------------------------------------
+def row_ends(values: Array, lengths: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Return where each row ends: (R,). Raises ValueError where the lengths do not add up."""
+    ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
+    total = int(ends[-1]) if ends.size else 0
+    if total != values.size:
+        raise ValueError(f"the rows have {total} tokens, there are values for {values.size}")
+    return ends
+
+
+def row_sums(values: npt.ArrayLike, lengths: npt.ArrayLike) -> Array:
+    """Return the sum of each row: (N,) -> (R,).
+
+    Each is numpy's sum of that row alone: np.add.reduceat adds in another order, with other last
+    bits.
+    """
+    array = finite(values, "values")
+    ends = row_ends(array, lengths).tolist()
+    starts = [0, *ends[:-1]] if ends else []
+    return np.array([array[i:j].sum() for i, j in zip(starts, ends, strict=True)], dtype=np.float64)
+
+
+# --- rewards ------------------------------------------------------------------------------------
 
 
 def kl_penalty(logp: npt.ArrayLike, ref_logp: npt.ArrayLike, estimator: KLEstimator) -> Array:
-    """Return the per-token KL(policy || reference) in nats, as a penalty on the reward: (T,).
+    """Return the per-token KL(policy || reference) in nats, as a penalty on the reward: (N,).
 
     Schulman 2020, with g = logp - ref_logp. k1 = g is right here: as a reward its policy gradient
     is exactly that of the KL. k2 = g^2/2 and k3 = exp(-g) - 1 + g are not negative and less noisy,
@@ -66,14 +88,18 @@ def kl_penalty(logp: npt.ArrayLike, ref_logp: npt.ArrayLike, estimator: KLEstima
     raise ConfigError(f"algorithm.kl.estimator: {estimator!r} is not one of k1, k2, k3; try k1")
 
 
-def token_rewards(kl: npt.ArrayLike, coef: float, score: float) -> Array:
-    """Return -coef * kl per token, plus the score on the last token: (T,). Ziegler et al. 2019.
+def token_rewards(
+    kl: npt.ArrayLike, coef: float, scores: npt.ArrayLike, lengths: npt.ArrayLike
+) -> Array:
+    """Return -coef * kl per token, plus a row's score on its last token: (N,).
 
-    An empty response has no token to carry its score: the result is empty.
+    Ziegler et al. 2019. `scores` has shape (R,). An empty row has no token to carry its score.
     """
     rewards: Array = -coef * finite(kl, "kl")
-    if rewards.size:
-        rewards[-1] += finite([score], "score")[0]
+    score = finite(scores, "scores")
+    ends = row_ends(rewards, lengths)
+    filled = np.asarray(lengths) > 0
+    rewards[ends[filled] - 1] += score[filled]
     return rewards
 
 
@@ -106,9 +132,13 @@ def overlong_penalty(length: int, *, max_tokens: int, buffer: int, penalty: floa
 
 
 def gae(
-    rewards: npt.ArrayLike, values: npt.ArrayLike, gamma: float, lam: float
+    rewards: npt.ArrayLike,
+    values: npt.ArrayLike,
+    lengths: npt.ArrayLike,
+    gamma: float,
+    lam: float,
 ) -> tuple[Array, Array]:
-    """Return the advantages and returns of one row, both (T,).
+    """Return advantages and returns, both (N,).
 
     Generalized advantage estimation (Schulman et al. 2016):
 
@@ -123,77 +153,95 @@ def gae(
     value = finite(values, "values")
     if reward.shape != value.shape:
         raise ValueError(f"rewards has shape {reward.shape}, values {value.shape}")
-    delta = reward + gamma * np.append(value[1:], 0.0)[: value.size] - value
-    advantage = discounted_sums(delta, gamma * lam)
+    after = np.append(value[1:], 0.0)[: value.size]
+    ends = row_ends(value, lengths)
+    after[ends[np.asarray(lengths) > 0] - 1] = 0.0
+    delta = reward + gamma * after - value
+    advantage = discounted_sums(delta, lengths, gamma * lam)
     return advantage, advantage + value
 
 
-def discounted_sums(values: npt.ArrayLike, discount: float) -> Array:
-    """Return out[t] = sum over s >= t of discount^(s-t) * values[s]: (T,).
+def discounted_sums(values: npt.ArrayLike, lengths: npt.ArrayLike, discount: float) -> Array:
+    """Return out[t] = sum over the s >= t of a row of discount^(s-t) * values[s]: (N,).
 
-    Of rewards with gamma, this is the reward-to-go.
+    Of rewards with gamma, this is the reward-to-go. Computed for all rows at once, from their last
+    tokens backward.
     """
     array = finite(values, "values")
+    ends = row_ends(array, lengths)
+    length = np.asarray(lengths, dtype=np.int64)
+    longest_first = np.argsort(-length, kind="stable")
+    ends = ends[longest_first]
+    # Number of rows that are longer than 0, 1, 2 ... tokens.
+    remaining = len(length) - np.cumsum(np.bincount(length, minlength=1))
     out = np.empty_like(array)
-    running = 0.0
-    for t in range(array.size - 1, -1, -1):
-        running = array[t] + discount * running
-        out[t] = running
+    running = np.zeros(len(length))
+    for back, rows in enumerate(remaining[:-1].tolist(), start=1):
+        at = ends[:rows] - back
+        running = array[at] + discount * running[:rows]
+        out[at] = running
     return out
 
 
 def grpo(scores: npt.ArrayLike, eps: float = 1e-6) -> Array:
-    """Return (R - mean) / (std + eps) within one prompt's group: (K,).
+    """Return (R - mean) / (std + eps) within each group of K samples: (G, K).
 
     Shao et al. 2024 (DeepSeekMath), section 4.1.2. std is the sample one (divides by K - 1), as in
     the released implementations (TRL, verl, OpenRLHF); the paper does not specify it. Equal scores,
     and a single sample, carry no signal: 0.
     """
-    score = finite(scores, "scores")
-    if score.size < 2 or np.ptp(score) == 0.0:
-        return np.zeros_like(score)
-    advantage: Array = (score - score.mean()) / (score.std(ddof=1) + eps)
+    score = finite(scores, "scores", dimensions=2)
+    advantage: Array = np.zeros_like(score)
+    if score.shape[1] < 2:
+        return advantage
+    differ = np.ptp(score, axis=1) != 0.0
+    score = score[differ]
+    spread = score.std(axis=1, ddof=1, keepdims=True) + eps
+    advantage[differ] = (score - score.mean(axis=1, keepdims=True)) / spread
     return advantage
 
 
 def rloo(scores: npt.ArrayLike) -> Array:
-    """Return R_i - mean of the others' R within one prompt's group: (K,).
+    """Return R_i - mean of the others' R within each group of K samples: (G, K).
 
     REINFORCE leave-one-out (Ahmadian et al. 2024). A single sample has no baseline: its advantage
     is 0, so that it does not train (R itself would be a signal of another magnitude).
     """
-    score = finite(scores, "scores")
-    if score.size < 2:
+    score = finite(scores, "scores", dimensions=2)
+    size = score.shape[1]
+    if size < 2:
         return np.zeros_like(score)
-    advantage: Array = (score - score.mean()) * (score.size / (score.size - 1))
+    advantage: Array = (score - score.mean(axis=1, keepdims=True)) * (size / (size - 1))
     return advantage
 
 
-def reinforce_plus_plus(rewards: Sequence[npt.ArrayLike], gamma: float = 1.0) -> list[Array]:
-    """Return the whitened reward-to-go of every token of the iteration, row by row.
+def reinforce_plus_plus(
+    rewards: npt.ArrayLike, lengths: npt.ArrayLike, gamma: float = 1.0
+) -> Array:
+    """Return the whitened reward-to-go of every token of the iteration: (N,).
 
     Hu et al. 2025 (REINFORCE++, the variant without a group baseline). `rewards` are token_rewards
     with the k1 penalty, so the reward-to-go is score - coef * (KL still to come); it is then
     normalized over all tokens of the iteration together, not per prompt.
     """
-    return whiten([discounted_sums(row, gamma) for row in rewards])
+    return whiten(discounted_sums(rewards, lengths, gamma))
 
 
-def whiten(rows: Sequence[npt.ArrayLike], *, keep_mean: bool = False) -> list[Array]:
-    """Return (x - mean) / std over all tokens of all rows, plus the mean with `keep_mean`.
+def whiten(values: npt.ArrayLike, *, keep_mean: bool = False) -> Array:
+    """Return (x - mean) / std over all tokens, plus the mean with `keep_mean`: (N,).
 
     Over the whole iteration, never per rank or micro-batch. std divides by the number of tokens.
     `keep_mean` is the reward whitening of Ziegler et al. 2019's code and TRL's PPO: besides
     rescaling it adds the same constant, mean * (1 - 1/std), to every token's reward, and the sum of
     these over a response grows with its length.
     """
-    arrays = [finite(row, f"rows[{index}]") for index, row in enumerate(rows)]
-    if not any(array.size for array in arrays):
-        return arrays
-    tokens = np.concatenate(arrays)
+    tokens = finite(values, "values")
+    if not tokens.size:
+        return tokens
     mean = tokens.mean()
     scale = np.sqrt(tokens.var() + VARIANCE_FLOOR)
-    return [(array - mean) / scale + (mean if keep_mean else 0.0) for array in arrays]
+    white: Array = (tokens - mean) / scale + (mean if keep_mean else 0.0)
+    return white
 
 
 # --- the KL coefficient -------------------------------------------------------------------------

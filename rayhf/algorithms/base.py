@@ -335,7 +335,7 @@ async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int
     comparison = await context.compare(completions)
     outcomes: list[Outcome]
     if isinstance(comparison, Compared):
-        win = with_ties(comparison.win, [completion.token_ids for completion in completions])
+        win = with_ties(comparison.win, [c.token_ids.tolist() for c in completions])
         rates = win_rates(win, include_self=True)
         missing = Invalid(reason="the scorer had no verdict on it")
         outcomes = [Scored(value=float(rate)) if np.isfinite(rate) else missing for rate in rates]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from rayhf.types import Comparison, Completion, Message, Outcome, Sampling
+from rayhf.types import Comparison, Completion, Message, Outcome, Sampling, TokenIds
 
 
 class ExplorationContext(Protocol):
@@ -33,11 +33,11 @@ class ExplorationContext(Protocol):
         """Return the token ids of `text` as a completion, end-of-turn token included."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: TokenIds) -> str:
         """Return the text of a part of a completion."""
         ...
 
-    def room(self, context: Sequence[int]) -> int:
+    def room(self, context: TokenIds) -> int:
         """Return how many tokens fit after `context`; 0 or less: none."""
         ...
 
@@ -45,8 +45,8 @@ class ExplorationContext(Protocol):
         self,
         n: int,
         *,
-        context: Sequence[int] | None = None,
-        prefix: Sequence[int] = (),
+        context: TokenIds | None = None,
+        prefix: TokenIds = (),
         sampling: Sampling | None = None,
         policy: str = "policy",
     ) -> tuple[Completion, ...]:

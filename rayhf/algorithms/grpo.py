@@ -8,13 +8,13 @@ from pydantic import Field, NonNegativeFloat
 
 from rayhf.algorithms.advantages import Array, grpo
 from rayhf.algorithms.policy_gradient import (
+    IterationTokens,
     KLConfig,
     PolicyGradient,
     PolicyGradientConfig,
     group_advantages,
 )
 from rayhf.losses.policy import KLEstimator
-from rayhf.types import Row
 
 
 class GRPOKLConfig(KLConfig):
@@ -44,6 +44,6 @@ class GRPO(PolicyGradient):
     min_group = 2
     has_group_baseline = True
 
-    def advantages(self, rows: list[Row], kl: list[Array], kl_coef: float) -> list[Row]:
-        """Return the rows with `advantage`."""
-        return group_advantages(rows, kl, kl_coef, grpo)
+    def advantages(self, tokens: IterationTokens, kl_coef: float) -> dict[str, Array]:
+        """Return `advantage`."""
+        return {"advantage": group_advantages(tokens, kl_coef, grpo)}

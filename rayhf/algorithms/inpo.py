@@ -84,7 +84,7 @@ class INPO(AlgorithmBase):
         ties = 0
         for group in groups:
             usable = scored(group)
-            completions = [sample.completion.token_ids for _, sample, _ in usable]
+            completions = [sample.completion.token_ids.tobytes() for _, sample, _ in usable]
             rates = [rate for _, _, rate in usable]
             selection = best_worst(rates, self.config.min_margin, completions)
             ties += selection.ties

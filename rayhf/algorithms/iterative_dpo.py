@@ -29,7 +29,7 @@ from rayhf.config.algorithms import OfflineConfig, PreviousReference, ReferenceS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.preferences import iteration_pairs
 from rayhf.errors import ConfigError
-from rayhf.types import GIVEN, Example, Group, derive_seed
+from rayhf.types import GIVEN, Example, Group, TokenArray, derive_seed
 
 
 class IterativeDPOConfig(PairedConfig):
@@ -101,20 +101,21 @@ class IterativeDPO(PairedAlgorithm):
         return self.config.pairs
 
     def pairs(
-        self, scores: list[float], completions: Sequence[tuple[int, ...]], rng: Rng
+        self, scores: list[float], completions: Sequence[TokenArray], rng: Rng
     ) -> PairSelection:
         """Pair by the configured rule."""
         config = self.config
         margin = config.min_margin
+        keys = [completion.tobytes() for completion in completions]
         if config.pairs == "best_second":
-            return best_second(scores, margin, completions)
+            return best_second(scores, margin, keys)
         if config.pairs == "length_penalized":
             lengths = [len(completion) for completion in completions]
             penalized = length_penalized(scores, lengths, config.length_penalty)
-            return best_worst(penalized, margin, completions)
+            return best_worst(penalized, margin, keys)
         if config.pairs == "rso":
             accepted = rso_accept(scores, config.rso_temperature, config.rso_keep, rng())
-            return adjacent_pairs(accepted, scores, margin, completions)
+            return adjacent_pairs(accepted, scores, margin, keys)
         return paired(config.pairs, scores, completions, rng, margin)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:

@@ -93,7 +93,7 @@ class KTO(GivenRowsAlgorithm):
         count = len(examples)
         following = (examples[(number + step) % count].rows[0] for step in range(1, count))
         other = next(
-            (row for row in following if row.prompt_ids != own.prompt_ids),
+            (row for row in following if not np.array_equal(row.prompt_ids, own.prompt_ids)),
             examples[(number + 1) % count].rows[0],
         )
         room = self._max_length - len(own.prompt_ids)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rayhf.search.mcts import End, Step, Tree, TreeNode, known_children, mean_value
-from rayhf.types import Completion, Group, Outcome, Prompt, Sample
+from rayhf.types import Completion, Group, Outcome, Prompt, Sample, token_array
 
 
 def tree_samples(
@@ -26,7 +26,7 @@ def tree_samples(
     nodes = tree.nodes[1:]
     samples = [_step_sample(prompt, tree, node) for node in nodes]
     for node in nodes:
-        context = (*prompt.token_ids, *tree.token_ids(node))
+        context = token_array((*prompt.token_ids, *tree.token_ids(node)))
         samples += [
             Sample(
                 completion=completion,
@@ -60,7 +60,7 @@ def _step_sample(prompt: Prompt, tree: Tree, node: TreeNode) -> Sample:
         completion=node.step.completion,
         outcome=node.outcome,
         kind="step",
-        context_ids=(*prompt.token_ids, *tree.token_ids(tree.nodes[node.parent])),
+        context_ids=token_array((*prompt.token_ids, *tree.token_ids(tree.nodes[node.parent]))),
         parent=node.parent - 1 if node.parent else None,
         stats={name: float(value) for name, value in stats.items()},
     )

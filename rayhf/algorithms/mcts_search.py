@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
+
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig, OutcomeConfig, SelfEvaluationConfig
 from rayhf.algorithms.mcts_samples import tree_samples
@@ -30,7 +32,7 @@ from rayhf.data.jinja_sandbox import SandboxedTemplate
 from rayhf.errors import ConfigError
 from rayhf.search.mcts import End, Step, Tree, TreeNode
 from rayhf.search.siblings import join
-from rayhf.types import Completion, Group, Outcome, Prompt, Sampling, Scored
+from rayhf.types import Completion, Group, Outcome, Prompt, Sampling, Scored, token_array
 
 _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
@@ -156,7 +158,7 @@ class PromptSearch:
             return outcome_value(node.outcome, self.config.outcome)
         if not self.config.rollouts:
             return 0.0
-        written = tuple(token for step in steps for token in step.token_ids)
+        written = tuple(token for step in steps for token in step.token_ids.tolist())
         sampling = replace(self.context.sampling, max_tokens=self._remaining(written))
         rollouts = list(node.rollouts)
         missing = self.config.rollouts - len(rollouts)
@@ -279,8 +281,8 @@ class PromptSearch:
             index=0,
             seed=0,
             text=text,
-            token_ids=tokens,
-            logprobs=(math.nan,) * len(tokens),
+            token_ids=token_array(tokens),
+            logprobs=np.full(len(tokens), np.nan, dtype=np.float32),
             finish_reason="stop",
             policy_version=version,
         )

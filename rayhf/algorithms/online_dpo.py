@@ -36,7 +36,7 @@ from rayhf.config.registry import LOSSES
 from rayhf.losses.base import Loss
 from rayhf.losses.pairs import PairLoss, PairLossConfig
 from rayhf.losses.preference import SigmoidConfig
-from rayhf.types import Example, Group, Prompt, derive_seed, make_row
+from rayhf.types import Example, Group, Prompt, TokenArray, derive_seed, make_row
 
 Rng = Callable[[], np.random.Generator]
 """Makes a random generator on demand: most rules draw nothing, and making one costs more than they
@@ -132,7 +132,7 @@ class PairedAlgorithm(AlgorithmBase, ABC):
 
     @abstractmethod
     def pairs(
-        self, scores: list[float], completions: Sequence[tuple[int, ...]], rng: Rng
+        self, scores: list[float], completions: Sequence[TokenArray], rng: Rng
     ) -> PairSelection:
         """Return one prompt's pairs.
 
@@ -162,7 +162,7 @@ class OnlineDPO(PairedAlgorithm):
         return self.config.pairs
 
     def pairs(
-        self, scores: list[float], completions: Sequence[tuple[int, ...]], rng: Rng
+        self, scores: list[float], completions: Sequence[TokenArray], rng: Rng
     ) -> PairSelection:
         """Pair by the configured rule."""
         return paired(self.config.pairs, scores, completions, rng, self.config.min_margin)
@@ -171,16 +171,17 @@ class OnlineDPO(PairedAlgorithm):
 def paired(
     rule: str,
     scores: list[float],
-    completions: Sequence[tuple[int, ...]],
+    completions: Sequence[TokenArray],
     rng: Rng,
     min_margin: float,
 ) -> PairSelection:
     """Pair by one of the rules that online and iterative DPO share."""
+    keys = [completion.tobytes() for completion in completions]
     if rule == "all_pairs":
-        return all_pairs(scores, min_margin, completions)
+        return all_pairs(scores, min_margin, keys)
     if rule == "best_random":
-        return best_random(scores, rng(), min_margin, completions)
-    return best_worst(scores, min_margin, completions)
+        return best_random(scores, rng(), min_margin, keys)
+    return best_worst(scores, min_margin, keys)
 
 
 def _rng(*parts: int | str) -> np.random.Generator:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rayhf.algorithms.advantages import (
@@ -21,6 +22,7 @@ from rayhf.algorithms.advantages import (
     kl_penalty,
     missing_eos_penalty,
     overlong_penalty,
+    row_sums,
 )
 from rayhf.algorithms.base import (
     AlgorithmBase,
@@ -42,7 +44,16 @@ from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss
 from rayhf.losses.policy import ClippedSurrogateConfig, KLEstimator, KLTerm, PolicyLossConfig
-from rayhf.types import Completion, Example, Group, JsonObject, Prompt, Row, make_row
+from rayhf.types import (
+    Completion,
+    Example,
+    FloatArray,
+    Group,
+    JsonObject,
+    Prompt,
+    Row,
+    make_row,
+)
 
 
 class KLConfig(Section):
@@ -112,6 +123,22 @@ class PolicyGradientConfig(AlgorithmConfig):
                 f"algorithm.overlong_buffer is {self.overlong_buffer}; expected at most "
                 f"rollout.max_tokens {campaign.rollout.max_tokens}"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IterationTokens:
+    """All rows of an iteration: values per token are end to end, N in all."""
+
+    prompt_ids: Sequence[str]
+    """Prompt of each row; the rows of one prompt are a group."""
+    lengths: npt.NDArray[np.int64]
+    """Number of tokens of each row: (R,)."""
+    scores: Array
+    """(R,)."""
+    kl: Array
+    """KL penalty per token, in nats: (N,)."""
+    value: FloatArray | None
+    """The critic's value per token, where there is a critic: (N,)."""
 
 
 class PolicyGradient(AlgorithmBase, ABC):
@@ -196,33 +223,50 @@ class PolicyGradient(AlgorithmBase, ABC):
 
     def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
         """Give every token its advantage."""
-        rows = [example.rows[0] for example in examples]
-        kl = [self._kl(row) for row in rows]
-        in_reward = self.kl_coef if self.config.kl.where == "reward" else 0.0
         metrics = {"ppo/kl_coef": self.kl_coef} if self.reference else {}
-        advantages = self.advantages(rows, kl, in_reward)
+        if not examples:
+            return [], metrics
+        rows = [example.rows[0] for example in examples]
+        in_reward = self.kl_coef if self.config.kl.where == "reward" else 0.0
+        tokens = self._tokens(rows)
+        credit = self.advantages(tokens, in_reward)
         limit = self.config.reward_clip
-        if rows and limit is not None and self.has_group_baseline:
-            advantages, metrics["ppo/reward_clipped"] = clip_advantages(advantages, limit)
+        if limit is not None and self.has_group_baseline:
+            bounded = np.clip(credit["advantage"], -limit, limit)
+            changed = row_sums(bounded != credit["advantage"], tokens.lengths) > 0
+            metrics["ppo/reward_clipped"] = float(changed.mean())
+            credit = {**credit, "advantage": bounded}
         credited = [
-            replace(example, rows=(row,)) for example, row in zip(examples, advantages, strict=True)
+            replace(example, rows=(row,))
+            for example, row in zip(examples, with_token_values(rows, credit), strict=True)
         ]
         return credited, metrics
 
     @abstractmethod
-    def advantages(self, rows: list[Row], kl: list[Array], kl_coef: float) -> list[Row]:
-        """Return the rows with `advantage`.
+    def advantages(self, tokens: IterationTokens, kl_coef: float) -> dict[str, Array]:
+        """Return `advantage`, and further values per token, by name: (N,).
 
         Args:
-            rows: with the scalar `score`.
-            kl: penalty per token of each row, in nats.
-            kl_coef: its weight in the reward; 0 where the penalty is in the loss.
+            tokens: the rows of the iteration.
+            kl_coef: weight of the KL penalty in the reward; 0 where it is in the loss.
         """
 
-    def _kl(self, row: Row) -> Array:
-        """Return the KL per token, with the learner's own log-probs where it computed them."""
-        logp = row.tokens.get("old_logp", row.tokens["behavior_logp"])
-        return kl_penalty(logp, row.tokens.get("ref_logp", logp), self.config.kl.estimator)
+    def _tokens(self, rows: Sequence[Row]) -> IterationTokens:
+        """Return the rows' tokens, with the learner's own log-probs where it computed them."""
+        logp = np.concatenate([r.tokens.get("old_logp", r.tokens["behavior_logp"]) for r in rows])
+        frozen = logp
+        if "ref_logp" in rows[0].tokens:
+            frozen = np.concatenate([row.tokens["ref_logp"] for row in rows])
+        value = None
+        if "value" in rows[0].tokens:
+            value = np.concatenate([row.tokens["value"] for row in rows])
+        return IterationTokens(
+            prompt_ids=[row.prompt_id for row in rows],
+            lengths=np.array([len(row.response_ids) for row in rows]),
+            scores=np.array([row.scalars["score"] for row in rows]),
+            kl=kl_penalty(logp, frozen, self.config.kl.estimator),
+            value=value,
+        )
 
     def loss(self, objective: str = "policy") -> Loss:
         """Return the configured loss, with the KL term where it is in the loss."""
@@ -250,33 +294,35 @@ class PolicyGradient(AlgorithmBase, ABC):
             self._adaptive_kl.load_state_dict(state)
 
 
-def clip_advantages(rows: Sequence[Row], limit: float) -> tuple[list[Row], float]:
-    """Return the rows with advantages bounded to +-limit, and the share of rows that changed."""
-    clipped = []
-    changed = 0
+def with_token_values(rows: Sequence[Row], values: Mapping[str, Array]) -> list[Row]:
+    """Return the rows with further token values, given for all rows end to end: (N,)."""
+    short = {name: array.astype(np.float32) for name, array in values.items()}
+    out = []
+    start = 0
     for row in rows:
-        advantage = row.tokens["advantage"]
-        bounded = np.clip(advantage, -limit, limit)
-        changed += bool((bounded != advantage).any())
-        clipped.append(row.with_tokens(advantage=bounded))
-    return clipped, changed / len(rows)
+        end = start + len(row.response_ids)
+        out.append(row.with_tokens(**{name: array[start:end] for name, array in short.items()}))
+        start = end
+    return out
 
 
 def group_advantages(
-    rows: list[Row], kl: list[Array], kl_coef: float, estimate: Callable[[list[float]], Array]
-) -> list[Row]:
-    """Return the rows with the advantage that `estimate` computes within each prompt's group.
+    tokens: IterationTokens, kl_coef: float, estimate: Callable[[Array], Array]
+) -> Array:
+    """Return the advantage that `estimate` computes within each prompt's group: (N,).
 
-    The score of a row is its `score` minus the summed penalty.
+    The score of a row is its own score minus the summed penalty. `estimate` takes the scores of
+    groups of one size, (G, K), and returns as many advantages.
     """
+    scores = tokens.scores - kl_coef * row_sums(tokens.kl, tokens.lengths)
     groups: defaultdict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        groups[row.prompt_id].append(index)
-    out = list(rows)
+    for index, prompt_id in enumerate(tokens.prompt_ids):
+        groups[prompt_id].append(index)
+    by_size: defaultdict[int, list[list[int]]] = defaultdict(list)
     for members in groups.values():
-        scores = [rows[i].scalars["score"] - kl_coef * kl[i].sum() for i in members]
-        for i, advantage in zip(members, estimate(scores), strict=True):
-            out[i] = rows[i].with_tokens(
-                advantage=np.full(len(rows[i].response_ids), advantage, dtype=np.float32)
-            )
-    return out
+        by_size[len(members)].append(members)
+    out = np.empty_like(scores)
+    for same_size in by_size.values():
+        index_GK = np.array(same_size)
+        out[index_GK] = estimate(scores[index_GK])
+    return np.repeat(out, tokens.lengths)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from rayhf.algorithms.advantages import Array, gae, token_rewards, whiten
-from rayhf.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
+from rayhf.algorithms.policy_gradient import IterationTokens, PolicyGradient, PolicyGradientConfig
 from rayhf.losses.base import Loss
 from rayhf.losses.value import ValueLoss
-from rayhf.types import Row
 
 
 class PPOConfig(PolicyGradientConfig):
@@ -42,28 +40,18 @@ class PPO(PolicyGradient):
     Config = PPOConfig
     config: PPOConfig
 
-    def advantages(self, rows: list[Row], kl: list[Array], kl_coef: float) -> list[Row]:
-        """Return the rows with `advantage` and `return`."""
+    def advantages(self, tokens: IterationTokens, kl_coef: float) -> dict[str, Array]:
+        """Return `advantage` and `return`."""
         config = self.config
-        rewards = [
-            token_rewards(penalty, kl_coef, row.scalars["score"])
-            for penalty, row in zip(kl, rows, strict=True)
-        ]
+        assert tokens.value is not None  # PPO has a critic
+        lengths = tokens.lengths
+        rewards = token_rewards(tokens.kl, kl_coef, tokens.scores, lengths)
         if config.whiten_rewards:
             rewards = whiten(rewards, keep_mean=True)
-        pairs = [
-            gae(reward, row.tokens["value"], config.gamma, config.lam)
-            for reward, row in zip(rewards, rows, strict=True)
-        ]
-        advantages = [advantage for advantage, _ in pairs]
+        advantage, returns = gae(rewards, tokens.value, lengths, config.gamma, config.lam)
         if config.whiten_advantages:
-            advantages = whiten(advantages)
-        return [
-            row.with_tokens(
-                **{"advantage": a.astype(np.float32), "return": returns.astype(np.float32)}
-            )
-            for row, a, (_, returns) in zip(rows, advantages, pairs, strict=True)
-        ]
+            advantage = whiten(advantage)
+        return {"advantage": advantage, "return": returns}
 
     def critic_loss(self) -> Loss:
         """Return the clipped squared error to the returns."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import numpy as np
 from pydantic import Field
 
 from rayhf.algorithms.advantages import Array, reinforce_plus_plus, token_rewards, whiten
-from rayhf.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
-from rayhf.types import Row
+from rayhf.algorithms.policy_gradient import IterationTokens, PolicyGradient, PolicyGradientConfig
 
 
 class ReinforcePlusPlusConfig(PolicyGradientConfig):
@@ -28,16 +26,9 @@ class ReinforcePlusPlus(PolicyGradient):
     Config = ReinforcePlusPlusConfig
     config: ReinforcePlusPlusConfig
 
-    def advantages(self, rows: list[Row], kl: list[Array], kl_coef: float) -> list[Row]:
-        """Return the rows with `advantage`."""
-        rewards = [
-            token_rewards(penalty, kl_coef, row.scalars["score"])
-            for penalty, row in zip(kl, rows, strict=True)
-        ]
+    def advantages(self, tokens: IterationTokens, kl_coef: float) -> dict[str, Array]:
+        """Return `advantage`."""
+        rewards = token_rewards(tokens.kl, kl_coef, tokens.scores, tokens.lengths)
         if self.config.whiten_rewards:
             rewards = whiten(rewards, keep_mean=True)
-        estimates = reinforce_plus_plus(rewards, self.config.gamma)
-        return [
-            row.with_tokens(advantage=a.astype(np.float32))
-            for row, a in zip(rows, estimates, strict=True)
-        ]
+        return {"advantage": reinforce_plus_plus(rewards, tokens.lengths, self.config.gamma)}

@@ -8,12 +8,12 @@ from pydantic import Field, NonNegativeFloat
 
 from rayhf.algorithms.advantages import Array, rloo
 from rayhf.algorithms.policy_gradient import (
+    IterationTokens,
     KLConfig,
     PolicyGradient,
     PolicyGradientConfig,
     group_advantages,
 )
-from rayhf.types import Row
 
 
 class RLOOKLConfig(KLConfig):
@@ -39,6 +39,6 @@ class RLOO(PolicyGradient):
     min_group = 2
     has_group_baseline = True
 
-    def advantages(self, rows: list[Row], kl: list[Array], kl_coef: float) -> list[Row]:
-        """Return the rows with `advantage`."""
-        return group_advantages(rows, kl, kl_coef, rloo)
+    def advantages(self, tokens: IterationTokens, kl_coef: float) -> dict[str, Array]:
+        """Return `advantage`."""
+        return {"advantage": group_advantages(tokens, kl_coef, rloo)}

@@ -24,8 +24,9 @@ from rayhf.types import Example, Group, Sample, Scored, derive_seed, given_row, 
 
 KINDS = ("refinements", "tree_yes", "tree_no", "answers_yes", "answers_no")
 
-Candidate = tuple[tuple[int, ...], Group, int, float]
-"""(judge prompt as token ids, group, index of the sample to train on, value of the judged text)."""
+Candidate = tuple[bytes, Group, int, float]
+"""(token ids of the judge prompt as bytes, group, index of the sample to train on, value of the
+judged text)."""
 
 
 def actor_examples(groups: Sequence[Group]) -> tuple[list[Example], dict[str, float]]:
@@ -46,15 +47,15 @@ def actor_examples(groups: Sequence[Group]) -> tuple[list[Example], dict[str, fl
         refined = int(group.samples[root].stats["refined"])
         chosen = group.samples[refined].completion
         rejected = group.samples[root].completion
-        if not (chosen.token_ids and rejected.token_ids):
+        if not (chosen.token_ids.size and rejected.token_ids.size):
             empty += 1
-        elif chosen.token_ids == rejected.token_ids or chosen.text == rejected.text:
+        elif chosen.text == rejected.text or np.array_equal(chosen.token_ids, rejected.token_ids):
             identical += 1
         else:
             better = group.samples[refined].stats["value"]
             worse = group.samples[root].stats["value"]
             given = given_row(
-                group.prompt.prompt_id, group.prompt.token_ids, chosen.token_ids, score=better
+                group.prompt.prompt_id, group.prompt_ids, chosen.token_ids, score=better
             )
             rows = (replace(given, sample=refined), make_row(group, root, score=worse))
             examples.append(Example(rows=rows, scalars={"margin": better - worse}))
@@ -88,7 +89,7 @@ def refiner_examples(
     }
     examples: list[Example] = []
     metrics = {"spar/refiner_repeats": 0.0, "spar/refiner_capped": 0.0}
-    seen: set[tuple[bool, tuple[int, ...]]] = set()
+    seen: set[tuple[bool, bytes]] = set()
     for kind in KINDS:
         fresh: list[Candidate] = []
         for candidate in candidates[kind]:
@@ -136,7 +137,7 @@ def _candidates(group: Group) -> Iterator[tuple[str, Candidate]]:
     root = _root(group)
     tree: set[str] = set()
     for index, sample in enumerate(samples):
-        if not sample.completion.token_ids:
+        if not sample.completion.token_ids.size:
             continue
         if sample.kind == "answer" and _divided(sample):
             yield _majority("answers", sample), _judgment(group, sample)
@@ -165,11 +166,12 @@ def _judgment(group: Group, sample: Sample) -> Candidate:
     return _judge_prompt(group, sample), group, int(sample.stats["critique"]), sample.stats["value"]
 
 
-def _judge_prompt(group: Group, sample: Sample) -> tuple[int, ...]:
+def _judge_prompt(group: Group, sample: Sample) -> bytes:
+    """Return the tokens of a judgment's prompt, as bytes."""
     context = group.samples[int(sample.stats["critique"])].context_ids
     if context is None:
         raise ValueError(f"prompt {group.prompt.prompt_id}: a judgment has no context")
-    return context
+    return context.tobytes()
 
 
 def _draw(candidates: Sequence[Candidate], cap: int, seed: int) -> list[Candidate]:

@@ -10,9 +10,10 @@ Synchronization: all requests of one call are made concurrently and awaited toge
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.spar_config import SPaRConfig
@@ -25,7 +26,7 @@ from rayhf.search.refine import (
     refine_search,
     root_node,
 )
-from rayhf.types import Completion, Message, Prompt, Sample, Sampling
+from rayhf.types import Completion, Message, Prompt, Sample, Sampling, token_array
 
 
 class PromptExploration:
@@ -106,7 +107,7 @@ class PromptExploration:
                     completion=judgment,
                     outcome=None,
                     kind="judgement",
-                    context_ids=context,
+                    context_ids=token_array(context),
                     parent=draft.source,
                     stats={"verdict": -1.0 if vote is None else float(vote)},
                 )
@@ -145,7 +146,7 @@ class PromptExploration:
             completion=refinement,
             outcome=None,
             kind="refinement",
-            context_ids=context,
+            context_ids=token_array(context),
             parent=node.source,
             stats={} if text is not None else {"malformed": 1.0},
         )
@@ -208,8 +209,8 @@ class PromptExploration:
             completion = replace(
                 self.samples[final.source].completion,
                 text=final.text,
-                token_ids=token_ids,
-                logprobs=(math.nan,) * len(token_ids),
+                token_ids=token_array(token_ids),
+                logprobs=np.full(len(token_ids), np.nan, dtype=np.float32),
             )
             refined = self.add(
                 Sample(

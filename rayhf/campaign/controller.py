@@ -105,13 +105,15 @@ class Controller:
             return
         await self._verify_initial_weights()
         if self.iteration == 0:
-            versions = self._version_metrics()
-            self._report({"iteration": 0, **versions, **await self._evaluate(0)})
+            metrics = {"iteration": 0, **self._version_metrics(), **await self._evaluate(0)}
+            await self.store.tables_written()
+            self._report(metrics)
         try:
             for iteration in range(self.iteration + 1, self.config.run.iterations + 1):
                 await self._run_iteration(iteration)
         finally:
             await _cancel(list(self._explorations.values()))
+            await self.store.tables_written()
 
     # ---------------------------------------------------------------- iterations
 
@@ -122,10 +124,13 @@ class Controller:
         self._start_explorations(iteration)
         explored = await self._explorations.pop(iteration)
         metrics: dict[str, float] = {"iteration": iteration, **explored.tokens}
-        metrics |= exploration_metrics(explored.groups, self.versions["policy"])
-        await self.store.write_samples(iteration, explored.groups)
+        self.store.write_samples(iteration, explored.groups)
+        # In threads: meanwhile the engines get requests of the next iteration.
+        metrics |= await asyncio.to_thread(
+            exploration_metrics, explored.groups, self.versions["policy"]
+        )
         selected = await self._trainer.select(iteration, explored.groups, metrics)
-        metrics |= source_metrics(explored.groups, selected.examples)
+        metrics |= await asyncio.to_thread(source_metrics, explored.groups, selected.examples)
         seconds = explored.seconds
         # The groups are most of an iteration's memory: free them before training, while the next
         # iteration may already be exploring.
@@ -144,6 +149,8 @@ class Controller:
         every = self.config.run.checkpoint_every
         due = iteration == last or bool(every and iteration % every == 0)
         metrics |= {f"time/{name}_s": s for name, s in {**seconds, **self._seconds}.items()}
+        # An iteration that has metrics has tables, and so has one that is committed.
+        await self.store.tables_written()
         metrics["time/iteration_s"] = time.monotonic() - started
         self._report(metrics)
         if pausing := self._check_guards():

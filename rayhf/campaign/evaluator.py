@@ -62,7 +62,7 @@ class Evaluator:
                 else await self._further(task, values.append)
             )
         if values:
-            await self._explorer.store.write_evaluations(iteration, values)
+            self._explorer.store.write_evaluations(iteration, values)
         if before is not None:
             await self._roles.scorer.load_state_dict(before)
         return metrics

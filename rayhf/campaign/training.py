@@ -2,6 +2,7 @@
 
 Synchronization: annotations (reference, critic, the learner before its first step) run
 concurrently; then credit; then the steps of one objective after the other, "policy" first.
+Selection and credit run in a thread, so that the event loop keeps the engines busy.
 """
 
 from __future__ import annotations
@@ -78,11 +79,11 @@ class Trainer:
             earlier=self.store.read_examples,
             labels=self._labels(iteration) if isinstance(self.algorithm, TakesLabels) else (),
         )
-        selection = self.algorithm.select(groups, context)
+        selection = await asyncio.to_thread(self.algorithm.select, groups, context)
         metrics |= selection.metrics
         if selection.no_signal is not None:
             metrics["selection/no_signal"] = selection.no_signal
-        await self.store.write_examples(iteration, selection.examples)
+        self.store.write_examples(iteration, selection.examples)
         return SelectedExamples(
             examples=selection.examples,
             prompt_ids=tuple(group.prompt.prompt_id for group in groups),
@@ -123,13 +124,16 @@ class Trainer:
         examples: Sequence[Example],
         metrics: dict[str, float],
     ) -> bool:
-        credited, credit_metrics = self.algorithm.credit(await self._annotate(iteration, examples))
+        columns = await self._annotations(iteration, examples)
+        credited, credit_metrics = await asyncio.to_thread(
+            lambda: self.algorithm.credit(_annotated(examples, columns))
+        )
         metrics |= credit_metrics
-        await self.store.write_credit(iteration, credited)
+        self.store.write_credit(iteration, credited)
+        batches = await asyncio.to_thread(self._batches, iteration, prompt_ids, credited)
         trains = not isinstance(self.algorithm, TrainsCritic) or self.algorithm.trains_policy(
             iteration
         )
-        batches = self._batches(iteration, prompt_ids, credited)
         steps: list[dict[str, float]] = []
         async with self._timed("learner"):
             for number, batch in enumerate(batches):
@@ -197,8 +201,13 @@ class Trainer:
             metrics["critic/explained_variance"] = explained_variance(critic)
         return metrics
 
-    async def _annotate(self, iteration: int, examples: Sequence[Example]) -> list[Example]:
-        """Add the token values that credit and loss read: ref_logp, value, old_logp."""
+    async def _annotations(
+        self, iteration: int, examples: Sequence[Example]
+    ) -> dict[str, list[FloatArray]]:
+        """Return the token values that credit and loss read, by name, an array per row.
+
+        They are ref_logp, value and old_logp, as far as they are needed.
+        """
         rows = [row for example in examples for row in example.rows]
         temperature = self.config.train_temperature
         schedule = self.algorithm.reference
@@ -213,19 +222,14 @@ class Trainer:
             policy = self.roles.learners["policy"]
             work["old_logp"] = policy.outputs(rows, temperature=temperature)
         if not work:
-            return list(examples)
+            return {}
         self.observer.phase(iteration, "reference")
         async with self._timed("reference"):
             columns = await asyncio.gather(*work.values())
         named = dict(zip(work, columns, strict=True))
         if learner_is_reference:
             named["ref_logp"] = named["old_logp"]
-        values_by_row = zip(*named.values(), strict=True)
-        annotated = (
-            row.with_tokens(**dict(zip(named, values, strict=True)))
-            for row, values in zip(rows, values_by_row, strict=True)
-        )
-        return [replace(e, rows=tuple(next(annotated) for _ in e.rows)) for e in examples]
+        return named
 
     @property
     def steps_per_iteration(self) -> int:
@@ -264,6 +268,21 @@ class Trainer:
                 if part
             ]
         return batches
+
+
+def _annotated(
+    examples: Sequence[Example], columns: Mapping[str, list[FloatArray]]
+) -> list[Example]:
+    """Return the examples with the token values of their rows."""
+    if not columns:
+        return list(examples)
+    rows = [row for example in examples for row in example.rows]
+    values_by_row = zip(*columns.values(), strict=True)
+    annotated = (
+        row.with_tokens(**dict(zip(columns, values, strict=True)))
+        for row, values in zip(rows, values_by_row, strict=True)
+    )
+    return [replace(e, rows=tuple(next(annotated) for _ in e.rows)) for e in examples]
 
 
 def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

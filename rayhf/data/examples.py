@@ -19,9 +19,7 @@ from rayhf.data.prompts import NamedSource, PromptSet, prompt_set
 from rayhf.data.readers import Row as DataRow
 from rayhf.data.readers import named_rows
 from rayhf.errors import ConfigError
-from rayhf.types import Example, Prompt, Row, given_row
-
-TokenArray = npt.NDArray[np.int32]
+from rayhf.types import Example, Prompt, Row, TokenArray, given_row, token_array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +41,7 @@ class EncodedRow:
 
     def row(self, prompt_id: str) -> Row:
         """Return the training row, with the token value `mask` where there is a mask."""
-        row = given_row(prompt_id, self.prompt_ids.tolist(), self.response_ids.tolist())
+        row = given_row(prompt_id, self.prompt_ids, self.response_ids)
         return row if self.mask is None else row.with_tokens(mask=self.mask.astype(np.float32))
 
 
@@ -68,8 +66,8 @@ def encoded_row(
 ) -> EncodedRow:
     """Return a row from token ids."""
     return EncodedRow(
-        prompt_ids=np.asarray(prompt_ids, dtype=np.int32),
-        response_ids=np.asarray(response_ids, dtype=np.int32),
+        prompt_ids=token_array(prompt_ids),
+        response_ids=token_array(response_ids),
         mask=None if mask is None else np.asarray(mask, dtype=np.bool_),
     )
 

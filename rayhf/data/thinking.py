@@ -43,7 +43,7 @@ class ThinkingParser:
         Where the thinking was begun (`opened`, or by the completion) and does not end, the answer
         is empty and the completion counts as truncated, whatever ended it.
         """
-        token_ids = completion.token_ids
+        token_ids = completion.token_ids.tolist()
         count = self._count(token_ids)
         if count is None:
             if not opened and self._config.start not in self._decode(token_ids):
@@ -57,9 +57,7 @@ class ThinkingParser:
             )
         head = self._decode(token_ids[:count])
         cut = head.index(self._config.end) + len(self._config.end)
-        rest = head[cut:] + str(
-            self._tokenizer.decode(list(token_ids[count:]), skip_special_tokens=True)
-        )
+        rest = head[cut:] + str(self._tokenizer.decode(token_ids[count:], skip_special_tokens=True))
         text = rest.lstrip("\n")
         return replace(
             completion,

@@ -12,7 +12,15 @@ import numpy as np
 
 from rayhf.evaluation.statistics import Array
 from rayhf.evaluation.win_rates import Duels
-from rayhf.types import Compared, Comparison, Completion, Prompt, ScoreRequest
+from rayhf.types import (
+    NO_LOGPROBS,
+    NO_TOKENS,
+    Compared,
+    Comparison,
+    Completion,
+    Prompt,
+    ScoreRequest,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +97,8 @@ def given_completion(prompt: Prompt, text: str, index: int = 0) -> Completion:
         index=index,
         seed=0,
         text=text,
-        token_ids=(),
-        logprobs=(),
+        token_ids=NO_TOKENS,
+        logprobs=NO_LOGPROBS,
         finish_reason="stop",
         policy_version=0,
     )

@@ -94,7 +94,7 @@ async def evaluate(
     task: str,
     record: Callable[[PromptValues], None],
     improve: Callable[[Sequence[Completion]], Awaitable[list[Completion]]] | None = None,
-    record_answers: Callable[[Sequence[Group]], Awaitable[None]] | None = None,
+    record_answers: Callable[[Sequence[Group]], None] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of one held-out task.
 
@@ -119,7 +119,7 @@ async def evaluate(
         kind: await _outcomes(prompts, completions, scorer) for kind, completions in answers.items()
     }
     if record_answers is not None:
-        await record_answers(_answer_groups(prompts, answers, outcomes))
+        record_answers(_answer_groups(prompts, answers, outcomes))
     columns: dict[str, Sequence[float | None]] = {
         **{kind: _values(each) for kind, each in outcomes.items()},
         "length": [float(len(c.token_ids)) for c in sampled],

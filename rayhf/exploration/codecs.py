@@ -8,7 +8,6 @@ again, from its request and the raw response.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, Generic, TypeVar
@@ -25,6 +24,8 @@ from rayhf.types import (
     Scored,
     ScoreRequest,
     Skipped,
+    float_array,
+    token_array,
 )
 
 RequestT = TypeVar("RequestT", bound=GenerateRequest | ScoreRequest)
@@ -59,13 +60,6 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
 
     def encode(self, responses: Sequence[tuple[Completion, ...]]) -> Encoded:
         completions = list(chain.from_iterable(responses))
-        tokens = array("i", list(chain.from_iterable(c.token_ids for c in completions)))
-        logprobs = np.frombuffer(
-            array("d", list(chain.from_iterable(c.logprobs for c in completions)))
-        )
-        # Engines give float32: half the size, without loss.
-        short = logprobs.astype("<f4")
-        is_short = bool((short == logprobs).all())
         columns = {
             "counts": [len(response) for response in responses],
             "texts": [c.text for c in completions],
@@ -74,14 +68,15 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
             "thinking": [c.thinking for c in completions],
             "thinking_tokens": [c.thinking_tokens for c in completions],
             "versions": [c.policy_version for c in completions],
-            "logprobs": "<f4" if is_short else "<f8",
         }
-        return columns, [tokens.tobytes(), (short if is_short else logprobs).tobytes()]
+        tokens = [c.token_ids.astype("<i4", copy=False).tobytes() for c in completions]
+        logprobs = [c.logprobs.astype("<f4", copy=False).tobytes() for c in completions]
+        return columns, tokens + logprobs
 
     def decode(self, columns: Any, data: bytes) -> Iterator[Any]:
         size = 4 * sum(columns["lengths"])
         tokens = np.frombuffer(data[:size], dtype="<i4")
-        logprobs = np.frombuffer(data[size:], dtype=columns["logprobs"])
+        logprobs = np.frombuffer(data[size:], dtype="<f4")
         names = ("texts", "reasons", "versions", "thinking", "thinking_tokens")
         start = 0
         rows = []
@@ -101,8 +96,8 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
                 index=index,
                 seed=request.seeds[index],
                 text=text,
-                token_ids=tuple(token_ids.tolist()),
-                logprobs=tuple(logprobs.tolist()),
+                token_ids=token_array(token_ids),
+                logprobs=float_array(logprobs),
                 finish_reason=finish_reason,
                 policy_version=version,
                 thinking=thinking,

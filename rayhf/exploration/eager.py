@@ -16,6 +16,8 @@ from rayhf.exploration.scheduler import RequestQueue, RequestScheduler, run_besi
 
 _FLUSH_EVERY_S = 0.2
 """Seconds between two writes of the journal; closing it writes the rest."""
+_STARTED_PER_TURN = 256
+"""Coroutines that start in one turn of the event loop, which sends all their first requests."""
 
 
 class EagerScheduler(RequestScheduler):
@@ -30,15 +32,17 @@ class EagerScheduler(RequestScheduler):
     async def _run(self, workers: Sequence[Coroutine[object, object, None]]) -> None:
         self._calls = set()
         self._senders = {}
-        tasks = [asyncio.create_task(worker) for worker in workers]
-        ended = asyncio.gather(*tasks)
+        tasks: list[asyncio.Task[None]] = []
+        ended = asyncio.create_task(_start(workers, tasks))
         try:
             await run_beside(ended, self._flush_regularly())
         finally:
-            unfinished = {*tasks, *self._calls}
+            unfinished = {ended, *tasks, *self._calls}
             for task in unfinished:
                 task.cancel()
-            await asyncio.gather(ended, *unfinished, return_exceptions=True)
+            await asyncio.gather(*unfinished, return_exceptions=True)
+            for worker in workers[len(tasks) :]:
+                worker.close()
 
     async def _flush_regularly(self) -> None:
         while True:
@@ -83,3 +87,16 @@ class EagerScheduler(RequestScheduler):
         while pending := queue.take():
             await self._send(queue, pending)
         self._senders[queue] -= 1
+
+
+async def _start(
+    workers: Sequence[Coroutine[object, object, None]], tasks: list[asyncio.Task[None]]
+) -> None:
+    """Start the workers turn by turn, add their tasks to `tasks`, and wait for all of them.
+
+    Raises the first error of any.
+    """
+    for start in range(0, len(workers), _STARTED_PER_TURN):
+        tasks += map(asyncio.create_task, workers[start : start + _STARTED_PER_TURN])
+        await asyncio.sleep(0)
+    await asyncio.gather(*tasks)

@@ -79,10 +79,10 @@ class ExplorationLoop(asyncio.AbstractEventLoop):
         return handle
 
     def _turn(self) -> None:
-        """Run the calls that are queued now; the outer loop runs its own between two turns."""
+        """Run the next calls in the queue; the outer loop runs its own between two turns."""
         asyncio._set_running_loop(self)  # asyncio.gather and create_task look it up
         try:
-            for _ in range(len(self._queue)):
+            for _ in range(min(len(self._queue), _CALLS_PER_TURN)):
                 handle, context, call = self._queue.popleft()
                 if not handle.cancelled():
                     context.run(call)
@@ -133,6 +133,8 @@ class ExplorationLoop(asyncio.AbstractEventLoop):
         raise RuntimeError(_ONLY_RESPONSES)
 
 
+_CALLS_PER_TURN = 2048
+"""Limit on calls in one turn, so that the outer loop never waits long."""
 _ONLY_RESPONSES = (
     "in a deterministic campaign `explore` may only wait for its ExplorationContext, never for a "
     "clock, a thread or a socket"

@@ -34,6 +34,7 @@ from rayhf.types import (
     Prompt,
     Sampling,
     ScoreRequest,
+    TokenIds,
     derive_seed,
 )
 
@@ -91,11 +92,11 @@ class PromptContext:
         """Return the token ids of `text` as a completion, end-of-turn token included."""
         return self._scheduler.chat.encode_generated(self._prompt.messages, text)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: TokenIds) -> str:
         """Return the text of a part of a completion."""
-        return self._scheduler.chat.text(token_ids)
+        return self._scheduler.chat.text(list(map(int, token_ids)))
 
-    def room(self, context: Sequence[int]) -> int:
+    def room(self, context: TokenIds) -> int:
         """Return how many tokens fit after `context`; 0 or less: none."""
         return self._scheduler.chat.max_length - len(context)
 
@@ -103,8 +104,8 @@ class PromptContext:
         self,
         n: int,
         *,
-        context: Sequence[int] | None = None,
-        prefix: Sequence[int] = (),
+        context: TokenIds | None = None,
+        prefix: TokenIds = (),
         sampling: Sampling | None = None,
         policy: str = "policy",
     ) -> tuple[Completion, ...]:
@@ -112,7 +113,8 @@ class PromptContext:
 
         max_tokens is reduced to what fits into the model. Raises ValueError where nothing fits.
         """
-        token_ids = (*(self._prompt.token_ids if context is None else context), *prefix)
+        before = self._prompt.token_ids if context is None else map(int, context)
+        token_ids = (*before, *map(int, prefix))
         sampling = sampling or self.sampling
         room = self.room(token_ids)
         if room < 1:

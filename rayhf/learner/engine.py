@@ -37,7 +37,7 @@ from rayhf.losses.base import Loss, Totals
 from rayhf.models.forward import Inputs, build_inputs
 from rayhf.models.packing import pack_examples
 from rayhf.models.peft import base_model
-from rayhf.types import Example, FloatArray, Probe, Row, WeightBucket, derive_seed
+from rayhf.types import Example, FloatArray, Probe, Row, WeightBucket, derive_seed, given_row
 from rayhf.weights.buckets import pack_bucket
 from rayhf.weights.deepspeed_internals import step_was_skipped
 from rayhf.weights.export import (
@@ -289,7 +289,7 @@ class LearnerEngine:
         """
         vocabulary = base_model(self.model).config.get_text_config().vocab_size
         ids = tuple((7919 * i + 104729) % vocabulary for i in range(PROBE_TOKENS))
-        row = Row(prompt_id="probe", sample=0, prompt_ids=ids[:1], response_ids=ids[1:])
+        row = given_row("probe", ids[:1], ids[1:])
         logprobs = tuple(self._evaluate(self._inputs([row]), 1.0).tolist())
         if not all(map(math.isfinite, logprobs)):
             raise NumericalError(

@@ -34,7 +34,7 @@ from rayhf.errors import ConfigError
 from rayhf.models.peft import base_model
 from rayhf.models.prefix_tree import Ints, build_tree, fed_tokens
 from rayhf.models.tree_attention import NAME, Tree, place_tree, register
-from rayhf.types import Row
+from rayhf.types import Row, given_row, token_array
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -72,7 +72,7 @@ class Inputs:
         return self.ids_BS.numel()
 
 
-EMPTY = Row(prompt_id="", sample=0, prompt_ids=(0,), response_ids=(0,))
+EMPTY = given_row("", (0,), (0,))
 """What an empty micro-batch feeds, so that it still runs every collective."""
 
 
@@ -85,12 +85,12 @@ def build_inputs(
     """
     rows = rows or [EMPTY]
     for row in rows:
-        if not row.prompt_ids or not row.response_ids:
+        if not row.prompt_ids.size or not row.response_ids.size:
             raise ConfigError(
                 f"row of prompt {row.prompt_id!r}, sample {row.sample}: {len(row.prompt_ids)} "
                 f"prompt and {len(row.response_ids)} response tokens; expected at least one of each"
             )
-    target_T = np.concatenate([np.asarray(row.response_ids, dtype=np.int64) for row in rows])
+    target_T = np.concatenate([row.response_ids for row in rows]).astype(np.int64)
     tree = None
     if packing == "off":
         ids_BS, predict_T = _pad(rows)
@@ -134,8 +134,8 @@ def scored_row(
     return Row(
         prompt_id=prompt_id,
         sample=sample,
-        prompt_ids=tuple(token_ids),
-        response_ids=(0,),
+        prompt_ids=token_array(token_ids),
+        response_ids=token_array((0,)),
         scalars=scalars or {},
     )
 

@@ -20,17 +20,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rayhf.types import Row
+from rayhf.types import Row, TokenArray
 
 Ints = npt.NDArray[np.int64]
-TokenIds = tuple[int, ...]
 
 MIN_SHARED = 32
 """Shortest prefix in tokens that rows of different prompts share, such as a system prompt.
 
 Shorter ones (the beginning of a chat template) would join unrelated rows into one tree.
 """
-_CHUNK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +43,21 @@ class PrefixTree:
     """In the order of the rows; rows that share a node repeat it."""
 
 
-def fed_tokens(row: Row) -> TokenIds:
+def fed_tokens(row: Row) -> TokenArray:
     """Return the tokens that go through the model: all but the last."""
-    return row.prompt_ids + row.response_ids[:-1]
+    return np.concatenate((row.prompt_ids, row.response_ids[:-1]))
 
 
-def shared_prefix(first: TokenIds, second: TokenIds) -> int:
+def sort_key(tokens: TokenArray) -> bytes:
+    """Return a sort key: in its order, sequences that share a prefix are neighbors."""
+    return tokens.tobytes()
+
+
+def shared_prefix(first: TokenArray, second: TokenArray) -> int:
     """Return the number of leading tokens that two sequences share."""
     limit = min(len(first), len(second))
-    start = 0
-    while start < limit and first[start : start + _CHUNK] == second[start : start + _CHUNK]:
-        start += _CHUNK
-    while start < limit and first[start] == second[start]:
-        start += 1
-    return min(start, limit)
+    different = first[:limit] != second[:limit]
+    return int(different.argmax()) if different.any() else limit
 
 
 def build_tree(rows: Sequence[Row], *, share: bool) -> PrefixTree:
@@ -79,7 +78,7 @@ def build_tree(rows: Sequence[Row], *, share: bool) -> PrefixTree:
     for index in order:
         shared = _shared(rows, tokens, previous, index) if share and previous is not None else 0
         new = len(tokens[index]) - shared
-        ids.append(np.asarray(tokens[index][shared:], dtype=np.int64))
+        ids.append(tokens[index][shared:].astype(np.int64))
         depth.append(np.arange(shared, shared + new))
         ends.append((path[shared:], count))  # the branch that this row leaves
         path = np.concatenate([path[:shared], np.arange(count, count + new)])
@@ -99,20 +98,21 @@ def build_tree(rows: Sequence[Row], *, share: bool) -> PrefixTree:
     )
 
 
-def _in_order(rows: Sequence[Row], tokens: Sequence[TokenIds]) -> list[int]:
+def _in_order(rows: Sequence[Row], tokens: Sequence[TokenArray]) -> list[int]:
     """Sort rows by tokens, with those of a prompt together."""
-    first: dict[str, TokenIds] = {}
-    for row, ids in zip(rows, tokens, strict=True):
-        first[row.prompt_id] = min(first.get(row.prompt_id, ids), ids)
+    keys = [sort_key(ids) for ids in tokens]
+    first: dict[str, bytes] = {}
+    for row, key in zip(rows, keys, strict=True):
+        first[row.prompt_id] = min(first.get(row.prompt_id, key), key)
 
-    def key(index: int) -> tuple[TokenIds, str, TokenIds]:
+    def place(index: int) -> tuple[bytes, str, bytes]:
         prompt_id = rows[index].prompt_id
-        return first[prompt_id], prompt_id, tokens[index]
+        return first[prompt_id], prompt_id, keys[index]
 
-    return sorted(range(len(rows)), key=key)
+    return sorted(range(len(rows)), key=place)
 
 
-def _shared(rows: Sequence[Row], tokens: Sequence[TokenIds], previous: int, index: int) -> int:
+def _shared(rows: Sequence[Row], tokens: Sequence[TokenArray], previous: int, index: int) -> int:
     shared = shared_prefix(tokens[previous], tokens[index])
     same_prompt = rows[previous].prompt_id == rows[index].prompt_id
     return shared if same_prompt or shared >= MIN_SHARED else 0
@@ -122,14 +122,14 @@ class DistinctTokens:
     """Count of the nodes of a growing set of rows of one prompt."""
 
     def __init__(self) -> None:
-        self._sorted: list[TokenIds] = []
+        self._sorted: list[TokenArray] = []
         self.count = 0
 
     def add(self, rows: Sequence[Row]) -> None:
         """Add rows; the longest prefix that one shares is with a neighbor in sorted order."""
         for row in rows:
             tokens = fed_tokens(row)
-            place = bisect_left(self._sorted, tokens)
+            place = bisect_left(self._sorted, sort_key(tokens), key=sort_key)
             neighbors = self._sorted[max(0, place - 1) : place + 1]
             shared = max((shared_prefix(tokens, other) for other in neighbors), default=0)
             self.count += len(tokens) - shared

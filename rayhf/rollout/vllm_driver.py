@@ -6,7 +6,6 @@ the distribution that was sampled from. vLLM's errors are translated here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,15 @@ from rayhf.rollout.env import Device
 from rayhf.rollout.loop import Result, Wave
 from rayhf.rollout.vllm_internals import BucketBytes
 from rayhf.rollout.vllm_worker import BACKEND
-from rayhf.types import Completion, GenerateRequest, Probe, Sampling, WeightSnapshot
+from rayhf.types import (
+    Completion,
+    GenerateRequest,
+    Probe,
+    Sampling,
+    WeightSnapshot,
+    float_array,
+    token_array,
+)
 from rayhf.weights.broadcast import Rendezvous
 from rayhf.weights.buckets import checkpoint_shapes, snapshot_checksum
 
@@ -228,7 +235,7 @@ class VllmDriver:
                 completion = _completion(request, index, output, next(texts), self.version)
                 if self._thinking is not None:
                     completion = self._thinking.split(completion, opened=thinks)
-                if not all(map(math.isfinite, completion.logprobs)):
+                if not np.isfinite(completion.logprobs).all():
                     return NumericalError(
                         f"weights of version {self.version} give a non-finite log-prob for prompt "
                         f"{request.prompt_id}"
@@ -308,8 +315,8 @@ def _completion(
         index=index,
         seed=request.seeds[index],
         text=text,
-        token_ids=tuple(row.token_ids),
-        logprobs=tuple(cast("FlatLogprobs", row.logprobs).logprobs),
+        token_ids=token_array(row.token_ids),
+        logprobs=float_array(cast("FlatLogprobs", row.logprobs).logprobs),
         finish_reason=reason,
         policy_version=version,
     )

@@ -7,13 +7,13 @@ metrics.rewound.jsonl    lines of iterations that were repeated
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,14 +30,12 @@ from rayhf.run_dir.files import (
     write_atomic,
 )
 from rayhf.run_dir.names import iteration_name, numbered
+from rayhf.run_dir.table_writer import TableWriter, row_groups
 from rayhf.types import Example, Group, JsonObject
 
-Item = TypeVar("Item")
 METRICS = "metrics.jsonl"
 TABLES = ("samples", "examples", "credit", "heldout", "evaluations")
 """Directories with a Parquet file per iteration, where it has one."""
-_PART = 4096
-"""Groups or examples per row group: the tables of a whole iteration may not fit into memory."""
 
 
 class Records:
@@ -56,6 +54,7 @@ class Records:
         self._check = check
         self._warn = warn
         self._checksums = ChecksumLog(run)
+        self._writer = TableWriter()
 
     def append_metrics(self, metrics: Mapping[str, float]) -> None:
         """Append an iteration's line. Raises ValueError for NaN and infinity."""
@@ -69,34 +68,41 @@ class Records:
             os.fsync(stream.fileno())
         self._checksums.append(int(metrics["iteration"]), line)
 
-    async def write_samples(self, iteration: int, groups: Sequence[Group]) -> None:
-        """Write every completion of an iteration, one row each."""
-        parts = (tables.sample_table(iteration, part) for part in _parts(groups))
-        await asyncio.to_thread(self._write_table, "samples", iteration, tables.SAMPLES, parts)
+    def write_samples(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Start writing every completion of an iteration, one row each."""
+        parts = row_groups(groups, partial(tables.sample_table, iteration))
+        self._writer.start(self._write_table, "samples", iteration, tables.SAMPLES, parts)
 
-    async def write_examples(self, iteration: int, examples: Sequence[Example]) -> None:
-        """Write every training example with its lineage: indices into its prompt's samples."""
-        parts = (tables.example_table(iteration, part) for part in _parts(examples))
-        await asyncio.to_thread(self._write_table, "examples", iteration, tables.EXAMPLES, parts)
+    def write_examples(self, iteration: int, examples: Sequence[Example]) -> None:
+        """Start writing every training example: indices into its prompt's samples."""
+        parts = row_groups(examples, partial(tables.example_table, iteration))
+        self._writer.start(self._write_table, "examples", iteration, tables.EXAMPLES, parts)
 
-    async def write_credit(self, iteration: int, examples: Sequence[Example]) -> None:
-        """Write the token values that training added to the policy's examples, if any."""
+    def write_credit(self, iteration: int, examples: Sequence[Example]) -> None:
+        """Start writing the token values that training added to the policy's examples, if any."""
         # The rows of one objective all have the same values.
         if not examples or not examples[0].rows[0].tokens.keys() & set(tables.CREDIT_VALUES):
             return
-        parts = (tables.credit_table(iteration, part) for part in _parts(examples))
-        await asyncio.to_thread(self._write_table, "credit", iteration, tables.CREDIT, parts)
+        parts = row_groups(examples, partial(tables.credit_table, iteration))
+        self._writer.start(self._write_table, "credit", iteration, tables.CREDIT, parts)
 
-    async def write_heldout(self, iteration: int, groups: Sequence[Group]) -> None:
-        """Write an evaluation's completions of the held-out prompts."""
-        parts = (tables.sample_table(iteration, part) for part in _parts(groups))
-        await asyncio.to_thread(self._write_table, "heldout", iteration, tables.SAMPLES, parts)
+    def write_heldout(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Start writing an evaluation's completions of the held-out prompts."""
+        parts = row_groups(groups, partial(tables.sample_table, iteration))
+        self._writer.start(self._write_table, "heldout", iteration, tables.SAMPLES, parts)
 
-    async def write_evaluations(self, iteration: int, values: Sequence[PromptValues]) -> None:
-        """Write the figures of an iteration's evaluations by prompt."""
-        parts = iter([tables.evaluation_table(iteration, values)])
-        schema = tables.EVALUATIONS
-        await asyncio.to_thread(self._write_table, "evaluations", iteration, schema, parts)
+    def write_evaluations(self, iteration: int, values: Sequence[PromptValues]) -> None:
+        """Start writing the figures of an iteration's evaluations by prompt."""
+        parts = row_groups(values, partial(tables.evaluation_table, iteration))
+        self._writer.start(self._write_table, "evaluations", iteration, tables.EVALUATIONS, parts)
+
+    async def tables_written(self) -> None:
+        """Wait until the tables that were started are on the disk. Raises their first error."""
+        await self._writer.written()
+
+    def close(self) -> None:
+        """Wait for the table in progress."""
+        self._writer.close()
 
     def read_examples(self, iteration: int) -> list[Example]:
         """Return the policy's examples of an earlier iteration; none where there was none."""
@@ -236,7 +242,3 @@ def _end_of(data: bytes, iteration: int) -> int:
         if metrics is not None and metrics["iteration"] <= iteration and line.endswith(b"\n"):
             end = position
     return end
-
-
-def _parts(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    return (items[start : start + _PART] for start in range(0, len(items), _PART))

@@ -141,6 +141,7 @@ class RunDir:
 
     def close(self) -> None:
         """Close the event log and release the lock."""
+        self._records.close()
         self._events.close()
         self._lock.release()
 
@@ -185,25 +186,32 @@ class RunDir:
         """Append an iteration's line. Raises ValueError for NaN and infinity."""
         self._records.append_metrics(metrics)
 
-    async def write_samples(self, iteration: int, groups: Sequence[Group]) -> None:
-        """Write every completion of an iteration, one row each."""
-        await self._records.write_samples(iteration, groups)
+    def write_samples(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Start writing every completion of an iteration, one row each; see `tables_written`."""
+        self._records.write_samples(iteration, groups)
 
-    async def write_examples(self, iteration: int, examples: Sequence[Example]) -> None:
-        """Write every training example with its lineage: indices into its prompt's samples."""
-        await self._records.write_examples(iteration, examples)
+    def write_examples(self, iteration: int, examples: Sequence[Example]) -> None:
+        """Start writing every training example with its lineage; see `tables_written`.
 
-    async def write_credit(self, iteration: int, examples: Sequence[Example]) -> None:
-        """Write the token values that training added to the policy's examples, if any."""
-        await self._records.write_credit(iteration, examples)
+        The lineage is indices into its prompt's samples.
+        """
+        self._records.write_examples(iteration, examples)
 
-    async def write_heldout(self, iteration: int, groups: Sequence[Group]) -> None:
-        """Write an evaluation's completions of the held-out prompts."""
-        await self._records.write_heldout(iteration, groups)
+    def write_credit(self, iteration: int, examples: Sequence[Example]) -> None:
+        """Start writing the token values that training added to the policy's examples, if any."""
+        self._records.write_credit(iteration, examples)
 
-    async def write_evaluations(self, iteration: int, values: Sequence[PromptValues]) -> None:
-        """Write the figures of an iteration's evaluations by prompt."""
-        await self._records.write_evaluations(iteration, values)
+    def write_heldout(self, iteration: int, groups: Sequence[Group]) -> None:
+        """Start writing an evaluation's completions of the held-out prompts."""
+        self._records.write_heldout(iteration, groups)
+
+    def write_evaluations(self, iteration: int, values: Sequence[PromptValues]) -> None:
+        """Start writing the figures of an iteration's evaluations by prompt."""
+        self._records.write_evaluations(iteration, values)
+
+    async def tables_written(self) -> None:
+        """Wait until the tables that were started are on the disk. Raises their first error."""
+        await self._records.tables_written()
 
     def read_examples(self, iteration: int) -> list[Example]:
         """Return the policy's examples of an earlier iteration; none where there was none."""

@@ -14,13 +14,24 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayhf.evaluation.values import PromptValues
-from rayhf.types import Example, Failed, Group, Invalid, Row, Scored
+from rayhf.types import (
+    Example,
+    Failed,
+    Group,
+    Invalid,
+    Row,
+    Scored,
+    float_array,
+    token_array,
+)
 
 SAMPLES = pa.schema(
     [
@@ -110,12 +121,9 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
         "text": [c.text for c in completions],
         "thinking": [c.thinking for c in completions],
         "thinking_tokens": [c.thinking_tokens for c in completions],
-        "context_ids": [
-            g.prompt.token_ids if s.context_ids is None else s.context_ids
-            for g, s in zip(owners, samples, strict=True)
-        ],
-        "token_ids": [c.token_ids for c in completions],
-        "logprobs": [c.logprobs for c in completions],
+        "context_ids": [g.context_ids(n) for g, n in zip(owners, numbers, strict=True)],
+        "token_ids": _lists([c.token_ids for c in completions], np.int32),
+        "logprobs": _lists([c.logprobs for c in completions], np.float32),
         "score": [outcome.value if isinstance(outcome, Scored) else None for outcome in outcomes],
         "scores": [
             list(outcome.parts.items()) if isinstance(outcome, Scored) else []
@@ -140,15 +148,23 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
 
 def example_table(iteration: int, examples: Sequence[Example]) -> pa.Table:
     """Return one row per example."""
+    rows = [row for example in examples for row in example.rows]
+    ends = np.cumsum([0, *(len(example.rows) for example in examples)], dtype=np.int32)
+
+    def by_example(lists: pa.ListArray) -> pa.ListArray:
+        return pa.ListArray.from_arrays(ends, lists)
+
     columns = {
         "iteration": [iteration] * len(examples),
         "prompt_id": [e.rows[0].prompt_id for e in examples],
         "objective": [e.objective for e in examples],
         "iterations_back": [e.iterations_back for e in examples],
         "samples": [[row.sample for row in e.rows] for e in examples],
-        "prompt_ids": [[row.prompt_ids for row in e.rows] for e in examples],
-        "response_ids": [[row.response_ids for row in e.rows] for e in examples],
-        "behavior_logp": [[row.tokens["behavior_logp"] for row in e.rows] for e in examples],
+        "prompt_ids": by_example(_lists([row.prompt_ids for row in rows], np.int32)),
+        "response_ids": by_example(_lists([row.response_ids for row in rows], np.int32)),
+        "behavior_logp": by_example(
+            _lists([row.tokens["behavior_logp"] for row in rows], np.float32)
+        ),
         "scores": [[row.scalars.get("score") for row in e.rows] for e in examples],
         "margin": [e.scalars.get("margin") for e in examples],
         "scalars": [list(e.scalars.items()) for e in examples],
@@ -197,6 +213,12 @@ def read_evaluations(file: Path) -> dict[str, PromptValues]:
     return found
 
 
+def _lists(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> pa.ListArray:
+    """Return one list per array, without a Python object per number."""
+    ends = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    return pa.ListArray.from_arrays(ends, np.concatenate([np.empty(0, dtype), *arrays]))
+
+
 def read_examples(file: Path) -> list[Example]:
     """Return the sampled examples of the objective "policy", as they were selected."""
     examples = []
@@ -208,9 +230,9 @@ def read_examples(file: Path) -> list[Example]:
             Row(
                 prompt_id=record["prompt_id"],
                 sample=sample,
-                prompt_ids=tuple(prompt_ids),
-                response_ids=tuple(response_ids),
-                tokens={"behavior_logp": np.asarray(logp, dtype=np.float32)},
+                prompt_ids=token_array(prompt_ids),
+                response_ids=token_array(response_ids),
+                tokens={"behavior_logp": float_array(logp)},
                 scalars={"score": score},
             )
             for sample, prompt_ids, response_ids, logp, score in zip(

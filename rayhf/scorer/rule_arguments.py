@@ -88,7 +88,7 @@ class Parameters:
                 else completion.text
                 for (_, completion), is_messages in zip(pairs, forms, strict=True)
             ],
-            "completion_ids": [list(completion.token_ids) for _, completion in pairs],
+            "completion_ids": [completion.token_ids.tolist() for _, completion in pairs],
         }
         if not self.takes_any:
             own = {name: values for name, values in own.items() if name in self.names}

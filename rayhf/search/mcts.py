@@ -34,10 +34,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from rayhf.config.base import Section
-from rayhf.types import Completion, Outcome
+from rayhf.types import NO_TOKENS, Completion, FloatArray, Outcome, TokenArray
 
 End = Literal["answer", "limit"]
 """Why a completion ends at a node: the policy ended its turn, or no token is left."""
@@ -143,9 +144,9 @@ class TreeNode:
         return self.step is not None and self.step.end is not None
 
     @property
-    def token_ids(self) -> tuple[int, ...]:
+    def token_ids(self) -> TokenArray:
         """Tokens of the step; none for the root."""
-        return self.step.completion.token_ids if self.step else ()
+        return self.step.completion.token_ids if self.step else NO_TOKENS
 
     @property
     def text(self) -> str:
@@ -182,7 +183,7 @@ class Tree:
 
     def token_ids(self, node: TreeNode) -> tuple[int, ...]:
         """Return the generated tokens from the root to the end of `node`."""
-        return tuple(token for each in self.path(node) for token in each.token_ids)
+        return tuple(token for each in self.path(node) for token in each.token_ids.tolist())
 
     def attach(
         self, parent: TreeNode, steps: Sequence[Step], *, length_exponent: float
@@ -199,7 +200,9 @@ class Tree:
             key = (step.completion.text, step.end is not None)
             if twin := by_text.get(key):
                 self.duplicates += 1
-                if step.rollout is not None and step.completion.token_ids == twin.token_ids:
+                if step.rollout is not None and np.array_equal(
+                    step.completion.token_ids, twin.token_ids
+                ):
                     twin.rollouts.append(step.rollout)
                 continue
             node = TreeNode(
@@ -225,13 +228,15 @@ Evaluate = Callable[[Tree, TreeNode], Awaitable[float | None]]
 """(tree, node) -> R of the node; None where it could not be evaluated."""
 
 
-def prior(logprobs: Sequence[float], length_exponent: float) -> float:
+def prior(logprobs: FloatArray, length_exponent: float) -> float:
     """Return p = exp(sum of log-probs / length^length_exponent), in 0..1; 1 for an empty step.
 
     The log-probs are those of the policy at temperature 1, as the authors'. Not normalized over
     siblings.
     """
-    return math.exp(math.fsum(logprobs) / len(logprobs) ** length_exponent) if logprobs else 1.0
+    if not logprobs.size:
+        return 1.0
+    return math.exp(math.fsum(logprobs.tolist()) / logprobs.size**length_exponent)
 
 
 def parent_visits(siblings: Sequence[TreeNode]) -> int:

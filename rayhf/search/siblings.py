@@ -15,7 +15,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from rayhf.config.base import Section
 from rayhf.search.mcts import Tree, TreeNode, known_children
-from rayhf.types import Completion, Prompt, Row
+from rayhf.types import Completion, Prompt, Row, float_array, token_array
 
 _ROUNDING = 1e-9
 """Values of Q that differ by less are equal but for rounding."""
@@ -96,7 +96,7 @@ def step_pairs(tree: Tree, rng: np.random.Generator, settings: StepPairSettings)
         siblings = [
             child
             for child in known_children(tree, parent)
-            if child.visits >= settings.min_visits and child.token_ids
+            if child.visits >= settings.min_visits and child.token_ids.size
         ]
         if len(siblings) < 2:
             continue
@@ -145,16 +145,19 @@ def pair_rows(prompt: Prompt, tree: Tree, pair: StepPair, *, merge_chains: bool)
     spans = [_span(tree, node, merge_chains) for node in (pair.better, pair.worse)]
     first, second = (span.token_ids for span in spans)
     limit = min(len(first), len(second)) - 1
-    shared = next((i for i in range(limit) if first[i] != second[i]), limit)
+    differ = np.flatnonzero(first[:limit] != second[:limit])
+    shared = int(differ[0]) if differ.size else limit
     assert pair.better.parent is not None
-    context = (*prompt.token_ids, *tree.token_ids(tree.nodes[pair.better.parent]), *first[:shared])
+    context = token_array(
+        (*prompt.token_ids, *tree.token_ids(tree.nodes[pair.better.parent]), *first[:shared])
+    )
     better, worse = (
         Row(
             prompt_id=prompt.prompt_id,
             sample=node.id - 1,
             prompt_ids=context,
             response_ids=span.token_ids[shared:],
-            tokens={"behavior_logp": np.asarray(span.logprobs[shared:], dtype=np.float32)},
+            tokens={"behavior_logp": span.logprobs[shared:]},
             scalars={"score": node.q, "truncated": float(span.finish_reason == "length")},
         )
         for node, span in zip((pair.better, pair.worse), spans, strict=True)
@@ -183,7 +186,7 @@ def join(parts: Sequence[Completion], finish_reason: Literal["stop", "length"]) 
     return replace(
         parts[-1],
         text="".join(part.text for part in parts),
-        token_ids=tuple(token for part in parts for token in part.token_ids),
-        logprobs=tuple(logp for part in parts for logp in part.logprobs),
+        token_ids=token_array(np.concatenate([part.token_ids for part in parts])),
+        logprobs=float_array(np.concatenate([part.logprobs for part in parts])),
         finish_reason=finish_reason,
     )

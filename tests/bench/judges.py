@@ -19,7 +19,7 @@ from pathlib import Path
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.protocol import ScorerSetup
-from rayhf.types import Completion, Prompt, Scored, ScoreRequest
+from rayhf.types import Completion, Prompt, Scored, ScoreRequest, float_array, token_array
 from tests.bench.results import put_section
 from tests.judge_server import QUESTION, Served, make_judge, served
 
@@ -46,8 +46,8 @@ def requests_of(number: int) -> list[ScoreRequest]:
                 index=index,
                 seed=index,
                 text=text,
-                token_ids=(1,),
-                logprobs=(0.0,),
+                token_ids=token_array((1,)),
+                logprobs=float_array((0.0,)),
                 finish_reason="stop",
                 policy_version=0,
             )

@@ -36,7 +36,7 @@ from rayhf.planning.memory import (
     reference_memory,
 )
 from rayhf.planning.shape import Shape, read_shape
-from rayhf.types import Example, GenerateRequest, Row, Sampling
+from rayhf.types import Example, GenerateRequest, Row, Sampling, token_array
 from tests.bench.results import put_section
 
 LENGTH = 256
@@ -159,7 +159,15 @@ def _rows(size: Size) -> list[Row]:
     """Return one micro-batch; all but the first token of a row is response."""
     ids = tuple(i % size.vocabulary for i in range(LENGTH))
     rows = range(size.budget // LENGTH)
-    return [Row(prompt_id=str(i), sample=0, prompt_ids=ids[:1], response_ids=ids[1:]) for i in rows]
+    return [
+        Row(
+            prompt_id=str(i),
+            sample=0,
+            prompt_ids=token_array(ids[:1]),
+            response_ids=token_array(ids[1:]),
+        )
+        for i in rows
+    ]
 
 
 def _learner(process: str, size: Size, model: Path) -> None:

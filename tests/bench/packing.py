@@ -26,7 +26,7 @@ from rayhf.learner.packing import plan_micro_batches
 from rayhf.losses.base import Totals
 from rayhf.losses.sft import SFTLoss
 from rayhf.models.packing import distinct_tokens
-from rayhf.types import Example, Row
+from rayhf.types import Example, Row, token_array
 from tests.bench.random_llama import Size, write_model
 from tests.bench.results import put_section
 
@@ -47,7 +47,10 @@ def _ids(rng: random.Random, count: int) -> tuple[int, ...]:
 
 def _row(prompt_id: str, prompt: Sequence[int], response: Sequence[int]) -> Row:
     return Row(
-        prompt_id=prompt_id, sample=0, prompt_ids=tuple(prompt), response_ids=tuple(response)
+        prompt_id=prompt_id,
+        sample=0,
+        prompt_ids=token_array(prompt),
+        response_ids=token_array(response),
     )
 
 

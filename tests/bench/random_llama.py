@@ -12,7 +12,7 @@ import numpy as np
 
 from rayhf.config.schema import Packing
 from rayhf.learner.packing import plan_micro_batches
-from rayhf.types import Row
+from rayhf.types import Row, token_array
 
 MICROS = 4
 """Approximate number of micro-batches in a step."""
@@ -93,7 +93,12 @@ def make_rows(size: Size, seed: int) -> list[Row]:
         return tuple(rng.integers(0, size.vocabulary, count).tolist())
 
     return [
-        Row(prompt_id=str(i), sample=0, prompt_ids=ids(n // 4), response_ids=ids(n - n // 4))
+        Row(
+            prompt_id=str(i),
+            sample=0,
+            prompt_ids=token_array(ids(n // 4)),
+            response_ids=token_array(ids(n - n // 4)),
+        )
         for i, n in enumerate(lengths.tolist())
     ]
 

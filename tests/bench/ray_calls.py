@@ -19,7 +19,7 @@ from actors.process import process_info
 from actors.rollout import RolloutPool
 from actors.supervise import SupervisedActor, SupervisionLimits
 from actors.transport import ObjectStore
-from rayhf.types import Completion, GenerateRequest, Sampling
+from rayhf.types import Completion, GenerateRequest, Sampling, float_array, token_array
 
 IN_FLIGHT = 512
 CALLS = 4096
@@ -43,8 +43,8 @@ class Engine:
                     index=index,
                     seed=seed,
                     text="four" * self._length,
-                    token_ids=tuple((1000 + seed + i) % 150_000 for i in range(self._length)),
-                    logprobs=tuple(-(i + 0.5) / 3 for i in range(self._length)),
+                    token_ids=token_array((1000 + seed + i) % 150_000 for i in range(self._length)),
+                    logprobs=float_array(-(i + 0.5) / 3 for i in range(self._length)),
                     finish_reason="stop",
                     policy_version=version,
                 )

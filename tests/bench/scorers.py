@@ -18,7 +18,7 @@ from pathlib import Path
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.rule_config import RuleConfig
-from rayhf.types import Completion, Prompt, Scored, ScoreRequest
+from rayhf.types import Completion, Prompt, Scored, ScoreRequest, float_array, token_array
 from tests.bench.results import put_section
 
 COMPLETIONS = 4096
@@ -59,8 +59,8 @@ def requests(completions: int) -> list[ScoreRequest]:
                         index=index,
                         seed=index,
                         text=f"answer {index}",
-                        token_ids=(1,),
-                        logprobs=(0.0,),
+                        token_ids=token_array((1,)),
+                        logprobs=float_array((0.0,)),
                         finish_reason="stop",
                         policy_version=0,
                     )

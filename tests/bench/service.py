@@ -31,7 +31,7 @@ from rayhf.scorer.build import build_scorer
 from rayhf.scorer.grpc.client import GrpcScorerConfig
 from rayhf.scorer.protocol import ScorerEngine, ScorerSetup
 from rayhf.scorer.rule_config import RuleConfig
-from rayhf.types import Completion, Prompt, Scored, ScoreRequest
+from rayhf.types import Completion, Prompt, Scored, ScoreRequest, float_array, token_array
 from tests.bench.results import put_section
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,8 +62,8 @@ def batch(completions: int, rng: random.Random) -> list[ScoreRequest]:
                 index=index,
                 seed=index,
                 text=text,
-                token_ids=(1,),
-                logprobs=(0.0,),
+                token_ids=token_array((1,)),
+                logprobs=float_array((0.0,)),
                 finish_reason="stop",
                 policy_version=0,
             )

@@ -39,6 +39,8 @@ from rayhf.types import (
     WeightBucket,
     WeightSnapshot,
     derive_seed,
+    float_array,
+    token_array,
 )
 
 _NORMAL = statistics.NormalDist()
@@ -286,8 +288,8 @@ class Engine:
             index=index,
             seed=seed,
             text=f"{seed:x} four letters a token"[: 4 * length] * max(1, length // 7),
-            token_ids=tuple(_POOL[start : start + length].tolist()),
-            logprobs=tuple(_LOGPROBS[start : start + length].tolist()),
+            token_ids=token_array(_POOL[start : start + length].astype(np.int32)),
+            logprobs=float_array(_LOGPROBS[start : start + length].copy()),
             finish_reason="stop",
             policy_version=self.version,
         )

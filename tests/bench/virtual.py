@@ -1,16 +1,18 @@
 """An asyncio loop in virtual time, for simulations.
 
-In: coroutines that sleep, set timers and wait for each other, in one thread. Out: the same events
-as in real time, in the seconds that the computation itself takes: whenever nothing is ready, the
-clock jumps to the next timer. Computation may count as virtual time, too; slow code is then late as
-it would be in real time.
+In: coroutines that sleep, set timers and wait for each other. Out: the same events as in real time,
+in the seconds that the computation itself takes: whenever nothing is ready, the clock jumps to the
+next timer. Computation may count as virtual time, too; slow code is then late as it would be in
+real time. While a thread of `run_in_executor` is at work, time passes as it really does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import selectors
+import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -23,6 +25,8 @@ class _Clock(selectors.DefaultSelector):
         super().__init__()
         self.now = 0.0
         self.longest_turn_s = 0.0
+        self.threads = 0
+        """Calls of `run_in_executor` in progress."""
         self._worked = worked
         self._counted = worked()
 
@@ -32,7 +36,12 @@ class _Clock(selectors.DefaultSelector):
         self._counted = worked
         self.longest_turn_s = max(self.longest_turn_s, turn_s)
         ready = super().select(0)
-        if not ready:
+        if not ready and self.threads:
+            began = time.perf_counter()
+            ready = super().select(timeout)
+            turn_s += time.perf_counter() - began
+            self._counted = self._worked()
+        elif not ready:
             if timeout is None:
                 raise RuntimeError("deadlock: nothing is ready and no timer is set")
             turn_s = max(timeout, turn_s)
@@ -41,7 +50,7 @@ class _Clock(selectors.DefaultSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose `time()` is virtual; it cannot wait for threads and starts none.
+    """An event loop whose `time()` is virtual.
 
     `worked` returns the seconds of computation so far; they pass on the virtual clock too.
     """
@@ -53,16 +62,25 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual.now
 
-    def run_in_executor(  # type: ignore[override]  # of any callable
-        self, executor: Any, func: Callable[..., Result], *args: Any
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Executor | None, func: Callable[..., Result], *args: Any
     ) -> asyncio.Future[Result]:
-        """Call `func` at once, as part of this turn."""
-        done: asyncio.Future[Result] = self.create_future()
+        """Run a function in a thread; the clock does not jump before it has returned."""
+        self._virtual.threads += 1
+        future: asyncio.Future[Result] = super().run_in_executor(executor, func, *args)
+        future.add_done_callback(self._returned)
+        return future
+
+    async def shutdown_default_executor(self, *limits: float) -> None:
+        """Wait for idle threads to end."""
+        self._virtual.threads += 1
         try:
-            done.set_result(func(*args))
-        except Exception as error:  # noqa: BLE001  raised where the result is awaited
-            done.set_exception(error)
-        return done
+            await super().shutdown_default_executor(*limits)
+        finally:
+            self._virtual.threads -= 1
+
+    def _returned(self, future: asyncio.Future[Any]) -> None:
+        self._virtual.threads -= 1
 
     @property
     def longest_turn_s(self) -> float:

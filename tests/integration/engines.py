@@ -121,12 +121,12 @@ def mean_gap(
     gaps = []
     for completion in completions:
         logp = logprobs_of(
-            model, request.token_ids + completion.token_ids, request.sampling.temperature
+            model, (*request.token_ids, *completion.token_ids), request.sampling.temperature
         )
         logp = logp[len(request.token_ids) - 1 :].gather(
-            1, torch.tensor(completion.token_ids)[:, None]
+            1, torch.tensor(completion.token_ids.tolist())[:, None]
         )[:, 0]
-        gaps += (logp - torch.tensor(completion.logprobs)).abs().tolist()
+        gaps += (logp - torch.tensor(completion.logprobs.tolist())).abs().tolist()
     return float(np.mean(gaps))
 
 

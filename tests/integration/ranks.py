@@ -18,7 +18,7 @@ from rayhf.learner.packing import plan_micro_batches
 from rayhf.losses.base import LossOutput, MicroBatch, Totals
 from rayhf.losses.reward import BradleyTerryLoss
 from rayhf.models.forward import scored_row
-from rayhf.types import Example, Row
+from rayhf.types import Example, Row, token_array
 
 VOCABULARY = 97
 LR = 1e-3
@@ -82,9 +82,7 @@ def make_model(directory: Path, *, tied: bool, kind: Literal["qwen2", "llama"] =
 def make_examples(count: int, seed: int = 0) -> list[Example]:
     """Return pairs; two examples have the same prompt, the next two another one."""
     rng = np.random.default_rng(seed)
-    prompts = [
-        tuple(rng.integers(0, VOCABULARY, rng.integers(1, 9)).tolist()) for _ in range(count)
-    ]
+    prompts = [token_array(rng.integers(0, VOCABULARY, rng.integers(1, 9))) for _ in range(count)]
 
     def row(number: int) -> Row:
         response = rng.integers(1, 17)
@@ -93,7 +91,7 @@ def make_examples(count: int, seed: int = 0) -> list[Example]:
             prompt_id=f"p{prompt}",
             sample=number,
             prompt_ids=prompts[prompt],
-            response_ids=tuple(rng.integers(0, VOCABULARY, response).tolist()),
+            response_ids=token_array(rng.integers(0, VOCABULARY, response)),
             tokens={"advantage": rng.normal(size=response).astype(np.float32)},
         )
 

@@ -25,7 +25,7 @@ from rayhf.learner.build import load_model
 from rayhf.models.architectures import ARCHITECTURES, ENGINE_CLASSES
 from rayhf.models.forward import PolicyHead, build_inputs
 from rayhf.rollout.engine import RolloutEngine
-from rayhf.types import Probe, Row, WeightSnapshot
+from rayhf.types import Probe, Row, WeightSnapshot, token_array
 from rayhf.weights.buckets import pack_bucket, snapshot_checksum
 from rayhf.weights.export import Weight, all_weights, trained_weights
 
@@ -50,7 +50,9 @@ REST = tuple(name for name in ARCHITECTURES if name not in OFTEN)
 
 
 def row(prompt: Sequence[int], response: Sequence[int]) -> Row:
-    return Row(prompt_id="p", sample=0, prompt_ids=tuple(prompt), response_ids=tuple(response))
+    return Row(
+        prompt_id="p", sample=0, prompt_ids=token_array(prompt), response_ids=token_array(response)
+    )
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -76,7 +76,7 @@ def generate(engine: RolloutEngine, *, opened: bool, **sampling: object) -> tupl
     return engine.generate([request], version=0)[0]
 
 
-def plain(token_ids: tuple[int, ...]) -> str:
+def plain(token_ids: Iterable[int]) -> str:
     return "".join(TOKENS[i] for i in token_ids if i < len(TOKENS) and i not in (PAD, END, TURN))
 
 
@@ -102,7 +102,7 @@ def test_completions_are_split_on_their_tokens(
     for c in completions:
         if THOUGHT in c.token_ids:
             kinds.add("finished")
-            count = c.token_ids.index(THOUGHT) + 1
+            count = c.token_ids.tolist().index(THOUGHT) + 1
             assert (c.thinking_tokens, c.text) == (count, plain(c.token_ids[count:]))
             stopped = c.token_ids[-1] in (END, TURN, LETTER_C)
             assert c.finish_reason == ("stop" if stopped else "length")

@@ -27,7 +27,7 @@ from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.reward_model import RewardModel, RewardModelConfig
 from rayhf.tiny.language_model import ModelSize, new_model
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
-from rayhf.types import Compared, Completion, Prompt, Scored, ScoreRequest
+from rayhf.types import Compared, Completion, Prompt, Scored, ScoreRequest, float_array, token_array
 
 pytestmark = pytest.mark.timeout(500)
 
@@ -129,8 +129,8 @@ def completion(text: str) -> Completion:
         index=0,
         seed=0,
         text=text,
-        token_ids=(1,),
-        logprobs=(0.0,),
+        token_ids=token_array((1,)),
+        logprobs=float_array((0.0,)),
         finish_reason="stop",
         policy_version=0,
     )

@@ -14,7 +14,7 @@ os.environ.update(engine_env("cpu", 1))
 from rayhf.scorer.build import build_scorer
 from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.protocol import ScorerSetup
-from rayhf.types import Completion, Invalid, Prompt, Scored, ScoreRequest
+from rayhf.types import Completion, Invalid, Prompt, Scored, ScoreRequest, float_array, token_array
 from tests.judge_server import QUESTION, make_judge
 
 
@@ -33,8 +33,8 @@ def request(*answers: str) -> ScoreRequest:
             index=i,
             seed=i,
             text=text,
-            token_ids=(88_888,),
-            logprobs=(0.0,),
+            token_ids=token_array((88_888,)),
+            logprobs=float_array((0.0,)),
             finish_reason="stop",
             policy_version=0,
         )

@@ -25,7 +25,7 @@ from ranks import (
 from rayhf.config.schema import LoraConfig, ReferenceConfig
 from rayhf.errors import ConfigError, NumericalError
 from rayhf.losses.base import Totals
-from rayhf.types import Example, Row
+from rayhf.types import Example, Row, token_array
 
 
 def without_counts(run: Any) -> list[dict[str, float]]:
@@ -369,8 +369,8 @@ def check_published(buckets: Any, probe: Any, model: Path, directory: Path, *, t
     row = Row(
         prompt_id="probe",
         sample=0,
-        prompt_ids=probe.token_ids[:1],
-        response_ids=probe.token_ids[1:],
+        prompt_ids=token_array(probe.token_ids[:1]),
+        response_ids=token_array(probe.token_ids[1:]),
     )
     reference = ReferenceEngine(model, ReferenceConfig(), dtype="float32")
     initial = reference.logprobs([row], 1.0)[0]

@@ -23,7 +23,7 @@ from rayhf.losses.base import Totals
 from rayhf.losses.sft import SFTLoss
 from rayhf.models.architectures import ARCHITECTURES, check_packing, packing_of
 from rayhf.models.forward import PolicyHead, build_inputs, prepare_config
-from rayhf.types import Example, Row
+from rayhf.types import Example, Row, token_array
 
 TOLERANCE = 1e-5
 """Of log-probs in nats, and of gradients as a share of the largest."""
@@ -31,7 +31,10 @@ TOLERANCE = 1e-5
 
 def make_row(prompt_id: str, prompt: Sequence[int], response: Sequence[int]) -> Row:
     return Row(
-        prompt_id=prompt_id, sample=0, prompt_ids=tuple(prompt), response_ids=tuple(response)
+        prompt_id=prompt_id,
+        sample=0,
+        prompt_ids=token_array(prompt),
+        response_ids=token_array(response),
     )
 
 

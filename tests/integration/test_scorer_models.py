@@ -37,7 +37,18 @@ from rayhf.scorer.pair_encoder import PairEncoderConfig
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.reward_model import RewardModel, RewardModelConfig
 from rayhf.scorer.rule_config import RuleConfig
-from rayhf.types import Compared, Completion, Failed, Invalid, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.types import (
+    Compared,
+    Completion,
+    Failed,
+    Invalid,
+    Outcome,
+    Prompt,
+    Scored,
+    ScoreRequest,
+    float_array,
+    token_array,
+)
 
 PAD, END, UNKNOWN = 256, 257, 258
 TEMPLATE = (
@@ -125,8 +136,8 @@ def request(*texts: str, question: str = "Why?", role: str = "user") -> ScoreReq
             index=index,
             seed=index,
             text=text,
-            token_ids=(88_888,),
-            logprobs=(0.0,),
+            token_ids=token_array((88_888,)),
+            logprobs=float_array((0.0,)),
             finish_reason="stop",
             policy_version=0,
         )

@@ -16,7 +16,7 @@ import yaml
 from rayhf.scorer.build import build_scorer, check_entries
 from rayhf.scorer.grpc.client import GrpcScorerConfig
 from rayhf.scorer.protocol import ScorerSetup
-from rayhf.types import Completion, Prompt, Scored, ScoreRequest
+from rayhf.types import Completion, Prompt, Scored, ScoreRequest, float_array, token_array
 
 ROOT = Path(__file__).parents[2]
 PRESET = ROOT / "configs/tiny/serve_scorer_arithmetic.yaml"
@@ -42,8 +42,8 @@ def ask(text, answer="7"):
         index=0,
         seed=0,
         text=text,
-        token_ids=(1,),
-        logprobs=(0.0,),
+        token_ids=token_array((1,)),
+        logprobs=float_array((0.0,)),
         finish_reason="stop",
         policy_version=0,
     )

@@ -38,6 +38,7 @@ from rayhf.types import (
     Sampling,
     TransportName,
     WeightSnapshot,
+    token_array,
 )
 from rayhf.weights import broadcast as channel
 from rayhf.weights.lora import is_factor
@@ -46,7 +47,12 @@ SIZE = ModelSize(hidden=256, layers=4, intermediate=512)
 """About ten buckets of a MiB: more than sockets hold, so that a sender notices a lost receiver."""
 TIMEOUT_S = 60.0
 FATAL = 99
-ROW = Row(prompt_id="p", sample=0, prompt_ids=(5, 6, 7), response_ids=(8, 9, 10, 11))
+ROW = Row(
+    prompt_id="p",
+    sample=0,
+    prompt_ids=token_array((5, 6, 7)),
+    response_ids=token_array((8, 9, 10, 11)),
+)
 
 
 class Mortal(RolloutActor):
@@ -159,12 +165,17 @@ class Stage:
         for (other,) in others:
             assert list(other.token_ids) == list(completion.token_ids)
             assert list(other.logprobs) == list(completion.logprobs)
-        row = Row(prompt_id="p", sample=0, prompt_ids=(5, 6, 7), response_ids=completion.token_ids)
+        row = Row(
+            prompt_id="p",
+            sample=0,
+            prompt_ids=token_array((5, 6, 7)),
+            response_ids=completion.token_ids,
+        )
         (expected,) = await self.learner.outputs([row], temperature=1.0)
         assert completion.policy_version == version and list(completion.logprobs) == pytest.approx(
             expected.tolist(), abs=1e-4
         )
-        return completion.token_ids, completion.logprobs
+        return tuple(completion.token_ids.tolist()), tuple(completion.logprobs.tolist())
 
 
 @pytest.fixture(scope="module")

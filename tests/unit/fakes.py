@@ -37,6 +37,8 @@ from rayhf.types import (
     Scored,
     ScoreRequest,
     WeightSnapshot,
+    float_array,
+    token_array,
 )
 
 
@@ -102,8 +104,8 @@ class FakeRollout:
             index=index,
             seed=seed,
             text=" ".join(map(str, tokens)),
-            token_ids=tokens,
-            logprobs=(-1.0, -2.0, -0.5),
+            token_ids=token_array(tokens),
+            logprobs=float_array((-1.0, -2.0, -0.5)),
             finish_reason="stop",
             policy_version=self.version,
         )

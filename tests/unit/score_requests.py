@@ -12,7 +12,16 @@ import numpy.typing as npt
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.rule import Rule
 from rayhf.scorer.rule_config import RuleConfig
-from rayhf.types import Compared, Completion, Message, Prompt, Scored, ScoreRequest
+from rayhf.types import (
+    Compared,
+    Completion,
+    Message,
+    Prompt,
+    Scored,
+    ScoreRequest,
+    float_array,
+    token_array,
+)
 
 
 def request(
@@ -36,8 +45,8 @@ def request(
             index=index,
             seed=index,
             text=text,
-            token_ids=(1,),
-            logprobs=(0.0,),
+            token_ids=token_array((1,)),
+            logprobs=float_array((0.0,)),
             finish_reason=finish_reason,
             policy_version=0,
         )

@@ -21,6 +21,8 @@ from rayhf.types import (
     Sampling,
     Scored,
     derive_seed,
+    float_array,
+    token_array,
 )
 
 Script = Callable[[str, str, int], str]
@@ -61,8 +63,8 @@ def make_completion(text: str, *, request: int = 0, index: int = 0) -> Completio
         index=index,
         seed=100 * request + index,
         text=text,
-        token_ids=token_ids,
-        logprobs=(-1.0,) * len(token_ids),
+        token_ids=token_array(token_ids),
+        logprobs=float_array((-1.0,) * len(token_ids)),
         finish_reason="length" if truncated else "stop",
         policy_version=0,
     )

@@ -31,7 +31,7 @@ def test_gae_is_the_sum_of_discounted_deltas(
     expected = [
         sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(r))) for t in range(len(r))
     ]
-    advantage, returns = credit.gae(r, v, gamma, lam)
+    advantage, returns = credit.gae(r, v, [len(r)], gamma, lam)
     assert advantage.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert returns.tolist() == pytest.approx(
         [a + b for a, b in zip(expected, v, strict=True)], rel=1e-9, abs=1e-9
@@ -43,12 +43,62 @@ def test_gae_limits() -> None:
     leave no advantage.
     """
     r, v = [0.0, 1.0, 2.0], [5.0, -1.0, 0.5]
-    assert credit.gae(r, v, 1.0, 1.0)[1].tolist() == [3.0, 3.0, 2.0]
-    assert credit.gae(r, v, 1.0, 0.0)[0].tolist() == [-6.0, 2.5, 1.5]
-    assert credit.gae(r, [3.0, 3.0, 2.0], 1.0, 0.95)[0].tolist() == pytest.approx([0, 0, 0])
-    assert [x.size for x in credit.gae([], [], 1.0, 1.0)] == [0, 0]
+    assert credit.gae(r, v, [3], 1.0, 1.0)[1].tolist() == [3.0, 3.0, 2.0]
+    assert credit.gae(r, v, [3], 1.0, 0.0)[0].tolist() == [-6.0, 2.5, 1.5]
+    assert credit.gae(r, [3.0, 3.0, 2.0], [3], 1.0, 0.95)[0].tolist() == pytest.approx([0, 0, 0])
+    assert [x.size for x in credit.gae([], [], [], 1.0, 1.0)] == [0, 0]
+    assert [x.size for x in credit.gae([], [], [0], 1.0, 1.0)] == [0, 0]
     with pytest.raises(ValueError, match="shape"):
-        credit.gae([1.0], [1.0, 2.0], 1.0, 1.0)
+        credit.gae([1.0], [1.0, 2.0], [1], 1.0, 1.0)
+    with pytest.raises(ValueError, match="the rows have 3 tokens, there are values for 2"):
+        credit.gae([1.0, 2.0], [1.0, 2.0], [1, 2], 1.0, 1.0)
+
+
+def test_rows_end_to_end_have_the_bits_of_each_row_alone() -> None:
+    """Credit is computed for the whole iteration at once, without an effect between rows."""
+    rng = np.random.default_rng(0)
+    lengths = [*rng.integers(0, 40, 60).tolist(), 0, 300, 1, 0]
+    cuts = np.cumsum(lengths)[:-1]
+    values = rng.normal(size=sum(lengths)) * 10
+    rewards = rng.normal(size=sum(lengths))
+    scores = rng.normal(size=len(lengths))
+    rows = np.split(rewards, cuts)
+
+    def backward(row: np.ndarray, discount: float) -> list[float]:
+        out: list[float] = []
+        running = 0.0
+        for value in row.tolist()[::-1]:
+            running = value + discount * running
+            out.append(running)
+        return out[::-1]
+
+    def one_gae(reward: np.ndarray, value: np.ndarray) -> list[float]:
+        after = np.append(value[1:], 0.0)[: value.size]
+        return backward(reward + 0.99 * after - value, 0.99 * 0.9)
+
+    sums = credit.discounted_sums(rewards, lengths, 0.97)
+    assert sums.tolist() == [x for row in rows for x in backward(row, 0.97)]
+    advantage, returns = credit.gae(rewards, values, lengths, 0.99, 0.9)
+    parts = zip(rows, np.split(values, cuts), strict=True)
+    assert advantage.tolist() == [x for reward, value in parts for x in one_gae(reward, value)]
+    assert returns.tolist() == (advantage + values).tolist()
+    assert credit.row_sums(rewards, lengths).tolist() == [float(row.sum()) for row in rows]
+    with_scores = np.split(credit.token_rewards(rewards, 0.1, scores, lengths), cuts)
+    for row, alone, score in zip(with_scores, rows, scores.tolist(), strict=True):
+        expected = -0.1 * alone
+        expected[-1:] += score
+        assert row.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 17, 64])
+def test_groups_together_have_the_bits_of_each_group_alone(size: int) -> None:
+    scores = np.random.default_rng(size).normal(size=(50, size))
+    scores[7] = 1e9 + 0.3
+    for advantage in (credit.grpo, credit.rloo):
+        alone = [advantage(scores[i : i + 1])[0].tolist() for i in range(50)]
+        assert advantage(scores).tolist() == alone
+    mean, std = scores[0].mean(), scores[0].std(ddof=1)
+    assert credit.grpo(scores)[0].tolist() == ((scores[0] - mean) / (std + 1e-6)).tolist()
 
 
 def test_kl_penalty_estimators() -> None:
@@ -65,10 +115,11 @@ def test_kl_penalty_estimators() -> None:
 
 def test_token_rewards_put_the_score_on_the_last_token() -> None:
     kl = np.array([0.5, -1.0, 2.0])
-    assert credit.token_rewards(kl, 0.1, 3.0).tolist() == pytest.approx([-0.05, 0.1, 2.8])
+    assert credit.token_rewards(kl, 0.1, [3.0], [3]).tolist() == pytest.approx([-0.05, 0.1, 2.8])
     assert kl.tolist() == [0.5, -1.0, 2.0]
-    assert credit.token_rewards([], 0.1, 3.0).size == 0
-    assert credit.token_rewards([4.0], 0.0, 3.0).tolist() == [3.0]
+    assert credit.token_rewards([], 0.1, [3.0], [0]).size == 0
+    assert credit.token_rewards([4.0], 0.0, [3.0], [1]).tolist() == [3.0]
+    assert credit.token_rewards(kl, 0.0, [1.0, 9.0, 2.0], [1, 0, 2]).tolist() == [1.0, 0.0, 2.0]
 
 
 def test_length_penalties() -> None:
@@ -85,8 +136,9 @@ def test_length_penalties() -> None:
 def test_group_advantages_examples() -> None:
     scores = [1.0, 0.0, 0.0, 3.0]
     std = math.sqrt((0 + 1 + 1 + 4) / 3)
-    assert credit.grpo(scores, eps=0.0).tolist() == pytest.approx([0, -1 / std, -1 / std, 2 / std])
-    assert credit.rloo(scores).tolist() == pytest.approx(
+    normalized = credit.grpo([scores], eps=0.0)[0].tolist()
+    assert normalized == pytest.approx([0, -1 / std, -1 / std, 2 / std])
+    assert credit.rloo([scores])[0].tolist() == pytest.approx(
         [1 - 3 / 3, 0 - 4 / 3, 0 - 4 / 3, 3 - 1 / 3]
     )
 
@@ -97,7 +149,7 @@ def test_group_advantages_ignore_order_and_a_constant(
     scores: list[float], shift: float, data: st.DataObject
 ) -> None:
     order = data.draw(st.permutations(range(len(scores))))
-    for advantage in (lambda s: credit.grpo(s, eps=1e-2), credit.rloo):
+    for advantage in (lambda s: credit.grpo([s], eps=1e-2)[0], lambda s: credit.rloo([s])[0]):
         plain = advantage(scores)
         assert advantage([scores[i] for i in order]).tolist() == pytest.approx(
             plain[list(order)].tolist(), abs=1e-8
@@ -110,38 +162,37 @@ def test_group_advantages_ignore_order_and_a_constant(
 
 @pytest.mark.parametrize("advantage", [credit.grpo, credit.rloo])
 def test_ties_and_single_samples_have_no_advantage(advantage) -> None:  # type: ignore[no-untyped-def]
-    assert advantage([]).tolist() == []
-    assert advantage([7.0]).tolist() == [0.0]
-    assert advantage([1e6 + 0.1] * 3).tolist() == pytest.approx([0.0] * 3, abs=1e-9)
+    assert advantage([[]]).tolist() == [[]]
+    assert advantage([[7.0]]).tolist() == [[0.0]]
+    assert advantage([[1e6 + 0.1] * 3])[0].tolist() == pytest.approx([0.0] * 3, abs=1e-9)
     # The mean of equal numbers is off by a rounding error, which a division by the standard
     # deviation would amplify.
-    assert credit.grpo([1e9 + 0.3] * 3).tolist() == [0.0] * 3
+    assert credit.grpo([[1e9 + 0.3] * 3]).tolist() == [[0.0] * 3]
 
 
 def test_reinforce_plus_plus_is_whitened_reward_to_go() -> None:
     kls, scores, coef = [[0.5, 0.1, -0.2], [], [1.0]], [2.0, 9.0, -1.0], 0.3
-    rows = [credit.token_rewards(kl, coef, score) for kl, score in zip(kls, scores, strict=True)]
+    lengths = [3, 0, 1]
+    rewards = credit.token_rewards([x for kl in kls for x in kl], coef, scores, lengths)
     to_go = [[2.0 - coef * sum(kls[0][t:]) for t in range(3)], [], [-1.0 - coef * 1.0]]
     flat = [x for row in to_go for x in row]
     mean = sum(flat) / 4
     std = math.sqrt(sum((x - mean) ** 2 for x in flat) / 4)
-    got = credit.reinforce_plus_plus(rows)
-    assert [x.size for x in got] == [3, 0, 1]
-    for row, expected in zip(got, to_go, strict=True):
-        assert row.tolist() == pytest.approx([(x - mean) / std for x in expected], rel=1e-6)
-    assert credit.discounted_sums([1.0, 1.0, 1.0], 0.5).tolist() == [1.75, 1.5, 1.0]
+    got = credit.reinforce_plus_plus(rewards, lengths)
+    assert got.tolist() == pytest.approx([(x - mean) / std for x in flat], rel=1e-6)
+    assert credit.discounted_sums([1.0, 1.0, 1.0], [3], 0.5).tolist() == [1.75, 1.5, 1.0]
 
 
 def test_whitening_is_over_all_tokens_of_the_iteration() -> None:
-    rows = [[1.0, 2.0], [], [6.0]]
-    white = np.concatenate(credit.whiten(rows))
+    tokens = [1.0, 2.0, 6.0]
+    white = credit.whiten(tokens)
     assert float(white.mean()) == pytest.approx(0, abs=1e-9) and float(
         white.std()
     ) == pytest.approx(1)
-    kept = np.concatenate(credit.whiten(rows, keep_mean=True))
+    kept = credit.whiten(tokens, keep_mean=True)
     assert float(kept.mean()) == pytest.approx(3.0) and float(kept.std()) == pytest.approx(1)
-    assert [row.tolist() for row in credit.whiten([[5.0, 5.0], [5.0]])] == [[0.0, 0.0], [0.0]]
-    assert [row.size for row in credit.whiten([[], []])] == [0, 0] and credit.whiten([]) == []
+    assert credit.whiten([5.0, 5.0, 5.0]).tolist() == [0.0, 0.0, 0.0]
+    assert credit.whiten([]).tolist() == []
 
 
 def test_adaptive_kl() -> None:
@@ -240,17 +291,17 @@ def test_identical_completions_are_ties() -> None:
 def test_non_finite_input_is_refused(bad: float) -> None:
     scores = [0.0, bad, 1.0]
     calls = (
-        lambda: credit.grpo(scores),
-        lambda: credit.rloo(scores),
+        lambda: credit.grpo([scores]),
+        lambda: credit.rloo([scores]),
         lambda: pairing.best_worst(scores),
         lambda: pairing.all_pairs(scores),
         lambda: pairing.best_random(scores, rng()),
-        lambda: credit.gae(scores, [0.0] * 3, 1.0, 1.0),
-        lambda: credit.gae([0.0] * 3, scores, 1.0, 1.0),
-        lambda: credit.whiten([[1.0], scores]),
-        lambda: credit.reinforce_plus_plus([scores]),
-        lambda: credit.token_rewards(scores, 0.1, 1.0),
-        lambda: credit.token_rewards([0.0], 0.1, bad),
+        lambda: credit.gae(scores, [0.0] * 3, [3], 1.0, 1.0),
+        lambda: credit.gae([0.0] * 3, scores, [3], 1.0, 1.0),
+        lambda: credit.whiten([1.0, *scores]),
+        lambda: credit.reinforce_plus_plus(scores, [3]),
+        lambda: credit.token_rewards(scores, 0.1, [1.0], [3]),
+        lambda: credit.token_rewards([0.0], 0.1, [bad], [1]),
         lambda: credit.kl_penalty(scores, [0.0] * 3, "k1"),
     )
     for call in calls:

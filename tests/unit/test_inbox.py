@@ -234,7 +234,7 @@ def test_preference_algorithms_take_labels(tmp_path, algorithm):
         [], SelectionContext(iteration=1, seed=1, sampling=Sampling(max_tokens=8), labels=(label,))
     )
     assert isinstance(loop, TakesLabels) and selection.metrics["pairs/human"] == 1
-    assert [row.response_ids for row in selection.examples[0].rows] == [(2, 3), (4,)]
+    assert [row.response_ids.tolist() for row in selection.examples[0].rows] == [[2, 3], [4]]
 
 
 def test_label_of_unknown_pair_is_refused(tmp_path):
@@ -265,7 +265,7 @@ def test_last_verdict_of_an_annotator_counts_and_contradictions_are_named(tmp_pa
     rows = Inbox(config.run.dir).take("labels", 3)
     examples = labeled_examples(config.run.dir, rows, warn=warnings.append)
     first, second = (example.rows for example in examples)
-    one, other = ([row.response_ids for row in rows] for rows in (first, second))
+    one, other = ([row.response_ids.tolist() for row in rows] for rows in (first, second))
     assert one == other[::-1] and one != other and "contradict" in warnings[0]
     for row in rows:
         row["completions"] = "another"

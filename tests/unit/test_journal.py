@@ -23,6 +23,8 @@ from rayhf.types import (
     Scored,
     ScoreRequest,
     Skipped,
+    float_array,
+    token_array,
 )
 
 
@@ -45,8 +47,8 @@ def completions(request, logprob=-0.1):
             index=i,
             seed=seed,
             text="é\ud800\n",
-            token_ids=(5, 70_000),
-            logprobs=(logprob, -math.pi),
+            token_ids=token_array((5, 70_000)),
+            logprobs=float_array((logprob, -math.pi)),
             finish_reason="length",
             policy_version=7,
         )

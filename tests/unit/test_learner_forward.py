@@ -21,7 +21,7 @@ from rayhf.models.forward import (
     build_inputs,
     prepare_config,
 )
-from rayhf.types import Example, Row
+from rayhf.types import Example, Row, token_array
 
 V = 61
 
@@ -62,8 +62,8 @@ def make_rows(lengths: list[tuple[int, int]]) -> list[Row]:
         Row(
             prompt_id=f"p{i}",
             sample=i,
-            prompt_ids=tuple(rng.integers(0, V, p).tolist()),
-            response_ids=tuple(rng.integers(0, V, r).tolist()),
+            prompt_ids=token_array(rng.integers(0, V, p).tolist()),
+            response_ids=token_array(rng.integers(0, V, r).tolist()),
             tokens={"advantage": rng.normal(size=r).astype(np.float32)},
             scalars={"score": float(i)} if i % 2 else {},
         )
@@ -73,7 +73,7 @@ def make_rows(lengths: list[tuple[int, int]]) -> list[Row]:
 
 def plain_logprobs(model: nn.Module, row: Row, temperature: float) -> Tensor:
     """Return one row's log-probs from all its logits, without padding."""
-    ids = torch.tensor([row.prompt_ids + row.response_ids])
+    ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
     logp = torch.log_softmax(model(input_ids=ids).logits[0].float() / temperature, dim=-1)
     start = len(row.prompt_ids) - 1
     return logp[start:-1].gather(1, ids[0, start + 1 :, None]).squeeze(1)
@@ -146,8 +146,8 @@ def test_value_is_read_before_each_response_token() -> None:
     changed = Row(
         prompt_id="c",
         sample=0,
-        prompt_ids=row.prompt_ids,
-        response_ids=(*row.response_ids[:2], 5, *row.response_ids[3:]),
+        prompt_ids=token_array(row.prompt_ids),
+        response_ids=token_array((*row.response_ids[:2], 5, *row.response_ids[3:])),
     )
     a, b = (value(build_inputs([r], "cpu"), 1.0)[0] for r in (row, changed))
     assert torch.equal(a[:3], b[:3])
@@ -170,7 +170,7 @@ def test_micro_batch_concatenates_rows() -> None:
 
 
 def test_row_without_prompt_or_response_is_refused() -> None:
-    row = Row(prompt_id="q", sample=2, prompt_ids=(), response_ids=(1,))
+    row = Row(prompt_id="q", sample=2, prompt_ids=token_array(()), response_ids=token_array((1,)))
     with pytest.raises(
         ConfigError, match="row of prompt 'q', sample 2: 0 prompt and 1 response tokens"
     ):

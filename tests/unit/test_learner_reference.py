@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from rayhf.config.schema import ReferenceConfig
 from rayhf.errors import CheckpointError, WeightSyncError
 from rayhf.reference.engine import ReferenceEngine
-from rayhf.types import Row, WeightBucket
+from rayhf.types import Row, WeightBucket, token_array
 from rayhf.weights.buckets import pack_bucket
 
 ROWS = [
     Row(
         prompt_id=f"p{i}",
         sample=0,
-        prompt_ids=(1, 2 + i),
-        response_ids=tuple((7 * i + k) % 41 for k in range(1 + 3 * i)),
+        prompt_ids=token_array((1, 2 + i)),
+        response_ids=token_array((7 * i + k) % 41 for k in range(1 + 3 * i)),
     )
     for i in range(5)
 ]

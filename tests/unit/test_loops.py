@@ -87,7 +87,9 @@ def test_iterative_dpo_mixes_in_earlier_and_given_pairs(tmp_path):
     assert lines[0]["pairs/earlier"] == 0 and lines[1]["pairs/earlier"] == min(kept[0], kept[1])
     assert [m["pairs/given"] for m in lines] == [2, 2, 2, 2]
     batches = roles.learners["policy"].batches
-    given = [e.rows[0].response_ids for b in batches for e in b.examples if e.scalars["given"]]
+    given = [
+        e.rows[0].response_ids.tobytes() for b in batches for e in b.examples if e.scalars["given"]
+    ]
     assert len(given) == 8 and len(set(given[:6])) == 6  # nothing twice before everything was seen
     assert all(
         math.isnan(e.rows[0].tokens["behavior_logp"][0])
@@ -100,18 +102,20 @@ def test_iterative_dpo_mixes_in_earlier_and_given_pairs(tmp_path):
     # Examples mixed into an iteration are not passed on as its own.
     for before, now in itertools.pairwise(batches):
         own = {
-            e.rows[0].response_ids
+            e.rows[0].response_ids.tobytes()
             for e in before.examples
             if not e.iterations_back and not e.scalars["given"]
         }
-        assert {e.rows[0].response_ids for e in now.examples if e.iterations_back == 1} <= own
+        assert {
+            e.rows[0].response_ids.tobytes() for e in now.examples if e.iterations_back == 1
+        } <= own
     assert {e.iterations_back for b in batches[2:] for e in b.examples} == {
         0,
         1,
         2,
     }
-    assert len(fresh) == kept[1] and {e.rows[0].response_ids for e in earlier} <= {
-        e.rows[0].response_ids for e in batches[0].examples
+    assert len(fresh) == kept[1] and {e.rows[0].response_ids.tobytes() for e in earlier} <= {
+        e.rows[0].response_ids.tobytes() for e in batches[0].examples
     }
 
 

@@ -15,7 +15,7 @@ from rayhf.learner.micro_batch import build_micro_batch
 from rayhf.losses.base import Totals
 from rayhf.losses.hypo import HyPOLoss, HyPOLossConfig, leave_one_out
 from rayhf.losses.selfplay import INPOLoss, SPPOLoss, inpo, sppo
-from rayhf.types import Example, Row
+from rayhf.types import Example, Row, token_array
 
 
 def row(logp, *, ref=None, old=None, behavior=None, target=0.0):
@@ -26,8 +26,8 @@ def row(logp, *, ref=None, old=None, behavior=None, target=0.0):
     return Row(
         prompt_id="p",
         sample=0,
-        prompt_ids=(1,),
-        response_ids=tuple(range(2, 2 + n)),
+        prompt_ids=token_array((1,)),
+        response_ids=token_array(range(2, 2 + n)),
         tokens={name: np.asarray(v, dtype=np.float32) for name, v in tokens.items()},
         scalars={"target": target},
     )

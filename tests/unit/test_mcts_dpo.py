@@ -24,7 +24,18 @@ from rayhf.algorithms.mcts_search import outcome_value, parse_verdict
 from rayhf.errors import ConfigError
 from rayhf.exploration.build import build_scheduler
 from rayhf.run_dir.tables import sample_table
-from rayhf.types import Completion, Failed, Group, Invalid, Prompt, Sample, Sampling, Scored
+from rayhf.types import (
+    Completion,
+    Failed,
+    Group,
+    Invalid,
+    Prompt,
+    Sample,
+    Sampling,
+    Scored,
+    float_array,
+    token_array,
+)
 
 NEWLINE, END = 5, 6
 PLAIN = Sampling(max_tokens=20)
@@ -68,8 +79,8 @@ class ToyRollout:
             index=index,
             seed=seed,
             text=self.says if critic else text_of(tokens),
-            token_ids=tuple(tokens),
-            logprobs=tuple(-0.1 * (1 + t % 7) for t in tokens),
+            token_ids=token_array(tokens),
+            logprobs=float_array(-0.1 * (1 + t % 7) for t in tokens),
             finish_reason=reason,
             policy_version=0,
         )
@@ -185,8 +196,8 @@ def test_samples_contain_the_tree(rollouts):
     assert group.samples == (*steps, *ends) and len(steps) == group.metrics["mcts/nodes"]
     for sample in group.samples:
         above = () if sample.parent is None else group.samples[sample.parent]
-        expected = (1, 2) if above == () else above.context_ids + above.completion.token_ids
-        assert sample.context_ids == expected
+        expected = (1, 2) if above == () else (*above.context_ids, *above.completion.token_ids)
+        assert tuple(sample.context_ids) == expected
     for sample in steps:
         assert (
             (sample.outcome is not None)
@@ -219,10 +230,11 @@ def test_step_is_generated_together_with_its_first_completion():
     for at, step in enumerate(group.samples[:3]):
         mine = [w for w in wholes if w.text.startswith(step.completion.text)]
         ends = [s.completion for s in group.samples if s.kind == "rollout" and s.parent == at]
-        assert [step.completion.token_ids + e.token_ids for e in ends] == [
-            w.token_ids for w in mine
-        ]
-        assert [step.completion.logprobs + e.logprobs for e in ends] == [w.logprobs for w in mine]
+        for name in ("token_ids", "logprobs"):
+            begun = getattr(step.completion, name).tolist()
+            assert [begun + getattr(e, name).tolist() for e in ends] == [
+                getattr(w, name).tolist() for w in mine
+            ]
         assert [step.completion.text + e.text for e in ends] == [w.text for w in mine]
         assert (step.completion.text[-1], step.completion.finish_reason, ends[0].finish_reason) == (
             "\n",
@@ -256,8 +268,8 @@ def test_split_character_is_dropped_and_nothing_is_repeated():
                 index=0,
                 seed=0,
                 text="aé\nb",
-                token_ids=tokens,
-                logprobs=(-1.0,) * 5,
+                token_ids=token_array(tokens),
+                logprobs=float_array((-1.0,) * 5),
                 finish_reason="stop",
                 policy_version=0,
             )
@@ -292,8 +304,8 @@ def test_scorer_and_critic_read_the_text_of_all_tokens(rollouts):
                 index=0,
                 seed=0,
                 text="yes" if request.token_ids[0] == 900 else decode(tokens),
-                token_ids=tokens,
-                logprobs=(-1.0,) * len(tokens),
+                token_ids=token_array(tokens),
+                logprobs=float_array((-1.0,) * len(tokens)),
                 finish_reason="stop" if tokens[-1] in (56, 77) else "length",
                 policy_version=0,
             )
@@ -334,14 +346,14 @@ def stored(group):
                 index=0,
                 seed=row["seed"],
                 text=row["text"],
-                token_ids=tuple(row["token_ids"]),
-                logprobs=tuple(row["logprobs"]),
+                token_ids=token_array(row["token_ids"]),
+                logprobs=float_array(row["logprobs"]),
                 finish_reason=row["finish_reason"],
                 policy_version=row["policy_version"],
             ),
             outcome=None if row["outcome"] is None else kinds[row["outcome"]](row),
             kind=row["kind"],
-            context_ids=tuple(row["context_ids"]),
+            context_ids=token_array(row["context_ids"]),
             parent=row["parent"],
             stats=dict(row["stats"]),
         )
@@ -365,11 +377,8 @@ def test_stored_tree_gives_the_same_pairs(pairs, levels):
     for a, b in zip(first.examples, again.examples, strict=True):
         assert a.scalars == b.scalars
         for x, y in zip(a.rows, b.rows, strict=True):
-            assert (x.prompt_ids, x.response_ids, x.sample) == (
-                y.prompt_ids,
-                y.response_ids,
-                y.sample,
-            )
+            assert x.prompt_ids.tolist() == y.prompt_ids.tolist() and x.sample == y.sample
+            assert x.response_ids.tolist() == y.response_ids.tolist()
             assert x.tokens["behavior_logp"].tolist() == y.tokens["behavior_logp"].tolist()
     trees = [(tree_from_group(g), tree_from_group(stored(g))) for g in groups]
     for a, b in trees:
@@ -393,10 +402,10 @@ def test_pairs_are_siblings_and_loss_covers_the_difference():
         ratio = better.stats["visits"] / worse.stats["visits"]
         assert example.scalars["label_smoothing"] == pytest.approx(min(0.5, 1 / (ratio + 1)))
         for row, sample in zip(example.rows, (better, worse), strict=True):
-            assert (
-                row.prompt_ids + row.response_ids
-                == sample.context_ids + sample.completion.token_ids
-            )
+            assert [*row.prompt_ids, *row.response_ids] == [
+                *sample.context_ids,
+                *sample.completion.token_ids,
+            ]
             assert len(row.tokens["behavior_logp"]) == len(row.response_ids)
         assert example.rows[0].response_ids[0] != example.rows[1].response_ids[0]
 
@@ -540,11 +549,11 @@ def test_gold_steps_are_added_only_if_configured():
         "mcts/gold_steps"
     ] == 3
     assert (
-        gold[-1].completion.token_ids == (13, END)
+        tuple(gold[-1].completion.token_ids) == (13, END)
         and gold[-1].stats["answered"]
         and gold[0].stats["prior"] == 1.0
     )
-    assert gold[1].context_ids == (1, 2, 11, NEWLINE)
+    assert tuple(gold[1].context_ids) == (1, 2, 11, NEWLINE)
     examples = MCTSDPO(config).select([group], TURN).examples
     rows = [row for e in examples for row in e.rows if group.samples[row.sample].stats["gold"]]
     assert rows and all(np.isnan(row.tokens["behavior_logp"]).all() for row in rows)

@@ -14,7 +14,7 @@ from rayhf.errors import ConfigError
 from rayhf.learner.packing import plan_micro_batches
 from rayhf.models.packing import batch_cost, distinct_tokens, pack_examples, pack_rows
 from rayhf.models.prefix_tree import build_tree, fed_tokens, shared_prefix
-from rayhf.types import Row
+from rayhf.types import Row, token_array
 
 Lengths = list[list[int]]
 PACKINGS: tuple[Packing, ...] = ("off", "rows", "tree")
@@ -22,7 +22,10 @@ PACKINGS: tuple[Packing, ...] = ("off", "rows", "tree")
 
 def make_row(prompt_id: str, prompt: Sequence[int], response: Sequence[int]) -> Row:
     return Row(
-        prompt_id=prompt_id, sample=0, prompt_ids=tuple(prompt), response_ids=tuple(response)
+        prompt_id=prompt_id,
+        sample=0,
+        prompt_ids=token_array(prompt),
+        response_ids=token_array(response),
     )
 
 
@@ -200,7 +203,7 @@ def test_each_node_sees_the_tokens_of_its_row(
             node = next(predict)
             seen = [j for j in range(node + 1) if node < tree.end_N[j]]
             tokens = fed_tokens(row)[: len(row.prompt_ids) + position]
-            assert tuple(tree.ids_N[seen].tolist()) == tokens
+            assert tree.ids_N[seen].tolist() == tokens.tolist()
             assert tree.depth_N[seen].tolist() == list(range(len(tokens)))
     expected = distinct_tokens(rows) if share else sum(len(row) - 1 for row in rows)
     assert len(tree.ids_N) == expected
@@ -218,7 +221,7 @@ def test_different_prompts_share_long_prefixes_only() -> None:
 @given(st.lists(st.integers(0, 1), max_size=200), st.lists(st.integers(0, 1), max_size=200))
 def test_shared_prefix(first: list[int], second: list[int]) -> None:
     both = first[:150]
-    a = (*both, *first)
-    b = (*both, *second)
+    a = token_array([*both, *first])
+    b = token_array([*both, *second])
     expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
     assert shared_prefix(a, b) == (min(len(a), len(b)) if expected is None else expected)

@@ -5,7 +5,16 @@ import pytest
 
 from rayhf.algorithms.base import SelectionContext
 from rayhf.config.registry import ALGORITHMS
-from rayhf.types import Completion, Group, Prompt, Sample, Sampling, Scored
+from rayhf.types import (
+    Completion,
+    Group,
+    Prompt,
+    Sample,
+    Sampling,
+    Scored,
+    float_array,
+    token_array,
+)
 
 CONTEXT = SelectionContext(iteration=1, seed=0, sampling=Sampling(max_tokens=9))
 
@@ -18,8 +27,8 @@ def group_of(scores):
                 index=index,
                 seed=index,
                 text=str(index),
-                token_ids=(7, 8),
-                logprobs=(-1.0, -1.0),
+                token_ids=token_array((7, 8)),
+                logprobs=float_array((-1.0, -1.0)),
                 finish_reason="stop",
                 policy_version=0,
             ),

@@ -34,7 +34,18 @@ from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.reward_model import RewardModel, RewardModelConfig
 from rayhf.tiny.language_model import ModelSize
 from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
-from rayhf.types import Compared, Completion, Failed, Invalid, Message, Prompt, Scored, ScoreRequest
+from rayhf.types import (
+    Compared,
+    Completion,
+    Failed,
+    Invalid,
+    Message,
+    Prompt,
+    Scored,
+    ScoreRequest,
+    float_array,
+    token_array,
+)
 
 KINDS = {
     "pairwise": {"type": "pairwise"},
@@ -238,8 +249,8 @@ def ask(
             index=i,
             seed=i,
             text=text,
-            token_ids=(1,),
-            logprobs=(0.0,),
+            token_ids=token_array((1,)),
+            logprobs=float_array((0.0,)),
             finish_reason="stop",
             policy_version=0,
         )

@@ -1,6 +1,7 @@
 """Scaling in engines and prompts, and the simulation in virtual time that measures it."""
 
 import asyncio
+import errno
 import itertools
 import random
 
@@ -11,9 +12,10 @@ from fakes import FakeChat, FakeRollout, FakeScorer, make_prompts
 
 from actors.rollout import LeastLoaded, RolloutPool
 from rayhf.algorithms.base import sample_and_score
+from rayhf.errors import StorageError
 from rayhf.exploration.build import build_scheduler
 from rayhf.monitoring.audit import audit
-from rayhf.run_dir import records
+from rayhf.run_dir import table_writer, tables
 from rayhf.types import GenerateRequest, Sampling
 from tests.bench.scale_sim import Case, measure
 from tests.bench.simulated import World
@@ -253,12 +255,68 @@ def test_tables_written_in_parts_are_the_same(tmp_path, monkeypatch):
     whole = make_config(tmp_path / "whole")
     parts = make_config(tmp_path / "parts")
     run_campaign(whole)
-    monkeypatch.setattr(records, "_PART", 1)
+    monkeypatch.setattr(table_writer, "_PIECE", 1)
+    monkeypatch.setattr(table_writer, "_ROW_GROUP", 2)
     run_campaign(parts)
     assert metrics_of(whole) == metrics_of(parts)
-    for folder in ("samples", "examples"):
+    for folder in ("samples", "examples", "credit"):
         one, many = (
             config.run.dir / folder / "iteration-000001.parquet" for config in (whole, parts)
         )
         assert pq.read_table(one).equals(pq.read_table(many))
         assert pq.ParquetFile(many).num_row_groups > pq.ParquetFile(one).num_row_groups == 1
+
+
+def test_clock_does_not_jump_while_a_thread_is_at_work():
+    async def work():
+        loop = asyncio.get_running_loop()
+        timer = asyncio.create_task(asyncio.sleep(1000))
+        assert await asyncio.to_thread(lambda: 7) == 7
+        between = loop.time()
+        await timer
+        return between, loop.time()
+
+    (between, end), _ = simulate(work())
+    assert between < 500 and end >= 1000
+
+
+def test_failed_table_stops_the_campaign_before_the_metrics_line(tmp_path, monkeypatch):
+    config = make_config(tmp_path)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tables, "example_table", full)
+    with pytest.raises(StorageError, match=r"examples/iteration-000001.parquet: No space left"):
+        run_campaign(config)
+    assert [line["iteration"] for line in metrics_of(config)] == [0]
+
+
+def test_many_coroutines_start_turn_by_turn_and_an_early_error_ends_all():
+    started = []
+
+    async def explore(prompt, context):
+        started.append(prompt.prompt_id)
+        if len(started) == 10:
+            raise ValueError("early")
+        await asyncio.get_running_loop().create_future()
+
+    async def work():
+        scheduler = build_scheduler(
+            {"policy": FakeRollout()},
+            FakeScorer(),
+            chat=FakeChat(),
+            versions={"policy": 0},
+            deterministic=False,
+        )
+        await scheduler.run(
+            make_prompts(2000),
+            explore,
+            sampling=Sampling(max_tokens=4),
+            seed=1,
+            done=lambda group: None,
+        )
+
+    with pytest.raises(ValueError, match="early"):
+        asyncio.run(work())
+    assert 10 <= len(started) <= 2000

@@ -46,6 +46,8 @@ from rayhf.types import (
     Scored,
     ScoreRequest,
     Skipped,
+    float_array,
+    token_array,
 )
 
 
@@ -61,8 +63,9 @@ def request(text: str, answer: str) -> ScoreRequest:
         prompt=prompt,
         completions=tuple(
             Completion(
-                prompt_id="p", index=index, seed=index, text=text, token_ids=(1,), logprobs=(0.0,),
-                finish_reason="stop", policy_version=0,
+                prompt_id="p", index=index, seed=index, text=text,
+                token_ids=token_array((1,)), logprobs=float_array((0.0,)), finish_reason="stop",
+                policy_version=0,
             )
             for index, text in enumerate((text, text[-1]))
         ),

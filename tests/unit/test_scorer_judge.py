@@ -30,6 +30,8 @@ from rayhf.types import (
     Prompt,
     Scored,
     ScoreRequest,
+    float_array,
+    token_array,
 )
 
 
@@ -64,8 +66,8 @@ class FakeGenerator:
             index=index,
             seed=request.seeds[index],
             text=text,
-            token_ids=(1,),
-            logprobs=(0.0,),
+            token_ids=token_array((1,)),
+            logprobs=float_array((0.0,)),
             finish_reason=self.finish_reason,
             policy_version=0,
         )

@@ -7,7 +7,7 @@ import pytest
 from fakes import FakeScorer, make_prompts
 
 from rayhf.scorer.retrying import RetryingScorer
-from rayhf.types import Completion, Failed, Invalid, Scored, ScoreRequest
+from rayhf.types import Completion, Failed, Invalid, Scored, ScoreRequest, float_array, token_array
 
 UNREACHABLE = Failed(reason="ConnectionError: refused", transient=True)
 BROKEN = Failed(reason="ValueError: no")
@@ -20,8 +20,8 @@ def request(prompt, n=4):
             index=i,
             seed=i,
             text=str(i),
-            token_ids=(i, 2, 3),
-            logprobs=(-1.0,) * 3,
+            token_ids=token_array((i, 2, 3)),
+            logprobs=float_array((-1.0,) * 3),
             finish_reason="stop",
             policy_version=0,
         )

@@ -25,7 +25,7 @@ from rayhf.search.mcts import (
     prior,
     puct,
 )
-from rayhf.types import Completion
+from rayhf.types import Completion, float_array, token_array
 
 
 def step(text, p=0.5, end=None):
@@ -35,8 +35,8 @@ def step(text, p=0.5, end=None):
         index=0,
         seed=0,
         text=text,
-        token_ids=(ord(text[0]),),
-        logprobs=(math.log(p),),
+        token_ids=token_array((ord(text[0]),)),
+        logprobs=float_array((math.log(p),)),
         finish_reason="stop",
         policy_version=0,
     )
@@ -110,9 +110,9 @@ def named(tree):
 
 
 def test_prior_is_length_normalized():
-    assert prior([-0.5, -1.5], 1.25) == pytest.approx(math.exp(-2.0 / 2**1.25))
-    assert prior([-0.5, -1.5], 1.0) == pytest.approx(math.exp(-1.0))
-    assert prior([], 1.25) == 1.0
+    assert prior(float_array([-0.5, -1.5]), 1.25) == pytest.approx(math.exp(-2.0 / 2**1.25))
+    assert prior(float_array([-0.5, -1.5]), 1.0) == pytest.approx(math.exp(-1.0))
+    assert prior(float_array([]), 1.25) == 1.0
 
 
 def test_puct_example():

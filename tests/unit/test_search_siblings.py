@@ -16,7 +16,7 @@ from rayhf.search.siblings import (
     soft_label,
     step_pairs,
 )
-from rayhf.types import Completion, Prompt
+from rayhf.types import Completion, Prompt, float_array, token_array
 
 PROMPT = Prompt(
     prompt_id="p0",
@@ -35,8 +35,8 @@ def hand_tree(rows):
             index=0,
             seed=0,
             text=str(tokens),
-            token_ids=tokens,
-            logprobs=tuple(-float(t) for t in tokens),
+            token_ids=token_array(tokens),
+            logprobs=float_array(-float(t) for t in tokens),
             finish_reason="stop",
             policy_version=0,
         )
@@ -116,7 +116,7 @@ def test_order_of_siblings_does_not_change_the_pairs(seed):
     def by_tokens(tree, rule):
         selected = pairs_of(tree, pairs=rule)
         pairs = {
-            (p.better.token_ids, p.worse.token_ids, p.margin, p.label_smoothing)
+            (p.better.token_ids.tobytes(), p.worse.token_ids.tobytes(), p.margin, p.label_smoothing)
             for p in selected.pairs
         }
         return pairs, selected.ties, selected.unvisited
@@ -160,8 +160,10 @@ def test_rows_begin_where_the_steps_differ(first, second, shared):
     prompt = PROMPT
     pair = StepPair(better=tree.nodes[2], worse=tree.nodes[3], margin=1.0, label_smoothing=0.0)
     better, worse = pair_rows(prompt, tree, pair, merge_chains=False)
-    assert better.prompt_ids == worse.prompt_ids == (1, 2, 8, 9, *first[:shared])
-    assert (better.response_ids, worse.response_ids) == (first[shared:], second[shared:])
+    context = [1, 2, 8, 9, *first[:shared]]
+    assert better.prompt_ids.tolist() == worse.prompt_ids.tolist() == context
+    assert tuple(better.response_ids) == first[shared:]
+    assert tuple(worse.response_ids) == second[shared:]
     assert better.tokens["behavior_logp"].tolist() == [-float(t) for t in first[shared:]]
     assert (better.sample, worse.sample) == (1, 2) and better.scalars["score"] == 1.0
 
@@ -178,6 +180,7 @@ def test_chains_may_be_merged():
     tree.nodes[2].children = []
     pair = pairs_of(tree).pairs[0]
     rows = [
-        pair_rows(PROMPT, tree, pair, merge_chains=merge)[0].response_ids for merge in (False, True)
+        pair_rows(PROMPT, tree, pair, merge_chains=merge)[0].response_ids.tolist()
+        for merge in (False, True)
     ]
-    assert rows == [(3,), (3, 5, 6)]
+    assert rows == [[3], [3, 5, 6]]

@@ -46,10 +46,11 @@ def test_one_exploration_by_hand():
 
     (pair,) = actor
     chosen, rejected = pair.rows
-    assert chosen.prompt_ids == rejected.prompt_ids == group.prompt.token_ids
+    assert tuple(chosen.prompt_ids) == tuple(rejected.prompt_ids) == group.prompt.token_ids
     # The original answer is rejected, not the refinement's parent "y"; the refiner's own tokens are
     # chosen, end included.
-    assert (chosen.response_ids, rejected.response_ids) == ((*ids("fine"), END), (*ids("bad"), END))
+    assert tuple(chosen.response_ids) == (*ids("fine"), END)
+    assert tuple(rejected.response_ids) == (*ids("bad"), END)
     assert (
         np.isnan(chosen.tokens["behavior_logp"]).all()
         and rejected.tokens["behavior_logp"].tolist() == [-1.0] * 4
@@ -160,13 +161,13 @@ def test_default_dialogue_has_three_turns_and_extracts_answer():
         f"{judge}<assistant>All is well.\nFinal Judgement (met?): No<user>Going by your judgement"
     )
     assert (
-        pair.rows[0].response_ids == (*ids("better"), END)
-        and pair.rows[0].prompt_ids == group.prompt.token_ids
+        tuple(pair.rows[0].response_ids) == (*ids("better"), END)
+        and tuple(pair.rows[0].prompt_ids) == group.prompt.token_ids
     )
     kept = group.samples[pair.rows[0].sample]
     assert kept.kind == "refined" and group.samples[kept.parent].kind == "refinement"
     (example,) = refiner  # the whole refinement is trained on, as it was written
-    assert example.rows[0].response_ids == (*ids("x [[start]] better [[end]]"), END)
+    assert tuple(example.rows[0].response_ids) == (*ids("x [[start]] better [[end]]"), END)
     assert "".join(map(chr, example.rows[0].prompt_ids)) == refine
     assert group.metrics["spar/malformed"] == 2
     assert metrics["spar/refiner_answers_no"] == 0  # unanimous votes give no examples
@@ -392,12 +393,12 @@ def test_scorer_does_not_affect_training():
         ),
     )
     assert [
-        e.rows[0].response_ids
+        e.rows[0].response_ids.tolist()
         for e in algorithm.select(
             [plain], SelectionContext(iteration=1, seed=1, sampling=Sampling(max_tokens=8))
         ).examples
     ] == [
-        e.rows[0].response_ids
+        e.rows[0].response_ids.tolist()
         for e in algorithm.select(
             [failed], SelectionContext(iteration=1, seed=1, sampling=Sampling(max_tokens=8))
         ).examples
@@ -439,7 +440,7 @@ def test_caps_draw_by_seed_and_repeats_are_counted():
         and metrics["spar/refiner_capped"] == 0
         and sum(counts.values()) == len(whole)
     )
-    contexts = [e.rows[0].prompt_ids for e in whole]
+    contexts = [e.rows[0].prompt_ids.tobytes() for e in whole]
     assert len(contexts) == len(set(contexts))
 
     caps = RefinerDataConfig(refinements=3, tree_yes=2, tree_no=0, answers_yes=1, answers_no=3)
@@ -447,11 +448,11 @@ def test_caps_draw_by_seed_and_repeats_are_counted():
     assert {kind: capped[f"spar/refiner_{kind}"] for kind in counts} == caps.model_dump()
     assert capped["spar/refiner_capped"] == len(whole) - len(drawn) == len(whole) - 9
     assert (
-        refiner_examples(groups, caps, seed=1)[0][0].rows[0].prompt_ids
-        == drawn[0].rows[0].prompt_ids
+        refiner_examples(groups, caps, seed=1)[0][0].rows[0].prompt_ids.tolist()
+        == drawn[0].rows[0].prompt_ids.tolist()
     )
     others = {
-        tuple(e.rows[0].prompt_ids for e in refiner_examples(groups, caps, seed=seed)[0])
+        tuple(e.rows[0].prompt_ids.tobytes() for e in refiner_examples(groups, caps, seed=seed)[0])
         for seed in range(5)
     }
     assert len(others) > 1

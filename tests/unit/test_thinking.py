@@ -31,6 +31,8 @@ from rayhf.types import (
     Sampling,
     Scored,
     ScoreRequest,
+    float_array,
+    token_array,
 )
 
 END = 1
@@ -63,8 +65,8 @@ def completion(
         index=0,
         seed=1,
         text=text,
-        token_ids=tuple(token_ids),
-        logprobs=tuple(-0.5 - i for i in range(len(token_ids))),
+        token_ids=token_array(token_ids),
+        logprobs=float_array(-0.5 - i for i in range(len(token_ids))),
         finish_reason=reason,
         policy_version=0,
         **more,

@@ -41,7 +41,12 @@ def campaign(tmp_path, tracker):
         Group(prompt=p, samples=(Sample(completion=c, outcome=Scored(value=0.5)),))
         for p, (c,) in zip(make_prompts(3), completions, strict=True)
     ]
-    asyncio.run(store.write_samples(1, groups))
+
+    async def write():
+        store.write_samples(1, groups)
+        await store.tables_written()
+
+    asyncio.run(write())
     store.close()
     return config, [completion.text for (completion,) in completions]
 

@@ -28,7 +28,9 @@ from rayhf.types import (
     Prompt,
     Sample,
     Scored,
+    float_array,
     make_row,
+    token_array,
 )
 
 WORDS = [
@@ -132,23 +134,24 @@ async def _write_iteration(
         )
         for n in range(6)
     ]
-    await store.write_heldout(iteration, heldout)
+    store.write_heldout(iteration, heldout)
     ids = [group.prompt.prompt_id for group in heldout]
     figures = {
         f"eval/toy/{kind}": [rate + n % 2 for n in range(6)] for kind in ("sampled", "greedy")
     }
     figures["eval/pairs/pair_accuracy"] = [rate + 0.01 * n for n in range(6)]
     values = [prompt_values(name, ids, figure) for name, figure in figures.items()]
-    await store.write_evaluations(iteration, values)
+    store.write_evaluations(iteration, values)
     if iteration:
         groups = [
             _group(iteration, n, samples, words, texts if n == 0 else (), rng)
             for n in range(prompts)
         ]
         examples = [_pair(group) for group in groups]
-        await store.write_samples(iteration, groups)
-        await store.write_examples(iteration, examples)
-        await store.write_credit(iteration, examples)
+        store.write_samples(iteration, groups)
+        store.write_examples(iteration, examples)
+        store.write_credit(iteration, examples)
+    await store.tables_written()
     for phase in ("explore", "reference", "learn", "sync", "evaluate"):
         store.event("phase", phase, iteration=iteration)
     if iteration == 2:
@@ -211,14 +214,14 @@ def _words(rng: random.Random, count: int) -> str:
 
 
 def _sample(text: str, outcome: Outcome | None) -> Sample:
-    ids = tuple(text.encode())
+    ids = token_array(text.encode())
     completion = Completion(
         prompt_id="p",
         index=0,
         seed=1,
         text=text,
         token_ids=ids,
-        logprobs=tuple(-0.1 * (i % 5) for i in range(len(ids))),
+        logprobs=float_array(-0.1 * (i % 5) for i in range(len(ids))),
         finish_reason="length" if len(text) % 5 == 0 else "stop",
         policy_version=3,
     )

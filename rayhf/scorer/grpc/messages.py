@@ -18,6 +18,8 @@ from rayhf.scorer.grpc import scorer_pb2 as pb
 from rayhf.service.chat_pb2 import Message
 from rayhf.service.client import printable
 from rayhf.types import (
+    NO_LOGPROBS,
+    NO_TOKENS,
     Compared,
     Comparison,
     Completion,
@@ -114,8 +116,8 @@ def _decode_request(message: pb.ScoreRequest, where: str) -> ScoreRequest:
                 index=index,
                 seed=0,
                 text=completion.text,
-                token_ids=(),
-                logprobs=(),
+                token_ids=NO_TOKENS,
+                logprobs=NO_LOGPROBS,
                 finish_reason=reason,
                 thinking=completion.thinking if completion.HasField("thinking") else None,
                 policy_version=0,

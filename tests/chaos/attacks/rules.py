@@ -19,7 +19,7 @@ from rayhf.scorer.build import build_scorer
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.scorer.rule import Rule
 from rayhf.scorer.rule_config import RuleConfig
-from rayhf.types import Completion, Outcome, Prompt, Scored, ScoreRequest
+from rayhf.types import Completion, Outcome, Prompt, Scored, ScoreRequest, float_array, token_array
 from tests.chaos.attacks.attack import Attack, Result
 from tests.unit.waiting import HOLD, is_held, wait_until
 
@@ -175,8 +175,8 @@ def request(*texts: str, prompt_id: str = "p") -> ScoreRequest:
                 index=index,
                 seed=index,
                 text=text,
-                token_ids=(1,),
-                logprobs=(0.0,),
+                token_ids=token_array((1,)),
+                logprobs=float_array((0.0,)),
                 finish_reason="stop",
                 policy_version=0,
             )

@@ -24,8 +24,8 @@ class Parity(rayhf.PointwiseScorer[ParityConfig]):
         return [tuple(self._score(c) for c in request.completions) for request in requests]
 
     def _score(self, completion: rayhf.Completion) -> rayhf.Outcome:
-        if not completion.token_ids:
+        if not len(completion.token_ids):
             return rayhf.Invalid(reason="an empty completion")
         odd = self.config.parity == "odd"
-        share = sum(token % 2 == odd for token in completion.token_ids)
-        return rayhf.Scored(value=share / len(completion.token_ids))
+        share = float((completion.token_ids % 2 == odd).mean())
+        return rayhf.Scored(value=share)
