@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from rayhf.evaluation.statistics import Estimate, mean_estimate, mean_estimates
 from rayhf.evaluation.values import PromptValues
@@ -20,7 +21,9 @@ from rayhf.run_dir.tables import read_evaluations
 from rayhf.view.run import Run
 
 MAX_BANDS = 200
-"""Evaluations of a curve with intervals; of more, as many are taken evenly."""
+"""Evaluations of a curve with intervals; of more, every second, fourth ... has one."""
+Measured = tuple[int, Path, int]
+"""An evaluation: its iteration, its file, and the time of the file's last change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +55,15 @@ def intervals(run: Run) -> dict[str, list[tuple[int, float, float]]]:
 
 def changes(run: Run) -> list[Change]:
     """Return the change of every evaluated metric, in the order of their names."""
-    first: dict[str, tuple[int, PromptValues]] = {}
-    last: dict[str, tuple[int, PromptValues]] = {}
+    first: dict[str, Measured] = {}
+    last: dict[str, Measured] = {}
     for iteration, file in run.tables("evaluations").items():
-        for name, values in _values(file, _changed(file)).items():
-            first.setdefault(name, (iteration, values))
-            last[name] = (iteration, values)
-    rows = {name: _change(name, first[name], last[name]) for name in last}
+        changed = _changed(file)
+        for name in _names(file, changed):
+            first.setdefault(name, (iteration, file, changed))
+            last[name] = (iteration, file, changed)
+    compared = {name: _change(name, first[name], last[name]) for name in last}
+    rows = {name: change for name, change in compared.items() if change is not None}
     measured: dict[str, list[tuple[int, Estimate]]] = {}
     for line in run.metrics():
         for name, (low, high) in _given(line).items():
@@ -76,8 +81,13 @@ def changes(run: Run) -> list[Change]:
     return [rows[name] for name in sorted(rows)]
 
 
-def _change(metric: str, first: tuple[int, PromptValues], last: tuple[int, PromptValues]) -> Change:
-    old, new = first[1], last[1]
+@lru_cache(maxsize=4000)
+def _change(metric: str, first: Measured, last: Measured) -> Change | None:
+    """Return the change of a metric; None where one of the files has vanished meanwhile."""
+    old = _values(first[1], first[2]).get(metric)
+    new = _values(last[1], last[2]).get(metric)
+    if old is None or new is None:
+        return None
     places = {prompt: place for place, prompt in enumerate(old.prompt_ids)}
     common = [place for place, prompt in enumerate(new.prompt_ids) if prompt in places]
     earlier = [places[new.prompt_ids[place]] for place in common]
@@ -108,12 +118,15 @@ def _given(line: Mapping[str, float]) -> dict[str, tuple[float, float]]:
 
 
 def _evenly(files: Mapping[int, Path]) -> dict[int, Path]:
-    """Return at most MAX_BANDS files, the first and the last among them."""
+    """Return about MAX_BANDS files, the first and the last among them.
+
+    They stay the same while a run goes on, so that their intervals are computed once.
+    """
     numbers = list(files)
-    if len(numbers) > MAX_BANDS:
-        places = np.linspace(0, len(numbers) - 1, MAX_BANDS).round().astype(int)
-        numbers = [numbers[place] for place in places]
-    return {number: files[number] for number in numbers}
+    step = 1
+    while len(numbers) > MAX_BANDS * step:
+        step *= 2
+    return {number: files[number] for number in dict.fromkeys([*numbers[::step], *numbers[-1:]])}
 
 
 def _changed(file: Path) -> int:
@@ -124,7 +137,7 @@ def _changed(file: Path) -> int:
         return 0
 
 
-@lru_cache(maxsize=1000)
+@lru_cache(maxsize=4000)
 def _estimates(file: Path, changed: int) -> dict[str, Estimate]:
     """Return every figure of an evaluation with its interval; those of as many prompts together."""
     by_count: dict[int, list[PromptValues]] = {}
@@ -141,8 +154,19 @@ def _joint(group: Sequence[PromptValues]) -> list[tuple[PromptValues, Estimate]]
     return list(zip(group, mean_estimates(values_MP, weights_MP), strict=True))
 
 
-@lru_cache(maxsize=1000)
+@lru_cache(maxsize=20_000)
+def _names(file: Path, _changed: int) -> tuple[str, ...]:
+    """Return the metrics of an evaluation."""
+    try:
+        metrics = pq.read_table(file, columns=["metric"])["metric"]
+    except (OSError, ValueError):
+        return ()
+    return tuple(metrics.unique().to_pylist())
+
+
+@lru_cache(maxsize=4)
 def _values(file: Path, _changed: int) -> dict[str, PromptValues]:
+    """Return the figures of an evaluation by metric; the files of the last calls stay in memory."""
     try:
         return read_evaluations(file)
     except (OSError, ValueError):  # it vanished, or is damaged: `rayhf verify` names it
