@@ -61,6 +61,7 @@ WATCHED = {
             "type": "win_rate",
             "against": "initial",
             "scorer": [{"type": "pairwise_rule", "function": "my_rules:cycle"}],
+            "prompts": "train.jsonl",
             "every": 1,
         }
     },
@@ -93,16 +94,17 @@ def test_two_policies_resume_with_the_same_bits(world: Path) -> None:
     before it and in the other run. The win rate is against the start's answers, which the resumed
     run has from its checkpoint only.
     """
-    config = write_config(world, "first", algorithm=SPAR, **BATCH, **WATCHED)
+    sections = {**BATCH, **WATCHED, "algorithm": SPAR}
+    # Large steps: the answers must differ from those at the start.
+    sections["learner"] = {**BATCH["learner"], "lr": 5e-3}
+    config = write_config(world, "first", **sections)
     process = start(world, config, "run.iterations=3")
     manifest = world / "first/checkpoints/iteration-000001/MANIFEST.json"
     wait_until(lambda: manifest.exists() or process.poll() is not None, 400)
     copy_as_if_killed(process, world / "first", world / "second")
     _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
-    config = write_config(
-        world, "second", algorithm=SPAR, cluster={"transport": "broadcast"}, **BATCH, **WATCHED
-    )
+    config = write_config(world, "second", cluster={"transport": "broadcast"}, **sections)
     assert len(metrics(world, "second")) < 4, "it had finished before it was killed"
     out, _ = run(world, config, "run.iterations=3")
     assert "continue: after iteration" in out
