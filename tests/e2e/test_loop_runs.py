@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -55,7 +56,7 @@ SPAR = {
     "refiner": {"lr": 1e-3, "epochs": 1, "examples_per_step": 8},
 }
 BATCH = {"prompts": {"batch": 8}, "learner": {"prompts_per_step": 8}}
-WATCHED = {
+WATCHED: dict[str, Any] = {
     "evaluations": {
         "wins": {
             "type": "win_rate",
@@ -94,9 +95,9 @@ def test_two_policies_resume_with_the_same_bits(world: Path) -> None:
     before it and in the other run. The win rate is against the start's answers, which the resumed
     run has from its checkpoint only.
     """
-    sections = {**BATCH, **WATCHED, "algorithm": SPAR}
     # Large steps: the answers must differ from those at the start.
-    sections["learner"] = {**BATCH["learner"], "lr": 5e-3}
+    learner = {**BATCH["learner"], "lr": 5e-3}
+    sections: dict[str, Any] = {**BATCH, **WATCHED, "algorithm": SPAR, "learner": learner}
     config = write_config(world, "first", **sections)
     process = start(world, config, "run.iterations=3")
     manifest = world / "first/checkpoints/iteration-000001/MANIFEST.json"
