@@ -6,6 +6,7 @@ examples   one row per training example, with indices into its prompt's samples 
            iterations ago; index -1 for a text that was not sampled (an offline pair, a label)
 credit     one row per row of the policy's examples: what training added to each of its tokens
 heldout    an evaluation's completions of prompts.heldout, in the form of samples
+evaluations    one row per prompt and figure of every evaluation
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayhf.evaluation.values import PromptValues
 from rayhf.types import (
     Example,
     Failed,
@@ -84,6 +86,15 @@ EXAMPLES = pa.schema(
     ]
 )
 
+EVALUATIONS = pa.schema(
+    [
+        ("iteration", pa.int32()),
+        ("metric", pa.string()),
+        ("prompt_id", pa.string()),
+        ("value", pa.float64()),
+        ("weight", pa.float64()),
+    ]
+)
 CREDIT_VALUES = ("ref_logp", "old_logp", "value", "advantage")
 """Names of token values that the credit table keeps, where an algorithm has them."""
 CREDIT = pa.schema(
@@ -192,6 +203,34 @@ def credit_table(iteration: int, examples: Sequence[Example]) -> pa.Table:
     }
     columns |= {name: [row.tokens.get(name) for _, row in rows] for name in CREDIT_VALUES}
     return pa.Table.from_pydict(columns, schema=CREDIT)
+
+
+def evaluation_table(iteration: int, figures: Sequence[PromptValues]) -> pa.Table:
+    """Return one row per prompt and figure."""
+    columns = {
+        "iteration": [iteration] * sum(len(figure.prompt_ids) for figure in figures),
+        "metric": [figure.metric for figure in figures for _ in figure.prompt_ids],
+        "prompt_id": [prompt for figure in figures for prompt in figure.prompt_ids],
+        "value": [value for figure in figures for value in figure.values_P],
+        "weight": [weight for figure in figures for weight in figure.weights_P],
+    }
+    return pa.Table.from_pydict(columns, schema=EVALUATIONS)
+
+
+def read_evaluations(file: Path) -> dict[str, PromptValues]:
+    """Return the figures of an iteration's evaluations by prompt, by metric. Raises OSError."""
+    table = pq.read_table(file)
+    found = {}
+    metrics = np.asarray(table["metric"].to_pylist(), dtype=object)
+    for metric in dict.fromkeys(metrics):
+        own = table.filter(pa.array(metrics == metric))
+        found[metric] = PromptValues(
+            metric=metric,
+            prompt_ids=tuple(own["prompt_id"].to_pylist()),
+            values_P=own["value"].to_numpy(),
+            weights_P=own["weight"].to_numpy(),
+        )
+    return found
 
 
 def _lists(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> pa.ListArray:

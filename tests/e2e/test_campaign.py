@@ -10,8 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 from campaign_runs import RAYHF, metrics, run, samples, start
+from safetensors.torch import load_file
 from waiting import is_running, wait_until
 from world import make_world, write_config
+
+from launch.eval_target import find_target
 
 pytestmark = pytest.mark.timeout(1200)  # generous: on a shared machine a start takes minutes
 
@@ -53,6 +56,11 @@ def test_run_directory_and_metrics(world: Path, first: Path) -> None:
     assert (world / "exported/tokenizer.json").exists()
     out, _ = run(world, first, "run.iterations=3")
     assert "nothing to do" in out
+    middle = find_target(str(world / "first@2"))
+    assert (
+        load_file(Path(middle.model.text) / "model.safetensors").keys()
+        == load_file(world / "first/policy/model.safetensors").keys()
+    )
 
 
 def train(world: Path, name: str, **sections: object) -> dict[str, float]:

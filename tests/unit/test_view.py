@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +27,10 @@ from view_runs import write_run
 
 from launch.cli import app
 from rayhf.errors import CheckpointError, ConfigError
-from rayhf.view import report
+from rayhf.view import evaluations, report
 from rayhf.view.dashboard import build_app
 from rayhf.view.groups import cycles, read_groups
-from rayhf.view.heldout import heldout_answers, heldout_prompts, interval
+from rayhf.view.heldout import heldout_answers, heldout_prompts
 from rayhf.view.overview import config_differences, run_overview, timeline
 from rayhf.view.report import write_report
 from rayhf.view.run import Run, find_runs
@@ -224,28 +225,45 @@ def test_overview_has_facts_curves_and_alarms(run):
     assert view["curves"]["reference/kl"] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     assert [alarm["kind"] for alarm in view["alarms"]] == ["fault", "warn"]
     assert {alarm["iteration"] for alarm in view["alarms"]} == {2}
-    iteration, low, high = view["intervals"]["sampled"][0]
-    assert iteration == 0 and low < 0.5 < high
 
 
-def test_change_of_the_held_out_score_is_paired(run):
-    sampled, greedy = run_overview(run)["change"]
-    assert (sampled["kind"], greedy["kind"], sampled["prompts"]) == ("sampled", "greedy", 6)
-    assert sampled["iterations"] == (0, 4)
+def test_every_evaluated_figure_has_a_band(run, path):
+    bands = run_overview(run)["intervals"]
+    assert set(bands) == {
+        "eval/toy/sampled",
+        "eval/toy/greedy",
+        "eval/pairs/pair_accuracy",
+        "eval/wins/win_rate_length_controlled",
+    }
+    for name, rows in bands.items():
+        metrics = [line[name] for line in run.metrics()]
+        assert [iteration for iteration, *_ in rows] == [0, 1, 2, 3, 4]
+        assert all(low < x < high for x, (_, low, high) in zip(metrics, rows, strict=True))
+    assert bands["eval/wins/win_rate_length_controlled"][0] == (0, 0.4, 0.6)
+
+
+def test_bands_of_a_long_run_are_thinned_out(run, monkeypatch):
+    monkeypatch.setattr(evaluations, "MAX_BANDS", 3)
+    assert [i for i, *_ in evaluations.intervals(run)["eval/toy/sampled"]] == [0, 2, 4]
+
+
+def test_changes_are_paired(run):
+    by_name = {row["metric"]: row for row in run_overview(run)["changes"]}
+    sampled = by_name["eval/toy/sampled"]
+    assert sampled["prompts"] == 6 and sampled["iterations"] == (0, 4)
     # Every prompt gained the same: no doubt about the difference, though much about the means.
     assert sampled["difference"] == pytest.approx([0.4, 0.4, 0.4])
     assert sampled["before"][2] - sampled["before"][1] > 0.5
+    controlled = by_name["eval/wins/win_rate_length_controlled"]
+    assert controlled["after"] == pytest.approx([0.9, 0.8, 1.0])
+    assert controlled["difference"] is None  # its values by prompt are not known
 
 
-def test_interval_covers_the_true_mean():
-    rng = np.random.default_rng(1)
-    covered = 0
-    for _ in range(200):
-        mean, low, high = interval(list((rng.random(120) < 0.3).astype(float)))
-        assert low <= mean <= high
-        covered += low <= 0.3 <= high
-    assert covered >= 180
-    assert interval([1.0] * 5) == (1.0, 1.0, 1.0) and interval([1.0]) is None
+def test_damaged_values_are_left_out(tmp_path):
+    path = write_run(tmp_path, iterations=2)
+    (path / "evaluations/iteration-000002.parquet").write_bytes(b"PAR1 and no more")
+    (change, *_) = evaluations.changes(Run(path, "run"))
+    assert change.iterations == (0, 1)
 
 
 def test_config_differences_name_the_keys(run, tmp_path):
@@ -286,19 +304,30 @@ def test_report_holds_every_prompt_of_a_small_run(path, tmp_path):
 
 
 def test_larger_run_is_sampled_from_all_iterations_problems_first(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MAX_GROUPS", 6)
+    whole = write_report([path], tmp_path / "whole.html")
+    plain = len(json.dumps(data_of(whole.file), ensure_ascii=False))
+    monkeypatch.setattr(report, "PLAIN_BYTES", int(0.8 * plain))
     written = write_report([path], tmp_path / "report.html")
     groups = data_of(written.file)["groups"]
-    assert (written.shown, written.total) == (6, 16)
+    assert (whole.shown, whole.total) == (16, 16)
+    assert 4 <= written.shown == len(groups) < written.total == 16
     assert {group["iteration"] for group in groups} == {1, 2, 3, 4}
     assert [g["prompt_id"][-1] for g in groups].count("0") == 4  # the prompt with failed scores
+    assert written.size < whole.size
 
 
-def test_data_stay_within_their_limit(path, tmp_path, monkeypatch):
-    whole = write_report([path], tmp_path / "whole.html").size
-    monkeypatch.setattr(report, "DATA_BYTES", 6000)
-    small = write_report([path], tmp_path / "small.html")
-    assert 0 < small.shown < small.total and small.size < whole
+def test_report_fills_its_limit(tmp_path, monkeypatch):
+    """Also where the first estimate of a prompt's size is far too large."""
+    path = write_run(tmp_path, iterations=3, prompts=40, words=200)
+    whole = write_report([path], tmp_path / "whole.html")
+    limit = 120_000
+    monkeypatch.setattr(report, "DATA_BYTES", limit)
+    monkeypatch.setattr(report, "_group_bytes", lambda run, prompts: 100_000)
+    written = write_report([path], tmp_path / "report.html")
+    size = len(base64.b64decode(re.search(r'id="data">([^<]*)<', written.file.read_text())[1]))
+    assert written.shown < whole.total and 0.9 * limit < size < 1.5 * limit
+    counts = Counter(group["iteration"] for group in data_of(written.file)["groups"])
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_hostile_text_is_only_in_the_data(tmp_path):

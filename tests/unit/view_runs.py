@@ -13,6 +13,7 @@ import numpy as np
 from campaigns import make_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from rayhf.evaluation.values import prompt_values
 from rayhf.run_dir.inbox import Submissions
 from rayhf.run_dir.state import CheckpointState
 from rayhf.run_dir.store import RunDir
@@ -115,7 +116,12 @@ async def _write_iteration(
         "rollout/length_mean": float(words),
         "policy/entropy": 2.0 - rate,
         "rollout/tokens": 1000.0,
-        "eval/toy/sampled": 0.3 + rate,
+        "eval/toy/sampled": 0.5 + rate,
+        "eval/toy/greedy": 0.5 + rate,
+        "eval/pairs/pair_accuracy": 0.025 + rate,
+        "eval/wins/win_rate_length_controlled": 0.5 + rate,
+        "eval/wins/win_rate_length_controlled_low": 0.4 + rate,
+        "eval/wins/win_rate_length_controlled_high": 0.6 + rate,
     }
     phases = ("rollout", "scorer", "reference", "learner", "sync", "evaluate", "explore")
     metrics |= {f"time/{name}_s": 1.0 for name in phases}
@@ -134,6 +140,13 @@ async def _write_iteration(
         for n in range(6)
     ]
     store.write_heldout(iteration, heldout)
+    ids = [group.prompt.prompt_id for group in heldout]
+    figures = {
+        f"eval/toy/{kind}": [rate + n % 2 for n in range(6)] for kind in ("sampled", "greedy")
+    }
+    figures["eval/pairs/pair_accuracy"] = [rate + 0.01 * n for n in range(6)]
+    values = [prompt_values(name, ids, figure) for name, figure in figures.items()]
+    store.write_evaluations(iteration, values)
     if iteration:
         groups = [
             _group(iteration, n, samples, words, texts if n == 0 else (), rng)
