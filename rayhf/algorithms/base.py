@@ -241,10 +241,10 @@ class RefillsPrompts(Protocol):
         """Prompts that an iteration may explore, as a multiple of prompts.batch; 1 is off."""
         ...
 
-    def has_signal(self, group: Group, sampling: Sampling) -> bool:
+    def has_signal(self, group: Group) -> bool:
         """Whether `select` keeps examples of a group.
 
-        A function of its arguments only: a resumed iteration asks again.
+        A function of the group only: a resumed iteration asks again.
         """
         ...
 

@@ -23,6 +23,6 @@ class DrGRPOConfig(GRPOConfig):
 
 
 class DrGRPO(GRPO):
-    """Dr. GRPO: no division by the group's deviation or by lengths (Liu et al. 2025)."""
+    """GRPO without division by the group's deviation or by lengths (Liu et al. 2025)."""
 
     Config = DrGRPOConfig

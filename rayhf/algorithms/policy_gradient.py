@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import JsonValue
 
 from rayhf.algorithms.advantages import (
     Array,
@@ -110,16 +111,18 @@ class PolicyGradient(AlgorithmBase, ABC):
         uniform = 0
         clipped = 0
         for group in groups:
-            clipped += sum(self._clip_score(score) != score for _, _, score in scored(group))
-            usable = self._shaped_scores(group, context.sampling)
-            if _is_uniform(usable):
+            scores = self._scores(group)
+            clipped += sum(score != scores[i] for i, _, score in scored(group))
+            if _is_uniform(scores):
                 uniform += 1
                 if self.config.drops_uniform:
                     continue
-            if len(usable) < self.min_group:
+            if len(scores) < self.min_group:
                 small += 1
                 continue
-            examples += [Example(rows=(make_row(group, i, score=score),)) for i, score in usable]
+            for i, score in scores.items():
+                shaped = self._shape_score(group.samples[i].completion, score, context.sampling)
+                examples.append(Example(rows=(make_row(group, i, score=shaped),)))
         self._completions = len(examples)
         uniform_share = uniform / max(len(groups), 1)
         metrics = {"ppo/groups_uniform": uniform_share, "ppo/groups_dropped": float(small)}
@@ -131,17 +134,18 @@ class PolicyGradient(AlgorithmBase, ABC):
             no_signal=uniform_share,
         )
 
-    def has_signal(self, group: Group, sampling: Sampling) -> bool:
-        """Whether a group is trained on where uniform ones are dropped."""
-        usable = self._shaped_scores(group, sampling)
-        return len(usable) >= self.min_group and not _is_uniform(usable)
+    def has_signal(self, group: Group) -> bool:
+        """Whether a group is trained on where uniform ones are dropped.
 
-    def _shaped_scores(self, group: Group, sampling: Sampling) -> list[tuple[int, float]]:
-        """Return (index, bounded score minus the penalties) of every scored completion."""
-        return [
-            (i, self._shape_score(s.completion, self._clip_score(score), sampling.max_tokens))
-            for i, s, score in scored(group)
-        ]
+        Scores decide before penalties on length, as in DAPO (eq. 11): completions that are all
+        wrong do not become a lesson in length.
+        """
+        scores = self._scores(group)
+        return len(scores) >= self.min_group and not _is_uniform(scores)
+
+    def _scores(self, group: Group) -> dict[int, float]:
+        """Return the bounded score of every scored completion, by its index."""
+        return {i: self._clip_score(score) for i, _, score in scored(group)}
 
     def _clip_score(self, score: float) -> float:
         """Bound a score that no group baseline is subtracted from."""
@@ -150,9 +154,10 @@ class PolicyGradient(AlgorithmBase, ABC):
             return score
         return min(max(score, -limit), limit)
 
-    def _shape_score(self, completion: Completion, score: float, max_tokens: int) -> float:
+    def _shape_score(self, completion: Completion, score: float, sampling: Sampling) -> float:
         """Subtract the penalties on truncation and length from a score."""
         config = self.config
+        max_tokens = sampling.max_tokens
         score -= missing_eos_penalty(
             truncated=completion.finish_reason == "length", penalty=config.missing_eos_penalty
         )
@@ -242,26 +247,26 @@ class PolicyGradient(AlgorithmBase, ABC):
 
     def state_dict(self) -> JsonObject:
         """Return the adaptive coefficients."""
-        state: dict[str, JsonObject] = {}
+        state: dict[str, JsonValue] = {}
         if self._adaptive_kl:
-            state["kl"] = self._adaptive_kl.state_dict()
+            state["kl"] = dict(self._adaptive_kl.state_dict())
         if self._adaptive_entropy:
-            state["entropy"] = self._adaptive_entropy.state_dict()
+            state["entropy"] = dict(self._adaptive_entropy.state_dict())
         return state
 
     def load_state_dict(self, state: JsonObject) -> None:
         """Restore what `state_dict` returned."""
         kl = state.get("kl")
         entropy = state.get("entropy")
-        if self._adaptive_kl and isinstance(kl, Mapping):
+        if self._adaptive_kl and isinstance(kl, dict):
             self._adaptive_kl.load_state_dict(kl)
-        if self._adaptive_entropy and isinstance(entropy, Mapping):
+        if self._adaptive_entropy and isinstance(entropy, dict):
             self._adaptive_entropy.load_state_dict(entropy)
 
 
-def _is_uniform(scores: Sequence[tuple[int, float]]) -> bool:
+def _is_uniform(scores: Mapping[int, float]) -> bool:
     """Whether several completions all have one score."""
-    return len(scores) > 1 and len({score for _, score in scores}) == 1
+    return len(scores) > 1 and len(set(scores.values())) == 1
 
 
 def with_token_values(rows: Sequence[Row], values: Mapping[str, Array]) -> list[Row]:

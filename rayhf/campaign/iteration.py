@@ -113,7 +113,7 @@ class IterationExplorer:
             config_hash=f"{self.store.config_hash} {self.data.inputs_hash}",
         )
         scheduler = self.scheduler(journal)
-        refill = Refill(self.config, self.algorithm, self.data.prompts, self.sampling, iteration)
+        refill = Refill(self.config, self.algorithm, self.data.prompts, iteration)
         budget = FailureBudget(limit=self.config.scorer.max_failed, expected=0)
         groups: list[Group] = []
         finished = 0

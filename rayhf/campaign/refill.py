@@ -14,7 +14,7 @@ from rayhf.algorithms.base import Algorithm, RefillsPrompts, most_prompts
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.prompts import PromptSet
 from rayhf.errors import ConfigError
-from rayhf.types import Group, Prompt, Sampling, derive_seed
+from rayhf.types import Group, Prompt, derive_seed
 
 
 class Refill:
@@ -25,14 +25,12 @@ class Refill:
         config: CampaignConfig,
         algorithm: Algorithm,
         prompts: PromptSet,
-        sampling: Sampling,
         iteration: int,
     ) -> None:
         self._batch = config.prompts.batch
         self._limit = most_prompts(algorithm, self._batch)
         self._algorithm = algorithm
         self._prompts = prompts
-        self._sampling = sampling
         self._seed = derive_seed(config.seed, "refill")
         self._iteration = iteration
 
@@ -57,7 +55,7 @@ class Refill:
     def _missing(self, groups: Sequence[Group]) -> int:
         if not isinstance(self._algorithm, RefillsPrompts):
             return 0
-        useful = sum(self._algorithm.has_signal(group, self._sampling) for group in groups)
+        useful = sum(self._algorithm.has_signal(group) for group in groups)
         return self._batch - useful
 
     def _stream(self) -> list[Prompt]:

@@ -57,7 +57,8 @@ def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
     algorithm: dict[str, Any] = {"type": "online_dpo", "samples": spec.samples}
     if spec.algorithm == "grpo":
         kl = {"coef": KL, "estimator": "k3", "where": "loss"}
-        algorithm = {"type": "grpo", "samples": spec.samples, "kl": kl}
+        loss = {"aggregate": "token_mean"}  # as TRL's default
+        algorithm = {"type": "grpo", "samples": spec.samples, "kl": kl, "loss": loss}
     run = {"dir": str(directory), "iterations": 10_000, "eval_every": 0, "checkpoint_every": 0}
     budget = spec.micro * (16 + spec.max_tokens)
     return {

@@ -157,13 +157,16 @@ def test_truncated_completions_count_in_the_baseline_but_do_not_train():
     ("scores", "expected"), [([1.0, 1.0], False), ([1.0, 2.0], True), ([1.0], False), ([], False)]
 )
 def test_signal_of_a_group(scores, expected):
-    assert build(type="grpo").has_signal(group_of(scores), CONTEXT.sampling) is expected
+    assert build(type="grpo").has_signal(group_of(scores)) is expected
 
 
-def test_signal_is_that_of_shaped_scores():
-    group = group_of([1.0, 1.0], truncated=(0,))
-    assert not build(type="grpo").has_signal(group, CONTEXT.sampling)
-    assert build(type="grpo", missing_eos_penalty=0.5).has_signal(group, CONTEXT.sampling)
+def test_penalties_on_length_are_no_signal():
+    """Completions that are all wrong and differ in length (Yu et al. 2025, eq. 11)."""
+    group = group_of([0.0, 0.0], truncated=(0,))
+    algorithm = build(type="dapo", missing_eos_penalty=0.5)
+    assert not algorithm.has_signal(group)
+    selection = algorithm.select([group], CONTEXT)
+    assert (selection.examples, selection.no_signal) == ((), 1.0)
 
 
 def test_adaptive_entropy_follows_its_rule():
