@@ -5,7 +5,7 @@ The base of its variants: dapo.py, dr_grpo.py, gspo.py, cispo.py.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat
 
@@ -56,7 +56,7 @@ class GRPOConfig(PolicyGradientConfig):
 class GRPO(PolicyGradient):
     """GRPO: group-normalized advantages, no critic (Shao et al. 2024)."""
 
-    Config = GRPOConfig
+    Config: ClassVar[type[GRPOConfig]] = GRPOConfig
     config: GRPOConfig
     min_group = 2
     has_group_baseline = True
