@@ -123,7 +123,7 @@ class Controller:
         last = self.config.run.iterations
         self._start_explorations(iteration)
         explored = await self._explorations.pop(iteration)
-        metrics: dict[str, float] = {"iteration": iteration, **explored.tokens}
+        metrics: dict[str, float] = {"iteration": iteration, **explored.counts}
         self.store.write_samples(iteration, explored.groups)
         # In threads: meanwhile the engines get requests of the next iteration.
         metrics |= await asyncio.to_thread(

@@ -157,8 +157,8 @@ class RolloutConfig(Section):
     max_tokens: PositiveInt = 1024
     """Maximum number of tokens per completion."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature. ppo, grpo, rloo and reinforce++ train the policy at this temperature;
-    all others train it at 1, where evaluations sample too."""
+    """Sampling temperature. Policy-gradient algorithms (ppo, grpo ...) train the policy at this
+    temperature; all others train it at 1, where evaluations sample too."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability mass that nucleus sampling keeps; 1 is off. Log-probs are always those of the
     whole vocabulary."""

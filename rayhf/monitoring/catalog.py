@@ -61,6 +61,16 @@ METRICS: tuple[Metric, ...] = (
         "exploration",
         ("rollout/tokens", "tokens", "generated"),
         ("rollout/context_tokens", "tokens", "read as context, once per completion"),
+        (
+            "rollout/refilled",
+            "prompts",
+            "explored in place of prompts without a signal, up to the budget of refills",
+        ),
+        (
+            "rollout/refill_missing",
+            "prompts",
+            "groups with a signal that are missing to prompts.batch when the budget is used",
+        ),
         ("rollout/length_mean", "tokens", "mean length of completions"),
         (
             "rollout/truncated",
@@ -171,26 +181,29 @@ METRICS: tuple[Metric, ...] = (
         ("policy/entropy", "nats/token", "entropy of the next-token distribution"),
     ),
     *_rows(
-        "loss of ppo, grpo, rloo, reinforce++",
-        ("ppo/surrogate", "", "clipped surrogate"),
+        "loss of a policy-gradient algorithm",
+        ("ppo/surrogate", "", "loss without KL term and entropy bonus"),
         ("ppo/clip_low", "share", "tokens at the lower bound of the ratio"),
         ("ppo/clip_high", "share", "tokens at the upper bound of the ratio"),
         ("ppo/dual_clip", "share", "tokens at the bound for negative advantages"),
         ("ppo/old_kl", "nats/token", "KL(policy before the iteration || policy)"),
         ("ppo/importance_mean", "", "mean importance weight of tokens"),
-        ("ppo/importance_capped", "share", "tokens whose importance weight is truncated"),
+        ("ppo/importance_capped", "share", "tokens whose importance weight is truncated or masked"),
         ("ppo/kl_loss", "nats", "KL term of the loss"),
     ),
     *_rows(
-        "ppo, grpo, rloo, reinforce++",
+        "policy-gradient algorithms",
         ("ppo/groups_uniform", "share", "prompts whose responses all have one score"),
         ("ppo/groups_dropped", "count", "prompts with too few scored responses"),
         (
             "ppo/reward_clipped",
             "share",
-            "responses whose score (grpo, rloo: advantage) was beyond algorithm.reward_clip",
+            "responses whose score (with a group baseline: advantage) was beyond "
+            "algorithm.reward_clip",
         ),
+        ("ppo/truncated_dropped", "count", "truncated responses that are not trained on"),
         ("ppo/kl_coef", "", "coefficient of the KL penalty"),
+        ("ppo/entropy_coef", "", "coefficient of the adaptive entropy bonus"),
     ),
     *_rows(
         "preference losses",

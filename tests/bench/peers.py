@@ -69,7 +69,8 @@ def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
     algorithm: dict[str, Any] = {"type": "online_dpo", "samples": spec.samples}
     if spec.algorithm == "grpo":
         kl = {"coef": KL, "estimator": "k3", "where": "loss"}
-        algorithm = {"type": "grpo", "samples": spec.samples, "kl": kl}
+        loss = {"aggregate": "token_mean"}  # as TRL's default
+        algorithm = {"type": "grpo", "samples": spec.samples, "kl": kl, "loss": loss}
     if spec.algorithm == "mcts_dpo":
         algorithm = SEARCH
     run = {"dir": str(directory), "iterations": 10_000, "eval_every": 0, "checkpoint_every": 0}
