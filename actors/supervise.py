@@ -25,7 +25,7 @@ from ray.actor import ActorHandle
 from actors.process import ProcessInfo, Terminate, terminate
 from actors.remote import wait
 from actors.watch import Call, WatchedActor
-from rayhf.errors import ActorLostError, DeadlineError, GpuMemoryError
+from rayhf.errors import ActorLostError, DeadlineError, GpuMemoryError, LostObjectError
 
 Report = Callable[[str, str], None]
 """(kind, message) of an event: to the campaign's event log and the console."""
@@ -126,12 +126,15 @@ class SupervisedActor:
     async def persist(self, call: Call, *, phase: str, timeout_s: float) -> Any:
         """Return the result of `call(actor)`, from a replacement where the actor is lost.
 
-        Raises ActorLostError where it is lost too often.
+        Raises ActorLostError where it is lost too often, LostObjectError where what it needs is
+        lost, which no restart brings back.
         """
         while True:
             current = self._running
             try:
                 return await current.watched.call(call, phase=phase, timeout_s=timeout_s)
+            except LostObjectError:
+                raise
             except (ActorLostError, DeadlineError) as error:
                 await self._restart(current, error)
 
@@ -200,6 +203,8 @@ class SupervisedActor:
                     await self._end(replacement.watched.handle, replacement.process, stacks=False)
                     raise
                 return replacement
+            except LostObjectError:
+                raise
             except ActorLostError as error:
                 if self.retired:
                     raise

@@ -25,7 +25,7 @@ from ray.actor import ActorHandle
 
 from actors.remote import wait, wait_all
 from actors.supervise import SupervisedActor
-from rayhf.errors import ActorLostError, WeightSyncError
+from rayhf.errors import LostObjectError, WeightSyncError
 from rayhf.types import TransportName, WeightSnapshot
 from rayhf.weights.buckets import snapshot_checksum
 
@@ -68,7 +68,7 @@ class Transport(Protocol):
     async def join_engine(self, actor: ActorHandle) -> None:
         """Bring a new engine to the weights that were delivered last.
 
-        Raises ActorLostError where they do not exist any more.
+        Raises LostObjectError where they do not exist any more.
         """
         ...
 
@@ -244,7 +244,7 @@ class Broadcast(_DeviceTransport):
 
     async def _store_again(self, version: int) -> None:
         if self._learner.published_version != version:
-            raise ActorLostError(
+            raise LostObjectError(
                 f"weights {version} were broadcast and do not exist any more: the learner has "
                 "changed them since"
             )
@@ -269,6 +269,6 @@ class CudaIpc(_DeviceTransport):
         await self._learner.release()
 
     async def _store_again(self, version: int) -> None:
-        raise ActorLostError(
+        raise LostObjectError(
             f"weights {version} were copied from GPU to GPU and are not kept for a new engine"
         )

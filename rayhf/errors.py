@@ -20,6 +20,7 @@ RayhfError                      1   base of the others, for `except` at the comm
 ├── StorageError                8   the run directory cannot be read or written
 ├── ScorerError                 9   too many completions could not be scored
 ├── ActorLostError             10   an actor's process died too often
+│   ├── LostObjectError        10   what a call needs was lost with the process that had it
 │   └── GpuMemoryError         10   a GPU has too little free memory for an engine to start
 ├── DeadlineError              11   a wait passed its limit; says which phase waited for which actor
 ├── PausedError                12   a guard paused the campaign; `rayhf unpause` resumes it
@@ -164,6 +165,16 @@ class ActorLostError(RayhfError):
     remedy = (
         "look for memory in the message and in logs/attempt-*/stacks; the same command continues"
     )
+
+
+class LostObjectError(ActorLostError):
+    """What a call needs was lost with the process that had it; the called actor is well.
+
+    New weights, for example, when their learner's node is gone: no restart of the engine that asks
+    for them brings them back.
+    """
+
+    meaning = "what an actor needs was lost together with another one, too often"
 
 
 class GpuMemoryError(ActorLostError):
