@@ -322,7 +322,7 @@ def load_state(algorithm: Algorithm, state: JsonObject) -> None:
 def most_prompts(algorithm: Algorithm, batch: int) -> int:
     """Return how many prompts an iteration of `batch` prompts may explore."""
     budget = algorithm.refill_budget if isinstance(algorithm, RefillsPrompts) else 1.0
-    return int(budget * batch)
+    return int(budget * batch + 1e-6)  # 1.15 * 100 is 114.99...
 
 
 def generates(algorithm: Algorithm) -> bool:

@@ -21,11 +21,7 @@ class Refill:
     """The further prompts of one iteration; none for an algorithm that does not want any."""
 
     def __init__(
-        self,
-        config: CampaignConfig,
-        algorithm: Algorithm,
-        prompts: PromptSet,
-        iteration: int,
+        self, config: CampaignConfig, algorithm: Algorithm, prompts: PromptSet, iteration: int
     ) -> None:
         self._batch = config.prompts.batch
         self._limit = most_prompts(algorithm, self._batch)

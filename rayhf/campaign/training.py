@@ -283,8 +283,8 @@ def _trained_prompts(
     if surplus <= 0:
         return tuple(prompts)
     trained = {example.rows[0].prompt_id for example in examples}
-    replaced = [prompt for prompt in prompts if prompt not in trained][:surplus]
-    return tuple(prompt for prompt in prompts if prompt not in set(replaced))
+    replaced = set([prompt for prompt in prompts if prompt not in trained][:surplus])
+    return tuple(prompt for prompt in prompts if prompt not in replaced)
 
 
 def _annotated(
