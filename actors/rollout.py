@@ -3,17 +3,20 @@
 In: requests for completions of one weight version, and weight snapshots. Out: completions.
 
 Synchronization: `generate` waits for the engines that got its requests. A lost engine is replaced
-and gets the requests of its pending calls again; `update` waits for every engine.
+and gets the requests of its pending calls again, with what is known of their completions where
+rollout.in_flight_updates is on (actors/partials.py); `update` waits for every engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from actors.partials import ContinuedCalls
 from actors.process import ReportsProcess
 from actors.supervise import SupervisedActor
 from actors.transport import Transport
@@ -22,6 +25,7 @@ from rayhf.config.models import ModelName
 from rayhf.config.schema import Dtype, RolloutConfig
 from rayhf.models.hub import local_directory, obtain
 from rayhf.rollout.env import Device
+from rayhf.rollout.partials import Growth, Partial, Slot
 from rayhf.types import Completion, GenerateRequest, Probe, WeightSnapshot
 
 if TYPE_CHECKING:
@@ -64,9 +68,23 @@ class RolloutActor(ReportsProcess):
         )
 
     async def generate(
-        self, requests: Sequence[GenerateRequest], version: int
+        self,
+        requests: Sequence[GenerateRequest],
+        version: int,
+        call: int | None = None,
+        partials: Mapping[Slot, Partial] = MappingProxyType({}),
     ) -> list[Completions]:
-        return await asyncio.wrap_future(self.engine.submit(requests, version=version))
+        return await asyncio.wrap_future(
+            self.engine.submit(requests, version=version, call=call, partials=partials)
+        )
+
+    async def report(self) -> list[Growth]:
+        """Return what running calls generated since the last report."""
+        return await asyncio.to_thread(self.engine.report)
+
+    async def paused_s(self) -> float:
+        """Return the seconds without generation for the last update."""
+        return self.engine.paused_s
 
     async def progress(self) -> int:
         """Return a count that grows with everything the engine does."""
@@ -151,6 +169,8 @@ class RolloutPool:
         transport: way of new weights to the engines.
         max_num_seqs: sequences that one engine generates at a time.
         timeout_s: limit on every call.
+        report_s: seconds between reports of unfinished completions; None: a repeated call begins
+            again.
     """
 
     def __init__(
@@ -160,6 +180,7 @@ class RolloutPool:
         *,
         max_num_seqs: int,
         timeout_s: float,
+        report_s: float | None = None,
     ) -> None:
         self._engines = engines
         self._transport = transport
@@ -168,6 +189,12 @@ class RolloutPool:
         self._saturated = _SATURATED * max_num_seqs
         self._singles: list[_Single] = []
         """Requests to be coalesced in this turn of the event loop."""
+        self._continued = [
+            None if report_s is None else ContinuedCalls(engine, every_s=report_s)
+            for engine in engines
+        ]
+        self.paused_s = 0.0
+        """Longest time that an engine did not generate for the last update."""
         for engine in engines:
             engine.prepare = transport.join_engine
 
@@ -206,7 +233,12 @@ class RolloutPool:
     async def _call(
         self, engine: int, requests: Sequence[GenerateRequest], version: int
     ) -> list[Completions]:
-        results: list[Completions] = await self._engines[engine].persist(
+        continued = self._continued[engine]
+        results: list[Completions]
+        if continued is not None:
+            results = await continued.generate(requests, version, timeout_s=self._timeout_s)
+            return results
+        results = await self._engines[engine].persist(
             lambda actor: actor.generate.remote(list(requests), version),
             phase="generate",
             timeout_s=self._timeout_s,
@@ -274,6 +306,7 @@ class RolloutPool:
 
     async def update(self, snapshot: WeightSnapshot) -> None:
         await self._transport.deliver(snapshot)
+        self.paused_s = max(await self._all("sync", lambda actor: actor.paused_s.remote()))
 
     async def verify(self, probe: Probe) -> None:
         await self._all("probe", lambda actor: actor.verify.remote(probe))
@@ -291,8 +324,9 @@ class RolloutPool:
         else:
             await self._all("wake", stored.update)
 
-    async def _all(self, phase: str, call: Call) -> None:
-        await asyncio.gather(
+    async def _all(self, phase: str, call: Call) -> list[Any]:
+        """Call every engine, and return their results."""
+        return await asyncio.gather(
             *(
                 engine.persist(call, phase=phase, timeout_s=self._timeout_s)
                 for engine in self._engines
