@@ -82,10 +82,6 @@ class RolloutActor(ReportsProcess):
         """Return what running calls generated since the last report."""
         return await asyncio.to_thread(self.engine.report)
 
-    async def paused_s(self) -> float:
-        """Return the seconds without generation for the last update."""
-        return self.engine.paused_s
-
     async def progress(self) -> int:
         """Return a count that grows with everything the engine does."""
         return self.engine.stats().progress
@@ -305,8 +301,8 @@ class RolloutPool:
     # ---------------------------------------------------------------------- weights and memory
 
     async def update(self, snapshot: WeightSnapshot) -> None:
-        await self._transport.deliver(snapshot)
-        self.paused_s = max(await self._all("sync", lambda actor: actor.paused_s.remote()))
+        reports = await self._transport.deliver(snapshot)
+        self.paused_s = max(report.seconds for report in reports)
 
     async def verify(self, probe: Probe) -> None:
         await self._all("probe", lambda actor: actor.verify.remote(probe))
@@ -324,9 +320,8 @@ class RolloutPool:
         else:
             await self._all("wake", stored.update)
 
-    async def _all(self, phase: str, call: Call) -> list[Any]:
-        """Call every engine, and return their results."""
-        return await asyncio.gather(
+    async def _all(self, phase: str, call: Call) -> None:
+        await asyncio.gather(
             *(
                 engine.persist(call, phase=phase, timeout_s=self._timeout_s)
                 for engine in self._engines

@@ -129,7 +129,10 @@ def _runs(versions: TokenArray | None) -> list[list[int]] | None:
 
 
 def _from_runs(runs: list[list[int]] | None) -> TokenArray | None:
-    return None if runs is None else token_array(np.repeat(*runs))
+    if runs is None:
+        return None
+    versions, lengths = runs
+    return token_array(np.repeat(versions, lengths))
 
 
 class _Score(Codec[ScoreRequest, tuple[Outcome, ...]]):

@@ -64,6 +64,7 @@ class UpdateReport:
     checksum: str
     gap: ProbeGap
     seconds: float
+    """Time without generation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +126,6 @@ class RolloutEngine:
         self._checksum = "checkpoint"
         self._exclusive = not config.in_flight_updates
         """Whether updates and probes wait for running waves."""
-        self._paused_s = 0.0
 
         def build() -> VllmDriver:
             self._driver = VllmDriver(
@@ -237,11 +237,6 @@ class RolloutEngine:
             lambda driver: self._update(driver, snapshot, list(payloads)), exclusive=self._exclusive
         ).result()
 
-    @property
-    def paused_s(self) -> float:
-        """Seconds without generation for the last update; 0 before the first."""
-        return self._paused_s
-
     def check(self, probe: Probe) -> ProbeGap:
         """Compare this engine's log-probs with the learner's. Waits as `update` does."""
         return self._loop.call(
@@ -347,7 +342,6 @@ class RolloutEngine:
         driver.confirm(snapshot.version)
         self._checksum = checksum
         seconds = time.perf_counter() - started
-        self._paused_s = seconds
         return UpdateReport(version=snapshot.version, checksum=checksum, gap=gap, seconds=seconds)
 
     def _verify(

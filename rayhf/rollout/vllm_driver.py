@@ -278,9 +278,12 @@ class VllmDriver:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        # A salt of its own: nothing is read from the cache, whatever is kept there.
+        self._count += 1
+        prompt = {"prompt_token_ids": list(probe.token_ids), "cache_salt": f"probe {self._count}"}
         outputs: list[RequestOutput] = []
         with vllm_internals.requests_held(self.llm):
-            self._engine.add_request("probe", {"prompt_token_ids": list(probe.token_ids)}, params)
+            self._engine.add_request("probe", prompt, params)
             while not outputs:
                 outputs += self._engine.step()
         logprobs = cast("FlatLogprobs", outputs[0].prompt_logprobs)

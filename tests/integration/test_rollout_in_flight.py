@@ -82,7 +82,7 @@ def update_in_flight(
     snapshot = snapshot_of(model, version)
     payloads = payloads_of(snapshot)
     running, updated = between_steps(engine, REQUEST, lambda: engine.update(snapshot, payloads))
-    assert updated.result().version == version and engine.paused_s > 0
+    assert updated.result().version == version and updated.result().seconds > 0
     (completions,) = running.result(60)
     return old, completions
 
