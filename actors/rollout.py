@@ -3,8 +3,8 @@
 In: requests for completions of one weight version, and weight snapshots. Out: completions.
 
 Synchronization: `generate` waits for the engines that got its requests. A lost engine is replaced
-and gets the requests of its pending calls again, with what is known of their completions where
-rollout.in_flight_updates is on (actors/partials.py); `update` waits for every engine.
+and gets the requests of its pending calls again; with rollout.in_flight_updates others continue
+them (actors/partials.py). `update` waits for every engine.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ class RolloutPool:
     """Rollout over one or more engines.
 
     An engine that is lost is replaced, and each of its pending calls is repeated as a whole: its
-    requests shared the engine's batches, and with them their last bits.
+    requests shared the engine's batches, and with them their last bits. With `report_s` another
+    engine continues them instead.
 
     A call costs the controller more than what is in it. A single request is a call of its own where
     an engine has room for it or soon will: its result must not wait for another's. Where every
@@ -165,8 +166,7 @@ class RolloutPool:
         transport: way of new weights to the engines.
         max_num_seqs: sequences that one engine generates at a time.
         timeout_s: limit on every call.
-        report_s: seconds between reports of unfinished completions; None: a repeated call begins
-            again.
+        report_s: seconds between reports of unfinished completions; None: calls are not continued.
     """
 
     def __init__(
@@ -185,10 +185,11 @@ class RolloutPool:
         self._saturated = _SATURATED * max_num_seqs
         self._singles: list[_Single] = []
         """Requests to be coalesced in this turn of the event loop."""
-        self._continued = [
-            None if report_s is None else ContinuedCalls(engine, every_s=report_s)
-            for engine in engines
-        ]
+        self._continued = (
+            None
+            if report_s is None
+            else ContinuedCalls(engines, every_s=report_s, timeout_s=timeout_s)
+        )
         self.paused_s = 0.0
         """Longest time that an engine did not generate for the last update."""
         for engine in engines:
@@ -229,10 +230,9 @@ class RolloutPool:
     async def _call(
         self, engine: int, requests: Sequence[GenerateRequest], version: int
     ) -> list[Completions]:
-        continued = self._continued[engine]
         results: list[Completions]
-        if continued is not None:
-            results = await continued.generate(requests, version, timeout_s=self._timeout_s)
+        if self._continued is not None:
+            results = await self._continued.generate(engine, requests, version)
             return results
         results = await self._engines[engine].persist(
             lambda actor: actor.generate.remote(list(requests), version),

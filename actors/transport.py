@@ -113,12 +113,13 @@ class ObjectStore:
 
     async def deliver(self, snapshot: WeightSnapshot) -> list[UpdateReport]:
         stored = self.keep(snapshot)
-        return await asyncio.gather(
+        reports: list[UpdateReport] = await asyncio.gather(
             *(
                 engine.persist(stored.update, phase="sync", timeout_s=self._timeout_s)
                 for engine in self._engines
             )
         )
+        return reports
 
     async def join_engine(self, actor: ActorHandle) -> None:
         if self.stored is not None:

@@ -75,16 +75,13 @@ class KnownPartials:
         """Return the number of calls."""
         return len(self._calls)
 
-    def open(self, call: int) -> None:
-        """Begin to keep the parts of a call."""
-        self._calls[call] = {}
+    def open(self, call: int, parts: Mapping[Slot, Partial]) -> None:
+        """Begin to keep the parts of a call, which begins with those of another engine."""
+        self._calls[call] = dict(parts)
 
-    def close(self, call: int) -> None:
-        """Forget a call."""
-        del self._calls[call]
-
-    def of(self, call: int) -> Mapping[Slot, Partial]:
-        return dict(self._calls[call])
+    def close(self, call: int) -> Mapping[Slot, Partial]:
+        """Forget a call, and return its parts."""
+        return self._calls.pop(call)
 
     def add(self, grown: Iterable[Growth]) -> None:
         """Add a report.

@@ -129,14 +129,14 @@ def _lost_engine_continues(
 ) -> None:
     """What was reported of a call, here as if by an engine with older weights, is continued."""
     known = KnownPartials()
-    known.open(7)
+    known.open(7, {})
     running, report = between_steps(engine, REQUEST, engine.report, call=7)
     grown: list[Growth] = report.result()
     known.add(grown)
     (whole,) = running.result(60)
     parts = {
         slot: replace(part, versions=np.zeros_like(part.versions))
-        for slot, part in known.of(7).items()
+        for slot, part in known.close(7).items()
     }
     assert len(parts) == len(REQUEST.seeds)
     (completions,) = engine.submit([REQUEST], version=0, call=7, partials=parts).result(60)

@@ -13,7 +13,7 @@ from fakes import FakeLearner, FakeRollout, make_prompts
 from actors.process import ProcessInfo
 from actors.rollout import RolloutPool
 from actors.supervise import SupervisedActor, SupervisionLimits
-from rayhf.errors import ConfigError, StaleWeightsError
+from rayhf.errors import ActorLostError, ConfigError, StaleWeightsError
 from rayhf.exploration.codecs import GENERATE
 from rayhf.exploration.journal import Journal
 from rayhf.exploration.token_ages import token_ages
@@ -214,7 +214,8 @@ def partial(first, count, *, version=0, reason=None):
 
 def test_known_parts_are_a_true_beginning():
     known = KnownPartials()
-    known.open(1)
+    known.open(1, {})
+    kept = known._calls
 
     def add(start, added, call=1):
         known.add([Growth(call=call, slot=(0, 0), start=start, added=added)])
@@ -223,67 +224,114 @@ def test_known_parts_are_a_true_beginning():
     add(0, partial(0, 3))  # of an engine that was replaced since
     add(5, partial(5, 2))  # the report between was lost
     add(3, partial(3, 1, version=1), call=2)  # ended meanwhile
-    assert known.of(1)[0, 0].token_ids.tolist() == [0, 1, 2]
+    assert kept[1][0, 0].token_ids.tolist() == [0, 1, 2]
     add(3, partial(3, 2, version=1, reason="stop"))
-    whole = known.of(1)[0, 0]
+    whole = known.close(1)[0, 0]
     assert whole.token_ids.tolist() == [0, 1, 2, 3, 4] and whole.finish_reason == "stop"
     assert whole.versions.tolist() == [0, 0, 0, 1, 1]
-    known.close(1)
     assert len(known) == 0
 
 
 class Engines:
-    """Engines created one after the other; the first reports two tokens and hangs."""
+    """Engines that are created one after the other; the first reports two tokens and hangs."""
 
     def __init__(self):
         self.created = []
         self.calls = []
+        """(engine, version, call, parts) of every call."""
 
     def create(self):
+        number = len(self.created)
         actor = FakeActor()
-        lost = not self.created
         actor.process_info = FakeMethod(lambda: finished(ProcessInfo("node", 0, 0.0)))
         reports = iter([[Growth(call=1, slot=(0, 1), start=0, added=partial(7, 2))]])
 
         def report():
-            actor.stuck = lost
+            actor.stuck = number == 0
             return finished(next(reports, []))
 
-        def generate(requests, version, call, partials):
-            self.calls.append((version, call, partials))
-            return FakeRef() if lost else finished([("completions",)])
+        def generate(requests, version, call, parts):
+            self.calls.append((number, version, call, parts))
+            return finished([("completions",)]) if number else FakeRef()
 
         actor.report = FakeMethod(report)
         actor.generate = FakeMethod(generate)
         self.created.append(actor)
         return actor
 
+    def supervised(self, name, *, restarts=1, build=None):
+        limits = SupervisionLimits(stall_s=0.2, restarts=restarts)
+        builds = {} if build is None else {"build": build}
+        return SupervisedActor(name, self.create, limits=limits, terminate=no_process, **builds)
+
 
 class Stored:
     async def join_engine(self, actor): ...
 
 
-def test_replacement_continues_a_lost_engines_completions():
+REQUEST = GenerateRequest(
+    prompt_id="p", number=0, token_ids=(1,), sampling=Sampling(max_tokens=9), seeds=(1, 2)
+)
+
+
+async def generate(supervised):
+    pool = RolloutPool(supervised, Stored(), max_num_seqs=4, timeout_s=30.0, report_s=0.05)
+    assert await pool.generate([REQUEST], version=3) == [("completions",)]
+    await asyncio.sleep(0)
+    return pool
+
+
+def test_replacement_continues_where_no_other_engine_runs():
     async def run():
         engines = Engines()
-        supervised = SupervisedActor(
-            "engine",
-            engines.create,
-            limits=SupervisionLimits(stall_s=0.2, restarts=1),
-            terminate=no_process,
-        )
-        pool = RolloutPool([supervised], Stored(), max_num_seqs=4, timeout_s=30.0, report_s=0.05)
-        await supervised.start()
-        request = GenerateRequest(
-            prompt_id="p", number=0, token_ids=(1,), sampling=Sampling(max_tokens=9), seeds=(1, 2)
-        )
-        assert await pool.generate([request], version=3) == [("completions",)]
+        only = engines.supervised("engine")
+        await only.start()
+        await generate([only])
         first, second = engines.calls
-        assert first == (3, 1, {})
-        assert second[:2] == (3, 1) and list(second[2]) == [(0, 1)]
-        assert second[2][0, 1].token_ids.tolist() == [7, 8]
-        await asyncio.sleep(0)
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        assert not tasks  # no reports without calls
+        assert first == (0, 3, 1, {})
+        assert second[:3] == (1, 3, 1) and list(second[3]) == [(0, 1)]
+        assert second[3][0, 1].token_ids.tolist() == [7, 8]
+        assert asyncio.all_tasks() == {asyncio.current_task()}  # no reports without calls
+
+    asyncio.run(run())
+
+
+def test_another_engine_continues_while_the_lost_one_restarts():
+    async def run():
+        engines = Engines()
+        restart = asyncio.Event()
+
+        async def build(actor):
+            if len(engines.created) > 2:
+                await restart.wait()
+
+        group = [engines.supervised("first", build=build), engines.supervised("second")]
+        for each in group:
+            await each.start()
+        pool = await generate(group)
+        assert [(number, list(parts)) for number, _, _, parts in engines.calls] == [
+            (0, []),
+            (1, [(0, 1)]),
+        ]
+        assert group[0].is_restarting
+        # So does a new call that would be the first engine's turn.
+        assert await pool.generate([REQUEST] * 2, version=3) == [("completions",)] * 2
+        assert [number for number, *_ in engines.calls[2:]] == [1, 1]
+        restart.set()
+        await group[0].restarted()
+        await pool.generate([REQUEST] * 2, version=3)
+        assert {number for number, *_ in engines.calls[4:]} == {1, 2}
+
+    asyncio.run(run())
+
+
+def test_engine_that_is_lost_too_often_ends_the_campaign():
+    async def run():
+        engines = Engines()
+        group = [engines.supervised("first", restarts=0), engines.supervised("second")]
+        for each in group:
+            await each.start()
+        with pytest.raises(ActorLostError, match="first was lost 1 times within an hour"):
+            await generate(group)
 
     asyncio.run(run())
