@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -153,7 +153,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Completion(_ByValue):
-    """Generated text for one seed of one request; its arrays take eight bytes per token."""
+    """Generated text for one seed of one request.
+
+    Its arrays take eight bytes per token, twelve where several versions of the weights wrote it.
+    """
 
     prompt_id: str
     index: int
@@ -175,7 +178,30 @@ class Completion(_ByValue):
     thinking_tokens: int = 0
     """Number of token_ids that belong to the thinking, end marker included."""
     policy_version: int
-    """Version of the weights that generated it; staleness is computed from it, never assumed."""
+    """Version of the weights that generated it, of its oldest token where there are several;
+    staleness is computed from it, never assumed."""
+    token_versions: TokenArray | None = None
+    """Version of the weights that generated each token; None where it is policy_version for all."""
+
+    def part(self, start: int, stop: int | None = None) -> Completion:
+        """Return it with the tokens `start` to `stop` only, and with the same text."""
+        versions = self.token_versions
+        oldest = self.policy_version
+        if versions is not None:
+            oldest, versions = split_versions(versions[start:stop])
+        return replace(
+            self,
+            token_ids=self.token_ids[start:stop],
+            logprobs=self.logprobs[start:stop],
+            policy_version=oldest,
+            token_versions=versions,
+        )
+
+
+def split_versions(versions: TokenArray) -> tuple[int, TokenArray | None]:
+    """Return the oldest of several tokens' versions, and all of them unless they are equal."""
+    oldest = int(versions.min())
+    return oldest, None if oldest == versions.max() else token_array(versions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,8 +37,9 @@ class IterationExplorer:
     """Explores iterations; several may be in flight at once (staleness).
 
     Args:
-        versions: by policy, the version of the weights that must generate. This is the controller's
-            own mapping, which it updates when it sends new weights.
+        versions: by policy, the version of the weights that must generate (with in-flight updates
+            the oldest that may). This is the controller's own mapping, which it updates when it
+            sends new weights.
     """
 
     def __init__(

@@ -25,6 +25,7 @@ from rayhf.types import (
     Scored,
     ScoreRequest,
     Skipped,
+    TokenArray,
     float_array,
     token_array,
 )
@@ -69,6 +70,7 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
             "thinking": [c.thinking for c in completions],
             "thinking_tokens": [c.thinking_tokens for c in completions],
             "versions": [c.policy_version for c in completions],
+            "runs": [_runs(c.token_versions) for c in completions],
         }
         tokens = [c.token_ids.astype("<i4", copy=False).tobytes() for c in completions]
         logprobs = [c.logprobs.astype("<f4", copy=False).tobytes() for c in completions]
@@ -78,7 +80,7 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
         size = 4 * sum(columns["lengths"])
         tokens = np.frombuffer(data[:size], dtype="<i4")
         logprobs = np.frombuffer(data[size:], dtype="<f4")
-        names = ("texts", "reasons", "versions", "thinking", "thinking_tokens")
+        names = ("texts", "reasons", "versions", "runs", "thinking", "thinking_tokens")
         start = 0
         rows = []
         for length, *values in zip(
@@ -101,6 +103,7 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
                 logprobs=float_array(logprobs),
                 finish_reason=finish_reason,
                 policy_version=version,
+                token_versions=_from_runs(runs),
                 thinking=thinking,
                 thinking_tokens=thinking_tokens,
             )
@@ -108,12 +111,29 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
                 text,
                 finish_reason,
                 version,
+                runs,
                 thinking,
                 thinking_tokens,
                 token_ids,
                 logprobs,
             ) in enumerate(raw)
         )
+
+
+def _runs(versions: TokenArray | None) -> list[list[int]] | None:
+    """Return the versions of runs of tokens, and the runs' lengths."""
+    if versions is None:
+        return None
+    starts = np.flatnonzero(np.diff(versions, prepend=-1))
+    lengths = np.diff(starts, append=len(versions))
+    return [versions[starts].tolist(), lengths.tolist()]
+
+
+def _from_runs(runs: list[list[int]] | None) -> TokenArray | None:
+    if runs is None:
+        return None
+    versions, lengths = runs
+    return token_array(np.repeat(versions, lengths))
 
 
 class _Score(Codec[ScoreRequest, tuple[Outcome, ...]]):

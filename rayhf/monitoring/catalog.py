@@ -81,6 +81,23 @@ METRICS: tuple[Metric, ...] = (
         ("rollout/answer_tokens", "tokens", "mean length of what follows the thinking"),
         ("rollout/thinking_unfinished", "share", "completions whose thinking did not end"),
         ("staleness/max", "versions", "oldest weights that a completion was generated with"),
+        (
+            "staleness/token_max",
+            "versions",
+            "oldest weights that a token was generated with; with rollout.in_flight_updates",
+        ),
+        (
+            "staleness/tokens/<age>",
+            "share",
+            "tokens by the number of versions that their weights are behind those trained now; "
+            "with rollout.in_flight_updates",
+        ),
+        (
+            "rollout/completions_mixed",
+            "share",
+            "completions that several versions of the weights wrote; with "
+            "rollout.in_flight_updates",
+        ),
         ("scorer/reward_mean", "score", "mean of the scores"),
         ("scorer/reward_std", "score", "standard deviation of the scores"),
         (
@@ -163,6 +180,19 @@ METRICS: tuple[Metric, ...] = (
         ),
         ("<policy>/sync/changed_fraction", "share", "sync/changed_fraction of a further policy"),
         ("<policy>/sync/update_lost", "share", "sync/update_lost of a further policy"),
+    ),
+    *_rows(
+        "weight sync",
+        (
+            "sync/engine_paused_s",
+            "s",
+            "longest time that an engine did not generate while it took the last weights",
+        ),
+        (
+            "<policy>/sync/engine_paused_s",
+            "s",
+            "sync/engine_paused_s of a further policy",
+        ),
     ),
     *_rows(
         "every loss of a policy",

@@ -1,7 +1,8 @@
 """The samples and training examples of an iteration as Arrow tables, and examples back from them.
 
 samples    one row per completion, also the inner ones of a search: `parent`, `kind`, `context_ids`
-           and `stats` are its tree; `row` has all columns of the prompt's row as JSON
+           and `stats` are its tree; `row` has all columns of the prompt's row as JSON;
+           `token_versions` is null where one version wrote all tokens
 examples   one row per training example, with indices into its prompt's samples `iterations_back`
            iterations ago; index -1 for a text that was not sampled (an offline pair, a label)
 credit     one row per row of the policy's examples: what training added to each of its tokens
@@ -66,6 +67,7 @@ SAMPLES = pa.schema(
         ("wins", pa.list_(pa.float64())),
         ("stats", pa.map_(pa.string(), pa.float64())),
         ("policy_version", pa.int32()),
+        ("token_versions", pa.list_(pa.int32())),
         ("finish_reason", pa.string()),
         ("seed", pa.int64()),
     ]
@@ -151,6 +153,7 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
         ],
         "stats": [list(sample.stats.items()) for sample in samples],
         "policy_version": [c.policy_version for c in completions],
+        "token_versions": [c.token_versions for c in completions],
         "finish_reason": [c.finish_reason for c in completions],
         "seed": [c.seed for c in completions],
     }

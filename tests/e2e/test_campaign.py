@@ -84,16 +84,17 @@ def test_ppo_trains_policy_and_critic(world: Path) -> None:
     assert last["critic/loss"] > 0
 
 
-def test_grpo_trains_an_adapter_with_overlap(world: Path) -> None:
+def test_grpo_trains_an_adapter_with_overlap_and_weights_in_flight(world: Path) -> None:
     algorithm = {"type": "grpo", "samples": 4, "kl": {"where": "loss", "estimator": "k3"}}
-    train(
+    last = train(
         world,
         "grpo",
         algorithm=algorithm,
         run={"max_staleness": 1},
         policy={"lora": {"rank": 4}, "dtype": "bfloat16"},
-        rollout={"engines": 2},
+        rollout={"engines": 2, "in_flight_updates": True},
     )
+    assert last["staleness/token_max"] <= 1 and last["sync/engine_paused_s"] > 0
 
 
 @pytest.mark.parametrize(
