@@ -100,8 +100,10 @@ def test_curve_of_a_run_is_kept_and_drawn(tmp_path):
 
 def test_every_loop_has_a_curve_or_says_that_it_has_none():
     for page in (DOCS / "loops").glob("*.md"):
+        if page.stem in ("index", "policy_gradient"):  # of several loops
+            continue
         text = page.read_text(encoding="utf-8")
-        assert page.stem == "index" or "../img/curve_" in text or "No curve yet" in text, page.name
+        assert "../img/curve_" in text or "No curve yet" in text, page.name
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
