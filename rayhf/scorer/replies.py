@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, islice, zip_longest
 
-from rayhf.errors import clean_line, clean_text
+from rayhf.errors import clean_line, clean_text, one_line
 from rayhf.types import JudgeReply
 
 MAX_REPLIES = 64
@@ -45,18 +45,22 @@ def moved(replies: Replies, positions: Sequence[int]) -> Replies:
 def bounded_replies(replies: Replies, completions: int) -> Replies:
     """Return replies that can be stored.
 
-    Raises ValueError where one is about a pair with a completion that the request does not have.
+    Raises ValueError where they are none, or one is about a pair with a completion that the request
+    does not have.
     """
-    for reply in replies:
-        if reply.against is not None and not 0 <= reply.against < completions:
-            raise ValueError(
-                f"a reply compares with completion {reply.against}, the request has {completions}"
-            )
-    return tuple(
-        replace(
-            reply,
-            text=clean_text(reply.text, REPLY_CHARS),
-            part=clean_line(reply.part, _NAME_CHARS),
+    try:
+        return tuple(_bounded(reply, completions) for reply in replies[:MAX_REPLIES])
+    except (TypeError, AttributeError) as error:  # of other types than Scored declares
+        raise ValueError(f"its replies are no JudgeReplies: {one_line(error)}") from error
+
+
+def _bounded(reply: JudgeReply, completions: int) -> JudgeReply:
+    if reply.against is not None and not 0 <= reply.against < completions:
+        raise ValueError(
+            f"a reply compares with completion {reply.against}, the request has {completions}"
         )
-        for reply in replies[:MAX_REPLIES]
+    return replace(
+        reply,
+        text=clean_text(reply.text, REPLY_CHARS),
+        part=clean_line(reply.part, _NAME_CHARS),
     )

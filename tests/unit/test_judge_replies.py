@@ -135,6 +135,13 @@ def test_hostile_words_are_bounded_and_can_be_stored() -> None:
     assert "[...]" in long
 
 
+@pytest.mark.parametrize("replies", [5, ("text",), (JudgeReply(text=5),)])  # type: ignore[arg-type]
+def test_replies_of_other_types_are_refused(replies: object) -> None:
+    scored = Scored(value=1.0, replies=replies)  # type: ignore[arg-type]
+    [[outcome]] = check_outcomes([(scored,)], [request("a")])
+    assert isinstance(outcome, Invalid) and "its replies are no JudgeReplies: " in outcome.reason
+
+
 @pytest.mark.parametrize("against", [2, -1])
 def test_reply_about_a_completion_that_is_not_there_is_refused(against: int) -> None:
     reply = JudgeReply(text="x", against=against)
