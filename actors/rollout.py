@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,10 @@ class LeastLoaded:
         self.least()
         return heapq.heappop(self._heap)[1]
 
+    def of(self, engine: int) -> int:
+        """Return the load of an engine."""
+        return self._load[engine]
+
     def add(self, engine: int, work: int) -> None:
         self._load[engine] += work
         heapq.heappush(self._heap, (self._load[engine], engine))
@@ -150,7 +155,8 @@ class RolloutPool:
         engines: the engines' actors.
         transport: way of new weights to the engines.
         max_num_seqs: sequences that one engine generates at a time.
-        timeout_s: limit on every call.
+        timeout_s: limit on every call; of `generate`, for every max_num_seqs sequences that the
+            engine has to generate. Whether it makes progress at all is watched besides.
     """
 
     def __init__(
@@ -165,6 +171,7 @@ class RolloutPool:
         self._transport = transport
         self._timeout_s = timeout_s
         self._loads = LeastLoaded(len(engines))
+        self._max_num_seqs = max_num_seqs
         self._saturated = _SATURATED * max_num_seqs
         self._singles: list[_Single] = []
         """Requests to be coalesced in this turn of the event loop."""
@@ -209,7 +216,7 @@ class RolloutPool:
         results: list[Completions] = await self._engines[engine].persist(
             lambda actor: actor.generate.remote(list(requests), version),
             phase="generate",
-            timeout_s=self._timeout_s,
+            timeout_s=self._timeout_s * math.ceil(self._loads.of(engine) / self._max_num_seqs),
         )
         return results
 

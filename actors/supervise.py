@@ -25,7 +25,7 @@ from ray.actor import ActorHandle
 from actors.process import ProcessInfo, Terminate, terminate
 from actors.remote import wait
 from actors.watch import Call, WatchedActor
-from rayhf.errors import ActorLostError, DeadlineError, GpuMemoryError
+from rayhf.errors import ActorLostError, DeadlineError, GpuMemoryError, StateLostError
 
 Report = Callable[[str, str], None]
 """(kind, message) of an event: to the campaign's event log and the console."""
@@ -126,7 +126,8 @@ class SupervisedActor:
     async def persist(self, call: Call, *, phase: str, timeout_s: float) -> Any:
         """Return the result of `call(actor)`, from a replacement where the actor is lost.
 
-        Raises ActorLostError where it is lost too often.
+        Raises ActorLostError where it is lost too often, StateLostError where no replacement can
+        have its state.
         """
         while True:
             current = self._running
@@ -201,7 +202,7 @@ class SupervisedActor:
                     raise
                 return replacement
             except ActorLostError as error:
-                if self.retired:
+                if self.retired or isinstance(error, StateLostError):
                     raise
                 self._record_loss(error)
 

@@ -20,7 +20,9 @@ RayhfError                      1   base of the others, for `except` at the comm
 ├── StorageError                8   the run directory cannot be read or written
 ├── ScorerError                 9   too many completions could not be scored
 ├── ActorLostError             10   an actor's process died too often
-│   └── GpuMemoryError         10   a GPU has too little free memory for an engine to start
+│   ├── GpuMemoryError         10   a GPU has too little free memory for an engine to start
+│   └── StateLostError         10   an actor's state was lost with its process; the last commit has
+│                                   an earlier one
 ├── DeadlineError              11   a wait passed its limit; says which phase waited for which actor
 ├── PausedError                12   a guard paused the campaign; `rayhf unpause` resumes it
 ├── ServiceError               13   a gRPC service refused a call
@@ -173,6 +175,13 @@ class GpuMemoryError(ActorLostError):
         "end what else runs on the GPU, or lower rollout.memory_fraction; the same command "
         "continues"
     )
+
+
+class StateLostError(ActorLostError):
+    """State of an actor that was lost with its process: all actors restart from the last commit."""
+
+    meaning = "an actor was lost with weights that nothing else has, too often"
+    remedy = "as of ActorLostError; a second replica keeps a copy (reference.replicas)"
 
 
 class DeadlineError(RayhfError):

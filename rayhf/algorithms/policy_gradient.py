@@ -159,6 +159,7 @@ class PolicyGradient(AlgorithmBase, ABC):
             AdaptiveKL(kl.coef, kl.target, kl.horizon) if kl.target is not None else None
         )
         self._completions = 0
+        """Of the iteration that was credited last."""
 
     @property
     def kl_coef(self) -> float:
@@ -190,7 +191,6 @@ class PolicyGradient(AlgorithmBase, ABC):
                 small += 1
                 continue
             examples += [Example(rows=(make_row(group, i, score=score),)) for i, score in usable]
-        self._completions = len(examples)
         uniform_share = uniform / max(len(groups), 1)
         metrics = {"ppo/groups_uniform": uniform_share, "ppo/groups_dropped": float(small)}
         if examples and not self.has_group_baseline:
@@ -223,6 +223,7 @@ class PolicyGradient(AlgorithmBase, ABC):
 
     def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
         """Give every token its advantage."""
+        self._completions = len(examples)
         metrics = {"ppo/kl_coef": self.kl_coef} if self.reference else {}
         if not examples:
             return [], metrics

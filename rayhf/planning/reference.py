@@ -17,14 +17,20 @@ def check_reference(config: CampaignConfig, algorithm: Algorithm, total_steps: i
             f"{total_steps}: the reference would never move; expected at most "
             f"{total_steps}"
         )
-    if config.reference.model is not None and not needs_frozen_reference(algorithm):
+    if needs_frozen_reference(algorithm):
+        return
+    settings = config.reference
+    unused = {
+        "model": settings.model and settings.model.text,
+        "replicas": settings.replicas if settings.replicas > 1 else None,
+    }
+    for name, value in unused.items():
+        if value is None:
+            continue
         reason = (
             "has no reference; leave it out"
             if schedule is None
             else "takes the policy before each iteration as its reference; leave it out, or set "
             "algorithm.reference={type: initial}"
         )
-        raise ConfigError(
-            f"reference.model is {config.reference.model.text}, but {config.algorithm.type} "
-            + reason
-        )
+        raise ConfigError(f"reference.{name} is {value}, but {config.algorithm.type} {reason}")
