@@ -87,6 +87,7 @@ def threads_of(
     if role == "reference":
         cores = max(1, cores // config.reference.replicas)
     alone = config.run.max_staleness == 0 and not critic and role_of(role) != "rollout"
+    alone = alone and not (role == "reference" and config.reference.stream == "on")
     return cores if alone else max(1, cores // 2)
 
 

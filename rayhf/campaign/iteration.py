@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rayhf.algorithms.base import Algorithm, generates
@@ -19,6 +19,8 @@ from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Group, Prompt, Sampling, derive_seed
+
+Listen = Callable[[int, Sequence[Prompt]], Callable[[Group], None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +103,12 @@ class IterationExplorer:
         rest = (prompt for prompt in dealt if prompt.prompt_id not in added)
         return [*added.values(), *rest][:batch]
 
-    async def explore(self, iteration: int) -> ExploredIteration:
+    async def explore(self, iteration: int, listen: Listen) -> ExploredIteration:
         """Explore every prompt of the iteration.
+
+        Args:
+            iteration: to explore.
+            listen: called with its prompts; what it returns is called with each finished group.
 
         Raises ScorerError when too many completions could not be scored, and any error of a role.
         """
@@ -116,11 +122,13 @@ class IterationExplorer:
             limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples
         )
         finished = 0
+        take = listen(iteration, prompts)
 
         def done(group: Group) -> None:
             nonlocal finished
             finished += 1
             budget.count(group)
+            take(group)
             self.observer.phase(iteration, "explore", finished, len(prompts))
 
         self.observer.phase(iteration, "explore", 0, len(prompts))

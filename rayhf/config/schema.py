@@ -202,6 +202,11 @@ class ReferenceConfig(Section):
     policy's model."""
     replicas: PositiveInt = 1
     """Actors with the same weights, which share the rows; a lost one is replaced."""
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Compute the log-probs of prompts as soon as these are explored, while others are still
+    generated. auto: where the reference has GPUs, or shares of them, that no engine uses. Never
+    where the reference moves while later iterations are explored (run.max_staleness). Log-probs are
+    the same with and without."""
     token_budget: PositiveInt = 16384
     """Tokens per forward pass, as in learner.token_budget. Rows are sent in chunks of that size,
     each with the deadline run.timeout_s."""
@@ -375,6 +380,13 @@ class CampaignConfig(Section):
         """Temperature of all log-probs that losses, KL and importance weights read."""
         at_sampling = self.algorithm.trains_at_sampling_temperature
         return self.rollout.temperature if at_sampling else 1.0
+
+    @property
+    def reference_has_gpus(self) -> bool:
+        """Whether the reference has GPUs, or shares of them, that engines and learners do not."""
+        cluster = self.cluster
+        shares = cluster.placement == "colocate" and cluster.gpus_per_reference is None
+        return cluster.device == "gpu" and not shares
 
     @property
     def evaluates_completions(self) -> bool:
