@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from rayhf.monitoring.observer import Observer
 from rayhf.roles import Progress, Reference, Roles
 from rayhf.types import FloatArray, Group, Prompt, Row
 
+Timed = Callable[[str], AbstractAsyncContextManager[None]]
 Columns = dict[str, list[FloatArray]]
 """Token values by name, an array for each row."""
 
@@ -37,6 +39,7 @@ class Annotator:
         roles: compute them.
         observer: receives how many requests and chunks are done.
         context: returns an iteration's selection context.
+        timed: measures a phase.
     """
 
     def __init__(
@@ -47,12 +50,14 @@ class Annotator:
         roles: Roles,
         observer: Observer,
         context: Callable[[int], SelectionContext],
+        timed: Timed,
     ) -> None:
         self._temperature = config.train_temperature
         self._algorithm = algorithm
         self._roles = roles
         self._observer = observer
         self._context = context
+        self._timed = timed
         completions = max(1, algorithm.samples) * config.rollout.max_tokens
         self._prompts_per_request = max(1, config.reference.token_budget // completions)
         """As many as fit into a forward pass at their longest."""
@@ -119,7 +124,12 @@ class Annotator:
             work["old_logp"] = self._roles.learners["policy"].outputs(
                 rows, temperature=self._temperature, progress=report.of("old_logp")
             )
-        named = dict(zip(work, await asyncio.gather(*work.values()), strict=True))
+        if not work:
+            return {}
+        self._observer.phase(iteration, "reference")
+        async with self._timed("reference"):
+            columns = await asyncio.gather(*work.values())
+        named = dict(zip(work, columns, strict=True))
         if learner_is_reference:
             named["ref_logp"] = named["old_logp"]
         return named
@@ -153,9 +163,12 @@ class Annotator:
             progress(done, len(requests))
             return values
 
-        results = await asyncio.gather(*(request(*each) for each in requests.items()))
+        try:
+            results = await asyncio.gather(*(request(*each) for each in requests.items()))
+        finally:
+            if stream is not None:
+                await stream.close()
         if stream is not None:
-            await stream.close()
             metrics["reference/streamed"] = streamed / max(1, len(rows))
         by_row = {
             index: value

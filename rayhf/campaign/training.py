@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +22,7 @@ from rayhf.algorithms.base import (
     TrainsSeveralPolicies,
     trained_policy,
 )
-from rayhf.campaign.annotation import Annotator, Columns
+from rayhf.campaign.annotation import Annotator, Columns, Timed
 from rayhf.campaign.drift import drift_kl, initial_rows
 from rayhf.config.schema import CampaignConfig
 from rayhf.control.labels import label_is_due, labeled_examples
@@ -32,8 +31,6 @@ from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Roles
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Batch, Example, Group, Row, Sampling, derive_seed
-
-Timed = Callable[[str], AbstractAsyncContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +69,7 @@ class Trainer:
             roles=roles,
             observer=observer,
             context=self._selection_context,
+            timed=timed,
         )
         self._initial_rows: list[Row] | None = None
         """Rows of the first iteration, once they were read."""
@@ -139,7 +137,13 @@ class Trainer:
         examples: Sequence[Example],
         metrics: dict[str, float],
     ) -> bool:
-        columns = await self._annotations(iteration, prompt_ids, examples, metrics)
+        columns = await self.annotator.annotate(
+            iteration,
+            prompt_ids,
+            [row for example in examples for row in example.rows],
+            old_logp=self.steps_per_iteration > 1 or self.algorithm.needs_old_logp,
+            metrics=metrics,
+        )
         credited, credit_metrics = await asyncio.to_thread(
             lambda: self.algorithm.credit(_annotated(examples, columns))
         )
@@ -215,25 +219,6 @@ class Trainer:
             metrics |= {name.replace("learner/", "critic/"): v for name, v in critic.items()}
             metrics["critic/explained_variance"] = explained_variance(critic)
         return metrics
-
-    async def _annotations(
-        self,
-        iteration: int,
-        prompt_ids: Sequence[str],
-        examples: Sequence[Example],
-        metrics: dict[str, float],
-    ) -> Columns:
-        """Return the token values that credit and loss read; adds to `metrics`."""
-        several_steps = self.steps_per_iteration > 1
-        self.observer.phase(iteration, "reference")
-        async with self._timed("reference"):
-            return await self.annotator.annotate(
-                iteration,
-                prompt_ids,
-                [row for example in examples for row in example.rows],
-                old_logp=several_steps or self.algorithm.needs_old_logp,
-                metrics=metrics,
-            )
 
     @property
     def steps_per_iteration(self) -> int:
