@@ -75,11 +75,11 @@ def test_killed_reference_is_replaced_with_the_same_average(tmp_path: Path) -> N
     marker = tmp_path / "kill"
     rows = [row for example in make_examples(20) for row in example.rows]
     events: list[str] = []
-    remote = ray.remote(Mortal).options(
+    remote = ray.remote(
         num_cpus=0.25,
         concurrency_groups=CONCURRENCY_GROUPS,
         runtime_env={"env_vars": process_env("cpu", 1, vllm=False)},
-    )
+    )(Mortal)
 
     async def build(actor: Any) -> None:
         settings = {"dtype": "float32", "device": "cpu", "learner": LearnerConfig()}
