@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from rayhf.losses.base import Loss
-from rayhf.roles import Learner, Rollout
+from rayhf.roles import Learner, Progress, Rollout, no_progress
 from rayhf.types import Batch, Completion, FloatArray, GenerateRequest, Probe, Row, WeightSnapshot
 
 
@@ -141,9 +141,11 @@ class SharedLearner:
         async with self._gpus.learner():
             return await self._client.step(batch, loss)
 
-    async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+    async def outputs(
+        self, rows: Sequence[Row], *, temperature: float, progress: Progress = no_progress
+    ) -> list[FloatArray]:
         async with self._gpus.learner():
-            return await self._client.outputs(rows, temperature=temperature)
+            return await self._client.outputs(rows, temperature=temperature, progress=progress)
 
     async def probe(self) -> Probe:
         async with self._gpus.learner():

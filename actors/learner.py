@@ -30,6 +30,7 @@ from rayhf.learner.packing import plan_micro_batches
 from rayhf.losses.base import Loss, Totals
 from rayhf.models.hub import local_directory, obtain
 from rayhf.models.packing import distinct_tokens
+from rayhf.roles import Progress, no_progress
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.types import (
     Batch,
@@ -184,6 +185,7 @@ class LearnerClient:
         config: of the learner.
         sync_dtype: dtype in which weights are sent, that of the rollout engines.
         timeout_s: limit on every call.
+        chunk_timeout_s: limit on one chunk of `outputs`; the same by default.
         transport: the usual way of weights to the engines.
     """
 
@@ -194,11 +196,13 @@ class LearnerClient:
         *,
         sync_dtype: str,
         timeout_s: float,
+        chunk_timeout_s: float | None = None,
         transport: TransportName = "object_store",
     ) -> None:
         self._ranks = ranks
         self._config = config
         self._timeout_s = timeout_s
+        self._chunk_timeout_s = chunk_timeout_s or timeout_s
         self._transport = transport
         self._format = (sync_dtype, config.bucket_mib << 20)
         self._packing: Packing = "off"
@@ -236,8 +240,12 @@ class LearnerClient:
         for rank in self._ranks:
             rank.stage = "ready"
 
-    async def _all(self, phase: str, calls: list[ray.ObjectRef]) -> list[Any]:
-        return await wait_all(calls, names=self.names, phase=phase, timeout_s=self._timeout_s)
+    async def _all(
+        self, phase: str, calls: list[ray.ObjectRef], *, timeout_s: float | None = None
+    ) -> list[Any]:
+        return await wait_all(
+            calls, names=self.names, phase=phase, timeout_s=timeout_s or self._timeout_s
+        )
 
     async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:
         self.published_version = None
@@ -261,17 +269,28 @@ class LearnerClient:
         metrics: dict[str, float] = (await self._all("learn", calls))[0]
         return {**metrics, "learner/tokens_distinct": float(distinct_tokens(rows))}
 
-    async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+    async def outputs(
+        self,
+        rows: Sequence[Row],
+        *,
+        temperature: float,
+        progress: Progress = no_progress,
+    ) -> list[FloatArray]:
+        """Return one value per response token; a chunk is a micro-batch of every rank."""
         longest = max(map(len, rows), default=0)
         plan = self._plan([(row,) for row in rows], budget=max(longest, self._config.token_budget))
-        shares = [[i for micro in micros for i in micro] for micros in plan]
-        calls = [
-            actor.outputs.remote([rows[i] for i in share], temperature)
-            for actor, share in zip(self._actors, shares, strict=True)
-        ]
+        chunks = list(zip(*plan, strict=True))
         results: dict[int, FloatArray] = {}
-        for share, outputs in zip(shares, await self._all("log-probs", calls), strict=True):
-            results |= dict(zip(share, outputs, strict=True))
+        for number, micros in enumerate(chunks, start=1):
+            calls = [
+                actor.outputs.remote([rows[i] for i in micro], temperature)
+                for actor, micro in zip(self._actors, micros, strict=True)
+            ]
+            phase = f"log-probs, chunk {number} of {len(chunks)}"
+            outputs = await self._all(phase, calls, timeout_s=self._chunk_timeout_s)
+            for micro, of_rank in zip(micros, outputs, strict=True):
+                results |= dict(zip(micro, of_rank, strict=True))
+            progress(number, len(chunks))
         return [results[i] for i in range(len(rows))]
 
     def _plan(

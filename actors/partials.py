@@ -29,15 +29,11 @@ class ContinuedCalls:
     Args:
         engines: the engines' actors.
         every_s: seconds between an engine's reports.
-        timeout_s: limit on every call.
     """
 
-    def __init__(
-        self, engines: Sequence[SupervisedActor], *, every_s: float, timeout_s: float
-    ) -> None:
+    def __init__(self, engines: Sequence[SupervisedActor], *, every_s: float) -> None:
         self._engines = engines
         self._every_s = every_s
-        self._timeout_s = timeout_s
         self._known = [KnownPartials() for _ in engines]
         """By engine."""
         self._reports: dict[int, asyncio.Task[None]] = {}
@@ -45,8 +41,13 @@ class ContinuedCalls:
         self._count = 0
         self._moved = 0
 
-    async def generate(self, number: int, requests: Sequence[GenerateRequest], version: int) -> Any:
-        """Return the completions of every request, from the engine `number` if it is there."""
+    async def generate(
+        self, number: int, requests: Sequence[GenerateRequest], version: int, *, timeout_s: float
+    ) -> Any:
+        """Return the completions of every request, from the engine `number` if it is there.
+
+        `timeout_s` limits each attempt.
+        """
         self._count += 1
         call = self._count
         parts: Mapping[Slot, Partial] = {}
@@ -54,7 +55,7 @@ class ContinuedCalls:
             number = await self._available(number)
             self._open(number, call, parts)
             try:
-                return await self._attempt(number, requests, version, call, parts)
+                return await self._attempt(number, requests, version, call, parts, timeout_s)
             except RestartingError:
                 continue
             finally:
@@ -67,11 +68,12 @@ class ContinuedCalls:
         version: int,
         call: int,
         parts: Mapping[Slot, Partial],
+        timeout_s: float,
     ) -> Any:
         return await self._engines[number].attempt(
             lambda actor: actor.generate.remote(list(requests), version, call, parts),
             phase="generate",
-            timeout_s=self._timeout_s,
+            timeout_s=timeout_s,
         )
 
     async def _available(self, number: int) -> int:

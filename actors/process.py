@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,19 @@ class ReportsProcess:
 
     def process_info(self) -> ProcessInfo:
         return process_info()
+
+
+CONCURRENCY_GROUPS = {"watch": 1}
+"""Option of `ray.remote` for subclasses of ReportsAlive: a poll must not wait for a long call."""
+
+
+class ReportsAlive(ReportsProcess):
+    """Base of actor classes whose calls are limited by their deadlines alone."""
+
+    @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
+    def progress(self) -> float:
+        """Return a number that grows as long as the process runs."""
+        return time.monotonic()
 
 
 class Terminate(Protocol):

@@ -19,8 +19,8 @@ from rayhf.errors import (
     ActorError,
     ActorLostError,
     DeadlineError,
-    LostObjectError,
     RayhfError,
+    StateLostError,
     StorageError,
     clean_line,
     is_full_disk,
@@ -56,7 +56,7 @@ def late_error(*, name: str, phase: str, timeout_s: float) -> DeadlineError:
 async def result_of(reply: asyncio.Future[Any], *, name: str, phase: str) -> Any:
     """Return the result of a remote call, given its future on this loop, however long it takes.
 
-    Raises ActorLostError where the actor's process died, LostObjectError where an argument was lost
+    Raises ActorLostError where the actor's process died, StateLostError where an argument was lost
     with a process or a node, and any rayhf error that the actor raised; StorageError where a disk
     is full, and ActorError for every other exception of an actor.
     """
@@ -83,7 +83,7 @@ def translate_error(error: BaseException, *, name: str, phase: str) -> BaseExcep
     # A RayError inside of a task's error: an object that the call needed was lost with its owner.
     if cause is not error:
         lost = f"{phase}: {name} could not fetch an argument of the call ({_cause_line(cause)})"
-        return _caused(LostObjectError(lost), error)
+        return _caused(StateLostError(lost), error)
     return _caused(ActorLostError(f"{phase}: {name} died ({_cause_line(cause)})"), error)
 
 

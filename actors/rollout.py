@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -122,6 +123,10 @@ class LeastLoaded:
         self.least()
         return heapq.heappop(self._heap)[1]
 
+    def of(self, engine: int) -> int:
+        """Return the load of an engine."""
+        return self._load[engine]
+
     def add(self, engine: int, work: int) -> None:
         self._load[engine] += work
         heapq.heappush(self._heap, (self._load[engine], engine))
@@ -165,7 +170,8 @@ class RolloutPool:
         engines: the engines' actors.
         transport: way of new weights to the engines.
         max_num_seqs: sequences that one engine generates at a time.
-        timeout_s: limit on every call.
+        timeout_s: limit on every call; of `generate`, for every max_num_seqs sequences that the
+            engine has to generate. Whether it makes progress at all is watched besides.
         report_s: seconds between reports of unfinished completions; None: calls are not continued.
     """
 
@@ -182,14 +188,11 @@ class RolloutPool:
         self._transport = transport
         self._timeout_s = timeout_s
         self._loads = LeastLoaded(len(engines))
+        self._max_num_seqs = max_num_seqs
         self._saturated = _SATURATED * max_num_seqs
         self._singles: list[_Single] = []
         """Requests to be coalesced in this turn of the event loop."""
-        self._continued = (
-            None
-            if report_s is None
-            else ContinuedCalls(engines, every_s=report_s, timeout_s=timeout_s)
-        )
+        self._continued = None if report_s is None else ContinuedCalls(engines, every_s=report_s)
         self.paused_s = 0.0
         """Longest time that an engine did not generate for the last update."""
         for engine in engines:
@@ -231,13 +234,14 @@ class RolloutPool:
         self, engine: int, requests: Sequence[GenerateRequest], version: int
     ) -> list[Completions]:
         results: list[Completions]
+        timeout_s = self._timeout_s * math.ceil(self._loads.of(engine) / self._max_num_seqs)
         if self._continued is not None:
-            results = await self._continued.generate(engine, requests, version)
+            results = await self._continued.generate(engine, requests, version, timeout_s=timeout_s)
             return results
         results = await self._engines[engine].persist(
             lambda actor: actor.generate.remote(list(requests), version),
             phase="generate",
-            timeout_s=self._timeout_s,
+            timeout_s=timeout_s,
         )
         return results
 

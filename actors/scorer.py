@@ -6,24 +6,22 @@ Actors give each scorer's raw answers and keep no state; the client combines and
 one place, so that the result does not depend on which actor gave which answer.
 
 Synchronization: calls run side by side, as many as the actor was created for; `progress` runs
-beside them. The requests of a call are divided among the actors in order. A lost actor is replaced,
-and its part of the call is repeated.
+beside them. The requests of a call are divided in order: among the actors, and into chunks with a
+deadline each. A lost actor is replaced, and its part of the call is repeated.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import accumulate, chain
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
 
-from actors.process import ReportsProcess
+from actors.process import ReportsAlive
 from actors.supervise import SupervisedActor
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
 from rayhf.models.hub import obtain
@@ -32,11 +30,11 @@ from rayhf.scorer.parts import Answers, Parts, Rows
 from rayhf.scorer.protocol import ScorerSetup
 from rayhf.types import Comparison, Outcome, ScoreRequest
 
-CONCURRENCY_GROUPS = {"watch": 1}
-"""Option of `ray.remote` for ScorerActor: a poll of its progress must not wait for a long call."""
+_CHUNK = 1024
+"""Completions that an actor gets in one call: run.timeout_s counts for that many."""
 
 
-class ScorerActor(ReportsProcess):
+class ScorerActor(ReportsAlive):
     """Ray actor around the engines of the configured scorers."""
 
     def build(self, entries: Sequence[ScorerEntryConfig], setup: ScorerSetup) -> None:
@@ -44,14 +42,6 @@ class ScorerActor(ReportsProcess):
 
         obtain(tuple(entries))
         self.parts = Parts(build_parts(entries, setup))
-
-    @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
-    def progress(self) -> float:
-        """Return a number that grows as long as the process runs.
-
-        How long one call may take is limited by its deadline alone.
-        """
-        return time.monotonic()
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Rows]:
         """Return each scorer's outcomes."""
@@ -76,9 +66,12 @@ class ScorerClient:
         *,
         combine: CombineConfig = WEIGHTED_SUM,
         timeout_s: float,
+        calls: int = 1,
     ) -> None:
         self._members = dict.fromkeys(members, 0)
         """Completions that each actor has to score."""
+        self._slots = {member: asyncio.Semaphore(calls) for member in members}
+        """For the calls that an actor takes at a time: deadlines do not count while one waits."""
         self._combination = Combination(entries, combine)
         normalizes = any(entry.is_normalized for entry in entries)
         self._turn = asyncio.Lock() if normalizes else nullcontext()
@@ -125,8 +118,17 @@ class ScorerClient:
         phase: str,
     ) -> list[Any]:
         """Return each scorer's answers to all requests."""
-        shares = divide(requests, len(self._members))
-        answers = await asyncio.gather(*(self._call_one(method, share, phase) for share in shares))
+        completions = sum(len(request.completions) for request in requests)
+        chunks = divide(requests, max(len(self._members), -(-completions // _CHUNK)))
+        several = len(chunks) > len(self._members)
+        answers = await asyncio.gather(
+            *(
+                self._call_one(
+                    method, chunk, f"{phase}, chunk {i} of {len(chunks)}" if several else phase
+                )
+                for i, chunk in enumerate(chunks, start=1)
+            )
+        )
         return [list(chain.from_iterable(of_part)) for of_part in zip(*answers, strict=True)]
 
     async def _call_one(
@@ -137,11 +139,12 @@ class ScorerClient:
         size = sum(len(request.completions) for request in share)
         self._members[member] += size
         try:
-            return await member.persist(
-                lambda actor: method(actor).remote(list(share)),
-                phase=phase,
-                timeout_s=self._timeout_s,
-            )
+            async with self._slots[member]:
+                return await member.persist(
+                    lambda actor: method(actor).remote(list(share)),
+                    phase=phase,
+                    timeout_s=self._timeout_s,
+                )
         finally:
             self._members[member] -= size
 

@@ -26,7 +26,7 @@ from ray.actor import ActorHandle
 from actors.process import ProcessInfo, Terminate, terminate
 from actors.remote import wait
 from actors.watch import Call, WatchedActor
-from rayhf.errors import ActorLostError, DeadlineError, GpuMemoryError, LostObjectError
+from rayhf.errors import ActorLostError, DeadlineError, GpuMemoryError, StateLostError
 
 Report = Callable[[str, str], None]
 """(kind, message) of an event: to the campaign's event log and the console."""
@@ -108,6 +108,8 @@ class SupervisedActor:
         self._restarting = asyncio.Lock()
         self._restarts: set[asyncio.Task[None]] = set()
         """Restarts that no call waits for."""
+        self._state_lost: StateLostError | None = None
+        """Why no replacement can work."""
         self._losses: deque[float] = deque()
         """Times of the losses within the last hour."""
 
@@ -133,14 +135,14 @@ class SupervisedActor:
     async def persist(self, call: Call, *, phase: str, timeout_s: float) -> Any:
         """Return the result of `call(actor)`, from a replacement where the actor is lost.
 
-        Raises ActorLostError where it is lost too often, LostObjectError where what it needs is
-        lost, which no restart brings back.
+        Raises ActorLostError where it is lost too often, StateLostError where no replacement can
+        have its state.
         """
         while True:
             current = self._running
             try:
                 return await current.watched.call(call, phase=phase, timeout_s=timeout_s)
-            except LostObjectError:
+            except StateLostError:
                 raise
             except (ActorLostError, DeadlineError) as error:
                 await self._restart(current, error)
@@ -160,9 +162,13 @@ class SupervisedActor:
         Raises RestartingError where the actor is lost, and ActorLostError where it is lost too
         often.
         """
+        if self._state_lost is not None:
+            raise self._state_lost
         current = self._running
         try:
             return await current.watched.call(call, phase=phase, timeout_s=timeout_s)
+        except StateLostError:
+            raise
         except (ActorLostError, DeadlineError) as error:
             restart = asyncio.create_task(self._restart(current, error))
             self._restarts.add(restart)
@@ -174,8 +180,10 @@ class SupervisedActor:
 
     def _forget_restart(self, restart: asyncio.Task[None]) -> None:
         self._restarts.discard(restart)
-        if not restart.cancelled():
-            restart.exception()  # the actor stays lost: the next call to it ends in the same error
+        error = None if restart.cancelled() else restart.exception()
+        if isinstance(error, StateLostError):
+            self._state_lost = error
+        # After any other error the actor stays lost: the next call to it ends in the same one.
 
     async def _restart(self, lost: _Incarnation, error: Exception) -> None:
         """Replace `lost`; do nothing where that has been done."""
@@ -242,7 +250,7 @@ class SupervisedActor:
                     await self._end(replacement.watched.handle, replacement.process, stacks=False)
                     raise
                 return replacement
-            except LostObjectError:
+            except StateLostError:
                 raise
             except ActorLostError as error:
                 if self.retired:

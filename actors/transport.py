@@ -25,7 +25,7 @@ from ray.actor import ActorHandle
 
 from actors.remote import wait, wait_all
 from actors.supervise import SupervisedActor
-from rayhf.errors import LostObjectError, WeightSyncError
+from rayhf.errors import StateLostError, WeightSyncError
 from rayhf.types import TransportName, WeightSnapshot
 from rayhf.weights.buckets import snapshot_checksum
 
@@ -69,7 +69,7 @@ class Transport(Protocol):
     async def join_engine(self, actor: ActorHandle) -> None:
         """Bring a new engine to the weights that were delivered last.
 
-        Raises LostObjectError where they do not exist any more.
+        Raises StateLostError where they do not exist any more.
         """
         ...
 
@@ -246,7 +246,7 @@ class Broadcast(_DeviceTransport):
 
     async def _store_again(self, version: int) -> None:
         if self._learner.published_version != version:
-            raise LostObjectError(
+            raise StateLostError(
                 f"weights {version} were broadcast and do not exist any more: the learner has "
                 "changed them since"
             )
@@ -272,6 +272,6 @@ class CudaIpc(_DeviceTransport):
         return reports
 
     async def _store_again(self, version: int) -> None:
-        raise LostObjectError(
+        raise StateLostError(
             f"weights {version} were copied from GPU to GPU and are not kept for a new engine"
         )

@@ -20,10 +20,11 @@ from actors.colocate import GpuTimeSharing, SharedLearner, SharedRollout
 from actors.environment import process_env
 from actors.learner import LearnerActor, LearnerClient
 from actors.placement_group import PlacementGroup, nodes_now
-from actors.reference import ReferenceActor, ReferenceClient
+from actors.process import CONCURRENCY_GROUPS
+from actors.reference import ReferenceActor, ReferencePool
 from actors.remote import wait
 from actors.rollout import RolloutActor, RolloutPool
-from actors.scorer import CONCURRENCY_GROUPS, ScorerActor, ScorerClient
+from actors.scorer import ScorerActor, ScorerClient
 from actors.supervise import SupervisedActor, SupervisionLimits
 from actors.transport import Transport, make_transport
 from rayhf.algorithms.base import (
@@ -69,7 +70,7 @@ def threads_of(
     have: a learner's offloaded optimizer runs on them, and roles without a GPU. An engine needs
     none. On CPU all cores for a role that works alone, and half of them for one that works beside
     another: where generation overlaps learning, where a critic learns beside the policy, and for an
-    engine in any case, whose steps are many and small.
+    engine in any case, whose steps are many and small. Replicas of the reference share its cores.
     """
     sections = {
         "rollout": config.rollout,
@@ -83,7 +84,10 @@ def threads_of(
     if config.cluster.device == "gpu":
         return None if role_of(role) == "rollout" else gpu_cores
     cores = os.cpu_count() or 1
+    if role == "reference":
+        cores = max(1, cores // config.reference.replicas)
     alone = config.run.max_staleness == 0 and not critic and role_of(role) != "rollout"
+    alone = alone and not (role == "reference" and config.reference.stream == "on")
     return cores if alone else max(1, cores // 2)
 
 
@@ -201,7 +205,8 @@ class ActorSet:
         section = config.scorer
         scorers = self._scorers("scorer", [section.train] * section.replicas)
         evaluator_scorers = config.evaluator_scorers
-        evaluators = self._scorers("evaluator", list(evaluator_scorers.values()))
+        evaluated = list(evaluator_scorers.values())
+        evaluators = self._scorers("evaluator", evaluated)
         references = self._references()
         starts += [actor.start() for actor in self.actors[before:]]
         starts += [
@@ -215,20 +220,26 @@ class ActorSet:
             starts += [self._start_learner(critic, start, steps=steps, critic=True)]
         await _all(starts)
         eval_scorers = {
-            task: self._retrying([actor], entries)
+            task: self._retrying([actor], entries, calls=self._calls(evaluated))
             for (task, entries), actor in zip(evaluator_scorers.items(), evaluators, strict=True)
         }
         rollouts, trained, value = self._shared(pools, learners, critic)
         return Roles(
             rollouts=rollouts,
             learners=trained,
-            scorer=self._retrying(scorers, section.train, section.combine)
+            scorer=self._retrying(
+                scorers, section.train, section.combine, calls=self._calls([section.train])
+            )
             if scorers
             else NoScorer(),
             evaluator=eval_scorers.pop(None, None),
             eval_scorers={task: scorer for task, scorer in eval_scorers.items() if task},
             critic=value,
-            reference=ReferenceClient(references[0], timeout_s=timeout_s) if references else None,
+            reference=ReferencePool(
+                references, token_budget=config.reference.token_budget, timeout_s=timeout_s
+            )
+            if references
+            else None,
         )
 
     def _shared(
@@ -358,24 +369,34 @@ class ActorSet:
         def build(actor: Any, number: int) -> ray.ObjectRef:
             return actor.build.remote(lists[number], setup)
 
-        # Calls of models follow each other, in one thread.
-        concurrent = all(entry.is_concurrent for entries in lists for entry in entries)
         return self._create(
             role,
             ScorerActor,
             build,
             concurrency_groups=CONCURRENCY_GROUPS,
-            max_concurrency=self.config.scorer.in_flight if concurrent else 1,
+            max_concurrency=self._calls(lists),
         )
+
+    def _calls(self, lists: Sequence[Sequence[ScorerEntryConfig]]) -> int:
+        """Return how many calls an actor of these scorers takes at a time.
+
+        Calls of models follow each other, in one thread.
+        """
+        concurrent = all(entry.is_concurrent for entries in lists for entry in entries)
+        return self.config.scorer.in_flight if concurrent else 1
 
     def _retrying(
         self,
         actors: Sequence[SupervisedActor],
         entries: Sequence[ScorerEntryConfig],
         combine: CombineConfig = WEIGHTED_SUM,
+        *,
+        calls: int,
     ) -> Scorer:
         section = self.config.scorer
-        scorer = ScorerClient(actors, entries, combine=combine, timeout_s=self.config.run.timeout_s)
+        scorer = ScorerClient(
+            actors, entries, combine=combine, timeout_s=self.config.run.timeout_s, calls=calls
+        )
         return RetryingScorer(
             scorer,
             attempts=section.attempts,
@@ -397,7 +418,9 @@ class ActorSet:
                 epoch_guard=self.epoch_guard,
             )
 
-        return self._create("reference", ReferenceActor, build)
+        return self._create(
+            "reference", ReferenceActor, build, concurrency_groups=CONCURRENCY_GROUPS
+        )
 
     def _learner(self, role: str, config: LearnerConfig) -> LearnerClient:
         run = self.config.run
@@ -407,6 +430,7 @@ class ActorSet:
             config,
             sync_dtype=self.config.policy.dtype,
             timeout_s=max(run.timeout_s, run.start_timeout_s),
+            chunk_timeout_s=run.timeout_s,
             transport=transport_of(self.config),
         )
 

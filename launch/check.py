@@ -17,6 +17,7 @@ from launch.assemble import actor_specs_of
 from launch.local import ray_cluster
 from launch.models import pin_models
 from launch.view import placement_table
+from rayhf.algorithms.base import Algorithm, needs_frozen_reference, streams_reference
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
 from rayhf.planning.host import check_hosts, host_bytes
@@ -54,6 +55,8 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
     algorithm, derived = check_settings(config)
     specs = actor_specs_of(config, algorithm)
     rows = derived.table(config)
+    if needs_frozen_reference(algorithm):
+        rows.append(("reference", _reference(config, algorithm)))
     if hardware:
         config, _ = pin_models(config, Path.cwd(), console, weights=False)
         prepared = prepare(config, base=Path.cwd())
@@ -85,6 +88,15 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
             _table("measured in two iterations", ("of the second", "value"), calibrate(config))
         )
     console.print("ok" if hardware else "ok (models, prompts, scorers and hardware not checked)")
+
+
+def _reference(config: CampaignConfig, algorithm: Algorithm) -> str:
+    when = (
+        "as soon as a prompt is explored"
+        if streams_reference(config, algorithm)
+        else "after the exploration"
+    )
+    return f"{config.reference.replicas} replica(s); log-probs {when}"
 
 
 @contextmanager

@@ -20,8 +20,9 @@ RayhfError                      1   base of the others, for `except` at the comm
 ├── StorageError                8   the run directory cannot be read or written
 ├── ScorerError                 9   too many completions could not be scored
 ├── ActorLostError             10   an actor's process died too often
-│   ├── LostObjectError        10   what a call needs was lost with the process that had it
-│   └── GpuMemoryError         10   a GPU has too little free memory for an engine to start
+│   ├── GpuMemoryError         10   a GPU has too little free memory for an engine to start
+│   └── StateLostError         10   what an actor needs was lost with a process; the last commit
+│                                   has an earlier state
 ├── DeadlineError              11   a wait passed its limit; says which phase waited for which actor
 ├── PausedError                12   a guard paused the campaign; `rayhf unpause` resumes it
 ├── ServiceError               13   a gRPC service refused a call
@@ -167,16 +168,6 @@ class ActorLostError(RayhfError):
     )
 
 
-class LostObjectError(ActorLostError):
-    """What a call needs was lost with the process that had it; the called actor is well.
-
-    New weights, for example, when their learner's node is gone: no restart of the engine that asks
-    for them brings them back.
-    """
-
-    meaning = "what an actor needs was lost together with another one, too often"
-
-
 class GpuMemoryError(ActorLostError):
     """Too little free memory on a GPU at the moment: other processes may still hold some."""
 
@@ -185,6 +176,17 @@ class GpuMemoryError(ActorLostError):
         "end what else runs on the GPU, or lower rollout.memory_fraction; the same command "
         "continues"
     )
+
+
+class StateLostError(ActorLostError):
+    """What an actor needs was lost with a process that had it: all actors restart from the commit.
+
+    The state of an actor that has no copy, or new weights whose learner is gone: no restart of the
+    actor that asks for them brings them back.
+    """
+
+    meaning = "an actor was lost with weights that nothing else has, too often"
+    remedy = "as of ActorLostError; a second replica keeps a copy (reference.replicas)"
 
 
 class DeadlineError(RayhfError):

@@ -7,7 +7,7 @@ implementation: its error names the phase and the actor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +25,13 @@ from rayhf.types import (
     ScoreRequest,
     WeightSnapshot,
 )
+
+Progress = Callable[[int, int], None]
+"""Receives how many chunks of a call are done, and how many it has."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Ignore a call's progress."""
 
 
 class Rollout(Protocol):
@@ -93,10 +100,13 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class CountsCalls(Protocol):
-    """Capability of a scorer: it counts what its services were asked for."""
+    """Capability of a scorer or a reference: it counts what was asked for."""
 
     async def take_counts(self) -> dict[str, float]:
-        """Return counts since the last call, as "<scorer>/<count>"; empty without a service."""
+        """Return counts since the last call.
+
+        Of a scorer, as "<scorer>/<count>", empty without a service; of a reference, as metrics.
+        """
         ...
 
 
@@ -130,7 +140,9 @@ class Learner(Protocol):
         """
         ...
 
-    async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+    async def outputs(
+        self, rows: Sequence[Row], *, temperature: float, progress: Progress = no_progress
+    ) -> list[FloatArray]:
         """Return one value per response token, computed without gradient.
 
         Log-probs in nats for a policy, values for a critic.

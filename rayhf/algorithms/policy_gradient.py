@@ -91,6 +91,7 @@ class PolicyGradient(AlgorithmBase, ABC):
             else None
         )
         self._completions = 0
+        """Of the iteration that was credited last."""
         self._max_tokens: int | None = None
         """Longest completion, once it is known."""
 
@@ -123,7 +124,6 @@ class PolicyGradient(AlgorithmBase, ABC):
             for i, score in scores.items():
                 shaped = self._shape_score(group.samples[i].completion, score, context.sampling)
                 examples.append(Example(rows=(make_row(group, i, score=shaped),)))
-        self._completions = len(examples)
         uniform_share = uniform / max(len(groups), 1)
         metrics = {"ppo/groups_uniform": uniform_share, "ppo/groups_dropped": float(small)}
         if examples and not self.has_group_baseline:
@@ -171,6 +171,7 @@ class PolicyGradient(AlgorithmBase, ABC):
 
     def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
         """Give every token its advantage."""
+        self._completions = len(examples)
         metrics = {"ppo/kl_coef": self.kl_coef} if self.reference else {}
         if self._adaptive_entropy:
             metrics["ppo/entropy_coef"] = self._adaptive_entropy.applied

@@ -35,7 +35,7 @@ from rayhf.exploration.metrics import exploration_metrics, scorer_counts, source
 from rayhf.exploration.token_ages import token_ages
 from rayhf.monitoring.guards import Alarm, check_guards
 from rayhf.monitoring.observer import Observer
-from rayhf.roles import Roles, TimesUpdates
+from rayhf.roles import CountsCalls, Roles, TimesUpdates
 from rayhf.run_dir.state import CheckpointState
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Sampling, WeightSnapshot
@@ -114,6 +114,7 @@ class Controller:
                 await self._run_iteration(iteration)
         finally:
             await _cancel(list(self._explorations.values()))
+            await self._trainer.annotator.close()
             await self.store.tables_written()
 
     # ---------------------------------------------------------------- iterations
@@ -154,6 +155,8 @@ class Controller:
             self.algorithm.observe(metrics)
         metrics |= await self._evaluate(iteration)
         metrics |= await scorer_counts(self.roles)
+        if isinstance(self.roles.reference, CountsCalls):
+            metrics |= await self.roles.reference.take_counts()
         every = self.config.run.checkpoint_every
         due = iteration == last or bool(every and iteration % every == 0)
         metrics |= {f"time/{name}_s": s for name, s in {**seconds, **self._seconds}.items()}
@@ -175,7 +178,8 @@ class Controller:
         for ahead in range(iteration, newest + 1):
             if ahead not in self._explorations:
                 self._explorations[ahead] = asyncio.create_task(
-                    self._explorer.explore(ahead), name=f"exploration {ahead}"
+                    self._explorer.explore(ahead, self._trainer.annotator.stream),
+                    name=f"exploration {ahead}",
                 )
 
     def _check_guards(self) -> list[Alarm]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rayhf.algorithms.base import Algorithm, generates
@@ -20,6 +20,8 @@ from rayhf.monitoring.observer import Observer
 from rayhf.roles import Roles
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Group, Prompt, Sampling, derive_seed
+
+Listen = Callable[[int, Sequence[Prompt]], Callable[[Group], None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +105,12 @@ class IterationExplorer:
         rest = (prompt for prompt in dealt if prompt.prompt_id not in added)
         return [*added.values(), *rest][:batch]
 
-    async def explore(self, iteration: int) -> ExploredIteration:
+    async def explore(self, iteration: int, listen: Listen) -> ExploredIteration:
         """Explore every prompt of the iteration.
+
+        Args:
+            iteration: to explore.
+            listen: called with its prompts; what it returns is called with each finished group.
 
         Raises ScorerError when too many completions could not be scored, and any error of a role.
         """
@@ -119,11 +125,13 @@ class IterationExplorer:
         groups: list[Group] = []
         finished = 0
         total = 0
+        take = listen(iteration, prompts)
 
         def done(group: Group) -> None:
             nonlocal finished
             finished += 1
             budget.count(group)
+            take(group)
             self.observer.phase(iteration, "explore", finished, total)
 
         async def explore(more: Sequence[Prompt]) -> None:

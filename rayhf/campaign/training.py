@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +22,7 @@ from rayhf.algorithms.base import (
     TrainsSeveralPolicies,
     trained_policy,
 )
+from rayhf.campaign.annotation import Annotator, Columns, Timed
 from rayhf.campaign.drift import drift_kl, initial_rows
 from rayhf.config.schema import CampaignConfig
 from rayhf.control.labels import label_is_due, labeled_examples
@@ -30,9 +30,7 @@ from rayhf.losses.value import explained_variance
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Roles
 from rayhf.run_dir.store import RunDir
-from rayhf.types import Batch, Example, FloatArray, Group, Row, Sampling, derive_seed
-
-Timed = Callable[[str], AbstractAsyncContextManager[None]]
+from rayhf.types import Batch, Example, Group, Row, Sampling, derive_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +63,14 @@ class Trainer:
         self.observer = observer
         self.sampling = sampling
         self._timed = timed
+        self.annotator = Annotator(
+            config,
+            algorithm=algorithm,
+            roles=roles,
+            observer=observer,
+            context=self._selection_context,
+            timed=timed,
+        )
         self._initial_rows: list[Row] | None = None
         """Rows of the first iteration, once they were read."""
 
@@ -72,10 +78,8 @@ class Trainer:
         self, iteration: int, groups: Sequence[Group], metrics: dict[str, float]
     ) -> SelectedExamples:
         """Select the examples to train on and store them; adds counts to `metrics`."""
-        context = SelectionContext(
-            iteration=iteration,
-            seed=derive_seed(self.config.seed, "select", iteration),
-            sampling=self.sampling,
+        context = replace(
+            self._selection_context(iteration),
             earlier=self.store.read_examples,
             labels=self._labels(iteration) if isinstance(self.algorithm, TakesLabels) else (),
         )
@@ -87,6 +91,14 @@ class Trainer:
         return SelectedExamples(
             examples=selection.examples,
             prompt_ids=_trained_prompts(groups, selection.examples, self.config.prompts.batch),
+        )
+
+    def _selection_context(self, iteration: int) -> SelectionContext:
+        """Return the context of a selection from an iteration's groups alone."""
+        return SelectionContext(
+            iteration=iteration,
+            seed=derive_seed(self.config.seed, "select", iteration),
+            sampling=self.sampling,
         )
 
     async def learn(
@@ -106,6 +118,7 @@ class Trainer:
             else:
                 trains = await self._learn_other(iteration, objective, examples, metrics)
             changed |= {trained_policy(self.algorithm, objective)} if trains else set()
+        await self.annotator.close(iteration)
         return changed
 
     def _labels(self, iteration: int) -> tuple[Example, ...]:
@@ -124,7 +137,13 @@ class Trainer:
         examples: Sequence[Example],
         metrics: dict[str, float],
     ) -> bool:
-        columns = await self._annotations(iteration, examples)
+        columns = await self.annotator.annotate(
+            iteration,
+            prompt_ids,
+            [row for example in examples for row in example.rows],
+            old_logp=self.steps_per_iteration > 1 or self.algorithm.needs_old_logp,
+            metrics=metrics,
+        )
         credited, credit_metrics = await asyncio.to_thread(
             lambda: self.algorithm.credit(_annotated(examples, columns))
         )
@@ -201,36 +220,6 @@ class Trainer:
             metrics["critic/explained_variance"] = explained_variance(critic)
         return metrics
 
-    async def _annotations(
-        self, iteration: int, examples: Sequence[Example]
-    ) -> dict[str, list[FloatArray]]:
-        """Return the token values that credit and loss read, by name, an array per row.
-
-        They are ref_logp, value and old_logp, as far as they are needed.
-        """
-        rows = [row for example in examples for row in example.rows]
-        temperature = self.config.train_temperature
-        schedule = self.algorithm.reference
-        learner_is_reference = schedule is not None and schedule.is_learner
-        several_steps = self.steps_per_iteration > 1
-        work: dict[str, Awaitable[list[FloatArray]]] = {}
-        if self.roles.reference is not None:
-            work["ref_logp"] = self.roles.reference.logprobs(rows, temperature=temperature)
-        if self.roles.critic is not None:
-            work["value"] = self.roles.critic.outputs(rows, temperature=1.0)
-        if learner_is_reference or several_steps or self.algorithm.needs_old_logp:
-            policy = self.roles.learners["policy"]
-            work["old_logp"] = policy.outputs(rows, temperature=temperature)
-        if not work:
-            return {}
-        self.observer.phase(iteration, "reference")
-        async with self._timed("reference"):
-            columns = await asyncio.gather(*work.values())
-        named = dict(zip(work, columns, strict=True))
-        if learner_is_reference:
-            named["ref_logp"] = named["old_logp"]
-        return named
-
     @property
     def steps_per_iteration(self) -> int:
         """Planned optimizer steps of the policy per iteration."""
@@ -287,9 +276,7 @@ def _trained_prompts(
     return tuple(prompt for prompt in prompts if prompt not in replaced)
 
 
-def _annotated(
-    examples: Sequence[Example], columns: Mapping[str, list[FloatArray]]
-) -> list[Example]:
+def _annotated(examples: Sequence[Example], columns: Columns) -> list[Example]:
     """Return the examples with the token values of their rows."""
     if not columns:
         return list(examples)

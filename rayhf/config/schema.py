@@ -71,7 +71,9 @@ class RunConfig(Section):
     """Prompts of an iteration that are explored concurrently. Default: 65,536, or twice the
     engines' capacity if that is more."""
     timeout_s: PositiveFloat = 600
-    """Timeout of any single call between roles, in seconds."""
+    """Timeout of any single call between roles, in seconds. What takes long is divided: it counts
+    for one chunk of log-probs or values (a token_budget), for one of scores, and for as many
+    completions as an engine generates at a time."""
     stall_s: PositiveFloat = 300
     """Time without progress after which a busy engine is replaced, in seconds."""
     restarts: NonNegativeInt = 5
@@ -207,10 +209,18 @@ class ReferenceConfig(Section):
     model: ModelName | None = None
     """Initial reference model (directory or hub name), with the policy's tokenizer. Default: the
     policy's model."""
+    replicas: PositiveInt = 1
+    """Actors with the same weights, which share the rows; a lost one is replaced."""
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Compute the log-probs of prompts as soon as these are explored, while others are still
+    generated. auto: where the reference has GPUs, or shares of them, that no engine uses. Never
+    where the reference moves while later iterations are explored (run.max_staleness). Log-probs are
+    the same with and without."""
     token_budget: PositiveInt = 16384
-    """Tokens per forward pass, as in learner.token_budget."""
+    """Tokens per forward pass, as in learner.token_budget. Rows are sent in chunks of that size,
+    each with the deadline run.timeout_s."""
     threads: PositiveInt | None = None
-    """CPU threads. Default: derived from the machine."""
+    """CPU threads per replica. Default: derived from the machine."""
 
 
 class LearnerConfig(Section):
@@ -304,8 +314,8 @@ class ClusterConfig(Section):
     iterations in which the reference is updated, object_store is always used: the reference reads
     the weights from there."""
     gpus_per_reference: Share | None = None
-    """Share of one GPU for the reference, for example 0.5. Default: one GPU; with colocate, a share
-    of the first GPU."""
+    """Share of one GPU for each replica of the reference, for example 0.5. Default: one GPU; with
+    colocate, replica i has a share of GPU i."""
     gpus_per_scorer: Share | None = None
     """Share of one GPU for each scorer and evaluator with a model. Two actors with 0.5 may share a
     GPU."""
@@ -379,6 +389,13 @@ class CampaignConfig(Section):
         """Temperature of all log-probs that losses, KL and importance weights read."""
         at_sampling = self.algorithm.trains_at_sampling_temperature
         return self.rollout.temperature if at_sampling else 1.0
+
+    @property
+    def reference_has_gpus(self) -> bool:
+        """Whether the reference has GPUs, or shares of them, that engines and learners do not."""
+        cluster = self.cluster
+        shares = cluster.placement == "colocate" and cluster.gpus_per_reference is None
+        return cluster.device == "gpu" and not shares
 
     @property
     def evaluates_completions(self) -> bool:

@@ -41,10 +41,26 @@ METRICS: tuple[Metric, ...] = (
         ("time/rollout_s", "s", "at least one generation was under way"),
         ("time/scorer_s", "s", "at least one scoring call was under way"),
         ("time/reference_s", "s", "log-probs and values of the examples"),
+        (
+            "time/reference_busy_s",
+            "s",
+            "replicas of the reference with a chunk, added up, evaluations included",
+        ),
         ("time/learner_s", "s", "optimizer steps"),
         ("time/sync_s", "s", "weights to engines and reference"),
         ("time/evaluate_s", "s", "evaluations"),
         ("learner/steps", "steps", "optimizer steps of the iteration"),
+        (
+            "reference/chunks",
+            "count",
+            "forward passes of the reference's replicas, evaluations included",
+        ),
+        (
+            "reference/streamed",
+            "share",
+            "rows whose log-probs were requested while other prompts were still explored; where "
+            "reference.stream is on",
+        ),
         (
             "policy/drift_kl",
             "nats/response",

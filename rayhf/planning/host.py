@@ -14,6 +14,7 @@ from rayhf.planning.memory import GIB
 from rayhf.planning.placement import NodeResources, bundles, pack, role_of
 from rayhf.planning.plan import Need, Plan
 from rayhf.planning.preflight import transport_of
+from rayhf.planning.shape import BYTES
 
 _TIGHT = 0.9
 """Share of a node above which an estimate is too inaccurate to be sure."""
@@ -26,7 +27,7 @@ def host_bytes(plan: Plan, need: Need) -> float:
 
     colocate: all of a learner's tensors while engines generate (18 bytes for each of its parameters
     in bfloat16, and its buckets); an engine's weights while learners train, unless the object store
-    has them.
+    has them; the moving average of a reference.
     """
     config = plan.config
     role = role_of(need.spec.role)
@@ -35,6 +36,8 @@ def host_bytes(plan: Plan, need: Need) -> float:
     total = estimate.FRAMEWORK["cpu"].get(role, estimate.FRAMEWORK["cpu"]["scorer"])
     if role == "rollout" and sleeps and transport_of(config) == "cuda_ipc":
         total += memory.weights
+    if role == "reference" and plan.averages:
+        total += 4.0 * memory.weights / BYTES[config.policy.dtype]
     if role in ("learner", "critic"):
         if sleeps:
             total += memory.weights + memory.gradients + memory.optimizer + memory.buffers

@@ -214,13 +214,19 @@ def reference_memory(
     dtype: Dtype,
     device: Device,
     scaled: bool = False,
+    averages: bool = False,
 ) -> Memory:
-    """Return the memory of the reference; `scaled`: at a temperature that is not 1."""
+    """Return the memory of a reference.
+
+    scaled: at a temperature that is not 1. averages: with a moving average, which is in host
+    memory in float32.
+    """
     tokens = config.token_budget
     return Memory(
         weights=BYTES[dtype] * shape.parameters,
         activations=tokens * (shape.transient_per_token(dtype) + 5 * BYTES[dtype] * shape.hidden),
         logits=logits_bytes(shape, dtype, tokens, backward=False, scaled=scaled),
+        buffers=4.0 * shape.parameters if averages and device == "cpu" else 0.0,
         framework=FRAMEWORK[device]["reference"],
     )
 

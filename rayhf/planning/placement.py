@@ -121,7 +121,7 @@ def _counts(
         counts[f"learner {other}"] = ranks
     return {
         **counts,
-        "reference": int(reference),
+        "reference": config.reference.replicas * reference,
         "scorer": config.scorer.replicas * (scores and bool(config.scorer.train)),
         "evaluator": len(config.evaluator_scorers),
     }

@@ -121,7 +121,12 @@ class Plan:
         if role == "reference":
             shape = self._shape(config.reference.model or config.policy.model)
             return estimate.reference_memory(
-                shape, config.reference, dtype=dtype, device=device, scaled=scaled
+                shape,
+                config.reference,
+                dtype=dtype,
+                device=device,
+                scaled=scaled,
+                averages=self.averages,
             )
         if role in ("scorer", "evaluator"):
             return self._scorer_memory(spec, gpu_bytes)
@@ -195,6 +200,12 @@ class Plan:
         """Whether there is a reference that follows the policy."""
         schedule = self.algorithm.reference
         return schedule is not None and schedule.moves and not schedule.is_learner
+
+    @property
+    def averages(self) -> bool:
+        """Whether the reference is a moving average."""
+        schedule = self.algorithm.reference
+        return schedule is not None and schedule.averages
 
     def sequences(self, memory: Memory) -> float:
         """Return how many sequences of maximum length an engine holds."""

@@ -8,9 +8,11 @@ Synchronization: none, every method is local to this process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -122,7 +124,6 @@ class ReferenceEngine:
         tensors = {name: p.cpu().contiguous() for name, p in (self.average or self.weights).items()}
         save_file(tensors, directory / FILE, {"kind": kind})
 
-    @torch.no_grad()
     def load(self, directory: Path) -> None:
         """Continue from `save`.
 
@@ -142,6 +143,15 @@ class ReferenceEngine:
             raise CheckpointError(
                 f"{directory / FILE} holds another model's parameters than policy.model"
             )
+        self._set(tensors)
+        self.average = {name: t.float() for name, t in tensors.items()} if kind == "average" else {}
+
+    def restore(self, average: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Continue the moving average of another engine, given as its float32 arrays."""
+        self.average = {name: torch.tensor(array) for name, array in average.items()}
+        self._set(self.average)
+
+    @torch.no_grad()
+    def _set(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self.weights[name].copy_(tensor)
-        self.average = {name: t.float() for name, t in tensors.items()} if kind == "average" else {}

@@ -95,7 +95,12 @@ def config_hash(config: CampaignConfig) -> str:
     """Hash what decides the weights: all but where the campaign runs, how long, and who watches."""
     content = config.model_dump(
         mode="json",
-        exclude={"run", "cluster", "trackers", "guards", "evaluations", "service"},
+        exclude={
+            **dict.fromkeys(
+                ("run", "cluster", "trackers", "guards", "evaluations", "service"), True
+            ),
+            "reference": {"replicas", "stream"},
+        },
     )
     if config.learner.schedule != "constant":
         content["iterations"] = config.run.iterations

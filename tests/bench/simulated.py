@@ -389,7 +389,7 @@ class SimLearner:
         self.steps += 1
         return {"learner/loss": 0.7, "learner/grad_norm": 1.0, "learner/entropy": 2.0}
 
-    async def outputs(self, rows: Any, *, temperature: float) -> list[Any]:
+    async def outputs(self, rows: Any, *, temperature: float, progress: Any = None) -> list[Any]:
         with self.meter.simulating():
             values = [np.zeros(len(row.response_ids), dtype=np.float32) for row in rows]
         await asyncio.sleep(self.world.step_s / 2 * len(rows) / self._rows_per_step)

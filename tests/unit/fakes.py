@@ -18,7 +18,7 @@ from rayhf.data.chat import Chat
 from rayhf.errors import StaleWeightsError
 from rayhf.losses.base import Loss
 from rayhf.monitoring.observer import Observer
-from rayhf.roles import Learner, Reference, Rollout, Scorer
+from rayhf.roles import Learner, Progress, Reference, Rollout, Scorer, no_progress
 from rayhf.run_dir.state import CheckpointState
 from rayhf.types import (
     Batch,
@@ -224,7 +224,9 @@ class FakeLearner:
             "value/error_square": 0.5,
         }
 
-    async def outputs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+    async def outputs(
+        self, rows: Sequence[Row], *, temperature: float, progress: Progress = no_progress
+    ) -> list[FloatArray]:
         return [np.zeros(len(row.response_ids), dtype=np.float32) for row in rows]
 
     async def probe(self) -> Probe:

@@ -45,7 +45,7 @@ def test_only_sampled_rows_are_measured():
 
 def test_drift_is_the_same_after_a_resume(tmp_path):
     class Learner(FakeLearner):
-        async def outputs(self, rows, *, temperature):
+        async def outputs(self, rows, *, temperature, **_):
             return [np.full(len(r.response_ids), -0.1 * self.steps, np.float32) for r in rows]
 
     algorithm = {"type": "iterative_dpo", "samples": 4, "disjoint_iterations": False}

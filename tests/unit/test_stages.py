@@ -132,7 +132,7 @@ def test_sft_trains_on_masked_tokens_and_reports_nothing_of_samples(tmp_path):
 
 def test_kto_estimates_the_kl_on_other_examples_responses(tmp_path):
     class Recording(FakeLearner):
-        async def outputs(self, rows, *, temperature):
+        async def outputs(self, rows, *, temperature, **_):
             self.asked = [(row.prompt_ids[0] - 50, row.response_ids[0]) for row in rows]
             return [np.full(len(row.response_ids), 0.5, np.float32) for row in rows]
 
@@ -149,7 +149,7 @@ def test_kto_estimates_the_kl_on_other_examples_responses(tmp_path):
 
 def test_kl_of_kto_is_never_negative(tmp_path):
     class Below(FakeLearner):
-        async def outputs(self, rows, *, temperature):
+        async def outputs(self, rows, *, temperature, **_):
             return [np.full(len(row.response_ids), -9.0, np.float32) for row in rows]
 
     roles = run(config_of("kto", tmp_path, run={"iterations": 1}), learner=Below())
@@ -233,7 +233,7 @@ def measure(tmp_path, kind, rows, *, reference):
     """Run an evaluation whose learner gives -len(prompt) per token."""
 
     class Lengths(FakeLearner):
-        async def outputs(self, rows, *, temperature):
+        async def outputs(self, rows, *, temperature, **_):
             return [-np.arange(1, len(r.response_ids) + 1, dtype=np.float32) for r in rows]
 
     file = tmp_path / "rows.jsonl"

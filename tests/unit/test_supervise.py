@@ -10,7 +10,7 @@ import actors.supervise
 from actors.process import ProcessInfo
 from actors.supervise import SupervisedActor, SupervisionLimits
 from launch.assemble import start_in_turn
-from rayhf.errors import ActorLostError, GpuMemoryError, LostObjectError
+from rayhf.errors import ActorLostError, GpuMemoryError, StateLostError
 
 
 class Fleet:
@@ -96,12 +96,12 @@ def test_no_restart_brings_back_what_an_actor_needs():
         one = supervised(fleet, stall_s=0.1, restarts=9)
         one.prepare = prepare
         await one.start()
-        with pytest.raises(LostObjectError, match="owner has exited"):
+        with pytest.raises(StateLostError, match="owner has exited"):
             await one.persist(call, phase="sync", timeout_s=5.0)
         return len(fleet.created)
 
     async def lost(actor):
-        raise LostObjectError("sync: its owner has exited")
+        raise StateLostError("sync: its owner has exited")
 
     async def fine(actor):
         return None

@@ -1,0 +1,294 @@
+"""Token values that credit and loss read: of the reference, the critic, the learner before a step.
+
+The reference gets an iteration's rows in requests of a fixed number of prompts each. With streaming
+(`reference.stream`) a request is sent as soon as its prompts are explored, for the rows that
+`select` makes of these prompts alone. Where the selection from the whole iteration has the same
+rows of them, their log-probs are taken; else the request is made again. Log-probs therefore do not
+depend on streaming.
+
+Synchronization: the requests to all roles run concurrently; the roles divide them into chunks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from rayhf.algorithms.base import Algorithm, SelectionContext, streams_reference
+from rayhf.config.schema import CampaignConfig
+from rayhf.monitoring.observer import Observer
+from rayhf.roles import Progress, Reference, Roles
+from rayhf.types import FloatArray, Group, Prompt, Row
+
+Timed = Callable[[str], AbstractAsyncContextManager[None]]
+Columns = dict[str, list[FloatArray]]
+"""Token values by name, an array for each row."""
+
+
+class Annotator:
+    """Computes the token values of an iteration's rows.
+
+    Args:
+        config: the campaign's.
+        algorithm: says which values it reads.
+        roles: compute them.
+        observer: receives how many requests and chunks are done.
+        context: returns an iteration's selection context.
+        timed: measures a phase.
+    """
+
+    def __init__(
+        self,
+        config: CampaignConfig,
+        *,
+        algorithm: Algorithm,
+        roles: Roles,
+        observer: Observer,
+        context: Callable[[int], SelectionContext],
+        timed: Timed,
+    ) -> None:
+        self._temperature = config.train_temperature
+        self._algorithm = algorithm
+        self._roles = roles
+        self._observer = observer
+        self._context = context
+        self._timed = timed
+        completions = max(1, algorithm.samples) * config.rollout.max_tokens
+        self._prompts_per_request = max(1, config.reference.token_budget // completions)
+        """As many as fit into a forward pass at their longest."""
+        self._streams: dict[int, _Stream] = {}
+        """By iteration, while it is explored."""
+        self._is_streamed = streams_reference(config, algorithm)
+
+    def stream(self, iteration: int, prompts: Sequence[Prompt]) -> Callable[[Group], None]:
+        """Return what is to be called with each group of an iteration as it is finished."""
+        if not self._is_streamed or self._roles.reference is None:
+            return lambda group: None
+        stream = _Stream(
+            _places([prompt.prompt_id for prompt in prompts], (), self._prompts_per_request),
+            lambda groups: self._select(iteration, groups),
+            self._roles.reference,
+            self._temperature,
+        )
+        self._streams[iteration] = stream
+        return stream.add
+
+    def _select(self, iteration: int, groups: Sequence[Group]) -> list[Row]:
+        """Return the rows that the policy is trained on if an iteration has only these groups."""
+        own = {group.prompt.prompt_id for group in groups}
+        examples = self._algorithm.select(groups, self._context(iteration)).examples
+        return [
+            row
+            for example in examples
+            if example.objective == "policy"
+            for row in example.rows
+            if row.prompt_id in own
+        ]
+
+    async def annotate(
+        self,
+        iteration: int,
+        prompt_ids: Sequence[str],
+        rows: Sequence[Row],
+        *,
+        old_logp: bool,
+        metrics: dict[str, float],
+    ) -> Columns:
+        """Return ref_logp, value and old_logp of the rows, as far as they are needed.
+
+        Args:
+            iteration: their iteration.
+            prompt_ids: its prompts; rows may have others.
+            rows: to annotate.
+            old_logp: whether the learner's log-probs are needed besides where it is the reference.
+            metrics: gets the share of the rows that was streamed.
+        """
+        schedule = self._algorithm.reference
+        learner_is_reference = schedule is not None and schedule.is_learner
+        report = _Report(self._observer, iteration)
+        work: dict[str, Awaitable[list[FloatArray]]] = {}
+        if self._roles.reference is not None:
+            work["ref_logp"] = self._reference(
+                self._roles.reference, iteration, prompt_ids, rows, report.of("ref_logp"), metrics
+            )
+        if self._roles.critic is not None:
+            work["value"] = self._roles.critic.outputs(
+                rows, temperature=1.0, progress=report.of("value")
+            )
+        if learner_is_reference or old_logp:
+            work["old_logp"] = self._roles.learners["policy"].outputs(
+                rows, temperature=self._temperature, progress=report.of("old_logp")
+            )
+        if not work:
+            return {}
+        self._observer.phase(iteration, "reference")
+        async with self._timed("reference"):
+            columns = await asyncio.gather(*work.values())
+        named = dict(zip(work, columns, strict=True))
+        if learner_is_reference:
+            named["ref_logp"] = named["old_logp"]
+        return named
+
+    async def _reference(
+        self,
+        reference: Reference,
+        iteration: int,
+        prompt_ids: Sequence[str],
+        rows: Sequence[Row],
+        progress: Progress,
+        metrics: dict[str, float],
+    ) -> list[FloatArray]:
+        """Return the reference's log-probs of each row."""
+        others = (row.prompt_id for row in rows)
+        places = _places(prompt_ids, others, self._prompts_per_request)
+        requests: dict[int, list[int]] = {}
+        for index, row in enumerate(rows):
+            requests.setdefault(places[row.prompt_id], []).append(index)
+        stream = self._streams.pop(iteration, None)
+        done = 0
+        streamed = 0
+
+        async def request(place: int, indices: Sequence[int]) -> list[FloatArray]:
+            nonlocal done, streamed
+            chosen = [rows[i] for i in indices]
+            sent = stream.take(place, chosen) if stream is not None else None
+            streamed += len(chosen) if sent is not None else 0
+            values = await (sent or reference.logprobs(chosen, temperature=self._temperature))
+            done += 1
+            progress(done, len(requests))
+            return values
+
+        try:
+            results = await asyncio.gather(*(request(*each) for each in requests.items()))
+        finally:
+            if stream is not None:
+                await stream.close()
+        if stream is not None:
+            metrics["reference/streamed"] = streamed / max(1, len(rows))
+        by_row = {
+            index: value
+            for indices, values in zip(requests.values(), results, strict=True)
+            for index, value in zip(indices, values, strict=True)
+        }
+        return [by_row[index] for index in range(len(rows))]
+
+    async def close(self, iteration: int | None = None) -> None:
+        """Cancel the requests that no rows of an iteration, or of any, have taken."""
+        for number in list(self._streams) if iteration is None else [iteration]:
+            if (stream := self._streams.pop(number, None)) is not None:
+                await stream.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A request that was sent while its iteration was explored."""
+
+    rows: Sequence[Row]
+    values: asyncio.Task[list[FloatArray]]
+
+
+class _Stream:
+    """Requests to the reference while an iteration is explored."""
+
+    def __init__(
+        self,
+        places: dict[str, int],
+        select: Callable[[Sequence[Group]], list[Row]],
+        reference: Reference,
+        temperature: float,
+    ) -> None:
+        self._places = places
+        self._order = {prompt_id: number for number, prompt_id in enumerate(places)}
+        self._sizes = Counter(places.values())
+        """Number of prompts, by request."""
+        self._groups: dict[int, list[Group]] = {}
+        """Finished groups of requests that are not complete."""
+        self._select = select
+        self._reference = reference
+        self._temperature = temperature
+        self._sent: dict[int, _Sent] = {}
+        # Groups are finished on the exploration's own event loop.
+        self._loop = asyncio.get_running_loop()
+
+    def add(self, group: Group) -> None:
+        """Take a finished group; send the request that it completes.
+
+        Prompts that replace others later (refills) belong to no request yet.
+        """
+        place = self._places.get(group.prompt.prompt_id)
+        if place is None:
+            return
+        groups = self._groups.setdefault(place, [])
+        groups.append(group)
+        if len(groups) < self._sizes[place]:
+            return
+        del self._groups[place]
+        groups.sort(key=lambda each: self._order[each.prompt.prompt_id])
+        if rows := self._select(groups):
+            values = self._reference.logprobs(rows, temperature=self._temperature)
+            self._sent[place] = _Sent(rows, self._loop.create_task(values))
+
+    def take(self, place: int, rows: Sequence[Row]) -> asyncio.Task[list[FloatArray]] | None:
+        """Return the request's log-probs where it was sent for the same rows."""
+        sent = self._sent.get(place)
+        if sent is None or not _same_rows(sent.rows, rows):
+            return None
+        del self._sent[place]
+        return sent.values
+
+    async def close(self) -> None:
+        """Cancel the requests whose log-probs nobody took."""
+        tasks = [sent.values for sent in self._sent.values()]
+        self._sent.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Report:
+    """Progress of several calls as that of one phase."""
+
+    def __init__(self, observer: Observer, iteration: int) -> None:
+        self._observer = observer
+        self._iteration = iteration
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def of(self, name: str) -> Progress:
+        """Return the function that receives the progress of one call."""
+
+        def report(done: int, total: int) -> None:
+            self._counts[name] = (done, total)
+            self._observer.phase(
+                self._iteration,
+                "reference",
+                sum(count for count, _ in self._counts.values()),
+                sum(count for _, count in self._counts.values()),
+            )
+
+        return report
+
+
+def _places(prompt_ids: Sequence[str], others: Iterable[str], size: int) -> dict[str, int]:
+    """Return the number of each prompt's request: `size` consecutive prompts share one.
+
+    Prompts that are not the iteration's have requests of their own.
+    """
+    own = {prompt_id: number for number, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
+    places = {prompt_id: number // size for prompt_id, number in own.items()}
+    further = (prompt_id for prompt_id in dict.fromkeys(others) if prompt_id not in own)
+    first = -(-len(own) // size)
+    return places | {prompt_id: first + number // size for number, prompt_id in enumerate(further)}
+
+
+def _same_rows(first: Sequence[Row], second: Sequence[Row]) -> bool:
+    return len(first) == len(second) and all(
+        a.prompt_id == b.prompt_id
+        and np.array_equal(a.prompt_ids, b.prompt_ids)
+        and np.array_equal(a.response_ids, b.response_ids)
+        for a, b in zip(first, second, strict=True)
+    )
