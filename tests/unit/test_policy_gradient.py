@@ -189,7 +189,7 @@ def test_adaptive_entropy_follows_its_rule():
 def test_both_adaptive_coefficients_are_saved():
     settings = {"kl": {"target": 3.0}, "entropy": {"target": 0.5}}
     algorithm = build(type="grpo", **settings)
-    algorithm.select([group_of([1.0, 2.0])], CONTEXT)
+    algorithm.credit(algorithm.select([group_of([1.0, 2.0])], CONTEXT).examples)
     algorithm.observe({"policy/entropy": 0.1, "reference/kl": 9.0})
     other = build(type="grpo", **settings)
     other.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
