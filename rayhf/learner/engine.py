@@ -40,7 +40,7 @@ from rayhf.models.forward import Inputs, build_inputs
 from rayhf.models.packing import pack_examples
 from rayhf.models.peft import base_model
 from rayhf.types import Example, FloatArray, Probe, Row, WeightBucket, derive_seed, given_row
-from rayhf.weights.buckets import Payload, pack_buckets
+from rayhf.weights.buckets import Buffers, Payload, pack_buckets
 from rayhf.weights.deepspeed_internals import step_was_skipped
 from rayhf.weights.export import (
     Weight,
@@ -116,6 +116,7 @@ class LearnerEngine:
         self.packing = loaded.packing
         self.steps = 0
         self._offloader = Offloader(self.engine)
+        self._bucket_buffers = Buffers()
         self.outgoing = OutgoingWeights(
             loaded.model,
             config,
@@ -331,7 +332,9 @@ class LearnerEngine:
         """
         plan, target = self.plan_buckets(dtype, bucket_bytes, whole=whole)
         gathered = self.outgoing.gather(plan, target, version=version, rank=self.rank)
-        return pack_buckets(filter(None, gathered), target, store=store)
+        return pack_buckets(
+            filter(None, gathered), target, store=store, buffers=self._bucket_buffers
+        )
 
     def publish(
         self, dtype: str, bucket_bytes: int, *, whole: bool = False, version: int = 0

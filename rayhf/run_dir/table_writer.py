@@ -15,11 +15,11 @@ import pyarrow as pa
 
 Item = TypeVar("Item")
 
-_PIECE = 256
+_PIECE = 64
 """Groups or examples that are converted at once: meanwhile the event loop's thread waits."""
 _ROW_GROUP = 4096
 """Groups or examples per row group ..."""
-_ROW_GROUP_BYTES = 64 << 20
+_ROW_GROUP_BYTES = 16 << 20
 """... and its size as an Arrow table: those of a whole iteration may not fit into memory."""
 
 

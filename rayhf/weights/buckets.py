@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,41 +42,53 @@ def pack_bucket(
     return bucket
 
 
+class Buffers:
+    """Host memory for two buckets, one to pack and one to store; kept from sync to sync.
+
+    New memory is zeroed by the kernel when it is first written, which takes as long as a copy.
+    """
+
+    def __init__(self) -> None:
+        self._buffers = [np.empty(0, dtype=np.uint8)] * 2
+
+    def take(self, nbytes: int) -> Payload:
+        """Return the buffer that was not returned last."""
+        if len(self._buffers[0]) < nbytes:
+            self._buffers[0] = np.empty(nbytes, dtype=np.uint8)
+        self._buffers.reverse()
+        return self._buffers[1][:nbytes]
+
+
 def pack_buckets(
     gathered: Iterable[Sequence[tuple[str, torch.Tensor]]],
     dtype: torch.dtype,
     *,
     store: Callable[[Payload], Any],
+    buffers: Buffers | None = None,
 ) -> Iterator[WeightBucket]:
     """Pack each bucket's tensors, of any device and dtype, as `dtype`.
 
-    A thread computes a bucket's checksum and calls `store`, whose result is the bucket's payload,
-    while the next bucket is packed. The bytes that `store` gets are overwritten once it returns.
+    A thread calls `store`, whose result is the bucket's payload, while the next bucket is packed.
+    The bytes that `store` gets are overwritten once it returns.
     """
-    buffers = [np.empty(0, dtype=np.uint8)] * 2
-    storing: Future[WeightBucket] | None = None
+    buffers = buffers or Buffers()
+    previous: tuple[WeightBucket, Future[Any]] | None = None
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="store weights") as thread:
         for named_tensors in gathered:
             shapes = [(name, tuple(tensor.shape)) for name, tensor in named_tensors]
             specs = bucket_layout(shapes, dtype)
-            nbytes = bucket_nbytes(specs)
-            if len(buffers[0]) < nbytes:
-                buffers[0] = np.empty(nbytes, dtype=np.uint8)
-            payload = buffers[0][:nbytes]
+            payload = buffers.take(bucket_nbytes(specs))
             fill_bucket(torch.from_numpy(payload), specs, (tensor for _, tensor in named_tensors))
-            if storing is not None:
-                yield storing.result()
-            storing = thread.submit(_stored, specs, payload, store)
-            buffers.reverse()
-        if storing is not None:
-            yield storing.result()
+            bucket = WeightBucket(tensors=specs, payload=None, checksum=checksum(payload))
+            if previous is not None:
+                yield _stored(*previous)
+            previous = bucket, thread.submit(store, payload)
+        if previous is not None:
+            yield _stored(*previous)
 
 
-def _stored(
-    specs: tuple[TensorSpec, ...], payload: Payload, store: Callable[[Payload], Any]
-) -> WeightBucket:
-    digest = checksum(payload)
-    return WeightBucket(tensors=specs, payload=store(payload), checksum=digest)
+def _stored(bucket: WeightBucket, storing: Future[Any]) -> WeightBucket:
+    return replace(bucket, payload=storing.result())
 
 
 def bucket_layout(

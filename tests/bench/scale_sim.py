@@ -329,6 +329,7 @@ def cases(quick: bool) -> list[Case]:
         Case(engines=64, prompts=16_384, iterations=3, max_staleness=2),
         Case(engines=64, prompts=131_072, iterations=1, in_flight=8192),
         Case(engines=64, prompts=4096, iterations=3, samples=8, tokens=512),
+        Case(engines=64, prompts=4096, iterations=3, samples=8, tokens=512, max_staleness=0),
     ]
 
 
