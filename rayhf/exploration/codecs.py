@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from rayhf.types import (
     Compared,
@@ -30,8 +31,9 @@ from rayhf.types import (
 
 RequestT = TypeVar("RequestT", bound=GenerateRequest | ScoreRequest)
 ResponseT = TypeVar("ResponseT")
-Encoded = tuple[object, list[bytes]]
-"""A JSON value, and arrays."""
+Buffer = bytes | npt.NDArray[np.uint8]
+Encoded = tuple[object, list[Buffer]]
+"""A JSON value, and the bytes of arrays, which are not copied."""
 
 
 class Codec(ABC, Generic[RequestT, ResponseT]):
@@ -69,8 +71,8 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
             "thinking_tokens": [c.thinking_tokens for c in completions],
             "versions": [c.policy_version for c in completions],
         }
-        tokens = [c.token_ids.astype("<i4", copy=False).tobytes() for c in completions]
-        logprobs = [c.logprobs.astype("<f4", copy=False).tobytes() for c in completions]
+        tokens = [c.token_ids.astype("<i4", copy=False).view(np.uint8) for c in completions]
+        logprobs = [c.logprobs.astype("<f4", copy=False).view(np.uint8) for c in completions]
         return columns, tokens + logprobs
 
     def decode(self, columns: Any, data: bytes) -> Iterator[Any]:
@@ -164,7 +166,7 @@ class _Compare(Codec[ScoreRequest, Comparison]):
             else response.reason
             for response in responses
         ]
-        matrices = [
+        matrices: list[Buffer] = [
             response.win.astype("<f8").tobytes()
             for response in responses
             if isinstance(response, Compared)
