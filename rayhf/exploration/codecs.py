@@ -13,7 +13,6 @@ from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from rayhf.types import (
     Compared,
@@ -31,7 +30,7 @@ from rayhf.types import (
 
 RequestT = TypeVar("RequestT", bound=GenerateRequest | ScoreRequest)
 ResponseT = TypeVar("ResponseT")
-Buffer = bytes | npt.NDArray[np.uint8]
+Buffer = bytes | memoryview
 Encoded = tuple[object, list[Buffer]]
 """A JSON value, and the bytes of arrays, which are not copied."""
 
@@ -71,9 +70,10 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
             "thinking_tokens": [c.thinking_tokens for c in completions],
             "versions": [c.policy_version for c in completions],
         }
-        tokens = [c.token_ids.astype("<i4", copy=False).view(np.uint8) for c in completions]
-        logprobs = [c.logprobs.astype("<f4", copy=False).view(np.uint8) for c in completions]
-        return columns, tokens + logprobs
+        arrays: list[Buffer] = []
+        arrays += (c.token_ids.astype("<i4", copy=False).view(np.uint8).data for c in completions)
+        arrays += (c.logprobs.astype("<f4", copy=False).view(np.uint8).data for c in completions)
+        return columns, arrays
 
     def decode(self, columns: Any, data: bytes) -> Iterator[Any]:
         size = 4 * sum(columns["lengths"])
