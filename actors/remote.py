@@ -19,6 +19,7 @@ from rayhf.errors import (
     ActorError,
     ActorLostError,
     DeadlineError,
+    LostObjectError,
     RayhfError,
     StorageError,
     clean_line,
@@ -55,9 +56,9 @@ def late_error(*, name: str, phase: str, timeout_s: float) -> DeadlineError:
 async def result_of(reply: asyncio.Future[Any], *, name: str, phase: str) -> Any:
     """Return the result of a remote call, given its future on this loop, however long it takes.
 
-    Raises ActorLostError where the actor's process died (or anything else of Ray's was lost with a
-    process or a node), and any rayhf error that the actor raised; StorageError where a disk is
-    full, and ActorError for every other exception of an actor.
+    Raises ActorLostError where the actor's process died, LostObjectError where an argument was lost
+    with a process or a node, and any rayhf error that the actor raised; StorageError where a disk
+    is full, and ActorError for every other exception of an actor.
     """
     try:
         return await reply
@@ -80,8 +81,10 @@ def translate_error(error: BaseException, *, name: str, phase: str) -> BaseExcep
         text = clean_line((error.traceback_str.strip().splitlines() or [""])[-1])
         return _caused(ActorError(f"{phase}: {name}: {text}"), error)
     # A RayError inside of a task's error: an object that the call needed was lost with its owner.
-    event = "died" if cause is error else "could not fetch an argument of the call"
-    return _caused(ActorLostError(f"{phase}: {name} {event} ({_cause_line(cause)})"), error)
+    if cause is not error:
+        lost = f"{phase}: {name} could not fetch an argument of the call ({_cause_line(cause)})"
+        return _caused(LostObjectError(lost), error)
+    return _caused(ActorLostError(f"{phase}: {name} died ({_cause_line(cause)})"), error)
 
 
 def _caused(translated: RayhfError, error: BaseException) -> RayhfError:

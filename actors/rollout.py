@@ -3,17 +3,20 @@
 In: requests for completions of one weight version, and weight snapshots. Out: completions.
 
 Synchronization: `generate` waits for the engines that got its requests. A lost engine is replaced
-and gets the requests of its pending calls again; `update` waits for every engine.
+and gets the requests of its pending calls again; with rollout.in_flight_updates others continue
+them (actors/partials.py). `update` waits for every engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from actors.partials import ContinuedCalls
 from actors.process import ReportsProcess
 from actors.supervise import SupervisedActor
 from actors.transport import Transport
@@ -22,6 +25,7 @@ from rayhf.config.models import ModelName
 from rayhf.config.schema import Dtype, RolloutConfig
 from rayhf.models.hub import local_directory, obtain
 from rayhf.rollout.env import Device
+from rayhf.rollout.partials import Growth, Partial, Slot
 from rayhf.types import Completion, GenerateRequest, Probe, WeightSnapshot
 
 if TYPE_CHECKING:
@@ -64,9 +68,19 @@ class RolloutActor(ReportsProcess):
         )
 
     async def generate(
-        self, requests: Sequence[GenerateRequest], version: int
+        self,
+        requests: Sequence[GenerateRequest],
+        version: int,
+        call: int | None = None,
+        partials: Mapping[Slot, Partial] = MappingProxyType({}),
     ) -> list[Completions]:
-        return await asyncio.wrap_future(self.engine.submit(requests, version=version))
+        return await asyncio.wrap_future(
+            self.engine.submit(requests, version=version, call=call, partials=partials)
+        )
+
+    async def report(self) -> list[Growth]:
+        """Return what running calls generated since the last report."""
+        return await asyncio.to_thread(self.engine.report)
 
     async def progress(self) -> int:
         """Return a count that grows with everything the engine does."""
@@ -137,7 +151,8 @@ class RolloutPool:
     """Rollout over one or more engines.
 
     An engine that is lost is replaced, and each of its pending calls is repeated as a whole: its
-    requests shared the engine's batches, and with them their last bits.
+    requests shared the engine's batches, and with them their last bits. With `report_s` another
+    engine continues them instead.
 
     A call costs the controller more than what is in it. A single request is a call of its own where
     an engine has room for it or soon will: its result must not wait for another's. Where every
@@ -151,6 +166,7 @@ class RolloutPool:
         transport: way of new weights to the engines.
         max_num_seqs: sequences that one engine generates at a time.
         timeout_s: limit on every call.
+        report_s: seconds between reports of unfinished completions; None: calls are not continued.
     """
 
     def __init__(
@@ -160,6 +176,7 @@ class RolloutPool:
         *,
         max_num_seqs: int,
         timeout_s: float,
+        report_s: float | None = None,
     ) -> None:
         self._engines = engines
         self._transport = transport
@@ -168,6 +185,13 @@ class RolloutPool:
         self._saturated = _SATURATED * max_num_seqs
         self._singles: list[_Single] = []
         """Requests to be coalesced in this turn of the event loop."""
+        self._continued = (
+            None
+            if report_s is None
+            else ContinuedCalls(engines, every_s=report_s, timeout_s=timeout_s)
+        )
+        self.paused_s = 0.0
+        """Longest time that an engine did not generate for the last update."""
         for engine in engines:
             engine.prepare = transport.join_engine
 
@@ -206,7 +230,11 @@ class RolloutPool:
     async def _call(
         self, engine: int, requests: Sequence[GenerateRequest], version: int
     ) -> list[Completions]:
-        results: list[Completions] = await self._engines[engine].persist(
+        results: list[Completions]
+        if self._continued is not None:
+            results = await self._continued.generate(engine, requests, version)
+            return results
+        results = await self._engines[engine].persist(
             lambda actor: actor.generate.remote(list(requests), version),
             phase="generate",
             timeout_s=self._timeout_s,
@@ -273,7 +301,8 @@ class RolloutPool:
     # ---------------------------------------------------------------------- weights and memory
 
     async def update(self, snapshot: WeightSnapshot) -> None:
-        await self._transport.deliver(snapshot)
+        reports = await self._transport.deliver(snapshot)
+        self.paused_s = max(report.seconds for report in reports)
 
     async def verify(self, probe: Probe) -> None:
         await self._all("probe", lambda actor: actor.verify.remote(probe))

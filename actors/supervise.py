@@ -6,7 +6,8 @@ actors/watch.py notices the loss, actors/process.py terminates the process, and 
 created, built, and brought to the state of the lost one.
 
 Synchronization: `persist` waits for a result, and for a restart where one is needed; of several
-calls that fail together one restarts the actor and the others wait for it.
+calls that fail together one restarts the actor and the others wait for it. `attempt` does not wait
+for a restart.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ray.actor import ActorHandle
 from actors.process import ProcessInfo, Terminate, terminate
 from actors.remote import wait
 from actors.watch import Call, WatchedActor
-from rayhf.errors import ActorLostError, DeadlineError, GpuMemoryError
+from rayhf.errors import ActorLostError, DeadlineError, GpuMemoryError, LostObjectError
 
 Report = Callable[[str, str], None]
 """(kind, message) of an event: to the campaign's event log and the console."""
@@ -46,6 +47,10 @@ class SupervisionLimits:
     """Longest time without progress while there is work."""
     restarts: int
     """Maximum number of restarts of one actor within an hour."""
+
+
+class RestartingError(Exception):
+    """The actor was lost and is being restarted; its call may be made to another one."""
 
 
 NEVER_RESTARTED = SupervisionLimits(stall_s=math.inf, restarts=0)
@@ -101,6 +106,8 @@ class SupervisedActor:
         self._terminate = terminate
         self._current: _Incarnation | None = None
         self._restarting = asyncio.Lock()
+        self._restarts: set[asyncio.Task[None]] = set()
+        """Restarts that no call waits for."""
         self._losses: deque[float] = deque()
         """Times of the losses within the last hour."""
 
@@ -126,14 +133,49 @@ class SupervisedActor:
     async def persist(self, call: Call, *, phase: str, timeout_s: float) -> Any:
         """Return the result of `call(actor)`, from a replacement where the actor is lost.
 
-        Raises ActorLostError where it is lost too often.
+        Raises ActorLostError where it is lost too often, LostObjectError where what it needs is
+        lost, which no restart brings back.
         """
         while True:
             current = self._running
             try:
                 return await current.watched.call(call, phase=phase, timeout_s=timeout_s)
+            except LostObjectError:
+                raise
             except (ActorLostError, DeadlineError) as error:
                 await self._restart(current, error)
+
+    @property
+    def is_restarting(self) -> bool:
+        return self._restarting.locked()
+
+    async def restarted(self) -> None:
+        """Wait until no restart is in progress; where it failed, the next call fails too."""
+        async with self._restarting:
+            pass
+
+    async def attempt(self, call: Call, *, phase: str, timeout_s: float) -> Any:
+        """Return the result of `call(actor)`.
+
+        Raises RestartingError where the actor is lost, and ActorLostError where it is lost too
+        often.
+        """
+        current = self._running
+        try:
+            return await current.watched.call(call, phase=phase, timeout_s=timeout_s)
+        except (ActorLostError, DeadlineError) as error:
+            restart = asyncio.create_task(self._restart(current, error))
+            self._restarts.add(restart)
+            restart.add_done_callback(self._forget_restart)
+            await asyncio.wait({restart}, timeout=0.0)
+            if restart.done():
+                restart.result()
+            raise RestartingError(self.name) from error
+
+    def _forget_restart(self, restart: asyncio.Task[None]) -> None:
+        self._restarts.discard(restart)
+        if not restart.cancelled():
+            restart.exception()  # the actor stays lost: the next call to it ends in the same error
 
     async def _restart(self, lost: _Incarnation, error: Exception) -> None:
         """Replace `lost`; do nothing where that has been done."""
@@ -200,6 +242,8 @@ class SupervisedActor:
                     await self._end(replacement.watched.handle, replacement.process, stacks=False)
                     raise
                 return replacement
+            except LostObjectError:
+                raise
             except ActorLostError as error:
                 if self.retired:
                     raise

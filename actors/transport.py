@@ -25,12 +25,13 @@ from ray.actor import ActorHandle
 
 from actors.remote import wait, wait_all
 from actors.supervise import SupervisedActor
-from rayhf.errors import ActorLostError, WeightSyncError
+from rayhf.errors import LostObjectError, WeightSyncError
 from rayhf.types import TransportName, WeightSnapshot
 from rayhf.weights.buckets import snapshot_checksum
 
 if TYPE_CHECKING:
     from actors.learner import LearnerClient
+    from rayhf.rollout.engine import UpdateReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +62,14 @@ class Transport(Protocol):
         """Weights that were delivered last, as long as the object store has them."""
         ...
 
-    async def deliver(self, snapshot: WeightSnapshot) -> None:
+    async def deliver(self, snapshot: WeightSnapshot) -> list[UpdateReport]:
         """Return when every engine has confirmed. Raise WeightSyncError where one has not."""
         ...
 
     async def join_engine(self, actor: ActorHandle) -> None:
         """Bring a new engine to the weights that were delivered last.
 
-        Raises ActorLostError where they do not exist any more.
+        Raises LostObjectError where they do not exist any more.
         """
         ...
 
@@ -110,14 +111,15 @@ class ObjectStore:
         self.stored = StoredWeights(without_payloads(snapshot), payloads)
         return self.stored
 
-    async def deliver(self, snapshot: WeightSnapshot) -> None:
+    async def deliver(self, snapshot: WeightSnapshot) -> list[UpdateReport]:
         stored = self.keep(snapshot)
-        await asyncio.gather(
+        reports: list[UpdateReport] = await asyncio.gather(
             *(
                 engine.persist(stored.update, phase="sync", timeout_s=self._timeout_s)
                 for engine in self._engines
             )
         )
+        return reports
 
     async def join_engine(self, actor: ActorHandle) -> None:
         if self.stored is not None:
@@ -149,11 +151,10 @@ class _DeviceTransport(ABC):
     def stored(self) -> StoredWeights | None:
         return self._store.stored
 
-    async def deliver(self, snapshot: WeightSnapshot) -> None:
+    async def deliver(self, snapshot: WeightSnapshot) -> list[UpdateReport]:
         self._version = snapshot.version
         if snapshot.transport == "object_store":
-            await self._store.deliver(snapshot)
-            return
+            return await self._store.deliver(snapshot)
         self._store.stored = None
         self._delivering = True
         try:
@@ -165,7 +166,7 @@ class _DeviceTransport(ABC):
                 for engine in self._engines
             ]
             await asyncio.gather(*alive)
-            await self._send(snapshot)
+            return await self._send(snapshot)
         finally:
             self._delivering = False
 
@@ -177,7 +178,7 @@ class _DeviceTransport(ABC):
         await self._store.join_engine(actor)
 
     @abstractmethod
-    async def _send(self, snapshot: WeightSnapshot) -> None: ...
+    async def _send(self, snapshot: WeightSnapshot) -> list[UpdateReport]: ...
 
     @abstractmethod
     async def _store_again(self, version: int) -> None:
@@ -207,7 +208,7 @@ class Broadcast(_DeviceTransport):
         self._members: list[ActorHandle] = []
         """Engines of the open group."""
 
-    async def _send(self, snapshot: WeightSnapshot) -> None:
+    async def _send(self, snapshot: WeightSnapshot) -> list[UpdateReport]:
         await self._open_group()
         calls = [engine.actor.update.remote(snapshot) for engine in self._engines]
         calls += self._learner.send(snapshot.version)
@@ -224,6 +225,7 @@ class Broadcast(_DeviceTransport):
                     f"{name} confirmed weights {report.version} with checksum {report.checksum}, "
                     f"the learner sent weights {snapshot.version} with checksum {sent}"
                 )
+        return results[: len(self._engines)]
 
     async def _open_group(self) -> None:
         actors = [engine.actor for engine in self._engines]
@@ -244,7 +246,7 @@ class Broadcast(_DeviceTransport):
 
     async def _store_again(self, version: int) -> None:
         if self._learner.published_version != version:
-            raise ActorLostError(
+            raise LostObjectError(
                 f"weights {version} were broadcast and do not exist any more: the learner has "
                 "changed them since"
             )
@@ -257,7 +259,7 @@ class CudaIpc(_DeviceTransport):
     The memory is freed when all engines have confirmed.
     """
 
-    async def _send(self, snapshot: WeightSnapshot) -> None:
+    async def _send(self, snapshot: WeightSnapshot) -> list[UpdateReport]:
         announced = without_payloads(snapshot)
         calls = [
             engine.actor.update.remote(
@@ -265,10 +267,11 @@ class CudaIpc(_DeviceTransport):
             )
             for rank, engine in enumerate(self._engines)
         ]
-        await wait_all(calls, names=self._names, phase="sync", timeout_s=self._timeout_s)
+        reports = await wait_all(calls, names=self._names, phase="sync", timeout_s=self._timeout_s)
         await self._learner.release()
+        return reports
 
     async def _store_again(self, version: int) -> None:
-        raise ActorLostError(
+        raise LostObjectError(
             f"weights {version} were copied from GPU to GPU and are not kept for a new engine"
         )

@@ -186,6 +186,9 @@ class ActorSet:
                 self._transport(learners[policy], group),
                 max_num_seqs=config.rollout.max_num_seqs,
                 timeout_s=timeout_s,
+                report_s=config.rollout.in_flight_report_s
+                if config.rollout.in_flight_updates
+                else None,
             )
             for policy, group in engines.items()
         }

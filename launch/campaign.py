@@ -23,7 +23,8 @@ from launch.interrupt import Interrupt
 from launch.local import ray_cluster
 from launch.models import pin_models
 from launch.serve import control_served
-from launch.view import LiveView, placement_table, summary
+from launch.summary import summary
+from launch.view import LiveView, placement_table
 from rayhf.algorithms.base import TakesLabels, load_state, state_of
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.gc_tuning import gc_tuned

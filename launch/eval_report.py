@@ -7,7 +7,7 @@ are paired by prompt.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,14 @@ def figures_of(
     return figures
 
 
-def _estimate(values: Array, weights: Array) -> Estimate | None:
-    known = np.isfinite(values)
-    return mean_estimate(values[known], weights[known]) if known.any() else None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A figure of the model, and of the baseline where it has the same one."""
+
+    name: str
+    value: Estimate
+    baseline: Estimate | None = None
+    difference: Estimate | None = None
 
 
 def report(
@@ -83,45 +88,73 @@ def report(
     """Score, print and write one suite; return its results."""
     scores = _scores(config, each, own)
     figures = figures_of(config, each, scores, _texts(own))
-    title = f"{each.name}: {len(each.prompts)} prompts x {len(own[0])} of {target.text}"
-    table = Table(title=escape(plain(title)))
-    columns = ["figure", "value", "95 % interval"]
-    columns += ["baseline", "difference", "95 % interval"] if baseline is not None else []
-    for column in columns:
-        table.add_column(column)
-    results: dict[str, Any] = {"metrics": {}}
     others = {}
     if baseline is not None:
         others = figures_of(config, each, _scores(config, each, baseline), _texts(baseline))
-        results["baseline"] = {"name": config.baseline, "metrics": {}, "differences": {}}
-    for name, (values, weights) in figures.items():
-        estimate = _estimate(values, weights)
-        if estimate is None:
-            continue
-        results["metrics"][name] = estimate.to_json()
-        cells = [name, f"{estimate.value:.3f}", estimate.interval]
-        if name in others:
-            other = _estimate(*others[name])
-            difference = _estimate(values - others[name][0], weights)
-            if other is not None and difference is not None:
-                results["baseline"]["metrics"][name] = other.to_json()
-                results["baseline"]["differences"][name] = difference.to_json()
-                cells += [f"{other.value:.3f}", f"{difference.value:+.3f}", difference.interval]
-        table.add_row(*cells)
-    lengths = np.array([np.mean([len(c.token_ids) for c in row]) for row in own])
-    truncated = np.array([np.mean([c.finish_reason == "length" for c in row]) for row in own])
-    for name, values in (("length, tokens", lengths), ("truncated", truncated)):
-        estimate = mean_estimate(values)
-        results["metrics"][name.split(",")[0]] = estimate.to_json()
-        table.add_row(name, f"{estimate.value:.3f}", estimate.interval)
-    console.print(table)
-    if config.judge is not None and baseline is not None:
-        results["win_rate"] = _win_rates(config, each, own, baseline, console)
+    rows = [*_measured(figures, others), *_shape(own)]
+    title = f"{each.name}: {len(each.prompts)} prompts x {len(own[0])} of {target.text}"
+    console.print(_table(title, rows, compared=baseline is not None))
+    results: dict[str, Any] = {"metrics": {row.name: row.value.to_json() for row in rows}}
+    if baseline is not None:
+        results["baseline"] = {
+            "name": config.baseline,
+            "metrics": {row.name: row.baseline.to_json() for row in rows if row.baseline},
+            "differences": {row.name: row.difference.to_json() for row in rows if row.difference},
+        }
+        if config.judge is not None:
+            results["win_rate"] = _win_rates(config, each, own, baseline, console)
     if config.best_of is not None:
         results["best_of"] = _best_of(config, each, own, console)
     results |= _facts(config, target, each, scores)
     _write(config.out, f"{target.label}-{each.name}", results, each, own, scores, console)
     return results
+
+
+def _measured(
+    figures: Mapping[str, tuple[Array, Array]], others: Mapping[str, tuple[Array, Array]]
+) -> Iterator[Measured]:
+    """Yield the figures that are known, with those of the baseline and paired differences."""
+    for name, (values, weights) in figures.items():
+        value = _estimate(values, weights)
+        if value is None:
+            continue
+        baseline = difference = None
+        if name in others:
+            baseline = _estimate(*others[name])
+            difference = _estimate(values - others[name][0], weights)
+        if baseline is None or difference is None:
+            yield Measured(name=name, value=value)
+        else:
+            yield Measured(name=name, value=value, baseline=baseline, difference=difference)
+
+
+def _estimate(values: Array, weights: Array) -> Estimate | None:
+    known = np.isfinite(values)
+    return mean_estimate(values[known], weights[known]) if known.any() else None
+
+
+def _shape(own: Sequence[tuple[Completion, ...]]) -> Iterator[Measured]:
+    """Yield the mean length and the share of truncated completions."""
+    lengths = [np.mean([len(c.token_ids) for c in row]) for row in own]
+    truncated = [np.mean([c.finish_reason == "length" for c in row]) for row in own]
+    yield Measured(name="length", value=mean_estimate(lengths))
+    yield Measured(name="truncated", value=mean_estimate(truncated))
+
+
+def _table(title: str, rows: Sequence[Measured], *, compared: bool) -> Table:
+    table = Table(title=escape(plain(title)))
+    columns = ["figure", "value", "95 % interval"]
+    columns += ["baseline", "difference", "95 % interval"] if compared else []
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        label = "length, tokens" if row.name == "length" else row.name
+        cells = [escape(plain(label)), f"{row.value.value:.3f}", row.value.interval]
+        if row.baseline is not None and row.difference is not None:
+            cells += [f"{row.baseline.value:.3f}", f"{row.difference.value:+.3f}"]
+            cells += [row.difference.interval]
+        table.add_row(*cells)
+    return table
 
 
 def _scores(

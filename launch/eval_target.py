@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _AT_ITERATION = re.compile(r"(.+)@(\d+)")
 _WEIGHTS = "*.safetensors"
+_HEAD = "model."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +113,8 @@ def _assemble(policy: Path, learner: Path, directory: Path) -> None:
 
     masters: dict[str, Tensor] = {}
     for file in sorted(learner.glob("weights-*.safetensors")):
-        masters |= load_file(file)
+        # The learner's module holds the model under this name (rayhf/models/forward.py).
+        masters |= {name.removeprefix(_HEAD): weight for name, weight in load_file(file).items()}
     shutil.copytree(policy, directory, ignore=shutil.ignore_patterns("adapter", MANIFEST, _WEIGHTS))
     unused = set(masters)
     for file in sorted(policy.glob(_WEIGHTS)):

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rayhf import __version__
 from rayhf.config.models import ModelName
 from rayhf.config.yaml_text import dump_yaml
+from rayhf.evaluation.statistics import Estimate
 from rayhf.run_dir.records import read_metrics
 from rayhf.run_dir.state import CampaignState
+from rayhf.view.evaluations import changes
+from rayhf.view.run import Run
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -61,8 +64,9 @@ def model_card(
         f"# {title}",
         _table(("", ""), [row for row in facts.items() if row[1]]),
         "## Figures",
-        _table(("metric", "before", "after"), _figures(run)),
-        "`eval/<task>/sampled` is measured on held-out prompts at temperature 1.",
+        _table(("metric", "before", "after", "difference"), _figures(run)),
+        "`eval/<task>/sampled` is measured on held-out prompts at temperature 1. In brackets: 95 % "
+        "intervals over prompts, where there is more than one; differences are paired by prompt.",
         "## Recipe",
         f"```yaml\n{dump_yaml(published)}```",
     ]
@@ -107,16 +111,35 @@ def _datasets(value: object) -> Iterator[str]:
             yield from _datasets(item)
 
 
-def _figures(run: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield name, first and last value of the metrics that say what training changed."""
+def _figures(run: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, first and last value, and change of the metrics that say what training changed.
+
+    A change has its interval; where it has none, it is left out.
+    """
     lines = read_metrics(run)
+    measured = {change.metric: change for change in changes(Run(run, run.name))}
     names = {name for line in lines for name in line}
-    evaluated = sorted(
-        name for name in names if name.startswith("eval/") and not name.endswith("_s")
-    )
-    for name in (*evaluated, *(name for name in _FIGURES if name in names)):
-        values = [line[name] for line in lines if name in line]
-        yield f"`{name}`", f"{values[0]:.4g}", f"{values[-1]:.4g}"
+    evaluated = {
+        name
+        for name in names | measured.keys()
+        if (name in measured or name.startswith("eval/"))
+        and not name.endswith(("_s", "_low", "_high"))
+    }
+    for name in (*sorted(evaluated), *(name for name in _FIGURES if name in names)):
+        if change := measured.get(name):
+            before, after = _with_interval(change.before), _with_interval(change.after)
+            yield f"`{name}`", before, after, _with_interval(change.difference)
+        else:
+            values = [line[name] for line in lines if name in line]
+            yield f"`{name}`", f"{values[0]:.4g}", f"{values[-1]:.4g}", ""
+
+
+def _with_interval(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    known = estimate.count != 1
+    bounds = f" ({estimate.low:.4g} to {estimate.high:.4g})" if known else ""
+    return f"{estimate.value:.4g}{bounds}"
 
 
 def _table(columns: tuple[str, ...], rows: Any) -> str:

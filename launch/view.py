@@ -1,9 +1,8 @@
-"""Console output of a campaign: placement, progress, and a table at the end."""
+"""Console output of a campaign: placement and progress."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -19,13 +18,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from launch.sanitize import plain, print_plain
+from launch.sanitize import print_plain
 from rayhf.planning.placement import ActorSpec, NodeResources, amounts, bundles, members, pack
-from rayhf.run_dir.records import read_metrics
 
 _SILENT = ("commit",)
 _STYLES = {"fault": "red", "pause": "yellow", "warn": "yellow"}
-PHASES = ("rollout", "scorer", "reference", "learner", "sync", "evaluate")
 
 
 class LiveView:
@@ -104,57 +101,6 @@ def iteration_line(metrics: Mapping[str, float], iterations: int, task: str) -> 
     if evaluated:
         parts.append(f"| held-out {' '.join(evaluated)}")
     return "  ".join(parts)
-
-
-def summary(run: Path, task: str) -> Table:
-    """Return a table of metrics before and after, and of time per phase, from metrics.jsonl."""
-    lines = read_metrics(run)
-    evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
-    iterations = [line for line in lines if line["iteration"] > 0]
-    title = f"{escape(plain(run.name))}: before and after {len(iterations)} iterations"
-    table = Table(title=title)
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    if evaluated:
-        for label, name in (
-            ("held-out, temperature 1", "sampled"),
-            ("held-out, greedy", "greedy"),
-            ("held-out, training reward", "reward"),
-            ("KL to the reference, nats per response", "reference_kl"),
-            ("length, tokens", "length"),
-            ("truncated", "truncated"),
-        ):
-            key = f"eval/{task}/{name}"
-            _add_row(table, label, evaluated[0].get(key), evaluated[-1].get(key))
-        for key in sorted(evaluated[-1]):
-            if key.endswith(("/nll", "/pair_accuracy")):
-                _add_row(table, escape(plain(key)), evaluated[0].get(key), evaluated[-1][key])
-    if iterations:
-        _add_row(
-            table,
-            "training reward per iteration",
-            iterations[0].get("scorer/reward_mean"),
-            _mean(iterations[-5:], "scorer/reward_mean"),
-        )
-        table.add_section()
-        for phase in PHASES:
-            seconds = sum(line.get(f"time/{phase}_s", 0.0) for line in iterations)
-            if seconds:
-                table.add_row(f"{phase}, total seconds", "", f"{seconds:.1f}")
-        seconds = sum(line["time/iteration_s"] for line in iterations)
-        table.add_row("iterations, total seconds", "", f"{seconds:.1f}")
-    return table
-
-
-def _add_row(table: Table, label: str, *values: float | None) -> None:
-    if any(value is not None for value in values):
-        table.add_row(label, *("" if value is None else f"{value:.3f}" for value in values))
-
-
-def _mean(lines: Sequence[Mapping[str, float]], name: str) -> float | None:
-    values = [float(line[name]) for line in lines if name in line]
-    return sum(values) / len(values) if values else None
 
 
 def placement_table(specs: Sequence[ActorSpec], nodes: Sequence[NodeResources]) -> Table:

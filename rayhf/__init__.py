@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from rayhf.types import GenerateRequest as GenerateRequest
     from rayhf.types import Group as Group
     from rayhf.types import Invalid as Invalid
+    from rayhf.types import JudgeReply as JudgeReply
     from rayhf.types import Outcome as Outcome
     from rayhf.types import Prompt as Prompt
     from rayhf.types import Row as Row
@@ -123,6 +124,7 @@ _HOMES = {
         "GenerateRequest",
         "Group",
         "Invalid",
+        "JudgeReply",
         "Outcome",
         "Prompt",
         "Row",

@@ -20,6 +20,7 @@ RayhfError                      1   base of the others, for `except` at the comm
 ├── StorageError                8   the run directory cannot be read or written
 ├── ScorerError                 9   too many completions could not be scored
 ├── ActorLostError             10   an actor's process died too often
+│   ├── LostObjectError        10   what a call needs was lost with the process that had it
 │   └── GpuMemoryError         10   a GPU has too little free memory for an engine to start
 ├── DeadlineError              11   a wait passed its limit; says which phase waited for which actor
 ├── PausedError                12   a guard paused the campaign; `rayhf unpause` resumes it
@@ -42,6 +43,7 @@ _ESCAPE_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1
 """Codes that control a terminal: colors, cursor, title."""
 REASON_CHARS = 600
 """Limit on foreign text in a message."""
+_CUT = "\n[...]\n"
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -165,6 +167,16 @@ class ActorLostError(RayhfError):
     )
 
 
+class LostObjectError(ActorLostError):
+    """What a call needs was lost with the process that had it; the called actor is well.
+
+    New weights, for example, when their learner's node is gone: no restart of the engine that asks
+    for them brings them back.
+    """
+
+    meaning = "what an actor needs was lost together with another one, too often"
+
+
 class GpuMemoryError(ActorLostError):
     """Too little free memory on a GPU at the moment: other processes may still hold some."""
 
@@ -234,12 +246,33 @@ def clean_line(text: str, limit: int = REASON_CHARS) -> str:
     return "".join(character if character.isprintable() else "?" for character in line)
 
 
+def clean_text(text: str, limit: int) -> str:
+    """Return foreign text of at most `limit` characters, cleaned as in clean_line.
+
+    Line breaks and tabs stay. A longer text loses its middle: a verdict stands at the end.
+    """
+    if len(text) > limit:
+        half = (limit - len(_CUT)) // 2
+        text = text[:half] + _CUT + text[-half:]
+    text = "\n".join(_ESCAPE_CODE.sub("", text).splitlines())
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else "?" for character in text
+    )
+
+
+def message_of(error: BaseException) -> str:
+    """Return an error's message; "" where its own `__str__` raises, which foreign code may do."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  the error that it belongs to is reported
+        return ""
+
+
 def last_line(error: BaseException) -> str:
     """Return type and last line of a foreign error, which is where it says what went wrong."""
-    try:
-        lines = [line for line in map(clean_line, str(error).splitlines()) if line]
-    except Exception:  # noqa: BLE001 - foreign code raises in its __str__, too
-        lines = []
+    lines = [line for line in map(clean_line, message_of(error).splitlines()) if line]
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
@@ -247,4 +280,5 @@ def one_line(error: BaseException) -> str:
     """Return type and message of an error in one line; rayhf's own errors without their type."""
     if isinstance(error, RayhfError):
         return clean_line(str(error))
-    return clean_line(f"{type(error).__name__}: {error}")
+    message = message_of(error)
+    return clean_line(f"{type(error).__name__}: {message}" if message else type(error).__name__)

@@ -35,7 +35,8 @@ class Rollout(Protocol):
     ) -> list[tuple[Completion, ...]]:
         """Return the completions of every request, in order.
 
-        Raises StaleWeightsError where an engine does not hold `version`.
+        Raises StaleWeightsError where an engine does not hold `version`; with in-flight updates,
+        where it holds older weights.
         """
         ...
 
@@ -51,6 +52,16 @@ class Rollout(Protocol):
 
         Raises WeightSyncError unless each confirms version, checksum and probe.
         """
+        ...
+
+
+@runtime_checkable
+class TimesUpdates(Protocol):
+    """Capability of a rollout: it measures how long its engines stand still for an update."""
+
+    @property
+    def paused_s(self) -> float:
+        """Longest time that an engine did not generate for the last update, in seconds."""
         ...
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -153,7 +153,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Completion(_ByValue):
-    """Generated text for one seed of one request; its arrays take eight bytes per token."""
+    """Generated text for one seed of one request.
+
+    Its arrays take eight bytes per token, twelve where several versions of the weights wrote it.
+    """
 
     prompt_id: str
     index: int
@@ -175,7 +178,44 @@ class Completion(_ByValue):
     thinking_tokens: int = 0
     """Number of token_ids that belong to the thinking, end marker included."""
     policy_version: int
-    """Version of the weights that generated it; staleness is computed from it, never assumed."""
+    """Version of the weights that generated it, of its oldest token where there are several;
+    staleness is computed from it, never assumed."""
+    token_versions: TokenArray | None = None
+    """Version of the weights that generated each token; None where it is policy_version for all."""
+
+    def part(self, start: int, stop: int | None = None) -> Completion:
+        """Return it with the tokens `start` to `stop` only, and with the same text."""
+        versions = self.token_versions
+        oldest = self.policy_version
+        if versions is not None:
+            oldest, versions = split_versions(versions[start:stop])
+        return replace(
+            self,
+            token_ids=self.token_ids[start:stop],
+            logprobs=self.logprobs[start:stop],
+            policy_version=oldest,
+            token_versions=versions,
+        )
+
+
+def split_versions(versions: TokenArray) -> tuple[int, TokenArray | None]:
+    """Return the oldest of several tokens' versions, and all of them unless they are equal."""
+    oldest = int(versions.min())
+    return oldest, None if oldest == versions.max() else token_array(versions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeReply:
+    """What a judge wrote about a completion: its reasons and its verdict."""
+
+    text: str
+    part: str = ""
+    """Name of the part of the score that it belongs to."""
+    against: int | None = None
+    """Of a judge that compares: index of the other completion in the request. It was shown second,
+    the completion that has this reply first."""
+    left_out: bool = False
+    """Whether it does not count: no verdict could be read in it, or it was cut off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +224,8 @@ class Scored:
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    replies: tuple[JudgeReply, ...] = ()
+    """What judges wrote, bounded by scorer/replies.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +265,12 @@ class Compared:
     win[i, j] + win[j, i] = 1. NaN where the scorer had no verdict on a pair."""
     source: Literal["pairwise", "pointwise"]
     """pointwise: sigmoids of score differences, transitive by construction."""
+    replies: tuple[tuple[JudgeReply, ...], ...] = ()
+    """What judges wrote: K entries, one per completion, or none."""
+
+    def replies_about(self, index: int) -> tuple[JudgeReply, ...]:
+        """Return what judges wrote about a completion, or about a pair that it stood first in."""
+        return self.replies[index] if self.replies else ()
 
 
 Comparison = Compared | Invalid | Failed

@@ -49,6 +49,7 @@ PROTOCOLS = {
         algorithms.TrainsOnRows,
         algorithms.TakesOfflinePairs,
         algorithms.TakesLabels,
+        algorithms.RefillsPrompts,
         algorithms.TrainsSeveralPolicies,
         algorithms.WorksAtTestTime,
         algorithms.KeepsState,

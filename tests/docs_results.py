@@ -1,20 +1,25 @@
 """Measured figures in docs/: tables and curves, taken from tests/bench/RESULTS.md and curves/.
 
 In a page, the rows between `<!-- results: HEADING | CASES -->` and `<!-- end -->` are those of the
-first table below HEADING whose first cell is one of CASES (all where it is empty).
+first table below HEADING whose first cell is one of CASES (all where it is empty). Between
+`<!-- curve: NAME METRIC ... -->` and `<!-- end -->` is the picture of curves/NAME.csv, or the
+command that makes it from a run.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 
 BENCH = Path(__file__).parent / "bench"
 RESULTS = BENCH / "RESULTS.md"
 MARK = re.compile(r"(<!-- results: ([^|\n]+?) \|([^\n]*)-->\n)(.*?)(<!-- end -->)", re.DOTALL)
+CURVE_MARK = re.compile(r"(<!-- curve: (\w+)([ \w/]*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Points = Sequence[tuple[float, float]]
 
 STYLE = """\
@@ -67,7 +72,17 @@ def with_results(page: str) -> str:
             raise ValueError(f"no row of {heading!r} is one of {wanted}")
         return "\n".join([head, names, rule, *kept, "", end])
 
-    return MARK.sub(rows, page)
+    def picture(match: re.Match[str]) -> str:
+        head, name, metrics, _, end = match.groups()
+        shown = f"![{name}, by iteration](../img/curve_{name}.svg)"
+        if not (BENCH / "curves" / f"{name}.csv").exists():
+            shown = (
+                "No curve yet. After the run, this and `python -m tests.docs` draw it here:\n\n"
+                f"```sh\npython -m tests.bench.curve runs/{name}{metrics}\n```"
+            )
+        return f"{head}\n{shown}\n\n{end}"
+
+    return CURVE_MARK.sub(picture, MARK.sub(rows, page))
 
 
 def curve(
@@ -108,17 +123,34 @@ def curve(
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
+def _kept(file: Path) -> dict[str, Points]:
+    """Return the series of a CSV file by the names of its columns."""
+    with file.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return {
+        name: [(float(row["iteration"]), float(row[name])) for row in rows if row[name]]
+        for name in rows[0]
+        if name != "iteration"
+    }
+
+
+def kept_curve(file: Path) -> str:
+    """Return a picture of the curves that tests/bench/curve.py kept of a run."""
+    series = _kept(file)
+    values = [y for points in series.values() for _, y in points]
+    # Steps of the axis have two digits after the point.
+    low = math.floor(min(values) * 10) / 10
+    high = max(math.ceil(max(values) * 10) / 10, low + 0.1)
+    title = f"{file.stem} (2 CPU cores)"
+    return curve(title, "iteration", list(series.items()), low=low, high=high)
+
+
 def _demo() -> str:
-    with (BENCH / "curves" / "demo.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-
-    def points(column: str) -> Points:
-        return [(float(row["iteration"]), float(row[column])) for row in rows if row[column]]
-
+    kept = _kept(BENCH / "curves" / "demo.csv")
     series = [
-        ("held-out, temperature 1", points("sampled")),
-        ("held-out, greedy", points("greedy")),
-        ("training reward", points("reward")),
+        ("held-out, temperature 1", kept["sampled"]),
+        ("held-out, greedy", kept["greedy"]),
+        ("training reward", kept["reward"]),
     ]
     title = "make demo: online DPO on arithmetic, accuracy (2 CPU cores)"
     return curve(title, "iteration", series, low=0.2, high=1.0)
@@ -156,4 +188,8 @@ CURVES: dict[str, Callable[[], str]] = {
         1.8,
         2.4,
     ),
+} | {
+    f"curve_{file.stem}.svg": partial(kept_curve, file)
+    for file in sorted((BENCH / "curves").glob("*.csv"))
+    if file.stem != "demo"
 }

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from rayhf.errors import ConfigError
-from rayhf.types import JsonObject
 
 Array = npt.NDArray[np.float64]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -28,7 +27,7 @@ VARIANCE_FLOOR = 1e-8
 """Added to a variance before the square root, so that constant input whitens to 0 instead of
 amplified rounding errors."""
 MAX_EXPONENT = 20.0
-"""Nats, as in losses/policy.py."""
+"""Nats, as in losses/ratios.py."""
 
 
 def finite(values: npt.ArrayLike, name: str, *, dimensions: int = 1) -> Array:
@@ -183,6 +182,17 @@ def discounted_sums(values: npt.ArrayLike, lengths: npt.ArrayLike, discount: flo
     return out
 
 
+def centered(scores: npt.ArrayLike) -> Array:
+    """Return R - mean within each group of K samples: (G, K). A single sample has 0.
+
+    Liu et al. 2025 (Dr. GRPO): without the group's standard deviation, which would give more weight
+    to prompts that are almost always or almost never solved.
+    """
+    score = finite(scores, "scores", dimensions=2)
+    advantage: Array = score - score.mean(axis=1, keepdims=True)
+    return advantage
+
+
 def grpo(scores: npt.ArrayLike, eps: float = 1e-6) -> Array:
     """Return (R - mean) / (std + eps) within each group of K samples: (G, K).
 
@@ -242,44 +252,3 @@ def whiten(values: npt.ArrayLike, *, keep_mean: bool = False) -> Array:
     scale = np.sqrt(tokens.var() + VARIANCE_FLOOR)
     white: Array = (tokens - mean) / scale + (mean if keep_mean else 0.0)
     return white
-
-
-# --- the KL coefficient -------------------------------------------------------------------------
-
-
-class AdaptiveKL:
-    """Proportional controller of the KL coefficient (Ziegler et al. 2019).
-
-    `target` and the KL that `update` receives are the same statistic: nats per RESPONSE (the sum
-    over its tokens, averaged over responses), never per token.
-    """
-
-    def __init__(self, coef: float, target: float, horizon: float) -> None:
-        for name, value in (("coef", coef), ("target", target), ("horizon", horizon)):
-            if not (np.isfinite(value) and value > 0):
-                raise ConfigError(
-                    f"algorithm.kl.{name}: {value} must be finite and above 0 "
-                    "for the adaptive controller"
-                )
-        self.coef = float(coef)
-        self.target = float(target)
-        self.horizon = float(horizon)
-
-    def update(self, kl_per_response: float, responses: int) -> float:
-        """Multiply coef by 1 + clip(kl / target - 1, -0.2, 0.2) * responses / horizon; return it.
-
-        An iteration larger than the horizon counts as one horizon: otherwise a single step could
-        take the coefficient to 0 or below.
-        """
-        observed = finite([kl_per_response], "kl_per_response")[0]
-        error = min(max(observed / self.target - 1.0, -0.2), 0.2)
-        self.coef *= 1.0 + error * min(responses / self.horizon, 1.0)
-        return self.coef
-
-    def state_dict(self) -> JsonObject:
-        """Return the coefficient; target and horizon belong to the config."""
-        return {"coef": self.coef}
-
-    def load_state_dict(self, state: JsonObject) -> None:
-        """Restore what `state_dict` returned."""
-        self.coef = float(finite([float(str(state["coef"]))], "coef")[0])

@@ -233,6 +233,23 @@ class TrainsSeveralPolicies(Protocol):
 
 
 @runtime_checkable
+class RefillsPrompts(Protocol):
+    """Wants further prompts in place of those whose groups teach nothing."""
+
+    @property
+    def refill_budget(self) -> float:
+        """Prompts that an iteration may explore, as a multiple of prompts.batch; 1 is off."""
+        ...
+
+    def has_signal(self, group: Group) -> bool:
+        """Whether `select` keeps examples of a group.
+
+        A function of the group only: a resumed iteration asks again.
+        """
+        ...
+
+
+@runtime_checkable
 class RendersConversations(Protocol):
     """Renders conversations and answers of its own, which not every chat template can."""
 
@@ -300,6 +317,12 @@ def load_state(algorithm: Algorithm, state: JsonObject) -> None:
         algorithm.load_state_dict(state)
     elif state:
         raise ValueError(f"{type(algorithm).__name__} has no state, got {sorted(state)}")
+
+
+def most_prompts(algorithm: Algorithm, batch: int) -> int:
+    """Return how many prompts an iteration of `batch` prompts may explore."""
+    budget = algorithm.refill_budget if isinstance(algorithm, RefillsPrompts) else 1.0
+    return int(budget * batch + 1e-6)  # 1.15 * 100 is 114.99...
 
 
 def generates(algorithm: Algorithm) -> bool:

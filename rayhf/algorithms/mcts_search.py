@@ -124,15 +124,9 @@ class PromptSearch:
             # The cut splits a character: it is missing from both texts.
             rest = self.context.decode(whole.token_ids[size:])
         step = replace(
-            whole,
-            text=text,
-            token_ids=whole.token_ids[:size],
-            logprobs=whole.logprobs[:size],
-            finish_reason="stop" if stopped(size) else "length",
+            whole.part(0, size), text=text, finish_reason="stop" if stopped(size) else "length"
         )
-        rollout = replace(
-            whole, text=rest, token_ids=whole.token_ids[size:], logprobs=whole.logprobs[size:]
-        )
+        rollout = replace(whole.part(size), text=rest)
         return Step(completion=step, end=self._end(step, written), rollout=rollout)
 
     async def evaluate(self, tree: Tree, node: TreeNode) -> float | None:

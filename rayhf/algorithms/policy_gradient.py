@@ -1,4 +1,4 @@
-"""Base of the policy-gradient family: PPO, GRPO, RLOO, REINFORCE++.
+"""Base of the policy-gradient family: PPO, GRPO and its variants, RLOO, REINFORCE++.
 
 One iteration: n scored samples per prompt; token rewards, which are the score at the last token
 minus the KL penalty; advantages, in which the subclasses differ; a policy-gradient loss.
@@ -10,14 +10,13 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import JsonValue
 
 from rayhf.algorithms.advantages import (
-    AdaptiveKL,
     Array,
     kl_penalty,
     missing_eos_penalty,
@@ -31,19 +30,13 @@ from rayhf.algorithms.base import (
     sample_and_score,
     scored,
 )
+from rayhf.algorithms.coefficients import AdaptiveEntropy, AdaptiveKL
 from rayhf.algorithms.context import ExplorationContext
-from rayhf.config.algorithms import (
-    AlgorithmConfig,
-    ImportanceConfig,
-    InitialReference,
-    ReferenceSchedule,
-)
-from rayhf.config.base import Section
+from rayhf.algorithms.policy_gradient_config import PolicyGradientConfig
+from rayhf.config.algorithms import InitialReference, ReferenceSchedule
 from rayhf.config.registry import LOSSES
-from rayhf.config.schema import CampaignConfig
-from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss
-from rayhf.losses.policy import ClippedSurrogateConfig, KLEstimator, KLTerm, PolicyLossConfig
+from rayhf.losses.kl import KLTerm
 from rayhf.types import (
     Completion,
     Example,
@@ -52,77 +45,9 @@ from rayhf.types import (
     JsonObject,
     Prompt,
     Row,
+    Sampling,
     make_row,
 )
-
-
-class KLConfig(Section):
-    """KL penalty to the initial policy."""
-
-    coef: NonNegativeFloat = 0.01
-    """Coefficient of the penalty (OpenRLHF's default); 0 is off."""
-    estimator: KLEstimator = "k1"
-    """Per-token estimator (Schulman 2020)."""
-    where: Literal["reward", "loss"] = "reward"
-    """Where it is added: to each token's reward, or to the loss."""
-    target: PositiveFloat | None = None
-    """Target KL per completion of the adaptive coefficient (Ziegler et al. 2019), in nats. Default:
-    a fixed coefficient."""
-    horizon: PositiveInt = 10000
-    """Time constant of the adaptive coefficient, in completions."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.where == "loss" and self.estimator == "k1":
-            raise ValueError(
-                "estimator k1 has no useful gradient as a loss; expected k2 or k3, or where: reward"
-            )
-        if self.target is not None and self.coef == 0:
-            raise ValueError("an adaptive coefficient must start above 0; coef is 0")
-        return self
-
-
-class PolicyGradientConfig(AlgorithmConfig):
-    """Settings of the whole family."""
-
-    trains_at_sampling_temperature: ClassVar[bool] = True
-    samples: PositiveInt = 1
-    """Completions per prompt."""
-    loss: Annotated[PolicyLossConfig, LOSSES.defaulting("clipped")] = ClippedSurrogateConfig()
-    """A policy-gradient loss."""
-    kl: KLConfig = KLConfig()
-    reward_clip: PositiveFloat | None = 10.0
-    """Largest absolute score, after the group's baseline where there is one (grpo, rloo); larger
-    ones are clipped (OpenRLHF) and counted as ppo/reward_clipped. null is off."""
-    missing_eos_penalty: NonNegativeFloat = 0.0
-    """Penalty on the score of a truncated completion (finish_reason "length")."""
-    overlong_buffer: NonNegativeInt = 0
-    """Tokens before rollout.max_tokens over which the length penalty grows (DAPO); 0 is off."""
-    overlong_penalty: NonNegativeFloat = 1.0
-    """Length penalty at rollout.max_tokens."""
-    drop_uniform_groups: bool = False
-    """Drop prompts whose completions all have the same score: they have no advantage (DAPO's
-    dynamic sampling)."""
-    importance: ImportanceConfig = ImportanceConfig()
-
-    def check_campaign(self, campaign: CampaignConfig) -> None:
-        """Refuse sampling whose log-probs are not known, and a length penalty from token 0 on.
-
-        Raises ConfigError.
-        """
-        rollout = campaign.rollout
-        if rollout.temperature != 1 and (rollout.top_p < 1 or rollout.top_k):
-            raise ConfigError(
-                f"rollout.top_p is {rollout.top_p:g} and rollout.top_k {rollout.top_k} with "
-                f"rollout.temperature {rollout.temperature:g}: the engines' log-probs would not be "
-                f"those of the policy that {self.type} trains; expected temperature 1, or top_p 1 "
-                "and top_k 0"
-            )
-        if self.overlong_buffer > campaign.rollout.max_tokens:
-            raise ConfigError(
-                f"algorithm.overlong_buffer is {self.overlong_buffer}; expected at most "
-                f"rollout.max_tokens {campaign.rollout.max_tokens}"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,12 +78,21 @@ class PolicyGradient(AlgorithmBase, ABC):
     def __init__(self, config: PolicyGradientConfig) -> None:
         self.config = config
         self.samples = config.samples
+        self.refill_budget = config.refill.budget
         kl = config.kl
         self.reference: ReferenceSchedule | None = InitialReference() if kl.coef > 0 else None
         self._adaptive_kl = (
             AdaptiveKL(kl.coef, kl.target, kl.horizon) if kl.target is not None else None
         )
+        entropy = config.entropy
+        self._adaptive_entropy = (
+            AdaptiveEntropy(target=entropy.target, step=entropy.step, largest=entropy.largest)
+            if entropy
+            else None
+        )
         self._completions = 0
+        self._max_tokens: int | None = None
+        """Longest completion, once it is known."""
 
     @property
     def kl_coef(self) -> float:
@@ -171,25 +105,24 @@ class PolicyGradient(AlgorithmBase, ABC):
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
         """Make one example per scored completion; groups that are too small are dropped."""
+        self._max_tokens = context.sampling.max_tokens
         examples: list[Example] = []
         small = 0
         uniform = 0
         clipped = 0
-        max_tokens = context.sampling.max_tokens
         for group in groups:
-            usable = []
-            for i, sample, score in scored(group):
-                bounded = self._clip_score(score)
-                clipped += bounded != score
-                usable.append((i, self._shape_score(sample.completion, bounded, max_tokens)))
-            if len({score for _, score in usable}) == 1 and len(usable) > 1:
+            scores = self._scores(group)
+            clipped += sum(score != scores[i] for i, _, score in scored(group))
+            if _is_uniform(scores):
                 uniform += 1
-                if self.config.drop_uniform_groups:
+                if self.config.drops_uniform:
                     continue
-            if len(usable) < self.min_group:
+            if len(scores) < self.min_group:
                 small += 1
                 continue
-            examples += [Example(rows=(make_row(group, i, score=score),)) for i, score in usable]
+            for i, score in scores.items():
+                shaped = self._shape_score(group.samples[i].completion, score, context.sampling)
+                examples.append(Example(rows=(make_row(group, i, score=shaped),)))
         self._completions = len(examples)
         uniform_share = uniform / max(len(groups), 1)
         metrics = {"ppo/groups_uniform": uniform_share, "ppo/groups_dropped": float(small)}
@@ -201,6 +134,19 @@ class PolicyGradient(AlgorithmBase, ABC):
             no_signal=uniform_share,
         )
 
+    def has_signal(self, group: Group) -> bool:
+        """Whether a group is trained on where uniform ones are dropped.
+
+        Scores decide before penalties on length, as in DAPO (eq. 11): completions that are all
+        wrong do not become a lesson in length.
+        """
+        scores = self._scores(group)
+        return len(scores) >= self.min_group and not _is_uniform(scores)
+
+    def _scores(self, group: Group) -> dict[int, float]:
+        """Return the bounded score of every scored completion, by its index."""
+        return {i: self._clip_score(score) for i, _, score in scored(group)}
+
     def _clip_score(self, score: float) -> float:
         """Bound a score that no group baseline is subtracted from."""
         limit = self.config.reward_clip
@@ -208,22 +154,26 @@ class PolicyGradient(AlgorithmBase, ABC):
             return score
         return min(max(score, -limit), limit)
 
-    def _shape_score(self, completion: Completion, score: float, max_tokens: int) -> float:
+    def _shape_score(self, completion: Completion, score: float, sampling: Sampling) -> float:
         """Subtract the penalties on truncation and length from a score."""
         config = self.config
+        max_tokens = sampling.max_tokens
         score -= missing_eos_penalty(
             truncated=completion.finish_reason == "length", penalty=config.missing_eos_penalty
         )
+        buffer = max_tokens // 5 if config.overlong_buffer is None else config.overlong_buffer
         return score - overlong_penalty(
             len(completion.token_ids),
             max_tokens=max_tokens,
-            buffer=config.overlong_buffer,
+            buffer=buffer,
             penalty=config.overlong_penalty,
         )
 
     def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
         """Give every token its advantage."""
         metrics = {"ppo/kl_coef": self.kl_coef} if self.reference else {}
+        if self._adaptive_entropy:
+            metrics["ppo/entropy_coef"] = self._adaptive_entropy.applied
         if not examples:
             return [], metrics
         rows = [example.rows[0] for example in examples]
@@ -240,6 +190,10 @@ class PolicyGradient(AlgorithmBase, ABC):
             replace(example, rows=(row,))
             for example, row in zip(examples, with_token_values(rows, credit), strict=True)
         ]
+        if self.config.drop_truncated:
+            kept = [e for e in credited if not e.rows[0].scalars["truncated"]]
+            metrics["ppo/truncated_dropped"] = float(len(credited) - len(kept))
+            credited = kept
         return credited, metrics
 
     @abstractmethod
@@ -271,27 +225,48 @@ class PolicyGradient(AlgorithmBase, ABC):
     def loss(self, objective: str = "policy") -> Loss:
         """Return the configured loss, with the KL term where it is in the loss."""
         kl = self.config.kl
-        in_loss = self.reference is not None and kl.where == "loss"
+        term = None
+        if self.reference is not None and kl.where == "loss":
+            term = KLTerm(coef=self.kl_coef, estimator=kl.estimator, unbiased=kl.unbiased)
+        adaptive = self._adaptive_entropy
         loss: Loss = LOSSES.build(
             self.config.loss,
-            importance_cap=self.config.importance.cap,
-            kl=KLTerm(coef=self.kl_coef, estimator=kl.estimator) if in_loss else None,
+            importance=self.config.importance,
+            kl=term,
+            entropy_coef=adaptive.applied if adaptive else None,
+            max_tokens=self._max_tokens,
         )
         return loss
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Adapt the KL coefficient to the iteration's KL."""
+        """Adapt the coefficients to the iteration's KL and entropy."""
         if self._adaptive_kl and "reference/kl" in metrics:
             self._adaptive_kl.update(metrics["reference/kl"], self._completions)
+        if self._adaptive_entropy and "policy/entropy" in metrics:
+            self._adaptive_entropy.update(metrics["policy/entropy"])
 
     def state_dict(self) -> JsonObject:
-        """Return the adaptive coefficient."""
-        return self._adaptive_kl.state_dict() if self._adaptive_kl else {}
+        """Return the adaptive coefficients."""
+        state: dict[str, JsonValue] = {}
+        if self._adaptive_kl:
+            state["kl"] = dict(self._adaptive_kl.state_dict())
+        if self._adaptive_entropy:
+            state["entropy"] = dict(self._adaptive_entropy.state_dict())
+        return state
 
     def load_state_dict(self, state: JsonObject) -> None:
-        """Restore the adaptive coefficient."""
-        if self._adaptive_kl:
-            self._adaptive_kl.load_state_dict(state)
+        """Restore what `state_dict` returned."""
+        kl = state.get("kl")
+        entropy = state.get("entropy")
+        if self._adaptive_kl and isinstance(kl, dict):
+            self._adaptive_kl.load_state_dict(kl)
+        if self._adaptive_entropy and isinstance(entropy, dict):
+            self._adaptive_entropy.load_state_dict(entropy)
+
+
+def _is_uniform(scores: Mapping[int, float]) -> bool:
+    """Whether several completions all have one score."""
+    return len(scores) > 1 and len(set(scores.values())) == 1
 
 
 def with_token_values(rows: Sequence[Row], values: Mapping[str, Array]) -> list[Row]:

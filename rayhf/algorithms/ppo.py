@@ -7,7 +7,8 @@ from typing import Annotated, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from rayhf.algorithms.advantages import Array, gae, token_rewards, whiten
-from rayhf.algorithms.policy_gradient import IterationTokens, PolicyGradient, PolicyGradientConfig
+from rayhf.algorithms.policy_gradient import IterationTokens, PolicyGradient
+from rayhf.algorithms.policy_gradient_config import PolicyGradientConfig
 from rayhf.losses.base import Loss
 from rayhf.losses.value import ValueLoss
 

@@ -7,7 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from rayhf.algorithms.advantages import Array, reinforce_plus_plus, token_rewards, whiten
-from rayhf.algorithms.policy_gradient import IterationTokens, PolicyGradient, PolicyGradientConfig
+from rayhf.algorithms.policy_gradient import IterationTokens, PolicyGradient
+from rayhf.algorithms.policy_gradient_config import PolicyGradientConfig
 
 
 class ReinforcePlusPlusConfig(PolicyGradientConfig):

@@ -7,13 +7,8 @@ from typing import Annotated
 from pydantic import Field, NonNegativeFloat
 
 from rayhf.algorithms.advantages import Array, rloo
-from rayhf.algorithms.policy_gradient import (
-    IterationTokens,
-    KLConfig,
-    PolicyGradient,
-    PolicyGradientConfig,
-    group_advantages,
-)
+from rayhf.algorithms.policy_gradient import IterationTokens, PolicyGradient, group_advantages
+from rayhf.algorithms.policy_gradient_config import KLConfig, PolicyGradientConfig
 
 
 class RLOOKLConfig(KLConfig):

@@ -1,10 +1,10 @@
 """The one loop of every algorithm: explore, select, credit, train, sync, evaluate, checkpoint.
 
 Synchronization: training on iteration i starts when its exploration has finished; weights are sent
-to the engines when no exploration is in flight; exploration of iteration i + max_staleness may
-start just before training on iteration i. With max_staleness 0 the phases follow each other and the
-run is strictly on-policy; with 1, generation overlaps training, and so on. There is no second,
-asynchronous loop.
+to the engines when no exploration is in flight, or at once with rollout.in_flight_updates;
+exploration of iteration i + max_staleness may start just before training on iteration i. With
+max_staleness 0 the phases follow each other and the run is strictly on-policy; with 1, generation
+overlaps training, and so on. There is no second, asynchronous loop.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from rayhf.campaign.training import Trainer
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import InterruptedRunError, PausedError
 from rayhf.exploration.metrics import exploration_metrics, scorer_counts, source_metrics
+from rayhf.exploration.token_ages import token_ages
 from rayhf.monitoring.guards import Alarm, check_guards
 from rayhf.monitoring.observer import Observer
-from rayhf.roles import Roles
+from rayhf.roles import Roles, TimesUpdates
 from rayhf.run_dir.state import CheckpointState
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Sampling, WeightSnapshot
@@ -123,12 +124,19 @@ class Controller:
         last = self.config.run.iterations
         self._start_explorations(iteration)
         explored = await self._explorations.pop(iteration)
-        metrics: dict[str, float] = {"iteration": iteration, **explored.tokens}
+        metrics: dict[str, float] = {"iteration": iteration, **explored.counts}
         self.store.write_samples(iteration, explored.groups)
         # In threads: meanwhile the engines get requests of the next iteration.
         metrics |= await asyncio.to_thread(
             exploration_metrics, explored.groups, self.versions["policy"]
         )
+        if self.config.rollout.in_flight_updates:
+            metrics |= await asyncio.to_thread(
+                token_ages,
+                explored.groups,
+                self.versions["policy"],
+                limit=self.config.run.max_staleness,
+            )
         selected = await self._trainer.select(iteration, explored.groups, metrics)
         metrics |= await asyncio.to_thread(source_metrics, explored.groups, selected.examples)
         seconds = explored.seconds
@@ -229,11 +237,12 @@ class Controller:
         """Send the new weights to the engines that use them, and to the reference when it is due.
 
         The reference takes the policy's weights also after an iteration that did not change them:
-        earlier ones did. Waits until no exploration is in flight. Returns metrics of the sync.
+        earlier ones did. Waits until no exploration is in flight, except with in-flight updates.
+        Returns metrics of the sync.
         """
         metrics: dict[str, float] = {}
         self.observer.phase(iteration, "sync")
-        if self._explorations:
+        if self._explorations and not self.config.rollout.in_flight_updates:
             await asyncio.wait(self._explorations.values())
         async with self._timed("sync"):
             refresh = self._reference_mix(iteration)
@@ -245,7 +254,11 @@ class Controller:
                 snapshot = await self._push(policy, stored=mix is not None, engines=engines)
                 if mix is not None and self.roles.reference is not None:
                     await self.roles.reference.update(snapshot, mix=mix)
-                for name, value in (await self.roles.learners[policy].sync_metrics()).items():
+                measured = await self.roles.learners[policy].sync_metrics()
+                rollout = self.roles.rollouts.get(policy)
+                if engines and isinstance(rollout, TimesUpdates):
+                    measured = {**measured, "sync/engine_paused_s": rollout.paused_s}
+                for name, value in measured.items():
                     own = name if policy == "policy" else f"{policy}/{name}"
                     metrics[own] = value
         return metrics

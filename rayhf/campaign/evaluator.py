@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from rayhf.algorithms.base import Algorithm, WorksAtTestTime
@@ -11,6 +11,7 @@ from rayhf.campaign.iteration import IterationExplorer
 from rayhf.config.scorers import names_of
 from rayhf.evaluation.base import EvaluationContext
 from rayhf.evaluation.scored import evaluate
+from rayhf.evaluation.values import PromptValues
 from rayhf.types import Completion, Group, Prompt, Sample, derive_seed
 
 
@@ -46,20 +47,29 @@ class Evaluator:
 
         Args:
             tasks: see `due`.
-            iteration: under which the held-out completions are recorded.
+            iteration: under which completions and values by prompt are recorded.
             restore_scorer: restore the training scorer's state afterwards, so that an evaluation
                 does not move a running normalizer. Must be off while the next iteration is already
                 being scored (staleness): restoring the old state would lose its updates.
         """
         before = await self._roles.scorer.state_dict() if restore_scorer else None
         metrics: dict[str, float] = {}
+        values: list[PromptValues] = []
         for task in tasks:
-            metrics |= await (self._heldout(iteration) if task is None else self._further(task))
+            metrics |= (
+                await self._heldout(iteration, values.append)
+                if task is None
+                else await self._further(task, values.append)
+            )
+        if values:
+            self._explorer.store.write_evaluations(iteration, values)
         if before is not None:
             await self._roles.scorer.load_state_dict(before)
         return metrics
 
-    async def _heldout(self, iteration: int) -> dict[str, float]:
+    async def _heldout(
+        self, iteration: int, record: Callable[[PromptValues], None]
+    ) -> dict[str, float]:
         roles = self._roles
         return await evaluate(
             self._data.heldout,
@@ -72,16 +82,18 @@ class Evaluator:
             seed=self._config.seed,
             task=self._config.prompts.task,
             improve=self._improve if _at_test_time(self._explorer.algorithm) else None,
-            record=partial(self._explorer.store.write_heldout, iteration),
+            record=record,
+            record_answers=partial(self._explorer.store.write_heldout, iteration),
         )
 
-    async def _further(self, task: str) -> dict[str, float]:
+    async def _further(self, task: str, record: Callable[[PromptValues], None]) -> dict[str, float]:
         context = EvaluationContext(
             roles=self._roles,
             versions=self._explorer.versions,
             sampling=self._explorer.sampling,
             seed=self._config.seed,
             scorer=self._roles.eval_scorers.get(task),
+            record=record,
         )
         return await self._data.evaluations[task].measure(context)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rayhf.algorithms.base import Algorithm, generates
 from rayhf.campaign.data import CampaignData
+from rayhf.campaign.refill import Refill
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.prompts import parse_prompt
 from rayhf.errors import ConfigError
@@ -26,8 +27,8 @@ class ExploredIteration:
     """Result of one iteration's exploration."""
 
     groups: list[Group]
-    tokens: Mapping[str, float]
-    """Metrics that count tokens."""
+    counts: Mapping[str, float]
+    """Metrics that count tokens and refills."""
     seconds: Mapping[str, float]
     """Durations by phase."""
 
@@ -36,8 +37,9 @@ class IterationExplorer:
     """Explores iterations; several may be in flight at once (staleness).
 
     Args:
-        versions: by policy, the version of the weights that must generate. This is the controller's
-            own mapping, which it updates when it sends new weights.
+        versions: by policy, the version of the weights that must generate (with in-flight updates
+            the oldest that may). This is the controller's own mapping, which it updates when it
+            sends new weights.
     """
 
     def __init__(
@@ -114,39 +116,51 @@ class IterationExplorer:
             config_hash=f"{self.store.config_hash} {self.data.inputs_hash}",
         )
         scheduler = self.scheduler(journal)
-        budget = FailureBudget(
-            limit=self.config.scorer.max_failed, expected=len(prompts) * self.algorithm.samples
-        )
+        refill = Refill(self.config, self.algorithm, self.data.prompts, iteration)
+        budget = FailureBudget(limit=self.config.scorer.max_failed, expected=0)
+        groups: list[Group] = []
         finished = 0
+        total = 0
 
         def done(group: Group) -> None:
             nonlocal finished
             finished += 1
             budget.count(group)
-            self.observer.phase(iteration, "explore", finished, len(prompts))
+            self.observer.phase(iteration, "explore", finished, total)
 
-        self.observer.phase(iteration, "explore", 0, len(prompts))
+        async def explore(more: Sequence[Prompt]) -> None:
+            nonlocal total
+            total += len(more)
+            budget.expected = total * self.algorithm.samples
+            self.observer.phase(iteration, "explore", finished, total)
+            groups.extend(
+                await scheduler.run(
+                    more,
+                    self.algorithm.explore,
+                    sampling=self.sampling,
+                    seed=derive_seed(self.config.seed, "round", iteration),
+                    done=done,
+                )
+            )
+
         started = time.monotonic()
         try:
             if journal.scorer_state is not None:
                 await self.roles.scorer.load_state_dict(journal.scorer_state)
-            groups = await scheduler.run(
-                prompts,
-                self.algorithm.explore,
-                sampling=self.sampling,
-                seed=derive_seed(self.config.seed, "round", iteration),
-                done=done,
-            )
+            await explore(prompts)
+            while further := refill.further(groups):
+                await explore(further)
         finally:
             journal.close()
         if problems := budget.summary():
             self.observer.event("warn", f"iteration {iteration}: {problems}")
-        tokens = {
+        counts = {
             "rollout/tokens": float(scheduler.generated_tokens),
             "rollout/context_tokens": float(scheduler.prompt_tokens),
+            **refill.metrics(groups),
         }
         return ExploredIteration(
             groups=groups,
-            tokens=tokens if generates(self.algorithm) else {},
+            counts=counts if generates(self.algorithm) else {},
             seconds={**scheduler.stopwatch.seconds, "explore": time.monotonic() - started},
         )

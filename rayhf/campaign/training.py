@@ -41,7 +41,7 @@ class SelectedExamples:
 
     examples: tuple[Example, ...]
     prompt_ids: tuple[str, ...]
-    """All prompts of the iteration, also those without examples."""
+    """Prompts that are spread over the optimizer steps, also those without examples."""
 
 
 class Trainer:
@@ -86,7 +86,7 @@ class Trainer:
         self.store.write_examples(iteration, selection.examples)
         return SelectedExamples(
             examples=selection.examples,
-            prompt_ids=tuple(group.prompt.prompt_id for group in groups),
+            prompt_ids=_trained_prompts(groups, selection.examples, self.config.prompts.batch),
         )
 
     async def learn(
@@ -268,6 +268,23 @@ class Trainer:
                 if part
             ]
         return batches
+
+
+def _trained_prompts(
+    groups: Sequence[Group], examples: Sequence[Example], batch: int
+) -> tuple[str, ...]:
+    """Return the prompts of the groups without those that refills replace.
+
+    Where more than `batch` were explored, surplus ones without examples are left out, so that the
+    others are spread evenly over the optimizer steps.
+    """
+    prompts = [group.prompt.prompt_id for group in groups]
+    surplus = len(prompts) - batch
+    if surplus <= 0:
+        return tuple(prompts)
+    trained = {example.rows[0].prompt_id for example in examples}
+    replaced = set([prompt for prompt in prompts if prompt not in trained][:surplus])
+    return tuple(prompt for prompt in prompts if prompt not in replaced)
 
 
 def _annotated(

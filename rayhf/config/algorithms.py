@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rayhf.config.base import PluginConfig, Section
 from rayhf.errors import ConfigError
@@ -165,6 +165,44 @@ class ImportanceConfig(Section):
     cap: Annotated[float, Field(ge=1)] | None = 2.0
     """Upper truncation (verl's rollout correction default); null turns the correction off. At least
     1: less would shrink on-policy weights."""
+
+
+class PolicyImportanceConfig(ImportanceConfig):
+    """Importance weights of tokens exp(log p_learner - log p_rollout), bounded or masked.
+
+    They correct for staleness and for the mismatch between rollout engine and learner.
+    """
+
+    kind: Literal["truncate", "mask"] = "truncate"
+    """truncate: a weight above `cap` becomes `cap` (Yao et al. 2025). mask: a weight above `cap` or
+    below `floor` becomes 0, so that its tokens do not train (IcePop, Ling Team 2025)."""
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """What has a weight of its own: a token, or a whole completion. sequence is the product over
+    its tokens, which is exact and, for long completions, soon bounded or masked; geometric is the
+    product's mean per token."""
+    floor: PositiveFloat | None = None
+    """Smallest weight that mask keeps (IcePop: 0.5, with cap 5). Default: 1 / cap."""
+
+    @property
+    def smallest(self) -> float:
+        """`floor`, or its default."""
+        return self.floor if self.floor is not None else 1 / (self.cap or 1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.floor is not None and (self.kind != "mask" or self.cap is None or self.floor > 1):
+            raise ValueError(
+                f"floor {self.floor:g} is the smallest weight that kind: mask keeps; expected at "
+                "most 1, with kind: mask and a cap"
+            )
+        return self
+
+
+class RefillConfig(Section):
+    """Further prompts in place of those whose groups teach nothing (DAPO's dynamic sampling)."""
+
+    budget: Annotated[float, Field(ge=1)] = 1.0
+    """Prompts that an iteration may explore, as a multiple of prompts.batch, in all. 1 is off."""
 
 
 class OfflineConfig(Section):

@@ -206,8 +206,15 @@ ALGORITHMS = Registry(
     {
         "ppo": "rayhf.algorithms.ppo:PPO",
         "grpo": "rayhf.algorithms.grpo:GRPO",
+        "dapo": "rayhf.algorithms.dapo:DAPO",
+        "dr_grpo": "rayhf.algorithms.dr_grpo:DrGRPO",
+        "gspo": "rayhf.algorithms.gspo:GSPO",
+        "cispo": "rayhf.algorithms.cispo:CISPO",
         "rloo": "rayhf.algorithms.rloo:RLOO",
         "reinforce++": "rayhf.algorithms.reinforce_plus_plus:ReinforcePlusPlus",
+        "reinforce++_baseline": (
+            "rayhf.algorithms.reinforce_plus_plus_baseline:ReinforcePlusPlusBaseline"
+        ),
         "online_dpo": "rayhf.algorithms.online_dpo:OnlineDPO",
         "iterative_dpo": "rayhf.algorithms.iterative_dpo:IterativeDPO",
         "sppo": "rayhf.algorithms.sppo:SPPO",
@@ -239,6 +246,8 @@ LOSSES = Registry(
         "sppo_hard": "rayhf.losses.preference:SPPOHard",
         "discopop": "rayhf.losses.preference:DiscoPOP",
         "clipped": "rayhf.losses.policy:ClippedSurrogate",
+        "gspo": "rayhf.losses.gspo:GSPOLoss",
+        "cispo": "rayhf.losses.cispo:CISPOLoss",
         "kto": "rayhf.losses.kto:KTOLoss",
     },
 )

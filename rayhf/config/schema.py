@@ -157,8 +157,8 @@ class RolloutConfig(Section):
     max_tokens: PositiveInt = 1024
     """Maximum number of tokens per completion."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature. ppo, grpo, rloo and reinforce++ train the policy at this temperature;
-    all others train it at 1, where evaluations sample too."""
+    """Sampling temperature. Policy-gradient algorithms (ppo, grpo ...) train the policy at this
+    temperature; all others train it at 1, where evaluations sample too."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability mass that nucleus sampling keeps; 1 is off. Log-probs are always those of the
     whole vocabulary."""
@@ -184,6 +184,15 @@ class RolloutConfig(Section):
     where results could depend on whether an engine was replaced."""
     enforce_eager: bool | None = None
     """Run without CUDA graphs. Default: true on CPU, false on GPU."""
+    in_flight_updates: bool = False
+    """Engines take new weights between two steps, while completions are unfinished; needs
+    run.max_staleness of 1 or more. Otherwise they take them when nothing is being generated."""
+    in_flight_kv: Literal["recompute", "keep"] = "recompute"
+    """Keys and values of unfinished completions at an in-flight update: computed again with the new
+    weights, or kept, which is faster and makes log-probs deviate from the learner's."""
+    in_flight_report_s: PositiveFloat = 5.0
+    """Seconds between reports of what unfinished completions have, with in_flight_updates. A lost
+    engine's completions continue from the last one."""
     mismatch_limit: PositiveFloat = 1.0
     """Maximum mean absolute gap between the log-probs of a bfloat16 or float16 engine and of the
     learner on a weight sync's probe, in nats; a larger gap stops the run. For float32 engines it is

@@ -112,6 +112,11 @@ class ScorerEntryConfig(PluginConfig):
         return None
 
     @property
+    def reply_bytes(self) -> int:
+        """Most that a run keeps of its words about one completion, for the estimate of disk."""
+        return 0
+
+    @property
     def uses_gpu(self) -> bool:
         """Whether it needs a GPU where the cluster has them."""
         return self.loads is not None

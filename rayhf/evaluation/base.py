@@ -16,6 +16,7 @@ from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.sources import SourceConfig
 from rayhf.data.chat import Chat
 from rayhf.data.prompts import NamedSource
+from rayhf.evaluation.values import PromptValues
 from rayhf.roles import Roles, Scorer
 from rayhf.types import JsonObject, Prompt, Sampling
 
@@ -49,6 +50,8 @@ class EvaluationContext:
     """The campaign's seed: the same prompts and seeds every time."""
     scorer: Scorer | None
     """The evaluation's own scorer, where its config names scorers."""
+    record: Callable[[PromptValues], None]
+    """Takes a figure by prompt: the summary and the pages then show it with an interval."""
 
 
 class Evaluation(Protocol):

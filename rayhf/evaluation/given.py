@@ -20,6 +20,7 @@ from rayhf.data.examples import Encode, EncodedExample, fits, load_examples
 from rayhf.data.preferences import encode_pair
 from rayhf.data.readers import Row
 from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
+from rayhf.evaluation.values import prompt_values
 
 
 class GivenTextConfig(EvaluationConfig):
@@ -58,11 +59,14 @@ class ValidationLoss:
         """Return the mean over all tokens of the assistant."""
         rows = [example.example().rows[0] for example in self._examples]
         logps = await context.roles.learners["policy"].outputs(rows, temperature=1.0)
-        total = sum(
-            float((logp * row.tokens["mask"]).sum()) for row, logp in zip(rows, logps, strict=True)
-        )
-        tokens = sum(example.rows[0].trained_tokens for example in self._examples)
-        return {f"eval/{self._task}/nll": -total / tokens}
+        losses = [
+            -float((logp * row.tokens["mask"]).sum()) for row, logp in zip(rows, logps, strict=True)
+        ]
+        tokens = [example.rows[0].trained_tokens for example in self._examples]
+        name = f"eval/{self._task}/nll"
+        means = np.array(losses) / np.array(tokens)
+        context.record(prompt_values(name, [row.prompt_id for row in rows], means, tokens))
+        return {name: sum(losses) / sum(tokens)}
 
 
 class PairAccuracyConfig(GivenTextConfig):
@@ -99,10 +103,13 @@ class PairAccuracy:
             frozen = await context.roles.reference.logprobs(rows, temperature=1.0)
             rewards -= np.array([float(logp.sum()) for logp in frozen])
         margins = rewards[0::2] - rewards[1::2]
-        return {
-            f"eval/{self._task}/pair_accuracy": float(np.mean((np.sign(margins) + 1) / 2)),
-            f"eval/{self._task}/pair_margin": float(np.mean(margins)),
+        figures = {
+            f"eval/{self._task}/pair_accuracy": (np.sign(margins) + 1) / 2,
+            f"eval/{self._task}/pair_margin": margins,
         }
+        for name, values in figures.items():
+            context.record(prompt_values(name, [row.prompt_id for row in rows[0::2]], values))
+        return {name: float(np.mean(values)) for name, values in figures.items()}
 
 
 def _load(

@@ -17,6 +17,7 @@ from rayhf.config.sources import PromptSources
 from rayhf.data.thinking import thinking_metrics
 from rayhf.errors import ScorerError
 from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
+from rayhf.evaluation.values import PromptValues, prompt_values
 from rayhf.roles import Reference, Rollout, Scorer
 from rayhf.types import (
     Completion,
@@ -76,6 +77,7 @@ class ScoredEvaluation:
             sampling=context.sampling,
             seed=context.seed,
             task=self._task,
+            record=context.record,
         )
 
 
@@ -90,8 +92,9 @@ async def evaluate(
     sampling: Sampling,
     seed: int,
     task: str,
+    record: Callable[[PromptValues], None],
     improve: Callable[[Sequence[Completion]], Awaitable[list[Completion]]] | None = None,
-    record: Callable[[Sequence[Group]], None] | None = None,
+    record_answers: Callable[[Sequence[Group]], None] | None = None,
 ) -> dict[str, float]:
     """Return the metrics of one held-out task.
 
@@ -99,8 +102,9 @@ async def evaluate(
     is another one; of the samples eval/<task>/length in tokens, eval/<task>/truncated as a share,
     and eval/<task>/reference_kl in nats per response; eval/<task>/refined is the score of the
     samples after `improve`; of a thinking model the metrics of thinking_metrics. Where the prompts
-    are of several sources, the same for each source: eval/<task>/<source>/... `record` gets a group
-    per prompt, with samples of the kinds sampled, greedy and refined.
+    are of several sources, the same for each source: eval/<task>/<source>/... `record` gets the
+    figures by prompt, `record_answers` a group per prompt, with samples of the kinds sampled,
+    greedy and refined.
 
     Prompts and seeds are the same every time, so that evaluations differ by the policy only. Raises
     ScorerError when no held-out completion could be scored.
@@ -114,8 +118,8 @@ async def evaluate(
     outcomes = {
         kind: await _outcomes(prompts, completions, scorer) for kind, completions in answers.items()
     }
-    if record is not None:
-        record(_answer_groups(prompts, answers, outcomes))
+    if record_answers is not None:
+        record_answers(_answer_groups(prompts, answers, outcomes))
     columns: dict[str, Sequence[float | None]] = {
         **{kind: _values(each) for kind, each in outcomes.items()},
         "length": [float(len(c.token_ids)) for c in sampled],
@@ -125,14 +129,20 @@ async def evaluate(
         columns["reward"] = _values(await _outcomes(prompts, sampled, reward))
     if reference is not None:
         columns["reference_kl"] = await _log_ratios(prompts, sampled, reference)
-    return {
-        f"eval/{task}/{group}{metric}": value
-        for group, members in _groups(prompts).items()
-        for metric, value in {
-            **_means(columns, members),
-            **thinking_metrics([sampled[i] for i in members]),
-        }.items()
-    }
+    metrics: dict[str, float] = {}
+    for group, members in _groups(prompts).items():
+        prefix = f"eval/{task}/{group}"
+        ids = [prompts[i].prompt_id for i in members]
+        for name, column in columns.items():
+            values = [column[i] for i in members]
+            known = [value for value in values if value is not None]
+            # None, a completion without a score, is left out and not counted as 0.
+            if known:
+                metrics[prefix + name] = float(np.mean(known))
+                record(prompt_values(prefix + name, ids, values))
+        thinking = thinking_metrics([sampled[i] for i in members])
+        metrics |= {prefix + name: value for name, value in thinking.items()}
+    return metrics
 
 
 def _groups(prompts: Sequence[Prompt]) -> dict[str, Sequence[int]]:
@@ -143,21 +153,6 @@ def _groups(prompts: Sequence[Prompt]) -> dict[str, Sequence[int]]:
         for source in sources:
             groups[f"{source}/"] = [i for i, p in enumerate(prompts) if p.source == source]
     return groups
-
-
-def _means(
-    columns: Mapping[str, Sequence[float | None]], members: Sequence[int]
-) -> dict[str, float]:
-    """Return the mean of each column over `members`.
-
-    None (a completion without a score) is left out, not counted as 0; a mean of nothing is no
-    metric.
-    """
-    known = {
-        name: [value for i in members if (value := values[i]) is not None]
-        for name, values in columns.items()
-    }
-    return {name: float(np.mean(values)) for name, values in known.items() if values}
 
 
 async def _complete(

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
+
 from rayhf.config.base import Name
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.scorers import ScorerEntries, ScorerEntryConfig
@@ -15,6 +17,7 @@ from rayhf.errors import ConfigError, ScorerError
 from rayhf.evaluation.answers import answers_to, read_answers
 from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
 from rayhf.evaluation.duels import Contest, both_orders, duels_of, merge_orders
+from rayhf.evaluation.values import prompt_values
 from rayhf.evaluation.win_rates import ties, win_summary
 from rayhf.types import GenerateRequest, JsonObject, Prompt, derive_seed
 
@@ -90,6 +93,11 @@ class WinRateEvaluation:
                 f"evaluations.{self._task}: none of {len(contests)} answers could be compared; "
                 f"the first: {reason or 'no verdict'}"
             )
+        judged = [
+            float(win[0, 1]) if win is not None and np.isfinite(win[0, 1]) else None for win in wins
+        ]
+        ids = [prompt.prompt_id for prompt in self._prompts]
+        context.record(prompt_values(f"eval/{self._task}/win_rate", ids, judged))
         metrics = {
             f"eval/{self._task}/ties": ties(duels),
             f"eval/{self._task}/length_gap": float(duels.length_gap_D.mean()),

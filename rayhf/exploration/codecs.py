@@ -20,10 +20,12 @@ from rayhf.types import (
     Completion,
     GenerateRequest,
     Invalid,
+    JudgeReply,
     Outcome,
     Scored,
     ScoreRequest,
     Skipped,
+    TokenArray,
     float_array,
     token_array,
 )
@@ -69,6 +71,7 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
             "thinking": [c.thinking for c in completions],
             "thinking_tokens": [c.thinking_tokens for c in completions],
             "versions": [c.policy_version for c in completions],
+            "runs": [_runs(c.token_versions) for c in completions],
         }
         arrays: list[Buffer] = []
         arrays += (c.token_ids.astype("<i4", copy=False).view(np.uint8).data for c in completions)
@@ -79,7 +82,7 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
         size = 4 * sum(columns["lengths"])
         tokens = np.frombuffer(data[:size], dtype="<i4")
         logprobs = np.frombuffer(data[size:], dtype="<f4")
-        names = ("texts", "reasons", "versions", "thinking", "thinking_tokens")
+        names = ("texts", "reasons", "versions", "runs", "thinking", "thinking_tokens")
         start = 0
         rows = []
         for length, *values in zip(
@@ -102,6 +105,7 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
                 logprobs=float_array(logprobs),
                 finish_reason=finish_reason,
                 policy_version=version,
+                token_versions=_from_runs(runs),
                 thinking=thinking,
                 thinking_tokens=thinking_tokens,
             )
@@ -109,6 +113,7 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
                 text,
                 finish_reason,
                 version,
+                runs,
                 thinking,
                 thinking_tokens,
                 token_ids,
@@ -117,8 +122,24 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
         )
 
 
+def _runs(versions: TokenArray | None) -> list[list[int]] | None:
+    """Return the versions of runs of tokens, and the runs' lengths."""
+    if versions is None:
+        return None
+    starts = np.flatnonzero(np.diff(versions, prepend=-1))
+    lengths = np.diff(starts, append=len(versions))
+    return [versions[starts].tolist(), lengths.tolist()]
+
+
+def _from_runs(runs: list[list[int]] | None) -> TokenArray | None:
+    if runs is None:
+        return None
+    versions, lengths = runs
+    return token_array(np.repeat(versions, lengths))
+
+
 class _Score(Codec[ScoreRequest, tuple[Outcome, ...]]):
-    """Outcomes: a score without parts is a number, with parts a list, an Invalid its reason.
+    """Outcomes: a score is a number, with parts or replies a list, an Invalid its reason.
 
     A Skipped has its reason in a list of its own.
     """
@@ -140,7 +161,9 @@ def _encode_outcome(outcome: Outcome) -> object:
         return [outcome.reason]
     if not isinstance(outcome, Scored):
         return outcome.reason
-    return [outcome.value, dict(outcome.parts)] if outcome.parts else outcome.value
+    if outcome.parts or outcome.replies:
+        return [outcome.value, dict(outcome.parts), _encode_replies(outcome.replies)]
+    return outcome.value
 
 
 def _restore_outcome(raw: Any) -> Outcome:
@@ -149,19 +172,30 @@ def _restore_outcome(raw: Any) -> Outcome:
     if isinstance(raw, list) and len(raw) == 1:
         return Skipped(reason=raw[0])
     if isinstance(raw, list):
-        value, parts = raw
-        return Scored(value=value, parts=parts)
+        value, parts, replies = raw
+        return Scored(value=value, parts=parts, replies=_restore_replies(replies))
     return Scored(value=raw)
 
 
+def _encode_replies(replies: Sequence[JudgeReply]) -> list[object]:
+    return [[reply.text, reply.part, reply.against, reply.left_out] for reply in replies]
+
+
+def _restore_replies(raw: Any) -> tuple[JudgeReply, ...]:
+    return tuple(
+        JudgeReply(text=text, part=part, against=against, left_out=left_out)
+        for text, part, against, left_out in raw
+    )
+
+
 class _Compare(Codec[ScoreRequest, Comparison]):
-    """Comparisons: source and size as JSON and the matrix as an array; an Invalid's reason."""
+    """Comparisons: source, size and replies as JSON and the matrix as an array; or a reason."""
 
     request_type = "compare"
 
     def encode(self, responses: Sequence[Comparison]) -> Encoded:
         columns = [
-            [response.source, len(response.win)]
+            [response.source, len(response.win), list(map(_encode_replies, response.replies))]
             if isinstance(response, Compared)
             else response.reason
             for response in responses
@@ -178,16 +212,16 @@ class _Compare(Codec[ScoreRequest, Comparison]):
             if isinstance(row, str):
                 yield row
                 continue
-            source, size = row
+            source, size, replies = row
             end = 8 * size * size
-            yield source, np.frombuffer(data[:end], dtype="<f8").reshape(size, size)
+            yield source, np.frombuffer(data[:end], dtype="<f8").reshape(size, size), replies
             data = data[end:]
 
     def restore(self, request: ScoreRequest, raw: Any) -> Comparison:
         if isinstance(raw, str):
             return Invalid(reason=raw)
-        source, win = raw
-        return Compared(win=win, source=source)
+        source, win, replies = raw
+        return Compared(win=win, source=source, replies=tuple(map(_restore_replies, replies)))
 
 
 GENERATE = _Generate()

@@ -31,7 +31,7 @@ from rayhf.types import Failed, GenerateRequest, JsonObject, Sampling, ScoreRequ
 
 _HEADER = struct.Struct("<II")
 _SIZE = struct.Struct("<I")
-_FORMAT = 6
+_FORMAT = 8
 """Start value of checksums, so that records of another format do not verify."""
 _KEY_BYTES = 16
 _JSON = json.JSONEncoder(check_circular=False)

@@ -225,7 +225,8 @@ class RequestScheduler(ABC):
             rollouts: by policy.
             scorer: scores and compares completions.
             chat: the policy's chat template.
-            versions: by policy, the weight version that must generate.
+            versions: by policy, the weight version that must generate; with in-flight updates the
+                oldest that may.
             journal: responses of an earlier attempt at this iteration; gets the new ones.
             in_flight: maximum number of prompts explored at the same time.
             score_calls: maximum number of calls of the scorer in flight.

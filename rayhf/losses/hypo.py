@@ -26,7 +26,9 @@ from torch.nn.functional import logsigmoid
 
 from rayhf.config.base import Section
 from rayhf.losses.base import LossOutput, MicroBatch, sum_rows
-from rayhf.losses.policy import MAX_EXPONENT, fill_unknown, kl_estimate, need, policy_metrics
+from rayhf.losses.kl import kl_estimate
+from rayhf.losses.policy import need, policy_metrics
+from rayhf.losses.ratios import MAX_EXPONENT, fill_unknown
 
 
 def leave_one_out(cost_R: Tensor, example_R: Tensor, count_E: Tensor) -> Tensor:

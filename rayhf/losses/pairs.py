@@ -23,7 +23,8 @@ from torch import Tensor
 
 from rayhf.config.base import PluginConfig
 from rayhf.losses.base import LossOutput, MicroBatch, sum_rows
-from rayhf.losses.policy import MAX_EXPONENT, fill_unknown, need, policy_metrics
+from rayhf.losses.policy import need, policy_metrics
+from rayhf.losses.ratios import MAX_EXPONENT, fill_unknown
 
 
 class PairLossConfig(PluginConfig):

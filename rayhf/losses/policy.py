@@ -1,4 +1,4 @@
-"""The policy-gradient loss of PPO and of its critic-free relatives (GRPO, RLOO, REINFORCE++).
+"""Policy-gradient losses: their common parts, and PPO's clipped surrogate.
 
 In: log-probs of the response tokens with gradient, and a MicroBatch whose tokens carry
   behavior_logp   under the weights that generated the tokens (rollout engine), always;
@@ -10,14 +10,15 @@ In: log-probs of the response tokens with gradient, and a MicroBatch whose token
 Out: LossOutput, this micro-batch's share.
 
 Two different ratios: rho = exp(logp - old_logp) carries the gradient and is clipped (PPO's trust
-region); w = exp(old_logp - behavior_logp) carries none and is truncated (it corrects for staleness
-and for the mismatch between rollout engine and learner).
+region); w = exp(old_logp - behavior_logp) carries none and is truncated or masked (it corrects for
+staleness and for the mismatch between rollout engine and learner).
 
 Log-probs are float32 or wider, in nats, temperature applied. T response tokens, R rows.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -26,29 +27,15 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from rayhf.config.algorithms import PolicyImportanceConfig
 from rayhf.config.base import PluginConfig
 from rayhf.errors import ConfigError
 from rayhf.losses.base import LossOutput, MicroBatch, sum_rows
+from rayhf.losses.kl import KL_METRICS, KLTerm, kl_estimate
+from rayhf.losses.ratios import Importance, fill_unknown, importance_weight, safe_exp
 
 Aggregate = Literal["token_mean", "sequence_mean", "sequence_sum"]
-KLEstimator = Literal["k1", "k2", "k3"]
-
-MAX_EXPONENT = 20.0
-"""Nats. exp(20) is about 5e8: a larger ratio carries no information but that training broke."""
-
-
-KL_METRICS: Mapping[str, KLEstimator] = {"reference/kl": "k1", "reference/kl_k3": "k3"}
-"""Estimates of the KL to the reference that a loss on the policy's samples reports."""
-
-
-def safe_exp(x: Tensor) -> Tensor:
-    """Return exp(x) up to MAX_EXPONENT and its tangent line beyond.
-
-    Value and gradient are finite in float32 and keep their signs. A plain clamp would drop the
-    gradient of exp and, in k3, leave one of the wrong sign.
-    """
-    bounded = x.clamp(max=MAX_EXPONENT)
-    return bounded.exp() * (1.0 + (x - bounded))
+PolicyAggregate = Literal["token_mean", "sequence_mean", "sequence_sum", "constant_length"]
 
 
 def need(micro: MicroBatch, name: str) -> Tensor:
@@ -58,11 +45,6 @@ def need(micro: MicroBatch, name: str) -> Tensor:
             f"the loss needs the token field {name!r}; the batch has {sorted(micro.tokens)}"
         )
     return micro.tokens[name]
-
-
-def fill_unknown(behavior_logp_T: Tensor, logp_T: Tensor) -> Tensor:
-    """Return behavior log-probs, with the learner's own in place of NaN (not sampled here)."""
-    return torch.where(behavior_logp_T.isnan(), logp_T.detach(), behavior_logp_T)
 
 
 def aggregate(values_T: Tensor, micro: MicroBatch, how: Aggregate) -> Tensor:
@@ -85,62 +67,6 @@ def aggregate(values_T: Tensor, micro: MicroBatch, how: Aggregate) -> Tensor:
     )
 
 
-def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tensor:
-    """Return a per-token estimate of KL(policy || reference) in nats, as a value: (T,).
-
-    Schulman 2020, "Approximating KL divergence". With g = logp - ref_logp on tokens of the policy:
-    k1 = g (unbiased, any sign), k2 = g^2/2 (biased, not negative), k3 = exp(-g) - 1 + g (unbiased,
-    not negative; exp continues as its tangent beyond MAX_EXPONENT).
-    """
-    gap_T = logp_T - ref_logp_T
-    if estimator == "k1":
-        return gap_T
-    if estimator == "k2":
-        return 0.5 * gap_T.square()
-    if estimator == "k3":
-        return safe_exp(-gap_T) - 1.0 + gap_T
-    raise ConfigError(f"kl estimator: {estimator!r} is not one of k1, k2, k3; try k1")
-
-
-def kl_loss(logp_T: Tensor, ref_logp_T: Tensor, estimator: KLEstimator) -> Tensor:
-    """Return the per-token KL term to be minimized, on tokens of the policy: (T,).
-
-    Each token's term is differentiated with its prefix held fixed, so no estimator has the gradient
-    of the sequence KL: an early token's effect on later states is left out. Exact for that is k1 on
-    the reward, with the reward-to-go of each token (Ziegler et al. 2019). Within a state, k2's
-    gradient g * grad(logp) is unbiased for the reverse KL(policy || reference): use this one. k3's
-    gradient (1 - exp(-g)) * grad(logp) is that of the forward KL(reference || policy): close to
-    k2's near the reference, much stronger where the policy avoids tokens that the reference
-    prefers. k1's gradient is grad(logp), zero in
-    expectation. Raises ConfigError for k1.
-    """
-    if estimator == "k1":
-        raise ConfigError(
-            "kl estimator: k1 as a loss has zero expected gradient; use k2, or put k1 on the reward"
-        )
-    return kl_estimate(logp_T, ref_logp_T, estimator)
-
-
-class Importance(NamedTuple):
-    """Importance weights without gradient, and whether each was truncated (1.0 or 0.0)."""
-
-    weight_T: Tensor
-    capped_T: Tensor
-
-
-def importance_weight(logp_T: Tensor, behavior_logp_T: Tensor, cap: float | None) -> Importance:
-    """Return min(cap, exp(logp - behavior_logp)) per token: (T,).
-
-    Truncated importance sampling (Ionides 2008; for the rollout-learner mismatch Yao et al. 2025).
-    `logp_T` is the learner's log-prob (old_logp, or the current one, detached here). Equal
-    log-probs give exactly 1. `cap` None turns the correction off: all ones.
-    """
-    if cap is None:
-        return Importance(torch.ones_like(logp_T).detach(), torch.zeros_like(logp_T).detach())
-    ratio_T = safe_exp((logp_T - fill_unknown(behavior_logp_T, logp_T)).detach())
-    return Importance(ratio_T.clamp(max=cap), (ratio_T > cap).to(ratio_T.dtype))
-
-
 class SurrogateTerms(NamedTuple):
     """Per-token loss with gradient, and which bounds are active (1.0 or 0.0, without gradient)."""
 
@@ -153,23 +79,19 @@ class SurrogateTerms(NamedTuple):
     """Bound on the cost of a token with a negative advantage."""
 
 
-def ppo_clip_loss(
-    logp_T: Tensor,
-    old_logp_T: Tensor,
+def clipped_surrogate(
+    ratio_T: Tensor,
     advantage_T: Tensor,
-    weight_T: Tensor,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
 ) -> SurrogateTerms:
     """Return PPO's clipped loss per token: (T,). Schulman et al. 2017, eq. 7.
 
-    -w * min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A) with rho = exp(logp - old_logp).
-    `dual_clip` c > 1 bounds the cost of a token with A < 0: the surrogate is at least c * A (Ye et
-    al. 2020). Without it the loss is unbounded for A < 0 and rho -> infinity; rho grows linearly
-    beyond exp(MAX_EXPONENT), so that loss and gradient stay finite and point the right way.
+    -min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A). `dual_clip` c > 1 bounds the cost of
+    a token with A < 0: the surrogate is at least c * A (Ye et al. 2020). Without it the loss is
+    unbounded for A < 0 and rho -> infinity.
     """
-    ratio_T = safe_exp(logp_T - old_logp_T)
     plain_T = ratio_T * advantage_T
     bounded_T = ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage_T
     surrogate_T = torch.minimum(plain_T, bounded_T)
@@ -181,7 +103,7 @@ def ppo_clip_loss(
     active_T = bounded_T < plain_T
     dtype = plain_T.dtype
     return SurrogateTerms(
-        -weight_T * surrogate_T,
+        -surrogate_T,
         (active_T & (advantage_T < 0)).to(dtype),
         (active_T & (advantage_T > 0)).to(dtype),
         dual_T.to(dtype),
@@ -212,34 +134,110 @@ def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
     return metrics
 
 
-def entropy_bonus(micro: MicroBatch, coef: float, how: Aggregate) -> Tensor:
-    """Return this micro-batch's share of -coef * aggregated entropy.
-
-    Raises ValueError where the learner did not compute the entropy.
-    """
-    if micro.entropy_T is None:
-        raise ValueError(
-            'entropy_coef is set, but the batch has no entropy_T: honor Loss.entropy == "loss"'
-        )
-    return -coef * aggregate(micro.entropy_T, micro, how)
-
-
 class PolicyLossConfig(PluginConfig):
     """Settings that every policy-gradient loss has."""
 
-    aggregate: Aggregate = "token_mean"
+    aggregate: PolicyAggregate = "token_mean"
     """Mean over the whole optimizer step: of tokens, of per-response means, or of per-response
-    sums."""
+    sums. constant_length divides these sums by rollout.max_tokens (Dr. GRPO)."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KLTerm:
-    """KL penalty as a term of the loss."""
+_TRUNCATED = PolicyImportanceConfig()
 
-    coef: float
-    estimator: KLEstimator
+
+@dataclass(frozen=True)
+class PolicyLoss(ABC):
+    """Surrogate + KL term - entropy bonus, all aggregated alike; picklable.
+
+    A subclass defines `surrogate` and names its config class in `Config`.
+    """
+
+    Config: ClassVar[type[PolicyLossConfig]]
+
+    config: PolicyLossConfig
+    importance: PolicyImportanceConfig = _TRUNCATED
+    """Importance weights of tokens, old policy over rollout engine."""
+    kl: KLTerm | None = None
+    """None: no KL in the loss (it is on the reward, or off)."""
+    entropy_coef: float | None = None
+    """Weight of the entropy bonus in place of the config's."""
+    max_tokens: int | None = None
+    """Longest response; only constant_length needs it."""
+
+    @abstractmethod
+    def surrogate(
+        self, logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, micro: MicroBatch
+    ) -> SurrogateTerms:
+        """Return the loss per token, without importance weights, and which bounds are active."""
+
+    @property
+    def entropy(self) -> Literal["off", "metric", "loss"]:
+        """Whether entropy_T is computed, and whether it carries gradient."""
+        return "loss" if self._entropy_coef else "metric"
+
+    @property
+    def _entropy_coef(self) -> float:
+        return self.config.entropy_coef if self.entropy_coef is None else self.entropy_coef
+
+    def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
+        """Return this micro-batch's share. Raises ValueError for missing fields."""
+        old_T = micro.tokens["old_logp"] if "old_logp" in micro.tokens else output_T.detach()
+        weights = importance_weight(old_T, need(micro, "behavior_logp"), micro, self.importance)
+        terms = self.surrogate(output_T, old_T, need(micro, "advantage"), micro)
+        loss = self._aggregate(weights.weight_T * terms.loss_T, micro)
+        metrics = self._metrics(output_T, old_T, weights, terms, micro)
+        metrics["ppo/surrogate"] = loss.detach()
+        if self.kl is not None:
+            # Weighted too: the KL is an expectation over the learner's tokens, but the batch holds
+            # the rollout's.
+            kl_T = weights.weight_T * self.kl.per_token(output_T, need(micro, "ref_logp"), old_T)
+            kl = self._aggregate(kl_T, micro)
+            metrics["ppo/kl_loss"] = kl.detach()
+            loss = loss + self.kl.coef * kl
+        if self._entropy_coef:
+            loss = loss - self._entropy_coef * self._aggregate(_entropy(micro), micro)
+        metrics["learner/loss"] = loss.detach()
+        return LossOutput(loss=loss, metrics=metrics)
+
+    def _aggregate(self, values_T: Tensor, micro: MicroBatch) -> Tensor:
+        how = self.config.aggregate
+        if how != "constant_length":
+            return aggregate(values_T, micro, how)
+        if self.max_tokens is None:
+            raise ValueError("constant_length is set, but the loss was not given max_tokens")
+        return aggregate(values_T, micro, "sequence_sum") / self.max_tokens
+
+    def _metrics(
+        self,
+        logp_T: Tensor,
+        old_T: Tensor,
+        weights: Importance,
+        terms: SurrogateTerms,
+        micro: MicroBatch,
+    ) -> dict[str, Tensor]:
+        """Return fractions of tokens and means over tokens, as shares of the step."""
+        means_T: Mapping[str, Tensor] = {
+            "ppo/clip_low": terms.clip_low_T,
+            "ppo/clip_high": terms.clip_high_T,
+            "ppo/dual_clip": terms.dual_clip_T,
+            "ppo/old_kl": kl_estimate(old_T, logp_T.detach(), "k3"),
+            "ppo/importance_mean": weights.weight_T,
+            "ppo/importance_capped": weights.capped_T,
+        }
+        return policy_metrics(logp_T, micro) | {
+            name: aggregate(values_T, micro, "token_mean") for name, values_T in means_T.items()
+        }
+
+
+def _entropy(micro: MicroBatch) -> Tensor:
+    """Return the entropy of every token. Raises ValueError where it was not computed."""
+    if micro.entropy_T is None:
+        raise ValueError(
+            'entropy_coef is set, but the batch has no entropy_T: honor Loss.entropy == "loss"'
+        )
+    return micro.entropy_T
 
 
 class ClippedSurrogateConfig(PolicyLossConfig):
@@ -254,72 +252,17 @@ class ClippedSurrogateConfig(PolicyLossConfig):
     """Bound c for negative advantages (Ye et al. 2020); null is off."""
 
 
-@dataclass(frozen=True)
-class ClippedSurrogate:
-    """PPO's clipped surrogate + KL term - entropy bonus, all aggregated alike; picklable."""
+class ClippedSurrogate(PolicyLoss):
+    """PPO's clipped surrogate: the ratio of every token is bounded by itself."""
 
-    Config: ClassVar[type[PolicyLossConfig]] = ClippedSurrogateConfig
-
+    Config = ClippedSurrogateConfig
     config: ClippedSurrogateConfig
-    importance_cap: float | None = 2.0
-    """Upper truncation of the importance weight; None turns the correction off."""
-    kl: KLTerm | None = None
-    """None: no KL in the loss (it is on the reward, or off)."""
 
-    @property
-    def entropy(self) -> Literal["off", "metric", "loss"]:
-        """Whether entropy_T is computed, and whether it carries gradient."""
-        return "loss" if self.config.entropy_coef else "metric"
-
-    def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
-        """Return this micro-batch's share. Raises ValueError for missing fields."""
-        old_T = micro.tokens["old_logp"] if "old_logp" in micro.tokens else output_T.detach()
-        weight_T, capped_T = importance_weight(
-            old_T, need(micro, "behavior_logp"), self.importance_cap
-        )
-        clipped = ppo_clip_loss(
-            output_T,
-            old_T,
-            need(micro, "advantage"),
-            weight_T,
-            self.config.clip_low,
-            self.config.clip_high,
-            self.config.dual_clip,
-        )
-        how = self.config.aggregate
-        loss = aggregate(clipped.loss_T, micro, how)
-        metrics = self._metrics(output_T, old_T, weight_T, capped_T, clipped, micro)
-        metrics["ppo/surrogate"] = loss.detach()
-        if self.kl is not None:
-            # Weighted too: the KL is an expectation over the learner's tokens, but the batch holds
-            # the rollout's.
-            kl_T = weight_T * kl_loss(output_T, need(micro, "ref_logp"), self.kl.estimator)
-            kl = aggregate(kl_T, micro, how)
-            metrics["ppo/kl_loss"] = kl.detach()
-            loss = loss + self.kl.coef * kl
-        if self.config.entropy_coef:
-            loss = loss + entropy_bonus(micro, self.config.entropy_coef, how)
-        metrics["learner/loss"] = loss.detach()
-        return LossOutput(loss=loss, metrics=metrics)
-
-    def _metrics(
-        self,
-        logp_T: Tensor,
-        old_T: Tensor,
-        weight_T: Tensor,
-        capped_T: Tensor,
-        clipped: SurrogateTerms,
-        micro: MicroBatch,
-    ) -> dict[str, Tensor]:
-        """Return fractions of tokens and means over tokens, as shares of the step."""
-        means_T: Mapping[str, Tensor] = {
-            "ppo/clip_low": clipped.clip_low_T,
-            "ppo/clip_high": clipped.clip_high_T,
-            "ppo/dual_clip": clipped.dual_clip_T,
-            "ppo/old_kl": kl_estimate(old_T, logp_T.detach(), "k3"),
-            "ppo/importance_mean": weight_T,
-            "ppo/importance_capped": capped_T,
-        }
-        return policy_metrics(logp_T, micro) | {
-            name: aggregate(values_T, micro, "token_mean") for name, values_T in means_T.items()
-        }
+    def surrogate(
+        self, logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, micro: MicroBatch
+    ) -> SurrogateTerms:
+        """Return the clipped loss per token; the ratio grows linearly beyond MAX_EXPONENT."""
+        config = self.config
+        ratio_T = safe_exp(logp_T - old_logp_T)
+        bounds = (config.clip_low, config.clip_high, config.dual_clip)
+        return clipped_surrogate(ratio_T, advantage_T, *bounds)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rayhf.losses.pairs import PairLogps, PairLoss, PairLossConfig, nll
-from rayhf.losses.policy import safe_exp
+from rayhf.losses.ratios import safe_exp
 
 LOG_ODDS_MARGIN = 1e-6
 """ORPO: in log(1 - p), a mean token log-prob closer to 0 (probability 1) than this counts as this

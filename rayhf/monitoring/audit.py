@@ -70,7 +70,8 @@ def audit(run: Path, *, deep: bool) -> Iterator[Finding]:
     lines = _metrics_lines(run)
     for iteration in range(committed + 1 if campaign.checkpoint else 0):
         recorded_line = checksums.get(iteration)
-        problems = [_tables(run, iteration, batch)] if iteration else []
+        prompts = None if batch is None else batch + _refilled(recorded_line, lines)
+        problems = [_tables(run, iteration, prompts)] if iteration else []
         problems.append(_changed(run, iteration, recorded_line, lines, deep=deep))
         problem = "; ".join(filter(None, problems))
         what = f"samples and examples of iteration {iteration}" if iteration else "iteration 0"
@@ -201,8 +202,14 @@ def _metrics(run: Path, committed: int) -> str:
     return "; ".join(f"{what}: {numbers[:5]}" for what, numbers in problems.items() if numbers)
 
 
-def _tables(run: Path, iteration: int, batch: int | None) -> str:
-    """Check an iteration's samples and examples.
+def _refilled(recorded: IterationChecksums | None, lines: dict[str, bytes]) -> int:
+    """Return how many prompts an iteration explored beyond prompts.batch, by its metrics."""
+    line = None if recorded is None else lines.get(recorded["metrics"])
+    return 0 if line is None else int(json.loads(line).get("rollout/refilled", 0))
+
+
+def _tables(run: Path, iteration: int, prompts: int | None) -> str:
+    """Check an iteration's samples and examples; `prompts` is the expected number of prompts.
 
     Every prompt is there once, its samples are numbered from 0 without gaps, and examples refer to
     samples that exist.
@@ -223,8 +230,8 @@ def _tables(run: Path, iteration: int, batch: int | None) -> str:
     for prompt, numbers in samples.items():
         if sorted(numbers) != list(range(len(numbers))):
             return f"prompt {prompt} has the samples {sorted(numbers)[:20]}"
-    if batch is not None and len(samples) != batch:
-        return f"{len(samples)} prompts, expected {batch}"
+    if prompts is not None and len(samples) != prompts:
+        return f"{len(samples)} prompts, expected {prompts}"
     for example in examples:
         if example["iterations_back"]:
             continue

@@ -61,6 +61,16 @@ METRICS: tuple[Metric, ...] = (
         "exploration",
         ("rollout/tokens", "tokens", "generated"),
         ("rollout/context_tokens", "tokens", "read as context, once per completion"),
+        (
+            "rollout/refilled",
+            "prompts",
+            "explored in place of prompts without a signal, up to the budget of refills",
+        ),
+        (
+            "rollout/refill_missing",
+            "prompts",
+            "groups with a signal that are missing to prompts.batch when the budget is used",
+        ),
         ("rollout/length_mean", "tokens", "mean length of completions"),
         (
             "rollout/truncated",
@@ -71,6 +81,23 @@ METRICS: tuple[Metric, ...] = (
         ("rollout/answer_tokens", "tokens", "mean length of what follows the thinking"),
         ("rollout/thinking_unfinished", "share", "completions whose thinking did not end"),
         ("staleness/max", "versions", "oldest weights that a completion was generated with"),
+        (
+            "staleness/token_max",
+            "versions",
+            "oldest weights that a token was generated with; with rollout.in_flight_updates",
+        ),
+        (
+            "staleness/tokens/<age>",
+            "share",
+            "tokens by the number of versions that their weights are behind those trained now; "
+            "with rollout.in_flight_updates",
+        ),
+        (
+            "rollout/completions_mixed",
+            "share",
+            "completions that several versions of the weights wrote; with "
+            "rollout.in_flight_updates",
+        ),
         ("scorer/reward_mean", "score", "mean of the scores"),
         ("scorer/reward_std", "score", "standard deviation of the scores"),
         (
@@ -155,6 +182,19 @@ METRICS: tuple[Metric, ...] = (
         ("<policy>/sync/update_lost", "share", "sync/update_lost of a further policy"),
     ),
     *_rows(
+        "weight sync",
+        (
+            "sync/engine_paused_s",
+            "s",
+            "longest time that an engine did not generate while it took the last weights",
+        ),
+        (
+            "<policy>/sync/engine_paused_s",
+            "s",
+            "sync/engine_paused_s of a further policy",
+        ),
+    ),
+    *_rows(
         "every loss of a policy",
         (
             "rollout/mismatch_kl",
@@ -171,26 +211,29 @@ METRICS: tuple[Metric, ...] = (
         ("policy/entropy", "nats/token", "entropy of the next-token distribution"),
     ),
     *_rows(
-        "loss of ppo, grpo, rloo, reinforce++",
-        ("ppo/surrogate", "", "clipped surrogate"),
+        "loss of a policy-gradient algorithm",
+        ("ppo/surrogate", "", "loss without KL term and entropy bonus"),
         ("ppo/clip_low", "share", "tokens at the lower bound of the ratio"),
         ("ppo/clip_high", "share", "tokens at the upper bound of the ratio"),
         ("ppo/dual_clip", "share", "tokens at the bound for negative advantages"),
         ("ppo/old_kl", "nats/token", "KL(policy before the iteration || policy)"),
         ("ppo/importance_mean", "", "mean importance weight of tokens"),
-        ("ppo/importance_capped", "share", "tokens whose importance weight is truncated"),
+        ("ppo/importance_capped", "share", "tokens whose importance weight is truncated or masked"),
         ("ppo/kl_loss", "nats", "KL term of the loss"),
     ),
     *_rows(
-        "ppo, grpo, rloo, reinforce++",
+        "policy-gradient algorithms",
         ("ppo/groups_uniform", "share", "prompts whose responses all have one score"),
         ("ppo/groups_dropped", "count", "prompts with too few scored responses"),
         (
             "ppo/reward_clipped",
             "share",
-            "responses whose score (grpo, rloo: advantage) was beyond algorithm.reward_clip",
+            "responses whose score (with a group baseline: advantage) was beyond "
+            "algorithm.reward_clip",
         ),
+        ("ppo/truncated_dropped", "count", "truncated responses that are not trained on"),
         ("ppo/kl_coef", "", "coefficient of the KL penalty"),
+        ("ppo/entropy_coef", "", "coefficient of the adaptive entropy bonus"),
     ),
     *_rows(
         "preference losses",

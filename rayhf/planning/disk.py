@@ -41,6 +41,7 @@ def disk(
     samples: int,
     tokens: int,
     length: int,
+    replies: int = 0,
 ) -> Disk:
     """Return the disk space of a campaign.
 
@@ -53,6 +54,7 @@ def disk(
         samples: completions of one iteration.
         tokens: maximum of one completion.
         length: maximum of one completion with its prompt, in tokens.
+        replies: maximum of what judges write about one completion, in bytes.
     """
     every = run.checkpoint_every or run.iterations
     written = math.ceil(run.iterations / every)
@@ -60,7 +62,7 @@ def disk(
     kept = run.keep_checkpoints + kept_for_good + run.keep_best
     # A completion's token is an id, a log-prob and some characters of text; its prompt's an id. The
     # same again for the training examples.
-    per_sample = 2 * (12 * tokens + 4 * (length - tokens)) + 200
+    per_sample = 2 * (12 * tokens + 4 * (length - tokens)) + 200 + replies
     return Disk(
         checkpoint=12.0 * sum(trained) + reference,
         kept=min(kept, written),

@@ -59,7 +59,7 @@ HEAP_ENGINE = 1.1
 LOGITS = 1 << 27
 """Elements of rayhf.models.forward.LOGITS_LIMIT; that file imports torch."""
 CPU_CACHE = GIB / 4
-"""Bytes of rayhf.rollout.vllm_driver.CPU_KV_CACHE_GIB; that file imports vLLM."""
+"""Bytes of rayhf.rollout.vllm_build.CPU_KV_CACHE_GIB; that file imports vLLM."""
 ENGINE_TOKENS = 16384
 """Maximum tokens of one engine step: vLLM's default on large GPUs, and ours on CPU."""
 

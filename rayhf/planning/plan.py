@@ -230,6 +230,7 @@ class Plan:
             samples=max(self.derived.samples_per_iteration, config.prompts.batch),
             tokens=min(config.rollout.max_tokens, self.length),
             length=self.length,
+            replies=sum(entry.reply_bytes for entry in config.scorer.train),
         )
 
 

@@ -19,8 +19,10 @@ from rayhf.algorithms.base import (
     TrainsOnRows,
     TrainsSeveralPolicies,
     generates,
+    most_prompts,
 )
 from rayhf.campaign.data import CampaignData
+from rayhf.campaign.refill import check_refill
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig, PolicyConfig
 from rayhf.config.scorers import ScorerConfig, names_of
@@ -38,6 +40,7 @@ from rayhf.models.hub import local_directory
 from rayhf.models.source import model_length, read_model_config, tokenizer_fingerprint
 from rayhf.monitoring.tracking import check_trackers
 from rayhf.planning.architectures import check_architectures
+from rayhf.planning.in_flight import check_in_flight, updates_table
 from rayhf.planning.inputs import input_fingerprints
 from rayhf.planning.reference import check_reference
 from rayhf.run_dir.state import read_state
@@ -49,6 +52,9 @@ class Derived:
     """Numbers that follow from the config alone; part of the plan that `rayhf check` prints."""
 
     samples_per_iteration: int
+    """Responses of an iteration; with refills the largest number."""
+    refills: bool
+    """Whether an iteration may explore more than prompts.batch prompts."""
     steps_per_iteration: int
     total_steps: int
     """Optimizer steps of the whole campaign: the length of the learning-rate schedule."""
@@ -62,9 +68,10 @@ class Derived:
         ]
         if not self.samples_per_iteration:
             return [("rows per iteration", f"{config.prompts.batch}"), *steps]
+        most = "at most " if self.refills else ""
         return [
             ("prompts per iteration", f"{config.prompts.batch}"),
-            ("responses per iteration", f"{self.samples_per_iteration}"),
+            ("responses per iteration", f"{most}{self.samples_per_iteration}"),
             (
                 "tokens per iteration",
                 f"at most {self.samples_per_iteration * config.rollout.max_tokens:,}",
@@ -76,6 +83,7 @@ class Derived:
                 + (" (on-policy)" if config.run.max_staleness == 0 else ""),
             ),
             ("weight transport", transport_of(config)),
+            *updates_table(config),
         ]
 
 
@@ -111,7 +119,8 @@ def derive(config: CampaignConfig, algorithm: Algorithm) -> Derived:
         )
     steps = config.learner.epochs * (batch // per_step)
     return Derived(
-        samples_per_iteration=batch * algorithm.samples,
+        samples_per_iteration=most_prompts(algorithm, batch) * algorithm.samples,
+        refills=most_prompts(algorithm, batch) > batch,
         steps_per_iteration=steps,
         total_steps=steps * config.run.iterations,
     )
@@ -124,6 +133,7 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     transport_of(config)
     _require_scorers(config, algorithm)
     _check_rounding(config)
+    check_in_flight(config)
     derived = derive(config, algorithm)
     check_reference(config, algorithm, derived.total_steps)
     return algorithm, derived
@@ -245,6 +255,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     prompts.check_batches(
         batch=config.prompts.batch, iterations=config.run.iterations, key="prompts.train"
     )
+    check_refill(config, algorithm, prompts)
     config.algorithm.check_prompts(config, len(prompts.prompts))
     if isinstance(algorithm, RendersConversations):
         algorithm.check_chat(chat, prompts.prompts[0])

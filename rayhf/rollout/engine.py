@@ -10,17 +10,19 @@ generate: build a new one. An engine that was put to sleep does not generate unt
 update, which allocates memory in stages: for weights, the weights, for keys and values.
 
 Synchronization: `update` waits until running waves are done, and requests submitted after it wait
-for it, so a completion never mixes two versions.
+for it, so a completion never mixes two versions. With in_flight_updates it waits for the running
+step only: a completion continues with the new weights, and says which version wrote each token.
 """
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -29,6 +31,7 @@ from rayhf.config.schema import Dtype, RolloutConfig
 from rayhf.errors import ActorLostError, ConfigError, DeadlineError, WeightSyncError
 from rayhf.rollout.env import Device, check_env
 from rayhf.rollout.loop import EngineLoop, Wave
+from rayhf.rollout.partials import Growth, Partial, Slot
 from rayhf.types import Completion, GenerateRequest, Probe, WeightSnapshot
 from rayhf.weights.buckets import Payload, check_complete, snapshot_checksum, verify_buckets
 from rayhf.weights.lora import check_adapters, is_factor
@@ -61,6 +64,7 @@ class UpdateReport:
     checksum: str
     gap: ProbeGap
     seconds: float
+    """Time without generation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +124,8 @@ class RolloutEngine:
         self._max_length = max_length
         self._limit = FLOAT32_GAP if dtype == "float32" else config.mismatch_limit
         self._checksum = "checkpoint"
+        self._exclusive = not config.in_flight_updates
+        """Whether updates and probes wait for running waves."""
 
         def build() -> VllmDriver:
             self._driver = VllmDriver(
@@ -151,18 +157,34 @@ class RolloutEngine:
         return self.submit(requests, version=version).result()
 
     def submit(
-        self, requests: Sequence[GenerateRequest], *, version: int
+        self,
+        requests: Sequence[GenerateRequest],
+        *,
+        version: int,
+        call: int | None = None,
+        partials: Mapping[Slot, Partial] = MappingProxyType({}),
     ) -> Future[list[tuple[Completion, ...]]]:
         """Complete every request, in order, one completion per seed.
 
         All requests enter the engine before its next step. Raises ConfigError here for a request
         that cannot fit. The future raises StaleWeightsError where the engine does not hold
-        `version` when the requests are due, WeightSyncError after a failed update, RayhfError when
-        the engine broke, was closed or aborted, NumericalError for a non-finite log-prob.
+        `version` when the requests are due (with in_flight_updates: where it holds older weights),
+        WeightSyncError after a failed update, RayhfError when the engine broke, was closed or
+        aborted, NumericalError for a non-finite log-prob.
+
+        Args:
+            requests: what to complete.
+            version: of the weights.
+            call: number under which `report` tells what was generated.
+            partials: beginnings of completions, which are continued.
         """
         for request in requests:
             self._check_request(request)
-        return self._loop.submit(Wave(requests, version))
+        return self._loop.submit(Wave(requests, version, call, partials))
+
+    def report(self) -> list[Growth]:
+        """Return what running calls generated since the last report."""
+        return self._loop.call(lambda driver: driver.report(), exclusive=False).result()
 
     def abort(self, reason: str) -> int:
         """Fail all running and queued waves; returns how many there were."""
@@ -195,30 +217,34 @@ class RolloutEngine:
     def join_broadcast(self, rendezvous: Rendezvous, first_rank: int) -> None:
         """Prepare for weights by broadcast; the workers take the ranks from `first_rank` on.
 
-        Waits for running waves and, with gloo, for all other members. Raises ActorLostError or
+        Waits as `update` does, and with gloo for all other members. Raises ActorLostError or
         DeadlineError where a member does not join.
         """
-        self._loop.call(lambda driver: driver.join_broadcast(rendezvous, first_rank)).result()
+        self._loop.call(
+            lambda driver: driver.join_broadcast(rendezvous, first_rank), exclusive=self._exclusive
+        ).result()
 
     def update(
         self, snapshot: WeightSnapshot, payloads: Sequence[BucketBytes] = ()
     ) -> UpdateReport:
-        """Load new weights. Waits for running waves.
+        """Load new weights. Waits for running waves, with in_flight_updates for the running step.
 
         `payloads` are the buckets' bytes or handles to them, in order, none for a broadcast. Raises
         WeightSyncError, whose message says whether the old weights are still in place; for a broken
         broadcast ActorLostError or DeadlineError, and the engine then holds no usable weights.
         """
         return self._loop.call(
-            lambda driver: self._update(driver, snapshot, list(payloads))
+            lambda driver: self._update(driver, snapshot, list(payloads)), exclusive=self._exclusive
         ).result()
 
     def check(self, probe: Probe) -> ProbeGap:
-        """Compare this engine's log-probs with the learner's. Waits for running waves."""
-        return self._loop.call(lambda driver: _gap(driver, probe)).result()
+        """Compare this engine's log-probs with the learner's. Waits as `update` does."""
+        return self._loop.call(
+            lambda driver: _gap(driver, probe), exclusive=self._exclusive
+        ).result()
 
     def verify(self, probe: Probe) -> None:
-        """Check that the weights compute the learner's log-probs. Waits for running waves.
+        """Check that the weights compute the learner's log-probs. Waits as `update` does.
 
         Raises WeightSyncError where they do not, as `update` does.
         """
@@ -313,8 +339,7 @@ class RolloutEngine:
                 f"weights {snapshot.version} do not compute what the learner computes: {difference}"
             )
             raise WeightSyncError(driver.damage)
-        driver.version = snapshot.version
-        driver.damage = None
+        driver.confirm(snapshot.version)
         self._checksum = checksum
         seconds = time.perf_counter() - started
         return UpdateReport(version=snapshot.version, checksum=checksum, gap=gap, seconds=seconds)

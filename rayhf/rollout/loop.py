@@ -5,8 +5,8 @@ future for each. They are processed in order of arrival. A wave enters between t
 whole, and runs beside the waves that are already running (continuous batching).
 
 Synchronization: an exclusive call (new weights, a probe) waits until nothing runs, and everything
-behind it in the queue waits for it. When a step raises, every future gets the error and the loop is
-broken for good.
+behind it in the queue waits for it. A call that is not exclusive runs between two steps. When a
+step raises, every future gets the error and the loop is broken for good.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from rayhf.errors import ActorLostError, DeadlineError, RayhfError
+from rayhf.rollout.partials import Partial, Slot
 from rayhf.types import Completion, GenerateRequest
 
 Result = list[tuple[Completion, ...]]
@@ -32,7 +33,11 @@ class Wave:
 
     requests: Sequence[GenerateRequest]
     version: int
-    """The weights that must generate."""
+    """The weights that must generate; with in-flight updates the oldest that may."""
+    call: int | None = None
+    """Number under which its growth is reported; None: it is not."""
+    partials: Mapping[Slot, Partial] = field(default_factory=dict)
+    """What another engine has already generated."""
     future: Future[Result] = field(default_factory=Future)
 
 
@@ -60,9 +65,10 @@ T = TypeVar("T")
 
 @dataclass
 class _Call(Generic[D]):
-    """A function that runs while nothing else does."""
+    """A function that runs between two steps, or, where it is exclusive, while no wave runs."""
 
     function: Callable[[D], object]
+    exclusive: bool
     future: Future[Any]
 
 
@@ -100,10 +106,10 @@ class EngineLoop(Generic[D]):
         self._put(wave)
         return wave.future
 
-    def call(self, function: Callable[[D], T]) -> Future[T]:
-        """Run `function(driver)` while nothing else runs; its error is the future's."""
+    def call(self, function: Callable[[D], T], *, exclusive: bool = True) -> Future[T]:
+        """Run `function(driver)`; its error is the future's."""
         future: Future[T] = Future()
-        self._put(_Call(function, future))
+        self._put(_Call(function, exclusive, future))
         return future
 
     def abort(self, reason: str) -> int:
@@ -195,9 +201,12 @@ class EngineLoop(Generic[D]):
         """Admit waves and run calls, in order, up to a call that has to wait for running waves."""
         while True:
             with self._condition:
-                if not self._queue or (isinstance(self._queue[0], _Call) and self._running):
+                if not self._queue:
                     return
-                item = self._queue.popleft()
+                item = self._queue[0]
+                if isinstance(item, _Call) and item.exclusive and self._running:
+                    return
+                self._queue.popleft()
             if not item.future.set_running_or_notify_cancel():
                 continue
             self.progress += 1

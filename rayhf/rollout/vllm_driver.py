@@ -1,46 +1,41 @@
 """vLLM behind the loop: waves become vLLM requests, one per seed; finished requests, completions.
 
 In: waves, snapshots and probes, on the loop's thread only. Out: completions with the log-probs of
-the distribution that was sampled from. vLLM's errors are translated here.
+the distribution that was sampled from, and the version of the weights behind every token. vLLM's
+errors are translated here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from vllm import LLM, RequestOutput, SamplingParams
+from vllm import RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from rayhf.config.schema import RolloutConfig
 from rayhf.data.stop_tokens import special_token_ids, stop_token_ids
 from rayhf.data.thinking import ThinkingParser
-from rayhf.errors import (
-    ConfigError,
-    GpuMemoryError,
-    NumericalError,
-    RayhfError,
-    StaleWeightsError,
-    WeightSyncError,
-    clean_line,
-)
+from rayhf.errors import NumericalError, RayhfError, StaleWeightsError, WeightSyncError
 from rayhf.rollout import vllm_internals
 from rayhf.rollout.env import Device
 from rayhf.rollout.loop import Result, Wave
+from rayhf.rollout.partials import Growth, Partial, Slot
+from rayhf.rollout.vllm_build import build_engine
 from rayhf.rollout.vllm_internals import BucketBytes
-from rayhf.rollout.vllm_worker import BACKEND
 from rayhf.types import (
     Completion,
     GenerateRequest,
     Probe,
     Sampling,
     WeightSnapshot,
+    derive_seed,
     float_array,
+    split_versions,
     token_array,
 )
 from rayhf.weights.broadcast import Rendezvous
@@ -49,10 +44,19 @@ from rayhf.weights.buckets import checkpoint_shapes, snapshot_checksum
 if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs
 
-CPU_KV_CACHE_GIB = 0.25
-CPU_BATCHED_TOKENS = 16384
-_UNCHECKED_FRACTION = 0.01
-"""A fraction of GPU memory so small that vLLM's check at the start passes."""
+
+@dataclass(eq=False)
+class _Completing:
+    """One completion of a wave."""
+
+    known: Partial | None
+    """What another engine had generated."""
+    name: str | None = None
+    """Id of its vLLM request; None where it needs none."""
+    finished: Partial | None = None
+    """All of it, once it is finished."""
+    reported: int = 0
+    """Number of tokens that were reported, or known from the start."""
 
 
 @dataclass(eq=False)
@@ -60,11 +64,9 @@ class _Running:
     """A wave whose requests are in the engine."""
 
     wave: Wave
-    outputs: list[list[RequestOutput | None]]
-    """One slot per request and seed."""
-    missing: int
-    """Empty slots."""
-    ids: list[str] = field(default_factory=list)
+    slots: dict[Slot, _Completing] = field(default_factory=dict)
+    missing: int = 0
+    """Completions that are not finished."""
 
 
 class VllmDriver:
@@ -83,7 +85,7 @@ class VllmDriver:
         stop_ids: Sequence[int] = (),
         scaled_logprobs: bool = False,
     ) -> None:
-        self.llm = _build(
+        self.llm = build_engine(
             model,
             config,
             dtype=dtype,
@@ -109,9 +111,15 @@ class VllmDriver:
         """Why the weights are undefined; None while they are usable."""
         self.sleep_state: Literal["awake", "weights_kept", "weights_discarded"] = "awake"
         """Whether the weights of a sleeping engine are in host memory or nowhere."""
-        self._requests: dict[str, tuple[_Running, int, int]] = {}
-        """By request id: its wave, and its slot there."""
+        self._in_flight = config.in_flight_updates
+        self._keeps_kv = config.in_flight_updates and config.in_flight_kv == "keep"
+        self._waves: dict[Wave, _Running] = {}
+        self._ended: list[_Running] = []
+        """Waves that are finished and were not returned yet."""
+        self._requests: dict[str, tuple[_Running, Slot]] = {}
+        """By request id: its wave, and its place there."""
         self._count = 0
+        vllm_internals.label_weights(self.llm, self.version)
         vllm_internals.init_weight_transfer(self.llm, frozenset(self.shapes), model)
 
     def usable_version(self) -> int:
@@ -135,40 +143,120 @@ class VllmDriver:
 
         Lengths and token ids were checked before the wave was queued.
         """
-        if wave.version != self.usable_version():
+        held = self.usable_version()
+        if wave.version > held or (wave.version < held and not self._in_flight):
             raise StaleWeightsError(
-                f"requests need weights {wave.version}, this engine holds weights {self.version}"
+                f"requests need weights {wave.version}, this engine holds weights {held}"
             )
-        running = _Running(wave, [[None] * len(request.seeds) for request in wave.requests], 0)
+        running = _Running(wave)
         for row, request in enumerate(wave.requests):
-            for index, seed in enumerate(request.seeds):
-                self._count += 1
-                name = str(self._count)
-                self._engine.add_request(
-                    name,
-                    {"prompt_token_ids": list(request.token_ids)},
-                    self._params(request.sampling, seed),
-                )
-                self._requests[name] = (running, row, index)
-                running.ids.append(name)
-        running.missing = len(running.ids)
+            for index in range(len(request.seeds)):
+                self._start(running, (row, index))
+        self._waves[wave] = running
+        if not running.missing:
+            self._ended.append(running)
+
+    def _start(self, running: _Running, slot: Slot) -> None:
+        """Add the vLLM request of one completion, which may have begun elsewhere."""
+        row, index = slot
+        request = running.wave.requests[row]
+        known = running.wave.partials.get(slot)
+        completing = _Completing(known)
+        running.slots[slot] = completing
+        if known is not None:
+            completing.reported = len(known)
+            if known.finish_reason is not None:
+                completing.finished = known
+                return
+        self._count += 1
+        name = str(self._count)
+        sampling = request.sampling
+        seed = request.seeds[index]
+        token_ids = list(request.token_ids)
+        if known is not None:
+            token_ids += known.token_ids.tolist()
+            sampling = replace(sampling, max_tokens=sampling.max_tokens - len(known))
+            # From the same seed the first tokens would be drawn with the same random numbers.
+            seed = derive_seed(seed, "continued", len(known))
+        prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
+        if self._keeps_kv:
+            # Keys and values of running requests stay cached over an update, but those of other
+            # weights must not be found by a new prompt.
+            prompt["cache_salt"] = f"weights {self.version}"
+        self._engine.add_request(name, prompt, self._params(sampling, seed))
+        completing.name = name
+        self._requests[name] = (running, slot)
+        running.missing += 1
 
     def step(self) -> list[tuple[Wave, Result | RayhfError]]:
-        """Take one engine step and return the waves it finished."""
-        finished: list[tuple[Wave, Result | RayhfError]] = []
-        for output in self._engine.step():
-            running, row, index = self._requests.pop(output.request_id)
-            assert isinstance(output, RequestOutput)
-            running.outputs[row][index] = output
+        """Take one engine step and return the waves that are finished."""
+        if self.damage is not None:  # an update failed while they were running
+            return self._fail_running()
+        if self._requests:
+            self._collect(self._engine.step())
+        ended = self._ended
+        self._ended = []
+        for running in ended:
+            del self._waves[running.wave]
+        return [(running.wave, self._completions(running)) for running in ended]
+
+    def _collect(self, outputs: Iterable[RequestOutput]) -> None:
+        """Take finished requests out of vLLM."""
+        for output in outputs:
+            running, slot = self._requests.pop(output.request_id)
+            completing = running.slots[slot]
+            partial = _partial(running.wave.requests[slot[0]], output)
+            self.tokens += len(partial)
+            completing.finished = (
+                partial if completing.known is None else completing.known.followed_by(partial)
+            )
             running.missing -= 1
             if not running.missing:
-                finished.append((running.wave, self._completions(running)))
-        return finished
+                self._ended.append(running)
+
+    def _fail_running(self) -> list[tuple[Wave, Result | RayhfError]]:
+        waves = list(self._waves)
+        self.cancel()
+        error = WeightSyncError(f"this rollout engine holds no usable weights: {self.damage}")
+        return [(wave, error) for wave in waves]
 
     def cancel(self) -> None:
         """Drop every running request."""
         self._engine.abort_request(list(self._requests))
         self._requests.clear()
+        self._waves.clear()
+        self._ended.clear()
+
+    def report(self) -> list[Growth]:
+        """Return what the completions of unfinished calls gained since the last report.
+
+        Not for requests with stop strings: one could begin in what is reported and end in what
+        follows, and would not be noticed. They are repeated from their first token.
+        """
+        grown = []
+        for running in self._waves.values():
+            if running.wave.call is None:
+                continue
+            for slot, completing in running.slots.items():
+                stop = running.wave.requests[slot[0]].sampling.stop
+                if completing.finished is None and self._stop_texts(stop):
+                    continue
+                start = completing.reported
+                added = self._since(completing)
+                if len(added):
+                    completing.reported += len(added)
+                    grown.append(
+                        Growth(call=running.wave.call, slot=slot, start=start, added=added)
+                    )
+        return grown
+
+    def _since(self, completing: _Completing) -> Partial:
+        """Return the tokens of a completion that were not reported."""
+        if completing.finished is not None:
+            return completing.finished.after(completing.reported)
+        assert completing.name is not None
+        known = 0 if completing.known is None else len(completing.known)
+        return vllm_internals.generated(self.llm, completing.name, completing.reported - known)
 
     def close(self) -> None:
         """Stop the engine."""
@@ -177,8 +265,11 @@ class VllmDriver:
     def probe_logprobs(self, probe: Probe) -> npt.NDArray[np.float64]:
         """Return the engine's log-probs of the probe's tokens at temperature 1.
 
-        Shape (len(token_ids) - 1,). Nothing may be running.
+        Shape (len(token_ids) - 1,). Running requests wait.
         """
+        self._collect(vllm_internals.outputs_in_flight(self.llm))
+        if not vllm_internals.has_room(self.llm, len(probe.token_ids)):
+            self.reset_prefix_cache()
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -187,17 +278,21 @@ class VllmDriver:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._engine.add_request("probe", {"prompt_token_ids": list(probe.token_ids)}, params)
+        # A salt of its own: nothing is read from the cache, whatever is kept there.
+        self._count += 1
+        prompt = {"prompt_token_ids": list(probe.token_ids), "cache_salt": f"probe {self._count}"}
         outputs: list[RequestOutput] = []
-        while self._engine.has_unfinished_requests():
-            outputs += self._engine.step()
+        with vllm_internals.requests_held(self.llm):
+            self._engine.add_request("probe", prompt, params)
+            while not outputs:
+                outputs += self._engine.step()
         logprobs = cast("FlatLogprobs", outputs[0].prompt_logprobs)
         # The first position has no log-prob, every other one has one value: its own token's.
         return np.asarray(logprobs.logprobs, dtype=np.float64)
 
     def _params(self, sampling: Sampling, seed: int) -> SamplingParams:
         # Special tokens are not in the text: they are stopped at by their ids.
-        texts = [text for text in sampling.stop if text not in self._special_ids]
+        texts = self._stop_texts(sampling.stop)
         special = [self._special_ids[text] for text in sampling.stop if text in self._special_ids]
         return SamplingParams(
             max_tokens=sampling.max_tokens,
@@ -216,29 +311,30 @@ class VllmDriver:
             skip_clone=True,
         )
 
+    def _stop_texts(self, stop: Sequence[str]) -> list[str]:
+        """Return the stop strings that are not special tokens."""
+        return [text for text in stop if text not in self._special_ids]
+
     def _completions(self, running: _Running) -> Result | RayhfError:
-        rows = [
-            output.outputs[0]
-            for outputs in running.outputs
-            for output in outputs
-            if output is not None
-        ]
-        token_ids = [list(row.token_ids) for row in rows]
+        """Return the completions of a finished wave."""
+        partials = [completing.finished for completing in running.slots.values()]
+        token_ids = [partial.token_ids.tolist() for partial in partials if partial is not None]
         texts = iter(self.tokenizer.batch_decode(token_ids, skip_special_tokens=True))
-        self.tokens += sum(map(len, token_ids))
+        remaining = iter(partials)
         result: Result = []
-        for request, outputs in zip(running.wave.requests, running.outputs, strict=True):
+        for request in running.wave.requests:
             completions = []
             thinks = self._thinking is not None and self._thinking.opened_by(request.token_ids)
-            for index, output in enumerate(outputs):
-                assert output is not None
-                completion = _completion(request, index, output, next(texts), self.version)
+            for index in range(len(request.seeds)):
+                partial = next(remaining)
+                assert partial is not None
+                completion = _completion(request, index, partial, next(texts))
                 if self._thinking is not None:
                     completion = self._thinking.split(completion, opened=thinks)
                 if not np.isfinite(completion.logprobs).all():
                     return NumericalError(
-                        f"weights of version {self.version} give a non-finite log-prob for prompt "
-                        f"{request.prompt_id}"
+                        f"weights of version {int(partial.versions.max())} give a non-finite "
+                        f"log-prob for prompt {request.prompt_id}"
                     )
                 completions.append(completion)
             result.append(tuple(completions))
@@ -247,11 +343,11 @@ class VllmDriver:
     # ------------------------------------------------------------------------------------- memory
 
     def reset_prefix_cache(self) -> None:
-        """Discard cached keys and values.
+        """Discard cached keys and values; those of running requests are computed again.
 
         Raises WeightSyncError where vLLM declines (it returns False).
         """
-        if not self.llm.reset_prefix_cache():
+        if not self.llm.reset_prefix_cache(reset_running_requests=bool(self._requests)):
             raise WeightSyncError("vLLM did not reset its prefix cache: requests are running")
 
     def sleep(self, *, keep_weights: bool) -> None:
@@ -280,9 +376,11 @@ class VllmDriver:
     def load(self, snapshot: WeightSnapshot, payloads: Sequence[BucketBytes]) -> str:
         """Run one weight update and return the checksum of what was loaded.
 
-        The weights are undefined if this raises.
+        Running requests go on with the new weights, and with the keys and values of the old ones
+        where those are kept. The weights are undefined if this raises.
         """
         checksum = snapshot.checksum
+        self._collect(vllm_internals.outputs_in_flight(self.llm))
         vllm_internals.start_update(self.llm)
         if snapshot.transport == "broadcast":
             received = self.llm.collective_rpc(
@@ -297,112 +395,43 @@ class VllmDriver:
             for bucket, payload in zip(snapshot.buckets, payloads, strict=True):
                 vllm_internals.load_bucket(self.llm, bucket, payload)
         vllm_internals.finish_update(self.llm)
-        self.reset_prefix_cache()
+        if not (self._keeps_kv and self._requests):
+            self.reset_prefix_cache()
         return checksum
 
+    def confirm(self, version: int) -> None:
+        """Take what was loaded as the weights of `version`, which tokens get from now on."""
+        self.version = version
+        self.damage = None
+        vllm_internals.label_weights(self.llm, version)
 
-def _completion(
-    request: GenerateRequest, index: int, output: RequestOutput, text: str, version: int
-) -> Completion:
+
+def _partial(request: GenerateRequest, output: RequestOutput) -> Partial:
     row = output.outputs[0]
     reason = row.finish_reason
     if reason not in ("stop", "length"):
         raise RayhfError(
             f"vLLM ended prompt {request.prompt_id} with {reason!r}, expected 'stop' or 'length'"
         )
+    return Partial(
+        token_ids=token_array(row.token_ids),
+        logprobs=float_array(cast("FlatLogprobs", row.logprobs).logprobs),
+        versions=vllm_internals.token_versions(output),
+        finish_reason=reason,
+    )
+
+
+def _completion(request: GenerateRequest, index: int, partial: Partial, text: str) -> Completion:
+    assert partial.finish_reason is not None
+    oldest, versions = split_versions(partial.versions)
     return Completion(
         prompt_id=request.prompt_id,
         index=index,
         seed=request.seeds[index],
         text=text,
-        token_ids=token_array(row.token_ids),
-        logprobs=float_array(cast("FlatLogprobs", row.logprobs).logprobs),
-        finish_reason=reason,
-        policy_version=version,
+        token_ids=partial.token_ids,
+        logprobs=partial.logprobs,
+        finish_reason=partial.finish_reason,
+        policy_version=oldest,
+        token_versions=versions,
     )
-
-
-# ------------------------------------------------------------------------------- settings of vLLM
-
-
-def _build(
-    model: Path,
-    config: RolloutConfig,
-    *,
-    dtype: str,
-    max_length: int,
-    seed: int,
-    device: Device,
-    sleep_mode: bool,
-    scaled_logprobs: bool,
-) -> LLM:
-    kv_cache_gib = config.kv_cache_gib or (CPU_KV_CACHE_GIB if device == "cpu" else None)
-    eager = config.enforce_eager if config.enforce_eager is not None else device == "cpu"
-    if device == "cpu" and not eager:
-        raise ConfigError("rollout.enforce_eager: false needs a GPU; on CPU leave it out")
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        # A model directory is data: no code of its own, no pickled weights.
-        "trust_remote_code": False,
-        "load_format": "safetensors",
-        "max_model_len": max_length,
-        "max_num_seqs": config.max_num_seqs,
-        "enforce_eager": eager,
-        "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
-        "seed": seed,
-        "worker_extension_cls": "rayhf.rollout.vllm_worker.WorkerExtension",
-        "weight_transfer_config": {"backend": BACKEND},
-        # Raw: of the whole vocabulary at temperature 1, as the learner computes them. Processed
-        # ones have the temperature, but top-k and top-p renormalize them too.
-        "logprobs_mode": "processed_logprobs" if scaled_logprobs else "raw_logprobs",
-        # Sampling is set by the request alone, not by defaults that ship with a checkpoint.
-        "generation_config": "vllm",
-        "enable_prefix_caching": config.prefix_caching is not False,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-    }
-    if device == "cpu":
-        settings |= _cpu_settings(max_length)
-    else:
-        settings |= _gpu_settings(config, kv_cache_gib, sleep_mode=sleep_mode)
-    if config.tensor_parallel > 1:
-        # By default vLLM would detect Ray's placement group and request workers in a bundle that
-        # this actor fills.
-        settings["tensor_parallel_size"] = config.tensor_parallel
-        settings["distributed_executor_backend"] = "mp"
-    try:
-        return LLM(str(model), **settings)
-    except (ValueError, AssertionError, torch.OutOfMemoryError) as error:
-        # A cache of a given size, as on CPU, is too small whenever it is tried.
-        if kv_cache_gib is None and vllm_internals.is_memory_shortage(error):
-            raise GpuMemoryError(f"vLLM does not start: {clean_line(str(error))}") from error
-        if not isinstance(error, ValueError):
-            raise
-        raise ConfigError(
-            f"vLLM refuses {model} with the settings of section rollout: {error}"
-        ) from error
-
-
-def _cpu_settings(max_length: int) -> dict[str, Any]:
-    # A prompt that is prefilled in parts makes vLLM 0.32 rewind the generators of seeded requests,
-    # which CPU generators cannot: the engine would crash. So prompts enter whole, and a step must
-    # have room for the longest. Prefixes are cached in whole blocks: 32 tokens is the smallest size
-    # that the CPU kernels support, as fast as vLLM's 128.
-    return {
-        "block_size": 32,
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(max_length, CPU_BATCHED_TOKENS),
-    }
-
-
-def _gpu_settings(
-    config: RolloutConfig, kv_cache_gib: float | None, *, sleep_mode: bool
-) -> dict[str, Any]:
-    return {
-        # With a cache of a given size this decides nothing, but vLLM would still require this
-        # fraction to be free at the start.
-        "gpu_memory_utilization": config.memory_fraction
-        if kv_cache_gib is None
-        else _UNCHECKED_FRACTION,
-        "enable_sleep_mode": sleep_mode,
-    }

@@ -14,15 +14,22 @@ Five things go wrong without this file:
 4. A router's bias is a parameter of two layers, and the reload fills it twice, the second time with
    what was never loaded (`start_reload`).
 5. The prefix cache holds keys and values of the old weights: the driver resets it afterwards.
+
+New weights while requests run need three more: the outputs of steps that are still in flight
+(`outputs_in_flight`), steps without the running requests for the probe (`requests_held`), and what
+a request has generated so far (`generated`). vLLM itself labels tokens with a version of weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
-from vllm import LLM
+from vllm import LLM, RequestOutput
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -33,14 +40,18 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import create_request_queue
 
 from rayhf.errors import WeightSyncError
-from rayhf.types import WeightBucket
+from rayhf.rollout.partials import Partial
+from rayhf.types import NO_TOKENS, TokenArray, WeightBucket, float_array, token_array
 from rayhf.weights.buckets import Payload
 from rayhf.weights.cuda_ipc import IpcExport
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+    from vllm.logprobs import FlatLogprobs
 
 ROUTER_BIAS = "e_score_correction_bias"
 MEMORY_SHORTAGES = (
@@ -99,6 +110,91 @@ def load_bucket(llm: LLM, bucket: WeightBucket, payload: BucketBytes) -> None:
 
 def finish_update(llm: LLM) -> None:
     llm.collective_rpc("finish_weight_update")
+
+
+# ---------------------------------------------------------------- for updates while requests run
+
+
+def label_weights(llm: LLM, version: int) -> None:
+    """Make vLLM label the tokens of all later steps with this version."""
+    llm.llm_engine.set_weight_version(str(version))
+
+
+def outputs_in_flight(llm: LLM) -> list[RequestOutput]:
+    """Wait for steps that vLLM has started ahead, and return the requests that they finish.
+
+    On GPU it schedules a step before it has the last one's tokens: those are of the weights that
+    the step ran with, and must be counted before others are loaded. On CPU there are none.
+    """
+    core = _core(llm)
+    outputs: list[RequestOutput] = []
+    core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    try:
+        while core.batch_queue:
+            outputs += llm.llm_engine.step()
+    finally:
+        core.scheduler.set_pause_state(PauseState.UNPAUSED)
+    return outputs
+
+
+@contextmanager
+def requests_held(llm: LLM) -> Iterator[None]:
+    """Leave all present requests out of the steps inside the block; they keep their KV blocks.
+
+    None of their steps may be in flight.
+    """
+    scheduler = _core(llm).scheduler
+    running = scheduler.running
+    waiting = scheduler.waiting
+    scheduler.running = []
+    scheduler.waiting = create_request_queue(scheduler.policy)
+    try:
+        yield
+    finally:
+        scheduler.running = running
+        scheduler.waiting = waiting
+
+
+def has_room(llm: LLM, tokens: int) -> bool:
+    """Return whether a request of so many tokens fits into the KV cache beside the others."""
+    scheduler = _core(llm).scheduler
+    groups = len(scheduler.kv_cache_config.kv_cache_groups)
+    blocks = groups * (-(-tokens // scheduler.block_size) + 1)
+    return bool(scheduler.kv_cache_manager.block_pool.get_num_free_blocks() > blocks)
+
+
+def generated(llm: LLM, request_id: str, start: int) -> Partial:
+    """Return the tokens of an unfinished request from number `start` on, with their versions."""
+    processor = llm.llm_engine.output_processor
+    (internal,) = processor.external_req_ids[request_id]
+    state = processor.request_states[internal]
+    token_ids = state.detokenizer.output_token_ids
+    flat = cast("FlatLogprobs", state.logprobs_processor.logprobs)
+    return Partial(
+        token_ids=token_array(token_ids[start:]),
+        logprobs=float_array(flat.logprobs[start:]),
+        versions=_versions(state.weight_version_starts, len(token_ids))[start:],
+    )
+
+
+def token_versions(output: RequestOutput) -> TokenArray:
+    """Return the version of every token of a finished request."""
+    row = output.outputs[0]
+    starts = [(span.version, span.start) for span in row.weight_versions or ()]
+    return _versions(starts, len(row.token_ids))
+
+
+def _versions(starts: Sequence[tuple[str, int]], count: int) -> TokenArray:
+    """Return the version of each of `count` tokens from the first index of each version."""
+    if not starts:
+        return NO_TOKENS
+    labels = [int(label) for label, _ in starts]
+    ends = [*(start for _, start in starts[1:]), count]
+    return token_array(np.repeat(labels, np.diff(ends, prepend=0)))
+
+
+def _core(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core
 
 
 # --------------------------------------------------------------------------------- for the worker

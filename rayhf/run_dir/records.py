@@ -18,6 +18,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayhf.evaluation.values import PromptValues
 from rayhf.run_dir import tables
 from rayhf.run_dir.checksums import ChecksumLog
 from rayhf.run_dir.files import (
@@ -33,7 +34,7 @@ from rayhf.run_dir.table_writer import TableWriter, row_groups
 from rayhf.types import Example, Group, JsonObject
 
 METRICS = "metrics.jsonl"
-TABLES = ("samples", "examples", "credit", "heldout")
+TABLES = ("samples", "examples", "credit", "heldout", "evaluations")
 """Directories with a Parquet file per iteration, where it has one."""
 
 
@@ -89,6 +90,11 @@ class Records:
         """Start writing an evaluation's completions of the held-out prompts."""
         parts = row_groups(groups, partial(tables.sample_table, iteration))
         self._writer.start(self._write_table, "heldout", iteration, tables.SAMPLES, parts)
+
+    def write_evaluations(self, iteration: int, values: Sequence[PromptValues]) -> None:
+        """Start writing the figures of an iteration's evaluations by prompt."""
+        parts = row_groups(values, partial(tables.evaluation_table, iteration))
+        self._writer.start(self._write_table, "evaluations", iteration, tables.EVALUATIONS, parts)
 
     async def tables_written(self) -> None:
         """Wait until the tables that were started are on the disk. Raises their first error."""

@@ -3,7 +3,8 @@
 config.yaml      the config as resolved          campaign.json        committed state, replaced last
 checksums.jsonl  of samples, examples, metrics   .lock                held by the launcher
 metrics.jsonl    one object per iteration        samples/, examples/  Parquet per iteration
-                                                credit/, heldout/  likewise, where there are any
+                                                credit/, heldout/, evaluations/  likewise, where
+                                                there are any
 checkpoints/iteration-000012/  roles, state.json; MANIFEST.json last
 journal/         responses of unfinished iterations
 logs/attempt-0003/events.jsonl  what happened in one attempt
@@ -30,6 +31,7 @@ from pathlib import Path
 from rayhf.config.load import dump_config
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import CheckpointError, PausedError
+from rayhf.evaluation.values import PromptValues
 from rayhf.run_dir.checkpoints import Checkpoint, Checkpoints, Retention
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.files import (
@@ -202,6 +204,10 @@ class RunDir:
     def write_heldout(self, iteration: int, groups: Sequence[Group]) -> None:
         """Start writing an evaluation's completions of the held-out prompts."""
         self._records.write_heldout(iteration, groups)
+
+    def write_evaluations(self, iteration: int, values: Sequence[PromptValues]) -> None:
+        """Start writing the figures of an iteration's evaluations by prompt."""
+        self._records.write_evaluations(iteration, values)
 
     async def tables_written(self) -> None:
         """Wait until the tables that were started are on the disk. Raises their first error."""

@@ -1,17 +1,20 @@
 """The samples and training examples of an iteration as Arrow tables, and examples back from them.
 
 samples    one row per completion, also the inner ones of a search: `parent`, `kind`, `context_ids`
-           and `stats` are its tree; `row` has all columns of the prompt's row as JSON
+           and `stats` are its tree; `row` has all columns of the prompt's row as JSON;
+           `token_versions` is null where one version wrote all tokens
 examples   one row per training example, with indices into its prompt's samples `iterations_back`
            iterations ago; index -1 for a text that was not sampled (an offline pair, a label)
 credit     one row per row of the policy's examples: what training added to each of its tokens
 heldout    an evaluation's completions of prompts.heldout, in the form of samples
+evaluations    one row per prompt and figure of every evaluation
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayhf.evaluation.values import PromptValues
 from rayhf.types import (
     Example,
     Failed,
@@ -31,6 +35,14 @@ from rayhf.types import (
     token_array,
 )
 
+_REPLY = pa.struct(
+    [
+        ("part", pa.string()),
+        ("against", pa.int32()),
+        ("left_out", pa.bool_()),
+        ("text", pa.string()),
+    ]
+)
 SAMPLES = pa.schema(
     [
         ("iteration", pa.int32()),
@@ -49,11 +61,13 @@ SAMPLES = pa.schema(
         ("logprobs", pa.list_(pa.float32())),
         ("score", pa.float64()),
         ("scores", pa.map_(pa.string(), pa.float64())),
+        ("replies", pa.list_(_REPLY)),
         ("outcome", pa.string()),
         ("reason", pa.string()),
         ("wins", pa.list_(pa.float64())),
         ("stats", pa.map_(pa.string(), pa.float64())),
         ("policy_version", pa.int32()),
+        ("token_versions", pa.list_(pa.int32())),
         ("finish_reason", pa.string()),
         ("seed", pa.int64()),
     ]
@@ -74,6 +88,15 @@ EXAMPLES = pa.schema(
     ]
 )
 
+EVALUATIONS = pa.schema(
+    [
+        ("iteration", pa.int32()),
+        ("metric", pa.string()),
+        ("prompt_id", pa.string()),
+        ("value", pa.float64()),
+        ("weight", pa.float64()),
+    ]
+)
 CREDIT_VALUES = ("ref_logp", "old_logp", "value", "advantage")
 """Names of token values that the credit table keeps, where an algorithm has them."""
 CREDIT = pa.schema(
@@ -118,6 +141,7 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
             list(outcome.parts.items()) if isinstance(outcome, Scored) else []
             for outcome in outcomes
         ],
+        "replies": [_replies(g, n) for g, n in zip(owners, numbers, strict=True)],
         "outcome": [None if outcome is None else type(outcome).__name__ for outcome in outcomes],
         "reason": [
             outcome.reason if isinstance(outcome, Invalid | Failed) else None
@@ -129,10 +153,20 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
         ],
         "stats": [list(sample.stats.items()) for sample in samples],
         "policy_version": [c.policy_version for c in completions],
+        "token_versions": [c.token_versions for c in completions],
         "finish_reason": [c.finish_reason for c in completions],
         "seed": [c.seed for c in completions],
     }
     return pa.Table.from_pydict(columns, schema=SAMPLES)
+
+
+def _replies(group: Group, index: int) -> list[dict[str, object]]:
+    """Return what judges wrote about a sample, or about a pair that it stood first in."""
+    outcome = group.samples[index].outcome
+    replies = outcome.replies if isinstance(outcome, Scored) else ()
+    if group.compared is not None:
+        replies += group.compared.replies_about(index)
+    return [asdict(reply) for reply in replies]
 
 
 def example_table(iteration: int, examples: Sequence[Example]) -> pa.Table:
@@ -172,6 +206,34 @@ def credit_table(iteration: int, examples: Sequence[Example]) -> pa.Table:
     }
     columns |= {name: [row.tokens.get(name) for _, row in rows] for name in CREDIT_VALUES}
     return pa.Table.from_pydict(columns, schema=CREDIT)
+
+
+def evaluation_table(iteration: int, figures: Sequence[PromptValues]) -> pa.Table:
+    """Return one row per prompt and figure."""
+    columns = {
+        "iteration": [iteration] * sum(len(figure.prompt_ids) for figure in figures),
+        "metric": [figure.metric for figure in figures for _ in figure.prompt_ids],
+        "prompt_id": [prompt for figure in figures for prompt in figure.prompt_ids],
+        "value": [value for figure in figures for value in figure.values_P],
+        "weight": [weight for figure in figures for weight in figure.weights_P],
+    }
+    return pa.Table.from_pydict(columns, schema=EVALUATIONS)
+
+
+def read_evaluations(file: Path) -> dict[str, PromptValues]:
+    """Return the figures of an iteration's evaluations by prompt, by metric. Raises OSError."""
+    table = pq.read_table(file)
+    found = {}
+    metrics = np.asarray(table["metric"].to_pylist(), dtype=object)
+    for metric in dict.fromkeys(metrics):
+        own = table.filter(pa.array(metrics == metric))
+        found[metric] = PromptValues(
+            metric=metric,
+            prompt_ids=tuple(own["prompt_id"].to_pylist()),
+            values_P=own["value"].to_numpy(),
+            weights_P=own["weight"].to_numpy(),
+        )
+    return found
 
 
 def _lists(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> pa.ListArray:

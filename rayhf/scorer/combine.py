@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from rayhf.scorer.comparisons import Problem, compare_scores, has_verdict
 from rayhf.scorer.normalize import RunningNormalizer
 from rayhf.scorer.outcomes import EXPECTED, MAX_SCORE
 from rayhf.scorer.parts import Answers, Part, Parts, Rows, judges
+from rayhf.scorer.replies import Replies, named
 from rayhf.types import (
     Compared,
     Comparison,
@@ -144,11 +146,13 @@ class Combination:
             what = self._combine.type.replace("_", " ")
             return Invalid(reason=f"the {what} is {total:g}; {EXPECTED}")
         parts: dict[str, float] = {}
+        replies: Replies = ()
         for entry, outcome in scored:
             name = entry.resolved_name
             parts[name] = outcome.value
             parts |= {f"{name}/{key}": value for key, value in outcome.parts.items()}
-        return Scored(value=total, parts=parts)
+            replies += named(outcome.replies, name)
+        return Scored(value=total, parts=parts, replies=replies)
 
     def _total(self, weights: Sequence[float], values: Sequence[float]) -> float:
         total = sum(weight * value for weight, value in zip(weights, values, strict=True))
@@ -182,18 +186,18 @@ class Combination:
         value = self._utility(entry, outcome.value)
         if not abs(value) <= MAX_SCORE:
             return Invalid(reason=f"the transformed score is {value:g}; {EXPECTED}")
-        return Scored(value=value)
+        return Scored(value=value, replies=outcome.replies)
 
     def _mix(self, comparisons: tuple[Comparison, ...], request: ScoreRequest) -> Comparison:
         problem = self._problem(comparisons, request)
         if problem is not None:
             return problem
         known = [
-            (entry, comparison.win)
+            (entry, comparison)
             for entry, comparison in zip(self._entries, comparisons, strict=True)
             if isinstance(comparison, Compared)
         ]
-        mixed_KK = sum(entry.weight * win_KK for entry, win_KK in known) / sum(
+        mixed_KK = sum(entry.weight * compared.win for entry, compared in known) / sum(
             entry.weight for entry, _ in known
         )
         # Mirrored once more: rounding of a weighted mean must not make win[i, j] + win[j, i] differ
@@ -203,7 +207,16 @@ class Combination:
         if not has_verdict(win_KK):
             names = ", ".join(entry.resolved_name for entry, _ in known)
             return Invalid(reason=f"no two completions were compared by all of {names}")
-        return Compared(win=win_KK, source="pairwise")
+        replies = tuple(
+            tuple(
+                chain.from_iterable(
+                    named(compared.replies_about(index), entry.resolved_name)
+                    for entry, compared in known
+                )
+            )
+            for index in range(len(win_KK))
+        )
+        return Compared(win=win_KK, source="pairwise", replies=replies if any(replies) else ())
 
     def _problem(
         self, responses: Sequence[Outcome | Comparison], request: ScoreRequest

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from rayhf.scorer.outcomes import bounded, clean
+from rayhf.scorer.replies import Replies, bounded_replies
 from rayhf.types import (
     Compared,
     Comparison,
@@ -50,13 +52,18 @@ def compare_scores(outcomes: Sequence[Outcome]) -> Comparison:
         gap_KK = scores_K[:, None] - scores_K[None, :]
         win_KK = np.exp(-np.logaddexp(0.0, -gap_KK))
     np.fill_diagonal(win_KK, 0.5)
-    return Compared(win=win_KK, source="pointwise")
+    replies = tuple(o.replies if isinstance(o, Scored) else () for o in outcomes)
+    return Compared(win=win_KK, source="pointwise", replies=replies if any(replies) else ())
 
 
-def compare_pairs(completions: int, verdicts: Mapping[Pair, float | Problem]) -> Comparison:
+def compare_pairs(
+    completions: int,
+    verdicts: Mapping[Pair, float | Problem],
+    replies: tuple[Replies, ...] = (),
+) -> Comparison:
     """Return a matrix from P(i beats j) of some pairs i < j, source "pairwise".
 
-    Where no pair has a probability, return the first problem.
+    Where no pair has a probability, return the first problem. `replies` are as in Compared.
     """
     win_KK = np.full((completions, completions), np.nan)
     np.fill_diagonal(win_KK, 0.5)
@@ -67,7 +74,7 @@ def compare_pairs(completions: int, verdicts: Mapping[Pair, float | Problem]) ->
     problems = [verdict for verdict in verdicts.values() if not isinstance(verdict, float)]
     if problems and not has_verdict(win_KK):
         return problems[0]
-    return Compared(win=win_KK, source="pairwise")
+    return Compared(win=win_KK, source="pairwise", replies=replies)
 
 
 def has_verdict(win_KK: Matrix) -> bool:
@@ -91,7 +98,9 @@ def mean_wins(
         "completion here"
     )
     return tuple(
-        Scored(value=float(rate)) if math.isfinite(rate) else (problems or {}).get(index, missing)
+        Scored(value=float(rate), replies=comparison.replies_about(index))
+        if math.isfinite(rate)
+        else (problems or {}).get(index, missing)
         for index, rate in enumerate(win_rates(comparison.win, include_self=False))
     )
 
@@ -123,7 +132,7 @@ def _check_row(row: Sequence[Outcome], completions: int) -> tuple[Outcome, ...]:
             reason=f"the scorer returned {len(row)} scores for {completions} completions"
         )
         return (failed,) * completions
-    return tuple(map(bounded, row))
+    return tuple(bounded(outcome, completions) for outcome in row)
 
 
 def check_comparisons(
@@ -163,4 +172,19 @@ def _check_matrix(comparison: object, completions: int) -> Comparison:
         )
     if not has_verdict(win_KK):
         return Invalid(reason="the scorer compared no two completions")
-    return comparison
+    return _check_replies(comparison, completions)
+
+
+def _check_replies(compared: Compared, completions: int) -> Comparison:
+    if not compared.replies:
+        return compared
+    if len(compared.replies) != completions:
+        return Failed(
+            reason=f"the scorer returned replies about {len(compared.replies)} completions, "
+            f"expected {completions}"
+        )
+    try:
+        replies = tuple(bounded_replies(each, completions) for each in compared.replies)
+    except ValueError as error:
+        return Failed(reason=str(error))
+    return replace(compared, replies=replies)

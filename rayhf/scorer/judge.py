@@ -15,6 +15,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 
@@ -39,6 +40,7 @@ from rayhf.scorer.judge_votes import (
     ask,
     seeds_of,
 )
+from rayhf.scorer.replies import Replies, named, select_replies
 from rayhf.scorer.rubric import (
     Criterion,
     criteria_text,
@@ -131,6 +133,7 @@ class Judge:
 
     def _matrix(self, request: ScoreRequest, results: Mapping[Key, Result[float]]) -> Comparison:
         verdicts: dict[Pair, float | Problem] = {}
+        replies: list[list[Replies]] = [[] for _ in request.completions]
         for i, j in combinations(range(len(request.completions)), 2):
             one = request.completions[i].text
             other = request.completions[j].text
@@ -139,6 +142,11 @@ class Judge:
                 continue
             forward = results[_key(request.prompt, one, other)]
             backward = results[_key(request.prompt, other, one)]
+            for result, shown_first, against in ((forward, i, j), (backward, j, i)):
+                if isinstance(result, Votes):
+                    replies[shown_first].append(
+                        tuple(replace(reply, against=against) for reply in result.replies)
+                    )
             if not isinstance(forward, Votes):
                 verdicts[i, j] = forward
             elif not isinstance(backward, Votes):
@@ -148,7 +156,12 @@ class Judge:
                 second = _mean(backward.values)
                 self._count_pair(first, second)
                 verdicts[i, j] = (first + 1.0 - second) / 2.0
-        return compare_pairs(len(request.completions), verdicts)
+        kept = tuple(map(self._kept, replies))
+        return compare_pairs(len(request.completions), verdicts, kept if any(kept) else ())
+
+    def _kept(self, by_question: Sequence[Replies]) -> Replies:
+        """Return the replies about one completion that the run keeps."""
+        return select_replies(by_question, self.config.keep_replies)
 
     def _count_pair(self, first: float, second: float) -> None:
         """Count a pair: how often whichever was shown first won, in its two orders."""
@@ -159,7 +172,11 @@ class Judge:
     def _outcome(self, result: Result[float]) -> Outcome:
         if not isinstance(result, Votes):
             return result
-        return Scored(value=_mean(result.values), parts=self._vote_parts(result.unparsable))
+        return Scored(
+            value=_mean(result.values),
+            parts=self._vote_parts(result.unparsable),
+            replies=self._kept([result.replies]),
+        )
 
     def _vote_parts(self, unparsable: int) -> dict[str, float]:
         return {"votes": float(self.config.votes), "unparsable": float(unparsable)}
@@ -262,8 +279,14 @@ class Judge:
             votes.append(result)
         answers = [_mean(column) for result in votes for column in zip(*result.values, strict=True)]
         unparsable = sum(result.unparsable for result in votes)
-        parts = self._vote_parts(unparsable) | dict(zip(part_names(rubric), answers, strict=True))
-        return Scored(value=weighted_score(rubric, answers), parts=parts)
+        names = part_names(rubric)
+        parts = self._vote_parts(unparsable) | dict(zip(names, answers, strict=True))
+        replies = [result.replies for result in votes]
+        if self.config.per_criterion:
+            replies = [named(each, name) for each, name in zip(replies, names, strict=True)]
+        return Scored(
+            value=weighted_score(rubric, answers), parts=parts, replies=self._kept(replies)
+        )
 
 
 def _each(requests: Sequence[ScoreRequest]) -> Iterator[tuple[ScoreRequest, Completion]]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from rayhf.config.models import ModelName
 from rayhf.config.schema import RolloutConfig
 from rayhf.config.scorers import Dtype, EngineModel, PointwiseEntryConfig
 from rayhf.scorer.endpoint_config import EndpointConfig
 from rayhf.scorer.judge_text import JudgeMode, QuestionTemplate, VerdictPattern
+from rayhf.scorer.replies import MAX_REPLIES, REPLY_CHARS
 from rayhf.scorer.rubric import Rubric
+
+_TOKEN_BYTES = 4
+"""Typical length of a token's text."""
 
 
 class JudgeConfig(PointwiseEntryConfig):
@@ -60,6 +64,10 @@ class JudgeConfig(PointwiseEntryConfig):
     """Regular expression of the verdict; its last match in the judge's response counts. One group
     that holds yes or no, a number from 1 to 10, or a, b or tie; or groups named `yes` and `no`,
     `rating`, or `first`, `second` and `tie`."""
+    keep_replies: Annotated[int, Field(ge=0, le=MAX_REPLIES)] = 16
+    """Largest number of replies about a completion that the run keeps beside its score, each of at
+    most 2,000 characters; 0 keeps none. Of several questions (criteria, opponents), the first
+    replies to each come first. A reply about a pair belongs to the completion shown first."""
     dtype: Dtype = "bfloat16"
     """Of the engine in the scorer's process."""
     kv_cache_gib: PositiveFloat | None = None
@@ -79,6 +87,13 @@ class JudgeConfig(PointwiseEntryConfig):
     def is_concurrent(self) -> bool:
         """Whether several calls may run at the same time, in threads."""
         return self.endpoint is not None
+
+    @property
+    def reply_bytes(self) -> int:
+        """Most that a run keeps of its words about one completion, for the estimate of disk."""
+        asks_once = not (self.is_pairwise or self.per_criterion)
+        replies = min(self.keep_replies, self.votes) if asks_once else self.keep_replies
+        return replies * min(REPLY_CHARS, _TOKEN_BYTES * self.max_tokens)
 
     @property
     def loads(self) -> EngineModel | None:

@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 from pydantic import JsonValue
 
 from rayhf.scorer.comparisons import Problem
-from rayhf.types import Failed, Invalid, derive_seed
+from rayhf.types import Failed, Invalid, JudgeReply, derive_seed
 
 T = TypeVar("T")
 Key = tuple[str, ...]
@@ -74,7 +74,13 @@ class Votes(Generic[T]):
     """The votes on one question: at least one that could be read."""
 
     values: tuple[T, ...]
-    unparsable: int
+    replies: tuple[JudgeReply, ...]
+    """What the judge wrote in each vote, also in those that could not be read."""
+
+    @property
+    def unparsable(self) -> int:
+        """Number of votes that could not be read."""
+        return len(self.replies) - len(self.values)
 
 
 Result = Votes[T] | Invalid | Failed
@@ -115,7 +121,11 @@ def _count(replies: Sequence[Reply], read: Callable[[Reply], T | None]) -> Votes
     votes = [read(reply) for reply in replies]
     values = tuple(vote for vote in votes if vote is not None)
     if values:
-        return Votes(values=values, unparsable=len(votes) - len(values))
+        written = tuple(
+            JudgeReply(text=reply.text, left_out=vote is None)
+            for reply, vote in zip(replies, votes, strict=True)
+        )
+        return Votes(values=values, replies=written)
     first = replies[0]
     quoted = first.text
     if len(quoted) > _QUOTED_CHARS:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from rayhf.errors import clean_line
+from rayhf.scorer.replies import bounded_replies
 from rayhf.types import Failed, Invalid, Outcome, Scored
 
 MAX_SCORE = 1e6
@@ -24,8 +25,11 @@ EXPECTED = f"expected a number from {-MAX_SCORE:g} to {MAX_SCORE:g}"
 P = TypeVar("P", Invalid, Failed, Invalid | Failed)
 
 
-def bounded(outcome: object) -> Outcome:
-    """Return the outcome, or Invalid where it is none or its score or a part is out of bounds."""
+def bounded(outcome: object, completions: int) -> Outcome:
+    """Return the outcome of one of so many completions.
+
+    Invalid where it is none, or its score, a part or a reply is out of bounds.
+    """
     if isinstance(outcome, Invalid | Failed):
         return clean(outcome)
     if not isinstance(outcome, Scored):
@@ -36,10 +40,15 @@ def bounded(outcome: object) -> Outcome:
         if not _is_within(part, MAX_PART):
             reason = f"the part {_show(name)} is {_show(part)}; expected at most {MAX_PART:g}"
             return Invalid(reason=reason)
-    if all(isinstance(value, float) for value in (outcome.value, *outcome.parts.values())):
+    floats = all(isinstance(value, float) for value in (outcome.value, *outcome.parts.values()))
+    if floats and not outcome.replies:
         return outcome
+    try:
+        replies = bounded_replies(outcome.replies, completions)
+    except ValueError as error:
+        return Invalid(reason=str(error))
     parts = {str(name): float(part) for name, part in outcome.parts.items()}
-    return Scored(value=float(outcome.value), parts=parts)
+    return Scored(value=float(outcome.value), parts=parts, replies=replies)
 
 
 def clean(problem: P) -> P:

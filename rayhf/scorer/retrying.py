@@ -16,7 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 from rayhf.roles import CountsCalls, Scorer
-from rayhf.types import Comparison, Failed, Outcome, ScoreRequest
+from rayhf.scorer.replies import moved
+from rayhf.types import Comparison, Failed, Outcome, Scored, ScoreRequest
 
 Report = Callable[[str, str], None]
 """Receives (event, message); the events are pause and unpause."""
@@ -72,7 +73,7 @@ class RetryingScorer:
             retried = await self._inner.score(part)
             outcomes = (outcome for row in retried for outcome in row)
             for (i, j), outcome in zip(places, outcomes, strict=True):
-                results[i][j] = outcome
+                results[i][j] = _in_whole(outcome, rows[i])
         self._report_up()
         return [tuple(row) for row in results]
 
@@ -139,6 +140,13 @@ class RetryingScorer:
 
 def _is_transient(result: Outcome | Comparison) -> bool:
     return isinstance(result, Failed) and result.transient
+
+
+def _in_whole(outcome: Outcome, positions: Sequence[int]) -> Outcome:
+    """Return the outcome of a selection, its replies with the indices of the whole request."""
+    if isinstance(outcome, Scored) and outcome.replies:
+        return replace(outcome, replies=moved(outcome.replies, positions))
+    return outcome
 
 
 def _select(request: ScoreRequest, positions: Sequence[int]) -> ScoreRequest:

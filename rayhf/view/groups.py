@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rayhf.view.run import Run, scorer_names
+from rayhf.view.samples import read_columns
 
 EXAMPLE_COLUMNS = (
     "iteration",
@@ -36,17 +38,27 @@ _CREDIT = {
 _MAX_CYCLES = 50
 
 
+@dataclass(frozen=True, slots=True)
+class SampleText:
+    """What a list of pairs shows of a sample."""
+
+    text: str
+    token_ids: list[int]
+    replies: list[dict[str, Any]]
+    """What judges wrote: part, against, left_out and text of each."""
+
+
 class SampleTexts:
     """Texts of samples by prompt and index, one file at a time in memory."""
 
     def __init__(self, run: Run) -> None:
         self._files = run.tables("samples")
         self._iteration: int | None = None
-        self._texts: dict[tuple[str, int], tuple[str, list[int]]] = {}
+        self._texts: dict[tuple[str, int], SampleText] = {}
         self._questions: dict[str, str] = {}
 
-    def get(self, iteration: int, prompt_id: str, sample: int) -> tuple[str, list[int]] | None:
-        """Return a sample's text and token ids; None where there is no such sample."""
+    def get(self, iteration: int, prompt_id: str, sample: int) -> SampleText | None:
+        """Return a sample's texts; None where there is no such sample."""
         self._load(iteration)
         return self._texts.get((prompt_id, sample))
 
@@ -61,13 +73,15 @@ class SampleTexts:
         self._iteration = iteration
         self._texts = {}
         self._questions = {}
-        columns = ["prompt_id", "sample", "text", "token_ids", "messages"]
+        columns = ["prompt_id", "sample", "text", "token_ids", "messages", "replies"]
         try:
-            table = pq.read_table(self._files[iteration], columns=columns)
+            table = read_columns(self._files[iteration], columns)
         except (KeyError, OSError):
             return
         for row in table.to_pylist():
-            self._texts[row["prompt_id"], row["sample"]] = (row["text"], row["token_ids"])
+            self._texts[row["prompt_id"], row["sample"]] = SampleText(
+                row["text"], row["token_ids"], row["replies"] or []
+            )
             if row["prompt_id"] not in self._questions and row["messages"]:
                 self._questions[row["prompt_id"]] = row["messages"][-1]["content"]
 
@@ -142,13 +156,26 @@ def example_json(run: Run, row: dict[str, Any], texts: SampleTexts) -> dict[str,
     scores = row["scores"] or [None] * len(row["samples"])
     for sample, ids, score in zip(row["samples"], row["response_ids"], scores, strict=True):
         known = texts.get(iteration, row["prompt_id"], sample) if sample >= 0 else None
-        if known is not None and known[1] == ids:
-            text: str | None = known[0]
+        if known is not None and known.token_ids == ids:
+            text: str | None = known.text
         else:  # a text that was not sampled, or several steps in one response
             text = run.tokens.text(ids)
         if text is None:
-            text = known[0] if known else "(needs policy/tokenizer.json)"
-        rows.append({"sample": sample, "text": text, "score": _number(score), "tokens": len(ids)})
+            text = known.text if known else "(needs policy/tokenizer.json)"
+        rows.append(
+            {
+                "sample": sample,
+                "text": text,
+                "score": _number(score),
+                "tokens": len(ids),
+                # On the sample alone, or on the pair.
+                "replies": [
+                    reply
+                    for reply in (known.replies if known else [])
+                    if reply["against"] is None or reply["against"] in row["samples"]
+                ],
+            }
+        )
     scalars = dict(row["scalars"] or [])
     return {
         "run": run.run_id,
@@ -219,6 +246,7 @@ def _sample_json(run: Run, row: dict[str, Any], credit: dict[str, Any] | None) -
         "thinking": row.get("thinking"),
         "score": _number(row["score"]),
         "scores": {name: _number(value) for name, value in row["scores"] or []},
+        "replies": row.get("replies") or [],
         "outcome": row["outcome"],
         "reason": row["reason"],
         "wins": None if row["wins"] is None else [_number(p) for p in row["wins"]],

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rayhf.errors import RayhfError
-from rayhf.view.heldout import heldout_change, heldout_intervals
+from rayhf.evaluation.statistics import Estimate
+from rayhf.view.evaluations import Change, changes, intervals
 from rayhf.view.run import Run, TimedEvent, scorer_names
 
 MAX_POINTS = 1000
@@ -51,10 +52,10 @@ def run_overview(run: Run) -> dict[str, Any]:
         "x": [int(line["iteration"]) for line in shown],
         "curves": {name: [_number(line.get(name)) for line in shown] for name in names},
         "intervals": {
-            kind: [(i, _number(low), _number(high)) for i, low, high in rows]
-            for kind, rows in heldout_intervals(run).items()
+            name: [(i, _number(low), _number(high)) for i, low, high in rows]
+            for name, rows in intervals(run).items()
         },
-        "change": [_rounded(row) for row in heldout_change(run)],
+        "changes": [_change(each) for each in changes(run)],
         "alarms": [
             {"iteration": e.iteration, "kind": e.event.kind, "message": e.event.message}
             for e in events
@@ -246,9 +247,21 @@ def _rewound(run: Run) -> list[str]:
     return text.splitlines()
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    keys = ("before", "after", "difference")
-    return row | {key: [_number(value) for value in row[key]] for key in keys}
+def _change(change: Change) -> dict[str, Any]:
+    return {
+        "metric": change.metric,
+        "iterations": change.iterations,
+        "prompts": change.after.count or None,
+        "before": _bounds(change.before),
+        "after": _bounds(change.after),
+        "difference": _bounds(change.difference),
+    }
+
+
+def _bounds(estimate: Estimate | None) -> list[float | None] | None:
+    if estimate is None:
+        return None
+    return [_number(value) for value in (estimate.value, estimate.low, estimate.high)]
 
 
 def _number(value: float | None) -> float | None:

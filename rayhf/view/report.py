@@ -1,7 +1,8 @@
 """One HTML file about one or several runs, within a limit on its size.
 
-Facts, curves and timelines are complete. Of a run's prompts, as many are in the file as fit: spread
-evenly over iterations, those with human labels and failed scores first. The page says how many.
+Facts, curves and timelines are complete. Of the runs' prompts, as many are in the file as fit:
+spread evenly over iterations, those with human labels and failed scores first. The page says how
+many.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +28,8 @@ from rayhf.view.samples import read_columns
 
 DATA_BYTES = 3_300_000
 """Limit on the compressed data. In base64, with plotly.js (4.8 MB), that stays below 10 MB."""
-MAX_GROUPS = 1500
-"""Prompts of all runs together."""
+PLAIN_BYTES = 60_000_000
+"""Limit on the data before compression: a browser reads so much in about a second."""
 _HELDOUT = 20
 """Held-out prompts of each run."""
 _TRIED = 6
@@ -81,6 +83,43 @@ def write_report(paths: Sequence[Path], file: Path) -> Report:
     return Report(file=file, size=len(page), shown=shown, total=total)
 
 
+class _Compressed:
+    """Gzip of a text that grows, within the limits."""
+
+    def __init__(self) -> None:
+        self._out = zlib.compressobj(6, wbits=31)
+        self._parts: list[bytes] = []
+        self._plain = 0
+        self.size = 0
+        """Bytes; since the last `flush` the compressor may hold up to about 100 kB more."""
+
+    def add(self, text: str) -> None:
+        """Append a text."""
+        data = text.encode(errors="replace")
+        self._plain += len(data)
+        self._append(self._out.compress(data))
+
+    def flush(self) -> None:
+        """Make `size` exact."""
+        self._append(self._out.flush(zlib.Z_SYNC_FLUSH))
+
+    def _append(self, part: bytes) -> None:
+        self._parts.append(part)
+        self.size += len(part)
+
+    def fits(self, text: str) -> bool:
+        """Whether the limits allow to append a text."""
+        data = text.encode(errors="replace")
+        if self._plain + len(data) > PLAIN_BYTES:
+            return False
+        room = DATA_BYTES - self.size
+        return len(data) <= room or len(zlib.compress(data, 6)) <= room
+
+    def finish(self) -> bytes:
+        """Return everything."""
+        return b"".join([*self._parts, self._out.flush()])
+
+
 def _data(runs: Sequence[Run]) -> tuple[bytes, int, int]:
     """Return gzip of the page's data, and how many of how many prompts it has."""
     prompts = {run.run_id: _prompts(run) for run in runs}
@@ -92,22 +131,12 @@ def _data(runs: Sequence[Run]) -> tuple[bytes, int, int]:
         "heldout": {run.run_id: _heldout(run) for run in runs},
     }
     text = json.dumps(head, allow_nan=False, ensure_ascii=False)
-    out = zlib.compressobj(6, wbits=31)
-    parts = [out.compress(f'{text[:-1]},"groups":['.encode(errors="replace"))]
-    size = len(parts[0])
-    shown = 0
-    for group in _groups(runs, prompts, DATA_BYTES - size):
-        separator = "," if shown else ""
-        part = out.compress((separator + _encoded(group)).encode(errors="replace"))
-        size += len(part)
-        parts.append(part)
-        shown += 1
-        if size > DATA_BYTES:
-            break
+    data = _Compressed()
+    data.add(f'{text[:-1]},"groups":[')
+    shown = _add_groups(data, runs, prompts)
     counts = {"shown": shown, "total": total, "samples": {run.run_id: _rows(run) for run in runs}}
-    parts.append(out.compress(f'],"sampled":{json.dumps(counts)}}}'.encode()))
-    parts.append(out.flush())
-    return b"".join(parts), shown, total
+    data.add(f'],"sampled":{json.dumps(counts)}}}')
+    return data.finish(), shown, total
 
 
 def _encoded(group: dict[str, Any]) -> str:
@@ -149,25 +178,67 @@ def _spread(items: list[Any]) -> list[Any]:
     return [items[i] for i in order]
 
 
-def _groups(
-    runs: Sequence[Run], prompts: dict[str, dict[int, list[str]]], room: int
-) -> Iterator[dict[str, Any]]:
-    """Yield groups of all runs, about as many as fit into `room` bytes, spread over iterations."""
+def _add_groups(
+    data: _Compressed, runs: Sequence[Run], left: dict[str, dict[int, list[str]]]
+) -> int:
+    """Add prompts until the data are full; return how many.
+
+    Every pass over the iterations reads as many prompts as fit by the mean size so far. Files are
+    read as a whole: few passes matter.
+
+    Args:
+        data: where to.
+        runs: their prompts take turns.
+        left: by run and iteration, the prompts in the order in which they are worth showing.
+    """
+    shown = 0
+    taken: Counter[tuple[str, int]] = Counter()
+    data.flush()
+    start = data.size
+    mean = max((_group_bytes(run, left[run.run_id]) for run in runs), default=1)
+    while any(prompts for by_iteration in left.values() for prompts in by_iteration.values()):
+        if shown:
+            data.flush()
+            mean = (data.size - start) // shown
+        count = max(1, (DATA_BYTES - data.size) // max(1, mean))
+        for run, iteration, prompts in _shares(runs, left, taken, count):
+            for group in read_groups(run, iteration, prompts):
+                text = ("," if shown else "") + _encoded(group)
+                if not data.fits(text):
+                    return shown
+                data.add(text)
+                shown += 1
+    return shown
+
+
+def _shares(
+    runs: Sequence[Run],
+    left: dict[str, dict[int, list[str]]],
+    taken: Counter[tuple[str, int]],
+    count: int,
+) -> list[tuple[Run, int, list[str]]]:
+    """Move `count` prompts from `left` to `taken`: spread over iterations, the runs in turns."""
+    places = []
     for run in runs:
-        by_iteration = prompts[run.run_id]
-        if not by_iteration:
-            continue
-        count = min(MAX_GROUPS, room // max(1, _group_bytes(run, by_iteration))) // len(runs)
-        count = max(1, count)
-        each, extra = divmod(count, len(by_iteration))
-        for rank, iteration in enumerate(_spread(list(by_iteration))):
-            quota = each + (rank < extra)
-            if quota:
-                yield from read_groups(run, iteration, by_iteration[iteration][:quota])
+        iterations = [i for i, prompts in left[run.run_id].items() if prompts]
+        places += [(rank, run, iteration) for rank, iteration in enumerate(_spread(iterations))]
+    # First those with the fewest prompts: a pass may end before the last one.
+    places.sort(key=lambda place: (taken[place[1].run_id, place[2]], place[0]))
+    each, extra = divmod(count, len(places))
+    shares = []
+    for number, (_, run, iteration) in enumerate(places):
+        prompts = left[run.run_id][iteration]
+        if quota := each + (number < extra):
+            shares.append((run, iteration, prompts[:quota]))
+            left[run.run_id][iteration] = prompts[quota:]
+            taken[run.run_id, iteration] += quota
+    return shares
 
 
 def _group_bytes(run: Run, by_iteration: dict[int, list[str]]) -> int:
     """Return the mean compressed size of a group, from a few of the middle iteration."""
+    if not by_iteration:
+        return 1
     iteration = sorted(by_iteration)[len(by_iteration) // 2]
     groups = read_groups(run, iteration, by_iteration[iteration][:_TRIED])
     sizes = len(gzip.compress("".join(map(_encoded, groups)).encode(errors="replace"), 6))

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ class Query:
     """Only truncated ones."""
     labeled: bool = False
     """Only those that people labeled."""
+    replied: bool = False
+    """Only those about which judges wrote something; the rows have it."""
     text: str = ""
     """Text that occurs in the completion or in the prompt, in any case."""
     has: str = ""
@@ -98,7 +100,14 @@ class Page:
 def list_samples(run: Run, query: Query) -> Page:
     """Return a page of samples."""
     labels = run.labeled()
-    page = _list(run, "samples", query, lambda file: _matching(file, query, labels), _sample_rows)
+    shown = [*_SHOWN, "replies"] if query.replied else list(_SHOWN)
+    page = _list(
+        run,
+        "samples",
+        query,
+        lambda file: _matching(file, query, labels),
+        partial(_sample_rows, columns=shown),
+    )
     for row in page.rows:
         row["labeled"] = labels.get((row["iteration"], row["prompt_id"], row["sample"]), "")
     return page
@@ -212,6 +221,8 @@ def _matching(file: Path, query: Query, labels: Mapping[tuple[int, str, int], st
         columns += ["iteration", "prompt_id", "sample"]
     if query.text:
         columns += ["text", "messages"]
+    if query.replied:
+        columns += ["replies"]
     needed = query != replace(
         Query(), first=query.first, last=query.last, row=query.row, iteration=query.iteration
     )
@@ -234,6 +245,8 @@ def _matching(file: Path, query: Query, labels: Mapping[tuple[int, str, int], st
         mask = pc.and_(mask, pc.equal(_text(table["finish_reason"]), "length"))
     if query.text:
         mask = pc.and_(mask, _contains(table, query.text))
+    if query.replied:
+        mask = pc.and_(mask, _has_replies(table["replies"]))
     if query.labeled:
         keys = zip(
             *(table[name].to_pylist() for name in ("iteration", "prompt_id", "sample")), strict=True
@@ -244,6 +257,12 @@ def _matching(file: Path, query: Query, labels: Mapping[tuple[int, str, int], st
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.string())
+
+
+def _has_replies(replies: pa.ChunkedArray) -> Any:
+    if pa.types.is_null(replies.type):  # a run without the column
+        return pa.nulls(len(replies), pa.bool_())
+    return pc.greater(pc.list_value_length(replies), 0)
 
 
 def _contains(table: pa.Table, text: str) -> Any:
@@ -258,10 +277,12 @@ def _contains(table: pa.Table, text: str) -> Any:
     return pc.or_(pc.fill_null(found, False), pa.array(in_prompt))
 
 
-def _sample_rows(run: Run, iteration: int, file: Path, numbers: list[int]) -> list[dict[str, Any]]:
+def _sample_rows(
+    run: Run, iteration: int, file: Path, numbers: list[int], *, columns: list[str]
+) -> list[dict[str, Any]]:
     if not numbers:
         return []
-    rows: list[dict[str, Any]] = take(file, list(_SHOWN), numbers).to_pylist()
+    rows: list[dict[str, Any]] = take(file, columns, numbers).to_pylist()
     for row in rows:
         row["run"] = run.run_id
         row["prompt"] = cut(question(row.pop("messages")))

@@ -25,6 +25,18 @@ from tests.bench.workload import Spec, reward
 LR = 1e-6
 """So small that completions keep the lengths that the model was built for."""
 KL = 0.01
+SEARCH = {
+    "type": "mcts_dpo",
+    "expansion": "leaf",
+    "iterations": 12,
+    "depth": 3,
+    "width": [4, 3, 2],
+    "parallel": 4,
+    "step_tokens": 16,
+    "max_steps": 4,
+    "outcome": {"threshold": None},
+}
+"""A tree of steps of 16 tokens; a graded reward."""
 
 
 class DoneError(Exception):
@@ -57,9 +69,12 @@ def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
     algorithm: dict[str, Any] = {"type": "online_dpo", "samples": spec.samples}
     if spec.algorithm == "grpo":
         kl = {"coef": KL, "estimator": "k3", "where": "loss"}
-        algorithm = {"type": "grpo", "samples": spec.samples, "kl": kl}
+        loss = {"aggregate": "token_mean"}  # as TRL's default
+        algorithm = {"type": "grpo", "samples": spec.samples, "kl": kl, "loss": loss}
+    if spec.algorithm == "mcts_dpo":
+        algorithm = SEARCH
     run = {"dir": str(directory), "iterations": 10_000, "eval_every": 0, "checkpoint_every": 0}
-    budget = spec.micro * (16 + spec.max_tokens)
+    budget = spec.micro * spec.row_tokens
     return {
         "run": {**run, "max_staleness": spec.max_staleness},
         "policy": {"model": spec.model, "dtype": spec.dtype, "max_length": 512},
@@ -68,7 +83,13 @@ def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
         "rollout": {"max_tokens": spec.max_tokens, "max_num_seqs": spec.completions},
         "reference": {"token_budget": budget},
         "scorer": {"train": [{"type": "rule", "function": "tests.bench.workload:reward"}]},
-        "learner": {"lr": LR, "dtype": spec.dtype, "zero_stage": 0, "token_budget": budget},
+        "learner": {
+            "lr": LR,
+            "dtype": spec.dtype,
+            "zero_stage": 0,
+            "token_budget": budget,
+            "packing": spec.packing,
+        },
     }
 
 
@@ -320,7 +341,7 @@ def vllm(turns: Turns) -> None:
     spec = turns.spec
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
     train = FileSourceConfig(path=Path(spec.train))
-    reader = PromptReader(tokenizer=tokenizer, max_prompt_tokens=256)
+    reader = PromptReader(tokenizer=tokenizer, max_prompt_tokens=spec.prompt_tokens)
     source = FileSource(train, base=Path())
     prompts, _ = reader.read(source, train, name="train", key="prompts.train")
     llm = LLM(
@@ -396,18 +417,18 @@ def deepspeed(turns: Turns) -> None:
     )
 
     def logprobs(module: Any, ids: torch.Tensor) -> torch.Tensor:
-        """Return those of the tokens after the 16th, shape (rows, max_tokens)."""
+        """Return those of the tokens after the prompt, shape (rows, max_tokens)."""
         logits = (
             module(input_ids=ids, use_cache=False, logits_to_keep=spec.max_tokens + 1)
             .logits[:, :-1]
             .float()
         )
-        return torch.log_softmax(logits, -1).gather(-1, ids[:, 16:, None]).squeeze(-1)
+        return (
+            torch.log_softmax(logits, -1).gather(-1, ids[:, spec.prompt_tokens :, None]).squeeze(-1)
+        )
 
     while True:
-        ids: Any = torch.randint(
-            4, model.config.vocab_size, (spec.completions, 16 + spec.max_tokens)
-        )
+        ids: Any = torch.randint(4, model.config.vocab_size, (spec.completions, spec.row_tokens))
         started = time.perf_counter()
         with torch.no_grad():
             before = [logprobs(reference, part) for part in ids.split(spec.micro)]

@@ -30,6 +30,7 @@ from actors.rollout import RolloutPool
 from actors.supervise import SupervisedActor, SupervisionLimits
 from actors.transport import ObjectStore
 from rayhf.errors import StaleWeightsError
+from rayhf.rollout.engine import ProbeGap, UpdateReport
 from rayhf.types import (
     Completion,
     Failed,
@@ -303,7 +304,13 @@ class Engine:
             return self._lost()
         self.meter.busy_at_update += bool(self._in_flight)
         self.version = snapshot.version
-        return self._respond(None, self.world.sync_s)
+        report = UpdateReport(
+            version=snapshot.version,
+            checksum=snapshot.checksum,
+            gap=ProbeGap(mean=0.0, max=0.0),
+            seconds=self.world.sync_s,
+        )
+        return self._respond(report, self.world.sync_s)
 
 
 async def no_process(

@@ -1,42 +1,45 @@
 """Size and speed of reports and the dashboard, and its cost beside a campaign.
 
     python -m tests.bench.view [--samples 1000 100000 1000000] [--record]
+    python -m tests.bench.view dashboard-cost [--pairs 5] [--iterations 10] [--record]
 
-Writes runs of that many samples (40 words each, 8 per prompt, with log-probs, references and
-advantages per token), measures the report's size and the time to write it, and opens report and
+The first writes runs of that many samples (40 words each, 8 per prompt, with log-probs, references
+and advantages per token), measures the report's size and the time to write it, and opens report and
 dashboard in Chromium: first paint, and until the page is complete. Then a page stays open for a
 minute while lines are appended to the run's metrics, and the CPU time of the server is measured.
-About ten minutes on two cores, and 2 GB of disk.
+About ten minutes on two cores, and 2 GB of disk. The second compares a campaign's pace with and
+without an open dashboard (dashboard_cost.py): about ten minutes on two idle cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from view_runs import write_run
 
 from rayhf.run_dir.names import iteration_name
+from tests.bench import dashboard_cost
+from tests.bench.browser import chromium, dashboard
 from tests.bench.results import put_section
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from view_runs import write_run
 
 PROMPTS = 1250
 """Prompts of an iteration of the larger runs; 8 samples each."""
 WATCHED_S = 60.0
 ITERATION_S = 10.0
 """Seconds between two lines of metrics while the page is open."""
-TABLES = ("samples", "examples", "credit")
+TABLES = ("samples", "examples", "credit", "evaluations")
 
 
 def make_run(directory: Path, samples: int) -> Path:
@@ -74,7 +77,7 @@ def measure(run: Path, browser: Any) -> dict[str, float]:
         "report written, s": seconds,
     }
     measured |= {f"report {k}": v for k, v in _open(browser, out.as_uri()).items()}
-    with _dashboard(run) as (url, _process):
+    with dashboard(run) as (url, _process):
         measured |= {f"dashboard {k}": v for k, v in _open(browser, url).items()}
         for name, address in (
             ("samples", "samples"),
@@ -88,7 +91,7 @@ def measure(run: Path, browser: Any) -> dict[str, float]:
 def cost(run: Path, browser: Any) -> float:
     """Return the CPU seconds per second that a server takes while a page is open on a live run."""
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    with _dashboard(run) as (url, process):
+    with dashboard(run) as (url, process):
         page = browser.new_page()
         page.goto(url)
         page.wait_for_selector("body[data-shown]")
@@ -103,19 +106,6 @@ def cost(run: Path, browser: Any) -> float:
         used = sum(process.cpu_times()[:2]) - before
         page.close()
         return float(used / (time.monotonic() - started))
-
-
-@contextmanager
-def _dashboard(run: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """Serve a run; yields the URL and the server's process."""
-    command = [sys.executable, "-u", "-m", "launch.main", "dashboard", str(run)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            url = next(word for word in server.stdout.readline().split() if word.startswith("http"))
-            yield url, psutil.Process(server.pid)
-        finally:
-            server.terminate()
 
 
 def _open(browser: Any, url: str) -> dict[str, float]:
@@ -148,27 +138,30 @@ def _show(browser: Any, url: str, address: str) -> float:
 
 def main() -> None:
     """Measure, print a table, and record it where asked."""
-    from playwright.sync_api import sync_playwright
-
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("case", nargs="?", choices=["pages", "dashboard-cost"], default="pages")
     parser.add_argument("--samples", type=int, nargs="+", default=[1000, 100_000, 1_000_000])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--record", action="store_true")
     given = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="rayhf-view-"))
-    try:
-        runs = [make_run(folder / str(count), count) for count in given.samples]
-        with sync_playwright() as playwright:
-            path = shutil.which("chromium") or shutil.which("google-chrome")
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-            results = [measure(run, browser) for run in runs]
-            share = cost(runs[-1], browser)
-            browser.close()
-    finally:
-        shutil.rmtree(folder)
-    text = _table(results, share)
+    if given.case == "pages":
+        heading, text = "## Report and dashboard", pages(given.samples)
+    else:
+        heading = "## Dashboard beside a campaign"
+        text = dashboard_cost.measure(given.pairs, given.iterations)
     print(text)
     if given.record:
-        put_section("## Report and dashboard", text)
+        put_section(heading, text)
+
+
+def pages(samples: Sequence[int]) -> str:
+    """Return the table of sizes and times for runs of so many samples."""
+    with tempfile.TemporaryDirectory(prefix="rayhf-view-") as folder:
+        runs = [make_run(Path(folder) / str(count), count) for count in samples]
+        with chromium() as browser:
+            results = [measure(run, browser) for run in runs]
+            return _table(results, cost(runs[-1], browser))
 
 
 def _table(results: list[dict[str, float]], share: float) -> str:

@@ -23,17 +23,18 @@ TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-PROMPT_WORDS = 13  # with the template's three tokens: 16
+TEMPLATE_TOKENS = 3
 NEVER = -1e4
 """A logit that no sampler draws."""
 
-Size = Literal["tiny", "mid"]
+Size = Literal["tiny", "mid", "smollm2"]
 SHAPES: dict[Size, dict[str, int]] = {
     "tiny": {
         "hidden_size": 256,
         "intermediate_size": 512,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "vocab_size": 512,
     },
     "mid": {
@@ -41,7 +42,16 @@ SHAPES: dict[Size, dict[str, int]] = {
         "intermediate_size": 1536,
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
+        "num_key_value_heads": 4,
         "vocab_size": 8192,
+    },
+    "smollm2": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
     },
 }
 
@@ -50,9 +60,10 @@ SHAPES: dict[Size, dict[str, int]] = {
 class Spec:
     """One case; sent to the compared systems as JSON."""
 
-    algorithm: Literal["grpo", "online_dpo"]
+    algorithm: Literal["grpo", "online_dpo", "mcts_dpo"]
     model: str
     train: str
+    prompt_tokens: int
     max_tokens: int
     prompts: int
     """Per step."""
@@ -63,6 +74,13 @@ class Spec:
     threads: int
     max_staleness: int = 0
     dtype: str = "float32"
+    packing: str = "auto"
+    """rayhf's learner.packing."""
+
+    @property
+    def row_tokens(self) -> int:
+        """The longest prompt and completion, in tokens."""
+        return self.prompt_tokens + self.max_tokens
 
     @property
     def completions(self) -> int:
@@ -83,12 +101,13 @@ def reward(
     return sum(completion.count(vowel) for vowel in "aeiou") / max(len(completion), 1)
 
 
-def write_prompts(path: Path, *, count: int = 512, seed: int = 0) -> None:
-    """Write different prompts of 16 tokens each, the template's three included."""
+def write_prompts(path: Path, *, tokens: int, count: int = 512, seed: int = 0) -> None:
+    """Write different prompts of `tokens` each, the template's included."""
     rng = random.Random(seed)
     words = _words(200)
     lines = [
-        json.dumps({"prompt": " ".join(rng.choices(words, k=PROMPT_WORDS))}) for _ in range(count)
+        json.dumps({"prompt": " ".join(rng.choices(words, k=tokens - TEMPLATE_TOKENS))})
+        for _ in range(count)
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -104,7 +123,6 @@ def write_model(
     torch.manual_seed(0)
     config = Qwen2Config(
         **shape,
-        num_key_value_heads=shape["num_attention_heads"] // 2,
         max_position_embeddings=1024,
         pad_token_id=SPECIAL.index(PAD),
         eos_token_id=SPECIAL.index(EOS),

@@ -10,8 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 from campaign_runs import RAYHF, metrics, run, samples, start
+from safetensors.torch import load_file
 from waiting import is_running, wait_until
 from world import make_world, write_config
+
+from launch.eval_target import find_target
 
 pytestmark = pytest.mark.timeout(1200)  # generous: on a shared machine a start takes minutes
 
@@ -53,6 +56,11 @@ def test_run_directory_and_metrics(world: Path, first: Path) -> None:
     assert (world / "exported/tokenizer.json").exists()
     out, _ = run(world, first, "run.iterations=3")
     assert "nothing to do" in out
+    middle = find_target(str(world / "first@2"))
+    assert (
+        load_file(Path(middle.model.text) / "model.safetensors").keys()
+        == load_file(world / "first/policy/model.safetensors").keys()
+    )
 
 
 def train(world: Path, name: str, **sections: object) -> dict[str, float]:
@@ -76,16 +84,17 @@ def test_ppo_trains_policy_and_critic(world: Path) -> None:
     assert last["critic/loss"] > 0
 
 
-def test_grpo_trains_an_adapter_with_overlap(world: Path) -> None:
+def test_grpo_trains_an_adapter_with_overlap_and_weights_in_flight(world: Path) -> None:
     algorithm = {"type": "grpo", "samples": 4, "kl": {"where": "loss", "estimator": "k3"}}
-    train(
+    last = train(
         world,
         "grpo",
         algorithm=algorithm,
         run={"max_staleness": 1},
         policy={"lora": {"rank": 4}, "dtype": "bfloat16"},
-        rollout={"engines": 2},
+        rollout={"engines": 2, "in_flight_updates": True},
     )
+    assert last["staleness/token_max"] <= 1 and last["sync/engine_paused_s"] > 0
 
 
 @pytest.mark.parametrize(

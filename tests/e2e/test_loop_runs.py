@@ -7,12 +7,16 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from campaign_runs import metrics, run, samples, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from waiting import wait_until
 from world import make_world, teach_to_end, write_config
+
+from rayhf.run_dir.tables import read_evaluations
 
 pytestmark = pytest.mark.timeout(1200)
 CYCLE = """
@@ -52,6 +56,18 @@ SPAR = {
     "refiner": {"lr": 1e-3, "epochs": 1, "examples_per_step": 8},
 }
 BATCH = {"prompts": {"batch": 8}, "learner": {"prompts_per_step": 8}}
+WATCHED: dict[str, Any] = {
+    "evaluations": {
+        "wins": {
+            "type": "win_rate",
+            "against": "initial",
+            "scorer": [{"type": "pairwise_rule", "function": "my_rules:cycle"}],
+            "prompts": "train.jsonl",
+            "every": 1,
+        }
+    },
+    "trackers": [{"type": "tensorboard"}],
+}
 
 
 def copy_as_if_killed(process: subprocess.Popen[str], run_dir: Path, copy: Path) -> None:
@@ -76,18 +92,20 @@ def test_two_policies_resume_with_the_same_bits(world: Path) -> None:
     """All processes are killed at once; test_faults.py kills one after the other.
 
     The transport of weights changes no bit either: broadcast after the kill, the object store
-    before it and in the other run.
+    before it and in the other run. The win rate is against the start's answers, which the resumed
+    run has from its checkpoint only.
     """
-    config = write_config(world, "first", algorithm=SPAR, **BATCH)
+    # Large steps: the answers must differ from those at the start.
+    learner = {**BATCH["learner"], "lr": 5e-3}
+    sections: dict[str, Any] = {**BATCH, **WATCHED, "algorithm": SPAR, "learner": learner}
+    config = write_config(world, "first", **sections)
     process = start(world, config, "run.iterations=3")
     manifest = world / "first/checkpoints/iteration-000001/MANIFEST.json"
     wait_until(lambda: manifest.exists() or process.poll() is not None, 400)
     copy_as_if_killed(process, world / "first", world / "second")
     _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
-    config = write_config(
-        world, "second", algorithm=SPAR, cluster={"transport": "broadcast"}, **BATCH
-    )
+    config = write_config(world, "second", cluster={"transport": "broadcast"}, **sections)
     assert len(metrics(world, "second")) < 4, "it had finished before it was killed"
     out, _ = run(world, config, "run.iterations=3")
     assert "continue: after iteration" in out
@@ -101,6 +119,7 @@ def test_two_policies_resume_with_the_same_bits(world: Path) -> None:
             for name in ("first", "second")
         ]
         assert weights[0] == weights[1] != (world / "policy/model.safetensors").read_bytes()
+    check_win_rates(world)
     last = metrics(world, "first")[-1]
     assert last["policy/version"] >= 1
     assert last["refiner/version"] >= 1
@@ -108,6 +127,26 @@ def test_two_policies_resume_with_the_same_bits(world: Path) -> None:
     assert sum(line.get("pairs/kept", 0) for line in metrics(world, "first")) > 0
     kinds = {row["kind"] for row in samples(world, "first", 1)}
     assert {"answer", "judgement", "refinement"} <= kinds
+
+
+def check_win_rates(world: Path) -> None:
+    """The win rates of every iteration have intervals, values by prompt and points in
+    TensorBoard, the same ones in both runs."""
+    lines = metrics(world, "first")[1:]
+    for line in lines:
+        low, rate, high = (line[f"eval/wins/win_rate{end}"] for end in ("_low", "", "_high"))
+        assert 0 <= low <= rate <= high <= 1
+    assert lines[-1]["eval/wins/ties"] < 1, "the policy answers as at the start"
+    for name in ("first", "second"):
+        events = EventAccumulator(str(world / name / "tensorboard"))
+        events.Reload()
+        points = {event.step: event.value for event in events.Scalars("eval/wins/win_rate")}
+        assert points == pytest.approx({n: x["eval/wins/win_rate"] for n, x in enumerate(lines, 1)})
+        for number, line in enumerate(lines, 1):
+            file = f"evaluations/iteration-{number:06d}.parquet"
+            assert (world / "first" / file).read_bytes() == (world / name / file).read_bytes()
+            wins = read_evaluations(world / name / file)["eval/wins/win_rate"]
+            assert wins.values_P.mean() == pytest.approx(line["eval/wins/win_rate"])
 
 
 def train(world: Path, name: str, **sections: object) -> dict[str, float]:

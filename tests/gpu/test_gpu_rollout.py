@@ -1,4 +1,5 @@
-"""A vLLM engine on one CUDA device: sleep mode, and weights from host memory or the same GPU.
+"""A vLLM engine on one CUDA device: sleep mode, weights from host memory or the same GPU, and
+weights that arrive while it generates.
 
 Not run on a GPU yet; written against vllm 0.32 and torch 2.13.
 """
@@ -6,6 +7,7 @@ Not run on a GPU yet; written against vllm 0.32 and torch 2.13.
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,12 +68,12 @@ def publish(model: Path) -> tuple[WeightSnapshot, list[Any]]:
     return snapshot(learner(model).publish("bfloat16", 64 << 20), "object_store")
 
 
-def rollout(model: Path) -> Any:
+def rollout(model: Path, **settings: Any) -> Any:
     from rayhf.config.schema import RolloutConfig
     from rayhf.rollout.engine import RolloutEngine
 
     config = RolloutConfig(
-        max_tokens=24, max_num_seqs=16, kv_cache_gib=CACHE_GIB, mismatch_limit=GAP
+        max_tokens=24, max_num_seqs=16, kv_cache_gib=CACHE_GIB, mismatch_limit=GAP, **settings
     )
     return RolloutEngine(
         model,
@@ -80,7 +82,7 @@ def rollout(model: Path) -> Any:
         max_length=LARGE.longest,
         seed=0,
         device="gpu",
-        sleep_mode=True,
+        sleep_mode=not settings,
     )
 
 
@@ -137,6 +139,55 @@ def test_engine_sleeps_wakes_and_takes_weights(model: Path) -> None:
     weights = sum(payload.nbytes for payload in payloads) / 2**30
     assert min(light, deep) > 0.9 * (CACHE_GIB + weights), (light, deep)
     assert gap < GAP
+
+
+def update_in_flight(
+    model: Path, described: WeightSnapshot, payloads: list[Any], kv: str
+) -> list[float]:
+    """Update an engine that generates.
+
+    Returns the gap between the log-prob of the first new token and that of the new weights, for
+    each completion of both versions.
+    """
+    from rayhf.types import GenerateRequest, Probe, Sampling
+
+    engine = rollout(model, in_flight_updates=True, in_flight_kv=kv)
+    prompt = tuple(range(5, 45))
+    request = GenerateRequest(
+        prompt_id="p",
+        number=0,
+        token_ids=prompt,
+        sampling=Sampling(max_tokens=200),
+        seeds=tuple(range(16)),
+    )
+    running = engine.submit([request], version=0)
+    while engine.stats().steps < 20:
+        time.sleep(0.001)
+    engine.update(described, payloads)
+    (completions,) = running.result(120)
+    gaps = []
+    for completion in completions:
+        if completion.token_versions is None:
+            continue
+        versions = completion.token_versions.tolist()
+        assert versions == sorted(versions) and set(versions) == {0, 1}
+        first = versions.index(1)
+        token_ids = (*prompt, *completion.token_ids.tolist())
+        probe = Probe(token_ids=token_ids, logprobs=())
+        logp = engine._loop.call(lambda driver, probe=probe: driver.probe_logprobs(probe)).result()
+        gaps.append(abs(float(logp[len(prompt) + first - 1] - completion.logprobs[first])))
+    engine.close()
+    return gaps
+
+
+@pytest.mark.parametrize("kv", ["recompute", "keep"])
+def test_engine_takes_weights_while_it_generates(model: Path, kv: str) -> None:
+    """vLLM schedules a step ahead on GPU: no token of it may count as one of the new weights."""
+    described, payloads = alone(publish, model)
+    gaps = alone(update_in_flight, model, described, payloads, kv)
+    assert gaps
+    if kv == "recompute":
+        assert sum(gaps) / len(gaps) < GAP
 
 
 def hold(model: Path) -> tuple[WeightSnapshot, list[Any]]:

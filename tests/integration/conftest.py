@@ -62,6 +62,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             dtype: str = "float32",
             tensor_parallel: int = 1,
             scaled_logprobs: bool = False,
+            **rollout: Any,
         ) -> Any:
             engine, model = build(
                 tmp_path_factory.mktemp("model"),
@@ -69,6 +70,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
                 dtype=dtype,
                 tensor_parallel=tensor_parallel,
                 scaled_logprobs=scaled_logprobs,
+                **rollout,
             )
             ends.callback(engine.close)
             return engine, model

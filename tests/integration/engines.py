@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,10 +141,15 @@ def build(
     dtype: str,
     tensor_parallel: int = 1,
     scaled_logprobs: bool = False,
+    **rollout: Any,
 ) -> tuple[RolloutEngine, Qwen2ForCausalLM]:
     model = make_model(directory, tied=tied, dtype=getattr(torch, dtype))
     config = RolloutConfig(
-        max_num_seqs=192, kv_cache_gib=0.05, mismatch_limit=0.2, tensor_parallel=tensor_parallel
+        max_num_seqs=192,
+        kv_cache_gib=0.05,
+        mismatch_limit=0.2,
+        tensor_parallel=tensor_parallel,
+        **rollout,
     )
     engine = RolloutEngine(
         directory,

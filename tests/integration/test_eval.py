@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+from chat_server import Body, Response, asked, say, serving
 from typer.testing import CliRunner
 
 from launch.cli import app
@@ -22,30 +24,46 @@ def rayhf(*words: object) -> str:
     return shown.output
 
 
+def prefers_the_shorter(body: Body) -> Response:
+    """Judge a pair of answers, as an OpenAI-compatible server does."""
+    places = ("first", "second")
+    found = [
+        re.search(rf"\[{place} begins \w+\]\n(.*?)\n\[{place} ends", asked(body), re.DOTALL)
+        for place in places
+    ]
+    if None in found:  # the request with which the endpoint is checked
+        return say("hello")
+    lengths = [len(match[1]) for match in found if match]
+    return say(f"Verdict: {'A' if lengths[0] < lengths[1] else 'B'}")
+
+
 def test_policy_against_its_own_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One engine: figures, a baseline from a file, a win rate, best of n; then a ranking."""
+    """One engine: figures, a baseline from a file, a judge, best of n; then a ranking."""
     monkeypatch.chdir(tmp_path)
     task = build(DIRECTORY, tasks=["arithmetic"])["arithmetic"]
     rows = [json.loads(line) for line in task.heldout.read_text().splitlines()[:8]]
     given = [{"prompt": r["prompt"], "completion": f"{r['answer']}\n"} for r in rows]
     Path("gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     rule = "{type: rule, function: 'rayhf.scorer.rules:final_number'}"
-    shown = rayhf(
-        "eval",
-        task.policy,
-        "--suite",
-        task.heldout,
-        "--baseline",
-        "gold.jsonl",
-        "policy.dtype=float32",
-        "rollout.max_tokens=48",
-        "suites.heldout.limit=8",
-        "samples=2",
-        "seeds=[0, 1]",
-        f"scorer=[{rule}]",
-        f"judge=[{rule}]",
-        f"best_of={{proxy: [{rule}], judge: [{rule}]}}",
-    )
+    with serving(prefers_the_shorter) as server:
+        judge = f"{{type: judge, mode: pairwise, endpoint: {{url: '{server.url}', model: m}}}}"
+        shown = rayhf(
+            "eval",
+            task.policy,
+            "--suite",
+            task.heldout,
+            "--baseline",
+            "gold.jsonl",
+            "policy.dtype=float32",
+            "rollout.max_tokens=48",
+            "suites.heldout.limit=8",
+            "samples=2",
+            "seeds=[0, 1]",
+            f"scorer=[{rule}]",
+            f"judge=[{judge}]",
+            f"best_of={{proxy: [{rule}], judge: [{rule}]}}",
+        )
+    assert len(server.bodies) > 2 * 8  # both orders of every pair; equal ones are asked once
     assert "8 prompts x 4 of" in shown and "difference" in shown and "best of n" in shown
     (file,) = Path("evals").glob("*-heldout.json")
     results = json.loads(file.read_text())
@@ -55,7 +73,8 @@ def test_policy_against_its_own_answers(tmp_path: Path, monkeypatch: pytest.Monk
     assert metrics["final_number/pass@4"]["value"] >= metrics["final_number/pass@2"]["value"] > 0
     baseline = results["baseline"]
     assert baseline["differences"]["final_number/mean@4"]["high"] <= 0
-    assert results["win_rate"]["win_rate"]["value"] < 0.5
+    assert results["win_rate"]["comparisons"] == 8 * 4
+    assert results["win_rate"]["win_rate"]["value"] < 0.1  # the policy works it out, line by line
     assert set(results["by_seed"]["final_number"]) == {"0", "1"}
     curve = results["best_of"]
     assert [point["n"] for point in curve] == [1, 2, 4] and curve[0]["kl"] == 0

@@ -61,6 +61,8 @@ def test_verdicts_in_text(server: Served) -> None:
     [(good, bad, mute)], counts = judged(config, request(GOOD, BAD, MUTE))
     assert isinstance(good, Scored) and good.value > 0.75
     assert isinstance(bad, Scored) and bad.value < 0.25
+    assert len(bad.replies) == 5
+    assert any(reply.text.replace(" ", "") == "Verdict:no" for reply in bad.replies)
     assert isinstance(mute, Invalid) and "hm" in mute.reason
     assert counts["judge/requests"] == 15.0
     assert counts["judge/prompt_tokens"] == counts["judge/cost"] > 15 * 10
@@ -93,6 +95,9 @@ def test_the_server_keeps_to_the_schema_in_every_mode(server: Served) -> None:
     config = entry(server, strict, mode="pairwise", template=pairs)
     [comparison], counts = judged(config, request(GOOD, BAD), compare=True)
     assert isinstance(comparison, Compared) and counts["judge/pairs"] == 1.0
+    [[first], [second]] = comparison.replies
+    assert (first.against, second.against, first.part) == (1, 0, "judge")
+    assert '"verdict"' in first.text and '"verdict"' in second.text
 
     rubric = ["good", {"criterion": "bad", "scale": 3, "weight": -2, "name": "bad"}]
     template = "Answer : {{ answer }} {{ criteria }}"

@@ -57,6 +57,9 @@ def test_judge_on_vllm_gives_votes_or_a_reason(judge: Path) -> None:
         ((good, bad, mute),) = scorer.score([request(GOOD, BAD, MUTE)])
         assert isinstance(good, Scored) and isinstance(bad, Scored)
         assert good.value > 0.75 and bad.value < 0.25
+        # The judge's words are kept, one reply per vote.
+        assert len(good.replies) == 5 and {reply.part for reply in good.replies} == {"judge"}
+        assert any(reply.text.replace(" ", "") == "Verdict:yes" for reply in good.replies)
         # A judge that never gives a verdict gives no score: not 0, and the reason quotes it.
         assert isinstance(mute, Invalid) and "hm" in mute.reason
         # The same answers in other company and order get the same verdicts.

@@ -21,7 +21,11 @@ from vllm.distributed.weight_transfer import WeightTransferEngine
 from vllm.logprobs import FlatLogprobs
 from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.outputs import WeightVersionSpan
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.sched.request_queue import create_request_queue
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.worker import utils
@@ -45,6 +49,10 @@ from rayhf.rollout.vllm_worker import BucketTransfer
         (LLMEngine.step, ["self"]),
         (LLMEngine.has_unfinished_requests, ["self"]),
         (LLM.reset_prefix_cache, ["self", "reset_running_requests", "reset_connector"]),
+        (LLMEngine.set_weight_version, ["self", "weight_version"]),
+        (Scheduler.set_pause_state, ["self", "pause_state"]),
+        (BlockPool.get_num_free_blocks, ["self"]),
+        (create_request_queue, ["policy"]),
     ],
 )
 def test_signatures(function: Callable[..., object], parameters: list[str]) -> None:
@@ -62,6 +70,7 @@ def test_attributes_exist() -> None:
         "request_ids",
     ]
     assert "logprobs" in FlatLogprobs.__dataclass_fields__
+    assert {"version", "start"} <= WeightVersionSpan.__dataclass_fields__.keys()
 
 
 def test_errors_about_gpu_memory_have_the_texts_that_they_are_known_by() -> None:

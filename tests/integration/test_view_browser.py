@@ -184,6 +184,22 @@ def test_hostile_completions_are_shown_as_text(tab):
     tab.check()
 
 
+def test_words_of_judges_are_shown_as_text(tab):
+    tab.show("samples?text=script")
+    tab.click("main tbody tr >> nth=0")
+    tab.page.click(".reply summary >> nth=0")
+    assert f"Seen: {HOSTILE[0]}" in tab.texts("main .reply[open] .text")
+    tab.check()
+    tab.show("judgments?last=4")
+    listed = tab.texts("main .reply[open] .text")
+    assert {f"Seen: {HOSTILE[0]}", f"Seen: {HOSTILE[1]}", "0 before 1"} <= set(listed)
+    assert "judge: #2 first, #0 second does not count" in tab.texts("main .reply summary")
+    tab.check()
+    tab.show("heldout")
+    assert "reasoning: <b>good</b>\n\nverdict: yes" in tab.texts("main .reply .text")
+    tab.check()
+
+
 def test_policy_blocks_scripts_and_requests_that_would_be_smuggled_in(tab):
     tab.page.evaluate(
         "() => { const s = document.createElement('script'); s.textContent = 'window.hacked = 1';"
@@ -213,6 +229,7 @@ def test_tokens_are_colored_by_what_training_added(tab):
 def test_pairs_show_the_words_that_differ(tab):
     tab.show("pairs")
     assert tab.page.locator("ins").count() and tab.page.locator("del").count()
+    assert "judge: #0 first, #1 second" in tab.texts("main .pair .reply summary")
     assert tab.texts(".score")[0] == "margin 1"
     tab.check()
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rayhf.algorithms import advantages as credit
 from rayhf.algorithms import pair_selection as pairing
+from rayhf.algorithms.coefficients import AdaptiveKL
 from rayhf.errors import ConfigError
 
 SCORE = st.floats(-100, 100, allow_nan=False)
@@ -196,21 +197,21 @@ def test_whitening_is_over_all_tokens_of_the_iteration() -> None:
 
 
 def test_adaptive_kl() -> None:
-    controller = credit.AdaptiveKL(coef=0.1, target=6.0, horizon=1000)
+    controller = AdaptiveKL(coef=0.1, target=6.0, horizon=1000)
     assert controller.update(6.0, 100) == 0.1
     assert controller.update(6.6, 100) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
     before = controller.coef
     assert controller.update(600.0, 100) == pytest.approx(before * 1.02)
     before = controller.coef
     assert controller.update(-5.0, 10**9) == pytest.approx(before * 0.8)
-    other = credit.AdaptiveKL(coef=1.0, target=6.0, horizon=1000)
+    other = AdaptiveKL(coef=1.0, target=6.0, horizon=1000)
     other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
     assert other.coef == controller.coef
     with pytest.raises(ValueError, match="kl_per_response"):
         controller.update(math.nan, 1)
     for name in ("coef", "target", "horizon"):
         with pytest.raises(ConfigError, match=name):
-            credit.AdaptiveKL(**{"coef": 0.1, "target": 6.0, "horizon": 10.0, name: 0.0})
+            AdaptiveKL(**{"coef": 0.1, "target": 6.0, "horizon": 10.0, name: 0.0})
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -1,5 +1,6 @@
 """The documentation's site and pictures, the head of every config, the Dockerfiles."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.bench.curve import keep
 from tests.docs import DOCS, ROOT
-from tests.docs_results import cells, table, with_results
+from tests.docs_results import cells, kept_curve, table, with_results
 
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 PICTURES = sorted((DOCS / "img").glob("*.svg"))
@@ -77,6 +79,31 @@ def test_figures_of_a_page_are_those_of_the_results():
     assert row in with_results(page) and "old" not in with_results(page)
     with pytest.raises(ValueError, match="no row"):
         with_results(page.replace("| SPaR -->", "| nobody -->"))
+
+
+def test_curve_of_a_run_is_kept_and_drawn(tmp_path):
+    lines = [
+        {"iteration": 0, "eval/toy/sampled": 0.25, "eval/toy/length": 9.0},
+        {"iteration": 1, "scorer/reward_mean": 0.5, "time/iteration_s": 1.0},
+        {"iteration": 2, "scorer/reward_mean": 0.75, "eval/toy/sampled": 0.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = tmp_path / "toy.csv"
+    assert keep(tmp_path, (), file) == ["eval/toy/sampled", "scorer/reward_mean"]
+    assert file.read_text().splitlines()[1:] == ["0,0.25,", "1,,0.5", "2,0.5,0.75"]
+    picture = ElementTree.fromstring(kept_curve(file))
+    drawn = [line.get("points").split() for line in picture.findall(".//{*}polyline")]
+    assert [len(points) for points in drawn] == [2, 2]
+    with pytest.raises(SystemExit, match="no metric eval/toy/greedy"):
+        keep(tmp_path, ["eval/toy/greedy"], file)
+
+
+def test_every_loop_has_a_curve_or_says_that_it_has_none():
+    for page in (DOCS / "loops").glob("*.md"):
+        if page.stem in ("index", "policy_gradient"):  # of several loops
+            continue
+        text = page.read_text(encoding="utf-8")
+        assert "../img/curve_" in text or "No curve yet" in text, page.name
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)

@@ -58,7 +58,7 @@ def run(tmp_path, monkeypatch):
     for iteration in (2, 4):
         temporary = directory / f"temporary-{iteration}"
         (temporary / "learner").mkdir(parents=True)
-        weights = {"w": torch.full((2,), float(iteration))}
+        weights = {"model.w": torch.full((2,), float(iteration))}
         save_file(weights, temporary / "learner/weights-00000.safetensors")
         write_json(temporary / "state.json", checkpoint_state(iteration).model_dump(mode="json"))
         (directory / "checkpoints").mkdir(exist_ok=True)

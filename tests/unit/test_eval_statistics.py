@@ -21,7 +21,15 @@ from rayhf.evaluation.reward_quality import (
     section_scores,
 )
 from rayhf.evaluation.series import prompt_figures
-from rayhf.evaluation.statistics import majority_at_k, mean_estimate, pass_at_k
+from rayhf.evaluation.statistics import (
+    bootstrap,
+    difference_of_means,
+    majority_at_k,
+    mean_estimate,
+    mean_estimates,
+    pass_at_k,
+)
+from rayhf.evaluation.values import prompt_values
 from rayhf.evaluation.win_rates import Duels, bradley_terry, length_controlled, ties, win_rate
 
 
@@ -221,3 +229,34 @@ def test_length_and_format_bias():
     listed = "# Title\n- one\n- **two**\n1. three"
     assert markup_count(listed) == 5 and markup_count("2 - 1 is *one*") == 0
     assert format_bias([pair(0.9, "x", listed)])["prefers_more_markup"].value == 0
+
+
+def test_joint_means_are_the_bootstrap_of_each():
+    rng = np.random.default_rng(3)
+    values_MP = rng.random((3, 40))
+    weights_MP = rng.random((3, 40))
+    for estimate, values, weights in zip(
+        mean_estimates(values_MP, weights_MP), values_MP, weights_MP, strict=True
+    ):
+        single = bootstrap(
+            lambda chosen, v=values, w=weights: float(np.average(v[chosen], weights=w[chosen])), 40
+        )
+        assert (estimate.value, estimate.low, estimate.high) == pytest.approx(
+            (single.value, single.low, single.high)
+        )
+
+
+def test_change_between_different_prompts():
+    rng = np.random.default_rng(4)
+    before = (rng.random(200), np.ones(200))
+    after = (rng.random(100) + 1.0, np.ones(100))
+    change = difference_of_means(before, after)
+    error = math.sqrt(1 / 12 / 200 + 1 / 12 / 100)
+    assert change.low < 1.0 < change.high
+    assert change.high - change.low == pytest.approx(2 * 1.96 * error, rel=0.15)
+
+
+def test_values_of_one_prompt_are_merged():
+    merged = prompt_values("m", ["a", "b", "a", "c"], [1.0, 5.0, 0.0, None], [3.0, 1.0, 1.0, 1.0])
+    assert merged.prompt_ids == ("a", "b")
+    assert merged.values_P.tolist() == [0.75, 5.0] and merged.weights_P.tolist() == [4.0, 1.0]

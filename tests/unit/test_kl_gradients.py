@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rayhf.losses.policy import kl_loss
+from rayhf.losses.kl import kl_loss, unbiased_kl_loss
 
 
 def setting():
@@ -65,3 +65,38 @@ def test_kl_in_the_loss_has_the_gradient_with_states_held_fixed(estimator, direc
     ours = gradient(parameters, loss)
     assert ours.tolist() == pytest.approx(state_kl(direction).tolist())
     assert float((ours - sequence_kl()).norm() / sequence_kl().norm()) > 0.05
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_ratio_makes_the_gradient_that_of_the_reverse_kl(estimator):
+    """Samples of another policy than the one that is trained, as in later optimizer steps."""
+    generator = torch.Generator().manual_seed(5)
+
+    def log_probs(scale):
+        return (scale * torch.randn(5, generator=generator, dtype=torch.float64)).log_softmax(-1)
+
+    logits = torch.randn(5, generator=generator, dtype=torch.float64, requires_grad=True)
+    old, ref = log_probs(1.5), log_probs(1.5)
+
+    def gradient_of(value):
+        return gradient((logits,), value(logits.log_softmax(-1)).sum())
+
+    true = gradient_of(lambda logp: logp.exp() * (logp - ref))
+    ours = gradient_of(lambda logp: old.exp() * unbiased_kl_loss(logp, ref, old, estimator))
+    assert ours.tolist() == pytest.approx(true.tolist(), rel=1e-9)
+    if estimator != "k1":  # without the ratio it is another one
+        plain = gradient_of(lambda logp: old.exp() * kl_loss(logp, ref, estimator))
+        assert float((plain - true).norm() / true.norm()) > 0.1
+
+
+def test_k2_and_k3_with_the_ratio_have_one_gradient_per_token():
+    generator = torch.Generator().manual_seed(6)
+    logp, ref, old = -torch.rand(3, 7, generator=generator, dtype=torch.float64)
+    logp.requires_grad_()
+    first, second = (
+        gradient((logp,), unbiased_kl_loss(logp, ref, old, estimator).sum())
+        for estimator in ("k2", "k3")
+    )
+    expected = (logp - old).exp() * (logp - ref)  # rho * g
+    assert first.tolist() == pytest.approx(expected.tolist())
+    assert second.tolist() == pytest.approx(expected.tolist())

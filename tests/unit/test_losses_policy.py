@@ -19,23 +19,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from rayhf.algorithms.policy_gradient import KLConfig
+from rayhf.algorithms.policy_gradient_config import KLConfig
 from rayhf.algorithms.ppo import PPOConfig
-from rayhf.config.algorithms import ImportanceConfig
+from rayhf.config.algorithms import ImportanceConfig, PolicyImportanceConfig
 from rayhf.errors import ConfigError
 from rayhf.losses.base import Loss, MicroBatch, Totals
+from rayhf.losses.kl import KLEstimator, KLTerm, kl_estimate, kl_loss
 from rayhf.losses.policy import (
     ClippedSurrogate,
     ClippedSurrogateConfig,
-    KLEstimator,
-    KLTerm,
     aggregate,
-    importance_weight,
-    kl_estimate,
-    kl_loss,
-    ppo_clip_loss,
-    safe_exp,
+    clipped_surrogate,
 )
+from rayhf.losses.ratios import safe_exp
 from rayhf.losses.value import ValueLoss, explained_variance, value_loss
 
 Rows = Sequence[Mapping[str, Sequence[float]]]
@@ -119,7 +115,8 @@ def policy_loss(
     **settings: Any,
 ) -> ClippedSurrogate:
     kl = None if kl_estimator is None else KLTerm(coef=kl_coef, estimator=kl_estimator)
-    return ClippedSurrogate(ClippedSurrogateConfig(**settings), importance_cap, kl)
+    importance = PolicyImportanceConfig(cap=importance_cap)
+    return ClippedSurrogate(ClippedSurrogateConfig(**settings), importance, kl)
 
 
 def expected_policy_loss(rows: Rows, loss: ClippedSurrogate, how: str) -> float:
@@ -129,7 +126,8 @@ def expected_policy_loss(rows: Rows, loss: ClippedSurrogate, how: str) -> float:
     def token(row: Mapping[str, Sequence[float]], t: int) -> float:
         ratio = math.exp(row["out"][t] - row["old_logp"][t])
         weight = math.exp(row["old_logp"][t] - row["behavior_logp"][t])
-        weight = 1.0 if loss.importance_cap is None else min(weight, loss.importance_cap)
+        cap = loss.importance.cap
+        weight = 1.0 if cap is None else min(weight, cap)
         advantage = row["advantage"][t]
         if advantage >= 0:
             gain = advantage * min(ratio, 1 + loss.config.clip_high)
@@ -313,28 +311,11 @@ def test_metrics_have_their_documented_values() -> None:
 def test_clip_fractions_count_active_bounds_only() -> None:
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.0, 9.0])
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
-    clipped = ppo_clip_loss(ratio.log(), torch.zeros(6), advantage, torch.ones(6), 0.2, 0.2, 3.0)
+    clipped = clipped_surrogate(ratio, advantage, 0.2, 0.2, 3.0)
     assert clipped.clip_high_T.tolist() == [1, 0, 0, 0, 0, 0]
     assert clipped.clip_low_T.tolist() == [0, 0, 0, 1, 0, 0]
     assert clipped.dual_clip_T.tolist() == [0, 0, 0, 0, 0, 1]
     assert clipped.loss_T.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8, -1.0, 3.0])
-
-
-def test_importance_weight_is_truncated_detached_and_1_on_policy() -> None:
-    logp = torch.tensor([-0.3, -1.7, -2.0, -500.0], requires_grad=True)
-    weight, capped = importance_weight(logp, logp.detach().clone(), 2.0)
-    assert (
-        weight.tolist() == [1.0] * 4 and not weight.requires_grad and capped.tolist() == [0.0] * 4
-    )
-    behavior = torch.tensor([-0.3 + math.log(2), -1.7 - math.log(5), -502.0, 0.0])
-    weight, capped = importance_weight(logp, behavior, 2.0)
-    assert weight.tolist() == pytest.approx([0.5, 2.0, 2.0, 0.0]) and capped.tolist() == [
-        0.0,
-        1.0,
-        1.0,
-        0.0,
-    ]
-    assert importance_weight(logp, behavior, None).weight_T.tolist() == [1.0] * 4
 
 
 def test_kl_estimator_values() -> None:

@@ -23,6 +23,7 @@ from rayhf.planning.placement import NodeResources, actor_specs
 from rayhf.planning.plan import Plan, check_disk, check_gpus
 from rayhf.planning.preflight import check_settings
 from rayhf.planning.shape import read_shape
+from rayhf.scorer.judge_config import JudgeConfig
 
 P = 8_030_261_248
 """Parameters of Llama 3.1 8B."""
@@ -188,6 +189,13 @@ def test_disk():
         iterations=110,
     )
     assert size.total == 9 * 18100 + 4000 + 110 * 4800
+    config = {"model": "j", "votes": 3, "temperature": 0.7, "max_tokens": 100}
+    judged = [JudgeConfig(**config), JudgeConfig(**config, mode="pairwise", keep_replies=5)]
+    assert [entry.reply_bytes for entry in judged] == [3 * 400, 5 * 400]
+    words = disk(
+        run, trained=[1], reference=0, exported=0, samples=8, tokens=10, length=30, replies=1200
+    )
+    assert words.samples == size.samples + 8 * 1200
     few = run.model_copy(update={"iterations": 10, "keep_every": 0})
     assert disk(few, trained=[1], reference=0, exported=0, samples=1, tokens=1, length=2).kept == 1
 

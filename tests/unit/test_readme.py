@@ -203,8 +203,11 @@ def test_example_of_an_evaluation(modules):
         versions={"policy": 0},
         sampling=replace(Sampling(max_tokens=8), temperature=0.7),
         seed=0,
+        record=lambda values: recorded.append(values.metric),
     )
+    recorded = []
     assert asyncio.run(evaluation.measure(context)) == {"brevity/greedy_length": 3.0}
+    assert recorded == ["brevity/greedy_length"]
 
 
 @pytest.mark.parametrize("name", TEXT)

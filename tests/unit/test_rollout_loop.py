@@ -74,6 +74,19 @@ def test_call_waits_for_earlier_waves_and_blocks_later_ones() -> None:
     loop.close()
 
 
+def test_call_that_is_not_exclusive_runs_between_two_steps() -> None:
+    loop, driver = start()
+    driver.gate.clear()
+    running = loop.submit(Wave([], 3))
+    called = loop.call(lambda driver: driver.log.append("call"), exclusive=False)
+    driver.gate.set()
+    running.result(10)
+    assert called.done()
+    assert driver.log.index("call") < len(driver.log) - 1
+    assert driver.log.count("step") == 3
+    loop.close()
+
+
 def test_refused_wave_affects_no_other() -> None:
     loop, _ = start()
     refused = loop.submit(Wave([], -1))

@@ -12,7 +12,8 @@ from rich.console import Console
 from launch import cli
 from launch.operate import label, show_audit, show_status, watch
 from launch.sanitize import plain
-from launch.view import LiveView, summary
+from launch.summary import summary
+from launch.view import LiveView
 from rayhf.control.commands import FileControl
 from rayhf.control.labels import UncertainPair
 from rayhf.errors import CheckpointError, ScorerError

@@ -74,7 +74,7 @@ class FakeGenerator:
 
 
 def make_judge(generator: FakeGenerator, **settings: Any) -> Judge:
-    config = JudgeConfig(model=Path("j"), **settings)
+    config = JudgeConfig(model=Path("j"), **{"keep_replies": 0, **settings})
     return Judge(config, LocalModel(config, generator))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from score_requests import request
 
-from rayhf.errors import clean_line, last_line
+from rayhf.errors import clean_line, last_line, one_line
 from rayhf.scorer.comparisons import check_comparisons, check_outcomes
 from rayhf.types import Failed, Invalid, Scored
 
@@ -70,4 +70,5 @@ def test_last_line_of_an_error():
             raise ValueError
 
     assert last_line(ValueError("a\n\x1b[36mb\x1b[39m\n")) == "ValueError: b"
-    assert last_line(UnprintableError()) == "UnprintableError"
+    assert last_line(UnprintableError()) == one_line(UnprintableError()) == "UnprintableError"
+    assert one_line(ValueError()) == "ValueError"

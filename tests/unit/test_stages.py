@@ -254,7 +254,14 @@ def measure(tmp_path, kind, rows, *, reference):
     roles = SimpleNamespace(
         learners={"policy": Lengths()}, reference=FakeReference() if reference else None
     )
-    return asyncio.run(evaluation.measure(SimpleNamespace(roles=roles)))
+    recorded = []
+    metrics = asyncio.run(evaluation.measure(SimpleNamespace(roles=roles, record=recorded.append)))
+    for values in recorded:  # a figure is the mean of what is recorded by prompt
+        mean = np.average(values.values_P, weights=values.weights_P)
+        assert metrics.pop(values.metric) == pytest.approx(mean)
+        metrics[values.metric] = mean
+    assert len(recorded) == len(metrics)
+    return metrics
 
 
 def test_validation_loss_is_a_mean_over_tokens(tmp_path):

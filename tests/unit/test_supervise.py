@@ -3,13 +3,14 @@
 import asyncio
 
 import pytest
-from fake_actor import FakeActor, FakeMethod, finished, no_process
+from fake_actor import FakeActor, FakeMethod, FakeRef, finished, no_process
+from ray.exceptions import OwnerDiedError, RayTaskError
 
 import actors.supervise
 from actors.process import ProcessInfo
 from actors.supervise import SupervisedActor, SupervisionLimits
 from launch.assemble import start_in_turn
-from rayhf.errors import ActorLostError, GpuMemoryError
+from rayhf.errors import ActorLostError, GpuMemoryError, LostObjectError
 
 
 class Fleet:
@@ -85,6 +86,34 @@ def test_replacement_that_dies_unprepared_is_replaced():
         ActorLostError, match=r"lost 2 times .* the last error: sync: a new engine died"
     ):
         asyncio.run(run(1))
+
+
+def test_no_restart_brings_back_what_an_actor_needs():
+    """A replacement whose weights are gone, and a call whose argument is: both end at once."""
+
+    async def run(prepare, call):
+        fleet = Fleet()
+        one = supervised(fleet, stall_s=0.1, restarts=9)
+        one.prepare = prepare
+        await one.start()
+        with pytest.raises(LostObjectError, match="owner has exited"):
+            await one.persist(call, phase="sync", timeout_s=5.0)
+        return len(fleet.created)
+
+    async def lost(actor):
+        raise LostObjectError("sync: its owner has exited")
+
+    async def fine(actor):
+        return None
+
+    def fetches():
+        ref = FakeRef()
+        owner_died = OwnerDiedError("0a", None, "")
+        ref.result.set_exception(RayTaskError("update", "traceback", owner_died))
+        return ref
+
+    assert asyncio.run(run(lost, lambda actor: actor.double.remote(1))) == 2
+    assert asyncio.run(run(fine, lambda actor: fetches())) == 1
 
 
 @pytest.mark.parametrize("retired", [False, True])

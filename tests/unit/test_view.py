@@ -13,10 +13,11 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import trustme
 from starlette.testclient import TestClient
@@ -25,10 +26,10 @@ from view_runs import write_run
 
 from launch.cli import app
 from rayhf.errors import CheckpointError, ConfigError
-from rayhf.view import report
+from rayhf.view import evaluations, report
 from rayhf.view.dashboard import build_app
 from rayhf.view.groups import cycles, read_groups
-from rayhf.view.heldout import heldout_answers, heldout_prompts, interval
+from rayhf.view.heldout import heldout_answers, heldout_prompts
 from rayhf.view.overview import config_differences, run_overview, timeline
 from rayhf.view.report import write_report
 from rayhf.view.run import Run, find_runs
@@ -96,6 +97,7 @@ def test_newest_samples_come_first_and_pages_join(run):
         ({"minimum": 1.0, "maximum": 2.0}, lambda row: 1.0 <= row["score"] <= 2.0),
         ({"truncated": True}, lambda row: row["truncated"]),
         ({"kind": "step"}, lambda row: row["kind"] == "step"),
+        ({"replied": True}, lambda row: row["kind"] == "answer" and row["outcome"] == "Scored"),
         ({"source": "words"}, lambda row: row["source"] == "words"),
         ({"text": "NUMBER 3"}, lambda row: "number 3" in row["prompt"]),
         ({"text": "step 2"}, lambda row: "step 2" in row["text"]),
@@ -145,10 +147,36 @@ def test_pairs_have_their_texts(run):
     assert pair["margin"] == 1.0 and pair["origin"] == "rule"
 
 
+def test_words_of_judges_are_beside_samples_and_pairs(run):
+    listed = {(row["prompt_id"], row["sample"]): row for row in found(run, replied=True, first=4)}
+    assert listed["prompt-4-3", 1]["replies"][0]["text"].startswith("Seen: ")
+    [group] = read_groups(run, 4, ["prompt-4-1"])
+    told = [[(r["text"], r["left_out"]) for r in s["replies"]] for s in group["samples"]]
+    assert told == [[("0 before 1", False)], [("1 before 2", False)], [("2 before 0", True)]]
+    # A pair shows what was said about its two samples only.
+    chosen, rejected = group["examples"][0]["rows"]
+    assert (chosen["sample"], chosen["replies"]) == (1, [])
+    assert [reply["text"] for reply in rejected["replies"]] == ["0 before 1"]
+    [judged] = list_samples(run, Query(first=4, text="number 1", replied=True)).rows[:1]
+    assert judged["replies"][0]["against"] == 1
+
+
+def test_a_run_without_words_of_judges_is_shown(tmp_path):
+    path = write_run(tmp_path, iterations=1)
+    for folder in ("samples", "heldout"):
+        for file in (path / folder).glob("*.parquet"):
+            pq.write_table(pq.read_table(file).drop_columns("replies"), file)
+    old = Run(path, "run")
+    assert found(old, replied=True) == [] and len(found(old)) > 0
+    assert all(s["replies"] == [] for s in read_groups(old, 1, ["prompt-1-0"])[0]["samples"])
+    assert all(row["replies"] is None for row in heldout_answers(old, "heldout-0"))
+    assert write_report([path], tmp_path / "report.html").total == 4
+
+
 def test_held_out_prompt_over_iterations(run):
     prompts = heldout_prompts(run)
     answers = heldout_answers(run, prompts[0]["prompt_id"])
-    assert len(prompts) == 6
+    assert len(prompts) == 6 and answers[0]["replies"][0]["part"] == "judge"
     assert [row["iteration"] for row in answers] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
@@ -196,28 +224,45 @@ def test_overview_has_facts_curves_and_alarms(run):
     assert view["curves"]["reference/kl"] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     assert [alarm["kind"] for alarm in view["alarms"]] == ["fault", "warn"]
     assert {alarm["iteration"] for alarm in view["alarms"]} == {2}
-    iteration, low, high = view["intervals"]["sampled"][0]
-    assert iteration == 0 and low < 0.5 < high
 
 
-def test_change_of_the_held_out_score_is_paired(run):
-    sampled, greedy = run_overview(run)["change"]
-    assert (sampled["kind"], greedy["kind"], sampled["prompts"]) == ("sampled", "greedy", 6)
-    assert sampled["iterations"] == (0, 4)
+def test_every_evaluated_figure_has_a_band(run, path):
+    bands = run_overview(run)["intervals"]
+    assert set(bands) == {
+        "eval/toy/sampled",
+        "eval/toy/greedy",
+        "eval/pairs/pair_accuracy",
+        "eval/wins/win_rate_length_controlled",
+    }
+    for name, rows in bands.items():
+        metrics = [line[name] for line in run.metrics()]
+        assert [iteration for iteration, *_ in rows] == [0, 1, 2, 3, 4]
+        assert all(low < x < high for x, (_, low, high) in zip(metrics, rows, strict=True))
+    assert bands["eval/wins/win_rate_length_controlled"][0] == (0, 0.4, 0.6)
+
+
+def test_bands_of_a_long_run_are_thinned_out(run, monkeypatch):
+    monkeypatch.setattr(evaluations, "MAX_BANDS", 3)
+    assert [i for i, *_ in evaluations.intervals(run)["eval/toy/sampled"]] == [0, 2, 4]
+
+
+def test_changes_are_paired(run):
+    by_name = {row["metric"]: row for row in run_overview(run)["changes"]}
+    sampled = by_name["eval/toy/sampled"]
+    assert sampled["prompts"] == 6 and sampled["iterations"] == (0, 4)
     # Every prompt gained the same: no doubt about the difference, though much about the means.
     assert sampled["difference"] == pytest.approx([0.4, 0.4, 0.4])
     assert sampled["before"][2] - sampled["before"][1] > 0.5
+    controlled = by_name["eval/wins/win_rate_length_controlled"]
+    assert controlled["after"] == pytest.approx([0.9, 0.8, 1.0])
+    assert controlled["difference"] is None  # its values by prompt are not known
 
 
-def test_interval_covers_the_true_mean():
-    rng = np.random.default_rng(1)
-    covered = 0
-    for _ in range(200):
-        mean, low, high = interval(list((rng.random(120) < 0.3).astype(float)))
-        assert low <= mean <= high
-        covered += low <= 0.3 <= high
-    assert covered >= 180
-    assert interval([1.0] * 5) == (1.0, 1.0, 1.0) and interval([1.0]) is None
+def test_damaged_values_are_left_out(tmp_path):
+    path = write_run(tmp_path, iterations=2)
+    (path / "evaluations/iteration-000002.parquet").write_bytes(b"PAR1 and no more")
+    (change, *_) = evaluations.changes(Run(path, "run"))
+    assert change.iterations == (0, 1)
 
 
 def test_config_differences_name_the_keys(run, tmp_path):
@@ -258,19 +303,30 @@ def test_report_holds_every_prompt_of_a_small_run(path, tmp_path):
 
 
 def test_larger_run_is_sampled_from_all_iterations_problems_first(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MAX_GROUPS", 6)
+    whole = write_report([path], tmp_path / "whole.html")
+    plain = len(json.dumps(data_of(whole.file), ensure_ascii=False))
+    monkeypatch.setattr(report, "PLAIN_BYTES", int(0.8 * plain))
     written = write_report([path], tmp_path / "report.html")
     groups = data_of(written.file)["groups"]
-    assert (written.shown, written.total) == (6, 16)
+    assert (whole.shown, whole.total) == (16, 16)
+    assert 4 <= written.shown == len(groups) < written.total == 16
     assert {group["iteration"] for group in groups} == {1, 2, 3, 4}
     assert [g["prompt_id"][-1] for g in groups].count("0") == 4  # the prompt with failed scores
+    assert written.size < whole.size
 
 
-def test_data_stay_within_their_limit(path, tmp_path, monkeypatch):
-    whole = write_report([path], tmp_path / "whole.html").size
-    monkeypatch.setattr(report, "DATA_BYTES", 6000)
-    small = write_report([path], tmp_path / "small.html")
-    assert 0 < small.shown < small.total and small.size < whole
+def test_report_fills_its_limit(tmp_path, monkeypatch):
+    """Also where the first estimate of a prompt's size is far too large."""
+    path = write_run(tmp_path, iterations=3, prompts=40, words=200)
+    whole = write_report([path], tmp_path / "whole.html")
+    limit = 120_000
+    monkeypatch.setattr(report, "DATA_BYTES", limit)
+    monkeypatch.setattr(report, "_group_bytes", lambda run, prompts: 100_000)
+    written = write_report([path], tmp_path / "report.html")
+    size = len(base64.b64decode(re.search(r'id="data">([^<]*)<', written.file.read_text())[1]))
+    assert written.shown < whole.total and 0.9 * limit < size < 1.5 * limit
+    counts = Counter(group["iteration"] for group in data_of(written.file)["groups"])
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_hostile_text_is_only_in_the_data(tmp_path):

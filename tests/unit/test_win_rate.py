@@ -16,6 +16,8 @@ from rayhf.evaluation.base import EvaluationContext, EvaluationSetup
 from rayhf.evaluation.duels import Contest, both_orders, duels_of, merge_orders
 from rayhf.evaluation.win_rate import WinRateEvaluation
 from rayhf.types import Compared, Failed, Invalid, Sampling
+from rayhf.view.evaluations import changes
+from rayhf.view.run import Run
 
 RULE = {"type": "pairwise_rule", "function": "a:b"}
 PROMPTS = tuple(make_prompts(6))
@@ -59,6 +61,7 @@ class Recording(WinRateEvaluation):
             sampling=context.sampling,
             seed=context.seed,
             scorer=self.scorer,
+            record=context.record,
         )
         return await super().measure(given)
 
@@ -97,6 +100,10 @@ def test_against_the_start_of_a_campaign(tmp_path):
     assert all(line["eval/wins/win_rate"] == pytest.approx(0.5) for line in lines)
     assert all(line["eval/wins/ties"] == 1 for line in lines)
     assert "eval/wins/win_rate_length_controlled_high" in lines[0]
+    by_name = {change.metric: change for change in changes(Run(config.run.dir, "run"))}
+    wins = by_name["eval/wins/win_rate"]
+    assert wins.iterations == (2, 4) and wins.difference.value == 0 and wins.after.count == 6
+    assert by_name["eval/wins/win_rate_length_controlled"].difference is None
 
 
 def test_against_a_file_of_answers(tmp_path):
@@ -126,6 +133,7 @@ def test_judge_that_fails_stops_the_evaluation(tmp_path):
         sampling=Sampling(max_tokens=4),
         seed=0,
         scorer=FakeScorer(outcome=Failed(reason="no judge")),
+        record=lambda values: None,
     )
     with pytest.raises(ScorerError, match=r"none of 6 answers could be compared.*no judge"):
         asyncio.run(built.measure(context))

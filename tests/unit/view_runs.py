@@ -13,6 +13,7 @@ import numpy as np
 from campaigns import make_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from rayhf.evaluation.values import prompt_values
 from rayhf.run_dir.inbox import Submissions
 from rayhf.run_dir.state import CheckpointState
 from rayhf.run_dir.store import RunDir
@@ -23,6 +24,7 @@ from rayhf.types import (
     Failed,
     Group,
     Invalid,
+    JudgeReply,
     Outcome,
     Prompt,
     Sample,
@@ -48,6 +50,7 @@ WORDS = [
 ]
 CYCLE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]])
 """0 beats 1, 1 beats 2, 2 beats 0."""
+STRUCTURED = JudgeReply(text='{"reasoning": "<b>good</b>\\n", "verdict": "yes"}', part="judge")
 
 
 def write_run(
@@ -113,7 +116,12 @@ async def _write_iteration(
         "rollout/length_mean": float(words),
         "policy/entropy": 2.0 - rate,
         "rollout/tokens": 1000.0,
-        "eval/toy/sampled": 0.3 + rate,
+        "eval/toy/sampled": 0.5 + rate,
+        "eval/toy/greedy": 0.5 + rate,
+        "eval/pairs/pair_accuracy": 0.025 + rate,
+        "eval/wins/win_rate_length_controlled": 0.5 + rate,
+        "eval/wins/win_rate_length_controlled_low": 0.4 + rate,
+        "eval/wins/win_rate_length_controlled_high": 0.6 + rate,
     }
     phases = ("rollout", "scorer", "reference", "learner", "sync", "evaluate", "explore")
     metrics |= {f"time/{name}_s": 1.0 for name in phases}
@@ -122,13 +130,23 @@ async def _write_iteration(
         Group(
             prompt=_prompt(f"heldout-{n}", f"held-out question {n}"),
             samples=tuple(
-                replace(_sample(_words(rng, words), Scored(value=rate + n % 2)), kind=kind)
+                replace(
+                    _sample(_words(rng, words), Scored(value=rate + n % 2, replies=(STRUCTURED,))),
+                    kind=kind,
+                )
                 for kind in ("sampled", "greedy")
             ),
         )
         for n in range(6)
     ]
     store.write_heldout(iteration, heldout)
+    ids = [group.prompt.prompt_id for group in heldout]
+    figures = {
+        f"eval/toy/{kind}": [rate + n % 2 for n in range(6)] for kind in ("sampled", "greedy")
+    }
+    figures["eval/pairs/pair_accuracy"] = [rate + 0.01 * n for n in range(6)]
+    values = [prompt_values(name, ids, figure) for name, figure in figures.items()]
+    store.write_evaluations(iteration, values)
     if iteration:
         groups = [
             _group(iteration, n, samples, words, texts if n == 0 else (), rng)
@@ -154,11 +172,25 @@ def _group(
     if n % 4 == 2:
         return Group(prompt=prompt, samples=_tree(rng))
     made = [
-        _sample(text, Scored(value=float(i), parts={"rule": float(i), "style": 0.5}))
+        _sample(
+            text,
+            Scored(
+                value=float(i),
+                parts={"rule": float(i), "style": 0.5},
+                replies=() if n % 4 == 1 else (JudgeReply(text=f"Seen: {text}", part="style"),),
+            ),
+        )
         for i, text in enumerate(texts or [_words(rng, words) for _ in range(samples)])
     ]
     if n % 4 == 1:
-        compared = Compared(win=CYCLE, source="pairwise")
+        compared = Compared(
+            win=CYCLE,
+            source="pairwise",
+            replies=tuple(
+                (JudgeReply(text=f"{i} before {j}", part="judge", against=j, left_out=i == 2),)
+                for i, j in ((0, 1), (1, 2), (2, 0))
+            ),
+        )
         return Group(prompt=prompt, samples=tuple(made[:3]), compared=compared)
     if n % 4 == 0:
         made[-1] = replace(made[-1], outcome=Invalid(reason="the verdict was NaN"))

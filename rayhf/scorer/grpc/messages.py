@@ -25,6 +25,7 @@ from rayhf.types import (
     Completion,
     Failed,
     Invalid,
+    JudgeReply,
     Outcome,
     Prompt,
     Scored,
@@ -145,7 +146,10 @@ def encode_outcomes(outcomes: Sequence[Sequence[Outcome]]) -> pb.ScoreReply:
 
 def _encode_outcome(outcome: Outcome) -> pb.Outcome:
     if isinstance(outcome, Scored):
-        return pb.Outcome(scored=pb.Scored(value=outcome.value, parts=outcome.parts))
+        replies = map(_encode_reply, outcome.replies)
+        return pb.Outcome(
+            scored=pb.Scored(value=outcome.value, parts=outcome.parts, replies=replies)
+        )
     if isinstance(outcome, Skipped):
         return pb.Outcome(skipped=pb.Skipped(reason=printable(outcome.reason)))
     if isinstance(outcome, Invalid):
@@ -161,7 +165,11 @@ def decode_outcomes(message: pb.Outcomes) -> tuple[Outcome, ...]:
 def _decode_outcome(message: pb.Outcome) -> Outcome:
     match message.WhichOneof("kind"):
         case "scored":
-            scored = Scored(value=message.scored.value, parts=dict(message.scored.parts))
+            scored = Scored(
+                value=message.scored.value,
+                parts=dict(message.scored.parts),
+                replies=tuple(map(_decode_reply, message.scored.replies)),
+            )
             if all(map(math.isfinite, (scored.value, *scored.parts.values()))):
                 return scored
             return Invalid(
@@ -185,7 +193,8 @@ def _encode_comparison(comparison: Comparison) -> pb.Comparison:
     if isinstance(comparison, Compared):
         win = comparison.win.ravel().tolist()
         source = _ENCODED_SOURCE[comparison.source]
-        return pb.Comparison(compared=pb.Compared(win=win, source=source))
+        replies = [pb.JudgeReplies(replies=map(_encode_reply, each)) for each in comparison.replies]
+        return pb.Comparison(compared=pb.Compared(win=win, source=source, replies=replies))
     if isinstance(comparison, Invalid):
         return pb.Comparison(invalid=_encode_invalid(comparison))
     return pb.Comparison(failed=_encode_failed(comparison))
@@ -216,7 +225,24 @@ def _decode_compared(message: pb.Compared, completions: int) -> Comparison:
             f"expected {completions} x {completions}"
         )
     win_KK = np.array(message.win, dtype=np.float64).reshape(completions, completions)
-    return Compared(win=win_KK, source=source)
+    replies = tuple(tuple(map(_decode_reply, each.replies)) for each in message.replies)
+    return Compared(win=win_KK, source=source, replies=replies)
+
+
+def _encode_reply(reply: JudgeReply) -> pb.JudgeReply:
+    return pb.JudgeReply(
+        text=reply.text, part=reply.part, against=reply.against, left_out=reply.left_out
+    )
+
+
+def _decode_reply(message: pb.JudgeReply) -> JudgeReply:
+    """Decode a reply; rayhf.scorer.replies bounds it."""
+    return JudgeReply(
+        text=message.text,
+        part=message.part,
+        against=message.against if message.HasField("against") else None,
+        left_out=message.left_out,
+    )
 
 
 def _encode_invalid(outcome: Invalid) -> pb.Invalid:

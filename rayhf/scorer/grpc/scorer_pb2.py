@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from rayhf.service import chat_pb2 as rayhf_dot_service_dot_chat__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1erayhf/scorer/grpc/scorer.proto\x12\x08rayhf.v1\x1a\x18rayhf/service/chat.proto\"\x11\n\x0f\x44\x65scribeRequest\"A\n\rDescribeReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x10\n\x08pairwise\x18\x03 \x01(\x08\"9\n\rScoreRequests\x12(\n\x08requests\x18\x01 \x03(\x0b\x32\x16.rayhf.v1.ScoreRequest\"[\n\x0cScoreRequest\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.rayhf.v1.Prompt\x12)\n\x0b\x63ompletions\x18\x02 \x03(\x0b\x32\x14.rayhf.v1.Completion\"}\n\x06Prompt\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12#\n\x08messages\x18\x02 \x03(\x0b\x32\x11.rayhf.v1.Message\x12\x13\n\x06\x61nswer\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x0b\n\x03row\x18\x04 \x01(\t\x12\x0e\n\x06source\x18\x05 \x01(\tB\t\n\x07_answer\"m\n\nCompletion\x12\x0c\n\x04text\x18\x01 \x01(\t\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.rayhf.v1.FinishReason\x12\x15\n\x08thinking\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0b\n\t_thinking\"1\n\nScoreReply\x12#\n\x07results\x18\x01 \x03(\x0b\x32\x12.rayhf.v1.Outcomes\"/\n\x08Outcomes\x12#\n\x08outcomes\x18\x01 \x03(\x0b\x32\x11.rayhf.v1.Outcome\"\xa5\x01\n\x07Outcome\x12\"\n\x06scored\x18\x01 \x01(\x0b\x32\x10.rayhf.v1.ScoredH\x00\x12$\n\x07invalid\x18\x02 \x01(\x0b\x32\x11.rayhf.v1.InvalidH\x00\x12\"\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x10.rayhf.v1.FailedH\x00\x12$\n\x07skipped\x18\x04 \x01(\x0b\x32\x11.rayhf.v1.SkippedH\x00\x42\x06\n\x04kind\"\x19\n\x07Skipped\x12\x0e\n\x06reason\x18\x01 \x01(\t\"q\n\x06Scored\x12\r\n\x05value\x18\x01 \x01(\x01\x12*\n\x05parts\x18\x02 \x03(\x0b\x32\x1b.rayhf.v1.Scored.PartsEntry\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x19\n\x07Invalid\x12\x0e\n\x06reason\x18\x01 \x01(\t\"+\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x11\n\ttransient\x18\x02 \x01(\x08\"5\n\x0c\x43ompareReply\x12%\n\x07results\x18\x01 \x03(\x0b\x32\x14.rayhf.v1.Comparison\"\x86\x01\n\nComparison\x12&\n\x08\x63ompared\x18\x01 \x01(\x0b\x32\x12.rayhf.v1.ComparedH\x00\x12$\n\x07invalid\x18\x02 \x01(\x0b\x32\x11.rayhf.v1.InvalidH\x00\x12\"\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x10.rayhf.v1.FailedH\x00\x42\x06\n\x04kind\"9\n\x08\x43ompared\x12\x0b\n\x03win\x18\x01 \x03(\x01\x12 \n\x06source\x18\x02 \x01(\x0e\x32\x10.rayhf.v1.Source*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*K\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSOURCE_PAIRWISE\x10\x01\x12\x14\n\x10SOURCE_POINTWISE\x10\x02\x32\xbc\x01\n\x06Scorer\x12>\n\x08\x44\x65scribe\x12\x19.rayhf.v1.DescribeRequest\x1a\x17.rayhf.v1.DescribeReply\x12\x36\n\x05Score\x12\x17.rayhf.v1.ScoreRequests\x1a\x14.rayhf.v1.ScoreReply\x12:\n\x07\x43ompare\x12\x17.rayhf.v1.ScoreRequests\x1a\x16.rayhf.v1.CompareReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1erayhf/scorer/grpc/scorer.proto\x12\x08rayhf.v1\x1a\x18rayhf/service/chat.proto\"\x11\n\x0f\x44\x65scribeRequest\"A\n\rDescribeReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x10\n\x08pairwise\x18\x03 \x01(\x08\"9\n\rScoreRequests\x12(\n\x08requests\x18\x01 \x03(\x0b\x32\x16.rayhf.v1.ScoreRequest\"[\n\x0cScoreRequest\x12 \n\x06prompt\x18\x01 \x01(\x0b\x32\x10.rayhf.v1.Prompt\x12)\n\x0b\x63ompletions\x18\x02 \x03(\x0b\x32\x14.rayhf.v1.Completion\"}\n\x06Prompt\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12#\n\x08messages\x18\x02 \x03(\x0b\x32\x11.rayhf.v1.Message\x12\x13\n\x06\x61nswer\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x0b\n\x03row\x18\x04 \x01(\t\x12\x0e\n\x06source\x18\x05 \x01(\tB\t\n\x07_answer\"m\n\nCompletion\x12\x0c\n\x04text\x18\x01 \x01(\t\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.rayhf.v1.FinishReason\x12\x15\n\x08thinking\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0b\n\t_thinking\"1\n\nScoreReply\x12#\n\x07results\x18\x01 \x03(\x0b\x32\x12.rayhf.v1.Outcomes\"/\n\x08Outcomes\x12#\n\x08outcomes\x18\x01 \x03(\x0b\x32\x11.rayhf.v1.Outcome\"\xa5\x01\n\x07Outcome\x12\"\n\x06scored\x18\x01 \x01(\x0b\x32\x10.rayhf.v1.ScoredH\x00\x12$\n\x07invalid\x18\x02 \x01(\x0b\x32\x11.rayhf.v1.InvalidH\x00\x12\"\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x10.rayhf.v1.FailedH\x00\x12$\n\x07skipped\x18\x04 \x01(\x0b\x32\x11.rayhf.v1.SkippedH\x00\x42\x06\n\x04kind\"\x19\n\x07Skipped\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x98\x01\n\x06Scored\x12\r\n\x05value\x18\x01 \x01(\x01\x12*\n\x05parts\x18\x02 \x03(\x0b\x32\x1b.rayhf.v1.Scored.PartsEntry\x12%\n\x07replies\x18\x03 \x03(\x0b\x32\x14.rayhf.v1.JudgeReply\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\\\n\nJudgeReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04part\x18\x02 \x01(\t\x12\x14\n\x07\x61gainst\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x08left_out\x18\x04 \x01(\x08\x42\n\n\x08_against\"\x19\n\x07Invalid\x12\x0e\n\x06reason\x18\x01 \x01(\t\"+\n\x06\x46\x61iled\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x11\n\ttransient\x18\x02 \x01(\x08\"5\n\x0c\x43ompareReply\x12%\n\x07results\x18\x01 \x03(\x0b\x32\x14.rayhf.v1.Comparison\"\x86\x01\n\nComparison\x12&\n\x08\x63ompared\x18\x01 \x01(\x0b\x32\x12.rayhf.v1.ComparedH\x00\x12$\n\x07invalid\x18\x02 \x01(\x0b\x32\x11.rayhf.v1.InvalidH\x00\x12\"\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x10.rayhf.v1.FailedH\x00\x42\x06\n\x04kind\"b\n\x08\x43ompared\x12\x0b\n\x03win\x18\x01 \x03(\x01\x12 \n\x06source\x18\x02 \x01(\x0e\x32\x10.rayhf.v1.Source\x12\'\n\x07replies\x18\x03 \x03(\x0b\x32\x16.rayhf.v1.JudgeReplies\"5\n\x0cJudgeReplies\x12%\n\x07replies\x18\x01 \x03(\x0b\x32\x14.rayhf.v1.JudgeReply*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*K\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSOURCE_PAIRWISE\x10\x01\x12\x14\n\x10SOURCE_POINTWISE\x10\x02\x32\xbc\x01\n\x06Scorer\x12>\n\x08\x44\x65scribe\x12\x19.rayhf.v1.DescribeRequest\x1a\x17.rayhf.v1.DescribeReply\x12\x36\n\x05Score\x12\x17.rayhf.v1.ScoreRequests\x1a\x14.rayhf.v1.ScoreReply\x12:\n\x07\x43ompare\x12\x17.rayhf.v1.ScoreRequests\x1a\x16.rayhf.v1.CompareReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +34,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SCORED_PARTSENTRY']._loaded_options = None
   _globals['_SCORED_PARTSENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1279
-  _globals['_FINISHREASON']._serialized_end=1374
-  _globals['_SOURCE']._serialized_start=1376
-  _globals['_SOURCE']._serialized_end=1451
+  _globals['_FINISHREASON']._serialized_start=1509
+  _globals['_FINISHREASON']._serialized_end=1604
+  _globals['_SOURCE']._serialized_start=1606
+  _globals['_SOURCE']._serialized_end=1681
   _globals['_DESCRIBEREQUEST']._serialized_start=70
   _globals['_DESCRIBEREQUEST']._serialized_end=87
   _globals['_DESCRIBEREPLY']._serialized_start=89
@@ -58,20 +58,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OUTCOME']._serialized_end=812
   _globals['_SKIPPED']._serialized_start=814
   _globals['_SKIPPED']._serialized_end=839
-  _globals['_SCORED']._serialized_start=841
-  _globals['_SCORED']._serialized_end=954
-  _globals['_SCORED_PARTSENTRY']._serialized_start=910
-  _globals['_SCORED_PARTSENTRY']._serialized_end=954
-  _globals['_INVALID']._serialized_start=956
-  _globals['_INVALID']._serialized_end=981
-  _globals['_FAILED']._serialized_start=983
-  _globals['_FAILED']._serialized_end=1026
-  _globals['_COMPAREREPLY']._serialized_start=1028
-  _globals['_COMPAREREPLY']._serialized_end=1081
-  _globals['_COMPARISON']._serialized_start=1084
-  _globals['_COMPARISON']._serialized_end=1218
-  _globals['_COMPARED']._serialized_start=1220
-  _globals['_COMPARED']._serialized_end=1277
-  _globals['_SCORER']._serialized_start=1454
-  _globals['_SCORER']._serialized_end=1642
+  _globals['_SCORED']._serialized_start=842
+  _globals['_SCORED']._serialized_end=994
+  _globals['_SCORED_PARTSENTRY']._serialized_start=950
+  _globals['_SCORED_PARTSENTRY']._serialized_end=994
+  _globals['_JUDGEREPLY']._serialized_start=996
+  _globals['_JUDGEREPLY']._serialized_end=1088
+  _globals['_INVALID']._serialized_start=1090
+  _globals['_INVALID']._serialized_end=1115
+  _globals['_FAILED']._serialized_start=1117
+  _globals['_FAILED']._serialized_end=1160
+  _globals['_COMPAREREPLY']._serialized_start=1162
+  _globals['_COMPAREREPLY']._serialized_end=1215
+  _globals['_COMPARISON']._serialized_start=1218
+  _globals['_COMPARISON']._serialized_end=1352
+  _globals['_COMPARED']._serialized_start=1354
+  _globals['_COMPARED']._serialized_end=1452
+  _globals['_JUDGEREPLIES']._serialized_start=1454
+  _globals['_JUDGEREPLIES']._serialized_end=1507
+  _globals['_SCORER']._serialized_start=1684
+  _globals['_SCORER']._serialized_end=1872
 # @@protoc_insertion_point(module_scope)

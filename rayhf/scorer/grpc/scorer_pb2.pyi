@@ -109,7 +109,7 @@ class Skipped(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Scored(_message.Message):
-    __slots__ = ("value", "parts")
+    __slots__ = ("value", "parts", "replies")
     class PartsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -119,9 +119,23 @@ class Scored(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     VALUE_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
+    REPLIES_FIELD_NUMBER: _ClassVar[int]
     value: float
     parts: _containers.ScalarMap[str, float]
-    def __init__(self, value: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    replies: _containers.RepeatedCompositeFieldContainer[JudgeReply]
+    def __init__(self, value: _Optional[float] = ..., parts: _Optional[_Mapping[str, float]] = ..., replies: _Optional[_Iterable[_Union[JudgeReply, _Mapping]]] = ...) -> None: ...
+
+class JudgeReply(_message.Message):
+    __slots__ = ("text", "part", "against", "left_out")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    AGAINST_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    part: str
+    against: int
+    left_out: bool
+    def __init__(self, text: _Optional[str] = ..., part: _Optional[str] = ..., against: _Optional[int] = ..., left_out: _Optional[bool] = ...) -> None: ...
 
 class Invalid(_message.Message):
     __slots__ = ("reason",)
@@ -154,9 +168,17 @@ class Comparison(_message.Message):
     def __init__(self, compared: _Optional[_Union[Compared, _Mapping]] = ..., invalid: _Optional[_Union[Invalid, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
 
 class Compared(_message.Message):
-    __slots__ = ("win", "source")
+    __slots__ = ("win", "source", "replies")
     WIN_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    REPLIES_FIELD_NUMBER: _ClassVar[int]
     win: _containers.RepeatedScalarFieldContainer[float]
     source: Source
-    def __init__(self, win: _Optional[_Iterable[float]] = ..., source: _Optional[_Union[Source, str]] = ...) -> None: ...
+    replies: _containers.RepeatedCompositeFieldContainer[JudgeReplies]
+    def __init__(self, win: _Optional[_Iterable[float]] = ..., source: _Optional[_Union[Source, str]] = ..., replies: _Optional[_Iterable[_Union[JudgeReplies, _Mapping]]] = ...) -> None: ...
+
+class JudgeReplies(_message.Message):
+    __slots__ = ("replies",)
+    REPLIES_FIELD_NUMBER: _ClassVar[int]
+    replies: _containers.RepeatedCompositeFieldContainer[JudgeReply]
+    def __init__(self, replies: _Optional[_Iterable[_Union[JudgeReply, _Mapping]]] = ...) -> None: ...

@@ -86,6 +86,29 @@ function flags(sample) {
   ];
 }
 
+// What judges wrote, a block each. `sample` is the completion that was shown first, or alone.
+function replyBlocks(replies, sample, { criteria = {}, open = false } = {}) {
+  return (replies || []).map((reply) => h("details", { class: "reply", open },
+    h("summary", { class: "quiet" },
+      [reply.part || "judge", reply.against !== null && `#${sample} first, #${reply.against} second`].filter(Boolean).join(": "), " ",
+      reply.left_out && badge("does not count", "warn")),
+    criteria[reply.part] && h("div", { class: "quiet" }, criteria[reply.part]),
+    h("div", { class: "text" }, spoken(reply.text))));
+}
+
+// A reply that is a JSON object (of a judge with a schema) as lines "name: value".
+function spoken(text) {
+  try {
+    const fields = JSON.parse(text);
+    if (fields && fields.constructor === Object) {
+      return Object.entries(fields).map(([name, value]) => `${name}: ${typeof value === "string" ? value : JSON.stringify(value)}`).join("\n");
+    }
+  } catch {
+    // Any other text.
+  }
+  return text;
+}
+
 // First pages of lists that are being loaded; a page counts as shown once they are there.
 const pending = [];
 

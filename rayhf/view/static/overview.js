@@ -10,6 +10,7 @@ const FONT = { family: "system-ui, sans-serif", size: 12, color: "#3b444d" };
 const CHARTS = [
   ["Reward", "score", ["scorer/reward_mean"]],
   ["Held-out score, 95 % over prompts", "score", [/^eval\/[^/]+\/(sampled|greedy|refined|pair_accuracy)$/, /exploitability/]],
+  ["Win rate, 95 % over prompts", "share", [/^eval\/[^/]+\/win_rate(_length_controlled)?$/]],
   ["KL to the reference", "nats per response", ["reference/kl", /^eval\/[^/]+\/reference_kl$/]],
   ["Length", "tokens", ["rollout/length_mean", /^eval\/[^/]+\/length$/]],
   ["Truncated", "share", ["rollout/truncated"]],
@@ -95,10 +96,9 @@ function lines(runs, patterns) {
   return traces;
 }
 
-// The confidence band of a held-out score, where its samples were recorded.
+// The confidence band of an evaluated figure, where there is one.
 function band(run, name, color) {
-  const kind = name.match(/^eval\/([^/]+)\/(sampled|greedy|refined)$/);
-  const rows = kind && kind[1] === run.task && run.intervals[kind[2]];
+  const rows = run.intervals[name];
   if (!rows) return [];
   const x = [...rows.map((r) => r[0]), ...rows.map((r) => r[0]).reverse()];
   const y = [...rows.map((r) => r[1]), ...rows.map((r) => r[2]).reverse()];
@@ -154,8 +154,8 @@ async function overviewPage(app) {
       ...runs.map((run, i) => [run.id, (row) => (row.values[i] === null ? h("span", { class: "quiet" }, "not set") : row.values[i]), "wide"]),
     ], differences));
   }
-  const changes = runs.flatMap((run) => run.change.map((row) => ({ ...row, run: run.id })));
-  if (changes.length) page.append(h("h2", {}, "Held-out score, before and after"), changeTable(changes));
+  const changes = runs.flatMap((run) => run.changes.map((row) => ({ ...row, run: run.id })));
+  if (changes.length) page.append(h("h2", {}, "Evaluations, before and after"), changeTable(changes));
   const charts = h("div", { class: "charts" });
   page.append(h("h2", {}, "Curves"), charts);
   const jobs = [];
@@ -183,13 +183,15 @@ async function overviewPage(app) {
 }
 
 function changeTable(rows) {
-  const digits = (values) => h("span", {}, number(values[0], 3), h("span", { class: "quiet" }, ` (${number(values[1], 3)} to ${number(values[2], 3)})`));
+  const digits = (values) => values && h("span", {}, number(values[0], 3), h("span", { class: "quiet" },
+    values[1] === null ? " (one prompt)" : ` (${number(values[1], 3)} to ${number(values[2], 3)})`));
   return table([
     ["run", (r) => r.run, ""],
-    ["completions", (r) => r.kind, ""],
+    ["figure", (r) => r.metric, ""],
     ["prompts", (r) => r.prompts, "number"],
+    ["iterations", (r) => (r.before ? `${r.iterations[0]} and ${r.iterations[1]}` : r.iterations[1]), "number"],
     ["before", (r) => digits(r.before), "number"],
-    ["after", (r) => digits(r.after), "number"],
+    ["after (95 %)", (r) => digits(r.after), "number"],
     ["difference (95 %)", (r) => digits(r.difference), "number"],
   ], rows);
 }

@@ -28,7 +28,8 @@ function pairCard(app, pair, withPrompt) {
   const side = (row, title, words, tag) => h("div", {},
     h("h3", {}, title, row.score !== null && h("span", { class: "quiet" }, ` score ${number(row.score)}`),
       h("span", { class: "quiet" }, `, ${row.tokens} tokens`, row.sample >= 0 ? `, sample ${row.sample}` : "")),
-    words ? diffText(words, tag) : h("div", { class: "text" }, row.text));
+    words ? diffText(words, tag) : h("div", { class: "text" }, row.text),
+    replyBlocks(row.replies, row.sample));
   const facts = Object.entries(pair.scalars).map(([name, value]) => `${name} ${number(value, 3)}`);
   return h("section", { class: "card", style: { marginBottom: "12px" } },
     h("header", {},
@@ -82,12 +83,24 @@ function matrixOf(group) {
 // ---------------------------------------------------------------- judgments
 
 async function judgmentsPage(app) {
-  const query = { run: app.run, kind: "judgement", ...app.parameters };
-  const list = pagedList((next) => app.source.samples({ ...query, next }), (rows) => sampleTable(app, rows),
-    "This run has no judgments in its samples.");
-  return { page: h("div", {}, pairTabs(app, "judgments"),
-    h("p", { class: "quiet" }, "Judgments that a policy wrote (SPaR), in its own words. Of scorers that are judges, runs keep the verdicts: each completion's page has them as parts of its score, beside the criteria of the rubric."),
-    iterationForm(app, "judgments"), list) };
+  const query = { run: app.run, ...app.parameters };
+  const ofScorers = pagedList((next) => app.source.samples({ ...query, replied: "true", next }), (rows) => verdictTable(app, rows),
+    "No judge wrote about this run's samples, or its keep_replies is 0.");
+  const ofPolicy = pagedList((next) => app.source.samples({ ...query, kind: "judgement", next }), (rows) => sampleTable(app, rows),
+    "This run has no judgments of a policy.");
+  return { page: h("div", {}, pairTabs(app, "judgments"), iterationForm(app, "judgments"),
+    h("h2", {}, "Verdicts of judges and rubrics"), ofScorers,
+    h("h2", {}, "Judgments that a policy wrote (SPaR)"), ofPolicy) };
+}
+
+function verdictTable(app, rows) {
+  return table([
+    ["iteration", (s) => h("a", { href: app.href("group", { iteration: s.iteration, prompt: s.prompt_id }) }, s.iteration), "number"],
+    ["prompt", (s) => h("div", { class: "text" }, s.prompt), "wide"],
+    ["completion", (s) => [h("span", { class: "quiet" }, `#${s.sample}`), h("div", { class: "text" }, s.text)], "wide"],
+    ["score", (s) => number(s.score), "number"],
+    ["verdicts", (s) => replyBlocks(s.replies, s.sample, { open: true }), "wide"],
+  ], rows);
 }
 
 // ---------------------------------------------------------------- trees

@@ -113,6 +113,7 @@ function sampleCard(sample, mode, scale, criteria) {
     (parts.length > 1 || (parts.length > 0 && criteria[parts[0][0]])) && table([
       ["part of the score", (r) => [r[0], criteria[r[0]] && h("div", { class: "quiet" }, criteria[r[0]])], ""],
       ["", (r) => number(r[1]), "number"]], parts),
+    replyBlocks(sample.replies, sample.sample, { criteria }),
     stats.length > 0 && h("p", { class: "quiet" }, stats.map(([name, value]) => `${name} ${number(value, 3)}`).join(" · ")));
 }
 
@@ -138,7 +139,7 @@ async function heldoutPage(app) {
     table([
       ["iteration", (i) => i, "number"],
       ...kinds.flatMap((kind) => [
-        [kind, (i) => { const row = find(i, kind); return row && [h("div", { class: "text" }, row.text), flags({ ...row, truncated: row.finish_reason === "length" })]; }, "wide"],
+        [kind, (i) => { const row = find(i, kind); return row && [h("div", { class: "text" }, row.text), flags({ ...row, truncated: row.finish_reason === "length" }), replyBlocks(row.replies, 0)]; }, "wide"],
         ["score", (i) => { const row = find(i, kind); return row && (row.score === null ? row.reason : number(row.score)); }, "number"],
       ]),
     ], iterations)]);

@@ -60,6 +60,7 @@ class EmbeddedSource {
         if (query.maximum && !(sample.score !== null && sample.score <= Number(query.maximum))) continue;
         if (query.truncated && !sample.truncated) continue;
         if (query.labeled && !sample.labeled) continue;
+        if (query.replied && !sample.replies.length) continue;
         if (text && !inPrompt && !has(sample.text)) continue;
         rows.push({ ...sample, ...position(group) });
       }
