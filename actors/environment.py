@@ -35,6 +35,9 @@ def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str,
         env["HF_ENDPOINT"] = endpoint
     if device == "cpu":
         env["DS_ACCELERATOR"] = "cpu"
+        # Large pages for malloc: a weight update allocates each layer anew, and half of its time
+        # would go into page faults.
+        env["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)
     if vllm:

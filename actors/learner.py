@@ -124,9 +124,10 @@ class LearnerActor(ReportsProcess):
             if transport == "cuda_ipc":
                 return self._ipc_sender.publish(self.engine, dtype, bucket_bytes, version=version)
             probe = self.engine.probe()
-            packed = self.engine.buckets(dtype, bucket_bytes, whole=whole, version=version)
-            # One at a time: all of them together are as large as the model.
-            return [replace(bucket, payload=ray.put(bucket.payload)) for bucket in packed], probe
+            packed = self.engine.buckets(
+                dtype, bucket_bytes, whole=whole, version=version, store=ray.put
+            )
+            return list(packed), probe
 
     def open_broadcast(self, members: int, timeout_s: float) -> Rendezvous:
         """Open a new process group, of which this rank is the sender."""

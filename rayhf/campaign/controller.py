@@ -23,7 +23,7 @@ from rayhf.algorithms.base import (
     policies_of,
     state_of,
 )
-from rayhf.campaign.blocking import in_thread
+from rayhf.campaign.blocking import in_thread, release
 from rayhf.campaign.data import CampaignData
 from rayhf.campaign.evaluator import Evaluator
 from rayhf.campaign.iteration import ExploredIteration, IterationExplorer
@@ -143,6 +143,7 @@ class Controller:
         seconds = explored.seconds
         # The groups are most of an iteration's memory: free them before training, while the next
         # iteration may already be exploring.
+        await release(explored.groups)
         del explored
         changed = await self._trainer.learn(iteration, selected, metrics)
         for policy in changed:

@@ -102,6 +102,8 @@ class IterationExplorer:
                 self.observer.event("warn", f"skipped an added prompt: {error}")
             else:
                 added[prompt.prompt_id] = prompt
+        if not added:
+            return dealt
         rest = (prompt for prompt in dealt if prompt.prompt_id not in added)
         return [*added.values(), *rest][:batch]
 

@@ -274,8 +274,9 @@ class LearnerConfig(Section):
     """Recompute activations in the backward pass to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
-    bucket_mib: PositiveInt = 256
-    """Size of the buckets in which weights are sent, in MiB."""
+    bucket_mib: PositiveInt = 64
+    """Size of the buckets in which weights are sent, in MiB. A bucket is sent while the next one is
+    packed."""
     collective_timeout_s: PositiveFloat = 600
     """Timeout of a collective operation between ranks, in seconds."""
     threads: PositiveInt | None = None

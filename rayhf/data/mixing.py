@@ -106,7 +106,12 @@ class Schedule:
 
     def _pattern(self, index: int) -> tuple[list[str], Counter[str]]:
         while len(self._patterns) <= index % self.period:
-            slots = [self.deal() for _ in range(self._batch)]
+            # A single source, as most campaigns have, needs no dealing.
+            slots = (
+                [self.deal() for _ in range(self._batch)]
+                if len(self._weights) > 1
+                else [*self._weights] * self._batch
+            )
             self._patterns.append((slots, Counter(slots)))
         return self._patterns[index % self.period]
 

@@ -32,8 +32,9 @@ from rayhf.types import (
 
 RequestT = TypeVar("RequestT", bound=GenerateRequest | ScoreRequest)
 ResponseT = TypeVar("ResponseT")
-Encoded = tuple[object, list[bytes]]
-"""A JSON value, and arrays."""
+Buffer = bytes | memoryview
+Encoded = tuple[object, list[Buffer]]
+"""A JSON value, and the bytes of arrays, which are not copied."""
 
 
 class Codec(ABC, Generic[RequestT, ResponseT]):
@@ -72,9 +73,10 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
             "versions": [c.policy_version for c in completions],
             "runs": [_runs(c.token_versions) for c in completions],
         }
-        tokens = [c.token_ids.astype("<i4", copy=False).tobytes() for c in completions]
-        logprobs = [c.logprobs.astype("<f4", copy=False).tobytes() for c in completions]
-        return columns, tokens + logprobs
+        arrays: list[Buffer] = []
+        arrays += (c.token_ids.astype("<i4", copy=False).view(np.uint8).data for c in completions)
+        arrays += (c.logprobs.astype("<f4", copy=False).view(np.uint8).data for c in completions)
+        return columns, arrays
 
     def decode(self, columns: Any, data: bytes) -> Iterator[Any]:
         size = 4 * sum(columns["lengths"])
@@ -198,7 +200,7 @@ class _Compare(Codec[ScoreRequest, Comparison]):
             else response.reason
             for response in responses
         ]
-        matrices = [
+        matrices: list[Buffer] = [
             response.win.astype("<f8").tobytes()
             for response in responses
             if isinstance(response, Compared)

@@ -37,7 +37,7 @@ class EagerScheduler(RequestScheduler):
         try:
             await run_beside(ended, self._flush_regularly())
         finally:
-            unfinished = {ended, *tasks, *self._calls}
+            unfinished = {task for task in (ended, *tasks, *self._calls) if not task.done()}
             for task in unfinished:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)

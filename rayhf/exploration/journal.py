@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rayhf.exploration.codecs import CODECS, Codec, RequestT, ResponseT
+from rayhf.exploration.codecs import CODECS, Buffer, Codec, RequestT, ResponseT
 from rayhf.run_dir.files import open_file, read_bytes, storage_errors
 from rayhf.types import Failed, GenerateRequest, JsonObject, Sampling, ScoreRequest
 
@@ -118,20 +118,25 @@ class Journal:
         if not self._added:
             return
         described: dict[str, tuple[object, int, int]] = {}
-        arrays: list[bytes] = []
+        pieces: list[Buffer] = []
         for request_type, (keys, responses) in self._added.items():
             columns, data = CODECS[request_type].encode(responses)
             described[request_type] = columns, _KEY_BYTES * len(keys), sum(map(len, data))
-            arrays += [*keys, *data]
+            pieces += [*keys, *data]
         record: dict[str, object] = {"config_hash": self._config_hash, "responses": described}
         if self._added_state is not None:
             record["scorer_state"] = self._added_state
         self._added = {}
         self._added_state = None
         text = _JSON.encode(record).encode()
-        body = b"".join([_SIZE.pack(len(text)), text, *arrays])
+        # Piece by piece: a wave's responses are the whole iteration's, and are not copied.
+        pieces = [_SIZE.pack(len(text)), text, *pieces]
+        checksum = _FORMAT
+        for piece in pieces:
+            checksum = zlib.crc32(piece, checksum)
         with storage_errors("write", self.path):
-            self._file.write(_HEADER.pack(len(body), zlib.crc32(body, _FORMAT)) + body)
+            self._file.write(_HEADER.pack(sum(map(len, pieces)), checksum))
+            self._file.writelines(pieces)
             self._file.flush()
 
     def close(self) -> None:

@@ -11,11 +11,13 @@ waits ends after learner.collective_timeout_s.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ from rayhf.models.forward import Inputs, build_inputs
 from rayhf.models.packing import pack_examples
 from rayhf.models.peft import base_model
 from rayhf.types import Example, FloatArray, Probe, Row, WeightBucket, derive_seed, given_row
-from rayhf.weights.buckets import pack_bucket
+from rayhf.weights.buckets import Buffers, Payload, pack_buckets
 from rayhf.weights.deepspeed_internals import step_was_skipped
 from rayhf.weights.export import (
     Weight,
@@ -114,6 +116,7 @@ class LearnerEngine:
         self.packing = loaded.packing
         self.steps = 0
         self._offloader = Offloader(self.engine)
+        self._bucket_buffers = Buffers()
         self.outgoing = OutgoingWeights(
             loaded.model,
             config,
@@ -315,13 +318,23 @@ class LearnerEngine:
         return buckets, target
 
     def buckets(
-        self, dtype: str, bucket_bytes: int, *, whole: bool = False, version: int = 0
+        self,
+        dtype: str,
+        bucket_bytes: int,
+        *,
+        whole: bool = False,
+        version: int = 0,
+        store: Callable[[Payload], Any] = np.copy,
     ) -> Iterator[WeightBucket]:
-        """Yield the planned buckets, packed. All ranks take part, only rank 0 yields."""
+        """Yield the planned buckets, packed. All ranks take part, only rank 0 yields.
+
+        `store` returns a bucket's payload for its bytes, which are valid during the call only.
+        """
         plan, target = self.plan_buckets(dtype, bucket_bytes, whole=whole)
-        for tensors in self.outgoing.gather(plan, target, version=version, rank=self.rank):
-            if tensors:
-                yield pack_bucket(tensors, target)
+        gathered = self.outgoing.gather(plan, target, version=version, rank=self.rank)
+        return pack_buckets(
+            filter(None, gathered), target, store=store, buffers=self._bucket_buffers
+        )
 
     def publish(
         self, dtype: str, bucket_bytes: int, *, whole: bool = False, version: int = 0

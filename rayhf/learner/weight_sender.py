@@ -88,7 +88,7 @@ class IpcSender:
         # whole segments while the engine wakes. So they get segments of their own.
         torch.cuda.empty_cache()
         self._memory = [
-            torch.zeros(bucket_nbytes(specs), dtype=torch.uint8, device=engine.device)
+            torch.empty(bucket_nbytes(specs), dtype=torch.uint8, device=engine.device)
             for specs in layouts
         ]
         gathered = engine.outgoing.gather(buckets, target, version=version, rank=0)

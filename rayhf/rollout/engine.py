@@ -33,7 +33,7 @@ from rayhf.rollout.env import Device, check_env
 from rayhf.rollout.loop import EngineLoop, Wave
 from rayhf.rollout.partials import Growth, Partial, Slot
 from rayhf.types import Completion, GenerateRequest, Probe, WeightSnapshot
-from rayhf.weights.buckets import Payload, check_complete, snapshot_checksum, verify_bucket
+from rayhf.weights.buckets import Payload, check_complete, snapshot_checksum, verify_buckets
 from rayhf.weights.lora import check_adapters, is_factor
 
 if TYPE_CHECKING:
@@ -375,8 +375,7 @@ class RolloutEngine:
                 f"expected 2 to {self._max_length - 1} tokens and one log-prob fewer"
             )
         if snapshot.transport == "object_store":
-            for bucket, payload in zip(snapshot.buckets, payloads, strict=True):
-                verify_bucket(bucket, cast("Payload", payload))
+            verify_buckets(snapshot.buckets, cast("list[Payload]", payloads))
 
     def _check_request(self, request: GenerateRequest) -> None:
         length = len(request.token_ids)

@@ -7,7 +7,7 @@ started. `written` waits for all of them and raises the first error.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -15,11 +15,11 @@ import pyarrow as pa
 
 Item = TypeVar("Item")
 
-_PIECE = 256
+_PIECE = 64
 """Groups or examples that are converted at once: meanwhile the event loop's thread waits."""
 _ROW_GROUP = 4096
 """Groups or examples per row group ..."""
-_ROW_GROUP_BYTES = 64 << 20
+_ROW_GROUP_BYTES = 16 << 20
 """... and its size as an Arrow table: those of a whole iteration may not fit into memory."""
 
 
@@ -49,12 +49,24 @@ class TableWriter:
 
 
 def row_groups(
-    items: Sequence[Item], convert: Callable[[Sequence[Item]], pa.Table]
+    items: Iterable[Item], convert: Callable[[Sequence[Item]], pa.Table]
 ) -> Iterator[pa.Table]:
-    """Yield `items` as tables, one for each row group of a file."""
+    """Yield the items as tables, one for each row group of a file.
+
+    The items are copied now, and each is released as soon as it is converted: those of a whole
+    iteration would be freed in one step, in which no other thread runs.
+    """
+    return _row_groups(list(items), convert)
+
+
+def _row_groups(
+    items: list[Item], convert: Callable[[Sequence[Item]], pa.Table]
+) -> Iterator[pa.Table]:
+    items.reverse()
     pieces: list[pa.Table] = []
-    for start in range(0, len(items), _PIECE):
-        pieces.append(convert(items[start : start + _PIECE]))
+    while items:
+        pieces.append(convert(items[: -_PIECE - 1 : -1]))
+        del items[-_PIECE:]
         size = sum(piece.nbytes for piece in pieces)
         if len(pieces) * _PIECE >= _ROW_GROUP or size >= _ROW_GROUP_BYTES:
             yield pa.concat_tables(pieces)

@@ -82,7 +82,7 @@ class Sender:
 
     def send(self, version: int, specs: tuple[TensorSpec, ...], tensors: Iterable[Tensor]) -> None:
         """Pack one bucket and start sending it; the tensors may change once this returns."""
-        flat = torch.zeros(
+        flat = torch.empty(
             bucket_nbytes(specs) + SEAL_BYTES, dtype=torch.uint8, device=self._device
         )
         fill_bucket(flat, specs, tensors)

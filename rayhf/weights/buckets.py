@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +27,7 @@ from rayhf.types import TensorSpec, WeightBucket
 
 ALIGNMENT = 16
 Payload = npt.NDArray[np.uint8]
+_VERIFYING_THREADS = 4
 _COLUMNS = 4096
 _MIX = -7046029254386353131
 _STIR = -4658895280553007687
@@ -33,15 +37,58 @@ _STIR = -4658895280553007687
 def pack_bucket(
     named_tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
 ) -> WeightBucket:
-    """Copy tensors of any device and dtype into one host buffer as `dtype`.
+    """Copy tensors of any device and dtype into one host buffer as `dtype`."""
+    (bucket,) = pack_buckets([list(named_tensors)], dtype, store=np.copy)
+    return bucket
 
-    Padding is zero, so equal weights give equal checksums.
+
+class Buffers:
+    """Host memory for two buckets, one to pack and one to store; kept from sync to sync.
+
+    New memory is zeroed by the kernel when it is first written, which takes as long as a copy.
     """
-    tensors = list(named_tensors)
-    specs = bucket_layout([(name, tuple(tensor.shape)) for name, tensor in tensors], dtype)
-    payload = np.zeros(bucket_nbytes(specs), dtype=np.uint8)
-    fill_bucket(torch.from_numpy(payload), specs, (tensor for _, tensor in tensors))
-    return WeightBucket(tensors=specs, payload=payload, checksum=checksum(payload))
+
+    def __init__(self) -> None:
+        self._buffers = [np.empty(0, dtype=np.uint8)] * 2
+
+    def take(self, nbytes: int) -> Payload:
+        """Return the buffer that was not returned last."""
+        if len(self._buffers[0]) < nbytes:
+            self._buffers[0] = np.empty(nbytes, dtype=np.uint8)
+        self._buffers.reverse()
+        return self._buffers[1][:nbytes]
+
+
+def pack_buckets(
+    gathered: Iterable[Sequence[tuple[str, torch.Tensor]]],
+    dtype: torch.dtype,
+    *,
+    store: Callable[[Payload], Any],
+    buffers: Buffers | None = None,
+) -> Iterator[WeightBucket]:
+    """Pack each bucket's tensors, of any device and dtype, as `dtype`.
+
+    A thread calls `store`, whose result is the bucket's payload, while the next bucket is packed.
+    The bytes that `store` gets are overwritten once it returns.
+    """
+    buffers = buffers or Buffers()
+    previous: tuple[WeightBucket, Future[Any]] | None = None
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="store weights") as thread:
+        for named_tensors in gathered:
+            shapes = [(name, tuple(tensor.shape)) for name, tensor in named_tensors]
+            specs = bucket_layout(shapes, dtype)
+            payload = buffers.take(bucket_nbytes(specs))
+            fill_bucket(torch.from_numpy(payload), specs, (tensor for _, tensor in named_tensors))
+            bucket = WeightBucket(tensors=specs, payload=None, checksum=checksum(payload))
+            if previous is not None:
+                yield _stored(*previous)
+            previous = bucket, thread.submit(store, payload)
+        if previous is not None:
+            yield _stored(*previous)
+
+
+def _stored(bucket: WeightBucket, storing: Future[Any]) -> WeightBucket:
+    return replace(bucket, payload=storing.result())
 
 
 def bucket_layout(
@@ -68,9 +115,15 @@ def bucket_nbytes(specs: Sequence[TensorSpec]) -> int:
 def fill_bucket(
     flat: torch.Tensor, specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor]
 ) -> None:
-    """Copy the tensors to their places in `flat`, a uint8 tensor on any device."""
+    """Copy the tensors to their places in `flat`, a uint8 tensor on any device.
+
+    Padding is zero, so equal weights give equal checksums.
+    """
     for spec, tensor in zip(specs, tensors, strict=True):
         _view(flat, spec).copy_(tensor.detach())
+        if padding := -_nbytes(spec) % ALIGNMENT:
+            end = spec.offset + _nbytes(spec)
+            flat[end : end + padding].zero_()
 
 
 def checksum(payload: Payload) -> str:
@@ -117,6 +170,13 @@ def format_checksum(word: int) -> str:
 def snapshot_checksum(buckets: Sequence[WeightBucket]) -> str:
     """Return the checksum over the bucket checksums, in order."""
     return xxhash.xxh3_128_hexdigest("\n".join(bucket.checksum for bucket in buckets).encode())
+
+
+def verify_buckets(buckets: Sequence[WeightBucket], payloads: Sequence[Payload]) -> None:
+    """Verify each bucket, in a few threads. Raises the first bucket's error."""
+    with ThreadPoolExecutor(_VERIFYING_THREADS, thread_name_prefix="verify weights") as threads:
+        for _ in threads.map(verify_bucket, buckets, payloads):
+            pass
 
 
 def verify_bucket(bucket: WeightBucket, payload: Payload) -> None:

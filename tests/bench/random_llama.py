@@ -81,6 +81,15 @@ def write_model(size: Size, directory: Path, *, seed: int, device: str) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
+def write_tokenizer(directory: Path) -> None:
+    """Write a tokenizer of one word, for engines that get token ids only."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<end>": 0}, unk_token="<end>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(directory)
+
+
 def make_rows(size: Size, seed: int) -> list[Row]:
     """Return a step's rows: a quarter of each is prompt; lengths are uniform from a quarter of the
     longest to the longest."""

@@ -143,6 +143,7 @@ def make_prompts(count: int) -> tuple[Prompt, ...]:
 async def _campaign(
     case: Case,
     config: CampaignConfig,
+    prompts: PromptSet,
     store: RunDir,
     observer: MetricsObserver,
     world: World,
@@ -166,7 +167,6 @@ async def _campaign(
         critic=None,
         reference=learner,
     )
-    prompts = PromptSet(prompts=make_prompts(case.prompts), duplicates=0, label="scale_sim")
     controller = Controller(
         config,
         algorithm=ALGORITHMS.build(config.algorithm),
@@ -190,10 +190,11 @@ def measure(case: Case, run: Path, world: World | None = None) -> dict[str, Any]
     store = RunDir(config)
     view = LiveView(Console(file=io.StringIO()), iterations=case.iterations, task="none")
     observer = MetricsObserver(EventLog(store, view))
+    prompts = PromptSet(prompts=make_prompts(case.prompts), duplicates=0, label="scale_sim")
     meter.watch_collector()
     try:
         (cpu_s, before), loop = simulate(
-            _campaign(case, config, store, observer, world, meter), meter.worked
+            _campaign(case, config, prompts, store, observer, world, meter), meter.worked
         )
     finally:
         gc.callbacks.remove(meter._collector)
@@ -328,6 +329,7 @@ def cases(quick: bool) -> list[Case]:
         Case(engines=64, prompts=16_384, iterations=3, max_staleness=2),
         Case(engines=64, prompts=131_072, iterations=1, in_flight=8192),
         Case(engines=64, prompts=4096, iterations=3, samples=8, tokens=512),
+        Case(engines=64, prompts=4096, iterations=3, samples=8, tokens=512, max_staleness=0),
     ]
 
 

@@ -288,7 +288,7 @@ class Engine:
             prompt_id=request.prompt_id,
             index=index,
             seed=seed,
-            text=f"{seed:x} four letters a token"[: 4 * length] * max(1, length // 7),
+            text=(f"{seed:x} four letters a token" * (length // 8 + 1))[: 4 * length],
             token_ids=token_array(_POOL[start : start + length].astype(np.int32)),
             logprobs=float_array(_LOGPROBS[start : start + length].copy()),
             finish_reason="stop",

@@ -1,11 +1,11 @@
-"""Speed of weight sync.
+"""Speed of weight transport, and of a whole sync.
 
-    python -m tests.bench.transport [--record]
+    python -m tests.bench.transport [--record] [--sizes MB ...] [--sync | --no-sync]
 
-A sender and a receiver, each a Ray actor as in a campaign: pack into buckets with a checksum, send,
-verify, copy into the parameters. Every turn measures the object store (one step after the other),
-broadcast (gloo; packing, sending, verifying and copying overlap), and, as the upper bound, a plain
-copy of the same bytes within the receiver.
+Transport: a sender and a receiver, each a Ray actor as in a campaign. Every turn measures a plain
+copy of the bytes within the receiver; the object store (pack, with checksums and the copy into the
+store beside it; then verify; then copy into the parameters), by stages; and broadcast (gloo). Sync:
+a real learner and a real engine (sync.py).
 """
 
 from __future__ import annotations
@@ -19,16 +19,29 @@ from typing import Any
 import ray
 import torch
 
+from rayhf.config.schema import LearnerConfig
 from rayhf.types import WeightBucket
+from rayhf.weights import buckets as weight_buckets
 from rayhf.weights.broadcast import Receiver, Rendezvous, Sender
-from rayhf.weights.buckets import bucket_layout, pack_bucket, unpack_bucket, verify_bucket
+from rayhf.weights.buckets import (
+    Buffers,
+    bucket_layout,
+    pack_buckets,
+    unpack_bucket,
+    verify_buckets,
+)
 from tests.bench.results import put_section
+from tests.bench.sync import Stages, measure_sync, sync_report
 
 MB = 10**6
 SIZES_MB = (10, 100, 500, 2000)
-BUCKET_BYTES = 256 << 20
-"""The default of learner.bucket_mib."""
+BUCKET_BYTES = LearnerConfig().bucket_mib << 20
 TURNS = 5
+WARM_UP = 3
+"""Turns before those: two versions are in the object store at a time, and new shared memory is slow
+when it is first written."""
+WANTED = 0.4
+"""Share of a plain copy's speed from 100 MB on."""
 
 
 def tensors(total_bytes: int) -> list[torch.Tensor]:
@@ -43,13 +56,21 @@ class Learner:
         named = [(f"w{number}", tensor) for number, tensor in enumerate(tensors(total_bytes))]
         per_bucket = BUCKET_BYTES // (4 << 20)
         self.buckets = [named[i : i + per_bucket] for i in range(0, len(named), per_bucket)]
+        self.buffers = Buffers()
+        self.stages = Stages()
+        self.stages.wrap(weight_buckets, "fill_bucket", "pack")
+        self.stages.wrap(weight_buckets, "checksum", "checksum")
+        self.stages.wrap(ray, "put", "put")
 
-    def publish(self) -> tuple[list[Any], float]:
-        """Put buckets into the object store; return them and the seconds that took."""
+    def publish(self) -> tuple[list[Any], dict[str, float]]:
+        """Put buckets into the object store; return them and seconds by stage."""
+        self.stages.take()
         started = time.perf_counter()
-        packed = [pack_bucket(named, torch.float32) for named in self.buckets]
-        stored = [replace(bucket, payload=ray.put(bucket.payload)) for bucket in packed]
-        return stored, time.perf_counter() - started
+        stored = list(
+            pack_buckets(self.buckets, torch.float32, store=ray.put, buffers=self.buffers)
+        )
+        publish_s = time.perf_counter() - started
+        return stored, self.stages.take() | {"publish": publish_s}
 
     def open(self) -> tuple[Rendezvous, list[WeightBucket]]:
         """Open a process group of two; return its rendezvous and the layout of what is sent."""
@@ -78,19 +99,15 @@ class Engine:
         }
         self.source = {name: torch.rand_like(tensor) for name, tensor in self.weights.items()}
 
-    def receive(self, buckets: list[Any], *payloads: Any) -> tuple[float, float]:
+    def receive(self, buckets: list[Any], *payloads: Any) -> dict[str, float]:
         """Return the seconds to verify the buckets, and to copy them into the parameters."""
-        verifying = 0.0
-        copying = 0.0
+        started = time.perf_counter()
+        verify_buckets(buckets, payloads)
+        verified = time.perf_counter()
         for bucket, payload in zip(buckets, payloads, strict=True):
-            started = time.perf_counter()
-            verify_bucket(bucket, payload)
-            verified = time.perf_counter()
             for name, tensor in unpack_bucket(bucket, payload):
                 self.weights[name].copy_(tensor)
-            verifying += verified - started
-            copying += time.perf_counter() - verified
-        return verifying, copying
+        return {"verify": verified - started, "load": time.perf_counter() - verified}
 
     def join(self, meeting: Rendezvous) -> None:
         self.receiver = Receiver(meeting, 1, torch.device("cpu"))
@@ -115,62 +132,94 @@ def measure(size_mb: int) -> dict[str, float]:
     meeting, layouts = ray.get(sender.open.remote())
     ray.get([sender.join.remote(), receiver.join.remote(meeting)])
     turns: list[dict[str, float]] = []
-    for turn in range(TURNS + 1):
+    stored: list[Any] = []
+    for turn in range(WARM_UP + TURNS):
+        copy_s = ray.get(receiver.copy.remote())
         started = time.perf_counter()
-        buckets, publish_s = ray.get(sender.publish.remote())
+        buckets, stages = ray.get(sender.publish.remote())
         payloads = [bucket.payload for bucket in buckets]
+        stored = payloads  # frees the version before
         bare = [replace(bucket, payload=None) for bucket in buckets]
-        verify_s, load_s = ray.get(receiver.receive.remote(bare, *payloads))
+        stages |= ray.get(receiver.receive.remote(bare, *payloads))
         total_s = time.perf_counter() - started
+        stages["calls"] = total_s - sum(stages[name] for name in ("publish", "verify", "load"))
         started = time.perf_counter()
         ray.get([sender.send.remote(), receiver.receive_broadcast.remote(layouts)])
         broadcast_s = time.perf_counter() - started
-        copy_s = ray.get(receiver.copy.remote())
-        if turn:  # the first turn touches every page for the first time
-            turns.append(
-                {
-                    "publish": publish_s,
-                    "verify": verify_s,
-                    "load": load_s,
-                    "total": total_s,
-                    "broadcast": broadcast_s,
-                    "copy": copy_s,
-                }
-            )
+        if turn >= WARM_UP:
+            turns.append(stages | {"copy": copy_s, "total": total_s, "broadcast": broadcast_s})
         del buckets, payloads
+    del stored
     for actor in (sender, receiver):
         ray.kill(actor)
     return {name: statistics.median(each[name] for each in turns) for name in turns[0]}
+
+
+SPEEDS = {
+    "plain copy": "copy",
+    "object store": "total",
+    "broadcast": "broadcast",
+}
+STAGES = {
+    "publish": "publish: pack, checksum and put",
+    "pack": "of it pack",
+    "checksum": "checksum",
+    "put": "put, beside them",
+    "verify": "verify",
+    "load": "load",
+    "calls": "Ray calls",
+}
+
+
+def transport_report(results: dict[int, dict[str, float]]) -> str:
+    """Return the tables of RESULTS.md; seconds by size in MB."""
+    heads = ["MB", *(f"{name} GB/s" for name in SPEEDS), "object store's share of a plain copy"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "--:|" * len(heads)]
+    shares = {}
+    for size, seconds in results.items():
+        rates = [size / 1000 / seconds[stage] for stage in SPEEDS.values()]
+        shares[size] = seconds["copy"] / seconds["total"]
+        cells = [f"{size:,}", *(f"{rate:.2f}" for rate in rates), f"{shares[size]:.0%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Where the object store's time goes, in plain copies of the same bytes:", ""]
+    lines += [f"| MB | {' | '.join(STAGES.values())} | sum |", "|" + "--:|" * (len(STAGES) + 2)]
+    for size, seconds in results.items():
+        times = [seconds[stage] / seconds["copy"] for stage in (*STAGES, "total")]
+        lines.append(f"| {size:,} | " + " | ".join(f"{each:.2f}" for each in times) + " |")
+    large = [share for size, share in shares.items() if size >= 100]
+    if large:
+        met = "yes" if min(large) >= WANTED else "no"
+        lines += ["", f"At least {WANTED:.0%} from 100 MB on: {met} (least {min(large):.0%})."]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES_MB, help="in MB")
     parser.add_argument(
-        "--record", action="store_true", help="write the table into tests/bench/RESULTS.md"
+        "--sync", action=argparse.BooleanOptionalAction, default=True, help="measure a sync, too"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write the tables into tests/bench/RESULTS.md"
     )
     options = parser.parse_args()
     ray.init(
         num_cpus=2, object_store_memory=5 * 10**9, include_dashboard=False, log_to_driver=False
     )
-    heads = ["MB", "object store: publish s", "verify s", "load s", "total s", "broadcast s"]
-    heads += ["plain copy s", "object store GB/s", "broadcast GB/s", "plain copy GB/s"]
-    heads += ["share of a plain copy"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "--:|" * len(heads)]
-    for size in SIZES_MB:
-        seconds = measure(size)
-        rates = [size / 1000 / seconds[name] for name in ("total", "broadcast", "copy")]
-        cells = [
-            *(f"{value:.3f}" for value in seconds.values()),
-            *(f"{rate:.2f}" for rate in rates),
-            f"{rates[0] / rates[2]:.0%}, {rates[1] / rates[2]:.0%}",
-        ]
-        lines.append(f"| {size} | " + " | ".join(cells) + " |")
-        print(lines[-1], flush=True)
-    if options.record:
+    if options.sizes:
+        results = {size: measure(size) for size in options.sizes}
         setting = f"A sender and a receiver on one machine, float32, medians of {TURNS} turns."
-        put_section("## Weight transport", "\n".join([setting, "", *lines]))
+        text = f"{setting}\n\n{transport_report(results)}"
+        print(text, flush=True)
+        if options.record:
+            put_section("## Weight transport", text)
+    if options.sync:
+        text = sync_report(measure_sync())
+        print(text)
+        if options.record:
+            put_section("## Weight sync", text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import threading
 
 from campaigns import make_config, run_campaign
 
-from rayhf.campaign.blocking import in_thread
+from rayhf.campaign.blocking import in_thread, release
 from rayhf.run_dir.store import RunDir
 
 
@@ -48,3 +48,17 @@ def test_cancelled_caller_waits_for_the_thread():
         assert task.cancelled() and done
 
     asyncio.run(run())
+
+
+def test_other_tasks_run_while_a_list_is_released():
+    items = list(range(10_000))
+    seen = []
+
+    async def scenario():
+        releasing = asyncio.create_task(release(items))
+        while not releasing.done():
+            seen.append(len(items))
+            await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+    assert not items and len(set(seen)) > 2

@@ -18,9 +18,11 @@ from rayhf.weights.buckets import (
     check_complete,
     checkpoint_shapes,
     pack_bucket,
+    pack_buckets,
     snapshot_checksum,
     unpack_bucket,
     verify_bucket,
+    verify_buckets,
 )
 
 SHAPES = st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=6)
@@ -40,6 +42,29 @@ def test_unpacked_tensors_equal_packed_ones(
         assert received[name].dtype == dtype
         assert torch.equal(received[name], tensor.to(dtype))
     assert all(spec.offset % 16 == 0 for spec in bucket.tensors)
+
+
+def test_buckets_that_share_buffers_are_those_packed_alone() -> None:
+    """A buffer is used again, for a smaller bucket with padding, and then for a larger one."""
+    sizes = [40, 7, 3, 90, 5]
+    gathered = [[(f"a{n}", torch.randn(n)), (f"b{n}", torch.randn(3))] for n in sizes]
+    alone = [pack_bucket(named, torch.bfloat16) for named in gathered]
+    stored = list(pack_buckets(gathered, torch.bfloat16, store=bytes))
+    assert [b.checksum for b in stored] == [b.checksum for b in alone]
+    assert [b.payload for b in stored] == [bytes(b.payload) for b in alone]
+    verify_buckets(alone, [b.payload for b in alone])
+    alone[3].payload[0] ^= 1
+    with pytest.raises(WeightSyncError, match=r"weight bucket a90 \.\. b90"):
+        verify_buckets(alone, [b.payload for b in alone])
+
+
+def test_error_in_storing_a_bucket_is_raised() -> None:
+    def full(payload: object) -> None:
+        raise OSError("no space")
+
+    gathered = [[("w", torch.ones(3))] for _ in range(3)]
+    with pytest.raises(OSError, match="no space"):
+        list(pack_buckets(gathered, torch.float32, store=full))
 
 
 def test_transposed_parameters_and_gradients_do_not_matter() -> None:
