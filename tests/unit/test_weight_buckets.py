@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -28,6 +28,7 @@ from rayhf.weights.buckets import (
 SHAPES = st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=6)
 
 
+@settings(deadline=None)  # starts a thread
 @given(shapes=SHAPES, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_unpacked_tensors_equal_packed_ones(
     shapes: list[tuple[int, ...]], dtype: torch.dtype
