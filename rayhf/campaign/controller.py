@@ -261,7 +261,8 @@ class Controller:
                 measured = await self.roles.learners[policy].sync_metrics()
                 rollout = self.roles.rollouts.get(policy)
                 if engines and isinstance(rollout, TimesUpdates):
-                    measured = {**measured, "sync/engine_paused_s": rollout.paused_s}
+                    name = "time/engine_paused_s"
+                    metrics[name] = max(metrics.get(name, 0.0), rollout.paused_s)
                 for name, value in measured.items():
                     own = name if policy == "policy" else f"{policy}/{name}"
                     metrics[own] = value

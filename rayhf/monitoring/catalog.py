@@ -48,6 +48,11 @@ METRICS: tuple[Metric, ...] = (
         ),
         ("time/learner_s", "s", "optimizer steps"),
         ("time/sync_s", "s", "weights to engines and reference"),
+        (
+            "time/engine_paused_s",
+            "s",
+            "longest time that an engine did not generate while it took the last weights",
+        ),
         ("time/evaluate_s", "s", "evaluations"),
         ("learner/steps", "steps", "optimizer steps of the iteration"),
         (
@@ -196,19 +201,6 @@ METRICS: tuple[Metric, ...] = (
         ),
         ("<policy>/sync/changed_fraction", "share", "sync/changed_fraction of a further policy"),
         ("<policy>/sync/update_lost", "share", "sync/update_lost of a further policy"),
-    ),
-    *_rows(
-        "weight sync",
-        (
-            "sync/engine_paused_s",
-            "s",
-            "longest time that an engine did not generate while it took the last weights",
-        ),
-        (
-            "<policy>/sync/engine_paused_s",
-            "s",
-            "sync/engine_paused_s of a further policy",
-        ),
     ),
     *_rows(
         "every loss of a policy",

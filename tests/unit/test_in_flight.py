@@ -170,7 +170,7 @@ def test_weights_change_during_generation_and_tokens_are_bounded(tmp_path, stale
     lines = metrics_of(config)[1:]
     assert max(line["staleness/token_max"] for line in lines) == staleness
     assert max(line["rollout/completions_mixed"] for line in lines) > 0
-    assert all(line["sync/engine_paused_s"] == 0.25 for line in lines)
+    assert all(line["time/engine_paused_s"] == 0.25 for line in lines)
     rows = rows_of(config, 12)
     versions = [row["token_versions"] for row in rows if row["token_versions"] is not None]
     assert versions and all(
