@@ -94,7 +94,7 @@ def test_grpo_trains_an_adapter_with_overlap_and_weights_in_flight(world: Path) 
         policy={"lora": {"rank": 4}, "dtype": "bfloat16"},
         rollout={"engines": 2, "in_flight_updates": True},
     )
-    assert last["staleness/token_max"] <= 1 and last["time/engine_paused_s"] > 0
+    assert last["staleness/token_max"] <= 1
 
 
 @pytest.mark.parametrize(
