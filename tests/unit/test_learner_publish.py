@@ -1,30 +1,39 @@
 """What a learner's actor does with the buckets of its engine; the engine is a fake."""
 
+import numpy as np
+import torch
+
 import actors.learner
 from actors.learner import LearnerActor
-from rayhf.types import Probe, WeightBucket
+from rayhf.types import Probe
+from rayhf.weights.buckets import Buffers, pack_buckets
 
 
-def test_each_bucket_is_put_before_the_next_one_is_packed(monkeypatch):
-    """Together they are as large as the model."""
+def test_at_most_two_buckets_are_in_memory(monkeypatch):
+    """Together they are as large as the model: each is put before the next but one is packed."""
     log = []
 
     class Engine:
         def probe(self):
             return Probe(token_ids=(1, 2), logprobs=(-1.0,))
 
-        def buckets(self, dtype, bucket_bytes, *, whole, version):
-            for number in range(3):
+        def buckets(self, dtype, bucket_bytes, *, whole, version, store):
+            return pack_buckets(self.gather(), torch.float32, store=store, buffers=Buffers())
+
+        def gather(self):
+            for number in range(4):
                 log.append(f"packed {number}")
-                yield WeightBucket(tensors=(), payload=number, checksum="")
+                yield [("w", torch.full((4,), float(number)))]
 
     def put(payload):
-        log.append(f"put {payload}")
-        return f"reference {payload}"
+        number = int(payload.view(np.float32)[0])
+        log.append(f"put {number}")
+        return f"reference {number}"
 
     monkeypatch.setattr(actors.learner.ray, "put", put)
     actor = LearnerActor()
     actor.engine = Engine()
-    buckets, _ = actor.publish(1, "bfloat16", 1 << 20, "object_store", False)
-    assert log == ["packed 0", "put 0", "packed 1", "put 1", "packed 2", "put 2"]
-    assert [bucket.payload for bucket in buckets] == [f"reference {i}" for i in range(3)]
+    buckets, _ = actor.publish(1, "float32", 1 << 20, "object_store", False)
+    assert [bucket.payload for bucket in buckets] == [f"reference {i}" for i in range(4)]
+    for number in range(2, 4):
+        assert log.index(f"put {number - 2}") < log.index(f"packed {number}")
