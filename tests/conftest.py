@@ -24,3 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _own_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what a command that runs in the test's process adds to the import path.
+
+    A later test would import another one's modules.
+    """
+    monkeypatch.setattr(sys, "path", [*sys.path])
