@@ -222,6 +222,11 @@ class ReferencePool:
         """
         if self._source == "average":
             await self._copy_average(member, actor)
+        elif isinstance(self._source, _Checkpoint) and not self._source.directory.exists():
+            # Newer checkpoints replaced it, each with these weights: a restart has one.
+            raise StateLostError(
+                f"{member.name} was lost, and the checkpoint of its weights is not kept any more"
+            )
         elif self._source is not None:
             await self._wait(self._source.send(actor), member)
 

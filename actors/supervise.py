@@ -162,8 +162,6 @@ class SupervisedActor:
         Raises RestartingError where the actor is lost, and ActorLostError where it is lost too
         often.
         """
-        if self._state_lost is not None:
-            raise self._state_lost
         current = self._running
         try:
             return await current.watched.call(call, phase=phase, timeout_s=timeout_s)
@@ -180,20 +178,24 @@ class SupervisedActor:
 
     def _forget_restart(self, restart: asyncio.Task[None]) -> None:
         self._restarts.discard(restart)
-        error = None if restart.cancelled() else restart.exception()
-        if isinstance(error, StateLostError):
-            self._state_lost = error
-        # After any other error the actor stays lost: the next call to it ends in the same one.
+        if not restart.cancelled():
+            restart.exception()  # the actor stays lost: the next call to it ends in the same error
 
     async def _restart(self, lost: _Incarnation, error: Exception) -> None:
         """Replace `lost`; do nothing where that has been done."""
         async with self._restarting:
             if self._current is not lost:
                 return
+            if self._state_lost is not None:
+                raise self._state_lost
             started = time.monotonic()
             self._record_loss(error)
             await self.kill()
-            self._current = await self._launch_replacement()
+            try:
+                self._current = await self._launch_replacement()
+            except StateLostError as lost_state:
+                self._state_lost = lost_state
+                raise
             seconds = time.monotonic() - started
             self._report("recovered", f"{self.name} restarted in {seconds:.1f} s")
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from launch.cli_arguments import Overrides
 from rayhf.config.registry import ALGORITHMS
 from rayhf.errors import ConfigError
 
@@ -39,10 +40,7 @@ def config(
     file: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file of a campaign.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides, like learner.lr=1e-6."),
-    ] = None,
+    overrides: Overrides = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of all keys, for editors.")
     ] = False,

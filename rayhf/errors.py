@@ -186,7 +186,10 @@ class StateLostError(ActorLostError):
     """
 
     meaning = "an actor was lost with weights that nothing else has, too often"
-    remedy = "as of ActorLostError; a second replica keeps a copy (reference.replicas)"
+    remedy = (
+        "as of ActorLostError; of a moving average a second replica keeps a copy "
+        "(reference.replicas)"
+    )
 
 
 class DeadlineError(RayhfError):

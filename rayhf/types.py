@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from pydantic import JsonValue
 
 FloatArray = npt.NDArray[np.float32]
 TokenArray = npt.NDArray[np.int32]
+Scalar = TypeVar("Scalar", bound=np.generic)
 TokenIds = Sequence[int] | TokenArray
 Message = Mapping[str, Any]
 """{"role": ..., "content": ...}, as chat templates expect it; `content` is always text. Further
@@ -41,20 +42,19 @@ def derive_seed(*parts: int | str) -> int:
 
 def token_array(token_ids: Iterable[int]) -> TokenArray:
     """Return token ids as a read-only int32 array: (T,). An int32 array is not copied."""
-    if isinstance(token_ids, np.ndarray):
-        array = token_ids.astype(np.int32, copy=False)
-    else:
-        array = np.fromiter(token_ids, dtype=np.int32)
-    array.setflags(write=False)
-    return array
+    return _read_only(token_ids, np.dtype(np.int32))
 
 
 def float_array(values: Iterable[float]) -> FloatArray:
     """Return numbers as a read-only float32 array: (T,). A float32 array is not copied."""
+    return _read_only(values, np.dtype(np.float32))
+
+
+def _read_only(values: Iterable[float], dtype: np.dtype[Scalar]) -> npt.NDArray[Scalar]:
     if isinstance(values, np.ndarray):
-        array = values.astype(np.float32, copy=False)
+        array = values.astype(dtype, copy=False)
     else:
-        array = np.fromiter(values, dtype=np.float32)
+        array = np.fromiter(values, dtype=dtype)
     array.setflags(write=False)
     return array
 

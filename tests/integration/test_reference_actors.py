@@ -30,7 +30,7 @@ CONFIG = ReferenceConfig(replicas=2, token_budget=64, threads=1)
 
 
 class Unguarded(EpochGuard):
-    """Lets everybody write."""
+    """An epoch guard that never refuses."""
 
     def check(self) -> None: ...
 

@@ -1,5 +1,7 @@
 """What a learner's actor does with the buckets of its engine; the engine is a fake."""
 
+import time
+
 import numpy as np
 import torch
 
@@ -27,6 +29,7 @@ def test_at_most_two_buckets_are_in_memory(monkeypatch):
 
     def put(payload):
         number = int(payload.view(np.float32)[0])
+        time.sleep(0.05)  # time for packing to run ahead, if nothing stops it
         log.append(f"put {number}")
         return f"reference {number}"
 

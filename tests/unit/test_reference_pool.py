@@ -226,6 +226,23 @@ def test_replacement_has_the_weights_of_the_others(
     assert asyncio.run(scenario(0)) == asyncio.run(scenario(1)) == expected
 
 
+def test_checkpoint_that_is_not_kept_any_more_is_a_named_error(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        pool = Pool(1)
+        reference = await pool.start()
+        directory = tmp_path / "iteration-000001"
+        directory.mkdir()
+        (directory / "weight").write_text("2.0")
+        await reference.load(directory)
+        (directory / "weight").unlink()
+        directory.rmdir()
+        pool.lives[0][0].dead = True
+        await reference.logprobs(make_rows(1), temperature=1.0)
+
+    with pytest.raises(StateLostError, match="checkpoint of its weights is not kept any more"):
+        asyncio.run(scenario())
+
+
 def test_average_that_nothing_has_any_more_is_a_named_error() -> None:
     async def scenario(replicas: int) -> None:
         pool = Pool(replicas)

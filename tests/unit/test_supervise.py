@@ -8,7 +8,7 @@ from ray.exceptions import OwnerDiedError, RayTaskError
 
 import actors.supervise
 from actors.process import ProcessInfo
-from actors.supervise import SupervisedActor, SupervisionLimits
+from actors.supervise import RestartingError, SupervisedActor, SupervisionLimits
 from launch.assemble import start_in_turn
 from rayhf.errors import ActorLostError, GpuMemoryError, StateLostError
 
@@ -96,8 +96,9 @@ def test_no_restart_brings_back_what_an_actor_needs():
         one = supervised(fleet, stall_s=0.1, restarts=9)
         one.prepare = prepare
         await one.start()
-        with pytest.raises(StateLostError, match="owner has exited"):
-            await one.persist(call, phase="sync", timeout_s=5.0)
+        calls = [one.persist(call, phase="sync", timeout_s=5.0) for _ in range(3)]
+        for error in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(error, StateLostError) and "owner has exited" in str(error)
         return len(fleet.created)
 
     async def lost(actor):
@@ -114,6 +115,30 @@ def test_no_restart_brings_back_what_an_actor_needs():
 
     assert asyncio.run(run(lost, lambda actor: actor.double.remote(1))) == 2
     assert asyncio.run(run(fine, lambda actor: fetches())) == 1
+
+
+def test_attempt_after_a_restart_without_state_ends_in_its_error():
+    async def run():
+        fleet = Fleet()
+        one = supervised(fleet, stall_s=0.1, restarts=9)
+
+        async def lost(actor):
+            raise StateLostError("sync: its owner has exited")
+
+        one.prepare = lost
+        await one.start()
+
+        def attempt():
+            return one.attempt(lambda actor: actor.double.remote(1), phase="test", timeout_s=5.0)
+
+        with pytest.raises(RestartingError):
+            await attempt()
+        await one.restarted()
+        with pytest.raises(StateLostError, match="owner has exited"):
+            await attempt()
+        assert len(fleet.created) == 2
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("retired", [False, True])
