@@ -2,42 +2,32 @@
 
 In: batches and rows. Out: metrics, log-probs or values, weight snapshots.
 
-Synchronization: all ranks are called together. The client plans the micro-batches of every rank, so
-that all take the same number of steps through the model: their collectives meet in each.
+Synchronization: all ranks are called together (actors/ranks.py).
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
-import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.actor import ActorHandle
 
-from actors.process import ReportsProcess
-from actors.remote import wait, wait_all
+from actors.ranks import RankActor, RankGroup, collectives
+from actors.remote import wait
 from actors.supervise import SupervisedActor
 from rayhf.config.models import ModelName
 from rayhf.config.schema import LearnerConfig, Packing
-from rayhf.errors import ActorLostError
-from rayhf.learner.packing import plan_micro_batches
 from rayhf.losses.base import Loss, Totals
 from rayhf.models.hub import local_directory, obtain
 from rayhf.models.packing import distinct_tokens
-from rayhf.roles import Progress, no_progress
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.types import (
     Batch,
     Example,
-    FloatArray,
     Probe,
-    Row,
     TransportName,
     WeightBucket,
     WeightSnapshot,
@@ -48,35 +38,10 @@ if TYPE_CHECKING:
     from rayhf.weights.broadcast import Rendezvous, Sender
 
 
-@contextmanager
-def _collectives() -> Iterator[None]:
-    """Raise ActorLostError for a collective that breaks or times out.
-
-    It means that another rank is gone; nothing is wrong with this one.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        name = type(error).__name__
-        text = str(error) or name
-        marks = ("gloo", "NCCL", "Connection closed by peer")
-        if name.startswith("Dist") or any(mark in text for mark in marks):
-            raise ActorLostError(
-                f"the learner's ranks lost their connection ({text.splitlines()[0][:200]})"
-            ) from error
-        raise
-
-
-class LearnerActor(ReportsProcess):
+class LearnerActor(RankActor):
     """Ray actor around one rank's LearnerEngine."""
 
     _sender: Sender | None = None
-
-    def address(self) -> tuple[str, int]:
-        """Return this node's address and a free port, at which the ranks find each other."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
     def build(
         self,
@@ -102,15 +67,11 @@ class LearnerActor(ReportsProcess):
     def step(
         self, micros: list[list[Example]], totals: Totals, loss: Loss, temperature: float
     ) -> dict[str, float]:
-        with _collectives():
+        with collectives():
             return self.engine.step(micros, totals, loss, temperature)
 
-    def outputs(self, rows: list[Row], temperature: float) -> list[FloatArray]:
-        with _collectives():
-            return self.engine.outputs(rows, temperature)
-
     def probe(self) -> Probe:
-        with _collectives():
+        with collectives():
             return self.engine.probe()
 
     def publish(
@@ -118,7 +79,7 @@ class LearnerActor(ReportsProcess):
     ) -> tuple[list[WeightBucket], Probe]:
         from rayhf.learner.weight_sender import announce
 
-        with _collectives():
+        with collectives():
             if transport == "broadcast":
                 return announce(self.engine, dtype, bucket_bytes)
             if transport == "cuda_ipc":
@@ -146,7 +107,7 @@ class LearnerActor(ReportsProcess):
     def send(self, version: int, dtype: str, bucket_bytes: int) -> list[WeightBucket]:
         from rayhf.learner.weight_sender import send
 
-        with _collectives():
+        with collectives():
             return send(self.engine, version, dtype, bucket_bytes, self._sender)
 
     def sync_metrics(self) -> dict[str, float]:
@@ -155,20 +116,10 @@ class LearnerActor(ReportsProcess):
     def release(self) -> None:
         self._ipc_sender.release()
 
-    def save(self, directory: Path) -> None:
-        if self.epoch_guard is not None:
-            self.epoch_guard.check()
-        with _collectives():
-            self.engine.save(directory)
-
-    def load(self, directory: Path) -> None:
-        with _collectives():
-            self.engine.load(directory)
-
     def export(self, directory: Path) -> None:
         if self.epoch_guard is not None:
             self.epoch_guard.check()
-        with _collectives():
+        with collectives():
             self.engine.export(directory)
 
     def sleep(self) -> None:
@@ -178,7 +129,7 @@ class LearnerActor(ReportsProcess):
         self.engine.wake()
 
 
-class LearnerClient:
+class LearnerClient(RankGroup):
     """Learner over one or more data-parallel ranks.
 
     Args:
@@ -200,53 +151,11 @@ class LearnerClient:
         chunk_timeout_s: float | None = None,
         transport: TransportName = "object_store",
     ) -> None:
-        self._ranks = ranks
-        self._config = config
-        self._timeout_s = timeout_s
-        self._chunk_timeout_s = chunk_timeout_s or timeout_s
+        super().__init__(ranks, config, timeout_s=timeout_s, chunk_timeout_s=chunk_timeout_s)
         self._transport = transport
         self._format = (sync_dtype, config.bucket_mib << 20)
-        self._packing: Packing = "off"
-        self.names = [rank.name for rank in ranks]
         self.published_version: int | None = None
         """Version that was published last, until the next step changes the weights."""
-
-    @property
-    def _actors(self) -> list[ActorHandle]:
-        return [rank.actor for rank in self._ranks]
-
-    async def start(self, model: ModelName, **settings: Any) -> None:
-        """Start every rank's engine; they find each other at rank 0."""
-        await asyncio.gather(*(rank.start() for rank in self._ranks))
-        master = await wait(
-            self._actors[0].address.remote(),
-            name=self.names[0],
-            phase="start",
-            timeout_s=self._timeout_s,
-        )
-        for rank in self._ranks:
-            rank.stage = "building"
-        calls = [
-            actor.build.remote(
-                model,
-                self._config,
-                rank=rank,
-                world=len(self._ranks),
-                master=master,
-                **settings,
-            )
-            for rank, actor in enumerate(self._actors)
-        ]
-        self._packing = (await self._all("start", calls))[0]
-        for rank in self._ranks:
-            rank.stage = "ready"
-
-    async def _all(
-        self, phase: str, calls: list[ray.ObjectRef], *, timeout_s: float | None = None
-    ) -> list[Any]:
-        return await wait_all(
-            calls, names=self.names, phase=phase, timeout_s=timeout_s or self._timeout_s
-        )
 
     async def step(self, batch: Batch, loss: Loss) -> dict[str, float]:
         self.published_version = None
@@ -269,40 +178,6 @@ class LearnerClient:
         ]
         metrics: dict[str, float] = (await self._all("learn", calls))[0]
         return {**metrics, "learner/tokens_distinct": float(distinct_tokens(rows))}
-
-    async def outputs(
-        self,
-        rows: Sequence[Row],
-        *,
-        temperature: float,
-        progress: Progress = no_progress,
-    ) -> list[FloatArray]:
-        """Return one value per response token; a chunk is a micro-batch of every rank."""
-        longest = max(map(len, rows), default=0)
-        plan = self._plan([(row,) for row in rows], budget=max(longest, self._config.token_budget))
-        chunks = list(zip(*plan, strict=True))
-        results: dict[int, FloatArray] = {}
-        for number, micros in enumerate(chunks, start=1):
-            calls = [
-                actor.outputs.remote([rows[i] for i in micro], temperature)
-                for actor, micro in zip(self._actors, micros, strict=True)
-            ]
-            phase = f"log-probs, chunk {number} of {len(chunks)}"
-            outputs = await self._all(phase, calls, timeout_s=self._chunk_timeout_s)
-            for micro, of_rank in zip(micros, outputs, strict=True):
-                results |= dict(zip(micro, of_rank, strict=True))
-            progress(number, len(chunks))
-        return [results[i] for i in range(len(rows))]
-
-    def _plan(
-        self, examples: Sequence[Sequence[Row]], *, budget: int | None = None
-    ) -> list[list[list[int]]]:
-        return plan_micro_batches(
-            examples,
-            packing=self._packing,
-            ranks=len(self._ranks),
-            budget=budget or self._config.token_budget,
-        )
 
     async def probe(self) -> Probe:
         probes = await self._all("probe", [actor.probe.remote() for actor in self._actors])
@@ -369,12 +244,9 @@ class LearnerClient:
         """Free the memory of what was published on the device."""
         await self._all("sync", [actor.release.remote() for actor in self._actors])
 
-    async def save(self, directory: Path) -> None:
-        await self._all("checkpoint", [actor.save.remote(directory) for actor in self._actors])
-
     async def load(self, directory: Path) -> None:
         self.published_version = None
-        await self._all("restore", [actor.load.remote(directory) for actor in self._actors])
+        await super().load(directory)
 
     async def export(self, directory: Path) -> None:
         await self._all("export", [actor.export.remote(directory) for actor in self._actors])

@@ -25,6 +25,7 @@ from actors.reference import ReferenceActor, ReferencePool
 from actors.remote import wait
 from actors.rollout import RolloutActor, RolloutPool
 from actors.scorer import ScorerActor, ScorerClient
+from actors.sharded_reference import ShardedReference, ShardedReferenceActor
 from actors.supervise import SupervisedActor, SupervisionLimits
 from actors.transport import Transport, make_transport
 from rayhf.algorithms.base import (
@@ -48,7 +49,7 @@ from rayhf.planning.placement import (
     role_of,
 )
 from rayhf.planning.preflight import Prepared, transport_of
-from rayhf.roles import Learner, Roles, Rollout, Scorer
+from rayhf.roles import Learner, Reference, Roles, Rollout, Scorer
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.run_dir.store import RunDir
 from rayhf.scorer.none import NoScorer
@@ -70,7 +71,7 @@ def threads_of(
     have: a learner's offloaded optimizer runs on them, and roles without a GPU. An engine needs
     none. On CPU all cores for a role that works alone, and half of them for one that works beside
     another: where generation overlaps learning, where a critic learns beside the policy, and for an
-    engine in any case, whose steps are many and small. Replicas of the reference share its cores.
+    engine in any case, whose steps are many and small. The reference's actors share its cores.
     """
     sections = {
         "rollout": config.rollout,
@@ -85,7 +86,7 @@ def threads_of(
         return None if role_of(role) == "rollout" else gpu_cores
     cores = os.cpu_count() or 1
     if role == "reference":
-        cores = max(1, cores // config.reference.replicas)
+        cores = max(1, cores // (config.reference.replicas * config.reference.ranks))
     alone = config.run.max_staleness == 0 and not critic and role_of(role) != "rollout"
     alone = alone and not (role == "reference" and config.reference.stream == "on")
     return cores if alone else max(1, cores // 2)
@@ -201,13 +202,14 @@ class ActorSet:
             await start_in_turn([(engines[policy], pool) for policy, pool in pools.items()])
         else:
             starts += [actor.start() for group in engines.values() for actor in group]
+        reference, reference_starts = self._reference()
+        starts += reference_starts
         before = len(self.actors)
         section = config.scorer
         scorers = self._scorers("scorer", [section.train] * section.replicas)
         evaluator_scorers = config.evaluator_scorers
         evaluated = list(evaluator_scorers.values())
         evaluators = self._scorers("evaluator", evaluated)
-        references = self._references()
         starts += [actor.start() for actor in self.actors[before:]]
         starts += [
             self._start_learner(group, self._start_of(policy), steps=schedules[policy][1])
@@ -235,11 +237,7 @@ class ActorSet:
             evaluator=eval_scorers.pop(None, None),
             eval_scorers={task: scorer for task, scorer in eval_scorers.items() if task},
             critic=value,
-            reference=ReferencePool(
-                references, token_budget=config.reference.token_budget, timeout_s=timeout_s
-            )
-            if references
-            else None,
+            reference=reference,
         )
 
     def _shared(
@@ -404,23 +402,37 @@ class ActorSet:
             report=self.observer.event,
         )
 
-    def _references(self) -> list[SupervisedActor]:
+    def _reference(self) -> tuple[Reference | None, list[Coroutine[Any, Any, None]]]:
+        """Create the reference's actors; return the role, and what starts them."""
         config = self.config
+        section = config.reference
+        timeout_s = config.run.timeout_s
+        model = (section.model or config.policy.model).below(self.base)
+        settings = {
+            "dtype": config.policy.dtype,
+            "device": self.device,
+            "learner": config.learner,
+            "epoch_guard": self.epoch_guard,
+        }
+        if not any(spec.role == "reference" for spec in self.specs):
+            return None, []
+        if section.ranks > 1:
+            group = ShardedReference(
+                self._create("reference", ShardedReferenceActor, None),
+                section,
+                timeout_s=max(timeout_s, config.run.start_timeout_s),
+                chunk_timeout_s=timeout_s,
+            )
+            return group, [group.start(model, **settings)]
 
         def build(actor: Any, number: int) -> ray.ObjectRef:
-            model = (config.reference.model or config.policy.model).below(self.base)
-            return actor.build.remote(
-                model,
-                config.reference,
-                dtype=config.policy.dtype,
-                device=self.device,
-                learner=config.learner,
-                epoch_guard=self.epoch_guard,
-            )
+            return actor.build.remote(model, section, **settings)
 
-        return self._create(
+        actors = self._create(
             "reference", ReferenceActor, build, concurrency_groups=CONCURRENCY_GROUPS
         )
+        pool = ReferencePool(actors, token_budget=section.token_budget, timeout_s=timeout_s)
+        return pool, [actor.start() for actor in actors]
 
     def _learner(self, role: str, config: LearnerConfig) -> LearnerClient:
         run = self.config.run

@@ -17,7 +17,8 @@ from launch.assemble import actor_specs_of
 from launch.local import ray_cluster
 from launch.models import pin_models
 from launch.view import placement_table
-from rayhf.algorithms.base import Algorithm, needs_frozen_reference, streams_reference
+from rayhf.algorithms.base import Algorithm, TrainsCritic, needs_frozen_reference
+from rayhf.algorithms.streaming import streams_reference, streams_values
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
 from rayhf.planning.host import check_hosts, host_bytes
@@ -57,6 +58,8 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
     rows = derived.table(config)
     if needs_frozen_reference(algorithm):
         rows.append(("reference", _reference(config, algorithm)))
+    if isinstance(algorithm, TrainsCritic):
+        rows.append(("critic", f"values {_when(streams_values(config, algorithm))}"))
     if hardware:
         config, _ = pin_models(config, Path.cwd(), console, weights=False)
         prepared = prepare(config, base=Path.cwd())
@@ -91,12 +94,17 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
 
 
 def _reference(config: CampaignConfig, algorithm: Algorithm) -> str:
-    when = (
-        "as soon as a prompt is explored"
-        if streams_reference(config, algorithm)
-        else "after the exploration"
+    section = config.reference
+    actors = (
+        f"sharded over {section.ranks} ranks"
+        if section.ranks > 1
+        else f"{section.replicas} replica(s)"
     )
-    return f"{config.reference.replicas} replica(s); log-probs {when}"
+    return f"{actors}; log-probs {_when(streams_reference(config, algorithm))}"
+
+
+def _when(streamed: bool) -> str:
+    return "as soon as a prompt is explored" if streamed else "after the exploration"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import AlgorithmConfig, ReferenceSchedule
 from rayhf.config.models import ModelName
-from rayhf.config.schema import CampaignConfig, LearnerConfig
+from rayhf.config.schema import LearnerConfig
 from rayhf.data.chat import Chat
 from rayhf.data.examples import EncodedExample
 from rayhf.data.readers import Row as DataRow
@@ -337,21 +337,6 @@ def generates(algorithm: Algorithm) -> bool:
 def needs_frozen_reference(algorithm: Algorithm) -> bool:
     """Whether the algorithm needs a reference role."""
     return algorithm.reference is not None and not algorithm.reference.is_learner
-
-
-def streams_reference(config: CampaignConfig, algorithm: Algorithm) -> bool:
-    """Whether the reference gets rows while other prompts are still explored.
-
-    Not where it moves while later iterations are explored: the weights that an iteration needs are
-    then not known.
-    """
-    schedule = algorithm.reference
-    if schedule is None or schedule.is_learner or not generates(algorithm):
-        return False
-    if schedule.moves and config.run.max_staleness:
-        return False
-    setting = config.reference.stream
-    return config.reference_has_gpus if setting == "auto" else setting == "on"
 
 
 # --- explorations that many algorithms share ----------------------------------------------------

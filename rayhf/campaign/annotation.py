@@ -1,10 +1,10 @@
 """Token values that credit and loss read: of the reference, the critic, the learner before a step.
 
-The reference gets an iteration's rows in requests of a fixed number of prompts each. With streaming
-(`reference.stream`) a request is sent as soon as its prompts are explored, for the rows that
-`select` makes of these prompts alone. Where the selection from the whole iteration has the same
-rows of them, their log-probs are taken; else the request is made again. Log-probs therefore do not
-depend on streaming.
+Reference and critic get an iteration's rows in requests of a fixed number of prompts each. With
+streaming (`reference.stream`, `learner.stream_values`) a request is sent as soon as its prompts are
+explored, for the rows that `select` makes of these prompts alone. Where the selection from the
+whole iteration has the same rows of them, its result is taken; else the request is made again.
+Log-probs and values therefore do not depend on streaming.
 
 Synchronization: the requests to all roles run concurrently; the roles divide them into chunks.
 """
@@ -13,21 +13,36 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
-from rayhf.algorithms.base import Algorithm, SelectionContext, streams_reference
-from rayhf.config.schema import CampaignConfig
+from rayhf.algorithms.base import Algorithm, SelectionContext
+from rayhf.algorithms.streaming import streams_reference, streams_values
+from rayhf.config.schema import CampaignConfig, LearnerConfig, ReferenceConfig
 from rayhf.monitoring.observer import Observer
-from rayhf.roles import Progress, Reference, Roles
+from rayhf.roles import Progress, Roles
 from rayhf.types import FloatArray, Group, Prompt, Row
 
 Timed = Callable[[str], AbstractAsyncContextManager[None]]
 Columns = dict[str, list[FloatArray]]
 """Token values by name, an array for each row."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A role that computes token values in requests of its own size."""
+
+    role: Literal["reference", "critic"]
+    column: str
+    compute: Callable[[Sequence[Row]], Coroutine[Any, Any, list[FloatArray]]]
+    prompts: int
+    """Prompts of a request."""
+    is_streamed: bool
 
 
 class Annotator:
@@ -58,25 +73,46 @@ class Annotator:
         self._observer = observer
         self._context = context
         self._timed = timed
-        completions = max(1, algorithm.samples) * config.rollout.max_tokens
-        self._prompts_per_request = max(1, config.reference.token_budget // completions)
-        """As many as fit into a forward pass at their longest."""
-        self._streams: dict[int, _Stream] = {}
-        """By iteration, while it is explored."""
-        self._is_streamed = streams_reference(config, algorithm)
+        self._sources = self._sources_of(config)
+        self._streams: dict[int, dict[str, _Stream]] = {}
+        """By iteration, while it is explored, and by role."""
+
+    def _sources_of(self, config: CampaignConfig) -> list[_Source]:
+        completions = max(1, self._algorithm.samples) * config.rollout.max_tokens
+
+        def prompts(settings: ReferenceConfig | LearnerConfig) -> int:
+            """Return as many as fit into a forward pass of all ranks at their longest."""
+            return max(1, settings.ranks * settings.token_budget // completions)
+
+        sources = []
+        if (reference := self._roles.reference) is not None:
+            compute = partial(reference.logprobs, temperature=self._temperature)
+            streamed = streams_reference(config, self._algorithm)
+            size = prompts(config.reference)
+            sources.append(_Source("reference", "ref_logp", compute, size, streamed))
+        if (critic := self._roles.critic) is not None:
+            compute = partial(critic.outputs, temperature=1.0)
+            streamed = streams_values(config, self._algorithm)
+            size = prompts(config.learner)
+            sources.append(_Source("critic", "value", compute, size, streamed))
+        return sources
 
     def stream(self, iteration: int, prompts: Sequence[Prompt]) -> Callable[[Group], None]:
         """Return what is to be called with each group of an iteration as it is finished."""
-        if not self._is_streamed or self._roles.reference is None:
-            return lambda group: None
-        stream = _Stream(
-            _places([prompt.prompt_id for prompt in prompts], (), self._prompts_per_request),
-            lambda groups: self._select(iteration, groups),
-            self._roles.reference,
-            self._temperature,
-        )
-        self._streams[iteration] = stream
-        return stream.add
+        prompt_ids = [prompt.prompt_id for prompt in prompts]
+        select = partial(self._select, iteration)
+        streams = {
+            source.role: _Stream(_places(prompt_ids, (), source.prompts), select, source.compute)
+            for source in self._sources
+            if source.is_streamed
+        }
+        self._streams[iteration] = streams
+
+        def add(group: Group) -> None:
+            for stream in streams.values():
+                stream.add(group)
+
+        return add
 
     def _select(self, iteration: int, groups: Sequence[Group]) -> list[Row]:
         """Return the rows that the policy is trained on if an iteration has only these groups."""
@@ -106,20 +142,17 @@ class Annotator:
             prompt_ids: its prompts; rows may have others.
             rows: to annotate.
             old_logp: whether the learner's log-probs are needed besides where it is the reference.
-            metrics: gets the share of the rows that was streamed.
+            metrics: gets the shares of the rows that were streamed.
         """
         schedule = self._algorithm.reference
         learner_is_reference = schedule is not None and schedule.is_learner
         report = _Report(self._observer, iteration)
-        work: dict[str, Awaitable[list[FloatArray]]] = {}
-        if self._roles.reference is not None:
-            work["ref_logp"] = self._reference(
-                self._roles.reference, iteration, prompt_ids, rows, report.of("ref_logp"), metrics
+        work: dict[str, Awaitable[list[FloatArray]]] = {
+            source.column: self._request(
+                source, iteration, prompt_ids, rows, report.of(source.column), metrics
             )
-        if self._roles.critic is not None:
-            work["value"] = self._roles.critic.outputs(
-                rows, temperature=1.0, progress=report.of("value")
-            )
+            for source in self._sources
+        }
         if learner_is_reference or old_logp:
             work["old_logp"] = self._roles.learners["policy"].outputs(
                 rows, temperature=self._temperature, progress=report.of("old_logp")
@@ -134,22 +167,22 @@ class Annotator:
             named["ref_logp"] = named["old_logp"]
         return named
 
-    async def _reference(
+    async def _request(
         self,
-        reference: Reference,
+        source: _Source,
         iteration: int,
         prompt_ids: Sequence[str],
         rows: Sequence[Row],
         progress: Progress,
         metrics: dict[str, float],
     ) -> list[FloatArray]:
-        """Return the reference's log-probs of each row."""
+        """Return the token values of each row."""
         others = (row.prompt_id for row in rows)
-        places = _places(prompt_ids, others, self._prompts_per_request)
+        places = _places(prompt_ids, others, source.prompts)
         requests: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
             requests.setdefault(places[row.prompt_id], []).append(index)
-        stream = self._streams.pop(iteration, None)
+        stream = self._streams.get(iteration, {}).pop(source.role, None)
         done = 0
         streamed = 0
 
@@ -158,7 +191,7 @@ class Annotator:
             chosen = [rows[i] for i in indices]
             sent = stream.take(place, chosen) if stream is not None else None
             streamed += len(chosen) if sent is not None else 0
-            values = await (sent or reference.logprobs(chosen, temperature=self._temperature))
+            values = await (sent or source.compute(chosen))
             done += 1
             progress(done, len(requests))
             return values
@@ -169,7 +202,7 @@ class Annotator:
             if stream is not None:
                 await stream.close()
         if stream is not None:
-            metrics["reference/streamed"] = streamed / max(1, len(rows))
+            metrics[f"{source.role}/streamed"] = streamed / max(1, len(rows))
         by_row = {
             index: value
             for indices, values in zip(requests.values(), results, strict=True)
@@ -180,7 +213,7 @@ class Annotator:
     async def close(self, iteration: int | None = None) -> None:
         """Cancel the requests that no rows of an iteration, or of any, have taken."""
         for number in list(self._streams) if iteration is None else [iteration]:
-            if (stream := self._streams.pop(number, None)) is not None:
+            for stream in self._streams.pop(number, {}).values():
                 await stream.close()
 
 
@@ -193,14 +226,13 @@ class _Sent:
 
 
 class _Stream:
-    """Requests to the reference while an iteration is explored."""
+    """Requests to one role while an iteration is explored."""
 
     def __init__(
         self,
         places: dict[str, int],
         select: Callable[[Sequence[Group]], list[Row]],
-        reference: Reference,
-        temperature: float,
+        compute: Callable[[Sequence[Row]], Coroutine[Any, Any, list[FloatArray]]],
     ) -> None:
         self._places = places
         self._order = {prompt_id: number for number, prompt_id in enumerate(places)}
@@ -209,8 +241,7 @@ class _Stream:
         self._groups: dict[int, list[Group]] = {}
         """Finished groups of requests that are not complete."""
         self._select = select
-        self._reference = reference
-        self._temperature = temperature
+        self._compute = compute
         self._sent: dict[int, _Sent] = {}
         # Groups are finished on the exploration's own event loop.
         self._loop = asyncio.get_running_loop()
@@ -230,11 +261,10 @@ class _Stream:
         del self._groups[place]
         groups.sort(key=lambda each: self._order[each.prompt.prompt_id])
         if rows := self._select(groups):
-            values = self._reference.logprobs(rows, temperature=self._temperature)
-            self._sent[place] = _Sent(rows, self._loop.create_task(values))
+            self._sent[place] = _Sent(rows, self._loop.create_task(self._compute(rows)))
 
     def take(self, place: int, rows: Sequence[Row]) -> asyncio.Task[list[FloatArray]] | None:
-        """Return the request's log-probs where it was sent for the same rows."""
+        """Return the request's token values where it was sent for the same rows."""
         sent = self._sent.get(place)
         if sent is None or not _same_rows(sent.rows, rows):
             return None
@@ -242,7 +272,7 @@ class _Stream:
         return sent.values
 
     async def close(self) -> None:
-        """Cancel the requests whose log-probs nobody took."""
+        """Cancel the requests whose token values nobody took."""
         tasks = [sent.values for sent in self._sent.values()]
         self._sent.clear()
         for task in tasks:

@@ -29,6 +29,7 @@ UNREAD = {
     "critic_lr": "there is no critic; use learner.lr",
     "critic_model": "there is no critic; use model",
     "bucket_mib": "no weights are sent",
+    "stream_values": "there is no critic",
 }
 """Keys of `learner` that mean something in a campaign only, and what to set here."""
 

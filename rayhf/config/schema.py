@@ -211,16 +211,19 @@ class ReferenceConfig(Section):
     policy's model."""
     replicas: PositiveInt = 1
     """Actors with the same weights, which share the rows; a lost one is replaced."""
+    ranks: PositiveInt = 1
+    """Actors that hold the weights together (ZeRO-3 inference), for a model that is too large for
+    one GPU; instead of replicas. When one is lost, all actors restart from the last commit."""
     stream: Literal["auto", "on", "off"] = "auto"
     """Compute the log-probs of prompts as soon as these are explored, while others are still
     generated. auto: where the reference has GPUs, or shares of them, that no engine uses. Never
     where the reference moves while later iterations are explored (run.max_staleness). Log-probs are
     the same with and without."""
     token_budget: PositiveInt = 16384
-    """Tokens per forward pass, as in learner.token_budget. Rows are sent in chunks of that size,
-    each with the deadline run.timeout_s."""
+    """Tokens per forward pass, as in learner.token_budget. Rows are sent in chunks of that size (of
+    each rank), each with the deadline run.timeout_s."""
     threads: PositiveInt | None = None
-    """CPU threads per replica. Default: derived from the machine."""
+    """CPU threads per replica or rank. Default: derived from the machine."""
 
 
 class LearnerConfig(Section):
@@ -270,6 +273,11 @@ class LearnerConfig(Section):
     """How learner, critic and reference feed rows. tree: one sequence without padding, in which a
     prefix that rows share is computed once. rows: without padding, but every row whole. off: padded
     rows. Default: tree where the architecture and learner.attention allow it, else off."""
+    stream_values: Literal["auto", "on", "off"] = "auto"
+    """Compute the critic's values of prompts as soon as these are explored, as reference.stream
+    does with log-probs. auto: where the critic has GPUs that no engine uses. Never where the critic
+    is trained while later iterations are explored (run.max_staleness). Values are the same with and
+    without."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -315,8 +323,8 @@ class ClusterConfig(Section):
     iterations in which the reference is updated, object_store is always used: the reference reads
     the weights from there."""
     gpus_per_reference: Share | None = None
-    """Share of one GPU for each replica of the reference, for example 0.5. Default: one GPU; with
-    colocate, replica i has a share of GPU i."""
+    """Share of one GPU for each replica of the reference, for example 0.5; 1 for each rank.
+    Default: one GPU; with colocate, replica or rank i has a share of GPU i."""
     gpus_per_scorer: Share | None = None
     """Share of one GPU for each scorer and evaluator with a model. Two actors with 0.5 may share a
     GPU."""

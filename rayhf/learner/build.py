@@ -50,7 +50,7 @@ Settings = dict[str, Any]
 def join_process_group(
     *, rank: int, world: int, master: tuple[str, int], device: torch.device, timeout_s: float
 ) -> None:
-    """Join the learner's ranks, once per process; later collectives fail after `timeout_s`."""
+    """Join the other ranks, once per process; later collectives fail after `timeout_s`."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     local_rank = device.index or 0
@@ -297,8 +297,6 @@ def start_engine(
     model: Head, config: LearnerConfig, *, settings: Settings, lr: float, total_steps: int
 ) -> DeepSpeedEngine:
     """Build optimizer, schedule and DeepSpeed engine around the model."""
-    import deepspeed
-
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         _optimizer_groups(trainable, config.weight_decay),
@@ -317,18 +315,30 @@ def start_engine(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     numel = sum(math.prod(whole_shape(p)) for p in trainable)
     zero = {**settings["zero_optimization"], "reduce_bucket_size": min(numel, 500_000_000)}
-    # bfloat16 mode casts every buffer too, and rotary frequencies in bfloat16 are wrong positions.
+    return _initialize(
+        model,
+        {**settings, "zero_optimization": zero},
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+    )
+
+
+def start_frozen(model: Head, settings: Settings) -> DeepSpeedEngine:
+    """Build a DeepSpeed engine around a model that is sharded by ZeRO-3 and not trained."""
+    return _initialize(model.requires_grad_(False), settings)
+
+
+def _initialize(model: Head, settings: Settings, **training: Any) -> DeepSpeedEngine:
+    import deepspeed
+
+    # 16-bit modes cast every buffer too, and rotary frequencies in 16 bits are wrong positions.
     buffers = {
         name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()
     }
     with contextlib.redirect_stdout(io.StringIO()):  # the bfloat16 optimizer prints its memory
         engine: DeepSpeedEngine
         engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config={**settings, "zero_optimization": zero},
-            dist_init_required=False,
+            model=model, config=settings, dist_init_required=False, **training
         )
     for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,10 @@ from rayhf.learner.build import (
 from rayhf.learner.micro_batch import build_micro_batch
 from rayhf.learner.offload import Offloader
 from rayhf.learner.outgoing import OutgoingWeights
+from rayhf.learner.rank import RankEngine
 from rayhf.losses.base import Loss, Totals
-from rayhf.models.forward import Inputs, build_inputs
-from rayhf.models.packing import pack_examples
 from rayhf.models.peft import base_model
-from rayhf.types import Example, FloatArray, Probe, Row, WeightBucket, derive_seed, given_row
+from rayhf.types import Example, Probe, WeightBucket, derive_seed, given_row
 from rayhf.weights.buckets import Buffers, Payload, pack_buckets
 from rayhf.weights.deepspeed_internals import step_was_skipped
 from rayhf.weights.export import (
@@ -53,7 +51,7 @@ from rayhf.weights.export import (
 PROBE_TOKENS = 64
 
 
-class LearnerEngine:
+class LearnerEngine(RankEngine):
     """A policy, a critic or a scorer on one rank of `world`.
 
     Args:
@@ -89,6 +87,7 @@ class LearnerEngine:
     ) -> None:
         self.source = model
         self.config = config
+        self.token_budget = config.token_budget
         self.head = head
         self.rank = rank
         self.world = world
@@ -190,9 +189,6 @@ class LearnerEngine:
         fed = torch.tensor(float(inputs.fed), device=self.device)
         return result.loss, {**result.metrics, "learner/tokens_fed": fed}
 
-    def _inputs(self, rows: Sequence[Row], most: int = 0) -> Inputs:
-        return build_inputs(rows, self.device, packing=self.packing, most=most)
-
     def _update(self) -> float:
         """Clip and step, unless the gradient norm is not finite.
 
@@ -239,49 +235,6 @@ class LearnerEngine:
         return total
 
     # --------------------------------------------------------------------------------- evaluation
-
-    @torch.no_grad()
-    def outputs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
-        """Return the head's outputs for each of this rank's rows, without gradient.
-
-        float32 arrays: log-probs in nats or values of shape (len(response_ids),), or scores of
-        shape (1, d). Under ZeRO-3 all ranks call it together; their numbers of rows may differ, and
-        may be 0.
-        """
-        packed = pack_examples(
-            [(row,) for row in rows], packing=self.packing, budget=self.config.token_budget
-        )
-        batches = [batch.examples for batch in packed]
-        lengths = [sum(len(rows[i].response_ids) for i in batch) for batch in batches]
-        # Counted before the first forward pass, so that collectives run in the same order.
-        most = self._most(lengths)
-        results: list[FloatArray | None] = [None] * len(rows)
-        for batch, most_tokens in zip(batches, most, strict=False):
-            output_T = self._evaluate(
-                self._inputs([rows[i] for i in batch], most_tokens), temperature
-            )
-            parts = torch.split(output_T.cpu(), [len(rows[i].response_ids) for i in batch])
-            for i, part in zip(batch, parts, strict=True):
-                results[i] = part.numpy().copy()
-        for most_tokens in most[len(batches) :]:
-            self._evaluate(self._inputs([], most_tokens), temperature)
-        return [result for result in results if result is not None]
-
-    def _most(self, tokens: Sequence[int]) -> list[int]:
-        """Return the largest number of response tokens of any rank, for each forward pass.
-
-        Under ZeRO-3 every call of a module is a collective: all ranks run as many forward passes,
-        and in each of them call the head equally often.
-        """
-        if self.stage < 3 or self.world == 1:
-            return list(tokens)
-        by_rank: list[list[int]] = [[] for _ in range(self.world)]
-        torch.distributed.all_gather_object(by_rank, list(tokens))
-        return [max(passes) for passes in zip_longest(*by_rank, fillvalue=0)]
-
-    def _evaluate(self, inputs: Inputs, temperature: float) -> Tensor:
-        self.engine.eval()
-        return self.engine(inputs, temperature)[0]
 
     @torch.no_grad()
     def probe(self) -> Probe:

@@ -67,6 +67,12 @@ METRICS: tuple[Metric, ...] = (
             "reference.stream is on",
         ),
         (
+            "critic/streamed",
+            "share",
+            "rows whose values were requested while other prompts were still explored; where "
+            "learner.stream_values is on",
+        ),
+        (
             "policy/drift_kl",
             "nats/response",
             "KL(initial policy || policy), never negative, on samples of the first iteration; "

@@ -12,7 +12,7 @@ from rayhf.errors import PlacementError
 from rayhf.planning import memory as estimate
 from rayhf.planning.memory import GIB
 from rayhf.planning.placement import NodeResources, bundles, pack, role_of
-from rayhf.planning.plan import Need, Plan
+from rayhf.planning.plan import Need, Plan, has_average
 from rayhf.planning.preflight import transport_of
 from rayhf.planning.shape import BYTES
 
@@ -36,8 +36,9 @@ def host_bytes(plan: Plan, need: Need) -> float:
     total = estimate.FRAMEWORK["cpu"].get(role, estimate.FRAMEWORK["cpu"]["scorer"])
     if role == "rollout" and sleeps and transport_of(config) == "cuda_ipc":
         total += memory.weights
-    if role == "reference" and plan.averages:
-        total += 4.0 * memory.weights / BYTES[config.policy.dtype]
+    if role == "reference" and plan.averages and has_average(config, need.spec):
+        parameters = memory.weights / BYTES[config.policy.dtype] * config.reference.ranks
+        total += 4.0 * parameters
     if role in ("learner", "critic"):
         if sleeps:
             total += memory.weights + memory.gradients + memory.optimizer + memory.buffers

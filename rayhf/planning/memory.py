@@ -216,18 +216,24 @@ def reference_memory(
     scaled: bool = False,
     averages: bool = False,
 ) -> Memory:
-    """Return the memory of a reference.
+    """Return the memory of a replica, or of a rank, of the reference.
 
     scaled: at a temperature that is not 1. averages: with a moving average, which is in host
     memory in float32.
     """
     tokens = config.token_budget
+    sharded = config.ranks > 1
+    activations = tokens * (shape.transient_per_token(dtype) + 5 * BYTES[dtype] * shape.hidden)
+    buffers = 4.0 * shape.parameters if averages and device == "cpu" else 0.0
+    if sharded:
+        buffers += BYTES[dtype] * min(shape.parameters, LIVE)
+        buffers += HEAP_GATHERED * activations if device == "cpu" else 0.0
     return Memory(
-        weights=BYTES[dtype] * shape.parameters,
-        activations=tokens * (shape.transient_per_token(dtype) + 5 * BYTES[dtype] * shape.hidden),
+        weights=BYTES[dtype] * shape.parameters / config.ranks,
+        activations=activations,
         logits=logits_bytes(shape, dtype, tokens, backward=False, scaled=scaled),
-        buffers=4.0 * shape.parameters if averages and device == "cpu" else 0.0,
-        framework=FRAMEWORK[device]["reference"],
+        buffers=buffers,
+        framework=FRAMEWORK[device]["learner" if sharded else "reference"],
     )
 
 

@@ -93,7 +93,7 @@ def actor_specs(
             ActorSpec(
                 role=role,
                 index=index,
-                name=_name(role, index, counts[role]),
+                name=_name(config, role, index, counts[role]),
                 cpus=1.0 if on_gpu else 0.25,
                 gpus=share,
                 resources=config.cluster.resources.get(pool_of(role), {}),
@@ -121,7 +121,7 @@ def _counts(
         counts[f"learner {other}"] = ranks
     return {
         **counts,
-        "reference": config.reference.replicas * reference,
+        "reference": config.reference.replicas * config.reference.ranks * reference,
         "scorer": config.scorer.replicas * (scores and bool(config.scorer.train)),
         "evaluator": len(config.evaluator_scorers),
     }
@@ -187,8 +187,9 @@ def pool_of(role: str) -> Pool:
     return _POOLS.get(kind, kind)  # type: ignore[arg-type]
 
 
-def _name(role: str, index: int, count: int) -> str:
-    unit = _UNITS.get(role_of(role))
+def _name(config: CampaignConfig, role: str, index: int, count: int) -> str:
+    sharded = role == "reference" and config.reference.ranks > 1
+    unit = "rank" if sharded else _UNITS.get(role_of(role))
     if unit is None:
         return role if count == 1 else f"{role} {index}"
     return f"{role} {unit} {index}"

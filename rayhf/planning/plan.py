@@ -35,10 +35,16 @@ _ADVICE = {
     "learner": "more learner.ranks, zero_stage 3, offload, activation_checkpointing, policy.lora, "
     "or a smaller token_budget",
     "rollout": "a smaller rollout.memory_fraction or kv_cache_gib, or more tensor_parallel",
-    "reference": "a smaller reference.token_budget, or a larger cluster.gpus_per_reference",
+    "reference": "a smaller reference.token_budget, a larger cluster.gpus_per_reference, or more "
+    "reference.ranks",
     "scorer": "a smaller token_budget, or a larger cluster.gpus_per_scorer",
 }
 _POOLS = {"critic": "learner", "evaluator": "scorer"}
+
+
+def has_average(config: CampaignConfig, spec: ActorSpec) -> bool:
+    """Whether an actor of the reference holds its moving average: every replica, but one rank."""
+    return config.reference.ranks == 1 or spec.index == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +132,7 @@ class Plan:
                 dtype=dtype,
                 device=device,
                 scaled=scaled,
-                averages=self.averages,
+                averages=self.averages and has_average(config, spec),
             )
         if role in ("scorer", "evaluator"):
             return self._scorer_memory(spec, gpu_bytes)

@@ -1,20 +1,21 @@
-"""Refuse settings of the reference that have no effect."""
+"""Refuse settings of the reference and of streaming that have no effect, or cannot work."""
 
 from __future__ import annotations
 
-from rayhf.algorithms.base import (
-    Algorithm,
-    generates,
-    needs_frozen_reference,
-    streams_reference,
-)
+from rayhf.algorithms.base import Algorithm, TrainsCritic, generates, needs_frozen_reference
+from rayhf.algorithms.streaming import streams_reference, streams_values
 from rayhf.config.algorithms import EmaReference
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
 
 
 def check_reference(config: CampaignConfig, algorithm: Algorithm, total_steps: int) -> None:
-    """Refuse a reference that would never move, and one that is not used. Raises ConfigError."""
+    """Refuse a reference that would never move, is not used, or cannot be placed.
+
+    Also values that cannot be streamed. Raises ConfigError.
+    """
+    _check_values(config, algorithm)
+    _check_ranks(config)
     schedule = algorithm.reference
     if isinstance(schedule, EmaReference) and schedule.every > total_steps:
         raise ConfigError(
@@ -36,6 +37,7 @@ def check_reference(config: CampaignConfig, algorithm: Algorithm, total_steps: i
     unused = {
         "model": settings.model and settings.model.text,
         "replicas": settings.replicas if settings.replicas > 1 else None,
+        "ranks": settings.ranks if settings.ranks > 1 else None,
         "stream": "on" if settings.stream == "on" else None,
     }
     for name, value in unused.items():
@@ -48,3 +50,37 @@ def check_reference(config: CampaignConfig, algorithm: Algorithm, total_steps: i
             "algorithm.reference={type: initial}"
         )
         raise ConfigError(f"reference.{name} is {value}, but {config.algorithm.type} {reason}")
+
+
+def _check_ranks(config: CampaignConfig) -> None:
+    """Raise ConfigError where a sharded reference cannot be placed."""
+    settings = config.reference
+    share = config.cluster.gpus_per_reference
+    if settings.ranks == 1:
+        return
+    if settings.replicas > 1:
+        raise ConfigError(
+            f"reference.replicas is {settings.replicas} and reference.ranks {settings.ranks}; "
+            "expected replicas=1: ranks share the rows, too"
+        )
+    if share is not None and share < 1:
+        raise ConfigError(
+            f"cluster.gpus_per_reference is {share:g}, and each of the {settings.ranks} "
+            "reference.ranks needs a GPU of its own (NCCL); expected 1"
+        )
+
+
+def _check_values(config: CampaignConfig, algorithm: Algorithm) -> None:
+    """Raise ConfigError for learner.stream_values=on where values cannot be streamed."""
+    if config.learner.stream_values != "on" or streams_values(config, algorithm):
+        return
+    if not isinstance(algorithm, TrainsCritic):
+        reason = f"{config.algorithm.type} has no critic"
+    elif config.run.max_staleness:
+        reason = (
+            "the critic is trained while later iterations are explored (run.max_staleness "
+            f"{config.run.max_staleness})"
+        )
+    else:
+        reason = "the critic sleeps while completions are generated (cluster.placement colocate)"
+    raise ConfigError(f"learner.stream_values is on, but {reason}; expected auto or off")

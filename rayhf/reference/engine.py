@@ -8,28 +8,21 @@ Synchronization: none, every method is local to this process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from rayhf.config.schema import LearnerConfig, ReferenceConfig
-from rayhf.errors import CheckpointError
 from rayhf.models.architectures import packing_of
 from rayhf.models.forward import PolicyHead, build_inputs, prepare_config
 from rayhf.models.packing import pack_examples
 from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA
-from rayhf.types import FloatArray, Row, WeightBucket
-from rayhf.weights.buckets import Payload, check_complete, unpack_bucket, verify_bucket
-from rayhf.weights.export import all_weights
-
-FILE = "reference.safetensors"
+from rayhf.reference.weights import ReferenceWeights
+from rayhf.types import FloatArray, Row
 
 
-class ReferenceEngine:
+class ReferenceEngine(ReferenceWeights):
     """The reference policy on one device.
 
     Args:
@@ -67,13 +60,7 @@ class ReferenceEngine:
             **WEIGHTS_AS_DATA,
         )
         self.policy = PolicyHead(causal.to(self.device)).eval().requires_grad_(False)
-        # Views into the parameters, named and shaped as the learner sends them.
-        self.weights: dict[str, Tensor] = {
-            weight.name: weight.value() for weight in all_weights(causal)
-        }
-        self.average: dict[str, Tensor] = {}
-        """Float32 copy in host memory, once a moving average began: in 16 bits, small steps would
-        round to nothing."""
+        super().__init__(causal)
 
     @torch.inference_mode()
     def logprobs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
@@ -91,67 +78,3 @@ class ReferenceEngine:
             parts = torch.split(logp_T.cpu(), [len(rows[i].response_ids) for i in batch])
             results.update((i, part.numpy().copy()) for i, part in zip(batch, parts, strict=True))
         return [results[i] for i in range(len(rows))]
-
-    @torch.no_grad()
-    def update(self, buckets: Sequence[tuple[WeightBucket, Payload]], mix: float) -> None:
-        """Set reference <- mix * snapshot + (1 - mix) * reference; mix 1 replaces it.
-
-        TR-DPO, Gorbatovski et al. 2024, eq. 2-3. Raises WeightSyncError, before anything changes,
-        where a bucket is damaged or parameters are missing or unknown.
-        """
-        check_complete(
-            {name: tuple(p.shape) for name, p in self.weights.items()},
-            [bucket for bucket, _ in buckets],
-        )
-        for bucket, payload in buckets:
-            verify_bucket(bucket, payload)
-        if mix < 1 and not self.average:
-            self.average = {name: p.float().cpu().clone() for name, p in self.weights.items()}
-        if mix == 1:
-            self.average = {}
-        for bucket, payload in buckets:
-            for name, tensor in unpack_bucket(bucket, payload):
-                if mix < 1:
-                    tensor = self.average[name].lerp_(tensor.float(), mix)
-                self.weights[name].copy_(tensor)
-
-    def save(self, directory: Path) -> None:
-        """Write reference.safetensors: the float32 average where there is one, else the weights."""
-        from safetensors.torch import save_file
-
-        directory.mkdir(parents=True, exist_ok=True)
-        kind = "average" if self.average else "weights"
-        tensors = {name: p.cpu().contiguous() for name, p in (self.average or self.weights).items()}
-        save_file(tensors, directory / FILE, {"kind": kind})
-
-    def load(self, directory: Path) -> None:
-        """Continue from `save`.
-
-        Raises CheckpointError where the file is missing, unreadable or of another model.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(directory / FILE, framework="pt") as file:
-                kind = (file.metadata() or {}).get("kind")
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"no reference checkpoint in {directory}: {error}") from None
-        shapes = {name: tuple(p.shape) for name, p in self.weights.items()}
-        if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
-            raise CheckpointError(
-                f"{directory / FILE} holds another model's parameters than policy.model"
-            )
-        self._set(tensors)
-        self.average = {name: t.float() for name, t in tensors.items()} if kind == "average" else {}
-
-    def restore(self, average: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        """Continue the moving average of another engine, given as its float32 arrays."""
-        self.average = {name: torch.tensor(array) for name, array in average.items()}
-        self._set(self.average)
-
-    @torch.no_grad()
-    def _set(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            self.weights[name].copy_(tensor)

@@ -100,6 +100,7 @@ def config_hash(config: CampaignConfig) -> str:
                 ("run", "cluster", "trackers", "guards", "evaluations", "service"), True
             ),
             "reference": {"replicas", "stream"},
+            "learner": {"stream_values"},
         },
     )
     if config.learner.schedule != "constant":

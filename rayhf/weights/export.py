@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -199,15 +200,31 @@ def gather_buckets(
 
     Tensors are valid until the next bucket is requested.
     """
+    for bucket in buckets:
+        with whole_weights(bucket, sharded=sharded), torch.no_grad():
+            yield [(weight.name, weight.value()) for weight in bucket] if rank == 0 else []
+
+
+@contextmanager
+def whole_weights(
+    weights: Iterable[Weight], *, sharded: bool, changed: bool = False
+) -> Iterator[None]:
+    """Make weights whole on every rank for as long as the block runs.
+
+    `changed`: rank 0 writes into them in the block, and all ranks have its values afterwards.
+    """
+    if not sharded:
+        yield
+        return
     import deepspeed
 
-    for bucket in buckets:
-        # Several stored tensors may be views into one parameter.
-        parameters = list(
-            dict.fromkeys(parameter for weight in bucket for parameter in weight.parameters)
-        )
-        with deepspeed.zero.GatheredParameters(parameters, enabled=sharded), torch.no_grad():
-            yield [(weight.name, weight.value()) for weight in bucket] if rank == 0 else []
+    # Several stored tensors may be views into one parameter.
+    tensors = list(dict.fromkeys(tensor for weight in weights for tensor in weight.parameters))
+    with deepspeed.zero.GatheredParameters(tensors, modifier_rank=0 if changed else None):
+        yield
+    for tensor in tensors:
+        if changed and not hasattr(tensor, "ds_id"):  # a buffer, which is not sharded
+            torch.distributed.broadcast(tensor, 0)
 
 
 def export_model(

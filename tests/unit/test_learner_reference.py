@@ -56,7 +56,9 @@ def snapshot(
 
 
 def flat(engine: ReferenceEngine) -> torch.Tensor:
-    return torch.cat([engine.weights[name].float().flatten() for name in sorted(engine.weights)])
+    return torch.cat(
+        [engine.weights[name].value().float().flatten() for name in sorted(engine.weights)]
+    )
 
 
 def test_logprobs_do_not_depend_on_the_budget(model: Path) -> None:
