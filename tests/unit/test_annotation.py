@@ -1,4 +1,4 @@
-"""Log-probs of the reference, streamed during the exploration and not: the same values."""
+"""Log-probs and values, streamed during the exploration and not: the same numbers."""
 
 from __future__ import annotations
 
@@ -13,34 +13,60 @@ from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeLearner, FakeReference, FakeRollout, make_prompts
 
 from rayhf.algorithms.online_dpo import OnlineDPO
+from rayhf.algorithms.streaming import streams_values
 from rayhf.data.prompts import PromptSet
 from rayhf.errors import ConfigError
 from rayhf.planning.preflight import check_settings
+from rayhf.roles import Progress, no_progress
 from rayhf.types import FloatArray, Row
 
 INITIAL = {"type": "initial"}
 
 
-class Batched(FakeReference):
-    """A reference whose log-probs depend on everything in a request."""
+class Requests:
+    """Token values that depend on everything in a request."""
 
     def __init__(self, rollout: FakeRollout) -> None:
-        super().__init__()
         self._rollout = rollout
         self.requests: list[tuple[bool, int]] = []
         """(whether completions were being generated, rows) of each request."""
 
-    async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+    def compute(self, rows: Sequence[Row], version: int) -> list[FloatArray]:
         self.requests.append((self._rollout.running > 0, len(rows)))
         content = b"".join(row.response_ids.tobytes() for row in rows)
-        value = np.float32(sum(content) + 0.01 * len(content) + 1000 * len(self.updates))
+        value = np.float32(sum(content) + 0.01 * len(content) + 1000 * version)
         return [np.full(len(row.response_ids), -value) for row in rows]
+
+
+class Batched(Requests, FakeReference):
+    """A reference whose log-probs depend on its updates and a whole request."""
+
+    def __init__(self, rollout: FakeRollout) -> None:
+        FakeReference.__init__(self)
+        Requests.__init__(self, rollout)
+
+    async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+        return self.compute(rows, len(self.updates))
+
+
+class Critic(Requests, FakeLearner):
+    """A critic whose values depend on its steps and a whole request."""
+
+    def __init__(self, rollout: FakeRollout) -> None:
+        FakeLearner.__init__(self)
+        Requests.__init__(self, rollout)
+
+    async def outputs(
+        self, rows: Sequence[Row], *, temperature: float, progress: Progress = no_progress
+    ) -> list[FloatArray]:
+        assert temperature == 1.0
+        return self.compute(rows, self.steps)
 
 
 def run(
     directory: Path, stream: str, algorithm: dict[str, Any], **run_keys: Any
-) -> tuple[list[Any], Batched, list[dict[str, float]]]:
-    """Return the rows of each optimizer step, the reference, and the metrics."""
+) -> tuple[list[Any], Batched, Critic, list[dict[str, float]]]:
+    """Return the rows of each optimizer step, the reference, the critic, and the metrics."""
     config = make_config(
         directory,
         algorithm=algorithm,
@@ -49,25 +75,37 @@ def run(
         rollout={"max_tokens": 4},
         # Two prompts with four completions in each request.
         reference={"stream": stream, "token_budget": 32},
+        # A critic gets one prompt in each request.
+        learner={
+            "token_budget": 16,
+            "stream_values": stream if algorithm["type"] == "ppo" else "off",
+        },
     )
     rollout = FakeRollout(delay=0.02)
     reference = Batched(rollout)
+    critic = Critic(rollout)
     roles = run_campaign(
         config,
         rollout=rollout,
         reference=reference,
+        critic=critic if algorithm["type"] == "ppo" else None,
         prompts=PromptSet(prompts=tuple(make_prompts(24)), duplicates=0, label="test"),
         heldout=(),
     )
     learner = roles.learners["policy"]
     assert isinstance(learner, FakeLearner)
     rows = [
-        (row.prompt_id, row.sample, row.tokens["ref_logp"].tolist())
+        (
+            row.prompt_id,
+            row.sample,
+            row.tokens["ref_logp"].tolist(),
+            row.tokens["value"].tolist() if "value" in row.tokens else None,
+        )
         for batch in learner.batches
         for example in batch.examples
         for row in example.rows
     ]
-    return rows, reference, metrics_of(config)[1:]
+    return rows, reference, critic, metrics_of(config)[1:]
 
 
 @pytest.mark.parametrize(
@@ -87,12 +125,28 @@ def test_streamed_log_probs_are_the_others(
     tmp_path: Path, algorithm: dict[str, Any], run_keys: dict[str, Any]
 ) -> None:
     algorithm = {"samples": 4, **algorithm}
-    expected, after, plain = run(tmp_path / "off", "off", algorithm, **run_keys)
-    rows, during, metrics = run(tmp_path / "on", "on", algorithm, **run_keys)
-    assert rows == expected and len({values[0] for _, _, values in rows}) > 6
+    expected, after, _, plain = run(tmp_path / "off", "off", algorithm, **run_keys)
+    rows, during, _, metrics = run(tmp_path / "on", "on", algorithm, **run_keys)
+    assert rows == expected and len({logp[0] for _, _, logp, _ in rows}) > 6
     assert len(during.requests) == len(after.requests) == 3 * 4
     assert [line.pop("reference/streamed") for line in metrics] == [1.0] * 3 and metrics == plain
     if run_keys == {"deterministic": False}:
+        assert not any(generating for generating, _ in after.requests)
+        assert sum(generating for generating, _ in during.requests) >= 3
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_streamed_values_are_the_others(tmp_path: Path, deterministic: bool) -> None:
+    algorithm = {"type": "ppo", "samples": 4}
+    keys = {"deterministic": deterministic}
+    expected, _, after, plain = run(tmp_path / "off", "off", algorithm, **keys)
+    rows, _, during, metrics = run(tmp_path / "on", "on", algorithm, **keys)
+    assert rows == expected and len({value[0] for *_, value in rows}) > 6
+    assert len(during.requests) == len(after.requests) == 3 * 8
+    for role in ("reference", "critic"):
+        assert [line.pop(f"{role}/streamed") for line in metrics] == [1.0] * 3
+    assert metrics == plain
+    if not deterministic:
         assert not any(generating for generating, _ in after.requests)
         assert sum(generating for generating, _ in during.requests) >= 3
 
@@ -111,8 +165,8 @@ def test_rows_that_the_whole_selection_changes_are_requested_again(
 
     monkeypatch.setattr(OnlineDPO, "select", all_but_the_first)
     algorithm = {"type": "online_dpo", "samples": 4}
-    expected, _, _ = run(tmp_path / "off", "off", algorithm, deterministic=False)
-    rows, reference, metrics = run(tmp_path / "on", "on", algorithm, deterministic=False)
+    expected, *_ = run(tmp_path / "off", "off", algorithm, deterministic=False)
+    rows, reference, _, metrics = run(tmp_path / "on", "on", algorithm, deterministic=False)
     assert rows == expected and len(reference.requests) > 3 * 4
     assert 0 < min(line["reference/streamed"] for line in metrics) < 1
 
@@ -142,5 +196,53 @@ def test_settings_without_effect_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_settings(make_config(tmp_path, reference={"stream": "on"}, **settings))
-    with pytest.raises(ConfigError, match=r"reference\.replicas is 2, but sft has no reference"):
-        check_settings(make_config(tmp_path, reference={"replicas": 2}, algorithm={"type": "sft"}))
+    for key in ("replicas", "ranks"):
+        with pytest.raises(ConfigError, match=rf"reference\.{key} is 2, but sft has no reference"):
+            check_settings(make_config(tmp_path, reference={key: 2}, algorithm={"type": "sft"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "online_dpo has no critic"),
+        (
+            {"algorithm": {"type": "ppo"}, "run": {"max_staleness": 1}},
+            r"the critic is trained while later iterations .*max_staleness 1\)",
+        ),
+        (
+            {"algorithm": {"type": "ppo"}, "cluster": {"placement": "colocate"}},
+            r"the critic sleeps while completions are generated \(cluster\.placement colocate\)",
+        ),
+    ],
+)
+def test_values_that_cannot_be_streamed_are_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"learner\.stream_values is on, but {message}; expected auto or off"
+    ):
+        check_settings(make_config(tmp_path, learner={"stream_values": "on"}, **settings))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "streamed"),
+    [
+        ("ppo", {}, True),
+        ("ppo", {"device": "cpu"}, False),
+        ("ppo", {"placement": "colocate"}, False),
+        ("grpo", {}, False),
+    ],
+)
+def test_values_are_streamed_where_the_critic_has_gpus(
+    tmp_path: Path, algorithm: str, changes: dict[str, str], streamed: bool
+) -> None:
+    cluster = {"device": "gpu", **changes}
+    config = make_config(tmp_path, algorithm={"type": algorithm}, cluster=cluster)
+    assert streams_values(config, check_settings(config)[0]) is streamed
+    ahead = make_config(
+        tmp_path,
+        algorithm={"type": algorithm},
+        cluster={"device": "gpu"},
+        run={"max_staleness": 1},
+    )
+    assert not streams_values(ahead, check_settings(ahead)[0])
