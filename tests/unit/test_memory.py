@@ -170,6 +170,22 @@ def test_reference(shape):
     )
 
 
+def test_rank_of_a_sharded_reference(model):
+    """A part of the weights, the parameters that are gathered at a time, and one average."""
+    plan, specs = campaign(
+        model,
+        cluster={"placement": "separate"},
+        reference={"ranks": 4},
+        algorithm={"reference": {"type": "ema", "every": 1}},
+    )
+    needs = [need for need in plan.needs(specs, 80 * GIB) if need.spec.role == "reference"]
+    assert [need.spec.name for need in needs] == [f"reference rank {i}" for i in range(4)]
+    for need in needs:
+        assert (need.memory.weights, need.memory.buffers) == (2 * P / 4, 2e9)
+    average, *others = [host_bytes(plan, need) for need in needs]
+    assert average - others[0] == 4 * P and len(set(others)) == 1
+
+
 def test_disk():
     run = RunConfig(dir="r", iterations=100, checkpoint_every=10, keep_checkpoints=2, keep_every=20)
     size = disk(

@@ -17,6 +17,7 @@ from rayhf.planning.placement import (
     members,
     pack,
 )
+from rayhf.planning.preflight import check_settings
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 PPO = RECIPES / "ppo_8b_8gpu_separate.yaml"
@@ -96,6 +97,36 @@ def test_roles_with_gpus_of_their_own_leave_the_shared_gpus():
         (["scorer"], 0.5),
     ]
     assert [b["GPU"] for b in bundles(specs)] == [1.0] * 9 + [0.5]
+
+
+def test_ranks_of_the_reference_are_placed_as_a_learners():
+    specs = placed(PPO, "reference.ranks=2", critic=True)
+    assert [(spec.name, spec.gpus) for spec in specs if spec.role == "reference"] == [
+        ("reference rank 0", 1.0),
+        ("reference rank 1", 1.0),
+    ]
+    assert sum(spec.gpus for spec in specs) == 9
+    first, second, third, *_ = map(names, members(placed(ITERATIVE, "reference.ranks=2")))
+    assert "reference rank 0" in first and "reference rank 1" in second
+    assert not any(name.startswith("reference") for name in third)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["reference.replicas=2"],
+            r"reference\.replicas is 2 and reference\.ranks 2; expected replicas=1",
+        ),
+        (
+            ["cluster.gpus_per_reference=0.5"],
+            r"gpus_per_reference is 0\.5, and each of the 2 .* GPU of its own \(NCCL\); expected 1",
+        ),
+    ],
+)
+def test_sharded_reference_that_cannot_be_placed_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        check_settings(load_config(PPO, ["reference.ranks=2", *overrides]))
 
 
 def test_gpu_actors_share_the_cores_of_their_node():
