@@ -35,12 +35,14 @@ from rayhf.types import (
 from rayhf.weights.buckets import snapshot_checksum
 
 if TYPE_CHECKING:
+    from rayhf.learner.engine import LearnerEngine
     from rayhf.weights.broadcast import Rendezvous, Sender
 
 
 class LearnerActor(RankActor):
     """Ray actor around one rank's LearnerEngine."""
 
+    engine: LearnerEngine
     _sender: Sender | None = None
 
     def build(

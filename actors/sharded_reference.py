@@ -9,7 +9,7 @@ weights with it: as with a lost rank of a learner, all actors are restarted from
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.ranks import RankActor, RankGroup, collectives
 from actors.transport import without_payloads
@@ -19,9 +19,14 @@ from rayhf.models.hub import local_directory, obtain
 from rayhf.run_dir.epoch_guard import EpochGuard
 from rayhf.types import FloatArray, Row, WeightSnapshot
 
+if TYPE_CHECKING:
+    from rayhf.reference.sharded import ShardedReferenceEngine
+
 
 class ShardedReferenceActor(RankActor):
     """Ray actor around one rank's ShardedReferenceEngine."""
+
+    engine: ShardedReferenceEngine
 
     def build(
         self,
@@ -37,8 +42,7 @@ class ShardedReferenceActor(RankActor):
         self.epoch_guard = epoch_guard
         obtain(model)
         self.engine = ShardedReferenceEngine(local_directory(model), config, **settings)
-        packing: Packing = self.engine.packing
-        return packing
+        return self.engine.packing
 
     def update(self, snapshot: WeightSnapshot, mix: float, *payloads: Any) -> None:
         """Take new weights; only rank 0 gets payloads."""
