@@ -53,7 +53,7 @@ def check_reference(config: CampaignConfig, algorithm: Algorithm, total_steps: i
 
 
 def _check_ranks(config: CampaignConfig) -> None:
-    """Raise ConfigError where a sharded reference cannot be placed."""
+    """Raise ConfigError where a sharded reference cannot be placed, or not computed."""
     settings = config.reference
     share = config.cluster.gpus_per_reference
     if settings.ranks == 1:
@@ -67,6 +67,11 @@ def _check_ranks(config: CampaignConfig) -> None:
         raise ConfigError(
             f"cluster.gpus_per_reference is {share:g}, and each of the {settings.ranks} "
             "reference.ranks needs a GPU of its own (NCCL); expected 1"
+        )
+    if config.cluster.device == "cpu" and config.policy.dtype == "float16":
+        raise ConfigError(
+            f"policy.dtype is float16 and reference.ranks {settings.ranks}: DeepSpeed refuses "
+            "float16 on most CPUs; expected float32 or bfloat16"
         )
 
 

@@ -119,6 +119,10 @@ def test_ranks_of_the_reference_are_placed_as_a_learners():
             r"reference\.replicas is 2 and reference\.ranks 2; expected replicas=1",
         ),
         (
+            ["cluster.device=cpu", "policy.dtype=float16"],
+            r"policy\.dtype is float16 and reference\.ranks 2: .* expected float32 or bfloat16",
+        ),
+        (
             ["cluster.gpus_per_reference=0.5"],
             r"gpus_per_reference is 0\.5, and each of the 2 .* GPU of its own \(NCCL\); expected 1",
         ),
