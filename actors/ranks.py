@@ -62,7 +62,8 @@ class RankActor(ReportsProcess):
 
     def outputs(self, rows: list[Row], temperature: float) -> list[FloatArray]:
         with collectives():
-            return self.engine.outputs(rows, temperature)
+            outputs: list[FloatArray] = self.engine.outputs(rows, temperature)
+            return outputs
 
     def save(self, directory: Path) -> None:
         if self.epoch_guard is not None:

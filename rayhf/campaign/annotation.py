@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +37,7 @@ Columns = dict[str, list[FloatArray]]
 class _Source:
     """A role that computes token values in requests of its own size."""
 
-    role: Literal["reference", "critic"]
+    role: str
     column: str
     compute: Callable[[Sequence[Row]], Coroutine[Any, Any, list[FloatArray]]]
     prompts: int

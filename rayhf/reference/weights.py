@@ -65,9 +65,9 @@ class ReferenceWeights:
             {name: weight.shape for name, weight in self.weights.items()},
             [bucket for bucket, _ in buckets],
         )
-        received = [(bucket, payload) for bucket, payload in buckets if payload is not None]
-        for bucket, payload in received:
-            verify_bucket(bucket, payload)
+        for bucket, payload in buckets:
+            if payload is not None:
+                verify_bucket(bucket, payload)
         self.averages = mix < 1
         if mix == 1:
             self.average = {}

@@ -228,7 +228,7 @@ def campaign(model, **sections):
         "cluster": {"device": "gpu", "placement": "colocate"},
     }
     for name, value in sections.items():
-        data[name] = {**data[name], **value}
+        data[name] = {**data.get(name, {}), **value}
     config = load_config(data)
     algorithm, derived = check_settings(config)
     plan = Plan(config, algorithm, derived, base=model)
