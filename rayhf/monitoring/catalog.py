@@ -213,8 +213,8 @@ METRICS: tuple[Metric, ...] = (
         (
             "reference/kl",
             "nats/response",
-            "KL(policy || reference) on what is trained on; of pairs, chosen and rejected, which is "
-            "not the KL of fresh samples (eval/<task>/reference_kl is)",
+            "KL(policy || reference) on what is trained on; for pairs of chosen and rejected, which "
+            "is not the KL of fresh samples (eval/<task>/reference_kl is)",
         ),
         (
             "reference/kl_k3",
