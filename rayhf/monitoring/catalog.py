@@ -213,8 +213,8 @@ METRICS: tuple[Metric, ...] = (
         (
             "reference/kl",
             "nats/response",
-            "KL(policy || reference) on what is trained on; for pairs of chosen and rejected, which "
-            "is not the KL of fresh samples (eval/<task>/reference_kl is)",
+            "KL(policy || reference) on what is trained on; for pairs that is chosen and rejected, "
+            "not fresh samples, whose KL is eval/<task>/reference_kl",
         ),
         (
             "reference/kl_k3",
