@@ -20,6 +20,7 @@ from launch.view import placement_table
 from rayhf.algorithms.base import Algorithm, needs_frozen_reference, streams_reference
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
+from rayhf.planning.comparisons import comparisons_table
 from rayhf.planning.host import check_hosts, host_bytes
 from rayhf.planning.memory import GIB, Memory
 from rayhf.planning.pace import seconds_per_iteration
@@ -55,6 +56,7 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
     algorithm, derived = check_settings(config)
     specs = actor_specs_of(config, algorithm)
     rows = derived.table(config)
+    rows += comparisons_table(config, algorithm, derived.samples_per_iteration)
     if needs_frozen_reference(algorithm):
         rows.append(("reference", _reference(config, algorithm)))
     if hardware:
