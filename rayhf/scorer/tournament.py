@@ -22,6 +22,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ from rayhf.types import (
 
 
 def with_comparisons(
-    config: ScorerEntryConfig, setup: ScorerSetup, engine: BaseScorer[ScorerEntryConfig]
+    config: ScorerEntryConfig, setup: ScorerSetup, engine: BaseScorer[Any]
 ) -> BaseScorer[ScorerEntryConfig]:
     """Return the scorer of an entry, asked as its `comparisons` say."""
     match config.comparisons:
@@ -72,7 +73,7 @@ class _Asked(BaseScorer[ScorerEntryConfig]):
     """A scorer that asks another one, and counts its comparisons."""
 
     def __init__(
-        self, config: ScorerEntryConfig, setup: ScorerSetup, engine: BaseScorer[ScorerEntryConfig]
+        self, config: ScorerEntryConfig, setup: ScorerSetup, engine: BaseScorer[Any]
     ) -> None:
         super().__init__(config, setup)
         self._engine = engine
@@ -115,7 +116,7 @@ class Tournament(_Asked):
         self,
         config: ScorerEntryConfig,
         setup: ScorerSetup,
-        engine: BaseScorer[ScorerEntryConfig],
+        engine: BaseScorer[Any],
         comparisons: RoundRobin | KnockOut | Swiss,
     ) -> None:
         super().__init__(config, setup, engine)
@@ -258,7 +259,7 @@ class Anchored(_Asked):
         self,
         config: ScorerEntryConfig,
         setup: ScorerSetup,
-        engine: BaseScorer[ScorerEntryConfig],
+        engine: BaseScorer[Any],
         anchors: Anchors,
     ) -> None:
         super().__init__(config, setup, engine)

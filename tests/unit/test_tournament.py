@@ -19,12 +19,14 @@ from rayhf.errors import ConfigError
 from rayhf.evaluation.win_rates import fit_strengths
 from rayhf.planning.comparisons import comparisons_table
 from rayhf.planning.preflight import check_settings
+from rayhf.scorer.build import build_scorer, check_entries, check_heldout
 from rayhf.scorer.combine import Combined
 from rayhf.scorer.judge import Judge
 from rayhf.scorer.judge_config import JudgeConfig
 from rayhf.scorer.judge_model import LocalModel
 from rayhf.scorer.parts import Part
 from rayhf.scorer.protocol import PairwiseScorer, ScorerSetup
+from rayhf.scorer.rule_config import PairwiseRuleConfig
 from rayhf.scorer.schedules import knock_out, swiss
 from rayhf.scorer.tournament import check_anchors, completed, draw, with_comparisons
 from rayhf.types import Compared, Failed, Invalid, JudgeReply, Scored, win_rates
@@ -349,6 +351,25 @@ def test_rows_without_anchors_are_refused(row, expected):
     with pytest.raises(ConfigError, match=f"the prompt '2.2.'.*{expected}"):
         check_anchors(entry({"type": "anchors", "count": 2}), [prompt])
     check_anchors(entry(None), [prompt])
+
+
+def test_built_scorers_are_asked_as_their_entries_say(tmp_path):
+    """Through the factory and a rule in a process of its own."""
+    rule = {"function": "rayhf.tiny.arithmetic:prefer"}
+    config = PairwiseRuleConfig(**rule, comparisons="swiss")
+    scorer = build_scorer([config], ScorerSetup(base=tmp_path))
+    try:
+        texts = ["Answer: 4", "Answer: 5", "2+2=4\nAnswer: 4", "nonsense"]
+        [outcomes] = scorer.score([request(*texts)])
+        assert scorer.take_counts() == {"prefer/comparisons": 4.0}
+    finally:
+        scorer.close()
+    right, wrong, worked, nonsense = values(outcomes)
+    assert min(right, worked) > 0.5 > max(wrong, nonsense)
+    given = PairwiseRuleConfig(**rule, comparisons="anchors")
+    check_heldout([given], where="scorer.evaluate")
+    with pytest.raises(ConfigError, match=r"scorer.train\[0\]: the prompt '2.2.': the row has no"):
+        check_entries([given], tmp_path, prompts=[request("x").prompt])
 
 
 # ------------------------------------------------------------------------------------ configuration
