@@ -46,7 +46,6 @@ from rayhf.types import (
     Compared,
     Comparison,
     Failed,
-    Invalid,
     Outcome,
     Prompt,
     Scored,
@@ -120,7 +119,7 @@ class Tournament(_Asked):
         comparisons: RoundRobin | KnockOut | Swiss,
     ) -> None:
         super().__init__(config, setup, engine)
-        self._comparisons_setting = comparisons
+        self._setting = comparisons
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[tuple[Outcome, ...]]:
         """Return each completion's mean win probability against the request's others."""
@@ -135,7 +134,7 @@ class Tournament(_Asked):
         NaN for a completion that no comparison has a verdict on; where there is no verdict at all
         after a round, the request's tournament ends with the first reason.
         """
-        setting = self._comparisons_setting
+        setting = self._setting
         if isinstance(setting, RoundRobin):
             for request in requests:
                 self._count(setting.asked(len({c.text for c in request.completions})))
@@ -149,11 +148,10 @@ class Tournament(_Asked):
         return [self._comparison(field) for field in fields]
 
     def _comparison(self, field: _Field) -> Comparison:
-        win_KK = field.win()
-        if not has_verdict(win_KK):
-            return field.problem or Invalid(reason="no two completions were compared")
+        if not field.has_verdict and field.problem is not None:
+            return field.problem
         replies = tuple(map(self._kept, field.replies))
-        return Compared(win=win_KK, source="pairwise", replies=replies if any(replies) else ())
+        return Compared(win=field.win(), source="pairwise", replies=replies if any(replies) else ())
 
 
 class _Field:
@@ -189,13 +187,13 @@ class _Field:
                 self.problem = self.problem or answer
                 continue
             places = self._completions(first, second)
-            for shown_first, completion in enumerate(places):
-                self.replies[completion].append(moved(answer.replies_about(shown_first), places))
+            for position, completion in enumerate(places):
+                self.replies[completion].append(moved(answer.replies_about(position), places))
             earlier, later = (self._player_K[completion] for completion in places)
             self._win_PP[earlier, later] = answer.win[0, 1]
             self._win_PP[later, earlier] = answer.win[1, 0]
         results = [self._win_PP[pair] for pair in self.pairs]
-        if not has_verdict(self._win_PP):
+        if not self.has_verdict:
             self.pairs = []
             return
         try:
@@ -204,6 +202,11 @@ class _Field:
             )
         except StopIteration:
             self.pairs = []
+
+    @property
+    def has_verdict(self) -> bool:
+        """Whether any two players were compared; true for a single one. Ties of copies are none."""
+        return has_verdict(self._win_PP)
 
     def win(self) -> Matrix:
         """Return the win probabilities of all completions: (K, K)."""

@@ -277,6 +277,7 @@ def test_a_judge_that_is_down_is_not_asked_for_the_next_round():
     assert engine.calls == 1
     [outcomes] = scorer.score([request("a", "bb", "ccc", "dddd")])
     assert outcomes == (down,) * 4
+    assert scorer.compare([request("a", "a", "bb")]) == [down]  # the tie of the copies is none
 
 
 def test_replies_name_the_completions_of_the_whole_request():
@@ -355,18 +356,19 @@ def test_rows_without_anchors_are_refused(row, expected):
 
 def test_built_scorers_are_asked_as_their_entries_say(tmp_path):
     """Through the factory and a rule in a process of its own."""
-    rule = {"function": "rayhf.tiny.arithmetic:prefer"}
-    config = PairwiseRuleConfig(**rule, comparisons="swiss")
-    scorer = build_scorer([config], ScorerSetup(base=tmp_path))
+    function = "rayhf.tiny.arithmetic:prefer"
+    swiss = PairwiseRuleConfig(name="swiss", function=function, comparisons="swiss")
+    given = PairwiseRuleConfig(name="given", function=function, comparisons="anchors")
+    scorer = build_scorer([swiss, given], ScorerSetup(base=tmp_path))
+    texts = ["Answer: 4", "Answer: 5", "2+2=4\nAnswer: 4", "nonsense"]
     try:
-        texts = ["Answer: 4", "Answer: 5", "2+2=4\nAnswer: 4", "nonsense"]
-        [outcomes] = scorer.score([request(*texts)])
-        assert scorer.take_counts() == {"prefer/comparisons": 4.0}
+        outcomes = scorer.score([anchored(*texts, anchors="Answer: 6")])[0]
+        assert scorer.take_counts() == {"swiss/comparisons": 4.0, "given/comparisons": 4.0}
     finally:
         scorer.close()
-    right, wrong, worked, nonsense = values(outcomes)
+    assert [outcome.parts["given"] for outcome in outcomes] == [1.0, 0.5, 1.0, 0.5]
+    right, wrong, worked, nonsense = (outcome.parts["swiss"] for outcome in outcomes)
     assert min(right, worked) > 0.5 > max(wrong, nonsense)
-    given = PairwiseRuleConfig(**rule, comparisons="anchors")
     check_heldout([given], where="scorer.evaluate")
     with pytest.raises(ConfigError, match=r"scorer.train\[0\]: the prompt '2.2.': the row has no"):
         check_entries([given], tmp_path, prompts=[request("x").prompt])
