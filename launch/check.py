@@ -21,6 +21,7 @@ from rayhf.algorithms.base import Algorithm, TrainsCritic, needs_frozen_referenc
 from rayhf.algorithms.streaming import streams_reference, streams_values
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
+from rayhf.planning.comparisons import comparisons_table
 from rayhf.planning.host import check_hosts, host_bytes
 from rayhf.planning.memory import GIB, Memory
 from rayhf.planning.pace import seconds_per_iteration
@@ -56,6 +57,7 @@ def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pa
     algorithm, derived = check_settings(config)
     specs = actor_specs_of(config, algorithm)
     rows = derived.table(config)
+    rows += comparisons_table(config, algorithm, derived.samples_per_iteration)
     if needs_frozen_reference(algorithm):
         rows.append(("reference", _reference(config, algorithm)))
     if isinstance(algorithm, TrainsCritic):

@@ -262,7 +262,8 @@ class Compared:
     win: npt.NDArray[np.float64]
     """(K, K): win[i, j] is the probability that completion i beats completion j, as the scorer
     gave it: cycles are kept, nothing is rebuilt from scalars. The diagonal is 1/2 and
-    win[i, j] + win[j, i] = 1. NaN where the scorer had no verdict on a pair."""
+    win[i, j] + win[j, i] = 1. NaN where the scorer had no verdict on a pair. Only where its entry
+    sets `comparisons` are pairs that it was not asked about fitted to the others."""
     source: Literal["pairwise", "pointwise"]
     """pointwise: sigmoids of score differences, transitive by construction."""
     replies: tuple[tuple[JudgeReply, ...], ...] = ()

@@ -21,6 +21,7 @@ from rayhf.config.algorithms import (
     ImportanceConfig,
     InitialReference,
     ReferenceSchedule,
+    refuse_pairwise,
     refuse_thinking,
 )
 from rayhf.config.base import Section
@@ -143,8 +144,9 @@ class MCTSDPOConfig(StepPairSettings, MCTSSettings, AlgorithmConfig):
         return self.outcome.wrong
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
-        """Refuse a thinking model. Raises ConfigError."""
+        """Refuse a thinking model, and a scorer that only compares. Raises ConfigError."""
         refuse_thinking(campaign, "it searches over the steps of a text without thinking")
+        refuse_pairwise(campaign, "scores completions one by one")
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:

@@ -28,6 +28,7 @@ from rayhf.config.algorithms import (
     PreviousReference,
     ReferenceSchedule,
     refuse_staleness,
+    require_win_rates,
 )
 from rayhf.config.schema import CampaignConfig
 from rayhf.losses.base import Loss
@@ -60,8 +61,9 @@ class SPPOConfig(AlgorithmConfig):
     """Schedule of the reference."""
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
-        """Refuse samples of earlier weights. Raises ConfigError."""
+        """Refuse samples of earlier weights, and scores without win rates. Raises ConfigError."""
         refuse_staleness(campaign, "regresses onto win rates against the current policy's samples")
+        require_win_rates(campaign)
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:

@@ -55,6 +55,28 @@ def refuse_staleness(campaign: CampaignConfig, reason: str) -> None:
         )
 
 
+def require_win_rates(campaign: CampaignConfig) -> None:
+    """Raise ConfigError for a scorer without win rates of all completions against each other."""
+    for index, entry in enumerate(campaign.scorer.train):
+        if entry.comparisons is not None and not entry.comparisons.gives_win_rates:
+            raise ConfigError(
+                f"scorer.train[{index}].comparisons is {entry.comparisons.type}, but "
+                f"{campaign.algorithm.type} regresses onto each completion's win rate against the "
+                "policy's own; expected round_robin or swiss"
+            )
+
+
+def refuse_pairwise(campaign: CampaignConfig, reason: str) -> None:
+    """Raise ConfigError for a scorer without a score for a single completion."""
+    for index, entry in enumerate(campaign.scorer.train):
+        if entry.is_pairwise:
+            raise ConfigError(
+                f"scorer.train[{index}]: {entry.resolved_name} compares completions, but "
+                f"{campaign.algorithm.type} {reason}; expected a scorer of single completions, or "
+                "comparisons: {type: anchors}"
+            )
+
+
 class InitialReference(Section):
     """Reference fixed at the campaign's initial policy."""
 

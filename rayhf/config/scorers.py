@@ -2,7 +2,8 @@
 
 The settings of each scorer stand beside its code (rayhf/scorer/); `type` names it. Everything that
 the planner, the preflight checks and the service must know of a scorer is a fact that its settings
-declare: `is_pairwise`, `is_normalized`, `is_concurrent`, `uses_gpu`, `runs_engine`, `loads`.
+declare: `compares`, `is_pairwise`, `is_normalized`, `is_concurrent`, `uses_gpu`, `runs_engine`,
+`loads`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from rayhf.config.base import Name, PluginConfig, Section
+from rayhf.config.comparisons import Anchors, Comparisons
 from rayhf.config.models import ModelName
 from rayhf.config.registry import SCORERS
 
@@ -80,6 +82,9 @@ class ScorerEntryConfig(PluginConfig):
     weight: float = 1.0
     text: Literal["final", "whole"] = "final"
     """What it reads of a thinking model's completion: the final answer, or the thinking as well."""
+    comparisons: Comparisons | None = None
+    """Of a scorer that compares: which pairs of a prompt's completions it is asked about
+    (rayhf/config/comparisons.py). Default: all."""
 
     @property
     def default_name(self) -> str:
@@ -92,9 +97,19 @@ class ScorerEntryConfig(PluginConfig):
         return self.default_name if self.name is None else self.name
 
     @property
-    def is_pairwise(self) -> bool:
-        """Whether it compares completions by itself, with no score for a single completion."""
+    def compares(self) -> bool:
+        """Whether it reads two completions at a time."""
         return False
+
+    @property
+    def is_pairwise(self) -> bool:
+        """Whether it compares a prompt's completions, with no score for a single completion."""
+        return self.compares and not isinstance(self.comparisons, Anchors)
+
+    @property
+    def calls_per_comparison(self) -> int:
+        """Calls of a judge that one comparison takes."""
+        return 1
 
     @property
     def is_normalized(self) -> bool:
@@ -130,6 +145,15 @@ class ScorerEntryConfig(PluginConfig):
         """Return the score after the configured transform."""
         return score
 
+    @model_validator(mode="after")
+    def _check_comparisons(self) -> Self:
+        if self.comparisons is not None and not self.compares:
+            raise ValueError(
+                f"comparisons is for a scorer that compares completions, and {self.resolved_name} "
+                "scores each by itself; leave it out"
+            )
+        return self
+
 
 class PointwiseEntryConfig(ScorerEntryConfig):
     """Settings of a scorer that scores each completion by itself."""
@@ -154,8 +178,8 @@ class PairwiseEntryConfig(ScorerEntryConfig):
     """Settings of a scorer that compares the completions of one prompt."""
 
     @property
-    def is_pairwise(self) -> bool:
-        """Whether it compares completions by itself, with no score for a single completion."""
+    def compares(self) -> bool:
+        """Whether it reads two completions at a time."""
         return True
 
 

@@ -180,22 +180,32 @@ def bradley_terry(
 
 
 def _strengths(wins_MM: Array, compared_MM: npt.NDArray[np.bool_]) -> Array:
-    size = len(wins_MM)
     wins = wins_MM + 0.5 * compared_MM
     np.fill_diagonal(wins, 0.0)
-    games = wins + wins.T
-    strengths: Array = np.zeros(size)
+    return fit_strengths(wins)
+
+
+def fit_strengths(wins_MM: Array) -> Array:
+    """Return Bradley-Terry strengths in log-odds, with mean 0: (M, M) -> (M,).
+
+    wins_MM[i, j] is how often i beat j, 0 on the diagonal. Everyone must be connected to everyone
+    by a chain of wins, and by one of losses: otherwise the strengths are not finite.
+    """
+    size = len(wins_MM)
+    games = wins_MM + wins_MM.T
+    strength: Array = np.zeros(size)
     for _ in range(_STEPS):
-        expected = games * sigmoid(strengths[:, None] - strengths[None, :])
-        gradient = wins.sum(1) - expected.sum(1)
-        weights = expected * (1.0 - sigmoid(strengths[:, None] - strengths[None, :]))
+        probability = sigmoid(strength[:, None] - strength[None, :])
+        expected = games * probability
+        gradient = wins_MM.sum(1) - expected.sum(1)
+        weights = expected * (1.0 - probability)
         hessian = np.diag(weights.sum(1)) - weights
         # The likelihood does not depend on the mean strength: 0 is added as a constraint.
         step = np.linalg.solve(hessian + 1.0 / size, gradient)
-        strengths = strengths + step * min(1.0, 2.0 / max(np.abs(step).max(), 1e-12))
+        strength = strength + step * min(1.0, 2.0 / max(np.abs(step).max(), 1e-12))
         if np.abs(gradient).max() < 1e-9:
             break
-    centered: Array = strengths - strengths.mean()
+    centered: Array = strength - strength.mean()
     return centered
 
 

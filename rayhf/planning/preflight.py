@@ -40,6 +40,7 @@ from rayhf.models.hub import local_directory
 from rayhf.models.source import model_length, read_model_config, tokenizer_fingerprint
 from rayhf.monitoring.tracking import check_trackers
 from rayhf.planning.architectures import check_architectures
+from rayhf.planning.comparisons import check_comparisons
 from rayhf.planning.in_flight import check_in_flight, updates_table
 from rayhf.planning.inputs import input_fingerprints
 from rayhf.planning.reference import check_reference
@@ -132,6 +133,7 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
     _require_scorers(config, algorithm)
+    check_comparisons(config, algorithm)
     _check_rounding(config)
     check_in_flight(config)
     derived = derive(config, algorithm)

@@ -17,6 +17,7 @@ from rayhf.errors import ConfigError, UnreachableError, nearest
 from rayhf.scorer.combine import Combined
 from rayhf.scorer.parts import Part, judges
 from rayhf.scorer.protocol import BaseScorer, ScorerSetup
+from rayhf.scorer.tournament import check_anchors, with_comparisons
 from rayhf.types import Prompt, quoted
 
 
@@ -30,7 +31,7 @@ def build_parts(entries: Sequence[ScorerEntryConfig], setup: ScorerSetup) -> lis
         for config in entries:
             engine = _scorer_class(config)(config, setup)
             started.callback(engine.close)
-            parts.append(Part(config, engine))
+            parts.append(Part(config, with_comparisons(config, setup, engine)))
         started.pop_all()
     return parts
 
@@ -64,6 +65,7 @@ def check_entries(
         try:
             judged = [prompt for prompt in prompts if judges(config, prompt)]
             note = _scorer_class(config).check_prompts(config, base, judged)
+            check_anchors(config, judged)
         except (ConfigError, UnreachableError) as error:
             raise type(error)(f"{where}[{index}]: {error}") from None
         if note:

@@ -88,7 +88,7 @@ class Judge:
         Parts (not in pairwise mode): how many votes there were, how many of them could not be read,
         and the answer to each criterion.
         """
-        if self.config.is_pairwise:
+        if self.config.compares:
             compared = zip(requests, self.compare(requests), strict=True)
             return [
                 mean_wins(comparison, len(request.completions)) for request, comparison in compared
@@ -109,7 +109,7 @@ class Judge:
         order alone would show the judge's bias for a position. Otherwise: sigmoids of score
         differences.
         """
-        if not self.config.is_pairwise:
+        if not self.config.compares:
             return [compare_scores(outcomes) for outcomes in self.score(requests)]
         results = self._ask(
             (request.prompt, (first.text, second.text))

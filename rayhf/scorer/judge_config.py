@@ -74,9 +74,14 @@ class JudgeConfig(PointwiseEntryConfig):
     """KV cache of that engine in GiB. Default: as rollout.kv_cache_gib."""
 
     @property
-    def is_pairwise(self) -> bool:
-        """Whether it compares completions by itself, with no score for a single completion."""
+    def compares(self) -> bool:
+        """Whether it reads two completions at a time."""
         return self.mode == "pairwise"
+
+    @property
+    def calls_per_comparison(self) -> int:
+        """Calls that one comparison takes: its votes, in both orders."""
+        return 2 * self.votes
 
     @property
     def is_rubric(self) -> bool:
@@ -91,7 +96,7 @@ class JudgeConfig(PointwiseEntryConfig):
     @property
     def reply_bytes(self) -> int:
         """Most that a run keeps of its words about one completion, for the estimate of disk."""
-        asks_once = not (self.is_pairwise or self.per_criterion)
+        asks_once = not (self.compares or self.per_criterion)
         replies = min(self.keep_replies, self.votes) if asks_once else self.keep_replies
         return replies * min(REPLY_CHARS, _TOKEN_BYTES * self.max_tokens)
 
@@ -167,7 +172,7 @@ class JudgeConfig(PointwiseEntryConfig):
                 "endpoint.structured json_schema has its own verdicts; it goes with neither "
                 "verdict nor probability"
             )
-        if self.mode == "pairwise" and (self.transform is not None or self.normalize):
+        if self.is_pairwise and (self.transform is not None or self.normalize):
             raise ValueError(
                 "transform and normalize are for scores; a pairwise judge gives probabilities"
             )

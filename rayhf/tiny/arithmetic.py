@@ -114,3 +114,15 @@ def correct(
     ):
         return 0.0
     return float(match[1] == reference_answer)
+
+
+def prefer(first: str, second: str, *, prompt: str, reference_answer: str | None) -> float:
+    """Return P(first is better): 1.0 or 0.0 where one of the two is correct, otherwise a tie.
+
+    Raises ConfigError as `correct`.
+    """
+    one, other = (
+        correct(text, prompt=prompt, reference_answer=reference_answer, finish_reason="stop")
+        for text in (first, second)
+    )
+    return 0.5 + 0.5 * (one - other)

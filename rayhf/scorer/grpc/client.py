@@ -76,8 +76,8 @@ class GrpcScorerConfig(PointwiseEntryConfig):
     """Limit on one call; the service's own limit, or less."""
 
     @property
-    def is_pairwise(self) -> bool:
-        """Whether it compares completions by itself, with no score for a single completion."""
+    def compares(self) -> bool:
+        """Whether it reads two completions at a time."""
         return self.pairwise
 
     @property
@@ -89,7 +89,7 @@ class GrpcScorerConfig(PointwiseEntryConfig):
     def _check_endpoints(self) -> GrpcScorerConfig:
         for endpoint in self.endpoints:
             split_endpoint(endpoint, self.security)
-        if self.pairwise and (self.transform is not None or self.normalize):
+        if self.is_pairwise and (self.transform is not None or self.normalize):
             raise ValueError(
                 "transform and normalize are for scores; a pairwise service gives probabilities"
             )
