@@ -128,24 +128,19 @@ class NashMD(PolicyGradient):
         for index, example in enumerate(examples):
             groups[example.rows[0].prompt_id].append(index)
         rated = list(examples)
-        opponents = []
+        win_rates: list[float] = []
+        opponents: list[float] = []
         for members in groups.values():
             rows = [examples[index].rows[0] for index in members]
-            rates, effective = mixture_win_rates(
-                np.array([[row.scalars[_win(other.sample)] for other in rows] for row in rows]),
-                self._log_weights(rows),
-            )
+            win = np.array([[row.scalars[_win(other.sample)] for other in rows] for row in rows])
+            rates, effective = mixture_win_rates(win, self._log_weights(rows))
+            win_rates += rates.tolist()
             opponents += effective.tolist()
-            for index, row, rate in zip(members, rows, rates, strict=True):
-                # A win rate changes; penalties on length that the score also has stay.
-                score = row.scalars["score"] + float(rate) - row.scalars["win_rate"]
-                kept = {name: x for name, x in row.scalars.items() if not name.startswith("win/")}
-                scalars = {**kept, "score": score, "win_rate": float(rate)}
-                rated[index] = replace(examples[index], rows=(replace(row, scalars=scalars),))
+            for index, row, rate in zip(members, rows, rates.tolist(), strict=True):
+                rated[index] = replace(examples[index], rows=(_rated(row, rate),))
         credited, metrics = super().credit(rated)
         if rated:
-            rates = [example.rows[0].scalars["win_rate"] for example in rated]
-            metrics["nash_md/win_rate"] = float(np.mean(rates))
+            metrics["nash_md/win_rate"] = float(np.mean(win_rates))
             metrics["nash_md/opponents"] = float(np.mean(opponents))
         return credited, metrics
 
@@ -177,8 +172,15 @@ def mixture_win_rates(win: Array, log_weights: Array) -> tuple[Array, Array]:
     log_weights = np.where(usable, log_weights[None, :], -np.inf)
     weights = np.exp(log_weights - log_weights.max(axis=1, keepdims=True))
     weights /= weights.sum(axis=1, keepdims=True)
-    rates = np.where(usable, weights * np.where(usable, win, 0.0), 0.0).sum(axis=1)
+    rates: Array = (weights * np.where(usable, win, 0.0)).sum(axis=1)
     return rates, 1.0 / np.square(weights).sum(axis=1)
+
+
+def _rated(row: Row, rate: float) -> Row:
+    """Return a row whose score has another win rate; penalties on length stay part of it."""
+    scalars = {name: value for name, value in row.scalars.items() if not name.startswith("win")}
+    score = row.scalars["score"] - row.scalars["win_rate"] + rate
+    return replace(row, scalars={**scalars, "score": score})
 
 
 def _win(sample: int) -> str:
