@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -78,7 +78,7 @@ class IterativeDPOConfig(PairedConfig):
 class IterativeDPO(PairedAlgorithm):
     """Iterative DPO: few, large iterations with a moving reference (Dong et al. 2024, RLHFlow)."""
 
-    Config = IterativeDPOConfig
+    Config: ClassVar[type[IterativeDPOConfig]] = IterativeDPOConfig
 
     def __init__(self, config: IterativeDPOConfig) -> None:
         super().__init__(config)

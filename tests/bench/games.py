@@ -91,8 +91,8 @@ def with_engines(
     (directory / "game.json").write_text(json.dumps(content))
     for part in ("train", "heldout"):
         rows = map(json.loads, (tiny / "game" / f"{part}.jsonl").read_text().splitlines())
-        lines = [json.dumps({**row, "game_seed": game_seed}) + "\n" for row in rows]
-        (directory / f"{part}.jsonl").write_text("".join(lines))
+        texts = [json.dumps({**row, "game_seed": game_seed}) + "\n" for row in rows]
+        (directory / f"{part}.jsonl").write_text("".join(texts))
     rule = "{type: pairwise_rule, function: 'rayhf.tiny.random_games:beats'}"
     overrides = {
         "run.dir": directory / "run",

@@ -154,5 +154,5 @@ def _train(
     loss = algorithm.loss()
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(logits.log_softmax(-1)[moves], micro).loss.backward()
+        loss(logits.log_softmax(-1)[moves], micro).loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
