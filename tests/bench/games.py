@@ -30,7 +30,7 @@ from rayhf.tiny.random_games import odds
 from tests.bench.claims import ROOT, last, rayhf
 from tests.bench.tabular import Array, Schedule, play
 
-GAMES = range(2026, 2038)
+GAMES = range(2026, 2036)
 TUNING = range(6)
 DEAD = 1e-3
 """Probability below which a move has died out: a preset samples 256 moves per iteration."""
@@ -48,6 +48,7 @@ LOOPS = {
     "sppo": Loop(preset="sppo_game", changes={}),
     "sppo_pull": Loop(preset="sppo_game", changes={"pull": 0.1, "reference": {"type": "initial"}}),
     "inpo": Loop(preset="inpo_game", changes={}),
+    "inpo_small_steps": Loop(preset="inpo_game", changes={"eta": 2.0, "tau": 0.1}),
     "nash_md": Loop(preset="nash_md_game", changes={}),
     "dno": Loop(preset="dno_game", changes={}),
 }
