@@ -1,6 +1,6 @@
 """Self-play on games of random odds: exploitability of the average and of the last policy.
 
-    python -m tests.bench.games [LOOP ...] [--tuning] [--iterations 100] [--json FILE]
+    python -m tests.bench.games [LOOP ...] [--tuning] [--iterations 100] [--json FILE] [--record]
     python -m tests.bench.games LOOP --engines --games 3 --tiny .tiny --runs DIR
 
 The first form simulates the loops' own code on a tabular policy (tests/bench/tabular.py), in
@@ -28,6 +28,7 @@ from rayhf.tiny.exploitability import exploitability
 from rayhf.tiny.game import ANSWERS, OPENING
 from rayhf.tiny.random_games import odds
 from tests.bench.claims import ROOT, last, rayhf
+from tests.bench.results import put_section
 from tests.bench.tabular import Array, Schedule, play
 
 GAMES = range(2026, 2036)
@@ -132,6 +133,21 @@ def summary(results: dict[str, dict[int, dict[str, float]]]) -> list[list[str]]:
     return rows
 
 
+def record(rows: Sequence[Sequence[str]], *, games: int, iterations: int, engines: bool) -> None:
+    """Write the table into RESULTS.md."""
+    how = "real engines" if engines else "simulated: the loops' own code on a tabular policy"
+    body = [
+        f"{games} games, {iterations} iterations, {how}. `python -m tests.bench.games`. "
+        "Exploitability of the average of all policies, and the mean of the last tenth of them; a "
+        f"move has died out where its probability in the last policy is below {DEAD:g}.",
+        "",
+        *("| " + " | ".join(row) + " |" for row in rows[:1]),
+        "|" + "---|" * len(rows[0]),
+        *("| " + " | ".join(row) + " |" for row in rows[1:]),
+    ]
+    put_section("### Self-play on games of random odds", "\n".join(body), under="## Claims")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("loops", nargs="*", metavar="LOOP", help=", ".join(LOOPS))
@@ -144,6 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", type=Path, default=ROOT / ".tiny")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "games")
     parser.add_argument("--json", type=Path, help="write every game's figures to this file")
+    parser.add_argument(
+        "--read", type=Path, action="append", default=[], help="figures of an earlier --json"
+    )
+    parser.add_argument("--record", action="store_true", help="write the table into RESULTS.md")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.loops) - set(LOOPS))
     if unknown:
@@ -151,9 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     schedule = Schedule(iterations=options.iterations, steps=options.steps)
     games = (TUNING if options.tuning else GAMES)[: options.games]
     torch.set_num_threads(1)
-    console = Console()
+    console = Console(width=100)
     results: dict[str, dict[int, dict[str, float]]] = {}
-    for name in options.loops or LOOPS:
+    for file in options.read:
+        results |= json.loads(file.read_text(encoding="utf-8"))
+    for name in options.loops or [name for name in LOOPS if name not in results]:
         changes = {**LOOPS[name].changes, **yaml.safe_load(options.set)}
         loop = Loop(preset=LOOPS[name].preset, changes=changes)
         for game in games:
@@ -164,11 +186,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.setdefault(name, {})[game] = figures
             values = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
             console.print(f"{name}, game {game}: {values}", markup=False)
-    head, *rows = summary(results)
-    table = Table(*head)
-    for row in rows:
+    rows = summary({name: results[name] for name in LOOPS if name in results})
+    table = Table(*rows[0])
+    for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
+    if options.record:
+        record(rows, games=len(games), iterations=schedule.iterations, engines=options.engines)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
