@@ -82,8 +82,8 @@ def test_gradient_is_that_of_the_regularized_game(mixture):
     log_ref = np.log([0.2, 0.3, 0.5])
     log_p = logits - np.log(np.exp(logits).sum())
     p = np.exp(log_p)
-    algorithm = NashMD(NashMDConfig(samples=200, mixture=mixture, kl={"coef": tau}))
-    groups = [group_of(str(i), rng.choice(3, 200, p=p), log_p) for i in range(40)]
+    algorithm = NashMD(NashMDConfig(samples=60, mixture=mixture, kl={"coef": tau}))
+    groups = [group_of(str(i), rng.choice(3, 60, p=p), log_p) for i in range(80)]
     selection = algorithm.select(groups, CONTEXT)
     examples, metrics = algorithm.credit(annotated(selection.examples, log_ref))
     assert not any(name.startswith("win/") for name in examples[0].rows[0].scalars)
@@ -98,9 +98,9 @@ def test_gradient_is_that_of_the_regularized_game(mixture):
     opponent /= opponent.sum()
     reward = WIN @ opponent - 0.5 - tau * (log_p - log_ref)
     exact = -p * (reward - p @ reward)  # of the loss, for softmax logits
-    assert theta.grad.numpy() == pytest.approx(exact, abs=0.012)
+    assert theta.grad.numpy() == pytest.approx(exact, abs=0.015)
     assert metrics["nash_md/win_rate"] == pytest.approx(p @ WIN @ opponent, abs=0.01)
-    assert (metrics["nash_md/opponents"] > 198) == (mixture == 0.0)
+    assert (metrics["nash_md/opponents"] > 58) == (mixture == 0.0)
 
 
 def test_advantages_of_one_prompt_by_hand():
