@@ -27,12 +27,13 @@ from actors.rollout import RolloutActor, RolloutPool
 from actors.scorer import ScorerActor, ScorerClient
 from actors.sharded_reference import ShardedReference, ShardedReferenceActor
 from actors.supervise import SupervisedActor, SupervisionLimits
-from actors.transport import Transport, make_transport
+from actors.transport import ObjectStore, Transport, make_transport
 from rayhf.algorithms.base import (
     Algorithm,
     OtherPolicy,
     TrainsCritic,
     TrainsSeveralPolicies,
+    frozen_policies,
     generates,
     needs_frozen_reference,
     policies_of,
@@ -111,6 +112,7 @@ def actor_specs_of(config: CampaignConfig, algorithm: Algorithm) -> list[ActorSp
         critic=isinstance(algorithm, TrainsCritic),
         reference=needs_frozen_reference(algorithm),
         policies=policies_of(algorithm),
+        frozen=frozen_policies(algorithm),
         generates=generates(algorithm),
     )
 
@@ -180,7 +182,8 @@ class ActorSet:
         config = self.config
         timeout_s = config.run.timeout_s
         policies = policies_of(self.prepared.algorithm)
-        engines = {policy: group for policy in policies if (group := self._rollouts(policy))}
+        names = (*policies, *frozen_policies(self.prepared.algorithm))
+        engines = {policy: group for policy in names if (group := self._rollouts(policy))}
         schedules = {policy: self._schedule_of(policy) for policy in policies}
         learners = {
             policy: self._learner(_role("learner", policy), schedules[policy][0])
@@ -189,7 +192,7 @@ class ActorSet:
         pools = {
             policy: RolloutPool(
                 group,
-                self._transport(learners[policy], group),
+                self._transport(learners.get(policy), group),
                 max_num_seqs=config.rollout.max_num_seqs,
                 timeout_s=timeout_s,
                 report_s=config.rollout.in_flight_report_s
@@ -274,10 +277,10 @@ class ActorSet:
         self.placement_group.release()
 
     def _other(self, policy: str) -> OtherPolicy | None:
-        """Return the settings of a policy other than "policy"; None for that one."""
-        if policy == "policy":
-            return None
+        """Return the settings of a policy other than "policy" and the frozen ones."""
         algorithm = self.prepared.algorithm
+        if policy not in policies_of(algorithm)[1:]:
+            return None
         assert isinstance(algorithm, TrainsSeveralPolicies)
         return algorithm.other_policy(policy)
 
@@ -447,13 +450,18 @@ class ActorSet:
             transport=transport_of(self.config),
         )
 
-    def _transport(self, learner: LearnerClient, engines: Sequence[SupervisedActor]) -> Transport:
+    def _transport(
+        self, learner: LearnerClient | None, engines: Sequence[SupervisedActor]
+    ) -> Transport:
+        timeout_s = self.config.run.timeout_s
+        if learner is None:  # frozen: a new engine loads the model, and nothing is ever sent
+            return ObjectStore(engines, timeout_s=timeout_s)
         return make_transport(
             transport_of(self.config),
             learner,
             engines,
             workers=self.config.rollout.tensor_parallel,
-            timeout_s=self.config.run.timeout_s,
+            timeout_s=timeout_s,
         )
 
     async def _start_learner(

@@ -51,6 +51,7 @@ PROTOCOLS = {
         algorithms.TakesLabels,
         algorithms.RefillsPrompts,
         algorithms.TrainsSeveralPolicies,
+        algorithms.SamplesFrozenPolicies,
         algorithms.WorksAtTestTime,
         algorithms.KeepsState,
     ),

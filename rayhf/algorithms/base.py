@@ -237,6 +237,16 @@ class TrainsSeveralPolicies(Protocol):
 
 
 @runtime_checkable
+class SamplesFrozenPolicies(Protocol):
+    """Also samples from frozen copies of the initial policy, with engines and without a learner."""
+
+    @property
+    def frozen_policies(self) -> tuple[str, ...]:
+        """Names of the frozen policies, as ExplorationContext.sample takes them."""
+        ...
+
+
+@runtime_checkable
 class RefillsPrompts(Protocol):
     """Wants further prompts in place of those whose groups teach nothing."""
 
@@ -299,8 +309,13 @@ class KeepsState(Protocol):
 
 
 def policies_of(algorithm: Algorithm) -> tuple[str, ...]:
-    """Return the names of the policies; the first is "policy"."""
+    """Return the names of the policies that are trained; the first is "policy"."""
     return algorithm.policies if isinstance(algorithm, TrainsSeveralPolicies) else ("policy",)
+
+
+def frozen_policies(algorithm: Algorithm) -> tuple[str, ...]:
+    """Return the names of the policies that generate and are not trained."""
+    return algorithm.frozen_policies if isinstance(algorithm, SamplesFrozenPolicies) else ()
 
 
 def trained_policy(algorithm: Algorithm, objective: str) -> str:
@@ -353,12 +368,20 @@ async def sample_and_score(prompt: Prompt, context: ExplorationContext, n: int) 
 
 
 async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int) -> Group:
-    """Draw n completions and compare each with every other; a score is a win rate against all.
+    """Draw n completions and compare each with every other; see `compare_all`."""
+    completions = await context.sample(n)
+    return await compare_all(prompt, context, [("answer", c) for c in completions])
+
+
+async def compare_all(
+    prompt: Prompt, context: ExplorationContext, answers: Sequence[tuple[str, Completion]]
+) -> Group:
+    """Compare each of (kind, completion) with every other; a score is a win rate against all.
 
     Equal completions tie, whatever the scorer says of them, and have one win rate. Where the scorer
     could not compare them, every sample's outcome is the reason.
     """
-    completions = await context.sample(n)
+    completions = [completion for _, completion in answers]
     comparison = await context.compare(completions)
     outcomes: list[Outcome]
     if isinstance(comparison, Compared):
@@ -373,7 +396,8 @@ async def sample_and_compare(prompt: Prompt, context: ExplorationContext, n: int
     return Group(
         prompt=prompt,
         samples=tuple(
-            Sample(completion=c, outcome=o) for c, o in zip(completions, outcomes, strict=True)
+            Sample(completion=completion, outcome=outcome, kind=kind)
+            for (kind, completion), outcome in zip(answers, outcomes, strict=True)
         ),
         compared=compared,
         metrics={"scorer/pointwise": float(pointwise)},

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -29,7 +29,7 @@ from rayhf.config.algorithms import OfflineConfig, PreviousReference, ReferenceS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.preferences import iteration_pairs
 from rayhf.errors import ConfigError
-from rayhf.types import GIVEN, Example, Group, TokenArray, derive_seed
+from rayhf.types import GIVEN, Example, Group, Prompt, TokenArray, derive_seed
 
 
 class IterativeDPOConfig(PairedConfig):
@@ -62,22 +62,23 @@ class IterativeDPOConfig(PairedConfig):
     offline: OfflineConfig | None = None
     """Offline pairs to mix into every iteration."""
 
-    def check_prompts(self, campaign: CampaignConfig, prompts: int) -> None:
+    def check_prompts(self, campaign: CampaignConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse iterations that would share prompts. Raises ConfigError."""
         iterations = campaign.run.iterations
         batch = campaign.prompts.batch
-        if self.disjoint_iterations and iterations * batch > prompts:
+        count = len(prompts)
+        if self.disjoint_iterations and iterations * batch > count:
             raise ConfigError(
                 f"algorithm.disjoint_iterations: {iterations} iterations of {batch} prompts need "
-                f"{iterations * batch}, but prompts.train has {prompts}; expected "
-                f"prompts.batch of at most {prompts // iterations}, or disjoint_iterations: false"
+                f"{iterations * batch}, but prompts.train has {count}; expected "
+                f"prompts.batch of at most {count // iterations}, or disjoint_iterations: false"
             )
 
 
 class IterativeDPO(PairedAlgorithm):
     """Iterative DPO: few, large iterations with a moving reference (Dong et al. 2024, RLHFlow)."""
 
-    Config = IterativeDPOConfig
+    Config: ClassVar[type[IterativeDPOConfig]] = IterativeDPOConfig
 
     def __init__(self, config: IterativeDPOConfig) -> None:
         super().__init__(config)

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from rayhf.algorithms.base import (
     Algorithm,
     KeepsState,
+    frozen_policies,
     generates,
     load_state,
     policies_of,
@@ -63,7 +64,7 @@ class Controller:
         self.store = store
         self.observer = observer
         self.iteration = 0
-        self.versions = dict.fromkeys(policies_of(algorithm), 0)
+        self.versions = dict.fromkeys((*policies_of(algorithm), *frozen_policies(algorithm)), 0)
         self.sampling = Sampling(
             max_tokens=config.rollout.max_tokens,
             temperature=config.rollout.temperature,
@@ -270,9 +271,12 @@ class Controller:
 
     async def _verify_initial_weights(self) -> None:
         """Check that engines and learner loaded the same weights; a sync does it for later ones."""
+        learners = self.roles.learners
         for policy, rollout in self.roles.rollouts.items():
-            if self.versions[policy] == 0:
-                await rollout.verify(await self.roles.learners[policy].probe())
+            # Engines of a frozen policy hold what the learner of "policy" starts from.
+            source = policy if policy in learners else "policy"
+            if self.versions[source] == 0:
+                await rollout.verify(await learners[source].probe())
 
     async def _push(
         self, policy: str, *, stored: bool = False, engines: bool = True

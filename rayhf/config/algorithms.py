@@ -5,6 +5,7 @@ The config of each algorithm is beside its code (rayhf/algorithms/*.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -15,6 +16,7 @@ from rayhf.errors import ConfigError
 
 if TYPE_CHECKING:
     from rayhf.config.schema import CampaignConfig
+    from rayhf.types import Prompt
 
 
 class AlgorithmConfig(PluginConfig):
@@ -32,8 +34,8 @@ class AlgorithmConfig(PluginConfig):
         """Return the setting in which every learner trains from the first iteration on."""
         return self
 
-    def check_prompts(self, campaign: CampaignConfig, prompts: int) -> None:
-        """Refuse a number of different training prompts that is too small. Raises ConfigError."""
+    def check_prompts(self, campaign: CampaignConfig, prompts: Sequence[Prompt]) -> None:
+        """Refuse training prompts that are too few or lack a column. Raises ConfigError."""
 
 
 def refuse_thinking(campaign: CampaignConfig, reason: str) -> None:

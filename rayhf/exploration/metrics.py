@@ -80,7 +80,7 @@ def exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, floa
     Lengths and truncation are those of samples of kind "answer", where there are any.
     """
     samples = [s for g in groups for s in g.samples]
-    completions = [s.completion for s in _answers(samples)]
+    completions = [s.completion for s in answers_of(samples)]
     if not completions:
         return {}
     scored = [s.outcome for s in samples if isinstance(s.outcome, Scored)]
@@ -121,7 +121,7 @@ def source_metrics(groups: Sequence[Group], examples: Sequence[Example]) -> dict
     trained = {e.rows[0].prompt_id for e in examples if not e.iterations_back}
     metrics: dict[str, float] = {}
     for name, own in by_source.items():
-        samples = _answers([sample for group in own for sample in group.samples])
+        samples = answers_of([sample for group in own for sample in group.samples])
         scores = [s.outcome.value for s in samples if isinstance(s.outcome, Scored)]
         kept = sum(group.prompt.prompt_id in trained for group in own)
         values = {"share": len(own) / len(groups), "kept": kept / len(own)}
@@ -133,6 +133,6 @@ def source_metrics(groups: Sequence[Group], examples: Sequence[Example]) -> dict
     return metrics
 
 
-def _answers(samples: Sequence[Sample]) -> list[Sample]:
+def answers_of(samples: Sequence[Sample]) -> list[Sample]:
     """Return the samples of kind "answer", or all where there are none."""
     return [s for s in samples if s.kind == "answer"] or list(samples)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayhf.errors import StaleWeightsError
+from rayhf.exploration.metrics import answers_of
 from rayhf.types import Group
 
 
@@ -21,7 +22,8 @@ def token_ages(groups: Sequence[Group], version: int, *, limit: int) -> dict[str
 
     Tokens that a killed campaign left in the journal may be of weights that have not been trained
     again yet, with a negative age. They count as age 0: their log-probs are their own, and so they
-    are trained on as any others.
+    are trained on as any others. Samples of another kind than "answer" do not count where there are
+    answers: a frozen policy's never get younger.
 
     Args:
         groups: of one iteration.
@@ -31,7 +33,8 @@ def token_ages(groups: Sequence[Group], version: int, *, limit: int) -> dict[str
     Raises StaleWeightsError for an older token.
     """
     counts: Counter[int] = Counter()
-    completions = [sample.completion for group in groups for sample in group.samples]
+    samples = [sample for group in groups for sample in group.samples]
+    completions = [sample.completion for sample in answers_of(samples)]
     for completion in completions:
         if completion.token_versions is None:
             counts[version - completion.policy_version] += len(completion.token_ids)

@@ -295,6 +295,24 @@ METRICS: tuple[Metric, ...] = (
         ("inpo/accuracy", "share", "pairs whose gap is larger than the reference's"),
     ),
     *_rows(
+        "nash_md",
+        ("nash_md/win_rate", "share", "mean P(a completion beats the mixture)"),
+        ("nash_md/opponents", "", "mean effective number of opponents of a completion"),
+    ),
+    *_rows(
+        "xpo",
+        ("xpo/initial_chosen", "share", "pairs whose chosen completion is the initial policy's"),
+        (
+            "xpo/initial_logp",
+            "nats/response",
+            "log-prob of the initial policy's completions under the policy",
+        ),
+    ),
+    *_rows(
+        "dno",
+        ("dno/too_long", "share", "prompts whose teacher's answer is too long to train on"),
+    ),
+    *_rows(
         "hypo",
         ("hypo/dpo_loss", "", "DPO loss on the given pairs"),
         ("hypo/dpo_accuracy", "share", "given pairs whose chosen response is preferred"),

@@ -65,15 +65,22 @@ def actor_specs(
     critic: bool,
     reference: bool,
     policies: Sequence[str] = ("policy",),
+    frozen: Sequence[str] = (),
     generates: bool = True,
 ) -> list[ActorSpec]:
     """Return the actors of a campaign. Raise ConfigError for a placement that cannot work.
 
+    `policies`: those that are trained. `frozen`: further ones, which only generate.
     `generates`: whether the algorithm trains on completions of the policy.
     """
     _check(config)
     counts = _counts(
-        config, critic=critic, reference=reference, policies=policies, generates=generates
+        config,
+        critic=critic,
+        reference=reference,
+        policies=policies,
+        frozen=frozen,
+        generates=generates,
     )
     actors = [(role, index) for role, count in counts.items() for index in range(count)]
     on_gpu = config.cluster.device == "gpu"
@@ -109,6 +116,7 @@ def _counts(
     critic: bool,
     reference: bool,
     policies: Sequence[str],
+    frozen: Sequence[str],
     generates: bool,
 ) -> dict[str, int]:
     """Return the number of actors of each role."""
@@ -119,6 +127,7 @@ def _counts(
     for other in policies[1:]:  # each further policy has engines and a learner of its own
         counts[f"rollout {other}"] = engines
         counts[f"learner {other}"] = ranks
+    counts |= {f"rollout {name}": engines for name in frozen}
     return {
         **counts,
         "reference": config.reference.replicas * config.reference.ranks * reference,

@@ -258,7 +258,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         batch=config.prompts.batch, iterations=config.run.iterations, key="prompts.train"
     )
     check_refill(config, algorithm, prompts)
-    config.algorithm.check_prompts(config, len(prompts.prompts))
+    config.algorithm.check_prompts(config, prompts.prompts)
     if isinstance(algorithm, RendersConversations):
         algorithm.check_chat(chat, prompts.prompts[0])
     heldout: tuple[Prompt, ...] = ()

@@ -180,6 +180,15 @@ def test_sppo_trains(world: Path) -> None:
     assert all(len(row["wins"]) == 4 for row in samples(world, "sppo", 1))
 
 
+def test_xpo_trains_with_engines_of_the_initial_policy(world: Path) -> None:
+    last = train(world, "xpo", algorithm={"type": "xpo"})
+    assert abs(last["rollout/mismatch_kl"]) < 1e-4 and last["staleness/max"] == 0
+    assert last["initial/version"] == 0
+    rows = samples(world, "xpo", 2)
+    assert [row["kind"] for row in rows].count("initial") == len(rows) // 2 == 8
+    assert all(row["policy_version"] == 0 for row in rows if row["kind"] == "initial")
+
+
 def test_hypo_trains(world: Path) -> None:
     last = train(world, "hypo", algorithm={"type": "hypo", "offline": {"path": "pairs.jsonl"}})
     assert abs(last["rollout/mismatch_kl"]) < 1e-4

@@ -18,7 +18,7 @@ from fakes import (
     make_prompts,
 )
 
-from rayhf.algorithms.base import TakesLabels, needs_frozen_reference
+from rayhf.algorithms.base import TakesLabels, frozen_policies, needs_frozen_reference
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.data import CampaignData
 from rayhf.config.load import load_config
@@ -84,7 +84,8 @@ def run_campaign(
         encoded = encode_pairs(load_pairs(pairs, key="pairs").pairs, FakeChat(), key="pairs")
         algorithm.set_pairs(encoded)
     roles = Roles(
-        rollouts={"policy": rollout or FakeRollout()},
+        rollouts={"policy": rollout or FakeRollout()}
+        | {name: FakeRollout() for name in frozen_policies(algorithm)},
         scorer=scorer or FakeScorer(),
         evaluator=None,
         learners={"policy": learner or FakeLearner()},

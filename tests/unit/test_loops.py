@@ -7,7 +7,7 @@ import math
 import pyarrow.parquet as pq
 import pytest
 from campaigns import make_config, metrics_of, run_campaign
-from fakes import FakeChat, FakeLearner, FakeScorer
+from fakes import FakeChat, FakeLearner, FakeScorer, make_prompts
 
 from rayhf.algorithms.base import SelectionContext, needs_frozen_reference
 from rayhf.config.load import load_config
@@ -35,6 +35,9 @@ LOOPS = {
     "iterative_dpo": {"samples": 4, "earlier": [0.5], "disjoint_iterations": False},
     "sppo": {"samples": 4, "eta": 2.0},
     "inpo": {"samples": 4},
+    "nash_md": {"samples": 4},
+    "xpo": {},
+    "dno": {"samples": 4, "disjoint_iterations": False, "min_margin": 0.1},
     "hypo": {"samples": 3},
 }
 
@@ -213,8 +216,8 @@ def test_hypo_takes_pairs_and_samples_in_every_step(tmp_path):
 def test_disjoint_iterations_are_guaranteed_or_refused(tmp_path):
     config = make_config(tmp_path, algorithm={"type": "iterative_dpo"})
     with pytest.raises(ConfigError, match=r"16, but prompts.train has 12; expected"):
-        config.algorithm.check_prompts(config, 12)
-    config.algorithm.check_prompts(config, 16)
+        config.algorithm.check_prompts(config, make_prompts(12))
+    config.algorithm.check_prompts(config, make_prompts(16))
 
 
 @pytest.mark.parametrize(
