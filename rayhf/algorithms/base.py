@@ -97,6 +97,11 @@ class Algorithm(Protocol):
         """
         ...
 
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether the completions that it trains on are scored or compared."""
+        ...
+
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
         """Generate and score completions of one prompt."""
         ...
@@ -127,6 +132,7 @@ class AlgorithmBase:
 
     reference: ReferenceSchedule | None = None
     needs_old_logp = False
+    needs_scorer = True
 
     def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
         """Return the examples as they are."""

@@ -294,12 +294,14 @@ METRICS: tuple[Metric, ...] = (
         ("sft/tokens", "tokens", "trained on in the iteration: those of the assistant"),
     ),
     *_rows(
-        "kto",
+        "kto, online_kto",
         ("kto/kl", "nats/response", "estimate of KL(policy || reference) in the loss, at least 0"),
         ("kto/desirable", "share", "examples with a thumb up"),
         ("kto/desirable_reward", "nats", "mean implicit reward of thumbs up"),
         ("kto/undesirable_reward", "nats", "mean implicit reward of thumbs down"),
         ("kto/margin", "nats", "difference of the two mean rewards"),
+        ("kto/desirable_weight", "", "weight of thumbs up (online_kto)"),
+        ("kto/undesirable_weight", "", "weight of thumbs down (online_kto)"),
     ),
     *_rows(
         "mcts_dpo",
