@@ -72,6 +72,9 @@ class SelectionContext:
     labels: Sequence[Example] = ()
     """(chosen, rejected) pairs labeled by people since the previous iteration; only for an
     algorithm that TakesLabels."""
+    unanswered: Callable[[int], Sequence[Example]] = lambda iteration: ()
+    """Returns the examples of an earlier iteration with the objective PEOPLE, without those that
+    people have judged since."""
 
 
 class Algorithm(Protocol):
@@ -100,6 +103,11 @@ class Algorithm(Protocol):
     @property
     def needs_scorer(self) -> bool:
         """Whether the completions that it trains on are scored or compared."""
+        ...
+
+    @property
+    def muted_guards(self) -> frozenset[str]:
+        """Guards that do not apply, by their keys in the config."""
         ...
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
@@ -133,6 +141,7 @@ class AlgorithmBase:
     reference: ReferenceSchedule | None = None
     needs_old_logp = False
     needs_scorer = True
+    muted_guards: frozenset[str] = frozenset()
 
     def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
         """Return the examples as they are."""

@@ -95,6 +95,8 @@ class Distill(PolicyGradient):
     Config = DistillConfig
     config: DistillConfig
     has_group_baseline = True
+    # The student starts far from its teacher, and takes the teacher's entropy.
+    muted_guards = frozenset({"kl", "entropy"})
 
     def __init__(self, config: DistillConfig) -> None:
         super().__init__(config)

@@ -26,6 +26,7 @@ from rayhf.algorithms.base import (
 )
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.pair_selection import PairSelection, all_pairs, best_random, best_worst
+from rayhf.algorithms.routing import PeopleConfig, route
 from rayhf.config.algorithms import (
     AlgorithmConfig,
     ImportanceConfig,
@@ -33,6 +34,7 @@ from rayhf.config.algorithms import (
     ReferenceSchedule,
 )
 from rayhf.config.registry import LOSSES
+from rayhf.config.schema import CampaignConfig
 from rayhf.losses.base import Loss
 from rayhf.losses.pairs import PairLoss, PairLossConfig
 from rayhf.losses.preference import SigmoidConfig
@@ -60,6 +62,13 @@ class PairedConfig(AlgorithmConfig):
     reference: ReferenceSchedule = InitialReference()
     """Schedule of the reference; reference-free losses ignore it."""
     importance: ImportanceConfig = ImportanceConfig()
+    people: PeopleConfig | None = None
+    """Pairs that people judge in place of the scorer. Default: none."""
+
+    def check_campaign(self, campaign: CampaignConfig) -> None:
+        """Refuse pairs for people that they would never see."""
+        if self.people is not None:
+            self.people.check_campaign(campaign)
 
 
 class OnlineDPOConfig(PairedConfig):
@@ -112,8 +121,18 @@ class PairedAlgorithm(AlgorithmBase, ABC):
                     for i in (pair.chosen, pair.rejected)
                 )
                 examples.append(Example(rows=rows, scalars={"margin": pair.margin}))
-        metrics = {"pairs/kept": float(len(examples)), "pairs/ties": float(ties)}
         no_signal = tie_share(len(examples), ties)
+        metrics = {"pairs/ties": float(ties)}
+        waiting: list[Example] = []
+        expired: list[Example] = []
+        if self.paired.people is not None:
+            routed = route(examples, self.paired.people, context)
+            examples = routed.scorer
+            waiting = routed.people
+            expired = routed.expired
+            metrics["pairs/routed"] = float(len(waiting))
+            metrics["pairs/expired"] = float(len(expired))
+        metrics["pairs/kept"] = float(len(examples))
         if examples:
             margins = [example.scalars["margin"] for example in examples]
             lengths = [[len(row.response_ids) for row in example.rows] for example in examples]
@@ -123,7 +142,9 @@ class PairedAlgorithm(AlgorithmBase, ABC):
         if context.labels:
             metrics["pairs/human"] = float(len(context.labels))
             examples += [replace(label, scalars={"margin": np.nan}) for label in context.labels]
-        return Selection(examples=tuple(examples), metrics=metrics, no_signal=no_signal)
+        return Selection(
+            examples=(*examples, *expired, *waiting), metrics=metrics, no_signal=no_signal
+        )
 
     @property
     @abstractmethod

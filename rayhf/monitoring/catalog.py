@@ -261,6 +261,8 @@ METRICS: tuple[Metric, ...] = (
         ("pairs/margin_mean", "score", "mean difference of the scores"),
         ("pairs/length_gap", "tokens", "mean length of chosen minus rejected"),
         ("pairs/human", "count", "pairs labeled by people"),
+        ("pairs/routed", "count", "pairs left to people in this iteration (algorithm.people)"),
+        ("pairs/expired", "count", "pairs that people did not judge in time: the scorer's verdict"),
         ("pairs/given", "count", "pairs from a file"),
         ("pairs/earlier", "count", "pairs of earlier iterations"),
     ),

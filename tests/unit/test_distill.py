@@ -3,16 +3,17 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from campaigns import make_config, metrics_of, run_campaign
 from chat_tokenizer import make_model_directory
-from fakes import FakeLearner
+from fakes import FakeLearner, FakeReference, FakeScorer
 from test_policy_gradient import CONTEXT, build, group_of
 
 from rayhf.algorithms.base import needs_frozen_reference
 from rayhf.config.registry import ALGORITHMS
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, PausedError
 from rayhf.losses.base import MicroBatch, Totals
 from rayhf.planning.preflight import _check_models, check_settings
 from rayhf.scorer.none import NoScorer
@@ -119,6 +120,25 @@ def test_campaign_without_a_scorer_and_its_resume(tmp_path):
     assert len(rows) == 32
     assert all(row.tokens["advantage"].tolist() == [0.0, 1.0, -0.5] for row in rows)
     assert "scorer/reward_mean" not in metrics_of(whole)[1]
+
+
+def test_distance_to_the_teacher_and_its_entropy_pause_nothing(tmp_path):
+    class Far(FakeReference):
+        async def logprobs(self, rows, *, temperature):
+            return [np.full(len(row.response_ids), -90.0, dtype=np.float32) for row in rows]
+
+    class Measuring(FakeLearner):
+        async def step(self, batch, loss):
+            measured = {"reference/kl": 270.0, "policy/entropy": 4.0 / (1 + self.steps) ** 4}
+            return await super().step(batch, loss) | measured
+
+    roles = {"scorer": NoScorer(), "heldout": (), "reference": Far(), "learner": Measuring()}
+    run_campaign(config_of(tmp_path / "a"), **roles)
+    with pytest.raises(PausedError, match="guard kl"):
+        run_campaign(
+            make_config(tmp_path / "b", algorithm={"type": "grpo", "samples": 2}),
+            **roles | {"scorer": FakeScorer(), "learner": Measuring()},
+        )
 
 
 def test_reward_needs_a_scorer_and_a_teacher_a_reference(tmp_path):
