@@ -9,7 +9,7 @@ among the examples of its iteration, so that a resumed campaign routes and retur
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -56,9 +56,9 @@ class RoutedPairs:
 
     scorer: list[Example]
     """Trained on now, as the scorer judged them."""
-    people: list[Example]
+    people: list[Example] = field(default_factory=list)
     """Not trained on: they wait for people's verdicts."""
-    expired: list[Example]
+    expired: list[Example] = field(default_factory=list)
     """Of an earlier iteration, without a verdict: trained on now, as the scorer judged them."""
 
 
