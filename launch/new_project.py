@@ -22,6 +22,7 @@ from rayhf.config.schema import (
     LearnerConfig,
     PolicyConfig,
     PromptsConfig,
+    ReferenceConfig,
     RolloutConfig,
     RunConfig,
 )
@@ -36,9 +37,12 @@ GIVEN_ROWS = ("sft", "dpo", "kto")
 """Algorithms that train on given rows; their scorer judges held-out completions only."""
 COMPARING = ("sppo", "inpo")
 """Algorithms whose scorer compares completions."""
+TAUGHT = ("distill",)
+"""Algorithms with a teacher in place of a scorer; theirs judges held-out completions only."""
 BEGINNER_KEYS = (
     *("samples", "pairs", "loss", "beta", "kl", "kl_coef", "eta", "tau", "offline"),
-    *("critic_warmup", "train_on", "depth", "width", "step_tokens", "judge_votes", "last_only"),
+    *("critic_warmup", "train_on", "threshold", "reward_coef", "depth", "width", "step_tokens"),
+    *("judge_votes", "last_only"),
 )
 """Keys of algorithms that a first config shows, where an algorithm has them."""
 
@@ -106,11 +110,7 @@ def write_project(directory: Path, algorithm: str, model: str, device: Device) -
         model=model,
         rows=len(rows["train"]),
         columns=", ".join(f"`{column}`" for column in rows["train"][0]),
-        role=(
-            f"Here they measure only: {algorithm} trains on the rows."
-            if algorithm in GIVEN_ROWS
-            else "Higher is better."
-        ),
+        role=_role(algorithm),
     )
     files = {
         "config.yaml": _config(algorithm, plugin, _model(model), device),
@@ -126,6 +126,15 @@ def write_project(directory: Path, algorithm: str, model: str, device: Device) -
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return [directory / name for name in files]
+
+
+def _role(algorithm: str) -> str:
+    """Return what the project's reward function is for."""
+    if algorithm in GIVEN_ROWS:
+        return f"Here they measure only: {algorithm} trains on the rows."
+    if algorithm in TAUGHT:
+        return "Here they measure only: the policy learns from `reference.model`; name a teacher."
+    return "Higher is better."
 
 
 def _model(text: str) -> str:
@@ -144,12 +153,12 @@ def _config(algorithm: str, plugin: type[Any], model: str, device: Device) -> st
     """Return the config: some keys of each section, each below its help."""
     scorer_type = "pairwise_rule" if algorithm in COMPARING else "rule"
     function = "rewards:prefer" if algorithm in COMPARING else "rewards:score"
-    use = "evaluate" if algorithm in GIVEN_ROWS else "train"
+    use = "evaluate" if algorithm in (*GIVEN_ROWS, *TAUGHT) else "train"
     scorers: dict[str, Any] = {use: [{"type": scorer_type, "function": function}]}
     if algorithm in COMPARING:
         scorers["evaluate"] = [{"type": "rule", "function": "rewards:score"}]
     dtype = "float32" if device == "cpu" else "bfloat16"
-    sections: Mapping[str, tuple[type[BaseModel], Values]] = {
+    sections: dict[str, tuple[type[BaseModel], Values]] = {
         "run": (RunConfig, {"dir": "runs/first", "iterations": 4, "eval_every": 2}),
         "policy": (PolicyConfig, {"model": model, "dtype": dtype}),
         "prompts": (
@@ -167,6 +176,8 @@ def _config(algorithm: str, plugin: type[Any], model: str, device: Device) -> st
         "learner": (LearnerConfig, {"lr": 1e-6, "dtype": dtype}),
         "cluster": (ClusterConfig, {"device": device}),
     }
+    if algorithm in TAUGHT:
+        sections["reference"] = (ReferenceConfig, {"model": model})
     blocks = [
         _wrapped(summary(plugin), ""),
         "# Other keys have defaults; `rayhf config config.yaml` prints them all.\n",

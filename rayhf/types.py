@@ -399,6 +399,10 @@ GIVEN = -1
 """`Row.sample` of a row whose response is not one of its group's samples."""
 
 
+PEOPLE = "people"
+"""`Example.objective` of a pair that waits for people's verdicts: it is not trained on."""
+
+
 def make_row(group: Group, index: int, *, score: float) -> Row:
     """Return the training row of one sample, with its behavior log-probs."""
     completion = group.samples[index].completion

@@ -72,6 +72,9 @@ class SelectionContext:
     labels: Sequence[Example] = ()
     """(chosen, rejected) pairs labeled by people since the previous iteration; only for an
     algorithm that TakesLabels."""
+    unanswered: Callable[[int], Sequence[Example]] = lambda iteration: ()
+    """Returns the examples of an earlier iteration with the objective PEOPLE, without those that
+    people have judged since."""
 
 
 class Algorithm(Protocol):
@@ -95,6 +98,16 @@ class Algorithm(Protocol):
 
         Where an iteration has several steps, the controller adds old_logp in any case.
         """
+        ...
+
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether the completions that it trains on are scored or compared."""
+        ...
+
+    @property
+    def muted_guards(self) -> frozenset[str]:
+        """Guards that do not apply, by their keys in the config."""
         ...
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
@@ -127,6 +140,8 @@ class AlgorithmBase:
 
     reference: ReferenceSchedule | None = None
     needs_old_logp = False
+    needs_scorer = True
+    muted_guards: frozenset[str] = frozenset()
 
     def credit(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, float]]:
         """Return the examples as they are."""

@@ -29,7 +29,7 @@ from rayhf.config.algorithms import OfflineConfig, PreviousReference, ReferenceS
 from rayhf.config.schema import CampaignConfig
 from rayhf.data.preferences import iteration_pairs
 from rayhf.errors import ConfigError
-from rayhf.types import GIVEN, Example, Group, Prompt, TokenArray, derive_seed
+from rayhf.types import GIVEN, PEOPLE, Example, Group, Prompt, TokenArray, derive_seed
 
 
 class IterativeDPOConfig(PairedConfig):
@@ -126,13 +126,13 @@ class IterativeDPO(PairedAlgorithm):
         for back, share in enumerate(self.config.earlier, start=1):
             # Pairs that were mixed into that iteration are not drawn again: they belong to an
             # iteration before it.
-            own = [
+            before = [
                 example
                 for example in context.earlier(context.iteration - back)
                 if not example.iterations_back
             ]
             count = round(share * fresh.metrics["pairs/kept"])
-            drawn = _draw(own, count, derive_seed(context.seed, "earlier", back))
+            drawn = _draw(before, count, derive_seed(context.seed, "earlier", back))
             earlier += [_mark(example, iterations_back=back) for example in drawn]
         offline = self.config.offline
         given = iteration_pairs(
@@ -146,7 +146,8 @@ class IterativeDPO(PairedAlgorithm):
             "pairs/earlier": float(len(earlier)),
             "pairs/given": float(len(given)),
         }
-        examples = [_mark(e) for e in fresh.examples] + earlier + [_mark(e) for e in given]
+        own = [e if e.objective == PEOPLE else _mark(e) for e in fresh.examples]
+        examples = own + earlier + [_mark(e) for e in given]
         return Selection(examples=tuple(examples), metrics=metrics, no_signal=fresh.no_signal)
 
 

@@ -26,6 +26,7 @@ from rayhf.algorithms.base import (
 )
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.pair_selection import PairSelection, all_pairs, best_random, best_worst
+from rayhf.algorithms.routing import PeopleConfig, RoutedPairs, route
 from rayhf.config.algorithms import (
     AlgorithmConfig,
     ImportanceConfig,
@@ -33,6 +34,7 @@ from rayhf.config.algorithms import (
     ReferenceSchedule,
 )
 from rayhf.config.registry import LOSSES
+from rayhf.config.schema import CampaignConfig
 from rayhf.losses.base import Loss
 from rayhf.losses.pairs import PairLoss, PairLossConfig
 from rayhf.losses.preference import SigmoidConfig
@@ -60,6 +62,13 @@ class PairedConfig(AlgorithmConfig):
     reference: ReferenceSchedule = InitialReference()
     """Schedule of the reference; reference-free losses ignore it."""
     importance: ImportanceConfig = ImportanceConfig()
+    people: PeopleConfig | None = None
+    """Pairs that people judge in place of the scorer. Default: none."""
+
+    def check_campaign(self, campaign: CampaignConfig) -> None:
+        """Refuse pairs for people that they would never see."""
+        if self.people is not None:
+            self.people.check_campaign(campaign)
 
 
 class OnlineDPOConfig(PairedConfig):
@@ -90,7 +99,31 @@ class PairedAlgorithm(AlgorithmBase, ABC):
         return await sample_and_score(prompt, context, self.samples)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
-        """Pair the scored samples of each prompt; add the pairs that people labeled."""
+        """Pair the scored samples of each prompt; add the pairs that people labeled.
+
+        With `people`, some pairs are left to these, and those that they left unanswered come back.
+        """
+        own, ties = self._own_pairs(groups, context)
+        no_signal = tie_share(len(own), ties)
+        people = self.paired.people
+        routed = route(own, people, context) if people else RoutedPairs(scorer=own)
+        metrics = {**_pair_metrics(routed.scorer), "pairs/ties": float(ties)}
+        if people:
+            metrics["pairs/routed"] = float(len(routed.people))
+            metrics["pairs/expired"] = float(len(routed.expired))
+        labels = [replace(label, scalars={"margin": np.nan}) for label in context.labels]
+        if labels:
+            metrics["pairs/human"] = float(len(labels))
+        return Selection(
+            examples=(*routed.scorer, *labels, *routed.expired, *routed.people),
+            metrics=metrics,
+            no_signal=no_signal,
+        )
+
+    def _own_pairs(
+        self, groups: Sequence[Group], context: SelectionContext
+    ) -> tuple[list[Example], int]:
+        """Return the pairs of the prompts' own samples, and the number of ties."""
         examples: list[Example] = []
         ties = 0
         for group in groups:
@@ -112,18 +145,7 @@ class PairedAlgorithm(AlgorithmBase, ABC):
                     for i in (pair.chosen, pair.rejected)
                 )
                 examples.append(Example(rows=rows, scalars={"margin": pair.margin}))
-        metrics = {"pairs/kept": float(len(examples)), "pairs/ties": float(ties)}
-        no_signal = tie_share(len(examples), ties)
-        if examples:
-            margins = [example.scalars["margin"] for example in examples]
-            lengths = [[len(row.response_ids) for row in example.rows] for example in examples]
-            gaps = [chosen - rejected for chosen, rejected in lengths]
-            metrics["pairs/margin_mean"] = float(np.mean(margins))
-            metrics["pairs/length_gap"] = float(np.mean(gaps))
-        if context.labels:
-            metrics["pairs/human"] = float(len(context.labels))
-            examples += [replace(label, scalars={"margin": np.nan}) for label in context.labels]
-        return Selection(examples=tuple(examples), metrics=metrics, no_signal=no_signal)
+        return examples, ties
 
     @property
     @abstractmethod
@@ -145,6 +167,19 @@ class PairedAlgorithm(AlgorithmBase, ABC):
     def loss(self, objective: str = "policy") -> Loss:
         """Return the configured preference loss."""
         return self._loss
+
+
+def _pair_metrics(pairs: Sequence[Example]) -> dict[str, float]:
+    """Return how many pairs there are, and how their scores and lengths differ."""
+    metrics = {"pairs/kept": float(len(pairs))}
+    if pairs:
+        margins = [pair.scalars["margin"] for pair in pairs]
+        lengths = [[len(row.response_ids) for row in pair.rows] for pair in pairs]
+        metrics["pairs/margin_mean"] = float(np.mean(margins))
+        metrics["pairs/length_gap"] = float(
+            np.mean([chosen - rejected for chosen, rejected in lengths])
+        )
+    return metrics
 
 
 class OnlineDPO(PairedAlgorithm):

@@ -95,7 +95,9 @@ class Controller:
         self._explorations: dict[int, asyncio.Task[ExploredIteration]] = {}
         self._seconds: dict[str, float] = {}
         self._alarmed: set[tuple[str, str]] = set()
-        self._muted = {guard for e in data.evaluations.values() for guard in e.muted_guards}
+        self._muted = algorithm.muted_guards.union(
+            *(evaluation.muted_guards for evaluation in data.evaluations.values())
+        )
 
     async def run(self) -> None:
         """Run to the last iteration.

@@ -11,6 +11,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -25,12 +26,12 @@ from rayhf.algorithms.base import (
 from rayhf.campaign.annotation import Annotator, Columns, Timed
 from rayhf.campaign.drift import drift_kl, initial_rows
 from rayhf.config.schema import CampaignConfig
-from rayhf.control.labels import label_is_due, labeled_examples
+from rayhf.control.labels import label_is_due, labeled_examples, unanswered_pairs
 from rayhf.losses.value import explained_variance
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Roles
 from rayhf.run_dir.store import RunDir
-from rayhf.types import Batch, Example, Group, Row, Sampling, derive_seed
+from rayhf.types import PEOPLE, Batch, Example, Group, Row, Sampling, derive_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,15 +83,17 @@ class Trainer:
             self._selection_context(iteration),
             earlier=self.store.read_examples,
             labels=self._labels(iteration) if isinstance(self.algorithm, TakesLabels) else (),
+            unanswered=partial(self._unanswered, iteration),
         )
         selection = await asyncio.to_thread(self.algorithm.select, groups, context)
         metrics |= selection.metrics
         if selection.no_signal is not None:
             metrics["selection/no_signal"] = selection.no_signal
         self.store.write_examples(iteration, selection.examples)
+        trained = tuple(e for e in selection.examples if e.objective != PEOPLE)
         return SelectedExamples(
-            examples=selection.examples,
-            prompt_ids=_trained_prompts(groups, selection.examples, self.config.prompts.batch),
+            examples=trained,
+            prompt_ids=_trained_prompts(groups, trained, self.config.prompts.batch),
         )
 
     def _selection_context(self, iteration: int) -> SelectionContext:
@@ -129,6 +132,15 @@ class Trainer:
             "labels", iteration, is_due=lambda row: label_is_due(row, iteration), warn=warn
         )
         return labeled_examples(self.store.path, labels, warn=warn)
+
+    def _unanswered(self, iteration: int, earlier: int) -> tuple[Example, ...]:
+        """Return the pairs that `earlier` left to people and that they have not judged."""
+        pairs = self.store.read_examples(earlier, objective=PEOPLE)
+        if not pairs:
+            return ()
+        since = range(earlier + 1, iteration + 1)
+        labels = self.store.inbox.taken("labels", since, warn=partial(self.observer.event, "warn"))
+        return unanswered_pairs(earlier, pairs, labels)
 
     async def _learn_policy(
         self,

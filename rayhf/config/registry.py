@@ -228,6 +228,8 @@ ALGORITHMS = Registry(
         "sft": "rayhf.algorithms.sft:SFT",
         "dpo": "rayhf.algorithms.dpo:OfflineDPO",
         "kto": "rayhf.algorithms.kto:KTO",
+        "online_kto": "rayhf.algorithms.online_kto:OnlineKTO",
+        "distill": "rayhf.algorithms.distill:Distill",
     },
 )
 

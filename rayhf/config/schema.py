@@ -207,8 +207,8 @@ class ReferenceConfig(Section):
     """The frozen reference model."""
 
     model: ModelName | None = None
-    """Initial reference model (directory or hub name), with the policy's tokenizer. Default: the
-    policy's model."""
+    """Initial reference model (directory or hub name), with the policy's tokenizer; for distill,
+    the teacher. Default: the policy's model."""
     replicas: PositiveInt = 1
     """Actors with the same weights, which share the rows; a lost one is replaced."""
     ranks: PositiveInt = 1

@@ -11,18 +11,20 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from rayhf.algorithms.routing import MAX_EXPIRE
 from rayhf.errors import ConfigError
 from rayhf.run_dir.files import storage_errors
 from rayhf.run_dir.inbox import check_submission
 from rayhf.run_dir.names import iteration_name
 from rayhf.run_dir.state import CampaignState, read_state
-from rayhf.types import Example, JsonObject, Message, given_row
+from rayhf.types import PEOPLE, Example, JsonObject, Message, given_row
 
 _RECENT = 5
 """Committed iterations that pairs come from: older completions no longer represent the policy."""
@@ -63,19 +65,60 @@ class _TokenRow(TypedDict):
 
 
 def uncertain_pairs(run: Path, count: int, *, labeled: Collection[str] = ()) -> list[UncertainPair]:
-    """Return the least certain pairs that are not `labeled`, newest iteration first.
+    """Return pairs that are not `labeled`: those that wait for people, then the least certain ones.
 
-    At most one per prompt and iteration.
+    Of each kind the newest iteration first. Of the second kind at most one per prompt and
+    iteration; pairs that wait are not among them.
     """
     committed = _committed(run)
-    pairs: list[UncertainPair] = []
+    pairs = [pair for pair in _waiting_pairs(run, committed) if pair.pair_id not in labeled]
+    shown = {*labeled, *(pair.pair_id for pair in pairs)}
     for iteration in range(committed, max(0, committed - _RECENT), -1):
         file = _samples_file(run, iteration)
         if len(pairs) >= count or not file.exists():
             break
-        candidates = (pair for pair in _pairs(file, iteration) if pair.pair_id not in labeled)
+        candidates = (pair for pair in _pairs(file, iteration) if pair.pair_id not in shown)
         pairs += sorted(candidates, key=lambda pair: pair.certainty)
     return pairs[:count]
+
+
+def _waiting_pairs(run: Path, committed: int) -> Iterator[UncertainPair]:
+    """Yield the pairs that committed iterations left to people and that have not expired."""
+    for iteration in range(committed, max(0, committed - MAX_EXPIRE), -1):
+        file = run / "examples" / f"{iteration_name(iteration)}.parquet"
+        samples = _samples_file(run, iteration)
+        if not (file.exists() and samples.exists()):
+            return
+        columns = ["prompt_id", "samples", "scalars"]
+        waiting = [
+            (row["prompt_id"], *sorted(row["samples"]))
+            for row in pq.read_table(
+                file, columns=columns, filters=[("objective", "=", PEOPLE)]
+            ).to_pylist()
+            if dict(row["scalars"])["expires"] > committed
+        ]
+        if not waiting:
+            continue
+        groups, spread = _scored_groups(samples)
+        for prompt, first, second in waiting:
+            rows = {row["sample"]: row for row in groups[prompt]}
+            yield _pair(iteration, prompt, rows[first], rows[second], spread)
+
+
+def unanswered_pairs(
+    iteration: int, pairs: Sequence[Example], labels: Sequence[JsonObject]
+) -> tuple[Example, ...]:
+    """Return the pairs of an iteration that no label judges, in either order."""
+    judged = {str(label["pair_id"]) for label in labels}
+
+    def is_judged(pair: Example) -> bool:
+        first, second = (row.sample for row in pair.rows)
+        prompt = pair.rows[0].prompt_id
+        return not judged.isdisjoint(
+            {f"{iteration}/{prompt}/{first}/{second}", f"{iteration}/{prompt}/{second}/{first}"}
+        )
+
+    return tuple(pair for pair in pairs if not is_judged(pair))
 
 
 def _committed(run: Path) -> int:
@@ -84,30 +127,39 @@ def _committed(run: Path) -> int:
 
 def _pairs(file: Path, iteration: int) -> Iterator[UncertainPair]:
     """Yield each prompt's least certain pair of different texts."""
+    groups, spread = _scored_groups(file)
+    for prompt, rows in groups.items():
+        pairs = (
+            _pair(iteration, prompt, first, second, spread)
+            for first, second in combinations(rows, 2)
+            if first["text"] != second["text"]
+        )
+        best = min(pairs, key=lambda pair: pair.certainty, default=None)
+        if best is not None:
+            yield best
+
+
+def _scored_groups(file: Path) -> tuple[dict[str, list[_ScoredRow]], float]:
+    """Return the scored answers by prompt, and the standard deviation of all their scores."""
     columns = ["prompt_id", "messages", "sample", "kind", "parent", "text", "score", "wins"]
     groups: dict[str, list[_ScoredRow]] = defaultdict(list)
     for row in pq.read_table(file, columns=columns).to_pylist():
         if row["kind"] == "answer" and row["parent"] is None and row["score"] is not None:
             groups[row["prompt_id"]].append(row)
     scores = [row["score"] for rows in groups.values() for row in rows]
-    spread = float(np.std(scores)) if scores else 0.0
-    for prompt, rows in groups.items():
-        best = None
-        for index, first in enumerate(rows):
-            for second in rows[index + 1 :]:
-                if first["text"] == second["text"]:
-                    continue
-                certainty = _certainty(first, second, spread)
-                if best is None or certainty < best.certainty:
-                    best = UncertainPair(
-                        pair_id=f"{iteration}/{prompt}/{first['sample']}/{second['sample']}",
-                        messages=tuple(first["messages"]),
-                        first=first["text"],
-                        second=second["text"],
-                        certainty=certainty,
-                    )
-        if best is not None:
-            yield best
+    return groups, float(np.std(scores)) if scores else 0.0
+
+
+def _pair(
+    iteration: int, prompt: str, first: _ScoredRow, second: _ScoredRow, spread: float
+) -> UncertainPair:
+    return UncertainPair(
+        pair_id=f"{iteration}/{prompt}/{first['sample']}/{second['sample']}",
+        messages=tuple(first["messages"]),
+        first=first["text"],
+        second=second["text"],
+        certainty=_certainty(first, second, spread),
+    )
 
 
 def _certainty(first: _ScoredRow, second: _ScoredRow, spread: float) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rayhf.config.base import PluginConfig
 from rayhf.losses.base import LossOutput, MicroBatch, sum_rows
-from rayhf.losses.policy import need
+from rayhf.losses.policy import need, policy_metrics
 
 
 class KTOLossConfig(PluginConfig):
@@ -44,11 +44,14 @@ class KTOLoss:
     Config = KTOLossConfig
 
     config: KTOLossConfig
+    sampled: bool = False
+    """Whether responses are the policy's own: only then do they measure its entropy, its KL to the
+    reference, and the mismatch with the engines."""
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
         """Whether entropy_T is computed, and whether it carries gradient."""
-        return "off"
+        return "metric" if self.sampled else "off"
 
     def __call__(self, output_T: Tensor, micro: MicroBatch) -> LossOutput:
         """Return this micro-batch's share. Raises ValueError without ref_logp.
@@ -68,7 +71,8 @@ class KTOLoss:
         )
         count = max(micro.totals.examples, 1.0)
         loss = loss_R.sum() / count
-        metrics = {"learner/loss": loss.detach(), "kto/kl": kl_R.sum() / count}
+        metrics = policy_metrics(output_T, micro) if self.sampled else {}
+        metrics |= {"learner/loss": loss.detach(), "kto/kl": kl_R.sum() / count}
         return LossOutput(
             loss=loss, metrics=metrics | _rewards(config.beta * ratio_R.detach(), up_R, micro)
         )

@@ -144,7 +144,7 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
 def _require_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
     """Refuse a campaign that scores completions without a scorer. Raises ConfigError."""
     example = "for example [{type: rule, function: my_rules:score}]"
-    if not config.scorer.train and generates(algorithm):
+    if not config.scorer.train and generates(algorithm) and algorithm.needs_scorer:
         raise ConfigError(
             f"scorer.train: {config.algorithm.type} scores the completions that it trains on, and "
             f"there is no scorer; expected at least one, {example}"
@@ -386,6 +386,12 @@ def _check_models(config: CampaignConfig, algorithm: Algorithm, models: Mapping[
             raise ConfigError(
                 f"{key}: its tokenizer ({theirs}) differs from the one of policy.model ({mine}); "
                 "both score the same token ids, so they must be equal"
+            )
+        limit = model_length(read_model_config(other, key=key))
+        if limit is not None and limit < length:
+            raise ConfigError(
+                f"{key}: the model was made for at most {limit} tokens, and prompt and response "
+                f"together may have {length}; expected policy.max_length of at most {limit}"
             )
     return length
 

@@ -20,7 +20,7 @@ import stat
 import threading
 import uuid
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -332,8 +332,8 @@ class Inbox:
         due, at most `limit`. Where the record of what it took is damaged, it takes them again.
         `warn` gets a line about each line that is no row, and about each damaged record.
         """
-        folder = self._run / "inbox" / "taken"
-        own = folder / f"{row_type}-{iteration:06d}.json"
+        own = self._taken_file(row_type, iteration)
+        folder = own.parent
         if own.exists():
             rows, _ = _read(own, warn)
             if rows is not None:
@@ -352,6 +352,24 @@ class Inbox:
             write_json(own, {"rows": waiting, "checksum": checksum({"rows": waiting})}, self._check)
             side.remove({str(row["id"]) for row in waiting})
         return waiting
+
+    def taken(
+        self,
+        row_type: RowType,
+        iterations: Iterable[int],
+        *,
+        warn: Callable[[str], object] = logger.warning,
+    ) -> list[JsonObject]:
+        """Return the rows that these iterations took; none of a damaged record."""
+        rows: list[JsonObject] = []
+        for iteration in iterations:
+            file = self._taken_file(row_type, iteration)
+            if file.exists():
+                rows += _read(file, warn)[0] or []
+        return rows
+
+    def _taken_file(self, row_type: RowType, iteration: int) -> Path:
+        return self._run / "inbox" / "taken" / f"{row_type}-{iteration:06d}.json"
 
 
 class _Side:

@@ -104,11 +104,11 @@ class Records:
         """Wait for the table in progress."""
         self._writer.close()
 
-    def read_examples(self, iteration: int) -> list[Example]:
-        """Return the policy's examples of an earlier iteration; none where there was none."""
+    def read_examples(self, iteration: int, *, objective: str = "policy") -> list[Example]:
+        """Return an objective's examples of an earlier iteration; none where there was none."""
         file = self._table("examples", iteration)
         with storage_errors("read", file):
-            return tables.read_examples(file) if file.exists() else []
+            return tables.read_examples(file, objective) if file.exists() else []
 
     def _table(self, folder: str, iteration: int) -> Path:
         return self._run / folder / f"{iteration_name(iteration)}.parquet"

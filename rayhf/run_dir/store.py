@@ -213,9 +213,9 @@ class RunDir:
         """Wait until the tables that were started are on the disk. Raises their first error."""
         await self._records.tables_written()
 
-    def read_examples(self, iteration: int) -> list[Example]:
-        """Return the policy's examples of an earlier iteration; none where there was none."""
-        return self._records.read_examples(iteration)
+    def read_examples(self, iteration: int, *, objective: str = "policy") -> list[Example]:
+        """Return an objective's examples of an earlier iteration; none where there was none."""
+        return self._records.read_examples(iteration, objective=objective)
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
         """Drop the records after a checkpoint, or all: those iterations will be repeated."""

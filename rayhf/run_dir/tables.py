@@ -242,11 +242,11 @@ def _lists(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> pa.ListA
     return pa.ListArray.from_arrays(ends, np.concatenate([np.empty(0, dtype), *arrays]))
 
 
-def read_examples(file: Path) -> list[Example]:
-    """Return the sampled examples of the objective "policy", as they were selected."""
+def read_examples(file: Path, objective: str = "policy") -> list[Example]:
+    """Return the sampled examples of an objective, as they were selected."""
     examples = []
     for record in pq.read_table(file).to_pylist():
-        if record["objective"] != "policy" or min(record["samples"]) < 0:
+        if record["objective"] != objective or min(record["samples"]) < 0:
             continue
         columns = ("samples", "prompt_ids", "response_ids", "behavior_logp", "scores")
         rows = tuple(
@@ -266,6 +266,7 @@ def read_examples(file: Path) -> list[Example]:
             Example(
                 rows=rows,
                 scalars=dict(record["scalars"]),
+                objective=objective,
                 iterations_back=record["iterations_back"],
             )
         )

@@ -7,7 +7,7 @@ import math
 import pyarrow.parquet as pq
 import pytest
 from campaigns import make_config, metrics_of, run_campaign
-from fakes import FakeChat, FakeLearner, FakeScorer, make_prompts
+from fakes import FakeChat, FakeLearner, FakeRollout, FakeScorer, make_prompts
 
 from rayhf.algorithms.base import SelectionContext, needs_frozen_reference
 from rayhf.config.load import load_config
@@ -39,6 +39,7 @@ LOOPS = {
     "xpo": {},
     "dno": {"samples": 4, "disjoint_iterations": False, "min_margin": 0.1},
     "hypo": {"samples": 3},
+    "online_kto": {"samples": 3},
 }
 
 
@@ -211,6 +212,24 @@ def test_hypo_takes_pairs_and_samples_in_every_step(tmp_path):
     for batch in batches:
         assert {e.scalars["pair"] for e in batch.examples} == {0.0, 1.0}
         assert all(len(e.rows) == (2 if e.scalars["pair"] else 3) for e in batch.examples)
+
+
+def test_semi_online_dpo_keeps_the_generating_weights_for_several_steps(tmp_path):
+    config = make_config(
+        tmp_path,
+        run={"iterations": 2},
+        prompts={"train": "t", "batch": 12},
+        learner={"prompts_per_step": 4},
+    )
+    rollout = FakeRollout()
+    learner = run_campaign(config, rollout=rollout, heldout=()).learners["policy"]
+    assert learner.steps == 6 and rollout.version == 2
+    trained = [e.rows[0].prompt_id for batch in learner.batches[:3] for e in batch.examples]
+    assert len(set(trained)) == len(trained) <= 12  # every prompt in one step only
+    for iteration in (1, 2):
+        file = config.run.dir / f"samples/iteration-{iteration:06d}.parquet"
+        versions = pq.read_table(file, columns=["policy_version"])["policy_version"].to_pylist()
+        assert set(versions) == {iteration - 1}
 
 
 def test_disjoint_iterations_are_guaranteed_or_refused(tmp_path):
