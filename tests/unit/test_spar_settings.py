@@ -79,7 +79,7 @@ def test_instruction_of_several_turns_is_one_text():
         ({"verdict_pattern": "yes|no"}, "expected a group"),
         ({"refined_pattern": "(a"}, "not a regular expression"),
         ({"verdict_no": "YES"}, "are both 'yes'"),
-        ({"refiner": {"shared": True, "model": "m"}}, "the policy is the refiner"),
+        ({"refiner": {"shared": True, "model": "m"}}, "the policy has both roles"),
         ({"gate": 1.0}, "less than 1"),
         ({"refiner_data": {"tree_maybe": 1}}, "Extra inputs"),
     ],
