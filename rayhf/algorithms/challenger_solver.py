@@ -158,14 +158,15 @@ class ChallengerSolver(SecondPolicy, GRPO):
             [task_text(self._task_pattern, sample.completion) or "" for _, _, sample in valid],
             repetition.similarity,
         )
+        places = [(number, index) for number, index, _ in valid]
+        share_of = dict(zip(places, cluster_shares(clusters), strict=True))
         rewards: list[dict[int, float]] = [{} for _ in groups]
         for number, index, sample in texts:
             if not sample.stats["valid"]:
                 rewards[number][index] = self.config.invalid_reward
-        for (number, index, sample), share in zip(valid, cluster_shares(clusters), strict=True):
-            if "rate" in sample.stats:
-                reward = uncertainty(sample.stats["rate"]) - repetition.weight * share
-                rewards[number][index] = reward
+            elif "rate" in sample.stats:
+                penalty = repetition.weight * share_of[number, index]
+                rewards[number][index] = uncertainty(sample.stats["rate"]) - penalty
         rates = [sample.stats["rate"] for _, _, sample in valid if "rate" in sample.stats]
         metrics = {"tasks/unscored": float(len(valid) - len(rates))}
         if texts:

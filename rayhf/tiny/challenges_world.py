@@ -31,10 +31,7 @@ def make(
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Build the task into `directory`; return (sizes, measured figures)."""
     heldout = list(islice(challenges.heldout_chains(seed), HELDOUT))
-    write_rows(
-        directory / "heldout.jsonl",
-        [{"prompt": chain.prompt, "answer": chain.answer} for chain in heldout],
-    )
+    write_rows(directory / "heldout.jsonl", [{"prompt": chain.prompt} for chain in heldout])
     topics = [{"prompt": challenges.topic_prompt(topic)} for topic in challenges.topics()]
     random.Random(f"challenges topics {seed}").shuffle(topics)
     write_rows(directory / "train.jsonl", topics)

@@ -5,8 +5,7 @@ model:
 
     DIR/<task>/policy/          Hugging Face model directory with a tokenizer that has a chat
                                 template
-    DIR/<task>/train.jsonl, heldout.jsonl         {"prompt": ...}, with "answer" for arithmetic and
-                                the held-out questions of challenges
+    DIR/<task>/train.jsonl, heldout.jsonl         {"prompt": ...}, with "answer" for arithmetic
     DIR/words/reward_model/, pairs_train.jsonl, pairs_test.jsonl
     DIR/<task>/manifest.json    seed, recipe version, file sizes, measured figures
 
