@@ -13,6 +13,7 @@ it judges; stat "verdict" where it has one). Nothing else is kept.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -144,9 +145,10 @@ class SelfRewarding(SecondPolicy, OnlineDPO):
         if self.config.verdicts is not None:
             return self._words.get(found.casefold())
         try:
-            return float(found)
+            verdict = float(found)
         except ValueError:
             return None
+        return verdict if math.isfinite(verdict) else None
 
     def _score(self, judgments: Sequence[Completion]) -> Outcome:
         """Return the mean verdict of a completion's judgments."""
@@ -165,7 +167,7 @@ class SelfRewarding(SecondPolicy, OnlineDPO):
         )
         quality = judge_quality(
             groups,
-            [pair for pair in selection.examples if np.isfinite(pair.scalars["margin"])],
+            [pair for pair in selection.examples if math.isfinite(pair.scalars["margin"])],
             pass_verdict=self.config.pass_verdict,
             pass_score=self.config.pass_score,
         )

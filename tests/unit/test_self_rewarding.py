@@ -135,11 +135,13 @@ def test_equal_completions_are_judged_once_and_ties_dropped():
 
 def test_numeric_verdicts_by_default():
     algorithm = SelfRewarding(SelfRewardingConfig())
-    context = context_of(["x"], {})
     judged = ["Score: 4", "about Score: 2 and then\nScore: 3.5", "Score: 9", "4 points"]
     completions = asyncio.run(ScriptedContext(lambda policy, text, draw: judged[draw]).sample(4))
     assert [algorithm.verdict(c) for c in completions] == [4.0, 3.5, None, None]
-    assert context.sampled == []
+    anything = SelfRewarding(SelfRewardingConfig(verdict_pattern="^(.*)$"))
+    texts = ["nan", "inf", "x", "2"]
+    completions = asyncio.run(ScriptedContext(lambda policy, text, draw: texts[draw]).sample(4))
+    assert [anything.verdict(c) for c in completions] == [None, None, None, 2.0]
 
 
 def test_requests_have_the_judges_settings():
