@@ -6,6 +6,8 @@ A group's samples are the challenger's texts (kind "task") and then the solver's
     valid    1 where it has a task that can be labeled, else 0
     first    index of the first text of the group with the same task
     rate     share of the task's scored answers that are right; missing where none was scored
+
+An answer's stat "verified" is the scorers' score where its label is the majority's.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ class Labels:
     """One per answer; None where the task has no label."""
     rate: float | None
     """Share of right answers; None where no answer could be scored."""
+    by_majority: bool
+    """Whether they are the majority's; else they are the scorers'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +90,8 @@ def label_answers(
 
 def _verified(outcomes: Sequence[Outcome], pass_score: float) -> Labels:
     right = [outcome.value >= pass_score for outcome in outcomes if isinstance(outcome, Scored)]
-    return Labels(outcomes=outcomes, rate=sum(right) / len(right) if right else None)
+    rate = sum(right) / len(right) if right else None
+    return Labels(outcomes=outcomes, rate=rate, by_majority=False)
 
 
 def _majority(answers: Sequence[str | None]) -> Labels:
@@ -95,9 +100,10 @@ def _majority(answers: Sequence[str | None]) -> Labels:
     votes = [count for _, count in counts.most_common(2)]
     rate = votes[0] / len(answers) if votes else 0.0
     if not votes or (len(votes) > 1 and votes[0] == votes[1]):
-        return Labels(outcomes=[None] * len(answers), rate=rate)
+        return Labels(outcomes=[None] * len(answers), rate=rate, by_majority=True)
     label = counts.most_common(1)[0][0]
-    return Labels(outcomes=[Scored(value=float(a == label)) for a in stripped], rate=rate)
+    outcomes = [Scored(value=float(answer == label)) for answer in stripped]
+    return Labels(outcomes=outcomes, rate=rate, by_majority=True)
 
 
 def group_samples(
@@ -140,13 +146,14 @@ def group_samples(
         assert label is not None
         each = solved[task]
         for answer, outcome, given in zip(each.answers, label.outcomes, each.outcomes, strict=True):
+            is_measured = label.by_majority and isinstance(given, Scored)
             samples.append(
                 Sample(
                     completion=answer,
                     outcome=outcome,
                     context_ids=each.context_ids,
                     parent=parent,
-                    stats={"verified": given.value} if isinstance(given, Scored) else {},
+                    stats={"verified": given.value} if is_measured else {},
                 )
             )
     return tuple(samples)

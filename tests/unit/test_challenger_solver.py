@@ -136,7 +136,6 @@ def test_one_iteration_by_hand():
         "reward": -0.5,
         "unscored": 0,
         "unlabeled": 0,
-        "label_accuracy": 1,
     }
     assert selection.metrics == pytest.approx({f"tasks/{k}": v for k, v in expected.items()})
     assert all(find(name) is not None for name in {**selection.metrics, **group.metrics})
