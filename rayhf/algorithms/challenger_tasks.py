@@ -146,14 +146,14 @@ def group_samples(
         assert label is not None
         each = solved[task]
         for answer, outcome, given in zip(each.answers, label.outcomes, each.outcomes, strict=True):
-            is_measured = label.by_majority and isinstance(given, Scored)
+            measured = given if label.by_majority else None
             samples.append(
                 Sample(
                     completion=answer,
                     outcome=outcome,
                     context_ids=each.context_ids,
                     parent=parent,
-                    stats={"verified": given.value} if is_measured else {},
+                    stats={"verified": measured.value} if isinstance(measured, Scored) else {},
                 )
             )
     return tuple(samples)
