@@ -206,7 +206,7 @@ class TakesLabels(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSchedule:
-    """Optimizer steps of an objective other than "policy", at temperature 1."""
+    """Optimizer steps of an objective other than "policy"."""
 
     epochs: int
     examples_per_step: int

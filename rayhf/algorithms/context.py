@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from rayhf.types import Comparison, Completion, Message, Outcome, Sampling, TokenIds
+from rayhf.types import Comparison, Completion, Message, Outcome, Prompt, Sampling, TokenIds
 
 
 class ExplorationContext(Protocol):
@@ -56,8 +56,13 @@ class ExplorationContext(Protocol):
         """
         ...
 
-    async def score(self, completions: Sequence[Completion]) -> tuple[Outcome, ...]:
-        """Return one outcome per completion."""
+    async def score(
+        self, completions: Sequence[Completion], *, prompt: Prompt | None = None
+    ) -> tuple[Outcome, ...]:
+        """Return one outcome per completion of the prompt, or of another `prompt`.
+
+        Another one is a task that the exploration made; its id must be its own.
+        """
         ...
 
     async def compare(self, completions: Sequence[Completion]) -> Comparison:

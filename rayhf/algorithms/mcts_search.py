@@ -25,9 +25,9 @@ from typing import Literal
 import numpy as np
 
 from rayhf.algorithms.context import ExplorationContext
+from rayhf.algorithms.conversation import instruction_text
 from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig, OutcomeConfig, SelfEvaluationConfig
 from rayhf.algorithms.mcts_samples import tree_samples
-from rayhf.algorithms.spar_dialogue import instruction_text
 from rayhf.data.jinja_sandbox import SandboxedTemplate
 from rayhf.errors import ConfigError
 from rayhf.search.mcts import End, Step, Tree, TreeNode

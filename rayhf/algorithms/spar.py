@@ -21,15 +21,15 @@ from dataclasses import replace
 
 from rayhf.algorithms.base import (
     AlgorithmBase,
-    OtherPolicy,
     Selection,
     SelectionContext,
-    TrainSchedule,
 )
 from rayhf.algorithms.context import ExplorationContext
+from rayhf.algorithms.conversation import instruction_text
+from rayhf.algorithms.second_policy import SecondPolicy
 from rayhf.algorithms.spar_config import SPaRConfig
 from rayhf.algorithms.spar_data import actor_examples, judge_accuracy, refiner_examples
-from rayhf.algorithms.spar_dialogue import Dialogue, instruction_text
+from rayhf.algorithms.spar_dialogue import RefinerDialogue
 from rayhf.algorithms.spar_exploration import PromptExploration, search_metrics
 from rayhf.config.algorithms import ReferenceSchedule
 from rayhf.config.registry import LOSSES
@@ -41,7 +41,7 @@ from rayhf.search.refine import Draft, RefineVerdict
 from rayhf.types import Completion, Group, Prompt, Sample
 
 
-class SPaR(AlgorithmBase):
+class SPaR(SecondPolicy, AlgorithmBase):
     """SPaR: failing completions against their refinements by tree search (Cheng et al. 2024)."""
 
     Config = SPaRConfig
@@ -50,9 +50,9 @@ class SPaR(AlgorithmBase):
         self.config = config
         self.samples = config.samples
         self.reference: ReferenceSchedule | None = config.reference
-        self.policies = ("policy",) if config.refiner.shared else ("policy", "refiner")
+        self.set_role("refiner", config.refiner)
         self.at_test_time = config.test_time_refine
-        self._dialogue = Dialogue(config)
+        self._dialogue = RefinerDialogue(config)
         self._losses: Mapping[str, Loss] = {
             "policy": LOSSES.build(config.loss, importance_cap=None, nll_coef=config.nll_coef),
             "refiner": SFTLoss(),
@@ -154,26 +154,6 @@ class SPaR(AlgorithmBase):
     def loss(self, objective: str = "policy") -> Loss:
         """Return the actor's preference loss or the refiner's cross-entropy."""
         return self._losses[objective]
-
-    def trained_policy(self, objective: str) -> str:
-        """Return the refiner for its own objective, where it is a policy of its own."""
-        return objective if objective in self.policies else "policy"
-
-    def train_schedule(self, objective: str) -> TrainSchedule:
-        """Return the refiner's schedule. Raises KeyError for any other objective."""
-        if objective != "refiner":
-            raise KeyError(f"SPaR has no further objective {objective!r}")
-        return TrainSchedule(
-            epochs=self.config.refiner.epochs,
-            examples_per_step=self.config.refiner.examples_per_step,
-        )
-
-    def other_policy(self, name: str) -> OtherPolicy:
-        """Return the refiner's settings. Raises KeyError for any other policy."""
-        if name not in self.policies[1:]:
-            raise KeyError(f"SPaR has no further policy {name!r}")
-        refiner = self.config.refiner
-        return OtherPolicy(model=refiner.model, lr=refiner.lr, warmup_steps=refiner.warmup_steps)
 
 
 def _fails(verdict: RefineVerdict) -> bool:

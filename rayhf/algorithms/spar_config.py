@@ -5,11 +5,9 @@ Defaults are those of the paper's released code unless a line says ours.
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import (
-    BeforeValidator,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -19,6 +17,14 @@ from pydantic import (
     model_validator,
 )
 
+from rayhf.algorithms.conversation import (
+    Conversation,
+    TurnTemplate,
+    check_conversation,
+    check_pattern,
+    user_turn,
+)
+from rayhf.algorithms.second_policy import SecondPolicyConfig
 from rayhf.config.algorithms import (
     AlgorithmConfig,
     PreviousReference,
@@ -27,10 +33,7 @@ from rayhf.config.algorithms import (
     refuse_thinking,
 )
 from rayhf.config.base import Section
-from rayhf.config.jinja_text import variables_of
-from rayhf.config.models import ModelName
 from rayhf.config.registry import LOSSES
-from rayhf.errors import ConfigError
 from rayhf.losses.pairs import PairLossConfig
 from rayhf.losses.preference import SigmoidConfig
 from rayhf.search.refine import RefineSettings
@@ -59,26 +62,7 @@ Reflection: (what has to change)
 [[start]](the improved answer)[[end]]"""
 
 
-class TurnTemplate(Section):
-    """One turn of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    """Role of the message."""
-    content: str
-    """Jinja2 template of the message."""
-
-
-def _one_turn(value: object) -> object:
-    return ({"role": "user", "content": value},) if isinstance(value, str) else value
-
-
-Conversation = Annotated[
-    tuple[TurnTemplate, ...],
-    BeforeValidator(_one_turn, json_schema_input_type=str | tuple[TurnTemplate, ...]),
-]
-"""A string is one user turn."""
-
-JUDGE_TEMPLATE = (TurnTemplate(role="user", content=JUDGE_REQUEST),)
+JUDGE_TEMPLATE = user_turn(JUDGE_REQUEST)
 REFINE_TEMPLATE = (
     TurnTemplate(role="user", content="{{ judge_prompt }}"),
     TurnTemplate(role="assistant", content="{{ judgement }}"),
@@ -86,15 +70,9 @@ REFINE_TEMPLATE = (
 )
 
 
-class RefinerConfig(Section):
+class RefinerConfig(SecondPolicyConfig):
     """The second policy: it judges and refines, and is fine-tuned on its own accepted texts."""
 
-    shared: bool = False
-    """Use one model as actor and refiner: the refiner's examples then train the policy, with
-    learner.lr."""
-    model: ModelName | None = None
-    """Initial model (directory or hub name), with the policy's tokenizer. Default: the policy's
-    model."""
     lr: PositiveFloat = 2e-6
     """Learning rate; constant after the warm-up, as in the source."""
     warmup_steps: NonNegativeInt = 0
@@ -104,14 +82,6 @@ class RefinerConfig(Section):
     examples_per_step: PositiveInt = 64
     """Examples per optimizer step: 2 per device, 4 accumulated, on 8 devices (the number of devices
     is ours)."""
-    max_tokens: PositiveInt | None = None
-    """Maximum number of tokens per judgment or refinement. Default: rollout.max_tokens."""
-
-    @model_validator(mode="after")
-    def _one_model(self) -> RefinerConfig:
-        if self.shared and self.model is not None:
-            raise ValueError("shared is true, so model must be null: the policy is the refiner")
-        return self
 
 
 class RefinerDataConfig(Section):
@@ -174,30 +144,12 @@ class SPaRConfig(RefineSettings, AlgorithmConfig):
         known = {"instruction", "response"}
         if info.field_name == "refine_template":
             known |= {"judgement", "judge_prompt"}
-        if not value or value[-1].role != "user":
-            raise ValueError("the last turn must be the user's")
-        names: set[str] = set()
-        for turn in value:
-            try:
-                names |= variables_of(turn.content)
-            except ValueError as error:
-                raise ValueError(f"not a Jinja2 template ({error})") from None
-        if unknown := sorted(names - known):
-            raise ValueError(f"unknown variable {unknown[0]}; valid: {', '.join(sorted(known))}")
-        return value
+        return check_conversation(value, known)
 
     @field_validator("verdict_pattern", "refined_pattern")
     @classmethod
     def _one_group(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        try:
-            groups = re.compile(value).groups
-        except re.error as error:
-            raise ValueError(f"not a regular expression ({error})") from None
-        if groups < 1:
-            raise ValueError("expected a group ( ) around the part to extract")
-        return value
+        return None if value is None else check_pattern(value)
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
         """Refuse a thinking model, samples of earlier weights, and a schedule of unknown length.
@@ -208,12 +160,7 @@ class SPaRConfig(RefineSettings, AlgorithmConfig):
             campaign, "has no importance weights: its chosen answers are the refiner's"
         )
         refuse_thinking(campaign, "a refined answer has no thinking of its own to train on")
-        schedule = campaign.learner.schedule
-        if self.refiner.shared and schedule != "constant":
-            raise ConfigError(
-                f"learner.schedule is {schedule}: with algorithm.refiner.shared the number of "
-                "optimizer steps depends on what is generated; expected constant"
-            )
+        self.refiner.check_schedule(campaign, "algorithm.refiner")
 
     @model_validator(mode="after")
     def _two_verdicts(self) -> SPaRConfig:

@@ -16,8 +16,9 @@ from dataclasses import replace
 import numpy as np
 
 from rayhf.algorithms.context import ExplorationContext
+from rayhf.algorithms.conversation import instruction_text
 from rayhf.algorithms.spar_config import SPaRConfig
-from rayhf.algorithms.spar_dialogue import Dialogue, instruction_text
+from rayhf.algorithms.spar_dialogue import RefinerDialogue
 from rayhf.search.refine import (
     Draft,
     RefineNode,
@@ -33,7 +34,11 @@ class PromptExploration:
     """Judgments and refinements of one prompt's completions, recorded as samples."""
 
     def __init__(
-        self, config: SPaRConfig, dialogue: Dialogue, prompt: Prompt, context: ExplorationContext
+        self,
+        config: SPaRConfig,
+        dialogue: RefinerDialogue,
+        prompt: Prompt,
+        context: ExplorationContext,
     ) -> None:
         self.samples: list[Sample] = []
         self._config = config

@@ -207,7 +207,7 @@ class Trainer:
                 for start in range(0, len(order), schedule.examples_per_step):
                     self.observer.phase(iteration, f"learn {objective}", epoch, schedule.epochs)
                     part = tuple(order[start : start + schedule.examples_per_step])
-                    batch = Batch(examples=part)
+                    batch = Batch(examples=part, temperature=self.config.train_temperature)
                     steps.append(await learner.step(batch, self.algorithm.loss(objective)))
         for name, value in over_steps(steps).items():
             if "learner/" in name:

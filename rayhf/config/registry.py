@@ -225,6 +225,8 @@ ALGORITHMS = Registry(
         "hypo": "rayhf.algorithms.hypo:HyPO",
         "mcts_dpo": "rayhf.algorithms.mcts_dpo:MCTSDPO",
         "spar": "rayhf.algorithms.spar:SPaR",
+        "self_rewarding": "rayhf.algorithms.self_rewarding:SelfRewarding",
+        "challenger_solver": "rayhf.algorithms.challenger_solver:ChallengerSolver",
         "sft": "rayhf.algorithms.sft:SFT",
         "dpo": "rayhf.algorithms.dpo:OfflineDPO",
         "kto": "rayhf.algorithms.kto:KTO",

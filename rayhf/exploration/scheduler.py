@@ -137,18 +137,24 @@ class PromptContext:
             )
         )
 
-    async def score(self, completions: Sequence[Completion]) -> tuple[Outcome, ...]:
-        """Return one outcome per completion."""
-        return await self._scheduler.score(self._score_request(completions))
+    async def score(
+        self, completions: Sequence[Completion], *, prompt: Prompt | None = None
+    ) -> tuple[Outcome, ...]:
+        """Return one outcome per completion of the prompt, or of another `prompt`."""
+        return await self._scheduler.score(self._score_request(completions, prompt))
 
     async def compare(self, completions: Sequence[Completion]) -> Comparison:
         """Return the win probabilities among the completions."""
         return await self._scheduler.compare(self._score_request(completions))
 
-    def _score_request(self, completions: Sequence[Completion]) -> ScoreRequest:
+    def _score_request(
+        self, completions: Sequence[Completion], prompt: Prompt | None = None
+    ) -> ScoreRequest:
         number = self._scorings
         self._scorings += 1
-        return ScoreRequest(prompt=self._prompt, completions=tuple(completions), number=number)
+        return ScoreRequest(
+            prompt=prompt or self._prompt, completions=tuple(completions), number=number
+        )
 
 
 @dataclass(slots=True)

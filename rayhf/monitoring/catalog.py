@@ -197,6 +197,8 @@ METRICS: tuple[Metric, ...] = (
         ("<objective>/sft/nll", "nats/token", "sft/nll of a further objective"),
         ("<objective>/sft/nll_response", "nats", "sft/nll_response of a further objective"),
         ("<objective>/policy/entropy", "nats/token", "policy/entropy of a further objective"),
+        ("<objective>/rollout/<metric>", "", "rollout/<metric> of a further objective's loss"),
+        ("<objective>/ppo/<metric>", "", "ppo/<metric> of a further objective"),
     ),
     *_rows(
         "weight sync without LoRA",
@@ -377,6 +379,38 @@ METRICS: tuple[Metric, ...] = (
         ("spar/refiner_<kind>", "count", "the refiner's examples of one kind"),
         ("spar/refiner_capped", "count", "the refiner's examples above their cap"),
         ("spar/refiner_repeats", "count", "the refiner's examples dropped as repeats"),
+    ),
+    *_rows(
+        "self_rewarding",
+        ("self_rewarding/gold_mean", "score", "mean of the scorers' scores of completions"),
+        ("self_rewarding/gold_missing", "count", "completions that the scorers gave no score"),
+        ("self_rewarding/gold_margin", "score", "the scorers' score of chosen minus rejected"),
+        ("self_rewarding/judge_unparsable", "share", "judgments without a verdict"),
+        ("self_rewarding/judge_accuracy", "share", "verdicts that agree with the scorers"),
+        (
+            "self_rewarding/pair_accuracy",
+            "share",
+            "pairs of a prompt's completions that the judge orders as the scorers do, of those "
+            "that both order",
+        ),
+        (
+            "self_rewarding/pair_ties",
+            "share",
+            "pairs that the judge scores alike, of those that the scorers order",
+        ),
+        ("self_rewarding/too_long", "count", "completions too long to be judged, mean per prompt"),
+    ),
+    *_rows(
+        "challenger_solver",
+        ("tasks/valid", "share", "the challenger's texts with a valid task"),
+        ("tasks/distinct", "share", "clusters of similar tasks per valid task"),
+        ("tasks/rate", "share", "mean success rate of the solver on valid tasks"),
+        ("tasks/reward", "", "mean reward of the challenger"),
+        ("tasks/accepted", "count", "tasks that the solver is trained on"),
+        ("tasks/unlabeled", "count", "tasks without a most common answer"),
+        ("tasks/unscored", "count", "tasks none of whose answers could be scored"),
+        ("tasks/label_accuracy", "share", "most common answers that the scorers confirm"),
+        ("tasks/too_long", "count", "requests too long for a policy, mean per prompt"),
     ),
     *_rows(
         "evaluation of type scored, and prompts.heldout",

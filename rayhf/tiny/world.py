@@ -48,7 +48,17 @@ _SOURCES = {
         "tokenizer.py",
         "language_model.py",
     ),
+    "challenges": (
+        "challenges.py",
+        "challenges_world.py",
+        "arithmetic.py",
+        "arithmetic_world.py",
+        "tokenizer.py",
+        "language_model.py",
+    ),
 }
+_BASES = {"challenges": "arithmetic"}
+"""Task whose policy another one starts from."""
 
 
 TASKS = tuple(_SOURCES)
@@ -126,13 +136,15 @@ def _ensure(directory: Path, task: str, seed: int, progress: Progress) -> TaskIn
     expected = {"task": task, "seed": seed, "recipe": recipe}
     if (existing := _read_manifest(task_dir, expected)) is not None:
         return _info(task_dir, existing, cached=True)
+    base = _BASES.get(task)
+    base_dir = None if base is None else _ensure(directory, base, seed, progress).directory
     with _lock(directory / f".{task}.lock"):
         if (existing := _read_manifest(task_dir, expected)) is not None:
             return _info(task_dir, existing, cached=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=f".{task}-") as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
-            built = _make(task, new, seed, progress)
+            built = _make(task, new, seed, progress, base_dir)
             files = {str(path.relative_to(new)): path.stat().st_size for path in _files(new)}
             manifest: _Manifest = {
                 "task": task,
@@ -148,7 +160,7 @@ def _ensure(directory: Path, task: str, seed: int, progress: Progress) -> TaskIn
     return _info(task_dir, manifest, cached=False)
 
 
-def _make(task: str, directory: Path, seed: int, progress: Progress) -> _Built:
+def _make(task: str, directory: Path, seed: int, progress: Progress, base: Path | None) -> _Built:
     """Run the task's recipe.
 
     Imports are local because rule scorers import this package and do not need torch.
@@ -166,7 +178,10 @@ def _make(task: str, directory: Path, seed: int, progress: Progress) -> _Built:
     torch.set_num_threads(THREADS)
     try:
         sizes, measured = make(
-            directory, seed, lambda stage, fraction: progress(f"{task}: {stage}", fraction)
+            directory,
+            seed,
+            lambda stage, fraction: progress(f"{task}: {stage}", fraction),
+            **({} if base is None else {"base": base}),
         )
     finally:
         torch.set_num_threads(threads)

@@ -81,19 +81,28 @@ def test_instruction_policy_acts_judges_and_refines_moderately(
     assert sum(row["answer"] == "yes" for row in judgements) == len(judgements) // 2 == 250
 
 
+def test_challenges_policy_asks_and_solves_moderately(tiny: dict[str, TaskInfo]) -> None:
+    measured = tiny["challenges"].measured
+    assert measured["questions_valid"] > 0.85 and 1.2 < measured["questions_steps"] < 2.5
+    assert 0.1 <= measured["accuracy_sampled"] <= 0.4
+    assert measured["accuracy_greedy"] >= measured["accuracy_sampled"] + 0.2
+
+
 def test_train_and_heldout_prompts_do_not_overlap(tiny: dict[str, TaskInfo]) -> None:
     for info in tiny.values():
         train = rows(info.train)
         heldout = rows(info.heldout)
         prompts = [row["prompt"] for row in train + heldout]
-        # The game is learned from play, not from a variety of prompts.
-        enough = (600, 120) if info.task == "game" else (2000, 500)
+        # The game is learned from play, not from a variety of prompts; questions of challenges are
+        # generated.
+        few = {"game": (600, 120), "challenges": (126, 250)}
+        enough = few.get(info.task, (2000, 500))
         assert (len(train), len(heldout)) >= enough and len(heldout) >= enough[1]
         assert len(set(prompts)) == len(prompts)
         assert all(("answer" in row) == (info.task == "arithmetic") for row in train + heldout)
 
 
-@pytest.mark.parametrize("task", ["arithmetic", "words", "instructions"])
+@pytest.mark.parametrize("task", ["arithmetic", "words", "instructions", "challenges"])
 def test_policy_is_loadable_by_transformers_and_vllm(tiny: dict[str, TaskInfo], task: str) -> None:
     info = tiny[task]
     model = AutoModelForCausalLM.from_pretrained(info.policy)

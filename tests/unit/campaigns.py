@@ -18,7 +18,12 @@ from fakes import (
     make_prompts,
 )
 
-from rayhf.algorithms.base import TakesLabels, frozen_policies, needs_frozen_reference
+from rayhf.algorithms.base import (
+    TakesLabels,
+    frozen_policies,
+    needs_frozen_reference,
+    policies_of,
+)
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.data import CampaignData
 from rayhf.config.load import load_config
@@ -83,12 +88,13 @@ def run_campaign(
     if pairs is not None:
         encoded = encode_pairs(load_pairs(pairs, key="pairs").pairs, FakeChat(), key="pairs")
         algorithm.set_pairs(encoded)
+    others = policies_of(algorithm)[1:]
     roles = Roles(
         rollouts={"policy": rollout or FakeRollout()}
-        | {name: FakeRollout() for name in frozen_policies(algorithm)},
+        | {name: FakeRollout() for name in (*others, *frozen_policies(algorithm))},
         scorer=scorer or FakeScorer(),
         evaluator=None,
-        learners={"policy": learner or FakeLearner()},
+        learners={"policy": learner or FakeLearner()} | {name: FakeLearner() for name in others},
         critic=critic,
         reference=reference or (FakeReference() if needs_frozen_reference(algorithm) else None),
     )

@@ -125,7 +125,9 @@ class ScriptedContext:
             await asyncio.sleep(0)
         return tuple(make_completion(t, request=request, index=i) for i, t in enumerate(texts))
 
-    async def score(self, completions: Sequence[Completion]) -> tuple[Outcome, ...]:
+    async def score(
+        self, completions: Sequence[Completion], *, prompt: Prompt | None = None
+    ) -> tuple[Outcome, ...]:
         await asyncio.sleep(0)
         return tuple(self.outcomes.get(c.text, Scored(value=0.0)) for c in completions)
 

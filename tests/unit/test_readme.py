@@ -44,7 +44,8 @@ PROSE = {name: BLOCK.sub("", text) for name, text in TEXT.items()}
 COMMANDS = typer.main.get_command(app).commands
 METRIC = re.compile(
     r"`((?:policy|rollout|sync|scorer|reference|learner|critic|pairs|eval|time|staleness|selection"
-    r"|ppo|dpo|sppo|inpo|nash_md|xpo|dno|hypo|sft|kto|mcts|spar|value|game)/[\w/<>]+)`"
+    r"|ppo|dpo|sppo|inpo|nash_md|xpo|dno|hypo|sft|kto|mcts|spar|value|game|tasks"
+    r"|self_rewarding)/[\w/<>]+)`"
 )
 BASE = yaml.safe_load((ROOT / "configs/tiny/online_dpo_arithmetic.yaml").read_text())
 """The campaign that a part of a config is tried with."""

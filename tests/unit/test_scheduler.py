@@ -86,6 +86,32 @@ async def through_events(depth, coroutine):
     return result
 
 
+class RecordingScorer(FakeScorer):
+    """Remembers its requests."""
+
+    def __init__(self):
+        super().__init__()
+        self.requests = []
+
+    async def score(self, requests):
+        self.requests += requests
+        return await super().score(requests)
+
+
+def test_completions_of_another_prompt_are_scored_with_it():
+    (task,) = make_prompts(9)[8:]
+
+    async def explore(prompt, context):
+        completions = await context.sample(2)
+        await asyncio.gather(context.score(completions), context.score(completions, prompt=task))
+        return group(prompt, completions)
+
+    scorer = RecordingScorer()
+    run(explore, prompts=1, scorer=scorer)
+    seen = {(request.prompt.prompt_id, request.number) for request in scorer.requests}
+    assert seen == {("p000", 0), (task.prompt_id, 1)}
+
+
 @pytest.mark.parametrize("through", [through_gathers, through_tasks, through_events])
 def test_waves_wait_for_every_inner_task(through):
     """Each prompt has chains of three requests at several depths; a wave has one of each chain."""

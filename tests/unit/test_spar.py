@@ -31,7 +31,7 @@ from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.spar import SPaR
 from rayhf.algorithms.spar_config import RefinerDataConfig, SPaRConfig
 from rayhf.algorithms.spar_data import judge_accuracy, refiner_examples
-from rayhf.algorithms.spar_dialogue import Dialogue
+from rayhf.algorithms.spar_dialogue import RefinerDialogue
 from rayhf.config.schema import LearnerConfig
 from rayhf.learner.micro_batch import build_micro_batch
 from rayhf.learner.schedule import lr_factor
@@ -361,7 +361,7 @@ def test_truncated_texts_have_no_verdict_and_no_answer():
     )
     group = explore(spar(refine_retries=0), ScriptedContext(words))
     assert group.metrics["spar/malformed"] == 2 and group.metrics["spar/nodes"] == 1
-    dialogue = Dialogue(SPaRConfig.model_validate(SHORT))
+    dialogue = RefinerDialogue(SPaRConfig.model_validate(SHORT))
     cut = make_completion("it is yes...")
     assert dialogue.verdict(replace(cut, text="it is yes")) is None
     assert dialogue.verdict(replace(cut, text="it is yes", finish_reason="stop")) is True

@@ -10,8 +10,9 @@ import yaml
 from pydantic import ValidationError
 from scripted_spar import SHORT, TWO_STEPS, ScriptedContext, make_completion, make_prompt, spar
 
+from rayhf.algorithms.conversation import instruction_text
 from rayhf.algorithms.spar_config import SPaRConfig
-from rayhf.algorithms.spar_dialogue import Dialogue, instruction_text
+from rayhf.algorithms.spar_dialogue import RefinerDialogue
 from rayhf.data.chat import Chat
 from rayhf.errors import ConfigError
 from rayhf.tiny import instructions
@@ -43,12 +44,12 @@ def test_test_time_refinement_replaces_only_failing_answers():
     ],
 )
 def test_verdicts_in_the_default_format(text, expected):
-    dialogue = Dialogue(SPaRConfig())
+    dialogue = RefinerDialogue(SPaRConfig())
     assert dialogue.verdict(make_completion(text)) is expected
 
 
 def test_answers_cannot_inject_template_code():
-    (turn,) = Dialogue(SPaRConfig.model_validate(SHORT)).judge("{{ 1 + 1 }}", "{% for %}")
+    (turn,) = RefinerDialogue(SPaRConfig.model_validate(SHORT)).judge("{{ 1 + 1 }}", "{% for %}")
     assert turn == {"role": "user", "content": "J {{ 1 + 1 }}|{% for %}"}
 
 
@@ -78,7 +79,7 @@ def test_instruction_of_several_turns_is_one_text():
         ({"verdict_pattern": "yes|no"}, "expected a group"),
         ({"refined_pattern": "(a"}, "not a regular expression"),
         ({"verdict_no": "YES"}, "are both 'yes'"),
-        ({"refiner": {"shared": True, "model": "m"}}, "the policy is the refiner"),
+        ({"refiner": {"shared": True, "model": "m"}}, "the policy has both roles"),
         ({"gate": 1.0}, "less than 1"),
         ({"refiner_data": {"tree_maybe": 1}}, "Extra inputs"),
     ],
@@ -124,7 +125,7 @@ def test_tiny_preset_matches_the_tiny_task():
     assert [turn.content for turn in config.judge_template] == [instructions.JUDGE_TEMPLATE]
     assert [turn.content for turn in config.refine_template] == [instructions.REFINE_TEMPLATE]
     assert config.verdict_pattern == instructions.VERDICT and config.refined_pattern is None
-    dialogue, task = Dialogue(config), next(instructions.instructions(0))
+    dialogue, task = RefinerDialogue(config), next(instructions.instructions(0))
     for response in ("", "owl fox dog!"):
         said = instructions.judgement(task, response)
         completion = make_completion(said)
