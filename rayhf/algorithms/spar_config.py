@@ -6,7 +6,7 @@ Defaults are those of the paper's released code unless a line says ours.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -131,6 +131,8 @@ class RefinerDataConfig(Section):
 
 class SPaRConfig(RefineSettings, AlgorithmConfig):
     """Self-play with tree-search refinement (Cheng et al. 2024)."""
+
+    plays_episodes: ClassVar[bool] = False
 
     type: str = "spar"
     samples: PositiveInt = 5

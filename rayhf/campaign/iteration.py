@@ -79,6 +79,8 @@ class IterationExplorer:
             in_flight=run.max_in_flight
             or max(IN_FLIGHT, 2 * rollout.engines * rollout.max_num_seqs),
             score_calls=self.config.scorer.calls_in_flight,
+            environments=self.roles.environments,
+            environment_configs=self.config.environment,
         )
 
     def prompts_of(self, iteration: int) -> Sequence[Prompt]:

@@ -315,6 +315,15 @@ SUITES = Registry(
     },
 )
 
+ENVIRONMENTS = Registry(
+    "environment",
+    "rayhf.environments",
+    {
+        "tools": "rayhf.environments.tools:Tools",
+        "repeating_opponent": "rayhf.tiny.repeating_opponent:RepeatingOpponent",
+    },
+)
+
 REGISTRIES: Mapping[str, Registry] = {
     "algorithms": ALGORITHMS,
     "losses": LOSSES,
@@ -323,5 +332,6 @@ REGISTRIES: Mapping[str, Registry] = {
     "trackers": TRACKERS,
     "evaluations": EVALUATIONS,
     "suites": SUITES,
+    "environments": ENVIRONMENTS,
 }
 """Registries by the plural that `rayhf list` takes."""

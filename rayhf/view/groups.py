@@ -242,8 +242,10 @@ def _sample_json(run: Run, row: dict[str, Any], credit: dict[str, Any] | None) -
         "sample": row["sample"],
         "kind": row["kind"],
         "parent": row["parent"],
-        "text": row["text"] or "",
+        "text": transcript(row.get("turns")) or row["text"] or "",
         "thinking": row.get("thinking"),
+        "turns": row.get("turns"),
+        "ended": row.get("ended"),
         "score": _number(row["score"]),
         "scores": {name: _number(value) for name, value in row["scores"] or []},
         "replies": row.get("replies") or [],
@@ -256,6 +258,11 @@ def _sample_json(run: Run, row: dict[str, Any], credit: dict[str, Any] | None) -
         "length": len(ids),
         "tokens": _tokens_json(run, ids, row["logprobs"], credit),
     }
+
+
+def transcript(turns: Sequence[dict[str, Any]] | None) -> str:
+    """Return the messages of an episode as text; empty where there is none."""
+    return "\n\n".join(f"[{turn['role']}] {turn['content']}" for turn in turns or ())
 
 
 def _tokens_json(

@@ -28,7 +28,7 @@ from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.prompts import PromptSet
 from rayhf.evaluation.base import Evaluation
 from rayhf.monitoring.observer import Observer
-from rayhf.roles import Learner, Reference, Roles, Rollout, Scorer
+from rayhf.roles import Environments, Learner, Reference, Roles, Rollout, Scorer
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Prompt
 
@@ -77,6 +77,8 @@ def run_campaign(
     inputs: Mapping[str, str] | None = None,
     exported_files: Mapping[str, str] | None = None,
     observer: Observer | None = None,
+    environments: Environments | None = None,
+    chat: FakeChat | None = None,
 ) -> Roles:
     """Run the campaign to its end; return its roles."""
     algorithm = ALGORITHMS.build(config.algorithm)
@@ -90,6 +92,7 @@ def run_campaign(
         learners={"policy": learner or FakeLearner()},
         critic=critic,
         reference=reference or (FakeReference() if needs_frozen_reference(algorithm) else None),
+        environments=environments,
     )
     store = RunDir(config, takes_labels=isinstance(algorithm, TakesLabels))
     try:
@@ -98,7 +101,7 @@ def run_campaign(
             algorithm=algorithm,
             roles=roles,
             data=CampaignData(
-                chat=FakeChat(),
+                chat=chat or FakeChat(),
                 prompts=prompts
                 or PromptSet(prompts=tuple(make_prompts(12)), duplicates=0, label="test"),
                 heldout=tuple(heldout),
