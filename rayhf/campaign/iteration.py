@@ -88,7 +88,7 @@ class IterationExplorer:
         batch = self.config.prompts.batch
         dealt = self.data.prompts.batch(batch=batch, iteration=iteration, seed=self.config.seed)
         added: dict[str, Prompt] = {}
-        room = self.data.chat.max_length - self.sampling.max_tokens
+        room = self.data.chat.max_length - self.sampling.max_tokens - self.config.reply_tokens
         submitted = self.store.inbox.take(
             "prompts", iteration, limit=batch, warn=lambda line: self.observer.event("warn", line)
         )

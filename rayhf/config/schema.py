@@ -390,6 +390,11 @@ class CampaignConfig(Section):
     human preferences. Default: none."""
 
     @property
+    def reply_tokens(self) -> int:
+        """Most tokens that an environment adds to a prompt and a completion."""
+        return max((each.reply_tokens for each in self.environment), default=0)
+
+    @property
     def train_temperature(self) -> float:
         """Temperature of all log-probs that losses, KL and importance weights read."""
         at_sampling = self.algorithm.trains_at_sampling_temperature

@@ -11,6 +11,8 @@ Imports only the standard library until the path is set.
 """
 
 import asyncio
+import importlib
+import inspect
 import json
 import os
 import sys
@@ -52,9 +54,10 @@ class _Host:
     """The class, and the episodes that are under way."""
 
     def __init__(self, hello: dict[str, Any], response_fd: int) -> None:
-        import importlib
-
         self._class = getattr(importlib.import_module(hello["module"]), hello["class"])
+        for name in ("reset", "step"):
+            if not inspect.iscoroutinefunction(getattr(self._class, name, None)):
+                raise TypeError(f"{hello['class']} has no coroutine method {name!r}")
         self._config = self._class.Config.model_validate(hello["config"])
         self._timeout_s = hello["timeout_s"]
         self._response_fd = response_fd

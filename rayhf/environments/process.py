@@ -166,7 +166,7 @@ class _Worker:
                     case _:
                         raise LostError("the environment's process sent something unexpected")
         except (LostError, OSError) as error:
-            self._lose(str(error))
+            self.lose(str(error))
             return
         self._watch()
 
@@ -178,17 +178,17 @@ class _Worker:
         if self._waiting:
             loop = asyncio.get_running_loop()
             reason = f"no answer within {self._limit_s:g} s"
-            self._timer = loop.call_later(self._limit_s, self._lose, reason)
+            self._timer = loop.call_later(self._limit_s, self.lose, reason)
 
-    def _lose(self, reason: str) -> None:
-        self.close()
+    def lose(self, reason: str) -> None:
+        """End the process; its requests fail with the reason."""
+        self._end()
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(LostError(reason))
         self._waiting.clear()
 
-    def close(self) -> None:
-        """End the process."""
+    def _end(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -243,7 +243,7 @@ class EnvironmentHost:
         """End the processes."""
         for workers in self._workers.values():
             for worker in workers:
-                worker.close()
+                worker.lose("the environments were closed")
 
 
 def read_result(value: object, where: str) -> StepResult | Invalid:

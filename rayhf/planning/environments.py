@@ -67,18 +67,13 @@ def rewards_all(config: CampaignConfig) -> bool:
     return everything or set(source_names(config.prompts.train)) <= served
 
 
-def reply_tokens(config: CampaignConfig) -> int:
-    """Return the most tokens that replies add to a prompt and a completion."""
-    return max((each.reply_tokens for each in config.environment), default=0)
-
-
 def check_lengths(config: CampaignConfig, length: int) -> None:
     """Refuse episodes that do not fit into `length` tokens. Raises ConfigError."""
-    most = config.rollout.max_tokens + reply_tokens(config)
-    if config.environment and most >= length:
+    replies = config.reply_tokens
+    if config.environment and config.rollout.max_tokens + replies >= length:
         raise ConfigError(
             f"environment: rollout.max_tokens {config.rollout.max_tokens} and reply_tokens "
-            f"{reply_tokens(config)} together leave no room for a prompt in {length} tokens; "
+            f"{replies} together leave no room for a prompt in {length} tokens; "
             "lower one of them"
         )
 

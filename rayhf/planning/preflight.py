@@ -46,7 +46,6 @@ from rayhf.planning.environments import (
     check_environments,
     check_lengths,
     open_environments,
-    reply_tokens,
     rewards_all,
 )
 from rayhf.planning.in_flight import check_in_flight, updates_table
@@ -254,7 +253,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     tools, environment_notes = open_environments(config, chat, base)
     loader = PromptLoader(
         tokenizer=tokenizer,
-        max_prompt_tokens=max_length - config.rollout.max_tokens - reply_tokens(config),
+        max_prompt_tokens=max_length - config.rollout.max_tokens - config.reply_tokens,
         tools=partial(_tools_of, config, tools),
         embeddings=vocabulary_size(model_config),
         base=base,

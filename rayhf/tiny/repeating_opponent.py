@@ -1,8 +1,8 @@
 """The environment of the tiny game: an opponent that plays the same move in every round.
 
-A round is a turn of the policy. The opponent's move is drawn for each episode, and the policy reads
-it after its own: what wins is known from the second round on. An untrained policy wins about half
-of the points; without reading the replies no policy gets more in expectation.
+A round is a turn of the policy. The opponent's move follows from the prompt's text in no way that
+could be learned, and the policy reads it after its own: what wins is known from the second round
+on. Without reading the replies a policy gets half of the points in expectation, however it plays.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ class RepeatingOpponent:
         self._move = 0
 
     async def reset(self, row: Mapping[str, Any], *, seed: int) -> None:
-        """Draw the opponent's move; the prompt asks for the first one of the policy."""
-        self._move = random.Random(seed).randrange(len(ANSWERS))
+        """Draw the opponent's move; the prompt asks for the first one of the policy.
+
+        All episodes of a prompt have the same one: what differs between them is the policy's play.
+        """
+        self._move = random.Random(str(row["prompt"])).randrange(len(ANSWERS))
 
     async def step(self, message: Message) -> StepResult:
         """Return 1 for a win, 1/2 for a draw, 0 for a loss or no move, and the opponent's move."""

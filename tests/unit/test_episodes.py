@@ -24,6 +24,7 @@ from rayhf.types import (
     Invalid,
     Sampling,
     Scored,
+    ScoreRequest,
     StepResult,
     make_row,
 )
@@ -196,7 +197,7 @@ def test_first_messages_replace_the_prompt():
 
     environments = FakeEnvironments(rounds(2)._answer, first=first)
     rollout = Recording()
-    groups, scheduler = explore(environments, rollout=rollout)
+    groups, _ = explore(environments, rollout=rollout)
     assert len(set(environments.seeds)) == 6
     for group in groups:
         for index, sample in enumerate(group.samples):
@@ -207,13 +208,8 @@ def test_first_messages_replace_the_prompt():
 
 
 def test_comparison_is_that_of_rewards():
-    class Context:
-        pass
-
     groups, _ = explore(rounds(2))
     scorer = EpisodeScorer(NoScorer(), [RepeatingOpponentConfig()], is_pairwise=False)
-    from rayhf.types import ScoreRequest
-
     own = [s.completion for s in groups[0].samples]
     better = replace(own[0], episode=replace(own[0].episode, turns=()))
     request = ScoreRequest(prompt=groups[0].prompt, completions=(better, own[1]))
