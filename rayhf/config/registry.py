@@ -320,7 +320,7 @@ ENVIRONMENTS = Registry(
     "rayhf.environments",
     {
         "tools": "rayhf.environments.tools:Tools",
-        "repeating_opponent": "rayhf.tiny.repeating_opponent:RepeatingOpponent",
+        "second_try": "rayhf.tiny.second_try:SecondTry",
     },
 )
 

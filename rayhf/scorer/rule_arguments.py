@@ -19,7 +19,7 @@ Call = tuple[Prompt, tuple[Completion, ...]]
 """A prompt, and one of its completions, or the two that are compared."""
 _CONTEXT = ("prompt", "messages", "reference_answer", "row", "finish_reason", "thinking")
 OWN = {
-    "rayhf": ("completion", "episode", *_CONTEXT),
+    "rayhf": ("completion", *_CONTEXT, "episode"),
     "pairwise": ("first", "second", "prompt", "messages", "reference_answer", "row"),
     "verl": ("data_source", "solution_str", "ground_truth", "extra_info"),
     "trl": ("prompts", "completions", "completion_ids"),

@@ -18,7 +18,7 @@ from rayhf.environments.scorer import EpisodeScorer
 from rayhf.exploration.build import build_scheduler
 from rayhf.models.source import load_tokenizer
 from rayhf.scorer.none import NoScorer
-from rayhf.tiny.repeating_opponent import RepeatingOpponentConfig
+from rayhf.tiny.second_try import SecondTryConfig
 from rayhf.types import (
     Completion,
     GenerateRequest,
@@ -76,7 +76,7 @@ def test_tokens_are_the_engines_and_logprobs_those_of_the_whole(
     directory = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(directory)
     chat = Chat(load_tokenizer(directory, key="model", template=TEMPLATE), max_length=256)
-    config = RepeatingOpponentConfig(rounds=3)
+    config = SecondTryConfig(tries=3)
     rollout = Direct(engine)
 
     async def play() -> list[Group]:
@@ -91,7 +91,12 @@ def test_tokens_are_the_engines_and_logprobs_those_of_the_whole(
             environment_configs=(config,),
         )
         prompts = [
-            Prompt(prompt_id=f"p{i}", messages=(), token_ids=(3 + i, TURN), row={"prompt": str(i)})
+            Prompt(
+                prompt_id=f"p{i}",
+                messages=(),
+                token_ids=(3 + i, TURN),
+                row={"prompt": str(i), "answer": "x"},
+            )
             for i in range(2)
         ]
         try:

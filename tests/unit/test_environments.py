@@ -236,7 +236,7 @@ def config(**sections):
             "policy": {"model": "m"},
             "prompts": {"train": [{"path": "a.jsonl", "type": "file", "name": "a"}], "batch": 4},
             "algorithm": {"type": "grpo", "samples": 2},
-            "environment": "repeating_opponent",
+            "environment": "second_try",
             **sections,
         }
     )
@@ -255,7 +255,7 @@ def test_rewards_of_an_environment_need_no_scorer():
         ({"algorithm": {"type": "spar"}}, "spar samples parts of answers"),
         ({"algorithm": {"type": "sft"}}, "sft trains on given rows"),
         (
-            {"environment": {"type": "repeating_opponent", "sources": ["b"]}},
+            {"environment": {"type": "second_try", "sources": ["b"]}},
             "'b' is not the name of a source of prompts",
         ),
         ({"environment": {"type": "tools", "tools": ["m:f"]}}, "there is no scorer"),
@@ -280,20 +280,20 @@ def test_what_cannot_play_is_refused(sections, message):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        (["repeating_opponent", "repeating_opponent"], "different names"),
+        (["second_try", "second_try"], "different names"),
         (
-            [{"type": "repeating_opponent", "name": "x"}, {"type": "repeating_opponent"}],
+            [{"type": "second_try", "name": "x"}, {"type": "second_try"}],
             "each needs `sources`",
         ),
         (
             [
-                {"type": "repeating_opponent", "name": "x", "sources": ["a"]},
-                {"type": "repeating_opponent", "sources": ["a"]},
+                {"type": "second_try", "name": "x", "sources": ["a"]},
+                {"type": "second_try", "sources": ["a"]},
             ],
             "several environments serve the source 'a'",
         ),
         ("own_environment:Echo", "no module named 'own_environment'"),
-        ({"type": "repeating_opponent", "max_turn": 3}, "max_turns"),
+        ({"type": "second_try", "max_turn": 3}, "max_turns"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(environment, message):

@@ -15,7 +15,8 @@ from rayhf.environments.scorer import EpisodeScorer
 from rayhf.exploration.build import build_scheduler
 from rayhf.run_dir.tables import example_table, read_examples, sample_table
 from rayhf.scorer.none import NoScorer
-from rayhf.tiny.repeating_opponent import RepeatingOpponentConfig
+from rayhf.scorer.rule_arguments import Parameters
+from rayhf.tiny.second_try import SecondTryConfig
 from rayhf.types import (
     Compared,
     Example,
@@ -61,7 +62,7 @@ def explore(
     **settings,
 ):
     """Explore prompts by episodes; return the groups."""
-    config = RepeatingOpponentConfig(**settings)
+    config = SecondTryConfig(**settings)
 
     async def go():
         scheduler = build_scheduler(
@@ -207,9 +208,23 @@ def test_first_messages_replace_the_prompt():
             assert tuple(context) in {request.token_ids for request in rollout.requests}
 
 
+def test_rules_get_the_messages_of_an_episode():
+    groups, _ = explore(rounds(2))
+    completion = groups[0].samples[0].completion
+    both = {"required": (), "takes_any": False, "is_async": False}
+    ours = Parameters(style="rayhf", names=("completion", "episode"), **both)
+    call = [(groups[0].prompt, (completion,))]
+    given = ours.arguments(call, conversational=None)
+    assert given["completion"] == given["episode"][2]["content"] == completion.text
+    assert [m["reward"] for m in given["episode"]] == [1.0, 0.0, 2.0, 0.0]
+    trl = Parameters(style="trl", names=("completions",), **both)
+    ((*messages,),) = trl.arguments(call, conversational=True)["completions"]
+    assert messages == [{k: m[k] for k in ("role", "content")} for m in given["episode"]]
+
+
 def test_comparison_is_that_of_rewards():
     groups, _ = explore(rounds(2))
-    scorer = EpisodeScorer(NoScorer(), [RepeatingOpponentConfig()], is_pairwise=False)
+    scorer = EpisodeScorer(NoScorer(), [SecondTryConfig()], is_pairwise=False)
     own = [s.completion for s in groups[0].samples]
     better = replace(own[0], episode=replace(own[0].episode, turns=()))
     request = ScoreRequest(prompt=groups[0].prompt, completions=(better, own[1]))
@@ -222,7 +237,7 @@ def test_tables_keep_turns_and_inserted_tokens(tmp_path):
     groups, _ = explore(rounds(3))
     table = sample_table(1, groups).to_pylist()
     assert [turn["role"] for turn in table[0]["turns"]] == ["assistant", "user"] * 3
-    assert table[0]["ended"] == "done" and table[0]["environment"] == "repeating_opponent"
+    assert table[0]["ended"] == "done" and table[0]["environment"] == "second_try"
     examples = [Example(rows=(make_row(group, i, score=1.0),)) for group in groups for i in (0, 1)]
     plain = Group(
         prompt=groups[0].prompt,
@@ -254,7 +269,7 @@ def test_resume_within_an_episode_equals_the_uninterrupted_run(tmp_path):
             return await super().generate(requests, version=version)
 
     def play(directory, **roles):
-        config = make_config(directory, algorithm=GRPO, environment={"type": "repeating_opponent"})
+        config = make_config(directory, algorithm=GRPO, environment={"type": "second_try"})
         scorer = EpisodeScorer(FakeScorer(), config.environment, is_pairwise=False)
         rollout = roles.pop("rollout", None) or FakeRollout()
         run_campaign(
@@ -289,7 +304,7 @@ def test_a_learner_gets_the_inserted_tokens(tmp_path):
         tmp_path,
         algorithm={**GRPO, "type": "ppo"},
         run={"iterations": 1},
-        environment={"type": "repeating_opponent"},
+        environment={"type": "second_try"},
         scorer={},
     )
     learner = FakeLearner()
