@@ -172,6 +172,15 @@ class Inserted(_ByValue):
         return own + np.searchsorted(self.before, own, side="right")
 
 
+def inserted_tokens(
+    token_ids: Sequence[int] | None, before: Sequence[int] | None
+) -> Inserted | None:
+    """Return the inserted tokens of two lists; None where there are none."""
+    if not (token_ids and before):
+        return None
+    return Inserted(token_ids=token_array(token_ids), before=token_array(before))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """A message of an episode."""
@@ -557,6 +566,7 @@ def given_row(
     response_ids: Iterable[int],
     *,
     score: float = math.nan,
+    inserted: Inserted | None = None,
 ) -> Row:
     """Return the training row of a response that was not sampled in this campaign.
 
@@ -570,6 +580,7 @@ def given_row(
         response_ids=response,
         tokens={"behavior_logp": np.full(len(response), np.nan, dtype=np.float32)},
         scalars={"score": score, "truncated": 0.0},
+        inserted=inserted,
     )
 
 

@@ -38,6 +38,7 @@ from rayhf.types import (
     TokenArray,
     Turn,
     float_array,
+    inserted_tokens,
     split_versions,
     token_array,
 )
@@ -336,9 +337,7 @@ def _unread(messages: Sequence[Message]) -> list[Turn]:
 def _inserted(state: _State) -> Inserted | None:
     """Return the tokens of the replies, without one that nothing was generated after."""
     replies = [(before, ids) for before, ids in state.replies if before < state.generated]
-    if not replies:
-        return None
-    return Inserted(
-        token_ids=token_array([token for _, ids in replies for token in ids]),
-        before=token_array([before for before, ids in replies for _ in ids]),
+    return inserted_tokens(
+        [token for _, ids in replies for token in ids],
+        [before for before, ids in replies for _ in ids],
     )

@@ -15,7 +15,7 @@ evaluations    one row per prompt and figure of every evaluation
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ from rayhf.types import (
     Example,
     Failed,
     Group,
-    Inserted,
     Invalid,
     Row,
     Scored,
     float_array,
+    inserted_tokens,
     token_array,
 )
 
@@ -193,6 +193,11 @@ def _episodes(episodes: Sequence[Episode | None]) -> dict[str, list[object]]:
     }
 
 
+def transcript(turns: Sequence[Mapping[str, object]] | None) -> str:
+    """Return the column `turns` of a sample as text; empty where there is none."""
+    return "\n\n".join(f"[{turn['role']}] {turn['content']}" for turn in turns or ())
+
+
 def _replies(group: Group, index: int) -> list[dict[str, object]]:
     """Return what judges wrote about a sample, or about a pair that it stood first in."""
     outcome = group.samples[index].outcome
@@ -304,9 +309,7 @@ def read_examples(file: Path) -> list[Example]:
                 response_ids=token_array(response_ids),
                 tokens={"behavior_logp": float_array(logp)},
                 scalars={"score": score},
-                inserted=Inserted(token_ids=token_array(ids), before=token_array(before))
-                if ids
-                else None,
+                inserted=inserted_tokens(ids, before),
             )
             for sample, prompt_ids, response_ids, logp, score, ids, before in zip(
                 *(record[column] for column in columns), strict=True

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayhf.run_dir.tables import transcript
 from rayhf.view.run import Run, scorer_names
 from rayhf.view.samples import read_columns
 
@@ -258,11 +259,6 @@ def _sample_json(run: Run, row: dict[str, Any], credit: dict[str, Any] | None) -
         "length": len(ids),
         "tokens": _tokens_json(run, ids, row["logprobs"], credit),
     }
-
-
-def transcript(turns: Sequence[dict[str, Any]] | None) -> str:
-    """Return the messages of an episode as text; empty where there is none."""
-    return "\n\n".join(f"[{turn['role']}] {turn['content']}" for turn in turns or ())
 
 
 def _tokens_json(

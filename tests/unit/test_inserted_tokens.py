@@ -123,7 +123,7 @@ def test_pairs_sum_over_the_tokens_of_the_policy() -> None:
     pair = Example(rows=(ROWS[0], ROWS[2]), scalars={"margin": 1.0})
     micro = build_micro_batch([pair], Totals(tokens=9, rows=2, examples=1), "cpu")
     logp_T = torch.linspace(-2, -1, 9, requires_grad=True)
-    loss = Sigmoid(SigmoidConfig(beta=0.5))(logp_T, micro).loss
+    loss = Sigmoid(SigmoidConfig(beta=0.5), importance_cap=None)(logp_T, micro).loss
     ref = torch.tensor(np.concatenate([r.tokens["ref_logp"] for r in pair.rows]))
     gap = logp_T - ref
     expected = -torch.nn.functional.logsigmoid(0.5 * (gap[:7].sum() - gap[7:].sum()))
