@@ -111,6 +111,8 @@ class _Host:
         if environment is None:
             return "lost", "the process that ran the episode was lost"
         result = await environment.step(argument)
+        if type(result).__name__ != "StepResult":
+            raise TypeError(f"step returned a {type(result).__name__}, not a StepResult")
         if result.done:
             self._episodes.pop(episode, None)
         return "ok", _values(result.messages, result.reward, result.done, result.metrics)

@@ -72,7 +72,8 @@ def test_answers_errors_and_lost_processes():
     assert second[0] == StepResult(messages=(reply,), reward=0.5, metrics={"turns": 1.0})
     assert isinstance(second[1], Invalid) and "ValueError: no luck" in second[1].reason
     assert second[2] == Failed(reason="environment Echo: no answer within 1 s")
-    assert isinstance(second[3], Invalid) and "AttributeError" in second[3].reason
+    assert isinstance(second[3], Invalid)
+    assert "TypeError: step returned a dict, not a StepResult" in second[3].reason
     assert isinstance(second[4], Invalid) and "not a finite number" in second[4].reason
     assert third[0].done and third[0].messages[0]["content"] == "2: x"
     assert isinstance(third[1], Failed)  # its episode ended with the error

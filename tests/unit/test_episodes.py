@@ -11,6 +11,7 @@ from fake_environments import FakeEnvironments, TurnChat, rounds
 from fakes import FakeLearner, FakeRollout, FakeScorer, make_prompts
 
 from rayhf.algorithms.base import sample_and_score
+from rayhf.control.labels import labeled_examples
 from rayhf.environments.scorer import EpisodeScorer
 from rayhf.exploration.build import build_scheduler
 from rayhf.run_dir.tables import example_table, read_examples, sample_table
@@ -110,7 +111,7 @@ def test_an_episode_is_one_completion_of_what_the_engine_wrote(deterministic, la
             assert row.tokens["turn_reward"].tolist() == [0, 0, 1, 0, 0, 2, 0, 0, 3]
             whole = [*group.prompt.token_ids, *row.inserted.fill(row.response_ids).tolist()]
             starts = {tuple(whole[:n]) for n in range(len(whole))}
-            assert sum(request.token_ids in starts for request in rollout.requests) == 3
+            assert len(starts & {request.token_ids for request in rollout.requests}) == 3
             reply = scheduler.replies.render(
                 [{"role": "user", "content": f"after {episode.turns[0].content}"}], turn=[last or 0]
             )
@@ -250,6 +251,19 @@ def test_tables_keep_turns_and_inserted_tokens(tmp_path):
     read = read_examples(tmp_path / "e.parquet")
     assert [e.rows[0].inserted for e in read] == [e.rows[0].inserted for e in examples]
     assert read[0].rows[0].inserted is not None and read[-1].rows[0].inserted is None
+
+
+def test_labels_of_episodes_keep_what_was_inserted(tmp_path):
+    groups, _ = explore(rounds(2))
+    (tmp_path / "samples").mkdir()
+    pq.write_table(sample_table(1, groups), tmp_path / "samples/iteration-000001.parquet")
+    prompt = groups[0].prompt.prompt_id
+    label = {"pair_id": f"1/{prompt}/1/0", "verdict": "first", "source": "me", "place": "here"}
+    ((chosen, rejected),) = [e.rows for e in labeled_examples(tmp_path, [label], warn=print)]
+    for row, sample in ((chosen, 1), (rejected, 0)):
+        expected = make_row(groups[0], sample, score=0.0)
+        assert row.inserted == expected.inserted is not None
+        assert np.array_equal(row.fed_ids, expected.fed_ids)
 
 
 GRPO = {"type": "grpo", "samples": 2, "kl": {"coef": 0.0}}
