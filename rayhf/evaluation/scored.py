@@ -192,15 +192,17 @@ def _answer_groups(
 async def _outcomes(
     prompts: Sequence[Prompt], completions: Sequence[Completion], scorer: Scorer
 ) -> list[Outcome]:
-    """Return each completion's outcome.
+    """Return each completion's outcome; of an episode that failed, the reason.
 
     Raises ScorerError where none could be scored.
     """
     requests = [
         ScoreRequest(prompt=p, completions=(c,)) for p, c in zip(prompts, completions, strict=True)
     ]
+    scores = [outcome for response in await scorer.score(requests) for outcome in response]
     outcomes: list[Outcome] = [
-        outcome for response in await scorer.score(requests) for outcome in response
+        (c.episode.problem if c.episode is not None else None) or outcome
+        for c, outcome in zip(completions, scores, strict=True)
     ]
     if not any(isinstance(outcome, Scored) for outcome in outcomes):
         reason = next(
