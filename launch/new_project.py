@@ -9,6 +9,7 @@ import json
 import random
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -211,8 +212,11 @@ def _wrapped(text: str, indent: str) -> str:
 
 
 def _rows(algorithm: str) -> dict[str, list[dict[str, Any]]]:
-    """Return example rows by file: sums of two numbers, none of them in two files."""
-    sums = [(first, second) for first in range(10, 60) for second in range(10, 60)]
+    """Return example rows by file: sums of three numbers, none of them in two files.
+
+    In the words of the tiny world's arithmetic, so that its small policy can learn from them.
+    """
+    sums = list(product(range(1, 10), repeat=3))
     drawn = random.Random(0).sample(sums, 96)
     heldout = [_prompt(*pair) for pair in drawn[:16]]
     rows = {"train": [_given(algorithm, *pair) for pair in drawn[16:80]], "heldout": heldout}
@@ -221,13 +225,13 @@ def _rows(algorithm: str) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def _prompt(first: int, second: int) -> dict[str, Any]:
-    return {"prompt": f"{first} + {second} = ?", "answer": str(first + second)}
+def _prompt(*terms: int) -> dict[str, Any]:
+    return {"prompt": f"What is {'+'.join(map(str, terms))}?", "answer": str(sum(terms))}
 
 
-def _given(algorithm: str, first: int, second: int) -> dict[str, Any]:
+def _given(algorithm: str, *terms: int) -> dict[str, Any]:
     """Return a row of prompts.train as the algorithm takes it."""
-    row = _prompt(first, second)
+    row = _prompt(*terms)
     right = str(row.pop("answer"))
     wrong = str(int(right) + 1)
     if algorithm == "sft":
@@ -235,7 +239,7 @@ def _given(algorithm: str, first: int, second: int) -> dict[str, Any]:
     if algorithm == "dpo":
         return row | {"chosen": right, "rejected": wrong}
     if algorithm == "kto":
-        liked = first % 2 == 0
+        liked = terms[0] % 2 == 0
         return row | {"completion": right if liked else wrong, "label": liked}
     return row | {"answer": right}
 

@@ -88,7 +88,7 @@ def _training_reward(run: Run) -> tuple[str, str, str, str] | None:
         return None
     first, last = ((each.values_P, each.weights_P) for each in (before, after))
     gain = difference_of_means(first, last) if min(len(first[0]), len(last[0])) > 1 else None
-    label = f"training reward, first and last {_LAST} iterations"
+    label = f"training reward, first iteration and last {len(files[-_LAST:])}"
     before_cell, after_cell = (_cell(mean_estimate(*each)) for each in (first, last))
     return label, before_cell, after_cell, _cell(gain, "+")
 

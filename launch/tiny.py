@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from rayhf.tiny import TaskInfo
+
+_LINES = 4
+"""Lines per stage where the output is no terminal."""
 
 
 def build_with_progress(
@@ -25,13 +29,17 @@ def build_with_progress(
         *columns, console=console, disable=not console.is_terminal, transient=True
     ) as progress:
         line = progress.add_task("tiny world", total=1.0)
-        seen: set[str] = set()
+        seen: set[tuple[str, int]] = set()
+        started = time.monotonic()
 
         def show(stage: str, fraction: float) -> None:
             progress.update(line, description=f"tiny world: {stage}", completed=fraction)
-            if stage not in seen and not console.is_terminal:
-                console.print(f"tiny world: {stage}", markup=False)
-            seen.add(stage)
+            step = (stage, int(fraction * _LINES))
+            if step not in seen and not console.is_terminal:
+                seconds = time.monotonic() - started
+                text = f"tiny world: {stage}, {fraction:.0%} ({seconds:.0f} s)"
+                console.print(text, markup=False, highlight=False)
+            seen.add(step)
 
         return build(directory, tasks=tasks, seed=seed, progress=show)
 

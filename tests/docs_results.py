@@ -106,20 +106,22 @@ def curve(
         height = 290 - 46 * step
         lines.append(f'  <line class="grid" x1="60" x2="620" y1="{height}" y2="{height}"/>')
         lines.append(f'  <text x="52" y="{height + 4}" text-anchor="end">{value:.2f}</text>')
-    ticks = int(right) if right <= 6 else 6
-    for tick in range(ticks + 1):
-        x = right * tick / ticks
-        left = 60 + 560 * tick / ticks
-        lines.append(f'  <text x="{left:.0f}" y="310" text-anchor="middle">{x:g}</text>')
+    step_x = next(
+        n * 10**power for power in range(9) for n in (1, 2, 5) if right / n <= 6 * 10**power
+    )
+    for x in range(0, int(right) + 1, step_x):
+        left = 60 + 560 * x / right
+        lines.append(f'  <text x="{left:.0f}" y="310" text-anchor="middle">{x}</text>')
     lines.append(f'  <text x="340" y="328" text-anchor="middle">{escape(x_label)}</text>')
+    start = 60
     for number, (name, points) in enumerate(series):
         path = " ".join(place(x, y) for x, y in points)
         lines.append(f'  <polyline class="line s{number}" points="{path}"/>')
         lines.append(
-            f'  <line class="line s{number}" x1="{60 + 190 * number}" '
-            f'x2="{84 + 190 * number}" y1="350" y2="350"/>'
+            f'  <line class="line s{number}" x1="{start}" x2="{start + 24}" y1="350" y2="350"/>'
         )
-        lines.append(f'  <text x="{90 + 190 * number}" y="354">{escape(name)}</text>')
+        lines.append(f'  <text x="{start + 30}" y="354">{escape(name)}</text>')
+        start += 46 + 7 * len(name)
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 

@@ -229,7 +229,12 @@ METRICS: tuple[Metric, ...] = (
             "KL(rollout engine || learner) of the same tokens: precision and staleness",
         ),
         ("rollout/mismatch_abs_max", "nats", "largest gap of one token's log-probs"),
-        ("reference/kl", "nats/response", "KL(policy || reference) of the trained responses"),
+        (
+            "reference/kl",
+            "nats/response",
+            "KL(policy || reference) on what is trained on; for pairs that is chosen and rejected, "
+            "not fresh samples, whose KL is eval/<task>/reference_kl",
+        ),
         (
             "reference/kl_k3",
             "nats/response",

@@ -372,5 +372,6 @@ def _no_signal(history: History, config: GuardsConfig) -> Verdict:
         level,
         f"{values[-1]:.0%} of the groups or pairs have no signal (all completions score alike), "
         f"above guards.no_signal.{level} = {getattr(limits, level):g}: raise rollout.temperature "
-        "or algorithm.samples, or use harder or easier prompts",
+        "or algorithm.samples; use harder prompts where scores are high already, easier ones where "
+        "they are low",
     )

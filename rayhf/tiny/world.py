@@ -154,7 +154,11 @@ def _make(task: str, directory: Path, seed: int, progress: Progress) -> _Built:
     Imports are local because rule scorers import this package and do not need torch.
     """
     import torch
+    from transformers.utils import logging
 
+    if not torch.cuda.is_available():  # DeepSpeed, which transformers imports, would warn
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.disable_progress_bar()
     make = importlib.import_module(f"rayhf.tiny.{task}_world").make
     wall_start = time.perf_counter()
     cpu_start = time.process_time()

@@ -29,7 +29,7 @@ def first(world: Path) -> Path:
     """The config of a campaign that has finished three iterations."""
     config = write_config(world, "first")
     out, _ = run(world, config, "run.iterations=3")
-    assert "start: waiting for: " in out and "(building)" in out
+    assert "processes ready, waiting for: " in out and "(building)" in out
     return config
 
 

@@ -331,7 +331,7 @@ def test_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
         *submit, *two, "scorer.train.0.function=my_rules:evven", "--follow", code=2
     )
     follower = user.start(*submit, *two, "--follow")
-    user.read_until(follower, "start: waiting for")
+    user.read_until(follower, "processes ready, waiting for")
     follower.send_signal(signal.SIGINT)
     shown = user.finish(follower, 130)
     assert "the job continues. `rayhf stop " in shown

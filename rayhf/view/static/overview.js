@@ -6,20 +6,22 @@ const PHASES = ["rollout", "scorer", "reference", "learner", "sync", "evaluate"]
 const PHASE_COLORS = ["#1f5f99", "#6d9fce", "#9aa7b4", "#c2571a", "#8a6d1f", "#3b8254"];
 const FONT = { family: "system-ui, sans-serif", size: 12, color: "#3b444d" };
 
-// [title, unit, metrics: names or patterns]
+// [title, unit, metrics: names or patterns, what it means]
 const CHARTS = [
-  ["Reward", "score", ["scorer/reward_mean"]],
+  ["Reward", "score", ["scorer/reward_mean"], "Mean score of the completions of an iteration."],
   ["Held-out score, 95 % over prompts", "score", [/^eval\/[^/]+\/(sampled|greedy|refined|pair_accuracy)$/, /exploitability/]],
   ["Win rate, 95 % over prompts", "share", [/^eval\/[^/]+\/win_rate(_length_controlled)?$/]],
-  ["KL to the reference", "nats per response", ["reference/kl", /^eval\/[^/]+\/reference_kl$/]],
+  ["KL to the reference", "nats per response", ["reference/kl", /^eval\/[^/]+\/reference_kl$/],
+    "How far the policy has moved: reference/kl on what is trained on, eval on fresh held-out completions."],
   ["Length", "tokens", ["rollout/length_mean", /^eval\/[^/]+\/length$/]],
   ["Truncated", "share", ["rollout/truncated"]],
-  ["Entropy of the policy", "nats per token", ["policy/entropy"]],
+  ["Entropy of the policy", "nats per token", ["policy/entropy"], "Randomness of the next token. Near 0 all completions of a prompt are alike."],
   ["Loss", "", ["learner/loss", "critic/loss", /^eval\/[^/]+\/nll$/]],
-  ["Gradient norm", "", ["learner/grad_norm", "critic/grad_norm"]],
+  ["Gradient norm", "", ["learner/grad_norm", "critic/grad_norm"], "Before clipping."],
   ["Tokens per second while generating", "tokens/s", ["tokens/s"]],
-  ["Staleness", "versions", ["staleness/max"]],
-  ["Engine against learner", "nats per token", ["rollout/mismatch_kl"]],
+  ["Staleness", "versions", ["staleness/max"], "Weight updates between a completion and its training step."],
+  ["Engine against learner", "nats per token", ["rollout/mismatch_kl"],
+    "Difference between vLLM and the learner (which trains) on the same tokens. It should stay near 0."],
 ];
 const FROM_ZERO = ["Truncated", "Staleness", "Length", "Tokens per second while generating"];
 
@@ -31,7 +33,8 @@ function layout(unit, more) {
     plot_bgcolor: "#fff",
     hovermode: "x unified",
     xaxis: { gridcolor: "#eef1f4", zeroline: false, title: { text: "iteration", standoff: 6 } },
-    yaxis: { gridcolor: "#eef1f4", zeroline: false, title: { text: unit, standoff: 8 }, exponentformat: "power" },
+    yaxis: { gridcolor: "#eef1f4", zeroline: false, automargin: true, title: { text: unit, standoff: 8 }, exponentformat: "power" },
+    modebar: { orientation: "v" }, // beside the plot: above it is the legend
     showlegend: true,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, xanchor: "left", font: { size: 11 }, traceorder: "normal" },
     ...more,
@@ -44,9 +47,10 @@ function iterationAxis(runs) {
   return { gridcolor: "#eef1f4", zeroline: false, title: { text: "iteration", standoff: 6 }, ...(last <= 10 ? { dtick: 1 } : {}) };
 }
 
-function figure(title, name, tall) {
+function figure(title, name, tall, meaning) {
   const element = h("div", { class: tall ? "chart tall" : "chart", "data-chart": name });
-  return [h("figure", {}, h("figcaption", {}, title), element), element];
+  const note = meaning ? [h("p", { class: "meaning" }, meaning)] : [];
+  return [h("figure", {}, h("figcaption", {}, title), ...note, element), element];
 }
 
 // Plotly is the last script: facts are shown while the browser still reads it.
@@ -159,10 +163,10 @@ async function overviewPage(app) {
   const charts = h("div", { class: "charts" });
   page.append(h("h2", {}, "Curves"), charts);
   const jobs = [];
-  for (const [title, unit, patterns] of CHARTS) {
+  for (const [title, unit, patterns, meaning] of CHARTS) {
     const traces = lines(runs, patterns);
     if (!traces.length) continue;
-    const [frame, element] = figure(title, title);
+    const [frame, element] = figure(title, title, false, meaning);
     charts.append(frame);
     const yaxis = { ...layout(unit).yaxis, ...(FROM_ZERO.includes(title) ? { rangemode: "tozero" } : {}) };
     jobs.push(() => draw(element, traces, layout(unit, { shapes: marks(runs), xaxis: iterationAxis(runs), yaxis })));
