@@ -41,6 +41,8 @@ from rayhf.algorithms.base import (
 from rayhf.config.models import ModelName
 from rayhf.config.schema import CampaignConfig, LearnerConfig
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
+from rayhf.environments.process import EnvironmentHost
+from rayhf.environments.scorer import EpisodeScorer
 from rayhf.monitoring.observer import Observer
 from rayhf.planning.placement import (
     ActorSpec,
@@ -135,6 +137,7 @@ class ActorSet:
         """CPU cores of one GPU's actors, once the cluster is known."""
         self.actors: list[SupervisedActor] = []
         """All that were started."""
+        self._environments: EnvironmentHost | None = None
         cluster = self.config.cluster
         self.device = "cuda" if cluster.device == "gpu" else "cpu"
         self.shares = cluster.placement == "colocate"
@@ -230,14 +233,20 @@ class ActorSet:
             for (task, entries), actor in zip(evaluator_scorers.items(), evaluators, strict=True)
         }
         rollouts, trained, value = self._shared(pools, learners, critic)
+        scorer: Scorer = NoScorer()
+        if scorers:
+            scorer = self._retrying(
+                scorers, section.train, section.combine, calls=self._calls([section.train])
+            )
+        if config.environment:
+            self._environments = EnvironmentHost(config.environment, base=self.base)
+            pairwise = any(entry.is_pairwise for entry in section.train)
+            scorer = EpisodeScorer(scorer, config.environment, is_pairwise=pairwise)
         return Roles(
             rollouts=rollouts,
             learners=trained,
-            scorer=self._retrying(
-                scorers, section.train, section.combine, calls=self._calls([section.train])
-            )
-            if scorers
-            else NoScorer(),
+            scorer=scorer,
+            environments=self._environments,
             evaluator=eval_scorers.pop(None, None),
             eval_scorers={task: scorer for task, scorer in eval_scorers.items() if task},
             critic=value,
@@ -268,6 +277,8 @@ class ActorSet:
         Args:
             stacks: save the stacks of all threads first.
         """
+        if self._environments is not None:
+            self._environments.close()
         for actor in self.actors:
             actor.retired = True
         # One that cannot be reached must not keep the others alive.

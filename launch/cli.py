@@ -202,7 +202,8 @@ def list_(
     kind: Annotated[
         str,
         typer.Argument(
-            help="algorithms, losses, scorers, sources, trackers, evaluations, suites or metrics."
+            help="algorithms, losses, scorers, sources, trackers, evaluations, suites, "
+            "environments or metrics."
         ),
     ],
 ) -> None:

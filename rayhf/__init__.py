@@ -7,8 +7,8 @@ The Python API: what is listed in `__all__` below, each imported when it is firs
     result = rayhf.run(config)
     print(result.metrics[-1]["scorer/reward_mean"], result.policy)
 
-A campaign's own algorithm, loss, scorer, prompt source, tracker or evaluation is a class with a
-`Config`; the config's `type` names it as `package.module:Class` (docs/extending.md).
+A campaign's own algorithm, loss, scorer, environment, prompt source, tracker or evaluation is a
+class with a `Config`; the config's `type` names it as `package.module:Class` (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rayhf.config.algorithms import PreviousReference as PreviousReference
     from rayhf.config.base import PluginConfig as PluginConfig
     from rayhf.config.base import Section as Section
+    from rayhf.config.environments import EnvironmentConfig as EnvironmentConfig
     from rayhf.config.evaluations import EvaluationConfig as EvaluationConfig
     from rayhf.config.load import load_config as load_config
     from rayhf.config.models import ModelName as ModelName
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from rayhf.config.sources import SourceConfig as SourceConfig
     from rayhf.config.trackers import TrackerConfig as TrackerConfig
     from rayhf.data.readers import Source as Source
+    from rayhf.environments.protocol import Environment as Environment
     from rayhf.evaluation.base import Evaluation as Evaluation
     from rayhf.evaluation.base import EvaluationContext as EvaluationContext
     from rayhf.evaluation.base import EvaluationSetup as EvaluationSetup
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from rayhf.scorer.protocol import ScorerSetup as ScorerSetup
     from rayhf.types import Compared as Compared
     from rayhf.types import Completion as Completion
+    from rayhf.types import Episode as Episode
     from rayhf.types import Example as Example
     from rayhf.types import Failed as Failed
     from rayhf.types import GenerateRequest as GenerateRequest
@@ -79,6 +82,8 @@ if TYPE_CHECKING:
     from rayhf.types import Scored as Scored
     from rayhf.types import ScoreRequest as ScoreRequest
     from rayhf.types import Skipped as Skipped
+    from rayhf.types import StepResult as StepResult
+    from rayhf.types import Turn as Turn
     from rayhf.types import given_row as given_row
     from rayhf.types import make_row as make_row
 
@@ -101,6 +106,7 @@ _HOMES = {
         "PreviousReference",
     ),
     "rayhf.config.base": ("PluginConfig", "Section"),
+    "rayhf.config.environments": ("EnvironmentConfig",),
     "rayhf.config.evaluations": ("EvaluationConfig",),
     "rayhf.config.load": ("load_config",),
     "rayhf.config.models": ("ModelName",),
@@ -109,6 +115,7 @@ _HOMES = {
     "rayhf.config.sources": ("SourceConfig",),
     "rayhf.config.trackers": ("TrackerConfig",),
     "rayhf.data.readers": ("Source",),
+    "rayhf.environments.protocol": ("Environment",),
     "rayhf.evaluation.base": ("Evaluation", "EvaluationContext", "EvaluationSetup"),
     "rayhf.losses.base": ("Loss", "LossOutput", "MicroBatch"),
     "rayhf.losses.pairs": ("PairLogps", "PairLoss", "PairLossConfig"),
@@ -119,6 +126,7 @@ _HOMES = {
     "rayhf.types": (
         "Compared",
         "Completion",
+        "Episode",
         "Example",
         "Failed",
         "GenerateRequest",
@@ -133,6 +141,8 @@ _HOMES = {
         "ScoreRequest",
         "Scored",
         "Skipped",
+        "StepResult",
+        "Turn",
         "given_row",
         "make_row",
     ),

@@ -17,12 +17,16 @@ from rayhf.types import (
     Batch,
     Comparison,
     Completion,
+    Failed,
     FloatArray,
     GenerateRequest,
+    Invalid,
     Outcome,
     Probe,
     Row,
     ScoreRequest,
+    StepRequest,
+    StepResult,
     WeightSnapshot,
 )
 
@@ -110,6 +114,18 @@ class CountsCalls(Protocol):
         ...
 
 
+class Environments(Protocol):
+    """Answer the policy in episodes of several turns."""
+
+    async def step(self, requests: Sequence[StepRequest]) -> list[StepResult | Invalid | Failed]:
+        """Return what the environments answer, in order; messages are a tuple of mappings.
+
+        Invalid where an environment raised an error, Failed where its process was lost or took too
+        long: the episode is over then.
+        """
+        ...
+
+
 class Reference(Protocol):
     """Computes log-probs under a frozen model."""
 
@@ -192,3 +208,4 @@ class Roles:
     """Scorers of further evaluations, by task."""
     critic: Learner | None
     reference: Reference | None
+    environments: Environments | None = None

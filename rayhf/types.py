@@ -152,8 +152,90 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Inserted(_ByValue):
+    """Tokens between those of a response, which the policy did not write: (I,).
+
+    The model reads them. They are not trained on, and nothing about them is measured or counted.
+    """
+
+    token_ids: TokenArray
+    before: TokenArray
+    """For each of them, the number of response tokens before it; ascending."""
+
+    def fill(self, response_ids: TokenArray) -> TokenArray:
+        """Return the response with the inserted tokens in their places: (T,) -> (T + I,)."""
+        return token_array(np.insert(response_ids, self.before, self.token_ids))
+
+    def positions(self, tokens: int) -> npt.NDArray[np.int64]:
+        """Return the places of the response's own `tokens` tokens in what `fill` returns: (T,)."""
+        own = np.arange(tokens)
+        return own + np.searchsorted(self.before, own, side="right")
+
+
+def inserted_tokens(
+    token_ids: Sequence[int] | None, before: Sequence[int] | None
+) -> Inserted | None:
+    """Return the inserted tokens of two lists; None where there are none."""
+    if not (token_ids and before):
+        return None
+    return Inserted(token_ids=token_array(token_ids), before=token_array(before))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A message of an episode."""
+
+    role: str
+    content: str
+    """Text without special tokens; of a thinking model, what follows its thinking."""
+    tokens: int
+    """Tokens that it has in the context; 0 for a last message, which nothing was generated after.
+    """
+    reward: float = 0.0
+    """The environment's, for a message of the policy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Episode(_ByValue):
+    """What an environment made of a completion of several turns."""
+
+    environment: str
+    """Its name."""
+    turns: tuple[Turn, ...]
+    """All messages after the prompt, in order."""
+    ended: Literal["done", "turns", "tokens", "reply_tokens", "failed"]
+    """Who ended it: the environment, one of the limits on turns, generated tokens and tokens of
+    replies, or an error of the environment."""
+    inserted: Inserted | None = None
+    """The tokens of its replies; None without."""
+    context_ids: TokenArray | None = None
+    """The tokens that it begins after, where the environment gave other messages than the prompt's.
+    """
+    problem: Invalid | Failed | None = None
+    """Why it failed; then it has no score."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The environment's own, added up over its turns."""
+
+    @property
+    def reward(self) -> float:
+        """Sum of the rewards."""
+        return sum(turn.reward for turn in self.turns)
+
+    def token_rewards(self, tokens: int) -> FloatArray:
+        """Return each turn's reward on its last token: (T,), of the completion's own tokens."""
+        rewards = np.zeros(tokens, dtype=np.float32)
+        end = 0
+        for turn in self.turns:
+            if turn.role == "assistant":
+                end += turn.tokens
+                if end:
+                    rewards[end - 1] += turn.reward
+        return rewards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Completion(_ByValue):
-    """Generated text for one seed of one request.
+    """Generated text for one seed of one request, or an episode of several turns.
 
     Its arrays take eight bytes per token, twelve where several versions of the weights wrote it.
     """
@@ -164,9 +246,10 @@ class Completion(_ByValue):
     seed: int
     text: str
     """Decoded tokens without special tokens: what scorers judge. Of a thinking model, what follows
-    the end of its thinking."""
+    the end of its thinking; of an episode, the last turn."""
     token_ids: TokenArray
-    """Generated tokens, end-of-turn token included where the model generated one."""
+    """Generated tokens, end-of-turn token included where the model generated one; of an episode,
+    those of all turns, without the environment's."""
     logprobs: FloatArray
     """Log-prob of each token, in nats, among the whole vocabulary (top_p and top_k do not change
     it) at the campaign's train_temperature."""
@@ -182,6 +265,8 @@ class Completion(_ByValue):
     staleness is computed from it, never assumed."""
     token_versions: TokenArray | None = None
     """Version of the weights that generated each token; None where it is policy_version for all."""
+    episode: Episode | None = None
+    """Of a prompt that an environment serves: its turns, replies and rewards."""
 
     def part(self, start: int, stop: int | None = None) -> Completion:
         """Return it with the tokens `start` to `stop` only, and with the same text."""
@@ -253,6 +338,40 @@ class Failed:
 
 
 Outcome = Scored | Invalid | Failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What an environment answers to a message of the policy, or to the start of an episode."""
+
+    messages: str | Message | Sequence[Message] = ()
+    """What the policy reads next: messages, or the text of a user's message. At the start, the
+    conversation in place of the prompt's; none keeps the prompt."""
+    reward: float = 0.0
+    """For the policy's message."""
+    done: bool = False
+    """Whether the episode is over; the policy does not read the messages then."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of the environment's own, added up over an episode: environment/<name>."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRequest:
+    """A request to an environment: start an episode, answer a message in it, or forget it."""
+
+    prompt_id: str
+    number: int
+    """Position among the requests of one prompt's exploration."""
+    environment: str
+    """Name of the environment."""
+    episode: str
+    """Identifies the episode."""
+    row: Mapping[str, object] | None = None
+    """At the start, the prompt's row."""
+    seed: int = 0
+    """At the start, the seed of everything random in the episode."""
+    message: Message | None = None
+    """The policy's; None at the start and at the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,7 +473,10 @@ class Group:
 
     def context_ids(self, index: int) -> TokenArray:
         """Return the tokens that a sample continues."""
-        own = self.samples[index].context_ids
+        sample = self.samples[index]
+        own = sample.context_ids
+        if own is None and sample.completion.episode is not None:
+            own = sample.completion.episode.context_ids
         return self.prompt_ids if own is None else own
 
 
@@ -372,9 +494,27 @@ class Row(_ByValue):
     ref_logp, old_logp, value, advantage, return ..."""
     scalars: Mapping[str, float] = field(default_factory=dict)
     """Named values per row: score, truncated (0 or 1) ..."""
+    inserted: Inserted | None = None
+    """Tokens between those of the response, which carry no loss; all before its last token."""
 
     def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+        between = 0 if self.inserted is None else len(self.inserted.token_ids)
+        return len(self.prompt_ids) + len(self.response_ids) + between
+
+    @property
+    def fed_ids(self) -> TokenArray:
+        """Tokens that go through the model: all but the last."""
+        response = self.response_ids
+        if self.inserted is not None:
+            response = self.inserted.fill(response)
+        return np.concatenate((self.prompt_ids, response[:-1]))
+
+    @property
+    def predicted_at(self) -> npt.NDArray[np.int64]:
+        """Places in fed_ids that predict the response tokens: (len(response_ids),)."""
+        tokens = len(self.response_ids)
+        own = np.arange(tokens) if self.inserted is None else self.inserted.positions(tokens)
+        return own + (len(self.prompt_ids) - 1)
 
     def with_tokens(self, **named: FloatArray) -> Row:
         """Return the row with further token values. Raises ValueError for a wrong shape."""
@@ -392,6 +532,7 @@ class Row(_ByValue):
             response_ids=self.response_ids,
             tokens={**self.tokens, **named},
             scalars=self.scalars,
+            inserted=self.inserted,
         )
 
 
@@ -404,15 +545,23 @@ PEOPLE = "people"
 
 
 def make_row(group: Group, index: int, *, score: float) -> Row:
-    """Return the training row of one sample, with its behavior log-probs."""
+    """Return the training row of one sample, with its behavior log-probs.
+
+    An episode's has each turn's reward as turn_reward.
+    """
     completion = group.samples[index].completion
+    tokens = {"behavior_logp": completion.logprobs}
+    episode = completion.episode
+    if episode is not None:
+        tokens["turn_reward"] = episode.token_rewards(len(completion.token_ids))
     return Row(
         prompt_id=group.prompt.prompt_id,
         sample=index,
         prompt_ids=group.context_ids(index),
         response_ids=completion.token_ids,
-        tokens={"behavior_logp": completion.logprobs},
+        tokens=tokens,
         scalars={"score": score, "truncated": float(completion.finish_reason == "length")},
+        inserted=None if episode is None else episode.inserted,
     )
 
 
@@ -422,6 +571,7 @@ def given_row(
     response_ids: Iterable[int],
     *,
     score: float = math.nan,
+    inserted: Inserted | None = None,
 ) -> Row:
     """Return the training row of a response that was not sampled in this campaign.
 
@@ -435,6 +585,7 @@ def given_row(
         response_ids=response,
         tokens={"behavior_logp": np.full(len(response), np.nan, dtype=np.float32)},
         scalars={"score": score, "truncated": 0.0},
+        inserted=inserted,
     )
 
 

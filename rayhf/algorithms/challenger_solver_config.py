@@ -6,7 +6,7 @@ unless a line says ours.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
@@ -65,6 +65,8 @@ class SolverKLConfig(GRPOKLConfig):
 
 class ChallengerSolverConfig(GRPOConfig):
     """Tasks by one policy at the edge of the other's ability (R-Zero, Huang et al. 2025)."""
+
+    plays_episodes: ClassVar[bool] = False
 
     type: str = "challenger_solver"
     tasks: Annotated[int, Field(ge=2)] = 4

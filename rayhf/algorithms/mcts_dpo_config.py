@@ -6,7 +6,7 @@ fb23437, "ours" is a choice of this project.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import (
     Field,
@@ -108,6 +108,8 @@ class SelfEvaluationConfig(Section):
 
 class MCTSDPOConfig(StepPairSettings, MCTSSettings, AlgorithmConfig):
     """Preferences between sibling steps of a Monte Carlo tree, trained with DPO."""
+
+    plays_episodes: ClassVar[bool] = False
 
     type: str = "mcts_dpo"
 

@@ -22,6 +22,7 @@ from rayhf.algorithms.advantages import (
     missing_eos_penalty,
     overlong_penalty,
     row_sums,
+    token_rewards,
 )
 from rayhf.algorithms.base import (
     AlgorithmBase,
@@ -64,6 +65,17 @@ class IterationTokens:
     """KL penalty per token, in nats: (N,)."""
     value: FloatArray | None
     """The critic's value per token, where there is a critic: (N,)."""
+    turn_rewards: Array
+    """Of episodes, each turn's reward on its last token, part of the scores: (N,)."""
+
+    def rewards(self, kl_coef: float) -> Array:
+        """Return the reward of every token: its turn's, the KL penalty's share, the score's rest.
+
+        The rest is what the score has besides the turns' rewards (other scorers, shaping); it is on
+        the last token.
+        """
+        rest = self.scores - row_sums(self.turn_rewards, self.lengths)
+        return token_rewards(self.kl, kl_coef, rest, self.lengths) + self.turn_rewards
 
 
 class PolicyGradient(AlgorithmBase, ABC):
@@ -221,6 +233,12 @@ class PolicyGradient(AlgorithmBase, ABC):
             scores=np.array([row.scalars["score"] for row in rows]),
             kl=kl_penalty(logp, frozen, self.config.kl.estimator),
             value=value,
+            turn_rewards=np.concatenate(
+                [
+                    row.tokens.get("turn_reward", np.zeros(len(row.response_ids), np.float32))
+                    for row in rows
+                ]
+            ).astype(np.float64),
         )
 
     def loss(self, objective: str = "policy") -> Loss:

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
-from rayhf.algorithms.advantages import Array, gae, token_rewards, whiten
+from rayhf.algorithms.advantages import Array, gae, whiten
 from rayhf.algorithms.policy_gradient import IterationTokens, PolicyGradient
 from rayhf.algorithms.policy_gradient_config import PolicyGradientConfig
 from rayhf.losses.base import Loss
@@ -46,7 +46,7 @@ class PPO(PolicyGradient):
         config = self.config
         assert tokens.value is not None  # PPO has a critic
         lengths = tokens.lengths
-        rewards = token_rewards(tokens.kl, kl_coef, tokens.scores, lengths)
+        rewards = tokens.rewards(kl_coef)
         if config.whiten_rewards:
             rewards = whiten(rewards, keep_mean=True)
         advantage, returns = gae(rewards, tokens.value, lengths, config.gamma, config.lam)

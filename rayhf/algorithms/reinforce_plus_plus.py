@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rayhf.algorithms.advantages import Array, reinforce_plus_plus, token_rewards, whiten
+from rayhf.algorithms.advantages import Array, reinforce_plus_plus, whiten
 from rayhf.algorithms.policy_gradient import IterationTokens, PolicyGradient
 from rayhf.algorithms.policy_gradient_config import PolicyGradientConfig
 
@@ -29,7 +29,7 @@ class ReinforcePlusPlus(PolicyGradient):
 
     def advantages(self, tokens: IterationTokens, kl_coef: float) -> dict[str, Array]:
         """Return `advantage`."""
-        rewards = token_rewards(tokens.kl, kl_coef, tokens.scores, tokens.lengths)
+        rewards = tokens.rewards(kl_coef)
         if self.config.whiten_rewards:
             rewards = whiten(rewards, keep_mean=True)
         return {"advantage": reinforce_plus_plus(rewards, tokens.lengths, self.config.gamma)}

@@ -5,7 +5,7 @@ Defaults are those of the paper's released code unless a line says ours.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import (
     NonNegativeFloat,
@@ -101,6 +101,8 @@ class RefinerDataConfig(Section):
 
 class SPaRConfig(RefineSettings, AlgorithmConfig):
     """Self-play with tree-search refinement (Cheng et al. 2024)."""
+
+    plays_episodes: ClassVar[bool] = False
 
     type: str = "spar"
     samples: PositiveInt = 5

@@ -320,5 +320,6 @@ def _same_rows(first: Sequence[Row], second: Sequence[Row]) -> bool:
         a.prompt_id == b.prompt_id
         and np.array_equal(a.prompt_ids, b.prompt_ids)
         and np.array_equal(a.response_ids, b.response_ids)
+        and a.inserted == b.inserted
         for a, b in zip(first, second, strict=True)
     )

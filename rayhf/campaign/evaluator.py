@@ -10,9 +10,9 @@ from rayhf.algorithms.context import ExplorationContext
 from rayhf.campaign.iteration import IterationExplorer
 from rayhf.config.scorers import names_of
 from rayhf.evaluation.base import EvaluationContext
-from rayhf.evaluation.scored import evaluate
+from rayhf.evaluation.scored import complete_once, evaluate
 from rayhf.evaluation.values import PromptValues
-from rayhf.types import Completion, Group, Prompt, Sample, derive_seed
+from rayhf.types import Completion, Group, Prompt, Sample, Sampling, derive_seed
 
 
 class Evaluator:
@@ -73,13 +73,11 @@ class Evaluator:
         roles = self._roles
         return await evaluate(
             self._data.heldout,
-            rollout=roles.rollouts["policy"],
+            complete=partial(self._complete, policy="policy"),
             scorer=roles.evaluator or roles.scorer,
             reward=roles.scorer if roles.evaluator and self._scores_alone else None,
             reference=roles.reference,
-            version=self._explorer.versions["policy"],
             sampling=self._explorer.sampling,
-            seed=self._config.seed,
             task=self._config.prompts.task,
             improve=self._improve if _at_test_time(self._explorer.algorithm) else None,
             record=record,
@@ -93,9 +91,32 @@ class Evaluator:
             sampling=self._explorer.sampling,
             seed=self._config.seed,
             scorer=self._roles.eval_scorers.get(task),
+            complete=self._complete,
             record=record,
         )
         return await self._data.evaluations[task].measure(context)
+
+    async def _complete(
+        self, prompts: Sequence[Prompt], sampling: Sampling, policy: str
+    ) -> list[Completion]:
+        """Return a completion of each prompt, an episode where an environment serves it."""
+        if not self._config.environment:
+            rollout = self._roles.rollouts[policy]
+            version = self._explorer.versions[policy]
+            return await complete_once(prompts, rollout, version, sampling, self._config.seed)
+
+        async def explore(prompt: Prompt, context: ExplorationContext) -> Group:
+            (completion,) = await context.sample(1, policy=policy)
+            return Group(prompt=prompt, samples=(Sample(completion=completion, outcome=None),))
+
+        groups = await self._explorer.scheduler().run(
+            prompts,
+            explore,
+            sampling=sampling,
+            seed=derive_seed(self._config.seed, "evaluate"),
+            done=lambda group: None,
+        )
+        return [group.samples[0].completion for group in groups]
 
     async def _improve(self, completions: Sequence[Completion]) -> list[Completion]:
         """Return held-out completions after the algorithm has refined them at test time."""
@@ -125,7 +146,8 @@ class Evaluator:
         entries = self._config.scorer.train
         names = set(names_of(entries))
         judged = all(p.scorers is None or names & set(p.scorers) for p in self._data.heldout)
-        return bool(entries) and judged and not any(entry.is_pairwise for entry in entries)
+        scores = bool(entries) or bool(self._config.environment)
+        return scores and judged and not any(entry.is_pairwise for entry in entries)
 
 
 def _at_test_time(algorithm: Algorithm) -> bool:

@@ -79,6 +79,8 @@ class IterationExplorer:
             in_flight=run.max_in_flight
             or max(IN_FLIGHT, 2 * rollout.engines * rollout.max_num_seqs),
             score_calls=self.config.scorer.calls_in_flight,
+            environments=self.roles.environments,
+            environment_configs=self.config.environment,
         )
 
     def prompts_of(self, iteration: int) -> Sequence[Prompt]:
@@ -86,7 +88,7 @@ class IterationExplorer:
         batch = self.config.prompts.batch
         dealt = self.data.prompts.batch(batch=batch, iteration=iteration, seed=self.config.seed)
         added: dict[str, Prompt] = {}
-        room = self.data.chat.max_length - self.sampling.max_tokens
+        room = self.data.chat.max_length - self.sampling.max_tokens - self.config.reply_tokens
         submitted = self.store.inbox.take(
             "prompts", iteration, limit=batch, warn=lambda line: self.observer.event("warn", line)
         )

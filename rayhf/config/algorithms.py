@@ -27,6 +27,10 @@ class AlgorithmConfig(PluginConfig):
     gradient or its KL from its own samples needs. False: those at temperature 1, which evaluations
     sample from (as RLHFlow and SPPO's code)."""
 
+    plays_episodes: ClassVar[bool] = True
+    """Whether an environment may answer its completions: it then draws them by `context.sample`
+    from the prompt itself, and trains on them whole."""
+
     def check_campaign(self, campaign: CampaignConfig) -> None:
         """Refuse settings of other sections that contradict these. Raises ConfigError."""
 

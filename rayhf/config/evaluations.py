@@ -18,6 +18,9 @@ class EvaluationConfig(PluginConfig):
     compares: ClassVar[bool] = False
     """Whether its scorers compare completions with each other: pairwise scorers are allowed."""
 
+    plays_episodes: ClassVar[bool] = False
+    """Whether it completes prompts by EvaluationContext.complete, which plays episodes."""
+
     every: NonNegativeInt | None = None
     """Iterations between evaluations; also before the first and after the last iteration. Default:
     run.eval_every."""

@@ -322,6 +322,15 @@ SUITES = Registry(
     },
 )
 
+ENVIRONMENTS = Registry(
+    "environment",
+    "rayhf.environments",
+    {
+        "tools": "rayhf.environments.tools:Tools",
+        "second_try": "rayhf.tiny.second_try:SecondTry",
+    },
+)
+
 REGISTRIES: Mapping[str, Registry] = {
     "algorithms": ALGORITHMS,
     "losses": LOSSES,
@@ -330,5 +339,6 @@ REGISTRIES: Mapping[str, Registry] = {
     "trackers": TRACKERS,
     "evaluations": EVALUATIONS,
     "suites": SUITES,
+    "environments": ENVIRONMENTS,
 }
 """Registries by the plural that `rayhf list` takes."""

@@ -24,6 +24,7 @@ from pydantic import (
 from rayhf.config.algorithms import AlgorithmConfig
 from rayhf.config.base import Name, Section
 from rayhf.config.deepspeed import check_deepspeed
+from rayhf.config.environments import Environments
 from rayhf.config.evaluations import EvaluationConfig
 from rayhf.config.guards import GuardsConfig
 from rayhf.config.models import ModelName
@@ -377,6 +378,9 @@ class CampaignConfig(Section):
     evaluations: dict[Name, Annotated[EvaluationConfig, EVALUATIONS]] = Field(default_factory=dict)
     """Further evaluations by task name."""
     algorithm: Annotated[AlgorithmConfig, ALGORITHMS]
+    environment: Environments = ()
+    """Environments that answer the policy over several turns: one, or a list of them that serve
+    different sources. Default: none, a completion is one turn."""
     rollout: RolloutConfig = RolloutConfig()
     scorer: ScorerConfig = ScorerConfig()
     reference: ReferenceConfig = ReferenceConfig()
@@ -392,6 +396,11 @@ class CampaignConfig(Section):
     service: ServiceConfig | None = None
     """gRPC control service of the running campaign: status, watch, pause, stop, adding prompts and
     human preferences. Default: none."""
+
+    @property
+    def reply_tokens(self) -> int:
+        """Most tokens that an environment adds to a prompt and a completion."""
+        return max((each.reply_tokens for each in self.environment), default=0)
 
     @property
     def train_temperature(self) -> float:

@@ -24,7 +24,8 @@ from rayhf.run_dir.files import storage_errors
 from rayhf.run_dir.inbox import check_submission
 from rayhf.run_dir.names import iteration_name
 from rayhf.run_dir.state import CampaignState, read_state
-from rayhf.types import PEOPLE, Example, JsonObject, Message, given_row
+from rayhf.run_dir.tables import transcript
+from rayhf.types import PEOPLE, Example, JsonObject, Message, given_row, inserted_tokens
 
 _RECENT = 5
 """Committed iterations that pairs come from: older completions no longer represent the policy."""
@@ -51,6 +52,7 @@ class _ScoredRow(TypedDict):
     messages: list[Message]
     sample: int
     text: str
+    turns: list[dict[str, object]] | None
     score: float
     wins: list[float] | None
 
@@ -62,6 +64,8 @@ class _TokenRow(TypedDict):
     sample: int
     context_ids: list[int]
     token_ids: list[int]
+    inserted_ids: list[int] | None
+    inserted_before: list[int] | None
 
 
 def uncertain_pairs(run: Path, count: int, *, labeled: Collection[str] = ()) -> list[UncertainPair]:
@@ -141,7 +145,7 @@ def _pairs(file: Path, iteration: int) -> Iterator[UncertainPair]:
 
 def _scored_groups(file: Path) -> tuple[dict[str, list[_ScoredRow]], float]:
     """Return the scored answers by prompt, and the standard deviation of all their scores."""
-    columns = ["prompt_id", "messages", "sample", "kind", "parent", "text", "score", "wins"]
+    columns = "prompt_id messages sample kind parent text turns score wins".split()
     groups: dict[str, list[_ScoredRow]] = defaultdict(list)
     for row in pq.read_table(file, columns=columns).to_pylist():
         if row["kind"] == "answer" and row["parent"] is None and row["score"] is not None:
@@ -156,8 +160,8 @@ def _pair(
     return UncertainPair(
         pair_id=f"{iteration}/{prompt}/{first['sample']}/{second['sample']}",
         messages=tuple(first["messages"]),
-        first=first["text"],
-        second=second["text"],
+        first=transcript(first["turns"]) or first["text"],
+        second=transcript(second["turns"]) or second["text"],
         certainty=_certainty(first, second, spread),
     )
 
@@ -229,7 +233,12 @@ def labeled_examples(
             continue
         chosen, rejected = (first, second) if label["verdict"] == "first" else (second, first)
         rows = tuple(
-            given_row(row["prompt_id"], row["context_ids"], row["token_ids"])
+            given_row(
+                row["prompt_id"],
+                row["context_ids"],
+                row["token_ids"],
+                inserted=inserted_tokens(row["inserted_ids"], row["inserted_before"]),
+            )
             for row in (chosen, rejected)
         )
         examples.append(Example(rows=rows))
@@ -294,7 +303,7 @@ class _Pairs:
 
     @staticmethod
     def _read(file: Path, prompts: set[str]) -> dict[tuple[str, int], _TokenRow]:
-        columns = ["prompt_id", "sample", "context_ids", "token_ids"]
+        columns = list(_TokenRow.__annotations__)
         with storage_errors("read", file):
             chosen = [("prompt_id", "in", sorted(prompts))]
             table = pq.read_table(file, columns=columns, filters=chosen)

@@ -238,8 +238,11 @@ class Chat:
 
         Raises ConfigError if the template refuses the messages.
         """
-        escaped = [{**m, "content": self._escape(m["content"])} for m in messages]
-        return render(self._tokenizer, escaped, where="chat template")
+        return render(self._tokenizer, self.escaped(messages), where="chat template")
+
+    def escaped(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages with the special tokens in their contents broken up."""
+        return [{**m, "content": self._escape(m["content"])} for m in messages]
 
     def render_given(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the token ids of a conversation as those of a prompt source: contents as they are.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayhf.config.sources import SourceConfig, source_names
 from rayhf.data.prompts import NamedSource, PromptReader, PromptSet, load_prompts
@@ -30,6 +30,9 @@ class PromptLoader:
     """Start of relative paths."""
     commits: MutableMapping[str, str]
     """Commits of hub data sets by name; those that are missing are added."""
+    tools: Callable[[str], Sequence[Mapping[str, Any]] | None] = lambda source: None
+    """Returns the functions that a source's prompts are rendered with, besides rows that have their
+    own."""
 
     def open(self, sources: Sequence[SourceConfig], key: str) -> list[NamedSource]:
         """Open the sources of the config key `key`. Raises ConfigError."""
@@ -54,6 +57,7 @@ class PromptLoader:
             tokenizer=self.tokenizer,
             max_prompt_tokens=self.max_prompt_tokens,
             scorers=scorers,
+            tools=self.tools,
         )
         prompts = load_prompts(opened, reader, key=key)
         check_embeddings(prompts.prompts, self.tokenizer, self.embeddings, where=key)

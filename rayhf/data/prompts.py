@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -159,11 +159,13 @@ class PromptReader:
         tokenizer: the policy's.
         max_prompt_tokens: longest prompt.
         scorers: names that a row or a source may give as its scorers; None: any.
+        tools: returns the functions of a source whose rows have none, by its name.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
     scorers: Collection[str] | None = None
+    tools: Callable[[str], Sequence[Mapping[str, Any]] | None] = lambda source: None
 
     def read(
         self, source: Source, config: SourceConfig, *, name: str, key: str
@@ -218,7 +220,7 @@ class PromptReader:
             source=name,
             scorers=scorers,
         )
-        return prompt, (where, messages, parse_tools(row, where))
+        return prompt, (where, messages, parse_tools(row, where) or self.tools(name))
 
     def _check_length(self, tokens: int, where: str) -> None:
         if tokens > self.max_prompt_tokens:

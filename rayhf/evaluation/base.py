@@ -18,7 +18,7 @@ from rayhf.data.chat import Chat
 from rayhf.data.prompts import NamedSource
 from rayhf.evaluation.values import PromptValues
 from rayhf.roles import Roles, Scorer
-from rayhf.types import JsonObject, Prompt, Sampling
+from rayhf.types import Completion, JsonObject, Prompt, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,16 @@ class EvaluationSetup:
     """(sources, config key) -> rendered prompts, at most run.eval_prompts. Raises ConfigError."""
 
 
+class Complete(Protocol):
+    """Completes each prompt once, with seeds that are the same every time."""
+
+    async def __call__(
+        self, prompts: Sequence[Prompt], sampling: Sampling, policy: str
+    ) -> list[Completion]:
+        """Return the completions, in order."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationContext:
     """Inputs of one measurement."""
@@ -50,6 +60,8 @@ class EvaluationContext:
     """The campaign's seed: the same prompts and seeds every time."""
     scorer: Scorer | None
     """The evaluation's own scorer, where its config names scorers."""
+    complete: Complete
+    """Completes prompts: by episodes, where an environment serves them."""
     record: Callable[[PromptValues], None]
     """Takes a figure by prompt: the summary and the pages then show it with an interval."""
 

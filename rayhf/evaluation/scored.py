@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 
@@ -36,6 +38,8 @@ from rayhf.types import (
 
 class ScoredEvaluationConfig(EvaluationConfig):
     """Further held-out prompts and their scorers."""
+
+    plays_episodes: ClassVar[bool] = True
 
     type: str = "scored"
     prompts: PromptSources
@@ -69,13 +73,11 @@ class ScoredEvaluation:
         assert context.scorer is not None  # its config names scorers
         return await evaluate(
             self._prompts,
-            rollout=context.roles.rollouts[policy],
+            complete=partial(context.complete, policy=policy),
             scorer=context.scorer,
             reward=None,
             reference=None,
-            version=context.versions[policy],
             sampling=context.sampling,
-            seed=context.seed,
             task=self._task,
             record=context.record,
         )
@@ -84,13 +86,11 @@ class ScoredEvaluation:
 async def evaluate(
     prompts: Sequence[Prompt],
     *,
-    rollout: Rollout,
+    complete: Callable[[Sequence[Prompt], Sampling], Awaitable[list[Completion]]],
     scorer: Scorer,
     reward: Scorer | None,
     reference: Reference | None,
-    version: int,
     sampling: Sampling,
-    seed: int,
     task: str,
     record: Callable[[PromptValues], None],
     improve: Callable[[Sequence[Completion]], Awaitable[list[Completion]]] | None = None,
@@ -110,8 +110,8 @@ async def evaluate(
     ScorerError when no held-out completion could be scored.
     """
     plain = replace(sampling, temperature=1.0, top_p=1.0, top_k=0)
-    sampled = await _complete(prompts, rollout, version, plain, seed)
-    greedy = await _complete(prompts, rollout, version, replace(plain, temperature=0.0), seed)
+    sampled = await complete(prompts, plain)
+    greedy = await complete(prompts, replace(plain, temperature=0.0))
     answers = {"sampled": sampled, "greedy": greedy}
     if improve is not None:
         answers["refined"] = await improve(sampled)
@@ -155,9 +155,10 @@ def _groups(prompts: Sequence[Prompt]) -> dict[str, Sequence[int]]:
     return groups
 
 
-async def _complete(
+async def complete_once(
     prompts: Sequence[Prompt], rollout: Rollout, version: int, sampling: Sampling, seed: int
 ) -> list[Completion]:
+    """Return one completion of each prompt, of a single turn."""
     requests = [
         GenerateRequest(
             prompt_id=p.prompt_id,
@@ -191,15 +192,17 @@ def _answer_groups(
 async def _outcomes(
     prompts: Sequence[Prompt], completions: Sequence[Completion], scorer: Scorer
 ) -> list[Outcome]:
-    """Return each completion's outcome.
+    """Return each completion's outcome; of an episode that failed, the reason.
 
     Raises ScorerError where none could be scored.
     """
     requests = [
         ScoreRequest(prompt=p, completions=(c,)) for p, c in zip(prompts, completions, strict=True)
     ]
+    scores = [outcome for response in await scorer.score(requests) for outcome in response]
     outcomes: list[Outcome] = [
-        outcome for response in await scorer.score(requests) for outcome in response
+        (c.episode.problem if c.episode is not None else None) or outcome
+        for c, outcome in zip(completions, scores, strict=True)
     ]
     if not any(isinstance(outcome, Scored) for outcome in outcomes):
         reason = next(
@@ -232,8 +235,11 @@ async def _log_ratios(
         )
         for p, c in zip(prompts, completions, strict=True)
     ]
-    frozen = await reference.logprobs(rows, temperature=1.0)
+    written = [row for row in rows if len(row.response_ids)]  # an episode may fail at its start
+    frozen = iter(await reference.logprobs(written, temperature=1.0))
     return [
-        float(row.tokens["behavior_logp"].sum() - ref.sum())
-        for row, ref in zip(rows, frozen, strict=True)
+        float(row.tokens["behavior_logp"].sum() - next(frozen).sum())
+        if len(row.response_ids)
+        else None
+        for row in rows
     ]

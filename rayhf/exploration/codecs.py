@@ -25,12 +25,13 @@ from rayhf.types import (
     Scored,
     ScoreRequest,
     Skipped,
+    StepRequest,
     TokenArray,
     float_array,
     token_array,
 )
 
-RequestT = TypeVar("RequestT", bound=GenerateRequest | ScoreRequest)
+RequestT = TypeVar("RequestT", bound=GenerateRequest | ScoreRequest | StepRequest)
 ResponseT = TypeVar("ResponseT")
 Buffer = bytes | memoryview
 Encoded = tuple[object, list[Buffer]]

@@ -66,8 +66,10 @@ class EagerScheduler(RequestScheduler):
     async def _send_one(
         self, queue: RequestQueue[RequestT, ResponseT], request: RequestT
     ) -> ResponseT:
-        if self._journal is not None:
-            recorded = self._journal.recall(queue.codec, request)
+        journal = self._journal
+        codec = queue.codec
+        if journal is not None and codec is not None:
+            recorded = journal.recall(codec, request)
             if recorded is not None:
                 return recorded
         task = asyncio.current_task()
@@ -78,8 +80,8 @@ class EagerScheduler(RequestScheduler):
                 (response,) = await queue.call([request])
         finally:
             self._calls.discard(task)
-        if self._journal is not None:
-            self._journal.add(queue.codec, [request], [response])
+        if journal is not None and codec is not None:
+            journal.add(codec, [request], [response])
         return response
 
     async def _send_batches(self, queue: RequestQueue[RequestT, ResponseT]) -> None:

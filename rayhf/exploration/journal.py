@@ -27,7 +27,14 @@ from typing import Any
 
 from rayhf.exploration.codecs import CODECS, Buffer, Codec, RequestT, ResponseT
 from rayhf.run_dir.files import open_file, read_bytes, storage_errors
-from rayhf.types import Failed, GenerateRequest, JsonObject, Sampling, ScoreRequest
+from rayhf.types import (
+    Failed,
+    GenerateRequest,
+    JsonObject,
+    Sampling,
+    ScoreRequest,
+    StepRequest,
+)
 
 _HEADER = struct.Struct("<II")
 _SIZE = struct.Struct("<I")
@@ -160,8 +167,9 @@ def _records(data: bytes) -> Iterator[tuple[int, Any, bytes]]:
         yield start, json.loads(body[_SIZE.size : end]), body[end:]
 
 
-def _key(request_type: str, request: GenerateRequest | ScoreRequest) -> bytes:
+def _key(request_type: str, request: GenerateRequest | ScoreRequest | StepRequest) -> bytes:
     """Hash everything that a response depends on but the weights, whose version it contains."""
+    assert not isinstance(request, StepRequest)  # the journal has none
     if isinstance(request, GenerateRequest):
         prompt = request.prompt_id
         text = f"{request_type} {request.number} {len(prompt)} {prompt} {request.seeds}"
@@ -173,6 +181,8 @@ def _key(request_type: str, request: GenerateRequest | ScoreRequest) -> bytes:
         for c in request.completions:
             written = (c.thinking or "") + c.text
             text += f" {c.finish_reason} {len(c.token_ids)} {len(c.text)} {len(written)} {written}"
+            if c.episode is not None:
+                text += f" {c.episode.turns} {c.episode.problem}"
         data = text.encode(errors="surrogatepass")
     return hashlib.blake2b(data, digest_size=_KEY_BYTES).digest()
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from rayhf.data.thinking import thinking_metrics
 from rayhf.errors import ScorerError
+from rayhf.exploration.episode_metrics import episode_metrics
 from rayhf.roles import CountsCalls, Roles
 from rayhf.types import Example, Failed, Group, Invalid, Sample, Scored, Skipped, quoted
 
@@ -98,6 +99,7 @@ def exploration_metrics(groups: Sequence[Group], version: int) -> dict[str, floa
         values = [outcome.value for outcome in scored]
         metrics["scorer/reward_mean"] = float(np.mean(values))
         metrics["scorer/reward_std"] = float(np.std(values))
+    metrics |= episode_metrics(groups)
     parts: dict[str, list[float]] = {}
     for outcome in scored:
         for name, value in outcome.parts.items():

@@ -20,10 +20,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Generic, TypeVar
 
 from rayhf.algorithms.context import ExplorationContext
+from rayhf.config.environments import EnvironmentConfig, environment_of
 from rayhf.data.chat import Chat
+from rayhf.data.replies import ReplyRenderer
 from rayhf.exploration.codecs import COMPARE, GENERATE, SCORE, Codec, RequestT, ResponseT
+from rayhf.exploration.episodes import Answer, EpisodePlayer
 from rayhf.exploration.journal import Journal
-from rayhf.roles import Rollout, Scorer
+from rayhf.roles import Environments, Rollout, Scorer
 from rayhf.types import (
     Comparison,
     Completion,
@@ -34,6 +37,7 @@ from rayhf.types import (
     Prompt,
     Sampling,
     ScoreRequest,
+    StepRequest,
     TokenIds,
     derive_seed,
 )
@@ -111,8 +115,23 @@ class PromptContext:
     ) -> tuple[Completion, ...]:
         """Draw n continuations of the prompt (or of `context`) followed by `prefix` tokens.
 
-        max_tokens is reduced to what fits into the model. Raises ValueError where nothing fits.
+        Of a prompt that an environment serves, n episodes; of a given context or prefix, plain
+        continuations. max_tokens is reduced to what fits into the model. Raises ValueError where
+        nothing fits.
         """
+        environment = self._scheduler.environment_of(self._prompt)
+        if environment is not None and context is None and not prefix:
+            player = EpisodePlayer(
+                self._scheduler,
+                self._prompt,
+                environment,
+                sampling=sampling or self.sampling,
+                policy=policy,
+                derive_seed=self.derive_seed,
+                number=self._generations,
+            )
+            self._generations += n * (environment.max_turns + 1)
+            return await player.play(n)
         before = self._prompt.token_ids if context is None else map(int, context)
         token_ids = (*before, *map(int, prefix))
         sampling = sampling or self.sampling
@@ -170,7 +189,7 @@ class RequestQueue(Generic[RequestT, ResponseT]):
 
     def __init__(
         self,
-        codec: Codec[RequestT, ResponseT],
+        codec: Codec[RequestT, ResponseT] | None,
         call: Callable[[list[RequestT]], Awaitable[list[ResponseT]]],
         *,
         timer: str,
@@ -179,7 +198,8 @@ class RequestQueue(Generic[RequestT, ResponseT]):
         """Make an empty queue.
 
         Args:
-            codec: how the journal stores the responses.
+            codec: how the journal stores the responses; None: it does not, and the requests of an
+                interrupted iteration are made again.
             call: the role's method.
             timer: name on the stopwatch.
             scorer: the scorer, whose state the journal keeps with its responses; None for engines.
@@ -224,6 +244,8 @@ class RequestScheduler(ABC):
         journal: Journal | None = None,
         in_flight: int = IN_FLIGHT,
         score_calls: int = 1,
+        environments: Environments | None = None,
+        environment_configs: tuple[EnvironmentConfig, ...] = (),
     ) -> None:
         """Connect to the roles.
 
@@ -236,8 +258,12 @@ class RequestScheduler(ABC):
             journal: responses of an earlier attempt at this iteration; gets the new ones.
             in_flight: maximum number of prompts explored at the same time.
             score_calls: maximum number of calls of the scorer in flight.
+            environments: answer in episodes.
+            environment_configs: their settings.
         """
         self.chat = chat
+        self.versions = versions
+        self.replies = ReplyRenderer(chat)
         self.stopwatch = Stopwatch()
         self.generated_tokens = 0
         """Tokens that were generated, also by an earlier attempt."""
@@ -252,6 +278,10 @@ class RequestScheduler(ABC):
         }
         self._score = RequestQueue(SCORE, scorer.score, timer="scorer", scorer=scorer)
         self._compare = RequestQueue(COMPARE, scorer.compare, timer="scorer", scorer=scorer)
+        self._environments = environment_configs if environments is not None else ()
+        self._step: RequestQueue[StepRequest, Answer] = RequestQueue(
+            None, environments.step if environments else _no_steps, timer="environment"
+        )
 
     async def run(
         self,
@@ -299,6 +329,14 @@ class RequestScheduler(ABC):
         """Return the win probabilities among the request's completions."""
         return await self._request(self._compare, request)
 
+    async def step(self, request: StepRequest) -> Answer:
+        """Return an environment's answer."""
+        return await self._request(self._step, request)
+
+    def environment_of(self, prompt: Prompt) -> EnvironmentConfig | None:
+        """Return the environment that serves a prompt; None where there is none."""
+        return environment_of(self._environments, prompt.source)
+
     @abstractmethod
     async def _request(
         self, queue: RequestQueue[RequestT, ResponseT], request: RequestT
@@ -331,7 +369,7 @@ class RequestScheduler(ABC):
     def _recall(
         self, queue: RequestQueue[RequestT, ResponseT], pending: Pending[RequestT, ResponseT]
     ) -> bool:
-        if self._journal is None:
+        if self._journal is None or queue.codec is None:
             return False
         response = self._journal.recall(queue.codec, pending.request)
         if response is None:
@@ -349,7 +387,7 @@ class RequestScheduler(ABC):
         requests = [each.request for each in pending]
         responses = await queue.call(requests)
         answered = list(zip(pending, responses, strict=True))
-        if self._journal is not None:
+        if self._journal is not None and queue.codec is not None:
             state = None if queue.scorer is None else await queue.scorer.state_dict()
             self._journal.add(queue.codec, requests, responses, state)
             if self.writes_through:
@@ -372,6 +410,10 @@ async def run_beside(
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def _no_steps(requests: Sequence[StepRequest]) -> list[Answer]:
+    raise AssertionError("there is no environment")
 
 
 def _generator(

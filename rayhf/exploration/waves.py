@@ -37,6 +37,7 @@ class WaveScheduler(RequestScheduler):
                 *self._generate.values(),
                 self._score,
                 self._compare,
+                self._step,
             ]
             if not any(queue.pending for queue in queues):
                 if asyncio.all_tasks(loop):

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from rayhf.config.schema import Packing
 from rayhf.errors import ConfigError
 from rayhf.models.peft import base_model
-from rayhf.models.prefix_tree import Ints, build_tree, fed_tokens
+from rayhf.models.prefix_tree import Ints, build_tree
 from rayhf.models.tree_attention import NAME, Tree, place_tree, register
 from rayhf.types import Row, given_row, token_array
 
@@ -113,9 +113,8 @@ def _pad(rows: Sequence[Row]) -> tuple[Ints, Ints]:
     ids_BS = np.zeros((len(rows), length), dtype=np.int64)
     predict: list[Ints] = []
     for b, row in enumerate(rows):
-        ids_BS[b, : len(row) - 1] = fed_tokens(row)
-        first = b * length + len(row.prompt_ids) - 1
-        predict.append(np.arange(first, first + len(row.response_ids)))
+        ids_BS[b, : len(row) - 1] = row.fed_ids
+        predict.append(b * length + row.predicted_at)
     return ids_BS, np.concatenate(predict)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from heapq import heappush, heapreplace
 
 from rayhf.config.schema import Packing
-from rayhf.models.prefix_tree import DistinctTokens, fed_tokens, sort_key
+from rayhf.models.prefix_tree import DistinctTokens, sort_key
 from rayhf.types import Row
 
 Rows = Sequence[Row]
@@ -92,7 +92,7 @@ def _units(examples: Sequence[Rows], packing: Packing, budget: int) -> Iterator[
         by_prompt.setdefault(rows[0].prompt_id, []).append(index)
     for members in by_prompt.values():
         # Examples with long shared prefixes are neighbors, and stay so where the prompt is cut.
-        members.sort(key=lambda index: sort_key(fed_tokens(examples[index][0])))
+        members.sort(key=lambda index: sort_key(examples[index][0].fed_ids))
         yield from _cut(examples, members, budget)
 
 

@@ -43,11 +43,6 @@ class PrefixTree:
     """In the order of the rows; rows that share a node repeat it."""
 
 
-def fed_tokens(row: Row) -> TokenArray:
-    """Return the tokens that go through the model: all but the last."""
-    return np.concatenate((row.prompt_ids, row.response_ids[:-1]))
-
-
 def sort_key(tokens: TokenArray) -> bytes:
     """Return a sort key: in its order, sequences that share a prefix are neighbors."""
     return tokens.tobytes()
@@ -66,7 +61,7 @@ def build_tree(rows: Sequence[Row], *, share: bool) -> PrefixTree:
     In order, rows that share a prefix are neighbors: each row adds the nodes that the one before it
     lacks.
     """
-    tokens = [fed_tokens(row) for row in rows]
+    tokens = [row.fed_ids for row in rows]
     order = _in_order(rows, tokens) if share else range(len(rows))
     ids: list[Ints] = []
     depth: list[Ints] = []
@@ -82,8 +77,7 @@ def build_tree(rows: Sequence[Row], *, share: bool) -> PrefixTree:
         depth.append(np.arange(shared, shared + new))
         ends.append((path[shared:], count))  # the branch that this row leaves
         path = np.concatenate([path[:shared], np.arange(count, count + new)])
-        first = len(rows[index].prompt_ids) - 1
-        predict[index] = path[first:]
+        predict[index] = path[rows[index].predicted_at]
         previous = index
         count += new
     ends.append((path, count))
@@ -128,7 +122,7 @@ class DistinctTokens:
     def add(self, rows: Sequence[Row]) -> None:
         """Add rows; the longest prefix that one shares is with a neighbor in sorted order."""
         for row in rows:
-            tokens = fed_tokens(row)
+            tokens = row.fed_ids
             place = bisect_left(self._sorted, sort_key(tokens), key=sort_key)
             neighbors = self._sorted[max(0, place - 1) : place + 1]
             shared = max((shared_prefix(tokens, other) for other in neighbors), default=0)

@@ -40,6 +40,7 @@ METRICS: tuple[Metric, ...] = (
         ("time/explore_s", "s", "exploration of the iteration's prompts, from start to end"),
         ("time/rollout_s", "s", "at least one generation was under way"),
         ("time/scorer_s", "s", "at least one scoring call was under way"),
+        ("time/environment_s", "s", "at least one step of an environment was under way"),
         ("time/reference_s", "s", "log-probs and values of the examples"),
         (
             "time/reference_busy_s",
@@ -107,6 +108,24 @@ METRICS: tuple[Metric, ...] = (
         ("rollout/thinking_tokens", "tokens", "mean length of a thinking model's thinking"),
         ("rollout/answer_tokens", "tokens", "mean length of what follows the thinking"),
         ("rollout/thinking_unfinished", "share", "completions whose thinking did not end"),
+        ("environment/turns", "turns", "mean number of the policy's turns in an episode"),
+        ("environment/reply_tokens", "tokens", "mean length of an environment's replies, in all"),
+        ("environment/reward_mean", "score", "mean sum of an episode's rewards"),
+        ("environment/ended/done", "share", "episodes that the environment ended"),
+        ("environment/ended/turns", "share", "episodes ended at max_turns"),
+        (
+            "environment/ended/tokens",
+            "share",
+            "episodes with a turn that was cut, or without tokens left for another",
+        ),
+        ("environment/ended/reply_tokens", "share", "episodes ended at reply_tokens"),
+        ("environment/ended/failed", "share", "episodes in which the environment failed"),
+        (
+            "environment/own/<name>",
+            "",
+            "mean per episode of a number of the environment's own; of type tools, tool_calls and "
+            "tool_errors",
+        ),
         ("staleness/max", "versions", "oldest weights that a completion was generated with"),
         (
             "staleness/token_max",

@@ -23,6 +23,7 @@ from rayhf.algorithms.base import (
 )
 from rayhf.campaign.data import CampaignData
 from rayhf.campaign.refill import check_refill
+from rayhf.config.environments import environment_of
 from rayhf.config.registry import ALGORITHMS, EVALUATIONS
 from rayhf.config.schema import CampaignConfig, PolicyConfig
 from rayhf.config.scorers import ScorerConfig, names_of
@@ -41,6 +42,13 @@ from rayhf.models.source import model_length, read_model_config, tokenizer_finge
 from rayhf.monitoring.tracking import check_trackers
 from rayhf.planning.architectures import check_architectures
 from rayhf.planning.comparisons import check_comparisons
+from rayhf.planning.environments import (
+    Tools,
+    check_environments,
+    check_lengths,
+    open_environments,
+    rewards_all,
+)
 from rayhf.planning.in_flight import check_in_flight, updates_table
 from rayhf.planning.inputs import input_fingerprints
 from rayhf.planning.reference import check_reference
@@ -132,6 +140,7 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
     config.algorithm.check_campaign(config)
     algorithm: Algorithm = ALGORITHMS.build(config.algorithm)
     transport_of(config)
+    check_environments(config, algorithm)
     _require_scorers(config, algorithm)
     check_comparisons(config, algorithm)
     _check_rounding(config)
@@ -144,6 +153,8 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
 def _require_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
     """Refuse a campaign that scores completions without a scorer. Raises ConfigError."""
     example = "for example [{type: rule, function: my_rules:score}]"
+    if rewards_all(config):
+        return
     if not config.scorer.train and generates(algorithm) and algorithm.needs_scorer:
         raise ConfigError(
             f"scorer.train: {config.algorithm.type} scores the completions that it trains on, and "
@@ -239,14 +250,17 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     model_config = read_model_config(directory, key="policy.model")
     check_vocabulary(tokenizer, model_config)
     recorded = read_state(config.run.dir)
+    chat = Chat(tokenizer, max_length=max_length)
+    check_lengths(config, max_length)
+    tools, environment_notes = open_environments(config, chat, base)
     loader = PromptLoader(
         tokenizer=tokenizer,
-        max_prompt_tokens=max_length - config.rollout.max_tokens,
+        max_prompt_tokens=max_length - config.rollout.max_tokens - config.reply_tokens,
+        tools=partial(_tools_of, config, tools),
         embeddings=vocabulary_size(model_config),
         base=base,
         commits=dict(recorded.datasets) if recorded else {},
     )
-    chat = Chat(tokenizer, max_length=max_length)
     named = names_of([*config.scorer.train, *(config.scorer.evaluate or ())])
     if isinstance(algorithm, TrainsOnRows):
         opened = loader.open(config.prompts.train, "prompts.train")
@@ -268,6 +282,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     judged = prompts.prompts if generates(algorithm) else ()
     notes = [f"prompts.train: {prompts.summary}"]
     notes += [f"data set {name} at commit {commit}" for name, commit in loader.commits.items()]
+    notes += environment_notes
     notes += _check_scorers(config.scorer, judged, heldout, base)
     evaluations = _evaluations(config, loader, chat, heldout or judged)
     pairs = None
@@ -295,6 +310,12 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         stop_tokens={token_id: str(tokenizer.decode([token_id])) for token_id in stop_ids},
         notes=(*untested, *notes),
     )
+
+
+def _tools_of(config: CampaignConfig, tools: Mapping[str, Tools], source: str) -> Tools | None:
+    """Return the functions of the environment that serves a source."""
+    environment = environment_of(config.environment, source)
+    return None if environment is None else tools.get(environment.resolved_name)
 
 
 def _check_scorers(

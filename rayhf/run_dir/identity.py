@@ -24,6 +24,7 @@ IDENTITY = (
     "policy",
     "prompts",
     "algorithm",
+    "environment",
     "scorer.train",
     "scorer.combine",
     "rollout.temperature",

@@ -2,7 +2,9 @@
 
 samples    one row per completion, also the inner ones of a search: `parent`, `kind`, `context_ids`
            and `stats` are its tree; `row` has all columns of the prompt's row as JSON;
-           `token_versions` is null where one version wrote all tokens
+           `token_versions` is null where one version wrote all tokens; of an episode, `turns` are
+           its messages, and inserted_ids the environment's tokens, each after inserted_before of
+           token_ids
 examples   one row per training example, with indices into its prompt's samples `iterations_back`
            iterations ago; index -1 for a text that was not sampled (an offline pair, a label)
 credit     one row per row of the policy's examples: what training added to each of its tokens
@@ -13,7 +15,7 @@ evaluations    one row per prompt and figure of every evaluation
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ import pyarrow.parquet as pq
 
 from rayhf.evaluation.values import PromptValues
 from rayhf.types import (
+    NO_TOKENS,
+    Episode,
     Example,
     Failed,
     Group,
@@ -32,6 +36,7 @@ from rayhf.types import (
     Row,
     Scored,
     float_array,
+    inserted_tokens,
     token_array,
 )
 
@@ -41,6 +46,14 @@ _REPLY = pa.struct(
         ("against", pa.int32()),
         ("left_out", pa.bool_()),
         ("text", pa.string()),
+    ]
+)
+_TURN = pa.struct(
+    [
+        ("role", pa.string()),
+        ("content", pa.string()),
+        ("tokens", pa.int32()),
+        ("reward", pa.float64()),
     ]
 )
 SAMPLES = pa.schema(
@@ -70,6 +83,11 @@ SAMPLES = pa.schema(
         ("token_versions", pa.list_(pa.int32())),
         ("finish_reason", pa.string()),
         ("seed", pa.int64()),
+        ("environment", pa.string()),
+        ("turns", pa.list_(_TURN)),
+        ("ended", pa.string()),
+        ("inserted_ids", pa.list_(pa.int32())),
+        ("inserted_before", pa.list_(pa.int32())),
     ]
 )
 EXAMPLES = pa.schema(
@@ -81,6 +99,8 @@ EXAMPLES = pa.schema(
         ("samples", pa.list_(pa.int32())),
         ("prompt_ids", pa.list_(pa.list_(pa.int32()))),
         ("response_ids", pa.list_(pa.list_(pa.int32()))),
+        ("inserted_ids", pa.list_(pa.list_(pa.int32()))),
+        ("inserted_before", pa.list_(pa.list_(pa.int32()))),
         ("behavior_logp", pa.list_(pa.list_(pa.float32()))),
         ("scores", pa.list_(pa.float64())),
         ("margin", pa.float64()),
@@ -156,8 +176,26 @@ def sample_table(iteration: int, groups: Sequence[Group]) -> pa.Table:
         "token_versions": [c.token_versions for c in completions],
         "finish_reason": [c.finish_reason for c in completions],
         "seed": [c.seed for c in completions],
+        **_episodes([c.episode for c in completions]),
     }
     return pa.Table.from_pydict(columns, schema=SAMPLES)
+
+
+def _episodes(episodes: Sequence[Episode | None]) -> dict[str, list[object]]:
+    """Return the columns of episodes; null for a completion of one turn without environment."""
+    inserted = [None if episode is None else episode.inserted for episode in episodes]
+    return {
+        "environment": [episode and episode.environment for episode in episodes],
+        "turns": [episode and [asdict(turn) for turn in episode.turns] for episode in episodes],
+        "ended": [episode and episode.ended for episode in episodes],
+        "inserted_ids": [None if each is None else each.token_ids for each in inserted],
+        "inserted_before": [None if each is None else each.before for each in inserted],
+    }
+
+
+def transcript(turns: Sequence[Mapping[str, object]] | None) -> str:
+    """Return the column `turns` of a sample as text; empty where there is none."""
+    return "\n\n".join(f"[{turn['role']}] {turn['content']}" for turn in turns or ())
 
 
 def _replies(group: Group, index: int) -> list[dict[str, object]]:
@@ -185,6 +223,12 @@ def example_table(iteration: int, examples: Sequence[Example]) -> pa.Table:
         "samples": [[row.sample for row in e.rows] for e in examples],
         "prompt_ids": by_example(_lists([row.prompt_ids for row in rows], np.int32)),
         "response_ids": by_example(_lists([row.response_ids for row in rows], np.int32)),
+        "inserted_ids": by_example(
+            _lists([r.inserted.token_ids if r.inserted else NO_TOKENS for r in rows], np.int32)
+        ),
+        "inserted_before": by_example(
+            _lists([r.inserted.before if r.inserted else NO_TOKENS for r in rows], np.int32)
+        ),
         "behavior_logp": by_example(
             _lists([row.tokens["behavior_logp"] for row in rows], np.float32)
         ),
@@ -248,7 +292,15 @@ def read_examples(file: Path, objective: str = "policy") -> list[Example]:
     for record in pq.read_table(file).to_pylist():
         if record["objective"] != objective or min(record["samples"]) < 0:
             continue
-        columns = ("samples", "prompt_ids", "response_ids", "behavior_logp", "scores")
+        columns = (
+            "samples",
+            "prompt_ids",
+            "response_ids",
+            "behavior_logp",
+            "scores",
+            "inserted_ids",
+            "inserted_before",
+        )
         rows = tuple(
             Row(
                 prompt_id=record["prompt_id"],
@@ -257,8 +309,9 @@ def read_examples(file: Path, objective: str = "policy") -> list[Example]:
                 response_ids=token_array(response_ids),
                 tokens={"behavior_logp": float_array(logp)},
                 scalars={"score": score},
+                inserted=inserted_tokens(ids, before),
             )
-            for sample, prompt_ids, response_ids, logp, score in zip(
+            for sample, prompt_ids, response_ids, logp, score, ids, before in zip(
                 *(record[column] for column in columns), strict=True
             )
         )

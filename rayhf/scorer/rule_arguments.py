@@ -19,7 +19,7 @@ Call = tuple[Prompt, tuple[Completion, ...]]
 """A prompt, and one of its completions, or the two that are compared."""
 _CONTEXT = ("prompt", "messages", "reference_answer", "row", "finish_reason", "thinking")
 OWN = {
-    "rayhf": ("completion", *_CONTEXT),
+    "rayhf": ("completion", *_CONTEXT, "episode"),
     "pairwise": ("first", "second", "prompt", "messages", "reference_answer", "row"),
     "verl": ("data_source", "solution_str", "ground_truth", "extra_info"),
     "trl": ("prompts", "completions", "completion_ids"),
@@ -83,9 +83,7 @@ class Parameters:
                 for (prompt, _), is_messages in zip(pairs, forms, strict=True)
             ],
             "completions": [
-                [{"role": "assistant", "content": completion.text}]
-                if is_messages
-                else completion.text
+                _completion_messages(completion) if is_messages else completion.text
                 for (_, completion), is_messages in zip(pairs, forms, strict=True)
             ],
             "completion_ids": [completion.token_ids.tolist() for _, completion in pairs],
@@ -98,6 +96,23 @@ class Parameters:
 
 def _messages(prompt: Prompt) -> list[dict[str, str]]:
     return [dict(message) for message in prompt.messages]
+
+
+def _completion_messages(completion: Completion) -> list[dict[str, Any]]:
+    """Return a completion as messages: one, or those of an episode."""
+    if completion.episode is None:
+        return [{"role": "assistant", "content": completion.text}]
+    return [{"role": turn.role, "content": turn.content} for turn in completion.episode.turns]
+
+
+def _episode(completion: Completion) -> list[dict[str, Any]] | None:
+    """Return the messages of an episode with their rewards; None without an environment."""
+    if completion.episode is None:
+        return None
+    return [
+        {"role": turn.role, "content": turn.content, "reward": turn.reward}
+        for turn in completion.episode.turns
+    ]
 
 
 def _is_conversational(prompt: Prompt) -> bool:
@@ -126,6 +141,7 @@ def _own(style: str, prompt: Prompt, completions: Sequence[Completion]) -> dict[
     (completion,) = completions
     return {
         "completion": completion.text,
+        "episode": _episode(completion),
         "finish_reason": completion.finish_reason,
         "thinking": completion.thinking,
         **context,

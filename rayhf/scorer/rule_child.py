@@ -43,9 +43,9 @@ def main() -> None:
     request_fd, response_fd, life_fd = (int(argument) for argument in sys.argv[1:4])
     for fd in (request_fd, response_fd, life_fd):
         os.set_inheritable(fd, False)
-    _die_with_parent(life_fd)
+    die_with_parent(life_fd)
     requests = open(request_fd, "rb", buffering=1 << 16)  # noqa: SIM115 - open until the end
-    hello = _decode(requests.readline())
+    hello = decode(requests.readline())
     sys.path[:] = hello["path"]
     from rayhf.scorer.rule_call import RefusedError, UserFunction
     from rayhf.scorer.rule_namespaces import enter
@@ -53,14 +53,14 @@ def main() -> None:
     apart, contained = enter(
         network=hello["network"], life_fd=life_fd, pipes=(request_fd, response_fd)
     )
-    _limit(hello["memory_bytes"], hello["file_bytes"], apart=apart)
+    limit_resources(hello["memory_bytes"], hello["file_bytes"], apart=apart)
 
     try:
         function = UserFunction(hello["module"], hello["function"], hello["style"])
     except RefusedError as error:
-        _send(response_fd, error.response)
+        send(response_fd, error.response)
         return
-    _send(
+    send(
         response_fd, {"ready": True, "apart": apart, "contained": contained, **function.describe()}
     )
     caller = _Caller(function, response_fd, hello, hint=apart and not hello["network"])
@@ -122,7 +122,7 @@ class _Caller:
     def _read(self, line: bytes) -> Any:
         if time.monotonic() >= self._due:
             self._due = _allow_cpu(self._timeout_s)
-        return _decode(line)
+        return decode(line)
 
     def _respond(self, number: int, results: "list[Result]") -> None:
         if self._hint:
@@ -132,10 +132,10 @@ class _Caller:
                 else result
                 for result in results
             ]
-        _send(self._response_fd, [number, results])
+        send(self._response_fd, [number, results])
 
 
-def _limit(memory_bytes: int, file_bytes: int, *, apart: bool) -> None:
+def limit_resources(memory_bytes: int, file_bytes: int, *, apart: bool) -> None:
     """Limit address space, file sizes, core files, and in a user namespace of our own processes.
 
     Elsewhere the limit on processes would count everything that the user runs on the machine, in
@@ -168,7 +168,7 @@ def _allow_cpu(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
-def _die_with_parent(life_fd: int) -> None:
+def die_with_parent(life_fd: int) -> None:
     """Have this process group killed when the parent's end of the life pipe closes.
 
     The kernel sends SIGKILL, so that a C call which holds the GIL (a regular expression) ends too.
@@ -182,12 +182,12 @@ def _die_with_parent(life_fd: int) -> None:
         os._exit(1)
 
 
-def _decode(line: bytes) -> Any:
+def decode(line: bytes) -> Any:
     # surrogatepass: lone surrogates in a completion arrive as they were sent
     return json.loads(line.decode("utf-8", "surrogatepass"))
 
 
-def _send(fd: int, response: object) -> None:
+def send(fd: int, response: object) -> None:
     data = memoryview(json.dumps(response).encode() + b"\n")
     while data:
         data = data[os.write(fd, data) :]

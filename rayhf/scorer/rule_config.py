@@ -12,7 +12,8 @@ from rayhf.config.scorers import PairwiseEntryConfig, PointwiseEntryConfig, Scor
 _FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
-def _check_function(function: str) -> str:
+def check_function(function: str) -> str:
+    """Return a function's name in the form module:function. Raises ValueError for another one."""
     if _FUNCTION.fullmatch(function):
         return function
     dotted = function.replace(".py:", ":").replace("/", ".")
@@ -25,7 +26,7 @@ def _check_function(function: str) -> str:
 class FunctionEntryConfig(ScorerEntryConfig):
     """Settings of a function that runs in processes of its own."""
 
-    function: Annotated[str, AfterValidator(_check_function)]
+    function: Annotated[str, AfterValidator(check_function)]
     """module:function."""
     workers: PositiveInt = 1
     """Number of processes that call it."""

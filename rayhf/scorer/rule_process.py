@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rayhf.config.import_path import import_path
 from rayhf.errors import ConfigError, did_you_mean
@@ -69,6 +69,11 @@ class Child:
 
     Raises ConfigError unless the function can be imported and called in `style` ("" recognizes it).
     """
+
+    script: ClassVar[Path] = _CHILD
+    """What the process runs."""
+    subject: ClassVar[str] = "rule"
+    """What runs in it, for messages."""
 
     def __init__(self, config: FunctionEntryConfig, style: str, *, base: Path) -> None:
         function = config.function
@@ -149,7 +154,7 @@ class Child:
             # -P: rayhf/scorer is not on the rule's import path. A session of its own: one kill
             # ends what the rule started, too.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_CHILD), *map(str, inherited)],
+                [sys.executable, "-P", str(self.script), *map(str, inherited)],
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=printed,
@@ -213,7 +218,7 @@ class Child:
             if self._responses in ready:
                 data = os.read(self._responses, 1 << 16)
                 if not data:
-                    raise LostError(f"the rule's process exited ({self._exit_reason()})")
+                    raise LostError(f"the {self.subject}'s process exited ({self._exit_reason()})")
                 *responses, self._buffer = (self._buffer + data).split(b"\n")
                 if responses:
                     deadline = time.monotonic() + timeout_s

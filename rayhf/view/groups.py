@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayhf.run_dir.tables import transcript
 from rayhf.view.run import Run, scorer_names
 from rayhf.view.samples import read_columns
 
@@ -242,8 +243,10 @@ def _sample_json(run: Run, row: dict[str, Any], credit: dict[str, Any] | None) -
         "sample": row["sample"],
         "kind": row["kind"],
         "parent": row["parent"],
-        "text": row["text"] or "",
+        "text": transcript(row.get("turns")) or row["text"] or "",
         "thinking": row.get("thinking"),
+        "turns": row.get("turns"),
+        "ended": row.get("ended"),
         "score": _number(row["score"]),
         "scores": {name: _number(value) for name, value in row["scores"] or []},
         "replies": row.get("replies") or [],

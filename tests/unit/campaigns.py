@@ -33,7 +33,7 @@ from rayhf.data.preferences import encode_pairs, load_pairs
 from rayhf.data.prompts import PromptSet
 from rayhf.evaluation.base import Evaluation
 from rayhf.monitoring.observer import Observer
-from rayhf.roles import Learner, Reference, Roles, Rollout, Scorer
+from rayhf.roles import Environments, Learner, Reference, Roles, Rollout, Scorer
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Prompt
 
@@ -82,6 +82,8 @@ def run_campaign(
     inputs: Mapping[str, str] | None = None,
     exported_files: Mapping[str, str] | None = None,
     observer: Observer | None = None,
+    environments: Environments | None = None,
+    chat: FakeChat | None = None,
 ) -> Roles:
     """Run the campaign to its end; return its roles."""
     algorithm = ALGORITHMS.build(config.algorithm)
@@ -97,6 +99,7 @@ def run_campaign(
         learners={"policy": learner or FakeLearner()} | {name: FakeLearner() for name in others},
         critic=critic,
         reference=reference or (FakeReference() if needs_frozen_reference(algorithm) else None),
+        environments=environments,
     )
     store = RunDir(config, takes_labels=isinstance(algorithm, TakesLabels))
     try:
@@ -105,7 +108,7 @@ def run_campaign(
             algorithm=algorithm,
             roles=roles,
             data=CampaignData(
-                chat=FakeChat(),
+                chat=chat or FakeChat(),
                 prompts=prompts
                 or PromptSet(prompts=tuple(make_prompts(12)), duplicates=0, label="test"),
                 heldout=tuple(heldout),

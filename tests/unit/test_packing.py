@@ -13,7 +13,7 @@ from rayhf.config.schema import Packing
 from rayhf.errors import ConfigError
 from rayhf.learner.packing import plan_micro_batches
 from rayhf.models.packing import batch_cost, distinct_tokens, pack_examples, pack_rows
-from rayhf.models.prefix_tree import build_tree, fed_tokens, shared_prefix
+from rayhf.models.prefix_tree import build_tree, shared_prefix
 from rayhf.types import Row, token_array
 
 Lengths = list[list[int]]
@@ -202,7 +202,7 @@ def test_each_node_sees_the_tokens_of_its_row(
         for position in range(len(row.response_ids)):
             node = next(predict)
             seen = [j for j in range(node + 1) if node < tree.end_N[j]]
-            tokens = fed_tokens(row)[: len(row.prompt_ids) + position]
+            tokens = row.fed_ids[: len(row.prompt_ids) + position]
             assert tree.ids_N[seen].tolist() == tokens.tolist()
             assert tree.depth_N[seen].tolist() == list(range(len(tokens)))
     expected = distinct_tokens(rows) if share else sum(len(row) - 1 for row in rows)

@@ -66,7 +66,7 @@ def context(completion, *, prompt, reference_answer, finish_reason, messages):
 
 def everything(completion, **context):
     names = {"prompt", "messages", "reference_answer", "row", "finish_reason", "thinking"}
-    assert set(context) == names, context
+    assert set(context) == names | {"episode"}, context
     return len(context["messages"])
 
 def digest(completion, *, prompt, reference_answer, finish_reason):

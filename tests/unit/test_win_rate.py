@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,15 +56,7 @@ class Recording(WinRateEvaluation):
     scorer = FirstIsBetter()
 
     async def measure(self, context):
-        given = EvaluationContext(
-            roles=context.roles,
-            versions=context.versions,
-            sampling=context.sampling,
-            seed=context.seed,
-            scorer=self.scorer,
-            record=context.record,
-        )
-        return await super().measure(given)
+        return await super().measure(replace(context, scorer=self.scorer))
 
 
 def test_position_bias_cancels():
@@ -133,6 +126,7 @@ def test_judge_that_fails_stops_the_evaluation(tmp_path):
         sampling=Sampling(max_tokens=4),
         seed=0,
         scorer=FakeScorer(outcome=Failed(reason="no judge")),
+        complete=None,
         record=lambda values: None,
     )
     with pytest.raises(ScorerError, match=r"none of 6 answers could be compared.*no judge"):

@@ -1,0 +1,85 @@
+"""Environments and tools of a user's, for tests that run them in their process."""
+
+import asyncio
+import os
+import time
+
+import rayhf
+
+
+class EchoConfig(rayhf.EnvironmentConfig):
+    """What it does besides."""
+
+    type: str = "own_environments:Echo"
+    bad_reset: bool = False
+
+
+class Echo:
+    """Answers by the first word of a message: what a test wants to see."""
+
+    Config = EchoConfig
+
+    def __init__(self, config):
+        self.config = config
+        self.turns = 0
+
+    async def reset(self, row, *, seed):
+        if self.config.bad_reset:
+            raise KeyError("no such column")
+        return [{"role": "user", "content": f"{row['name']} {seed}"}]
+
+    async def step(self, message):
+        self.turns += 1
+        word, _, rest = message["content"].partition(" ")
+        if word == "raise":
+            raise ValueError(rest)
+        if word == "sleep":
+            await asyncio.sleep(60)
+        if word == "block":
+            time.sleep(60)
+        if word == "exit":
+            os._exit(3)
+        if word == "nonsense":
+            return {"message": rest}
+        if word == "infinite":
+            return rayhf.StepResult(reward=float("inf"))
+        return rayhf.StepResult(
+            messages=f"{self.turns}: {rest}", reward=0.5, done=word == "done", metrics={"turns": 1}
+        )
+
+
+def add(first: int, second: int) -> int:
+    """
+    Add two numbers.
+
+    Args:
+        first: The first number.
+        second: The second number.
+    """
+    return first + second
+
+
+async def slow(seconds: float) -> str:
+    """
+    Wait.
+
+    Args:
+        seconds: How long.
+    """
+    await asyncio.sleep(seconds)
+    return "waited"
+
+
+def loop() -> None:
+    """Never end."""
+    while True:
+        pass
+
+
+def crash() -> None:
+    """End the process."""
+    os._exit(1)
+
+
+def undocumented(x):
+    return x
