@@ -5,7 +5,7 @@ Defaults are those of the source unless a line says ours.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -52,6 +52,8 @@ class JudgeConfig(SecondPolicyConfig):
 
 class SelfRewardingConfig(OnlineDPOConfig):
     """Self-rewarding: the policy judges its own samples (Yuan et al. 2024)."""
+
+    plays_episodes: ClassVar[bool] = False
 
     type: str = "self_rewarding"
     samples: Annotated[int, Field(ge=2)] = 4

@@ -145,7 +145,7 @@ def _pairs(file: Path, iteration: int) -> Iterator[UncertainPair]:
 
 def _scored_groups(file: Path) -> tuple[dict[str, list[_ScoredRow]], float]:
     """Return the scored answers by prompt, and the standard deviation of all their scores."""
-    columns = "prompt_id messages sample kind parent text turns score wins".split()
+    columns = ["prompt_id", "kind", "parent", *_ScoredRow.__annotations__]
     groups: dict[str, list[_ScoredRow]] = defaultdict(list)
     for row in pq.read_table(file, columns=columns).to_pylist():
         if row["kind"] == "answer" and row["parent"] is None and row["score"] is not None:
