@@ -1,7 +1,8 @@
 """The environment of the arithmetic task: a wrong answer may be tried again, for half the reward.
 
 In: the policy's answers. Out: whether an answer was right, and the question once more where not.
-The tiny policy has never seen a conversation of several turns: it learns to use the second one.
+The tiny policy has never seen a second turn, and hardly ever answers it well; what it learns is to
+be right at the first one.
 """
 
 from __future__ import annotations
