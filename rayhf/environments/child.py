@@ -63,8 +63,7 @@ class _Host:
         self._response_fd = response_fd
         self._episodes: dict[str, Any] = {}
         describe = getattr(self._class, "tools", None)
-        is_wanted = hello["describe"] and callable(describe)
-        self.tools = list(describe(self._config)) if is_wanted else []
+        self.tools = list(describe(self._config)) if hello["describe"] and describe else []
         """JSON schemas of the functions that prompts are rendered with."""
 
     async def serve(self, requests: BinaryIO) -> None:

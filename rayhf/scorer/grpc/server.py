@@ -18,12 +18,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import grpc
 
-from rayhf import __version__
 from rayhf.config.service import ServiceConfig
 from rayhf.scorer.comparisons import check_comparisons, check_outcomes
 from rayhf.scorer.grpc import scorer_pb2 as pb
@@ -46,7 +46,7 @@ def scorer_server(
     broken: Callable[[Exception], None] = lambda error: None,
 ) -> Server:
     """Return a server for the engine, not started yet. Raises ConfigError as Server."""
-    described = pb.DescribeReply(version=__version__, names=names, pairwise=pairwise)
+    described = pb.DescribeReply(version=version("rayhf"), names=names, pairwise=pairwise)
     register = partial(add_ScorerServicer_to_server, _Servicer(engine, described, broken))
     return Server(config, {SERVICE: register}, base=base)
 
