@@ -4,8 +4,10 @@ Munos et al. 2023 (2312.00886), the deep variant Nash-MD-PG. The gradient is tha
 
     E[(P(y beats y') - 1/2 - tau * log(p(y) / p_ref(y))) * log p(y)]
 
-with y from the policy p, and y' from the geometric mixture q ~ p^(1 - mixture) * p_ref^mixture. Its
-fixed point is the Nash policy of the game with a KL penalty tau, and the last policy converges.
+with y from the policy p, and y' from the geometric mixture q ~ p^(1 - mixture) * p_ref^mixture.
+With mixture 0 its fixed point is the Nash policy of the game with a KL penalty tau. The mixture
+damps the circling of self-play; in the paper's tabular algorithm it is tau times the step size, and
+the last policy converges. A larger one also moves the fixed point toward p_ref.
 
 What differs from the paper:
 - No engine samples the mixture: a prompt's other completions are the opponents, with weights
