@@ -84,7 +84,7 @@ def solve_demonstrations(
     """Return pairs (question, worked answer) with slips at `rate`, none of a chain in `without`."""
     rng = random.Random(f"challenges solve {seed} {rate}")
     excluded = set(without)
-    rows = []
+    rows: list[tuple[str, str]] = []
     while len(rows) < count:
         chain = draw_chain(rng.randint(1, MOST_STEPS), rng)
         if chain not in excluded:
