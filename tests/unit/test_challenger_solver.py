@@ -127,7 +127,8 @@ def test_one_iteration_by_hand():
     assert {context.decode(e.rows[0].prompt_ids) for e in challenger} == {
         "<user>C numbers<assistant>"
     }
-    assert [e.rows[0].tokens["advantage"][0] > 0 for e in challenger] == [True, True, False, False]
+    advantages = [e.rows[0].tokens["advantage"][0] for e in challenger]
+    assert advantages == pytest.approx([1.414, 0, -0.707, -0.707], abs=1e-3)
     expected = {
         "accepted": 1,
         "valid": 0.5,

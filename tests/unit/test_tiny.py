@@ -276,7 +276,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Replace the recipes, which take minutes; return the list of their calls."""
     calls: list[tuple[str, int]] = []
 
-    def make(task: str, directory: Path, seed: int, progress: world.Progress) -> dict[str, Any]:
+    def make(
+        task: str, directory: Path, seed: int, progress: world.Progress, base: Path | None
+    ) -> dict[str, Any]:
+        assert base is None or (base / "manifest.json").exists()
         calls.append((task, seed))
         (directory / "train.jsonl").write_text(f"{task} {seed}\n")
         progress(f"{task}: prompts", 1.0)
@@ -310,6 +313,15 @@ def test_build_makes_only_missing_tasks(tmp_path: Path, made: list[tuple[str, in
     ]
 
 
+def test_task_that_starts_from_another_builds_it_first(
+    tmp_path: Path, made: list[tuple[str, int]]
+) -> None:
+    built = world.build(tmp_path, tasks=["challenges"])
+    assert made == [("arithmetic", 0), ("challenges", 0)] and set(built) == {"challenges"}
+    world.build(tmp_path, tasks=["arithmetic", "challenges"])
+    assert len(made) == 2
+
+
 def test_build_repeats_a_task_when_anything_differs(
     tmp_path: Path, made: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +344,9 @@ def test_build_that_fails_keeps_the_old_task(
 ) -> None:
     world.build(tmp_path, tasks=["words"])
 
-    def fail(task: str, directory: Path, seed: int, progress: world.Progress) -> dict[str, Any]:
+    def fail(
+        task: str, directory: Path, seed: int, progress: world.Progress, base: Path | None
+    ) -> dict[str, Any]:
         (directory / "train.jsonl").write_text("half")
         raise KeyboardInterrupt
 
