@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from rayhf.config.sources import SourceConfig as SourceConfig
     from rayhf.config.trackers import TrackerConfig as TrackerConfig
     from rayhf.data.readers import Source as Source
-    from rayhf.environments.protocol import Environment as Environment
     from rayhf.evaluation.base import Evaluation as Evaluation
     from rayhf.evaluation.base import EvaluationContext as EvaluationContext
     from rayhf.evaluation.base import EvaluationSetup as EvaluationSetup
+    from rayhf.exploration.environment import Environment as Environment
     from rayhf.losses.base import Loss as Loss
     from rayhf.losses.base import LossOutput as LossOutput
     from rayhf.losses.base import MicroBatch as MicroBatch
@@ -115,7 +115,7 @@ _HOMES = {
     "rayhf.config.sources": ("SourceConfig",),
     "rayhf.config.trackers": ("TrackerConfig",),
     "rayhf.data.readers": ("Source",),
-    "rayhf.environments.protocol": ("Environment",),
+    "rayhf.exploration.environment": ("Environment",),
     "rayhf.evaluation.base": ("Evaluation", "EvaluationContext", "EvaluationSetup"),
     "rayhf.losses.base": ("Loss", "LossOutput", "MicroBatch"),
     "rayhf.losses.pairs": ("PairLogps", "PairLoss", "PairLossConfig"),

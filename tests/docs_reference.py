@@ -27,8 +27,8 @@ from rayhf.config.schema import CampaignConfig
 from rayhf.config.serve import ServeScorerConfig
 from rayhf.config.yaml_text import dump_flow
 from rayhf.data.readers import Source
-from rayhf.environments.protocol import Environment
 from rayhf.evaluation.base import Evaluation
+from rayhf.exploration.environment import Environment
 from rayhf.losses.base import Loss
 from rayhf.monitoring.tracking import Tracker
 from rayhf.roles import Environments, Learner, Reference, Rollout, Scorer

@@ -63,8 +63,10 @@ class _Host:
         self._response_fd = response_fd
         self._episodes: dict[str, Any] = {}
         describe = getattr(self._class, "tools", None)
-        self.tools = list(describe(self._config)) if hello["describe"] and describe else []
+        self.tools: list[dict[str, Any]] = []
         """JSON schemas of the functions that prompts are rendered with."""
+        if hello["describe"] and callable(describe):
+            self.tools += describe(self._config)
 
     async def serve(self, requests: BinaryIO) -> None:
         """Answer every request in a task of its own."""

@@ -265,7 +265,7 @@ def test_rewards_of_an_environment_need_no_scorer():
                 "evaluations": {
                     "w": {
                         "type": "win_rate",
-                        "scorer": {"type": "pairwise_rule", "function": "a:b"},
+                        "scorer": [PAIRWISE],
                     }
                 }
             },

@@ -150,7 +150,7 @@ def test_one_turn_is_what_there_is_without_an_environment():
     [
         ({"max_turns": 2}, 100, "turns", 2, "stop"),
         ({}, 6, "tokens", 2, "length"),
-        ({"reply_tokens": 30}, 100, "reply_tokens", 2, "length"),
+        ({"reply_tokens": 20}, 100, "reply_tokens", 2, "length"),
     ],
 )
 def test_limits_end_an_episode(settings, max_tokens, ended, turns, reason):
@@ -172,7 +172,7 @@ def test_a_turn_that_is_cut_ends_the_episode():
 
     groups, _ = explore(rounds(3), rollout=Cut())
     assert {c.episode.ended for c in completions(groups)} == {"tokens"}
-    assert {s.outcome for g in groups for s in g.samples} == {Scored(value=0.0)}
+    assert [s.outcome for g in groups for s in g.samples] == [Scored(value=0.0)] * 6
 
 
 def test_an_environment_that_fails_gives_its_reason_and_no_score():
@@ -297,7 +297,7 @@ def test_resume_within_an_episode_equals_the_uninterrupted_run(tmp_path):
         return config, rollout
 
     whole, rollout = play(tmp_path / "whole")
-    # Before the first iteration: 3 turns of sampled and 3 of greedy; then its turns 1, 2, 3.
+    # Before the first iteration, 3 turns of sampled and 3 of greedy; then turns 1 and 2.
     with pytest.raises(RuntimeError, match="killed"):
         play(tmp_path / "broken", rollout=Killed(8))
     broken, again = play(tmp_path / "broken")
@@ -305,7 +305,8 @@ def test_resume_within_an_episode_equals_the_uninterrupted_run(tmp_path):
     for i in range(1, 5):
         name = f"samples/iteration-{i:06d}.parquet"
         assert pq.read_table(whole.run.dir / name).equals(pq.read_table(broken.run.dir / name))
-    assert again.calls == rollout.calls[8:]
+    # Evaluations are repeated, turns 1 and 2 are not.
+    assert again.calls == [*rollout.calls[:6], *rollout.calls[8:]]
     metrics = metrics_of(whole)[1]
     assert metrics["environment/turns"] == 3 and metrics["environment/ended/done"] == 1
     assert metrics["environment/own/rounds"] == 3

@@ -101,7 +101,8 @@ def grpo_loss(rows: list[Row], model: torch.nn.Module) -> LossOutput:
     totals = Totals(tokens=tokens, rows=len(rows), examples=len(rows))
     micro = build_micro_batch(examples, totals, "cpu")
     logp_T, entropy_T = PolicyHead(model)(build_inputs(rows, "cpu"), 1.0, "metric")
-    algorithm = GRPO(GRPOConfig(kl=KLConfig(coef=0.1, estimator="k3", where="loss")))
+    kl = {"coef": 0.1, "estimator": "k3", "where": "loss"}
+    algorithm = GRPO(GRPOConfig.model_validate({"kl": kl}))
     return algorithm.loss()(logp_T, replace(micro, entropy_T=entropy_T))
 
 

@@ -22,7 +22,7 @@ class Solved(FakeScorer):
     async def score(self, requests):
         outcomes = await super().score(requests)
         return [
-            own if int(request.prompt.prompt_id[1:]) % 3 == 0 else (Scored(value=1.0),) * 4
+            own if int(request.prompt.prompt_id[1:]) % 3 == 0 else (Scored(value=1.0),) * len(own)
             for request, own in zip(requests, outcomes, strict=True)
         ]
 

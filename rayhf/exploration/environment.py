@@ -33,10 +33,10 @@ from rayhf.types import Message, StepResult
 class Environment(Protocol):
     """One episode: an object is made for each, as `Class(config)`, and forgotten at its end.
 
-    It runs in a process with limits (process.py), beside other episodes: it must not block for
-    long. What it does may depend on its arguments only, so that a resumed iteration repeats it: its
-    random numbers come from `seed`. An error that it raises ends the episode, which then has no
-    score.
+    It runs in a process with limits (rayhf/environments/process.py), beside other episodes: it must
+    not block for long. What it does may depend on its arguments only, so that a resumed iteration
+    repeats it: its random numbers come from `seed`. An error that it raises ends the episode, which
+    then has no score.
     """
 
     Config: ClassVar[type[EnvironmentConfig]]
