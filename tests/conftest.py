@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # A thread that waits for the others of its OpenMP team must not spin: on cores that other tests
@@ -9,6 +10,10 @@ import pytest
 # without. Set before anything imports torch, and inherited by every process that tests start. It
 # changes no bit of a result.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# No test is timed: this machine may be busy.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 for folder in ("unit", "e2e", "chaos"):
     sys.path.insert(0, str(Path(__file__).parent / folder))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from rayhf.models.source import AS_DATA, WEIGHTS_AS_DATA
 from rayhf.tiny import arithmetic, challenges
 from rayhf.tiny.language_model import Phase, sample, train
 from rayhf.tiny.world import write_rows
@@ -36,8 +37,8 @@ def make(
     random.Random(f"challenges topics {seed}").shuffle(topics)
     write_rows(directory / "train.jsonl", topics)
 
-    model = LlamaForCausalLM.from_pretrained(base / "policy").float()
-    tokenizer = AutoTokenizer.from_pretrained(base / "policy")
+    model = LlamaForCausalLM.from_pretrained(base / "policy", **WEIGHTS_AS_DATA).float()
+    tokenizer = AutoTokenizer.from_pretrained(base / "policy", **AS_DATA)
     asking = challenges.ask_demonstrations(seed, DEMONSTRATED)
     loss = 0.0
     for name, phase, rate, offset in (
