@@ -255,10 +255,13 @@ class Bench:
             f"{report['moved']:.2f} on average | {report['mean']:.1e} ({report['max']:.1e}) | | |"
         )
 
-    def run(self, names: Sequence[str]) -> str:
+    def run(self, names: Sequence[str], *, record: bool) -> str:
+        """Run the cases and return the report; `record`: write it after every case."""
         started = time.monotonic()
         for name in names or [n for n, case in CASES.items() if case.quick or not self.quick]:
             self.compare(CASES[name])
+            if record:
+                put_section("## Speed", self.report(time.monotonic() - started))
         if not names:
             for dtype in ("float32",) if self.quick else ("float32", "bfloat16"):
                 self.weight_sync(dtype)
@@ -305,7 +308,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rayhf-bench-") as scratch:
-        text = Bench(Path(scratch), quick=options.quick).run(options.cases)
+        bench = Bench(Path(scratch), quick=options.quick)
+        text = bench.run(options.cases, record=options.record)
     print(text)
     if options.record:
         put_section("## Speed", text)
