@@ -84,7 +84,13 @@ def _returned(pair: Example) -> Example:
     Its rows count as given: they may be older than importance weights can correct.
     """
     rows = tuple(
-        given_row(row.prompt_id, row.prompt_ids, row.response_ids, score=row.scalars["score"])
+        given_row(
+            row.prompt_id,
+            row.prompt_ids,
+            row.response_ids,
+            score=row.scalars["score"],
+            inserted=row.inserted,
+        )
         for row in pair.rows
     )
     return Example(rows=rows, scalars={"margin": pair.scalars["margin"]})

@@ -68,7 +68,7 @@ def swiss(players: int, rounds: int) -> Schedule:
 
 
 def _match(ranked: Sequence[int], met: set[frozenset[int]]) -> list[Pair]:
-    """Return everybody's opponent: the nearest in rank whom they have not met.
+    """Return each player's opponent: the nearest in rank that it has not met.
 
     Two players who are left have met each other, and take the players of another pair. There is
     such a pair while each of n players has met fewer than n / 2 others: the two then have at least

@@ -14,7 +14,7 @@ from rayhf.control.labels import unanswered_pairs
 from rayhf.errors import ConfigError
 from rayhf.monitoring.audit import audit
 from rayhf.planning.preflight import check_settings
-from rayhf.types import GIVEN, PEOPLE, Example, given_row
+from rayhf.types import GIVEN, PEOPLE, Example, Inserted, given_row, token_array
 
 PEOPLE_SETTINGS = {"margin": 10.0, "budget": 2, "expire": 2}
 """Every pair is uncertain."""
@@ -41,6 +41,15 @@ def test_least_certain_pairs_within_margin_and_budget_are_for_people():
         {"margin": 0.5, "expires": 4.0},
     ]
     assert {pair.objective for pair in routed.people} == {PEOPLE} and not routed.expired
+
+
+def test_expired_pair_of_episodes_keeps_the_tokens_of_the_environment():
+    config = PeopleConfig(margin=1.0, expire=2)
+    inserted = Inserted(token_ids=token_array([7, 8]), before=token_array([1, 1]))
+    row = given_row("p", (1,), (2, 3), score=0.5, inserted=inserted)
+    waits = Example(rows=(row, row), scalars={"margin": 0.1}, objective=PEOPLE)
+    routed = route([], config, replace(CONTEXT, unanswered=lambda iteration: (waits,)))
+    assert [row.inserted for row in routed.expired[0].rows] == [inserted, inserted]
 
 
 def stored(config, iteration, objective=PEOPLE):
