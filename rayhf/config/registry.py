@@ -219,6 +219,7 @@ ALGORITHMS = Registry(
         "iterative_dpo": "rayhf.algorithms.iterative_dpo:IterativeDPO",
         "sppo": "rayhf.algorithms.sppo:SPPO",
         "inpo": "rayhf.algorithms.inpo:INPO",
+        "mnpo": "rayhf.algorithms.mnpo:MNPO",
         "nash_md": "rayhf.algorithms.nash_md:NashMD",
         "xpo": "rayhf.algorithms.xpo:XPO",
         "dno": "rayhf.algorithms.dno:DNO",

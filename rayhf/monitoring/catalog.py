@@ -55,6 +55,7 @@ METRICS: tuple[Metric, ...] = (
             "longest time that an engine did not generate while it took the last weights",
         ),
         ("time/evaluate_s", "s", "evaluations"),
+        ("time/population_s", "s", "writing the policy into the population of past policies"),
         ("learner/steps", "steps", "optimizer steps of the iteration"),
         (
             "reference/chunks",
@@ -316,6 +317,12 @@ METRICS: tuple[Metric, ...] = (
         "inpo",
         ("inpo/gap", "nats", "log-prob of chosen minus rejected"),
         ("inpo/accuracy", "share", "pairs whose gap is larger than the reference's"),
+    ),
+    *_rows(
+        "mnpo",
+        ("mnpo/gap", "nats", "log-prob of chosen minus rejected"),
+        ("mnpo/accuracy", "share", "pairs whose gap is larger than the reference's"),
+        ("mnpo/past", "count", "past policies among the opponents, besides the current one"),
     ),
     *_rows(
         "nash_md",

@@ -35,6 +35,7 @@ LOOPS = {
     "iterative_dpo": {"samples": 4, "earlier": [0.5], "disjoint_iterations": False},
     "sppo": {"samples": 4, "eta": 2.0},
     "inpo": {"samples": 4},
+    "mnpo": {"samples": 4, "population": {"size": 2}},
     "nash_md": {"samples": 4},
     "xpo": {},
     "dno": {"samples": 4, "disjoint_iterations": False, "min_margin": 0.1},
