@@ -225,6 +225,7 @@ ALGORITHMS = Registry(
         "dno": "rayhf.algorithms.dno:DNO",
         "hypo": "rayhf.algorithms.hypo:HyPO",
         "mcts_dpo": "rayhf.algorithms.mcts_dpo:MCTSDPO",
+        "tpo": "rayhf.algorithms.tpo:TPO",
         "spar": "rayhf.algorithms.spar:SPaR",
         "self_rewarding": "rayhf.algorithms.self_rewarding:SelfRewarding",
         "challenger_solver": "rayhf.algorithms.challenger_solver:ChallengerSolver",

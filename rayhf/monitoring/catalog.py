@@ -343,6 +343,18 @@ METRICS: tuple[Metric, ...] = (
         ("dno/too_long", "share", "prompts whose teacher's answer is too long to train on"),
     ),
     *_rows(
+        "tpo",
+        ("tpo/lists", "count", "trees trained on, a ranked list of branches each"),
+        ("tpo/ties", "count", "trees whose branches all have one value"),
+        ("tpo/branches", "", "mean length of a list"),
+        (
+            "tpo/accuracy",
+            "share",
+            "pairs of branches that the implicit reward ranks as their values",
+        ),
+        ("tpo/margin", "", "mean implicit reward of the better minus the worse branch of a pair"),
+    ),
+    *_rows(
         "hypo",
         ("hypo/dpo_loss", "", "DPO loss on the given pairs"),
         ("hypo/dpo_accuracy", "share", "given pairs whose chosen response is preferred"),

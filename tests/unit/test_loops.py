@@ -44,6 +44,7 @@ LOOPS = {
     "xpo": {},
     "dno": {"samples": 4, "disjoint_iterations": False, "min_margin": 0.1},
     "hypo": {"samples": 3},
+    "tpo": {"iterations": 2, "depth": 1},
     "online_kto": {"samples": 3},
 }
 
