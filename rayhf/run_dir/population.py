@@ -35,9 +35,10 @@ class PastPolicies:
     def begin(self) -> Path:
         """Create an empty directory to export a policy into; `add` moves it into place."""
         self._check()
-        temporary = self.root / ".saving"
+        temporary = self.root / f".saving-{self._epoch:06d}"
         with storage_errors("write", temporary):
-            shutil.rmtree(temporary, ignore_errors=True)
+            for old in numbered(self.root, ".saving-").values():
+                shutil.rmtree(old)
             temporary.mkdir(parents=True)
         return temporary
 
