@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from rayhf.config.sources import SourceConfig as SourceConfig
     from rayhf.config.trackers import TrackerConfig as TrackerConfig
     from rayhf.data.readers import Source as Source
+    from rayhf.episodes import Episode as Episode
+    from rayhf.episodes import StepResult as StepResult
+    from rayhf.episodes import Turn as Turn
     from rayhf.evaluation.base import Evaluation as Evaluation
     from rayhf.evaluation.base import EvaluationContext as EvaluationContext
     from rayhf.evaluation.base import EvaluationSetup as EvaluationSetup
@@ -68,7 +71,6 @@ if TYPE_CHECKING:
     from rayhf.scorer.protocol import ScorerSetup as ScorerSetup
     from rayhf.types import Compared as Compared
     from rayhf.types import Completion as Completion
-    from rayhf.types import Episode as Episode
     from rayhf.types import Example as Example
     from rayhf.types import Failed as Failed
     from rayhf.types import GenerateRequest as GenerateRequest
@@ -83,8 +85,6 @@ if TYPE_CHECKING:
     from rayhf.types import Scored as Scored
     from rayhf.types import ScoreRequest as ScoreRequest
     from rayhf.types import Skipped as Skipped
-    from rayhf.types import StepResult as StepResult
-    from rayhf.types import Turn as Turn
     from rayhf.types import given_row as given_row
     from rayhf.types import make_row as make_row
 
@@ -118,6 +118,7 @@ _HOMES = {
     "rayhf.config.trackers": ("TrackerConfig",),
     "rayhf.data.readers": ("Source",),
     "rayhf.exploration.environment": ("Environment",),
+    "rayhf.episodes": ("Episode", "StepResult", "Turn"),
     "rayhf.evaluation.base": ("Evaluation", "EvaluationContext", "EvaluationSetup"),
     "rayhf.losses.base": ("Loss", "LossOutput", "MicroBatch"),
     "rayhf.losses.pairs": ("PairLogps", "PairLoss", "PairLossConfig"),
@@ -128,7 +129,6 @@ _HOMES = {
     "rayhf.types": (
         "Compared",
         "Completion",
-        "Episode",
         "Example",
         "Failed",
         "GenerateRequest",
@@ -143,8 +143,6 @@ _HOMES = {
         "ScoreRequest",
         "Scored",
         "Skipped",
-        "StepResult",
-        "Turn",
         "given_row",
         "make_row",
     ),
