@@ -167,10 +167,12 @@ class SPPO(AlgorithmBase):
         payoff = 0.5
         if self.config.target == "single":
             assert group.compared is not None  # otherwise no sample would have a score
-            win = group.compared.win[best.index, worst.index]
-            known = log_odds(win) if self.config.payoff == "log_odds" else win - 0.5
-            # Unknown where the two were never compared with each other, as their rates were.
-            payoff = float(known) if np.isfinite(win) else (best.payoff - worst.payoff) / 2.0
+            win = float(group.compared.win[best.index, worst.index])
+            if not np.isfinite(win):
+                # The two were never compared with each other: only their payoffs are known.
+                payoff = (best.payoff - worst.payoff) / 2.0
+            else:
+                payoff = float(log_odds(win)) if self.config.payoff == "log_odds" else win - 0.5
         pair = [replace(best, payoff=payoff), replace(worst, payoff=-payoff)]
         return [self._example(group, pair)]
 
