@@ -65,8 +65,10 @@ class ReferenceActor(ReportsAlive):
     def packing(self) -> Packing:
         return self.engine.packing
 
-    def logprobs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
-        return self.engine.logprobs(rows, temperature=temperature)
+    def logprobs(
+        self, rows: Sequence[Row], temperature: float, model: Path | None
+    ) -> list[FloatArray]:
+        return self.engine.logprobs(rows, temperature, model)
 
     def update(self, number: int, snapshot: WeightSnapshot, mix: float, *payloads: Any) -> None:
         """Take new weights, unless the actor got them as a replacement."""
@@ -145,7 +147,9 @@ class ReferencePool:
             self._idle.put_nowait(member)
             member.prepare = partial(self._prepare, member)
 
-    async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+    async def logprobs(
+        self, rows: Sequence[Row], *, temperature: float, model: Path | None = None
+    ) -> list[FloatArray]:
         if self._packing is None:
             self._packing = await self._persist(
                 self._members[0], lambda actor: actor.packing.remote(), "start"
@@ -157,6 +161,7 @@ class ReferencePool:
                 self._compute(
                     [rows[i] for i in chunk],
                     temperature,
+                    model,
                     phase=f"reference log-probs, chunk {number} of {len(chunks)}",
                 )
                 for number, chunk in enumerate(chunks, start=1)
@@ -166,14 +171,14 @@ class ReferencePool:
         return [by_row[i] for i in range(len(rows))]
 
     async def _compute(
-        self, rows: Sequence[Row], temperature: float, *, phase: str
+        self, rows: Sequence[Row], temperature: float, model: Path | None, *, phase: str
     ) -> list[FloatArray]:
         """Return the log-probs of one chunk, from the next actor that has none."""
         member = await self._idle.get()
         started = time.monotonic()
         try:
             logprobs: list[FloatArray] = await self._persist(
-                member, lambda actor: actor.logprobs.remote(rows, temperature), phase
+                member, lambda actor: actor.logprobs.remote(rows, temperature, model), phase
             )
         finally:
             self._idle.put_nowait(member)

@@ -9,6 +9,7 @@ weights with it: as with a lost rank of a learner, all actors are restarted from
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.ranks import RankActor, RankGroup, collectives
@@ -56,7 +57,10 @@ class ShardedReferenceActor(RankActor):
 class ShardedReference(RankGroup):
     """Reference over the ranks of one model."""
 
-    async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+    async def logprobs(
+        self, rows: Sequence[Row], *, temperature: float, model: Path | None = None
+    ) -> list[FloatArray]:
+        assert model is None  # check_reference refuses it
         return await self.outputs(rows, temperature=temperature)
 
     async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:

@@ -128,8 +128,13 @@ class Environments(Protocol):
 class Reference(Protocol):
     """Computes log-probs under a frozen model."""
 
-    async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
-        """Return the log-probs of each row's response tokens, in nats."""
+    async def logprobs(
+        self, rows: Sequence[Row], *, temperature: float, model: Path | None = None
+    ) -> list[FloatArray]:
+        """Return the log-probs of each row's response tokens, in nats.
+
+        Under its own weights, or under those of another model directory (a past policy).
+        """
         ...
 
     async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:

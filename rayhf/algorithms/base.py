@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayhf.algorithms.context import ExplorationContext
-from rayhf.config.algorithms import AlgorithmConfig, ReferenceSchedule
+from rayhf.config.algorithms import AlgorithmConfig, PopulationConfig, ReferenceSchedule
 from rayhf.config.models import ModelName
 from rayhf.config.schema import LearnerConfig
 from rayhf.data.chat import Chat
@@ -262,6 +262,20 @@ class SamplesFrozenPolicies(Protocol):
 
 
 @runtime_checkable
+class ReadsPastPolicies(Protocol):
+    """Reads log-probs of policies of earlier iterations, which the run directory keeps.
+
+    Rows then carry past_logp_1 (of the newest that is not the current policy), past_logp_2, ... and
+    old_logp. Needs a reference role, whose actors compute them.
+    """
+
+    @property
+    def population(self) -> PopulationConfig:
+        """Which policies."""
+        ...
+
+
+@runtime_checkable
 class RefillsPrompts(Protocol):
     """Wants further prompts in place of those whose groups teach nothing."""
 
@@ -331,6 +345,13 @@ def policies_of(algorithm: Algorithm) -> tuple[str, ...]:
 def frozen_policies(algorithm: Algorithm) -> tuple[str, ...]:
     """Return the names of the policies that generate and are not trained."""
     return algorithm.frozen_policies if isinstance(algorithm, SamplesFrozenPolicies) else ()
+
+
+def population_of(algorithm: Algorithm) -> PopulationConfig:
+    """Return which past policies the algorithm reads; its size is 0 where it reads none."""
+    if isinstance(algorithm, ReadsPastPolicies):
+        return algorithm.population
+    return PopulationConfig(size=0)
 
 
 def trained_policy(algorithm: Algorithm, objective: str) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ class Annotator:
         roles: compute them.
         observer: receives how many requests and chunks are done.
         context: returns an iteration's selection context.
+        past: returns the past policies that an iteration reads, newest first.
         timed: measures a phase.
     """
 
@@ -65,6 +67,7 @@ class Annotator:
         roles: Roles,
         observer: Observer,
         context: Callable[[int], SelectionContext],
+        past: Callable[[int], Sequence[Path]],
         timed: Timed,
     ) -> None:
         self._temperature = config.train_temperature
@@ -72,6 +75,7 @@ class Annotator:
         self._roles = roles
         self._observer = observer
         self._context = context
+        self._past = past
         self._timed = timed
         self._sources = self._sources_of(config)
         self._streams: dict[int, dict[str, _Stream]] = {}
@@ -135,7 +139,7 @@ class Annotator:
         old_logp: bool,
         metrics: dict[str, float],
     ) -> Columns:
-        """Return ref_logp, value and old_logp of the rows, as far as they are needed.
+        """Return ref_logp, value, old_logp and past_logp_* of the rows, as far as needed.
 
         Args:
             iteration: their iteration.
@@ -162,10 +166,21 @@ class Annotator:
         self._observer.phase(iteration, "reference")
         async with self._timed("reference"):
             columns = await asyncio.gather(*work.values())
-        named = dict(zip(work, columns, strict=True))
+            named = dict(zip(work, columns, strict=True))
+            named |= await self._past_logp(iteration, rows)
         if learner_is_reference:
             named["ref_logp"] = named["old_logp"]
         return named
+
+    async def _past_logp(self, iteration: int, rows: Sequence[Row]) -> Columns:
+        """Return the log-probs of the past policies, one after the other: each is loaded once."""
+        columns: Columns = {}
+        for number, model in enumerate(self._past(iteration), start=1):
+            assert self._roles.reference is not None  # check_reference
+            columns[f"past_logp_{number}"] = await self._roles.reference.logprobs(
+                rows, temperature=self._temperature, model=model
+            )
+        return columns
 
     async def _request(
         self,

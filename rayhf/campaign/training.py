@@ -21,6 +21,7 @@ from rayhf.algorithms.base import (
     TakesLabels,
     TrainsCritic,
     TrainsSeveralPolicies,
+    population_of,
     trained_policy,
 )
 from rayhf.campaign.annotation import Annotator, Columns, Timed
@@ -70,6 +71,7 @@ class Trainer:
             roles=roles,
             observer=observer,
             context=self._selection_context,
+            past=store.population.read_by,
             timed=timed,
         )
         self._initial_rows: list[Row] | None = None
@@ -153,7 +155,9 @@ class Trainer:
             iteration,
             prompt_ids,
             [row for example in examples for row in example.rows],
-            old_logp=self.steps_per_iteration > 1 or self.algorithm.needs_old_logp,
+            old_logp=self.steps_per_iteration > 1
+            or self.algorithm.needs_old_logp
+            or population_of(self.algorithm).size > 0,
             metrics=metrics,
         )
         credited, credit_metrics = await asyncio.to_thread(

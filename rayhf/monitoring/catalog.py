@@ -55,6 +55,7 @@ METRICS: tuple[Metric, ...] = (
             "longest time that an engine did not generate while it took the last weights",
         ),
         ("time/evaluate_s", "s", "evaluations"),
+        ("time/population_s", "s", "writing the policy into the population of past policies"),
         ("learner/steps", "steps", "optimizer steps of the iteration"),
         (
             "reference/chunks",
@@ -318,6 +319,12 @@ METRICS: tuple[Metric, ...] = (
         ("inpo/accuracy", "share", "pairs whose gap is larger than the reference's"),
     ),
     *_rows(
+        "mnpo",
+        ("mnpo/gap", "nats", "log-prob of chosen minus rejected"),
+        ("mnpo/accuracy", "share", "pairs whose gap is larger than the reference's"),
+        ("mnpo/past", "count", "past policies among the opponents, besides the current one"),
+    ),
+    *_rows(
         "nash_md",
         ("nash_md/win_rate", "share", "mean P(a completion beats the mixture)"),
         ("nash_md/opponents", "", "mean effective number of opponents of a completion"),
@@ -334,6 +341,18 @@ METRICS: tuple[Metric, ...] = (
     *_rows(
         "dno",
         ("dno/too_long", "share", "prompts whose teacher's answer is too long to train on"),
+    ),
+    *_rows(
+        "tpo",
+        ("tpo/lists", "count", "trees trained on, a ranked list of branches each"),
+        ("tpo/ties", "count", "trees whose branches all have one value"),
+        ("tpo/branches", "", "mean length of a list"),
+        (
+            "tpo/accuracy",
+            "share",
+            "pairs of branches that the implicit reward ranks as their values",
+        ),
+        ("tpo/margin", "", "mean implicit reward of the better minus the worse branch of a pair"),
     ),
     *_rows(
         "hypo",

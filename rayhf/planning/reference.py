@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from rayhf.algorithms.base import Algorithm, TrainsCritic, generates, needs_frozen_reference
+from rayhf.algorithms.base import (
+    Algorithm,
+    TrainsCritic,
+    generates,
+    needs_frozen_reference,
+    population_of,
+)
 from rayhf.algorithms.streaming import streams_reference, streams_values
 from rayhf.config.algorithms import EmaReference
 from rayhf.config.schema import CampaignConfig
@@ -16,6 +22,7 @@ def check_reference(config: CampaignConfig, algorithm: Algorithm, total_steps: i
     """
     _check_values(config, algorithm)
     _check_ranks(config)
+    _check_population(config, algorithm)
     schedule = algorithm.reference
     if isinstance(schedule, EmaReference) and schedule.every > total_steps:
         raise ConfigError(
@@ -72,6 +79,23 @@ def _check_ranks(config: CampaignConfig) -> None:
         raise ConfigError(
             f"policy.dtype is float16 and reference.ranks {settings.ranks}: DeepSpeed refuses "
             "float16 on most CPUs; expected float32 or bfloat16"
+        )
+
+
+def _check_population(config: CampaignConfig, algorithm: Algorithm) -> None:
+    """Raise ConfigError where the log-probs of past policies cannot be computed."""
+    if not population_of(algorithm).size:
+        return
+    if not needs_frozen_reference(algorithm):
+        raise ConfigError(
+            f"algorithm.population: the reference computes the log-probs of past policies, and "
+            f"{config.algorithm.type} has none of its own with these settings; expected "
+            "algorithm.reference={type: initial}"
+        )
+    if config.reference.ranks > 1:
+        raise ConfigError(
+            f"reference.ranks is {config.reference.ranks}, but {config.algorithm.type} reads past "
+            "policies, which a sharded reference cannot load; expected ranks=1"
         )
 
 

@@ -24,6 +24,7 @@ from rayhf.algorithms.base import (
     frozen_policies,
     needs_frozen_reference,
     policies_of,
+    population_of,
 )
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.data import CampaignData
@@ -102,7 +103,11 @@ def run_campaign(
         reference=reference or (FakeReference() if needs_frozen_reference(algorithm) else None),
         environments=environments,
     )
-    store = RunDir(config, takes_labels=isinstance(algorithm, TakesLabels))
+    store = RunDir(
+        config,
+        takes_labels=isinstance(algorithm, TakesLabels),
+        population=population_of(algorithm),
+    )
     try:
         controller = Controller(
             config,
