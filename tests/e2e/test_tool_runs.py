@@ -50,7 +50,7 @@ def teach_to_call(world: Path) -> None:
         answers.append(rng.choice([f"<tool_call>{call}</tool_call>", answer]))
     questions = [f"Say something about {rng.randint(0, 200)}" for _ in answers]
     tokenizer = train_tokenizer(
-        [*questions, *answers, "add"], POLICY_FORMAT, max_vocab=400, max_length=256
+        [*questions, *answers, "add"], POLICY_FORMAT, max_vocab=400, max_length=512
     )
     tokenizer.chat_template = TEMPLATE
     policy = new_model(SIZE, tokenizer, seed=0)
@@ -75,13 +75,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SECTIONS: dict[str, Any] = {
-    "policy": {"max_length": 256},
+    "policy": {"max_length": 512},
     "prompts": {"batch": 8},
     "environment": {
         "type": "tools",
         "tools": ["my_tools:add"],
         "max_turns": 3,
-        "reply_tokens": 64,
+        "reply_tokens": 200,
     },
     "algorithm": {
         "type": "grpo",
@@ -89,7 +89,7 @@ SECTIONS: dict[str, Any] = {
         "kl": {"coef": 0.05, "estimator": "k3", "where": "loss"},
     },
     "rollout": {"max_tokens": 120},
-    "learner": {"prompts_per_step": 8, "lr": 3e-3},
+    "learner": {"prompts_per_step": 8, "lr": 3e-4},
 }
 
 
@@ -97,7 +97,11 @@ def test_calls_are_answered_masked_and_survive_a_kill(world: Path) -> None:
     """Processes are killed when the second iteration has generated some of its turns."""
     process = start(world, write_config(world, "first", **SECTIONS))
     journal = world / "first/journal/iteration-000002.journal"
-    wait_until(lambda: journal.exists() or process.poll() is not None, 400)
+
+    def has_generated() -> bool:
+        return journal.exists() and journal.stat().st_size > 0
+
+    wait_until(lambda: has_generated() or process.poll() is not None, 400)
     copy_as_if_killed(process, world / "first", world / "second")
     _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
