@@ -50,6 +50,7 @@ class Verifiers:
         self._responses: asyncio.Queue[Message] = asyncio.Queue()
         self._known: list[Message] = []
         """The conversation up to the policy's last message."""
+        self._rollout: asyncio.Task[Any] | None = None
 
     @classmethod
     def prepare(cls, config: VerifiersConfig) -> None:
@@ -87,6 +88,7 @@ class Verifiers:
         )
         messages = await self._next_prompt()
         if messages is None:
+            self._output()
             raise ValueError("the rollout ended before its first turn")
         self._known = messages
         return None if messages == [_plain(message) for message in prompt] else messages
@@ -96,7 +98,7 @@ class Verifiers:
         self._responses.put_nowait(message)
         messages = await self._next_prompt()
         if messages is None:
-            output = self._rollout.result()
+            output = self._output()
             return StepResult(
                 reward=float(output["reward"]),
                 done=True,
@@ -112,22 +114,26 @@ class Verifiers:
 
     async def close(self) -> None:
         """End the rollout."""
-        self._rollout.cancel()
+        if self._rollout is not None:
+            self._rollout.cancel()
 
     async def _next_prompt(self) -> list[Message] | None:
-        """Return the messages that the next turn answers; None where the rollout is over.
-
-        Raises ValueError where it ended with an error.
-        """
+        """Return the messages that the next turn answers; None where the rollout is over."""
+        assert self._rollout is not None
         asked = asyncio.create_task(self._prompts.get())
         await asyncio.wait({asked, self._rollout}, return_when=asyncio.FIRST_COMPLETED)
         if asked.done():
             return asked.result()
         asked.cancel()
-        error = self._rollout.result().get("error")
-        if error:
-            raise ValueError(f"the rollout failed: {error}")
         return None
+
+    def _output(self) -> Any:
+        """Return the result of the rollout. Raises ValueError where it ended with an error."""
+        assert self._rollout is not None
+        output = self._rollout.result()
+        if output.get("error"):
+            raise ValueError(f"the rollout failed: {output['error']}")
+        return output
 
     async def respond(self, prompt: Sequence[Any], tools: Sequence[Any] | None) -> Any:
         """Return the policy's answer to `prompt`, as a Response of verifiers."""
