@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rayhf.config.environments import EnvironmentConfig
-from rayhf.types import Message, StepResult
+from rayhf.episodes import StepResult
+from rayhf.types import Message
 
 
 class OpenEnvConfig(EnvironmentConfig):

@@ -21,7 +21,8 @@ from pydantic import Field, JsonValue
 
 from rayhf.config.environments import EnvironmentConfig
 from rayhf.environments.tool_calls import ToolCall, tool_calls
-from rayhf.types import Message, StepResult
+from rayhf.episodes import StepResult
+from rayhf.types import Message
 
 
 class VerifiersConfig(EnvironmentConfig):

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rayhf.config.environments import EnvironmentConfig
+from rayhf.episodes import StepResult
 from rayhf.tiny.game import ANSWERS
-from rayhf.types import Message, StepResult
+from rayhf.types import Message
 
 
 class RematchConfig(EnvironmentConfig):

@@ -19,8 +19,9 @@ from rayhf.config.environments import EnvironmentConfig
 from rayhf.environments.openenv import OpenEnvConfig
 from rayhf.environments.process import Answer, EnvironmentChild, EnvironmentHost
 from rayhf.environments.verifiers import VerifiersConfig
+from rayhf.episodes import StepRequest, StepResult
 from rayhf.errors import ConfigError
-from rayhf.types import Invalid, StepRequest, StepResult
+from rayhf.types import Invalid
 
 HERE = Path(__file__).parent
 
