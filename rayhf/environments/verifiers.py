@@ -146,16 +146,15 @@ class Verifiers:
 @cache
 def _load(name: str, arguments: str) -> Any:
     """Load an environment; its episodes share it. Raises ImportError."""
-    import verifiers
-
     try:
-        load = verifiers.load_environment
-    except AttributeError:
+        from verifiers.utils.env_utils import load_environment
+    except ModuleNotFoundError as error:
+        if error.name != "verifiers.utils":
+            raise
         raise ImportError(
-            f"verifiers {verifiers.__version__} has no load_environment; expected a version "
-            "before 0.4"
+            "this version of verifiers has no load_environment; expected one before 0.4"
         ) from None
-    return load(name, **json.loads(arguments))
+    return load_environment(name, **json.loads(arguments))
 
 
 def _client(seat: Verifiers) -> Any:

@@ -1,17 +1,17 @@
 """The environment of the cyclic task: two rounds against an opponent that plays one move in both.
 
-In: the policy's moves. Out: after the first round, its result; after the second, a reward of 1 for
-a win. The opponent's move is drawn from the episode's seed, each with probability 1/3: the first
-round is worth nothing, and a policy that does not read its result wins the second with probability
-1/3, whatever it plays. One that reads it can always win: after a win it plays its move again, after
-a draw what beats it, after a loss what beats the move that beat it.
+In: the policy's moves. Out: after the first round, the opponent's move, which it plays once more;
+after the second, a reward of 1 for a win. The opponent's move is drawn from the episode's seed,
+each with probability 1/3, and the first round is worth nothing: a policy that does not read the
+environment's message wins with probability 1/3, whatever it plays. One that reads it can always
+win. The tiny policy has never seen a second turn, and wins a third of them at the start.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from rayhf.config.environments import EnvironmentConfig
 from rayhf.episodes import StepResult
@@ -20,11 +20,11 @@ from rayhf.types import Message
 
 
 class RematchConfig(EnvironmentConfig):
-    """What the policy is told."""
+    """Whether the opponent's move is told."""
 
     type: str = "rematch"
-    tells: Literal["result", "move", "nothing"] = "result"
-    """After the first round. `nothing` is a control: no policy wins more than 1/3."""
+    hidden: bool = False
+    """Do not tell it. Then no policy wins more than 1/3: a control."""
 
 
 class Rematch:
@@ -33,8 +33,8 @@ class Rematch:
     Config = RematchConfig
 
     def __init__(self, config: RematchConfig) -> None:
-        self._tells = config.tells
-        self._first: str | None = None
+        self._hidden = config.hidden
+        self._round = 0
         self._opponent = 0
 
     async def reset(self, row: Mapping[str, Any], *, seed: int) -> None:
@@ -42,20 +42,11 @@ class Rematch:
         self._opponent = random.Random(seed).randrange(len(ANSWERS))
 
     async def step(self, message: Message) -> StepResult:
-        """Tell the result of the first round, or score the second."""
-        result = self._result(message["content"].strip())
-        if self._first is not None:
-            won = float(result == "win")
+        """Tell the opponent's move after the first round; score the second."""
+        self._round += 1
+        # Each move beats the one before it in ANSWERS.
+        won = float(message["content"].strip() == ANSWERS[(self._opponent + 1) % len(ANSWERS)])
+        if self._round == 2:
             return StepResult(reward=won, done=True, metrics={"won": won})
-        self._first = result
-        told = {"result": result, "move": ANSWERS[self._opponent], "nothing": "again"}
-        return StepResult(
-            messages=f"{told[self._tells]}. Your move?",
-            metrics={"won_first": float(result == "win")},
-        )
-
-    def _result(self, move: str) -> str:
-        """Return how a move fares: each one beats the one before it in ANSWERS."""
-        if move not in ANSWERS:
-            return "no move"
-        return ("draw", "win", "loss")[(ANSWERS.index(move) - self._opponent) % len(ANSWERS)]
+        told = "again" if self._hidden else ANSWERS[self._opponent]
+        return StepResult(messages=f"{told}. Your move?", metrics={"won_first": won})

@@ -87,6 +87,7 @@ SECTIONS: dict[str, Any] = {
         "type": "grpo",
         "samples": 4,
         "kl": {"coef": 0.05, "estimator": "k3", "where": "loss"},
+        "loss": {"aggregate": "token_mean"},
     },
     "rollout": {"max_tokens": 120},
     "learner": {"prompts_per_step": 8, "lr": 3e-4},
@@ -143,7 +144,7 @@ def check_calls(world: Path) -> None:
 def check_masks(world: Path) -> None:
     """KL and length are those of the policy's tokens, in the context of all."""
     reference = LlamaForCausalLM.from_pretrained(world / "policy").float().eval()
-    own = []
+    own: list[float] = []
     tokens = []
     for row in samples(world, "first", 2):
         response = np.array(row["token_ids"])
@@ -164,4 +165,5 @@ def check_masks(world: Path) -> None:
     assert last["rollout/length_mean"] == pytest.approx(np.mean(tokens))
     assert abs(last["rollout/mismatch_kl"]) < 1e-4
     assert last["ppo/kl_loss"] == pytest.approx(np.mean(own), rel=1e-2)
+    assert last["reference/kl_k3"] == pytest.approx(np.sum(own) / len(tokens), rel=1e-2)
     assert np.mean(own) > 1e-4  # the policy has moved
