@@ -27,6 +27,7 @@ from rayhf.types import (
     ScoreRequest,
     StepRequest,
     StepResult,
+    TopLogprobs,
     WeightSnapshot,
 )
 
@@ -131,6 +132,12 @@ class Reference(Protocol):
 
     async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
         """Return the log-probs of each row's response tokens, in nats."""
+        ...
+
+    async def top_logprobs(
+        self, rows: Sequence[Row], *, temperature: float, top_k: int
+    ) -> list[TopLogprobs]:
+        """Return the same, and the top_k likeliest tokens at each position."""
         ...
 
     async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:

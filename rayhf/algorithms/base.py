@@ -262,6 +262,16 @@ class SamplesFrozenPolicies(Protocol):
 
 
 @runtime_checkable
+class ReadsTopLogprobs(Protocol):
+    """Reads the reference's likeliest tokens; rows then carry its `reference_top`."""
+
+    @property
+    def reference_top_k(self) -> int:
+        """How many tokens at each position; 0: none."""
+        ...
+
+
+@runtime_checkable
 class RefillsPrompts(Protocol):
     """Wants further prompts in place of those whose groups teach nothing."""
 
@@ -351,6 +361,11 @@ def load_state(algorithm: Algorithm, state: JsonObject) -> None:
         algorithm.load_state_dict(state)
     elif state:
         raise ValueError(f"{type(algorithm).__name__} has no state, got {sorted(state)}")
+
+
+def reference_top_k(algorithm: Algorithm) -> int:
+    """Return how many of the reference's likeliest tokens the algorithm reads; 0: none."""
+    return algorithm.reference_top_k if isinstance(algorithm, ReadsTopLogprobs) else 0
 
 
 def most_prompts(algorithm: Algorithm, batch: int) -> int:

@@ -23,7 +23,7 @@ from rayhf.algorithms.base import (
     TrainsSeveralPolicies,
     trained_policy,
 )
-from rayhf.campaign.annotation import Annotator, Columns, Timed
+from rayhf.campaign.annotation import Annotator, Timed
 from rayhf.campaign.drift import drift_kl, initial_rows
 from rayhf.config.schema import CampaignConfig
 from rayhf.control.labels import label_is_due, labeled_examples, unanswered_pairs
@@ -149,7 +149,7 @@ class Trainer:
         examples: Sequence[Example],
         metrics: dict[str, float],
     ) -> bool:
-        columns = await self.annotator.annotate(
+        rows = await self.annotator.annotate(
             iteration,
             prompt_ids,
             [row for example in examples for row in example.rows],
@@ -157,7 +157,7 @@ class Trainer:
             metrics=metrics,
         )
         credited, credit_metrics = await asyncio.to_thread(
-            lambda: self.algorithm.credit(_annotated(examples, columns))
+            lambda: self.algorithm.credit(_with_rows(examples, rows))
         )
         metrics |= credit_metrics
         self.store.write_credit(iteration, credited)
@@ -288,17 +288,10 @@ def _trained_prompts(
     return tuple(prompt for prompt in prompts if prompt not in replaced)
 
 
-def _annotated(examples: Sequence[Example], columns: Columns) -> list[Example]:
-    """Return the examples with the token values of their rows."""
-    if not columns:
-        return list(examples)
-    rows = [row for example in examples for row in example.rows]
-    values_by_row = zip(*columns.values(), strict=True)
-    annotated = (
-        row.with_tokens(**dict(zip(columns, values, strict=True)))
-        for row, values in zip(rows, values_by_row, strict=True)
-    )
-    return [replace(e, rows=tuple(next(annotated) for _ in e.rows)) for e in examples]
+def _with_rows(examples: Sequence[Example], rows: Sequence[Row]) -> list[Example]:
+    """Return the examples with other rows, as many and in the same order."""
+    remaining = iter(rows)
+    return [replace(e, rows=tuple(next(remaining) for _ in e.rows)) for e in examples]
 
 
 def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -267,6 +267,12 @@ METRICS: tuple[Metric, ...] = (
         ("ppo/kl_loss", "nats", "KL term of the loss"),
     ),
     *_rows(
+        "loss of distill with top_k",
+        ("distill/kl", "nats/response", "KL(policy || teacher) over its top_k tokens and the rest"),
+        ("distill/policy_mass", "share", "the policy's probability of the teacher's top_k tokens"),
+        ("distill/teacher_mass", "share", "the teacher's probability of its top_k tokens"),
+    ),
+    *_rows(
         "policy-gradient algorithms",
         ("ppo/groups_uniform", "share", "prompts whose responses all have one score"),
         ("ppo/groups_dropped", "count", "prompts with too few scored responses"),
