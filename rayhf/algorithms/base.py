@@ -72,6 +72,9 @@ class SelectionContext:
     labels: Sequence[Example] = ()
     """(chosen, rejected) pairs labeled by people since the previous iteration; only for an
     algorithm that TakesLabels."""
+    thumbs: Sequence[Example] = ()
+    """Completions to which people gave a thumb since then, with the scalar `desirable`, 1 or 0;
+    only for an algorithm that TakesThumbs."""
     unanswered: Callable[[int], Sequence[Example]] = lambda iteration: ()
     """Returns the examples of an earlier iteration with the objective PEOPLE, without those that
     people have judged since."""
@@ -202,6 +205,13 @@ class TakesLabels(Protocol):
     """Trains on (chosen, rejected) pairs that people labeled."""
 
     takes_labels: ClassVar[Literal[True]]
+
+
+@runtime_checkable
+class TakesThumbs(TakesLabels, Protocol):
+    """Trains on single completions to which people gave a thumb up or down, too."""
+
+    takes_thumbs: ClassVar[Literal[True]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

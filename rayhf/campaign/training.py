@@ -19,6 +19,7 @@ from rayhf.algorithms.base import (
     Algorithm,
     SelectionContext,
     TakesLabels,
+    TakesThumbs,
     TrainsCritic,
     TrainsSeveralPolicies,
     trained_policy,
@@ -26,7 +27,7 @@ from rayhf.algorithms.base import (
 from rayhf.campaign.annotation import Annotator, Timed
 from rayhf.campaign.drift import drift_kl, initial_rows
 from rayhf.config.schema import CampaignConfig
-from rayhf.control.labels import label_is_due, labeled_examples, unanswered_pairs
+from rayhf.control.labels import label_is_due, labeled_examples, unanswered
 from rayhf.losses.value import explained_variance
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Roles
@@ -79,10 +80,12 @@ class Trainer:
         self, iteration: int, groups: Sequence[Group], metrics: dict[str, float]
     ) -> SelectedExamples:
         """Select the examples to train on and store them; adds counts to `metrics`."""
+        labels = self._labels(iteration) if isinstance(self.algorithm, TakesLabels) else ()
         context = replace(
             self._selection_context(iteration),
             earlier=self.store.read_examples,
-            labels=self._labels(iteration) if isinstance(self.algorithm, TakesLabels) else (),
+            labels=[label for label in labels if len(label.rows) == 2],
+            thumbs=[label for label in labels if len(label.rows) == 1],
             unanswered=partial(self._unanswered, iteration),
         )
         selection = await asyncio.to_thread(self.algorithm.select, groups, context)
@@ -131,16 +134,21 @@ class Trainer:
         labels = self.store.inbox.take(
             "labels", iteration, is_due=lambda row: label_is_due(row, iteration), warn=warn
         )
+        if not isinstance(self.algorithm, TakesThumbs):
+            thumbs = [label for label in labels if "completion_id" in label]
+            labels = [label for label in labels if "completion_id" not in label]
+            if thumbs:  # written by hand: a submission is refused
+                warn(f"skipped {len(thumbs)} thumbs: {self.config.algorithm.type} trains on pairs")
         return labeled_examples(self.store.path, labels, warn=warn)
 
     def _unanswered(self, iteration: int, earlier: int) -> tuple[Example, ...]:
-        """Return the pairs that `earlier` left to people and that they have not judged."""
+        """Return the examples that `earlier` left to people and that they have not judged."""
         pairs = self.store.read_examples(earlier, objective=PEOPLE)
         if not pairs:
             return ()
         since = range(earlier + 1, iteration + 1)
         labels = self.store.inbox.taken("labels", since, warn=partial(self.observer.event, "warn"))
-        return unanswered_pairs(earlier, pairs, labels)
+        return unanswered(earlier, pairs, labels)
 
     async def _learn_policy(
         self,

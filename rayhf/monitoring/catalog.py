@@ -156,6 +156,11 @@ METRICS: tuple[Metric, ...] = (
         ("scorer/failed", "count", "completions whose scorer did not respond"),
         ("scorer/<name>/<part>/reward_mean", "score", "mean of a part of one scorer's scores"),
         (
+            "scorer/<name>/<part>/curriculum",
+            "",
+            "factor on the weight of a criterion in this iteration (rubric.curriculum)",
+        ),
+        (
             "scorer/<name>/requests",
             "count",
             "sent by a judge to its endpoint, evaluations included",
@@ -360,6 +365,9 @@ METRICS: tuple[Metric, ...] = (
         "kto, online_kto",
         ("kto/kl", "nats/response", "estimate of KL(policy || reference) in the loss, at least 0"),
         ("kto/desirable", "share", "examples with a thumb up"),
+        ("kto/human", "count", "thumbs of people on single completions"),
+        ("kto/routed", "count", "completions left to people in this iteration (algorithm.people)"),
+        ("kto/expired", "count", "those that people did not judge in time: the scorer's thumb"),
         ("kto/desirable_reward", "nats", "mean implicit reward of thumbs up"),
         ("kto/undesirable_reward", "nats", "mean implicit reward of thumbs down"),
         ("kto/margin", "nats", "difference of the two mean rewards"),

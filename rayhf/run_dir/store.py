@@ -71,6 +71,7 @@ class RunDir:
         lock: RunLock | None = None,
         *,
         takes_labels: bool = False,
+        takes_thumbs: bool = False,
         models: Mapping[str, str] | None = None,
     ) -> None:
         """Open or create the directory; takes over `lock`, or takes one.
@@ -78,7 +79,8 @@ class RunDir:
         Args:
             config: the resolved config.
             lock: the directory's lock, where the caller holds it.
-            takes_labels: whether the algorithm trains on human labels; shown by `rayhf status`.
+            takes_labels: whether the algorithm trains on human labels of pairs.
+            takes_thumbs: whether it trains on human labels of single completions.
             models: commit of each hub name in the config.
 
         Raises ConfigError for a directory that cannot be written or is another campaign's, and
@@ -97,6 +99,7 @@ class RunDir:
                 update={
                     "epoch": self.epoch,
                     "takes_labels": takes_labels,
+                    "takes_thumbs": takes_thumbs,
                     "models": self.state.models | dict(models or {}),
                     "identity": identity_hash(config),
                     "config": hashlib.sha256(written).hexdigest(),

@@ -20,6 +20,7 @@ from fakes import (
 
 from rayhf.algorithms.base import (
     TakesLabels,
+    TakesThumbs,
     frozen_policies,
     needs_frozen_reference,
     policies_of,
@@ -101,7 +102,11 @@ def run_campaign(
         reference=reference or (FakeReference() if needs_frozen_reference(algorithm) else None),
         environments=environments,
     )
-    store = RunDir(config, takes_labels=isinstance(algorithm, TakesLabels))
+    store = RunDir(
+        config,
+        takes_labels=isinstance(algorithm, TakesLabels),
+        takes_thumbs=isinstance(algorithm, TakesThumbs),
+    )
     try:
         controller = Controller(
             config,

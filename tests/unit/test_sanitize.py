@@ -15,7 +15,7 @@ from launch.sanitize import plain
 from launch.summary import summary
 from launch.view import LiveView
 from rayhf.control.commands import FileControl
-from rayhf.control.labels import UncertainPair
+from rayhf.control.questions import UncertainPair
 from rayhf.errors import CheckpointError, ScorerError
 from rayhf.run_dir.progress import Event
 from rayhf.run_dir.state import write_state
