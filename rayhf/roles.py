@@ -104,6 +104,15 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
+class FollowsPolicy(Protocol):
+    """Capability of a scorer: its scores depend on what the policy did in earlier iterations."""
+
+    async def observe(self, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of an iteration; scores of the next ones may differ."""
+        ...
+
+
+@runtime_checkable
 class CountsCalls(Protocol):
     """Capability of a scorer or a reference: it counts what was asked for."""
 
