@@ -15,10 +15,11 @@ from typing import TypedDict
 import pyarrow.parquet as pq
 
 from rayhf.control.questions import committed_iteration, samples_file
+from rayhf.episodes import inserted_tokens
 from rayhf.errors import ConfigError
 from rayhf.run_dir.files import storage_errors
 from rayhf.run_dir.inbox import LABEL_KEYS, check_submission, label_id
-from rayhf.types import Example, JsonObject, given_row, inserted_tokens
+from rayhf.types import Example, JsonObject, given_row
 
 
 class _TokenRow(TypedDict):
