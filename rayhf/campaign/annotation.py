@@ -29,8 +29,8 @@ from rayhf.roles import Progress, Roles
 from rayhf.types import FloatArray, Group, Prompt, Row, TopLogprobs
 
 Timed = Callable[[str], AbstractAsyncContextManager[None]]
-Values = Sequence[FloatArray] | Sequence[TopLogprobs]
-"""Token values of rows: of one kind, for each row."""
+Values = Sequence[FloatArray | TopLogprobs]
+"""Token values of each row."""
 
 
 @dataclass(frozen=True, slots=True)

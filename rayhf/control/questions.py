@@ -161,7 +161,9 @@ def _questions(
     """Return what waits for people, as `waiting` makes it, and each prompt's least certain."""
     committed = committed_iteration(run)
     asked = [waiting(*example) for example in _waiting(run, committed)]
-    questions = [each for each in asked if each is not None and each.label_id not in labeled]
+    questions: list[_Question] = [
+        each for each in asked if each is not None and each.label_id not in labeled
+    ]
     shown = {*labeled, *(question.label_id for question in questions)}
     for iteration in range(committed, max(0, committed - _RECENT), -1):
         if len(questions) >= count or not samples_file(run, iteration).exists():

@@ -25,6 +25,7 @@ from rayhf.scorer.combine import Combination
 from rayhf.scorer.comparisons import compare_scores
 from rayhf.scorer.curriculum import Curriculum
 from rayhf.scorer.judge_config import JudgeConfig
+from rayhf.scorer.retrying import RetryingScorer
 from rayhf.types import Comparison, Invalid, Outcome, Scored, ScoreRequest
 
 WEIGHTS = {"always": 1.0, "half": 1.0, "fault": -2.0}
@@ -149,7 +150,8 @@ def test_campaign_and_its_resume(tmp_path: Path) -> None:
     whole = config_of("whole")
     broken = config_of("broken")
     first = Judged()
-    run_campaign(whole, scorer=first, heldout=())
+    retrying = RetryingScorer(first, attempts=1, tolerated=0.0, report=lambda kind, text: None)
+    run_campaign(whole, scorer=retrying, heldout=())
     with pytest.raises(RuntimeError, match="killed"):
         run_campaign(broken, scorer=Judged(), heldout=(), learner=FakeLearner(fail_at=2))
     again = Judged()
