@@ -160,7 +160,9 @@ def _check_prompt(row: Mapping[str, object], place: str) -> None:
 def _check_label(row: Mapping[str, object], place: str) -> None:
     keys = [key for key in VERDICTS if key in row]
     if len(keys) != 1:
-        raise ValueError(f"expected one of {' and '.join(VERDICTS)}, got {' and '.join(keys)}")
+        raise ValueError(
+            f"expected one of {' and '.join(VERDICTS)}, got {'both' if keys else 'neither'}"
+        )
     _check_name(row, keys[0])
     if row.get("verdict") not in VERDICTS[keys[0]]:
         raise ValueError(

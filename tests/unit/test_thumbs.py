@@ -146,7 +146,7 @@ def test_contradicting_and_repeated_thumbs(tmp_path: Path) -> None:
     warnings: list[str] = []
     examples = labeled_examples(config.run.dir, rows, warn=warnings.append)
     assert [e.scalars["desirable"] for e in examples] == [0.0, 1.0] and "contradict" in warnings[0]
-    sample = Run(config.run.dir).labeled()
+    sample = Run(config.run.dir, "run").labeled()
     iteration, prompt, index = name.split("/")
     assert sample == {(int(iteration), prompt, int(index)): "thumb up"}
 
