@@ -91,15 +91,8 @@ class Combination:
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Let curricula take an iteration's metrics, which have the means of all parts."""
         for name, curriculum in self._curricula.items():
-            before = f"scorer/{name}/"
-            after = "/reward_mean"
-            curriculum.observe(
-                {
-                    metric.removeprefix(before).removesuffix(after): mean
-                    for metric, mean in metrics.items()
-                    if metric.startswith(before) and metric.endswith(after)
-                }
-            )
+            means = {part: f"scorer/{name}/{part}/reward_mean" for part in curriculum.factors}
+            curriculum.observe({p: metrics[mean] for p, mean in means.items() if mean in metrics})
 
     def curriculum_metrics(self) -> dict[str, float]:
         """Return the factor on each part's weight, as "<scorer>/<part>/curriculum"."""
