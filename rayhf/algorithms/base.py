@@ -72,6 +72,9 @@ class SelectionContext:
     labels: Sequence[Example] = ()
     """(chosen, rejected) pairs labeled by people since the previous iteration; only for an
     algorithm that TakesLabels."""
+    thumbs: Sequence[Example] = ()
+    """Completions to which people gave a thumb since then, with the scalar `desirable`, 1 or 0;
+    only for an algorithm that TakesThumbs."""
     unanswered: Callable[[int], Sequence[Example]] = lambda iteration: ()
     """Returns the examples of an earlier iteration with the objective PEOPLE, without those that
     people have judged since."""
@@ -204,6 +207,13 @@ class TakesLabels(Protocol):
     takes_labels: ClassVar[Literal[True]]
 
 
+@runtime_checkable
+class TakesThumbs(TakesLabels, Protocol):
+    """Trains on single completions to which people gave a thumb up or down, too."""
+
+    takes_thumbs: ClassVar[Literal[True]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSchedule:
     """Optimizer steps of an objective other than "policy"."""
@@ -272,6 +282,16 @@ class ReadsPastPolicies(Protocol):
     @property
     def population(self) -> PopulationConfig:
         """Which policies."""
+        ...
+
+
+@runtime_checkable
+class ReadsTopLogprobs(Protocol):
+    """Reads the reference's likeliest tokens; rows then carry its `reference_top`."""
+
+    @property
+    def reference_top_k(self) -> int:
+        """How many tokens at each position; 0: none."""
         ...
 
 
@@ -372,6 +392,11 @@ def load_state(algorithm: Algorithm, state: JsonObject) -> None:
         algorithm.load_state_dict(state)
     elif state:
         raise ValueError(f"{type(algorithm).__name__} has no state, got {sorted(state)}")
+
+
+def reference_top_k(algorithm: Algorithm) -> int:
+    """Return how many of the reference's likeliest tokens the algorithm reads; 0: none."""
+    return algorithm.reference_top_k if isinstance(algorithm, ReadsTopLogprobs) else 0
 
 
 def most_prompts(algorithm: Algorithm, batch: int) -> int:

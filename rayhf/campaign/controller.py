@@ -37,7 +37,7 @@ from rayhf.exploration.metrics import exploration_metrics, scorer_counts, source
 from rayhf.exploration.token_ages import token_ages
 from rayhf.monitoring.guards import Alarm, check_guards
 from rayhf.monitoring.observer import Observer
-from rayhf.roles import CountsCalls, Roles, TimesUpdates
+from rayhf.roles import CountsCalls, FollowsPolicy, Roles, TimesUpdates
 from rayhf.run_dir.state import CheckpointState
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Sampling, WeightSnapshot
@@ -162,6 +162,8 @@ class Controller:
             self.algorithm.observe(metrics)
         metrics |= await self._evaluate(iteration)
         metrics |= await scorer_counts(self.roles)
+        if isinstance(self.roles.scorer, FollowsPolicy):
+            await self.roles.scorer.observe(metrics)
         if isinstance(self.roles.reference, CountsCalls):
             metrics |= await self.roles.reference.take_counts()
         every = self.config.run.checkpoint_every

@@ -157,6 +157,11 @@ METRICS: tuple[Metric, ...] = (
         ("scorer/failed", "count", "completions whose scorer did not respond"),
         ("scorer/<name>/<part>/reward_mean", "score", "mean of a part of one scorer's scores"),
         (
+            "scorer/<name>/<part>/curriculum",
+            "",
+            "factor on the weight of a criterion in this iteration (rubric.curriculum)",
+        ),
+        (
             "scorer/<name>/requests",
             "count",
             "sent by a judge to its endpoint, evaluations included",
@@ -268,6 +273,12 @@ METRICS: tuple[Metric, ...] = (
         ("ppo/kl_loss", "nats", "KL term of the loss"),
     ),
     *_rows(
+        "loss of distill with top_k",
+        ("distill/kl", "nats/response", "KL(policy || teacher) over its top_k tokens and the rest"),
+        ("distill/policy_mass", "share", "the policy's probability of the teacher's top_k tokens"),
+        ("distill/teacher_mass", "share", "the teacher's probability of its top_k tokens"),
+    ),
+    *_rows(
         "policy-gradient algorithms",
         ("ppo/groups_uniform", "share", "prompts whose responses all have one score"),
         ("ppo/groups_dropped", "count", "prompts with too few scored responses"),
@@ -373,6 +384,9 @@ METRICS: tuple[Metric, ...] = (
         "kto, online_kto",
         ("kto/kl", "nats/response", "estimate of KL(policy || reference) in the loss, at least 0"),
         ("kto/desirable", "share", "examples with a thumb up"),
+        ("kto/human", "count", "thumbs of people on single completions"),
+        ("kto/routed", "count", "completions left to people in this iteration (algorithm.people)"),
+        ("kto/expired", "count", "those that people did not judge in time: the scorer's thumb"),
         ("kto/desirable_reward", "nats", "mean implicit reward of thumbs up"),
         ("kto/undesirable_reward", "nats", "mean implicit reward of thumbs down"),
         ("kto/margin", "nats", "difference of the two mean rewards"),

@@ -74,6 +74,7 @@ class RunDir:
         lock: RunLock | None = None,
         *,
         takes_labels: bool = False,
+        takes_thumbs: bool = False,
         population: PopulationConfig | None = None,
         models: Mapping[str, str] | None = None,
     ) -> None:
@@ -82,7 +83,8 @@ class RunDir:
         Args:
             config: the resolved config.
             lock: the directory's lock, where the caller holds it.
-            takes_labels: whether the algorithm trains on human labels; shown by `rayhf status`.
+            takes_labels: whether the algorithm trains on human labels of pairs.
+            takes_thumbs: whether it trains on human labels of single completions.
             population: past policies that the algorithm reads.
             models: commit of each hub name in the config.
 
@@ -102,6 +104,7 @@ class RunDir:
                 update={
                     "epoch": self.epoch,
                     "takes_labels": takes_labels,
+                    "takes_thumbs": takes_thumbs,
                     "models": self.state.models | dict(models or {}),
                     "identity": identity_hash(config),
                     "config": hashlib.sha256(written).hexdigest(),

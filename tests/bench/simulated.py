@@ -398,6 +398,9 @@ class SimLearner:
     async def logprobs(self, rows: Any, *, temperature: float, model: Any = None) -> list[Any]:
         return await self.outputs(rows, temperature=temperature)
 
+    async def top_logprobs(self, rows: Any, *, temperature: float, top_k: int) -> list[Any]:
+        raise NotImplementedError("no case distills")
+
     async def probe(self) -> Probe:
         return Probe(token_ids=(), logprobs=())
 

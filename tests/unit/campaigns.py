@@ -21,6 +21,7 @@ from fakes import (
 
 from rayhf.algorithms.base import (
     TakesLabels,
+    TakesThumbs,
     frozen_policies,
     needs_frozen_reference,
     policies_of,
@@ -107,6 +108,7 @@ def run_campaign(
         config,
         takes_labels=isinstance(algorithm, TakesLabels),
         population=population_of(algorithm),
+        takes_thumbs=isinstance(algorithm, TakesThumbs),
     )
     try:
         controller = Controller(

@@ -36,6 +36,7 @@ from rayhf.types import (
     Row,
     Scored,
     ScoreRequest,
+    TopLogprobs,
     WeightSnapshot,
     float_array,
     token_array,
@@ -190,6 +191,18 @@ class FakeReference:
     ) -> list[FloatArray]:
         value = -1.0 if model is None else -float((model / "steps").read_text())
         return [np.full(len(row.response_ids), value, dtype=np.float32) for row in rows]
+
+    async def top_logprobs(
+        self, rows: Sequence[Row], *, temperature: float, top_k: int
+    ) -> list[TopLogprobs]:
+        return [
+            TopLogprobs(
+                sampled=values,
+                top_ids=np.tile(np.arange(top_k, dtype=np.int32), (len(values), 1)),
+                top=np.full((len(values), top_k), -2.0, dtype=np.float32),
+            )
+            for values in await self.logprobs(rows, temperature=temperature)
+        ]
 
     async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:
         assert snapshot.transport == "object_store"
