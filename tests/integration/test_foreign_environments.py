@@ -1,14 +1,12 @@
-"""Environments of verifiers and OpenEnv, with the real packages where they are installed."""
+"""Environments of OpenEnv, with the real package where it is installed."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,22 +15,13 @@ from waiting import wait_until
 
 from rayhf.config.environments import EnvironmentConfig
 from rayhf.environments.openenv import OpenEnvConfig
-from rayhf.environments.process import Answer, EnvironmentChild, EnvironmentHost
-from rayhf.environments.verifiers import VerifiersConfig
+from rayhf.environments.process import Answer, EnvironmentHost
 from rayhf.episodes import StepRequest, StepResult
-from rayhf.errors import ConfigError
 from rayhf.types import Invalid
 
 HERE = Path(__file__).parent
 
 
-def _is_classic() -> bool:
-    return find_spec("verifiers") is not None and version("verifiers") < "0.4"
-
-
-needs_verifiers = pytest.mark.skipif(
-    not _is_classic(), reason="verifiers is not installed: pip install 'verifiers<0.4'"
-)
 needs_openenv = pytest.mark.skipif(
     find_spec("openenv") is None, reason="openenv is not installed: pip install openenv"
 )
@@ -68,66 +57,6 @@ def play(
             host.close()
 
     return asyncio.run(asyncio.wait_for(go(), 120))
-
-
-# --------------------------------------------------------------------------------------- verifiers
-
-ROW: dict[str, object] = {
-    "prompt": [{"role": "user", "content": "Guess."}],
-    "answer": "7",
-    "example_id": 3,
-}
-
-
-def guesses(**settings: object) -> VerifiersConfig:
-    return VerifiersConfig(id="guess-verifiers", **settings)  # type: ignore[arg-type]
-
-
-@needs_verifiers
-def test_a_rollout_of_verifiers_takes_turns_with_the_policy() -> None:
-    long, short, wrong, aborted = play(
-        guesses(max_turns=3), ROW, ["5", "9", "7"], ["7"], ["1", "2", "3"], ["seven"]
-    )
-    assert long[0] == StepResult(messages=(), metrics={})  # the prompt is the row's
-    assert [m["content"] for a in long[1:3] for m in a.messages] == ["Higher.", "Lower."]
-    assert isinstance(long[3], StepResult) and long[3].done and long[3].reward == 2.0
-    assert long[3].metrics == {"right": 1.0, "num_turns": 3.0}
-    assert short[1].done and short[1].reward == 2.0
-    # Its own limit on turns is the episode's: it is scored there.
-    assert wrong[3].done and wrong[3].reward == 0.0
-    assert isinstance(aborted[1], Invalid) and "ValueError" in aborted[1].reason
-
-
-@needs_verifiers
-def test_tools_of_verifiers() -> None:
-    config = guesses(args={"kind": "tools"})
-    child = EnvironmentChild(config, base=HERE, describe=True)
-    child.kill()
-    (tool,) = child.tools
-    assert tool["function"]["name"] == "add"
-    assert set(tool["function"]["parameters"]["properties"]) == {"first", "second"}
-    call = {"name": "add", "arguments": {"first": 3, "second": 4}}
-    good, bad = play(
-        config,
-        ROW,
-        [f"I add. <tool_call>{json.dumps(call)}</tool_call>", "It is 7."],
-        ["<tool_call>{add}</tool_call>", "It is 7."],
-    )
-    assert good[1] == StepResult(messages=({"role": "tool", "content": "7"},), metrics={})
-    assert good[2].done and good[2].reward == 2.0 and good[2].metrics["total_tool_calls"] == 1.0
-    assert bad[1].messages[0]["role"] == "tool" and "Expecting value" in str(bad[1].messages)
-
-
-@needs_verifiers
-def test_an_environment_that_verifiers_cannot_load_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Could not import 'no-such' environment"):
-        EnvironmentChild(VerifiersConfig(id="no-such"), base=HERE)
-
-
-@pytest.mark.skipif(find_spec("verifiers") is not None, reason="verifiers is installed")
-def test_verifiers_that_is_not_installed_is_refused() -> None:
-    with pytest.raises(ConfigError, match="No module named 'verifiers'"):
-        EnvironmentChild(guesses(), base=HERE)
 
 
 # ----------------------------------------------------------------------------------------- openenv
