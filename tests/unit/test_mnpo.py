@@ -163,6 +163,7 @@ def test_a_lost_past_policy_stops_the_resumed_run(tmp_path):
     steps.write_text("7")
     with pytest.raises(CheckpointError, match=r"iteration-000003: steps .*restore it from a copy"):
         run_campaign(config)
+    assert members(config) == [0, 1, 2, 3, 4]  # iteration 5 will be repeated
     problems = [f.problem for f in audit(config.run.dir, deep=True) if "past policy" in f.what]
     assert sum(map(bool, problems)) == 1
     shutil.rmtree(steps.parent)
