@@ -52,6 +52,7 @@ class RolloutActor(ReportsProcess):
         sleeps: bool = False,
         stop_token_ids: Sequence[int] = (),
         scaled_logprobs: bool = False,
+        isolates_waves: bool = False,
     ) -> None:
         from rayhf.rollout.engine import RolloutEngine
 
@@ -66,6 +67,7 @@ class RolloutActor(ReportsProcess):
             sleep_mode=sleeps,
             stop_token_ids=stop_token_ids,
             scaled_logprobs=scaled_logprobs,
+            isolates_waves=isolates_waves,
         )
 
     async def generate(

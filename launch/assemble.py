@@ -73,8 +73,8 @@ def threads_of(
     The config's number, where it gives one. On GPU `gpu_cores`, the cores that one GPU's actors
     have: a learner's offloaded optimizer runs on them, and roles without a GPU. An engine needs
     none. On CPU all cores for a role that works alone, and half of them for one that works beside
-    another: where generation overlaps learning, where a critic learns beside the policy, and for an
-    engine in any case, whose steps are many and small. The reference's actors share its cores.
+    another: where generation overlaps learning, and where a critic learns beside the policy.
+    Engines share their role's cores, and so do the reference's actors.
     """
     sections = {
         "rollout": config.rollout,
@@ -88,11 +88,16 @@ def threads_of(
     if config.cluster.device == "gpu":
         return None if role_of(role) == "rollout" else gpu_cores
     cores = os.cpu_count() or 1
+    actors, beside = 1, critic
     if role == "reference":
-        cores = max(1, cores // (config.reference.replicas * config.reference.ranks))
-    alone = config.run.max_staleness == 0 and not critic and role_of(role) != "rollout"
-    alone = alone and not (role == "reference" and config.reference.stream == "on")
-    return cores if alone else max(1, cores // 2)
+        actors = config.reference.replicas * config.reference.ranks
+        beside = critic or config.reference.stream == "on"
+    elif role_of(role) == "rollout":
+        actors = config.rollout.engines
+        beside = config.reference.stream == "on"
+    if beside or config.run.max_staleness > 0:
+        cores //= 2
+    return max(1, cores // actors)
 
 
 def environment(
@@ -349,16 +354,12 @@ class ActorSet:
     def _rollouts(self, policy: str) -> list[SupervisedActor]:
         config = self.config
         role = _role("rollout", policy)
-        caching = config.rollout.prefix_caching
-        if caching is None:
-            caching = not (config.run.is_deterministic and config.cluster.device == "cpu")
-        rollout = config.rollout.model_copy(update={"prefix_caching": caching})
         model = self._start_of(policy)[0].below(self.base)
 
         def build(actor: Any, number: int) -> ray.ObjectRef:
             return actor.build.remote(
                 model,
-                rollout,
+                config.rollout,
                 dtype=config.policy.dtype,
                 max_length=self.prepared.max_length,
                 seed=config.seed % 2**31,
@@ -366,6 +367,7 @@ class ActorSet:
                 sleeps=self.shares,
                 stop_token_ids=tuple(self.prepared.stop_tokens),
                 scaled_logprobs=config.train_temperature != 1,
+                isolates_waves=config.run.is_deterministic and config.cluster.device == "cpu",
             )
 
         return self._create(role, RolloutActor, build, max_concurrency=100_000)

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from rayhf.config.sources import SourceConfig as SourceConfig
     from rayhf.config.trackers import TrackerConfig as TrackerConfig
     from rayhf.data.readers import Source as Source
+    from rayhf.episodes import Episode as Episode
+    from rayhf.episodes import StepResult as StepResult
+    from rayhf.episodes import Turn as Turn
     from rayhf.evaluation.base import Evaluation as Evaluation
     from rayhf.evaluation.base import EvaluationContext as EvaluationContext
     from rayhf.evaluation.base import EvaluationSetup as EvaluationSetup
@@ -67,7 +70,6 @@ if TYPE_CHECKING:
     from rayhf.scorer.protocol import ScorerSetup as ScorerSetup
     from rayhf.types import Compared as Compared
     from rayhf.types import Completion as Completion
-    from rayhf.types import Episode as Episode
     from rayhf.types import Example as Example
     from rayhf.types import Failed as Failed
     from rayhf.types import GenerateRequest as GenerateRequest
@@ -82,8 +84,6 @@ if TYPE_CHECKING:
     from rayhf.types import Scored as Scored
     from rayhf.types import ScoreRequest as ScoreRequest
     from rayhf.types import Skipped as Skipped
-    from rayhf.types import StepResult as StepResult
-    from rayhf.types import Turn as Turn
     from rayhf.types import given_row as given_row
     from rayhf.types import make_row as make_row
 
@@ -116,6 +116,7 @@ _HOMES = {
     "rayhf.config.trackers": ("TrackerConfig",),
     "rayhf.data.readers": ("Source",),
     "rayhf.exploration.environment": ("Environment",),
+    "rayhf.episodes": ("Episode", "StepResult", "Turn"),
     "rayhf.evaluation.base": ("Evaluation", "EvaluationContext", "EvaluationSetup"),
     "rayhf.losses.base": ("Loss", "LossOutput", "MicroBatch"),
     "rayhf.losses.pairs": ("PairLogps", "PairLoss", "PairLossConfig"),
@@ -126,7 +127,6 @@ _HOMES = {
     "rayhf.types": (
         "Compared",
         "Completion",
-        "Episode",
         "Example",
         "Failed",
         "GenerateRequest",
@@ -141,8 +141,6 @@ _HOMES = {
         "ScoreRequest",
         "Scored",
         "Skipped",
-        "StepResult",
-        "Turn",
         "given_row",
         "make_row",
     ),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from rayhf.episodes import StepRequest, StepResult
 from rayhf.losses.base import Loss
 from rayhf.types import (
     Batch,
@@ -25,8 +26,6 @@ from rayhf.types import (
     Probe,
     Row,
     ScoreRequest,
-    StepRequest,
-    StepResult,
     WeightSnapshot,
 )
 

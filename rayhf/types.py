@@ -11,11 +11,14 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import JsonValue
+
+if TYPE_CHECKING:
+    from rayhf.episodes import Episode, Inserted
 
 FloatArray = npt.NDArray[np.float32]
 TokenArray = npt.NDArray[np.int32]
@@ -59,7 +62,7 @@ def _read_only(values: Iterable[float], dtype: np.dtype[Scalar]) -> npt.NDArray[
     return array
 
 
-class _ByValue:
+class ByValue:
     """Equality of dataclasses with arrays, which are compared by their bytes; there is no hash."""
 
     __slots__ = ()
@@ -152,89 +155,7 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Inserted(_ByValue):
-    """Tokens between those of a response, which the policy did not write: (I,).
-
-    The model reads them. They are not trained on, and nothing about them is measured or counted.
-    """
-
-    token_ids: TokenArray
-    before: TokenArray
-    """For each of them, the number of response tokens before it; ascending."""
-
-    def fill(self, response_ids: TokenArray) -> TokenArray:
-        """Return the response with the inserted tokens in their places: (T,) -> (T + I,)."""
-        return token_array(np.insert(response_ids, self.before, self.token_ids))
-
-    def positions(self, tokens: int) -> npt.NDArray[np.int64]:
-        """Return the places of the response's own `tokens` tokens in what `fill` returns: (T,)."""
-        own = np.arange(tokens)
-        return own + np.searchsorted(self.before, own, side="right")
-
-
-def inserted_tokens(
-    token_ids: Sequence[int] | None, before: Sequence[int] | None
-) -> Inserted | None:
-    """Return the inserted tokens of two lists; None where there are none."""
-    if not (token_ids and before):
-        return None
-    return Inserted(token_ids=token_array(token_ids), before=token_array(before))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """A message of an episode."""
-
-    role: str
-    content: str
-    """Text without special tokens; of a thinking model, what follows its thinking."""
-    tokens: int
-    """Tokens that it has in the context; 0 for a last message, which nothing was generated after.
-    """
-    reward: float = 0.0
-    """The environment's, for a message of the policy."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Episode(_ByValue):
-    """What an environment made of a completion of several turns."""
-
-    environment: str
-    """Its name."""
-    turns: tuple[Turn, ...]
-    """All messages after the prompt, in order."""
-    ended: Literal["done", "turns", "tokens", "reply_tokens", "failed"]
-    """Who ended it: the environment, one of the limits on turns, generated tokens and tokens of
-    replies, or an error of the environment."""
-    inserted: Inserted | None = None
-    """The tokens of its replies; None without."""
-    context_ids: TokenArray | None = None
-    """The tokens that it begins after, where the environment gave other messages than the prompt's.
-    """
-    problem: Invalid | Failed | None = None
-    """Why it failed; then it has no score."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """The environment's own, added up over its turns."""
-
-    @property
-    def reward(self) -> float:
-        """Sum of the rewards."""
-        return sum(turn.reward for turn in self.turns)
-
-    def token_rewards(self, tokens: int) -> FloatArray:
-        """Return each turn's reward on its last token: (T,), of the completion's own tokens."""
-        rewards = np.zeros(tokens, dtype=np.float32)
-        end = 0
-        for turn in self.turns:
-            if turn.role == "assistant":
-                end += turn.tokens
-                if end:
-                    rewards[end - 1] += turn.reward
-        return rewards
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Completion(_ByValue):
+class Completion(ByValue):
     """Generated text for one seed of one request, or an episode of several turns.
 
     Its arrays take eight bytes per token, twelve where several versions of the weights wrote it.
@@ -341,40 +262,6 @@ Outcome = Scored | Invalid | Failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What an environment answers to a message of the policy, or to the start of an episode."""
-
-    messages: str | Message | Sequence[Message] = ()
-    """What the policy reads next: messages, or the text of a user's message. At the start, the
-    conversation in place of the prompt's; none keeps the prompt."""
-    reward: float = 0.0
-    """For the policy's message."""
-    done: bool = False
-    """Whether the episode is over; the policy does not read the messages then."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Numbers of the environment's own, added up over an episode: environment/<name>."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRequest:
-    """A request to an environment: start an episode, answer a message in it, or forget it."""
-
-    prompt_id: str
-    number: int
-    """Position among the requests of one prompt's exploration."""
-    environment: str
-    """Name of the environment."""
-    episode: str
-    """Identifies the episode."""
-    row: Mapping[str, object] | None = None
-    """At the start, the prompt's row."""
-    seed: int = 0
-    """At the start, the seed of everything random in the episode."""
-    message: Message | None = None
-    """The policy's; None at the start and at the end."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
     """Win probabilities for every pair among one prompt's K completions."""
 
@@ -434,7 +321,7 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sample(_ByValue):
+class Sample(ByValue):
     """A completion and its score.
 
     The samples of a search refer to their parents: together they are its tree.
@@ -481,7 +368,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Row(_ByValue):
+class Row(ByValue):
     """One unpadded token sequence to train on; only response tokens carry loss."""
 
     prompt_id: str

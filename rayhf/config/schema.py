@@ -182,9 +182,9 @@ class RolloutConfig(Section):
     """KV cache per engine, in GiB. Default: 0.25 on CPU; on GPU the rest of memory_fraction."""
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Share of each GPU's memory for weights and KV cache."""
-    prefix_caching: bool | None = None
-    """Reuse the KV cache of common prefixes. Default: true, except on CPU in a deterministic run,
-    where results could depend on whether an engine was replaced."""
+    prefix_caching: bool = True
+    """Reuse the KV cache of common prefixes. On CPU a deterministic run reuses it only within one
+    call of an engine, so that results do not depend on what the engine did before."""
     enforce_eager: bool | None = None
     """Run without CUDA graphs. Default: true on CPU, false on GPU."""
     in_flight_updates: bool = False

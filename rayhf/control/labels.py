@@ -19,13 +19,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rayhf.algorithms.routing import MAX_EXPIRE
+from rayhf.episodes import inserted_tokens
 from rayhf.errors import ConfigError
 from rayhf.run_dir.files import storage_errors
 from rayhf.run_dir.inbox import check_submission
 from rayhf.run_dir.names import iteration_name
 from rayhf.run_dir.state import CampaignState, read_state
 from rayhf.run_dir.tables import transcript
-from rayhf.types import PEOPLE, Example, JsonObject, Message, given_row, inserted_tokens
+from rayhf.types import PEOPLE, Example, JsonObject, Message, given_row
 
 _RECENT = 5
 """Committed iterations that pairs come from: older completions no longer represent the policy."""

@@ -28,10 +28,11 @@ from zlib import crc32
 from rayhf.config.environments import EnvironmentConfig
 from rayhf.config.import_path import import_path
 from rayhf.config.registry import ENVIRONMENTS
+from rayhf.episodes import StepRequest, StepResult
 from rayhf.errors import ConfigError, clean_line
 from rayhf.scorer.rule_process import FILE_BYTES, MEMORY_BYTES, Child
 from rayhf.scorer.rule_reply import LostError, read_line, read_ready
-from rayhf.types import Failed, Invalid, StepRequest, StepResult
+from rayhf.types import Failed, Invalid
 
 _GRACE_S = 2.0
 """The process ends a late step itself; the parent waits so much longer."""

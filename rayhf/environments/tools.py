@@ -24,8 +24,9 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from rayhf.config.environments import EnvironmentConfig
 from rayhf.environments.tool_calls import ToolCall, tool_calls
+from rayhf.episodes import StepResult
 from rayhf.scorer.rule_config import check_function
-from rayhf.types import Message, StepResult
+from rayhf.types import Message
 
 _RESULT_BYTES = 1 << 16
 """Limit on a function's result; the rest is cut."""

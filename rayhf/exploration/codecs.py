@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from rayhf.episodes import StepRequest
 from rayhf.types import (
     Compared,
     Comparison,
@@ -25,7 +26,6 @@ from rayhf.types import (
     Scored,
     ScoreRequest,
     Skipped,
-    StepRequest,
     TokenArray,
     float_array,
     token_array,

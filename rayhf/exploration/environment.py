@@ -27,7 +27,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from rayhf.config.environments import EnvironmentConfig
-from rayhf.types import Message, StepResult
+from rayhf.episodes import StepResult
+from rayhf.types import Message
 
 
 class Environment(Protocol):

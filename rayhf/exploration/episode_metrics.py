@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayhf.types import Episode, Group
+from rayhf.episodes import Episode
+from rayhf.types import Group
 
 _ENDS = ("done", "turns", "tokens", "reply_tokens", "failed")
 

@@ -20,25 +20,20 @@ import numpy as np
 from rayhf.config.environments import EnvironmentConfig
 from rayhf.data.chat import Chat
 from rayhf.data.replies import ReplyRenderer
+from rayhf.episodes import Episode, Inserted, StepRequest, StepResult, Turn, inserted_tokens
 from rayhf.errors import ConfigError
 from rayhf.types import (
     NO_LOGPROBS,
     NO_TOKENS,
     Completion,
-    Episode,
     Failed,
     GenerateRequest,
-    Inserted,
     Invalid,
     Message,
     Prompt,
     Sampling,
-    StepRequest,
-    StepResult,
     TokenArray,
-    Turn,
     float_array,
-    inserted_tokens,
     split_versions,
     token_array,
 )

@@ -25,16 +25,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rayhf.episodes import StepRequest
 from rayhf.exploration.codecs import CODECS, Buffer, Codec, RequestT, ResponseT
 from rayhf.run_dir.files import open_file, read_bytes, storage_errors
-from rayhf.types import (
-    Failed,
-    GenerateRequest,
-    JsonObject,
-    Sampling,
-    ScoreRequest,
-    StepRequest,
-)
+from rayhf.types import Failed, GenerateRequest, JsonObject, Sampling, ScoreRequest
 
 _HEADER = struct.Struct("<II")
 _SIZE = struct.Struct("<I")

@@ -23,6 +23,7 @@ from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.environments import EnvironmentConfig, environment_of
 from rayhf.data.chat import Chat
 from rayhf.data.replies import ReplyRenderer
+from rayhf.episodes import StepRequest
 from rayhf.exploration.codecs import COMPARE, GENERATE, SCORE, Codec, RequestT, ResponseT
 from rayhf.exploration.episodes import Answer, EpisodePlayer
 from rayhf.exploration.journal import Journal
@@ -37,7 +38,6 @@ from rayhf.types import (
     Prompt,
     Sampling,
     ScoreRequest,
-    StepRequest,
     TokenIds,
     derive_seed,
 )

@@ -100,6 +100,8 @@ class RolloutEngine:
         stop_token_ids: tokens that end a completion, besides those of the directory.
         scaled_logprobs: return log-probs at the request's temperature instead of 1. top_p and top_k
             then renormalize them: leave these off.
+        isolates_waves: discard cached prefixes before a wave enters an idle engine, so that its
+            results do not depend on earlier ones.
 
     Raises ConfigError where vLLM refuses the model or the settings, GpuMemoryError where its GPU
     has too little free memory.
@@ -117,6 +119,7 @@ class RolloutEngine:
         sleep_mode: bool = False,
         stop_token_ids: Sequence[int] = (),
         scaled_logprobs: bool = False,
+        isolates_waves: bool = False,
     ) -> None:
         check_env(device)
         from rayhf.rollout.vllm_driver import VllmDriver
@@ -138,6 +141,7 @@ class RolloutEngine:
                 sleep_mode=sleep_mode,
                 stop_ids=stop_token_ids,
                 scaled_logprobs=scaled_logprobs,
+                isolates_waves=isolates_waves,
             )
             return self._driver
 

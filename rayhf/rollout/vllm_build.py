@@ -56,7 +56,7 @@ def build_engine(
         "logprobs_mode": "processed_logprobs" if scaled_logprobs else "raw_logprobs",
         # Sampling is set by the request alone, not by defaults that ship with a checkpoint.
         "generation_config": "vllm",
-        "enable_prefix_caching": config.prefix_caching is not False,
+        "enable_prefix_caching": config.prefix_caching,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }

@@ -84,6 +84,7 @@ class VllmDriver:
         sleep_mode: bool,
         stop_ids: Sequence[int] = (),
         scaled_logprobs: bool = False,
+        isolates_waves: bool = False,
     ) -> None:
         self.llm = build_engine(
             model,
@@ -111,6 +112,7 @@ class VllmDriver:
         """Why the weights are undefined; None while they are usable."""
         self.sleep_state: Literal["awake", "weights_kept", "weights_discarded"] = "awake"
         """Whether the weights of a sleeping engine are in host memory or nowhere."""
+        self._isolates_waves = isolates_waves
         self._in_flight = config.in_flight_updates
         self._keeps_kv = config.in_flight_updates and config.in_flight_kv == "keep"
         self._waves: dict[Wave, _Running] = {}
@@ -148,6 +150,8 @@ class VllmDriver:
             raise StaleWeightsError(
                 f"requests need weights {wave.version}, this engine holds weights {held}"
             )
+        if self._isolates_waves and not self._requests:
+            self.reset_prefix_cache()
         running = _Running(wave)
         for row, request in enumerate(wave.requests):
             for index in range(len(request.seeds)):

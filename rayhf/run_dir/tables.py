@@ -25,10 +25,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayhf.episodes import Episode, inserted_tokens
 from rayhf.evaluation.values import PromptValues
 from rayhf.types import (
     NO_TOKENS,
-    Episode,
     Example,
     Failed,
     Group,
@@ -36,7 +36,6 @@ from rayhf.types import (
     Row,
     Scored,
     float_array,
-    inserted_tokens,
     token_array,
 )
 

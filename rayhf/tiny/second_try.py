@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import PositiveInt
 
 from rayhf.config.environments import EnvironmentConfig
+from rayhf.episodes import StepResult
 from rayhf.tiny.arithmetic import correct
-from rayhf.types import Message, StepResult
+from rayhf.types import Message
 
 
 class SecondTryConfig(EnvironmentConfig):

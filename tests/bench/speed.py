@@ -122,7 +122,7 @@ CASES = {
         **GRPO | {"prompts": 2},
         prompt_tokens=128,
         max_tokens=48,
-        micro=8,
+        micro=4,
         turns=3,
         against_trl={"rayhf": 1.5},
         against_bare=1.15,

@@ -1,7 +1,7 @@
 """Size and speed of reports and the dashboard, and its cost beside a campaign.
 
     python -m tests.bench.view [--samples 1000 100000 1000000] [--record]
-    python -m tests.bench.view dashboard-cost [--pairs 5] [--iterations 10] [--record]
+    python -m tests.bench.view dashboard-cost [--turns 6] [--iterations 10] [--record]
 
 The first writes runs of that many samples (40 words each, 8 per prompt, with log-probs, references
 and advantages per token), measures the report's size and the time to write it, and opens report and
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case", nargs="?", choices=["pages", "dashboard-cost"], default="pages")
     parser.add_argument("--samples", type=int, nargs="+", default=[1000, 100_000, 1_000_000])
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--record", action="store_true")
     given = parser.parse_args()
@@ -149,7 +149,7 @@ def main() -> None:
         heading, text = "## Report and dashboard", pages(given.samples)
     else:
         heading = "## Dashboard beside a campaign"
-        text = dashboard_cost.measure(given.pairs, given.iterations)
+        text = dashboard_cost.measure(given.turns, given.iterations)
     print(text)
     if given.record:
         put_section(heading, text)

@@ -62,6 +62,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             dtype: str = "float32",
             tensor_parallel: int = 1,
             scaled_logprobs: bool = False,
+            isolates_waves: bool = False,
             **rollout: Any,
         ) -> Any:
             engine, model = build(
@@ -70,6 +71,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
                 dtype=dtype,
                 tensor_parallel=tensor_parallel,
                 scaled_logprobs=scaled_logprobs,
+                isolates_waves=isolates_waves,
                 **rollout,
             )
             ends.callback(engine.close)

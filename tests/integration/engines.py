@@ -141,6 +141,7 @@ def build(
     dtype: str,
     tensor_parallel: int = 1,
     scaled_logprobs: bool = False,
+    isolates_waves: bool = False,
     **rollout: Any,
 ) -> tuple[RolloutEngine, Qwen2ForCausalLM]:
     model = make_model(directory, tied=tied, dtype=getattr(torch, dtype))
@@ -159,6 +160,7 @@ def build(
         seed=0,
         device="cpu",
         scaled_logprobs=scaled_logprobs,
+        isolates_waves=isolates_waves,
     )
     return engine, model
 

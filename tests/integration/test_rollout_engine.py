@@ -60,8 +60,28 @@ def test_16_bit_engine_takes_weights(start: Start, dtype: str, limit: float) -> 
     assert mean_gap(model, make_request(LONG), completions) < limit
 
 
-def test_scaled_logprobs_follow_temperature(start: Start) -> None:
-    engine, model = start(tied=True, scaled_logprobs=True)
+@pytest.fixture(scope="module")
+def scaled(start: Start) -> tuple[RolloutEngine, Qwen2ForCausalLM]:
+    return start(tied=True, scaled_logprobs=True, isolates_waves=True)
+
+
+def test_isolated_wave_does_not_depend_on_earlier_ones(
+    scaled: tuple[RolloutEngine, Qwen2ForCausalLM],
+) -> None:
+    engine, _ = scaled
+    wave = [make_request(LONG, seeds=tuple(range(8)))]
+    first = engine.generate(wave, version=0)
+    # Were its keys and values of the first prefill found here, the last bits would differ.
+    for _ in range(2):
+        for one, other in zip(first[0], engine.generate(wave, version=0)[0], strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+            assert one.logprobs.tobytes() == other.logprobs.tobytes()
+
+
+def test_scaled_logprobs_follow_temperature(
+    scaled: tuple[RolloutEngine, Qwen2ForCausalLM],
+) -> None:
+    engine, model = scaled
     request = make_request(temperature=0.6, seeds=tuple(range(8)))
     (completions,) = engine.generate([request], version=0)
     assert mean_gap(model, request, completions) <= 1e-4

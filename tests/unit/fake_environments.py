@@ -7,8 +7,9 @@ from typing import Any
 
 from fakes import FakeChat
 
+from rayhf.episodes import StepRequest, StepResult
 from rayhf.roles import Environments
-from rayhf.types import Failed, Invalid, Message, StepRequest, StepResult
+from rayhf.types import Failed, Invalid, Message
 
 Answer = StepResult | Invalid | Failed
 END = 1

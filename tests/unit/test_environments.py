@@ -15,9 +15,10 @@ from rayhf.data.replies import ReplyRenderer, check_replies
 from rayhf.environments.process import EnvironmentChild, EnvironmentHost
 from rayhf.environments.tool_calls import ToolCall, tool_calls
 from rayhf.environments.tools import ToolsConfig
+from rayhf.episodes import StepRequest, StepResult
 from rayhf.errors import ConfigError
 from rayhf.planning.preflight import check_settings
-from rayhf.types import Failed, Invalid, StepRequest, StepResult
+from rayhf.types import Failed, Invalid
 
 HERE = Path(__file__).parent
 

@@ -13,6 +13,7 @@ from fakes import FakeLearner, FakeRollout, FakeScorer, make_prompts
 from rayhf.algorithms.base import sample_and_score
 from rayhf.control.labels import labeled_examples
 from rayhf.environments.scorer import EpisodeScorer
+from rayhf.episodes import StepResult
 from rayhf.exploration.build import build_scheduler
 from rayhf.run_dir.tables import example_table, read_examples, sample_table
 from rayhf.scorer.none import NoScorer
@@ -27,7 +28,6 @@ from rayhf.types import (
     Sampling,
     Scored,
     ScoreRequest,
-    StepResult,
     make_row,
 )
 

@@ -15,12 +15,13 @@ from rayhf.algorithms.policy_gradient_config import KLConfig
 from rayhf.algorithms.ppo import PPO, PPOConfig
 from rayhf.algorithms.reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlusConfig
 from rayhf.config.schema import Packing
+from rayhf.episodes import Inserted
 from rayhf.learner.micro_batch import build_micro_batch
 from rayhf.losses.base import LossOutput, Totals
 from rayhf.losses.preference import Sigmoid, SigmoidConfig
 from rayhf.models.forward import PolicyHead, build_inputs, prepare_config
 from rayhf.models.packing import pack_examples
-from rayhf.types import Example, Inserted, Row, token_array
+from rayhf.types import Example, Row, token_array
 
 
 def episode(prompt: int, turns: list[int], replies: list[int], *, seed: int = 0) -> Row:

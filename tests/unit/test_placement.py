@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.assemble import environment
+from launch.assemble import environment, threads_of
 from rayhf.config.load import load_config
 from rayhf.errors import ConfigError
 from rayhf.planning.placement import (
@@ -145,6 +145,26 @@ def test_gpu_actors_share_the_cores_of_their_node():
     assert "OMP_NUM_THREADS" not in environment(config, "rollout", critic=True, gpu_cores=8)
     stated = load_config(PPO, ["learner.threads=3"])
     assert environment(stated, "critic", critic=True, gpu_cores=8)["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"rollout": 8, "reference": 8, "learner": 8}),
+        (["rollout.engines=2"], {"rollout": 4, "learner": 8}),
+        (["run.max_staleness=1"], {"rollout": 4, "reference": 4, "learner": 4}),
+        (["reference.stream=on"], {"rollout": 4, "reference": 4, "learner": 8}),
+        (["reference.replicas=4"], {"rollout": 8, "reference": 2}),
+        (["rollout.threads=3", "run.max_staleness=1"], {"rollout": 3, "learner": 4}),
+    ],
+)
+def test_cpu_actors_share_the_cores_with_those_that_work_at_the_same_time(
+    monkeypatch, overrides, expected
+):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    config = load_config(TINY, overrides)
+    threads = {role: threads_of(config, role, critic=False) for role in expected}
+    assert threads == expected
 
 
 def test_custom_resources_pin_pools_to_nodes():

@@ -11,10 +11,11 @@ from test_policy_gradient import CONTEXT
 from rayhf.algorithms.routing import PeopleConfig, route
 from rayhf.control.commands import FileControl
 from rayhf.control.labels import unanswered_pairs
+from rayhf.episodes import Inserted
 from rayhf.errors import ConfigError
 from rayhf.monitoring.audit import audit
 from rayhf.planning.preflight import check_settings
-from rayhf.types import GIVEN, PEOPLE, Example, Inserted, given_row, token_array
+from rayhf.types import GIVEN, PEOPLE, Example, given_row, token_array
 
 PEOPLE_SETTINGS = {"margin": 10.0, "budget": 2, "expire": 2}
 """Every pair is uncertain."""
