@@ -123,7 +123,10 @@ SELF_REWARDING_DPO = _setup(
     VERIFIED, "self_rewarding_instructions", *VERIFIED_DPO, "run.iterations=69"
 )
 REFILLED = ("prompts.batch=24", "algorithm.refill.budget=1.34")
-ROUND_ROBIN = "scorer.train=[{type: pairwise_rule, function: 'rayhf.tiny.arithmetic:prefer'}]"
+ROUND_ROBIN = (
+    "scorer.train=[{type: pairwise_rule, function: 'rayhf.tiny.arithmetic:prefer', "
+    "comparisons: round_robin}]"
+)
 
 CASES = {
     "dapo": _case(ARITHMETIC, FILTERED, _setup("DAPO", "dapo_arithmetic", *REFILLED), GRPO),
@@ -199,9 +202,9 @@ CASES = {
     ),
     "tournament": _case(
         ARITHMETIC,
-        "comparisons: 12 for each of 32 prompts, 28 for each of 14",
+        "comparisons: about 3.5 different ones for each of 32 prompts, 5.9 for each of 19",
         _setup("GRPO, Swiss tournament", "grpo_tournament_arithmetic"),
-        _setup("GRPO, round robin", "grpo_tournament_arithmetic", "prompts.batch=14", ROUND_ROBIN),
+        _setup("GRPO, round robin", "grpo_tournament_arithmetic", "prompts.batch=19", ROUND_ROBIN),
     ),
     "sppo": _game("SPPO", "sppo_game"),
     "inpo": _game("INPO", "inpo_game"),

@@ -174,7 +174,7 @@ class Runner:
             overrides.append(f"reference.model={self.path(teacher, seed) / 'policy'}")
         print(f"{setup.label}, seed {seed}: {run}", flush=True)
         self.directory.mkdir(parents=True, exist_ok=True)
-        command = [Path(sys.executable).with_name("rayhf"), "run"]
+        command = [str(Path(sys.executable).with_name("rayhf")), "run"]
         command += [f"configs/tiny/{setup.preset}.yaml", *overrides]
         with run.with_suffix(".log").open("a") as log:
             code = subprocess.run(
