@@ -177,9 +177,9 @@ class Runner:
         command = [str(Path(sys.executable).with_name("rayhf")), "run"]
         command += [f"configs/tiny/{setup.preset}.yaml", *overrides]
         with run.with_suffix(".log").open("a") as log:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-            ).returncode
+            code = subprocess.call(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        if code == INTERRUPTED:
+            raise SystemExit(code)
         if code:
             print(f"{setup.label}, seed {seed}: exit code {code}; see {log.name}", flush=True)
         return not code
@@ -288,7 +288,7 @@ def section(name: str, case: Case, runner: Runner, seeds: Sequence[int], *, tune
     rates = "tuned alike, see below" if tuned else "the presets' own, not tuned alike"
     lines = [
         f"`python -m tests.bench.loops {name}{' --tune' if tuned else ''}`, "
-        f"{datetime.now(UTC):%Y-%m-%d}. Equal: {case.budget}. Learning rates: {rates}. "
+        f"{datetime.now(UTC):%Y-%m-%d}. Equal budget: {case.budget}. Learning rates: {rates}. "
         f"{max(prompts, default=0)} held-out prompts, one sample each; "
         f"{'lower' if case.lower_is_better else 'higher'} is better.",
         "",
