@@ -9,7 +9,7 @@ TINY ?= .tiny
 unexport PYTHONDONTWRITEBYTECODE
 export RAYHF_TINY_DIR := $(abspath $(TINY))
 
-.PHONY: setup demo demo-real test test-gpu lint docs architectures bench chaos learn claims proto lock clean
+.PHONY: setup demo demo-real test test-gpu lint docs architectures bench chaos learn loops claims proto lock clean
 
 setup: $(READY)
 
@@ -76,6 +76,12 @@ learn: $(READY)
 	$(BIN)/rayhf tiny .tiny
 	$(BIN)/python -m pytest -m slow tests/tiny
 	$(BIN)/python -m tests.bench.learning
+
+# Every loop against its baselines at an equal budget, three fresh seeds: hours on two cores. Ctrl-C stops it, the same command
+# continues.
+loops: $(READY)
+	$(BIN)/rayhf tiny .tiny
+	$(BIN)/python -m tests.bench.loops --record
 
 # Each paper's claim in miniature, three seeds; hours on two cores.
 claims: $(READY)
