@@ -74,7 +74,9 @@ def threads_of(
     have: a learner's offloaded optimizer runs on them, and roles without a GPU. An engine needs
     none. On CPU all cores for a role that works alone, and half of them for one that works beside
     another: where generation overlaps learning, and where a critic learns beside the policy.
-    Engines share their role's cores, and so do the reference's actors.
+    Engines share their role's cores, and so do the reference's actors. An engine has at most half
+    of the cores: its steps are many and small, and their threads wait for each other, so that on a
+    busy machine an engine with a thread on every core can be five times slower than with half.
     """
     sections = {
         "rollout": config.rollout,
@@ -88,16 +90,17 @@ def threads_of(
     if config.cluster.device == "gpu":
         return None if role_of(role) == "rollout" else gpu_cores
     cores = os.cpu_count() or 1
-    actors, beside = 1, critic
+    actors, beside, most = 1, critic, cores
     if role == "reference":
         actors = config.reference.replicas * config.reference.ranks
         beside = critic or config.reference.stream == "on"
     elif role_of(role) == "rollout":
         actors = config.rollout.engines
         beside = config.reference.stream == "on"
+        most = cores // 2
     if beside or config.run.max_staleness > 0:
         cores //= 2
-    return max(1, cores // actors)
+    return max(1, min(cores // actors, most))
 
 
 def environment(

@@ -80,7 +80,12 @@ def campaign(spec: Spec, directory: Path) -> dict[str, Any]:
         "policy": {"model": spec.model, "dtype": spec.dtype, "max_length": 512},
         "prompts": {"train": spec.train, "batch": spec.prompts},
         "algorithm": algorithm,
-        "rollout": {"max_tokens": spec.max_tokens, "max_num_seqs": spec.completions},
+        "rollout": {
+            "max_tokens": spec.max_tokens,
+            "max_num_seqs": spec.completions,
+            # By default half of them; the other systems have all of them.
+            "threads": max(1, spec.threads // (1 + (spec.max_staleness > 0))),
+        },
         "reference": {"token_budget": budget},
         "scorer": {"train": [{"type": "rule", "function": "tests.bench.workload:reward"}]},
         "learner": {

@@ -150,11 +150,12 @@ def test_gpu_actors_share_the_cores_of_their_node():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], {"rollout": 8, "reference": 8, "learner": 8}),
+        ([], {"rollout": 4, "reference": 8, "learner": 8}),
         (["rollout.engines=2"], {"rollout": 4, "learner": 8}),
+        (["rollout.engines=4"], {"rollout": 2, "learner": 8}),
         (["run.max_staleness=1"], {"rollout": 4, "reference": 4, "learner": 4}),
         (["reference.stream=on"], {"rollout": 4, "reference": 4, "learner": 8}),
-        (["reference.replicas=4"], {"rollout": 8, "reference": 2}),
+        (["reference.replicas=4"], {"rollout": 4, "reference": 2}),
         (["rollout.threads=3", "run.max_staleness=1"], {"rollout": 3, "learner": 4}),
     ],
 )
