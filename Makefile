@@ -70,9 +70,11 @@ bench: $(READY)
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos
 
-# Three seeds of every tiny preset; about an hour on two cores.
+# Three seeds of every tiny preset; about an hour on two cores. First the whole tiny world, of which
+# `make test` builds a part.
 learn: $(READY)
 	$(BIN)/rayhf tiny .tiny
+	$(BIN)/python -m pytest -m slow tests/tiny
 	$(BIN)/python -m tests.bench.learning
 
 # Every loop against its baselines at an equal budget, three fresh seeds: hours on two cores. Ctrl-C stops it, the same command

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,14 +148,27 @@ class RankGroup:
         progress: Progress = no_progress,
     ) -> list[FloatArray]:
         """Return one value per response token; a chunk is a micro-batch of every rank."""
+
+        def call(actor: ActorHandle, rows: list[Row]) -> ray.ObjectRef:
+            return actor.outputs.remote(rows, temperature)
+
+        return await self._over_chunks(rows, call, progress)
+
+    async def _over_chunks(
+        self,
+        rows: Sequence[Row],
+        call: Callable[[ActorHandle, list[Row]], ray.ObjectRef],
+        progress: Progress = no_progress,
+    ) -> list[Any]:
+        """Return what the ranks compute of each row; a chunk is a micro-batch of every rank."""
         longest = max(map(len, rows), default=0)
         plan = self._plan([(row,) for row in rows], budget=max(longest, self._config.token_budget))
         chunks = list(zip(*plan, strict=True))
-        results: dict[int, FloatArray] = {}
+        results: dict[int, Any] = {}
         for number, micros in enumerate(chunks, start=1):
             async with self._turn:
                 calls = [
-                    actor.outputs.remote([rows[i] for i in micro], temperature)
+                    call(actor, [rows[i] for i in micro])
                     for actor, micro in zip(self._actors, micros, strict=True)
                 ]
                 phase = f"log-probs, chunk {number} of {len(chunks)}"

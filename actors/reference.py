@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -36,7 +36,10 @@ from rayhf.errors import ActorLostError, StateLostError
 from rayhf.models.hub import local_directory, obtain
 from rayhf.models.packing import pack_examples
 from rayhf.run_dir.epoch_guard import EpochGuard
-from rayhf.types import FloatArray, Row, WeightSnapshot
+from rayhf.types import FloatArray, Row, TopLogprobs, WeightSnapshot
+
+_ChunkCall = Callable[[ActorHandle, Sequence[Row]], ray.ObjectRef]
+"""Sends an actor the rows of a chunk."""
 
 
 class ReferenceActor(ReportsAlive):
@@ -65,8 +68,15 @@ class ReferenceActor(ReportsAlive):
     def packing(self) -> Packing:
         return self.engine.packing
 
-    def logprobs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
-        return self.engine.logprobs(rows, temperature=temperature)
+    def logprobs(
+        self, rows: Sequence[Row], temperature: float, model: Path | None
+    ) -> list[FloatArray]:
+        return self.engine.logprobs(rows, temperature, model)
+
+    def top_logprobs(
+        self, rows: Sequence[Row], temperature: float, top_k: int
+    ) -> list[TopLogprobs]:
+        return self.engine.top_logprobs(rows, temperature=temperature, top_k=top_k)
 
     def update(self, number: int, snapshot: WeightSnapshot, mix: float, *payloads: Any) -> None:
         """Take new weights, unless the actor got them as a replacement."""
@@ -145,7 +155,22 @@ class ReferencePool:
             self._idle.put_nowait(member)
             member.prepare = partial(self._prepare, member)
 
-    async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+    async def logprobs(
+        self, rows: Sequence[Row], *, temperature: float, model: Path | None = None
+    ) -> list[FloatArray]:
+        return await self._over_chunks(
+            rows, lambda actor, chunk: actor.logprobs.remote(chunk, temperature, model)
+        )
+
+    async def top_logprobs(
+        self, rows: Sequence[Row], *, temperature: float, top_k: int
+    ) -> list[TopLogprobs]:
+        return await self._over_chunks(
+            rows, lambda actor, chunk: actor.top_logprobs.remote(chunk, temperature, top_k)
+        )
+
+    async def _over_chunks(self, rows: Sequence[Row], call: _ChunkCall) -> list[Any]:
+        """Return what the actors compute of each row, a chunk at a time."""
         if self._packing is None:
             self._packing = await self._persist(
                 self._members[0], lambda actor: actor.packing.remote(), "start"
@@ -156,7 +181,7 @@ class ReferencePool:
             *(
                 self._compute(
                     [rows[i] for i in chunk],
-                    temperature,
+                    call,
                     phase=f"reference log-probs, chunk {number} of {len(chunks)}",
                 )
                 for number, chunk in enumerate(chunks, start=1)
@@ -165,21 +190,17 @@ class ReferencePool:
         by_row = dict(zip(chain(*chunks), chain(*results), strict=True))
         return [by_row[i] for i in range(len(rows))]
 
-    async def _compute(
-        self, rows: Sequence[Row], temperature: float, *, phase: str
-    ) -> list[FloatArray]:
-        """Return the log-probs of one chunk, from the next actor that has none."""
+    async def _compute(self, rows: Sequence[Row], call: _ChunkCall, *, phase: str) -> list[Any]:
+        """Return what is computed of one chunk, from the next actor that has none."""
         member = await self._idle.get()
         started = time.monotonic()
         try:
-            logprobs: list[FloatArray] = await self._persist(
-                member, lambda actor: actor.logprobs.remote(rows, temperature), phase
-            )
+            results: list[Any] = await self._persist(member, lambda actor: call(actor, rows), phase)
         finally:
             self._idle.put_nowait(member)
         self._chunks += 1
         self._busy_s += time.monotonic() - started
-        return logprobs
+        return results
 
     async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:
         payloads = [bucket.payload for bucket in snapshot.buckets]

@@ -88,6 +88,9 @@ class ScorerClient:
             answers = await self._call(lambda actor: actor.compare, requests, "compare")
             return self._combination.comparisons(answers, requests)
 
+    async def observe(self, metrics: Mapping[str, float]) -> None:
+        self._combination.observe(metrics)
+
     async def state_dict(self) -> dict[str, Any]:
         return self._combination.state_dict()
 
@@ -105,7 +108,7 @@ class ScorerClient:
                 for member in self._members
             )
         )
-        total: dict[str, float] = {}
+        total = self._combination.curriculum_metrics()
         for counts in of_members:
             for name, count in counts.items():
                 total[name] = total.get(name, 0.0) + count

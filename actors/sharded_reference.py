@@ -9,7 +9,11 @@ weights with it: as with a lost rank of a learner, all actors are restarted from
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.actor import ActorHandle
 
 from actors.ranks import RankActor, RankGroup, collectives
 from actors.transport import without_payloads
@@ -17,7 +21,7 @@ from rayhf.config.models import ModelName
 from rayhf.config.schema import Packing, ReferenceConfig
 from rayhf.models.hub import local_directory, obtain
 from rayhf.run_dir.epoch_guard import EpochGuard
-from rayhf.types import FloatArray, Row, WeightSnapshot
+from rayhf.types import FloatArray, Row, TopLogprobs, WeightSnapshot
 
 if TYPE_CHECKING:
     from rayhf.reference.sharded import ShardedReferenceEngine
@@ -44,6 +48,10 @@ class ShardedReferenceActor(RankActor):
         self.engine = ShardedReferenceEngine(local_directory(model), config, **settings)
         return self.engine.packing
 
+    def top_logprobs(self, rows: list[Row], temperature: float, top_k: int) -> list[TopLogprobs]:
+        with collectives():
+            return self.engine.top_logprobs(rows, temperature, top_k)
+
     def update(self, snapshot: WeightSnapshot, mix: float, *payloads: Any) -> None:
         """Take new weights; only rank 0 gets payloads."""
         buckets = snapshot.buckets
@@ -56,8 +64,19 @@ class ShardedReferenceActor(RankActor):
 class ShardedReference(RankGroup):
     """Reference over the ranks of one model."""
 
-    async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+    async def logprobs(
+        self, rows: Sequence[Row], *, temperature: float, model: Path | None = None
+    ) -> list[FloatArray]:
+        assert model is None  # check_reference refuses it
         return await self.outputs(rows, temperature=temperature)
+
+    async def top_logprobs(
+        self, rows: Sequence[Row], *, temperature: float, top_k: int
+    ) -> list[TopLogprobs]:
+        def call(actor: ActorHandle, rows: list[Row]) -> ray.ObjectRef:
+            return actor.top_logprobs.remote(rows, temperature, top_k)
+
+        return await self._over_chunks(rows, call)
 
     async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:
         payloads = [bucket.payload for bucket in snapshot.buckets]

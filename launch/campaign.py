@@ -25,7 +25,13 @@ from launch.models import pin_models
 from launch.serve import control_served
 from launch.summary import summary
 from launch.view import LiveView, placement_table
-from rayhf.algorithms.base import TakesLabels, load_state, state_of
+from rayhf.algorithms.base import (
+    TakesLabels,
+    TakesThumbs,
+    load_state,
+    population_of,
+    state_of,
+)
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.gc_tuning import gc_tuned
 from rayhf.config.schema import CampaignConfig
@@ -66,8 +72,14 @@ def run_campaign(
         )
     if warning := precision_warning(pinned, prepared.derived, base):
         console.print(f"warning: {warning}", style="yellow")
-    takes_labels = isinstance(prepared.algorithm, TakesLabels)
-    store = RunDir(config, lock, takes_labels=takes_labels, models=commits)
+    store = RunDir(
+        config,
+        lock,
+        takes_labels=isinstance(prepared.algorithm, TakesLabels),
+        takes_thumbs=isinstance(prepared.algorithm, TakesThumbs),
+        population=population_of(prepared.algorithm),
+        models=commits,
+    )
     try:
         store.record_datasets(prepared.data.commits)
         finished = store.state.iteration >= config.run.iterations

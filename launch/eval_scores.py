@@ -119,4 +119,9 @@ def check_judge(entries: Sequence[ScorerEntryConfig] | None, key: str) -> None:
                 f"{key}[{index}]: {entry.resolved_name} has normalize, which is for a campaign's "
                 "scores; leave it out"
             )
+        if entry.curriculum is not None:
+            raise ConfigError(
+                f"{key}[{index}]: {entry.resolved_name} has a curriculum, which is for a "
+                "campaign's scores; leave it out"
+            )
     check_entries(entries, Path.cwd(), where=key)

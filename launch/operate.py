@@ -27,11 +27,13 @@ from rayhf import errors
 from rayhf.config.load import load_section
 from rayhf.config.service import NO_SECURITY, EndpointSecurity
 from rayhf.control.commands import Control, FileControl, Start
-from rayhf.control.labels import UncertainPair
+from rayhf.control.questions import UncertainCompletion, UncertainPair
 from rayhf.control.status import Status
 from rayhf.data.readers import read_rows
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.monitoring.audit import audit
+from rayhf.run_dir.inbox import LABEL_KEYS
+from rayhf.types import Message
 
 Command = Literal["pause", "stop"]
 _STYLES = {
@@ -42,6 +44,7 @@ _STYLES = {
     "stopped": "yellow",
 }
 _VERDICTS = {"1": "first", "2": "second", "t": "tie"}
+_THUMBS = {"u": "up", "d": "down"}
 
 
 def control_of(run: Path | None, address: str | None, security: Path | None) -> Control:
@@ -141,10 +144,27 @@ def show_pairs(control: Control, count: int, console: Console) -> None:
         print_plain(console, json.dumps(row))
 
 
+def show_completions(control: Control, count: int, console: Console) -> None:
+    """Print one JSON object per completion; `label --file` takes its verdicts."""
+    for each in control.uncertain_completions(count):
+        row = {
+            "completion_id": each.completion_id,
+            "messages": list(each.messages),
+            "completion": each.completion,
+            "certainty": each.certainty,
+        }
+        print_plain(console, json.dumps(row))
+
+
 def label(control: Control, console: Console, *, file: Path | None, count: int) -> None:
-    """Submit the verdicts of a file, or prompt for them pair by pair."""
+    """Submit the verdicts of a file, or prompt for them one by one.
+
+    For thumbs where the algorithm takes them, else for verdicts on pairs.
+    """
     if file is not None:
         labels = [_label(row, where) for where, row in read_rows(file, key="--file")]
+    elif control.status().takes_thumbs:
+        labels = list(_prompt_for_thumbs(control.uncertain_completions(count), console))
     else:
         labels = list(_prompt_for_labels(control.uncertain_pairs(count), console))
     if labels:
@@ -154,23 +174,20 @@ def label(control: Control, console: Console, *, file: Path | None, count: int) 
 
 
 def _label(row: Mapping[str, object], where: str) -> dict[str, str]:
-    pair_id = row.get("pair_id")
-    verdict = row.get("verdict")
-    if not isinstance(pair_id, str) or not isinstance(verdict, str):
+    given = {key: row[key] for key in LABEL_KEYS if isinstance(row.get(key), str)}
+    if len(given) != 2 or "verdict" not in given:
         raise ConfigError(
-            f"{where}: expected `pair_id` and `verdict` (first, second or tie), got keys "
-            f"{', '.join(sorted(row))}"
+            f"{where}: expected `pair_id` and `verdict` (first, second or tie), or `completion_id` "
+            f"and `verdict` (up or down), got keys {', '.join(sorted(row))}"
         )
-    return {"pair_id": pair_id, "verdict": verdict}
+    return {key: str(value) for key, value in given.items()}
 
 
 def _prompt_for_labels(
     pairs: Iterable[UncertainPair], console: Console
 ) -> Iterable[dict[str, str]]:
     for pair in pairs:
-        for message in pair.messages:
-            title = escape(plain(message["role"]))
-            console.print(Panel(Text(plain(message["content"])), title=title))
+        _print_messages(pair.messages, console)
         console.print(Panel(Text(plain(pair.first)), title="1"))
         console.print(Panel(Text(plain(pair.second)), title="2"))
         choice = Prompt.ask(
@@ -182,6 +199,27 @@ def _prompt_for_labels(
             return
         if choice in _VERDICTS:
             yield {"pair_id": pair.pair_id, "verdict": _VERDICTS[choice]}
+
+
+def _prompt_for_thumbs(
+    completions: Iterable[UncertainCompletion], console: Console
+) -> Iterable[dict[str, str]]:
+    for each in completions:
+        _print_messages(each.messages, console)
+        console.print(Panel(Text(plain(each.completion)), title="completion"))
+        choice = Prompt.ask(
+            "thumb: u(p), d(own), s(kip), q(uit)", choices=[*_THUMBS, "s", "q"], console=console
+        )
+        if choice == "q":
+            return
+        if choice in _THUMBS:
+            yield {"completion_id": each.completion_id, "verdict": _THUMBS[choice]}
+
+
+def _print_messages(messages: Iterable[Message], console: Console) -> None:
+    for message in messages:
+        title = escape(plain(message["role"]))
+        console.print(Panel(Text(plain(message["content"])), title=title))
 
 
 def command(control: Control, name: Command, console: Console) -> None:

@@ -117,20 +117,32 @@ def pairs(
     show_pairs(control_of(run_dir, address, security), count, console)
 
 
+def completions(
+    run_dir: RunOrNone = None,
+    count: Annotated[int, typer.Option(min=1, help="Maximum number of completions.")] = 20,
+    address: Address = None,
+    security: Security = None,
+) -> None:
+    """Print the single completions that the scorers are least certain about, as JSON lines."""
+    from launch.operate import control_of, show_completions
+
+    show_completions(control_of(run_dir, address, security), count, console)
+
+
 def label(
     run_dir: RunOrNone = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            help="JSONL file of pair_id and verdict (first, second or tie); prompts interactively "
-            "if omitted."
+            help="JSONL file of pair_id and verdict (first, second or tie), or of completion_id "
+            "and verdict (up or down); prompts interactively if omitted."
         ),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Maximum number of pairs to prompt for.")] = 20,
+    count: Annotated[int, typer.Option(min=1, help="Maximum number to prompt for.")] = 20,
     address: Address = None,
     security: Security = None,
 ) -> None:
-    """Label pairs of completions; the campaign trains on the verdicts in its next iteration."""
+    """Label pairs or completions; the campaign trains on the verdicts in its next iteration."""
     from launch import operate
 
     operate.label(operate.control_of(run_dir, address, security), console, file=file, count=count)
@@ -156,5 +168,6 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(stop)
     app.command("add-prompts")(add_prompts)
     app.command()(pairs)
+    app.command()(completions)
     app.command()(label)
     app.command("serve-campaign")(serve_campaign)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rayhf.config.algorithms import AlgorithmConfig as AlgorithmConfig
     from rayhf.config.algorithms import EmaReference as EmaReference
     from rayhf.config.algorithms import InitialReference as InitialReference
+    from rayhf.config.algorithms import PopulationConfig as PopulationConfig
     from rayhf.config.algorithms import PreviousReference as PreviousReference
     from rayhf.config.base import PluginConfig as PluginConfig
     from rayhf.config.base import Section as Section
@@ -103,6 +104,7 @@ _HOMES = {
         "AlgorithmConfig",
         "EmaReference",
         "InitialReference",
+        "PopulationConfig",
         "PreviousReference",
     ),
     "rayhf.config.base": ("PluginConfig", "Section"),

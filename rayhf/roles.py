@@ -26,6 +26,7 @@ from rayhf.types import (
     Probe,
     Row,
     ScoreRequest,
+    TopLogprobs,
     WeightSnapshot,
 )
 
@@ -102,6 +103,15 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
+class FollowsPolicy(Protocol):
+    """Capability of a scorer: its scores depend on what the policy did in earlier iterations."""
+
+    async def observe(self, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of an iteration; scores of the next ones may differ."""
+        ...
+
+
+@runtime_checkable
 class CountsCalls(Protocol):
     """Capability of a scorer or a reference: it counts what was asked for."""
 
@@ -128,8 +138,19 @@ class Environments(Protocol):
 class Reference(Protocol):
     """Computes log-probs under a frozen model."""
 
-    async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
-        """Return the log-probs of each row's response tokens, in nats."""
+    async def logprobs(
+        self, rows: Sequence[Row], *, temperature: float, model: Path | None = None
+    ) -> list[FloatArray]:
+        """Return the log-probs of each row's response tokens, in nats.
+
+        Under its own weights, or under those of another model directory (a past policy).
+        """
+        ...
+
+    async def top_logprobs(
+        self, rows: Sequence[Row], *, temperature: float, top_k: int
+    ) -> list[TopLogprobs]:
+        """Return the same, and the top_k likeliest tokens at each position."""
         ...
 
     async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:

@@ -368,6 +368,21 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TopLogprobs(ByValue):
+    """Log-probs of a response under a frozen model, and its k likeliest tokens at each position.
+
+    4 + 8 k bytes per response token; in nats, temperature applied.
+    """
+
+    sampled: FloatArray
+    """Of the response's own tokens: (T,)."""
+    top_ids: TokenArray
+    """The likeliest tokens, the likeliest first: (T, k)."""
+    top: FloatArray
+    """Their log-probs among the whole vocabulary: (T, k)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Row(ByValue):
     """One unpadded token sequence to train on; only response tokens carry loss."""
 
@@ -383,6 +398,8 @@ class Row(ByValue):
     """Named values per row: score, truncated (0 or 1) ..."""
     inserted: Inserted | None = None
     """Tokens between those of the response, which carry no loss; all before its last token."""
+    reference_top: TopLogprobs | None = None
+    """The reference's likeliest tokens, for an algorithm that reads them."""
 
     def __len__(self) -> int:
         between = 0 if self.inserted is None else len(self.inserted.token_ids)
@@ -403,8 +420,11 @@ class Row(ByValue):
         own = np.arange(tokens) if self.inserted is None else self.inserted.positions(tokens)
         return own + (len(self.prompt_ids) - 1)
 
-    def with_tokens(self, **named: FloatArray) -> Row:
-        """Return the row with further token values. Raises ValueError for a wrong shape."""
+    def with_tokens(self, top: TopLogprobs | None = None, /, **named: FloatArray) -> Row:
+        """Return the row with further token values, or with the reference's likeliest tokens.
+
+        Raises ValueError for a wrong shape.
+        """
         for name, values in named.items():
             if values.shape != (len(self.response_ids),):
                 raise ValueError(
@@ -420,6 +440,7 @@ class Row(ByValue):
             tokens={**self.tokens, **named},
             scalars=self.scalars,
             inserted=self.inserted,
+            reference_top=top or self.reference_top,
         )
 
 

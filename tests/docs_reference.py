@@ -50,6 +50,8 @@ PROTOCOLS = {
         algorithms.TrainsOnRows,
         algorithms.TakesOfflinePairs,
         algorithms.TakesLabels,
+        algorithms.TakesThumbs,
+        algorithms.ReadsTopLogprobs,
         algorithms.RefillsPrompts,
         algorithms.TrainsSeveralPolicies,
         algorithms.SamplesFrozenPolicies,

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayhf.algorithms.context import ExplorationContext
-from rayhf.config.algorithms import AlgorithmConfig, ReferenceSchedule
+from rayhf.config.algorithms import AlgorithmConfig, PopulationConfig, ReferenceSchedule
 from rayhf.config.models import ModelName
 from rayhf.config.schema import LearnerConfig
 from rayhf.data.chat import Chat
@@ -72,6 +72,9 @@ class SelectionContext:
     labels: Sequence[Example] = ()
     """(chosen, rejected) pairs labeled by people since the previous iteration; only for an
     algorithm that TakesLabels."""
+    thumbs: Sequence[Example] = ()
+    """Completions to which people gave a thumb since then, with the scalar `desirable`, 1 or 0;
+    only for an algorithm that TakesThumbs."""
     unanswered: Callable[[int], Sequence[Example]] = lambda iteration: ()
     """Returns the examples of an earlier iteration with the objective PEOPLE, without those that
     people have judged since."""
@@ -204,6 +207,13 @@ class TakesLabels(Protocol):
     takes_labels: ClassVar[Literal[True]]
 
 
+@runtime_checkable
+class TakesThumbs(TakesLabels, Protocol):
+    """Trains on single completions to which people gave a thumb up or down, too."""
+
+    takes_thumbs: ClassVar[Literal[True]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSchedule:
     """Optimizer steps of an objective other than "policy"."""
@@ -258,6 +268,30 @@ class SamplesFrozenPolicies(Protocol):
     @property
     def frozen_policies(self) -> tuple[str, ...]:
         """Names of the frozen policies, as ExplorationContext.sample takes them."""
+        ...
+
+
+@runtime_checkable
+class ReadsPastPolicies(Protocol):
+    """Reads log-probs of policies of earlier iterations, which the run directory keeps.
+
+    Rows then carry past_logp_1 (of the newest that is not the current policy), past_logp_2, ... and
+    old_logp. Needs a reference role, whose actors compute them.
+    """
+
+    @property
+    def population(self) -> PopulationConfig:
+        """Which policies."""
+        ...
+
+
+@runtime_checkable
+class ReadsTopLogprobs(Protocol):
+    """Reads the reference's likeliest tokens; rows then carry its `reference_top`."""
+
+    @property
+    def reference_top_k(self) -> int:
+        """How many tokens at each position; 0: none."""
         ...
 
 
@@ -333,6 +367,13 @@ def frozen_policies(algorithm: Algorithm) -> tuple[str, ...]:
     return algorithm.frozen_policies if isinstance(algorithm, SamplesFrozenPolicies) else ()
 
 
+def population_of(algorithm: Algorithm) -> PopulationConfig:
+    """Return which past policies the algorithm reads; its size is 0 where it reads none."""
+    if isinstance(algorithm, ReadsPastPolicies):
+        return algorithm.population
+    return PopulationConfig(size=0)
+
+
 def trained_policy(algorithm: Algorithm, objective: str) -> str:
     """Return the policy that an objective's examples train."""
     if isinstance(algorithm, TrainsSeveralPolicies):
@@ -351,6 +392,11 @@ def load_state(algorithm: Algorithm, state: JsonObject) -> None:
         algorithm.load_state_dict(state)
     elif state:
         raise ValueError(f"{type(algorithm).__name__} has no state, got {sorted(state)}")
+
+
+def reference_top_k(algorithm: Algorithm) -> int:
+    """Return how many of the reference's likeliest tokens the algorithm reads; 0: none."""
+    return algorithm.reference_top_k if isinstance(algorithm, ReadsTopLogprobs) else 0
 
 
 def most_prompts(algorithm: Algorithm, batch: int) -> int:

@@ -2,8 +2,9 @@
 
 Agarwal et al. 2023 (GKD, with samples of the student only and the reverse KL), Gu et al. 2023
 (MiniLLM), Thinking Machines 2025 ("On-Policy Distillation", whose recipe has the defaults). The
-teacher is the model in the reference role, reference.model. Metrics to watch: reference/kl, which
-is KL(policy || teacher) here, and eval/<task>/sampled.
+teacher is the model in the reference role, reference.model. With `top_k` it also says which tokens
+were likeliest, and each position's KL is a term of the loss (rayhf/losses/distill.py). Metrics to
+watch: reference/kl, which is KL(policy || teacher) here, and eval/<task>/sampled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+import numpy as np
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from rayhf.algorithms.advantages import Array, centered, discounted_sums, grpo
 from rayhf.algorithms.base import Selection, SelectionContext
@@ -22,18 +31,24 @@ from rayhf.algorithms.policy_gradient import IterationTokens, PolicyGradient, gr
 from rayhf.algorithms.policy_gradient_config import KLConfig, PolicyGradientConfig
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
+from rayhf.losses.base import Loss
+from rayhf.losses.distill import DistillLoss
+from rayhf.losses.policy import PolicyLoss
 from rayhf.types import Example, Group, Prompt, Sample, make_row
 
 
 class DistillKLConfig(KLConfig):
-    """Reverse KL to the teacher, as each token's reward: teacher's log-prob minus the policy's."""
+    """Reverse KL to the teacher, as each token's reward: teacher's log-prob minus the policy's.
+
+    With top_k, as a term of the loss.
+    """
 
     coef: PositiveFloat = 1.0
     """Weight of the teacher (Thinking Machines)."""
     estimator: Literal["k1"] = "k1"
-    """Per-token estimator; only k1 has the gradient of the KL as a reward."""
+    """Per-token estimator; only k1 has the gradient of the KL as a reward. top_k needs none."""
     where: Literal["reward"] = "reward"
-    """It is the reward."""
+    """It is the reward; with top_k it is in the loss in any case."""
     unbiased: Literal[False] = False
     """For terms of a loss only."""
     target: None = None
@@ -47,6 +62,10 @@ class DistillConfig(PolicyGradientConfig):
     samples: PositiveInt = 4
     """Completions per prompt (Thinking Machines)."""
     kl: DistillKLConfig = DistillKLConfig()
+    top_k: NonNegativeInt = 0
+    """Compare the policy with the teacher on the teacher's top_k likeliest tokens of each position,
+    and on the rest of the vocabulary as one more (Huebotter et al. 2026 use 100 of the student's).
+    0: on the sampled token only (Thinking Machines)."""
     discount: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the next token's return that a token is credited with. 0: every token answers for
     its own KL only (Thinking Machines); 1: also for that of all later tokens (MiniLLM)."""
@@ -71,6 +90,16 @@ class DistillConfig(PolicyGradientConfig):
             raise ValueError(
                 "missing_eos_penalty and overlong_buffer change scores, and with reward_coef 0 "
                 "there are none; expected 0 for both, or reward_coef above 0"
+            )
+        if self.top_k and self.discount:
+            raise ValueError(
+                "discount credits a sampled token with what follows, and with top_k the KL of a "
+                "position does not depend on the sampled token; expected discount 0, or top_k 0"
+            )
+        if self.top_k and self.reward_coef == 0 and self.reward_clip is not None:
+            raise ValueError(
+                "reward_clip bounds the advantages of tokens, and with top_k and reward_coef 0 "
+                "there are none; expected null, or reward_coef above 0"
             )
         if self.reward_coef and self.samples < 2:
             raise ValueError(
@@ -101,6 +130,7 @@ class Distill(PolicyGradient):
     def __init__(self, config: DistillConfig) -> None:
         super().__init__(config)
         self.needs_scorer = config.reward_coef > 0
+        self.reference_top_k = config.top_k
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
         """Draw `samples` completions; score them where the reward counts."""
@@ -128,10 +158,20 @@ class Distill(PolicyGradient):
 
     def advantages(self, tokens: IterationTokens, kl_coef: float) -> dict[str, Array]:
         """Return `advantage`."""
-        # `kl` is the policy's log-prob minus the teacher's.
-        advantage = discounted_sums(-kl_coef * tokens.kl, tokens.lengths, self.config.discount)
+        if self.config.top_k:  # the teacher is in the loss
+            advantage = np.zeros_like(tokens.kl)
+        else:  # `kl` is the policy's log-prob minus the teacher's
+            advantage = discounted_sums(-kl_coef * tokens.kl, tokens.lengths, self.config.discount)
         if self.needs_scorer:
             estimate = grpo if self.config.scale == "group" else centered
             reward = group_advantages(tokens, 0.0, estimate)
             advantage = advantage + self.config.reward_coef * reward
         return {"advantage": advantage}
+
+    def loss(self, objective: str = "policy") -> Loss:
+        """Return the policy-gradient loss; with top_k, the KL to the teacher is added."""
+        loss = super().loss(objective)
+        if not self.config.top_k:
+            return loss
+        assert isinstance(loss, PolicyLoss)
+        return DistillLoss(loss, self.kl_coef)

@@ -106,12 +106,10 @@ class SelfEvaluationConfig(Section):
         return self
 
 
-class MCTSDPOConfig(StepPairSettings, MCTSSettings, AlgorithmConfig):
-    """Preferences between sibling steps of a Monte Carlo tree, trained with DPO."""
+class TreeSearchConfig(MCTSSettings, AlgorithmConfig):
+    """A Monte Carlo tree of steps per prompt, for loops that train on it."""
 
     plays_episodes: ClassVar[bool] = False
-
-    type: str = "mcts_dpo"
 
     step_stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=("\n",), min_length=1
@@ -133,12 +131,8 @@ class MCTSDPOConfig(StepPairSettings, MCTSSettings, AlgorithmConfig):
     policy is then trained on text that it did not generate. The authors' code does so by
     default."""
 
-    loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
-    """A preference loss (paper: sigmoid; beta 0.1 is from the code's scripts, which also have
-    ipo)."""
     reference: ReferenceSchedule = InitialReference()
     """Schedule of the reference (code: the initial policy)."""
-    importance: ImportanceConfig = ImportanceConfig()
 
     @property
     def virtual_loss(self) -> float:
@@ -149,6 +143,16 @@ class MCTSDPOConfig(StepPairSettings, MCTSSettings, AlgorithmConfig):
         """Refuse a thinking model, and a scorer that only compares. Raises ConfigError."""
         refuse_thinking(campaign, "it searches over the steps of a text without thinking")
         refuse_pairwise(campaign, "scores completions one by one")
+
+
+class MCTSDPOConfig(StepPairSettings, TreeSearchConfig):
+    """Preferences between sibling steps of a Monte Carlo tree, trained with DPO."""
+
+    type: str = "mcts_dpo"
+    loss: Annotated[PairLossConfig, LOSSES.defaulting("sigmoid")] = SigmoidConfig()
+    """A preference loss (paper: sigmoid; beta 0.1 is from the code's scripts, which also have
+    ipo)."""
+    importance: ImportanceConfig = ImportanceConfig()
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:

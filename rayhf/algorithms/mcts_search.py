@@ -26,7 +26,7 @@ import numpy as np
 
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.conversation import instruction_text
-from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig, OutcomeConfig, SelfEvaluationConfig
+from rayhf.algorithms.mcts_dpo_config import OutcomeConfig, SelfEvaluationConfig, TreeSearchConfig
 from rayhf.algorithms.mcts_samples import tree_samples
 from rayhf.data.jinja_sandbox import SandboxedTemplate
 from rayhf.errors import ConfigError
@@ -65,7 +65,7 @@ class PromptSearch:
 
     def __init__(
         self,
-        config: MCTSDPOConfig,
+        config: TreeSearchConfig,
         template: SandboxedTemplate | None,
         prompt: Prompt,
         context: ExplorationContext,

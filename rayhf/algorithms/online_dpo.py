@@ -26,7 +26,7 @@ from rayhf.algorithms.base import (
 )
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.pair_selection import PairSelection, all_pairs, best_random, best_worst
-from rayhf.algorithms.routing import PeopleConfig, RoutedPairs, route
+from rayhf.algorithms.routing import PeopleConfig, Routed, route
 from rayhf.config.algorithms import (
     AlgorithmConfig,
     ImportanceConfig,
@@ -106,7 +106,7 @@ class PairedAlgorithm(AlgorithmBase, ABC):
         own, ties = self._own_pairs(groups, context)
         no_signal = tie_share(len(own), ties)
         people = self.paired.people
-        routed = route(own, people, context) if people else RoutedPairs(scorer=own)
+        routed = route(own, people, context) if people else Routed(scorer=own)
         metrics = {**_pair_metrics(routed.scorer), "pairs/ties": float(ties)}
         if people:
             metrics["pairs/routed"] = float(len(routed.people))

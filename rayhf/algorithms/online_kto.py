@@ -4,6 +4,7 @@ Ethayarajh et al. 2024 (2402.01306); thumbs from scores as in HALOs, the paper's
 estimates z, KL(policy || reference), from other prompts' responses, because sampling from the
 policy is slow; here the responses are its samples, and z is their mean log-ratio, at least 0, with
 the weights that sampled (those of the learner where the iteration has several optimizer steps).
+People give thumbs too: to completions that the scorer is least certain about, or to any other.
 Metrics to watch: kto/desirable, kto/margin and kto/kl.
 """
 
@@ -25,8 +26,10 @@ from rayhf.algorithms.base import (
     scored,
 )
 from rayhf.algorithms.context import ExplorationContext
+from rayhf.algorithms.routing import PeopleConfig, Routed, route
 from rayhf.config.algorithms import AlgorithmConfig, InitialReference, ReferenceSchedule
 from rayhf.config.registry import LOSSES
+from rayhf.config.schema import CampaignConfig
 from rayhf.losses.base import Loss
 from rayhf.losses.kto import KTOLossConfig
 from rayhf.types import GIVEN, Example, Group, Prompt, make_row
@@ -49,8 +52,15 @@ class OnlineKTOConfig(AlgorithmConfig):
     balance: Annotated[float, Field(ge=1)] | None = 10.0
     """Largest factor on the weight of the rarer thumb, so that weight times number is the same for
     both in every iteration (section 4.2 of the paper; the limit is ours). null is off."""
+    people: PeopleConfig | None = None
+    """Completions that people judge in place of the scorer. Default: none."""
     reference: ReferenceSchedule = InitialReference()
     """Schedule of the reference."""
+
+    def check_campaign(self, campaign: CampaignConfig) -> None:
+        """Refuse completions for people that they would never see. Raises ConfigError."""
+        if self.people is not None:
+            self.people.check_campaign(campaign)
 
 
 class OnlineKTO(AlgorithmBase):
@@ -58,6 +68,7 @@ class OnlineKTO(AlgorithmBase):
 
     Config = OnlineKTOConfig
     takes_labels: ClassVar[Literal[True]] = True
+    takes_thumbs: ClassVar[Literal[True]] = True
 
     def __init__(self, config: OnlineKTOConfig) -> None:
         self.config = config
@@ -71,7 +82,11 @@ class OnlineKTO(AlgorithmBase):
         return await sample_and_score(prompt, context, self.samples)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
-        """Give every scored sample a thumb; add both completions of each pair from people."""
+        """Give every scored sample a thumb; add those of people.
+
+        With `people`, some samples are left to these, and those that they left unanswered come
+        back. Both completions of a pair from people have a thumb.
+        """
         candidates = [
             (
                 group,
@@ -86,22 +101,39 @@ class OnlineKTO(AlgorithmBase):
             for index, sample, score in scored(group)
         ]
         threshold = self._threshold([score for _, _, score in candidates])
-        examples = [
-            _thumb(Example(rows=(make_row(group, index, score=score),)), up=score >= threshold)
+        own = [
+            Example(
+                rows=(make_row(group, index, score=score),),
+                scalars={
+                    "desirable": float(score >= threshold),
+                    "margin": abs(score - threshold),
+                },
+            )
             for group, index, score in candidates
             if threshold is not None
         ]
-        ups = [example.scalars["desirable"] for example in examples]
+        people = self.config.people
+        routed = route(own, people, context) if people else Routed(scorer=own)
         labels = [
-            _thumb(replace(pair, rows=(row,)), up=row is pair.rows[0])
+            Example(rows=(row,), scalars={"desirable": float(row is pair.rows[0])})
             for pair in context.labels
             for row in pair.rows
         ]
+        trained = [
+            replace(example, scalars={"desirable": example.scalars["desirable"]})
+            for example in (*routed.scorer, *routed.expired, *context.thumbs, *labels)
+        ]
+        ups = [example.scalars["desirable"] for example in routed.scorer]
         metrics = {"kto/desirable": float(np.mean(ups))} if ups else {}
+        if people:
+            metrics["kto/routed"] = float(len(routed.people))
+            metrics["kto/expired"] = float(len(routed.expired))
+        if context.thumbs:
+            metrics["kto/human"] = float(len(context.thumbs))
         if labels:
             metrics["pairs/human"] = float(len(context.labels))
         return Selection(
-            examples=(*examples, *labels),
+            examples=(*trained, *routed.people),
             metrics=metrics,
             no_signal=float(len(set(ups)) < 2),
         )
@@ -120,7 +152,7 @@ class OnlineKTO(AlgorithmBase):
         ratios = [
             float((tokens.get("old_logp", tokens["behavior_logp"]) - tokens["ref_logp"]).sum())
             for row in (example.rows[0] for example in examples)
-            if row.sample != GIVEN  # a pair from people has completions of an earlier policy
+            if row.sample != GIVEN  # what people judged is an earlier policy's
             for tokens in (row.tokens,)
         ]
         kl = max(0.0, float(np.mean(ratios))) if ratios else 0.0
@@ -146,8 +178,3 @@ class OnlineKTO(AlgorithmBase):
         """Return KTO's loss with the weights of the iteration."""
         loss: Loss = LOSSES.build(self._weighted, sampled=True)
         return loss
-
-
-def _thumb(example: Example, *, up: bool) -> Example:
-    """Return the example with its label."""
-    return replace(example, scalars={"desirable": float(up)})

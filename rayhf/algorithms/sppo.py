@@ -3,15 +3,24 @@
 Wu et al. 2024. The win matrix is kept as the scorer gave it (cycles included); P(win) is its row
 mean. Metrics to watch: sppo/target_abs (the size of the targets), sppo/residual_abs (the error of
 the regression) and, on the tiny game, game/exploitability_average.
+
+With `payoff: log_odds` this is GPO, general preference optimization (Zhang et al. 2024,
+2410.02197): the target is not P(win) - 1/2 but the preference score s(y beats the policy), the mean
+over its samples y' of log(P(y beats y') / P(y' beats y)). For a general preference model that is
+v_y^T R v_y' / temperature, for a reward model the difference of two rewards. In the authors' code
+a table of scores (compute_score_from_raw.py) takes the place of the probabilities in SPPO; it has
+s(y, y') - s(y', y), which is twice this score, with the same eta of 1000. Its loss is not part of
+their repository, so that a bound of the targets (clamp_thres) could not be checked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from rayhf.algorithms.base import (
@@ -21,6 +30,7 @@ from rayhf.algorithms.base import (
     sample_and_compare,
     scored,
     tie_share,
+    with_ties,
 )
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.config.algorithms import (
@@ -33,7 +43,10 @@ from rayhf.config.algorithms import (
 from rayhf.config.schema import CampaignConfig
 from rayhf.losses.base import Loss
 from rayhf.losses.selfplay import SPPOLoss
-from rayhf.types import Example, Group, Prompt, make_row
+from rayhf.types import Example, Group, Prompt, make_row, win_rates
+
+MAX_LOG_ODDS = 10.0
+"""The largest score of the authors' models: embeddings of norm 1, temperature 0.1 (GPO)."""
 
 
 class SPPOConfig(AlgorithmConfig):
@@ -50,9 +63,12 @@ class SPPOConfig(AlgorithmConfig):
     train_on: Literal["best_worst", "all"] = "best_worst"
     """Completions to train on. best_worst: two per prompt, as the authors' code. all: every one,
     which uses all comparisons."""
+    payoff: Literal["win_rate", "log_odds"] = "win_rate"
+    """What a comparison is worth. win_rate: P(win) - 1/2. log_odds: log(P(win) / P(loss)), the
+    score of a general preference model (GPO, Zhang et al. 2024); not for verdicts of 0 and 1."""
     min_margin: NonNegativeFloat = 0.0
-    """Difference between a prompt's best and worst win probability up to which it is a tie; ties
-    are dropped and counted."""
+    """Difference between a prompt's best and worst payoff up to which it is a tie; ties are dropped
+    and counted."""
     pull: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the log-ratio to the initial policy that an iteration takes back. A step of 0 (the
     paper) lets an answer die out, which is then never sampled again: above 0 the last policy stays
@@ -71,6 +87,11 @@ class SPPOConfig(AlgorithmConfig):
             raise ValueError(
                 f"pull {self.pull:g} is toward the initial policy, and the reference is "
                 f"{self.reference.type}; expected reference: {{type: initial}}"
+            )
+        if self.payoff == "log_odds" and self.target == "hard":
+            raise ValueError(
+                "target hard replaces P(win) by 1 and 0, whose log-odds are infinite; payoff "
+                "log_odds expects soft or single"
             )
         if self.train_on == "all" and self.target != "soft":
             raise ValueError(
@@ -103,17 +124,17 @@ class SPPO(AlgorithmBase):
         small = 0
         spreads = []
         for group in groups:
-            usable = [(i, rate) for i, _, rate in scored(group)]
+            usable = self._rated(group)
             if len(usable) < 2:
                 small += 1
                 continue
             # Of equals, max and min take the first: reproducible.
-            best = max(usable, key=lambda entry: entry[1])
-            worst = min(usable, key=lambda entry: entry[1])
-            if best[1] - worst[1] <= self.config.min_margin:
+            best = max(usable, key=lambda rated: rated.payoff)
+            worst = min(usable, key=lambda rated: rated.payoff)
+            if best.payoff - worst.payoff <= self.config.min_margin:
                 ties += 1
                 continue
-            spreads.append(best[1] - worst[1])
+            spreads.append(best.payoff - worst.payoff)
             examples += self._examples(group, usable, best, worst)
         metrics = {
             "sppo/ties": float(ties),
@@ -125,39 +146,62 @@ class SPPO(AlgorithmBase):
         no_signal = tie_share(len(spreads), ties)
         return Selection(examples=tuple(examples), metrics=metrics, no_signal=no_signal)
 
+    def _rated(self, group: Group) -> list[_Rated]:
+        """Return the completions that have a win rate, with their payoffs."""
+        if self.config.payoff == "win_rate":
+            return [_Rated(i, rate, rate - 0.5) for i, _, rate in scored(group)]
+        if group.compared is None:
+            return []
+        completions = [sample.completion.token_ids.tolist() for sample in group.samples]
+        odds = log_odds(with_ties(group.compared.win, completions))
+        payoffs = win_rates(odds, include_self=True)
+        return [_Rated(i, rate, float(payoffs[i])) for i, _, rate in scored(group)]
+
     def _examples(
-        self,
-        group: Group,
-        usable: Sequence[tuple[int, float]],
-        best: tuple[int, float],
-        worst: tuple[int, float],
+        self, group: Group, usable: Sequence[_Rated], best: _Rated, worst: _Rated
     ) -> list[Example]:
         if self.config.train_on == "all":
-            return [self._example(group, [(i, rate, rate - 0.5)]) for i, rate in usable]
-        assert group.compared is not None  # otherwise no sample would have a score
+            return [self._example(group, [rated]) for rated in usable]
         if self.config.target == "soft":
-            best_target = best[1] - 0.5
-            worst_target = worst[1] - 0.5
-        elif self.config.target == "single":
-            probability = float(group.compared.win[best[0], worst[0]])
-            if not np.isfinite(probability):
-                # The two were never compared with each other: only their rates are known.
-                probability = 0.5 + (best[1] - worst[1]) / 2.0
-            best_target = probability - 0.5
-            worst_target = 0.5 - probability
-        else:
-            best_target = 0.5
-            worst_target = -0.5
-        return [self._example(group, [(*best, best_target), (*worst, worst_target)])]
+            return [self._example(group, [best, worst])]
+        payoff = 0.5
+        if self.config.target == "single":
+            assert group.compared is not None  # otherwise no sample would have a score
+            win = float(group.compared.win[best.index, worst.index])
+            if not np.isfinite(win):
+                # The two were never compared with each other: only their payoffs are known.
+                payoff = (best.payoff - worst.payoff) / 2.0
+            else:
+                payoff = float(log_odds(win)) if self.config.payoff == "log_odds" else win - 0.5
+        pair = [replace(best, payoff=payoff), replace(worst, payoff=-payoff)]
+        return [self._example(group, pair)]
 
-    def _example(self, group: Group, rated: Sequence[tuple[int, float, float]]) -> Example:
-        """Return one example with a row per (sample index, win rate, target)."""
+    def _example(self, group: Group, rated: Sequence[_Rated]) -> Example:
+        """Return one example with a row per completion; its target is the payoff."""
         rows = []
-        for index, rate, target in rated:
-            row = make_row(group, index, score=rate)
-            rows.append(replace(row, scalars={**row.scalars, "target": target}))
+        for each in rated:
+            row = make_row(group, each.index, score=each.rate)
+            rows.append(replace(row, scalars={**row.scalars, "target": each.payoff}))
         return Example(rows=tuple(rows))
 
     def loss(self, objective: str = "policy") -> Loss:
         """Return SPPO's squared error."""
         return self._loss
+
+
+@dataclass(frozen=True, slots=True)
+class _Rated:
+    """A completion's win rate and payoff against the policy."""
+
+    index: int
+    rate: float
+    payoff: float
+
+
+def log_odds(win: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return log(P / (1 - P)) of win probabilities, at most MAX_LOG_ODDS in size; NaN stays."""
+    # clip() keeps NaN.
+    least = 1.0 / (1.0 + np.exp(MAX_LOG_ODDS))
+    probability = np.clip(np.asarray(win, dtype=np.float64), least, 1.0 - least)
+    odds: npt.NDArray[np.float64] = np.log(probability) - np.log1p(-probability)
+    return odds

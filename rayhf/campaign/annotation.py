@@ -13,24 +13,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rayhf.algorithms.base import Algorithm, SelectionContext
+from rayhf.algorithms.base import Algorithm, SelectionContext, reference_top_k
 from rayhf.algorithms.streaming import streams_reference, streams_values
 from rayhf.config.schema import CampaignConfig, LearnerConfig, ReferenceConfig
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Progress, Roles
-from rayhf.types import FloatArray, Group, Prompt, Row
+from rayhf.types import FloatArray, Group, Prompt, Row, TopLogprobs
 
 Timed = Callable[[str], AbstractAsyncContextManager[None]]
-Columns = dict[str, list[FloatArray]]
-"""Token values by name, an array for each row."""
+Values = Sequence[FloatArray | TopLogprobs]
+"""Token values of each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class _Source:
 
     role: str
     column: str
-    compute: Callable[[Sequence[Row]], Coroutine[Any, Any, list[FloatArray]]]
+    compute: Callable[[Sequence[Row]], Coroutine[Any, Any, Values]]
     prompts: int
     """Prompts of a request."""
     is_streamed: bool
@@ -54,6 +55,7 @@ class Annotator:
         roles: compute them.
         observer: receives how many requests and chunks are done.
         context: returns an iteration's selection context.
+        past: returns the past policies that an iteration reads, newest first.
         timed: measures a phase.
     """
 
@@ -65,6 +67,7 @@ class Annotator:
         roles: Roles,
         observer: Observer,
         context: Callable[[int], SelectionContext],
+        past: Callable[[int], Sequence[Path]],
         timed: Timed,
     ) -> None:
         self._temperature = config.train_temperature
@@ -72,6 +75,7 @@ class Annotator:
         self._roles = roles
         self._observer = observer
         self._context = context
+        self._past = past
         self._timed = timed
         self._sources = self._sources_of(config)
         self._streams: dict[int, dict[str, _Stream]] = {}
@@ -85,8 +89,13 @@ class Annotator:
             return max(1, settings.ranks * settings.token_budget // completions)
 
         sources = []
+        compute: Callable[[Sequence[Row]], Coroutine[Any, Any, Values]]
         if (reference := self._roles.reference) is not None:
             compute = partial(reference.logprobs, temperature=self._temperature)
+            if top_k := reference_top_k(self._algorithm):
+                compute = partial(
+                    reference.top_logprobs, temperature=self._temperature, top_k=top_k
+                )
             streamed = streams_reference(config, self._algorithm)
             size = prompts(config.reference)
             sources.append(_Source("reference", "ref_logp", compute, size, streamed))
@@ -134,8 +143,8 @@ class Annotator:
         *,
         old_logp: bool,
         metrics: dict[str, float],
-    ) -> Columns:
-        """Return ref_logp, value and old_logp of the rows, as far as they are needed.
+    ) -> list[Row]:
+        """Return the rows with ref_logp, value, old_logp and past_logp_*, as far as needed.
 
         Args:
             iteration: their iteration.
@@ -147,7 +156,7 @@ class Annotator:
         schedule = self._algorithm.reference
         learner_is_reference = schedule is not None and schedule.is_learner
         report = _Report(self._observer, iteration)
-        work: dict[str, Awaitable[list[FloatArray]]] = {
+        work: dict[str, Awaitable[Values]] = {
             source.column: self._request(
                 source, iteration, prompt_ids, rows, report.of(source.column), metrics
             )
@@ -158,14 +167,29 @@ class Annotator:
                 rows, temperature=self._temperature, progress=report.of("old_logp")
             )
         if not work:
-            return {}
+            return list(rows)
         self._observer.phase(iteration, "reference")
         async with self._timed("reference"):
             columns = await asyncio.gather(*work.values())
-        named = dict(zip(work, columns, strict=True))
+            named: dict[str, Values] = dict(zip(work, columns, strict=True))
+            named |= await self._past_logp(iteration, rows)
         if learner_is_reference:
             named["ref_logp"] = named["old_logp"]
-        return named
+        of_rows = zip(*named.values(), strict=True)
+        return [
+            _with_values(row, dict(zip(named, values, strict=True)))
+            for row, values in zip(rows, of_rows, strict=True)
+        ]
+
+    async def _past_logp(self, iteration: int, rows: Sequence[Row]) -> dict[str, Values]:
+        """Return the log-probs of the past policies, one after the other: each is loaded once."""
+        columns: dict[str, Values] = {}
+        for number, model in enumerate(self._past(iteration), start=1):
+            assert self._roles.reference is not None  # check_reference
+            columns[f"past_logp_{number}"] = await self._roles.reference.logprobs(
+                rows, temperature=self._temperature, model=model
+            )
+        return columns
 
     async def _request(
         self,
@@ -175,7 +199,7 @@ class Annotator:
         rows: Sequence[Row],
         progress: Progress,
         metrics: dict[str, float],
-    ) -> list[FloatArray]:
+    ) -> Values:
         """Return the token values of each row."""
         others = (row.prompt_id for row in rows)
         places = _places(prompt_ids, others, source.prompts)
@@ -186,7 +210,7 @@ class Annotator:
         done = 0
         streamed = 0
 
-        async def request(place: int, indices: Sequence[int]) -> list[FloatArray]:
+        async def request(place: int, indices: Sequence[int]) -> Values:
             nonlocal done, streamed
             chosen = [rows[i] for i in indices]
             sent = stream.take(place, chosen) if stream is not None else None
@@ -222,7 +246,7 @@ class _Sent:
     """A request that was sent while its iteration was explored."""
 
     rows: Sequence[Row]
-    values: asyncio.Task[list[FloatArray]]
+    values: asyncio.Task[Values]
 
 
 class _Stream:
@@ -232,7 +256,7 @@ class _Stream:
         self,
         places: dict[str, int],
         select: Callable[[Sequence[Group]], list[Row]],
-        compute: Callable[[Sequence[Row]], Coroutine[Any, Any, list[FloatArray]]],
+        compute: Callable[[Sequence[Row]], Coroutine[Any, Any, Values]],
     ) -> None:
         self._places = places
         self._order = {prompt_id: number for number, prompt_id in enumerate(places)}
@@ -263,7 +287,7 @@ class _Stream:
         if rows := self._select(groups):
             self._sent[place] = _Sent(rows, self._loop.create_task(self._compute(rows)))
 
-    def take(self, place: int, rows: Sequence[Row]) -> asyncio.Task[list[FloatArray]] | None:
+    def take(self, place: int, rows: Sequence[Row]) -> asyncio.Task[Values] | None:
         """Return the request's token values where it was sent for the same rows."""
         sent = self._sent.get(place)
         if sent is None or not _same_rows(sent.rows, rows):
@@ -313,6 +337,19 @@ def _places(prompt_ids: Sequence[str], others: Iterable[str], size: int) -> dict
     further = (prompt_id for prompt_id in dict.fromkeys(others) if prompt_id not in own)
     first = -(-len(own) // size)
     return places | {prompt_id: first + number // size for number, prompt_id in enumerate(further)}
+
+
+def _with_values(row: Row, values: Mapping[str, FloatArray | TopLogprobs]) -> Row:
+    """Return the row with token values by name; likeliest tokens are the reference's."""
+    arrays: dict[str, FloatArray] = {}
+    top: TopLogprobs | None = None
+    for name, value in values.items():
+        if isinstance(value, TopLogprobs):
+            top = value
+            arrays[name] = value.sampled
+        else:
+            arrays[name] = value
+    return row.with_tokens(top, **arrays)
 
 
 def _same_rows(first: Sequence[Row], second: Sequence[Row]) -> bool:

@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rayhf.algorithms.base import (
@@ -36,7 +37,7 @@ from rayhf.exploration.metrics import exploration_metrics, scorer_counts, source
 from rayhf.exploration.token_ages import token_ages
 from rayhf.monitoring.guards import Alarm, check_guards
 from rayhf.monitoring.observer import Observer
-from rayhf.roles import CountsCalls, Roles, TimesUpdates
+from rayhf.roles import CountsCalls, FollowsPolicy, Roles, TimesUpdates
 from rayhf.run_dir.state import CheckpointState
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Sampling, WeightSnapshot
@@ -109,6 +110,7 @@ class Controller:
             return
         await self._verify_initial_weights()
         if self.iteration == 0:
+            await self._keep_policy(0)
             metrics = {"iteration": 0, **self._version_metrics(), **await self._evaluate(0)}
             await self.store.tables_written()
             self._report(metrics)
@@ -154,11 +156,14 @@ class Controller:
         if changed or self._reference_mix(iteration) is not None:
             metrics |= await self._sync(iteration, changed)
         self.iteration = iteration
+        await self._keep_policy(iteration)
         metrics |= self._version_metrics()
         if isinstance(self.algorithm, KeepsState):
             self.algorithm.observe(metrics)
         metrics |= await self._evaluate(iteration)
         metrics |= await scorer_counts(self.roles)
+        if isinstance(self.roles.scorer, FollowsPolicy):
+            await self.roles.scorer.observe(metrics)
         if isinstance(self.roles.reference, CountsCalls):
             metrics |= await self.roles.reference.take_counts()
         every = self.config.run.checkpoint_every
@@ -349,12 +354,24 @@ class Controller:
         self.observer.event("commit", f"iteration {iteration} is committed")
 
     async def _export(self) -> None:
-        for policy, learner in self.roles.learners.items():
+        for policy in self.roles.learners:
             exported = self.store.policy_directory(policy)
-            await learner.export(exported)
-            for name, text in self.data.exported_files.items():
-                (exported / name).write_text(text, encoding="utf-8")
+            await self._export_into(exported, policy)
             await in_thread(self.store.publish_policy, exported, self.iteration, policy)
+
+    async def _export_into(self, directory: Path, policy: str) -> None:
+        await self.roles.learners[policy].export(directory)
+        for name, text in self.data.exported_files.items():
+            (directory / name).write_text(text, encoding="utf-8")
+
+    async def _keep_policy(self, iteration: int) -> None:
+        """Export the policy into the population, where the algorithm reads it later."""
+        if not self.store.population.population.is_due(iteration):
+            return
+        async with self._timed("population"):
+            exported = self.store.population.begin()
+            await self._export_into(exported, "policy")
+            await in_thread(self.store.keep_past_policy, exported, iteration)
 
     async def _restore(self) -> None:
         """Continue from the newest verified checkpoint, or start where none was ever committed."""
@@ -372,6 +389,7 @@ class Controller:
         await self.roles.scorer.load_state_dict(state.scorer)
         self.data.load_evaluation_state(state.evaluations)
         await load_roles(checkpoint.directory, self.roles, self.algorithm)
+        await in_thread(self.store.population.check_kept, self.iteration)
         if self.iteration >= self.config.run.iterations:
             # Not exported yet where an operator accepted the last iteration after a guard's pause.
             await self._export()

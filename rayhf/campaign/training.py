@@ -19,14 +19,16 @@ from rayhf.algorithms.base import (
     Algorithm,
     SelectionContext,
     TakesLabels,
+    TakesThumbs,
     TrainsCritic,
     TrainsSeveralPolicies,
+    population_of,
     trained_policy,
 )
-from rayhf.campaign.annotation import Annotator, Columns, Timed
+from rayhf.campaign.annotation import Annotator, Timed
 from rayhf.campaign.drift import drift_kl, initial_rows
 from rayhf.config.schema import CampaignConfig
-from rayhf.control.labels import label_is_due, labeled_examples, unanswered_pairs
+from rayhf.control.labels import label_is_due, labeled_examples, unanswered
 from rayhf.losses.value import explained_variance
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import Learner, Roles
@@ -70,6 +72,7 @@ class Trainer:
             roles=roles,
             observer=observer,
             context=self._selection_context,
+            past=store.population.read_by,
             timed=timed,
         )
         self._initial_rows: list[Row] | None = None
@@ -79,10 +82,12 @@ class Trainer:
         self, iteration: int, groups: Sequence[Group], metrics: dict[str, float]
     ) -> SelectedExamples:
         """Select the examples to train on and store them; adds counts to `metrics`."""
+        labels = self._labels(iteration) if isinstance(self.algorithm, TakesLabels) else ()
         context = replace(
             self._selection_context(iteration),
             earlier=self.store.read_examples,
-            labels=self._labels(iteration) if isinstance(self.algorithm, TakesLabels) else (),
+            labels=[label for label in labels if len(label.rows) == 2],
+            thumbs=[label for label in labels if len(label.rows) == 1],
             unanswered=partial(self._unanswered, iteration),
         )
         selection = await asyncio.to_thread(self.algorithm.select, groups, context)
@@ -131,16 +136,21 @@ class Trainer:
         labels = self.store.inbox.take(
             "labels", iteration, is_due=lambda row: label_is_due(row, iteration), warn=warn
         )
+        if not isinstance(self.algorithm, TakesThumbs):
+            thumbs = [label for label in labels if "completion_id" in label]
+            labels = [label for label in labels if "completion_id" not in label]
+            if thumbs:  # written by hand: a submission is refused
+                warn(f"skipped {len(thumbs)} thumbs: {self.config.algorithm.type} trains on pairs")
         return labeled_examples(self.store.path, labels, warn=warn)
 
     def _unanswered(self, iteration: int, earlier: int) -> tuple[Example, ...]:
-        """Return the pairs that `earlier` left to people and that they have not judged."""
+        """Return the examples that `earlier` left to people and that they have not judged."""
         pairs = self.store.read_examples(earlier, objective=PEOPLE)
         if not pairs:
             return ()
         since = range(earlier + 1, iteration + 1)
         labels = self.store.inbox.taken("labels", since, warn=partial(self.observer.event, "warn"))
-        return unanswered_pairs(earlier, pairs, labels)
+        return unanswered(earlier, pairs, labels)
 
     async def _learn_policy(
         self,
@@ -149,15 +159,17 @@ class Trainer:
         examples: Sequence[Example],
         metrics: dict[str, float],
     ) -> bool:
-        columns = await self.annotator.annotate(
+        rows = await self.annotator.annotate(
             iteration,
             prompt_ids,
             [row for example in examples for row in example.rows],
-            old_logp=self.steps_per_iteration > 1 or self.algorithm.needs_old_logp,
+            old_logp=self.steps_per_iteration > 1
+            or self.algorithm.needs_old_logp
+            or population_of(self.algorithm).size > 0,
             metrics=metrics,
         )
         credited, credit_metrics = await asyncio.to_thread(
-            lambda: self.algorithm.credit(_annotated(examples, columns))
+            lambda: self.algorithm.credit(_with_rows(examples, rows))
         )
         metrics |= credit_metrics
         self.store.write_credit(iteration, credited)
@@ -288,17 +300,10 @@ def _trained_prompts(
     return tuple(prompt for prompt in prompts if prompt not in replaced)
 
 
-def _annotated(examples: Sequence[Example], columns: Columns) -> list[Example]:
-    """Return the examples with the token values of their rows."""
-    if not columns:
-        return list(examples)
-    rows = [row for example in examples for row in example.rows]
-    values_by_row = zip(*columns.values(), strict=True)
-    annotated = (
-        row.with_tokens(**dict(zip(columns, values, strict=True)))
-        for row, values in zip(rows, values_by_row, strict=True)
-    )
-    return [replace(e, rows=tuple(next(annotated) for _ in e.rows)) for e in examples]
+def _with_rows(examples: Sequence[Example], rows: Sequence[Row]) -> list[Example]:
+    """Return the examples with other rows, as many and in the same order."""
+    remaining = iter(rows)
+    return [replace(e, rows=tuple(next(remaining) for _ in e.rows)) for e in examples]
 
 
 def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rayhf.config.base import PluginConfig, Section
 from rayhf.errors import ConfigError
@@ -182,6 +182,35 @@ class EmaReference(Section):
 ReferenceSchedule = Annotated[
     InitialReference | PreviousReference | EmaReference, Field(discriminator="type")
 ]
+
+
+class PopulationConfig(Section):
+    """Policies of earlier iterations, besides the one that an iteration starts with.
+
+    They are kept in the run directory (population/), the initial policy as that after iteration 0.
+    """
+
+    size: NonNegativeInt = 1
+    """Largest number of them; early iterations have fewer. Each costs a copy of the weights on the
+    disk and, as long as its log-probs are computed, one in the memory of the reference."""
+    every: PositiveInt = 1
+    """Iterations between two of them."""
+
+    def read_by(self, iteration: int) -> list[int]:
+        """Return after which iterations the policies were that an iteration reads, newest first."""
+        return self._newest(iteration - 2)
+
+    def kept(self, iteration: int) -> list[int]:
+        """Return those up to `iteration` that any later iteration reads, newest first."""
+        return self._newest(iteration) + self._newest(iteration - 1)[-1:]
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether the policy after an iteration belongs to the population."""
+        return self.size > 0 and iteration % self.every == 0
+
+    def _newest(self, last: int) -> list[int]:
+        newest = last - last % self.every
+        return list(range(newest, -1, -self.every))[: self.size]
 
 
 class ImportanceConfig(Section):

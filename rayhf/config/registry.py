@@ -219,11 +219,13 @@ ALGORITHMS = Registry(
         "iterative_dpo": "rayhf.algorithms.iterative_dpo:IterativeDPO",
         "sppo": "rayhf.algorithms.sppo:SPPO",
         "inpo": "rayhf.algorithms.inpo:INPO",
+        "mnpo": "rayhf.algorithms.mnpo:MNPO",
         "nash_md": "rayhf.algorithms.nash_md:NashMD",
         "xpo": "rayhf.algorithms.xpo:XPO",
         "dno": "rayhf.algorithms.dno:DNO",
         "hypo": "rayhf.algorithms.hypo:HyPO",
         "mcts_dpo": "rayhf.algorithms.mcts_dpo:MCTSDPO",
+        "tpo": "rayhf.algorithms.tpo:TPO",
         "spar": "rayhf.algorithms.spar:SPaR",
         "self_rewarding": "rayhf.algorithms.self_rewarding:SelfRewarding",
         "challenger_solver": "rayhf.algorithms.challenger_solver:ChallengerSolver",
@@ -327,7 +329,9 @@ ENVIRONMENTS = Registry(
     "rayhf.environments",
     {
         "tools": "rayhf.environments.tools:Tools",
+        "openenv": "rayhf.environments.openenv:OpenEnv",
         "second_try": "rayhf.tiny.second_try:SecondTry",
+        "rematch": "rayhf.tiny.rematch:Rematch",
     },
 )
 

@@ -2,15 +2,15 @@
 
 The settings of each scorer stand beside its code (rayhf/scorer/); `type` names it. Everything that
 the planner, the preflight checks and the service must know of a scorer is a fact that its settings
-declare: `compares`, `is_pairwise`, `is_normalized`, `is_concurrent`, `uses_gpu`, `runs_engine`,
-`loads`.
+declare: `compares`, `is_pairwise`, `is_normalized`, `curriculum`, `is_concurrent`, `uses_gpu`,
+`runs_engine`, `loads`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -71,6 +71,22 @@ class LogSigmoid(Section):
         return margin - math.log1p(math.exp(margin))
 
 
+class CurriculumConfig(Section):
+    """Weights of a score's parts that follow how often the policy meets them.
+
+    A part that all completions meet, or none, distinguishes none of them. Its weight is multiplied
+    by max(smallest, 4 p (1 - p)), p being its mean over the policy's completions so far: the
+    variance of a yes/no answer, scaled to 1 at p = 1/2. DR Tulu (Shao et al. 2025, 2511.19399)
+    drops a prompt's criteria of zero variance and keeps those of the largest; weights, and one p
+    for all prompts, are ours.
+    """
+
+    smallest: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Smallest factor, of a part that is always met or never. 1: all factors are 1 (ours)."""
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """p becomes memory * p + (1 - memory) * the iteration's mean; it begins at 1/2 (ours)."""
+
+
 class ScorerEntryConfig(PluginConfig):
     """Settings and declared facts of any scorer.
 
@@ -115,6 +131,16 @@ class ScorerEntryConfig(PluginConfig):
     def is_normalized(self) -> bool:
         """Whether its scores are normalized by statistics of the campaign so far."""
         return False
+
+    @property
+    def curriculum(self) -> CurriculumConfig | None:
+        """How the weights of its score's parts follow the policy; None: they do not."""
+        return None
+
+    @property
+    def part_weights(self) -> Mapping[str, float]:
+        """Weights of the score's parts, for a curriculum; below 0 for parts to avoid."""
+        return {}
 
     @property
     def is_concurrent(self) -> bool:

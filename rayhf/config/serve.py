@@ -26,6 +26,11 @@ class ServedScorersConfig(CombinedScorersConfig):
                     f"entry {index} has normalize, and a server keeps no campaign's statistics; "
                     "set normalize on the campaign's entry of type grpc"
                 )
+            if entry.curriculum is not None:
+                raise ValueError(
+                    f"entry {index} has a curriculum, and a server does not see the campaign's "
+                    "iterations; expected a rubric without curriculum"
+                )
         return train
 
 

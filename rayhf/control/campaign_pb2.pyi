@@ -12,7 +12,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("run", "state", "reason", "advice", "holder", "epoch", "algorithm", "takes_labels", "iteration", "iterations", "phase", "progress_age_s", "eta_s", "versions", "commit", "health", "faults", "fault_count", "models")
+    __slots__ = ("run", "state", "reason", "advice", "holder", "epoch", "algorithm", "takes_labels", "iteration", "iterations", "phase", "progress_age_s", "eta_s", "versions", "commit", "health", "faults", "fault_count", "models", "takes_thumbs")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class StatusReply(_message.Message):
     FAULTS_FIELD_NUMBER: _ClassVar[int]
     FAULT_COUNT_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    TAKES_THUMBS_FIELD_NUMBER: _ClassVar[int]
     run: str
     state: str
     reason: str
@@ -72,7 +73,8 @@ class StatusReply(_message.Message):
     faults: _containers.RepeatedScalarFieldContainer[str]
     fault_count: int
     models: _containers.ScalarMap[str, str]
-    def __init__(self, run: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., advice: _Optional[str] = ..., holder: _Optional[str] = ..., epoch: _Optional[int] = ..., algorithm: _Optional[str] = ..., takes_labels: _Optional[bool] = ..., iteration: _Optional[int] = ..., iterations: _Optional[int] = ..., phase: _Optional[str] = ..., progress_age_s: _Optional[float] = ..., eta_s: _Optional[float] = ..., versions: _Optional[_Mapping[str, float]] = ..., commit: _Optional[str] = ..., health: _Optional[_Mapping[str, float]] = ..., faults: _Optional[_Iterable[str]] = ..., fault_count: _Optional[int] = ..., models: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    takes_thumbs: bool
+    def __init__(self, run: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., advice: _Optional[str] = ..., holder: _Optional[str] = ..., epoch: _Optional[int] = ..., algorithm: _Optional[str] = ..., takes_labels: _Optional[bool] = ..., iteration: _Optional[int] = ..., iterations: _Optional[int] = ..., phase: _Optional[str] = ..., progress_age_s: _Optional[float] = ..., eta_s: _Optional[float] = ..., versions: _Optional[_Mapping[str, float]] = ..., commit: _Optional[str] = ..., health: _Optional[_Mapping[str, float]] = ..., faults: _Optional[_Iterable[str]] = ..., fault_count: _Optional[int] = ..., models: _Optional[_Mapping[str, str]] = ..., takes_thumbs: _Optional[bool] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ()
@@ -152,18 +154,44 @@ class Pair(_message.Message):
     certainty: float
     def __init__(self, pair_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_chat_pb2.Message, _Mapping]]] = ..., first: _Optional[str] = ..., second: _Optional[str] = ..., certainty: _Optional[float] = ...) -> None: ...
 
+class CompletionsRequest(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class CompletionsReply(_message.Message):
+    __slots__ = ("completions",)
+    COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
+    completions: _containers.RepeatedCompositeFieldContainer[SingleCompletion]
+    def __init__(self, completions: _Optional[_Iterable[_Union[SingleCompletion, _Mapping]]] = ...) -> None: ...
+
+class SingleCompletion(_message.Message):
+    __slots__ = ("completion_id", "messages", "completion", "certainty")
+    COMPLETION_ID_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_FIELD_NUMBER: _ClassVar[int]
+    CERTAINTY_FIELD_NUMBER: _ClassVar[int]
+    completion_id: str
+    messages: _containers.RepeatedCompositeFieldContainer[_chat_pb2.Message]
+    completion: str
+    certainty: float
+    def __init__(self, completion_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[_chat_pb2.Message, _Mapping]]] = ..., completion: _Optional[str] = ..., certainty: _Optional[float] = ...) -> None: ...
+
 class LabelRequest(_message.Message):
     __slots__ = ("labels", "source")
     LABELS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
-    labels: _containers.RepeatedCompositeFieldContainer[PairLabel]
+    labels: _containers.RepeatedCompositeFieldContainer[CompletionLabel]
     source: str
-    def __init__(self, labels: _Optional[_Iterable[_Union[PairLabel, _Mapping]]] = ..., source: _Optional[str] = ...) -> None: ...
+    def __init__(self, labels: _Optional[_Iterable[_Union[CompletionLabel, _Mapping]]] = ..., source: _Optional[str] = ...) -> None: ...
 
-class PairLabel(_message.Message):
-    __slots__ = ("pair_id", "verdict")
+class CompletionLabel(_message.Message):
+    __slots__ = ("pair_id", "verdict", "completion_id")
     PAIR_ID_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_ID_FIELD_NUMBER: _ClassVar[int]
     pair_id: str
     verdict: str
-    def __init__(self, pair_id: _Optional[str] = ..., verdict: _Optional[str] = ...) -> None: ...
+    completion_id: str
+    def __init__(self, pair_id: _Optional[str] = ..., verdict: _Optional[str] = ..., completion_id: _Optional[str] = ...) -> None: ...

@@ -69,6 +69,11 @@ class CampaignStub:
                 request_serializer=rayhf_dot_control_dot_campaign__pb2.PairsRequest.SerializeToString,
                 response_deserializer=rayhf_dot_control_dot_campaign__pb2.PairsReply.FromString,
                 _registered_method=True)
+        self.Completions = channel.unary_unary(
+                '/rayhf.v1.Campaign/Completions',
+                request_serializer=rayhf_dot_control_dot_campaign__pb2.CompletionsRequest.SerializeToString,
+                response_deserializer=rayhf_dot_control_dot_campaign__pb2.CompletionsReply.FromString,
+                _registered_method=True)
         self.Label = channel.unary_unary(
                 '/rayhf.v1.Campaign/Label',
                 request_serializer=rayhf_dot_control_dot_campaign__pb2.LabelRequest.SerializeToString,
@@ -123,6 +128,13 @@ class CampaignServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Completions(self, request, context):
+        """The single completions that they are least certain about.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Label(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -166,6 +178,11 @@ def add_CampaignServicer_to_server(servicer, server):
                     servicer.Pairs,
                     request_deserializer=rayhf_dot_control_dot_campaign__pb2.PairsRequest.FromString,
                     response_serializer=rayhf_dot_control_dot_campaign__pb2.PairsReply.SerializeToString,
+            ),
+            'Completions': grpc.unary_unary_rpc_method_handler(
+                    servicer.Completions,
+                    request_deserializer=rayhf_dot_control_dot_campaign__pb2.CompletionsRequest.FromString,
+                    response_serializer=rayhf_dot_control_dot_campaign__pb2.CompletionsReply.SerializeToString,
             ),
             'Label': grpc.unary_unary_rpc_method_handler(
                     servicer.Label,
@@ -362,6 +379,33 @@ class Campaign:
             '/rayhf.v1.Campaign/Pairs',
             rayhf_dot_control_dot_campaign__pb2.PairsRequest.SerializeToString,
             rayhf_dot_control_dot_campaign__pb2.PairsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Completions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rayhf.v1.Campaign/Completions',
+            rayhf_dot_control_dot_campaign__pb2.CompletionsRequest.SerializeToString,
+            rayhf_dot_control_dot_campaign__pb2.CompletionsReply.FromString,
             options,
             channel_credentials,
             insecure,

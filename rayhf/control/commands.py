@@ -16,7 +16,7 @@ from rayhf.control.status import Status, read_status
 from rayhf.errors import CheckpointError, ConfigError
 from rayhf.run_dir.checkpoints import accept_unhealthy
 from rayhf.run_dir.files import MANIFEST, Check, open_file, sha256
-from rayhf.run_dir.inbox import Submissions, Submitted, check_submission
+from rayhf.run_dir.inbox import Submissions, Submitted, check_submission, label_id
 from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.names import event_logs
 from rayhf.run_dir.operator_request import write_request
@@ -25,7 +25,7 @@ from rayhf.run_dir.state import CampaignState, read_state, write_state
 from rayhf.types import JsonObject
 
 if TYPE_CHECKING:
-    from rayhf.control.labels import UncertainPair
+    from rayhf.control.questions import UncertainCompletion, UncertainPair
 
 Start = Literal["unhealthy", "healthy"]
 """From which checkpoint a campaign continues after a guard's pause."""
@@ -78,8 +78,15 @@ class Control(Protocol):
         """Return the pairs of completions that the scorers are least certain about."""
         ...
 
+    def uncertain_completions(self, count: int) -> Sequence[UncertainCompletion]:
+        """Return the single completions that the scorers are least certain about."""
+        ...
+
     def label(self, labels: Sequence[Mapping[str, str]], *, source: str) -> str:
-        """Submit labels of pairs: `pair_id`, and `verdict` (first, second or tie)."""
+        """Submit labels: `pair_id`, and `verdict` (first, second or tie).
+
+        Of a single completion `completion_id`, and `verdict` (up or down).
+        """
         ...
 
 
@@ -186,14 +193,23 @@ class FileControl:
 
     def uncertain_pairs(self, count: int) -> Sequence[UncertainPair]:
         """Return the pairs of completions that the scorers are least certain about."""
-        from rayhf.control.labels import uncertain_pairs
+        from rayhf.control.questions import uncertain_pairs
 
         self.status()
-        labeled = {pair_id for pair_id, _ in self._labels.last()}
-        return uncertain_pairs(self.run, count, labeled=labeled)
+        return uncertain_pairs(self.run, count, labeled=self._labeled())
+
+    def uncertain_completions(self, count: int) -> Sequence[UncertainCompletion]:
+        """Return the single completions that the scorers are least certain about."""
+        from rayhf.control.questions import uncertain_completions
+
+        self.status()
+        return uncertain_completions(self.run, count, labeled=self._labeled())
+
+    def _labeled(self) -> set[str]:
+        return {judged for judged, _ in self._labels.last()}
 
     def label(self, labels: Sequence[Mapping[str, str]], *, source: str) -> str:
-        """Submit labels of pairs for the next iteration."""
+        """Submit labels of pairs or of single completions for the next iteration."""
         from rayhf.control.labels import check_labels, contradictions
 
         status = self.status()
@@ -203,12 +219,17 @@ class FileControl:
             )
         check_count(labels, "labels")
         rows = check_labels(self.run, labels)
+        if not status.takes_thumbs and any("completion_id" in row for row in rows):
+            raise ConfigError(
+                f"{self.run}: the algorithm {status.algorithm} trains on pairs, not on single "
+                "completions; expected `pair_id` and a verdict first, second or tie"
+            )
         submitted = self._labels.submit(rows, source=source)
-        here = {str(row["pair_id"]) for row in rows}
+        here = set(map(label_id, rows))
         line = contradictions(
-            (pair_id, verdict.partition(" ")[0])
-            for (pair_id, _), verdict in self._labels.last().items()
-            if pair_id in here
+            (judged, verdict.partition(" ")[0])
+            for (judged, _), verdict in self._labels.last().items()
+            if judged in here
         )
         return "; ".join(filter(None, [_confirmation("labels", submitted, status), line]))
 

@@ -10,10 +10,10 @@ from rayhf.config.service import EndpointSecurity
 from rayhf.control import campaign_pb2 as pb
 from rayhf.control import campaign_pb2_grpc
 from rayhf.control.commands import Start, check_count, checked_prompts
-from rayhf.control.labels import UncertainPair
+from rayhf.control.questions import UncertainCompletion, UncertainPair
 from rayhf.control.status import RunState, Status
 from rayhf.data.conversations import parse_answer, parse_messages
-from rayhf.run_dir.inbox import check_submission
+from rayhf.run_dir.inbox import LABEL_KEYS, check_submission
 from rayhf.run_dir.progress import Event
 from rayhf.service import chat_pb2
 from rayhf.service.client import Client
@@ -47,6 +47,7 @@ class GrpcControl:
             epoch=reply.epoch,
             algorithm=reply.algorithm,
             takes_labels=reply.takes_labels,
+            takes_thumbs=reply.takes_thumbs,
             iteration=reply.iteration,
             iterations=reply.iterations,
             phase=reply.phase,
@@ -105,13 +106,29 @@ class GrpcControl:
             for pair in reply.pairs
         ]
 
+    def uncertain_completions(self, count: int) -> Sequence[UncertainCompletion]:
+        """Return the single completions that the scorers are least certain about."""
+        reply: pb.CompletionsReply = self._client.call(
+            self._stub.Completions, pb.CompletionsRequest(count=count), timeout_s=TIMEOUT_S
+        )
+        return [
+            UncertainCompletion(
+                completion_id=each.completion_id,
+                messages=tuple({"role": m.role, "content": m.content} for m in each.messages),
+                completion=each.completion,
+                certainty=each.certainty,
+            )
+            for each in reply.completions
+        ]
+
     def label(self, labels: Sequence[Mapping[str, str]], *, source: str) -> str:
-        """Submit labels of pairs for the next iteration."""
+        """Submit labels of pairs or of single completions for the next iteration."""
         check_count(labels, "labels")
         rows = []
         for number, label in enumerate(labels, start=1):
             row = check_submission(label, "labels", f"labels: row {number}")
-            rows.append(pb.PairLabel(pair_id=str(row["pair_id"]), verdict=str(row["verdict"])))
+            given = {key: str(row[key]) for key in LABEL_KEYS if key in row}
+            rows.append(pb.CompletionLabel(**given))
         return self._message(self._stub.Label, pb.LabelRequest(labels=rows, source=source))
 
     def _message(self, method: Callable[..., pb.Done], request: Request) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +19,11 @@ from rayhf.control import campaign_pb2 as pb
 from rayhf.control import campaign_pb2_grpc
 from rayhf.control.commands import FileControl, Start
 from rayhf.errors import QuotaError
+from rayhf.run_dir.inbox import LABEL_KEYS
 from rayhf.service import chat_pb2
 from rayhf.service.client import printable
 from rayhf.service.server import Server, error_statuses
+from rayhf.types import Message
 
 SERVICE = "rayhf.v1.Campaign"
 _MAX_PAIRS = 1000
@@ -62,6 +64,7 @@ class CampaignService(campaign_pb2_grpc.CampaignServicer):  # type: ignore[misc]
             epoch=status.epoch,
             algorithm=status.algorithm,
             takes_labels=status.takes_labels,
+            takes_thumbs=status.takes_thumbs,
             iteration=status.iteration,
             iterations=status.iterations,
             phase=status.phase,
@@ -117,10 +120,7 @@ class CampaignService(campaign_pb2_grpc.CampaignServicer):  # type: ignore[misc]
             pairs=[
                 pb.Pair(
                     pair_id=pair.pair_id,
-                    messages=[
-                        chat_pb2.Message(role=m["role"], content=m["content"])
-                        for m in pair.messages
-                    ],
+                    messages=_messages(pair.messages),
                     first=pair.first,
                     second=pair.second,
                     certainty=pair.certainty,
@@ -129,13 +129,37 @@ class CampaignService(campaign_pb2_grpc.CampaignServicer):  # type: ignore[misc]
             ]
         )
 
+    def Completions(
+        self, request: pb.CompletionsRequest, context: grpc.ServicerContext
+    ) -> pb.CompletionsReply:
+        with error_statuses(context):
+            completions = self._control.uncertain_completions(min(request.count, _MAX_PAIRS))
+        return pb.CompletionsReply(
+            completions=[
+                pb.SingleCompletion(
+                    completion_id=each.completion_id,
+                    messages=_messages(each.messages),
+                    completion=each.completion,
+                    certainty=each.certainty,
+                )
+                for each in completions
+            ]
+        )
+
     def Label(self, request: pb.LabelRequest, context: grpc.ServicerContext) -> pb.Done:
         with error_statuses(context):
             self._budget.spend(request.ByteSize() + _ROW_BYTES * len(request.labels))
-        rows = [{"pair_id": label.pair_id, "verdict": label.verdict} for label in request.labels]
+        rows = [
+            {name: getattr(label, name) for name in LABEL_KEYS if getattr(label, name)}
+            for label in request.labels
+        ]
         source = _source(request.source, context)
         with error_statuses(context):
             return pb.Done(message=self._control.label(rows, source=source))
+
+
+def _messages(messages: Sequence[Message]) -> list[chat_pb2.Message]:
+    return [chat_pb2.Message(role=m["role"], content=m["content"]) for m in messages]
 
 
 class ByteBudget:

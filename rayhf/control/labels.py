@@ -1,7 +1,6 @@
-"""Human preferences: which pairs of completions people should label, and what labels become.
+"""Human verdicts on pairs and on single completions: their checks, and what they become.
 
-In: the committed samples of a run directory, and labels of its inbox. Out: pairs, least certain
-first; training examples.
+In: the committed samples of a run directory, and labels of its inbox. Out: training examples.
 """
 
 from __future__ import annotations
@@ -9,53 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-import numpy as np
 import pyarrow.parquet as pq
 
-from rayhf.algorithms.routing import MAX_EXPIRE
+from rayhf.control.questions import committed_iteration, samples_file
 from rayhf.episodes import inserted_tokens
 from rayhf.errors import ConfigError
 from rayhf.run_dir.files import storage_errors
-from rayhf.run_dir.inbox import check_submission
-from rayhf.run_dir.names import iteration_name
-from rayhf.run_dir.state import CampaignState, read_state
-from rayhf.run_dir.tables import transcript
-from rayhf.types import PEOPLE, Example, JsonObject, Message, given_row
-
-_RECENT = 5
-"""Committed iterations that pairs come from: older completions no longer represent the policy."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UncertainPair:
-    """Two completions of one prompt that the scorers hardly distinguish."""
-
-    pair_id: str
-    """iteration/prompt/first/second; the last two are indices into the prompt's samples."""
-    messages: tuple[Message, ...]
-    """The prompt."""
-    first: str
-    second: str
-    certainty: float
-    """|P(first is better) - 1/2| of a pairwise scorer; otherwise the distance of the scores, in
-    standard deviations of the iteration's scores."""
-
-
-class _ScoredRow(TypedDict):
-    """A scored row of the samples table."""
-
-    messages: list[Message]
-    sample: int
-    text: str
-    turns: list[dict[str, object]] | None
-    score: float
-    wins: list[float] | None
+from rayhf.run_dir.inbox import LABEL_KEYS, check_submission, label_id
+from rayhf.types import Example, JsonObject, given_row
 
 
 class _TokenRow(TypedDict):
@@ -69,238 +33,158 @@ class _TokenRow(TypedDict):
     inserted_before: list[int] | None
 
 
-def uncertain_pairs(run: Path, count: int, *, labeled: Collection[str] = ()) -> list[UncertainPair]:
-    """Return pairs that are not `labeled`: those that wait for people, then the least certain ones.
-
-    Of each kind the newest iteration first. Of the second kind at most one per prompt and
-    iteration; pairs that wait are not among them.
-    """
-    committed = _committed(run)
-    pairs = [pair for pair in _waiting_pairs(run, committed) if pair.pair_id not in labeled]
-    shown = {*labeled, *(pair.pair_id for pair in pairs)}
-    for iteration in range(committed, max(0, committed - _RECENT), -1):
-        file = _samples_file(run, iteration)
-        if len(pairs) >= count or not file.exists():
-            break
-        candidates = (pair for pair in _pairs(file, iteration) if pair.pair_id not in shown)
-        pairs += sorted(candidates, key=lambda pair: pair.certainty)
-    return pairs[:count]
-
-
-def _waiting_pairs(run: Path, committed: int) -> Iterator[UncertainPair]:
-    """Yield the pairs that committed iterations left to people and that have not expired."""
-    for iteration in range(committed, max(0, committed - MAX_EXPIRE), -1):
-        file = run / "examples" / f"{iteration_name(iteration)}.parquet"
-        samples = _samples_file(run, iteration)
-        if not (file.exists() and samples.exists()):
-            return
-        columns = ["prompt_id", "samples", "scalars"]
-        waiting = [
-            (row["prompt_id"], *sorted(row["samples"]))
-            for row in pq.read_table(
-                file, columns=columns, filters=[("objective", "=", PEOPLE)]
-            ).to_pylist()
-            if dict(row["scalars"])["expires"] > committed
-        ]
-        if not waiting:
-            continue
-        groups, spread = _scored_groups(samples)
-        for prompt, first, second in waiting:
-            rows = {row["sample"]: row for row in groups[prompt]}
-            yield _pair(iteration, prompt, rows[first], rows[second], spread)
-
-
-def unanswered_pairs(
-    iteration: int, pairs: Sequence[Example], labels: Sequence[JsonObject]
+def unanswered(
+    iteration: int, examples: Sequence[Example], labels: Sequence[JsonObject]
 ) -> tuple[Example, ...]:
-    """Return the pairs of an iteration that no label judges, in either order."""
-    judged = {str(label["pair_id"]) for label in labels}
+    """Return the examples of an iteration that no label judges; pairs in either order."""
+    judged = {label_id(label) for label in labels}
 
-    def is_judged(pair: Example) -> bool:
-        first, second = (row.sample for row in pair.rows)
-        prompt = pair.rows[0].prompt_id
-        return not judged.isdisjoint(
-            {f"{iteration}/{prompt}/{first}/{second}", f"{iteration}/{prompt}/{second}/{first}"}
-        )
+    def is_judged(example: Example) -> bool:
+        prompt = example.rows[0].prompt_id
+        samples = [str(row.sample) for row in example.rows]
+        orders = (samples, samples[::-1])
+        return any("/".join([str(iteration), prompt, *order]) in judged for order in orders)
 
-    return tuple(pair for pair in pairs if not is_judged(pair))
-
-
-def _committed(run: Path) -> int:
-    return (read_state(run) or CampaignState()).iteration
-
-
-def _pairs(file: Path, iteration: int) -> Iterator[UncertainPair]:
-    """Yield each prompt's least certain pair of different texts."""
-    groups, spread = _scored_groups(file)
-    for prompt, rows in groups.items():
-        pairs = (
-            _pair(iteration, prompt, first, second, spread)
-            for first, second in combinations(rows, 2)
-            if first["text"] != second["text"]
-        )
-        best = min(pairs, key=lambda pair: pair.certainty, default=None)
-        if best is not None:
-            yield best
-
-
-def _scored_groups(file: Path) -> tuple[dict[str, list[_ScoredRow]], float]:
-    """Return the scored answers by prompt, and the standard deviation of all their scores."""
-    columns = ["prompt_id", "kind", "parent", *_ScoredRow.__annotations__]
-    groups: dict[str, list[_ScoredRow]] = defaultdict(list)
-    for row in pq.read_table(file, columns=columns).to_pylist():
-        if row["kind"] == "answer" and row["parent"] is None and row["score"] is not None:
-            groups[row["prompt_id"]].append(row)
-    scores = [row["score"] for rows in groups.values() for row in rows]
-    return groups, float(np.std(scores)) if scores else 0.0
-
-
-def _pair(
-    iteration: int, prompt: str, first: _ScoredRow, second: _ScoredRow, spread: float
-) -> UncertainPair:
-    return UncertainPair(
-        pair_id=f"{iteration}/{prompt}/{first['sample']}/{second['sample']}",
-        messages=tuple(first["messages"]),
-        first=transcript(first["turns"]) or first["text"],
-        second=transcript(second["turns"]) or second["text"],
-        certainty=_certainty(first, second, spread),
-    )
-
-
-def _certainty(first: _ScoredRow, second: _ScoredRow, spread: float) -> float:
-    wins = first["wins"]
-    if wins is not None and np.isfinite(wins[second["sample"]]):
-        return abs(wins[second["sample"]] - 0.5)
-    return abs(first["score"] - second["score"]) / spread if spread else 0.0
+    return tuple(example for example in examples if not is_judged(example))
 
 
 def check_labels(run: Path, labels: Sequence[Mapping[str, object]]) -> list[JsonObject]:
     """Return labels as they are stored, with a digest of the completions that were judged.
 
-    Raises ConfigError for an unknown verdict, and for a pair of no committed iteration.
+    Raises ConfigError for an unknown verdict, and for completions of no committed iteration.
     """
     rows = [
         check_submission(
-            {key: label.get(key) for key in ("pair_id", "verdict")},
+            {key: label[key] for key in LABEL_KEYS if label.get(key) is not None},
             "labels",
             f"labels: row {number}",
         )
         for number, label in enumerate(labels, start=1)
     ]
-    committed = _committed(run)
-    pairs = _Pairs(run, [str(row["pair_id"]) for row in rows])
+    committed = committed_iteration(run)
+    completions = _Completions(run, map(label_id, rows))
     return [
-        {**row, "completions": _digest(pairs.find(str(row["pair_id"]), committed=committed))}
-        for row in rows
+        {**row, "completions": _digest(completions.find(row, committed=committed))} for row in rows
     ]
 
 
 def label_is_due(label: JsonObject, iteration: int) -> bool:
-    """Return whether the label's pair is of an iteration before this one.
+    """Return whether what the label judges is of an iteration before this one.
 
-    A label waits where its pair's iteration is to be repeated.
+    A label waits where that iteration is to be repeated.
     """
-    number = str(label["pair_id"]).partition("/")[0]
+    number = label_id(label).partition("/")[0]
     return not _is_index(number) or int(number) < iteration
 
 
 def labeled_examples(
     run: Path, labels: Sequence[JsonObject], *, warn: Callable[[str], object]
 ) -> tuple[Example, ...]:
-    """Return a (preferred, other) example for every label that is not a tie.
+    """Return a (preferred, other) example for every label of a pair that is not a tie.
 
-    The last verdict of an annotator on a pair counts; those of several annotators all do. Their
-    rows count as given, not sampled: their lineage is the inbox, and their completions may be older
-    than importance weights can correct. `warn` gets a line about each label that cannot be used,
-    and one about pairs on which annotators contradict each other.
+    A label of one completion becomes an example of one row with the scalar `desirable`, 1 or 0.
+
+    The last verdict of an annotator counts; those of several annotators all do. Their rows count as
+    given, not sampled: their lineage is the inbox, and their completions may be older than
+    importance weights can correct. `warn` gets a line about each label that cannot be used, and one
+    about those in which annotators contradict each other.
     """
-    last = {(str(row["pair_id"]), str(row["source"])): row for row in labels}
-    pairs = _Pairs(run, [pair_id for pair_id, _ in last])
+    last = {(label_id(row), str(row["source"])): row for row in labels}
+    completions = _Completions(run, [judged for judged, _ in last])
     used: list[JsonObject] = []
     examples = []
-    for (pair_id, _), label in last.items():
+    for label in last.values():
         try:
-            first, second = pairs.find(pair_id)
-            if label.get("completions", "") not in ("", _digest((first, second))):
+            rows = completions.find(label)
+            if label.get("completions", "") not in ("", _digest(rows)):
                 raise ConfigError(
-                    f"pair {pair_id!r:.80}: its completions are not the ones that were judged: the "
-                    "iteration was repeated"
+                    f"{label_id(label)!r:.80}: its completions are not the ones that were judged: "
+                    "the iteration was repeated"
                 )
         except ConfigError as error:
             warn(f"skipped a label: {label['place']}, submitted by {label['source']}: {error}")
             continue
         used.append(label)
-        if label["verdict"] == "tie":
-            continue
-        chosen, rejected = (first, second) if label["verdict"] == "first" else (second, first)
-        rows = tuple(
-            given_row(
-                row["prompt_id"],
-                row["context_ids"],
-                row["token_ids"],
-                inserted=inserted_tokens(row["inserted_ids"], row["inserted_before"]),
-            )
-            for row in (chosen, rejected)
-        )
-        examples.append(Example(rows=rows))
-    if line := contradictions((str(row["pair_id"]), str(row["verdict"])) for row in used):
+        if label["verdict"] != "tie":
+            examples.append(_example(rows, str(label["verdict"])))
+    if line := contradictions((label_id(row), str(row["verdict"])) for row in used):
         warn(line)
     return tuple(examples)
 
 
+def _example(rows: Sequence[_TokenRow], verdict: str) -> Example:
+    given = tuple(
+        given_row(
+            row["prompt_id"],
+            row["context_ids"],
+            row["token_ids"],
+            inserted=inserted_tokens(row["inserted_ids"], row["inserted_before"]),
+        )
+        for row in rows
+    )
+    if len(given) == 1:
+        return Example(rows=given, scalars={"desirable": float(verdict == "up")})
+    return Example(rows=given if verdict == "first" else given[::-1])
+
+
 def contradictions(verdicts: Iterable[tuple[str, str]]) -> str:
-    """Return a line about the pairs whose verdicts differ; empty where there are none."""
-    by_pair: dict[str, set[str]] = defaultdict(set)
-    for pair_id, verdict in verdicts:
-        by_pair[pair_id].add(verdict)
-    differing = {pair: sorted(words) for pair, words in by_pair.items() if len(words) > 1}
+    """Return a line about what has differing verdicts; empty where there is nothing."""
+    by_id: dict[str, set[str]] = defaultdict(set)
+    for judged, verdict in verdicts:
+        by_id[judged].add(verdict)
+    differing = {judged: sorted(words) for judged, words in by_id.items() if len(words) > 1}
     if not differing:
         return ""
-    pair, words = next(iter(differing.items()))
+    judged, words = next(iter(differing.items()))
+    noun = "pairs" if judged.count("/") == 3 else "completions"
     return (
-        f"annotators contradict each other on {len(differing)} pairs; the first is {pair!r:.80}: "
-        f"{' and '.join(words)}; each verdict counts"
+        f"annotators contradict each other on {len(differing)} {noun}; the first is "
+        f"{judged!r:.80}: {' and '.join(words)}; each verdict counts"
     )
 
 
-class _Pairs:
-    """Rows of pairs of completions; each iteration's file is read once."""
+class _Completions:
+    """Rows of the completions that labels judge; each iteration's file is read once."""
 
-    def __init__(self, run: Path, pair_ids: Iterable[str]) -> None:
+    def __init__(self, run: Path, label_ids: Iterable[str]) -> None:
         self._run = run
         self._prompts: dict[int, set[str]] = defaultdict(set)
-        for pair_id in pair_ids:
-            parts = pair_id.split("/")
-            if len(parts) == 4 and _is_index(parts[0]):
+        for judged in label_ids:
+            parts = judged.split("/")
+            if len(parts) > 1 and _is_index(parts[0]):
                 self._prompts[int(parts[0])].add(parts[1])
         self._rows: dict[int, dict[tuple[str, int], _TokenRow]] = {}
 
-    def find(self, pair_id: str, *, committed: int | None = None) -> tuple[_TokenRow, _TokenRow]:
-        """Return the two rows of a pair.
+    def find(self, label: JsonObject, *, committed: int | None = None) -> tuple[_TokenRow, ...]:
+        """Return the two rows of a pair, or the row of a completion.
 
-        Raises ConfigError for a pair that does not exist, or that is newer than `committed`.
+        Raises ConfigError where they do not exist, or are newer than `committed`.
         """
-        parts = pair_id.split("/")
-        if len(parts) != 4 or not all(map(_is_index, (parts[0], *parts[2:]))):
-            raise ConfigError(
-                f"no pair {pair_id!r:.80}; expected iteration/prompt/first/second, as in "
-                "`rayhf pairs`"
-            )
+        is_pair = "pair_id" in label
+        noun, form, command = (
+            ("pair", "iteration/prompt/first/second", "pairs")
+            if is_pair
+            else ("completion", "iteration/prompt/sample", "completions")
+        )
+        parts = label_id(label).split("/")
+        name = f"no {noun} {label_id(label)!r:.80}"
+        if len(parts) != (4 if is_pair else 3) or not all(map(_is_index, (parts[0], *parts[2:]))):
+            raise ConfigError(f"{name}; expected {form}, as in `rayhf {command}`")
         iteration = int(parts[0])
-        first = int(parts[2])
-        second = int(parts[3])
-        file = _samples_file(self._run, iteration)
+        numbers = [int(part) for part in parts[2:]]
+        file = samples_file(self._run, iteration)
         if not file.exists() or (committed is not None and iteration > committed):
-            raise ConfigError(f"no pair {pair_id!r:.80}: iteration {iteration} is not committed")
+            raise ConfigError(f"{name}: iteration {iteration} is not committed")
         if iteration not in self._rows:
             self._rows[iteration] = self._read(file, self._prompts[iteration])
-        rows = [self._rows[iteration].get((parts[1], number)) for number in (first, second)]
-        if first == second or rows[0] is None or rows[1] is None:
+        known = self._rows[iteration]
+        rows = [known[parts[1], number] for number in numbers if (parts[1], number) in known]
+        if len(rows) < len(set(numbers)) or len(set(numbers)) < len(numbers):
             raise ConfigError(
-                f"no pair {pair_id!r:.80}: iteration {iteration} does not have these two "
-                "completions"
+                f"{name}: iteration {iteration} does not have "
+                + ("these two completions" if is_pair else "this completion")
             )
-        return rows[0], rows[1]
+        return tuple(rows)
 
     @staticmethod
     def _read(file: Path, prompts: set[str]) -> dict[tuple[str, int], _TokenRow]:
@@ -318,7 +202,3 @@ def _digest(completions: Sequence[_TokenRow]) -> str:
 
 def _is_index(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 10
-
-
-def _samples_file(run: Path, iteration: int) -> Path:
-    return run / "samples" / f"{iteration_name(iteration)}.parquet"

@@ -51,6 +51,8 @@ class Status:
     algorithm: str
     takes_labels: bool
     """Whether the algorithm trains on human labels of pairs of completions."""
+    takes_thumbs: bool
+    """Whether it also trains on thumbs up and down on single completions."""
     iteration: int
     """The last committed iteration."""
     iterations: int
@@ -125,6 +127,7 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
         epoch=campaign.epoch,
         algorithm=algorithm,
         takes_labels=campaign.takes_labels,
+        takes_thumbs=campaign.takes_thumbs,
         iteration=campaign.iteration,
         iterations=iterations,
         phase=_phase(progress),

@@ -62,6 +62,9 @@ class _Host:
         self._timeout_s = hello["timeout_s"]
         self._response_fd = response_fd
         self._episodes: dict[str, Any] = {}
+        prepare = getattr(self._class, "prepare", None)
+        if callable(prepare):
+            prepare(self._config)
         describe = getattr(self._class, "tools", None)
         self.tools: list[dict[str, Any]] = []
         """JSON schemas of the functions that prompts are rendered with."""
@@ -86,22 +89,30 @@ class _Host:
 
         number, kind, episode, argument = decode(line)
         limit = asyncio.timeout(self._timeout_s)
+        over = True
         try:
             async with limit:
                 status, value = await self._answer(kind, episode, argument)
             text = json.dumps([number, status, value])
+            over = kind == "close" or value["done"]
         except BaseException as error:  # noqa: BLE001 - foreign code may raise anything
-            self._episodes.pop(episode, None)
             if limit.expired():
                 result = ["late", f"no answer within {self._timeout_s:g} s"]
             else:
                 result = ["raised", describe_error(error)]
             text = json.dumps([number, *result])
         send(self._response_fd, json.loads(text))
+        if over:
+            await self._forget(episode)
+
+    async def _forget(self, episode: str) -> None:
+        """End an episode; its environment may have something to close."""
+        close = getattr(self._episodes.pop(episode, None), "close", None)
+        if close is not None:
+            await close()
 
     async def _answer(self, kind: str, episode: str, argument: Any) -> tuple[str, Any]:
         if kind == "close":
-            self._episodes.pop(episode, None)
             return "ok", {}
         if kind == "reset":
             environment = self._class(self._config)
@@ -114,8 +125,6 @@ class _Host:
         result = await environment.step(argument)
         if type(result).__name__ != "StepResult":
             raise TypeError(f"step returned a {type(result).__name__}, not a StepResult")
-        if result.done:
-            self._episodes.pop(episode, None)
         return "ok", _values(result.messages, result.reward, result.done, result.metrics)
 
 

@@ -16,7 +16,6 @@ import asyncio
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -26,12 +25,11 @@ from typing import Any, ClassVar
 from zlib import crc32
 
 from rayhf.config.environments import EnvironmentConfig
-from rayhf.config.import_path import import_path
 from rayhf.config.registry import ENVIRONMENTS
 from rayhf.episodes import StepRequest, StepResult
 from rayhf.errors import ConfigError, clean_line
-from rayhf.scorer.rule_process import FILE_BYTES, MEMORY_BYTES, Child
-from rayhf.scorer.rule_reply import LostError, read_line, read_ready
+from rayhf.scorer.rule_process import Child
+from rayhf.scorer.rule_reply import LostError, read_line
 from rayhf.types import Failed, Invalid
 
 _GRACE_S = 2.0
@@ -57,35 +55,24 @@ class EnvironmentChild(Child):
     def __init__(self, config: EnvironmentConfig, *, base: Path, describe: bool = False) -> None:
         cls = ENVIRONMENTS.resolve(config.type)
         base = base.resolve()
-        self.contained = False
-        self._spawn(base)
-        self._buffer = b""
-        hello = {
-            "path": import_path(sys.path, str(base)),
+        load = {
             "module": cls.__module__,
             "class": cls.__qualname__,
             "config": config.model_dump(mode="json"),
             "describe": describe,
             "timeout_s": config.timeout_s,
             "network": config.network,
-            "memory_bytes": MEMORY_BYTES,
-            "file_bytes": FILE_BYTES,
         }
         try:
-            line = json.dumps(hello).encode() + b"\n"
-            ready = read_ready(next(self._exchange([line], config.import_timeout_s)))
+            ready = self._greet(base, load, config.import_timeout_s)
         except LostError as lost:
-            self.kill()
             raise ConfigError(
                 f"environment {config.resolved_name}: {config.type} could not be imported from "
                 f"{base}: {lost} (import_timeout_s is the limit)"
             ) from None
         if "refused" in ready:
-            self.kill()
             reason = clean_line(str(ready["refused"]))
             raise ConfigError(f"environment {config.resolved_name}: {reason}")
-        self.apart: bool = ready["apart"]
-        self.contained = ready["contained"]
         self.tools: list[Mapping[str, Any]] = ready["tools"]
         os.set_blocking(self._responses, False)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rayhf.config.environments import EnvironmentConfig
-from rayhf.roles import CountsCalls, Scorer
+from rayhf.roles import CountsCalls, FollowsPolicy, Scorer
 from rayhf.scorer.comparisons import compare_scores
 from rayhf.scorer.none import NoScorer
 from rayhf.types import (
@@ -103,6 +103,11 @@ class EpisodeScorer:
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         await self._scorer.load_state_dict(state)
+
+    async def observe(self, metrics: Mapping[str, float]) -> None:
+        """Pass an iteration's metrics on, where the scorer follows the policy."""
+        if isinstance(self._scorer, FollowsPolicy):
+            await self._scorer.observe(metrics)
 
     async def take_counts(self) -> dict[str, float]:
         """Return what the scorers counted since the last call."""

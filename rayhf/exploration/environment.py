@@ -38,6 +38,9 @@ class Environment(Protocol):
     not block for long. What it does may depend on its arguments only, so that a resumed iteration
     repeats it: its random numbers come from `seed`. An error that it raises ends the episode, which
     then has no score.
+
+    Two methods are optional: a coroutine method `close()`, called when the episode is over, and a
+    class method `prepare(config)`, called once in each process before any episode.
     """
 
     Config: ClassVar[type[EnvironmentConfig]]

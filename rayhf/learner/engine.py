@@ -185,6 +185,9 @@ class LearnerEngine(RankEngine):
         output_T, entropy_T = self.engine(inputs, temperature, loss.entropy)
         if entropy_T is not None:
             micro = replace(micro, entropy_T=entropy_T)
+        if inputs.top_TK is not None:
+            micro = replace(micro, top_TK=output_T[:, 1:])
+            output_T = output_T[:, 0]
         result = loss(output_T, micro)
         fed = torch.tensor(float(inputs.fed), device=self.device)
         return result.loss, {**result.metrics, "learner/tokens_fed": fed}

@@ -17,7 +17,8 @@ def build_micro_batch(
 ) -> MicroBatch:
     """Return the tensors for the loss.
 
-    A named value that only some rows or examples have is NaN for the others.
+    A named value that only some rows or examples have is NaN for the others; likeliest tokens of
+    the reference are there only if all rows have them.
     """
     rows = [row for example in examples for row in example.rows]
     lengths = [len(row.response_ids) for row in rows]
@@ -46,6 +47,7 @@ def build_micro_batch(
     count_E = torch.tensor(
         [len(example.rows) for example in examples], dtype=torch.int64, device=device
     )
+    tops = [row.reference_top.top for row in rows if row.reference_top is not None]
     return MicroBatch(
         tokens=to_tensors(token_names, token_values),
         rows=to_tensors(row_names, lambda name: [row.scalars.get(name, np.nan) for row in rows]),
@@ -56,4 +58,7 @@ def build_micro_batch(
         length_R=length_R.float(),
         example_R=torch.repeat_interleave(torch.arange(len(examples), device=device), count_E),
         totals=totals,
+        reference_top_TK=(
+            torch.from_numpy(np.concatenate(tops)).to(device) if len(tops) == len(rows) else None
+        ),
     )

@@ -6,14 +6,15 @@ every parameter. All ranks run as many passes, also those with fewer rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from rayhf.config.schema import Packing
-from rayhf.models.forward import Inputs, build_inputs
+from rayhf.models.forward import EMPTY, Inputs, build_inputs
+from rayhf.models.outputs import Result, split_rows
 from rayhf.models.packing import pack_examples
 from rayhf.types import FloatArray, Row
 from rayhf.weights.deepspeed_internals import DeepSpeedEngine
@@ -32,7 +33,6 @@ class RankEngine:
     world: int
     """Number of ranks."""
 
-    @torch.no_grad()
     def outputs(self, rows: Sequence[Row], temperature: float) -> list[FloatArray]:
         """Return the head's outputs for each of this rank's rows, without gradient.
 
@@ -40,6 +40,16 @@ class RankEngine:
         shape (1, d). Under ZeRO-3 all ranks call it together; their numbers of rows may differ, and
         may be 0.
         """
+        return self._over_batches(
+            rows,
+            lambda inputs, lengths: split_rows(self._evaluate(inputs, temperature), lengths),
+        )
+
+    @torch.no_grad()
+    def _over_batches(
+        self, rows: Sequence[Row], compute: Callable[[Inputs, Sequence[int]], list[Result]]
+    ) -> list[Result]:
+        """Return what `compute` makes of each row, given inputs and response lengths."""
         packed = pack_examples(
             [(row,) for row in rows], packing=self.packing, budget=self.token_budget
         )
@@ -47,17 +57,14 @@ class RankEngine:
         lengths = [sum(len(rows[i].response_ids) for i in batch) for batch in batches]
         # Counted before the first forward pass, so that collectives run in the same order.
         most = self._most(lengths)
-        results: list[FloatArray | None] = [None] * len(rows)
+        results: dict[int, Result] = {}
         for batch, most_tokens in zip(batches, most, strict=False):
-            output_T = self._evaluate(
-                self._inputs([rows[i] for i in batch], most_tokens), temperature
-            )
-            parts = torch.split(output_T.cpu(), [len(rows[i].response_ids) for i in batch])
-            for i, part in zip(batch, parts, strict=True):
-                results[i] = part.numpy().copy()
+            inputs = self._inputs([rows[i] for i in batch], most_tokens)
+            parts = compute(inputs, [len(rows[i].response_ids) for i in batch])
+            results.update(zip(batch, parts, strict=True))
         for most_tokens in most[len(batches) :]:
-            self._evaluate(self._inputs([], most_tokens), temperature)
-        return [result for result in results if result is not None]
+            compute(self._inputs([], most_tokens), [len(EMPTY.response_ids)])
+        return [results[i] for i in range(len(rows))]
 
     def _most(self, tokens: Sequence[int]) -> list[int]:
         """Return the largest number of response tokens of any rank, for each forward pass.

@@ -51,6 +51,10 @@ class MicroBatch:
     totals: Totals
     entropy_T: Tensor | None = None
     """Entropy of the policy's next-token distribution in nats, where the loss requests it."""
+    reference_top_TK: Tensor | None = None
+    """Log-probs of the reference's K likeliest tokens under the reference, where rows have them."""
+    top_TK: Tensor | None = None
+    """Log-probs of the same tokens under the policy, with gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -186,22 +186,23 @@ class PolicyLoss(ABC):
         old_T = micro.tokens["old_logp"] if "old_logp" in micro.tokens else output_T.detach()
         weights = importance_weight(old_T, need(micro, "behavior_logp"), micro, self.importance)
         terms = self.surrogate(output_T, old_T, need(micro, "advantage"), micro)
-        loss = self._aggregate(weights.weight_T * terms.loss_T, micro)
+        loss = self.aggregate(weights.weight_T * terms.loss_T, micro)
         metrics = self._metrics(output_T, old_T, weights, terms, micro)
         metrics["ppo/surrogate"] = loss.detach()
         if self.kl is not None:
             # Weighted too: the KL is an expectation over the learner's tokens, but the batch holds
             # the rollout's.
             kl_T = weights.weight_T * self.kl.per_token(output_T, need(micro, "ref_logp"), old_T)
-            kl = self._aggregate(kl_T, micro)
+            kl = self.aggregate(kl_T, micro)
             metrics["ppo/kl_loss"] = kl.detach()
             loss = loss + self.kl.coef * kl
         if self._entropy_coef:
-            loss = loss - self._entropy_coef * self._aggregate(_entropy(micro), micro)
+            loss = loss - self._entropy_coef * self.aggregate(_entropy(micro), micro)
         metrics["learner/loss"] = loss.detach()
         return LossOutput(loss=loss, metrics=metrics)
 
-    def _aggregate(self, values_T: Tensor, micro: MicroBatch) -> Tensor:
+    def aggregate(self, values_T: Tensor, micro: MicroBatch) -> Tensor:
+        """Return this micro-batch's share of token values, aggregated as the config says."""
         how = self.config.aggregate
         if how != "constant_length":
             return aggregate(values_T, micro, how)

@@ -1,8 +1,8 @@
-"""Losses of self-play against the current policy: the regressions of SPPO and INPO.
+"""Losses of self-play: the regressions of SPPO, of INPO, and of MNPO, which is INPO's.
 
 In: log-probs of the response tokens with gradient and a MicroBatch whose tokens carry ref_logp;
 SPPO's rows carry the scalar `target`, INPO's examples are (chosen, rejected) and its tokens carry
-old_logp. Out: this micro-batch's share.
+the opponent's log-probs. Out: this micro-batch's share.
 
 Both are least squares on log-ratios whose targets are of the order of eta (SPPO: +-eta/2, eta 1000)
 or 1/eta: taken literally the loss is of order 10^5 and gradient clipping would decide the direction
@@ -91,6 +91,10 @@ class INPOLoss:
 
     eta: float
     tau: float
+    opponent: str = "old_logp"
+    """Token value of the opponent's log-probs."""
+    name: str = "inpo"
+    """Prefix of the metrics."""
 
     @property
     def entropy(self) -> Literal["off", "metric", "loss"]:
@@ -107,13 +111,13 @@ class INPOLoss:
 
         gap_P = gap(output_T)
         ref_gap_P = gap(need(micro, "ref_logp"))
-        old_gap_P = gap(need(micro, "old_logp"))
+        old_gap_P = gap(need(micro, self.opponent))
         loss_P = inpo(gap_P, ref_gap_P, old_gap_P, self.eta, self.tau)
         count = max(micro.totals.examples, 1.0)
         loss = loss_P.sum() / count
         metrics = policy_metrics(output_T, micro) | {
             "learner/loss": loss.detach(),
-            "inpo/gap": gap_P.detach().sum() / count,
-            "inpo/accuracy": (gap_P > ref_gap_P).to(torch.float32).sum() / count,
+            f"{self.name}/gap": gap_P.detach().sum() / count,
+            f"{self.name}/accuracy": (gap_P > ref_gap_P).to(torch.float32).sum() / count,
         }
         return LossOutput(loss=loss, metrics=metrics)

@@ -1,7 +1,8 @@
 """The forward pass that learner, reference and preference models share: rows in, numbers out.
 
 rows -> Inputs (token ids, the positions that predict response tokens, the tokens to predict)
-     -> PolicyHead: log-probs and entropy of the response tokens, shape (T,)
+     -> PolicyHead: log-probs and entropy of the response tokens, shape (T,); and log-probs of K
+        further tokens at each of their positions, shape (T, K)
      -> ValueHead: values before the response tokens, shape (T,)
      -> ScoreHead: d outputs for a whole text, shape (T, d); see scored_row.
 
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 
 Entropy = Literal["off", "metric", "loss"]
 HeadOutput = tuple[Tensor, Tensor | None]
-"""A head's values, and the entropy_T of a policy where it was requested."""
+"""A head's values, and what else of a policy was requested: entropy_T, or ids_TK of the likeliest
+tokens."""
 
 LOGITS_LIMIT = 1 << 27
 """Most logits (T x V) in memory at once: 512 MiB in float32. Longer inputs are split."""
@@ -61,6 +63,8 @@ class Inputs:
     """int64 index into the flattened (B*S,) positions that predict the response tokens."""
     target_T: Tensor
     """int64, the response tokens."""
+    top_TK: Tensor | None = None
+    """int64, K further tokens at each position, whose log-probs are wanted too."""
     tree: Tree | None = None
     """Of packed rows."""
     most: int = 0
@@ -102,9 +106,18 @@ def build_inputs(
         ids_BS=torch.from_numpy(ids_BS).to(device),
         predict_T=torch.from_numpy(predict_T).to(device),
         target_T=torch.from_numpy(target_T).to(device),
+        top_TK=_top_ids(rows, device),
         tree=tree,
         most=most,
     )
+
+
+def _top_ids(rows: Sequence[Row], device: torch.device | str) -> Tensor | None:
+    """Return the reference's likeliest tokens; None unless all rows have them."""
+    ids = [row.reference_top.top_ids for row in rows if row.reference_top is not None]
+    if len(ids) < len(rows):
+        return None
+    return torch.from_numpy(np.concatenate(ids).astype(np.int64)).to(device)
 
 
 def _pad(rows: Sequence[Row]) -> tuple[Ints, Ints]:
@@ -172,49 +185,50 @@ def _has_sdpa(config: PreTrainedConfig) -> bool:
 
 
 class SelectLogSoftmax(torch.autograd.Function):
-    """Log-prob and entropy of chosen tokens without storing a (T, V) log-softmax.
+    """Log-probs of chosen tokens, and entropy, without storing a (T, V) log-softmax.
 
-    (logits_TV, target_T) -> (log p(target)_T, entropy_T). Backward uses d logp_t/d z_v = 1[v = t] -
-    p_v and d H/d z_v = -p_v (log p_v + H), with z = logits / temperature. Arithmetic is in float32;
-    what is kept for backward is the logits as they come.
+    (logits_TV, target_TK) -> (log p(target)_TK, entropy_T). Backward uses d logp_t/d z_v =
+    1[v = t] - p_v and d H/d z_v = -p_v (log p_v + H), with z = logits / temperature. Arithmetic is
+    in float32; what is kept for backward is the logits as they come.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         logits_TV: Tensor,
-        target_T: Tensor,
+        target_TK: Tensor,
         entropy: Entropy,
         temperature: float = 1.0,
     ) -> HeadOutput:
         ctx.temperature = temperature
         z_TV = _scaled(logits_TV, temperature)
         lse_T = torch.logsumexp(z_TV, dim=-1)
-        logp_T = z_TV.gather(1, target_T[:, None]).squeeze(1) - lse_T
+        logp_TK = z_TV.gather(1, target_TK) - lse_T[:, None]
         entropy_T = None
         if entropy != "off":
             entropy_T = lse_T - (torch.exp(z_TV - lse_T[:, None]) * z_TV).sum(-1)
             if entropy == "metric":
                 ctx.mark_non_differentiable(entropy_T)
-        ctx.save_for_backward(logits_TV, target_T, lse_T, entropy_T if entropy == "loss" else None)
-        return logp_T, entropy_T
+        ctx.save_for_backward(logits_TV, target_TK, lse_T, entropy_T if entropy == "loss" else None)
+        return logp_TK, entropy_T
 
     @staticmethod
     def backward(
-        ctx: Any, grad_logp_T: Tensor, grad_entropy_T: Tensor | None
+        ctx: Any, grad_logp_TK: Tensor, grad_entropy_T: Tensor | None
     ) -> tuple[Tensor, None, None, None]:
-        logits_TV, target_T, lse_T, entropy_T = ctx.saved_tensors
+        logits_TV, target_TK, lse_T, entropy_T = ctx.saved_tensors
+        grad_logp_T1 = grad_logp_TK.sum(1, keepdim=True)
         z_TV = _scaled(logits_TV, ctx.temperature)
         grad_TV = z_TV - lse_T[:, None] if z_TV is logits_TV else z_TV.sub_(lse_T[:, None])
         if entropy_T is None:
-            grad_TV.exp_().mul_(-grad_logp_T[:, None])
+            grad_TV.exp_().mul_(-grad_logp_T1)
         else:
             assert grad_entropy_T is not None
             p_TV = grad_TV.exp()
-            grad_TV.add_(entropy_T[:, None]).mul_(-grad_entropy_T[:, None]).sub_(
-                grad_logp_T[:, None]
-            ).mul_(p_TV)
-        grad_TV.scatter_add_(1, target_T[:, None], grad_logp_T[:, None])
+            grad_TV.add_(entropy_T[:, None]).mul_(-grad_entropy_T[:, None]).sub_(grad_logp_T1).mul_(
+                p_TV
+            )
+        grad_TV.scatter_add_(1, target_TK, grad_logp_TK)
         if ctx.temperature != 1:
             grad_TV.div_(ctx.temperature)
         return grad_TV.to(logits_TV.dtype), None, None, None
@@ -226,6 +240,19 @@ def _scaled(logits_TV: Tensor, temperature: float) -> Tensor:
     if temperature == 1:
         return z_TV
     return z_TV / temperature if z_TV is logits_TV else z_TV.div_(temperature)
+
+
+def _top_log_softmax(
+    logits_TV: Tensor, target_TK: Tensor, top_k: int, temperature: float
+) -> HeadOutput:
+    """Return log-probs of K chosen and of the top_k likeliest tokens, (T, K + top_k), and the ids.
+
+    Without gradient. The likeliest token is first.
+    """
+    z_TV = _scaled(logits_TV, temperature)
+    lse_T1 = torch.logsumexp(z_TV, dim=-1, keepdim=True)
+    top = z_TV.topk(top_k, dim=-1)
+    return torch.cat([z_TV.gather(1, target_TK), top.values], dim=1) - lse_T1, top.indices
 
 
 class Head(nn.Module):
@@ -240,20 +267,34 @@ class Head(nn.Module):
 class PolicyHead(Head):
     """A causal language model that returns log-probs."""
 
-    def forward(self, inputs: Inputs, temperature: float, entropy: Entropy = "off") -> HeadOutput:
-        """Return (log p(target)_T, entropy_T) at this temperature, float32, in nats."""
+    def forward(
+        self, inputs: Inputs, temperature: float, entropy: Entropy = "off", top_k: int = 0
+    ) -> HeadOutput:
+        """Return (log p(target)_T, entropy_T) at this temperature, float32, in nats.
+
+        Where the inputs have top_TK, the log-probs are (T, 1 + K): of the target and of these. With
+        `top_k`, which is for a model without gradient, they are (T, 1 + top_k): of the target and
+        of the likeliest tokens, and these tokens' ids are in the place of entropy_T.
+        """
         causal = base_model(self.model)
         hidden_TH = _hidden(causal, inputs)
         to_logits = _logits_function(causal)
+        target_TK = inputs.target_T[:, None]
+        if inputs.top_TK is not None:
+            target_TK = torch.cat([target_TK, inputs.top_TK], dim=1)
 
-        def select(hidden_TH: Tensor, target_T: Tensor) -> HeadOutput:
+        def select(hidden_TH: Tensor, target_TK: Tensor) -> HeadOutput:
+            logits_TV = to_logits(hidden_TH)
+            if top_k:
+                return _top_log_softmax(logits_TV, target_TK, top_k, temperature)
             apply: Callable[..., HeadOutput] = SelectLogSoftmax.apply
-            return apply(to_logits(hidden_TH), target_T, entropy, temperature)
+            return apply(logits_TV, target_TK, entropy, temperature)
 
         most = max(len(hidden_TH), inputs.most)
         pieces = math.ceil(most * int(causal.config.vocab_size) / LOGITS_LIMIT)
         if pieces == 1:
-            return select(hidden_TH, inputs.target_T)
+            logp_TK, other = select(hidden_TH, target_TK)
+            return logp_TK.squeeze(1), other
         # Recomputing each piece's logits in backward keeps only one piece in memory at a time.
         # ZeRO-3 gathers the head's weights in each call, on all ranks together: every rank calls it
         # equally often, with empty pieces where it has fewer tokens than pieces.
@@ -266,14 +307,13 @@ class PolicyHead(Head):
             run(h, t)
             for h, t in zip(
                 torch.tensor_split(hidden_TH, pieces),
-                torch.tensor_split(inputs.target_T, pieces),
+                torch.tensor_split(target_TK, pieces),
                 strict=True,
             )
         ]
-        logp_T = torch.cat([logp for logp, _ in parts])
-        return logp_T, None if entropy == "off" else torch.cat(
-            [e for _, e in parts if e is not None]
-        )
+        others = [other for _, other in parts if other is not None]
+        logp_TK = torch.cat([logp for logp, _ in parts])
+        return logp_TK.squeeze(1), torch.cat(others) if others else None
 
 
 class ValueHead(Head):

@@ -24,6 +24,7 @@ from rayhf.run_dir.checksums import IterationChecksums, differs, read_checksums
 from rayhf.run_dir.files import MANIFEST, read_bytes, sha256, verify
 from rayhf.run_dir.identity import read_config
 from rayhf.run_dir.names import check_links, iteration_name, numbered
+from rayhf.run_dir.population import FOLDER
 from rayhf.run_dir.records import METRICS
 from rayhf.run_dir.state import CampaignState, read_state
 
@@ -78,8 +79,14 @@ def audit(run: Path, *, deep: bool) -> Iterator[Finding]:
         yield Finding(what, problem)
     for policy in _policies(run):
         yield Finding(policy.name, _problem(partial(_check_policy, policy, contents=deep)))
+    past = list(numbered(run / FOLDER, "iteration-").values())
+    for policy in past:
+        problem = _problem(partial(verify, policy, contents=deep))
+        what = f"past policy {policy.name}"
+        yield Finding(what, f"{problem}; {_COPY}" if problem else "")
     if deep:
-        folders = [*numbered(run / "checkpoints", "iteration-").values(), *_policies(run)]
+        checkpoints = numbered(run / "checkpoints", "iteration-").values()
+        folders = [*checkpoints, *_policies(run), *past]
         for file in sorted(file for folder in folders for file in folder.rglob("*.safetensors")):
             yield Finding(f"tensors of {file.relative_to(run)}", _tensors(file))
 

@@ -55,6 +55,7 @@ METRICS: tuple[Metric, ...] = (
             "longest time that an engine did not generate while it took the last weights",
         ),
         ("time/evaluate_s", "s", "evaluations"),
+        ("time/population_s", "s", "writing the policy into the population of past policies"),
         ("learner/steps", "steps", "optimizer steps of the iteration"),
         (
             "reference/chunks",
@@ -155,6 +156,11 @@ METRICS: tuple[Metric, ...] = (
         ("scorer/skipped", "count", "completions that no scorer applies to"),
         ("scorer/failed", "count", "completions whose scorer did not respond"),
         ("scorer/<name>/<part>/reward_mean", "score", "mean of a part of one scorer's scores"),
+        (
+            "scorer/<name>/<part>/curriculum",
+            "",
+            "factor on the weight of a criterion in this iteration (rubric.curriculum)",
+        ),
         (
             "scorer/<name>/requests",
             "count",
@@ -267,6 +273,12 @@ METRICS: tuple[Metric, ...] = (
         ("ppo/kl_loss", "nats", "KL term of the loss"),
     ),
     *_rows(
+        "loss of distill with top_k",
+        ("distill/kl", "nats/response", "KL(policy || teacher) over its top_k tokens and the rest"),
+        ("distill/policy_mass", "share", "the policy's probability of the teacher's top_k tokens"),
+        ("distill/teacher_mass", "share", "the teacher's probability of its top_k tokens"),
+    ),
+    *_rows(
         "policy-gradient algorithms",
         ("ppo/groups_uniform", "share", "prompts whose responses all have one score"),
         ("ppo/groups_dropped", "count", "prompts with too few scored responses"),
@@ -318,6 +330,12 @@ METRICS: tuple[Metric, ...] = (
         ("inpo/accuracy", "share", "pairs whose gap is larger than the reference's"),
     ),
     *_rows(
+        "mnpo",
+        ("mnpo/gap", "nats", "log-prob of chosen minus rejected"),
+        ("mnpo/accuracy", "share", "pairs whose gap is larger than the reference's"),
+        ("mnpo/past", "count", "past policies among the opponents, besides the current one"),
+    ),
+    *_rows(
         "nash_md",
         ("nash_md/win_rate", "share", "mean P(a completion beats the mixture)"),
         ("nash_md/opponents", "", "mean effective number of opponents of a completion"),
@@ -334,6 +352,18 @@ METRICS: tuple[Metric, ...] = (
     *_rows(
         "dno",
         ("dno/too_long", "share", "prompts whose teacher's answer is too long to train on"),
+    ),
+    *_rows(
+        "tpo",
+        ("tpo/lists", "count", "trees trained on, a ranked list of branches each"),
+        ("tpo/ties", "count", "trees whose branches all have one value"),
+        ("tpo/branches", "", "mean length of a list"),
+        (
+            "tpo/accuracy",
+            "share",
+            "pairs of branches that the implicit reward ranks as their values",
+        ),
+        ("tpo/margin", "", "mean implicit reward of the better minus the worse branch of a pair"),
     ),
     *_rows(
         "hypo",
@@ -354,6 +384,9 @@ METRICS: tuple[Metric, ...] = (
         "kto, online_kto",
         ("kto/kl", "nats/response", "estimate of KL(policy || reference) in the loss, at least 0"),
         ("kto/desirable", "share", "examples with a thumb up"),
+        ("kto/human", "count", "thumbs of people on single completions"),
+        ("kto/routed", "count", "completions left to people in this iteration (algorithm.people)"),
+        ("kto/expired", "count", "those that people did not judge in time: the scorer's thumb"),
         ("kto/desirable_reward", "nats", "mean implicit reward of thumbs up"),
         ("kto/undesirable_reward", "nats", "mean implicit reward of thumbs down"),
         ("kto/margin", "nats", "difference of the two mean rewards"),

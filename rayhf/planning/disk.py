@@ -23,12 +23,16 @@ class Disk:
     """Bytes of one iteration's samples before compression: an upper bound."""
     iterations: int
     """Iterations whose samples are kept, those in the journal until a checkpoint included."""
+    past: float = 0.0
+    """Bytes of the past policies that one checkpoint needs; checkpoints may share them."""
 
     @property
     def total(self) -> float:
         """Maximum at any moment: while a checkpoint and the exported models are being replaced."""
         return (
-            (self.kept + 1) * self.checkpoint + 2 * self.policies + self.samples * self.iterations
+            (self.kept + 1) * (self.checkpoint + self.past)
+            + 2 * self.policies
+            + self.samples * self.iterations
         )
 
 
@@ -42,6 +46,7 @@ def disk(
     tokens: int,
     length: int,
     replies: int = 0,
+    past: float = 0.0,
 ) -> Disk:
     """Return the disk space of a campaign.
 
@@ -54,6 +59,7 @@ def disk(
         samples: completions of one iteration.
         tokens: maximum of one completion.
         length: maximum of one completion with its prompt, in tokens.
+        past: bytes of the past policies that one checkpoint needs.
         replies: maximum of what judges write about one completion, in bytes.
     """
     every = run.checkpoint_every or run.iterations
@@ -67,6 +73,7 @@ def disk(
         checkpoint=12.0 * sum(trained) + reference,
         kept=min(kept, written),
         policies=exported,
+        past=past,
         samples=float(samples * per_sample),
         iterations=run.iterations + min(every, run.iterations),
     )

@@ -215,16 +215,19 @@ def reference_memory(
     device: Device,
     scaled: bool = False,
     averages: bool = False,
+    past: bool = False,
 ) -> Memory:
     """Return the memory of a replica, or of a rank, of the reference.
 
     scaled: at a temperature that is not 1. averages: with a moving average, which is in host
-    memory in float32.
+    memory in float32. past: with a past policy beside it.
     """
     tokens = config.token_budget
     sharded = config.ranks > 1
     activations = tokens * (shape.transient_per_token(dtype) + 5 * BYTES[dtype] * shape.hidden)
     buffers = 4.0 * shape.parameters if averages and device == "cpu" else 0.0
+    if past:
+        buffers += BYTES[dtype] * shape.parameters
     if sharded:
         buffers += BYTES[dtype] * min(shape.parameters, LIVE)
         buffers += HEAP_GATHERED * activations if device == "cpu" else 0.0

@@ -14,7 +14,13 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Literal
 
-from rayhf.algorithms.base import Algorithm, TrainsCritic, TrainsSeveralPolicies, policies_of
+from rayhf.algorithms.base import (
+    Algorithm,
+    TrainsCritic,
+    TrainsSeveralPolicies,
+    policies_of,
+    population_of,
+)
 from rayhf.config.models import ModelName
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.scorers import ClassifierModel, EngineModel, ScorerEntryConfig
@@ -133,6 +139,7 @@ class Plan:
                 device=device,
                 scaled=scaled,
                 averages=self.averages and has_average(config, spec),
+                past=population_of(self.algorithm).size > 0,
             )
         if role in ("scorer", "evaluator"):
             return self._scorer_memory(spec, gpu_bytes)
@@ -239,11 +246,14 @@ class Plan:
             float32 = algorithm.reference.averages
             reference = policies[0].parameters * (4.0 if float32 else BYTES[config.policy.dtype])
         exported = sum(shape.parameters for shape in policies) * BYTES[config.learner.dtype]
+        population = population_of(algorithm)
+        past = policies[0].parameters * BYTES[config.learner.dtype] if population.size else 0
         return disk(
             config.run,
             trained=trained,
             reference=reference,
             exported=float(exported),
+            past=float(past * (population.size + 1)),
             samples=max(self.derived.samples_per_iteration, config.prompts.batch),
             tokens=min(config.rollout.max_tokens, self.length),
             length=self.length,

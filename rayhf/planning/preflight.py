@@ -51,7 +51,7 @@ from rayhf.planning.environments import (
 )
 from rayhf.planning.in_flight import check_in_flight, updates_table
 from rayhf.planning.inputs import input_fingerprints
-from rayhf.planning.reference import check_reference
+from rayhf.planning.reference import check_reference, check_teacher
 from rayhf.run_dir.state import read_state
 from rayhf.types import Prompt, TransportName
 
@@ -245,6 +245,7 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
     models = _models(config, algorithm, base)
     untested = check_architectures(config, algorithm, models)
     max_length = _check_models(config, algorithm, models)
+    check_teacher(config, algorithm, models)
     directory = models["policy.model"]
     tokenizer = policy_tokenizer(directory, config.policy, base=base)
     model_config = read_model_config(directory, key="policy.model")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from rayhf.algorithms.base import Algorithm, TrainsCritic, generates, needs_frozen_reference
+from collections.abc import Mapping
+from pathlib import Path
+
+from rayhf.algorithms.base import (
+    Algorithm,
+    TrainsCritic,
+    generates,
+    needs_frozen_reference,
+    population_of,
+    reference_top_k,
+)
 from rayhf.algorithms.streaming import streams_reference, streams_values
 from rayhf.config.algorithms import EmaReference
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import ConfigError
+from rayhf.models.directory import vocabulary_size
+from rayhf.models.source import read_model_config
 
 
 def check_reference(config: CampaignConfig, algorithm: Algorithm, total_steps: int) -> None:
@@ -16,6 +28,7 @@ def check_reference(config: CampaignConfig, algorithm: Algorithm, total_steps: i
     """
     _check_values(config, algorithm)
     _check_ranks(config)
+    _check_population(config, algorithm)
     schedule = algorithm.reference
     if isinstance(schedule, EmaReference) and schedule.every > total_steps:
         raise ConfigError(
@@ -52,6 +65,32 @@ def check_reference(config: CampaignConfig, algorithm: Algorithm, total_steps: i
         raise ConfigError(f"reference.{name} is {value}, but {config.algorithm.type} {reason}")
 
 
+def check_teacher(config: CampaignConfig, algorithm: Algorithm, models: Mapping[str, Path]) -> None:
+    """Refuse likeliest tokens of the reference that the policy may not have. Raises ConfigError."""
+    top_k = reference_top_k(algorithm)
+    if not top_k:
+        return
+    sizes = {
+        key: vocabulary_size(read_model_config(models[key], key=key))
+        for key in ("policy.model", "reference.model")
+        if key in models
+    }
+    own = sizes["policy.model"]
+    teacher = sizes.get("reference.model", own)
+    if own is None or teacher is None:
+        return  # a config.json that does not say
+    if teacher > own:
+        raise ConfigError(
+            f"algorithm.top_k is {top_k}, and reference.model has logits for {teacher} tokens, "
+            f"policy.model for {own}: the teacher's likeliest may be ones that the policy does not "
+            f"have; expected top_k=0, or a teacher with at most {own}"
+        )
+    if top_k >= teacher:
+        raise ConfigError(
+            f"algorithm.top_k is {top_k}, and reference.model has {teacher} tokens; expected less"
+        )
+
+
 def _check_ranks(config: CampaignConfig) -> None:
     """Raise ConfigError where a sharded reference cannot be placed, or not computed."""
     settings = config.reference
@@ -72,6 +111,23 @@ def _check_ranks(config: CampaignConfig) -> None:
         raise ConfigError(
             f"policy.dtype is float16 and reference.ranks {settings.ranks}: DeepSpeed refuses "
             "float16 on most CPUs; expected float32 or bfloat16"
+        )
+
+
+def _check_population(config: CampaignConfig, algorithm: Algorithm) -> None:
+    """Raise ConfigError where the log-probs of past policies cannot be computed."""
+    if not population_of(algorithm).size:
+        return
+    if not needs_frozen_reference(algorithm):
+        raise ConfigError(
+            f"algorithm.population: the reference computes the log-probs of past policies, and "
+            f"{config.algorithm.type} has none of its own with these settings; expected "
+            "algorithm.reference={type: initial}"
+        )
+    if config.reference.ranks > 1:
+        raise ConfigError(
+            f"reference.ranks is {config.reference.ranks}, but {config.algorithm.type} reads past "
+            "policies, which a sharded reference cannot load; expected ranks=1"
         )
 
 

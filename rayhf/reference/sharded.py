@@ -8,6 +8,7 @@ Synchronization: all ranks call every method together; each has rows of its own,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,10 @@ import torch
 from rayhf.config.schema import LearnerConfig, ReferenceConfig
 from rayhf.learner.build import deepspeed_config, join_process_group, load_model, start_frozen
 from rayhf.learner.rank import RankEngine
+from rayhf.models.forward import Inputs
+from rayhf.models.outputs import split_top
 from rayhf.reference.weights import ReferenceWeights
+from rayhf.types import Row, TopLogprobs
 
 
 class ShardedReferenceEngine(RankEngine, ReferenceWeights):
@@ -66,3 +70,14 @@ class ShardedReferenceEngine(RankEngine, ReferenceWeights):
         self.packing = loaded.packing
         self.engine = start_frozen(loaded, settings)
         ReferenceWeights.__init__(self, loaded.model, sharded=True, rank=rank)
+
+    def top_logprobs(
+        self, rows: Sequence[Row], temperature: float, top_k: int
+    ) -> list[TopLogprobs]:
+        """Return log-probs as `outputs` does, and the top_k likeliest tokens at each position."""
+
+        def compute(inputs: Inputs, lengths: Sequence[int]) -> list[TopLogprobs]:
+            self.engine.eval()
+            return split_top(self.engine(inputs, temperature, "off", top_k), lengths)
+
+        return self._over_batches(rows, compute)

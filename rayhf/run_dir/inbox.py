@@ -35,7 +35,10 @@ from rayhf.types import JsonObject
 logger = logging.getLogger(__name__)
 
 RowType = Literal["prompts", "labels"]
-VERDICTS = ("first", "second", "tie")
+VERDICTS = {"pair_id": ("first", "second", "tie"), "completion_id": ("up", "down")}
+"""Verdicts on a pair and on a single completion, by the key of the label that names it."""
+LABEL_KEYS = (*VERDICTS, "verdict")
+"""What a submitter gives."""
 MAX_ROW_BYTES = 1 << 20
 """Longest row, as JSON."""
 MAX_FILE_BYTES = 64 << 20
@@ -155,11 +158,21 @@ def _check_prompt(row: Mapping[str, object], place: str) -> None:
 
 
 def _check_label(row: Mapping[str, object], place: str) -> None:
-    _check_name(row, "pair_id")
-    if row.get("verdict") not in VERDICTS:
+    keys = [key for key in VERDICTS if key in row]
+    if len(keys) != 1:
         raise ValueError(
-            f"the verdict is {row.get('verdict')!r:.40}; expected {', '.join(VERDICTS)}"
+            f"expected one of {' and '.join(VERDICTS)}, got {'both' if keys else 'neither'}"
         )
+    _check_name(row, keys[0])
+    if row.get("verdict") not in VERDICTS[keys[0]]:
+        raise ValueError(
+            f"the verdict is {row.get('verdict')!r:.40}; expected {', '.join(VERDICTS[keys[0]])}"
+        )
+
+
+def label_id(label: Mapping[str, object]) -> str:
+    """Return what a label judges: iteration/prompt/first/second, or iteration/prompt/sample."""
+    return str(label["pair_id"] if "pair_id" in label else label["completion_id"])
 
 
 _CHECKS: Mapping[RowType, Callable[[Mapping[str, object], str], None]] = {
@@ -208,7 +221,7 @@ class Submissions:
     """The submitters' side of one inbox file. Calls may come from many threads.
 
     A submission that is sent again adds nothing: a prompt is known by its content, a label by its
-    pair and its annotator, whose last verdict counts.
+    pair or completion and its annotator, whose last verdict counts.
     """
 
     def __init__(self, run: Path, row_type: RowType) -> None:
@@ -219,7 +232,7 @@ class Submissions:
         self._lock = threading.Lock()
 
     def last(self) -> dict[tuple[str, str], str]:
-        """Return the last value of each identity: of labels, by (pair, annotator)."""
+        """Return the last value of each identity: of labels, by (`label_id`, annotator)."""
         with self._lock:
             self._catch_up()
             return dict(self._last)
@@ -290,7 +303,7 @@ def _identity(
 ) -> tuple[tuple[str, str], str]:
     """Return what a row is about, and what it says about that."""
     if row_type == "labels":
-        return (str(row["pair_id"]), source), f"{row['verdict']} {row.get('completions', '')}"
+        return (label_id(row), source), f"{row['verdict']} {row.get('completions', '')}"
     from rayhf.data.prompts import row_id
 
     return (row_id(row), ""), ""

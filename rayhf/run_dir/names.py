@@ -20,6 +20,7 @@ _FOLDERS = (
     "heldout",
     "checkpoints",
     "journal",
+    "population",
     "inbox",
     "inbox/taken",
     "logs",

@@ -60,6 +60,8 @@ class CampaignState(BaseModel):
     """SHA-256 of config.yaml."""
     takes_labels: bool = False
     """Whether the algorithm trains on human labels of pairs of completions."""
+    takes_thumbs: bool = False
+    """Whether it also trains on thumbs up and down on single completions."""
     models: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]] = {}
     """Commit of each hub name in the config: later attempts load the same one."""
     datasets: dict[str, str] = {}

@@ -7,6 +7,7 @@ metrics.jsonl    one object per iteration        samples/, examples/  Parquet pe
                                                 there are any
 checkpoints/iteration-000012/  roles, state.json; MANIFEST.json last
 journal/         responses of unfinished iterations
+population/      past policies that a loop plays against, where it does
 logs/attempt-0003/events.jsonl  what happened in one attempt
 inbox/           prompts and labels that were submitted, and which iteration took them
 policy/          the latest exported Hugging Face model
@@ -28,6 +29,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from rayhf.config.algorithms import PopulationConfig
 from rayhf.config.load import dump_config
 from rayhf.config.schema import CampaignConfig
 from rayhf.errors import CheckpointError, PausedError
@@ -49,6 +51,7 @@ from rayhf.run_dir.inbox import Inbox
 from rayhf.run_dir.lock import RunLock
 from rayhf.run_dir.names import iteration_name, numbered
 from rayhf.run_dir.operator_request import OperatorRequest, read_request, write_request
+from rayhf.run_dir.population import PastPolicies
 from rayhf.run_dir.progress import Progress, write_progress
 from rayhf.run_dir.records import TABLES, Records
 from rayhf.run_dir.state import (
@@ -71,6 +74,8 @@ class RunDir:
         lock: RunLock | None = None,
         *,
         takes_labels: bool = False,
+        takes_thumbs: bool = False,
+        population: PopulationConfig | None = None,
         models: Mapping[str, str] | None = None,
     ) -> None:
         """Open or create the directory; takes over `lock`, or takes one.
@@ -78,7 +83,9 @@ class RunDir:
         Args:
             config: the resolved config.
             lock: the directory's lock, where the caller holds it.
-            takes_labels: whether the algorithm trains on human labels; shown by `rayhf status`.
+            takes_labels: whether the algorithm trains on human labels of pairs.
+            takes_thumbs: whether it trains on human labels of single completions.
+            population: past policies that the algorithm reads.
             models: commit of each hub name in the config.
 
         Raises ConfigError for a directory that cannot be written or is another campaign's, and
@@ -97,6 +104,7 @@ class RunDir:
                 update={
                     "epoch": self.epoch,
                     "takes_labels": takes_labels,
+                    "takes_thumbs": takes_thumbs,
                     "models": self.state.models | dict(models or {}),
                     "identity": identity_hash(config),
                     "config": hashlib.sha256(written).hexdigest(),
@@ -122,6 +130,12 @@ class RunDir:
         """Hash of everything that decides the weights; a journal under another one is dropped."""
         self.inbox = Inbox(self.path, check=self.check_owner)
         self._records = Records(self.path, check=self.check_owner, warn=warn)
+        self.population = PastPolicies(
+            self.path,
+            population or PopulationConfig(size=0),
+            epoch=self.epoch,
+            check=self.check_owner,
+        )
         retention = Retention(last=run.keep_checkpoints, every=run.keep_every, best=run.keep_best)
         self.checkpoints = Checkpoints(
             self.path / "checkpoints",
@@ -221,8 +235,18 @@ class RunDir:
         """Drop the records after a checkpoint, or all: those iterations will be repeated."""
         if checkpoint is None:
             self._records.rewind(-1, {})
+            self.population.rewind(-1)
         else:
             self._records.rewind(checkpoint.iteration, checkpoint.facts)
+            self.population.rewind(checkpoint.iteration)
+
+    def keep_past_policy(self, temporary: Path, iteration: int) -> None:
+        """Add the policy after `iteration` to the population, and delete those not read any more.
+
+        Reads all its files: call it in a thread.
+        """
+        self.population.add(temporary, iteration)
+        self.population.prune((iteration, *numbered(self.checkpoints.root, "iteration-")))
 
     def journal_file(self, iteration: int) -> Path:
         """Return where an iteration's journal belongs; deleted by a later commit."""
@@ -268,6 +292,7 @@ class RunDir:
                 with contextlib.suppress(OSError):  # failing to free space must not stop training
                     journal.unlink()
         self.checkpoints.prune(best.iteration if best else None)
+        self.population.prune(numbered(self.checkpoints.root, "iteration-"))
 
     def commit_unhealthy(
         self, temporary: Path, state: CheckpointState, *, reason: str, guards: Sequence[str]

@@ -102,7 +102,7 @@ def check_heldout(entries: Sequence[ScorerEntryConfig], *, where: str) -> None:
     """Check that the scorers can score held-out completions.
 
     There is one per prompt, and every evaluation must measure the same. Raises ConfigError for a
-    pairwise scorer and for a normalized one.
+    pairwise scorer, for a normalized one and for one with a curriculum.
     """
     for index, entry in enumerate(entries):
         name = entry.resolved_name
@@ -116,6 +116,12 @@ def check_heldout(entries: Sequence[ScorerEntryConfig], *, where: str) -> None:
             raise ConfigError(
                 f"{where}[{index}]: {name} is normalized by earlier scores, and held-out figures "
                 "must not depend on them; let scorer.evaluate name it without `normalize`"
+            )
+        if entry.curriculum is not None:
+            raise ConfigError(
+                f"{where}[{index}]: {name} has a curriculum, whose weights follow the policy, and "
+                "held-out figures must not depend on it; let scorer.evaluate name it without "
+                "`curriculum`"
             )
 
 

@@ -7,6 +7,7 @@ completion is Skipped, and Invalid where its prompt names none of the scorers.
 
 score:   r_i -> log sigmoid(r_i - reference) -> (. - mean) / std -> weighted sum, mean, worst, or
          mean minus variance.
+         r_i of a scorer with a curriculum: the mean of its score's parts (curriculum.py).
 compare: without a pairwise part, sigmoids of differences of that score. With one, the weighted mean
          of the parts' win matrices (weights normalized to 1), where a pointwise part's matrix is
          that of its own transformed and normalized scores.
@@ -29,6 +30,7 @@ import numpy as np
 from rayhf.config.scorers import WEIGHTED_SUM, CombineConfig, ScorerEntryConfig
 from rayhf.errors import CheckpointError
 from rayhf.scorer.comparisons import Problem, compare_scores, has_verdict
+from rayhf.scorer.curriculum import Curriculum
 from rayhf.scorer.normalize import RunningNormalizer
 from rayhf.scorer.outcomes import EXPECTED, MAX_SCORE
 from rayhf.scorer.parts import Answers, Part, Parts, Rows, judges
@@ -56,6 +58,11 @@ class Combination:
         self._normalizers = {
             entry.resolved_name: RunningNormalizer() for entry in entries if entry.is_normalized
         }
+        self._curricula = {
+            entry.resolved_name: Curriculum(entry.part_weights, entry.curriculum)
+            for entry in entries
+            if entry.curriculum is not None
+        }
 
     def scores(self, by_part: Sequence[Rows], requests: Sequence[ScoreRequest]) -> Rows:
         """Return the combined outcome of each completion."""
@@ -81,19 +88,44 @@ class Combination:
             for request, comparisons in zip(requests, zip(*compared, strict=True), strict=True)
         ]
 
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Let curricula take an iteration's metrics, which have the means of all parts."""
+        for name, curriculum in self._curricula.items():
+            means = {part: f"scorer/{name}/{part}/reward_mean" for part in curriculum.factors}
+            curriculum.observe({p: metrics[mean] for p, mean in means.items() if mean in metrics})
+
+    def curriculum_metrics(self) -> dict[str, float]:
+        """Return the factor on each part's weight, as "<scorer>/<part>/curriculum"."""
+        return {
+            f"{name}/{part}/curriculum": factor
+            for name, curriculum in self._curricula.items()
+            for part, factor in curriculum.factors.items()
+        }
+
     def state_dict(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return the running statistics by part name, as plain JSON values."""
+        """Return the running statistics and rates by part name, as plain JSON values."""
         return {
             "normalizers": {
                 name: normalizer.state_dict() for name, normalizer in self._normalizers.items()
-            }
+            },
+            "curricula": {
+                name: curriculum.state_dict() for name, curriculum in self._curricula.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-        """Restore the running statistics.
+        """Restore the running statistics and rates.
 
-        Raises CheckpointError unless the state is that of the same normalized parts.
+        Raises CheckpointError unless the state is that of the same parts.
         """
+        rates = state.get("curricula", {})
+        if set(rates) != set(self._curricula):
+            raise CheckpointError(
+                f"the checkpoint has curricula of the scorers {sorted(rates) or 'none'}, the "
+                f"config of {sorted(self._curricula) or 'none'}"
+            )
+        for name, curriculum in self._curricula.items():
+            curriculum.load_state_dict(rates[name])
         saved = state.get("normalizers", {})
         if set(saved) != set(self._normalizers):
             raise CheckpointError(
@@ -119,14 +151,19 @@ class Combination:
         for entry, outcomes in zip(entries, flat, strict=True):
             if entry.is_normalized:
                 scores = (
-                    entry.transformed(outcome.value)
+                    entry.transformed(self._raw(entry, outcome))
                     for outcome, counts in zip(outcomes, final, strict=True)
                     if counts and isinstance(outcome, Scored)
                 )
                 self._normalizers[entry.resolved_name].update(filter(math.isfinite, scores))
 
-    def _utility(self, entry: ScorerEntryConfig, score: float) -> float:
-        value = entry.transformed(score)
+    def _raw(self, entry: ScorerEntryConfig, outcome: Scored) -> float:
+        """Return a scorer's score, with the current weights where it has a curriculum."""
+        curriculum = self._curricula.get(entry.resolved_name)
+        return outcome.value if curriculum is None else curriculum.score(outcome)
+
+    def _utility(self, entry: ScorerEntryConfig, outcome: Scored) -> float:
+        value = entry.transformed(self._raw(entry, outcome))
         return self._normalizers[entry.resolved_name](value) if entry.is_normalized else value
 
     def _outcome(self, outcomes: tuple[Outcome, ...], request: ScoreRequest) -> Outcome:
@@ -140,7 +177,7 @@ class Combination:
         ]
         total = self._total(
             [entry.weight for entry, _ in scored],
-            [self._utility(entry, outcome.value) for entry, outcome in scored],
+            [self._utility(entry, outcome) for entry, outcome in scored],
         )
         if not abs(total) <= MAX_SCORE:  # NaN too
             what = self._combine.type.replace("_", " ")
@@ -183,7 +220,7 @@ class Combination:
     def _scaled(self, entry: ScorerEntryConfig, outcome: Outcome) -> Outcome:
         if not isinstance(outcome, Scored):
             return outcome
-        value = self._utility(entry, outcome.value)
+        value = self._utility(entry, outcome)
         if not abs(value) <= MAX_SCORE:
             return Invalid(reason=f"the transformed score is {value:g}; {EXPECTED}")
         return Scored(value=value, replies=outcome.replies)

@@ -9,11 +9,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from rayhf.config.models import ModelName
 from rayhf.config.schema import RolloutConfig
-from rayhf.config.scorers import Dtype, EngineModel, PointwiseEntryConfig
+from rayhf.config.scorers import CurriculumConfig, Dtype, EngineModel, PointwiseEntryConfig
 from rayhf.scorer.endpoint_config import EndpointConfig
 from rayhf.scorer.judge_text import JudgeMode, QuestionTemplate, VerdictPattern
 from rayhf.scorer.replies import MAX_REPLIES, REPLY_CHARS
-from rayhf.scorer.rubric import Rubric
+from rayhf.scorer.rubric import Rubric, part_names
 
 _TOKEN_BYTES = 4
 """Typical length of a token's text."""
@@ -87,6 +87,17 @@ class JudgeConfig(PointwiseEntryConfig):
     def is_rubric(self) -> bool:
         """Whether it answers criteria."""
         return self.mode == "rubric"
+
+    @property
+    def curriculum(self) -> CurriculumConfig | None:
+        """How the weights of its criteria follow the policy; None: they do not."""
+        return None if self.rubric is None else self.rubric.curriculum
+
+    @property
+    def part_weights(self) -> Mapping[str, float]:
+        """Weights of its criteria, by name."""
+        criteria = () if self.rubric is None else self.rubric.criteria
+        return dict(zip(part_names(criteria), (one.weight for one in criteria), strict=True))
 
     @property
     def is_concurrent(self) -> bool:

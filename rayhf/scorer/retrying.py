@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rayhf.roles import CountsCalls, Scorer
+from rayhf.roles import CountsCalls, FollowsPolicy, Scorer
 from rayhf.scorer.replies import moved
 from rayhf.types import Comparison, Failed, Outcome, Scored, ScoreRequest
 
@@ -101,6 +101,11 @@ class RetryingScorer:
     async def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the scorer's state."""
         await self._inner.load_state_dict(state)
+
+    async def observe(self, metrics: Mapping[str, float]) -> None:
+        """Pass an iteration's metrics on, where the scorer follows the policy."""
+        if isinstance(self._inner, FollowsPolicy):
+            await self._inner.observe(metrics)
 
     async def take_counts(self) -> dict[str, float]:
         """Return what the scorer counted since the last call."""

@@ -19,6 +19,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, JsonValue, ValidationError, model_validator
 
 from rayhf.config.base import Name, Section
+from rayhf.config.scorers import CurriculumConfig
 from rayhf.scorer.judge_text import verdict_schema
 from rayhf.types import Prompt
 
@@ -82,11 +83,19 @@ class RubricConfig(Section):
     """Column of the row with a list of criteria (or its JSON): strings, or mappings with
     `criterion` (or `description`, `text`), and optionally `weight` (or `points`), `scale`,
     `name`."""
+    curriculum: CurriculumConfig | None = None
+    """Change the weights of the criteria as the policy learns them. With `criteria` only; p is how
+    often a completion meets a criterion. Default: the weights stay."""
 
     @model_validator(mode="after")
     def _check_one(self) -> RubricConfig:
         if bool(self.criteria) == bool(self.column):
             raise ValueError("expected a list of criteria, or {column: NAME}")
+        if self.column and self.curriculum:
+            raise ValueError(
+                "curriculum follows criteria that all prompts share, and those of a column are "
+                "each prompt's own; expected a list of criteria, or no curriculum"
+            )
         _check_names(self.criteria)
         return self
 
@@ -194,8 +203,13 @@ def read_answers(text: str, criteria: Sequence[Criterion]) -> tuple[float, ...] 
 
 def weighted_score(criteria: Sequence[Criterion], answers: Sequence[float]) -> float:
     """Return the score from 0 to 1, see the module's docstring."""
+    return weighted_mean([criterion.weight for criterion in criteria], answers)
+
+
+def weighted_mean(weights: Sequence[float], answers: Sequence[float]) -> float:
+    """Return the mean of answers from 0 to 1; of 1 - answer where the weight is below 0."""
     total = sum(
-        abs(criterion.weight) * (answer if criterion.weight > 0 else 1.0 - answer)
-        for criterion, answer in zip(criteria, answers, strict=True)
+        abs(weight) * (answer if weight > 0 else 1.0 - answer)
+        for weight, answer in zip(weights, answers, strict=True)
     )
-    return total / sum(abs(criterion.weight) for criterion in criteria)
+    return total / sum(map(abs, weights))

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,37 +82,24 @@ class Child:
         if not base.is_dir():
             raise ConfigError(f"rule {function}: {base} is not a directory")
         self._timeout_s = config.timeout_s
-        self.contained = False
-        """Whether it has a process namespace of its own: then all that it started ends with it."""
-        self._spawn(base)
-        self._buffer = b""
-        hello = {
-            "path": import_path(sys.path, str(base)),
+        load = {
             "module": module,
             "function": name,
             "style": style,
             "concurrency": config.concurrency,
             "timeout_s": config.timeout_s,
             "network": config.network,
-            "memory_bytes": MEMORY_BYTES,
-            "file_bytes": FILE_BYTES,
         }
         try:
-            line = json.dumps(hello).encode() + b"\n"
-            ready = read_ready(next(self._exchange([line], config.import_timeout_s)))
+            ready = self._greet(base, load, config.import_timeout_s)
         except LostError as lost:
-            self.kill()
             raise ConfigError(
                 f"rule {function}: {module} could not be imported from {base}: {lost} "
                 "(import_timeout_s, in the scorer's entry, is the limit)"
             ) from None
         if "refused" in ready:
-            self.kill()
             raise ConfigError(_refusal(function, base, ready))
         self.fingerprint: str = ready["fingerprint"]
-        self.apart: bool = ready["apart"]
-        """Whether it has a user namespace of its own."""
-        self.contained = ready["contained"]
         self.checks_answers: bool = ready["checks_answers"]
         """Whether the function can say which reference answers it can use."""
         self.parameters = Parameters(
@@ -136,6 +123,36 @@ class Child:
         if not self.contained:
             return "the kernel allows it no process namespace; what it starts may outlive it"
         return ""
+
+    def _greet(self, base: Path, load: Mapping[str, object], timeout_s: float) -> Mapping[str, Any]:
+        """Start the process, send it what to load, and return its answer.
+
+        Ends the process where it refuses, and where there is no answer: then raises LostError.
+        """
+        self.apart = False
+        """Whether it has a user namespace of its own."""
+        self.contained = False
+        """Whether it has a process namespace of its own: then all that it started ends with it."""
+        self._buffer = b""
+        self._spawn(base)
+        greeting = {
+            **load,
+            "path": import_path(sys.path, str(base)),
+            "memory_bytes": MEMORY_BYTES,
+            "file_bytes": FILE_BYTES,
+        }
+        line = json.dumps(greeting).encode() + b"\n"
+        try:
+            ready: Mapping[str, Any] = read_ready(next(self._exchange([line], timeout_s)))
+        except LostError:
+            self.kill()
+            raise
+        if "refused" in ready:
+            self.kill()
+        else:
+            self.apart = ready["apart"]
+            self.contained = ready["contained"]
+        return ready
 
     def _spawn(self, base: Path) -> None:
         request_in, self._requests = os.pipe()
@@ -310,7 +327,7 @@ def _carriers(entry: bytes) -> list[int]:
     return pids
 
 
-def _refusal(function: str, base: Path, ready: dict[str, Any]) -> str:
+def _refusal(function: str, base: Path, ready: Mapping[str, Any]) -> str:
     module, _, name = function.partition(":")
     refused = ready["refused"]
     if refused == "no module":

@@ -13,7 +13,7 @@ from rayhf.control.status import Status, read_status
 from rayhf.errors import ConfigError
 from rayhf.run_dir.files import MANIFEST
 from rayhf.run_dir.identity import read_config
-from rayhf.run_dir.inbox import RowFile
+from rayhf.run_dir.inbox import RowFile, label_id
 from rayhf.run_dir.names import event_logs, numbered
 from rayhf.run_dir.progress import Event, parse_event
 from rayhf.run_dir.records import read_metrics
@@ -116,14 +116,18 @@ class Run:
         said = {}
         for row in RowFile(self.path, "labels").read()[0]:
             try:
-                iteration, prompt, first, second = str(row["pair_id"]).split("/")
+                iteration, prompt, *samples = label_id(row).split("/")
                 verdict = str(row["verdict"])
-                pair = (int(iteration), int(first), int(second))
+                number = int(iteration)
+                indices = list(map(int, samples))
             except (KeyError, ValueError):
                 continue
-            for index, own in ((pair[1], "first"), (pair[2], "second")):
+            if len(indices) == 1:
+                said[number, prompt, indices[0]] = f"thumb {verdict}"
+                continue
+            for index, own in zip(indices, ("first", "second"), strict=False):
                 word = "tie" if verdict == "tie" else "better" if verdict == own else "worse"
-                said[pair[0], prompt, index] = word
+                said[number, prompt, index] = word
         return said
 
     @cached_property

@@ -37,7 +37,7 @@ class DeepSpeedEngine(Protocol):
     skipped_steps: int
 
     def __call__(
-        self, inputs: Inputs, temperature: float, entropy: Entropy = "off"
+        self, inputs: Inputs, temperature: float, entropy: Entropy = "off", top_k: int = 0
     ) -> HeadOutput: ...
 
     def train(self) -> object: ...

@@ -48,8 +48,10 @@ class Loop:
 LOOPS = {
     "sppo": Loop(preset="sppo_game", changes={}),
     "sppo_pull": Loop(preset="sppo_game", changes={"pull": 0.1, "reference": {"type": "initial"}}),
+    "gpo": Loop(preset="sppo_game", changes={"payoff": "log_odds", "eta": 0.5}),
     "inpo": Loop(preset="inpo_game", changes={}),
     "inpo_small_steps": Loop(preset="inpo_game", changes={"eta": 2.0, "tau": 0.1}),
+    "mnpo": Loop(preset="mnpo_game", changes={}),
     "nash_md": Loop(preset="nash_md_game", changes={}),
     "dno": Loop(preset="dno_game", changes={}),
 }

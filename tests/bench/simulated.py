@@ -395,8 +395,11 @@ class SimLearner:
         await asyncio.sleep(self.world.step_s / 2 * len(rows) / self._rows_per_step)
         return values
 
-    async def logprobs(self, rows: Any, *, temperature: float) -> list[Any]:
+    async def logprobs(self, rows: Any, *, temperature: float, model: Any = None) -> list[Any]:
         return await self.outputs(rows, temperature=temperature)
+
+    async def top_logprobs(self, rows: Any, *, temperature: float, top_k: int) -> list[Any]:
+        raise NotImplementedError("no case distills")
 
     async def probe(self) -> Probe:
         return Probe(token_ids=(), logprobs=())

@@ -4,8 +4,9 @@
 
 Every case starts its systems (peers.py), lets each do warm-up steps, and then times them in turns:
 one step of A, one of B, ..., repeatedly. Reported are medians over the turns. Model, prompts,
-reward, threads and optimizer work are the same. `--record` writes the table into RESULTS.md. A full
-run takes over an hour on two cores, a quick one under 10 minutes.
+reward, threads and optimizer work are the same. `--record` writes each case into a section of its
+own of RESULTS.md, as soon as it is measured. A full run takes an hour on two cores, a quick one
+under 10 minutes.
 """
 
 from __future__ import annotations
@@ -30,16 +31,6 @@ from tests.bench.timed_peers import OtherProcesses, Peer, log, time_peers
 from tests.bench.workload import Size, Spec, write_model, write_prompts
 
 PHASES = ("rollout", "scorer", "reference", "learner", "sync")
-SETTING = (
-    "float32, reference model included, everything interleaved step by step; medians (and range). "
-    "P x K x T: prompts, completions of each, tokens of each. Natural: completions end by "
-    "themselves, 64 tokens on average, the limit is 256. Parameters: tiny 2.6 M, mid 33 M, smollm2 "
-    "163 M (the shapes of SmolLM2-135M, output layer not tied, random weights). rayhf is "
-    "synchronous and deterministic, rayhf overlap has max_staleness 1, rayhf padded has "
-    "learner.packing off; TRL's trainers are synchronous, with transformers' generate (its vLLM "
-    "modes do not run on CPU). Phases of rayhf overlap run at the same time. RSS: sum of every "
-    "process's peak, shared pages counted in each; PSS: at the end, shared pages divided."
-)
 SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "rayhf": ("rayhf", {}),
     "rayhf overlap": ("rayhf", {"max_staleness": 1}),
@@ -139,8 +130,10 @@ class Bench:
         self.quick = quick
         self.threads = len(os.sched_getaffinity(0))
         self.lines: list[str] = []
+        """Rows of the table of the case under way."""
         self.targets: list[str] = []
         self.others = OtherProcesses()
+        self._started = time.monotonic()
 
     def spec(self, case: Case, *, dtype: str = "float32") -> Spec:
         """Write the case's model and prompts, and return its workload."""
@@ -168,8 +161,9 @@ class Bench:
             dtype=dtype,
         )
 
-    def compare(self, case: Case) -> None:
-        """Run one case of the table."""
+    def compare(self, case: Case) -> str:
+        """Run one case; return its report."""
+        self._start()
         spec = self.spec(case)
         systems: dict[str, tuple[str, Spec]] = {}
         for label in case.labels:
@@ -180,16 +174,16 @@ class Bench:
         self.others.peers_s += sum(peer.cpu_s for peer in peers.values())
         log(f"  other processes' share of the machine so far: {self.others.share():.0%}")
         for peer in peers.values():
-            self._row(case.title, peer, peers.get("TRL"))
+            self._row(peer, peers.get("TRL"))
         for label, least in case.against_trl.items():
             self._target(
-                f"{case.title}: {label} / TRL, completions per second",
+                f"{label} / TRL, completions per second",
                 peers[label].rate / peers["TRL"].rate,
                 at_least=least,
             )
         if case.against_bare is not None:
             self._target(
-                f"{case.title}: time of a rayhf step / (vLLM alone + DeepSpeed alone)",
+                "time of a rayhf step / (vLLM alone + DeepSpeed alone)",
                 peers["rayhf"].median / sum(peers[label].median for label in BARE),
                 at_most=case.against_bare,
             )
@@ -197,14 +191,15 @@ class Bench:
             learner, padded = (peers[p].phase("learner") for p in ("rayhf", "rayhf padded"))
             assert learner is not None and padded is not None
             self._target(
-                f"{case.title}: learner's time / of padded rows",
+                "learner's time / of padded rows",
                 learner / padded,
                 at_most=case.against_padded,
             )
         if case.algorithm == "mcts_dpo":
-            self._search(case.title, peers["rayhf"])
+            self._search(peers["rayhf"])
+        return self._report()
 
-    def _search(self, title: str, peer: Peer) -> None:
+    def _search(self, peer: Peer) -> None:
         """Report what a tree search feeds the learner, and how long its engine waits."""
 
         def median(above: str, below: str) -> float:
@@ -212,14 +207,13 @@ class Bench:
             return float(statistics.median(r[above] / r[below] for r in reports))
 
         fed = median("learner/tokens_fed", "learner/tokens_distinct")
-        self._target(f"{title}: tokens fed / distinct", fed, at_most=1.05)
+        self._target("tokens fed / distinct", fed, at_most=1.05)
         busy = median("time/rollout_s", "time/explore_s")
-        self._target(f"{title}: share of the search in which the engine works", busy, at_least=0.8)
+        self._target("share of the search in which the engine works", busy, at_least=0.8)
 
-    def _row(self, title: str, peer: Peer, trl: Peer | None) -> None:
+    def _row(self, peer: Peer, trl: Peer | None) -> None:
         phases = [peer.phase(name) for name in PHASES]
         cells = [
-            title,
             peer.label,
             f"{peer.length:.0f}",
             f"{peer.median:.2f} ({min(peer.seconds):.2f}-{max(peer.seconds):.2f})",
@@ -237,10 +231,11 @@ class Bench:
     ) -> None:
         met = "yes" if at_least <= value <= at_most else "**no**"
         limit = f"at least {at_least:g}" if at_most == math.inf else f"at most {at_most:g}"
-        self.targets.append(f"| {what} | {value:.2f} | {limit} | {met} |")
+        self.targets.append(f"| {what} | {value:.3f} | {limit} | {met} |")
 
-    def weight_sync(self, dtype: str) -> None:
+    def weight_sync(self, dtype: str) -> str:
         """Measure how far the engine's log-probs are from the learner's after three syncs."""
+        self._start()
         spec = self.spec(CASES["grpo"], dtype=dtype)
         log(f"weight sync, engine in {dtype}")
         peer = Peer.start(f"sync {dtype}", "agreement", spec, self.scratch)
@@ -254,40 +249,44 @@ class Bench:
             f"probs of {report['tokens']} sampled tokens, in nats; the policy had moved by "
             f"{report['moved']:.2f} on average | {report['mean']:.1e} ({report['max']:.1e}) | | |"
         )
+        return self._report()
 
-    def run(self, names: Sequence[str], *, record: bool) -> str:
-        """Run the cases and return the report; `record`: write it after every case."""
-        started = time.monotonic()
-        for name in names or [n for n, case in CASES.items() if case.quick or not self.quick]:
-            self.compare(CASES[name])
+    def run(self, names: Sequence[str], *, record: bool) -> None:
+        """Run the cases, by default all; print each one's report, and record it if asked."""
+
+        def show(heading: str, text: str) -> None:
+            print(f"{heading}\n\n{text}", flush=True)
             if record:
-                put_section("## Speed", self.report(time.monotonic() - started))
+                put_section(heading, text, under="## Speed")
+
+        for name in names or [n for n, case in CASES.items() if case.quick or not self.quick]:
+            show(f"### Speed: {CASES[name].title}", self.compare(CASES[name]))
         if not names:
             for dtype in ("float32",) if self.quick else ("float32", "bfloat16"):
-                self.weight_sync(dtype)
-        return self.report(time.monotonic() - started)
+                show(f"### Speed: weight sync, engine in {dtype}", self.weight_sync(dtype))
 
-    def report(self, seconds: float) -> str:
+    def _start(self) -> None:
+        self.lines, self.targets = [], []
+        self.others = OtherProcesses()
+        self._started = time.monotonic()
+
+    def _report(self) -> str:
         names = ("trl", "transformers", "deepspeed", "ray", "torch")
         packages = ", ".join(f"{name} {version(name)}" for name in names)
-        heads = ["case", "system", "mean length", "s per step", "completions/s", "vs TRL"]
+        heads = ["system", "mean length", "s per step", "completions/s", "vs TRL"]
         heads += [*(f"{phase} s" for phase in PHASES), "RSS GiB", "PSS GiB"]
+        table = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1), *self.lines, ""]
         return "\n".join(
             [
-                f"Measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC in {seconds / 60:.0f} minutes, "
+                f"Measured {datetime.now(UTC):%Y-%m-%d %H:%M} UTC in "
+                f"{(time.monotonic() - self._started) / 60:.0f} minutes, "
                 f"{'quick run, ' * self.quick}on {self.threads} threads of {_cpu()}; other "
                 f"processes had {self.others.share():.0%} of the machine; {packages}.",
                 "",
-                SETTING,
-                "",
-                f"| {' | '.join(heads)} |",
-                "|---|---|" + "--:|" * (len(heads) - 2),
-                *self.lines,
-                "",
+                *(table if self.lines else ()),
                 "| target | measured | expected | met |",
                 "|---|--:|--:|---|",
                 *self.targets,
-                "",
             ]
         )
 
@@ -308,11 +307,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rayhf-bench-") as scratch:
-        bench = Bench(Path(scratch), quick=options.quick)
-        text = bench.run(options.cases, record=options.record)
-    print(text)
-    if options.record:
-        put_section("## Speed", text)
+        Bench(Path(scratch), quick=options.quick).run(options.cases, record=options.record)
 
 
 if __name__ == "__main__":

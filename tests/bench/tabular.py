@@ -8,7 +8,7 @@ for all prompts, sampled with numpy and trained with Adam.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rayhf.algorithms.base import Algorithm, SelectionContext
+from rayhf.algorithms.base import Algorithm, SelectionContext, population_of
 from rayhf.config.registry import ALGORITHMS
 from rayhf.learner.micro_batch import build_micro_batch
 from rayhf.losses.base import Totals
@@ -98,7 +98,10 @@ def play(
         logp = _log_probs(logits)
         examples = _explored(algorithm, logp, preference, (seed, iteration), schedule.batch)
         frozen = logp if algorithm.reference and algorithm.reference.is_learner else initial
-        examples, _ = algorithm.credit([_annotated(e, logp, frozen) for e in examples])
+        columns = {"old_logp": logp, "ref_logp": frozen}
+        for number, past in enumerate(population_of(algorithm).read_by(iteration), start=1):
+            columns[f"past_logp_{number}"] = np.log(policies[past])
+        examples, _ = algorithm.credit([_annotated(e, columns) for e in examples])
         if examples:
             _train(algorithm, logits, optimizer, examples, schedule.steps)
         policies.append(np.exp(_log_probs(logits)))
@@ -129,11 +132,11 @@ def _explored(
     return algorithm.select(asyncio.run(explore()), selection).examples
 
 
-def _annotated(example: Example, logp: Array, frozen: Array) -> Example:
+def _annotated(example: Example, columns: Mapping[str, Array]) -> Example:
+    """Return the example with each move's log-prob under several policies, (K,) by column."""
     rows = [
         row.with_tokens(
-            old_logp=logp[row.response_ids].astype(np.float32),
-            ref_logp=frozen[row.response_ids].astype(np.float32),
+            **{name: logp[row.response_ids].astype(np.float32) for name, logp in columns.items()}
         )
         for row in example.rows
     ]

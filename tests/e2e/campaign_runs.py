@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 
 RAYHF = Path(sys.executable).with_name("rayhf")
@@ -42,3 +45,21 @@ def samples(world: Path, name: str, iteration: int) -> list[dict[str, object]]:
     file = world / name / f"samples/iteration-{iteration:06d}.parquet"
     rows: list[dict[str, object]] = pq.read_table(file).to_pylist()
     return rows
+
+
+def copy_as_if_killed(process: subprocess.Popen[str], run_dir: Path, copy: Path) -> None:
+    """Copy the run directory of a running campaign while all of its processes are suspended.
+
+    The copy is what a power failure would leave; the campaign itself goes on.
+    """
+    top = psutil.Process(process.pid)
+    processes = [top, *top.children(recursive=True)]
+    try:
+        for each in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.suspend()
+        shutil.copytree(run_dir, copy)
+    finally:
+        for each in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.resume()

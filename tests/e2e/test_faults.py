@@ -25,7 +25,7 @@ FAULTS = (
     ("learner", signal.SIGKILL),
     ("controller", signal.SIGKILL),
 )
-ITERATIONS = 24
+ITERATIONS = 21
 
 
 SOURCES: list[dict[str, object]] = [
@@ -74,14 +74,6 @@ def pause_and_resume(faulty: Campaign) -> None:
     faulty.wait_for_iterations(before + 1, 60)
 
 
-def stop_and_restart(faulty: Campaign) -> None:
-    assert "stops once iteration" in faulty.command("stop", faulty.run_dir)
-    assert faulty.process is not None and faulty.process.wait(120) == 75
-    assert "STOPPED" in faulty.command("status", faulty.run_dir)
-    faulty.start()
-    faulty.wait_for_iterations(committed(faulty.run_dir) + 1, 300)
-
-
 def test_faults_change_no_bit(world: Path) -> None:
     """The undisturbed campaign is colocated: engines and learners that share a GPU in turns change
     no bit either, which nothing else tests."""
@@ -92,7 +84,6 @@ def test_faults_change_no_bit(world: Path) -> None:
         took = faulty.inject_and_recover(role, number, timeout_s=300)
         print(f"{role} {number.name}: {took:.1f} s")
     pause_and_resume(faulty)
-    stop_and_restart(faulty)
     assert faulty.alive(), "the campaign ended before the last fault: it needs more iterations"
     processes = faulty.processes()
     faulty.finish(500)
@@ -104,7 +95,7 @@ def test_faults_change_no_bit(world: Path) -> None:
     assert fingerprint(faulty.run_dir) == fingerprint(undisturbed.run_dir)
     samples = pyarrow.dataset.dataset(faulty.run_dir / "samples", format="parquet")
     dealt = Counter(samples.to_table(columns=["source"])["source"].to_pylist())
-    assert dealt == {"said": 192, "sums": 96, "words": 96}  # 24 iterations of 4 prompts, 4 samples
+    assert dealt == {"said": 168, "sums": 84, "words": 84}  # 21 iterations of 4 prompts, 4 samples
     kinds = [event["kind"] for event in faulty.events()]
     assert kinds.count("recovered") == 3
     assert kinds.count("fault") == 4

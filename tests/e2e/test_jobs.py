@@ -313,6 +313,7 @@ def test_campaign_as_a_job(cluster: TwoNodes, world: Path) -> None:
     assert "working directory: " in shown and "ray job submit --address" in shown
     assert "iteration   1/500" in shown
     assert "rayhf: " in shown and "stopped after iteration" in shown
+    assert "STOPPED" in user.run(RAYHF, "status", run)
 
     committed = json.loads((run / "campaign.json").read_text())["iteration"]
     more = (f"run.iterations={committed + 2}", "--entrypoint-cpus", "0.1")

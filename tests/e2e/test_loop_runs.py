@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from campaign_runs import metrics, run, samples, start
+from campaign_runs import copy_as_if_killed, metrics, run, samples, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from waiting import wait_until
 from world import make_world, teach_to_end, write_config
@@ -68,24 +64,6 @@ WATCHED: dict[str, Any] = {
     },
     "trackers": [{"type": "tensorboard"}],
 }
-
-
-def copy_as_if_killed(process: subprocess.Popen[str], run_dir: Path, copy: Path) -> None:
-    """Copy the run directory of a running campaign while all of its processes are suspended.
-
-    The copy is what a power failure would leave; the campaign itself goes on.
-    """
-    top = psutil.Process(process.pid)
-    processes = [top, *top.children(recursive=True)]
-    try:
-        for each in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.suspend()
-        shutil.copytree(run_dir, copy)
-    finally:
-        for each in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.resume()
 
 
 def test_two_policies_resume_with_the_same_bits(world: Path) -> None:

@@ -21,7 +21,7 @@ import asyncio
 import rayhf
 
 async def cell():  # a notebook's cells run inside an event loop
-    config = rayhf.load_config("api.yaml", ["run.iterations=2", "algorithm.loss=squared_margin"])
+    config = rayhf.load_config("outside.yaml", ["run.iterations=3"])
     result = rayhf.run(config)
     last = result.metrics[-1]
     print("result:", last["policy/version"], (result.policy / "config.json").exists())
@@ -66,7 +66,9 @@ def test_outside_package_imports_only_rayhf() -> None:
         assert "from rayhf." not in file.read_text() and "import rayhf." not in file.read_text()
 
 
-def test_campaign_with_outside_plugins(world: Path, installed: dict[str, str]) -> None:
+def test_outside_plugins_in_a_campaign_that_the_api_continues(
+    world: Path, installed: dict[str, str]
+) -> None:
     config = write_config(
         world,
         "outside",
@@ -76,9 +78,9 @@ def test_campaign_with_outside_plugins(world: Path, installed: dict[str, str]) -
     )
     listed = run([RAYHF, "list", "algorithms"], world, {**installed, "COLUMNS": "200"})
     assert "best_of_n" in listed and "rayhf-outside" in listed
-    run([RAYHF, "check", config], world, installed)
     run([RAYHF, "run", config], world, installed)
-    run([RAYHF, "run", config, "run.iterations=3"], world, installed)
+    # Through the Python API it continues.
+    assert "result: 3.0 True" in run([sys.executable, "-c", NOTEBOOK], world, installed)
     lines = [
         json.loads(line) for line in (world / "outside/metrics.jsonl").read_text().splitlines()
     ]
@@ -102,6 +104,9 @@ def test_bad_settings_of_plugins_are_refused(world: Path, installed: dict[str, s
     assert "unknown key algorithm.marginstep; did you mean margin_step?" in done.stderr
 
 
-def test_campaign_through_the_python_api(world: Path, installed: dict[str, str]) -> None:
-    write_config(world, "api")
-    assert "result: 2.0 True" in run([sys.executable, "-c", NOTEBOOK], world, installed)
+def test_loss_of_a_package_goes_with_an_algorithm_of_rayhf(
+    world: Path, installed: dict[str, str]
+) -> None:
+    """That a campaign trains with a loss from outside is tested in test_jobs.py."""
+    config = write_config(world, "loss")
+    run([RAYHF, "check", config, "algorithm.loss=squared_margin"], world, installed)

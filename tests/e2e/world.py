@@ -14,20 +14,13 @@ from rayhf.tiny.tokenizer import POLICY_FORMAT, train_tokenizer
 
 SIZE = ModelSize(hidden=64, layers=2, intermediate=96)
 RULE = """
-import math
 import time
 
 def even(completion, *, prompt, reference_answer, finish_reason):
     return sum(ord(c) % 2 == 0 for c in completion) / max(len(completion), 1)
 
-def raises(completion, *, prompt, reference_answer, finish_reason):
-    raise ValueError("no such answer")
-
 def hangs(completion, *, prompt, reference_answer, finish_reason):
     time.sleep(3600)
-
-def nan(completion, *, prompt, reference_answer, finish_reason):
-    return math.nan
 
 def slow(completion, *, prompt, reference_answer, finish_reason):
     time.sleep(0.1)

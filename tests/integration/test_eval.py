@@ -1,4 +1,4 @@
-"""`rayhf eval` and `rayhf rank` with the real engine, rules and reward model of the tiny world."""
+"""`rayhf eval` and `rayhf rank` with the real engine, rules and a reward model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import Body, Response, asked, say, serving
+from taught_reward_model import make_reward_model
 from typer.testing import CliRunner
 
 from launch.cli import app
@@ -87,22 +88,21 @@ def test_policy_against_its_own_answers(tmp_path: Path, monkeypatch: pytest.Monk
     assert ranking[0]["name"] == "gold" and ranking[0]["strength"]["low"] > 0
 
 
-def test_reward_model_of_the_tiny_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    task = build(DIRECTORY, tasks=["words"])["words"]
-    directory = task.policy.parent
+    model, pairs = make_reward_model(tmp_path)
     shown = rayhf(
         "eval",
-        directory / "reward_model",
+        model,
         "--suite",
-        directory / "pairs_test.jsonl",
-        "suites.pairs_test.limit=100",
+        pairs,
+        "suites.pairs_test.limit=80",
         "policy.dtype=float32",
     )
     assert "reliability" in shown
     (file,) = Path("evals").glob("*-pairs_test.json")
     results = json.loads(file.read_text())
-    assert results["pairs"] == 100
+    assert results["pairs"] == 80
     assert results["metrics"]["total"]["accuracy"]["low"] > 0.6
     assert results["metrics"]["category"]["all"] == results["metrics"]["total"]["accuracy"]
     assert "excess_longer" in results["metrics"]["length"]

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from taught_reward_model import make_reward_model
+
 from rayhf.tiny import build
 from tests.hub import Hub, hub_server
 
@@ -83,11 +85,12 @@ def evaluate(hub: Hub, folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_suites_and_models_of_a_hub(tmp_path: Path) -> None:
-    tasks = build(DIRECTORY, tasks=["arithmetic", "words"])
+    policy = build(DIRECTORY, tasks=["arithmetic"])["arithmetic"].policy
+    reward_model, _ = make_reward_model(tmp_path)
     with hub_server(tmp_path / "hub") as hub:
         add_suites(hub)
-        commit = hub.add("model", "org/policy", tasks["arithmetic"].policy)
-        hub.add("model", "org/reward-model", tasks["words"].policy.parent / "reward_model")
+        commit = hub.add("model", "org/policy", policy)
+        hub.add("model", "org/reward-model", reward_model)
         (tmp_path / "eval.yaml").write_text(SETTINGS)
         evaluate(hub, tmp_path, "org/policy", "--config", "eval.yaml", "policy.dtype=float32")
         results = evaluate(

@@ -43,11 +43,11 @@ class Mortal(ReferenceActor):
     def mark(self, marker: Path) -> None:
         self.marker = marker
 
-    def logprobs(self, rows: Any, temperature: float) -> Any:
+    def logprobs(self, rows: Any, temperature: float, model: Path | None) -> Any:
         if self.marker.is_dir() and any(row.sample == 0 for row in rows):
             self.marker.rmdir()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().logprobs(rows, temperature)
+        return super().logprobs(rows, temperature, model)
 
 
 def snapshot(model: Path, shift: float) -> WeightSnapshot:

@@ -78,6 +78,7 @@ def live(keywords: dict[str, Any], model: Path, directory: Path) -> dict[str, An
     rank = keywords["rank"]
     engine = start(keywords, model, "float32")
     logprobs: dict[str, Any] = {"whole": engine.outputs(ROWS if rank else [], 0.7)}
+    logprobs["top"] = engine.top_logprobs(SHARES[rank], 0.7, 3)
 
     def note(event: str) -> None:
         logprobs[event] = engine.outputs(SHARES[rank], 0.7)
@@ -111,6 +112,11 @@ def test_sharded_reference_is_the_whole_one(
     by_rank = two.call(live, model, tmp_path / "sharded")
     engine = ReferenceEngine(model, CONFIG, dtype="float32", learner=LEARNER)
     assert_close(by_rank[1]["whole"], engine.logprobs(ROWS, 0.7))
+    tops = [*by_rank[0]["top"], *by_rank[1]["top"]]
+    whole = engine.top_logprobs(ROWS, 0.7, 3)
+    for field in ("sampled", "top"):
+        assert_close([getattr(t, field) for t in tops], [getattr(t, field) for t in whole])
+    assert_close([t.sampled for t in whole], engine.logprobs(ROWS, 0.7), 0.0)
     assert all(0.5 <= each["kept"] < 0.55 for each in by_rank)
 
     def compare(event: str, *, saved: bool = True) -> None:

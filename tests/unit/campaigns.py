@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fakes import (
     FakeChat,
     FakeLearner,
@@ -20,9 +21,11 @@ from fakes import (
 
 from rayhf.algorithms.base import (
     TakesLabels,
+    TakesThumbs,
     frozen_policies,
     needs_frozen_reference,
     policies_of,
+    population_of,
 )
 from rayhf.campaign.controller import Controller
 from rayhf.campaign.data import CampaignData
@@ -101,7 +104,12 @@ def run_campaign(
         reference=reference or (FakeReference() if needs_frozen_reference(algorithm) else None),
         environments=environments,
     )
-    store = RunDir(config, takes_labels=isinstance(algorithm, TakesLabels))
+    store = RunDir(
+        config,
+        takes_labels=isinstance(algorithm, TakesLabels),
+        population=population_of(algorithm),
+        takes_thumbs=isinstance(algorithm, TakesThumbs),
+    )
     try:
         controller = Controller(
             config,
@@ -131,3 +139,28 @@ def metrics_of(config: CampaignConfig) -> list[dict[str, float]]:
         json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()
     ]
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def check_resumed_run(directory: Path, algorithm: dict[str, Any]) -> list[dict[str, float]]:
+    """Check that a run that is killed in its third step and resumed equals an uninterrupted one.
+
+    Returns the metrics of both. Every policy must have been trained for more than two steps.
+    """
+    configs = []
+    for name in ("whole", "broken"):
+        (directory / name).mkdir()
+        configs.append(make_config(directory / name, algorithm=algorithm))
+    whole, broken = configs
+    first = run_campaign(whole)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_campaign(broken, learner=FakeLearner(fail_at=3))
+    second = run_campaign(broken)
+    metrics = metrics_of(whole)
+    assert metrics == metrics_of(broken)
+    for policy, learner in first.learners.items():
+        resumed = second.learners[policy]
+        assert isinstance(learner, FakeLearner) and isinstance(resumed, FakeLearner)
+        assert resumed.steps == learner.steps > 2
+    for file in sorted((whole.run.dir / "samples").glob("*.parquet")):
+        assert file.read_bytes() == (broken.run.dir / "samples" / file.name).read_bytes()
+    return metrics

@@ -36,6 +36,7 @@ from rayhf.types import (
     Row,
     Scored,
     ScoreRequest,
+    TopLogprobs,
     WeightSnapshot,
     float_array,
     token_array,
@@ -179,14 +180,29 @@ class FakeChat(Chat):
 
 
 class FakeReference:
-    """Log-probs of -1; remembers its updates."""
+    """Log-probs of -1; under another model minus its steps (FakeLearner). Remembers its updates."""
 
     def __init__(self) -> None:
         self.updates: list[tuple[int, float]] = []
         """(version, mix) of every update."""
 
-    async def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
-        return [np.full(len(row.response_ids), -1.0, dtype=np.float32) for row in rows]
+    async def logprobs(
+        self, rows: Sequence[Row], *, temperature: float, model: Path | None = None
+    ) -> list[FloatArray]:
+        value = -1.0 if model is None else -float((model / "steps").read_text())
+        return [np.full(len(row.response_ids), value, dtype=np.float32) for row in rows]
+
+    async def top_logprobs(
+        self, rows: Sequence[Row], *, temperature: float, top_k: int
+    ) -> list[TopLogprobs]:
+        return [
+            TopLogprobs(
+                sampled=values,
+                top_ids=np.tile(np.arange(top_k, dtype=np.int32), (len(values), 1)),
+                top=np.full((len(values), top_k), -2.0, dtype=np.float32),
+            )
+            for values in await self.logprobs(rows, temperature=temperature)
+        ]
 
     async def update(self, snapshot: WeightSnapshot, *, mix: float) -> None:
         assert snapshot.transport == "object_store"
@@ -253,6 +269,7 @@ class FakeLearner:
 
     async def export(self, directory: Path) -> None:
         (directory / "config.json").write_text("{}")
+        (directory / "steps").write_text(str(self.steps))
 
 
 class SilentObserver:

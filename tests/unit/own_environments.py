@@ -18,6 +18,7 @@ class Echo:
     """Answers by the first word of a message: what a test wants to see."""
 
     Config = EchoConfig
+    closed = 0
 
     def __init__(self, config):
         self.config = config
@@ -41,11 +42,30 @@ class Echo:
             os._exit(3)
         if word == "nonsense":
             return {"message": rest}
+        if word == "count":
+            return rayhf.StepResult(messages=f"{Echo.closed} closed")
         if word == "infinite":
             return rayhf.StepResult(reward=float("inf"))
         return rayhf.StepResult(
             messages=f"{self.turns}: {rest}", reward=0.5, done=word == "done", metrics={"turns": 1}
         )
+
+    async def close(self):
+        Echo.closed += 1
+        raise RuntimeError("what close raises ends nothing else")
+
+
+class Unloadable(Echo):
+    """Cannot be prepared."""
+
+    class Config(rayhf.EnvironmentConfig):
+        """Nothing."""
+
+        type: str = "own_environments:Unloadable"
+
+    @classmethod
+    def prepare(cls, config):
+        raise FileNotFoundError("no dictionary")
 
 
 def add(first: int, second: int) -> int:

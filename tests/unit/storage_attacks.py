@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from launch.export import checked_files, export
 from rayhf.config.schema import CampaignConfig
 from rayhf.control.commands import FileControl
-from rayhf.control.labels import uncertain_pairs
+from rayhf.control.questions import uncertain_pairs
 from rayhf.errors import RayhfError, StorageError
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir.inbox import Submissions

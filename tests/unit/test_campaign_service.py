@@ -81,6 +81,7 @@ def test_replies_equal_those_of_file_control(finished, served, files):
         "advice",
         "algorithm",
         "takes_labels",
+        "takes_thumbs",
         "versions",
         "health",
         "eta_s",
@@ -90,6 +91,8 @@ def test_replies_equal_those_of_file_control(finished, served, files):
         assert getattr(far, name) == getattr(near, name), name
     pairs = there.uncertain_pairs(3)
     assert pairs == local.uncertain_pairs(3) and len(pairs) == 3
+    completions = there.uncertain_completions(3)
+    assert completions == local.uncertain_completions(3) and len(completions) == 3
     with pytest.raises(ConfigError, match="is done: there is nothing to pause"):
         there.request("pause")
     with pytest.raises(ConfigError, match="is done, not paused"):

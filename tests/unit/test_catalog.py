@@ -12,7 +12,7 @@ from rayhf.monitoring.catalog import METRICS, find
 ROOT = Path(__file__).parents[2]
 NAMES = re.compile(
     r'f?"((?:policy|rollout|scorer|reference|learner|critic|pairs|eval|time|staleness|selection'
-    r"|ppo|dpo|sppo|inpo|nash_md|xpo|dno|hypo|sft|kto|mcts|spar|value|game|tasks"
+    r"|ppo|dpo|sppo|inpo|mnpo|nash_md|xpo|dno|distill|hypo|sft|kto|mcts|tpo|spar|value|game|tasks"
     r'|self_rewarding)/[\w{}/.]+)"'
 )
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from campaigns import make_config, metrics_of, run_campaign
-from fakes import FakeLearner
+from campaigns import check_resumed_run, make_config
 from pydantic import ValidationError
 from scripted_spar import ScriptedContext, make_prompt
 
@@ -326,18 +325,4 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, shared):
         "kl": {"coef": 0.0},
         "challenger": {"shared": shared, "examples_per_step": 8},
     }
-    configs = []
-    for name in ("whole", "broken"):
-        (tmp_path / name).mkdir()
-        configs.append(make_config(tmp_path / name, algorithm=algorithm))
-    whole, broken = configs
-    first = run_campaign(whole)
-    with pytest.raises(RuntimeError, match="killed"):
-        run_campaign(broken, learner=FakeLearner(fail_at=3))
-    second = run_campaign(broken)
-    assert metrics_of(whole) == metrics_of(broken)
-    assert metrics_of(whole)[-1]["challenger/steps"] > 0
-    for policy, learner in first.learners.items():
-        assert second.learners[policy].steps == learner.steps > 2
-    for file in sorted((whole.run.dir / "samples").glob("*.parquet")):
-        assert file.read_bytes() == (broken.run.dir / "samples" / file.name).read_bytes()
+    assert check_resumed_run(tmp_path, algorithm)[-1]["challenger/steps"] > 0

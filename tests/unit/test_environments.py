@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chat_tokenizer import make_tokenizer
-from own_environments import EchoConfig
+from own_environments import EchoConfig, Unloadable
 
 from rayhf.config.environments import EnvironmentConfig
 from rayhf.config.load import load_config
@@ -80,6 +80,23 @@ def test_answers_errors_and_lost_processes():
     assert isinstance(third[1], Failed)  # its episode ended with the error
     assert fourth[0] == first[0]
     assert isinstance(fifth[0], Failed) and "exit code 3" in fifth[0].reason
+
+
+def test_close_is_called_once_at_each_end_of_an_episode():
+    *_, last = play(
+        EchoConfig(),
+        [start(name) for name in "abcd"],
+        [request("a", "done"), request("b", "raise"), request("c")],
+        [request("a"), request("b")],
+        [request("d", "count")],
+    )
+    assert last[0].messages[0]["content"] == "3 closed"
+
+
+def test_what_prepare_raises_is_refused_before_anything_starts():
+    config = Unloadable.Config(name="x")
+    with pytest.raises(ConfigError, match="environment x: FileNotFoundError: no dictionary"):
+        EnvironmentChild(config, base=HERE)
 
 
 def test_a_process_that_blocks_is_ended_and_another_one_starts():

@@ -1,9 +1,9 @@
 """Completions without a score: which count, and how a message names them."""
 
 import pytest
-from campaigns import make_config, run_campaign
+from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeScorer, SilentObserver, make_prompts
-from score_requests import request
+from score_requests import make_rule, request
 
 from rayhf.errors import ScorerError
 from rayhf.exploration.metrics import FailureBudget, exploration_metrics
@@ -94,3 +94,35 @@ def test_prompt_that_cannot_be_judged_is_left_out_and_named(tmp_path):
     examples = read_examples(config.run.dir / "examples/iteration-000001.parquet")
     trained = {example.rows[0].prompt_id for example in examples}
     assert trained and bad.prompt_id not in trained
+
+
+class RuleScorer(FakeScorer):
+    """A rule in its real process."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.rule = rule
+
+    async def score(self, requests):
+        return self.rule.score(requests)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise ValueError('no such answer')", "ValueError: no such answer"),
+        ("return float('nan')", "the rule returned nan"),
+    ],
+)
+def test_rule_without_a_score_stops_the_run(tmp_path, body, reason):
+    signature = "completion, *, prompt, reference_answer, finish_reason"
+    (tmp_path / "bad_rules.py").write_text(f"def bad({signature}):\n    {body}\n")
+    config = make_config(tmp_path, run={"eval_every": 0})
+    rule = make_rule("bad_rules:bad", tmp_path)
+    try:
+        with pytest.raises(ScorerError, match=reason) as error:
+            run_campaign(config, scorer=RuleScorer(rule), heldout=())
+    finally:
+        rule.close()
+    assert error.value.exit_code == 9 and "\n" not in str(error.value)
+    assert metrics_of(config) == [{"iteration": 0, "policy/version": 0}]

@@ -12,7 +12,8 @@ from fakes import FakeChat, FakeScorer
 from rayhf.algorithms.base import SelectionContext, TakesLabels
 from rayhf.config.registry import ALGORITHMS
 from rayhf.control.commands import FileControl
-from rayhf.control.labels import check_labels, labeled_examples, uncertain_pairs
+from rayhf.control.labels import check_labels, labeled_examples
+from rayhf.control.questions import uncertain_pairs
 from rayhf.data.prompts import parse_prompt
 from rayhf.errors import ConfigError, QuotaError, StorageError
 from rayhf.monitoring.audit import audit

@@ -111,11 +111,12 @@ def test_logprobs_are_bitwise_equal_in_every_mode() -> None:
 
 
 @pytest.mark.parametrize("entropy", ["off", "metric", "loss"])
-def test_select_log_softmax_gradients(entropy: forward.Entropy) -> None:
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_select_log_softmax_gradients(entropy: forward.Entropy, tokens: int) -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, V, dtype=torch.float32, requires_grad=True)
-    target = torch.randint(V, (6,))
-    a, b = torch.randn(6), torch.randn(6)
+    target = torch.randint(V, (6, tokens))  # with repeated ones
+    a, b = torch.randn(6, tokens), torch.randn(6)
 
     def total(logp: Tensor, h: Tensor | None) -> Tensor:
         return (logp * a).sum() + ((h * b).sum() if h is not None and h.requires_grad else 0.0)
@@ -125,7 +126,7 @@ def test_select_log_softmax_gradients(entropy: forward.Entropy) -> None:
     full = torch.log_softmax(logits, -1)
     plain_h = -(full.exp() * full).sum(-1)
     plain = torch.autograd.grad(
-        total(full.gather(1, target[:, None])[:, 0], plain_h if entropy == "loss" else None), logits
+        total(full.gather(1, target), plain_h if entropy == "loss" else None), logits
     )[0]
     torch.testing.assert_close(actual, plain)
     if entropy == "off":

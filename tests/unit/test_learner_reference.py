@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,26 @@ def test_small_steps_of_a_bfloat16_average_are_kept(model: Path, tmp_path: Path)
     for one in (engine, other):
         one.update(snapshot(model, 0.5, torch.bfloat16), 0.001)
     assert all(torch.equal(engine.average[name], other.average[name]) for name in engine.average)
+
+
+def test_another_model_beside_the_reference(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    engine = ReferenceEngine(model, ReferenceConfig(), dtype="float32")
+    own = engine.logprobs(ROWS, 1.0)
+    others = [tmp_path / name for name in "ab"]
+    for shift, other in enumerate(others, start=1):
+        shutil.copytree(model, other)
+        tensors = load_file(model / "model.safetensors")
+        moved = {name: tensor * (1 + 0.1 * shift) for name, tensor in tensors.items()}
+        save_file(moved, other / "model.safetensors", {"format": "pt"})
+    for other in (*others, *others):
+        expected = ReferenceEngine(other, ReferenceConfig(), dtype="float32").logprobs(ROWS, 1.0)
+        for a, b in zip(engine.logprobs(ROWS, 1.0, other), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(expected[2], own[2])
+    for a, b in zip(engine.logprobs(ROWS, 1.0), own, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_save_and_load_give_the_same_logprobs(model: Path, tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """Preference and self-play algorithms through the real controller with fake roles."""
 
+import asyncio
 import itertools
 import json
 import math
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeChat, FakeLearner, FakeRollout, FakeScorer, make_prompts
+from scripted_spar import make_completion
 
 from rayhf.algorithms.base import SelectionContext, needs_frozen_reference
+from rayhf.algorithms.sppo import SPPOConfig, log_odds
 from rayhf.config.load import load_config
 from rayhf.config.registry import ALGORITHMS
 from rayhf.data.preferences import encode_pairs, load_pairs
@@ -35,10 +39,12 @@ LOOPS = {
     "iterative_dpo": {"samples": 4, "earlier": [0.5], "disjoint_iterations": False},
     "sppo": {"samples": 4, "eta": 2.0},
     "inpo": {"samples": 4},
+    "mnpo": {"samples": 4, "population": {"size": 2}},
     "nash_md": {"samples": 4},
     "xpo": {},
     "dno": {"samples": 4, "disjoint_iterations": False, "min_margin": 0.1},
     "hypo": {"samples": 3},
+    "tpo": {"iterations": 2, "depth": 1},
     "online_kto": {"samples": 3},
 }
 
@@ -157,9 +163,43 @@ def test_sppo_targets(tmp_path, target):
     )
 
 
+@pytest.mark.parametrize("target", ["soft", "single"])
+def test_gpo_regresses_onto_preference_scores(tmp_path, target):
+    """Zhang et al. 2024: the mean score, log-odds of P(win), against the policy's samples."""
+    settings = {"payoff": "log_odds", "target": target}
+    algorithm = ALGORITHMS.build(SPPOConfig(samples=3, eta=2.0, **settings))
+    score = np.array([[0.0, 2.0, -1.0], [-2.0, 0.0, 0.5], [1.0, -0.5, 0.0]])  # cyclic
+    completions = [make_completion(text, index=i) for i, text in enumerate("abc")]
+
+    class Context:
+        async def sample(self, n):
+            return completions
+
+        async def compare(self, completions):
+            return Compared(win=1 / (1 + np.exp(-score)), source="pairwise")
+
+    group = asyncio.run(algorithm.explore(make_prompts(1)[0], Context()))
+    context = SelectionContext(iteration=1, seed=0, sampling=Sampling(max_tokens=4))
+    (example,) = algorithm.select([group], context).examples
+    assert [row.sample for row in example.rows] == [0, 1]
+    targets = [row.scalars["target"] for row in example.rows]
+    expected = {"soft": [1 / 3, -1.5 / 3], "single": [2.0, -2.0]}[target]
+    assert targets == pytest.approx(expected)
+    assert algorithm.loss().eta == 2.0
+
+
+def test_scores_of_certain_verdicts_are_bounded():
+    odds = log_odds([[0.5, 1.0], [0.0, np.nan]])
+    assert odds[:, 0].tolist() == pytest.approx([0.0, -10.0]) and odds[0, 1] == pytest.approx(10.0)
+    assert np.isnan(odds[1, 1])
+
+
 def test_sppo_refuses_targets_that_completions_lack(tmp_path):
     algorithm = {"type": "sppo", "target": "hard", "train_on": "all"}
     with pytest.raises(ConfigError, match="target hard"):
+        make_config(tmp_path, algorithm=algorithm)
+    algorithm = {"type": "sppo", "target": "hard", "payoff": "log_odds"}
+    with pytest.raises(ConfigError, match="log_odds expects soft or single"):
         make_config(tmp_path, algorithm=algorithm)
 
 

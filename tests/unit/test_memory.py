@@ -298,6 +298,21 @@ def test_sync_sends_adapters_or_whole_weights(model):
     assert plan.weights() == plan.weights(whole=True) == 2 * P
 
 
+def test_past_policies_take_memory_of_the_reference_and_disk(model):
+    def planned(size):
+        algorithm = {"type": "mnpo", "population": {"size": size}}
+        plan, specs = campaign(model, algorithm=algorithm)
+        (need,) = [n for n in plan.needs(specs, 80 * GIB) if n.spec.role == "reference"]
+        return need.memory.total, plan.disk()
+
+    alone, disk_alone = planned(0)
+    two, disk_two = planned(2)
+    four, disk_four = planned(4)
+    assert two - alone == 2 * P and four == two  # one at a time, in bfloat16
+    assert (disk_alone.past, disk_two.past, disk_four.past) == (0.0, 3 * 2 * P, 5 * 2 * P)
+    assert disk_two.total - disk_alone.total == (disk_two.kept + 1) * disk_two.past
+
+
 def test_actor_that_does_not_fit_a_gpu_or_its_share_is_refused(model):
     alone = {"device": "gpu", "placement": "separate"}
     plan, specs = campaign(model, cluster=alone, learner={"ranks": 1})

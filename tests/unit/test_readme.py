@@ -44,7 +44,7 @@ PROSE = {name: BLOCK.sub("", text) for name, text in TEXT.items()}
 COMMANDS = typer.main.get_command(app).commands
 METRIC = re.compile(
     r"`((?:policy|rollout|sync|scorer|reference|learner|critic|pairs|eval|time|staleness|selection"
-    r"|ppo|dpo|sppo|inpo|nash_md|xpo|dno|hypo|sft|kto|mcts|spar|value|game|tasks"
+    r"|ppo|dpo|sppo|inpo|mnpo|nash_md|xpo|dno|hypo|sft|kto|mcts|tpo|spar|value|game|tasks"
     r"|self_rewarding)/[\w/<>]+)`"
 )
 BASE = yaml.safe_load((ROOT / "configs/tiny/online_dpo_arithmetic.yaml").read_text())

@@ -30,9 +30,12 @@ class Weight:
         self.chunks: list[list[int]] = []
         """First response tokens of each chunk's rows."""
 
-    def logprobs(self, rows: Sequence[Row], *, temperature: float) -> list[FloatArray]:
+    def logprobs(
+        self, rows: Sequence[Row], temperature: float, model: Path | None
+    ) -> list[FloatArray]:
         self.chunks.append([int(row.response_ids[0]) for row in rows])
-        return [np.full(len(row.response_ids), self.weight * row.response_ids[0]) for row in rows]
+        weight = self.weight if model is None else np.float32((model / "weight").read_text())
+        return [np.full(len(row.response_ids), weight * row.response_ids[0]) for row in rows]
 
     def update(self, buckets: Sequence[tuple[WeightBucket, Any]], *, mix: float) -> None:
         for _, payload in buckets:
@@ -216,6 +219,8 @@ def test_replacement_has_the_weights_of_the_others(
                 await reference.update(new_weights(3.3 + number), mix=mix)
         if lost is not None and dies_at == "logprobs":
             pool.lives[lost][0].dead = True
+        other = await reference.logprobs(make_rows(9), temperature=1.0, model=tmp_path)
+        assert other[8][0] == np.float32(0.7) * 8
         logprobs = await reference.logprobs(make_rows(9), temperature=1.0)
         died = lost is not None and (dies_at == "logprobs" or history[-1:] in ("p", "e"))
         assert len(pool.lives[lost or 0]) == 1 + died

@@ -10,7 +10,7 @@ from test_policy_gradient import CONTEXT
 
 from rayhf.algorithms.routing import PeopleConfig, route
 from rayhf.control.commands import FileControl
-from rayhf.control.labels import unanswered_pairs
+from rayhf.control.labels import unanswered
 from rayhf.episodes import Inserted
 from rayhf.errors import ConfigError
 from rayhf.monitoring.audit import audit
@@ -138,9 +138,9 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
 def test_a_label_judges_a_pair_in_either_order():
     row = given_row("p", (1,), (2,))
     pair = Example(rows=(replace(row, sample=3), replace(row, sample=1)))
-    assert unanswered_pairs(7, [pair], [{"pair_id": "7/p/1/2"}, {"pair_id": "6/p/1/3"}]) == (pair,)
+    assert unanswered(7, [pair], [{"pair_id": "7/p/1/2"}, {"pair_id": "6/p/1/3"}]) == (pair,)
     for pair_id in ("7/p/1/3", "7/p/3/1"):
-        assert unanswered_pairs(7, [pair], [{"pair_id": pair_id}]) == ()
+        assert unanswered(7, [pair], [{"pair_id": pair_id}]) == ()
 
 
 @pytest.mark.parametrize("every", [0, 2, 20])

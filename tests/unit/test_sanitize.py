@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from campaigns import make_config, run_campaign
@@ -15,7 +16,7 @@ from launch.sanitize import plain
 from launch.summary import summary
 from launch.view import LiveView
 from rayhf.control.commands import FileControl
-from rayhf.control.labels import UncertainPair
+from rayhf.control.questions import UncertainCompletion, UncertainPair
 from rayhf.errors import CheckpointError, ScorerError
 from rayhf.run_dir.progress import Event
 from rayhf.run_dir.state import write_state
@@ -82,7 +83,12 @@ def test_status_and_verify(hostile_run):
 
 
 class Campaign(FileControl):
-    """A campaign with a hostile event and a hostile pair."""
+    """A campaign with a hostile event, a hostile pair and a hostile completion."""
+
+    takes_thumbs = False
+
+    def status(self):
+        return SimpleNamespace(takes_thumbs=self.takes_thumbs)
 
     def watch(self, is_active):
         yield Event(time="2026-11-21T12:00:00", epoch=1, kind="fault", message=HOSTILE)
@@ -95,13 +101,23 @@ class Campaign(FileControl):
             )
         ]
 
+    def uncertain_completions(self, count):
+        messages = ({"role": HOSTILE, "content": HOSTILE},)
+        return [
+            UncertainCompletion(
+                completion_id="1/p/0", messages=messages, completion=HOSTILE, certainty=0.0
+            )
+        ]
 
-def test_watching_and_judging(tmp_path, monkeypatch):
+
+@pytest.mark.parametrize(("takes_thumbs", "texts"), [(False, 5), (True, 4)])
+def test_watching_and_judging(tmp_path, monkeypatch, takes_thumbs, texts):
     console, control = screen(), Campaign(tmp_path)
+    control.takes_thumbs = takes_thumbs
     watch(control, console)
     monkeypatch.setattr("sys.stdin", io.StringIO("q\n"))
     label(control, console, file=None, count=1)
-    assert not STEERING & set(shown(console)) and shown(console).count("\\x1b[2J") >= 5
+    assert not STEERING & set(shown(console)) and shown(console).count("\\x1b[2J") >= texts
 
 
 def test_directorys_name_in_the_summary(tmp_path):

@@ -272,7 +272,8 @@ def test_transform_precedes_the_normalizer() -> None:
     [(good, bad)] = engine.score([request("text", "4")])
     assert (good, bad) == (Scored(value=0.0, parts={"m": 1.0}), Invalid(reason="m: ?"))
     assert engine.state_dict() == {
-        "normalizers": {"m": {"count": 1, "mean": math.log(0.5), "squares": 0.0}}
+        "normalizers": {"m": {"count": 1, "mean": math.log(0.5), "squares": 0.0}},
+        "curricula": {},
     }
 
 
