@@ -96,6 +96,7 @@ JUDGED = "generated tokens, those of judgments included"
 
 GRPO = _setup("GRPO", "grpo_arithmetic")
 ONLINE_DPO = _setup("online DPO", "online_dpo_arithmetic")
+MCTS_DPO = _setup("MCTS-DPO", "mcts_dpo_arithmetic", "run.iterations=28")
 OFFLINE_DPO = _setup(
     "offline DPO: one sync, at the end",
     "semi_online_dpo_arithmetic",
@@ -197,7 +198,14 @@ CASES = {
     "mcts_dpo": _case(
         ARITHMETIC,
         "generated tokens",
-        _setup("MCTS-DPO", "mcts_dpo_arithmetic", "run.iterations=28"),
+        MCTS_DPO,
+        ONLINE_DPO,
+    ),
+    "tpo": _case(
+        ARITHMETIC,
+        "generated tokens",
+        _setup("TPO", "tpo_arithmetic", "run.iterations=28"),
+        MCTS_DPO,
         ONLINE_DPO,
     ),
     "tournament": _case(
@@ -210,6 +218,7 @@ CASES = {
     "inpo": _game("INPO", "inpo_game"),
     "nash_md": _game("Nash-MD", "nash_md_game"),
     "dno": _game("DNO", "dno_game"),
+    "mnpo": _game("MNPO", "mnpo_game"),
     "self_rewarding": _case(INSTRUCTIONS, JUDGED, SELF_REWARDING, SELF_REWARDING_DPO),
     "train_judge": _case(
         INSTRUCTIONS,
