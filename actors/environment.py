@@ -10,7 +10,7 @@ import os
 
 from rayhf.config.import_path import USER_FOLDER, user_folder
 from rayhf.models.hub import OFFLINE
-from rayhf.rollout.env import Device, engine_env
+from rayhf.rollout.env import Device, engine_env, openmp_env
 
 
 def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str, str]:
@@ -38,6 +38,7 @@ def process_env(device: Device, threads: int | None, *, vllm: bool) -> dict[str,
         # Large pages for malloc: a weight update allocates each layer anew, and half of its time
         # would go into page faults.
         env["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+        env |= openmp_env()
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)
     if vllm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +15,17 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rayhf.tiny import TaskInfo
 
-_LINES = 4
-"""Lines per stage where the output is no terminal."""
+_EVERY_S = 15.0
+"""Seconds between two lines of a stage where the output is no terminal."""
 
 
 def build_with_progress(
     directory: Path, *, tasks: Sequence[str], seed: int, console: Console
 ) -> dict[str, TaskInfo]:
     """Build the parts that are missing; return in no time when none is."""
+    from rayhf.rollout.env import openmp_env
+
+    os.environ.update(openmp_env())
     from rayhf.tiny import build
 
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
@@ -29,17 +33,18 @@ def build_with_progress(
         *columns, console=console, disable=not console.is_terminal, transient=True
     ) as progress:
         line = progress.add_task("tiny world", total=1.0)
-        seen: set[tuple[str, int]] = set()
         started = time.monotonic()
+        shown: dict[str, float] = {}
+        """By stage, when its last line was shown."""
 
         def show(stage: str, fraction: float) -> None:
             progress.update(line, description=f"tiny world: {stage}", completed=fraction)
-            step = (stage, int(fraction * _LINES))
-            if step not in seen and not console.is_terminal:
-                seconds = time.monotonic() - started
-                text = f"tiny world: {stage}, {fraction:.0%} ({seconds:.0f} s)"
+            now = time.monotonic()
+            due = now - shown.get(stage, -_EVERY_S) >= _EVERY_S or fraction == 1.0
+            if due and not console.is_terminal:
+                text = f"tiny world: {stage}, {fraction:.0%} ({now - started:.0f} s)"
                 console.print(text, markup=False, highlight=False)
-            seen.add(step)
+                shown[stage] = now
 
         return build(directory, tasks=tasks, seed=seed, progress=show)
 

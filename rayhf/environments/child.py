@@ -94,7 +94,7 @@ class _Host:
             async with limit:
                 status, value = await self._answer(kind, episode, argument)
             text = json.dumps([number, status, value])
-            over = kind == "close" or value["done"]
+            over = kind == "close" or status != "ok" or value["done"]
         except BaseException as error:  # noqa: BLE001 - foreign code may raise anything
             if limit.expired():
                 result = ["late", f"no answer within {self._timeout_s:g} s"]

@@ -14,6 +14,20 @@ from rayhf.errors import ConfigError
 Device = Literal["cpu", "gpu"]
 
 
+def openmp_env() -> dict[str, str]:
+    """Return the variables that keep OpenMP's threads from spinning for long.
+
+    To be set before torch is imported. By default a thread that waits for the others of its team
+    spins for about a millisecond. Where other processes use the cores, too, the one that it waits
+    for then does not run: two runs on two cores, each training a small model with two threads,
+    took more than ten times as long as one. With 5,000 turns they took 3.6 times as long, without
+    any 1.9 times; one run alone, 1.0 and 1.4 times. No bit of a result depends on it.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return {}  # inherited
+    return {"GOMP_SPINCOUNT": "5000"}
+
+
 def engine_env(device: Device, threads: int | None = None) -> dict[str, str]:
     """Return the variables for a process that will build a RolloutEngine on `device`.
 
@@ -36,6 +50,7 @@ def engine_env(device: Device, threads: int | None = None) -> dict[str, str]:
         # vLLM pins threads to cores by default; on a shared machine that puts every engine on the
         # same cores.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        env |= openmp_env()
         env["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
     return env
 
