@@ -106,9 +106,13 @@ def _start_ray(directory: Path, *, cpus: int) -> None:
             _temp_dir=str(directory),
         )
     except Exception as error:  # Ray raises plain Exceptions for slow and failed processes
-        kind = StorageError if is_full_disk(error) else ActorLostError
         line = clean_line((str(error).strip().splitlines() or [type(error).__name__])[0])
-        raise kind(f"Ray did not start on this machine: {line}") from error
+        text = f"Ray did not start on this machine: {line}"
+        if is_full_disk(error):
+            raise StorageError(text) from error
+        raise ActorLostError(
+            f"{text}; a busy machine can be too slow: the same command tries again"
+        ) from error
 
 
 def _check_loopback() -> None:

@@ -78,7 +78,14 @@ def changes(run: Run) -> list[Change]:
                 after=points[-1][1],
                 difference=None,
             )
-    return [rows[name] for name in sorted(rows)]
+    return [rows[name] for name in sorted(rows, key=_place)]
+
+
+def _place(metric: str) -> tuple[int, str]:
+    """Return the place of a metric in the table: what is trained for comes first."""
+    kind = metric.rpartition("/")[2]
+    order = ("sampled", "greedy")
+    return (order.index(kind) if kind in order else len(order)), metric
 
 
 @lru_cache(maxsize=4000)

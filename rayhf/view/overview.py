@@ -139,8 +139,19 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("data at", "\n".join(f"{name} {at[:12]}" for name, at in state.datasets.items())),
         ("versions", ", ".join(f"{name} {version}" for name, version in packages.items())),
         ("attempts", str(state.epoch)),
+        ("time", _time(run.metrics())),
     ]
     return [(label, text) for label, text in facts if text]
+
+
+def _time(metrics: Sequence[Mapping[str, float]]) -> str:
+    """Return how long the iterations took; start-ups are not among it."""
+    lines = [line for line in metrics if line.get("iteration", 0) > 0]
+    total = round(sum(line.get("time/iteration_s", 0.0) for line in lines))
+    hours, seconds = divmod(total, 3600)
+    parts = [(hours, "h"), (seconds // 60, "min"), (seconds % 60, "s")]
+    text = " ".join(f"{count} {unit}" for count, unit in parts if count)
+    return f"{text} of iterations, without start-ups" if text else ""
 
 
 def _has_type(value: object) -> bool:
@@ -235,6 +246,7 @@ def _waits(metrics: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
         ("held-out evaluation; learner waits", seconds("evaluate")),
         ("tables, checkpoints and the rest", max(0.0, total - explore - outside)),
     ]
+    rows.append(("all iterations", total))
     return [{"what": what, "seconds": s, "share": s / total} for what, s in rows]
 
 

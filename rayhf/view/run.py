@@ -147,9 +147,13 @@ def _config(run: Path, _changed: str) -> Mapping[str, Any]:
 
 
 def scorer_names(config: Mapping[str, Any]) -> list[str]:
-    """Return the names of the training scorers."""
+    """Return what the training scorers are called: by name, or type and function."""
     entries = config.get("scorer", {}).get("train") or []
-    return [str(e.get("name") or e.get("type")) for e in entries if isinstance(e, Mapping)]
+    return [
+        str(e.get("name") or " ".join(str(e[key]) for key in ("type", "function") if e.get(key)))
+        for e in entries
+        if isinstance(e, Mapping)
+    ]
 
 
 def find_runs(root: Path) -> dict[str, Path]:

@@ -39,6 +39,7 @@ def run(tmp_path, monkeypatch):
     (run / "policy" / "adapter" / "adapter_model.safetensors").write_text("adapter")
     settings = {"base_model_name_or_path": "/cache/snapshot", "revision": None, "r": 2}
     (run / "policy" / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    (run / "policy" / "steps").unlink()  # the fake learner's
     write_manifest(run / "policy", {})
     return run
 

@@ -144,7 +144,7 @@ def test_pairs_have_their_texts(run):
     group = read_groups(run, pair["iteration"], [pair["prompt_id"]])[0]
     texts = [group["samples"][row["sample"]]["text"] for row in pair["rows"]]
     assert [row["text"] for row in pair["rows"]] == texts
-    assert pair["margin"] == 1.0 and pair["origin"] == "rule"
+    assert pair["margin"] == 1.0 and pair["origin"] == "rule a:b"
 
 
 def test_words_of_judges_are_beside_samples_and_pairs(run):
@@ -220,6 +220,7 @@ def test_overview_has_facts_curves_and_alarms(run):
     view = run_overview(run)
     facts = dict(view["facts"])
     assert view["state"] == "done" and view["advice"].endswith("run/policy")
+    assert facts["time"] == "30 s of iterations, without start-ups"
     assert facts["algorithm"] == "online_dpo, loss sigmoid" and "torch 2.13.0" in facts["versions"]
     assert view["curves"]["reference/kl"] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     assert [alarm["kind"] for alarm in view["alarms"]] == ["fault", "warn"]
@@ -278,6 +279,7 @@ def test_timeline_has_phases_waits_and_checkpoints(run):
     assert all(phase["start"] <= phase["end"] for phase in view["phases"])
     waits = {row["what"].split(" ")[0]: row["seconds"] for row in view["waits"]}
     assert waits["learner"] == 4.0 and waits["tables,"] == pytest.approx(10.0)
+    assert waits["all"] == 30.0
     assert view["checkpoints"][0]["name"] == view["committed"] == "iteration-000004"
 
 
