@@ -249,6 +249,8 @@ def test_bands_of_a_long_run_are_thinned_out(run, monkeypatch):
 
 def test_changes_are_paired(run):
     by_name = {row["metric"]: row for row in run_overview(run)["changes"]}
+    kinds = [name.rpartition("/")[2] for name in by_name]
+    assert kinds[:2] == ["sampled", "greedy"]  # what is trained for comes first
     sampled = by_name["eval/toy/sampled"]
     assert sampled["prompts"] == 6 and sampled["iterations"] == (0, 4)
     # Every prompt gained the same: no doubt about the difference, though much about the means.
