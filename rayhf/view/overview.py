@@ -49,7 +49,7 @@ def run_overview(run: Run) -> dict[str, Any]:
         "advice": status.advice,
         "iteration": status.iteration,
         "iterations": status.iterations,
-        "phase": status.phase if status.state in ("running", "stalled", "paused") else "",
+        "phase": status.phase,
         "eta_s": status.eta_s,
         "task": run.config.get("prompts", {}).get("task") or "",
         "thinned": len(metrics) if len(shown) < len(metrics) else None,

@@ -175,7 +175,7 @@ function factsOf(run) {
     h("dl", { class: "facts" },
       h("dt", {}, "state"), h("dd", {}, badge(run.state, kind[run.state]), ` ${run.iteration} of ${run.iterations} iterations${left}`),
       run.reason && [h("dt", {}, "reason"), h("dd", {}, run.reason)],
-      run.phase && [h("dt", {}, "phase"), h("dd", {}, run.phase)],
+      run.phase && [h("dt", {}, "under way"), h("dd", {}, run.phase)],
       h("dt", {}, "next step"), h("dd", {}, run.advice),
       run.facts.map(([label, text]) => [h("dt", {}, label), h("dd", {}, text)])),
     run.thinned && h("p", { class: "quiet" }, `The curves show ${run.x.length} of ${run.thinned} iterations.`),
