@@ -24,8 +24,9 @@ def lines_of(table):
 def test_every_difference_has_an_interval(tmp_path):
     lines = lines_of(summary(write_run(tmp_path), "toy"))
     text = "\n".join(lines)
+    (end,) = (line for line in lines if line.endswith("┘"))
     assert "…" not in text and all(
-        line.endswith(("┓", "┃", "┩", "│", "┤", "┘")) for line in lines[1:]
+        line.endswith(("┓", "┃", "┩", "│", "┤", "┘")) for line in lines[1 : lines.index(end) + 1]
     )
     (first,) = (n for n, line in enumerate(lines) if "held-out, temperature 1" in line)
     cells = [cell.strip() for cell in lines[first].split("│")[2:5]]
@@ -34,6 +35,10 @@ def test_every_difference_has_an_interval(tmp_path):
     assert lines[first + 1].split("│")[4].strip() == "0.400 to 0.400"
     for name in ("held-out, greedy", "eval/pairs/", "training reward"):
         assert name in text
+    assert (
+        "eval/pairs/pair_accuracy: held-out pairs that the implicit reward ranks (share)"
+        in " ".join(text.split())
+    )
     differences = [line for line in lines if re.search(r"│ +[+-]\d+\.\d{3} │$", line)]
     followed = [lines[lines.index(line) + 1] for line in differences]
     assert len(differences) == 4 and all(INTERVAL.search(line) for line in followed)
