@@ -103,3 +103,17 @@ def crash() -> None:
 
 def undocumented(x):
     return x
+
+
+class Elsewhere(Echo):
+    """Needs a package that only another interpreter has."""
+
+    class Config(EchoConfig):
+        """Nothing."""
+
+        type: str = "own_environments:Elsewhere"
+
+    async def step(self, message):
+        import only_there
+
+        return rayhf.StepResult(messages=only_there.WORD, done=True)
