@@ -2,11 +2,11 @@
 
 In: JSON lines on the request pipe, first {"path" (empty: the interpreter's own, which may be one
 without rayhf), "module", "class", "config", and the limits "memory_bytes", "file_bytes",
-"timeout_s", "network"}, then per request [number, kind, episode,
-argument]: "reset" with {"row", "seed"}, "step" with a message, "close" with null. Out, on the
-response pipe: one line that says ready or refused, then one [number, status, value] per request, in
-the order in which they are known. Status "ok" has the values of a StepResult; "raised", "late" and
-"lost" have a reason. Pipes, namespaces and limits are those of a rule (rayhf/scorer/rule_child.py).
+"timeout_s", "network"}, then per request [number, kind, episode, argument]: "reset" with {"row",
+"seed"}, "step" with a message, "close" with null. Out, on the response pipe: one line that says
+ready or refused, then one [number, status, value] per request, in the order in which they are
+known. Status "ok" has the values of a StepResult; "raised", "late" and "lost" have a reason. Pipes,
+namespaces and limits are those of a rule (rayhf/scorer/rule_child.py).
 
 Imports only the standard library until the path is set.
 """
@@ -36,7 +36,7 @@ def main() -> None:
         sys.path[:] = hello["path"]
     else:
         sys.path.append(os.getcwd())
-        import_rayhf()
+        _import_rayhf()
     from rayhf.scorer.rule_call import describe_error
     from rayhf.scorer.rule_child import die_with_parent, limit_resources, send
     from rayhf.scorer.rule_namespaces import enter
@@ -56,7 +56,7 @@ def main() -> None:
     asyncio.run(host.serve(requests))
 
 
-def import_rayhf() -> None:
+def _import_rayhf() -> None:
     """Import rayhf from this file's directory, and nothing else that is installed beside it."""
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     spec = spec_from_file_location(

@@ -117,3 +117,16 @@ class Elsewhere(Echo):
         import only_there
 
         return rayhf.StepResult(messages=only_there.WORD, done=True)
+
+
+class Described(Echo):
+    """Has a tool that its prompts are rendered with."""
+
+    class Config(EchoConfig):
+        """Nothing."""
+
+        type: str = "own_environments:Described"
+
+    @classmethod
+    def tools(cls, config):
+        return [{"type": "function", "function": {"name": "add", "parameters": {}}}]

@@ -5,11 +5,12 @@ import json
 import venv
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pydantic
 import pytest
 from chat_tokenizer import make_tokenizer
-from own_environments import EchoConfig, Elsewhere, Unloadable
+from own_environments import Described, EchoConfig, Elsewhere, Unloadable
 
 from rayhf.config.environments import EnvironmentConfig
 from rayhf.config.load import load_config
@@ -20,6 +21,7 @@ from rayhf.environments.tool_calls import ToolCall, tool_calls
 from rayhf.environments.tools import ToolsConfig
 from rayhf.episodes import StepRequest, StepResult
 from rayhf.errors import ConfigError
+from rayhf.planning.environments import open_environments
 from rayhf.planning.preflight import check_settings
 from rayhf.types import Failed, Invalid
 
@@ -279,6 +281,10 @@ def test_a_template_that_does_not_only_append_is_refused(template, message):
 def test_a_role_that_the_template_refuses_is_refused():
     with pytest.raises(ConfigError, match=r"role 'tool' cannot be rendered"):
         check_replies(Chat(make_tokenizer(), max_length=256), ["tool"])
+    # An environment with tools answers in that role, whatever it answers in besides.
+    campaign = SimpleNamespace(environment=(Described.Config(),))
+    with pytest.raises(ConfigError, match=r"role 'tool' cannot be rendered"):
+        open_environments(campaign, Chat(make_tokenizer(), max_length=256), HERE)
 
 
 # ------------------------------------------------------------------------------------------ configs
