@@ -245,7 +245,8 @@ METRICS: tuple[Metric, ...] = (
         (
             "rollout/mismatch_kl",
             "nats/token",
-            "KL(rollout engine || learner) of the same tokens: precision and staleness",
+            "KL(rollout engine || learner before its first step) of the same tokens: precision "
+            "and staleness",
         ),
         ("rollout/mismatch_abs_max", "nats", "largest gap of one token's log-probs"),
         (
