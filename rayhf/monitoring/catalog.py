@@ -476,6 +476,11 @@ METRICS: tuple[Metric, ...] = (
         ("eval/<task>/greedy", "score", "mean score of greedy decoding (temperature 0)"),
         ("eval/<task>/reward", "score", "training scorer's mean, where evaluation has its own"),
         ("eval/<task>/refined", "score", "mean score after the algorithm's test-time work"),
+        (
+            "eval/<task>/unscored",
+            "share",
+            "completions at temperature 1 without a score, left out of the means",
+        ),
         ("eval/<task>/length", "tokens", "mean length at temperature 1"),
         ("eval/<task>/truncated", "share", "completions cut at rollout.max_tokens, temperature 1"),
         ("eval/<task>/thinking_tokens", "tokens", "mean length of the thinking"),
