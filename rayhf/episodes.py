@@ -151,7 +151,8 @@ def join_turns(parts: Sequence[Completion]) -> Completion:
 
     The tokens between two parts are a reply: the later part's context ends with them.
     """
-    episodes = [_part(completion) for completion in parts]
+    episodes = [part_of(completion) for completion in parts]
+    contexts = [each.context_ids for each in episodes if each.context_ids is not None]
     metrics: dict[str, float] = {}
     for episode in episodes:
         for name, value in episode.metrics.items():
@@ -159,8 +160,8 @@ def join_turns(parts: Sequence[Completion]) -> Completion:
     joined = replace(
         episodes[-1],
         turns=tuple(turn for episode in episodes for turn in episode.turns),
-        inserted=_joined_replies(parts),
-        context_ids=episodes[0].context_ids,
+        inserted=replies_between(parts, contexts),
+        context_ids=contexts[0],
         metrics=metrics,
     )
     oldest = parts[-1].policy_version
@@ -179,7 +180,8 @@ def join_turns(parts: Sequence[Completion]) -> Completion:
     )
 
 
-def _part(completion: Completion) -> Episode:
+def part_of(completion: Completion) -> Episode:
+    """Return the part of an episode that a turn of it has."""
     assert completion.episode is not None
     return completion.episode
 
@@ -190,24 +192,25 @@ def _versions(completion: Completion) -> TokenArray:
     return np.full(len(completion.token_ids), completion.policy_version, np.int32)
 
 
-def _joined_replies(parts: Sequence[Completion]) -> Inserted | None:
-    """Return the replies within the parts and between them, but none after the last token."""
+def replies_between(parts: Sequence[Completion], contexts: Sequence[TokenArray]) -> Inserted | None:
+    """Return the tokens between consecutive parts, beside those within them, of the whole.
+
+    `contexts` are what each part continues. Nothing is left after the last token. None where no
+    token is between others.
+    """
     ids: list[int] = []
     before: list[int] = []
     generated = 0
-    end = 0
-    for part in parts:
-        episode = _part(part)
-        assert episode.context_ids is not None
-        if part is not parts[0]:
-            reply = episode.context_ids[end:].tolist()
-            ids += reply
-            before += [generated] * len(reply)
-        end = len(episode.context_ids) + len(part.token_ids)
-        if episode.inserted is not None:
-            ids += episode.inserted.token_ids.tolist()
-            before += (episode.inserted.before + generated).tolist()
-            end += len(episode.inserted.token_ids)
+    end = len(contexts[0])
+    for part, context in zip(parts, contexts, strict=True):
+        ids += context[end:].tolist()
+        before += [generated] * (len(context) - end)
+        end = len(context) + len(part.token_ids)
+        within = None if part.episode is None else part.episode.inserted
+        if within is not None:
+            ids += within.token_ids.tolist()
+            before += (within.before + generated).tolist()
+            end += len(within.token_ids)
         generated += len(part.token_ids)
     kept = sum(place < generated for place in before)
     return inserted_tokens(ids[:kept], before[:kept])

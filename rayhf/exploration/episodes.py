@@ -53,7 +53,7 @@ class Sender(Protocol):
 
 
 @dataclass(slots=True)
-class _State:
+class State:
     """An episode under way."""
 
     index: int
@@ -106,22 +106,23 @@ class EpisodePlayer:
 
     async def play(self, n: int) -> tuple[Completion, ...]:
         """Return n episodes."""
-        states = await self._play(n)
-        return tuple(map(self._whole, states))
+        seeds = [self._derive_seed("environment", self._number, index) for index in range(n)]
+        return tuple(map(self._whole, await self.play_states(seeds)))
 
-    async def _play(self, n: int) -> list[_State]:
-        self._n = n
+    async def play_states(self, seeds: Sequence[int]) -> list[State]:
+        """Play an episode for each of the environment's seeds, to its end."""
+        self._n = len(seeds)
         states = [
-            _State(index, self._prompt.token_ids, self._derive_seed("sample", self._number, index))
-            for index in range(n)
+            State(index, self._prompt.token_ids, self._derive_seed("sample", self._number, index))
+            for index in range(self._n)
         ]
-        await asyncio.gather(*map(self._reset, states))
+        await asyncio.gather(*map(self._begin, states, seeds))
         first = await self._first_turns([s for s in states if s.ended is None])
         await asyncio.gather(*(self._finish(s, first.get(s.index)) for s in states))
         return states
 
-    async def _reset(self, state: _State) -> None:
-        seed = self._derive_seed("environment", self._number, state.index)
+    async def _begin(self, state: State, seed: int) -> None:
+        """Start the environment."""
         result = await self._step(state, 0, row=self._prompt.row, seed=seed)
         if not isinstance(result, StepResult):
             self._fail(state, result)
@@ -142,7 +143,7 @@ class EpisodePlayer:
     def _invalid(self, reason: str) -> Invalid:
         return Invalid(reason=f"environment {self._name}: {reason}")
 
-    async def _first_turns(self, states: Sequence[_State]) -> dict[int, Completion]:
+    async def _first_turns(self, states: Sequence[State]) -> dict[int, Completion]:
         """Return the first turn of each episode, by index; one request where all begin alike."""
         begun = [state for state in states if self._room(state) > 0]
         if len(begun) == self._n and len({state.context for state in begun}) == 1:
@@ -155,7 +156,7 @@ class EpisodePlayer:
         answers = await asyncio.gather(*requests)
         return {state.index: turn for state, (turn,) in zip(begun, answers, strict=True)}
 
-    async def _finish(self, state: _State, turn: Completion | None) -> None:
+    async def _finish(self, state: State, turn: Completion | None) -> None:
         """Play an episode to its end."""
         if state.ended is None and turn is None:
             self._fail(state, self._invalid("its first messages leave no room for a turn"))
@@ -169,7 +170,7 @@ class EpisodePlayer:
         if state.is_open:
             await self._step(state, len(state.turns) + 1)
 
-    async def _answer(self, state: _State, turn: Completion) -> None:
+    async def _answer(self, state: State, turn: Completion) -> None:
         """Add a turn and the environment's answer, which may end the episode."""
         said = Turn(role="assistant", content=turn.text, tokens=len(turn.token_ids))
         if turn.finish_reason == "length":
@@ -204,7 +205,7 @@ class EpisodePlayer:
             state.replied += len(reply)
 
     def _reply(
-        self, state: _State, turn: Completion, messages: Sequence[Message]
+        self, state: State, turn: Completion, messages: Sequence[Message]
     ) -> tuple[tuple[int, ...], Ended | Invalid | None]:
         """Return the tokens of a reply, and why no turn can follow it; None where one can."""
         if not messages:
@@ -221,7 +222,7 @@ class EpisodePlayer:
 
     def _add(
         self,
-        state: _State,
+        state: State,
         turn: Completion,
         messages: Sequence[Turn],
         ended: Ended | None,
@@ -243,7 +244,7 @@ class EpisodePlayer:
         state.generated += len(turn.token_ids)
         state.ended = ended
 
-    def _fail(self, state: _State, problem: Invalid | Failed) -> None:
+    def _fail(self, state: State, problem: Invalid | Failed) -> None:
         """End an episode before another turn; a turn without tokens has the reason."""
         nothing = Completion(
             prompt_id=self._prompt.prompt_id,
@@ -257,7 +258,7 @@ class EpisodePlayer:
         )
         self._add(state, nothing, [], "failed", problem=problem)
 
-    def _room(self, state: _State, *, generated: int = 0, replied: int = 0) -> int:
+    def _room(self, state: State, *, generated: int = 0, replied: int = 0) -> int:
         """Return how many tokens the next turn may have, after so many more."""
         limits = [
             self._sampling.max_tokens - state.generated - generated,
@@ -267,7 +268,7 @@ class EpisodePlayer:
         return min(limits)
 
     async def _generate(
-        self, state: _State, number: int, seeds: tuple[int, ...]
+        self, state: State, number: int, seeds: tuple[int, ...]
     ) -> tuple[Completion, ...]:
         return await self._sender.generate(
             GenerateRequest(
@@ -282,7 +283,7 @@ class EpisodePlayer:
 
     async def _step(
         self,
-        state: _State,
+        state: State,
         turn: int,
         *,
         row: Mapping[str, object] | None = None,
@@ -301,7 +302,7 @@ class EpisodePlayer:
             )
         )
 
-    def _whole(self, state: _State) -> Completion:
+    def _whole(self, state: State) -> Completion:
         """Return an episode as one completion."""
         whole = join_turns(state.turns)
         episode = whole.episode
