@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 NAME = "rayhf_tree"
 """Name of this attention function in transformers."""
 FLEX_DEVICES = ("cuda",)
-BLOCK = 256
-"""Nodes of a block of queries on CPU."""
+BLOCK = 128
+"""Nodes of a block of queries on CPU. Larger ones see more keys of other branches, smaller ones are
+more calls; on short completions 128 and 64 are the fastest."""
 
 
 @dataclass(frozen=True, slots=True)
