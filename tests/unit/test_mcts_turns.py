@@ -256,6 +256,7 @@ def test_an_environment_that_does_not_repeat_itself_is_named(kind, words):
             assert sample.completion.episode.ended == "failed"
             assert "estimate" not in sample.stats
     refused = {i for i, s in enumerate(group.samples) if isinstance(s.outcome, Invalid)}
+    assert kind != "first" or len(refused) == len(group.samples)
     selection = MCTSDPO(MCTSDPOConfig(**TREE, **EVERY_PAIR)).select(groups, SELECTION)
     assert not {row.sample for e in selection.examples for row in e.rows} & refused
 
