@@ -45,6 +45,7 @@ from rayhf.errors import (
 from rayhf.monitoring.event_log import EventLog
 from rayhf.monitoring.observer import Observer
 from rayhf.monitoring.tracking import tracked
+from rayhf.planning.local_checks import check_local
 from rayhf.planning.placement import ActorSpec
 from rayhf.planning.precision import precision_warning
 from rayhf.planning.preflight import Prepared, overlap, prepare
@@ -63,6 +64,7 @@ def run_campaign(
     base = Path.cwd()
     interrupt = interrupt or Interrupt()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    check_local(config, base=base)
     known = read_state(config.run.dir)
     pinned, commits = pin_models(config, base, console, commits=known.models if known else None)
     prepared = prepare(pinned, base=base)

@@ -23,6 +23,7 @@ from rayhf.config.schema import CampaignConfig
 from rayhf.errors import PlacementError
 from rayhf.planning.comparisons import comparisons_table
 from rayhf.planning.host import check_hosts, host_bytes
+from rayhf.planning.local_checks import check_local
 from rayhf.planning.memory import GIB, Memory
 from rayhf.planning.pace import seconds_per_iteration
 from rayhf.planning.placement import (
@@ -54,6 +55,8 @@ class Pace:
 
 def check_config(config: CampaignConfig, console: Console, *, hardware: bool, pace: Pace) -> None:
     """Print the plan. Raises ConfigError or PlacementError for a run that cannot work."""
+    if hardware:
+        check_local(config, base=Path.cwd())
     algorithm, derived = check_settings(config)
     specs = actor_specs_of(config, algorithm)
     rows = derived.table(config)

@@ -97,7 +97,7 @@ def _load(config: EvalConfig, suites: Mapping[str, Suite], base: Path) -> tuple[
         if not (entries or config.judge or config.best_of):
             raise ConfigError(
                 f"{key}: nothing scores its completions; expected scorer, for example "
-                'scorer=[{type: rule, function: "my_rewards:correct"}]'
+                'scorer=[{type: rule, function: "rewards:correct"}]'
             )
         names = [entry.resolved_name for entry in entries]
         prompts = loader.load(suite.sources(key), key=f"{key}.prompts", scorers=names).prompts

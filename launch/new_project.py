@@ -29,6 +29,7 @@ from rayhf.config.schema import (
 from rayhf.config.scorers import ScorerConfig
 from rayhf.config.yaml_text import dump_flow
 from rayhf.errors import ConfigError
+from rayhf.models.source import tiny_hint
 
 Device = Literal["cpu", "gpu"]
 Values = Mapping[str, Any]
@@ -144,7 +145,8 @@ def _model(text: str) -> str:
         return str(path.resolve())
     if ModelName(text).repository is None:
         raise ConfigError(
-            f"--model: {text} is no directory; expected one, or a hub name such as Qwen/Qwen3-0.6B"
+            f"--model: {text} is no directory; expected one, or a hub name such as "
+            f"Qwen/Qwen3-0.6B{tiny_hint(Path(text))}"
         )
     return text
 

@@ -88,11 +88,10 @@ def _status_rows(status: Status) -> list[tuple[str, str]]:
         f"{name.removesuffix('/version')} version {value:.0f}"
         for name, value in status.versions.items()
     ]
-    active = status.state in ("running", "stalled", "paused")
     return [
         ("reason", status.reason),
         ("iterations", f"{status.iteration} of {status.iterations} committed{eta}"),
-        ("phase", status.phase if active else ""),
+        ("under way", status.phase),
         ("last progress", f"{age:.0f} s ago" if age is not None else "never"),
         ("locked by", status.holder),
         ("attempt", str(status.epoch)),

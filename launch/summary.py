@@ -13,6 +13,7 @@ from rich.table import Table
 from launch.sanitize import plain
 from rayhf.evaluation.statistics import Estimate, difference_of_means, mean_estimate
 from rayhf.evaluation.values import PromptValues, prompt_values
+from rayhf.monitoring.catalog import describe
 from rayhf.view.evaluations import Change, changes
 from rayhf.view.run import Run
 
@@ -47,13 +48,17 @@ def summary(path: Path, task: str) -> Table:
     table.add_column("95 % intervals over prompts", overflow="fold", min_width=18)
     for name in ("before", "after", "difference"):
         table.add_column(name, justify="right")
-    for label, change in _figures(changes(run), task):
+    figures = list(_figures(changes(run), task))
+    for label, change in figures:
         table.add_row(
             escape(plain(label)), *map(_cell, (change.before, change.after)), _gain(change)
         )
     reward = _training_reward(run)
     if reward is not None:
         table.add_row(*reward)
+    named = [label for label, change in figures if label == change.metric]
+    table.caption = escape(plain("\n".join(f"{each}: {describe(each)}" for each in named))) or None
+    table.caption_justify = "left"
     table.add_section()
     seconds = {
         name: sum(line.get(f"time/{name}_s", 0.0) for line in iterations)

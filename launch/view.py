@@ -98,6 +98,8 @@ def iteration_line(metrics: Mapping[str, float], iterations: int, task: str) -> 
         for name in ("sampled", "greedy")
         if f"eval/{task}/{name}" in metrics
     ]
+    if unscored := metrics.get(f"eval/{task}/unscored"):
+        evaluated.append(f"(of {1 - unscored:.0%}; the others have no score)")
     if evaluated:
         parts.append(f"| held-out {' '.join(evaluated)}")
     return "  ".join(parts)

@@ -36,7 +36,7 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -45,6 +45,20 @@ _ESCAPE_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1
 REASON_CHARS = 600
 """Limit on foreign text in a message."""
 _CUT = "\n[...]\n"
+
+
+SHOWN = 5
+"""Problems that one message lists."""
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Return problems of an input as one line: numbered where there are several."""
+    if len(problems) == 1:
+        return problems[0]
+    shown = "; ".join(f"({number}) {text}" for number, text in enumerate(problems[:SHOWN], 1))
+    more = len(problems) - SHOWN
+    rest = f"; {more} more, which are shown once these are corrected" if more > 0 else ""
+    return f"{len(problems)} problems: {shown}{rest}"
 
 
 def is_full_disk(error: BaseException) -> bool:

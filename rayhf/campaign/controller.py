@@ -197,7 +197,7 @@ class Controller:
         alarms = check_guards(self.store.history, self.config.guards, muted=self._muted)
         for alarm in alarms:
             if (alarm.guard, alarm.level) not in self._alarmed:
-                self.observer.event(alarm.level, alarm.message)
+                self.observer.event(alarm.level, f"guard {alarm.guard}: {alarm.message}")
         self._alarmed = {(alarm.guard, alarm.level) for alarm in alarms}
         return [alarm for alarm in alarms if alarm.level == "pause" and alarm.guard not in accepted]
 

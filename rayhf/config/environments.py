@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, PositiveFloat, PositiveInt
@@ -37,6 +38,10 @@ class EnvironmentConfig(PluginConfig):
     """Limit on one step, in seconds."""
     import_timeout_s: PositiveFloat = 60.0
     """Limit on importing its module, in seconds."""
+    python: Path | None = None
+    """Python interpreter of its processes, 3.11 or newer, with pydantic and numpy: of a virtual
+    environment with packages that cannot be installed beside rayhf. Its module is imported by rayhf
+    as well, so it imports such packages in its methods. Default: rayhf's own interpreter."""
     network: bool = False
     """It calls a service. Otherwise its processes have no network where the kernel allows that."""
 

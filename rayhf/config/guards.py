@@ -147,9 +147,8 @@ class MismatchGuard(_Rising):
     warn: PositiveFloat | None = 0.02
     pause: PositiveFloat | None = 0.1
     drift: NonNegativeFloat = 10.0
-    """Multiple of the first iterations' value that must also be exceeded in a stale iteration or
-    one with several optimizer steps, where the policy's own updates add to the metric. Ours:
-    sppo_game has 0.03 with 6 steps in float32."""
+    """Multiple of the first iterations' value that must also be exceeded in a stale iteration, to
+    whose value the policy's own updates add (ours)."""
 
 
 class NoSignalGuard(_Rising):

@@ -1,6 +1,7 @@
 """Load configs from a YAML file and dotted overrides.
 
-Out: a validated config, or a ConfigError of one line that names the key and the nearest valid one.
+Out: a validated config, or a ConfigError of one line that names every wrong key and the nearest
+valid one.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from rayhf.config.base import expand_path
 from rayhf.config.registry import Registry
 from rayhf.config.schema import CampaignConfig
 from rayhf.config.yaml_text import dump_yaml, parse_yaml
-from rayhf.errors import ConfigError, nearest
+from rayhf.errors import ConfigError, listed, nearest
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -151,28 +153,50 @@ def _child(node: Any, part: str, where: str, *, create: bool) -> Any:
 
 
 def _describe(error: ValidationError, root: type[BaseModel], data: object) -> str:
-    """Return the first problem in full, and how many more there are."""
+    """Return the problems as one line; several of one key are one problem."""
     problems = error.errors(include_url=False)
     # A misspelled key often also leaves a required one missing: the misspelling is the cause, so it
     # is shown first.
     problems.sort(key=lambda p: p["type"] != "extra_forbidden")
+    by_key: dict[str, list[ErrorDetails]] = {}
+    places: dict[str, tuple[str, type[BaseModel] | None]] = {}
+    for problem in problems:
+        location, section = _locate(problem["loc"], root, data)
+        key = ".".join(map(str, location))
+        by_key.setdefault(key, []).append(problem)
+        places.setdefault(key, (str(location[-1]) if location else "", section))
+    # A wrong item also leaves its list too short: what contains another problem is no further one.
+    causes = [key for key in by_key if not any(each.startswith(f"{key}.") for each in by_key)]
+    texts = [_problem(key, by_key[key], *places[key]) for key in causes]
+    return " ".join(listed(texts).split())
+
+
+def _problem(
+    key: str, problems: Sequence[ErrorDetails], name: str, section: type[BaseModel] | None
+) -> str:
+    """Return what is wrong with a key.
+
+    Args:
+        key: dotted.
+        problems: of the key; several where a value fits no member of a union.
+        name: last part of the key.
+        section: the section that has or lacks it.
+    """
     first = problems[0]
-    location, section = _locate(first["loc"], root, data)
-    key = ".".join(map(str, location))
+    message = first["msg"]
     if first["type"] == "extra_forbidden":
         valid = sorted(section.model_fields) if section else []
-        text = f"unknown key {key}{nearest(str(location[-1]), valid)}"
-    elif first["type"] == "missing":
-        text = f"{key} is missing"
-    elif first["type"] == "plugin":
+        return f"unknown key {key}{nearest(name, valid)}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] == "plugin":
         inner = first["ctx"]["key"]
-        text = f"{key}{f'.{inner}' if inner else ''}: {first['msg']}"
-    elif first["type"] == "value_error":  # one of our own checks: its message is complete
-        text = f"{key}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-    else:
-        text = f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return " ".join((text + more).split())
+        return f"{key}{f'.{inner}' if inner else ''}: {message}"
+    if first["type"] == "value_error":  # one of our own checks: its message is complete
+        return f"{key}: {message.removeprefix('Value error, ')}".removeprefix(": ")
+    others = [p["msg"].removeprefix("Input should be ") for p in problems[1:]]
+    expected = " or ".join(dict.fromkeys([f"{message[:1].lower()}{message[1:]}", *others]))
+    return f"{key}: {expected}, got {_short(first['input'])}"
 
 
 def _short(value: object) -> str:
@@ -201,8 +225,11 @@ def _locate(
             inside = [piece for kind in inside for piece in _items(kind)]
             section = _section_of(inside, data)
             continue
+        is_last = position == len(loc) - 1
+        if is_last and section is None and isinstance(data, str | int | float):
+            break  # the name of a union's member: a plain value has no keys
         written.append(part)
-        if position == len(loc) - 1:
+        if is_last:
             break
         if section is not None:
             field = section.model_fields.get(str(part))

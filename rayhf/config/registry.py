@@ -329,6 +329,7 @@ ENVIRONMENTS = Registry(
     "rayhf.environments",
     {
         "tools": "rayhf.environments.tools:Tools",
+        "verifiers": "rayhf.environments.verifiers:Verifiers",
         "openenv": "rayhf.environments.openenv:OpenEnv",
         "second_try": "rayhf.tiny.second_try:SecondTry",
         "rematch": "rayhf.tiny.rematch:Rematch",

@@ -19,7 +19,7 @@ from rayhf.errors import CheckpointError, ConfigError
 from rayhf.run_dir.files import MANIFEST, open_file, read_bytes
 from rayhf.run_dir.identity import read_config
 from rayhf.run_dir.lock import is_locked
-from rayhf.run_dir.names import check_links, event_logs
+from rayhf.run_dir.names import check_links, event_logs, numbered
 from rayhf.run_dir.progress import Event, Progress, parse_event, read_progress
 from rayhf.run_dir.state import CampaignState, read_state
 
@@ -58,6 +58,7 @@ class Status:
     iterations: int
     """Iterations that the config asks for."""
     phase: str
+    """What is under way after the last committed iteration; empty where nothing is."""
     progress_age_s: float | None
     """Seconds since anything moved; None where nothing ever did."""
     eta_s: float | None
@@ -130,7 +131,7 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
         takes_thumbs=campaign.takes_thumbs,
         iteration=campaign.iteration,
         iterations=iterations,
-        phase=_phase(progress),
+        phase=_phase(run, state, campaign.iteration, progress, latest),
         progress_age_s=age,
         eta_s=_eta_s(metrics, iterations - campaign.iteration) if state == "running" else None,
         versions={name: value for name, value in latest.items() if name.endswith("/version")},
@@ -187,11 +188,35 @@ def _advice(state: RunState, run: Path, campaign: CampaignState) -> str:
     }[state]
 
 
-def _phase(progress: Progress) -> str:
-    if progress.iteration is None:
+def _phase(
+    run: Path,
+    state: RunState,
+    committed: int,
+    progress: Progress,
+    latest: Mapping[str, float],
+) -> str:
+    """Describe the iterations after the committed one: the one under way, and finished ones."""
+    if state == "done":
         return ""
+    finished = int(latest.get("iteration", 0))
+    begun = set(numbered(run / "journal", "iteration-", ".journal"))
     count = f" {progress.done}/{progress.total}" if progress.total else ""
-    return f"iteration {progress.iteration}, {progress.phase}{count}"
+    parts = []
+    if progress.iteration is not None:
+        begun.add(progress.iteration)
+        if state in ("running", "stalled", "paused"):
+            parts.append(f"iteration {progress.iteration}, {progress.phase}{count}")
+    open_iterations = [each for each in begun if each > max(committed, finished)]
+    if not parts and open_iterations:
+        first = min(open_iterations)
+        where = f" ({progress.phase}{count})" if first == progress.iteration else ""
+        parts.append(f"iteration {first} is begun and not committed{where}")
+    if finished > committed:
+        which = f"iteration {finished} is"
+        if finished > committed + 1:
+            which = f"iterations {committed + 1} to {finished} are"
+        parts.append(f"{which} finished and not committed")
+    return "; ".join(parts)
 
 
 def _eta_s(metrics: Sequence[Mapping[str, float]], left: int) -> float | None:

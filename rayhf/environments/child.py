@@ -1,11 +1,12 @@
 """The process of an environment's episodes, started by process.py as a script.
 
-In: JSON lines on the request pipe, first {"path", "module", "class", "config", and the limits
-"memory_bytes", "file_bytes", "timeout_s", "network"}, then per request [number, kind, episode,
-argument]: "reset" with {"row", "seed"}, "step" with a message, "close" with null. Out, on the
-response pipe: one line that says ready or refused, then one [number, status, value] per request, in
-the order in which they are known. Status "ok" has the values of a StepResult; "raised", "late" and
-"lost" have a reason. Pipes, namespaces and limits are those of a rule (rayhf/scorer/rule_child.py).
+In: JSON lines on the request pipe, first {"path" (empty: the interpreter's own, which may be one
+without rayhf), "module", "class", "config", and the limits "memory_bytes", "file_bytes",
+"timeout_s", "network"}, then per request [number, kind, episode, argument]: "reset" with {"row",
+"seed"}, "step" with a message, "close" with null. Out, on the response pipe: one line that says
+ready or refused, then one [number, status, value] per request, in the order in which they are
+known. Status "ok" has the values of a StepResult; "raised", "late" and "lost" have a reason. Pipes,
+namespaces and limits are those of a rule (rayhf/scorer/rule_child.py).
 
 Imports only the standard library until the path is set.
 """
@@ -17,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any, BinaryIO
 
 LINE_BYTES = 1 << 28
@@ -30,7 +32,11 @@ def main() -> None:
         os.set_inheritable(fd, False)
     requests = open(request_fd, "rb", buffering=1 << 16)  # noqa: SIM115 - open until the end
     hello = json.loads(requests.readline())
-    sys.path[:] = hello["path"]
+    if hello["path"]:
+        sys.path[:] = hello["path"]
+    else:
+        sys.path.append(os.getcwd())
+        _import_rayhf()
     from rayhf.scorer.rule_call import describe_error
     from rayhf.scorer.rule_child import die_with_parent, limit_resources, send
     from rayhf.scorer.rule_namespaces import enter
@@ -48,6 +54,17 @@ def main() -> None:
     ready = {"ready": True, "apart": apart, "contained": contained, "tools": host.tools}
     send(response_fd, ready)
     asyncio.run(host.serve(requests))
+
+
+def _import_rayhf() -> None:
+    """Import rayhf from this file's directory, and nothing else that is installed beside it."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    spec = spec_from_file_location(
+        "rayhf", os.path.join(package, "__init__.py"), submodule_search_locations=[package]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules["rayhf"] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["rayhf"])
 
 
 class _Host:

@@ -55,6 +55,8 @@ class EnvironmentChild(Child):
     def __init__(self, config: EnvironmentConfig, *, base: Path, describe: bool = False) -> None:
         cls = ENVIRONMENTS.resolve(config.type)
         base = base.resolve()
+        if config.python is not None:
+            self.python = str(base / config.python)
         load = {
             "module": cls.__module__,
             "class": cls.__qualname__,
@@ -69,6 +71,13 @@ class EnvironmentChild(Child):
             raise ConfigError(
                 f"environment {config.resolved_name}: {config.type} could not be imported from "
                 f"{base}: {lost} (import_timeout_s is the limit)"
+            ) from None
+        except OSError as error:
+            if config.python is None:
+                raise
+            raise ConfigError(
+                f"environment {config.resolved_name}: {self.python} could not be started: "
+                f"{error.strerror}; expected an interpreter of Python 3.11 or newer (python)"
             ) from None
         if "refused" in ready:
             reason = clean_line(str(ready["refused"]))

@@ -99,8 +99,9 @@ async def evaluate(
     """Return the metrics of one held-out task.
 
     eval/<task>/{sampled,greedy} from `scorer`; eval/<task>/reward from the training scorer where it
-    is another one; of the samples eval/<task>/length in tokens, eval/<task>/truncated as a share,
-    and eval/<task>/reference_kl in nats per response; eval/<task>/refined is the score of the
+    is another one; of the samples eval/<task>/unscored, the share without a score, which the means
+    leave out, eval/<task>/length in tokens, eval/<task>/truncated as a share, and
+    eval/<task>/reference_kl in nats per response; eval/<task>/refined is the score of the
     samples after `improve`; of a thinking model the metrics of thinking_metrics. Where the prompts
     are of several sources, the same for each source: eval/<task>/<source>/... `record` gets the
     figures by prompt, `record_answers` a group per prompt, with samples of the kinds sampled,
@@ -122,6 +123,7 @@ async def evaluate(
         record_answers(_answer_groups(prompts, answers, outcomes))
     columns: dict[str, Sequence[float | None]] = {
         **{kind: _values(each) for kind, each in outcomes.items()},
+        "unscored": [float(not isinstance(outcome, Scored)) for outcome in outcomes["sampled"]],
         "length": [float(len(c.token_ids)) for c in sampled],
         "truncated": [float(c.finish_reason == "length") for c in sampled],
     }

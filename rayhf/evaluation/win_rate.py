@@ -97,7 +97,13 @@ class WinRateEvaluation:
             float(win[0, 1]) if win is not None and np.isfinite(win[0, 1]) else None for win in wins
         ]
         ids = [prompt.prompt_id for prompt in self._prompts]
+        gaps = [
+            None if win is None else float(len(contest.texts[0]) - len(contest.texts[1]))
+            for contest, win in zip(contests, judged, strict=True)
+        ]
+        # Both together give the paired difference of two length-controlled win rates.
         context.record(prompt_values(f"eval/{self._task}/win_rate", ids, judged))
+        context.record(prompt_values(f"eval/{self._task}/length_gap", ids, gaps))
         metrics = {
             f"eval/{self._task}/ties": ties(duels),
             f"eval/{self._task}/length_gap": float(duels.length_gap_D.mean()),

@@ -7,7 +7,7 @@ answers' lengths in characters. Out: estimates with bootstrap intervals over pro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +74,26 @@ def length_controlled(duels: Duels) -> Estimate:
 
     The bootstrap repeats the fit and the standardization.
     """
+    return bootstrap(_controlled_rate(duels), duels.prompts, resamples=_LC_RESAMPLES)
+
+
+def length_controlled_difference(before: Duels, after: Duels) -> Estimate:
+    """Return the change of the length-controlled win rate, paired by prompt.
+
+    Both have the same prompts under the same indices. The bootstrap draws prompts, and fits both
+    win rates to the same draw.
+    """
+    earlier = _controlled_rate(before)
+    later = _controlled_rate(after)
+
+    def change(chosen: Indices) -> float:
+        return later(chosen) - earlier(chosen)
+
+    return bootstrap(change, after.prompts, resamples=_LC_RESAMPLES)
+
+
+def _controlled_rate(duels: Duels) -> Callable[[Indices], float]:
+    """Return the length-controlled win rate as a function of prompts, which may repeat."""
     rows = _rows_by_prompt(duels)
 
     def controlled(chosen: Indices) -> float:
@@ -88,7 +108,7 @@ def length_controlled(duels: Duels) -> Estimate:
         design[:, 1] = 0.0
         return float(sigmoid(design @ coefficients).mean())
 
-    return bootstrap(controlled, duels.prompts, resamples=_LC_RESAMPLES)
+    return controlled
 
 
 def logistic_fit(design_DF: Array, target_D: Array, *, ridge: float = _RIDGE) -> Array:

@@ -113,14 +113,17 @@ def clipped_surrogate(
 def policy_metrics(logp_T: Tensor, micro: MicroBatch) -> dict[str, Tensor]:
     """Return the metrics that every loss on a policy reports, as shares of the step.
 
-    rollout/mismatch_kl: mean over tokens of behavior_logp - logp, the k1 estimate of KL(rollout ||
-    learner), nats per token. rollout/mismatch_abs_max: the largest absolute gap of a token.
+    rollout/mismatch_kl: mean over tokens of behavior_logp - old_logp, the k1 estimate of KL(rollout
+    || learner) before the iteration's first step, nats per token; logp is old_logp where there is
+    one step. rollout/mismatch_abs_max: the largest absolute gap of a token.
     reference/kl: mean per response of the summed logp - ref_logp, nats per response.
     reference/kl_k3: the same of k3, which is never negative.
     policy/entropy: mean over tokens, nats.
     """
     logp_T = logp_T.detach()
-    gap_T = fill_unknown(need(micro, "behavior_logp"), logp_T) - logp_T
+    # After a step the policy differs from the engine's for good: that is no mismatch.
+    before_T = fill_unknown(micro.tokens.get("old_logp", logp_T), logp_T)
+    gap_T = fill_unknown(need(micro, "behavior_logp"), before_T) - before_T
     metrics = {
         "rollout/mismatch_kl": aggregate(gap_T, micro, "token_mean"),
         "rollout/mismatch_abs_max": gap_T.abs().max() if gap_T.numel() else gap_T.sum(),

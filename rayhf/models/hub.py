@@ -124,7 +124,7 @@ def download(
             library_name="rayhf",
         )
     except (HTTPError, OSError) as error:
-        raise ConfigError(f"{key}: {_explain(error, model.name)}") from None
+        raise ConfigError(f"{key}: {_explain(error, model.name, begun=True)}") from None
 
 
 def obtain(value: object) -> None:
@@ -269,8 +269,11 @@ def _check_room(missing: int, name: ModelName, *, key: str) -> None:
         )
 
 
-def _explain(error: Exception, name: ModelName) -> str:
-    """Return one line: what went wrong with a hub name, and what to do."""
+def _explain(error: Exception, name: ModelName, *, begun: bool = False) -> str:
+    """Return one line: what went wrong with a hub name, and what to do.
+
+    `begun`: the hub has answered before, and files may be complete already.
+    """
     from huggingface_hub import constants, errors, get_token
 
     repository = _repository(name)
@@ -311,9 +314,15 @@ def _explain(error: Exception, name: ModelName) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{name} cannot be written to {constants.HF_HUB_CACHE} ({error.strerror})"
     reason = " ".join(str(cause).split())[:200]
+    if begun:
+        return (
+            f"the download of {name} from {endpoint} broke off ({reason}); the same command "
+            "continues it"
+        )
     return (
-        f"there is no directory {name}, and downloading it from {endpoint} failed ({reason}); the "
-        "same command continues the download"
+        f"there is no directory {name}, it is not complete in {constants.HF_HUB_CACHE}, and "
+        f"{endpoint} cannot be reached ({reason}); expected a model directory, or a connection to "
+        "the hub (HF_ENDPOINT names another one)"
     )
 
 

@@ -50,10 +50,16 @@ def read_model_config(path: Path, *, key: str) -> ModelConfig:
 
 
 def tiny_hint(path: Path) -> str:
-    """Return how to build a missing file of the tiny presets; "" for any other path."""
-    if ".tiny" in path.parent.parts:
-        return "; `rayhf tiny .tiny` builds the tiny presets' files"
-    return ""
+    """Return how to build a missing file of the tiny world; "" for any other path."""
+    parts = path.parts
+    if ".tiny" not in parts[:-1]:
+        return ""
+    place = parts.index(".tiny") + 1
+    root = Path(*parts[:place])
+    if root.is_relative_to(Path.cwd()):
+        root = root.relative_to(Path.cwd())
+    task = f" --task {parts[place]}" if parts[place + 1 :] else ""
+    return f"; it belongs to the tiny world, which `rayhf tiny {root}{task}` builds in minutes"
 
 
 def refuse_own_code(path: Path, config: ModelConfig, *, key: str) -> None:

@@ -245,7 +245,8 @@ METRICS: tuple[Metric, ...] = (
         (
             "rollout/mismatch_kl",
             "nats/token",
-            "KL(rollout engine || learner) of the same tokens: precision and staleness",
+            "KL(rollout engine || learner before its first step) of the same tokens: precision "
+            "and staleness",
         ),
         ("rollout/mismatch_abs_max", "nats", "largest gap of one token's log-probs"),
         (
@@ -467,16 +468,29 @@ METRICS: tuple[Metric, ...] = (
     *_rows(
         "evaluation of type scored, and prompts.heldout",
         ("eval/<task>/sampled", "score", "mean score at temperature 1"),
-        ("eval/<task>/<source>/sampled", "score", "of one source, where there are several; so all"),
-        ("eval/<task>/greedy", "score", "mean score of greedy decoding"),
+        (
+            "eval/<task>/<source>/sampled",
+            "score",
+            "the same of one source, where there are more",
+        ),
+        ("eval/<task>/greedy", "score", "mean score of greedy decoding (temperature 0)"),
         ("eval/<task>/reward", "score", "training scorer's mean, where evaluation has its own"),
         ("eval/<task>/refined", "score", "mean score after the algorithm's test-time work"),
+        (
+            "eval/<task>/unscored",
+            "share",
+            "completions at temperature 1 without a score, left out of the means",
+        ),
         ("eval/<task>/length", "tokens", "mean length at temperature 1"),
-        ("eval/<task>/truncated", "share", "as rollout/truncated"),
-        ("eval/<task>/thinking_tokens", "tokens", "as rollout/thinking_tokens"),
-        ("eval/<task>/answer_tokens", "tokens", "as rollout/answer_tokens"),
-        ("eval/<task>/thinking_unfinished", "share", "as rollout/thinking_unfinished"),
-        ("eval/<task>/reference_kl", "nats/response", "KL(policy || reference)"),
+        ("eval/<task>/truncated", "share", "completions cut at rollout.max_tokens, temperature 1"),
+        ("eval/<task>/thinking_tokens", "tokens", "mean length of the thinking"),
+        ("eval/<task>/answer_tokens", "tokens", "mean length of what follows the thinking"),
+        ("eval/<task>/thinking_unfinished", "share", "completions whose thinking did not end"),
+        (
+            "eval/<task>/reference_kl",
+            "nats/response",
+            "KL(policy || reference): how far the policy is from the reference",
+        ),
     ),
     *_rows(
         "evaluations of type validation_loss and pair_accuracy",
@@ -486,13 +500,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     *_rows(
         "evaluation of type win_rate",
-        ("eval/<task>/win_rate", "share", "answers better than the baseline's; ties are half"),
+        ("eval/<task>/win_rate", "share", "answers better than the baseline's; a tie is half"),
         ("eval/<task>/win_rate_low", "share", "lower end of its 95 % interval, over prompts"),
         ("eval/<task>/win_rate_high", "share", "upper end"),
         (
             "eval/<task>/win_rate_length_controlled",
             "share",
-            "the same for answers as long as the baseline's, by logistic regression",
+            "win rate that answers as long as the baseline's would have, by logistic regression",
         ),
         ("eval/<task>/win_rate_length_controlled_low", "share", "lower end of its 95 % interval"),
         ("eval/<task>/win_rate_length_controlled_high", "share", "upper end"),
@@ -528,3 +542,11 @@ def find(name: str) -> Metric | None:
     exact = (metric for metric in METRICS if metric.name == name)
     pattern = (metric for metric in METRICS if metric.matches(name))
     return next(exact, None) or next(pattern, None)
+
+
+def describe(name: str) -> str:
+    """Return a metric's meaning as text for a table, with its unit; empty for an unknown name."""
+    metric = find(name)
+    if metric is None:
+        return ""
+    return metric.meaning if metric.unit in ("", "score") else f"{metric.meaning} ({metric.unit})"

@@ -93,6 +93,7 @@ def open_environments(
         child = EnvironmentChild(environment, base=base, describe=True)
         try:
             if child.tools:
+                check_replies(chat, ("tool",))
                 tools[environment.resolved_name] = child.tools
             notes.append(_note(environment, child))
         finally:

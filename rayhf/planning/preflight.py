@@ -152,7 +152,7 @@ def check_settings(config: CampaignConfig) -> tuple[Algorithm, Derived]:
 
 def _require_scorers(config: CampaignConfig, algorithm: Algorithm) -> None:
     """Refuse a campaign that scores completions without a scorer. Raises ConfigError."""
-    example = "for example [{type: rule, function: my_rules:score}]"
+    example = "for example [{type: rule, function: rewards:score}]"
     if rewards_all(config):
         return
     if not config.scorer.train and generates(algorithm) and algorithm.needs_scorer:

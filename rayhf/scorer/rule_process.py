@@ -74,6 +74,8 @@ class Child:
     """What the process runs."""
     subject: ClassVar[str] = "rule"
     """What runs in it, for messages."""
+    python: str = sys.executable
+    """Interpreter that runs it."""
 
     def __init__(self, config: FunctionEntryConfig, style: str, *, base: Path) -> None:
         function = config.function
@@ -135,9 +137,10 @@ class Child:
         """Whether it has a process namespace of its own: then all that it started ends with it."""
         self._buffer = b""
         self._spawn(base)
+        own_path = self.python != sys.executable
         greeting = {
             **load,
-            "path": import_path(sys.path, str(base)),
+            "path": [] if own_path else import_path(sys.path, str(base)),
             "memory_bytes": MEMORY_BYTES,
             "file_bytes": FILE_BYTES,
         }
@@ -171,7 +174,7 @@ class Child:
             # -P: rayhf/scorer is not on the rule's import path. A session of its own: one kill
             # ends what the rule started, too.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(self.script), *map(str, inherited)],
+                [self.python, "-P", str(self.script), *map(str, inherited)],
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=printed,

@@ -2,7 +2,8 @@
 
 From the values by prompt in evaluations/: 95 % bootstrap intervals over prompts. Every evaluation
 has the same prompts and seeds, so that differences are paired. A figure that is no mean over
-prompts brings its interval as two more metrics, NAME_low and NAME_high.
+prompts brings its interval as two more metrics, NAME_low and NAME_high; of these, a
+length-controlled win rate has a difference, from the win probabilities and lengths by prompt.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import pyarrow.parquet as pq
 
 from rayhf.evaluation.statistics import Estimate, mean_estimate, mean_estimates
 from rayhf.evaluation.values import PromptValues
+from rayhf.evaluation.win_rates import Duels, length_controlled_difference
 from rayhf.run_dir.tables import read_evaluations
 from rayhf.view.run import Run
 
 MAX_BANDS = 200
 """Evaluations of a curve with intervals; of more, every second, fourth ... has one."""
+_CONTROLLED = "_length_controlled"
 Measured = tuple[int, Path, int]
 """An evaluation: its iteration, its file, and the time of the file's last change."""
 
@@ -76,9 +79,52 @@ def changes(run: Run) -> list[Change]:
                 iterations=(points[0][0], points[-1][0]),
                 before=points[0][1] if len(points) > 1 else None,
                 after=points[-1][1],
-                difference=None,
+                difference=_controlled_change(name, first, last),
             )
     return [rows[name] for name in sorted(rows, key=_place)]
+
+
+def _controlled_change(
+    metric: str, first: Mapping[str, Measured], last: Mapping[str, Measured]
+) -> Estimate | None:
+    """Return the change of a length-controlled win rate; None for another metric.
+
+    None also where its win probabilities and lengths by prompt are not known, or were measured
+    once.
+    """
+    rate = metric.removesuffix(_CONTROLLED)
+    gap = f"{rate.rpartition('/')[0]}/length_gap"
+    if rate == metric or not {rate, gap} <= first.keys() or first[rate] == last[rate]:
+        return None
+    return _controlled_difference(rate, gap, first[rate], last[rate])
+
+
+@lru_cache(maxsize=100)
+def _controlled_difference(rate: str, gap: str, first: Measured, last: Measured) -> Estimate | None:
+    """Return the paired difference of two measurements, from the prompts that both have."""
+    earlier = _by_prompt(first, rate, gap)
+    later = _by_prompt(last, rate, gap)
+    common = [prompt for prompt in later if prompt in earlier]
+    if not common:
+        return None
+    before, after = (_duels([each[prompt] for prompt in common]) for each in (earlier, later))
+    return length_controlled_difference(before, after)
+
+
+def _by_prompt(measured: Measured, rate: str, gap: str) -> dict[str, tuple[float, float]]:
+    """Return (win probability, length gap) by prompt."""
+    values = _values(measured[1], measured[2])
+    if rate not in values or gap not in values:
+        return {}
+    gaps = dict(zip(values[gap].prompt_ids, values[gap].values_P, strict=True))
+    wins = zip(values[rate].prompt_ids, values[rate].values_P, strict=True)
+    return {prompt: (win, gaps[prompt]) for prompt, win in wins if prompt in gaps}
+
+
+def _duels(rows: Sequence[tuple[float, float]]) -> Duels:
+    """Return one comparison per prompt."""
+    columns = np.array(rows, dtype=np.float64)
+    return Duels(win_D=columns[:, 0], length_gap_D=columns[:, 1], prompt_D=np.arange(len(rows)))
 
 
 def _place(metric: str) -> tuple[int, str]:

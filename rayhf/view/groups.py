@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from rayhf.run_dir.tables import transcript
 from rayhf.view.run import Run, scorer_names
-from rayhf.view.samples import read_columns
+from rayhf.view.samples import read_columns, reference_answer, row_columns
 
 EXAMPLE_COLUMNS = (
     "iteration",
@@ -118,6 +118,7 @@ def read_groups(run: Run, iteration: int, prompts: Sequence[str]) -> list[dict[s
                 "prompt_id": prompt,
                 "source": own[0]["source"],
                 "messages": own[0]["messages"] or [],
+                "reference_answer": reference_answer(own[0].get("row")),
                 "row": _row_json(own[0].get("row")),
                 "samples": samples,
                 "examples": [example_json(run, row, texts) for row in examples.get(prompt, [])],
@@ -279,16 +280,10 @@ def _tokens_json(
 
 def _row_json(text: str | None) -> dict[str, str]:
     """Return the columns of a prompt's row as texts."""
-    try:
-        row = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    if not isinstance(row, dict):
-        return {}
     hidden = ("prompt", "messages")
     return {
-        str(name): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for name, value in row.items()
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in row_columns(text).items()
         if name not in hidden
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from rayhf.view.run import Run
-from rayhf.view.samples import first_of, question, read_columns
+from rayhf.view.samples import first_of, question, read_columns, reference_answer
 
 _COLUMNS = ["iteration", "kind", "text", "score", "outcome", "reason", "finish_reason", "replies"]
 
@@ -17,10 +17,14 @@ def heldout_prompts(run: Run) -> list[dict[str, Any]]:
     files = run.tables("heldout")
     if not files:
         return []
-    table = read_columns(files[max(files)], ["prompt_id", "messages"])
+    table = read_columns(files[max(files)], ["prompt_id", "messages", "row"])
     first = first_of(table["prompt_id"].to_pylist())
     return [
-        {"prompt_id": row["prompt_id"], "prompt": question(row["messages"])}
+        {
+            "prompt_id": row["prompt_id"],
+            "prompt": question(row["messages"]),
+            "reference_answer": reference_answer(row["row"]),
+        }
         for row in table.take(first).to_pylist()
     ]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rayhf.errors import RayhfError
 from rayhf.evaluation.statistics import Estimate
+from rayhf.monitoring.catalog import describe
 from rayhf.view.evaluations import Change, changes, intervals
 from rayhf.view.run import Run, TimedEvent, scorer_names
 
@@ -16,6 +18,8 @@ MAX_POINTS = 1000
 MAX_EVENTS = 2000
 """Newest events of the timeline."""
 _ALARMS = ("warn", "pause", "fault")
+_GUARD = re.compile(r"guard (\w+): ")
+"""How the message of a guard's alarm begins."""
 _HIDDEN = ("run.dir",)
 """Config keys in which two runs always differ."""
 
@@ -45,7 +49,7 @@ def run_overview(run: Run) -> dict[str, Any]:
         "advice": status.advice,
         "iteration": status.iteration,
         "iterations": status.iterations,
-        "phase": status.phase if status.state in ("running", "stalled", "paused") else "",
+        "phase": status.phase,
         "eta_s": status.eta_s,
         "task": run.config.get("prompts", {}).get("task") or "",
         "thinned": len(metrics) if len(shown) < len(metrics) else None,
@@ -56,11 +60,7 @@ def run_overview(run: Run) -> dict[str, Any]:
             for name, rows in intervals(run).items()
         },
         "changes": [_change(each) for each in changes(run)],
-        "alarms": [
-            {"iteration": e.iteration, "kind": e.event.kind, "message": e.event.message}
-            for e in events
-            if e.event.kind in _ALARMS
-        ][-200:],
+        "alarms": [_alarm(e) for e in events if e.event.kind in _ALARMS][-200:],
         "criteria": _criteria(run.config),
         "config": dict(flat(run.config)),
     }
@@ -259,9 +259,22 @@ def _rewound(run: Run) -> list[str]:
     return text.splitlines()
 
 
+def _alarm(timed: TimedEvent) -> dict[str, Any]:
+    """Return a warning, pause or fault; `guard` is the guard that gave it, or empty."""
+    event = timed.event
+    guard = _GUARD.match(event.message)
+    return {
+        "iteration": timed.iteration,
+        "kind": event.kind,
+        "guard": guard[1] if guard else "",
+        "message": event.message,
+    }
+
+
 def _change(change: Change) -> dict[str, Any]:
     return {
         "metric": change.metric,
+        "meaning": describe(change.metric),
         "iterations": change.iterations,
         "prompts": change.after.count or None,
         "before": _bounds(change.before),

@@ -7,6 +7,7 @@ applied to its own columns first.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rayhf.data.conversations import parse_answer
+from rayhf.errors import ConfigError
 from rayhf.view.run import Run
 
 PAGE = 50
@@ -35,6 +38,7 @@ _SHOWN = (
     "source",
     "kind",
     "messages",
+    "row",
     "text",
     "score",
     "outcome",
@@ -137,6 +141,23 @@ def read_columns(file: Path, columns: list[str]) -> pa.Table:
 def question(messages: list[Mapping[str, str]] | None) -> str:
     """Return the last message of a prompt."""
     return str(messages[-1]["content"] or "") if messages else ""
+
+
+def row_columns(text: str | None) -> dict[str, Any]:
+    """Return the columns of a prompt's row, from the column `row` of samples."""
+    try:
+        row = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def reference_answer(row: str | None) -> str:
+    """Return the reference answer of a prompt's row, as its scorers got it; empty without one."""
+    try:
+        return parse_answer(row_columns(row), "row") or ""
+    except ConfigError:
+        return ""
 
 
 def cut(text: str | None) -> str:
@@ -286,6 +307,7 @@ def _sample_rows(
     for row in rows:
         row["run"] = run.run_id
         row["prompt"] = cut(question(row.pop("messages")))
+        row["reference_answer"] = cut(reference_answer(row.pop("row")))
         row["text"] = cut(row["text"])
         row["truncated"] = row.pop("finish_reason") == "length"
         row["version"] = row.pop("policy_version")

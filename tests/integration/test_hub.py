@@ -173,7 +173,8 @@ def test_refusals_are_one_line_each(hub, client):
     assert "refused the token" in client.refusals("org/tiny", HF_TOKEN="hf_unknown")[0]
     assert "HF_HUB_OFFLINE is set" in client.refusals("org/tiny", HF_HUB_OFFLINE="1")[0]
     unreachable = client.refusals("org/tiny", HF_ENDPOINT="http://127.0.0.1:9")[0]
-    assert "downloading it from http://127.0.0.1:9 failed" in unreachable
+    assert "and http://127.0.0.1:9 cannot be reached" in unreachable
+    assert "expected a model directory" in unreachable and "continues" not in unreachable
     assert client.pin("org/gated", HF_TOKEN=TOKEN).is_dir()
 
 

@@ -1,6 +1,7 @@
 """The pages in headless Chromium: they open, filters work, hostile text stays text."""
 
 import contextlib
+import re
 import shutil
 import socket
 import threading
@@ -145,10 +146,41 @@ def test_every_page_opens_and_no_request_leaves_the_file(browser, report, tmp_pa
 def test_curves_of_both_runs_and_their_differences(tab):
     rows = tab.texts("table:has(th:text-is('key')) >> nth=0 >> tbody tr")
     assert any(row.startswith("learner.lr") and row.endswith("0.5") for row in rows)
-    assert tab.page.locator("[data-chart='Reward'] .scatterlayer .trace").count() == 2
+    named = tab.texts("[data-chart='Reward'] .legendtext")
+    assert len(named) == 4 and named[2:] == ["warning: guard kl", "fault"]
     assert tab.page.locator("[data-chart='phases'] .barlayer").count() == 2
     assert "guard kl: reference/kl is 0.2 <b>nats</b>" in tab.page.inner_text("main")
     tab.check()
+
+
+def test_buttons_of_a_chart_are_beside_its_curves(tab):
+    chart = tab.page.locator("[data-chart='Reward']")
+    chart.hover()
+    buttons = chart.locator(".modebar").bounding_box()
+    curves = chart.locator(".nsewdrag").first.bounding_box()
+    assert buttons["x"] >= curves["x"] + curves["width"]
+    assert buttons["y"] + buttons["height"] <= curves["y"] + chart.bounding_box()["height"]
+
+
+def test_message_of_an_alarm_is_shown_on_its_line(tab):
+    chart = tab.page.locator("[data-chart='Reward']")
+    plot = chart.locator(".nsewdrag").first.bounding_box()
+    box = chart.bounding_box()
+    left = tab.page.evaluate(
+        "document.querySelector(\"[data-chart='Reward']\")._fullLayout.xaxis.d2p(2)"
+    )
+    chart.hover(position={"x": plot["x"] - box["x"] + left, "y": plot["y"] - box["y"] + 20})
+    tab.page.wait_for_selector("[data-chart='Reward'] .hoverlayer .legendtext")
+    lines = "".join(tab.texts("[data-chart='Reward'] .hoverlayer .legendtext"))
+    shown = lines.replace(" ", "")  # a line break is no space
+    assert "second/run:warning:guardkl:reference/klis0.2<b>nats</b>" in shown
+    assert "second/run:fault:restartingrolloutengine0:itsprocesswaskilled" in shown
+    tab.check()
+
+
+def test_figures_of_evaluations_say_what_they_mean(tab):
+    figures = tab.texts("table:has(th:text-is('figure')) tbody td:nth-child(2)")
+    assert "eval/toy/sampledmean score at temperature 1" in figures
 
 
 def test_filters_work(tab):
@@ -159,6 +191,12 @@ def test_filters_work(tab):
     tab.click("main form button")
     rows = tab.texts("main tbody tr")
     assert len(rows) == 3 and all("the judge did not answer" in row for row in rows)
+    tab.click("text=clear")
+    tab.page.fill("input[name=text]", "number 3")
+    tab.click("main form button")
+    assert all(
+        re.search(r"about Write about \w+, number 3\.", t) for t in tab.texts("main tbody tr")
+    )
     tab.click("text=clear")
     tab.page.fill("input[name=text]", "WINDOW.HACKED")
     tab.click("main form button")
@@ -214,6 +252,7 @@ def test_policy_blocks_scripts_and_requests_that_would_be_smuggled_in(tab):
 
 def test_tokens_are_colored_by_what_training_added(tab):
     tab.show("group?iteration=4&prompt=prompt-4-3")
+    assert re.match(r"reference answerabout Write .* number 3\.", tab.texts("main .message")[-1])
     assert tab.texts("select[name=mode] option") == [
         "no colors",
         "log-prob",

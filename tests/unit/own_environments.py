@@ -103,3 +103,30 @@ def crash() -> None:
 
 def undocumented(x):
     return x
+
+
+class Elsewhere(Echo):
+    """Needs a package that only another interpreter has."""
+
+    class Config(EchoConfig):
+        """Nothing."""
+
+        type: str = "own_environments:Elsewhere"
+
+    async def step(self, message):
+        import only_there
+
+        return rayhf.StepResult(messages=only_there.WORD, done=True)
+
+
+class Described(Echo):
+    """Has a tool that its prompts are rendered with."""
+
+    class Config(EchoConfig):
+        """Nothing."""
+
+        type: str = "own_environments:Described"
+
+    @classmethod
+    def tools(cls, config):
+        return [{"type": "function", "function": {"name": "add", "parameters": {}}}]

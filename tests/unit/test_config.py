@@ -39,6 +39,11 @@ def test_dumped_config_loads_equal(tmp_path):
     [
         ({"learner": {"lrr": 1}}, "unknown key learner.lrr; did you mean lr?"),
         (
+            {"learner": {"lr": -1, "lrr": 1}},
+            "2 problems: (1) unknown key learner.lrr; did you mean lr?; "
+            "(2) learner.lr: input should be greater than 0, got -1",
+        ),
+        (
             {"algorithm": {"loss": {"type": "ipo", "betta": 1}}},
             "unknown key algorithm.loss.betta; did you mean beta?",
         ),
@@ -49,6 +54,18 @@ def test_dumped_config_loads_equal(tmp_path):
         (
             {"scorer": {"train": [{"type": "rule", "function": "a:b", "wait": 1}]}},
             "unknown key scorer.train.0.wait",
+        ),
+        (
+            {
+                "scorer": {
+                    "train": [{"type": "rule", "function": "a:b", "comparisons": {"type": "x"}}]
+                }
+            },
+            "config mapping: scorer.train.0.comparisons: input tag 'x'",
+        ),
+        (
+            {"learner": {"packing": 3}},
+            "mapping: learner.packing: input should be 'tree', 'rows' or 'off' or 'auto', got 3",
         ),
         ({"polici": {"model": "m"}}, "unknown key polici; did you mean policy?"),
         ({"learner": {"lr": "fast"}}, "learner.lr: input should be a valid number"),

@@ -2,11 +2,15 @@
 
 import asyncio
 import json
+import venv
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pydantic
 import pytest
 from chat_tokenizer import make_tokenizer
-from own_environments import EchoConfig, Unloadable
+from own_environments import Described, EchoConfig, Elsewhere, Unloadable
 
 from rayhf.config.environments import EnvironmentConfig
 from rayhf.config.load import load_config
@@ -17,6 +21,7 @@ from rayhf.environments.tool_calls import ToolCall, tool_calls
 from rayhf.environments.tools import ToolsConfig
 from rayhf.episodes import StepRequest, StepResult
 from rayhf.errors import ConfigError
+from rayhf.planning.environments import open_environments
 from rayhf.planning.preflight import check_settings
 from rayhf.types import Failed, Invalid
 
@@ -115,6 +120,42 @@ def test_a_process_that_blocks_is_ended_and_another_one_starts():
 def test_an_error_at_the_start_is_a_reason():
     ((answer,),) = play(EchoConfig(bad_reset=True), [start("a")])
     assert isinstance(answer, Invalid) and "KeyError" in answer.reason
+
+
+# ------------------------------------------------------------------------------- other interpreters
+
+
+@pytest.fixture(scope="module")
+def other_python(tmp_path_factory):
+    """Return the interpreter of a virtual environment with the module only_there."""
+    folder = tmp_path_factory.mktemp("other")
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "only_there.py").write_text("WORD = 'there'\n")
+    return folder / "bin" / "python"
+
+
+def test_an_environment_runs_in_another_interpreter(other_python):
+    (packages,) = other_python.parents[1].glob("lib/python*/site-packages")
+    link = packages / "needed.pth"
+    link.write_text(f"{Path(pydantic.__file__).parents[1]}\n")
+    requests = [replace(r, environment="Elsewhere") for r in (start("a"), request("a", "say"))]
+    try:
+        _, (answer,) = play(Elsewhere.Config(python=other_python), *([r] for r in requests))
+    finally:
+        link.unlink()
+    reply = {"role": "user", "content": "there"}
+    assert answer == StepResult(messages=(reply,), done=True, metrics={})
+
+
+def test_another_interpreter_has_only_its_own_packages(other_python):
+    with pytest.raises(ConfigError, match=r"environment Elsewhere: .*No module named 'pydantic'"):
+        EnvironmentChild(Elsewhere.Config(python=other_python), base=HERE)
+
+
+def test_an_interpreter_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone could not be started: No such file .* 3\.11"):
+        EnvironmentChild(Elsewhere.Config(python="gone"), base=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- tools
@@ -240,6 +281,10 @@ def test_a_template_that_does_not_only_append_is_refused(template, message):
 def test_a_role_that_the_template_refuses_is_refused():
     with pytest.raises(ConfigError, match=r"role 'tool' cannot be rendered"):
         check_replies(Chat(make_tokenizer(), max_length=256), ["tool"])
+    # An environment with tools answers in that role, whatever it answers in besides.
+    campaign = SimpleNamespace(environment=(Described.Config(),))
+    with pytest.raises(ConfigError, match=r"role 'tool' cannot be rendered"):
+        open_environments(campaign, Chat(make_tokenizer(), max_length=256), HERE)
 
 
 # ------------------------------------------------------------------------------------------ configs

@@ -30,7 +30,14 @@ from rayhf.evaluation.statistics import (
     pass_at_k,
 )
 from rayhf.evaluation.values import prompt_values
-from rayhf.evaluation.win_rates import Duels, bradley_terry, length_controlled, ties, win_rate
+from rayhf.evaluation.win_rates import (
+    Duels,
+    bradley_terry,
+    length_controlled,
+    length_controlled_difference,
+    ties,
+    win_rate,
+)
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 4), (6, 1, 6)])
@@ -132,6 +139,19 @@ def test_wins_by_length_alone_vanish_when_lengths_are_controlled():
 def test_equal_lengths_leave_the_raw_win_rate():
     some = duels([1, 1, 0, 0.5], [0, 0, 0, 0])
     assert length_controlled(some).value == pytest.approx(win_rate(some).value, abs=1e-6)
+
+
+def test_difference_of_length_controlled_win_rates_is_paired():
+    random = np.random.default_rng(2)
+    win = random.random(60)
+    gap = random.normal(0, 100, size=60)
+    before = duels(0.9 * win, gap)
+    after = duels(0.9 * win + 0.1, gap + 50)
+    difference = length_controlled_difference(before, after)
+    each = [length_controlled(one) for one in (before, after)]
+    assert difference.value == pytest.approx(each[1].value - each[0].value)
+    assert difference.low > 0.05 and difference.high < 0.15
+    assert difference.high - difference.low < 0.6 * (each[1].high - each[1].low)
 
 
 def test_ranking_finds_the_strengths():

@@ -296,10 +296,16 @@ def test_metrics_have_their_documented_values() -> None:
     rows = random_rows(8, [3, 0, 4])
     out, micro = micro_of(rows, totals_of(rows))
     metrics = policy_loss()(out, micro).metrics
-    gaps = [b - o for row in rows for b, o in zip(row["behavior_logp"], row["out"], strict=True)]
+    gaps = [
+        b - o for row in rows for b, o in zip(row["behavior_logp"], row["old_logp"], strict=True)
+    ]
     kl = sum(o - r for row in rows for o, r in zip(row["out"], row["ref_logp"], strict=True))
     assert metrics["rollout/mismatch_kl"].item() == pytest.approx(sum(gaps) / 7)
     assert metrics["rollout/mismatch_abs_max"].item() == pytest.approx(max(map(abs, gaps)))
+    out, micro = micro_of(rows, totals_of(rows), skip=("old_logp",))  # a single step
+    now = [b - o for row in rows for b, o in zip(row["behavior_logp"], row["out"], strict=True)]
+    only = policy_loss(importance_cap=None)(out, micro).metrics
+    assert only["rollout/mismatch_kl"].item() == pytest.approx(sum(now) / 7)
     assert metrics["reference/kl"].item() == pytest.approx(kl / 3)
     assert metrics["policy/entropy"].item() == pytest.approx(
         sum(x for row in rows for x in row["entropy"]) / 7

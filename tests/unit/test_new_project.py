@@ -1,6 +1,7 @@
 """`rayhf init` and `rayhf config`: every first project passes `rayhf check`; the JSON schema."""
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -57,6 +58,17 @@ def test_every_first_project_passes_the_check(tmp_path, monkeypatch, model, vali
     assert max(map(len, checked.output.splitlines())) <= 80
 
 
+def test_documentation_names_the_module_of_rewards_that_init_writes():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *CONFIGS]
+    named = {
+        module
+        for page in pages
+        for module in re.findall(r'function: "?([\w.]+):\w', page.read_text())
+        if not module.startswith("rayhf.")
+    }
+    assert named == {"rewards"}
+
+
 def test_comments_of_a_first_config(tmp_path):
     invoke("init", tmp_path, "--algorithm", "ppo", "--model", "org/name", "--device", "gpu")
     text = (tmp_path / "config.yaml").read_text()
@@ -78,6 +90,7 @@ def test_directory_with_files_is_refused(tmp_path):
     [
         ("--algorithm", "grop", "'grop' is not a known algorithm; did you mean grpo?"),
         ("--model", "./nowhere", "./nowhere is no directory"),
+        ("--model", ".tiny/game/policy", "`rayhf tiny .tiny --task game` builds"),
     ],
 )
 def test_wrong_option_writes_nothing(tmp_path, option, value, expected):

@@ -48,7 +48,7 @@ def test_status_of_a_finished_campaign(finished):
         "policy/version": 4.0
     }
     shown = CliRunner().invoke(app, ["status", str(finished.run.dir)]).output
-    assert "DONE" in shown and "4 of 4" in shown
+    assert "DONE" in shown and "4 of 4" in shown and "under way" not in shown
 
 
 def test_status_imports_nothing_heavy(finished):
@@ -95,6 +95,39 @@ def test_status_of_a_stalled_campaign(tmp_path):
         and "no progress for 60 s" in late.reason
     )
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [
+        (Progress(iteration=1, phase="explore", done=3, total=4), "(explore 3/4)"),
+        (Progress(iteration=0, phase="start actors"), ""),
+    ],
+)
+def test_stopped_campaign_says_which_iteration_is_begun(tmp_path, progress, expected):
+    store = RunDir(make_config(tmp_path))
+    store.journal_file(1).write_bytes(b"")
+    store.write_progress(progress)
+    store.set_state("stopped")
+    store.event("end", "interrupted", code=75)
+    store.close()
+    status = read_status(store.path)
+    begun = f"iteration 1 is begun and not committed {expected}".rstrip()
+    assert (status.state, status.phase) == ("stopped", begun)
+    shown = CliRunner().invoke(app, ["status", str(store.path)], env={"COLUMNS": "200"}).output
+    assert "0 of 4 committed" in shown and begun in shown
+
+
+def test_status_counts_finished_iterations_that_are_not_committed(tmp_path):
+    store = RunDir(make_config(tmp_path))
+    for iteration in (1, 2):
+        store.append_metrics({"iteration": float(iteration)})
+    store.write_progress(Progress(iteration=3, phase="learn", time=time.time()))
+    finished = "iterations 1 to 2 are finished and not committed"
+    assert read_status(store.path).phase == f"iteration 3, learn; {finished}"
+    store.close()
+    begun = "iteration 3 is begun and not committed (learn)"
+    assert read_status(store.path).phase == f"{begun}; {finished}"
 
 
 def test_alternating_phases_of_two_iterations_are_logged_once(tmp_path):

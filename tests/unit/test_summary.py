@@ -6,10 +6,14 @@ import re
 
 import pytest
 from campaigns import make_config, run_campaign
+from fakes import FakeScorer
 from rich.console import Console
 from view_runs import write_run
 
 from launch.summary import short_number, summary
+from launch.view import iteration_line
+from rayhf.run_dir.records import read_metrics
+from rayhf.types import Invalid
 
 INTERVAL = re.compile(r"-?\d\.\d{3} to -?\d\.\d{3}")
 
@@ -24,8 +28,9 @@ def lines_of(table):
 def test_every_difference_has_an_interval(tmp_path):
     lines = lines_of(summary(write_run(tmp_path), "toy"))
     text = "\n".join(lines)
+    (end,) = (line for line in lines if line.endswith("┘"))
     assert "…" not in text and all(
-        line.endswith(("┓", "┃", "┩", "│", "┤", "┘")) for line in lines[1:]
+        line.endswith(("┓", "┃", "┩", "│", "┤", "┘")) for line in lines[1 : lines.index(end) + 1]
     )
     (first,) = (n for n, line in enumerate(lines) if "held-out, temperature 1" in line)
     cells = [cell.strip() for cell in lines[first].split("│")[2:5]]
@@ -34,6 +39,10 @@ def test_every_difference_has_an_interval(tmp_path):
     assert lines[first + 1].split("│")[4].strip() == "0.400 to 0.400"
     for name in ("held-out, greedy", "eval/pairs/", "training reward"):
         assert name in text
+    assert (
+        "eval/pairs/pair_accuracy: held-out pairs that the implicit reward ranks (share)"
+        in " ".join(text.split())
+    )
     differences = [line for line in lines if re.search(r"│ +[+-]\d+\.\d{3} │$", line)]
     followed = [lines[lines.index(line) + 1] for line in differences]
     assert len(differences) == 4 and all(INTERVAL.search(line) for line in followed)
@@ -55,6 +64,23 @@ def test_campaign_records_what_its_evaluations_found(tmp_path):
     for name in ("held-out, temperature 1", "held-out, greedy", "length, tokens", "truncated"):
         assert name in labels
     assert "\n".join(lines).count(" to ") > 8
+
+
+def test_completions_without_a_score_are_named_beside_the_mean(tmp_path):
+    class Half(FakeScorer):
+        async def score(self, requests):
+            scored = await super().score(requests)
+            return [
+                (Invalid(reason="odd"),) if len(each) == 1 and number % 2 else each
+                for number, each in enumerate(scored)
+            ]
+
+    config = make_config(tmp_path, run={"iterations": 1, "eval_every": 1})
+    run_campaign(config, scorer=Half())
+    (_, line) = read_metrics(config.run.dir)
+    task = config.prompts.task
+    assert line[f"eval/{task}/unscored"] == pytest.approx(1 / 3)
+    assert "(of 67%; the others have no score)" in iteration_line(line, 1, task)
 
 
 @pytest.mark.parametrize("folder", ["evaluations", "samples"])

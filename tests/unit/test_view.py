@@ -36,9 +36,11 @@ from rayhf.view.run import Run, find_runs
 from rayhf.view.samples import (
     PAGE,
     Query,
+    cut,
     list_examples,
     list_prompts,
     list_samples,
+    reference_answer,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -173,6 +175,25 @@ def test_a_run_without_words_of_judges_is_shown(tmp_path):
     assert write_report([path], tmp_path / "report.html").total == 4
 
 
+def test_reference_answers_are_beside_their_prompts(run):
+    rows = [*found(run), *heldout_prompts(run)]
+    assert rows and all(row["reference_answer"] == f"about {row['prompt']}" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ('{"answer": 7.0}', "7"),
+        ('{"answer": "' + "7" * 500 + '"}', "7" * 400 + " …"),
+        ('{"topic": "t"}', ""),
+        ('{"answer": [', ""),
+        (None, ""),
+    ],
+)
+def test_reference_answer_of_a_row(row, answer):
+    assert cut(reference_answer(row)) == answer
+
+
 def test_held_out_prompt_over_iterations(run):
     prompts = heldout_prompts(run)
     answers = heldout_answers(run, prompts[0]["prompt_id"])
@@ -197,7 +218,9 @@ def test_group_has_tokens_with_what_training_added(run):
     assert tokens["reference"][1] == pytest.approx(tokens["logp"][1] - 0.5)
     assert tokens["advantage"][1] == pytest.approx(tokens["logp"][1] + 1.0)
     assert "advantage" not in group["samples"][2]["tokens"]  # not trained on
-    assert group["row"] == {"topic": "t"}
+    answer = f"about {group['messages'][-1]['content']}"
+    assert group["row"] == {"topic": "t", "answer": answer}
+    assert group["reference_answer"] == answer
 
 
 def test_group_without_a_tokenizer_has_texts(path, tmp_path):
@@ -223,7 +246,7 @@ def test_overview_has_facts_curves_and_alarms(run):
     assert facts["time"] == "30 s of iterations, without start-ups"
     assert facts["algorithm"] == "online_dpo, loss sigmoid" and "torch 2.13.0" in facts["versions"]
     assert view["curves"]["reference/kl"] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    assert [alarm["kind"] for alarm in view["alarms"]] == ["fault", "warn"]
+    assert [(a["kind"], a["guard"]) for a in view["alarms"]] == [("fault", ""), ("warn", "kl")]
     assert {alarm["iteration"] for alarm in view["alarms"]} == {2}
 
 
@@ -252,6 +275,8 @@ def test_changes_are_paired(run):
     kinds = [name.rpartition("/")[2] for name in by_name]
     assert kinds[:2] == ["sampled", "greedy"]  # what is trained for comes first
     sampled = by_name["eval/toy/sampled"]
+    assert sampled["meaning"] == "mean score at temperature 1"
+    assert by_name["eval/pairs/pair_accuracy"]["meaning"].endswith("ranks (share)")
     assert sampled["prompts"] == 6 and sampled["iterations"] == (0, 4)
     # Every prompt gained the same: no doubt about the difference, though much about the means.
     assert sampled["difference"] == pytest.approx([0.4, 0.4, 0.4])

@@ -96,7 +96,9 @@ def test_against_the_start_of_a_campaign(tmp_path):
     by_name = {change.metric: change for change in changes(Run(config.run.dir, "run"))}
     wins = by_name["eval/wins/win_rate"]
     assert wins.iterations == (2, 4) and wins.difference.value == 0 and wins.after.count == 6
-    assert by_name["eval/wins/win_rate_length_controlled"].difference is None
+    controlled = by_name["eval/wins/win_rate_length_controlled"]
+    assert controlled.iterations == (2, 4) and controlled.difference.count == 6
+    assert controlled.difference.value == controlled.difference.high == 0  # paired: no doubt
 
 
 def test_against_a_file_of_answers(tmp_path):

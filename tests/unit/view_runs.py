@@ -224,7 +224,12 @@ def _pair(group: Group) -> Example:
 def _prompt(prompt_id: str, question: str) -> Prompt:
     messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": question})
     return Prompt(
-        prompt_id=prompt_id, messages=messages, token_ids=(1, 2), row={"topic": "t"}, source="words"
+        prompt_id=prompt_id,
+        messages=messages,
+        token_ids=(1, 2),
+        reference_answer=f"about {question}",
+        row={"topic": "t", "answer": f"about {question}"},
+        source="words",
     )
 
 

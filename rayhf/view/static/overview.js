@@ -28,13 +28,14 @@ const FROM_ZERO = ["Truncated", "Staleness", "Length", "Tokens per second while 
 function layout(unit, more) {
   return {
     font: FONT,
-    margin: { l: 60, r: 8, t: 8, b: 36 },
+    margin: { l: 60, r: 40, t: 8, b: 36 }, // on the right there is room for the modebar
     paper_bgcolor: "#fff",
     plot_bgcolor: "#fff",
     hovermode: "x unified",
+    hoverlabel: { namelength: 40 },
     xaxis: { gridcolor: "#eef1f4", zeroline: false, title: { text: "iteration", standoff: 6 } },
     yaxis: { gridcolor: "#eef1f4", zeroline: false, automargin: true, title: { text: unit, standoff: 8 }, exponentformat: "power" },
-    modebar: { orientation: "v" }, // beside the plot: above it is the legend
+    modebar: { orientation: "v" },
     showlegend: true,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, xanchor: "left", font: { size: 11 }, traceorder: "normal" },
     ...more,
@@ -63,6 +64,11 @@ async function draw(element, traces, shape) {
   await plotlyLoaded;
   return Plotly.react(element, traces, shape, { displaylogo: false, responsive: true, displayModeBar: "hover",
     modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] });
+}
+
+function drawCurves(element, runs, traces, shape) {
+  const alarms = alarmLines(runs);
+  return draw(element, [...traces, ...alarms], { ...shape, xaxis: iterationAxis(runs), ...(alarms.length ? { yaxis2: ALARM_AXIS } : {}) });
 }
 
 function curve(run, name) {
@@ -110,12 +116,45 @@ function band(run, name, color) {
     hoverinfo: "skip", showlegend: false }];
 }
 
-function marks(runs) {
-  const colors = { warn: "#d9a521", pause: "#c2571a", fault: "#b3261e" };
-  return runs.flatMap((run) => run.alarms.map((alarm) => ({
-    type: "line", x0: alarm.iteration, x1: alarm.iteration, yref: "paper", y0: 0, y1: 1,
-    line: { color: colors[alarm.kind], width: 1, dash: "dot" },
-  })));
+const ALARMS = { warn: ["warning", "#d9a521"], pause: ["pause", "#c2571a"], fault: ["fault", "#b3261e"] };
+const ALARM_AXIS = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true }; // the plot's height
+
+// A dotted line in every iteration with an alarm: the legend names the guards, hovering shows the message.
+function alarmLines(runs) {
+  return Object.entries(ALARMS).flatMap(([kind, [word, color]]) => {
+    const own = runs.flatMap((run) => run.alarms.filter((alarm) => alarm.kind === kind).map((alarm) => ({ ...alarm, run: run.id })));
+    if (!own.length) return [];
+    const messages = new Map();
+    for (const alarm of own) {
+      const message = `${runs.length > 1 ? `${alarm.run}: ` : ""}${word}: ${alarm.message}`;
+      messages.set(alarm.iteration, [...(messages.get(alarm.iteration) || []), message]);
+    }
+    const guards = [...new Set(own.map((alarm) => alarm.guard).filter(Boolean))];
+    return [{
+      x: [...messages.keys()].flatMap((x) => [x, x, null]),
+      y: [...messages.keys()].flatMap(() => [0, 1, null]),
+      text: [...messages.values()].flatMap((each) => Array(3).fill(wrapped(each.slice(0, 3)))),
+      yaxis: "y2",
+      mode: "lines",
+      line: { color, width: 1, dash: "dot" },
+      name: plain([word, listed(guards, 3)].filter(Boolean).join(": ")),
+      hovertemplate: "%{text}<extra></extra>",
+    }];
+  });
+}
+
+function listed(guards, most) {
+  if (!guards.length) return "";
+  const more = guards.length > most ? ` and ${guards.length - most} others` : "";
+  return `guard${guards.length > 1 ? "s" : ""} ${guards.slice(0, most).join(", ")}${more}`;
+}
+
+// Lines of at most 50 characters; the whole text is in the table of alarms.
+function wrapped(texts) {
+  return texts.map((text) => {
+    const short = text.length > 200 ? `${text.slice(0, 200)} …` : text;
+    return short.replace(/(.{1,50})(\s+|$)/g, "$1\n").trim().split("\n").map(plain).join("<br>");
+  }).join("<br>");
 }
 
 function phaseChart(element, run) {
@@ -136,7 +175,7 @@ function factsOf(run) {
     h("dl", { class: "facts" },
       h("dt", {}, "state"), h("dd", {}, badge(run.state, kind[run.state]), ` ${run.iteration} of ${run.iterations} iterations${left}`),
       run.reason && [h("dt", {}, "reason"), h("dd", {}, run.reason)],
-      run.phase && [h("dt", {}, "phase"), h("dd", {}, run.phase)],
+      run.phase && [h("dt", {}, "under way"), h("dd", {}, run.phase)],
       h("dt", {}, "next step"), h("dd", {}, run.advice),
       run.facts.map(([label, text]) => [h("dt", {}, label), h("dd", {}, text)])),
     run.thinned && h("p", { class: "quiet" }, `The curves show ${run.x.length} of ${run.thinned} iterations.`),
@@ -169,7 +208,7 @@ async function overviewPage(app) {
     const [frame, element] = figure(title, title, false, meaning);
     charts.append(frame);
     const yaxis = { ...layout(unit).yaxis, ...(FROM_ZERO.includes(title) ? { rangemode: "tozero" } : {}) };
-    jobs.push(() => draw(element, traces, layout(unit, { shapes: marks(runs), xaxis: iterationAxis(runs), yaxis })));
+    jobs.push(() => drawCurves(element, runs, traces, layout(unit, { yaxis })));
   }
   for (const run of runs.filter((each) => PHASES.some((phase) => each.curves[`time/${phase}_s`]))) {
     const [frame, element] = figure(runs.length > 1 ? `Seconds by phase, ${run.id}` : "Seconds by phase", "phases");
@@ -191,7 +230,7 @@ function changeTable(rows) {
     values[1] === null ? " (one prompt)" : ` (${number(values[1], 3)} to ${number(values[2], 3)})`));
   return table([
     ["run", (r) => r.run, ""],
-    ["figure", (r) => r.metric, ""],
+    ["figure", (r) => h("div", { title: `${r.metric}: ${r.meaning}` }, r.metric, h("div", { class: "meaning" }, r.meaning)), ""],
     ["prompts", (r) => r.prompts, "number"],
     ["iterations", (r) => (r.before ? `${r.iterations[0]} and ${r.iterations[1]}` : r.iterations[1]), "number"],
     ["before", (r) => digits(r.before), "number"],
@@ -203,7 +242,7 @@ function changeTable(rows) {
 function moreCurves(app, runs, jobs) {
   const all = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))].sort();
   const element = h("div", { class: "chart tall" });
-  const show = (name) => draw(element, lines(runs, [name]), layout("", { shapes: marks(runs), xaxis: iterationAxis(runs) }));
+  const show = (name) => drawCurves(element, runs, lines(runs, [name]), layout(""));
   if (!all.length) return h("p", { class: "quiet" }, "There are no metrics yet.");
   app.metric = all.includes(app.metric) ? app.metric : all[0];
   jobs.push(() => show(app.metric));

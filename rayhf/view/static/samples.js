@@ -52,6 +52,7 @@ function sampleTable(app, rows) {
     ["kind", (s) => s.kind, ""],
     ["source", (s) => s.source, ""],
     ["prompt", (s) => h("div", { class: "text" }, s.prompt), "wide"],
+    ["reference answer", (s) => h("div", { class: "text" }, s.reference_answer), "answer"],
     ["completion", (s) => h("div", { class: "text" }, s.text), "wide"],
     ["score", (s) => number(s.score), "number"],
     ["", (s) => [flags(s), s.reason && h("div", { class: "quiet" }, s.reason)], ""],
@@ -82,6 +83,7 @@ async function groupPage(app) {
     h("p", {}, h("a", { href: app.href("samples", {}) }, "all samples"),
       hasTree(group) && [" · ", h("a", { href: app.href("tree", { iteration, prompt }) }, "search tree")]),
     messages(group.messages),
+    referenceAnswer(group),
     Object.keys(group.row).length > 0 && h("details", {}, h("summary", {}, "columns of the row"),
       table([["column", (r) => r[0], ""], ["value", (r) => h("div", { class: "text" }, r[1]), "wide"]], Object.entries(group.row))),
     h("form", {},
@@ -98,6 +100,10 @@ async function groupPage(app) {
 
 function messages(list) {
   return list.map((message) => h("div", { class: "message" }, h("b", {}, message.role), h("div", { class: "text" }, message.content)));
+}
+
+function referenceAnswer(prompt) {
+  return prompt.reference_answer && messages([{ role: "reference answer", content: prompt.reference_answer }]);
 }
 
 function sampleCard(sample, mode, scale, criteria) {
@@ -127,7 +133,7 @@ async function heldoutPage(app) {
     return { page };
   }
   const chosen = app.parameters.prompt || prompts[0].prompt_id;
-  const text = (prompts.find((each) => each.prompt_id === chosen) || { prompt: "" }).prompt;
+  const shown = prompts.find((each) => each.prompt_id === chosen) || { prompt: "" };
   const answers = await app.source.heldoutAnswers(app.run, chosen);
   const kinds = [...new Set(answers.map((row) => row.kind))];
   const iterations = [...new Set(answers.map((row) => row.iteration))].sort((a, b) => a - b);
@@ -135,7 +141,8 @@ async function heldoutPage(app) {
   const options = prompts.map((each) => [each.prompt_id, each.prompt.replace(/\s+/g, " ").slice(0, 90)]);
   append(page, [
     h("form", {}, h("label", {}, "prompt", select(options, chosen, (prompt) => app.go("heldout", { prompt }), { name: "prompt" }))),
-    messages([{ role: "user", content: text }]),
+    messages([{ role: "user", content: shown.prompt }]),
+    referenceAnswer(shown),
     table([
       ["iteration", (i) => i, "number"],
       ...kinds.flatMap((kind) => [

@@ -116,6 +116,7 @@ function position(group) {
     prompt_id: group.prompt_id,
     source: group.source,
     prompt: last ? last.content : "",
+    reference_answer: group.reference_answer,
   };
 }
 

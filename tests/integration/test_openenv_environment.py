@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from play_episodes import play
 from waiting import wait_until
 
-from rayhf.config.environments import EnvironmentConfig
 from rayhf.environments.openenv import OpenEnvConfig
-from rayhf.environments.process import Answer, EnvironmentHost
-from rayhf.episodes import StepRequest, StepResult
+from rayhf.episodes import StepResult
 from rayhf.types import Invalid
 
 HERE = Path(__file__).parent
@@ -25,38 +23,6 @@ HERE = Path(__file__).parent
 needs_openenv = pytest.mark.skipif(
     find_spec("openenv") is None, reason="openenv is not installed: pip install openenv"
 )
-
-
-def play(
-    config: EnvironmentConfig, row: dict[str, object], *episodes: Sequence[str]
-) -> list[list[Answer]]:
-    """Play episodes at the same time; return the answers of each, to its start first."""
-
-    def request(episode: int, **settings: object) -> StepRequest:
-        return StepRequest(
-            prompt_id="p",
-            number=0,
-            environment=config.resolved_name,
-            episode=str(episode),
-            **settings,  # type: ignore[arg-type]
-        )
-
-    async def one(host: EnvironmentHost, episode: int, texts: Sequence[str]) -> list[Answer]:
-        answers = await host.step([request(episode, row=row, seed=5)])
-        for text in texts:
-            message = {"role": "assistant", "content": text}
-            answers += await host.step([request(episode, message=message)])
-        await host.step([request(episode)])
-        return answers
-
-    async def go() -> list[list[Answer]]:
-        host = EnvironmentHost([config], base=HERE)
-        try:
-            return list(await asyncio.gather(*(one(host, *each) for each in enumerate(episodes))))
-        finally:
-            host.close()
-
-    return asyncio.run(asyncio.wait_for(go(), 120))
 
 
 # ----------------------------------------------------------------------------------------- openenv
