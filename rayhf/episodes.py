@@ -6,13 +6,28 @@ A Completion (types.py) has its Episode; the rows made of it have its Inserted t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from rayhf.types import ByValue, Failed, FloatArray, Invalid, Message, TokenArray, token_array
+from rayhf.types import (
+    ByValue,
+    Completion,
+    Failed,
+    FloatArray,
+    Invalid,
+    Message,
+    TokenArray,
+    float_array,
+    split_versions,
+    token_array,
+)
+
+Ended = Literal["done", "turns", "tokens", "reply_tokens", "failed"]
+"""Who ended an episode: the environment, one of the limits on turns, generated tokens and tokens of
+replies, or an error of the environment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +80,17 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Episode(ByValue):
-    """What an environment made of a completion of several turns."""
+    """What an environment made of a completion of one or several turns."""
 
     environment: str
     """Its name."""
     turns: tuple[Turn, ...]
-    """All messages after the prompt, in order."""
-    ended: Literal["done", "turns", "tokens", "reply_tokens", "failed"]
-    """Who ended it: the environment, one of the limits on turns, generated tokens and tokens of
-    replies, or an error of the environment."""
+    """All messages after the prompt, in order; of a part of an episode, its own."""
+    ended: Ended | None
+    """None for a part after which the episode goes on."""
     inserted: Inserted | None = None
-    """The tokens of its replies; None without."""
+    """The tokens of its replies; None without. A last one, after which nothing was generated, is
+    left out."""
     context_ids: TokenArray | None = None
     """The tokens that it begins after, where the environment gave other messages than the prompt's.
     """
@@ -129,3 +144,73 @@ def inserted_tokens(
     if not (token_ids and before):
         return None
     return Inserted(token_ids=token_array(token_ids), before=token_array(before))
+
+
+def join_turns(parts: Sequence[Completion]) -> Completion:
+    """Return consecutive parts of an episode as one completion.
+
+    The tokens between two parts are a reply: the later part's context ends with them.
+    """
+    episodes = [part_of(completion) for completion in parts]
+    contexts = [each.context_ids for each in episodes if each.context_ids is not None]
+    metrics: dict[str, float] = {}
+    for episode in episodes:
+        for name, value in episode.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value
+    joined = replace(
+        episodes[-1],
+        turns=tuple(turn for episode in episodes for turn in episode.turns),
+        inserted=replies_between(parts, contexts),
+        context_ids=contexts[0],
+        metrics=metrics,
+    )
+    oldest = parts[-1].policy_version
+    token_versions: TokenArray | None = None
+    if any(len(part.token_ids) for part in parts):
+        oldest, token_versions = split_versions(np.concatenate(list(map(_versions, parts))))
+    return replace(
+        parts[-1],
+        seed=parts[0].seed,
+        token_ids=token_array(np.concatenate([part.token_ids for part in parts])),
+        logprobs=float_array(np.concatenate([part.logprobs for part in parts])),
+        thinking_tokens=sum(part.thinking_tokens for part in parts),
+        policy_version=oldest,
+        token_versions=token_versions,
+        episode=joined,
+    )
+
+
+def part_of(completion: Completion) -> Episode:
+    """Return the part of an episode that a turn of it has."""
+    assert completion.episode is not None
+    return completion.episode
+
+
+def _versions(completion: Completion) -> TokenArray:
+    if completion.token_versions is not None:
+        return completion.token_versions
+    return np.full(len(completion.token_ids), completion.policy_version, np.int32)
+
+
+def replies_between(parts: Sequence[Completion], contexts: Sequence[TokenArray]) -> Inserted | None:
+    """Return the tokens between consecutive parts, beside those within them, of the whole.
+
+    `contexts` are what each part continues. Nothing is left after the last token. None where no
+    token is between others.
+    """
+    ids: list[int] = []
+    before: list[int] = []
+    generated = 0
+    end = len(contexts[0])
+    for part, context in zip(parts, contexts, strict=True):
+        ids += context[end:].tolist()
+        before += [generated] * (len(context) - end)
+        end = len(context) + len(part.token_ids)
+        within = None if part.episode is None else part.episode.inserted
+        if within is not None:
+            ids += within.token_ids.tolist()
+            before += (within.before + generated).tolist()
+            end += len(within.token_ids)
+        generated += len(part.token_ids)
+    kept = sum(place < generated for place in before)
+    return inserted_tokens(ids[:kept], before[:kept])

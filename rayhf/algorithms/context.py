@@ -56,6 +56,23 @@ class ExplorationContext(Protocol):
         """
         ...
 
+    @property
+    def has_environment(self) -> bool:
+        """Whether an environment serves the prompt."""
+        ...
+
+    async def play_on(
+        self, n: int, path: Sequence[Completion] = ()
+    ) -> list[tuple[Completion, ...]]:
+        """Play n episodes that begin with the turns of `path`, and return the turns that follow.
+
+        All episodes that are played by this method have one seed: the environment answers equal
+        turns equally. Each turn is a completion with its part of the episode; join_turns of
+        rayhf/episodes.py makes one completion of several. There is at least one: an episode that
+        failed before it has a turn without tokens. Raises ValueError without an environment.
+        """
+        ...
+
     async def score(
         self, completions: Sequence[Completion], *, prompt: Prompt | None = None
     ) -> tuple[Outcome, ...]:

@@ -19,12 +19,12 @@ from rayhf.algorithms.base import AlgorithmBase, Selection, SelectionContext, ti
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig
 from rayhf.algorithms.mcts_samples import tree_from_group
-from rayhf.algorithms.mcts_search import PromptSearch, critic_template
+from rayhf.algorithms.mcts_search import critic_template
+from rayhf.algorithms.mcts_turns import explore_tree
 from rayhf.config.algorithms import ReferenceSchedule
 from rayhf.config.registry import LOSSES
 from rayhf.losses.base import Loss
 from rayhf.losses.pairs import PairLoss, PairLossConfig
-from rayhf.search.grow import grow
 from rayhf.search.siblings import pair_rows, step_pairs
 from rayhf.types import Example, Group, Prompt, derive_seed
 
@@ -49,8 +49,7 @@ class MCTSDPO(AlgorithmBase):
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
         """Grow the prompt's tree."""
-        search = PromptSearch(self.config, self._template, prompt, context)
-        return search.group(await grow(self.config, search.expand, search.evaluate))
+        return await explore_tree(self.config, self._template, prompt, context)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
         """Pair the siblings of each tree."""

@@ -6,7 +6,7 @@ fb23437, "ours" is a choice of this project.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import (
     Field,
@@ -27,6 +27,7 @@ from rayhf.config.algorithms import (
 from rayhf.config.base import Section
 from rayhf.config.jinja_text import variables_of
 from rayhf.config.registry import LOSSES
+from rayhf.errors import ConfigError
 from rayhf.losses.pairs import PairLossConfig
 from rayhf.losses.preference import SigmoidConfig
 from rayhf.search.mcts import MCTSSettings
@@ -109,12 +110,11 @@ class SelfEvaluationConfig(Section):
 class TreeSearchConfig(MCTSSettings, AlgorithmConfig):
     """A Monte Carlo tree of steps per prompt, for loops that train on it."""
 
-    plays_episodes: ClassVar[bool] = False
-
     step_stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=("\n",), min_length=1
     )
-    """Strings that end a step (paper and code: lines)."""
+    """Strings that end a step (paper and code: lines). Where an environment serves the prompt, a
+    step is a turn instead, with the environment's limits."""
     step_tokens: PositiveInt = 128
     """Maximum number of tokens per step (code: 128 for mathematics, 32 for multiple choice). A
     longer step is cut, and the next one continues it."""
@@ -140,9 +140,26 @@ class TreeSearchConfig(MCTSSettings, AlgorithmConfig):
         return self.outcome.wrong
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
-        """Refuse a thinking model, and a scorer that only compares. Raises ConfigError."""
+        """Refuse a thinking model, a scorer that only compares, and what turns cannot have.
+
+        Raises ConfigError.
+        """
         refuse_thinking(campaign, "it searches over the steps of a text without thinking")
         refuse_pairwise(campaign, "scores completions one by one")
+        if self.rollouts == 0:
+            refuse_over_turns(campaign, "rollouts: 0", "only the end of an episode values a turn")
+        if self.self_evaluation is not None:
+            refuse_over_turns(campaign, "self_evaluation", "the critic reads a text without turns")
+        if self.inject_gold:
+            refuse_over_turns(campaign, "inject_gold", "the reference answer has no turns")
+
+
+def refuse_over_turns(campaign: CampaignConfig, setting: str, reason: str) -> None:
+    """Raise ConfigError for a setting that a search over turns cannot have."""
+    if campaign.environment:
+        raise ConfigError(
+            f"algorithm.{setting} cannot be used beside an environment: {reason}; leave it out"
+        )
 
 
 class MCTSDPOConfig(StepPairSettings, TreeSearchConfig):
@@ -163,3 +180,9 @@ class MCTSDPOConfig(StepPairSettings, TreeSearchConfig):
                 f"{self.loss.type}; set labels to hard"
             )
         return self
+
+    def check_campaign(self, campaign: CampaignConfig) -> None:
+        """Refuse chains of turns, too. Raises ConfigError."""
+        super().check_campaign(campaign)
+        if self.merge_chains:
+            refuse_over_turns(campaign, "merge_chains", "replies stand between the turns")

@@ -3,6 +3,8 @@
 Node i of the tree is sample i - 1, of kind "step", with its parent, its context and the search's
 statistics; the root is the prompt and has no sample. Samples of kind "rollout" follow: completions
 that only valued a step. A stored group therefore gives the same tree, and the same pairs, again.
+Of a tree of turns, each sample has its part of the episode; the tokens of a reply are in the
+context of what follows it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def tree_samples(
                 completion=completion,
                 outcome=outcome,
                 kind="rollout",
-                context_ids=context,
+                context_ids=context if completion.episode is None else None,
                 parent=node.id - 1,
             )
             for completion, outcome in rollouts.get(node.id, ())
@@ -60,7 +62,7 @@ def _step_sample(prompt: Prompt, tree: Tree, node: TreeNode) -> Sample:
         completion=node.step.completion,
         outcome=node.outcome,
         kind="step",
-        context_ids=token_array((*prompt.token_ids, *tree.token_ids(tree.nodes[node.parent]))),
+        context_ids=tree.context_ids(node, prompt.token_ids),
         parent=node.parent - 1 if node.parent else None,
         stats={name: float(value) for name, value in stats.items()},
     )
@@ -86,7 +88,12 @@ def tree_from_group(group: Group) -> Tree:
         node = TreeNode(
             id=index + 1,
             parent=parent.id,
-            step=Step(completion=sample.completion, end=end, gold=bool(stats["gold"])),
+            step=Step(
+                completion=sample.completion,
+                end=end,
+                context_ids=sample.context_ids,
+                gold=bool(stats["gold"]),
+            ),
             depth=int(stats["depth"]),
             prior=stats["prior"],
             estimate=stats.get("estimate"),

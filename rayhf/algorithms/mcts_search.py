@@ -152,12 +152,10 @@ class PromptSearch:
             return outcome_value(node.outcome, self.config.outcome)
         if not self.config.rollouts:
             return 0.0
-        written = tuple(token for step in steps for token in step.token_ids.tolist())
-        sampling = replace(self.context.sampling, max_tokens=self._remaining(written))
         rollouts = list(node.rollouts)
         missing = self.config.rollouts - len(rollouts)
         if missing > 0:
-            rollouts += await self.context.sample(missing, prefix=written, sampling=sampling)
+            rollouts += await self._more_rollouts(missing, steps)
         outcomes = await self.context.score(
             [self._whole([*steps, rollout], rollout.finish_reason) for rollout in rollouts]
         )
@@ -165,6 +163,12 @@ class PromptSearch:
         optional = [outcome_value(outcome, self.config.outcome) for outcome in outcomes]
         values = [value for value in optional if value is not None]
         return math.fsum(values) / len(values) if values else None
+
+    async def _more_rollouts(self, n: int, steps: Sequence[Completion]) -> Sequence[Completion]:
+        """Complete the steps n times."""
+        written = tuple(token for step in steps for token in step.token_ids.tolist())
+        sampling = replace(self.context.sampling, max_tokens=self._remaining(written))
+        return await self.context.sample(n, prefix=written, sampling=sampling)
 
     def _whole(
         self, steps: Sequence[Completion], finish_reason: Literal["stop", "length"]

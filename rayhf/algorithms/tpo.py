@@ -27,15 +27,16 @@ from rayhf.algorithms.base import AlgorithmBase, Selection, SelectionContext, ti
 from rayhf.algorithms.context import ExplorationContext
 from rayhf.algorithms.mcts_dpo_config import TreeSearchConfig
 from rayhf.algorithms.mcts_samples import tree_from_group
-from rayhf.algorithms.mcts_search import PromptSearch, critic_template
+from rayhf.algorithms.mcts_search import critic_template
+from rayhf.algorithms.mcts_turns import explore_tree
 from rayhf.config.algorithms import ReferenceSchedule, refuse_staleness
 from rayhf.config.schema import CampaignConfig
+from rayhf.episodes import replies_between
 from rayhf.losses.base import Loss
 from rayhf.losses.lists import ListLoss
-from rayhf.search.grow import grow
 from rayhf.search.mcts import Tree, TreeNode
 from rayhf.search.siblings import join
-from rayhf.types import Example, Group, Prompt, Row, token_array
+from rayhf.types import Example, Group, Prompt, Row
 
 
 class TPOConfig(TreeSearchConfig):
@@ -75,8 +76,7 @@ class TPO(AlgorithmBase):
 
     async def explore(self, prompt: Prompt, context: ExplorationContext) -> Group:
         """Grow the prompt's tree."""
-        search = PromptSearch(self.config, self._template, prompt, context)
-        return search.group(await grow(self.config, search.expand, search.evaluate))
+        return await explore_tree(self.config, self._template, prompt, context)
 
     def select(self, groups: Sequence[Group], context: SelectionContext) -> Selection:
         """Make one list of each tree."""
@@ -124,15 +124,14 @@ def _leaves(tree: Tree) -> list[TreeNode]:
 
 def branch_row(prompt: Prompt, tree: Tree, leaf: TreeNode) -> Row:
     """Return the training row of the path from the prompt to a leaf; `value` is the leaf's."""
-    path = [leaf]
-    while (parent := path[-1].parent) is not None:
-        path.append(tree.nodes[parent])
-    parts = [node.step.completion for node in reversed(path) if node.step is not None]
+    path = tree.path(leaf)
+    parts = [node.step.completion for node in path if node.step is not None]
     whole = join(parts, parts[-1].finish_reason)
+    contexts = [tree.context_ids(node, prompt.token_ids) for node in path]
     return Row(
         prompt_id=prompt.prompt_id,
         sample=leaf.id - 1,
-        prompt_ids=token_array(prompt.token_ids),
+        prompt_ids=contexts[0],
         response_ids=whole.token_ids,
         tokens={"behavior_logp": whole.logprobs},
         scalars={
@@ -140,4 +139,5 @@ def branch_row(prompt: Prompt, tree: Tree, leaf: TreeNode) -> Row:
             "truncated": float(whole.finish_reason == "length"),
             "value": _value(leaf),
         },
+        inserted=replies_between(parts, contexts),
     )

@@ -29,7 +29,7 @@ class AlgorithmConfig(PluginConfig):
 
     plays_episodes: ClassVar[bool] = True
     """Whether an environment may answer its completions: it then draws them by `context.sample`
-    from the prompt itself, and trains on them whole."""
+    from the prompt itself, and trains on them whole, or by `context.play_on`, turn by turn."""
 
     def check_campaign(self, campaign: CampaignConfig) -> None:
         """Refuse settings of other sections that contradict these. Raises ConfigError."""

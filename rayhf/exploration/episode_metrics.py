@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,30 +15,48 @@ _ENDS = ("done", "turns", "tokens", "reply_tokens", "failed")
 def episode_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Return the metrics of the groups' episodes; empty where there are none."""
     episodes = [
-        sample.completion.episode
+        parts
         for group in groups
-        for sample in group.samples
-        if sample.completion.episode is not None
+        for index in range(len(group.samples))
+        if (parts := _parts(group, index)) and parts[-1].ended is not None
     ]
     if not episodes:
         return {}
     metrics = {
-        "environment/turns": float(np.mean([_turns(episode) for episode in episodes])),
-        "environment/reply_tokens": float(np.mean([_replied(episode) for episode in episodes])),
-        "environment/reward_mean": float(np.mean([episode.reward for episode in episodes])),
+        "environment/turns": _mean(map(_turns, episodes)),
+        "environment/reply_tokens": _mean(map(_replied, episodes)),
+        "environment/reward_mean": _mean(sum(p.reward for p in parts) for parts in episodes),
     }
     for end in _ENDS:
-        share = np.mean([episode.ended == end for episode in episodes])
-        metrics[f"environment/ended/{end}"] = float(share)
-    for name in sorted({name for episode in episodes for name in episode.metrics}):
-        values = [episode.metrics.get(name, 0.0) for episode in episodes]
-        metrics[f"environment/own/{name}"] = float(np.mean(values))
+        metrics[f"environment/ended/{end}"] = _mean(parts[-1].ended == end for parts in episodes)
+    for name in sorted({name for parts in episodes for part in parts for name in part.metrics}):
+        metrics[f"environment/own/{name}"] = _mean(
+            sum(part.metrics.get(name, 0.0) for part in parts) for parts in episodes
+        )
     return metrics
 
 
-def _turns(episode: Episode) -> int:
-    return sum(turn.role == "assistant" for turn in episode.turns)
+def _parts(group: Group, index: int) -> list[Episode]:
+    """Return a sample's episode, after those of its parents in a tree, whose parts it continues."""
+    parts: list[Episode] = []
+    at: int | None = index
+    while at is not None:
+        sample = group.samples[at]
+        if sample.completion.episode is None:
+            break
+        parts.insert(0, sample.completion.episode)
+        at = sample.parent
+    return parts
 
 
-def _replied(episode: Episode) -> int:
-    return 0 if episode.inserted is None else len(episode.inserted.token_ids)
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _turns(parts: Sequence[Episode]) -> int:
+    return sum(turn.role == "assistant" for part in parts for turn in part.turns)
+
+
+def _replied(parts: Sequence[Episode]) -> int:
+    """Return the number of tokens of messages that the policy read."""
+    return sum(turn.tokens for part in parts for turn in part.turns if turn.role != "assistant")

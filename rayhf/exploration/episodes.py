@@ -1,8 +1,9 @@
 """Episodes: the policy and an environment take turns, and the whole is one completion.
 
-In: a prompt that an environment serves. Out: a Completion per episode, with the tokens of all of
-the policy's turns as the engine wrote them. An environment's reply becomes tokens that the next
-turn reads (rayhf/data/replies.py); they are kept apart, so that nothing trains on them.
+In: a prompt that an environment serves. Out: a Completion per turn of the policy with its part of
+the episode, and of all of them one Completion, with the tokens as the engine wrote them. An
+environment's reply becomes tokens that the next turn reads (rayhf/data/replies.py); they are kept
+apart, so that nothing trains on them.
 
 Everything follows from responses and seeds, which depend on the episode's place only: a resumed
 iteration plays its episodes again, with the generations that the journal has.
@@ -13,14 +14,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal, Protocol
-
-import numpy as np
 
 from rayhf.config.environments import EnvironmentConfig
 from rayhf.data.chat import Chat
 from rayhf.data.replies import ReplyRenderer
-from rayhf.episodes import Episode, Inserted, StepRequest, StepResult, Turn, inserted_tokens
+from rayhf.episodes import Ended, Episode, StepRequest, StepResult, Turn, join_turns
 from rayhf.errors import ConfigError
 from rayhf.types import (
     NO_LOGPROBS,
@@ -32,14 +32,12 @@ from rayhf.types import (
     Message,
     Prompt,
     Sampling,
-    TokenArray,
-    float_array,
-    split_versions,
     token_array,
 )
 
 Answer = StepResult | Invalid | Failed
-Ended = Literal["done", "turns", "tokens", "reply_tokens", "failed"]
+_TRUNCATED = ("tokens", "reply_tokens")
+"""Ends at a limit on tokens."""
 
 
 class Sender(Protocol):
@@ -55,38 +53,23 @@ class Sender(Protocol):
 
 
 @dataclass(slots=True)
-class _State:
+class State:
     """An episode under way."""
 
     index: int
     context: tuple[int, ...]
-    """The tokens that it begins after."""
+    """What the next turn reads."""
     seed: int
     """Of its first turn."""
-    turns: list[Turn] = field(default_factory=list)
-    written: list[Completion] = field(default_factory=list)
-    """The policy's turns."""
-    replies: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    """Of each reply, the number of the policy's tokens before it, and its tokens."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    problem: Invalid | Failed | None = None
-
-    @property
-    def generated(self) -> int:
-        return sum(len(turn.token_ids) for turn in self.written)
-
-    @property
-    def replied(self) -> int:
-        return sum(len(tokens) for _, tokens in self.replies)
-
-    def token_ids(self) -> tuple[int, ...]:
-        """Return everything that the next turn reads."""
-        ids = list(self.context)
-        replies = [tokens for _, tokens in self.replies]
-        for turn, reply in zip(self.written, replies, strict=True):
-            ids += turn.token_ids.tolist()
-            ids += reply
-        return tuple(ids)
+    turns: list[Completion] = field(default_factory=list)
+    """The policy's turns, each with its part of the episode."""
+    generated: int = 0
+    """Tokens of the turns."""
+    replied: int = 0
+    """Tokens of the replies."""
+    is_open: bool = False
+    """Whether the environment has the episode under way."""
+    ended: Ended | None = None
 
 
 class EpisodePlayer:
@@ -123,34 +106,44 @@ class EpisodePlayer:
 
     async def play(self, n: int) -> tuple[Completion, ...]:
         """Return n episodes."""
-        self._n = n
-        states = [
-            _State(index, self._prompt.token_ids, self._derive_seed("sample", self._number, index))
-            for index in range(n)
-        ]
-        await asyncio.gather(*map(self._reset, states))
-        first = await self._first_turns([s for s in states if s.problem is None])
-        return tuple(await asyncio.gather(*(self._finish(s, first.get(s.index)) for s in states)))
+        seeds = [self._derive_seed("environment", self._number, index) for index in range(n)]
+        return tuple(map(self._whole, await self.play_states(seeds)))
 
-    async def _reset(self, state: _State) -> None:
-        seed = self._derive_seed("environment", self._number, state.index)
+    async def play_states(self, seeds: Sequence[int]) -> list[State]:
+        """Play an episode for each of the environment's seeds, to its end."""
+        self._n = len(seeds)
+        states = [
+            State(index, self._prompt.token_ids, self._derive_seed("sample", self._number, index))
+            for index in range(self._n)
+        ]
+        await asyncio.gather(*map(self._begin, states, seeds))
+        first = await self._first_turns([s for s in states if s.ended is None])
+        await asyncio.gather(*(self._finish(s, first.get(s.index)) for s in states))
+        return states
+
+    async def _begin(self, state: State, seed: int) -> None:
+        """Start the environment."""
         result = await self._step(state, 0, row=self._prompt.row, seed=seed)
         if not isinstance(result, StepResult):
-            state.problem = result
+            self._fail(state, result)
             return
+        state.is_open = True
         messages = _messages(result)
         if not messages:
             return
         try:
             state.context = self._sender.chat.render(messages)
         except ConfigError as error:
-            state.problem = Invalid(reason=f"environment {self._name}: {error}")
+            self._fail(state, self._invalid(str(error)))
 
     @property
     def _name(self) -> str:
         return self._environment.resolved_name
 
-    async def _first_turns(self, states: Sequence[_State]) -> dict[int, Completion]:
+    def _invalid(self, reason: str) -> Invalid:
+        return Invalid(reason=f"environment {self._name}: {reason}")
+
+    async def _first_turns(self, states: Sequence[State]) -> dict[int, Completion]:
         """Return the first turn of each episode, by index; one request where all begin alike."""
         begun = [state for state in states if self._room(state) > 0]
         if len(begun) == self._n and len({state.context for state in begun}) == 1:
@@ -163,96 +156,125 @@ class EpisodePlayer:
         answers = await asyncio.gather(*requests)
         return {state.index: turn for state, (turn,) in zip(begun, answers, strict=True)}
 
-    async def _finish(self, state: _State, turn: Completion | None) -> Completion:
+    async def _finish(self, state: State, turn: Completion | None) -> None:
         """Play an episode to its end."""
-        ended: Ended | None = None
-        if state.problem is not None:
-            ended = "failed"
-        elif turn is None:
-            state.problem = Invalid(
-                reason=f"environment {self._name}: its first messages leave no room for a turn"
-            )
-            ended = "failed"
-        while ended is None:
+        if state.ended is None and turn is None:
+            self._fail(state, self._invalid("its first messages leave no room for a turn"))
+        while state.ended is None:
             assert turn is not None
-            ended = await self._answer(state, turn)
-            if ended is None:
-                number = self._number + len(state.written) * self._n + state.index
-                seed = self._derive_seed("turn", self._number, state.index, len(state.written))
+            await self._answer(state, turn)
+            if state.ended is None:
+                number = self._number + len(state.turns) * self._n + state.index
+                seed = self._derive_seed("turn", self._number, state.index, len(state.turns))
                 (turn,) = await self._generate(state, number, (seed,))
-        if ended not in ("done", "failed"):
-            await self._step(state, len(state.written) + 1)
-        return self._completion(state, ended)
+        if state.is_open:
+            await self._step(state, len(state.turns) + 1)
 
-    async def _answer(self, state: _State, turn: Completion) -> Ended | None:
-        """Add a turn and the environment's answer; return why the episode is over, else None."""
-        state.written.append(turn)
-        written = Turn(role="assistant", content=turn.text, tokens=len(turn.token_ids))
+    async def _answer(self, state: State, turn: Completion) -> None:
+        """Add a turn and the environment's answer, which may end the episode."""
+        said = Turn(role="assistant", content=turn.text, tokens=len(turn.token_ids))
         if turn.finish_reason == "length":
-            state.turns.append(written)
-            return "tokens"
-        result = await self._step(
-            state, len(state.written), message={"role": "assistant", "content": turn.text}
-        )
+            self._add(state, turn, [said], "tokens")
+            return
+        message = {"role": "assistant", "content": turn.text}
+        result = await self._step(state, len(state.turns) + 1, message=message)
+        state.is_open = isinstance(result, StepResult) and not result.done
         if not isinstance(result, StepResult):
-            state.turns.append(written)
-            state.problem = result
-            return "failed"
-        state.turns.append(replace(written, reward=result.reward))
-        for name, value in result.metrics.items():
-            state.metrics[name] = state.metrics.get(name, 0.0) + value
+            self._add(state, turn, [said], "failed", problem=result)
+            return
+        said = replace(said, reward=result.reward)
         messages = _messages(result)
-        if result.done or len(state.written) == self._environment.max_turns:
-            state.turns += _unread(messages)
-            return "done" if result.done else "turns"
-        return self._reply(state, turn, messages)
+        reply: tuple[int, ...] = ()
+        end: Ended | Invalid | None = None
+        if result.done:
+            end = "done"
+        elif len(state.turns) + 1 == self._environment.max_turns:
+            end = "turns"
+        else:
+            reply, end = self._reply(state, turn, messages)
+        self._add(
+            state,
+            turn,
+            [said, *_replies(messages, 0 if end else len(reply))],
+            "failed" if isinstance(end, Invalid) else end,
+            problem=end if isinstance(end, Invalid) else None,
+            metrics=result.metrics,
+        )
+        if end is None:
+            state.context = (*state.context, *turn.token_ids.tolist(), *reply)
+            state.replied += len(reply)
 
-    def _reply(self, state: _State, turn: Completion, messages: Sequence[Message]) -> Ended | None:
-        """Add the environment's messages, if a turn can follow them."""
+    def _reply(
+        self, state: State, turn: Completion, messages: Sequence[Message]
+    ) -> tuple[tuple[int, ...], Ended | Invalid | None]:
+        """Return the tokens of a reply, and why no turn can follow it; None where one can."""
         if not messages:
-            state.problem = Invalid(
-                reason=f"environment {self._name}: the episode goes on, and there is no message"
-            )
-            return "failed"
+            return (), self._invalid("the episode goes on, and there is no message")
         try:
             tokens = self._sender.replies.render(messages, turn=turn.token_ids)
         except ConfigError as error:
-            state.problem = Invalid(reason=f"environment {self._name}: {error}")
-            return "failed"
+            return (), self._invalid(str(error))
         if state.replied + len(tokens) > self._environment.reply_tokens:
-            state.turns += _unread(messages)
-            return "reply_tokens"
-        state.replies.append((state.generated, tokens))
-        if self._room(state) < 1:
-            state.replies.pop()
-            state.turns += _unread(messages)
-            return "tokens"
-        state.turns += _unread(messages[:-1])
-        last = messages[-1]
-        # The tokens of several messages are rendered together; they count for the last one.
-        state.turns.append(
-            Turn(role=str(last["role"]), content=str(last["content"]), tokens=len(tokens))
-        )
-        return None
+            return (), "reply_tokens"
+        if self._room(state, generated=len(turn.token_ids), replied=len(tokens)) < 1:
+            return (), "tokens"
+        return tokens, None
 
-    def _room(self, state: _State) -> int:
-        """Return how many tokens the next turn may have."""
-        used = len(state.context) + state.generated + state.replied
+    def _add(
+        self,
+        state: State,
+        turn: Completion,
+        messages: Sequence[Turn],
+        ended: Ended | None,
+        *,
+        problem: Invalid | Failed | None = None,
+        metrics: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Add a turn with its part of the episode."""
+        episode = Episode(
+            environment=self._name,
+            turns=tuple(messages),
+            ended=ended,
+            context_ids=token_array(state.context),
+            problem=problem,
+            metrics=metrics,
+        )
+        reason: Literal["stop", "length"] = "length" if ended in _TRUNCATED else "stop"
+        state.turns.append(replace(turn, finish_reason=reason, episode=episode))
+        state.generated += len(turn.token_ids)
+        state.ended = ended
+
+    def _fail(self, state: State, problem: Invalid | Failed) -> None:
+        """End an episode before another turn; a turn without tokens has the reason."""
+        nothing = Completion(
+            prompt_id=self._prompt.prompt_id,
+            index=state.index,
+            seed=state.seed,
+            text="",
+            token_ids=NO_TOKENS,
+            logprobs=NO_LOGPROBS,
+            finish_reason="stop",
+            policy_version=self._sender.versions[self._policy],
+        )
+        self._add(state, nothing, [], "failed", problem=problem)
+
+    def _room(self, state: State, *, generated: int = 0, replied: int = 0) -> int:
+        """Return how many tokens the next turn may have, after so many more."""
         limits = [
-            self._sampling.max_tokens - state.generated,
-            self._sender.chat.max_length - used,
+            self._sampling.max_tokens - state.generated - generated,
+            self._sender.chat.max_length - len(state.context) - generated - replied,
             self._environment.turn_tokens or self._sampling.max_tokens,
         ]
         return min(limits)
 
     async def _generate(
-        self, state: _State, number: int, seeds: tuple[int, ...]
+        self, state: State, number: int, seeds: tuple[int, ...]
     ) -> tuple[Completion, ...]:
         return await self._sender.generate(
             GenerateRequest(
                 prompt_id=self._prompt.prompt_id,
                 number=number,
-                token_ids=state.token_ids(),
+                token_ids=state.context,
                 sampling=replace(self._sampling, max_tokens=self._room(state)),
                 seeds=seeds,
                 policy=self._policy,
@@ -261,7 +283,7 @@ class EpisodePlayer:
 
     async def _step(
         self,
-        state: _State,
+        state: State,
         turn: int,
         *,
         row: Mapping[str, object] | None = None,
@@ -280,42 +302,14 @@ class EpisodePlayer:
             )
         )
 
-    def _completion(self, state: _State, ended: Ended) -> Completion:
-        turns = state.written
-        own_context = state.context != self._prompt.token_ids
-        episode = Episode(
-            environment=self._name,
-            turns=tuple(state.turns),
-            ended=ended,
-            inserted=_inserted(state),
-            context_ids=token_array(state.context) if own_context else None,
-            problem=state.problem,
-            metrics=state.metrics,
-        )
-        versions = [
-            np.full(len(turn.token_ids), turn.policy_version, np.int32)
-            if turn.token_versions is None
-            else turn.token_versions
-            for turn in turns
-        ]
-        oldest = self._sender.versions[self._policy]
-        token_versions: TokenArray | None = None
-        if state.generated:
-            oldest, token_versions = split_versions(np.concatenate(versions))
-        return Completion(
-            prompt_id=self._prompt.prompt_id,
-            index=state.index,
-            seed=state.seed,
-            text=turns[-1].text if turns else "",
-            token_ids=token_array(np.concatenate([NO_TOKENS, *(t.token_ids for t in turns)])),
-            logprobs=float_array(np.concatenate([NO_LOGPROBS, *(t.logprobs for t in turns)])),
-            finish_reason="length" if ended in ("tokens", "reply_tokens") else "stop",
-            thinking=turns[-1].thinking if turns else None,
-            thinking_tokens=sum(turn.thinking_tokens for turn in turns),
-            policy_version=oldest,
-            token_versions=token_versions,
-            episode=episode,
-        )
+    def _whole(self, state: State) -> Completion:
+        """Return an episode as one completion."""
+        whole = join_turns(state.turns)
+        episode = whole.episode
+        assert episode is not None and episode.context_ids is not None
+        if tuple(episode.context_ids.tolist()) == self._prompt.token_ids:
+            episode = replace(episode, context_ids=None)
+        return replace(whole, index=state.index, episode=episode)
 
 
 def _messages(result: StepResult) -> Sequence[Message]:
@@ -324,15 +318,10 @@ def _messages(result: StepResult) -> Sequence[Message]:
     return result.messages
 
 
-def _unread(messages: Sequence[Message]) -> list[Turn]:
-    """Return messages that have no tokens of their own."""
-    return [Turn(role=str(m["role"]), content=str(m["content"]), tokens=0) for m in messages]
-
-
-def _inserted(state: _State) -> Inserted | None:
-    """Return the tokens of the replies, without one that nothing was generated after."""
-    replies = [(before, ids) for before, ids in state.replies if before < state.generated]
-    return inserted_tokens(
-        [token for _, ids in replies for token in ids],
-        [before for before, ids in replies for _ in ids],
-    )
+def _replies(messages: Sequence[Message], tokens: int) -> list[Turn]:
+    """Return messages whose tokens, rendered together, count for the last one."""
+    last = len(messages) - 1
+    return [
+        Turn(role=str(m["role"]), content=str(m["content"]), tokens=tokens if at == last else 0)
+        for at, m in enumerate(messages)
+    ]

@@ -27,6 +27,7 @@ from rayhf.episodes import StepRequest
 from rayhf.exploration.codecs import COMPARE, GENERATE, SCORE, Codec, RequestT, ResponseT
 from rayhf.exploration.episodes import Answer, EpisodePlayer
 from rayhf.exploration.journal import Journal
+from rayhf.exploration.replay import ReplayPlayer
 from rayhf.roles import Environments, Rollout, Scorer
 from rayhf.types import (
     Comparison,
@@ -46,6 +47,7 @@ IN_FLIGHT = 65_536
 """Default number of prompts that are explored at the same time."""
 
 Result = TypeVar("Result")
+PlayerT = TypeVar("PlayerT", bound=EpisodePlayer)
 Explore = Callable[[Prompt, ExplorationContext], Awaitable[Group]]
 
 
@@ -121,17 +123,8 @@ class PromptContext:
         """
         environment = self._scheduler.environment_of(self._prompt)
         if environment is not None and context is None and not prefix:
-            player = EpisodePlayer(
-                self._scheduler,
-                self._prompt,
-                environment,
-                sampling=sampling or self.sampling,
-                policy=policy,
-                derive_seed=self.derive_seed,
-                number=self._generations,
-            )
-            self._generations += n * (environment.max_turns + 1)
-            return await player.play(n)
+            sampling = sampling or self.sampling
+            return await self._player(EpisodePlayer, n, environment, sampling, policy).play(n)
         before = self._prompt.token_ids if context is None else map(int, context)
         token_ids = (*before, *map(int, prefix))
         sampling = sampling or self.sampling
@@ -154,6 +147,45 @@ class PromptContext:
                 seeds=tuple(self.derive_seed("sample", number, index) for index in range(n)),
                 policy=policy,
             )
+        )
+
+    @property
+    def has_environment(self) -> bool:
+        """Whether an environment serves the prompt."""
+        return self._scheduler.environment_of(self._prompt) is not None
+
+    async def play_on(
+        self, n: int, path: Sequence[Completion] = ()
+    ) -> list[tuple[Completion, ...]]:
+        """Play n episodes that begin with the turns of `path`, and return the turns that follow.
+
+        Raises ValueError where no environment serves the prompt.
+        """
+        environment = self._scheduler.environment_of(self._prompt)
+        if environment is None:
+            raise ValueError(f"prompt {self._prompt.prompt_id}: no environment serves it")
+        player = self._player(ReplayPlayer, n, environment, self.sampling, "policy")
+        return await player.play_on(n, path, seed=self.derive_seed("environment"))
+
+    def _player(
+        self,
+        player: type[PlayerT],
+        n: int,
+        environment: EnvironmentConfig,
+        sampling: Sampling,
+        policy: str,
+    ) -> PlayerT:
+        """Return a player of n episodes, with numbers for all their requests."""
+        number = self._generations
+        self._generations += n * (environment.max_turns + 1)
+        return player(
+            self._scheduler,
+            self._prompt,
+            environment,
+            sampling=sampling,
+            policy=policy,
+            derive_seed=self.derive_seed,
+            number=number,
         )
 
     async def score(

@@ -4,7 +4,7 @@ samples    one row per completion, also the inner ones of a search: `parent`, `k
            and `stats` are its tree; `row` has all columns of the prompt's row as JSON;
            `token_versions` is null where one version wrote all tokens; of an episode, `turns` are
            its messages, and inserted_ids the environment's tokens, each after inserted_before of
-           token_ids
+           token_ids; a step of a tree has its own part of the episode
 examples   one row per training example, with indices into its prompt's samples `iterations_back`
            iterations ago; index -1 for a text that was not sampled (an offline pair, a label)
 credit     one row per row of the policy's examples: what training added to each of its tokens

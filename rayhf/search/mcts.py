@@ -1,4 +1,4 @@
-"""Monte Carlo tree search over steps of text. Xie et al. 2024 (2405.00451), section 2.1.
+"""Monte Carlo tree search over steps: lines of a text, or turns. Xie et al. 2024, section 2.1.
 
 In: `expand` (generate continuations of a node) and `evaluate` (estimate how good a node is), both
 coroutines, and settings. Out: a Tree, which is plain data: it can be stored, read back and drawn.
@@ -38,7 +38,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from rayhf.config.base import Section
-from rayhf.types import NO_TOKENS, Completion, FloatArray, Outcome, TokenArray
+from rayhf.types import NO_TOKENS, Completion, FloatArray, Outcome, TokenArray, token_array
 
 End = Literal["answer", "limit"]
 """Why a completion ends at a node: the policy ended its turn, or no token is left."""
@@ -98,6 +98,8 @@ class Step:
     """The step's own tokens only; an injected step was not sampled, so its log-probs are NaN."""
     end: End | None
     """None: more steps may follow."""
+    context_ids: TokenArray | None = None
+    """The tokens that it continues; None where those are the prompt and the steps above alone."""
     gold: bool = False
     """Whether the step was injected from the reference answer: a leak."""
     rollout: Completion | None = None
@@ -184,6 +186,13 @@ class Tree:
     def token_ids(self, node: TreeNode) -> tuple[int, ...]:
         """Return the generated tokens from the root to the end of `node`."""
         return tuple(token for each in self.path(node) for token in each.token_ids.tolist())
+
+    def context_ids(self, node: TreeNode, prompt_ids: Sequence[int]) -> TokenArray:
+        """Return the tokens that the step of `node` continues."""
+        assert node.step is not None and node.parent is not None
+        if node.step.context_ids is not None:
+            return node.step.context_ids
+        return token_array((*prompt_ids, *self.token_ids(self.nodes[node.parent])))
 
     def attach(
         self, parent: TreeNode, steps: Sequence[Step], *, length_exponent: float

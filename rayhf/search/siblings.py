@@ -138,8 +138,8 @@ def _parents(tree: Tree, settings: StepPairSettings) -> list[TreeNode]:
 def pair_rows(prompt: Prompt, tree: Tree, pair: StepPair, *, merge_chains: bool) -> tuple[Row, Row]:
     """Return the rows (better, worse) of a pair.
 
-    The context is the prompt and all tokens that the two share; the response is the rest. At least
-    one token of each is left as response, also where one step is the beginning of the other.
+    The context is what both continue and all tokens that they share; the response is the rest. At
+    least one token of each is left as response, also where one step is the beginning of the other.
     Row.sample is node - 1, the node's place among its group's samples.
     """
     spans = [_span(tree, node, merge_chains) for node in (pair.better, pair.worse)]
@@ -147,10 +147,8 @@ def pair_rows(prompt: Prompt, tree: Tree, pair: StepPair, *, merge_chains: bool)
     limit = min(len(first), len(second)) - 1
     differ = np.flatnonzero(first[:limit] != second[:limit])
     shared = int(differ[0]) if differ.size else limit
-    assert pair.better.parent is not None
-    context = token_array(
-        (*prompt.token_ids, *tree.token_ids(tree.nodes[pair.better.parent]), *first[:shared])
-    )
+    before = tree.context_ids(pair.better, prompt.token_ids)
+    context = token_array(np.concatenate((before, first[:shared])))
     better, worse = (
         Row(
             prompt_id=prompt.prompt_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,10 +13,13 @@ import torch
 from engines import END, TURN, logprobs_of
 
 from rayhf.algorithms.base import sample_and_score
+from rayhf.algorithms.mcts_dpo import MCTSDPO
+from rayhf.algorithms.mcts_dpo_config import MCTSDPOConfig
 from rayhf.data.chat import Chat
 from rayhf.environments.process import EnvironmentHost
 from rayhf.environments.scorer import EpisodeScorer
 from rayhf.exploration.build import build_scheduler
+from rayhf.exploration.scheduler import Explore
 from rayhf.models.source import load_tokenizer
 from rayhf.scorer.none import NoScorer
 from rayhf.tiny.second_try import SecondTryConfig
@@ -64,22 +68,15 @@ class Direct:
     async def update(self, snapshot: WeightSnapshot) -> None: ...
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_tokens_are_the_engines_and_logprobs_those_of_the_whole(
-    shared: tuple[RolloutEngine, Qwen2ForCausalLM],
-    tmp_path_factory: pytest.TempPathFactory,
-    deterministic: bool,
-) -> None:
+def play(rollout: Direct, directory: Path, explore: Explore, *, deterministic: bool) -> list[Group]:
+    """Explore two prompts that the environment serves."""
     from engines import save_tokenizer
 
-    engine, model = shared
-    directory = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(directory)
     chat = Chat(load_tokenizer(directory, key="model", template=TEMPLATE), max_length=256)
     config = SecondTryConfig(tries=3)
-    rollout = Direct(engine)
 
-    async def play() -> list[Group]:
+    async def go() -> list[Group]:
         host = EnvironmentHost([config], base=directory)
         scheduler = build_scheduler(
             {"policy": rollout},
@@ -102,7 +99,7 @@ def test_tokens_are_the_engines_and_logprobs_those_of_the_whole(
         try:
             return await scheduler.run(
                 prompts,
-                lambda prompt, context: sample_and_score(prompt, context, 4),
+                explore,
                 sampling=Sampling(max_tokens=150),
                 seed=3,
                 done=lambda group: None,
@@ -110,7 +107,23 @@ def test_tokens_are_the_engines_and_logprobs_those_of_the_whole(
         finally:
             host.close()
 
-    groups = asyncio.run(play())
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_tokens_are_the_engines_and_logprobs_those_of_the_whole(
+    shared: tuple[RolloutEngine, Qwen2ForCausalLM],
+    tmp_path: Path,
+    deterministic: bool,
+) -> None:
+    engine, model = shared
+    rollout = Direct(engine)
+    groups = play(
+        rollout,
+        tmp_path,
+        lambda prompt, context: sample_and_score(prompt, context, 4),
+        deterministic=deterministic,
+    )
     ends = set()
     for group in groups:
         for index, sample in enumerate(group.samples):
@@ -134,3 +147,27 @@ def test_tokens_are_the_engines_and_logprobs_those_of_the_whole(
     turns = [len(s.completion.episode.turns) for g in groups for s in g.samples]  # type: ignore[union-attr]
     assert max(turns) > 1
     assert ends >= {END, TURN}
+
+
+def test_turns_of_a_tree_have_the_logprobs_of_what_they_follow(
+    shared: tuple[RolloutEngine, Qwen2ForCausalLM], tmp_path: Path
+) -> None:
+    engine, model = shared
+    algorithm = MCTSDPO(MCTSDPOConfig(iterations=3, depth=3, width=(3, 2)))
+    rollout = Direct(engine)
+    groups = play(rollout, tmp_path, algorithm.explore, deterministic=True)
+    depths = set()
+    for group in groups:
+        for index, sample in enumerate(group.samples):
+            if sample.kind != "step":
+                continue
+            assert "estimate" in sample.stats
+            depths.add(sample.stats["depth"])
+            context = tuple(group.context_ids(index).tolist())
+            own = sample.completion.token_ids.tolist()
+            assert any(whole[: len(own)] == own for whole in rollout.generated[context])
+            whole = (*context, *own)
+            logp = logprobs_of(model, whole).gather(1, torch.tensor(whole[1:])[:, None])[:, 0]
+            gap = logp.numpy()[len(context) - 1 :] - sample.completion.logprobs
+            assert np.abs(gap).mean() < 1e-4
+    assert max(depths) > 1

@@ -106,6 +106,13 @@ class ScriptedContext:
     def room(self, context: Sequence[int]) -> int:
         return self.limit - len(context)
 
+    has_environment = False
+
+    async def play_on(
+        self, n: int, path: Sequence[Completion] = ()
+    ) -> list[tuple[Completion, ...]]:
+        raise AssertionError("there is no environment")
+
     async def sample(
         self,
         n: int,

@@ -306,6 +306,11 @@ def config(**sections):
     )
 
 
+@pytest.mark.parametrize("algorithm", ["mcts_dpo", "tpo"])
+def test_tree_searches_take_environments(algorithm):
+    check_settings(config(algorithm={"type": algorithm}))
+
+
 def test_rewards_of_an_environment_need_no_scorer():
     settings = config()
     check_settings(settings)
@@ -315,7 +320,10 @@ def test_rewards_of_an_environment_need_no_scorer():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"algorithm": {"type": "mcts_dpo"}}, "mcts_dpo samples parts of answers"),
+        ({"algorithm": {"type": "mcts_dpo", "rollouts": 0}}, "rollouts: 0 cannot be used beside"),
+        ({"algorithm": {"type": "tpo", "self_evaluation": {}}}, "self_evaluation cannot be used"),
+        ({"algorithm": {"type": "tpo", "inject_gold": True}}, "inject_gold cannot be used"),
+        ({"algorithm": {"type": "mcts_dpo", "merge_chains": True}}, "merge_chains cannot be used"),
         ({"algorithm": {"type": "spar"}}, "spar samples parts of answers"),
         ({"algorithm": {"type": "sft"}}, "sft trains on given rows"),
         (

@@ -11,10 +11,10 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from fakes import FakeScorer
 from pydantic import ValidationError
+from stored_groups import stored
 
 from rayhf.algorithms.base import SelectionContext
 from rayhf.algorithms.mcts_dpo import MCTSDPO
@@ -23,14 +23,11 @@ from rayhf.algorithms.mcts_samples import tree_from_group
 from rayhf.algorithms.mcts_search import outcome_value, parse_verdict
 from rayhf.errors import ConfigError
 from rayhf.exploration.build import build_scheduler
-from rayhf.run_dir.tables import sample_table
 from rayhf.types import (
     Completion,
     Failed,
-    Group,
     Invalid,
     Prompt,
-    Sample,
     Sampling,
     Scored,
     float_array,
@@ -330,36 +327,6 @@ def test_equal_seeds_give_equal_trees_in_any_arrival_order(parallel):
     waves = explore(config, n=3)
     for _ in range(2):
         assert explore(config, n=3, rollout=ToyRollout(late=True), deterministic=False) == waves
-
-
-def stored(group):
-    """The group as it comes back from the samples' Parquet table."""
-    table = pa.Table.from_batches(sample_table(1, [group]).to_batches())
-    kinds = {
-        "Scored": lambda r: Scored(value=r["score"]),
-        "Invalid": lambda r: Invalid(reason=r["reason"]),
-    }
-    samples = [
-        Sample(
-            completion=Completion(
-                prompt_id=row["prompt_id"],
-                index=0,
-                seed=row["seed"],
-                text=row["text"],
-                token_ids=token_array(row["token_ids"]),
-                logprobs=float_array(row["logprobs"]),
-                finish_reason=row["finish_reason"],
-                policy_version=row["policy_version"],
-            ),
-            outcome=None if row["outcome"] is None else kinds[row["outcome"]](row),
-            kind=row["kind"],
-            context_ids=token_array(row["context_ids"]),
-            parent=row["parent"],
-            stats=dict(row["stats"]),
-        )
-        for row in table.to_pylist()
-    ]
-    return Group(prompt=group.prompt, samples=tuple(samples))
 
 
 @pytest.mark.parametrize("pairs", ["worst", "random", "all"])
