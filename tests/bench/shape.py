@@ -3,7 +3,8 @@
     python -m tests.bench.shape [REVISION] [--record]
 
 Measures the packages rayhf, actors and launch (generated gRPC modules left out) in the working tree
-and in REVISION of git. `--record` writes the table into RESULTS.md.
+and in REVISION of git, and lists the lines of code of each loop. `--record` writes the tables into
+RESULTS.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import sys
 import tarfile
 import tempfile
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,13 +32,15 @@ from rich.console import Console
 from rich.table import Table
 
 from rayhf.config.base import PluginConfig
-from rayhf.config.registry import REGISTRIES, Registry
+from rayhf.config.registry import ALGORITHMS, REGISTRIES, Registry
 from tests.bench.results import put_section
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("rayhf", "actors", "launch")
 BEFORE = "a5f3216"
 """The last revision before the packages were reorganized."""
+LOOP_PACKAGES = ("rayhf.algorithms.", "rayhf.losses.", "rayhf.search.")
+"""Where the parts of loops are."""
 LINE_LENGTH = 100
 LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
@@ -191,6 +195,50 @@ def edits(modules: Sequence[Module], example: Example) -> str:
     return f"{sum(places)} in {len(places)}"
 
 
+def loop_lines(modules: Sequence[Module]) -> dict[str, int]:
+    """Return the lines of code of each loop, with its config and its loss.
+
+    Lines without docstrings, comments and blank ones: of the module that the registry names, and of
+    the modules of LOOP_PACKAGES that only this one's imports lead to.
+    """
+    by_name = {m.path.removesuffix(".py").replace("/", "."): m for m in modules}
+    starts = {name: path.partition(":")[0] for name, path in ALGORITHMS.builtin.items()}
+    reached = {name: _reached(start, by_name) for name, start in starts.items()}
+    shared = Counter(module for found in reached.values() for module in found)
+    return {
+        name: sum(
+            len({token.start[0] for token in by_name[module].code})
+            for module in found
+            if shared[module] == 1 or module == starts[name]
+        )
+        for name, found in reached.items()
+    }
+
+
+def loops_text(modules: Sequence[Module]) -> str:
+    """Return the lines of code of the loops, the shortest first, and their median."""
+    lines = loop_lines(modules)
+    shortest_first = sorted(lines, key=lines.__getitem__)
+    listed = ", ".join(f"{name} {lines[name]}" for name in shortest_first)
+    return (
+        "Lines of code of a loop, with its config and its loss and without docstrings: median "
+        f"{statistics.median(lines.values()):.0f}. {listed}."
+    )
+
+
+def _reached(start: str, by_name: Mapping[str, Module]) -> set[str]:
+    """Return the modules of LOOP_PACKAGES that a module's imports lead to, itself included."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        if name in by_name and name not in found and name.startswith(LOOP_PACKAGES):
+            found.add(name)
+            imports = list(by_name[name].imports())
+            waiting += imports + [each.rpartition(".")[0] for each in imports]
+    return found
+
+
 def spread(values: Iterable[int]) -> str:
     """Median / 95th percentile / maximum."""
     numbers = sorted(values)
@@ -268,6 +316,8 @@ def main() -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table, note)
+    loops = loops_text(new)
+    console.print(loops)
     for state, modules in ((arguments.revision, old), ("now", new)):
         for a, b in two_way_pairs(modules):
             console.print(f"{state}: {a} and {b} import each other")
@@ -275,7 +325,8 @@ def main() -> None:
         head = [f"| figure | {arguments.revision} | now |", "|---|--:|--:|"]
         body = [f"| {' | '.join(row)} |" for row in rows]
         how = "`python -m tests.bench.shape`: rayhf, actors and launch without generated modules."
-        put_section("## Shape of the code", "\n".join([how, "", *head, *body, "", note]))
+        lines = [how, "", *head, *body, "", note, "", loops]
+        put_section("## Shape of the code", "\n".join(lines))
 
 
 if __name__ == "__main__":
