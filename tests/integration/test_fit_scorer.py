@@ -270,7 +270,7 @@ def test_token_budget_below_one_pair_is_refused(short: Path) -> None:
 
 def test_missing_files_of_the_tiny_presets_say_how_to_build_them(short: Path) -> None:
     tiny = short / ".tiny" / "game"
-    hint = "; `rayhf tiny .tiny` builds the tiny presets' files"
+    hint = f"`rayhf tiny {short / '.tiny'} --task game` builds in minutes"
     objective = {"type": "pairwise"}
     assert refuse(make_config(short, "o", objective, model=tiny / "policy")).endswith(hint)
     assert refuse(make_config(short, "o", objective, train=tiny / "pairs.jsonl")).endswith(hint)

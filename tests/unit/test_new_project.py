@@ -93,7 +93,8 @@ def test_directory_with_files_is_refused(tmp_path):
         ("--model", ".tiny/game/policy", "`rayhf tiny .tiny --task game` builds"),
     ],
 )
-def test_wrong_option_writes_nothing(tmp_path, option, value, expected):
+def test_wrong_option_writes_nothing(tmp_path, monkeypatch, option, value, expected):
+    monkeypatch.chdir(tmp_path)  # a clone's tiny world may be there
     with pytest.raises(ConfigError, match=expected.replace("?", r"\?")):
         app(["init", str(tmp_path / "new"), option, value], standalone_mode=False)
     assert not (tmp_path / "new").exists()
