@@ -29,7 +29,7 @@ from rayhf.config.schema import (
 from rayhf.config.scorers import ScorerConfig
 from rayhf.config.yaml_text import dump_flow
 from rayhf.errors import ConfigError
-from rayhf.models.source import tiny_hint
+from rayhf.models.source import missing_hint
 
 Device = Literal["cpu", "gpu"]
 Values = Mapping[str, Any]
@@ -84,7 +84,8 @@ rayhf export runs/first my-policy      # the trained policy as a Hugging Face di
 
 Run them in this directory: the paths in `config.yaml` start here.
 
-1. `data/` has {rows} made-up rows ({columns}). Replace them with your own; `prompts.train`
+1. `data/` has {rows} made-up rows to train on and {heldout} held-out ones
+   ({columns}). Replace them with your own; `prompts.train`
    also takes a hub data set.
 2. `rewards.py` has the functions that score completions. {role}
 3. `config.yaml` has the keys to begin with. `rayhf config config.yaml` prints all of them with
@@ -110,6 +111,7 @@ def write_project(directory: Path, algorithm: str, model: str, device: Device) -
         summary=summary(plugin),
         model=model,
         rows=len(rows["train"]),
+        heldout=len(rows["heldout"]),
         columns=", ".join(f"`{column}`" for column in rows["train"][0]),
         role=_role(algorithm),
     )
@@ -146,7 +148,7 @@ def _model(text: str) -> str:
     if ModelName(text).repository is None:
         raise ConfigError(
             f"--model: {text} is no directory; expected one, or a hub name such as "
-            f"Qwen/Qwen3-0.6B{tiny_hint(Path(text))}"
+            f"Qwen/Qwen3-0.6B{missing_hint(Path(text))}"
         )
     return text
 

@@ -23,9 +23,10 @@ _HELDOUT = {
     "greedy": "held-out, greedy",
     "refined": "held-out, refined",
     "reward": "held-out, training reward",
-    "reference_kl": "KL to reference, nats per response",
+    "reference_kl": "held-out, KL to reference (nats)",
     "length": "length, tokens",
     "truncated": "truncated",
+    "unscored": "without a score",
 }
 """Figures of prompts.heldout in their order."""
 _HIDDEN = ("length", "truncated", "pair_margin")

@@ -333,6 +333,7 @@ class Controller:
             prompts=self.data.prompts.fingerprint,
             pairs=self.data.pairs,
             inputs=dict(self.data.inputs),
+            functions=dict(self.data.functions),
             config=self.config.model_dump(mode="json"),
             packages=installed_packages(),
         )
@@ -398,9 +399,15 @@ class Controller:
         for policy, version in self.versions.items():
             if version and policy in self.roles.rollouts:
                 await self._push(policy)
-        self.observer.event(
-            "continue", f"after iteration {self.iteration}, from {checkpoint.directory.name}"
-        )
+        for name, before in state.functions.items():
+            if before != self.data.functions.get(name, before):
+                self.observer.event(
+                    "warn",
+                    f"{name} changed since iteration {self.iteration}: figures before and after "
+                    "are not of the same function; to compare, choose another run.dir",
+                )
+        where = f"after iteration {self.iteration}, from {checkpoint.directory.name}"
+        self.observer.event("continue", "; ".join([where, *self.store.changes]))
 
     # ------------------------------------------------------------------- helpers
 

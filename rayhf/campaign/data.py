@@ -28,14 +28,20 @@ class CampaignData:
     """Fingerprint of the offline pairs; the algorithm holds the pairs themselves."""
     inputs: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of the chat template, the rendered prompts and the files of models, by name."""
+    functions: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of the files of the user's functions, by path."""
     exported_files: Mapping[str, str] = field(default_factory=dict)
     """Texts of files, by name, that an exported policy has instead of its directory's."""
 
     @property
     def inputs_hash(self) -> str:
         """One hash of `inputs`."""
-        text = json.dumps(dict(self.inputs), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return _hash(self.inputs)
+
+    @property
+    def functions_hash(self) -> str:
+        """One hash of `functions`."""
+        return _hash(self.functions)
 
     def evaluation_state(self) -> dict[str, JsonObject]:
         """Return the state that evaluations have accumulated, by task."""
@@ -50,3 +56,8 @@ class CampaignData:
         for task, evaluation in self.evaluations.items():
             if isinstance(evaluation, KeepsEvaluationState):
                 evaluation.load_state_dict(state[task])
+
+
+def _hash(fingerprints: Mapping[str, str]) -> str:
+    text = json.dumps(dict(fingerprints), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -122,6 +122,7 @@ class IterationExplorer:
         journal = Journal(
             self.store.journal_file(iteration),
             config_hash=f"{self.store.config_hash} {self.data.inputs_hash}",
+            functions_hash=self.data.functions_hash,
         )
         scheduler = self.scheduler(journal)
         refill = Refill(self.config, self.algorithm, self.data.prompts, iteration)

@@ -21,7 +21,7 @@ from rayhf.config.sources import SourceConfig
 from rayhf.data.columns import PlacedRow, Row
 from rayhf.data.readers import row_name
 from rayhf.errors import ConfigError
-from rayhf.models.source import tiny_hint
+from rayhf.models.source import missing_hint
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,7 +89,7 @@ def data_files(path: Path) -> list[Path]:
             raise ConfigError(f"no file matches {path}")
         return files
     raise ConfigError(
-        f"no such file or directory {path}; expected a data file ({FORMATS}){tiny_hint(path)}"
+        f"no such file or directory {path}; expected a data file ({FORMATS}){missing_hint(path)}"
     )
 
 

@@ -44,13 +44,15 @@ class Journal:
 
     `config_hash` identifies everything that decides how the campaign's weights come about. Records
     with another one are dropped: their weights have the same version number but are not the same.
+    `functions_hash` identifies the user's functions: scores of others are not recalled.
     """
 
-    def __init__(self, path: Path, *, config_hash: str = "") -> None:
+    def __init__(self, path: Path, *, config_hash: str = "", functions_hash: str = "") -> None:
         self.path = path
         self.scorer_state: JsonObject | None = None
         """The scorer's state after its last recorded call; None where none was recorded."""
         self._config_hash = config_hash
+        self._functions_hash = functions_hash
         self._recorded: dict[bytes, Any] = {}
         """Raw responses by key."""
         self._added: dict[str, tuple[list[bytes], list[Any]]] = {}
@@ -87,7 +89,7 @@ class Journal:
         """Return the recorded response to an equal request, once; None where there is none."""
         if not self._recorded:
             return None
-        raw = self._recorded.pop(_key(codec.request_type, request), None)
+        raw = self._recorded.pop(self._key(codec.request_type, request), None)
         return None if raw is None else codec.restore(request, raw)
 
     def add(
@@ -109,7 +111,7 @@ class Journal:
             if not self._records_scores:
                 return
         added_keys, added_responses = self._added.setdefault(codec.request_type, ([], []))
-        added_keys += (_key(codec.request_type, request) for request in requests)
+        added_keys += (self._key(codec.request_type, request) for request in requests)
         added_responses += responses
         if scorer_state is not None:
             self._added_state = dict(scorer_state)
@@ -140,6 +142,29 @@ class Journal:
             self._file.writelines(pieces)
             self._file.flush()
 
+    def _key(
+        self, request_type: str, request: GenerateRequest | ScoreRequest | StepRequest
+    ) -> bytes:
+        """Hash everything that a response depends on but the weights, whose version it contains."""
+        assert not isinstance(request, StepRequest)  # the journal has none
+        if isinstance(request, GenerateRequest):
+            prompt = request.prompt_id
+            text = f"{request_type} {request.number} {len(prompt)} {prompt} {request.seeds}"
+            settings = _settings(request.policy, request.sampling)
+            data = b"".join((text.encode(), settings, array("q", request.token_ids)))
+        else:
+            prompt = request.prompt.prompt_id
+            text = f"{request_type} {self._functions_hash} {request.number} {len(prompt)} {prompt}"
+            for c in request.completions:
+                written = (c.thinking or "") + c.text
+                text += (
+                    f" {c.finish_reason} {len(c.token_ids)} {len(c.text)} {len(written)} {written}"
+                )
+                if c.episode is not None:
+                    text += f" {c.episode.turns} {c.episode.problem}"
+            data = text.encode(errors="surrogatepass")
+        return hashlib.blake2b(data, digest_size=_KEY_BYTES).digest()
+
     def close(self) -> None:
         """Write what was added, and close the file."""
         try:
@@ -159,26 +184,6 @@ def _records(data: bytes) -> Iterator[tuple[int, Any, bytes]]:
         start += _HEADER.size + size
         end = _SIZE.size + _SIZE.unpack_from(body)[0]
         yield start, json.loads(body[_SIZE.size : end]), body[end:]
-
-
-def _key(request_type: str, request: GenerateRequest | ScoreRequest | StepRequest) -> bytes:
-    """Hash everything that a response depends on but the weights, whose version it contains."""
-    assert not isinstance(request, StepRequest)  # the journal has none
-    if isinstance(request, GenerateRequest):
-        prompt = request.prompt_id
-        text = f"{request_type} {request.number} {len(prompt)} {prompt} {request.seeds}"
-        settings = _settings(request.policy, request.sampling)
-        data = b"".join((text.encode(), settings, array("q", request.token_ids)))
-    else:
-        prompt = request.prompt.prompt_id
-        text = f"{request_type} {request.number} {len(prompt)} {prompt}"
-        for c in request.completions:
-            written = (c.thinking or "") + c.text
-            text += f" {c.finish_reason} {len(c.token_ids)} {len(c.text)} {len(written)} {written}"
-            if c.episode is not None:
-                text += f" {c.episode.turns} {c.episode.problem}"
-        data = text.encode(errors="surrogatepass")
-    return hashlib.blake2b(data, digest_size=_KEY_BYTES).digest()
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from rayhf.errors import ConfigError
+from rayhf.errors import ConfigError, did_you_mean
 from rayhf.models.hub import has_weights
 from rayhf.models.weight_files import read_json_object, weight_files
 
@@ -35,7 +35,7 @@ def read_model_config(path: Path, *, key: str) -> ModelConfig:
     if not path.is_dir():
         raise ConfigError(
             f"{key}: no such model directory {path}; expected a Hugging Face model "
-            f"(config.json, *.safetensors) or a hub name org/name{tiny_hint(path)}"
+            f"(config.json, *.safetensors) or a hub name org/name{missing_hint(path)}"
         )
     file = path / "config.json"
     if not file.is_file():
@@ -49,8 +49,13 @@ def read_model_config(path: Path, *, key: str) -> ModelConfig:
     return config
 
 
-def tiny_hint(path: Path) -> str:
-    """Return how to build a missing file of the tiny world; "" for any other path."""
+def missing_hint(path: Path) -> str:
+    """Return the end of a message about a path where nothing is.
+
+    The nearest name in its directory, or how to build a file of the tiny world; "" otherwise.
+    """
+    if path.parent.is_dir():
+        return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()])
     parts = path.parts
     if ".tiny" not in parts[:-1]:
         return ""

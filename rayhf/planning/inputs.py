@@ -1,19 +1,23 @@
 """Fingerprints of a campaign's inputs besides its data: chat template, rendered prompts, models.
 
 A campaign that is continued loads its models again, the frozen reference among them, and renders
-its prompts again: the same names must still hold the same content.
+its prompts again: the same names must still hold the same content. The user's functions may change,
+since an error in one is corrected there; the campaign says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rayhf.config.schema import CampaignConfig
+from rayhf.config.scorers import ScorerEntryConfig
 from rayhf.models.hub import has_weights
 from rayhf.models.weight_files import fingerprints
+from rayhf.scorer.rule_config import FunctionEntryConfig
 from rayhf.types import Prompt
 
 if TYPE_CHECKING:
@@ -41,6 +45,29 @@ def input_fingerprints(
         array("q", [len(prompt.token_ids), *prompt.token_ids]).tobytes() for prompt in prompts
     )
     return inputs
+
+
+def function_fingerprints(config: CampaignConfig, base: Path) -> dict[str, str]:
+    """Return a hash of each file below `base` with a function or environment of the user's.
+
+    By path. A file that such a file imports is not read.
+    """
+    entries = [entry for _, entry in scorer_entries(config)]
+    named = [entry.function for entry in entries if isinstance(entry, FunctionEntryConfig)]
+    named += [environment.type for environment in config.environment if ":" in environment.type]
+    modules = sorted({name.partition(":")[0].replace(".", "/") for name in named})
+    files = [path for name in modules for path in (f"{name}.py", f"{name}/__init__.py")]
+    return {path: _hash([(base / path).read_bytes()]) for path in files if (base / path).is_file()}
+
+
+def scorer_entries(config: CampaignConfig) -> Iterator[tuple[str, ScorerEntryConfig]]:
+    """Yield every scorer of the config, after its key."""
+    groups = {"scorer.train": config.scorer.train, "scorer.evaluate": config.scorer.evaluate or ()}
+    for task, evaluation in config.evaluations.items():
+        groups[f"evaluations.{task}.scorer"] = evaluation.scorers
+    for key, entries in groups.items():
+        for index, entry in enumerate(entries):
+            yield f"{key}[{index}]", entry
 
 
 def _hash(parts: Iterable[bytes]) -> str:

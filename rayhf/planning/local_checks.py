@@ -14,12 +14,12 @@ from rayhf.algorithms.base import TakesOfflinePairs
 from rayhf.config.models import ModelName, map_models
 from rayhf.config.registry import ALGORITHMS, SCORERS
 from rayhf.config.schema import CampaignConfig
-from rayhf.config.scorers import ScorerEntryConfig
 from rayhf.config.sources import SourceConfig
 from rayhf.data.files import FileSourceConfig, data_files
 from rayhf.errors import ConfigError, listed
 from rayhf.models.source import read_model_config
 from rayhf.monitoring.tracking import check_trackers
+from rayhf.planning.inputs import scorer_entries
 from rayhf.planning.preflight import check_settings
 
 Check = Callable[[], object]
@@ -66,7 +66,7 @@ def _quick_checks(config: CampaignConfig, base: Path) -> Iterator[tuple[str, Che
 def _function_checks(config: CampaignConfig, base: Path) -> Iterator[tuple[str, Check]]:
     from rayhf.scorer.rule_config import FunctionEntryConfig
 
-    for key, entry in _scorers(config):
+    for key, entry in scorer_entries(config):
         if isinstance(entry, FunctionEntryConfig):
             plugin = SCORERS.resolve(entry.type)
             yield key, lambda plugin=plugin, entry=entry: plugin.check(entry, base)  # type: ignore[misc]
@@ -115,13 +115,3 @@ def _data_paths(config: CampaignConfig, base: Path) -> Iterator[tuple[str, Path]
         return
     if isinstance(algorithm, TakesOfflinePairs) and algorithm.pair_file is not None:
         yield "algorithm.offline.path", base / algorithm.pair_file
-
-
-def _scorers(config: CampaignConfig) -> Iterator[tuple[str, ScorerEntryConfig]]:
-    """Yield every scorer of the config, after its key."""
-    groups = {"scorer.train": config.scorer.train, "scorer.evaluate": config.scorer.evaluate or ()}
-    for task, evaluation in config.evaluations.items():
-        groups[f"evaluations.{task}.scorer"] = evaluation.scorers
-    for key, entries in groups.items():
-        for index, entry in enumerate(entries):
-            yield f"{key}[{index}]", entry

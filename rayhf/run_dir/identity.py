@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +60,29 @@ def read_config(run: Path, state: CampaignState | None = None) -> dict[str, Any]
     return config
 
 
-def check_identity(run: Path, state: CampaignState, config: CampaignConfig) -> str:
-    """Return a warning where config.yaml is not the one that was written; empty otherwise.
+def check_identity(
+    run: Path, state: CampaignState, config: CampaignConfig
+) -> tuple[str, list[str]]:
+    """Return a warning and what changed since the last attempt, where one was made.
 
+    The warning is of a config.yaml that is not the one that was written, and otherwise empty.
     Raises ConfigError for the config of another campaign.
     """
     if state.identity is None:
-        return ""
+        return "", []
     warning = ""
     old: dict[str, Any] | None = None
     try:
         old = read_config(run, state)
     except CheckpointError as error:
         warning = str(error).replace("the same `rayhf run` command writes it", "it is written")
-    if state.identity == identity_hash(config):
-        return warning
-    refused = f"run.dir {run} holds another campaign"
     new = parse_yaml(dump_config(config))
+    if state.identity == identity_hash(config):
+        changes = _differences(old, new, "") if old is not None else ()
+        return warning, [each for each in changes if not each.startswith("run.dir ")]
+    refused = f"run.dir {run} holds another campaign"
     for key in IDENTITY if old is not None else ():
-        if difference := _difference(_pick(old, key), _pick(new, key), key):
+        for difference in _differences(_pick(old, key), _pick(new, key), key):
             raise ConfigError(f"{refused}: {difference}; choose another run.dir")
     raise ConfigError(
         f"{refused}: one of {', '.join(IDENTITY)} differs (its config.yaml is missing or damaged, "
@@ -117,11 +122,14 @@ def _pick(config: object, key: str) -> object:
     return config
 
 
-def _difference(old: object, new: object, key: str) -> str | None:
-    """Describe the first difference at or below `key`; None where there is none."""
+def _differences(old: object, new: object, key: str) -> Iterator[str]:
+    """Describe the differences at or below `key`."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
-            if difference := _difference(old.get(name), new.get(name), f"{key}.{name}"):
-                return difference
-        return None
-    return None if old == new else f"{key} was {old!r}, now {new!r}"
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(old.get(name), new.get(name), inner)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(before, after, f"{key}[{number}]")
+    elif old != new:
+        yield f"{key} was {old!r}, now {new!r}"

@@ -103,6 +103,8 @@ class CheckpointState(BaseModel):
     inputs: dict[str, str]
     """Fingerprints of the chat template, the rendered prompts and the files of models, by name."""
     config: JsonObject
+    functions: dict[str, str] = {}
+    """Fingerprints of the files of the user's functions, by path."""
     packages: dict[str, str]
     """Versions of the installed packages, for reproduction."""
 

@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 from campaigns import make_config, metrics_of, run_campaign
-from fakes import FakeLearner, FakeRollout, FakeScorer
+from fakes import FakeLearner, FakeRollout, FakeScorer, SilentObserver
 
 from rayhf.errors import (
     CheckpointError,
@@ -172,6 +172,10 @@ def test_other_and_locked_campaigns_are_refused(tmp_path):
         ({"rollout": {"top_p": 0.9}}, r"rollout\.top_p was 1\.0, now 0\.9"),
         ({"rollout": {"top_k": 8}}, r"rollout\.top_k was 0, now 8"),
         ({"reference": {"model": "m2"}}, r"reference\.model was None, now 'm2'"),
+        (
+            {"scorer": {"train": [{"type": "rule", "function": "a:b", "weight": 0.5}]}},
+            r"scorer\.train\[0\]\.weight was 1\.0, now 0\.5; choose",
+        ),
     ],
 )
 def test_other_sampling_and_another_reference_are_another_campaign(tmp_path, section, expected):
@@ -229,3 +233,20 @@ def test_engines_are_compared_with_the_learner_before_the_first_iteration(tmp_pa
     rollout = FakeRollout()
     run_campaign(config, rollout=rollout)
     assert rollout.verified == [0]
+
+
+def test_a_continued_run_says_what_changed_in_config_and_functions(tmp_path):
+    lines = []
+
+    class Lines(SilentObserver):
+        def event(self, kind, message):
+            lines.append(f"{kind}: {message}")
+
+    config = make_config(tmp_path, run={"iterations": 1})
+    run_campaign(config, observer=Lines(), functions={"rewards.py": "a"})
+    more = make_config(tmp_path, run={"iterations": 2}, learner={"lr": 5e-5})
+    run_campaign(more, observer=Lines(), functions={"rewards.py": "b"})
+    (changed,) = (line for line in lines if line.startswith("warn: rewards.py changed since"))
+    assert "since iteration 1:" in changed
+    (continued,) = (line for line in lines if line.startswith("continue: after iteration 1"))
+    assert "learner.lr was 1e-06, now 5e-05" in continued and "run.iterations was 1" in continued

@@ -92,6 +92,18 @@ def test_responses_are_restored_exactly(tmp_path):
     assert again.recall(GENERATE, request) is None  # each response is recalled once
 
 
+def test_scores_of_functions_that_changed_are_not_recalled(tmp_path):
+    journal = Journal(tmp_path / "j", functions_hash="a")
+    record(journal, GENERATE, [generation()], [completions(generation())])
+    record(journal, SCORE, [judgement()], [(Scored(value=1.0),)])
+    journal.close()
+    same = Journal(tmp_path / "j", functions_hash="a")
+    assert same.recall(SCORE, judgement()) == (Scored(value=1.0),)
+    changed = Journal(tmp_path / "j", functions_hash="b")
+    assert changed.recall(SCORE, judgement()) is None
+    assert changed.recall(GENERATE, generation()) == completions(generation())
+
+
 def test_added_responses_are_written_together_and_on_close(tmp_path):
     journal = Journal(tmp_path / "j")
     exact = completions(generation(0), logprob=-0.5)

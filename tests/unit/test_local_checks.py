@@ -4,6 +4,7 @@ import pytest
 from campaigns import make_config
 
 from rayhf.errors import ConfigError, listed
+from rayhf.planning.inputs import function_fingerprints
 from rayhf.planning.local_checks import check_local
 
 
@@ -66,3 +67,23 @@ def test_more_than_five_problems_are_counted():
     assert listed([*"abcdefg"]).endswith(
         "; (5) e; 2 more, which are shown once these are corrected"
     )
+
+
+def test_misspelled_path_gets_the_nearest_name_of_its_directory(tmp_path):
+    (tmp_path / ".tiny/game/policy").mkdir(parents=True)
+    missing = {"policy": {"model": "./.tiny/game/polciy"}, "prompts": {"train": "trian.jsonl"}}
+    with pytest.raises(ConfigError) as refused:
+        check_local(config_of(tmp_path, **missing), base=tmp_path)
+    text = str(refused.value)
+    assert "did you mean policy?" in text and "did you mean train.jsonl?" in text
+    assert "builds in minutes" not in text
+
+
+def test_files_of_functions_have_fingerprints(tmp_path):
+    config = config_of(tmp_path)
+    (before,) = function_fingerprints(config, tmp_path).items()
+    (tmp_path / "own.py").write_text("def score(completion):\n    return 2.0\n")
+    (after,) = function_fingerprints(config, tmp_path).items()
+    assert before[0] == after[0] == "own.py" and before[1] != after[1]
+    (tmp_path / "own.py").unlink()  # installed, or nowhere: nothing to compare
+    assert function_fingerprints(config, tmp_path) == {}
