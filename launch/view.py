@@ -99,7 +99,7 @@ def iteration_line(metrics: Mapping[str, float], iterations: int, task: str) -> 
         if f"eval/{task}/{name}" in metrics
     ]
     if unscored := metrics.get(f"eval/{task}/unscored"):
-        evaluated.append(f"(of {1 - unscored:.0%}; the others have no score)")
+        evaluated.append(f"({unscored:.1%} without a score)")
     if evaluated:
         parts.append(f"| held-out {' '.join(evaluated)}")
     return "  ".join(parts)

@@ -38,6 +38,7 @@ from rayhf.exploration.token_ages import token_ages
 from rayhf.monitoring.guards import Alarm, check_guards
 from rayhf.monitoring.observer import Observer
 from rayhf.roles import CountsCalls, FollowsPolicy, Roles, TimesUpdates
+from rayhf.run_dir.identity import config_changes
 from rayhf.run_dir.state import CheckpointState
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Sampling, WeightSnapshot
@@ -407,7 +408,8 @@ class Controller:
                     "are not of the same function; to compare, choose another run.dir",
                 )
         where = f"after iteration {self.iteration}, from {checkpoint.directory.name}"
-        self.observer.event("continue", "; ".join([where, *self.store.changes]))
+        changes = config_changes(state.config, self.config)
+        self.observer.event("continue", "; ".join([where, *changes]))
 
     # ------------------------------------------------------------------- helpers
 

@@ -29,7 +29,9 @@ class CampaignData:
     inputs: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of the chat template, the rendered prompts and the files of models, by name."""
     functions: Mapping[str, str] = field(default_factory=dict)
-    """Fingerprints of the files of the user's functions, by path."""
+    """Fingerprints of the files of the user's functions and environments, by path."""
+    training_functions: Mapping[str, str] = field(default_factory=dict)
+    """Those of the functions that give the training scores."""
     exported_files: Mapping[str, str] = field(default_factory=dict)
     """Texts of files, by name, that an exported policy has instead of its directory's."""
 
@@ -40,8 +42,8 @@ class CampaignData:
 
     @property
     def functions_hash(self) -> str:
-        """One hash of `functions`."""
-        return _hash(self.functions)
+        """One hash of `training_functions`."""
+        return _hash(self.training_functions)
 
     def evaluation_state(self) -> dict[str, JsonObject]:
         """Return the state that evaluations have accumulated, by task."""

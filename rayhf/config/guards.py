@@ -147,8 +147,8 @@ class MismatchGuard(_Rising):
     warn: PositiveFloat | None = 0.02
     pause: PositiveFloat | None = 0.1
     drift: NonNegativeFloat = 10.0
-    """Multiple of the first iterations' value that must also be exceeded in a stale iteration, to
-    whose value the policy's own updates add (ours)."""
+    """Multiple of the first iterations' value that must also be exceeded where samples of earlier
+    weights are trained on: the policy's own updates add to the value (ours)."""
 
 
 class NoSignalGuard(_Rising):

@@ -44,7 +44,7 @@ class Journal:
 
     `config_hash` identifies everything that decides how the campaign's weights come about. Records
     with another one are dropped: their weights have the same version number but are not the same.
-    `functions_hash` identifies the user's functions: scores of others are not recalled.
+    `functions_hash` identifies the functions that score: scores of others are not recalled.
     """
 
     def __init__(self, path: Path, *, config_hash: str = "", functions_hash: str = "") -> None:
@@ -78,7 +78,8 @@ class Journal:
                 raw = CODECS[request_type].decode(columns, arrays[:column_bytes])
                 arrays = arrays[column_bytes:]
                 self._recorded |= zip(keys, raw, strict=True)
-            self.scorer_state = record.get("scorer_state", self.scorer_state)
+            if record["functions_hash"] == self._functions_hash:  # else its scores are not recalled
+                self.scorer_state = record.get("scorer_state", self.scorer_state)
         return intact
 
     def __len__(self) -> int:
@@ -126,7 +127,11 @@ class Journal:
             columns, data = CODECS[request_type].encode(responses)
             described[request_type] = columns, _KEY_BYTES * len(keys), sum(map(len, data))
             pieces += [*keys, *data]
-        record: dict[str, object] = {"config_hash": self._config_hash, "responses": described}
+        record: dict[str, object] = {
+            "config_hash": self._config_hash,
+            "functions_hash": self._functions_hash,
+            "responses": described,
+        }
         if self._added_state is not None:
             record["scorer_state"] = self._added_state
         self._added = {}

@@ -63,7 +63,8 @@ class ReplayPlayer(EpisodePlayer):
                     answers.setdefault(first.text, set()).add(_answer(first))
         return [
             (self._refused(turns[0]),)
-            if len(contexts) > 1 or len(answers.get(turns[0].text, ())) > 1
+            if part_of(turns[0]).problem is None
+            and (len(contexts) > 1 or len(answers.get(turns[0].text, ())) > 1)
             else turns
             for turns in episodes
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +24,8 @@ AS_DATA: Final = {"local_files_only": True, "trust_remote_code": False}
 """Arguments of from_pretrained for configs and tokenizers."""
 WEIGHTS_AS_DATA: Final = {**AS_DATA, "use_safetensors": True}
 """Arguments of from_pretrained for models."""
+_NAMES = 10_000
+"""Names of a directory among which a misspelled one is looked for."""
 ModelConfig = Mapping[str, Any]
 """The content of a config.json."""
 
@@ -54,8 +57,10 @@ def missing_hint(path: Path) -> str:
 
     The nearest name in its directory, or how to build a file of the tiny world; "" otherwise.
     """
-    if path.parent.is_dir():
-        return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()])
+    try:
+        return did_you_mean(path.name, [e.name for e in islice(path.parent.iterdir(), _NAMES)])
+    except OSError:  # there is no such directory, or it cannot be listed
+        pass
     parts = path.parts
     if ".tiny" not in parts[:-1]:
         return ""

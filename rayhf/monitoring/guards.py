@@ -344,7 +344,7 @@ def _mismatch(history: History, config: GuardsConfig) -> Verdict:
 
     values = _last(history, read, FEW)
     floor = 0.0
-    if line.get("staleness/max", 0) > 0:
+    if line.get("staleness/max", 0) > 0 or line.get("pairs/earlier", 0) > 0:
         start = _first(history, read)
         if start is None:
             return None
@@ -360,7 +360,7 @@ def _mismatch(history: History, config: GuardsConfig) -> Verdict:
         f"rollout/mismatch_kl is {line['rollout/mismatch_kl']:.4g} nats per token, beyond "
         f"guards.mismatch.{level} = {getattr(limits, level):g}{raised}: see sync/update_lost; set "
         "policy.dtype and learner.dtype alike or learner.sync_rounding=stochastic; where "
-        "completions are stale, lower learner.lr or run.max_staleness",
+        "samples of earlier weights are trained on, lower learner.lr",
     )
 
 

@@ -47,17 +47,25 @@ def input_fingerprints(
     return inputs
 
 
-def function_fingerprints(config: CampaignConfig, base: Path) -> dict[str, str]:
-    """Return a hash of each file below `base` with a function or environment of the user's.
+def function_fingerprints(names: Iterable[str], base: Path) -> dict[str, str]:
+    """Return a hash of each file below `base` with one of the functions or classes, by path.
 
-    By path. A file that such a file imports is not read.
+    Names are module:function. A file that such a file imports is not read.
     """
-    entries = [entry for _, entry in scorer_entries(config)]
-    named = [entry.function for entry in entries if isinstance(entry, FunctionEntryConfig)]
-    named += [environment.type for environment in config.environment if ":" in environment.type]
-    modules = sorted({name.partition(":")[0].replace(".", "/") for name in named})
+    modules = sorted({name.partition(":")[0].replace(".", "/") for name in names})
     files = [path for name in modules for path in (f"{name}.py", f"{name}/__init__.py")]
     return {path: _hash([(base / path).read_bytes()]) for path in files if (base / path).is_file()}
+
+
+def user_functions(config: CampaignConfig) -> list[str]:
+    """Return the functions that score, and the environments, of the form module:name."""
+    scoring = functions_of(entry for _, entry in scorer_entries(config))
+    return scoring + [each.type for each in config.environment if ":" in each.type]
+
+
+def functions_of(entries: Iterable[ScorerEntryConfig]) -> list[str]:
+    """Return the functions among scorers."""
+    return [entry.function for entry in entries if isinstance(entry, FunctionEntryConfig)]
 
 
 def scorer_entries(config: CampaignConfig) -> Iterator[tuple[str, ScorerEntryConfig]]:

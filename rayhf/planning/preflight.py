@@ -50,7 +50,12 @@ from rayhf.planning.environments import (
     rewards_all,
 )
 from rayhf.planning.in_flight import check_in_flight, updates_table
-from rayhf.planning.inputs import function_fingerprints, input_fingerprints
+from rayhf.planning.inputs import (
+    function_fingerprints,
+    functions_of,
+    input_fingerprints,
+    user_functions,
+)
 from rayhf.planning.reference import check_reference, check_teacher
 from rayhf.run_dir.state import read_state
 from rayhf.types import Prompt, TransportName
@@ -299,7 +304,8 @@ def prepare(config: CampaignConfig, *, base: Path) -> Prepared:
         pairs=pairs,
         commits=loader.commits,
         inputs=input_fingerprints(models, tokenizer, prompts.prompts),
-        functions=function_fingerprints(config, base),
+        functions=function_fingerprints(user_functions(config), base),
+        training_functions=function_fingerprints(functions_of(config.scorer.train), base),
         exported_files=exported_files(config.policy, tokenizer),
     )
     stop_ids = stop_token_ids(directory, tokenizer)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ IDENTITY = (
     "reference.model",
 )
 """Config keys that identify a campaign: its run directory refuses a config that differs here."""
+_MAY_BE_SECRET = re.compile(r"trackers\b|environment\b.*\.args\b")
+"""Keys whose values are not shown: passwords in addresses, free arguments of environments."""
 
 
 def read_config(run: Path, state: CampaignState | None = None) -> dict[str, Any]:
@@ -60,27 +63,23 @@ def read_config(run: Path, state: CampaignState | None = None) -> dict[str, Any]
     return config
 
 
-def check_identity(
-    run: Path, state: CampaignState, config: CampaignConfig
-) -> tuple[str, list[str]]:
-    """Return a warning and what changed since the last attempt, where one was made.
+def check_identity(run: Path, state: CampaignState, config: CampaignConfig) -> str:
+    """Return a warning where config.yaml is not the one that was written; empty otherwise.
 
-    The warning is of a config.yaml that is not the one that was written, and otherwise empty.
     Raises ConfigError for the config of another campaign.
     """
     if state.identity is None:
-        return "", []
+        return ""
     warning = ""
     old: dict[str, Any] | None = None
     try:
         old = read_config(run, state)
     except CheckpointError as error:
         warning = str(error).replace("the same `rayhf run` command writes it", "it is written")
-    new = parse_yaml(dump_config(config))
     if state.identity == identity_hash(config):
-        changes = _differences(old, new, "") if old is not None else ()
-        return warning, [each for each in changes if not each.startswith("run.dir ")]
+        return warning
     refused = f"run.dir {run} holds another campaign"
+    new = parse_yaml(dump_config(config))
     for key in IDENTITY if old is not None else ():
         for difference in _differences(_pick(old, key), _pick(new, key), key):
             raise ConfigError(f"{refused}: {difference}; choose another run.dir")
@@ -88,6 +87,12 @@ def check_identity(
         f"{refused}: one of {', '.join(IDENTITY)} differs (its config.yaml is missing or damaged, "
         "so it cannot be said which); choose another run.dir"
     )
+
+
+def config_changes(old: Mapping[str, Any], config: CampaignConfig) -> list[str]:
+    """Describe what differs from an earlier config of the campaign, which is not validated."""
+    changes = _differences(dict(old), parse_yaml(dump_config(config)), "")
+    return [each for each in changes if not each.startswith("run.dir ")]
 
 
 def identity_hash(config: CampaignConfig) -> str:
@@ -131,5 +136,7 @@ def _differences(old: object, new: object, key: str) -> Iterator[str]:
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for number, (before, after) in enumerate(zip(old, new, strict=True)):
             yield from _differences(before, after, f"{key}[{number}]")
+    elif old != new and _MAY_BE_SECRET.match(key):
+        yield f"{key} is another one"
     elif old != new:
         yield f"{key} was {old!r}, now {new!r}"

@@ -95,7 +95,7 @@ class RunDir:
         try:
             self.path = config.run.dir.resolve()
             self.state = read_state(self.path) or CampaignState()
-            damage, self.changes = check_identity(self.path, self.state, config)
+            damage = check_identity(self.path, self.state, config)
             attempts = numbered(self.path / "logs", "attempt-", digits=4)
             # Higher than any before, also where campaign.json was restored from an older copy.
             self.epoch = max(self.state.epoch, *attempts, 0) + 1

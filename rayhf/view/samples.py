@@ -307,7 +307,7 @@ def _sample_rows(
     for row in rows:
         row["run"] = run.run_id
         row["prompt"] = cut(question(row.pop("messages")))
-        row["reference_answer"] = cut(reference_answer(row.pop("row")))
+        row["reference_answer"] = cut(reference_answer(row.pop("row", None)))
         row["text"] = cut(row["text"])
         row["truncated"] = row.pop("finish_reason") == "length"
         row["version"] = row.pop("policy_version")

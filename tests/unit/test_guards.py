@@ -261,6 +261,7 @@ def test_drift_of_stale_completions_is_no_mismatch():
     assert levels(drifting) == {"mismatch": "pause"}
     stale = [{**line, "staleness/max": 1.0} for line in drifting]
     assert levels(stale) == {}
+    assert levels([{**line, "pairs/earlier": 4.0} for line in drifting]) == {}
     assert levels(stale, mismatch={"drift": 3}) == {"mismatch": "pause"}
     # k1 over pairs has either sign.
     negative = short("rollout/mismatch_kl", 0.0, 0.0, 0.0, -0.2, -0.2)

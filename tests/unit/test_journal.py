@@ -95,12 +95,13 @@ def test_responses_are_restored_exactly(tmp_path):
 def test_scores_of_functions_that_changed_are_not_recalled(tmp_path):
     journal = Journal(tmp_path / "j", functions_hash="a")
     record(journal, GENERATE, [generation()], [completions(generation())])
-    record(journal, SCORE, [judgement()], [(Scored(value=1.0),)])
+    record(journal, SCORE, [judgement()], [(Scored(value=1.0),)], {"seen": 1})
     journal.close()
     same = Journal(tmp_path / "j", functions_hash="a")
     assert same.recall(SCORE, judgement()) == (Scored(value=1.0),)
+    assert same.scorer_state == {"seen": 1}
     changed = Journal(tmp_path / "j", functions_hash="b")
-    assert changed.recall(SCORE, judgement()) is None
+    assert changed.recall(SCORE, judgement()) is None and changed.scorer_state is None
     assert changed.recall(GENERATE, generation()) == completions(generation())
 
 

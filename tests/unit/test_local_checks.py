@@ -4,7 +4,8 @@ import pytest
 from campaigns import make_config
 
 from rayhf.errors import ConfigError, listed
-from rayhf.planning.inputs import function_fingerprints
+from rayhf.models.source import missing_hint
+from rayhf.planning.inputs import function_fingerprints, user_functions
 from rayhf.planning.local_checks import check_local
 
 
@@ -77,13 +78,15 @@ def test_misspelled_path_gets_the_nearest_name_of_its_directory(tmp_path):
     text = str(refused.value)
     assert "did you mean policy?" in text and "did you mean train.jsonl?" in text
     assert "builds in minutes" not in text
+    assert missing_hint(tmp_path / "trian.jsonl") == "; did you mean train.jsonl?"
+    assert missing_hint(tmp_path / "nowhere/a.jsonl") == ""
 
 
 def test_files_of_functions_have_fingerprints(tmp_path):
     config = config_of(tmp_path)
-    (before,) = function_fingerprints(config, tmp_path).items()
+    (before,) = function_fingerprints(user_functions(config), tmp_path).items()
     (tmp_path / "own.py").write_text("def score(completion):\n    return 2.0\n")
-    (after,) = function_fingerprints(config, tmp_path).items()
+    (after,) = function_fingerprints(user_functions(config), tmp_path).items()
     assert before[0] == after[0] == "own.py" and before[1] != after[1]
     (tmp_path / "own.py").unlink()  # installed, or nowhere: nothing to compare
-    assert function_fingerprints(config, tmp_path) == {}
+    assert function_fingerprints(user_functions(config), tmp_path) == {}

@@ -80,7 +80,7 @@ def test_completions_without_a_score_are_named_beside_the_mean(tmp_path):
     (_, line) = read_metrics(config.run.dir)
     task = config.prompts.task
     assert line[f"eval/{task}/unscored"] == pytest.approx(1 / 3)
-    assert "(of 67%; the others have no score)" in iteration_line(line, 1, task)
+    assert "(33.3% without a score)" in iteration_line(line, 1, task)
 
 
 @pytest.mark.parametrize("folder", ["evaluations", "samples"])
