@@ -7,6 +7,8 @@ import pytest
 from campaigns import make_config, metrics_of, run_campaign
 from fakes import FakeLearner, FakeRollout, FakeScorer, SilentObserver
 
+from rayhf.config.load import dump_config
+from rayhf.config.yaml_text import parse_yaml
 from rayhf.errors import (
     CheckpointError,
     ConfigError,
@@ -14,6 +16,7 @@ from rayhf.errors import (
     ScorerError,
     WeightSyncError,
 )
+from rayhf.run_dir.identity import config_changes
 from rayhf.run_dir.store import RunDir
 from rayhf.types import Failed, Invalid, Scored
 
@@ -250,3 +253,10 @@ def test_a_continued_run_says_what_changed_in_config_and_functions(tmp_path):
     assert "since iteration 1:" in changed
     (continued,) = (line for line in lines if line.startswith("continue: after iteration 1"))
     assert "learner.lr was 1e-06, now 5e-05" in continued and "run.iterations was 1" in continued
+
+
+def test_addresses_that_may_hold_a_password_are_not_printed(tmp_path):
+    first = {"type": "mlflow", "uri": "https://me:secret@a", "experiment": "x"}
+    old = parse_yaml(dump_config(make_config(tmp_path, trackers=[first])))
+    changes = config_changes(old, make_config(tmp_path, trackers=[{**first, "uri": "https://b"}]))
+    assert changes == ["trackers[0].uri is another one"]
