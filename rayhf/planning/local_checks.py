@@ -8,6 +8,7 @@ policy's tokenizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from rayhf.algorithms.base import TakesOfflinePairs
@@ -55,12 +56,12 @@ def _problems(checks: Iterator[tuple[str, Check]]) -> list[str]:
 
 
 def _quick_checks(config: CampaignConfig, base: Path) -> Iterator[tuple[str, Check]]:
-    yield "", lambda: check_settings(config)
-    yield "", lambda: check_trackers(config.trackers)
+    yield "", partial(check_settings, config)
+    yield "", partial(check_trackers, config.trackers)
     for key, path in _model_paths(config, base):
-        yield "", lambda key=key, path=path: read_model_config(path, key=key)  # type: ignore[misc]
+        yield "", partial(read_model_config, path, key=key)
     for key, path in _data_paths(config, base):
-        yield key, lambda path=path: data_files(path)  # type: ignore[misc]
+        yield key, partial(data_files, path)
 
 
 def _function_checks(config: CampaignConfig, base: Path) -> Iterator[tuple[str, Check]]:
@@ -68,8 +69,7 @@ def _function_checks(config: CampaignConfig, base: Path) -> Iterator[tuple[str, 
 
     for key, entry in scorer_entries(config):
         if isinstance(entry, FunctionEntryConfig):
-            plugin = SCORERS.resolve(entry.type)
-            yield key, lambda plugin=plugin, entry=entry: plugin.check(entry, base)  # type: ignore[misc]
+            yield key, partial(SCORERS.resolve(entry.type).check, entry, base)
 
 
 def _names(config: CampaignConfig) -> list[tuple[str, ModelName]]:
