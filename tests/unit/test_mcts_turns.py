@@ -278,6 +278,24 @@ def test_an_environment_that_fails_gives_its_reason():
     sample_table(1, [group])
 
 
+def test_a_lost_episode_keeps_its_reason_where_others_are_refused():
+    lost = Failed(reason="environment x: its process exited")
+    calls = count()
+
+    def first(request):
+        number = next(calls)
+        return (
+            lost
+            if number == 0
+            else StepResult(messages=({"role": "user", "content": "ab"[number % 2]},))
+        )
+
+    (group,) = explore(FakeEnvironments(told, first=first), prompts=1)
+    outcomes = [sample.outcome for sample in group.samples]
+    assert lost in outcomes
+    assert any(isinstance(o, Invalid) and o.reason.startswith(UNREPEATED) for o in outcomes)
+
+
 @pytest.mark.parametrize(
     ("settings", "max_tokens", "ended", "depth", "answered"),
     [
