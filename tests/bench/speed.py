@@ -120,6 +120,8 @@ CASES = {
     ),
     "mcts": Case(size="tiny", algorithm="mcts_dpo", prompts=64, samples=8, turns=5),
 }
+AGREEMENT = "agreement"
+"""Not a comparison: the engine's log-probs against the learner's, after weight syncs."""
 
 
 class Bench:
@@ -259,9 +261,11 @@ class Bench:
             if record:
                 put_section(heading, text, under="## Speed")
 
-        for name in names or [n for n, case in CASES.items() if case.quick or not self.quick]:
-            show(f"### Speed: {CASES[name].title}", self.compare(CASES[name]))
-        if not names:
+        quick = [n for n, case in CASES.items() if case.quick or not self.quick]
+        for name in names or [*quick, AGREEMENT]:
+            if name != AGREEMENT:
+                show(f"### Speed: {CASES[name].title}", self.compare(CASES[name]))
+                continue
             for dtype in ("float32",) if self.quick else ("float32", "bfloat16"):
                 show(f"### Speed: weight sync, engine in {dtype}", self.weight_sync(dtype))
 
@@ -300,7 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="default: all")
+    parser.add_argument("cases", nargs="*", choices=[*CASES, AGREEMENT, []], help="default: all")
     parser.add_argument("--quick", action="store_true", help="two cases, fewer turns")
     parser.add_argument(
         "--record", action="store_true", help="write the table into tests/bench/RESULTS.md"
