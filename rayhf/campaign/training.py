@@ -12,6 +12,7 @@ import random
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 
@@ -308,7 +309,16 @@ def _trained_prompts(
 def _with_rows(examples: Sequence[Example], rows: Sequence[Row]) -> list[Example]:
     """Return the examples with other rows, as many and in the same order."""
     remaining = iter(rows)
-    return [replace(e, rows=tuple(next(remaining) for _ in e.rows)) for e in examples]
+    # `dataclasses.replace` is three times slower.
+    return [
+        Example(
+            rows=tuple(islice(remaining, len(e.rows))),
+            scalars=e.scalars,
+            objective=e.objective,
+            iterations_back=e.iterations_back,
+        )
+        for e in examples
+    ]
 
 
 def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
