@@ -6,7 +6,8 @@ explored, for the rows that `select` makes of these prompts alone. Where the sel
 whole iteration has the same rows of them, its result is taken; else the request is made again.
 Log-probs and values therefore do not depend on streaming.
 
-Synchronization: the requests to all roles run concurrently; the roles divide them into chunks.
+Synchronization: the requests to all roles run concurrently; the roles divide them into chunks. What
+is done for every row of an iteration runs in threads, beside the event loop.
 """
 
 from __future__ import annotations
@@ -175,11 +176,7 @@ class Annotator:
             named |= await self._past_logp(iteration, rows)
         if learner_is_reference:
             named["ref_logp"] = named["old_logp"]
-        of_rows = zip(*named.values(), strict=True)
-        return [
-            _with_values(row, dict(zip(named, values, strict=True)))
-            for row, values in zip(rows, of_rows, strict=True)
-        ]
+        return await asyncio.to_thread(_with_columns, rows, named)
 
     async def _past_logp(self, iteration: int, rows: Sequence[Row]) -> dict[str, Values]:
         """Return the log-probs of the past policies, one after the other: each is loaded once."""
@@ -201,11 +198,7 @@ class Annotator:
         metrics: dict[str, float],
     ) -> Values:
         """Return the token values of each row."""
-        others = (row.prompt_id for row in rows)
-        places = _places(prompt_ids, others, source.prompts)
-        requests: dict[int, list[int]] = {}
-        for index, row in enumerate(rows):
-            requests.setdefault(places[row.prompt_id], []).append(index)
+        requests = await asyncio.to_thread(_requests, prompt_ids, rows, source.prompts)
         stream = self._streams.get(iteration, {}).pop(source.role, None)
         done = 0
         streamed = 0
@@ -227,12 +220,7 @@ class Annotator:
                 await stream.close()
         if stream is not None:
             metrics[f"{source.role}/streamed"] = streamed / max(1, len(rows))
-        by_row = {
-            index: value
-            for indices, values in zip(requests.values(), results, strict=True)
-            for index, value in zip(indices, values, strict=True)
-        }
-        return [by_row[index] for index in range(len(rows))]
+        return await asyncio.to_thread(_by_row, requests.values(), results)
 
     async def close(self, iteration: int | None = None) -> None:
         """Cancel the requests that no rows of an iteration, or of any, have taken."""
@@ -327,6 +315,25 @@ class _Report:
         return report
 
 
+def _requests(prompt_ids: Sequence[str], rows: Sequence[Row], size: int) -> dict[int, list[int]]:
+    """Return the indices of the rows of each request, which is for up to `size` prompts."""
+    places = _places(prompt_ids, (row.prompt_id for row in rows), size)
+    requests: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        requests.setdefault(places[row.prompt_id], []).append(index)
+    return requests
+
+
+def _by_row(requests: Iterable[Sequence[int]], results: Iterable[Values]) -> Values:
+    """Return the results of requests for rows in the rows' order."""
+    by_row = {
+        index: value
+        for indices, values in zip(requests, results, strict=True)
+        for index, value in zip(indices, values, strict=True)
+    }
+    return [by_row[index] for index in range(len(by_row))]
+
+
 def _places(prompt_ids: Sequence[str], others: Iterable[str], size: int) -> dict[str, int]:
     """Return the number of each prompt's request: `size` consecutive prompts share one.
 
@@ -337,6 +344,15 @@ def _places(prompt_ids: Sequence[str], others: Iterable[str], size: int) -> dict
     further = (prompt_id for prompt_id in dict.fromkeys(others) if prompt_id not in own)
     first = -(-len(own) // size)
     return places | {prompt_id: first + number // size for number, prompt_id in enumerate(further)}
+
+
+def _with_columns(rows: Sequence[Row], named: Mapping[str, Values]) -> list[Row]:
+    """Return the rows with a value each of every column."""
+    of_rows = zip(*named.values(), strict=True)
+    return [
+        _with_values(row, dict(zip(named, values, strict=True)))
+        for row, values in zip(rows, of_rows, strict=True)
+    ]
 
 
 def _with_values(row: Row, values: Mapping[str, FloatArray | TopLogprobs]) -> Row:

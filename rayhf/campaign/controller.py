@@ -152,6 +152,7 @@ class Controller:
         await release(explored.groups)
         del explored
         changed = await self._trainer.learn(iteration, selected, metrics)
+        await release(selected.examples)
         for policy in changed:
             self.versions[policy] += 1
         if changed or self._reference_mix(iteration) is not None:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from rayhf.algorithms.base import (
     trained_policy,
 )
 from rayhf.campaign.annotation import Annotator, Timed
+from rayhf.campaign.blocking import release
 from rayhf.campaign.drift import drift_kl, initial_rows
 from rayhf.config.schema import CampaignConfig
 from rayhf.control.labels import label_is_due, labeled_examples, unanswered
@@ -40,7 +42,7 @@ from rayhf.types import PEOPLE, Batch, Example, Group, Row, Sampling, derive_see
 class SelectedExamples:
     """The examples that an iteration trains on."""
 
-    examples: tuple[Example, ...]
+    examples: list[Example]
     prompt_ids: tuple[str, ...]
     """Prompts that are spread over the optimizer steps, also those without examples."""
 
@@ -95,7 +97,7 @@ class Trainer:
         if selection.no_signal is not None:
             metrics["selection/no_signal"] = selection.no_signal
         self.store.write_examples(iteration, selection.examples)
-        trained = tuple(e for e in selection.examples if e.objective != PEOPLE)
+        trained = [e for e in selection.examples if e.objective != PEOPLE]
         return SelectedExamples(
             examples=trained,
             prompt_ids=_trained_prompts(groups, trained, self.config.prompts.batch),
@@ -174,14 +176,18 @@ class Trainer:
         metrics |= credit_metrics
         self.store.write_credit(iteration, credited)
         batches = await asyncio.to_thread(self._batches, iteration, prompt_ids, credited)
+        # From here on only the batches have the rows, and each is freed once it is trained on.
+        await release(rows)
+        del credited
         trains = not isinstance(self.algorithm, TrainsCritic) or self.algorithm.trains_policy(
             iteration
         )
         steps: list[dict[str, float]] = []
         async with self._timed("learner"):
-            for number, batch in enumerate(batches):
-                self.observer.phase(iteration, "learn", number, len(batches))
-                steps.append(await self._step(batch, trains))
+            count = len(batches)
+            while batches:
+                self.observer.phase(iteration, "learn", len(steps), count)
+                steps.append(await self._step(batches.pop(0), trains))
         metrics |= over_steps(steps)
         metrics["learner/steps"] = len(steps)
         metrics |= await self._drift(iteration, examples)
@@ -303,7 +309,16 @@ def _trained_prompts(
 def _with_rows(examples: Sequence[Example], rows: Sequence[Row]) -> list[Example]:
     """Return the examples with other rows, as many and in the same order."""
     remaining = iter(rows)
-    return [replace(e, rows=tuple(next(remaining) for _ in e.rows)) for e in examples]
+    # `dataclasses.replace` is three times slower.
+    return [
+        Example(
+            rows=tuple(islice(remaining, len(e.rows))),
+            scalars=e.scalars,
+            objective=e.objective,
+            iterations_back=e.iterations_back,
+        )
+        for e in examples
+    ]
 
 
 def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -26,6 +26,24 @@ from rayhf.errors import ConfigError, listed, nearest
 
 S = TypeVar("S", bound=BaseModel)
 
+_NAMES_ELSEWHERE = {
+    "batch_size": "batch",
+    "gpu_memory_utilization": "memory_fraction",
+    "gradient_checkpointing": "activation_checkpointing",
+    "group_size": "samples",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "max_completion_length": "max_tokens",
+    "max_grad_norm": "grad_clip",
+    "mini_batch_size": "prompts_per_step",
+    "num_generations": "samples",
+    "num_train_epochs": "epochs",
+    "rollout_n": "samples",
+    "train_batch_size": "batch",
+    "warmup_ratio": "warmup",
+}
+"""What transformers, TRL, verl and vLLM call our keys, where the spelling does not tell."""
+
 
 def load_config(
     source: Path | str | Mapping[str, Any], overrides: Sequence[str] = ()
@@ -186,7 +204,9 @@ def _problem(
     message = first["msg"]
     if first["type"] == "extra_forbidden":
         valid = sorted(section.model_fields) if section else []
-        return f"unknown key {key}{nearest(name, valid)}"
+        ours = _NAMES_ELSEWHERE.get(name)
+        hint = f"; did you mean {ours}?" if ours in valid else nearest(name, valid)
+        return f"unknown key {key}{hint}"
     if first["type"] == "missing":
         return f"{key} is missing"
     if first["type"] == "plugin":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Status:
     commit: str
     """The committed checkpoint, its age and size."""
     health: Mapping[str, float]
-    """Latest values of the metrics that guards check."""
+    """Latest values of held-out figures, and of the metrics that guards check."""
     faults: Sequence[str]
     """The last faults within a day, newest last."""
     fault_count: int
@@ -84,6 +85,7 @@ _HEALTH = (
     "rollout/mismatch_kl",
     "learner/grad_norm",
 )
+_HELDOUT = re.compile(r"eval/[^/]+/(sampled|win_rate|pair_accuracy)|game/exploitability_average")
 
 
 def read_status(run: Path, *, now: float | None = None) -> Status:
@@ -137,7 +139,7 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
         versions={name: value for name, value in latest.items() if name.endswith("/version")},
         models=campaign.models,
         commit=_commit(run, campaign, now),
-        health={name: latest[name] for name in _HEALTH if name in latest},
+        health=_heldout(metrics) | {name: latest[name] for name in _HEALTH if name in latest},
         faults=[f"{event.time[:19]} {event.message}" for event in faults[-_FAULTS:]],
         fault_count=len(faults),
     )
@@ -272,6 +274,14 @@ def _age(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def _heldout(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the figures of the last evaluation; not every iteration has one."""
+    for line in reversed(metrics):
+        if found := {name: value for name, value in line.items() if _HELDOUT.fullmatch(name)}:
+            return found
+    return {}
 
 
 def _events(run: Path) -> list[Event]:

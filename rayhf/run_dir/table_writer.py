@@ -15,8 +15,9 @@ import pyarrow as pa
 
 Item = TypeVar("Item")
 
-_PIECE = 64
-"""Groups or examples that are converted at once: meanwhile the event loop's thread waits."""
+_PIECE = 256
+"""Groups or examples that are converted at once: meanwhile the event loop's thread waits a few
+milliseconds. With 64 the tables take a third more CPU time."""
 _ROW_GROUP = 4096
 """Groups or examples per row group ..."""
 _ROW_GROUP_BYTES = 16 << 20
@@ -64,12 +65,14 @@ def _row_groups(
 ) -> Iterator[pa.Table]:
     items.reverse()
     pieces: list[pa.Table] = []
+    size = 0
     while items:
         pieces.append(convert(items[: -_PIECE - 1 : -1]))
         del items[-_PIECE:]
-        size = sum(piece.nbytes for piece in pieces)
+        size += pieces[-1].nbytes
         if len(pieces) * _PIECE >= _ROW_GROUP or size >= _ROW_GROUP_BYTES:
             yield pa.concat_tables(pieces)
             pieces = []
+            size = 0
     if pieces:
         yield pa.concat_tables(pieces)

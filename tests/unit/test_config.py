@@ -39,6 +39,12 @@ def test_dumped_config_loads_equal(tmp_path):
     [
         ({"learner": {"lrr": 1}}, "unknown key learner.lrr; did you mean lr?"),
         (
+            {"learner": {"learning_rate": 1}},
+            "unknown key learner.learning_rate; did you mean lr?",
+        ),
+        # samples is a key of the algorithm, not of the learner: no such hint there
+        ({"learner": {"group_size": 8}}, "unknown key learner.group_size; valid: "),
+        (
             {"learner": {"lr": -1, "lrr": 1}},
             "2 problems: (1) unknown key learner.lrr; did you mean lr?; "
             "(2) learner.lr: input should be greater than 0, got -1",

@@ -72,6 +72,24 @@ def test_status_names_the_lock_holder_without_the_lock(tmp_path):
     assert read_status(store.path).holder == ""
 
 
+def test_status_has_the_figures_of_the_last_evaluation(tmp_path):
+    store = RunDir(make_config(tmp_path))
+    lines = [
+        {
+            "iteration": 1,
+            "eval/toy/sampled": 0.1,
+            "eval/toy/length": 7.0,
+            "eval/toy/a/sampled": 0.3,
+        },
+        {"iteration": 2, "eval/toy/sampled": 0.2, "eval/chat/win_rate": 0.6, "learner/loss": 1.0},
+        {"iteration": 3, "scorer/reward_mean": 0.5},
+    ]
+    (store.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store.close()
+    expected = {"eval/toy/sampled": 0.2, "eval/chat/win_rate": 0.6, "scorer/reward_mean": 0.5}
+    assert read_status(store.path).health == expected
+
+
 def test_status_of_a_crashed_campaign(tmp_path):
     config = make_config(tmp_path, run={"checkpoint_every": 1})
     store = RunDir(config)

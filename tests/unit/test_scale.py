@@ -2,13 +2,14 @@
 
 import asyncio
 import errno
+import gc
 import itertools
 import random
 
 import pyarrow.parquet as pq
 import pytest
 from campaigns import make_config, metrics_of, run_campaign
-from fakes import FakeChat, FakeRollout, FakeScorer, make_prompts
+from fakes import FakeChat, FakeLearner, FakeRollout, FakeScorer, make_prompts
 
 from actors.rollout import LeastLoaded, RolloutPool
 from rayhf.algorithms.base import sample_and_score
@@ -16,7 +17,7 @@ from rayhf.errors import StorageError
 from rayhf.exploration.build import build_scheduler
 from rayhf.monitoring.audit import audit
 from rayhf.run_dir import table_writer, tables
-from rayhf.types import GenerateRequest, Sampling
+from rayhf.types import Batch, GenerateRequest, Sampling
 from tests.bench.scale_sim import Case, measure
 from tests.bench.simulated import World
 from tests.bench.virtual import simulate
@@ -265,6 +266,22 @@ def test_tables_written_in_parts_are_the_same(tmp_path, monkeypatch):
         )
         assert pq.read_table(one).equals(pq.read_table(many))
         assert pq.ParquetFile(many).num_row_groups > pq.ParquetFile(one).num_row_groups == 1
+
+
+def test_rows_are_freed_once_they_are_trained_on(tmp_path):
+    """Those of a whole iteration would hold up the event loop."""
+    alive = []
+
+    class Counting(FakeLearner):
+        async def step(self, batch, loss):
+            figures = await super().step(batch, loss)
+            self.batches.clear()
+            alive.append(sum(type(each) is Batch for each in gc.get_objects()))
+            return figures
+
+    config = make_config(tmp_path, run={"iterations": 1}, learner={"prompts_per_step": 1})
+    run_campaign(config, learner=Counting())
+    assert alive == [3, 2, 1]  # one of four prompts has a tie
 
 
 def test_clock_does_not_jump_while_a_thread_is_at_work():
