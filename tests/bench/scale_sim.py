@@ -53,7 +53,7 @@ REPEATS = 3
 """Runs of a case of up to `SMALL` prompts; the one with the least CPU time counts."""
 SMALL = 16_384
 TURN_PROMPTS = 131_072
-"""Prompts per iteration up to which the event loop's longest turn has a target."""
+"""Prompts per iteration at which the event loop's longest turn has a target."""
 LONG = 512
 """Tokens per completion of the cases whose memory has a target."""
 
@@ -290,7 +290,7 @@ def targets(results: list[tuple[Case, dict[str, Any]]]) -> str:
         same = [figures["cpu_us"] for case, figures in grid if case.prompts == size]
         spreads.append(max(same) / min(same))
     within = _yes(all(figures["staleness"] <= case.max_staleness for case, figures in results))
-    turn = max(f["longest_turn_s"] for case, f in results if case.prompts <= TURN_PROMPTS)
+    turns = [f["longest_turn_s"] for case, f in results if case.prompts == TURN_PROMPTS]
     memory = [figures["kib_per_prompt"] for case, figures in results if case.tokens == LONG]
     busy = sum(figures["busy_at_update"] for _, figures in results)
     rows = [
@@ -303,15 +303,12 @@ def targets(results: list[tuple[Case, dict[str, Any]]]) -> str:
             "at most 1.3",
             _yes(max(spreads) <= 1.3),
         ),
-        (
-            f"longest turn of the event loop, up to {TURN_PROMPTS:,} prompts",
-            f"{turn:.2f} s",
-            "at most 0.5",
-            _yes(turn <= 0.5),
-        ),
         ("staleness within its limit", within, "yes", within),
         ("weight updates of an engine that was generating", str(busy), "0", _yes(busy == 0)),
     ]
+    if turns:
+        name = f"longest turn of the event loop, {TURN_PROMPTS:,} prompts"
+        rows.append((name, f"{max(turns):.2f} s", "at most 0.5", _yes(max(turns) <= 0.5)))
     if memory:
         name = f"memory per prompt of an iteration, 8 x {LONG} tokens"
         rows.append((name, f"{max(memory):.0f} KiB", "at most 120", _yes(max(memory) <= 120)))
