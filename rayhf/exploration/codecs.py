@@ -58,15 +58,19 @@ class Codec(ABC, Generic[RequestT, ResponseT]):
 
 
 class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
-    """Completions: texts and reasons as JSON, tokens and log-probs as arrays."""
+    """Completions: reasons and counts as JSON, tokens, log-probs and the bytes of texts as arrays.
+
+    As JSON, the texts of a wave would be in memory twice more.
+    """
 
     request_type = "generate"
 
     def encode(self, responses: Sequence[tuple[Completion, ...]]) -> Encoded:
         completions = list(chain.from_iterable(responses))
+        texts = [c.text.encode(errors="surrogatepass") for c in completions]
         columns = {
             "counts": [len(response) for response in responses],
-            "texts": [c.text for c in completions],
+            "text_bytes": list(map(len, texts)),
             "lengths": [len(c.token_ids) for c in completions],
             "reasons": [c.finish_reason for c in completions],
             "thinking": [c.thinking for c in completions],
@@ -77,21 +81,28 @@ class _Generate(Codec[GenerateRequest, tuple[Completion, ...]]):
         arrays: list[Buffer] = []
         arrays += (c.token_ids.astype("<i4", copy=False).view(np.uint8).data for c in completions)
         arrays += (c.logprobs.astype("<f4", copy=False).view(np.uint8).data for c in completions)
-        return columns, arrays
+        return columns, arrays + texts
 
     def decode(self, columns: Any, data: bytes) -> Iterator[Any]:
         size = 4 * sum(columns["lengths"])
         tokens = np.frombuffer(data[:size], dtype="<i4")
-        logprobs = np.frombuffer(data[size:], dtype="<f4")
-        names = ("texts", "reasons", "versions", "runs", "thinking", "thinking_tokens")
+        logprobs = np.frombuffer(data[size : 2 * size], dtype="<f4")
+        names = ("reasons", "versions", "runs", "thinking", "thinking_tokens")
         start = 0
+        text_start = 2 * size
         rows = []
-        for length, *values in zip(
-            columns["lengths"], *(columns[name] for name in names), strict=True
+        for length, text_bytes, *values in zip(
+            columns["lengths"],
+            columns["text_bytes"],
+            *(columns[name] for name in names),
+            strict=True,
         ):
             end = start + length
-            rows.append((*values, tokens[start:end], logprobs[start:end]))
+            text_end = text_start + text_bytes
+            text = data[text_start:text_end].decode(errors="surrogatepass")
+            rows.append((text, *values, tokens[start:end], logprobs[start:end]))
             start = end
+            text_start = text_end
         remaining = iter(rows)
         return ([next(remaining) for _ in range(count)] for count in columns["counts"])
 

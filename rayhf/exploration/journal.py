@@ -32,7 +32,7 @@ from rayhf.types import Failed, GenerateRequest, JsonObject, Sampling, ScoreRequ
 
 _HEADER = struct.Struct("<II")
 _SIZE = struct.Struct("<I")
-_FORMAT = 9
+_FORMAT = 10
 """Start value of checksums, so that records of another format do not verify."""
 _KEY_BYTES = 16
 _JSON = json.JSONEncoder(check_circular=False)
