@@ -25,7 +25,7 @@ from rayhf.algorithms.base import (
     policies_of,
     state_of,
 )
-from rayhf.campaign.blocking import in_thread, release
+from rayhf.blocking import in_thread, release
 from rayhf.campaign.data import CampaignData
 from rayhf.campaign.evaluator import Evaluator
 from rayhf.campaign.iteration import ExploredIteration, IterationExplorer

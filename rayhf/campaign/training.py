@@ -26,8 +26,8 @@ from rayhf.algorithms.base import (
     population_of,
     trained_policy,
 )
+from rayhf.blocking import release
 from rayhf.campaign.annotation import Annotator, Timed
-from rayhf.campaign.blocking import release
 from rayhf.campaign.drift import drift_kl, initial_rows
 from rayhf.config.schema import CampaignConfig
 from rayhf.control.labels import label_is_due, labeled_examples, unanswered

@@ -15,6 +15,7 @@ requested again. Nothing waits for the disk here: a lost journal costs time, nev
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import struct
@@ -25,6 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rayhf.blocking import in_thread
 from rayhf.episodes import StepRequest
 from rayhf.exploration.codecs import CODECS, Buffer, Codec, RequestT, ResponseT
 from rayhf.run_dir.files import open_file, read_bytes, storage_errors
@@ -37,6 +39,8 @@ _FORMAT = 10
 _KEY_BYTES = 16
 _JSON = json.JSONEncoder(check_circular=False)
 """Looking for circular references takes longer than writing; there are none."""
+_Added = dict[str, tuple[list[bytes], list[Any]]]
+"""Keys and responses by request type."""
 
 
 class Journal:
@@ -55,9 +59,11 @@ class Journal:
         self._functions_hash = functions_hash
         self._recorded: dict[bytes, Any] = {}
         """Raw responses by key."""
-        self._added: dict[str, tuple[list[bytes], list[Any]]] = {}
+        self._added: _Added = {}
         """Keys and responses for the next record, by request type."""
         self._added_state: JsonObject | None = None
+        self._order = asyncio.Lock()
+        """Records are written in the order in which they were taken."""
         self._records_scores = True
         with storage_errors("read", path):
             data = read_bytes(path) if path.exists() else b""
@@ -119,11 +125,26 @@ class Journal:
 
     def flush(self) -> None:
         """Write what was added since the last time, as one record."""
-        if not self._added:
+        self._write(*self._take())
+
+    async def flush_beside(self) -> None:
+        """Do the same in a thread: a wave's responses are the whole iteration's."""
+        async with self._order:
+            await in_thread(self._write, *self._take())
+
+    def _take(self) -> tuple[_Added, JsonObject | None]:
+        """Return what was added since the last time, and the scorer's state."""
+        taken = self._added, self._added_state
+        self._added = {}
+        self._added_state = None
+        return taken
+
+    def _write(self, added: _Added, scorer_state: JsonObject | None) -> None:
+        if not added:
             return
         described: dict[str, tuple[object, int, int]] = {}
         pieces: list[Buffer] = []
-        for request_type, (keys, responses) in self._added.items():
+        for request_type, (keys, responses) in added.items():
             columns, data = CODECS[request_type].encode(responses)
             described[request_type] = columns, _KEY_BYTES * len(keys), sum(map(len, data))
             pieces += [*keys, *data]
@@ -132,10 +153,8 @@ class Journal:
             "functions_hash": self._functions_hash,
             "responses": described,
         }
-        if self._added_state is not None:
-            record["scorer_state"] = self._added_state
-        self._added = {}
-        self._added_state = None
+        if scorer_state is not None:
+            record["scorer_state"] = scorer_state
         text = _JSON.encode(record).encode()
         # Piece by piece: a wave's responses are the whole iteration's, and are not copied.
         pieces = [_SIZE.pack(len(text)), text, *pieces]

@@ -423,7 +423,7 @@ class RequestScheduler(ABC):
             state = None if queue.scorer is None else await queue.scorer.state_dict()
             self._journal.add(queue.codec, requests, responses, state)
             if self.writes_through:
-                self._journal.flush()
+                await self._journal.flush_beside()
         for each, response in answered:
             if not each.response.done():
                 each.response.set_result(response)

@@ -5,7 +5,7 @@ import threading
 
 from campaigns import make_config, run_campaign
 
-from rayhf.campaign.blocking import in_thread, release
+from rayhf.blocking import in_thread, release
 from rayhf.run_dir.store import RunDir
 
 

@@ -1,5 +1,6 @@
 """The journal: an interrupted iteration repeats no request, and ends with the same result."""
 
+import asyncio
 import gc
 import math
 import struct
@@ -125,6 +126,28 @@ def test_added_responses_are_written_together_and_on_close(tmp_path):
         and again.recall(GENERATE, generation(1)) == wide
     )
     assert again.recall(SCORE, judgement()) == (Scored(value=1.0),)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_records_written_beside_the_event_loop_keep_their_order(tmp_path, cancelled):
+    journal = Journal(tmp_path / "j")
+
+    async def work():
+        writes = []
+        for number in range(20):
+            scored = (Scored(value=float(number)),)
+            journal.add(SCORE, [judgement(number)], [scored], {"seen": number})
+            writes.append(asyncio.create_task(journal.flush_beside()))
+            await asyncio.sleep(0)
+        if cancelled:
+            for write in writes:
+                write.cancel()
+        await asyncio.gather(*writes, return_exceptions=cancelled)
+
+    asyncio.run(work())
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert len(again) == 20 and again.scorer_state == {"seen": 19}
 
 
 def test_journal_of_another_format_is_dropped(tmp_path):

@@ -1,4 +1,4 @@
-"""Long work of the controller beside its event loop, which serves every other role."""
+"""Long work beside the controller's event loop, which serves every other role."""
 
 from __future__ import annotations
 
